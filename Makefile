@@ -1,0 +1,68 @@
+# Layerwise: every command of the project. `make` alone lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := torch==2.13.0
+
+# The first of these that runs and is Python 3.11 or newer; `make PYTHON=... test` overrides it.
+IS_RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	"$$p" -c '$(IS_RECENT)' 2>/dev/null && { echo "$$p"; break; }; done)
+
+# Data sets that lie beside the checkout are used; otherwise benchmarks/data.py downloads them.
+ifndef LAYERWISE_DATA
+ifneq ($(wildcard ../shared/data/.),)
+export LAYERWISE_DATA := $(CURDIR)/../shared/data
+endif
+endif
+
+.PHONY: help demo test test-all lint format reproduce-locoprop clean
+
+help:  ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(INSTALLED)  ## Train an autoencoder with five methods side by side; writes demo/
+	$(BIN)/layerwise demo
+
+test: lint  ## Lint, check types, and run the tests (what .ci/run calls)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint  ## Run all tests, the slow ones too, with a new seed each time (LAYERWISE_SEED=... repeats one)
+	@export LAYERWISE_SEED="$${LAYERWISE_SEED:-$$(( $$(date +%s) % 100000 ))}"; \
+	echo "LAYERWISE_SEED=$$LAYERWISE_SEED"; \
+	$(BIN)/python -m pytest --hypothesis-seed="$$LAYERWISE_SEED"
+
+lint: $(INSTALLED)  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## Mend style and format where that is automatic
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+reproduce-locoprop: $(INSTALLED)  ## Train the LocoProp paper's autoencoder on MNIST beside the authors' curve
+	$(BIN)/python -m benchmarks.reproduce_locoprop
+
+clean:  ## Remove what the commands write, except .venv
+	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Torch goes first and alone, so that plain pip takes whichever build it is set up to find.
+$(INSTALLED): requirements/lock.txt pyproject.toml
+	@if ! test -x $(BIN)/pip; then \
+		"$(PYTHON)" -c '$(IS_RECENT)' 2>/dev/null || { \
+			echo "layerwise needs Python 3.11 or newer; found: $(or $(PYTHON),none on the PATH)." \
+				"Install it, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }; \
+		echo "Making $(VENV) with $(PYTHON)"; \
+		"$(PYTHON)" -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -r requirements/lock.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@

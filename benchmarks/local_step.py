@@ -1,0 +1,139 @@
+"""CPU cost of LocoProp's local steps against ordinary training steps, on the MNIST deep autoencoder.
+
+    python benchmarks/local_step.py [--threads 1] [--repeats 9] [--batch 1000] [--steps 10]
+
+Random data of MNIST's shape; nothing is trained. Each arm runs a whole training step: forward, backward
+and update. The arms with local steps send their backward pass to the pre-activations alone, so they pay
+no gradient products of their own, and their targets, transfers and state updates are all inside. Arms are
+interleaved in alternating order; a figure is the lower quartile of CPU time, and its ratio to RMSProp's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerwise.local.problem import LocalProblem, target_m, target_s
+from layerwise.local.solvers import Workspace, local_steps
+from layerwise.local.tf_rmsprop import TFRMSProp
+from layerwise.local.transfer import IDENTITY, SIGMOID, TANH
+
+SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+TRANSFERS = (TANH, TANH, TANH, IDENTITY, TANH, TANH, TANH, SIGMOID)
+GAMMA = 10.0
+
+
+class Net:
+    """The autoencoder's weights and its plain forward pass, without a tape."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.weights = [torch.nn.init.xavier_uniform_(torch.empty(o, i)) for i, o in zip(SIZES, SIZES[1:], strict=False)]
+        self.biases = [torch.empty(o).uniform_(-((3 / o) ** 0.5), (3 / o) ** 0.5) for o in SIZES[1:]]
+        self.params = [p.requires_grad_() for pair in zip(self.weights, self.biases, strict=True) for p in pair]
+
+    def forward(self, x: Tensor, detach: bool = False) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Loss, the layers' inputs (and last f(z)), pre-activations; detach=True: no graph to the weights."""
+        inputs, outputs, h = [], [], x
+        for w, b, f in zip(self.weights, self.biases, TRANSFERS, strict=True):
+            inputs.append(h)
+            z = F.linear(h, w.detach() if detach else w, b.detach() if detach else b)
+            if detach and not z.requires_grad:
+                z.requires_grad_()
+            outputs.append(z)
+            h = f.f(z)
+        inputs.append(h)
+        loss = F.binary_cross_entropy_with_logits(outputs[-1], x, reduction="sum") / len(x)
+        return loss, inputs, outputs
+
+
+def ordinary(net: Net, x: Tensor, optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
+    def step() -> None:
+        for p in net.params:
+            p.grad = None
+        net.forward(x)[0].backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+def cotangents(net: Net, x: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        loss, _, outputs = net.forward(x, detach=True)
+        torch.autograd.grad(loss, outputs)
+
+    return step
+
+
+def locoprop(net: Net, x: Tensor, matching: bool, steps: int, rows: int | None) -> Callable[[], None]:
+    optimizers = [TFRMSProp(pair) for pair in zip(net.weights, net.biases, strict=True)]
+    workspace = Workspace()
+
+    def step() -> None:
+        loss, inputs, outputs = net.forward(x, detach=True)
+        grads = torch.autograd.grad(loss, outputs)
+        layers = zip(
+            inputs[:-1], outputs, inputs[1:], grads, net.weights, net.biases, TRANSFERS, optimizers, strict=True
+        )
+        with torch.no_grad():
+            for a, z, y, g, w, b, f, optimizer in layers:
+                target = target_m(z, g, GAMMA, f, y=y) if matching else target_s(z, g, GAMMA)
+                problem = LocalProblem(
+                    a.detach().unsqueeze(1), w.detach().unsqueeze(0), b.detach().unsqueeze(0), target.unsqueeze(1),
+                    f if matching else IDENTITY, g=g.unsqueeze(1), gamma=GAMMA,
+                )  # fmt: skip
+                local_steps(problem, optimizer, steps, rows=rows, weight=w, bias=b, workspace=workspace)
+
+    return step
+
+
+def measure(arms: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Lower quartile of each arm's seconds, arms interleaved in alternating order."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for arm in arms.values():
+        arm()
+    for repeat in range(repeats):
+        for name in list(arms)[:: 1 if repeat % 2 == 0 else -1]:
+            start = time.process_time()
+            arms[name]()
+            seconds[name].append(time.process_time() - start)
+    return {name: sorted(times)[len(times) // 4] for name, times in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=10)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    x, t = torch.rand(options.batch, SIZES[0]), options.steps
+    share = max(options.batch // t, 1)
+    nets = [Net() for _ in range(8)]
+    arms = {
+        "forward and backward": ordinary(nets[0], x, None),
+        "RMSProp (torch, foreach)": ordinary(nets[1], x, torch.optim.RMSprop(nets[1].params, 1e-5, momentum=0.9, foreach=True)),
+        "RMSProp (TensorFlow 1's)": ordinary(nets[2], x, TFRMSProp(nets[2].params)),
+        "cotangents only": cotangents(nets[3], x),
+        f"M, {t} steps, all rows": locoprop(nets[4], x, True, t, None),
+        f"M, {t} steps, {share} rows each": locoprop(nets[5], x, True, t, share),
+        f"S, {t} steps, all rows (Gram)": locoprop(nets[6], x, False, t, None),
+        f"S, {t} steps, {share} rows each": locoprop(nets[7], x, False, t, share),
+    }  # fmt: skip
+    found = measure(arms, options.repeats)
+    base = found["RMSProp (torch, foreach)"]
+    print(f"batch {options.batch}, threads {options.threads}, lower quartile of {options.repeats}\n")
+    print("| training step | ms | RMSProp = 1 |\n|---|---:|---:|")
+    for name, seconds in found.items():
+        print(f"| {name} | {1e3 * seconds:.1f} | {seconds / base:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Train the LocoProp paper's autoencoder on MNIST with the published settings, beside the authors' own curve.
+
+    python -m benchmarks.reproduce_locoprop [--epochs 4] [--seeds 0 1 2]
+
+Prints train and test loss after each epoch, the authors' values, and PASS or FAIL: the median train loss
+over the seeds has to lie within 4 % of theirs at epoch 2 and within 2 % from epoch 3. Writes the rows as JSON
+and a plot. An interrupted run goes on after its last finished epoch when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import layerwise as lw
+from layerwise.errors import LayerwiseError
+
+from .autoencoder import SIZES, deep_autoencoder, mean_loss, reconstruction_loss
+from .data import load
+
+BATCH, WARM_UP, HORIZON = 1000, 5, 100
+
+# Losses that the authors' program saved (full MNIST, one run): epoch -> nats an image. Epoch 0 is the start.
+AUTHORS_TRAIN = {
+    0: 547.24, 1: 547.24, 2: 122.69, 3: 80.72, 4: 69.61, 5: 65.24, 6: 62.85,
+    8: 60.19, 10: 58.72, 12: 57.76, 14: 57.02,
+}  # fmt: skip
+AUTHORS_TEST = {
+    2: 121.70, 3: 79.93, 4: 69.44, 5: 65.65, 6: 63.77, 8: 61.95, 10: 61.04, 12: 60.57, 14: 60.20,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One seed after one epoch (0: the start); `seconds` of training so far, without evaluation."""
+
+    seed: int
+    epoch: int
+    train_loss: float | None
+    test_loss: float | None
+    seconds: float
+    error: str = ""
+
+
+def outer_schedule(epoch: int) -> float:
+    """Factor of the learning rate in epoch number 0, 1, ...: linear from 0 to 1 at 5, then to 0 at 100."""
+    return epoch / WARM_UP if epoch < WARM_UP else (HORIZON - epoch) / (HORIZON - WARM_UP)
+
+
+def tolerance(epoch: int) -> float | None:
+    """Allowed relative difference of the median train loss from the authors'; None where nothing is asked."""
+    if epoch < 2 or epoch not in AUTHORS_TRAIN:
+        return None
+    return 0.04 if epoch == 2 else 0.02
+
+
+def train(seed: int, epochs: int, x_train: Tensor, x_test: Tensor, checkpoints: Path) -> Iterator[Row]:
+    """Yield a row per epoch; those that a checkpoint holds are not computed again.
+
+    Each epoch draws its order from (seed, epoch) alone, so a resumed run repeats an uninterrupted one.
+    """
+    model = deep_autoencoder(seed)
+    optimizer = lw.LocoProp(model, preset="published-M")
+    scheduler = LambdaLR(optimizer, outer_schedule)
+    rows = _resume(checkpoints, seed, model=model, optimizer=optimizer, scheduler=scheduler)
+    if not rows:
+        rows = [Row(seed, 0, mean_loss(model, x_train), mean_loss(model, x_test), 0.0)]
+    yield from rows[: epochs + 1]
+    for epoch in range(len(rows), epochs + 1):
+        torch.manual_seed(1000 * seed + epoch)
+        start = time.perf_counter()
+        for index in torch.randperm(len(x_train)).split(BATCH):
+            x = x_train[index]
+            optimizer.step(lambda x=x: reconstruction_loss(model, x))
+        scheduler.step()
+        seconds = rows[-1].seconds + time.perf_counter() - start
+        row = Row(seed, epoch, mean_loss(model, x_train), mean_loss(model, x_test), seconds)
+        if not math.isfinite(row.train_loss or 0.0) or not math.isfinite(row.test_loss or 0.0):
+            raise ArithmeticError(f"the loss is {row.train_loss} on train and {row.test_loss} on test")
+        rows.append(row)
+        _keep(checkpoints, rows, model=model, optimizer=optimizer, scheduler=scheduler)
+        yield row
+
+
+def _keep(folder: Path, rows: Sequence[Row], **parts: Any) -> None:
+    """Write one file per epoch, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"seed{rows[-1].seed}-epoch{rows[-1].epoch}.pt"
+    draft = path.with_suffix(".part")
+    state = {name: part.state_dict() for name, part in parts.items()}
+    torch.save({"rows": [asdict(row) for row in rows], "state": state}, draft)
+    draft.replace(path)
+
+
+def _resume(folder: Path, seed: int, **parts: Any) -> list[Row]:
+    """Load the last checkpoint that can be read; an unreadable one gives way to the one before."""
+    for epoch in range(HORIZON, 0, -1):
+        path = folder / f"seed{seed}-epoch{epoch}.pt"
+        if not path.is_file():
+            continue
+        try:
+            held = torch.load(path, weights_only=True)
+        except Exception as error:
+            print(f"{path} cannot be read ({type(error).__name__}); trying an earlier epoch")
+            continue
+        for name, part in parts.items():
+            part.load_state_dict(held["state"][name])
+        return [Row(**row) for row in held["rows"]]
+    return []
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Per epoch: the median over seeds beside the authors' value, and whether it is near enough."""
+    lines = []
+    failed = any(row.error for row in rows)
+    for epoch in sorted({row.epoch for row in rows}):
+        train_losses = [r.train_loss for r in rows if r.epoch == epoch and r.train_loss is not None]
+        test_losses = [r.test_loss for r in rows if r.epoch == epoch and r.test_loss is not None]
+        if not train_losses:
+            continue
+        median, theirs, allowed = statistics.median(train_losses), AUTHORS_TRAIN.get(epoch), tolerance(epoch)
+        difference = None if theirs is None else median / theirs - 1
+        near = None
+        if difference is not None and allowed is not None:
+            near = abs(difference) <= allowed and not failed
+        lines.append(
+            {
+                "epoch": epoch,
+                "seeds": len(train_losses),
+                "median_train_loss": median,
+                "median_test_loss": statistics.median(test_losses),
+                "authors_train_loss": theirs,
+                "authors_test_loss": AUTHORS_TEST.get(epoch),
+                "relative_difference": difference,
+                "tolerance": allowed,
+                "pass": near,
+            }
+        )
+    return lines
+
+
+def header(seeds: Sequence[int], epochs: int, source: str) -> dict[str, Any]:
+    """What the rows depend on."""
+    return {
+        "versions": {
+            "layerwise": lw.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "processor": platform.machine(),
+        },
+        "data": source,
+        "model": "-".join(map(str, SIZES)),
+        "optimizer": 'LocoProp(model, preset="published-M")',
+        "schedule": f"times epoch/{WARM_UP} up to epoch {WARM_UP}, then linear to 0 at epoch {HORIZON}",
+        "batch": BATCH,
+        "seeds": list(seeds),
+        "epochs": epochs,
+    }
+
+
+def write_json(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write header, summary and rows; the file is whole or as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{k: v for k, v in asdict(row).items() if k != "error" or v} for row in rows]
+    draft = path.with_name(path.name + ".part")
+    body = {"header": head, "summary": summary(rows), "rows": lines}
+    draft.write_text(json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    """Left: train loss by epoch beside the authors'. Right: the relative difference and what is allowed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    ours, theirs, band = "#D55E00", "#333333", "#dddddd"
+    lines = [line for line in summary(rows) if line["authors_train_loss"] is not None]
+    last = max(row.epoch for row in rows)
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for seed in sorted({row.seed for row in rows}):
+        own = [r for r in rows if r.seed == seed and r.train_loss is not None]
+        label = "layerwise, each seed" if seed == rows[0].seed else None
+        left.plot([r.epoch for r in own], [r.train_loss for r in own], color=ours, linewidth=1.3, label=label)
+    shown = [epoch for epoch in AUTHORS_TRAIN if epoch <= last]
+    left.plot(shown, [AUTHORS_TRAIN[e] for e in shown], "o", color=theirs, label="authors' program", zorder=3)
+    left.set_yscale("log")
+    left.yaxis.set_major_locator(FixedLocator([60, 80, 100, 150, 200, 300, 400, 550]))
+    left.yaxis.set_minor_locator(NullLocator())
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.set_ylabel("train loss (nats an image, log scale)")
+    left.set_title("LocoProp-M, published settings, full MNIST", loc="left", fontsize=11)
+    left.legend(frameon=False)
+    for line in lines:
+        if line["tolerance"]:
+            half, label = 100 * line["tolerance"], "allowed" if line["epoch"] == 2 else None
+            right.bar(line["epoch"], 2 * half, bottom=-half, width=0.5, color=band, zorder=1, label=label)
+    for row in rows:
+        if row.train_loss is not None and row.epoch in AUTHORS_TRAIN:
+            value = 100 * (row.train_loss / AUTHORS_TRAIN[row.epoch] - 1)
+            label = "each seed" if row is rows[0] else None
+            right.plot(row.epoch, value, "o", markerfacecolor="none", color=ours, zorder=2, label=label)
+    medians = [100 * line["relative_difference"] for line in lines]
+    at = [line["epoch"] for line in lines]
+    right.plot(at, medians, "_", color=ours, ms=22, mew=2.5, zorder=3, label="median over seeds")
+    right.axhline(0, color=theirs, linewidth=1)
+    right.set_ylabel("difference from the authors' train loss, %")
+    right.set_title("how near", loc="left", fontsize=11)
+    right.legend(frameon=False)
+    for ax in (left, right):
+        ax.set_xlabel("epochs")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def report(rows: Sequence[Row]) -> bool:
+    """Print the summary; True where every judged epoch is near enough."""
+    print(f"{'epoch':>5} {'seeds':>5} {'train':>8} {'authors':>8} {'differ':>8} {'test':>8} {'authors':>8}")
+    verdicts = []
+    for line in summary(rows):
+        theirs = [line["authors_train_loss"], line["authors_test_loss"]]
+        train, test = (f"{value:8.2f}" if value is not None else "       -" for value in theirs)
+        differ = "-" if line["relative_difference"] is None else f"{100 * line['relative_difference']:+.2f} %"
+        verdict = ""
+        if line["pass"] is not None:
+            verdicts.append(line["pass"])
+            verdict = f"{'PASS' if line['pass'] else 'FAIL'} (within {100 * line['tolerance']:g} %)"
+        print(
+            f"{line['epoch']:>5} {line['seeds']:>5} {line['median_train_loss']:8.2f} {train} {differ:>8} "
+            f"{line['median_test_loss']:8.2f} {test}  {verdict}"
+        )
+    for row in rows:
+        if row.error:
+            print(f"seed {row.seed} failed in epoch {row.epoch}: {row.error}")
+    if not verdicts:
+        print("nothing to judge before epoch 2")
+    return all(verdicts) and not any(row.error for row in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all seeds; 0 where the curve is followed, 1 where it is not, 2 where the run cannot start."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reproduce_locoprop", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=4, choices=range(1, HORIZON + 1), metavar=f"1..{HORIZON}"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reproduce_locoprop.json"))
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        default=Path(tempfile.gettempdir())
+        / f"layerwise-{lw.__version__}-torch-{torch.__version__}-locoprop",
+        help="folder of the unfinished run; removed at the end",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        data = load("mnist", flat=True)
+    except LayerwiseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    seeds = list(dict.fromkeys(arguments.seeds))
+    head = header(seeds, arguments.epochs, data.source)
+    rows: list[Row] = []
+    for seed in seeds:
+        own: list[Row] = []
+        try:
+            for row in train(seed, arguments.epochs, data.x_train, data.x_test, arguments.checkpoints):
+                own.append(row)
+                print(
+                    f"seed {seed}  epoch {row.epoch}  train {row.train_loss:.2f}  test {row.test_loss:.2f}  "
+                    f"{row.seconds:.0f} s",
+                    flush=True,
+                )
+        except Exception as error:  # a failed seed is a row, never a missing one
+            own.append(
+                Row(
+                    seed,
+                    len(own),
+                    None,
+                    None,
+                    own[-1].seconds if own else 0.0,
+                    f"{type(error).__name__}: {error}",
+                )
+            )
+        rows += own
+        write_json(arguments.out, head, rows)
+    plot(arguments.out.with_suffix(".png"), rows)
+    good = report(rows)
+    print(f"{'PASS' if good else 'FAIL'}; wrote {arguments.out} and {arguments.out.with_suffix('.png')}")
+    shutil.rmtree(arguments.checkpoints, ignore_errors=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,469 @@
+"""The contractions of input rows with cotangent rows, and the rules that choose the cheapest form.
+
+Every quantity of a layer is a function of the per-sample gradients of its matrix,
+
+    D[v,n,k,o,i] = sum_t g[v,n,t,k,o] a[n,t,k,i]
+
+with `v` cotangent, `n` sample, `t` position, `k` group, `o` out and `i` in. The functions here are
+pure: they take `Rows`, write to no input and keep nothing. None but `per_sample` ever holds all of D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.ops.base import Rows
+
+__all__ = [
+    "concat",
+    "ghost_is_cheaper",
+    "input_gram",
+    "narrow",
+    "output_gram",
+    "pairs_are_cheaper",
+    "pairwise_dot",
+    "per_sample",
+    "second_moment",
+    "squared_norm",
+    "total",
+    "weighted_sum",
+]
+
+CHUNK_BYTES = 2**21  # scratch of one chunk: between one MiB and four all shapes were within 5 % of their best
+DOT_CHUNKS = 8  # pairwise dots need all samples at once: wider chunks keep the products efficient
+CHUNK_BYTES_DEVICE = 2**27  # on an accelerator launches cost more than memory
+TRAFFIC = 12  # writing and rereading one number costs as much as this many multiply-adds
+PANELS = 4  # a symmetric matrix product in this many row panels does 5/8 of the work
+PANELS_FROM = 256  # below this size the panels cost more than they save
+
+
+# --- cost rules -----------------------------------------------------------------------------------
+
+
+def ghost_is_cheaper(v: int, t: int, o: int, i: int) -> bool:
+    """Whether `sum D²` costs less from two Gram matrices over positions than from D itself.
+
+    Multiply-adds per sample and group: `t²(i + v·o)` for the Gram matrices, `v·t·i·o` for D, plus
+    the memory traffic of what each of them writes. Source of the ghost form: Goodfellow 2015
+    (t = 1); Li, Tramèr, Liang and Hashimoto 2022, section 4 (t > 1).
+    """
+    ghost = t * t * (i + v * o + TRAFFIC * (1 + v))
+    return ghost < v * o * i * (t + TRAFFIC)
+
+
+def pairs_are_cheaper(v: int, t: int, o: int, i: int) -> bool:
+    """Whether `sum_v D²` costs less as one matrix product over pairs of positions than by cotangent.
+
+    There are `t(t+1)/2` pairs, whatever the number of cotangents; the product over them runs over
+    all samples at once.
+    """
+    pairs = t * (t + 1) // 2
+    return pairs * (o * i + TRAFFIC * (o + i)) + t * t * o * (v + TRAFFIC) < v * o * i * (t + TRAFFIC)
+
+
+# --- the per-sample gradient ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
+    """Per-sample gradients of the layer's matrix, one for each cotangent.
+
+    D[v,n,k,o,i] = sum_t g[v,n,t,k,o] a[n,t,k,i].
+
+    Shapes: returns `[V,N,K,O,I]`, in the memory of `out` where that is given (fresh memory is what
+    this costs most). Units: those of `g` times those of `a`.
+    Raises: `BadInput` where the rows contradict each other or `out` has another shape.
+    """
+    v, n, t, k, o, i = _dims(rows)
+    if out is not None and (out.shape != (v, n, k, o, i) or out.dtype != rows.g.dtype):
+        raise BadInput(
+            f"per_sample: out is {out.dtype} {tuple(out.shape)}, the result is {rows.g.dtype} "
+            f"{(v, n, k, o, i)}; pass memory of this shape and type."
+        )
+    if rows.a is None:
+        d = rows.g.sum(2)[..., None]
+    elif not rows.a.is_floating_point():
+        d = out if out is not None and out[:, :, 0].mT.is_contiguous() else rows.g.new_empty(v, n, 1, i, o).mT
+        d[:, :, 0].mT.view(v, n * i, o).zero_().index_add_(1, _keys(rows.a, i), rows.g.reshape(v, n * t, o))
+    else:
+        if out is None or not out.is_contiguous():
+            d = rows.g.new_empty(v, n, k, o, i)
+        else:
+            d = out
+        for w in range(v):
+            _product(rows.g[w], rows.a, out=d[w])
+    return d if out is None or d is out else out.copy_(d)
+
+
+@torch.no_grad()
+def total(rows: Rows) -> Tensor:
+    """Gradients summed over the samples, one for each cotangent.
+
+    sum_n D[v,n,k,o,i]. Shapes: returns `[V,K,O,I]`.
+    Raises: `BadInput` where the rows contradict each other.
+    """
+    v, n, t, k, o, i = _dims(rows)
+    if rows.a is None:
+        return rows.g.sum((1, 2))[..., None]
+    if not rows.a.is_floating_point():
+        d = rows.g.new_zeros(v, i, o)
+        for w in range(v):
+            d[w].index_add_(0, rows.a.flatten(), rows.g[w].reshape(n * t, o))
+        return d.mT[:, None]
+    d = rows.g.new_empty(v, k, o, i)
+    for w in range(v):
+        d[w] = _sum_product(rows.g[w], rows.a)
+    return d
+
+
+@torch.no_grad()
+def weighted_sum(rows: Rows, weights: Tensor) -> Tensor:
+    """Per-sample gradients summed with one weight for each cotangent and sample.
+
+    sum_{v,n} w[v,n] D[v,n,k,o,i]. The weights enter the cotangents, so the cost is that of one gradient.
+
+    Shapes: weights `[V,N]`; returns `[K,O,I]`.
+    Raises: `BadInput` where the rows contradict each other or the weights have another shape.
+    """
+    v, n, *_ = _dims(rows)
+    if weights.shape != (v, n):
+        raise BadInput(f"weighted_sum: weights are {tuple(weights.shape)}, the rows need {(v, n)}, [V,N].")
+    w = weights.to(rows.g.dtype)[:, :, None, None, None]
+    g = rows.g.new_zeros(rows.g.shape[1:]) if v == 0 else rows.g[0] * w[0]
+    for c in range(1, v):
+        g.addcmul_(rows.g[c], w[c])
+    return total(Rows(rows.a, g[None], rows.size_in))[0]
+
+
+# --- squares --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def squared_norm(rows: Rows) -> Tensor:
+    """Squared Euclidean norm of each per-sample gradient.
+
+    sum_{k,o,i} D[v,n,k,o,i]². With one position it is |g|²|a|²; with more it is the inner product of
+    the Gram matrices of `a` and `g` over positions, or the square of D chunk by chunk, whichever
+    `ghost_is_cheaper` predicts.
+
+    Shapes: returns `[V,N]`. Raises: `BadInput` where the rows contradict each other.
+    Source: Goodfellow 2015, "Efficient per-example gradient computations", for one position.
+    """
+    v, n, t, k, o, i = _dims(rows)
+    if rows.a is None:
+        return rows.g.sum(2).square_().sum((2, 3))
+    result = rows.g.new_zeros(v, n)
+    if not rows.a.is_floating_point():
+        keys, sums = _merged_index(rows.a, rows.g, i)
+        for w, d in enumerate(sums):
+            result[w].index_add_(0, keys // i, d.square_().sum(1))
+        return result
+    if t == 1 and o * i > 1:
+        inputs = rows.a[:, 0].square().sum(-1)
+        for w in range(v):
+            result[w] = (rows.g[w, :, 0].square().sum(-1) * inputs).sum(-1)
+        return result
+    if not o == i == 1 and ghost_is_cheaper(v, t, o, i):
+        return _ghost_norm(rows.a, rows.g)
+    for w, low, high, d in _chunks(rows.a, rows.g):
+        torch.linalg.vector_norm(d.flatten(1), dim=1, out=result[w, low:high])
+    return result.square_()
+
+
+def _ghost_norm(a: Tensor, g: Tensor) -> Tensor:
+    v, n, t, k, _ = g.shape
+    result = g.new_empty(v, n)
+    for low, high in _ranges(n, 2 * k * t * t * g.element_size(), g):
+        x = a[low:high].transpose(1, 2)
+        inputs = (x @ x.mT).flatten(1)
+        for w in range(v):
+            y = g[w, low:high].transpose(1, 2)
+            result[w, low:high] = (y @ y.mT).flatten(1).mul_(inputs).sum(1)
+    return result
+
+
+@torch.no_grad()
+def second_moment(rows: Rows) -> Tensor:
+    """Elementwise squares of the per-sample gradients, summed over samples and cotangents.
+
+    sum_{v,n} D[v,n,k,o,i]². With one position it is one matrix product of squares; with many
+    cotangents it is one over pairs of positions; else D is squared chunk by chunk in reused memory.
+
+    Shapes: returns `[K,O,I]`. Raises: `BadInput` where the rows contradict each other.
+    """
+    v, n, t, k, o, i = _dims(rows)
+    if rows.a is None:
+        return _sum_of_squares(rows.g.sum(2)).sum(0)[..., None]
+    if not rows.a.is_floating_point():
+        keys, sums = _merged_index(rows.a, rows.g, i)
+        result = rows.g.new_zeros(i, o)
+        for d in sums:
+            result.index_add_(0, keys % i, d.square_())
+        return result.mT[None]
+    if t == 1:
+        return _sum_product(_sum_of_squares(rows.g), rows.a.square())
+    if not o == i == 1 and pairs_are_cheaper(v, t, o, i):
+        return _second_moment_of_pairs(rows.a, rows.g)
+    result = rows.g.new_zeros(k, o, i)
+    for _, low, high, d in _chunks(rows.a, rows.g):
+        if high - low == 1:
+            result.addcmul_(d[0], d[0])
+        else:
+            result.add_(d.square_().sum(0))
+    return result
+
+
+def _second_moment_of_pairs(a: Tensor, g: Tensor) -> Tensor:
+    """sum_{t,s} (sum_v g[t,o] g[s,o]) a[t,i] a[s,i], each unordered pair of positions once."""
+    v, n, t, k, o = g.shape
+    i = a.shape[-1]
+    p, q = torch.triu_indices(t, t, device=g.device)
+    twice = torch.where(p == q, 1, 2).to(g.dtype)
+    result = g.new_zeros(k, o, i)
+    cost = k * (len(p) * (2 * i + o) + t * t * o) * g.element_size()
+    for low, high in _ranges(n, cost, g):
+        x = a[low:high]
+        y = g[:, low:high].permute(1, 3, 4, 0, 2)  # n, k, o, v, t
+        yy = (y.mT @ y)[..., p, q] * twice
+        result += _sum_product(yy.permute(0, 3, 1, 2), x[:, p] * x[:, q])
+    return result
+
+
+@torch.no_grad()
+def pairwise_dot(rows: Rows) -> Tensor:
+    """Inner products of the per-sample gradients, for each cotangent.
+
+    sum_{k,o,i} D[v,n,k,o,i] D[v,m,k,o,i].
+
+    Shapes: returns `[V,N,N]`. Raises: `BadInput` where the rows contradict each other.
+    """
+    v, n, t, k, o, i = _dims(rows)
+    a = rows.a
+    if a is not None and not a.is_floating_point():
+        used, a = torch.unique(a, return_inverse=True)
+        i = len(used)
+    elif a is not None and n * t * t * (o + i) < (t + n) * o * i:
+        return _ghost_dot(a, rows.g)
+    result = rows.g.new_zeros(v, n, n)
+    each = n * i * rows.g.element_size() // DOT_CHUNKS
+    for k0, k1 in _ranges(k, each * o, rows.g):
+        for o0, o1 in _ranges(o, each * (k1 - k0), rows.g):
+            part = a[:, :, k0:k1] if a is not None and a.is_floating_point() else a
+            for w in range(v):
+                g = rows.g[w : w + 1, ..., k0:k1, o0:o1]
+                d = per_sample(Rows(part, g, i))[0].flatten(1)
+                result[w].addmm_(d, d.T)
+    return result
+
+
+def _ghost_dot(a: Tensor, g: Tensor) -> Tensor:
+    v, n, t, k, _ = g.shape
+    result = g.new_zeros(v, n, n)
+    flat_a, flat_g = a.flatten(0, 1), g.flatten(1, 2)
+    for low, high in _ranges(n, 2 * n * t * t * g.element_size(), g):
+        here = slice(low * t, high * t)
+        for c in range(k):
+            inputs = flat_a[here, c] @ flat_a[:, c].T
+            for w in range(v):
+                dot = (flat_g[w, here, c] @ flat_g[w, :, c].T).mul_(inputs)
+                result[w, low:high] += dot.view(high - low, t, n, t).sum((1, 3))
+    return result
+
+
+# --- Gram matrices --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def input_gram(rows: Rows | Tensor) -> Tensor:
+    """Sum of the outer products of the input rows, over samples and positions.
+
+    sum_{n,t} a[n,t,k,i] a[n,t,k,j].
+
+    Shapes: takes `Rows`, or the input `[N,T,K,I]` alone where it is a float tensor. Returns `[K,I,I]`.
+    The matrix of an index input is diagonal and comes as its diagonal, the counts `[1,I]`: two axes
+    mean a diagonal factor. A constant input gives `[1,1,1]` times the number of rows, for each group.
+    Raises: `BadInput` where the rows contradict each other, or for an index without its `Rows`.
+    """
+    if isinstance(rows, Tensor):
+        if not rows.is_floating_point() or rows.ndim != 4:
+            raise BadInput(
+                f"input_gram: got {rows.dtype} {tuple(rows.shape)} alone; a float [N,T,K,I] is understood "
+                "so, an index or a constant input needs its Rows."
+            )
+        return _gram(rows)
+    _, n, t, k, _, i = _dims(rows)
+    if rows.a is None:
+        return rows.g.new_full((k, 1, 1), n * t)
+    if rows.a.is_floating_point():
+        return _gram(rows.a)
+    return torch.bincount(rows.a.flatten(), minlength=i).to(rows.g.dtype)[None]
+
+
+@torch.no_grad()
+def output_gram(g: Tensor) -> Tensor:
+    """Sum of the outer products of the cotangent rows, over cotangents, samples and positions.
+
+    sum_{v,n,t} g[v,n,t,k,o] g[v,n,t,k,p]. For the "reduce" convention pass `g.sum(2, keepdim=True)`.
+
+    Shapes: g `[V,N,T,K,O]`; returns `[K,O,O]`.
+    """
+    return _gram(g.flatten(0, 1))
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def concat(parts: Sequence[Rows]) -> Rows:
+    """Join several uses of one tensor into one, along the positions: their gradients add before any square.
+
+    Shapes: equal V, N, K, O and I, and inputs of one kind (constant, float or index); T adds up.
+    Raises: `BadInput` that says which of these differs; then add the uses' `per_sample` chunk by chunk.
+    """
+    if not parts:
+        raise BadInput("concat: no rows were given; pass the rows of at least one use.")
+    if len(parts) == 1:
+        return parts[0]
+    first = _signature(parts[0])
+    for part in parts[1:]:
+        for name, seen in _signature(part).items():
+            if seen != first[name]:
+                raise BadInput(
+                    f"concat: {name} is {first[name]} in one use and {seen} in another; only rows that "
+                    "agree can be joined. Add the uses' per-sample gradients instead."
+                )
+    g = torch.cat([part.g for part in parts], dim=2)
+    inputs = [part.a for part in parts if part.a is not None]
+    return Rows(torch.cat(inputs, dim=1) if inputs else None, g, parts[0].size_in)
+
+
+def narrow(rows: Rows, start: int, length: int) -> Rows:
+    """The rows of the samples `start` to `start + length`, without a copy."""
+    a = None if rows.a is None else rows.a[start : start + length]
+    return Rows(a, rows.g[:, start : start + length], rows.size_in)
+
+
+def _signature(rows: Rows) -> dict[str, object]:
+    v, n, _, k, o, i = _dims(rows)
+    kind = "constant" if rows.a is None else "float" if rows.a.is_floating_point() else "index"
+    return {"kind": kind, "V": v, "N": n, "K": k, "O": o, "size_in": i}
+
+
+def _dims(rows: Rows) -> tuple[int, int, int, int, int, int]:
+    """V, N, T, K, O, I, after a check that the input and the cotangents agree on them."""
+    a, g, i = rows.a, rows.g, rows.size_in
+    if g.ndim == 5:
+        v, n, t, k, o = g.shape
+        if a is None:
+            fits = i == 1
+        elif a.is_floating_point():
+            fits = a.shape == (n, t, k, i)
+        else:
+            fits = k == 1 and a.shape == (n, t)
+        if fits:
+            return v, n, t, k, o, i
+    seen = "None" if a is None else f"{a.dtype} {tuple(a.shape)}"
+    raise BadInput(
+        f"rows: input {seen} with size_in {i} does not fit cotangents {tuple(g.shape)}; expected g "
+        "[V,N,T,K,O] with a float [N,T,K,I], int64 [N,T] (K = 1) or None (I = 1)."
+    )
+
+
+# --- shared forms ---------------------------------------------------------------------------------
+
+
+def _product(g: Tensor, a: Tensor, out: Tensor) -> Tensor:
+    """D `[N,K,O,I]` of one cotangent, into contiguous memory."""
+    n, t, k, i = a.shape
+    o = g.shape[-1]
+    if t == 1:
+        return torch.mul(g[:, 0, :, :, None], a[:, 0, :, None, :], out=out)
+    if o == i == 1:
+        torch.sum(g[..., 0] * a[..., 0], 1, out=out[..., 0, 0])
+        return out
+    left, right = g.permute(0, 2, 3, 1).reshape(n * k, o, t), a.transpose(1, 2).reshape(n * k, t, i)
+    torch.bmm(left, right, out=out.view(n * k, o, i))
+    return out
+
+
+def _chunks(a: Tensor, g: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
+    """(v, first sample, end, D `[n,K,O,I]`) for all of D, each chunk in the memory of the last."""
+    v, n, t, k, o = g.shape
+    i = a.shape[-1]
+    each = k * (t + 1 if o == i == 1 else o * i) * g.element_size()
+    ranges = list(_ranges(n, each, g))
+    scratch = g.new_empty(max((high - low for low, high in ranges), default=0), k, o, i)
+    for low, high in ranges:
+        for w in range(v):
+            yield w, low, high, _product(g[w, low:high], a[low:high], out=scratch[: high - low])
+
+
+def _ranges(n: int, each: int, like: Tensor) -> Iterator[tuple[int, int]]:
+    """Cut n things of `each` bytes into ranges that fit the chunk."""
+    budget = CHUNK_BYTES if like.device.type == "cpu" else CHUNK_BYTES_DEVICE
+    step = max(1, budget // max(1, each))
+    for low in range(0, n, step):
+        yield low, min(n, low + step)
+
+
+def _keys(index: Tensor, size_in: int) -> Tensor:
+    """`n·I + index`: one number for each sample and input, `[N·T]`."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * size_in).flatten()
+
+
+def _merged_index(index: Tensor, g: Tensor, size_in: int) -> tuple[Tensor, Iterator[Tensor]]:
+    """The keys that occur, each once, and for every cotangent its rows summed by key, `[key, O]`."""
+    keys, place = torch.unique(_keys(index, size_in), return_inverse=True)
+    shape = (len(keys), g.shape[-1])
+    return keys, (x.new_zeros(shape).index_add_(0, place, x.reshape(-1, shape[1])) for x in g.unbind(0))
+
+
+def _sum_product(g: Tensor, a: Tensor) -> Tensor:
+    """sum_{n,t} g[n,t,k,o] a[n,t,k,i], as `[K,O,I]`, without a transposed copy where there is a way."""
+    n, t, k, i = a.shape
+    o = g.shape[-1]
+    if o == i == 1:
+        return (g * a).sum((0, 1))[..., None]
+    if k > 1 and t * (o + i) > o * i:  # reading D chunk by chunk costs less than transposed copies
+        result = g.new_zeros(k, o, i)
+        for _, _, _, d in _chunks(a, g[None]):
+            result += d.sum(0)
+        return result
+    if k > 1:
+        return g.flatten(0, 1).permute(1, 2, 0) @ a.flatten(0, 1).transpose(0, 1)
+    g, a = g[:, :, 0], a[:, :, 0]
+    if t >= 16 and g.device.type == "cpu" and not (_merges(g) and _merges(a)):
+        return torch.addbmm(g.new_zeros(o, i), g.mT, a)[None]
+    return (g.flatten(0, 1).T @ a.flatten(0, 1))[None]
+
+
+def _merges(x: Tensor) -> bool:
+    """Whether the first two axes are one axis in memory."""
+    return x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """sum_{n,t} x[n,t,k,i] x[n,t,k,j] as `[K,I,I]`: above and on the diagonal panels, then mirrored."""
+    k, i = x.shape[2:]
+    if k > 1 or i < PANELS_FROM:
+        return _sum_product(x, x)
+    result = x.new_empty(1, i, i)
+    step = -(-i // PANELS)
+    for low in range(0, i, step):
+        high = min(i, low + step)
+        result[:, low:high, low:] = _sum_product(x[..., low:high], x[..., low:])
+        result[:, high:, low:high] = result[:, low:high, high:].mT
+    return result
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Sum over the first axis of the squares, one pass over the memory."""
+    if x.shape[0] == 0:
+        return x.new_zeros(x.shape[1:])
+    result = x[0].square()
+    for part in x[1:]:
+        result.addcmul_(part, part)
+    return result

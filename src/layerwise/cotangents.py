@@ -1,0 +1,80 @@
+"""What is sent back through the graph: the gradient's own cotangent, or roots of the loss Hessian.
+
+For a loss L = sum_r w_r l_r(f_r) over loss terms r with outputs f, a root is a set of columns s with
+`sum_j s_rj s_rj^T = w_r H_r` for every term. Each column carries the terms of all samples at once, but of
+one position within the sample only: terms of one sample must not meet before they are squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerwise.losses import Likelihood
+from layerwise.ops.base import Samples
+
+__all__ = ["Cotangent", "Exact", "Gradient", "Sampled"]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The cotangent of the loss itself, streamed from the user's own backward pass."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """All columns of the exact root: `(C-1)·P` for C classes and P loss terms a sample."""
+
+    def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
+        """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
+        root = loss.root()
+        position = _positions(loss, rows)
+        count = int(position.max()) + 1 if position.numel() else 0
+        stack: list[Tensor] = []
+        for p in range(count):
+            columns = root if count == 1 else root * (position == p).to(root.dtype)
+            for column in columns.split(1):
+                stack.append(column)
+                if len(stack) == chunk:
+                    yield torch.cat(stack)
+                    stack = []
+        if stack:
+            yield torch.cat(stack)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Monte-Carlo columns from labels drawn from the model: unbiased, `draws` of them.
+
+    Terms are drawn independently, so all positions of a sample travel in one column.
+    """
+
+    draws: int
+    generator: torch.Generator | None = None
+
+    def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
+        """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
+        generator = self.generator if self.generator is not None else torch.default_generator
+        yield from loss.sample(self.draws, generator).split(chunk)
+
+
+Cotangent = Gradient | Exact | Sampled
+
+
+def _positions(loss: Likelihood, rows: Samples) -> Tensor:
+    """Number of each logit's loss term within its sample, broadcastable to the logits' shape."""
+    shape = list(loss.logits.shape)
+    position = torch.zeros([1] * len(shape), dtype=torch.long)
+    for axis, size in enumerate(shape):
+        if axis == loss.class_axis:
+            continue
+        index = torch.arange(size)
+        if axis == rows.axis:
+            repeats = size // rows.n if rows.n else 1
+            index = index % max(repeats, 1) if rows.n_major else index // max(rows.n, 1)
+            size = repeats
+        position = position * size + index.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return position.to(loss.logits.device)

@@ -1,0 +1,144 @@
+"""The demo's two pictures, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from .layers import Layer
+from .train import Row
+
+__all__ = ["COLOURS", "curves", "layers"]
+
+# Okabe and Ito's palette: told apart with any colour vision; ours warm and green, baselines blue.
+COLOURS = {
+    "LocoProp-M": "#D55E00",
+    "LocoProp-S": "#E69F00",
+    "AltMin (Adam)": "#009E73",
+    "RMSProp": "#56B4E9",
+    "Adam": "#0072B2",
+}
+INK = "#333333"
+STYLE: dict[str, Any] = {"fontsize": 10, "color": INK}
+DOTTED = (0, (1, 1.2))
+
+
+def _figure(width: float, height: float, columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9, colors=INK)
+        ax.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _plain_log(axis: Any) -> None:
+    """A log axis with ticks at 1, 2, 5 and plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _apart(wanted: Sequence[float], gap: float) -> list[float]:
+    """Positions, from high to low, pushed apart until neighbours are `gap` apart."""
+    placed = list(wanted)
+    for _ in range(200):
+        for k in range(len(placed) - 1):
+            push = max(0.0, gap - (placed[k] - placed[k + 1])) / 2
+            placed[k], placed[k + 1] = placed[k] + push, placed[k + 1] - push
+    return placed
+
+
+def _label_ends(ax: Axes, ends: Mapping[str, float]) -> None:
+    """Write each method's name beside the end of its line, to the right of the panel."""
+    to_axes = ax.transData + ax.transAxes.inverted()
+    names = sorted(ends, key=lambda name: -ends[name])
+    heights = [float(to_axes.transform((1, ends[name]))[1]) for name in names]
+    for name, y in zip(names, _apart(heights, 0.06), strict=True):
+        ax.text(
+            1.02,
+            y,
+            name,
+            transform=ax.transAxes,
+            va="center",
+            fontsize=10,
+            color=COLOURS[name],
+            weight="bold",
+        )
+
+
+def curves(path: Path, rows: Sequence[Row], floor_train: float, floor_test: float) -> None:
+    """Loss by epoch and by second, above the lowest possible, on a log axis: train thick, test dotted."""
+    figure, axes = _figure(11, 4.6, 2)
+    ends: dict[str, float] = {}
+    for method, colour in COLOURS.items():
+        own = [row for row in rows if row.method == method]
+        train = [row.train_loss - floor_train for row in own if row.train_loss is not None]
+        test = [row.test_loss - floor_test for row in own if row.test_loss is not None]
+        if not train:
+            continue
+        ends[method] = train[-1]
+        by: list[list[float]] = [[row.epoch for row in own], [row.seconds for row in own]]
+        for ax, xs in zip(axes, by, strict=True):
+            ax.plot(xs[: len(test)], test, color=colour, linewidth=1.1, linestyle=DOTTED)
+            ax.plot(xs[: len(train)], train, color=colour, linewidth=2.2)
+            ax.plot(xs[len(train) - 1], train[-1], "o", color=colour, markersize=5)
+    titles = ("by epoch", "by second (each method's own steps)")
+    for ax, title, label in zip(axes, titles, ("epochs", "seconds"), strict=True):
+        ax.set_yscale("log")
+        _plain_log(ax.yaxis)
+        ax.set_title(title, loc="left", fontsize=11, color=INK)
+        ax.set_xlabel(label, **STYLE)
+        ax.set_xlim(left=0)
+    axes[1].sharey(axes[0])
+    axes[0].set_ylabel("loss above the lowest possible\n(nats an image, log scale)", **STYLE)
+    _label_ends(axes[0], ends)
+    keys = [
+        Line2D([], [], color=INK, linewidth=2.2),
+        Line2D([], [], color=INK, linewidth=1.1, linestyle=DOTTED),
+    ]
+    axes[0].legend(keys, ["train", "test"], frameon=False, fontsize=9, loc="upper right", labelcolor=INK)
+    title = "A small autoencoder on handwritten digits: same start, same minibatches"
+    failures = [f"{row.method} failed in epoch {row.epoch}" for row in rows if row.error]
+    figure.suptitle("; ".join([title, *failures]), fontsize=12, color=INK)
+    figure.savefig(path)
+
+
+def layers(path: Path, observed: Mapping[str, Sequence[Layer]]) -> None:
+    """Gradient noise, curvature and update size by layer, a series for each method that was observed."""
+    figure, axes = _figure(11, 4.2, 3)
+    panels = (
+        ("noise", "gradient noise", "batch size at which\nnoise equals signal"),
+        ("curvature", "curvature", "mean of the Gauss-Newton diagonal"),
+        ("update", "size of the next update", "‖ΔW‖ / ‖W‖"),
+    )
+    for ax, (field, title, label) in zip(axes, panels, strict=True):
+        for marker, (method, own) in zip("os^", observed.items(), strict=False):
+            values = [getattr(layer, field) for layer in own]
+            ax.plot(
+                range(len(own)), values, marker=marker, color=COLOURS[method], linewidth=1.6, label=method
+            )
+            ax.set_xticks(range(len(own)), [layer.name for layer in own])
+        ax.tick_params(axis="x", labelsize=7.5)
+        ax.set_yscale("log")
+        _plain_log(ax.yaxis)
+        ax.set_title(title, loc="left", fontsize=11, color=INK)
+        ax.set_ylabel(label, **STYLE)
+    if observed:
+        axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
+    else:
+        axes[1].text(
+            0.5, 0.5, "no layer could be observed", transform=axes[1].transAxes, ha="center", color=INK
+        )
+    figure.suptitle("Each layer, seen from one batch after three epochs", fontsize=12, color=INK)
+    figure.savefig(path)

@@ -1,0 +1,56 @@
+"""Typed errors: each names what was asked, what was seen, and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AmbiguousSamples",
+    "BadInput",
+    "LayerwiseError",
+    "NoBackward",
+    "NonFinite",
+    "SamplesMixed",
+    "UncoveredUse",
+    "Undefined",
+    "UnknownLoss",
+    "UnsupportedCall",
+]
+
+
+class LayerwiseError(Exception):
+    """Base class of every error that layerwise raises on purpose."""
+
+
+class BadInput(LayerwiseError, ValueError):
+    """An argument or a batch cannot be used: wrong shape, empty, wrong device, out of range."""
+
+
+class UncoveredUse(LayerwiseError):
+    """A path from the loss to a parameter passes through no call that the tape recorded."""
+
+
+class UnknownLoss(LayerwiseError):
+    """The loss is not built from calls whose likelihood is known."""
+
+
+class SamplesMixed(LayerwiseError):
+    """No axis of a layer's output belongs to the samples: per-sample quantities are undefined."""
+
+
+class AmbiguousSamples(LayerwiseError):
+    """The batch cannot tell which of several axes carries the samples."""
+
+
+class Undefined(LayerwiseError):
+    """The quantity does not exist for this parameter, model or loss."""
+
+
+class UnsupportedCall(LayerwiseError):
+    """The model makes a call on parameters that layerwise does not decompose yet."""
+
+
+class NonFinite(LayerwiseError, ArithmeticError):
+    """A loss, cotangent or update holds NaN or infinity."""
+
+
+class NoBackward(LayerwiseError, AttributeError):
+    """A result was asked for before any backward pass produced it."""

@@ -1,0 +1,196 @@
+"""The gradient of one parameter as parts, one for each use, joined before anything is squared.
+
+A part is a pair of rows where the used tensor is the parameter itself (or a transposed view of it), and
+per-sample gradients otherwise: those of a derived tensor are carried back to its parameters by its vjp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from layerwise import contract
+from layerwise.errors import Undefined
+from layerwise.ops.base import Rows, Samples, Slot
+from layerwise.pull import pull
+from layerwise.tape import Tape, Use
+
+__all__ = ["ParameterGradient", "Part", "parts_of"]
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one use gives to one parameter: rows with maps to the parameter's shape, or per-sample gradients.
+
+    fold: `[..., K,O,I]` -> `[..., *shape]`; matrix: its inverse. dense: `[V,N,*shape]`.
+    """
+
+    use: Use
+    slot: Slot | None = None
+    rows: Rows | None = None
+    fold: Map | None = None
+    matrix: Map | None = None
+    dense: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ParameterGradient:
+    """All parts of one parameter's gradient for a stack of V cotangents; `column` numbers the first."""
+
+    name: str
+    shape: torch.Size
+    parts: Sequence[Part]
+    column: int = 0
+
+    @cached_property
+    def joined(self) -> Part | None:
+        """The parts as one pair of rows, or None where they have no common row form."""
+        first = self.parts[0]
+        if len(self.parts) == 1:
+            return first if first.rows is not None else None
+        rows = [p.rows for p in self.parts if p.rows is not None]
+        if len(rows) < len(self.parts) or not self._same_form(rows):
+            return None
+        if len({r.g.shape[1] for r in rows}) > 1:  # rows without sample structure: all are positions
+            rows = [contract.flatten_samples(r) for r in rows]
+        return Part(first.use, first.slot, contract.concat(rows), first.fold, first.matrix)
+
+    def _same_form(self, rows: Sequence[Rows]) -> bool:
+        """Whether all parts lay the parameter out as the same matrix, from inputs of the same kind."""
+        kinds = {None if r.a is None else r.a.is_floating_point() for r in rows}
+        if len(kinds) > 1:
+            return False
+        elements = torch.arange(self.shape.numel()).reshape(self.shape)
+        layouts = [p.matrix(elements) for p in self.parts if p.matrix is not None]
+        return all(torch.equal(layouts[0], other) for other in layouts[1:])
+
+    def per_sample(self) -> Tensor:
+        """`[V,N,*shape]`: the gradient of each sample, summed over uses."""
+        joined = self.joined
+        parts = [joined] if joined is not None else self.parts
+        total: Tensor | None = None
+        for part in parts:
+            if part.rows is None:
+                value = part.dense
+                assert value is not None
+            else:
+                assert part.fold is not None
+                value = part.fold(contract.per_sample(part.rows))
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def total(self) -> Tensor:
+        """`[V,*shape]`: the gradient, summed over samples and uses."""
+        part = self.joined
+        if part is not None and part.rows is not None and part.fold is not None:
+            return part.fold(contract.total(part.rows))
+        return self.per_sample().sum(1)
+
+    def second_moment(self) -> Tensor:
+        """`[*shape]`: sum over v and n of the squared per-sample gradient."""
+        part = self.joined
+        if part is not None and part.rows is not None and part.fold is not None:
+            return part.fold(contract.second_moment(part.rows))
+        return self.per_sample().square().sum((0, 1))
+
+    def squared_norm(self) -> Tensor:
+        """`[V,N]`: squared norm of each per-sample gradient."""
+        part = self.joined
+        if part is not None and part.rows is not None:
+            return contract.squared_norm(part.rows)
+        per_sample = self.per_sample()
+        return per_sample.reshape(*per_sample.shape[:2], -1).square().sum(2)
+
+
+def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None) -> list[tuple[str, Part]]:
+    """The parts that a stack of cotangents `[V, *out_shape]` of one use gives to each parameter.
+
+    samples: None where no per-sample structure is asked for (Kronecker factors).
+    Raises Undefined where a part without row form is asked for without samples.
+    """
+    found: list[tuple[str, Part]] = []
+    for derived, slot in zip(use.used, use.slots, strict=True):
+        if len(derived.names) == 1:
+            (name,) = derived.names
+            view = view_maps(derived.tensor, tape.parameters[name])
+            if view is not None and slot.factored:
+                to_parameter, from_parameter = view
+                part = Part(
+                    use,
+                    slot,
+                    slot.rows(g, samples),
+                    lambda w, slot=slot, to=to_parameter: to(slot.fold(w)),  # type: ignore[misc]
+                    lambda p, slot=slot, back=from_parameter: slot.matrix(back(p)),  # type: ignore[misc]
+                )
+                found.append((name, part))
+                continue
+        if samples is None:
+            raise Undefined(
+                f"asked for rows of {', '.join(sorted(derived.names))}, but {use} enters the loss "
+                + ("through a derived tensor" if slot.factored else "through a call without row form")
+                + "; leave the parameter out by freezing it, or ask for a diagonal quantity"
+            )
+        found += _carried(tape, use, derived.tensor, sorted(derived.names), slot.dense(g, samples))
+    return found
+
+
+def _carried(tape: Tape, use: Use, used: Tensor, names: list[str], dense: Tensor) -> list[tuple[str, Part]]:
+    """Per-sample gradients `[V,N,*used.shape]` of a used tensor, carried to the parameters it came from."""
+    if used.grad_fn is None:
+        return [(names[0], Part(use, dense=dense))]
+    leaves = [tape.parameters[name] for name in names]
+    lead = dense.shape[:2]
+    flat = dense.flatten(0, 1)
+    try:
+        carried = pull([used], [flat], leaves, batched=True) if len(flat) else [None] * len(leaves)
+    except RuntimeError:  # an operation without a batching rule
+        each = [pull([used], [row], leaves) for row in flat]
+        carried = [
+            torch.stack([torch.zeros_like(p) if r[i] is None else r[i] for r in each])  # type: ignore[misc]
+            for i, p in enumerate(leaves)
+        ]
+    parts = []
+    for name, leaf, value in zip(names, leaves, carried, strict=True):
+        value = flat.new_zeros(len(flat), *leaf.shape) if value is None else value
+        parts.append((name, Part(use, dense=value.to(leaf.dtype).unflatten(0, lead))))
+    return parts
+
+
+def view_maps(used: Tensor, parameter: Tensor) -> tuple[Map, Map] | None:
+    """Maps `[..., *used.shape] -> [..., *parameter.shape]` and back where one is a full view of the other.
+
+    None where `used` is no rearrangement of the parameter's elements.
+    """
+    if used is parameter:
+        return _identity, _identity
+    if used._base is not parameter or used.numel() != parameter.numel() or used.dtype != parameter.dtype:
+        return None
+    if used.is_contiguous() and parameter.is_contiguous():
+        return (
+            lambda w: w.reshape(*w.shape[: w.dim() - used.dim()], *parameter.shape),
+            lambda p: p.reshape(used.shape),
+        )
+    if used.dim() == parameter.dim() <= 5:
+        for order in permutations(range(used.dim())):
+            permuted = parameter.permute(order)
+            if permuted.shape == used.shape and permuted.stride() == used.stride():
+                inverse = [order.index(i) for i in range(len(order))]
+
+                def to_parameter(w: Tensor, inverse: list[int] = inverse) -> Tensor:
+                    lead = w.dim() - len(inverse)
+                    return w.permute(*range(lead), *(lead + i for i in inverse))
+
+                return to_parameter, lambda p, order=order: p.permute(order)
+    return None
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,9 @@
+"""Loss calls of torch and their likelihoods: gradient, exact and sampled roots of the loss Hessian."""
+
+from __future__ import annotations
+
+from .base import Likelihood
+from .call import LossCall, bind, check, is_loss, logits_of
+from .likelihood import likelihood, scale_to_union
+
+__all__ = ["Likelihood", "LossCall", "bind", "check", "is_loss", "likelihood", "logits_of", "scale_to_union"]

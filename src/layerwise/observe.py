@@ -1,0 +1,290 @@
+"""`observe`: many quantities from the user's own backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.cotangents import Cotangent, Exact, Gradient, Sampled
+from layerwise.coverage import Graph, prove
+from layerwise.errors import BadInput, LayerwiseError, NonFinite, UncoveredUse, Undefined, UnknownLoss
+from layerwise.gradients import ParameterGradient, Part, parts_of
+from layerwise.losses import Likelihood, likelihood
+from layerwise.pull import hooked, pull
+from layerwise.quantities.base import Quantity
+from layerwise.samples import Layout, measure
+from layerwise.seen import Batch, Seen, Values
+from layerwise.tape import Tape, Use
+
+__all__ = ["observe"]
+
+_CHUNK = 4  # columns of a root sent back together where batching pays
+
+
+class observe:  # noqa: N801  (a context manager, used like a function)
+    """Compute quantities in the user's ordinary `loss.backward()`.
+
+        with observe(model, Variance(), DiagGGN()) as seen:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+        seen.variance["conv1.weight"]
+
+    `.grad` is what it would have been. Results are keyed by parameter name. Several backward passes in one
+    context give the quantities of the loss of all batches together: a mean over their union.
+
+    model: an nn.Module, or a mapping of names to tensors for a functional model. samples: the number of
+    samples N, by default dim 0 of the batch. scale: "loss" (g_n sum to `.grad`) or "sample" (N g_n for a mean).
+    Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        *quantities: Quantity,
+        samples: int | None = None,
+        scale: str = "loss",
+    ) -> None:
+        for q in quantities:
+            if not isinstance(q, Quantity):
+                hint = " (an instance, not the class)" if isinstance(q, type) else ""
+                raise BadInput(f"asked to observe {q!r}; give quantities such as Variance(){hint}")
+        if scale not in ("loss", "sample"):
+            raise BadInput(f'scale must be "loss" or "sample", got {scale!r}')
+        self._model = model
+        self._quantities = quantities
+        self._samples = samples
+        self._scale = scale
+
+    def __enter__(self) -> Seen:
+        self._tape = Tape(self._model, self._on_backward)
+        self._seen = Seen(self._quantities, self._scale, list(self._tape.parameters))
+        self._tape.__enter__()
+        return self._seen
+
+    def __exit__(self, *exc: Any) -> None:
+        self._tape.__exit__(*exc)
+        self._tape.clear()
+        del self._tape, self._seen  # the results live on alone
+
+    def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
+        """Run the user's backward pass and everything that it is observed with."""
+        _check_finite(total)
+        graph = prove(tape, total, weight)
+        pass_ = _Pass(tape, graph, self._quantities, self._model, self._samples, self._scale)
+        pass_.pull_roots()
+        before = {name: _snapshot(p) for name, p in tape.parameters.items()}
+        try:
+            with hooked(graph.uses if pass_.streams else [], pass_.receive):
+                out = run()
+            gradient = _gradient(tape, before, set(graph.parameters()))
+            values = pass_.values()
+        except LayerwiseError:
+            _restore(tape, before)
+            raise
+        self._seen._add(pass_.batch, values, gradient, pass_.context)
+        tape.clear()
+        return out
+
+
+class _Pass:
+    """One backward pass: its likelihoods, its layout, and the values of each quantity."""
+
+    def __init__(
+        self, tape: Tape, graph: Graph, quantities: Sequence[Quantity], model: Any, samples: int | None, scale: str
+    ) -> None:
+        self.tape, self.graph, self.quantities = tape, graph, quantities
+        self.likelihoods = _likelihoods(graph)
+        self._check_scale(scale)
+        self.layout: Layout | None = None
+        if any(q.needs_samples for q in quantities) or any(type(q.cotangent) is Exact for q in quantities):
+            self.layout = measure(tape, graph, model, samples)
+        self.batch = Batch(self._samples(samples), _terms(self.likelihoods))
+        self.context: dict[str, Part] = {}
+        self.streams = [i for i, q in enumerate(quantities) if isinstance(q.cotangent, Gradient)]
+        self._values: dict[int, Values] = {i: {} for i in range(len(quantities))}
+        self._expected = _uses_of(tape, graph)
+        self._waiting: dict[str, list[Part]] = {}
+        self._received: set[int] = set()
+
+    def _check_scale(self, scale: str) -> None:
+        means = {lik.mean for lik in self.likelihoods}
+        if scale == "sample" and len(means) > 1:
+            raise Undefined('scale="sample" asks for N g_n under a mean, but this total adds a mean and a sum')
+
+    def _samples(self, samples: int | None) -> int:
+        if self.layout is not None:
+            return self.layout.n
+        if samples is not None:
+            return samples
+        return self.tape.first.shape[0] if self.tape.first is not None and self.tape.first.dim() else 1
+
+    # -- roots of the loss Hessian, sent before the user's backward pass -----------------------------------
+
+    def pull_roots(self) -> None:
+        """Send the columns that the quantities ask for, shared between those that ask for the same."""
+        wanted: dict[Cotangent, list[int]] = {}
+        for i, q in enumerate(self.quantities):
+            if not isinstance(q.cotangent, Gradient):
+                wanted.setdefault(q.cotangent, []).append(i)
+        for cotangent, indices in wanted.items():
+            assert not isinstance(cotangent, Gradient)
+            column = 0
+            for loss, edge, rows in self._losses():
+                for stack in cotangent.columns(loss, rows, _chunk_size(self.graph)):
+                    self._send(edge, stack, indices, column)
+                    column += len(stack)
+
+    def _losses(self) -> Iterator[tuple[Likelihood, Any, Any]]:
+        for k, (use, lik) in enumerate(zip(self.graph.losses, self.likelihoods, strict=True)):
+            yield lik, use.logits, None if self.layout is None else self.layout.losses[k]
+
+    def _send(self, edge: Any, stack: Tensor, indices: list[int], column: int) -> None:
+        uses = self.graph.uses
+        edges = [use.edge for use in uses]
+        if len(stack) == 1:
+            pulled = [None if g is None else g[None] for g in pull([edge], [stack[0]], edges)]
+        else:
+            pulled = pull([edge], [stack], edges, batched=True)
+        parts: dict[tuple[str, bool], list[Part]] = {}
+        flags = {self.quantities[i].needs_samples for i in indices}
+        for use, g in zip(uses, pulled, strict=True):
+            g = stack.new_zeros(len(stack), *use.call.out_shape) if g is None else g
+            for flag in flags:
+                for name, part in parts_of(self.tape, use, g, self._where(use, flag)):
+                    parts.setdefault((name, flag), []).append(part)
+        for (name, flag), found in parts.items():
+            gradient = ParameterGradient(name, self.tape.parameters[name].shape, found, column)
+            for i in indices:
+                if self.quantities[i].needs_samples == flag:
+                    self._compute(i, gradient)
+
+    def _where(self, use: Use, needs_samples: bool) -> Any:
+        return self.layout.uses[use.index] if needs_samples and self.layout is not None else None
+
+    # -- the gradient, streamed from the user's backward pass ----------------------------------------------
+
+    def receive(self, use: Use, g: Tensor) -> None:
+        """Take the cotangent of one use; a parameter whose uses have all arrived is contracted at once."""
+        self._received.add(use.index)
+        for name, part in parts_of(self.tape, use, g.detach()[None], self._where(use, True)):
+            self._waiting.setdefault(name, []).append(part)
+        for name in use.names:
+            self._expected[name].discard(use.index)
+            if not self._expected[name]:
+                self._stream(name)
+
+    def _stream(self, name: str) -> None:
+        found = self._waiting.pop(name)
+        gradient = ParameterGradient(name, self.tape.parameters[name].shape, found)
+        for i in self.streams:
+            self._compute(i, gradient)
+
+    def _compute(self, i: int, gradient: ParameterGradient) -> None:
+        new = self.quantities[i].compute(gradient)
+        old = self._values[i].get(gradient.name)
+        self._values[i][gradient.name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
+        if gradient.joined is not None:
+            self.context[gradient.name] = gradient.joined
+
+    def values(self) -> dict[int, Values]:
+        """The values of all quantities, complete: a use that saw no cotangent counts as zero, or is refused."""
+        if self.streams:
+            for name in list(self._waiting):
+                self._stream(name)  # some of its uses received no cotangent: they contribute nothing
+            missing = [use for use in self.graph.uses if use.index not in self._received]
+            alone = {name for use in missing for name in use.names} - set(self._values[self.streams[0]])
+            if alone:
+                raise Undefined(
+                    f"the backward pass never reached {missing[0]}; observed backward passes must run through the "
+                    f"whole graph (no `inputs=`), so nothing was recorded for {', '.join(sorted(alone))}"
+                )
+        return self._values
+
+
+# -- helpers ------------------------------------------------------------------------------------------------
+
+
+def _chunk_size(graph: Graph) -> int:
+    """Columns sent back at once: several through dense layers, one through convolutions."""
+    return 1 if any(len(use.call.out_shape) > 2 for use in graph.uses) else _CHUNK
+
+
+def _uses_of(tape: Tape, graph: Graph) -> dict[str, set[int]]:
+    table: dict[str, set[int]] = {}
+    for use in graph.uses:
+        for name in use.names:
+            table.setdefault(name, set()).add(use.index)
+    return table
+
+
+def _likelihoods(graph: Graph) -> list[Likelihood]:
+    """The losses with the weight that the total gives them; a total that is not linear in them is refused."""
+    if not graph.losses:
+        raise UnknownLoss("the loss depends on the parameters through no call that is known as a loss")
+    values = [loss.value for loss in graph.losses]
+    weight = graph.weight if graph.weight is not None else torch.ones_like(graph.total)
+    with torch.enable_grad():
+        scales = pull([graph.total], [weight], values, create_graph=True)
+    found = []
+    for loss, c in zip(graph.losses, scales, strict=True):
+        if c is None:
+            raise UnknownLoss(f"the total does not depend on its {loss.call.name}")
+        if c.requires_grad:
+            raise UnknownLoss(
+                f"the total is not linear in its {loss.call.name} (a power, a product of losses, or a learned "
+                "weight), so it is no sum over samples; observe the loss itself, times constants"
+            )
+        found.append(likelihood(loss.call, loss.call.logits, c.detach()))
+    return found
+
+
+def _terms(likelihoods: Sequence[Likelihood]) -> tuple[float, ...] | None:
+    if not all(lik.mean for lik in likelihoods):
+        if any(lik.mean for lik in likelihoods):
+            return tuple(float(lik.terms) if lik.mean else float("nan") for lik in likelihoods)
+        return None
+    return tuple(float(lik.terms) for lik in likelihoods)
+
+
+def _check_finite(total: Tensor) -> None:
+    if not bool(torch.isfinite(total).all()):
+        raise NonFinite(
+            f"asked to observe a backward pass from a loss of {total.detach().tolist()}; nothing was computed. "
+            "Check the batch and the parameters for NaN and infinity"
+        )
+
+
+def _snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:
+    grad = p.grad
+    return grad, -1 if grad is None else grad._version, None if grad is None else grad.detach().clone()
+
+
+def _gradient(tape: Tape, before: Mapping[str, Any], covered: set[str]) -> Values:
+    """What the backward pass added to `.grad`; a change where no use was recorded is an error."""
+    found: Values = {}
+    for name, p in tape.parameters.items():
+        grad, version, old = before[name]
+        new = p.grad
+        if new is None or (new is grad and new._version == version):
+            continue
+        if name not in covered:
+            raise UncoveredUse(
+                f"the backward pass changed the gradient of {name!r}, but no call with it was recorded: it ran inside "
+                "something the tape cannot see (reentrant checkpointing, another thread). Use "
+                "torch.utils.checkpoint with use_reentrant=False"
+            )
+        found[name] = (new.detach().clone() if old is None else new.detach() - old,)
+    return found
+
+
+def _restore(tape: Tape, before: Mapping[str, Any]) -> None:
+    """Undo what a refused backward pass added to `.grad`."""
+    for name, p in tape.parameters.items():
+        grad, version, old = before[name]
+        p.grad = grad
+        if grad is not None and grad._version != version:
+            with torch.no_grad():
+                grad.copy_(old)

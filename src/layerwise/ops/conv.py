@@ -1,0 +1,164 @@
+"""Convolutions in 1 to 3 dimensions and their transposes: the input rows are its windows.
+
+A transposed convolution is the convolution of the input, with zeros stuffed between its places, with
+the flipped kernel (Dumoulin and Visin 2016, section 4); so Z = W A holds for it as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerwise.ops.arguments import bind, count, plain
+from layerwise.ops.base import Call, Samples, Slot
+from layerwise.ops.elementwise import BiasSlot
+
+__all__ = ["FUNCTIONS", "ConvSlot", "slots"]
+
+
+class Geometry(NamedTuple):
+    """Arguments of a convolution as they were given; `output_padding` is None unless transposed."""
+
+    dims: int
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+    output_padding: Any = None
+
+    def tuples(self, kernel: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], list[tuple[int, int]]]:
+        """Stride and dilation of the windows, and the zeros (left, right) added along each axis."""
+        stride, dilation = _spread(self.stride, self.dims), _spread(self.dilation, self.dims)
+        span = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if self.padding == "valid":
+            return stride, dilation, [(0, 0)] * self.dims
+        if self.padding == "same":  # torch puts the odd one to the right
+            return stride, dilation, [(s // 2, s - s // 2) for s in span]
+        padding = _spread(self.padding, self.dims)
+        if self.output_padding is None:
+            return stride, dilation, [(p, p) for p in padding]
+        extra = _spread(self.output_padding, self.dims)
+        edges = [(s - p, s - p + e) for s, p, e in zip(span, padding, extra, strict=True)]
+        return (1,) * self.dims, dilation, edges
+
+
+def _spread(value: Any, dims: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) * (dims if len(value) == 1 else 1)
+
+
+class ConvSlot(Slot):
+    """The kernel of a convolution. An input without a batch axis has no axis for samples."""
+
+    def __init__(self, used: Tensor, x: Tensor, geometry: Geometry, out_shape: torch.Size) -> None:
+        self.used = used
+        self._x, self._geometry, self._out_shape = x, geometry, out_shape
+        self._batched = len(out_shape) == geometry.dims + 2
+        self.axes = (0,) if self._batched else ()
+
+    def _padded(self) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+        """The input with all its zeros, and the stride and dilation of the windows in it."""
+        geometry, dims = self._geometry, self._geometry.dims
+        x = self._x.detach().to(self.used.dtype)
+        x = x if self._batched else x.unsqueeze(0)
+        stride, dilation, edges = geometry.tuples(self.used.shape[2:])
+        if geometry.output_padding is not None:
+            steps = _spread(geometry.stride, dims)
+            if any(s > 1 for s in steps):
+                sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], steps, strict=True)]
+                stuffed = x.new_zeros(*x.shape[:2], *sizes)
+                stuffed[(..., *(slice(None, None, s) for s in steps))] = x
+                x = stuffed
+        if any(e != (0, 0) for e in edges):
+            x = F.pad(x, [n for edge in reversed(edges) for n in edge])  # negative ones crop
+        return x, stride, dilation
+
+    def input(self, samples: Samples | None) -> Tensor:
+        x, stride, dilation = self._padded()
+        dims, (b, c), step = self._geometry.dims, x.shape[:2], x.stride()
+        kernel, places = self.used.shape[2:], self._out_shape[-self._geometry.dims :]
+        n, t, k = b, math.prod(places), self._geometry.groups
+        view = x.as_strided(
+            (b, c, *kernel, *places),
+            (*step[:2], *(s * d for s, d in zip(step[2:], dilation, strict=True)),
+             *(s * d for s, d in zip(step[2:], stride, strict=True))),
+            x.storage_offset(),
+        )  # fmt: skip
+        # the one copy: [k,i,n,t] keeps runs of t whole, and serves products over t and over n,t
+        if samples is None:
+            view = view.movedim(0, 1 + dims)
+        else:
+            n, t = samples.n, t * (b // samples.n)
+            view = samples.split(view, 0).movedim((0, 1), (1 + dims, 2 + dims))
+        return view.reshape(k, c // k * math.prod(kernel), n, t).permute(2, 3, 0, 1)
+
+    def output(self, g: Tensor, samples: Samples | None) -> Tensor:
+        g = g.to(self.used.dtype)
+        g = g if self._batched else g.unsqueeze(1)
+        k, places = self._geometry.groups, math.prod(g.shape[3:])
+        o = g.shape[2] // k
+        if samples is None:
+            g = g.reshape(*g.shape[:2], k, o, places)
+            return g.permute(0, 1, 4, 2, 3)
+        g = samples.split(g, 1)
+        v, n, r = g.shape[:3]
+        g = g.reshape(v, n, r, k, o, places).permute(0, 1, 2, 5, 3, 4)
+        return g.flatten(2, 3) if r > 1 else g.squeeze(2)
+
+    def matrix(self, used: Tensor) -> Tensor:
+        groups = self._geometry.groups
+        if self._geometry.output_padding is None:
+            return used.reshape(groups, used.shape[0] // groups, -1)
+        used = used.flip(tuple(range(2, used.ndim))).unflatten(0, (groups, -1)).transpose(1, 2)
+        return used.reshape(groups, used.shape[1], -1)
+
+    def fold(self, w: Tensor) -> Tensor:
+        lead, groups, shape = w.shape[:-3], self._geometry.groups, self.used.shape
+        if self._geometry.output_padding is None:
+            return w.reshape(*lead, *shape)
+        w = w.reshape(*lead, groups, shape[1], shape[0] // groups, *shape[2:])
+        w = w.transpose(len(lead) + 1, len(lead) + 2).reshape(*lead, *shape)
+        return w.flip(tuple(range(-self._geometry.dims, 0)))
+
+
+_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+FUNCTIONS: dict[Callable[..., Any], tuple[int, bool]] = {
+    **{func: (d, False) for d, func in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), 1)},
+    **{
+        func: (d, True)
+        for d, func in enumerate((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), 1)
+    },
+}
+
+
+def slots(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
+    """The slots of a convolution's kernel and bias; None for a tensor in another place."""
+    dims, transposed = FUNCTIONS[call.func]
+    if transposed:
+        bound = bind(call, _TRANSPOSED, (None, None, None, 1, 0, 0, 1, 1))
+    else:
+        bound = bind(call, _NAMES, (None, None, None, 1, 0, 1, 1))
+    if bound is None:
+        return [None] * len(used)
+    x, weight, bias, stride, padding = bound[:5]
+    if transposed:
+        geometry = Geometry(dims, stride, padding, bound[7], bound[6], bound[5])
+    else:
+        geometry = Geometry(dims, stride, padding, bound[5], bound[6])
+    out: list[Slot | None] = []
+    for u in used:
+        if not plain(u) or count(bound[:3], u) != 1 or u is x:
+            out.append(None)
+        elif u is weight:
+            out.append(ConvSlot(u, x, geometry, call.out_shape))
+        else:
+            batched = len(call.out_shape) == dims + 2
+            out.append(BiasSlot(u, int(batched), (0,) if batched else (), call.out_shape))
+    return out

@@ -1,0 +1,137 @@
+"""Look-ups in a table: `embedding`, an index of the first axis, and `embedding_bag`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerwise.ops.arguments import bind, count, plain
+from layerwise.ops.base import Call, Samples, Slot
+
+__all__ = ["FUNCTIONS", "BagSlot", "EmbeddingSlot", "slots"]
+
+
+class EmbeddingSlot(Slot):
+    """Rows of a table chosen by an index: the input is the index of the only 1 of a one-hot row."""
+
+    def __init__(self, used: Tensor, index: Tensor, padding: int | None = None) -> None:
+        self.used, self._index, self._padding = used, index, padding
+        self.axes = range(index.ndim)
+
+    def _rows(self, x: Tensor, lead: int, tail: list[int], samples: Samples | None) -> Tensor:
+        """`[lead.., *index.shape, *tail]` to `[lead.., N,T, *tail]`."""
+        size, depth = self._index.numel(), self._index.ndim
+        axis = 0 if samples is None else samples.axis
+        n = 1 if depth == 0 else self._index.shape[axis]
+        if axis:
+            x = x.movedim(lead + axis, lead)
+        if samples is not None:
+            x, n = samples.split(x, lead), samples.n
+        return x.reshape(*x.shape[:lead], n, size // n if n else 0, *tail)
+
+    def input(self, samples: Samples | None) -> Tensor:
+        # torch counts negative indices from the end
+        return self._rows(self._index.long().remainder(self.used.shape[0]), 0, [], samples)
+
+    def output(self, g: Tensor, samples: Samples | None) -> Tensor:
+        g = g.to(self.used.dtype)
+        if self._padding is not None:  # these positions give the table no gradient
+            pad = self._index == self._padding
+            g = g.masked_fill(pad.reshape(*pad.shape, *(1,) * (self.used.ndim - 1)), 0)
+        return self._rows(g, 1, [1, math.prod(self.used.shape[1:])], samples)
+
+    def matrix(self, used: Tensor) -> Tensor:
+        return used.reshape(1, used.shape[0], -1).transpose(1, 2)
+
+    def fold(self, w: Tensor) -> Tensor:
+        return w.squeeze(-3).transpose(-1, -2).reshape(*w.shape[:-3], *self.used.shape)
+
+
+class BagSlot(EmbeddingSlot):
+    """Weighted sums of rows of a table: the input rows count how often each row was taken."""
+
+    def __init__(self, used: Tensor, bags: int, counts: Callable[[], Tensor]) -> None:
+        super().__init__(used, torch.empty(bags, 0, device="meta")[:, 0])
+        self._counts = counts
+
+    def input(self, samples: Samples | None) -> Tensor:
+        return self._rows(self._counts(), 0, [1, self.used.shape[0]], samples)
+
+
+def _bound(call: Call, names: tuple[str, ...]) -> dict[str, Any] | None:
+    defaults = {"norm_type": 2.0, "scale_grad_by_freq": False, "mode": "mean", "include_last_offset": False}
+    values = bind(call, names, tuple(defaults.get(name) for name in names))
+    return None if values is None else dict(zip(names, values, strict=True))
+
+
+def _embedding(call: Call, used: Tensor) -> Slot | None:
+    v = _bound(call, ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"))
+    if v is None or v["weight"] is not used or v["max_norm"] is not None or v["scale_grad_by_freq"]:
+        return None
+    padding = v["padding_idx"]
+    return EmbeddingSlot(used, v["input"], None if padding is None else padding % used.shape[0])
+
+
+def _bag(call: Call, used: Tensor) -> Slot | None:
+    v = _bound(call, ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode",
+                      "sparse", "per_sample_weights", "include_last_offset", "padding_idx"))  # fmt: skip
+    if v is None or v["weight"] is not used or count((call.args, call.kwargs), used) != 1:
+        return None
+    if v["mode"] not in ("sum", "mean") or v["max_norm"] is not None or v["scale_grad_by_freq"]:
+        return None
+    weights = v["per_sample_weights"]
+    if weights is not None and weights.requires_grad:
+        weights = weights.detach()
+    bags = call.out_shape[0]
+
+    def counts() -> Tensor:
+        index = v["input"].long()
+        if index.ndim == 2:
+            bag = torch.arange(bags, device=index.device).repeat_interleave(index.shape[1])
+        else:
+            starts = v["offsets"][:bags].long()
+            bag = torch.searchsorted(starts, torch.arange(len(index), device=index.device), right=True) - 1
+        flat = index.flatten()
+        one = used.new_ones(len(flat)) if weights is None else weights.flatten().to(used.dtype)
+        if v["padding_idx"] is not None:
+            one = one.masked_fill(flat == v["padding_idx"] % used.shape[0], 0)
+        rows = used.new_zeros(bags, used.shape[0]).index_put_((bag, flat), one, accumulate=True)
+        return rows if v["mode"] == "sum" else rows / rows.sum(1, keepdim=True).clamp(min=1)
+
+    return BagSlot(used, bags, counts)
+
+
+def _index(call: Call, used: Tensor) -> Slot | None:
+    """`table[index]` with one tensor of integers: an embedding."""
+    if len(call.args) != 2 or call.kwargs or call.args[0] is not used or used.ndim == 0:
+        return None
+    index = call.args[1]
+    whole = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+    return EmbeddingSlot(used, index) if whole else None
+
+
+def _index_select(call: Call, used: Tensor) -> Slot | None:
+    bound = bind(call, ("input", "dim", "index"), (None, None, None))
+    if bound is None or bound[0] is not used or used.ndim == 0 or bound[1] % used.ndim or bound[2].ndim != 1:
+        return None
+    return EmbeddingSlot(used, bound[2])
+
+
+FUNCTIONS: dict[Callable[..., Any], Callable[[Call, Tensor], Slot | None]] = {
+    F.embedding: _embedding,
+    F.embedding_bag: _bag,
+    torch.Tensor.__getitem__: _index,
+    torch.index_select: _index_select,
+    torch.Tensor.index_select: _index_select,
+}
+
+
+def slots(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
+    """The slots of tables looked up by a call; None for a tensor in another place."""
+    build = FUNCTIONS[call.func]
+    return [build(call, u) if plain(u) else None for u in used]

@@ -1,0 +1,158 @@
+"""The fallback for calls that no family describes: one vector-Jacobian product per sample."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import Undefined, UnsupportedCall
+from layerwise.ops.arguments import replace, writes_first
+from layerwise.ops.base import Call, Samples, Slot
+
+__all__ = ["OpaqueSlot"]
+
+_CHUNK = 2**24  # elements of the cotangents sent back together
+
+
+class OpaqueSlot(Slot):
+    """Any call: only `dense` is defined, by running the call again and sending back one sample at a time.
+
+    dense[v,n] = (d out / d used)^T (g[v] where the place belongs to sample n, else 0)
+
+    The sum over n is compared with the product of a second run, so that a call which is random or
+    whose batched derivative is wrong raises `Undefined` instead of returning numbers.
+    """
+
+    factored = False
+
+    def __init__(self, call: Call, used: Tensor) -> None:
+        self.used = used
+        self.axes = range(len(call.out_shape))
+        self.linear = False
+        self._call = call
+
+    def dense(self, g: Tensor, samples: Samples) -> Tensor:
+        owner = samples.owner(g.shape[1 + samples.axis], g.device)
+        owner = owner.reshape(-1, *(1,) * (g.ndim - 2 - samples.axis))
+        g = g.detach()
+        with _isolated(self.used):
+            out, leaf = self._run()
+            again, second = self._run()
+            g = g.to(out.dtype)
+            weights = torch.arange(1, len(g) + 1, dtype=g.dtype, device=g.device)
+            (whole,) = _pull(again, second, torch.einsum("v,v...->...", weights, g).unsqueeze(0), batched=False)
+            for batched in (True, False):
+                rows = self._rows(out, leaf, g, owner, samples.n, batched)
+                if rows is not None and _agrees(rows, weights.to(rows.dtype), whole):
+                    return rows
+        raise Undefined(
+            f"per-sample gradients of a tensor of shape {tuple(self.used.shape)} through {_name(self._call)}: "
+            "they do not sum to the call's own gradient, so the call is random or its derivative is not "
+            "reproducible; draw its random numbers in a call of their own, outside of it"
+        )
+
+    def _rows(
+        self, out: Tensor, leaf: Tensor, g: Tensor, owner: Tensor, n: int, batched: bool
+    ) -> Tensor | None:
+        """`[V,N,*used.shape]`, or None where torch cannot batch this derivative."""
+        size = max(1, _CHUNK // max(1, out.numel(), leaf.numel()))
+        ids = torch.arange(n, device=g.device)
+        ids = ids.reshape(n, *(1,) * out.ndim)
+        parts = []
+        for cotangent in g:
+            for some in ids.split(size):
+                masked = torch.where(owner == some, cotangent, cotangent.new_zeros(()))
+                try:
+                    parts.append(_pull(out, leaf, masked, batched))
+                except (RuntimeError, NotImplementedError):
+                    if batched:
+                        return None
+                    raise
+        return torch.cat(parts).reshape(len(g), n, *leaf.shape)
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        """The call again on detached copies: its output, and the leaf in the place of `used`."""
+        call, dtype = self._call, self.used.dtype
+        leaf = self.used.detach().requires_grad_()
+
+        def change(x: Tensor) -> Tensor:
+            if x is self.used:
+                return leaf
+            # under autocast the call mixed dtypes
+            return x.detach().to(dtype) if x.is_floating_point() else x.detach()
+
+        args, kwargs = replace(call.args, change), replace(call.kwargs, change)
+        if writes_first(call.func):
+            args = (args[0].clone(), *args[1:])
+        out = call.func(*args, **kwargs)
+        out = args[0] if out is None and writes_first(call.func) else out
+        if not isinstance(out, Tensor) or out.shape != call.out_shape or not out.requires_grad:
+            seen = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise UnsupportedCall(
+                f"{_name(call)} uses a parameter and gave {seen} when run again, where one differentiable "
+                f"tensor of shape {tuple(call.out_shape)} was recorded; write it with other torch functions"
+            )
+        return out, leaf
+
+    def _no_rows(self) -> Undefined:
+        return Undefined(
+            f"{_name(self._call)} is not known as a linear map, so a tensor of shape "
+            f"{tuple(self.used.shape)} used by it has per-sample gradients but no input and output rows"
+        )
+
+    def input(self, samples: Samples | None) -> Tensor | None:
+        raise self._no_rows()
+
+    def output(self, g: Tensor, samples: Samples | None) -> Tensor:
+        raise self._no_rows()
+
+    def fold(self, w: Tensor) -> Tensor:
+        raise self._no_rows()
+
+    def matrix(self, used: Tensor) -> Tensor:
+        raise self._no_rows()
+
+
+def _pull(out: Tensor, leaf: Tensor, cotangents: Tensor, batched: bool) -> Tensor:
+    """The gradients `[B, *leaf.shape]` of cotangents `[B, *out.shape]`."""
+    if batched:
+        (rows,) = torch.autograd.grad(out, leaf, cotangents, retain_graph=True, is_grads_batched=True)
+    else:
+        rows = torch.stack([
+            row.to_dense() if row.layout is not torch.strided else row
+            for c in cotangents
+            for row in torch.autograd.grad(out, leaf, c, retain_graph=True)
+        ])  # fmt: skip
+    return rows
+
+
+def _agrees(rows: Tensor, weights: Tensor, whole: Tensor) -> bool:
+    """Whether the rows sum to the whole gradient; not judged where it is infinite or NaN anyway."""
+    if not bool(torch.isfinite(whole).all()):
+        return True
+    error = torch.einsum("v,vn...->...", weights, rows) - whole
+    scale = torch.einsum("v,vn...->...", weights.abs(), rows.abs()).abs().max() + whole.abs().max()
+    tolerance = max(1e-6, torch.finfo(whole.dtype).eps ** 0.5)
+    return bool(error.abs().max() <= tolerance * scale)
+
+
+@contextmanager
+def _isolated(used: Tensor) -> Iterator[None]:
+    """Leave the caller's random state, autocast and warnings out of a repeated call."""
+    devices = [used.device] if used.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.autocast(used.device.type, enabled=False),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # torch warns where it batches by looping
+        yield
+
+
+def _name(call: Call) -> str:
+    return getattr(call.func, "__qualname__", None) or getattr(call.func, "__name__", None) or repr(call.func)

@@ -1,0 +1,89 @@
+"""Cotangents sent back through a recorded graph, by torch's own autograd.
+
+No derivative rule is written here or anywhere: `torch.autograd.grad` from the logits' edges to the edges
+of the uses knows every activation, pooling and residual sum.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.tape import Use
+
+__all__ = ["hooked", "pull"]
+
+
+class _State(threading.local):
+    pulling = False
+
+
+_STATE = _State()  # whether this thread is inside a pull: hooks must not mistake it for the user's backward
+
+
+@contextmanager
+def _pulling() -> Iterator[None]:
+    before, _STATE.pulling = _STATE.pulling, True
+    try:
+        yield
+    finally:
+        _STATE.pulling = before
+
+
+def pull(
+    outputs: Sequence[Any],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Any],
+    batched: bool = False,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Vector-Jacobian products of `outputs` with `cotangents` at `inputs` (edges or tensors).
+
+    batched: each cotangent carries a leading axis V, and so does each result. The graph is kept.
+    An input that no output depends on gives None.
+    """
+    with _pulling():
+        return list(
+            torch.autograd.grad(
+                list(outputs),
+                list(inputs),
+                list(cotangents),
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        )
+
+
+@contextmanager
+def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Iterator[None]:
+    """Deliver each use's cotangent to `receive` while a backward pass runs inside the context.
+
+    The hooks sit on the autograd nodes, see only backward passes other than our own pulls, and are
+    removed on exit, also after an exception.
+    """
+    handles = []
+
+    def hook_for(use: Use) -> Callable[[Sequence[Tensor | None]], None]:
+        index = use.edge.output_nr
+
+        def hook(grads: Sequence[Tensor | None]) -> None:
+            g = grads[index]
+            if g is not None and not _STATE.pulling:
+                receive(use, g)
+
+        return hook
+
+    try:
+        for use in uses:
+            handles.append(use.edge.node.register_prehook(hook_for(use)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,36 @@
+"""The diagonal of the generalized Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerwise.cotangents import Exact, Sampled
+from layerwise.gradients import ParameterGradient
+from layerwise.quantities.base import Quantity, positive
+
+__all__ = ["DiagGGN"]
+
+
+class DiagGGN(Quantity):
+    """The diagonal of the generalized Gauss-Newton matrix of the loss as written.
+
+    diag(sum_n J_n^T H_n J_n), `[*shape]`, with J the Jacobian of the outputs and H the Hessian of the loss
+    with respect to them. `samples=None` sends all root columns back and is exact; `samples=k` sends k
+    sampled ones and is unbiased (for a likelihood loss, the sampled Fisher's diagonal).
+    Raises UnknownLoss, SamplesMixed, or Undefined (a loss without a root).
+    Source: Schraudolph (2002); Dangel et al. (2020), eq. 19.
+    """
+
+    powers = (1,)
+
+    def __init__(self, samples: int | None = None, generator: torch.Generator | None = None) -> None:
+        self.samples = positive("DiagGGN's samples", samples)
+        self.cotangent = Exact() if samples is None else Sampled(samples, generator)
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        """`[*shape]`."""
+        return (gradient.second_moment(),)
+
+    def __repr__(self) -> str:
+        return f"DiagGGN(samples={self.samples})" if self.samples else "DiagGGN()"

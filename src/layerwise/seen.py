@@ -1,0 +1,181 @@
+"""The results of an observation, joined over the batches that ran in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadInput, NoBackward, Undefined
+from layerwise.quantities.base import ByParameter, Quantity, Union
+
+__all__ = ["Batch", "Joined", "Seen"]
+
+Values = dict[str, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One backward pass: its samples, and the denominators of its losses' means (None for sums)."""
+
+    samples: int
+    terms: tuple[float, ...] | None
+
+
+class Joined:
+    """Values of several batches as those of the union's loss, in memory that does not grow with them.
+
+    The union of mean losses weighs batch b by terms_b / sum(terms), so a value of power p is joined as
+    `sum_b terms_b^p value_b / (sum terms)^p`. Sum losses just add. Per-sample values concatenate.
+    """
+
+    def __init__(self, powers: Sequence[int], concatenate: bool = False) -> None:
+        self.powers = powers
+        self.concatenate = concatenate
+        self._values: dict[str, list[Any]] = {}
+        self._weighted = False
+
+    def add(self, values: Values, weight: float, first: bool) -> None:
+        """Take the values of one batch; weight: the terms of its mean, or 1."""
+        if first:
+            self._values = {k: [[t] if self.concatenate else t for t in v] for k, v in values.items()}
+            self._weight = weight
+            return
+        if not self._weighted:
+            self._scale(self._weight)
+            self._weighted = True
+        for name, tensors in values.items():
+            weighted = [t * weight**p if p and weight != 1 else t for t, p in zip(tensors, self.powers, strict=True)]
+            old = self._values.get(name)
+            if old is None:
+                if self.concatenate:
+                    raise Undefined(f"parameter {name!r} was not used in an earlier batch; observe the batches apart")
+                self._values[name] = weighted
+            elif self.concatenate:
+                for o, new in zip(old, weighted, strict=True):
+                    o.append(new)
+            else:
+                self._values[name] = [o + new for o, new in zip(old, weighted, strict=True)]
+
+    def _scale(self, factor: float) -> None:
+        for tensors in self._values.values():
+            for i, p in enumerate(self.powers):
+                if p and factor != 1:
+                    old = tensors[i]
+                    tensors[i] = [t * factor**p for t in old] if self.concatenate else old * factor**p
+
+    def finish(self, total: float) -> Values:
+        """The values of the union; total: the sum of the weights."""
+        done: Values = {}
+        for name, tensors in self._values.items():
+            out = []
+            for t, p in zip(tensors, self.powers, strict=True):
+                value = (t[0] if len(t) == 1 else torch.cat(t)) if self.concatenate else t
+                out.append(value / total**p if self._weighted and p and total != 1 else value)
+            done[name] = tuple(out)
+        return done
+
+
+class Seen:
+    """The results of an observation, as attributes (`seen.variance`) and by quantity (`seen[q]`).
+
+    `seen.grad` holds the gradient of the observed loss. Asking before a backward pass raises NoBackward;
+    two quantities of one class make the attribute an error that says so.
+    """
+
+    def __init__(self, quantities: Sequence[Quantity], scale: str, names: Sequence[str]) -> None:
+        self._names_in_order = list(names)
+        self._quantities = list(quantities)
+        self._scale = scale
+        self._count = 0
+        self._samples = 0
+        self._terms: tuple[float, ...] | None = None
+        self._joined = [Joined(q.powers, q.concatenate) for q in self._quantities]
+        self._gradient = Joined((1,))
+        self._context: dict[int, Any] = {}
+        self._results: dict[int, Any] = {}
+
+    def __getitem__(self, quantity: Quantity) -> Any:
+        for i, q in enumerate(self._quantities):
+            if q is quantity:
+                return self._result(i)
+        raise KeyError(f"{quantity!r} is not observed here; observed: {self._names()}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        found = [i for i, q in enumerate(self._quantities) if q.name == name]
+        if len(found) == 1:
+            return self._result(found[0])
+        if found:
+            raise AttributeError(
+                f"{len(found)} observed quantities are called {name!r}; index with the instance: seen[quantity]"
+            )
+        raise AttributeError(f"no quantity {name!r} is observed here; observed: {self._names()}, grad")
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *(q.name for q in self._quantities)]
+
+    @property
+    def grad(self) -> ByParameter:
+        """The gradient of the observed loss, by parameter, `[*shape]` each."""
+        self._require("grad")
+        values = self._ordered(self._gradient.finish(self._total()))
+        return ByParameter({name: v[0] for name, v in values.items()})
+
+    def _names(self) -> str:
+        return ", ".join(q.name for q in self._quantities) or "nothing"
+
+    def _require(self, name: str) -> None:
+        if not self._count:
+            raise NoBackward(
+                f"asked for {name!r}, but no backward pass has finished inside `observe`; call loss.backward() there"
+            )
+
+    def _ordered(self, values: Values) -> Values:
+        return {name: values[name] for name in self._names_in_order if name in values}
+
+    def _total(self) -> float:
+        return self._terms[0] if self._terms is not None else 1.0
+
+    def _result(self, i: int) -> Any:
+        quantity = self._quantities[i]
+        self._require(quantity.name)
+        if i not in self._results:
+            union = Union(self._samples, self._terms is not None, self._scale)
+            values = self._ordered(self._joined[i].finish(self._total()))
+            self._results[i] = quantity.finish(values, union, self._context)
+        return self._results[i]
+
+    def _add(self, batch: Batch, values: Mapping[int, Values], gradient: Values, context: Mapping[str, Any]) -> None:
+        """Take the results of one backward pass."""
+        first = self._count == 0
+        if not first:
+            self._check_common(batch)
+        weight = batch.terms[0] if batch.terms is not None else 1.0
+        for i, v in values.items():
+            self._joined[i].add(v, weight, first)
+        self._gradient.add(gradient, weight, first)
+        self._context.update(context)
+        self._count += 1
+        self._samples += batch.samples
+        if batch.terms is not None:
+            self._terms = batch.terms if first else tuple(a + b for a, b in zip(self._terms, batch.terms, strict=True))  # type: ignore[arg-type]
+        self._results = {}
+
+    def _check_common(self, batch: Batch) -> None:
+        """Batches join only where their losses are means over the same mix of terms, or all sums."""
+        old, new = self._terms, batch.terms
+        ok = (old is None) == (new is None)
+        if old is not None and new is not None:
+            ok = len(old) == len(new) and all(
+                abs(a * new[0] - b * old[0]) <= 1e-9 * abs(a * new[0]) for a, b in zip(old, new, strict=True)
+            )
+        if not ok:
+            raise BadInput(
+                f"two observed backward passes have no loss in common: the means run over {old} terms so far and "
+                f"{new} now (None: a sum); use the same loss, or observe them in two contexts"
+            )

@@ -1,0 +1,391 @@
+"""The tape: a record of every call in which a parameter meets data.
+
+`Tape` is a `TorchFunctionMode` around the user's own forward. It changes no value, installs no hook and
+writes nothing onto modules or parameters. For each torch call that touches a parameter (or a tensor
+derived from parameters only) and some data it keeps a `Use`: the call with its data detached, and the
+gradient edge of its output, where cotangents can later be asked for.
+
+Tensors are of four kinds. *Parameter*: the model's, requiring grad. *Derived*: computed from parameters
+and constants only (`w.T`, a weight norm, LoRA's sum). *Constant*: buffers, frozen parameters, what
+deterministic factories make, 0-dim tensors that need no gradient. *Data*: everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from layerwise import losses, ops
+from layerwise.errors import BadInput, UnsupportedCall
+from layerwise.ops.base import Call, Slot
+
+__all__ = ["Derived", "LossUse", "Tape", "Use", "named_parameters_of"]
+
+
+class Derived(NamedTuple):
+    """A tensor computed from parameters and constants only, and the parameters it depends on."""
+
+    tensor: Tensor
+    names: frozenset[str]
+
+
+class Use:
+    """One call in which parameters meet data.
+
+    call: function and arguments, data detached. used: the parameters and derived tensors among them.
+    edge: gradient edge of the output. inputs: gradient edges of the data arguments, taken before the call.
+    consumers: the calls that read the output, as (function, args, kwargs without tensors).
+    """
+
+    __slots__ = ("_slots", "call", "consumers", "edge", "index", "inputs", "output", "used")
+
+    def __init__(
+        self, index: int, call: Call, used: list[Derived], inputs: list[GradientEdge], output: Tensor
+    ) -> None:
+        self.index = index
+        self.call = call
+        self.used = used
+        self.inputs = inputs
+        self.edge = get_gradient_edge(output)
+        self.output = weakref.ref(output)
+        self.consumers: list[Any] = []
+        self._slots: list[Slot] | None = None
+
+    @property
+    def slots(self) -> list[Slot]:
+        """How each of `used` enters the call, described once."""
+        if self._slots is None:
+            self._slots = ops.slots(self.call, [d.tensor for d in self.used])
+        return self._slots
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all parameters that this call depends on."""
+        return sorted(set().union(*(d.names for d in self.used)))
+
+    def __repr__(self) -> str:
+        return f"Use {self.index}: {describe_func(self.call.func)} of {', '.join(self.names)}"
+
+
+class LossUse(NamedTuple):
+    """A call that makes a loss: its bound arguments, the edges of its logits and of its value."""
+
+    call: losses.LossCall
+    logits: GradientEdge
+    value: GradientEdge
+
+
+def describe_func(func: Any) -> str:
+    """A readable name of a torch function."""
+    return getattr(func, "__name__", None) or repr(func)
+
+
+def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a module, or of a functional model given as a mapping, by name."""
+    if isinstance(model, nn.Module):
+        return dict(model.named_parameters())
+    if isinstance(model, Mapping) and all(isinstance(p, Tensor) for p in model.values()):
+        return dict(model)
+    raise BadInput(
+        f"asked for the parameters of {type(model).__name__}; give an nn.Module, or a mapping of names to tensors"
+    )
+
+
+_BACKWARD = {Tensor.backward, torch.autograd.backward}
+_FACTORIES = {
+    getattr(owner, name)
+    for owner, names in (
+        (torch, "zeros ones full empty arange eye linspace logspace zeros_like ones_like full_like empty_like"),
+        (torch, "tril_indices triu_indices"),
+        (Tensor, "new_zeros new_ones new_full new_empty"),
+    )
+    for name in names.split()
+}
+_RANDOM = {
+    getattr(torch, name)
+    for name in "rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like".split()
+} | {torch.tensor, torch.as_tensor, torch.from_numpy, F.dropout, torch.dropout}
+# Calls that choose or gather samples: what they return is a batch, whatever it was taken from.
+_ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in "index_select narrow gather take take_along_dim split chunk unbind masked_select".split()
+}
+_LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
+_LISTS = (list, tuple)
+_SIMPLE = (int, str, type(None))  # what enters a signature; floats (rates, temperatures) may change freely
+
+
+class Tape(TorchFunctionMode):
+    """Record the parameter uses and the losses of everything that runs inside the context.
+
+    parameters: name -> tensor, those to follow (frozen ones count as constants).
+    constants: further tensors that carry no data (buffers).
+    on_backward: called as `on_backward(tape, total, weight, run)` instead of a backward pass that
+        the user starts inside the context; it must call `run()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        on_backward: Callable[[Tape, Tensor, Tensor | None, Callable[[], Any]], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        named = named_parameters_of(model)
+        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self._constants = [p for p in named.values() if not p.requires_grad]
+        if isinstance(model, nn.Module):
+            self._constants += list(model.buffers())
+        self._on_backward = on_backward
+        self._stance: contextlib.AbstractContextManager[Any] | None = None
+        self.clear()
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forget everything recorded so far."""
+        self.uses: list[Use] = []
+        self.losses: list[LossUse] = []
+        self.calls: list[Any] = []
+        self.first: Tensor | None = None
+        self._known: dict[int, Derived | Tensor] = {}
+        for name, p in self.parameters.items():
+            self._known[id(p)] = Derived(p, frozenset((name,)))
+        for c in self._constants:
+            self._known[id(c)] = c
+        self._outputs: dict[int, Use] = {}
+        self._made_from: dict[int, tuple[Tensor, Tensor]] = {}
+        self._log_softmax: dict[int, tuple[weakref.ref[Tensor], Tensor, GradientEdge, int | None]] = {}
+
+    def __enter__(self) -> Tape:
+        # A compiled model runs eagerly while it is recorded; nothing is compiled unless dynamo is loaded.
+        if "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        if self._stance is not None:
+            self._stance.__exit__(*exc)
+            self._stance = None
+
+    # -- the mode -----------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _BACKWARD and self._on_backward is not None:
+            return self._backward(func, args, kwargs)
+        if losses.is_loss(func):
+            return self._loss(func, args, kwargs)
+        used, data, tensors = self._sort(args, kwargs)
+        if used and data and torch.is_grad_enabled() and getattr(func, "__name__", "") != "__get__":
+            return self._use(func, args, kwargs, used, data)
+        if func in _LOG_SOFTMAX and data and data[0].requires_grad:
+            return self._log_softmax_call(func, args, kwargs, data[0])
+        out = func(*args, **kwargs)
+        if not isinstance(out, (Tensor, list, tuple)):
+            if data and out is None:
+                self._written(func, args)
+            return out
+        self.calls.append(func)
+        if not data:
+            if tensors or func not in _RANDOM:
+                self._classify(func, out, used)
+        elif func in _FACTORIES:
+            self._classify(func, out, [])
+        else:
+            self._note_data(func, args, kwargs, data, out)
+            self._written(func, args)
+        return out
+
+    def _sort(self, args: Any, kwargs: Any) -> tuple[list[Derived], list[Tensor], int]:
+        """The used tensors, the data tensors and the number of tensors among the arguments."""
+        known = self._known
+        used: list[Derived] = []
+        data: list[Tensor] = []
+        count = 0
+        calls = self.calls
+        stack = [*args, *kwargs.values()] if kwargs else args
+        for arg in stack:
+            if isinstance(arg, Tensor):
+                count += 1
+                kind = known.get(id(arg))
+                if kind is None:
+                    if arg.dim() or arg.requires_grad:
+                        data.append(arg)
+                elif type(kind) is Derived:
+                    used.append(kind)
+            elif isinstance(arg, _LISTS):
+                u, d, c = self._sort(arg, None)
+                used += u
+                data += d
+                count += c
+            elif isinstance(arg, _SIMPLE):
+                calls.append(arg)
+        return used, data, count
+
+    def _classify(self, func: Any, out: Any, used: list[Derived]) -> None:
+        """Results of calls without data: derived where they need grad, constants otherwise."""
+        names = frozenset().union(*(d.names for d in used)) if used else frozenset()
+        for tensor in _tensors(out):
+            if tensor.requires_grad:
+                if names:
+                    self._known[id(tensor)] = Derived(tensor, names)
+            else:
+                self._known[id(tensor)] = tensor
+
+    def _written(self, func: Any, args: Any) -> None:
+        """A constant that data is written into becomes data, with all its views."""
+        if not _in_place(func):
+            return
+        target = args[0]
+        if not isinstance(target, Tensor) or id(target) not in self._known:
+            return
+        storage = target.untyped_storage().data_ptr()
+        for key, kind in list(self._known.items()):
+            if isinstance(kind, Tensor) and kind.untyped_storage().data_ptr() == storage:
+                del self._known[key]
+
+    def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
+        """Remember who consumes a use's output and, before the first use, what its input was made from."""
+        if self._outputs:
+            for tensor in data:
+                use = self._outputs.get(id(tensor))
+                if use is not None and use.output() is tensor:
+                    use.consumers.append((func, args[1:], kwargs))
+                    if out is tensor:
+                        del self._outputs[id(tensor)]  # the object goes on, holding another value
+        elif not self.uses and isinstance(out, Tensor) and func not in _ASSEMBLE and torch.is_grad_enabled():
+            self._made_from[id(out)] = (out, data[0])
+
+    def _find_first(self, tensor: Tensor) -> None:
+        """Set `first`, the batch that the first use's input was made from by maps that keep samples."""
+        while id(tensor) in self._made_from:
+            parent = self._made_from.pop(id(tensor))[1]
+            if parent is tensor:
+                break
+            tensor = parent
+        self.first = tensor.detach()
+        self._made_from = {}
+
+    def _log_softmax_call(self, func: Any, args: Any, kwargs: Any, logits: Tensor) -> Any:
+        """Run a log-softmax and remember its input, the logits of a loss on log-probabilities."""
+        edge = get_gradient_edge(logits)
+        out = func(*args, **kwargs)
+        self.calls.append(func)
+        self._note_data(func, args, kwargs, [logits], out)
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        self._log_softmax[id(out)] = (weakref.ref(out), logits.detach(), edge, dim)
+        return out
+
+    def _use(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
+        """Run and record a call in which parameters meet data."""
+        reason = ops.refused(func, args, kwargs)
+        if reason is not None:
+            names = sorted(set().union(*(d.names for d in used)))
+            raise UnsupportedCall(f"{describe_func(func)} uses the parameters {', '.join(names)}: {reason}")
+        if self.first is None:
+            self._find_first(data[0])
+        self._note_data(func, args, kwargs, data, None)
+        inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
+        kept_args, kept_kwargs = self._keep(args, kwargs, clone=_in_place(func))
+        out = func(*args, **kwargs)
+        result = args[0] if out is None and _in_place(func) else out
+        if not isinstance(result, Tensor):
+            names = sorted(set().union(*(d.names for d in used)))
+            raise UnsupportedCall(
+                f"{describe_func(func)} uses the parameters {', '.join(names)} and returns "
+                f"{type(result).__name__}, not one tensor; write it with calls that return one tensor each"
+            )
+        self.calls.append(func)
+        self._known.pop(id(result), None)
+        if result.requires_grad:
+            call = Call(func, kept_args, kept_kwargs, result.shape)
+            use = Use(len(self.uses), call, used, inputs, result)
+            self.uses.append(use)
+            self._outputs[id(result)] = use
+            self.calls.append(result.shape)
+        return out
+
+    def _keep(self, args: Any, kwargs: Any, clone: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments to hold: data detached (cloned where the call overwrites it), parameters as they are."""
+        known = self._known
+
+        def keep(arg: Any, first: bool = False) -> Any:
+            if isinstance(arg, Tensor):
+                if type(known.get(id(arg))) is Derived:
+                    return arg
+                return arg.detach().clone() if first and clone else arg.detach()
+            if isinstance(arg, _LISTS):
+                return type(arg)(keep(a) for a in arg)
+            return arg
+
+        return tuple(keep(a, i == 0) for i, a in enumerate(args)), {k: keep(v) for k, v in kwargs.items()}
+
+    def _loss(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run and record a call that makes a loss."""
+        logits = args[0] if args else kwargs.get("input")
+        if not (isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()):
+            return func(*args, **kwargs)
+        entry = self._log_softmax.get(id(logits))
+        if entry is not None and entry[0]() is logits:
+            call = losses.bind(func, args, kwargs, log_softmax_input=entry[1], log_softmax_dim=entry[3])
+            edge = entry[2]
+        else:
+            call, edge = losses.bind(func, args, kwargs), get_gradient_edge(logits)
+        losses.check(call)
+        used, data, _ = self._sort(args, kwargs)
+        out = func(*args, **kwargs)
+        self.calls.append(func)
+        self._note_data(func, args, kwargs, data, out)
+        if out.requires_grad:
+            call = dataclasses.replace(call, logits=call.logits.detach())
+            self.losses.append(LossUse(call, edge, get_gradient_edge(out)))
+        return out
+
+    def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Hand the user's backward pass to the handler."""
+        total, weight = _backward_arguments(func, args, kwargs)
+        assert self._on_backward is not None
+        return self._on_backward(self, total, weight, lambda: func(*args, **kwargs))
+
+
+def _in_place(func: Any) -> bool:
+    """Whether the call writes on its first argument."""
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and (not name.endswith("__") or name in _DUNDER_IN_PLACE)
+
+
+_DUNDER_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"}
+
+
+def _tensors(out: Any) -> Iterable[Tensor]:
+    if isinstance(out, Tensor):
+        return (out,)
+    if isinstance(out, _LISTS):
+        return [t for t in out if isinstance(t, Tensor)]
+    return ()
+
+
+def _backward_arguments(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The tensor that a backward pass starts from and its weights."""
+    total = args[0] if args else kwargs.get("tensors", kwargs.get("self"))
+    weight = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
+    if isinstance(total, _LISTS):
+        if len(total) != 1:
+            raise BadInput(f"asked to observe a backward pass from {len(total)} tensors at once; add them up first")
+        total = total[0]
+        weight = weight[0] if isinstance(weight, _LISTS) else weight
+    return total, weight

@@ -1,0 +1,85 @@
+"""What every test runs under: one seed, few threads, no trace left behind, and few skips."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from benchmarks import data
+
+SEED = int(os.environ.get("LAYERWISE_SEED", "0"))
+MOST_SKIPPED = 0.05  # of the whole suite; a suite of fewer than FULL_SUITE tests was selected by hand
+FULL_SUITE = 300
+
+# Without LAYERWISE_SEED two runs try the same examples; with it, hypothesis takes its own --hypothesis-seed.
+settings.register_profile(
+    "layerwise",
+    deadline=None,
+    derandomize="LAYERWISE_SEED" not in os.environ,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("layerwise")
+
+# One thread: sums come out in the same order every time, and small tensors are faster.
+torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    return f"LAYERWISE_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} thread"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("data"):
+        if not data.available(mark.args[0]):
+            pytest.skip(
+                f"the data set {mark.args[0]!r} is not at hand: set {data.VARIABLE} to a folder with it"
+            )
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = len(reporter.stats.get("skipped", ())) if reporter else 0
+    if session.testscollected >= FULL_SUITE and skipped > MOST_SKIPPED * session.testscollected:
+        print(f"\n{skipped} of {session.testscollected} tests were skipped; at most 5 % may be.")  # noqa: T201
+        session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
+def seed() -> int:
+    """The run's seed: LAYERWISE_SEED, or 0."""
+    return SEED
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A generator of the test's own."""
+    return torch.Generator().manual_seed(SEED)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Make float64 the default for the test, as the exact comparisons need."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    """Seed the global generators before each test; afterwards no mode and no changed global may be left."""
+    torch.manual_seed(SEED)
+    np.random.seed(SEED)
+    random.seed(SEED)
+    before = torch.get_default_dtype(), torch.is_grad_enabled()
+    yield
+    modes = torch.overrides._get_current_function_mode_stack()
+    assert not modes, f"the test left torch function modes active: {modes}"
+    assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before

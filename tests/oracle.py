@@ -1,0 +1,309 @@
+"""Brute force: every quantity by loops over samples, outputs and elements, in plain torch autograd.
+
+The library is tested against this file, so nothing here imports it, nothing is batched and nothing
+is clever. Functions take `params`, a mapping from name to leaf tensor, and closures that run the
+model, so that any program is a subject: a module, a dictionary of tensors, a loss made in `forward`.
+
+    terms:   () -> [N], the samples' terms of the loss as written; they sum to the loss
+    logits:  () -> the tensor (or tuple of tensors) that the loss calls receive
+    loss_of: logits -> the loss; terms_of: logits -> [N]
+
+Scaling is `scale="loss"` unless said otherwise: g_n is the gradient of term n, so sum_n g_n = .grad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "assert_close",
+    "diag_ggn",
+    "diag_hessian",
+    "gradient",
+    "kfac_factors",
+    "parameters",
+    "per_sample_grad",
+    "second_moment",
+    "squared_norm",
+    "total",
+    "unfold",
+    "used_names",
+    "variance",
+]
+
+Named = dict[str, Tensor]
+Outputs = Tensor | Sequence[Tensor]
+
+
+def parameters(model: Any) -> Named:
+    """The trainable parameters by name, of a module or of a mapping of leaf tensors."""
+    pairs = model.items() if isinstance(model, Mapping) else model.named_parameters()
+    return {name: p for name, p in pairs if p.requires_grad}
+
+
+def _pull(out: Tensor, params: Mapping[str, Tensor]) -> list[Tensor]:
+    """The gradient of one scalar, zeros where there is no path."""
+    if not out.requires_grad:
+        return [torch.zeros_like(p) for p in params.values()]
+    grads = torch.autograd.grad(out, list(params.values()), retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params.values(), strict=True)]
+
+
+def gradient(params: Mapping[str, Tensor], loss: Callable[[], Tensor]) -> Named:
+    """The gradient of the loss, shapes of the parameters."""
+    return dict(zip(params, _pull(loss(), params), strict=True))
+
+
+def used_names(params: Mapping[str, Tensor], loss: Callable[[], Tensor]) -> set[str]:
+    """The names of the parameters from which some path leads to the loss."""
+    grads = torch.autograd.grad(loss(), list(params.values()), allow_unused=True)
+    return {name for name, g in zip(params, grads, strict=True) if g is not None}
+
+
+# First order ------------------------------------------------------------------------------------
+
+
+def per_sample_grad(params: Mapping[str, Tensor], terms: Callable[[], Tensor]) -> Named:
+    """g_n, the gradient of each sample's term: `[N, *shape]`, one backward pass per sample."""
+    rows = [_pull(term, params) for term in terms().unbind()]
+    return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(params)}
+
+
+def squared_norm(grads: Mapping[str, Tensor]) -> Named:
+    """||g_n||² per parameter, `[N]`, from per-sample gradients; see `total` for the whole model's."""
+    return {name: torch.stack([(row * row).sum() for row in g]) for name, g in grads.items()}
+
+
+def total(values: Mapping[str, Tensor]) -> Tensor:
+    """The sum over parameters of values of one shape (the whole model's squared norms)."""
+    return torch.stack(list(values.values())).sum(0)
+
+
+def second_moment(grads: Mapping[str, Tensor], scale: str = "loss") -> Named:
+    """M = sum_n g_n²; with scale="sample", for a mean loss, M = (1/N) sum_n (N g_n)²."""
+    out = {}
+    for name, g in grads.items():
+        n = g.shape[0]
+        rows = [row * row if scale == "loss" else (n * row) * (n * row) / n for row in g]
+        out[name] = torch.stack(rows).sum(0)
+    return out
+
+
+def variance(grads: Mapping[str, Tensor], scale: str = "loss") -> Named:
+    """V = sum_n g_n²/N - (sum_n g_n/N)²; with scale="sample", of N g_n instead of g_n (a mean loss).
+
+    Computed as the mean square of deviations, which equals the formula and cancels nothing.
+    """
+    out = {}
+    for name, g in grads.items():
+        g = g if scale == "loss" else g * g.shape[0]
+        mean = g.sum(0) / g.shape[0]
+        out[name] = torch.stack([(row - mean) ** 2 for row in g]).sum(0) / g.shape[0]
+    return out
+
+
+# Second order -----------------------------------------------------------------------------------
+
+
+def _flat(z: Outputs) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in ([z] if isinstance(z, Tensor) else z)])
+
+
+def _leaf(z: Outputs) -> tuple[Tensor, Outputs]:
+    """A detached flat leaf, and the same numbers in the shapes of `z` as views of it."""
+    leaf = _flat(z).detach().requires_grad_()
+    if isinstance(z, Tensor):
+        return leaf, leaf.view(z.shape)
+    parts = leaf.split([part.numel() for part in z])
+    return leaf, tuple(flat.view(part.shape) for flat, part in zip(parts, z, strict=True))
+
+
+def _hessian(value: Tensor, leaf: Tensor) -> Tensor:
+    """The Hessian of a scalar by double autograd, one row at a time: `[D, D]`."""
+    zero = torch.zeros(leaf.numel(), leaf.numel(), dtype=leaf.dtype)
+    (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+    if not grad.requires_grad:  # the loss is linear
+        return zero
+    rows = [torch.autograd.grad(g, leaf, retain_graph=True, allow_unused=True)[0] for g in grad]
+    return torch.stack([zero[0] if row is None else row for row in rows])
+
+
+def _jacobian(out: Tensor, params: Mapping[str, Tensor]) -> list[Tensor]:
+    """One backward pass per output element: for each parameter `[D, P]`."""
+    rows = [_pull(z, params) for z in out]
+    return [torch.stack([row[i].reshape(-1) for row in rows]) for i in range(len(params))]
+
+
+def diag_ggn(
+    params: Mapping[str, Tensor],
+    logits: Callable[[], Outputs],
+    loss_of: Callable[[Any], Tensor],
+    *,
+    per_sample: bool = False,
+) -> Named:
+    """The diagonal of JᵀHJ, J over every output element, H by double autograd at a detached leaf.
+
+    With `per_sample=True`, `loss_of` gives the terms `[N]` and the result is `[N, *shape]`, with the
+    Hessian of each sample's own term.
+    """
+    z = logits()
+    leaf, shaped = _leaf(z)
+    values = loss_of(shaped)
+    hessians = [_hessian(v, leaf) for v in (values if per_sample else values.reshape(1))]
+    out = {}
+    for (name, p), jac in zip(params.items(), _jacobian(_flat(z), params), strict=True):
+        diagonals = torch.stack([(jac * (h @ jac)).sum(0).view(p.shape) for h in hessians])
+        out[name] = diagonals if per_sample else diagonals[0]
+    return out
+
+
+def diag_hessian(params: Mapping[str, Tensor], loss: Callable[[], Tensor]) -> Named:
+    """The diagonal of the Hessian of the loss, one double backward per parameter element."""
+    grads = torch.autograd.grad(loss(), list(params.values()), create_graph=True, allow_unused=True)
+    out = {}
+    for (name, p), grad in zip(params.items(), grads, strict=True):
+        diagonal = torch.zeros(p.numel(), dtype=p.dtype)
+        if grad is not None and grad.requires_grad:
+            for i, g in enumerate(grad.reshape(-1)):
+                (row,) = torch.autograd.grad(g, p, retain_graph=True, allow_unused=True)
+                diagonal[i] = 0.0 if row is None else row.reshape(-1)[i]
+        out[name] = diagonal.view(p.shape)
+    return out
+
+
+# Kronecker factors ------------------------------------------------------------------------------
+
+
+def unfold(x: Tensor, conv: nn.Module) -> Tensor:
+    """A convolution's input patches `[N, T, K, I]`, by loops over samples and positions.
+
+    I runs over (channel of the group, kernel offsets), as in `weight.flatten(1)`; T row-major.
+    """
+    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        # The module's own list is (last axis before, after, second to last before, ...), as F.pad wants.
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = torch.nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    else:
+        x = torch.nn.functional.pad(x, [p for p in reversed(conv.padding) for _ in range(2)])
+    reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    counts = [(s - r) // st + 1 for s, r, st in zip(x.shape[2:], reach, conv.stride, strict=True)]
+    patches = []
+    for sample in x:
+        for index in torch.cartesian_prod(*[torch.arange(c) for c in counts]).view(-1, len(counts)).tolist():
+            corner = [i * st for i, st in zip(index, conv.stride, strict=True)]
+            window = tuple(slice(c, c + r, d) for c, r, d in zip(corner, reach, conv.dilation, strict=True))
+            patches.append(sample[(slice(None), *window)].reshape(conv.groups, -1))
+    return torch.stack(patches).view(x.shape[0], -1, conv.groups, patches[0].shape[-1])
+
+
+def _rows_in(layer: nn.Module, x: Tensor, axis: int) -> Tensor:
+    """The input of a linear or convolution layer as rows `[N, T, K, I]`."""
+    if isinstance(layer, nn.Linear):
+        return x.movedim(axis, 0).reshape(x.shape[axis], -1, 1, x.shape[-1])
+    return unfold(x, layer)
+
+
+def _rows_out(layer: nn.Module, g: Tensor, axis: int) -> Tensor:
+    """A cotangent of the layer's output as rows `[N, T, K, O]`."""
+    if isinstance(layer, nn.Linear):
+        return g.movedim(axis, 0).reshape(g.shape[axis], -1, 1, g.shape[-1])
+    return g.flatten(2).unflatten(1, (layer.groups, -1)).permute(0, 3, 1, 2)
+
+
+def kfac_factors(
+    model: nn.Module,
+    logits: Callable[[], Outputs],
+    loss_of: Callable[[Any], Tensor],
+    *,
+    sharing: str = "expand",
+    axis: int = 0,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The exact Kronecker factors (A, B) `[K,I,I], [K,O,O]` of every nn.Linear and nn.Conv weight.
+
+    expand: A = mean over n, t of a aᵀ, B = sum over n, t of Jᵀ H J, with J `[D, O]` the derivative of
+    all logits by the layer's output at (n, t) and H the Hessian of the loss in the logits; this is
+    the sum over v of s sᵀ for any root of H, and the expectation of sampled K-FAC's B.
+    reduce: a is averaged and J summed over t first. A module called several times: its calls are
+    further positions t. `axis` is the sample axis of the Linear layers' inputs. K is 1 but for groups.
+    """
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            calls.setdefault(name, []).append((args[0].detach().clone(), out))
+            return out.clone()  # so that an in-place activation does not change what was kept
+
+        return hook
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    handles = [m.register_forward_hook(keep(name)) for name, m in layers.items()]
+    try:
+        z = logits()
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaf, shaped = _leaf(z)
+    hessian = _hessian(loss_of(shaped), leaf)
+    return {
+        f"{name}.weight" if name else "weight": _factors(layers[name], kept, _flat(z), hessian, sharing, axis)
+        for name, kept in calls.items()
+    }
+
+
+def _factors(
+    layer: nn.Module,
+    kept: list[tuple[Tensor, Tensor]],
+    z: Tensor,
+    hessian: Tensor,
+    sharing: str,
+    axis: int,
+) -> tuple[Tensor, Tensor]:
+    """(A, B) of one layer from its kept inputs and outputs, the flat logits and the loss Hessian."""
+    a = torch.cat([_rows_in(layer, x, axis) for x, _ in kept], dim=1)
+    columns = [_pull(element, {str(i): out for i, (_, out) in enumerate(kept)}) for element in z]
+    j = torch.stack([torch.cat([_rows_out(layer, g, axis) for g in gs], dim=1) for gs in columns])
+    if sharing == "reduce":
+        a, j = a.mean(1, keepdim=True), j.sum(2, keepdim=True)
+    _, n, t, k, _ = j.shape
+    cells = [(i, p) for i in range(n) for p in range(t)]
+    factor_a = [sum(torch.outer(a[i, p, q], a[i, p, q]) for i, p in cells) / len(cells) for q in range(k)]
+    factor_b = [sum(j[:, i, p, q].T @ hessian @ j[:, i, p, q] for i, p in cells) for q in range(k)]
+    return torch.stack(factor_a), torch.stack(factor_b)
+
+
+# Comparison -------------------------------------------------------------------------------------
+
+
+def assert_close(
+    got: Mapping[str, Tensor] | Tensor, want: Mapping[str, Tensor] | Tensor, rel: float = 1e-10
+) -> None:
+    """Same names, same shapes, and max|got - want| <= rel · scale for every name.
+
+    The scale is max|want| of that tensor. A tensor far smaller than the others may be zero in truth
+    and rounding noise of theirs, so the allowed error is never less than 1e-4 · rel or 1e-14 of the
+    largest in the mapping; where all of `want` is zero it is 1e-6 · rel. NaN and infinity fail.
+    """
+    got = {"": got} if isinstance(got, Tensor) else dict(got)
+    want = {"": want} if isinstance(want, Tensor) else dict(want)
+    assert got.keys() == want.keys(), (
+        f"names differ: missing {sorted(want.keys() - got.keys())}, extra {sorted(got.keys() - want.keys())}"
+    )
+    peaks = {name: float(w.detach().abs().max()) if w.numel() else 0.0 for name, w in want.items()}
+    floor = max(1e-4, 1e-14 / rel) * max(peaks.values(), default=0.0) or 1e-6
+    bad = []
+    for name, w in want.items():
+        g = got[name].detach()
+        if g.shape != w.shape:
+            bad.append(f"{name!r}: shape {tuple(g.shape)}, expected {tuple(w.shape)}")
+        elif not (torch.isfinite(g).all() and torch.isfinite(w).all()):
+            bad.append(f"{name!r}: not finite")
+        elif w.numel():
+            error = float((g.to(w.dtype) - w.detach()).abs().max()) / max(peaks[name], floor)
+            if not error <= rel:
+                bad.append(f"{name!r}: relative error {error:.3e} > {rel:.1e} (largest {peaks[name]:.3e})")
+    assert not bad, "\n".join(bad)
