@@ -40,7 +40,15 @@ SHAPES = {  # name: V, N, T, K, O, I, kind
     "embedding": (1, 32, 128, 1, 128, 1000, "index"),
     "embedding, large": (1, 32, 128, 1, 128, 10000, "index"),
 }
-FUNCTIONS = ["per_sample", "total", "squared_norm", "second_moment", "pairwise_dot", "input_gram", "output_gram"]
+FUNCTIONS = [
+    "per_sample",
+    "total",
+    "squared_norm",
+    "second_moment",
+    "pairwise_dot",
+    "input_gram",
+    "output_gram",
+]
 D_BYTES = 2**30  # the naive way is left out above this
 
 
@@ -136,7 +144,9 @@ def times(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", default="", help="shapes whose name holds this text")
     parser.add_argument("--function", default="", help="functions whose name holds this text")

@@ -11,6 +11,7 @@ interleaved in alternating order; a figure is the lower quartile of CPU time, an
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 
@@ -33,9 +34,13 @@ class Net:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.weights = [torch.nn.init.xavier_uniform_(torch.empty(o, i)) for i, o in zip(SIZES, SIZES[1:], strict=False)]
+        self.weights = [
+            torch.nn.init.xavier_uniform_(torch.empty(o, i)) for i, o in itertools.pairwise(SIZES)
+        ]
         self.biases = [torch.empty(o).uniform_(-((3 / o) ** 0.5), (3 / o) ** 0.5) for o in SIZES[1:]]
-        self.params = [p.requires_grad_() for pair in zip(self.weights, self.biases, strict=True) for p in pair]
+        self.params = [
+            p.requires_grad_() for pair in zip(self.weights, self.biases, strict=True) for p in pair
+        ]
 
     def forward(self, x: Tensor, detach: bool = False) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Loss, the layers' inputs (and last f(z)), pre-activations; detach=True: no graph to the weights."""
@@ -79,14 +84,22 @@ def locoprop(net: Net, x: Tensor, matching: bool, steps: int, rows: int | None) 
         loss, inputs, outputs = net.forward(x, detach=True)
         grads = torch.autograd.grad(loss, outputs)
         layers = zip(
-            inputs[:-1], outputs, inputs[1:], grads, net.weights, net.biases, TRANSFERS, optimizers, strict=True
+            inputs[:-1],
+            outputs,
+            inputs[1:],
+            grads,
+            net.weights,
+            net.biases,
+            TRANSFERS,
+            optimizers,
+            strict=True,
         )
         with torch.no_grad():
             for a, z, y, g, w, b, f, optimizer in layers:
                 target = target_m(z, g, GAMMA, f, y=y) if matching else target_s(z, g, GAMMA)
                 problem = LocalProblem(
-                    a.detach().unsqueeze(1), w.detach().unsqueeze(0), b.detach().unsqueeze(0), target.unsqueeze(1),
-                    f if matching else IDENTITY, g=g.unsqueeze(1), gamma=GAMMA,
+                    a.detach().unsqueeze(1), w.detach().unsqueeze(0), b.detach().unsqueeze(0),
+                    target.unsqueeze(1), f if matching else IDENTITY, g=g.unsqueeze(1), gamma=GAMMA,
                 )  # fmt: skip
                 local_steps(problem, optimizer, steps, rows=rows, weight=w, bias=b, workspace=workspace)
 
@@ -117,9 +130,10 @@ def main() -> None:
     x, t = torch.rand(options.batch, SIZES[0]), options.steps
     share = max(options.batch // t, 1)
     nets = [Net() for _ in range(8)]
+    rmsprop = torch.optim.RMSprop(nets[1].params, 1e-5, momentum=0.9, foreach=True)
     arms = {
         "forward and backward": ordinary(nets[0], x, None),
-        "RMSProp (torch, foreach)": ordinary(nets[1], x, torch.optim.RMSprop(nets[1].params, 1e-5, momentum=0.9, foreach=True)),
+        "RMSProp (torch, foreach)": ordinary(nets[1], x, rmsprop),
         "RMSProp (TensorFlow 1's)": ordinary(nets[2], x, TFRMSProp(nets[2].params)),
         "cotangents only": cotangents(nets[3], x),
         f"M, {t} steps, all rows": locoprop(nets[4], x, True, t, None),

@@ -85,12 +85,8 @@ def total(values: Mapping[str, Tensor]) -> Tensor:
 
 def second_moment(grads: Mapping[str, Tensor], scale: str = "loss") -> Named:
     """M = sum_n g_n²; with scale="sample", for a mean loss, M = (1/N) sum_n (N g_n)²."""
-    out = {}
-    for name, g in grads.items():
-        n = g.shape[0]
-        rows = [row * row if scale == "loss" else (n * row) * (n * row) / n for row in g]
-        out[name] = torch.stack(rows).sum(0)
-    return out
+    factor = {"loss": 1, "sample": len(next(iter(grads.values())))}[scale]
+    return {name: torch.stack([factor * row * row for row in g]).sum(0) for name, g in grads.items()}
 
 
 def variance(grads: Mapping[str, Tensor], scale: str = "loss") -> Named:
@@ -98,12 +94,13 @@ def variance(grads: Mapping[str, Tensor], scale: str = "loss") -> Named:
 
     Computed as the mean square of deviations, which equals the formula and cancels nothing.
     """
-    out = {}
-    for name, g in grads.items():
-        g = g if scale == "loss" else g * g.shape[0]
-        mean = g.sum(0) / g.shape[0]
-        out[name] = torch.stack([(row - mean) ** 2 for row in g]).sum(0) / g.shape[0]
-    return out
+    n = len(next(iter(grads.values())))
+    factor = {"loss": 1, "sample": n}[scale]
+    means = {name: g.sum(0) / n for name, g in grads.items()}
+    return {
+        name: torch.stack([(factor * (row - means[name])) ** 2 for row in g]).sum(0) / n
+        for name, g in grads.items()
+    }
 
 
 # Second order -----------------------------------------------------------------------------------
@@ -183,12 +180,9 @@ def unfold(x: Tensor, conv: nn.Module) -> Tensor:
 
     I runs over (channel of the group, kernel offsets), as in `weight.flatten(1)`; T row-major.
     """
-    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
-        # The module's own list is (last axis before, after, second to last before, ...), as F.pad wants.
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = torch.nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-    else:
-        x = torch.nn.functional.pad(x, [p for p in reversed(conv.padding) for _ in range(2)])
+    # The module's own list is (last axis before, after, second to last before, ...), as F.pad wants it.
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
     reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     counts = [(s - r) // st + 1 for s, r, st in zip(x.shape[2:], reach, conv.stride, strict=True)]
     patches = []
@@ -274,9 +268,6 @@ def _factors(
     factor_a = [sum(torch.outer(a[i, p, q], a[i, p, q]) for i, p in cells) / len(cells) for q in range(k)]
     factor_b = [sum(j[:, i, p, q].T @ hessian @ j[:, i, p, q] for i, p in cells) for q in range(k)]
     return torch.stack(factor_a), torch.stack(factor_b)
-
-
-# Comparison -------------------------------------------------------------------------------------
 
 
 def assert_close(

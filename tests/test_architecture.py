@@ -25,7 +25,7 @@ LEVELS = (
     {"cotangents", "contract", "gradients"},
     {"operators"},
     {"quantities"},
-    {"observe"},
+    {"observe", "seen"},
     {"local"},
     {"optim"},
     {""},  # the table of contents, `layerwise/__init__.py`

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -19,6 +21,7 @@ pytest.importorskip("matplotlib", reason="the demo's extras are not installed")
 pytest.importorskip("rich", reason="the demo's extras are not installed")
 
 from layerwise import __version__, cli, demo
+from layerwise.demo import main
 from layerwise.demo import methods as table
 from layerwise.demo import train as loops
 from layerwise.demo.problem import SIZES, autoencoder, digits, reconstruction_loss
@@ -30,7 +33,10 @@ EPOCHS = 2
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "made" / "by the demo"
-    assert cli.main(["demo", "--out", str(out), "--epochs", str(EPOCHS), "--seed", "3"]) == 0
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert cli.main(["demo", "--out", str(out), "--epochs", str(EPOCHS), "--seed", "3"]) == 0
+    (out / "said").write_text(said.getvalue(), encoding="utf-8")
     return out
 
 
@@ -148,35 +154,42 @@ class Fails(torch.optim.SGD):
 
 
 @pytest.mark.parametrize(("how", "says"), [("raise", "RuntimeError: third step"), ("diverge", "loss is nan")])
-def test_a_method_that_fails_is_a_row(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, says: str
-) -> None:
+def test_a_method_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, how: str, says: str) -> None:
     monkeypatch.setitem(table.METHODS, "RMSProp", table.Method(lambda model: Fails(model, how)))
-    monkeypatch.setitem(table.CHOSEN, "RMSProp", {})
-    assert cli.main(["demo", "--out", str(tmp_path), "--epochs", "2"]) == 1
-    held = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    rows = [row for row in held["rows"] if row["method"] == "RMSProp"]
-    assert [row["epoch"] for row in rows] == [0, 1]
-    assert says in rows[-1]["error"] and rows[-1]["train_loss"] is None
-    assert len([row for row in held["rows"] if row["method"] == "Adam"]) == 3
-    assert (tmp_path / "curves.png").is_file() and (tmp_path / "layers.png").is_file()
-    assert says in capsys.readouterr().out
+    settings: dict[str, table.Settings] = {"RMSProp": {}, "Adam": {"lr": 1e-3}}
+    rows = list(loops.train(digits(0), settings, seed=0, epochs=2))
+    failing = [row for row in rows if row.method == "RMSProp"]
+    assert [row.epoch for row in failing] == [0, 1]
+    assert says in (failing[-1].error or "") and failing[-1].train_loss is None
+    assert len([row for row in rows if row.method == "Adam"]) == 3
 
 
-def test_seconds_limit_stops_all_after_the_same_epoch(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_failure_is_told_and_the_rest_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["demo", "--out", str(tmp_path), "--seconds-limit", "1e-6"]) == 0
+    monkeypatch.setitem(table.METHODS, "RMSProp", table.Method(lambda model: Fails(model, "raise")))
+    monkeypatch.setattr(main, "CHOSEN", {"LocoProp-M": {}, "RMSProp": {}, "Adam": table.CHOSEN["Adam"]})
+    assert cli.main(["demo", "--out", str(tmp_path), "--seconds-limit", "1e-6"]) == 1
     held = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert held["header"]["stopped_early"] and {row["epoch"] for row in held["rows"]} == {0, 1}
-    assert "--seconds-limit" in capsys.readouterr().out
+    assert {row["method"] for row in held["rows"] if "error" in row} == {"RMSProp"}
+    assert held["header"]["step_time_relative_to_adam"]["RMSProp"] is None
+    assert (tmp_path / "curves.png").is_file() and (tmp_path / "layers.png").is_file()
+    said = capsys.readouterr().out
+    assert "RuntimeError: third step" in said and "--seconds-limit" in said
 
 
-def test_plain_output_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--out", str(tmp_path), "--epochs", "1"]) == 0
-    out = capsys.readouterr().out
-    assert "\x1b" not in out and "\r" not in out and len(out.splitlines()) < 40
-    assert out.rstrip().splitlines()[-1].startswith("wrote ")
+def test_seconds_limit_stops_all_after_the_same_epoch() -> None:
+    settings = {name: table.CHOSEN[name] for name in METHODS}
+    rows = loops.train(digits(0), settings, seed=0, epochs=9, seconds_limit=1e-6)
+    assert sorted((row.method, row.epoch) for row in rows) == sorted((m, e) for m in METHODS for e in (0, 1))
+
+
+def test_output_without_a_terminal_is_plain_and_short(results: Path) -> None:
+    said = (results / "said").read_text(encoding="utf-8")
+    assert "\x1b" not in said and "\r" not in said and len(said.splitlines()) < 40
+    assert all(method in said for method in METHODS)
+    assert said.rstrip().splitlines()[-1].startswith("wrote ")
 
 
 @pytest.mark.parametrize(

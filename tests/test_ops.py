@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,11 +30,11 @@ def _seed() -> None:
 
 
 def data(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def param(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape, dtype=torch.float64))
+    return nn.Parameter(data(*shape))
 
 
 def positive(*shape: int) -> nn.Parameter:
@@ -150,13 +151,16 @@ def check_map(case: Case, call: Call, slot: Slot, used: Tensor) -> None:
     if not slot.linear or case.masked:
         return
     added = (case.run() - case.run(zero=used)).detach()
-    for samples in [None, *(s for a in slot.axes if a not in slot.aligned for s in placements(added.shape, a))]:
+    shared = [a for a in slot.axes if a not in slot.aligned]
+    for samples in [None, *(s for a in shared for s in placements(added.shape, a))]:
         rows = slot.rows(added[None], samples)
         z = rows.g[0]
         if rows.a is None:
             a = torch.ones(*z.shape[:3], 1, dtype=w.dtype)
         else:
-            a = rows.a if rows.a.is_floating_point() else F.one_hot(rows.a, rows.size_in).to(w.dtype)[:, :, None]
+            a = rows.a
+            if not a.is_floating_point():
+                a = F.one_hot(a, rows.size_in).to(w.dtype).unsqueeze(2)
         torch.testing.assert_close(torch.einsum("koi,ntki->ntko", w, a), z, **TOLERANCE)
 
 
@@ -200,7 +204,8 @@ CONTRACTIONS: dict[str, Callable[[int], Case]] = {
     "linear, flattened": lambda n: Case(F.linear, [data(4 * n, 3), param(2, 3), param(2)], axes=[0]),
     "linear, one output": lambda n: Case(F.linear, [data(n, 3), param(1, 3), param(1)], axes=[0]),
     "linear, vector": lambda n: Case(F.linear, [data(n, 2, 3), param(3)], axes=[0, 1]),
-    "linear, kwargs": lambda n: Case(F.linear, [], {"input": data(n, 3), "bias": param(2), "weight": param(2, 3)}),
+    "linear, kwargs": lambda n: Case(
+        F.linear, [], {"input": data(n, 3), "bias": param(2), "weight": param(2, 3)}),
     "linear, transposed data": lambda n: Case(F.linear, [data(3, n, 2).mT, param(4, n)], axes=[0, 1]),
     "linear, parameter as input": lambda n: Case(F.linear, [param(2, 3), data(n, 3)], axes=[1]),
     "linear, unbatched": lambda n: Case(F.linear, [data(3), param(4, 3), param(4)], axes=[]),
@@ -221,7 +226,8 @@ CONTRACTIONS: dict[str, Callable[[int], Case]] = {
     "bmm, weight per sample": lambda n: Case(torch.bmm, [data(n, 5, 3), param(n, 3, 2)], axes=[0, 1]),
     "bmm, weight per head": lambda n: Case(torch.bmm, [data(2, n, 3), param(2, 3, 2)], axes=[0, 1]),
     "addmm": lambda n: Case(torch.addmm, [param(2), data(n, 3), param(3, 2)], axes=[0]),
-    "addmm, scaled": lambda n: Case(torch.addmm, [param(2), data(n, 3), param(3, 2)], {"beta": 0.5, "alpha": -3}),
+    "addmm, scaled": lambda n: Case(
+        torch.addmm, [param(2), data(n, 3), param(3, 2)], {"beta": 0.5, "alpha": -3}),
     "addmm, rank one bias": lambda n: Case(torch.addmm, [param(1, 2), data(n, 3), param(3, 2)]),
     "addmm, scalar bias": lambda n: Case(torch.addmm, [param(1), data(n, 3), param(3, 2)]),
     "addmm, full bias": lambda n: Case(torch.addmm, [param(n, 2), data(n, 3), param(3, 2)]),
@@ -233,52 +239,67 @@ CONTRACTIONS: dict[str, Callable[[int], Case]] = {
     "baddbmm": lambda n: Case(torch.baddbmm, [param(2, 1, 4), data(2, n, 3), param(2, 3, 4)], {"alpha": 0.5}),
     "addbmm": lambda n: Case(torch.addbmm, [data(n, 4), data(2, n, 3), param(2, 3, 4)], axes=[0]),
     "bilinear": lambda n: Case(F.bilinear, [data(n, 3), data(n, 2), param(4, 3, 2), param(4)], axes=[0]),
-    "bilinear, positions": lambda n: Case(F.bilinear, [data(n, 5, 3), data(n, 5, 2), param(4, 3, 2)], axes=[0, 1]),
+    "bilinear, positions": lambda n: Case(
+        F.bilinear, [data(n, 5, 3), data(n, 5, 2), param(4, 3, 2)], axes=[0, 1]),
     "tensordot": lambda n: Case(torch.tensordot, [data(n, 3, 4), param(3, 4, 2)], {"dims": 2}, axes=[0]),
-    "tensordot, lists": lambda n: Case(torch.tensordot, [data(4, n, 3), param(2, 3, 4)], {"dims": ([0, 2], [2, 1])}),
+    "tensordot, lists": lambda n: Case(
+        torch.tensordot, [data(4, n, 3), param(2, 3, 4)], {"dims": ([0, 2], [2, 1])}),
     "tensordot, outer": lambda n: Case(torch.tensordot, [param(2), data(n, 3)], {"dims": 0}, axes=[1, 2]),
     "einsum": lambda n: Case(torch.einsum, ["ni,io->no", data(n, 3), param(3, 4)], axes=[0]),
     "einsum, list": lambda n: Case(torch.einsum, ["nti,oi->nto", [data(n, 5, 3), param(4, 3)]], axes=[0, 1]),
     "einsum, implicit": lambda n: Case(torch.einsum, ["bi,io", data(n, 3), param(3, 4)], axes=[0]),
     "einsum, groups": lambda n: Case(torch.einsum, ["nthi,hio->ntho", data(n, 5, 2, 3), param(2, 3, 4)]),
-    "einsum, groups mixed": lambda n: Case(torch.einsum, ["i h o, h i n -> o n h", param(3, 2, 4), data(2, 3, n)]),
-    "einsum, ellipsis": lambda n: Case(torch.einsum, ["...i,oi->...o", data(n, 5, 3), param(4, 3)], axes=[0, 1]),
+    "einsum, groups mixed": lambda n: Case(
+        torch.einsum, ["i h o, h i n -> o n h", param(3, 2, 4), data(2, 3, n)]),
+    "einsum, ellipsis": lambda n: Case(
+        torch.einsum, ["...i,oi->...o", data(n, 5, 3), param(4, 3)], axes=[0, 1]),
     "einsum, ellipses": lambda n: Case(torch.einsum, ["...i,...io->...o", data(n, 2, 3), param(2, 3, 4)]),
     "einsum, three": lambda n: Case(torch.einsum, ["ni,nj,oij->no", data(n, 3), data(n, 2), param(4, 3, 2)]),
     "einsum, low rank": lambda n: Case(torch.einsum, ["ni,ir,ro->no", data(n, 3), param(3, 2), param(2, 4)]),
     "einsum, summed data": lambda n: Case(torch.einsum, ["nti,oi->no", data(n, 5, 3), param(4, 3)], axes=[0]),
-    "einsum, summed weight": lambda n: Case(torch.einsum, ["ni,oij->no", data(n, 3), param(4, 3, 2)], axes=[0]),
+    "einsum, summed weight": lambda n: Case(
+        torch.einsum, ["ni,oij->no", data(n, 3), param(4, 3, 2)], axes=[0]),
     "einsum, elementwise": lambda n: Case(torch.einsum, ["ni,i->ni", data(n, 3), param(3)], axes=[0, 1]),
     "einsum, per sample": lambda n: Case(torch.einsum, ["ni,nio->no", data(n, 3), param(n, 3, 4)], axes=[0]),
-    "einsum, broadcast": lambda n: Case(torch.einsum, ["nhi,hio->nho", data(n, 2, 3), param(1, 3, 4)], axes=[0, 1]),
-    "einsum, broadcast data": lambda n: Case(torch.einsum, ["nhi,hio->nho", data(n, 1, 3), param(2, 3, 4)], axes=[0]),
+    "einsum, broadcast": lambda n: Case(
+        torch.einsum, ["nhi,hio->nho", data(n, 2, 3), param(1, 3, 4)], axes=[0, 1]),
+    "einsum, broadcast data": lambda n: Case(
+        torch.einsum, ["nhi,hio->nho", data(n, 1, 3), param(2, 3, 4)], axes=[0]),
     "einsum, broadcast sum": lambda n: Case(torch.einsum, ["ni,oi->no", data(n, 3), param(4, 1)], axes=[0]),
     "einsum, broadcast sum 2": lambda n: Case(torch.einsum, ["ni,oi->no", data(n, 1), param(4, 3)], axes=[0]),
 }  # fmt: skip
 
 EMBEDDINGS: dict[str, Callable[[int], Case]] = {
     "embedding": lambda n: Case(F.embedding, [torch.randint(0, 5, (n,)), param(5, 3)], axes=[0]),
-    "embedding, sequence": lambda n: Case(F.embedding, [torch.randint(0, 4, (n, 4)), param(4, 3)], axes=[0, 1]),
-    "embedding, int32": lambda n: Case(F.embedding, [torch.randint(0, 4, (n, 4)).int(), param(4, 3)], axes=[0, 1]),
+    "embedding, sequence": lambda n: Case(
+        F.embedding, [torch.randint(0, 4, (n, 4)), param(4, 3)], axes=[0, 1]),
+    "embedding, int32": lambda n: Case(
+        F.embedding, [torch.randint(0, 4, (n, 4)).int(), param(4, 3)], axes=[0, 1]),
     "embedding, padding": lambda n: Case(
-        F.embedding, [torch.randint(0, 2, (n, 4)), param(4, 3)], {"padding_idx": 1}, masked=True, axes=[0, 1]),
+        F.embedding, [torch.randint(0, 2, (n, 4)), param(4, 3)], {"padding_idx": 1}, masked=True,
+        axes=[0, 1]),
     "embedding, padding from the end": lambda n: Case(
         F.embedding, [torch.randint(0, 2, (n, 4)), param(2, 3)], {"padding_idx": -1}, masked=True),
-    "embedding, sparse": lambda n: Case(F.embedding, [torch.randint(0, 4, (n, 4)), param(4, 3)], {"sparse": True}),
-    "table[index]": lambda n: Case(torch.Tensor.__getitem__, [param(4, 3), torch.randint(-4, 4, (n, 2))], axes=[0, 1]),
-    "vector[index]": lambda n: Case(torch.Tensor.__getitem__, [param(4), torch.randint(-4, 4, (n,))], axes=[0]),
-    "array[index]": lambda n: Case(torch.Tensor.__getitem__, [param(4, 3, 2), torch.randint(-4, 4, (n,))], axes=[0]),
+    "embedding, sparse": lambda n: Case(
+        F.embedding, [torch.randint(0, 4, (n, 4)), param(4, 3)], {"sparse": True}),
+    "table[index]": lambda n: Case(
+        torch.Tensor.__getitem__, [param(4, 3), torch.randint(-4, 4, (n, 2))], axes=[0, 1]),
+    "vector[index]": lambda n: Case(
+        torch.Tensor.__getitem__, [param(4), torch.randint(-4, 4, (n,))], axes=[0]),
+    "array[index]": lambda n: Case(
+        torch.Tensor.__getitem__, [param(4, 3, 2), torch.randint(-4, 4, (n,))], axes=[0]),
     "index_select": lambda n: Case(torch.index_select, [param(4, 3), 0, torch.randint(0, 4, (n,))], axes=[0]),
     "bag": lambda n: Case(F.embedding_bag, [torch.randint(0, 5, (n, 4)), param(5, 3)], axes=[0]),
-    "bag, sum": lambda n: Case(F.embedding_bag, [torch.randint(0, 5, (n, 4)), param(5, 3)], {"mode": "sum"}, axes=[0]),
+    "bag, sum": lambda n: Case(
+        F.embedding_bag, [torch.randint(0, 5, (n, 4)), param(5, 3)], {"mode": "sum"}, axes=[0]),
     "bag, weighted": lambda n: Case(F.embedding_bag, [torch.randint(0, 5, (n, 4)), param(5, 3)], {
         "mode": "sum", "per_sample_weights": data(n, 4)}, axes=[0]),
-    "bag, padding": lambda n: Case(F.embedding_bag, [torch.randint(0, 2, (n, 4)), param(5, 3)], {"padding_idx": 1}),
+    "bag, padding": lambda n: Case(
+        F.embedding_bag, [torch.randint(0, 2, (n, 4)), param(5, 3)], {"padding_idx": 1}),
     "bag, offsets": lambda n: Case(F.embedding_bag, [
         torch.randint(0, 5, (7,)), param(5, 3), torch.tensor([0, 2, 2, 6, 7][:n])], axes=[0]),
     "bag, last offset": lambda n: Case(F.embedding_bag, [torch.randint(0, 5, (6,)), param(5, 3)], {
-        "offsets": torch.tensor([0, 2, 2, 3, 5, 6][6 - n - 1:] if n < 5 else [0, 2, 2, 3, 5, 6]) * (n > 0) -
-        (torch.tensor([0, 2, 2, 3, 5, 6][6 - n - 1]) if n < 5 else 0), "include_last_offset": True}, axes=[0]),
+        "offsets": torch.tensor([*[0, 2, 2, 3, 4, 5, 6][:n], 6]), "include_last_offset": True}, axes=[0]),
 }  # fmt: skip
 
 
@@ -352,7 +373,9 @@ ELEMENTWISE: dict[str, Callable[[int], Case]] = {
     "addcmul": lambda n: Case(torch.addcmul, [data(n, 3), param(3), data(n, 3)], {"value": 0.5}),
     "addcdiv": lambda n: Case(torch.addcdiv, [param(3), data(n, 3), positive(3)]),
     "two parameters": lambda n: Case(torch.where, [data(n, 3) > 0, param(3), param(n, 1)]),
-    "masked_fill": lambda n: Case(torch.Tensor.masked_fill, [data(n, 3), data(n, 3) > 0, param()], axes=[0, 1]),
+    "masked_fill": lambda n: Case(
+        torch.Tensor.masked_fill, [data(n, 3), data(n, 3) > 0, param()], axes=[0, 1]),
+    "masked_fill of p": lambda n: Case(torch.Tensor.masked_fill, [param(3), data(n, 3) > 0, 2.0]),
     "prelu": lambda n: Case(torch.prelu, [data(n, 3, 2), param(3)], axes=[0, 2]),
     "prelu, one": lambda n: Case(F.prelu, [data(n, 3, 2), param(1)], axes=[0, 1, 2]),
     "prelu, vector": lambda n: Case(F.prelu, [data(n), param(1)], axes=[0]),
@@ -365,7 +388,10 @@ ELEMENTWISE: dict[str, Callable[[int], Case]] = {
     "cat of parameters": lambda n: Case(torch.cat, [[data(2, n), param(1, n), param(3, n)]], axes=[1]),
 }  # fmt: skip
 
-_stats = {"running_mean": torch.linspace(-1, 1, 3).double(), "running_var": torch.linspace(0.5, 2, 3).double()}
+_stats = {
+    "running_mean": torch.linspace(-1, 1, 3, dtype=torch.float64),
+    "running_var": torch.linspace(0.5, 2, 3, dtype=torch.float64),
+}
 NORMS: dict[str, Callable[[int], Case]] = {
     "layer": lambda n: Case(F.layer_norm, [data(n, 4, 3), (3,), param(3), param(3), 1e-3], axes=[0, 1]),
     "layer, two axes": lambda n: Case(F.layer_norm, [data(n, 4, 3), (4, 3)], {
@@ -375,15 +401,18 @@ NORMS: dict[str, Callable[[int], Case]] = {
     "rms": lambda n: Case(F.rms_norm, [data(n, 4, 3), (3,)], {"weight": param(3)}, axes=[0, 1]),
     "rms, eps": lambda n: Case(F.rms_norm, [data(n, 3), (3,), param(3), 0.1], axes=[0]),
     "group": lambda n: Case(F.group_norm, [data(n, 4, 3, 2), 2, param(4), param(4)], axes=[0, 2, 3]),
-    "group, eps": lambda n: Case(F.group_norm, [data(n, 4, 3), 2], {"weight": param(4), "bias": param(4), "eps": 0.2}),
-    "batch": lambda n: Case(F.batch_norm, [data(n, 3)], {**_stats, "weight": param(3), "bias": param(3)}, axes=[0]),
+    "group, eps": lambda n: Case(
+        F.group_norm, [data(n, 4, 3), 2], {"weight": param(4), "bias": param(4), "eps": 0.2}),
+    "batch": lambda n: Case(
+        F.batch_norm, [data(n, 3)], {**_stats, "weight": param(3), "bias": param(3)}, axes=[0]),
     "batch, image": lambda n: Case(F.batch_norm, [data(n, 3, 2, 2), *_stats.values(), param(3), param(3)]),
     "batch, builtin": lambda n: Case(
         torch.batch_norm, [data(n, 3, 2), param(3), param(3), *_stats.values(), False, 0.1, 1e-3, False]),
     "batch, training": lambda n: Case(
         F.batch_norm, [data(n, 3, 2), _stats["running_mean"].clone(), _stats["running_var"].clone()],
         {"weight": param(3), "bias": param(3), "training": True}),
-    "instance": lambda n: Case(F.instance_norm, [data(n, 3, 4)], {"weight": param(3), "bias": param(3)}, axes=[0, 2]),
+    "instance": lambda n: Case(
+        F.instance_norm, [data(n, 3, 4)], {"weight": param(3), "bias": param(3)}, axes=[0, 2]),
     "instance, statistics": lambda n: Case(F.instance_norm, [data(n, 3, 4)], {
         **_stats, "weight": param(3), "bias": param(3), "use_input_stats": False}),
 }  # fmt: skip
@@ -437,13 +466,14 @@ def conv_cases(draw: st.DrawFn, transposed: bool) -> Case:
     if pads == "valid":
         size = [max(m, d * (k - 1) + 1) for m, d, k in zip(size, dilation, kernel, strict=True)]
     if pads == "one":
-        size = [max(m, d * (k - 1) + 1 - 2 * padding[0]) for m, d, k in zip(size, dilation, kernel, strict=True)]
         pads = padding[0]
+        size = [max(m, d * (k - 1) + 1 - 2 * pads) for m, d, k in zip(size, dilation, kernel, strict=True)]
     kwargs = {"stride": stride, "padding": padding if pads == "each" else pads, "dilation": dilation}
     args = [data(n, c, *size), param(groups * o, c // groups, *kernel), param(groups * o) if bias else None]
     return Case(CONV[dims], args, {**kwargs, "groups": groups}, axes=[0])
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=60, deadline=None)
 @given(conv_cases(transposed=False))
 def test_convolution(case: Case) -> None:
@@ -463,16 +493,21 @@ CONVS: dict[str, Callable[[], Case]] = {
         torch.conv2d, [data(4, 2, 5, 5).to(memory_format=torch.channels_last), param(3, 2, 3, 3)], axes=[0]),
     "view": lambda: Case(torch.conv1d, [data(4, 5, 6)[:, 1:, ::2], param(3, 4, 2)], axes=[0]),
     "repeated": lambda: Case(torch.conv1d, [data(4, 1, 6).expand(4, 2, 6), param(3, 2, 2)], axes=[0]),
-    "depthwise": lambda: Case(torch.conv1d, [data(4, 3, 6), param(6, 1, 3), param(6)], {"groups": 3, "padding": 1}),
-    "even kernel, same": lambda: Case(torch.conv2d, [data(2, 1, 4, 5), param(2, 1, 2, 4)], {"padding": "same"}),
+    "depthwise": lambda: Case(
+        torch.conv1d, [data(4, 3, 6), param(6, 1, 3), param(6)], {"groups": 3, "padding": 1}),
+    "even kernel, same": lambda: Case(
+        torch.conv2d, [data(2, 1, 4, 5), param(2, 1, 2, 4)], {"padding": "same"}),
     "unbatched": lambda: Case(torch.conv2d, [data(2, 5, 5), param(3, 2, 3, 3), param(3)], axes=[]),
     "unbatched transposed": lambda: Case(
         torch.conv_transpose2d, [data(2, 3, 3), param(2, 3, 3, 3), param(3), 2], axes=[]),
-    "cropping transposed": lambda: Case(torch.conv_transpose1d, [data(4, 2, 5), param(2, 3, 2), None, 1, 2], axes=[0]),
-    "upsampling": lambda: Case(torch.conv_transpose2d, [data(4, 2, 3, 3), param(2, 3, 2, 2), param(3), 2], axes=[0]),
+    "cropping transposed": lambda: Case(
+        torch.conv_transpose1d, [data(4, 2, 5), param(2, 3, 2), None, 1, 2], axes=[0]),
+    "upsampling": lambda: Case(
+        torch.conv_transpose2d, [data(4, 2, 3, 3), param(2, 3, 2, 2), param(3), 2], axes=[0]),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("name", CONVS)
 def test_convolution_cases(name: str) -> None:
     check(CONVS[name]())
@@ -488,8 +523,10 @@ OPAQUE: dict[str, Callable[[int], Case]] = {
     "parameter as image": lambda n: Case(torch.conv2d, [param(1, 2, 4, 4), data(n, 2, 3, 3)]),
     "normalize": lambda n: Case(F.cosine_similarity, [data(n, 4, 3), param(3)], {"dim": -1}),
     "cdist": lambda n: Case(torch.cdist, [data(n, 3), param(4, 3)]),
-    "attention": lambda n: Case(F.scaled_dot_product_attention, [param(n, 2, 3), data(n, 4, 3), data(n, 4, 3)]),
-    "frequency": lambda n: Case(F.embedding, [torch.randint(0, 4, (n, 4)), param(4, 3)], {"scale_grad_by_freq": True}),
+    "attention": lambda n: Case(
+        F.scaled_dot_product_attention, [param(n, 2, 3), data(n, 4, 3), data(n, 4, 3)]),
+    "frequency": lambda n: Case(
+        F.embedding, [torch.randint(0, 4, (n, 4)), param(4, 3)], {"scale_grad_by_freq": True}),
     "bag, max": lambda n: Case(F.embedding_bag, [torch.randint(0, 5, (n, 4)), param(5, 3)], {"mode": "max"}),
     "table[:, index]": lambda n: Case(torch.Tensor.__getitem__, [
         param(3, 4), (slice(None), torch.randint(0, 4, (n,)))]),
@@ -529,9 +566,9 @@ def test_opaque_loops_where_torch_cannot_batch() -> None:
 def test_opaque_refuses_random_calls_and_keeps_the_random_state() -> None:
     case = Case(lambda x, p: x * F.dropout(p.expand_as(x), 0.5), [data(4, 30), param(30)])
     (slot,) = ops.slots(case.call(), case.tensors())
-    state = torch.get_rng_state()
+    g, state = data(1, 4, 30), torch.get_rng_state()
     with pytest.raises(Undefined, match="random"):
-        slot.dense(data(1, 4, 30), Samples(4, 0))
+        slot.dense(g, Samples(4, 0))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -555,14 +592,19 @@ def test_opaque_refuses_a_wrong_batched_derivative_and_loops() -> None:
 def test_opaque_has_no_rows() -> None:
     case = OPAQUE["cdist"](3)
     (slot,) = ops.slots(case.call(), case.tensors())
-    for ask in (lambda: slot.input(None), lambda: slot.output(data(1, 3, 4), None), lambda: slot.fold(data(1, 4, 3)),
-                lambda: slot.matrix(slot.used)):  # fmt: skip
+    for ask in (
+        lambda: slot.input(None),
+        lambda: slot.output(data(1, 3, 4), None),
+        lambda: slot.fold(data(1, 4, 3)),
+        lambda: slot.matrix(slot.used),
+    ):
         with pytest.raises(Undefined, match="cdist"):
             ask()
 
 
 def test_rows_along_an_axis_of_the_tensor_itself_are_refused() -> None:
-    for case, axis in ((TABLE["elementwise full size"](3), 0), (TABLE["contraction bmm, weight per sample"](3), 0)):
+    for name in ("elementwise full size", "contraction bmm, weight per sample"):
+        case, axis = TABLE[name](3), 0
         (slot,) = ops.slots(case.call(), case.tensors())
         assert axis in slot.aligned
         with pytest.raises(SamplesMixed, match="dense"):
@@ -580,7 +622,8 @@ def test_training_norms_leave_the_running_statistics() -> None:
     case = NORMS["batch, training"](4)
     before = [x.clone() for x in case.args[1:]]
     case.args = [case.args[0], *(x.clone() for x in before)]
-    for slot in ops.slots(call := Call(case.func, tuple(case.args), case.kwargs, case.args[0].shape), case.tensors()):
+    call = Call(case.func, tuple(case.args), case.kwargs, case.args[0].shape)
+    for slot in ops.slots(call, case.tensors()):
         slot.rows(torch.randn(1, *call.out_shape, dtype=torch.float64), None)
     assert all(torch.equal(a, b) for a, b in zip(before, case.args[1:], strict=True))
 
@@ -635,7 +678,7 @@ class Seen(TorchFunctionMode):
         for value in (*args, *kwargs.values()):
             flat += value if isinstance(value, (list, tuple)) else [value]
         used = [x for x in flat if isinstance(x, nn.Parameter)]
-        before = (args[0].clone(), *args[1:]) if ops.writes_first(func) else args
+        before = (args[0].clone(), *args[1:]) if args and ops.writes_first(func) else args
         out = func(*args, **kwargs)
         if used and isinstance(out, Tensor):
             self.calls.append((Call(func, before, kwargs, out.shape), used))
@@ -652,45 +695,52 @@ def in_place(x: Tensor, p: Tensor) -> Tensor:
 
 
 _p, _w = param(6), param(6, 6)
+
+
+def ready(module: nn.Module, *inputs: Tensor) -> Callable[[], Tensor]:
+    return partial(module.double(), *inputs)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
-    "linear": lambda: nn.Linear(6, 3).double()(data(4, 6)),
-    "bilinear": lambda: nn.Bilinear(6, 6, 3).double()(data(4, 6), data(4, 6)),
+    "linear": lambda: ready(nn.Linear(6, 3), data(4, 6)),
+    "bilinear": lambda: ready(nn.Bilinear(6, 6, 3), data(4, 6), data(4, 6)),
     **{
-        f"conv2d {mode}": lambda mode=mode: nn.Conv2d(6, 4, 3, padding=1, groups=2, padding_mode=mode).double()(
+        f"conv2d {mode}": lambda mode=mode: ready(nn.Conv2d(6, 4, 3, padding=1, groups=2, padding_mode=mode),
             data(4, 6, 5, 5))
         for mode in ("zeros", "circular", "reflect", "replicate")
     },
-    "conv1d": lambda: nn.Conv1d(6, 3, 3, padding="same").double()(data(4, 6, 5)),
-    "conv3d": lambda: nn.Conv3d(6, 3, 3, dilation=2).double()(data(4, 6, 5, 5, 5)),
-    "transposed 1d": lambda: nn.ConvTranspose1d(6, 3, 3, stride=2, output_padding=1).double()(data(4, 6, 5)),
-    "transposed 2d": lambda: nn.ConvTranspose2d(6, 3, 3).double()(data(4, 6, 5, 5)),
-    "transposed 3d": lambda: nn.ConvTranspose3d(6, 3, 2).double()(data(4, 6, 2, 2, 2)),
-    "embedding": lambda: nn.Embedding(5, 3, padding_idx=0).double()(torch.tensor([[1, 2]])),
-    "bag": lambda: nn.EmbeddingBag(5, 3).double()(torch.tensor([[1, 2]])),
-    "layer norm": lambda: nn.LayerNorm(6).double()(data(4, 6)),
-    "rms norm": lambda: nn.RMSNorm(6).double()(data(4, 6)),
-    "group norm": lambda: nn.GroupNorm(3, 6).double()(data(4, 6, 5)),
-    "instance norm": lambda: nn.InstanceNorm2d(6, affine=True).double()(data(4, 6, 5, 5)),
-    "batch norm": lambda: nn.BatchNorm2d(6).double().eval()(data(4, 6, 5, 5)),
-    "batch norm, training": lambda: nn.BatchNorm1d(6).double()(data(4, 6)),
-    "prelu": lambda: nn.PReLU(6).double()(data(4, 6, 5)),
-    "arithmetic": lambda: [
+    "conv1d": lambda: ready(nn.Conv1d(6, 3, 3, padding="same"), data(4, 6, 5)),
+    "conv3d": lambda: ready(nn.Conv3d(6, 3, 3, dilation=2), data(4, 6, 5, 5, 5)),
+    "transposed 1d": lambda: ready(nn.ConvTranspose1d(6, 3, 3, stride=2, output_padding=1), data(4, 6, 5)),
+    "transposed 2d": lambda: ready(nn.ConvTranspose2d(6, 3, 3), data(4, 6, 5, 5)),
+    "transposed 3d": lambda: ready(nn.ConvTranspose3d(6, 3, 2), data(4, 6, 2, 2, 2)),
+    "embedding": lambda: ready(nn.Embedding(5, 3, padding_idx=0), torch.tensor([[1, 2]])),
+    "bag": lambda: ready(nn.EmbeddingBag(5, 3), torch.tensor([[1, 2]])),
+    "layer norm": lambda: ready(nn.LayerNorm(6), data(4, 6)),
+    "rms norm": lambda: ready(nn.RMSNorm(6), data(4, 6)),
+    "group norm": lambda: ready(nn.GroupNorm(3, 6), data(4, 6, 5)),
+    "instance norm": lambda: ready(nn.InstanceNorm2d(6, affine=True), data(4, 6, 5, 5)),
+    "batch norm": lambda: ready(nn.BatchNorm2d(6).eval(), data(4, 6, 5, 5)),
+    "batch norm, training": lambda: ready(nn.BatchNorm1d(6), data(4, 6)),
+    "prelu": lambda: ready(nn.PReLU(6), data(4, 6, 5)),
+    "arithmetic": lambda: lambda: [
         op for x in (data(4, 6),) for op in (
             x + _p, _p + x, x - _p, _p - x, x * _p, _p * x, x / _p, _p / x, x.exp() ** _p, _p.add(x))],
-    "in place": lambda: in_place(data(4, 6), _p),
-    "products": lambda: [
+    "in place": lambda: lambda: in_place(data(4, 6), _p),
+    "products": lambda: lambda: [
         op for x in (data(4, 6),) for op in (
             x @ _w, _w @ x.T, torch.matmul(x, _w), x.matmul(_w), x.mm(_w), x.T.__rmatmul__(_w), x @ _p,
             torch.einsum("ni,io->no", x, _w), torch.tensordot(x, _w, 1), torch.addmm(_p, x, _w))],
-    "selection": lambda: [
+    "selection": lambda: lambda: [
         torch.where(data(4, 6) > 0, data(4, 6), _p), torch.cat([data(4, 6), _w]), _w[torch.tensor([1, 2])]],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_calls_of_ordinary_models_are_known(name: str) -> None:
+    run = MODELS[name]()
     with Seen() as seen:
-        MODELS[name]()
+        run()
     assert seen.calls
     for call, used in seen.calls:
         if call.out_shape and "get" not in getattr(call.func, "__name__", ""):
@@ -728,7 +778,8 @@ def test_composite_calls_are_refused(build: Callable[[], Any]) -> None:
 
 
 def test_ordinary_calls_are_not_refused() -> None:
-    assert not any(ops.refused(func) for func in (F.linear, torch.conv2d, F.embedding, torch.add, torch.cdist))
+    for func in (F.linear, torch.conv2d, F.embedding, torch.add, torch.cdist):
+        assert ops.refused(func) is None
     assert not ops.is_known(torch.cdist)
 
 

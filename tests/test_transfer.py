@@ -15,8 +15,9 @@ from layerwise.local import transfer as tr
 from layerwise.local.transfer import Transfer, find
 
 TABLE = [
-    tr.IDENTITY, tr.TANH, tr.SIGMOID, tr.RELU, tr.leaky_relu(0.2), tr.leaky_relu(3.0), tr.SOFTMAX, tr.HARD_TANH,
-    tr.hard_tanh(0, 6), tr.ARCTAN, tr.ELU, tr.elu(0.7), tr.SOFTPLUS, tr.softplus(2.5), tr.RELU_SQUARED,
+    tr.IDENTITY, tr.TANH, tr.SIGMOID, tr.RELU, tr.leaky_relu(0.2), tr.leaky_relu(3.0), tr.SOFTMAX,
+    tr.HARD_TANH, tr.hard_tanh(0, 6), tr.ARCTAN, tr.ELU, tr.elu(0.7), tr.SOFTPLUS, tr.softplus(2.5),
+    tr.RELU_SQUARED,
 ]  # fmt: skip
 WITH_DUAL = [t for t in TABLE if t.dual is not None]
 each = pytest.mark.parametrize("t", TABLE, ids=lambda t: t.name)
@@ -40,7 +41,9 @@ def test_f_is_the_difference_quotient_of_the_potential(t: Transfer) -> None:
     for i in range(a.shape[1]):
         e = h * F.one_hot(torch.tensor(i), a.shape[1]).double()
         quotient = (t.potential(a + e) - t.potential(a - e)) / (2 * h)
-        torch.testing.assert_close(quotient if t.joint else quotient[:, i], t.f(a)[:, i], rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(
+            quotient if t.joint else quotient[:, i], t.f(a)[:, i], rtol=1e-8, atol=1e-8
+        )
 
 
 @each
@@ -102,7 +105,9 @@ def test_large_arguments_stay_finite(t: Transfer, dtype: torch.dtype) -> None:
 def test_known_values() -> None:
     one = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
     log_cosh = [math.log(math.cosh(1))] * 2 + [0]
-    torch.testing.assert_close(tr.TANH.potential(one), torch.tensor(log_cosh, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        tr.TANH.potential(one), torch.tensor(log_cosh, dtype=torch.float64), rtol=0, atol=1e-15
+    )
     # −Li₂(−1) = π²/12; both branches of the dilogarithm meet there.
     torch.testing.assert_close(tr.SOFTPLUS.potential(one)[2].item(), math.pi**2 / 12, rtol=0, atol=1e-15)
     brute = sum((-1) ** (k + 1) * math.exp(-k) / k**2 for k in range(1, 60))
@@ -135,12 +140,15 @@ MODULES = [
     (nn.Softmax(1), "softmax"),
 ]  # fmt: skip
 FUNCTIONS = [
-    (torch.tanh, "tanh"), (torch.tanh_, "tanh"), (Tensor.tanh, "tanh"), (Tensor.tanh_, "tanh"), (F.tanh, "tanh"),
+    (torch.tanh, "tanh"), (torch.tanh_, "tanh"), (Tensor.tanh, "tanh"), (Tensor.tanh_, "tanh"),
+    (F.tanh, "tanh"),
     (torch.relu, "relu"), (torch.relu_, "relu"), (Tensor.relu_, "relu"), (F.relu_, "relu"),
     (torch.special.expit, "sigmoid"), (Tensor.sigmoid_, "sigmoid"), (F.sigmoid, "sigmoid"),
     (torch.arctan, "arctan"), (Tensor.atan, "arctan"), (F.elu_, "elu"), (F.hardtanh_, "hard_tanh"),
-    (lambda x: F.leaky_relu_(x, 0.3), "leaky_relu(0.3)"), (lambda x: F.leaky_relu(x, negative_slope=0.3), "leaky_relu(0.3)"),
-    (lambda x: x.clamp(min=0), "relu"), (lambda x: x.clamp_(0), "relu"), (lambda x: torch.clamp(x, -1, 1), "hard_tanh"),
+    (lambda x: F.leaky_relu_(x, 0.3), "leaky_relu(0.3)"),
+    (lambda x: F.leaky_relu(x, negative_slope=0.3), "leaky_relu(0.3)"),
+    (lambda x: x.clamp(min=0), "relu"), (lambda x: x.clamp_(0), "relu"),
+    (lambda x: torch.clamp(x, -1, 1), "hard_tanh"),
     (lambda x: x.clamp_min(0), "relu"), (lambda x: torch.softmax(x, 1), "softmax"),
     (lambda x: torch.special.softmax(x, -1), "softmax"), (lambda x: x.softmax(dim=-1), "softmax"),
 ]  # fmt: skip
@@ -172,7 +180,8 @@ def test_calls_are_recognised(call, name: str) -> None:  # type: ignore[no-untyp
 @pytest.mark.parametrize(
     ("call", "name", "monotone"),
     [
-        (nn.GELU(), "gelu", False), (nn.SiLU(), "silu", False), (nn.Mish(), "mish", False), (nn.SELU(), "selu", True),
+        (nn.GELU(), "gelu", False), (nn.SiLU(), "silu", False), (nn.Mish(), "mish", False),
+        (nn.SELU(), "selu", True),
         (nn.Hardswish(), "hardswish", False), (nn.LeakyReLU(-0.1), "leaky_relu(-0.1)", False),
         (nn.Softmax(0), "softmax(dim=0)", True), (F.logsigmoid, "log_sigmoid", True),
     ],

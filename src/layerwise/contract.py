@@ -49,7 +49,7 @@ def ghost_is_cheaper(v: int, t: int, o: int, i: int) -> bool:
 
     Multiply-adds per sample and group: `t²(i + v·o)` for the Gram matrices, `v·t·i·o` for D, plus
     the memory traffic of what each of them writes. Source of the ghost form: Goodfellow 2015
-    (t = 1); Li, Tramèr, Liang and Hashimoto 2022, section 4 (t > 1).
+    (t = 1); Li, Tramèr, Liang and Hashimoto 2022 (t > 1).
     """
     ghost = t * t * (i + v * o + TRAFFIC * (1 + v))
     return ghost < v * o * i * (t + TRAFFIC)
@@ -62,6 +62,8 @@ def pairs_are_cheaper(v: int, t: int, o: int, i: int) -> bool:
     all samples at once.
     """
     pairs = t * (t + 1) // 2
+    if pairs >= v * t:
+        return False
     return pairs * (o * i + TRAFFIC * (o + i)) + t * t * o * (v + TRAFFIC) < v * o * i * (t + TRAFFIC)
 
 

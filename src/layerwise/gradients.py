@@ -120,8 +120,8 @@ def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None) -> list[t
     for derived, slot in zip(use.used, use.slots, strict=True):
         if len(derived.names) == 1:
             (name,) = derived.names
-            view = view_maps(derived.tensor, tape.parameters[name])
-            if view is not None and slot.factored:
+            view = view_maps(slot.used, tape.parameters[name])
+            if view is not None and slot.factored and (samples is None or samples.axis not in slot.aligned):
                 to_parameter, from_parameter = view
                 part = Part(
                     use,
@@ -138,13 +138,13 @@ def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None) -> list[t
                 + ("through a derived tensor" if slot.factored else "through a call without row form")
                 + "; leave the parameter out by freezing it, or ask for a diagonal quantity"
             )
-        found += _carried(tape, use, derived.tensor, sorted(derived.names), slot.dense(g, samples))
+        found += _carried(tape, use, slot.used, sorted(derived.names), slot.dense(g, samples))
     return found
 
 
 def _carried(tape: Tape, use: Use, used: Tensor, names: list[str], dense: Tensor) -> list[tuple[str, Part]]:
     """Per-sample gradients `[V,N,*used.shape]` of a used tensor, carried to the parameters it came from."""
-    if used.grad_fn is None:
+    if used.is_leaf:
         return [(names[0], Part(use, dense=dense))]
     leaves = [tape.parameters[name] for name in names]
     lead = dense.shape[:2]

@@ -85,6 +85,15 @@ class LossUse(NamedTuple):
     value: GradientEdge
 
 
+class _LogSoftmax(NamedTuple):
+    """A log-softmax: its output, and the logits that it was made from."""
+
+    output: weakref.ref[Tensor]
+    logits: Tensor
+    edge: GradientEdge
+    dim: int | None
+
+
 def describe_func(func: Any) -> str:
     """A readable name of a torch function."""
     return getattr(func, "__name__", None) or repr(func)
@@ -165,7 +174,7 @@ class Tape(TorchFunctionMode):
             self._known[id(c)] = c
         self._outputs: dict[int, Use] = {}
         self._made_from: dict[int, tuple[Tensor, Tensor]] = {}
-        self._log_softmax: dict[int, tuple[weakref.ref[Tensor], Tensor, GradientEdge, int | None]] = {}
+        self._log_softmax: dict[int, _LogSoftmax] = {}
 
     def __enter__(self) -> Tape:
         # A compiled model runs eagerly while it is recorded; nothing is compiled unless dynamo is loaded.
@@ -287,7 +296,7 @@ class Tape(TorchFunctionMode):
         self.calls.append(func)
         self._note_data(func, args, kwargs, [logits], out)
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        self._log_softmax[id(out)] = (weakref.ref(out), logits.detach(), edge, dim)
+        self._log_softmax[id(out)] = _LogSoftmax(weakref.ref(out), logits.detach(), edge, dim)
         return out
 
     def _use(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
@@ -336,13 +345,13 @@ class Tape(TorchFunctionMode):
 
     def _loss(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run and record a call that makes a loss."""
-        logits = args[0] if args else kwargs.get("input")
+        logits = losses.logits_of(func, args, kwargs)
         if not (isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()):
             return func(*args, **kwargs)
-        entry = self._log_softmax.get(id(logits))
-        if entry is not None and entry[0]() is logits:
-            call = losses.bind(func, args, kwargs, log_softmax_input=entry[1], log_softmax_dim=entry[3])
-            edge = entry[2]
+        source = self._log_softmax.get(id(logits))
+        if source is not None and source.output() is logits:
+            call = losses.bind(func, args, kwargs, source.logits, source.dim)
+            edge = source.edge if call.log_softmax else get_gradient_edge(logits)
         else:
             call, edge = losses.bind(func, args, kwargs), get_gradient_edge(logits)
         losses.check(call)

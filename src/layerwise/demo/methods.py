@@ -46,14 +46,14 @@ TRIALS: dict[str, list[Settings]] = {
     "LocoProp-M": [{}],
     "LocoProp-S": [{}],
     "AltMin (Adam)": [{}],
-    "RMSProp": _grid(lr=(3e-4, 1e-3, 3e-3, 1e-2), momentum=(0.0, 0.9)),
-    "Adam": _grid(lr=(1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2, 2e-2)),
+    "RMSProp": _grid(lr=(2.5e-4, 5e-4, 1e-3, 2e-3), momentum=(0.5, 0.9)),
+    "Adam": _grid(lr=(2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 2e-2, 3e-2)),
 }
 
 CHOSEN: dict[str, Settings] = {
     "LocoProp-M": {},
     "LocoProp-S": {},
     "AltMin (Adam)": {},
-    "RMSProp": {"lr": 1e-3, "momentum": 0.0},
+    "RMSProp": {"lr": 5e-4, "momentum": 0.9},
     "Adam": {"lr": 1e-2},
 }

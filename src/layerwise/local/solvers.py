@@ -10,12 +10,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, predict
-
-try:
-    from layerwise.operators.ridge import ridge
-except ImportError:  # TEMPORARY
-    def ridge(A, B, damping):
-        return torch.linalg.solve(A + damping * torch.eye(A.shape[-1], dtype=A.dtype), B, left=False)
+from layerwise.operators.ridge import ridge
 
 __all__ = ["Workspace", "linear_floor", "local_steps", "prox_step", "row_slices", "spectral_step"]
 
@@ -29,10 +24,7 @@ def linear_floor(t: int, steps: int) -> float:
 
 
 class Workspace:
-    """Scratch memory that local solves share: one flat buffer per name, grown to the largest request.
-
-    Buffers hold nothing between calls; one workspace serves all layers solved one after another.
-    """
+    """Scratch memory for layers solved one after another: a flat buffer per name, grown as needed."""
 
     def __init__(self) -> None:
         self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -125,7 +117,9 @@ def local_steps(
 
 def _check_shared(name: str, owned: Tensor | None, used: Tensor | None) -> None:
     if (owned is None) != (used is None):
-        raise BadInput(f"local_steps: the layer's {name} and the problem's must both be given or both be None")
+        raise BadInput(
+            f"local_steps: the layer's {name} and the problem's must both be given or both be None"
+        )
     if owned is not None and used is not None and owned.data_ptr() != used.data_ptr():
         raise BadInput(
             f"local_steps works in place: problem.{name} {tuple(used.shape)} must be a view of the {name} "
@@ -138,10 +132,11 @@ def _use_gram(problem: LocalProblem, form: Form, rows: int, steps: int) -> bool:
     possible = problem.transfer.is_squared and rows == r
     if form == "gram" and not possible:
         raise BadInput(
-            f'form="gram" holds for the squared loss on all rows: got {problem.transfer.name}, {rows} of {r} rows; '
-            'use form="plain"'
+            'form="gram" holds for the squared loss on all rows: got '
+            f'{problem.transfer.name} and {rows} of {r} rows; use form="plain"'
         )
-    cheaper = i * (r + (steps - 1) * o) < r * o * (2 * steps - 2)
+    # Over 2i operations, beyond G_w: the Gram matrix and a product a step, or two products a step.
+    cheaper = r * i + (steps - 1) * o * i < 2 * (steps - 1) * r * o
     return form == "gram" or (form == "auto" and possible and cheaper)
 
 
@@ -171,9 +166,10 @@ class _Layer:
         anchors = self._anchors() if problem.prox is not None else ()
         for t in range(steps):
             for piece, (low, high) in enumerate(row_slices(total, rows, t, offset)):
-                known = self.g if t == 0 else None
-                delta, scale = self._delta(low, high) if known is None else known[..., low:high, :], total / rows
-                scale = scale * (problem.gamma if known is not None else 1)
+                if t == 0 and self.g is not None:
+                    delta, scale = self.g[..., low:high, :], problem.gamma * total / rows
+                else:
+                    delta, scale = self._delta(low, high), total / rows
                 self._contract(delta, self.a[..., low:high, :], scale, first=piece == 0)
             for grad, now, start in anchors if t > 0 else ():
                 grad.add_(now, alpha=1 / problem.prox).sub_(start, alpha=1 / problem.prox)  # type: ignore[operator]
@@ -207,30 +203,27 @@ class _Layer:
                 for n, (grad, now) in enumerate(pairs)]  # fmt: skip
 
     def gram(self, steps: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Gradients of T steps of the squared loss, `g_t = g_0 + (W_t − W₀)(AᵀA + I/η) + (b_t − b₀)(Σ_r a)ᵀ`."""
+        """Gradients of T squared-loss steps, `g_0 + (W_t − W₀)(AᵀA + I/η) + (b_t − b₀)(Σ_r a)ᵀ`."""
         problem, take = self.problem, self.workspace.take
         # Differences, not `C + W_t AᵀA` with one product less: W_t − W₀ is tiny against W_t in float32.
         anchors = self._anchors()
-        for first in self.plain(1, problem.a.shape[0], 0):
-            yield first
-        if steps == 1:
-            return
-        ridge_term = 0.0 if problem.prox is None else 1 / problem.prox
+        yield from self.plain(1, problem.a.shape[0], 0)
+        held = 0.0 if problem.prox is None else 1 / problem.prox
         gram = take("gram", (*self.w.shape[:-2], self.w.shape[-1], self.w.shape[-1]), self.w)
         self.mul(self.a.mT, self.a, out=gram)
-        gram.diagonal(dim1=-2, dim2=-1).add_(ridge_term)
+        gram.diagonal(dim1=-2, dim2=-1).add_(held)
         start_w = take("g0", self.out_w.shape, self.w).copy_(self.out_w)
         moved = take("moved", self.out_w.shape, self.w)
         w0 = anchors[0][2].view(self.w.shape)
         if self.out_b is not None:
-            sums, start_b, count = self.a.sum(-2), self.out_b.clone(), problem.a.shape[0] + ridge_term
+            sums, start_b, count = self.a.sum(-2), self.out_b.clone(), problem.a.shape[0] + held
             b, b0 = problem.bias.view(self.out_b.shape), anchors[1][2].view(self.out_b.shape)  # type: ignore[union-attr]
         for _ in range(1, steps):
             torch.sub(self.w, w0, out=moved)
             self.fma(start_w, moved, gram, out=self.out_w)
             if self.out_b is not None:
                 shift = b - b0
-                self.out_w.add_(shift.unsqueeze(-1) * sums.unsqueeze(-2))
+                self.out_w.addcmul_(shift.unsqueeze(-1), sums.unsqueeze(-2))
                 torch.add(start_b, shift, alpha=count, out=self.out_b)
                 self.out_b.add_((moved @ sums.unsqueeze(-1)).squeeze(-1))
             yield self.dw, self.db
@@ -285,8 +278,8 @@ def _squared_rows(problem: LocalProblem, asker: str) -> tuple[Tensor, Tensor]:
     """Inputs `[K,R,I]`, with a 1 for the bias, and `z − target` at the starting weights, `[K,R,O]`."""
     if not problem.transfer.is_squared:
         raise BadInput(
-            f"{asker} is a closed form for the squared loss, and the problem has {problem.transfer.name}'s matching "
-            "loss: use local_steps, or the identity with target_s"
+            f"{asker} is a closed form for the squared loss, and the problem has {problem.transfer.name}'s "
+            "matching loss: use local_steps, or the identity with target_s"
         )
     a = problem.a.transpose(0, 1)
     if problem.bias is not None:

@@ -61,7 +61,9 @@ class TFRMSProp(torch.optim.Optimizer):
 
     def _ready(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if p.grad.is_sparse:  # type: ignore[union-attr]
-            raise BadInput("TFRMSProp got a sparse gradient: it moves every element at every step; use grad.to_dense()")
+            raise BadInput(
+                "TFRMSProp got a sparse gradient: it moves every element at every step; use grad.to_dense()"
+            )
         state = self.state[p]
         if not state:
             state["mean_square"] = torch.ones_like(p)
@@ -90,9 +92,11 @@ class TFRMSProp(torch.optim.Optimizer):
 def _sliceable(tensors: tuple[Tensor, ...]) -> bool:
     # Any dense layout will do, so long as the four agree: slices then run through memory in order.
     strides = tensors[0].stride()
-    return tensors[0].device.type == "cpu" and all(
-        t.stride() == strides and t.dtype == tensors[0].dtype and not t.is_complex() for t in tensors
-    ) and _dense(tensors[0])
+    return (
+        tensors[0].device.type == "cpu"
+        and all(t.stride() == strides and t.dtype == tensors[0].dtype and not t.is_complex() for t in tensors)
+        and _dense(tensors[0])
+    )
 
 
 def _dense(t: Tensor) -> bool:

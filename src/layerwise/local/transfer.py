@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 from layerwise.errors import BadInput
 
 __all__ = [
-    "ARCTAN", "ELU", "HARD_TANH", "IDENTITY", "RELU", "RELU_SQUARED", "SIGMOID", "SOFTMAX", "SOFTPLUS", "TANH",
-    "Transfer", "elu", "find", "hard_tanh", "leaky_relu", "softplus", "squared",
+    "ARCTAN", "ELU", "HARD_TANH", "IDENTITY", "RELU", "RELU_SQUARED", "SIGMOID", "SOFTMAX", "SOFTPLUS",
+    "TANH", "Transfer", "elu", "find", "hard_tanh", "leaky_relu", "softplus", "squared",
 ]  # fmt: skip
 
 Map = Callable[[Tensor], Tensor]
@@ -71,10 +71,7 @@ class Transfer:
         return self.potential(a) - (product.sum(-1) if self.joint else product)
 
     def gap(self, a: Tensor, y: Tensor) -> Tensor:
-        """Fenchel-Young gap `F(a) + F*(y) − y·a ≥ 0`: zero where `y = f(a)`, infinite outside the range.
-
-        Raises BadInput where the dual is not tabulated.
-        """
+        """Fenchel-Young gap `F(a) + F*(y) − y·a ≥ 0`, 0 where `y = f(a)`; BadInput without a known F*."""
         if self.dual is None:
             raise BadInput(f"{self.name} has no tabulated dual F*: use bregman(a, b), which needs F alone")
         return self.matching(a, y) + self.dual(y)
@@ -128,17 +125,9 @@ def _softmax_dual(y: Tensor) -> Tensor:
     return torch.where(on_simplex, torch.xlogy(c, c).sum(-1), math.inf)
 
 
-def _softmax_(a: Tensor) -> Tensor:
-    return a.sub_(a.amax(-1, keepdim=True)).exp_().div_(a.sum(-1, keepdim=True))
-
-
 def _arctan_potential(a: Tensor) -> Tensor:
     # log(1 + a²) = 2 log hypot(1, a): a² alone overflows.
     return a * a.atan() - torch.hypot(a, torch.ones_like(a)).log()
-
-
-def _arctan_dual(y: Tensor) -> Tensor:
-    return _within(y, -math.pi / 2, math.pi / 2, -y.cos().log())
 
 
 _BERNOULLI = ((0, 1.0), (1, 0.5), (2, 1 / 6), (4, -1 / 30), (6, 1 / 42), (8, -1 / 30), (10, 5 / 66),
@@ -160,9 +149,12 @@ RELU = Transfer(
     lambda y: _within(y, 0, math.inf, _half_square(y)), 0.0, f_=torch.relu_,
 )  # fmt: skip
 SOFTMAX = Transfer(
-    "softmax", lambda a: a.softmax(-1), lambda a: a.logsumexp(-1), _softmax_dual, 0.0, 1.0, _softmax_, joint=True
+    "softmax", lambda a: a.softmax(-1), lambda a: a.logsumexp(-1), _softmax_dual, 0.0, 1.0, joint=True
 )
-ARCTAN = Transfer("arctan", torch.atan, _arctan_potential, _arctan_dual, -math.pi / 2, math.pi / 2, torch.atan_)
+ARCTAN = Transfer(
+    "arctan", torch.atan, _arctan_potential,
+    lambda y: _within(y, -math.pi / 2, math.pi / 2, -y.cos().log()), -math.pi / 2, math.pi / 2, torch.atan_,
+)  # fmt: skip
 RELU_SQUARED = Transfer(
     "relu_squared", lambda a: a.clamp_min(0).square(), lambda a: a.clamp_min(0) ** 3 / 3,
     lambda y: _within(y, 0, math.inf, y.clamp_min(0) ** 1.5 * (2 / 3)), 0.0,
@@ -186,7 +178,7 @@ def leaky_relu(alpha: float = 0.01) -> Transfer:
 
 
 def hard_tanh(low: float = -1.0, high: float = 1.0) -> Transfer:
-    """Clamp to [low, high]: `F = c·a − ½c²` with `c = f(a)` (Huber's loss for ±1), `F* = ½y²` on the range."""
+    """Clamp to [low, high]: `F = c·a − ½c²` with `c = f(a)` (Huber's loss for ±1), `F* = ½y²` in range."""
 
     def potential(a: Tensor) -> Tensor:
         c = a.clamp(low, high)
@@ -200,7 +192,10 @@ def hard_tanh(low: float = -1.0, high: float = 1.0) -> Transfer:
 
 
 def elu(alpha: float = 1.0) -> Transfer:
-    """ELU, `F = ½a²` above zero and `α(eᵃ − 1 − a)` below; α > 0."""
+    """ELU, `F = ½a²` above zero and `α(eᵃ − 1 − a)` below; a stand-in for α ≤ 0."""
+    name = "elu" if alpha == 1 else f"elu({alpha:g})"
+    if alpha <= 0:
+        return squared(name, monotone=alpha == 0)
 
     def potential(a: Tensor) -> Tensor:
         n = a.clamp_max(0)
@@ -211,36 +206,23 @@ def elu(alpha: float = 1.0) -> Transfer:
         below = alpha * (torch.xlogy(1 + n, 1 + n) - n)
         return _within(y, -alpha, math.inf, torch.where(y > 0, _half_square(y), below))
 
-    name = "elu" if alpha == 1 else f"elu({alpha:g})"
     return Transfer(name, lambda a: F.elu(a, alpha), potential, dual, -alpha, f_=lambda a: F.elu_(a, alpha))
 
 
 def softplus(beta: float = 1.0) -> Transfer:
     """Softplus, `f = log(1 + e^βa)/β` and `F = −Li₂(−e^βa)/β²`; β > 0; the dual is not elementary."""
     name = "softplus" if beta == 1 else f"softplus({beta:g})"
-    return Transfer(
-        name, lambda a: _log1pexp(beta * a) / beta, lambda a: _softplus_potential(beta * a) / beta**2, None, 0.0
-    )
+    potential: Map = lambda a: _softplus_potential(beta * a) / beta**2  # noqa: E731
+    return Transfer(name, lambda a: _log1pexp(beta * a) / beta, potential, None, 0.0)
 
 
 def squared(name: str, monotone: bool = True) -> Transfer:
     """The identity's losses under another name: for functions outside the theory or outside the table."""
-    return Transfer(name, IDENTITY.f, _half_square, _half_square, f_=IDENTITY.f_, monotone=monotone, stand_in=True)
+    return replace(IDENTITY, name=name, monotone=monotone, stand_in=True)
 
 
 HARD_TANH, ELU, SOFTPLUS = hard_tanh(), elu(), softplus()
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The options of a call after its input: by position (from 1) or by name."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    axis: int
-
-    def __call__(self, at: int, name: str, default: Any) -> Any:
-        return self.args[at] if len(self.args) > at else self.kwargs.get(name, default)
+Get = Callable[[int, str, Any], Any]  # an option of a call: its position (0 is the input), name, default
 
 
 def _clamp(low: Any, high: Any) -> Transfer | None:
@@ -250,75 +232,67 @@ def _clamp(low: Any, high: Any) -> Transfer | None:
     return RELU if (low, high) == (0, math.inf) else hard_tanh(low, high) if low < high else None
 
 
-def _find_softplus(get: _Options) -> Transfer:
+def _find_softplus(get: Get) -> Transfer:
     beta, threshold = float(get(1, "beta", 1)), float(get(2, "threshold", 20))
     return softplus(beta) if beta > 0 and threshold >= 16 else squared("softplus")  # below, it visibly jumps
 
 
-def _find_elu(get: _Options) -> Transfer:
-    alpha = float(get(1, "alpha", 1.0))
-    return elu(alpha) if alpha > 0 else squared(f"elu({alpha:g})", monotone=alpha == 0)
-
-
-def _find_softmax(get: _Options) -> Transfer:
+def _find_softmax(get: Get, axis: int) -> Transfer:
     z, dim = get(0, "input", None), get(1, "dim", None)
     rank = z.dim() if isinstance(z, Tensor) else 0
     if dim is None:  # the deprecated implicit choice of F.softmax
         dim = 0 if rank in (0, 1, 3) else 1
-    if dim == get.axis or (rank and dim % rank == get.axis % rank):
-        return SOFTMAX
-    return squared(f"softmax(dim={dim})")
+    same = dim == axis or (rank > 0 and dim % rank == axis % rank)
+    return SOFTMAX if same else squared(f"softmax(dim={dim})")
 
 
 # Names of the calls (as they stand in torch, torch.Tensor, torch.special, F and torch._C._nn; the in-place
-# twin `name_` is added) and how their options give the transfer function.
-_FINDERS: dict[str, Callable[[_Options], Transfer | None]] = {
-    "tanh": lambda get: TANH,
-    "sigmoid expit": lambda get: SIGMOID,
-    "relu": lambda get: RELU,
-    "relu6": lambda get: hard_tanh(0.0, 6.0),
-    "atan arctan": lambda get: ARCTAN,
-    "leaky_relu": lambda get: leaky_relu(float(get(1, "negative_slope", 0.01))),
-    "hardtanh": lambda get: _clamp(get(1, "min_val", -1.0), get(2, "max_val", 1.0)),
-    "clamp clip": lambda get: _clamp(get(1, "min", None), get(2, "max", None)),
-    "clamp_min": lambda get: _clamp(get(1, "min", None), None),
-    "clamp_max": lambda get: _clamp(None, get(1, "max", None)),
-    "elu": _find_elu,
-    "softplus": _find_softplus,
+# twin `name_` is added), and how options and feature axis give the transfer function.
+_FINDERS: dict[str, Callable[[Get, int], Transfer | None]] = {
+    "tanh": lambda get, axis: TANH,
+    "sigmoid expit": lambda get, axis: SIGMOID,
+    "relu": lambda get, axis: RELU,
+    "relu6": lambda get, axis: hard_tanh(0.0, 6.0),
+    "atan arctan": lambda get, axis: ARCTAN,
+    "leaky_relu": lambda get, axis: leaky_relu(float(get(1, "negative_slope", 0.01))),
+    "hardtanh": lambda get, axis: _clamp(get(1, "min_val", -1.0), get(2, "max_val", 1.0)),
+    "clamp clip": lambda get, axis: _clamp(get(1, "min", None), get(2, "max", None)),
+    "clamp_min": lambda get, axis: _clamp(get(1, "min", None), None),
+    "clamp_max": lambda get, axis: _clamp(None, get(1, "max", None)),
+    "elu": lambda get, axis: elu(float(get(1, "alpha", 1.0))),
+    "softplus": lambda get, axis: _find_softplus(get),
     "softmax": _find_softmax,
 }
 _NOT_MONOTONE = "gelu silu mish hardswish sin cos threshold hardshrink rrelu"
-_NOT_TABULATED = "selu celu prelu hardsigmoid softsign logsigmoid log_sigmoid tanhshrink softshrink log_softmax erf"
+_NO_ENTRY = "selu celu prelu hardsigmoid softsign logsigmoid log_sigmoid tanhshrink softshrink log_softmax"
 
 
-def _table() -> dict[Any, Callable[[_Options], Transfer | None]]:
-    stand_ins = {
-        name: (lambda get, found=squared(name, monotone): found)
-        for names, monotone in ((_NOT_MONOTONE, False), (_NOT_TABULATED, True))
-        for name in names.split()
-    }
+def _by_call() -> dict[Any, Callable[[Get, int], Transfer | None]]:
+    def stand_in(name: str, monotone: bool) -> Callable[[Get, int], Transfer]:
+        return lambda get, axis: squared(name, monotone)
+
+    finders = dict(_FINDERS)
+    finders |= {name: stand_in(name, False) for name in _NOT_MONOTONE.split()}
+    finders |= {name: stand_in(name, True) for name in _NO_ENTRY.split()}
+    twins = [
+        (name + twin, found) for key, found in finders.items() for name in key.split() for twin in ("", "_")
+    ]
     homes = (torch, Tensor, torch.special, F, torch._C._nn)
-    return {
-        getattr(home, name + suffix): finder
-        for names, finder in (_FINDERS | stand_ins).items()
-        for name in names.split()
-        for home in homes
-        for suffix in ("", "_")
-        if hasattr(home, name + suffix)
-    }
+    return {getattr(home, name): found for name, found in twins for home in homes if hasattr(home, name)}
 
 
-_BY_CALL = _table()
+_BY_CALL = _by_call()
 
 
 def find(
-    func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, axis: int = -1
-) -> Transfer | None:
+    func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None,
+    axis: int = -1,
+) -> Transfer | None:  # fmt: skip
     """The transfer function that a torch call, as a `TorchFunctionMode` sees it, applies to its input.
 
     In-place forms and methods are included; softmax counts where it runs over the feature axis
     `axis` of the input. GELU, SiLU and other activations without a matching loss give a stand-in with
     `stand_in=True`: the squared loss under their name. A call that is no activation gives None.
     """
-    finder = _BY_CALL.get(func)
-    return None if finder is None else finder(_Options(args, kwargs or {}, axis))
+    named, finder = kwargs or {}, _BY_CALL.get(func, lambda get, axis: None)
+    return finder(lambda at, name, default: args[at] if len(args) > at else named.get(name, default), axis)

@@ -101,6 +101,13 @@ class Likelihood:
             )
         return self._out(self._sample(draws, generator))
 
+    def uniform_weight(self) -> float | None:
+        """The w of `gradient() = w (f(z) − y)` with f the link and w > 0 the same for all terms; else None.
+
+        The loss is then w times the matching loss of its link, with targets y.
+        """
+        return None
+
     # What a kind of loss defines, in at least float32.
 
     def _gradient(self) -> Tensor:
@@ -161,6 +168,12 @@ class FirstOrder(Likelihood):
 
     def _sample(self, draws: int, generator: torch.Generator) -> Tensor:
         raise Undefined(f"{self.call}: {self._why}")
+
+
+def one_value(weights: Tensor) -> float | None:
+    """The positive number that all elements of a tensor equal, or None."""
+    first = float(weights.reshape(-1)[0]) if weights.numel() else 0.0
+    return first if first > 0 and bool((weights == first).all()) else None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFinite
-from .base import FirstOrder, Likelihood, _wide
+from .base import FirstOrder, Likelihood, _wide, one_value
 from .call import LossCall
 
 __all__ = ["Softmax", "softmax"]
@@ -109,6 +109,10 @@ class Softmax(Likelihood):
         y = y.T.reshape(draws, *p.shape[:-1]).unsqueeze(self._axis + 1)
         s = (factor * self._p).repeat(draws, *[1] * self._p.dim())
         return s.scatter_add_(self._axis + 1, y, -factor.expand(y.shape))
+
+    def uniform_weight(self) -> float | None:
+        """Without class weights and ignored targets, one weight for all terms."""
+        return one_value(self._weight)
 
     @cached_property
     def _sqrt_weight(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import UnsupportedCall
-from layerwise.ops import contraction, conv, elementwise, embedding
+from layerwise.ops import contraction, conv, elementwise, embedding, norm
 from layerwise.ops.arguments import writes_first
 from layerwise.ops.base import Call, Rows, Samples, Slot
 from layerwise.ops.opaque import OpaqueSlot
@@ -18,7 +18,9 @@ from layerwise.ops.opaque import OpaqueSlot
 __all__ = ["Call", "Rows", "Samples", "Slot", "is_known", "refused", "slots", "writes_first"]
 
 _BUILD: dict[Callable[..., Any], Callable[[Call, Sequence[Tensor]], list[Slot | None]]] = {
-    func: family.slots for family in (elementwise, embedding, conv, contraction) for func in family.FUNCTIONS
+    func: family.slots
+    for family in (elementwise, norm, embedding, conv, contraction)
+    for func in family.FUNCTIONS
 }
 
 _ATTENTION = "attention with its projections inside one torch call"
@@ -40,15 +42,16 @@ def slots(call: Call, used: Sequence[Tensor]) -> list[Slot]:
 
     Raises `UnsupportedCall` where the call overwrites one of the tensors in `used`.
     """
-    if writes_first(call.func) and any(u is call.args[0] for u in used):
+    if call.args and any(u is call.args[0] for u in used) and writes_first(call.func):
         raise UnsupportedCall(
-            f"{call.func.__name__} overwrites a tensor of shape {tuple(call.args[0].shape)} that was computed "
-            "from parameters; use the form that returns a new tensor"
+            f"{call.func.__name__} overwrites a tensor of shape {tuple(call.args[0].shape)} that was "
+            "computed from parameters; use the form that returns a new tensor"
         )
     build = _BUILD.get(call.func)
     if build is None:
         return [OpaqueSlot(call, u) for u in used]
-    return [OpaqueSlot(call, u) if slot is None else slot for u, slot in zip(used, build(call, used), strict=True)]
+    known = zip(used, build(call, used), strict=True)
+    return [OpaqueSlot(call, u) if slot is None else slot for u, slot in known]
 
 
 def is_known(func: Callable[..., Any]) -> bool:
@@ -56,7 +59,9 @@ def is_known(func: Callable[..., Any]) -> bool:
     return func in _BUILD
 
 
-def refused(func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> str | None:
+def refused(
+    func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> str | None:
     """Why calls of a function on parameters cannot be recorded as one call; None where they can.
 
     The text completes "layerwise does not decompose ...".

@@ -73,13 +73,15 @@ class ConvSlot(Slot):
             if any(s > 1 for s in steps):
                 sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], steps, strict=True)]
                 stuffed = x.new_zeros(*x.shape[:2], *sizes)
-                stuffed[(..., *(slice(None, None, s) for s in steps))] = x
+                places: list[slice] = [slice(None, None, s) for s in steps]
+                stuffed[(slice(None), slice(None), *places)] = x
                 x = stuffed
         if any(e != (0, 0) for e in edges):
             x = F.pad(x, [n for edge in reversed(edges) for n in edge])  # negative ones crop
         return x, stride, dilation
 
     def input(self, samples: Samples | None) -> Tensor:
+        """Input rows `[N,T,K,I]`, I running over channels, then the kernel; in memory `[k,i,n,t]`."""
         x, stride, dilation = self._padded()
         dims, (b, c), step = self._geometry.dims, x.shape[:2], x.stride()
         kernel, places = self.used.shape[2:], self._out_shape[-self._geometry.dims :]
@@ -99,6 +101,7 @@ class ConvSlot(Slot):
         return view.reshape(k, c // k * math.prod(kernel), n, t).permute(2, 3, 0, 1)
 
     def output(self, g: Tensor, samples: Samples | None) -> Tensor:
+        """Cotangent rows `[V,N,T,K,O]`, a view of a contiguous cotangent."""
         g = g.to(self.used.dtype)
         g = g if self._batched else g.unsqueeze(1)
         k, places = self._geometry.groups, math.prod(g.shape[3:])
@@ -112,6 +115,7 @@ class ConvSlot(Slot):
         return g.flatten(2, 3) if r > 1 else g.squeeze(2)
 
     def matrix(self, used: Tensor) -> Tensor:
+        """The kernel as `[K,O,I]`, flipped where the convolution is transposed."""
         groups = self._geometry.groups
         if self._geometry.output_padding is None:
             return used.reshape(groups, used.shape[0] // groups, -1)
@@ -119,6 +123,7 @@ class ConvSlot(Slot):
         return used.reshape(groups, used.shape[1], -1)
 
     def fold(self, w: Tensor) -> Tensor:
+        """Carry `[..., K,O,I]` back to the kernel's shape."""
         lead, groups, shape = w.shape[:-3], self._geometry.groups, self.used.shape
         if self._geometry.output_padding is None:
             return w.reshape(*lead, *shape)

@@ -1,4 +1,4 @@
-"""Tensors that meet the output element by element: norms' scale and shift, PReLU, bare parameters.
+"""Tensors that meet the output element by element: biases, bare parameters, parts of a `cat`.
 
 The output is `Z = used * A + rest` with `used` broadcast; `A` is the derivative of the call by the
 broadcast tensor. Its axes are K where `used` varies, positions where it is repeated; O = I = 1.
@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import SamplesMixed
@@ -32,17 +31,21 @@ class BiasSlot(Slot):
         self._feature, self._out_shape = feature, out_shape
 
     def input(self, samples: Samples | None) -> None:
+        """None: the constant 1."""
         return None
 
     def output(self, g: Tensor, samples: Samples | None) -> Tensor:
+        """Cotangent rows `[V,N,T,1,O]`."""
         positions = [a for a in range(len(self._out_shape)) if a != self._feature]
         x = _positions_first(g.to(self.used.dtype), 1, positions, [self._feature], samples, self._out_shape)
         return x.unsqueeze(-2)
 
     def matrix(self, used: Tensor) -> Tensor:
+        """The vector as `[1,O,1]`."""
         return used.reshape(1, -1, 1)
 
     def fold(self, w: Tensor) -> Tensor:
+        """Carry `[..., 1,O,1]` to `[..., O]`."""
         return w.reshape(*w.shape[:-3], -1)
 
 
@@ -57,9 +60,15 @@ class ElementwiseSlot(Slot):
     elementwise = True
 
     def __init__(
-        self, used: Tensor, view: tuple[int, ...], out_shape: torch.Size,
-        derivative: float | Callable[[], Tensor], *,
-        region: tuple[int, int] | None = None, aligned: bool = True, linear: bool = True,
+        self,
+        used: Tensor,
+        view: tuple[int, ...],
+        out_shape: torch.Size,
+        derivative: float | Callable[[], Tensor],
+        *,
+        region: tuple[int, int] | None = None,
+        aligned: bool = True,
+        linear: bool = True,
     ) -> None:
         self.used, self.linear = used, linear
         self.bias = isinstance(derivative, (int, float)) and derivative == 1
@@ -93,6 +102,7 @@ class ElementwiseSlot(Slot):
         return x.unsqueeze(-1)
 
     def input(self, samples: Samples | None) -> Tensor | None:
+        """Derivative rows `[N,T,K,1]`; None where they are the constant 1."""
         if self.bias:
             return None
         if isinstance(self._derivative, (int, float)):
@@ -101,20 +111,27 @@ class ElementwiseSlot(Slot):
         return self._rows(self._derivative().to(self.used.dtype), 0, samples)
 
     def output(self, g: Tensor, samples: Samples | None) -> Tensor:
+        """Cotangent rows `[V,N,T,K,1]`."""
         if self._region is not None:
             axis, start = self._region
             g = g.narrow(axis + 1, start, self._shape[axis])
         return self._rows(g.to(self.used.dtype), 1, samples)
 
     def matrix(self, used: Tensor) -> Tensor:
+        """The tensor as `[K,1,1]`."""
         return used.reshape(-1, 1, 1)
 
     def fold(self, w: Tensor) -> Tensor:
-        return w.reshape(*w.shape[:-3], *self.used.shape)
+        """Carry `[..., K,1,1]` to the tensor's shape."""
+        return w.reshape((*w.shape[:-3], *self.used.shape))
 
 
 def _positions_first(
-    x: Tensor, lead: int, positions: Sequence[int], features: Sequence[int], samples: Samples | None,
+    x: Tensor,
+    lead: int,
+    positions: Sequence[int],
+    features: Sequence[int],
+    samples: Samples | None,
     shape: torch.Size,
 ) -> Tensor:
     """`[lead.., *shape]` to `[lead.., N,T,C]`, the samples' axis (or the first position) in N."""
@@ -124,7 +141,7 @@ def _positions_first(
     n = 1 if first is None else shape[first]
     t, c = math.prod(shape[a] for a in rest), math.prod(shape[a] for a in features)
     if order != list(range(len(shape))):
-        x = x.permute(*range(lead), *(lead + a for a in order))
+        x = x.permute([*range(lead), *(lead + a for a in order)])
     if samples is not None:
         t *= n // samples.n
         x, n = samples.split(x, lead), samples.n
@@ -148,12 +165,13 @@ def shift(used: Tensor, argument: Tensor, out_shape: torch.Size, factor: float) 
 _SUMS = {"add": (1, 1), "sub": (1, -1), "subtract": (1, -1), "rsub": (-1, 1), "__rsub__": (-1, 1)}
 _SUMS |= {"__add__": (1, 1), "__radd__": (1, 1), "__iadd__": (1, 1), "__sub__": (1, -1), "__isub__": (1, -1)}
 _PRODUCTS = {"mul", "multiply", "__mul__", "__rmul__", "__imul__"}
-_LINEAR = {"where", "masked_fill", "addcmul", "lerp"}
+_LINEAR = {"where", "addcmul", "lerp"}
+_QUOTIENTS = {"div", "divide", "true_divide", "__truediv__", "__rtruediv__", "__itruediv__"}
+_QUOTIENTS |= {"__div__", "__rdiv__", "__idiv__"}
 _OTHERS = {
-    "div", "divide", "true_divide", "pow", "float_power", "maximum", "minimum", "max", "min", "fmax", "fmin",
+    "pow", "float_power", "maximum", "minimum", "max", "min", "fmax", "fmin",
     "addcdiv", "atan2", "arctan2", "hypot", "logaddexp", "logaddexp2", "copysign", "xlogy", "clamp", "clip",
-    "clamp_min", "clamp_max", "fmod", "remainder", "__truediv__", "__rtruediv__", "__itruediv__",
-    "__div__", "__rdiv__", "__idiv__", "__pow__", "__rpow__", "__ipow__",
+    "clamp_min", "clamp_max", "fmod", "remainder", "__pow__", "__rpow__", "__ipow__",
 }  # fmt: skip
 
 
@@ -200,21 +218,19 @@ def _general(name: str, call: Call, argument: Tensor) -> Slot | None:
         if isinstance(other, Tensor) and other is not argument:
             rows = partial(other.detach().expand, call.out_shape)
             return ElementwiseSlot(used, view, call.out_shape, rows)
-    linear = name in _LINEAR or name in _PRODUCTS or ("div" in name and call.args[0] is argument)
-    if name in ("addcmul", "lerp") and count((call.args, call.kwargs), argument) > 1:
-        linear = False
+    dividend = call.args[1:2] if name.startswith("__r") else call.args[:1]
+    linear = name in _LINEAR | _PRODUCTS or (name in _QUOTIENTS and count(dividend, argument) == 1)
+    linear = linear and count((call.args, call.kwargs), argument) == 1
     return ElementwiseSlot(used, view, call.out_shape, partial(_local, call, argument), linear=linear)
 
 
-def _prelu(call: Call, argument: Tensor) -> Slot | None:
-    bound = bind(call, ("input", "weight"), (None, None))
-    if bound is None or bound[1] is not argument or bound[0] is argument:
+def _masked_fill(call: Call, argument: Tensor) -> Slot | None:
+    bound = bind(call, ("input", "mask", "value"), (None, None, None))
+    view = _aligned_view(argument.shape, call.out_shape)
+    if bound is None or view is None:
         return None
-    x = bound[0].detach()
-    view = [1] * x.ndim
-    if argument.numel() > 1:
-        view[1] = argument.numel()
-    return ElementwiseSlot(argument, tuple(view), call.out_shape, lambda: x.clamp(max=0), aligned=False)
+    mask = bound[1] if bound[2] is argument else ~bound[1]
+    return ElementwiseSlot(argument, view, call.out_shape, partial(mask.expand, call.out_shape))
 
 
 def _joined(stack: bool, call: Call, argument: Tensor) -> Slot | None:
@@ -236,75 +252,14 @@ def _joined(stack: bool, call: Call, argument: Tensor) -> Slot | None:
     return ElementwiseSlot(used, shape, call.out_shape, 1, region=(dim, start))
 
 
-# the names of the arguments of the norms as torch.nn.functional and as torch have them
-_NORMS: dict[Any, tuple[str, tuple[str, ...]]] = {
-    F.layer_norm: ("layer", ("input", "normalized_shape", "weight", "bias", "eps")),
-    torch.layer_norm: ("layer", ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")),
-    F.rms_norm: ("rms", ("input", "normalized_shape", "weight", "eps")),
-    torch.rms_norm: ("rms", ("input", "normalized_shape", "weight", "eps")),
-    F.group_norm: ("group", ("input", "num_groups", "weight", "bias", "eps")),
-    torch.group_norm: ("group", ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled")),
-    F.batch_norm: ("batch", (
-        "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")),
-    torch.batch_norm: ("batch", (
-        "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps",
-        "cudnn_enabled")),
-    F.instance_norm: ("instance", (
-        "input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")),
-    torch.instance_norm: ("instance", (
-        "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps",
-        "cudnn_enabled")),
-}  # fmt: skip
-_DEFAULTS = {"training": False, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5}
-
-
-def _normalised(kind: str, v: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """The input of a norm as its scale meets it. Running statistics are read, never written."""
-    x = v["input"].detach().to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        if kind == "layer":
-            return F.layer_norm(x, v["normalized_shape"], eps=v["eps"])
-        if kind == "rms":
-            return F.rms_norm(x, v["normalized_shape"], eps=v["eps"])
-        if kind == "group":
-            return F.group_norm(x, v["num_groups"], eps=v["eps"])
-        if kind == "instance" and v["use_input_stats"]:
-            return F.instance_norm(x, eps=v["eps"])
-        if kind == "batch" and v["training"]:
-            return F.batch_norm(x, None, None, training=True, eps=v["eps"])
-        mean, var = v["running_mean"].to(dtype), v["running_var"].to(dtype)
-        return F.batch_norm(x, mean, var, training=False, eps=v["eps"])
-
-
-def _norm(kind: str, names: tuple[str, ...], call: Call, argument: Tensor) -> Slot | None:
-    defaults = _DEFAULTS | ({"eps": None} if kind == "rms" else {})
-    bound = bind(call, names, tuple(defaults.get(name) for name in names))
-    if bound is None:
-        return None
-    v = dict(zip(names, bound, strict=True))
-    if count((call.args, call.kwargs), argument) != 1:
-        return None
-    if kind in ("layer", "rms"):
-        view = (1,) * (len(call.out_shape) - argument.ndim) + tuple(argument.shape)
-    else:
-        view = (1, -1, *(1,) * (len(call.out_shape) - 2))
-        view = tuple(argument.numel() if n == -1 else n for n in view)
-    if argument is v["weight"]:
-        rows = partial(_normalised, kind, v, argument.dtype)
-        return ElementwiseSlot(argument, view, call.out_shape, rows, aligned=False)
-    if argument is v.get("bias"):
-        return ElementwiseSlot(argument, view, call.out_shape, 1, aligned=False)
-    return None
-
-
 FUNCTIONS: dict[Callable[..., Any], Callable[[Call, Tensor], Slot | None]] = {
-    torch.prelu: _prelu,
-    torch.Tensor.prelu: _prelu,
-    **{func: partial(_norm, *entry) for func, entry in _NORMS.items()},
+    torch.masked_fill: _masked_fill,
+    torch.Tensor.masked_fill: _masked_fill,
+    torch.Tensor.masked_fill_: _masked_fill,
 }
 for _name in ("cat", "concat", "concatenate", "stack"):
     FUNCTIONS[getattr(torch, _name)] = partial(_joined, _name == "stack")
-for _name in (*_SUMS, *_PRODUCTS, *_LINEAR, *_OTHERS):
+for _name in (*_SUMS, *_PRODUCTS, *_QUOTIENTS, *_LINEAR, *_OTHERS):
     for _owner in (torch, torch.Tensor):
         for _spelt in (_name, _name + "_"):
             if hasattr(_owner, _spelt):

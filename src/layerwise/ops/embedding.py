@@ -17,17 +17,17 @@ __all__ = ["FUNCTIONS", "BagSlot", "EmbeddingSlot", "slots"]
 
 
 class EmbeddingSlot(Slot):
-    """Rows of a table chosen by an index: the input is the index of the only 1 of a one-hot row."""
+    """Rows of a table chosen by an index: the input is the place of the 1 in a one-hot row."""
 
     def __init__(self, used: Tensor, index: Tensor, padding: int | None = None) -> None:
         self.used, self._index, self._padding = used, index, padding
+        self._lead = index.shape
         self.axes = range(index.ndim)
 
     def _rows(self, x: Tensor, lead: int, tail: list[int], samples: Samples | None) -> Tensor:
-        """`[lead.., *index.shape, *tail]` to `[lead.., N,T, *tail]`."""
-        size, depth = self._index.numel(), self._index.ndim
-        axis = 0 if samples is None else samples.axis
-        n = 1 if depth == 0 else self._index.shape[axis]
+        """`[lead.., *lead axes of the output, *tail]` to `[lead.., N,T, *tail]`."""
+        size, axis = self._lead.numel(), 0 if samples is None else samples.axis
+        n = self._lead[axis] if self._lead else 1
         if axis:
             x = x.movedim(lead + axis, lead)
         if samples is not None:
@@ -35,10 +35,12 @@ class EmbeddingSlot(Slot):
         return x.reshape(*x.shape[:lead], n, size // n if n else 0, *tail)
 
     def input(self, samples: Samples | None) -> Tensor:
+        """The index as int64 `[N,T]`."""
         # torch counts negative indices from the end
         return self._rows(self._index.long().remainder(self.used.shape[0]), 0, [], samples)
 
     def output(self, g: Tensor, samples: Samples | None) -> Tensor:
+        """Cotangent rows `[V,N,T,1,O]`, zero where the index is the padding's."""
         g = g.to(self.used.dtype)
         if self._padding is not None:  # these positions give the table no gradient
             pad = self._index == self._padding
@@ -46,20 +48,24 @@ class EmbeddingSlot(Slot):
         return self._rows(g, 1, [1, math.prod(self.used.shape[1:])], samples)
 
     def matrix(self, used: Tensor) -> Tensor:
+        """The table as `[1,O,I]`."""
         return used.reshape(1, used.shape[0], -1).transpose(1, 2)
 
     def fold(self, w: Tensor) -> Tensor:
+        """Carry `[..., 1,O,I]` to the table's shape."""
         return w.squeeze(-3).transpose(-1, -2).reshape(*w.shape[:-3], *self.used.shape)
 
 
 class BagSlot(EmbeddingSlot):
-    """Weighted sums of rows of a table: the input rows count how often each row was taken."""
+    """Weighted sums of rows of a table: the input rows `[bags, I]` hold how much of each row was taken."""
 
     def __init__(self, used: Tensor, bags: int, counts: Callable[[], Tensor]) -> None:
-        super().__init__(used, torch.empty(bags, 0, device="meta")[:, 0])
-        self._counts = counts
+        self.used, self._counts, self._padding = used, counts, None
+        self._lead = torch.Size((bags,))
+        self.axes = (0,)
 
     def input(self, samples: Samples | None) -> Tensor:
+        """How much of each row of the table was taken, `[N,T,1,I]`."""
         return self._rows(self._counts(), 0, [1, self.used.shape[0]], samples)
 
 
@@ -70,7 +76,8 @@ def _bound(call: Call, names: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def _embedding(call: Call, used: Tensor) -> Slot | None:
-    v = _bound(call, ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"))
+    v = _bound(call, ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq",
+                      "sparse"))  # fmt: skip
     if v is None or v["weight"] is not used or v["max_norm"] is not None or v["scale_grad_by_freq"]:
         return None
     padding = v["padding_idx"]

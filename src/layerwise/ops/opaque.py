@@ -36,6 +36,7 @@ class OpaqueSlot(Slot):
         self._call = call
 
     def dense(self, g: Tensor, samples: Samples) -> Tensor:
+        """Per-sample gradients `[V,N,*used.shape]`; raises `Undefined` for a random call."""
         owner = samples.owner(g.shape[1 + samples.axis], g.device)
         owner = owner.reshape(-1, *(1,) * (g.ndim - 2 - samples.axis))
         g = g.detach()
@@ -44,15 +45,16 @@ class OpaqueSlot(Slot):
             again, second = self._run()
             g = g.to(out.dtype)
             weights = torch.arange(1, len(g) + 1, dtype=g.dtype, device=g.device)
-            (whole,) = _pull(again, second, torch.einsum("v,v...->...", weights, g).unsqueeze(0), batched=False)
+            mixed = torch.einsum("v,v...->...", weights, g)
+            (whole,) = _pull(again, second, mixed.unsqueeze(0), batched=False)
             for batched in (True, False):
                 rows = self._rows(out, leaf, g, owner, samples.n, batched)
                 if rows is not None and _agrees(rows, weights.to(rows.dtype), whole):
                     return rows
         raise Undefined(
-            f"per-sample gradients of a tensor of shape {tuple(self.used.shape)} through {_name(self._call)}: "
-            "they do not sum to the call's own gradient, so the call is random or its derivative is not "
-            "reproducible; draw its random numbers in a call of their own, outside of it"
+            f"per-sample gradients of a tensor of shape {tuple(self.used.shape)} through "
+            f"{_name(self._call)}: they do not sum to the call's own gradient, so the call is random "
+            "or its derivative is not reproducible; draw its random numbers in a call of their own, outside of it"
         )
 
     def _rows(
@@ -105,15 +107,19 @@ class OpaqueSlot(Slot):
         )
 
     def input(self, samples: Samples | None) -> Tensor | None:
+        """Raises `Undefined`."""
         raise self._no_rows()
 
     def output(self, g: Tensor, samples: Samples | None) -> Tensor:
+        """Raises `Undefined`."""
         raise self._no_rows()
 
     def fold(self, w: Tensor) -> Tensor:
+        """Raises `Undefined`."""
         raise self._no_rows()
 
     def matrix(self, used: Tensor) -> Tensor:
+        """Raises `Undefined`."""
         raise self._no_rows()
 
 

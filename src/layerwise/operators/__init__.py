@@ -1,0 +1,18 @@
+"""Results as matrices, and the linear algebra under them."""
+
+from __future__ import annotations
+
+from layerwise.operators.diagonal import Diagonal
+from layerwise.operators.kronecker import EigenBlock, EigenKronecker, Kronecker, KroneckerBlock
+from layerwise.operators.ridge import coordinate_descent, inverse, ridge
+
+__all__ = [
+    "Diagonal",
+    "EigenBlock",
+    "EigenKronecker",
+    "Kronecker",
+    "KroneckerBlock",
+    "coordinate_descent",
+    "inverse",
+    "ridge",
+]

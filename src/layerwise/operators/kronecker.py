@@ -1,0 +1,356 @@
+"""Block-diagonal matrices whose blocks are Kronecker products, and their eigendecompositions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from layerwise.errors import BadInput, NonFinite
+from layerwise.operators.diagonal import check_damping, check_names, reciprocal, sum_parts
+from layerwise.operators.ridge import inverse
+
+__all__ = ["EigenBlock", "EigenKronecker", "Kronecker", "KroneckerBlock"]
+
+DENSE_BYTES = 2**32  # `to_dense` refuses to build more
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+class _Block:
+    """One block of a matrix, acting on one parameter (and perhaps its bias) laid out as `[K,O,I]`."""
+
+    fold: Callable[[Tensor], Tensor]
+    matrix: Callable[[Tensor], Tensor]
+    bias: str | None
+
+    @property
+    def size(self) -> torch.Size:
+        """(K, O, I)."""
+        raise NotImplementedError
+
+    def apply(self, w: Tensor) -> Tensor:
+        """The block's product with `[..., K,O,I]`."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the parameter that the block belongs to."""
+        k, o, i = self.size
+        return self.fold(torch.empty(k, o, i - (self.bias is not None), device="meta")).shape
+
+    def gather(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        """The parameter's tensor, and its bias's, as `[K,O,I]`."""
+        k, o, i = self.size
+        if values[name].shape != self.shape:
+            raise BadInput(
+                f"Kronecker @: {name!r} is {tuple(values[name].shape)}, its block {tuple(self.shape)}."
+            )
+        w = self.matrix(values[name])
+        if self.bias is None:
+            return w
+        if values[self.bias].numel() != k * o:
+            raise BadInput(
+                f"Kronecker @: {self.bias!r} is {tuple(values[self.bias].shape)}, expected [{k * o}]."
+            )
+        return torch.cat([w, values[self.bias].reshape(k, o, 1)], -1)
+
+    def scatter(self, name: str, w: Tensor) -> dict[str, Tensor]:
+        """`[..., K,O,I]` as tensors in the parameters' shapes; the inverse of `gather`."""
+        if self.bias is None:
+            return {name: self.fold(w)}
+        return {name: self.fold(w[..., :-1]), self.bias: w[..., -1].flatten(-2)}
+
+    def to_dense(self, name: str) -> Tensor:
+        """The block as `[p, p]`, ordered as the flattened parameter, then its bias."""
+        p = math.prod(self.size)
+        like = self.apply(torch.zeros(self.size).to(self.like))
+        if p * p * like.element_size() > DENSE_BYTES:
+            raise BadInput(
+                f"to_dense: {name!r} has {p} elements, its block would take "
+                f"{p * p * like.element_size():.1e} bytes; use @ instead."
+            )
+        columns = self.apply(torch.eye(p).to(like).view(p, *self.size))
+
+        def order(rows: Tensor) -> Tensor:
+            parts = self.scatter(name, rows.reshape(p, *self.size)).values()
+            return torch.cat([part.reshape(p, -1) for part in parts], 1)
+
+        return order(order(columns).T.contiguous())
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the block's type, on its device."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class KroneckerBlock(_Block):
+    """One parameter's block: for each group k, `B_k ⊗ A_k`, acting on `W[k,o,i]` as `B W A`.
+
+    A: input factor `[K,I,I]`; `[K,I]` where it is diagonal; None where it is 1 (a bias, I = 1).
+    B: output factor `[K,O,O]`. Both symmetric positive semidefinite.
+    fold: carries `[..., K,O,I]` to `[..., *parameter.shape]`. matrix: its inverse.
+    bias: the name of a second parameter `[K·O]` that is the last of the I inputs, or None.
+    """
+
+    A: Tensor | None
+    B: Tensor
+    fold: Callable[[Tensor], Tensor] = _same
+    matrix: Callable[[Tensor], Tensor] = _same
+    bias: str | None = None
+
+    def __post_init__(self) -> None:
+        fits = self.B.ndim == 3 and self.B.shape[1] == self.B.shape[2]
+        if fits and self.A is not None:
+            fits = (
+                self.A.ndim in (2, 3) and len(self.A) == len(self.B) and self.A.shape[1] == self.A.shape[-1]
+            )
+        if not fits:
+            seen = [None if x is None else tuple(x.shape) for x in (self.A, self.B)]
+            raise BadInput(f"KroneckerBlock: A, B are {seen}; expected [K,I,I], [K,I] or None, and [K,O,O].")
+
+    @property
+    def size(self) -> torch.Size:
+        """(K, O, I)."""
+        return torch.Size((*self.B.shape[:2], 1 if self.A is None else self.A.shape[-1]))
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the block's type, on its device."""
+        return self.B
+
+    @property
+    def input_factor(self) -> Tensor:
+        """A, with the constant 1 written out as `[K,1,1]`."""
+        return self.B.new_ones(len(self.B), 1, 1) if self.A is None else self.A
+
+    def apply(self, w: Tensor) -> Tensor:
+        """B W A."""
+        w = self.B @ w
+        if self.A is None:
+            return w
+        return w * self.A[:, None] if self.A.ndim == 2 else w @ self.A
+
+    def trace(self) -> Tensor:
+        """sum_k tr(B_k) tr(A_k)."""
+        return (_trace(self.B) * _trace(self.input_factor)).sum()
+
+    def eigh(self, name: str) -> EigenBlock:
+        """Eigenvectors of both factors and the products of their eigenvalues, none below zero."""
+        b, basis_out = _eigh(name, self.B)
+        a = self.input_factor
+        basis_in = None
+        if a.ndim == 3:
+            a, basis_in = _eigh(name, a)
+        spectrum = b.clamp(min=0)[:, :, None] * a.clamp(min=0)[:, None, :]
+        return EigenBlock(basis_in, basis_out, spectrum, self.fold, self.matrix, self.bias)
+
+    def inverse(self, name: str, damping: float) -> KroneckerBlock:
+        """The block with both factors damped by Martens and Grosse's split, then inverted."""
+        a, i, o = self.input_factor, self.size[2], self.size[1]
+        trace_a, trace_b = _trace(a) / i, _trace(self.B) / o
+        usable = (trace_a > 0) & (trace_b > 0)
+        limits = torch.finfo(a.dtype)
+        ratio = torch.where(usable, trace_a / trace_b.where(usable, 1), 1)
+        pi = ratio.clamp(limits.tiny, limits.max).sqrt()
+        extra_a, extra_b = pi * math.sqrt(damping), math.sqrt(damping) / pi
+        a = inverse(a, extra_a) if a.ndim == 3 else reciprocal(name, a + extra_a[:, None])
+        return replace(self, A=a, B=inverse(self.B, extra_b))
+
+
+@dataclass(frozen=True)
+class EigenBlock(_Block):
+    """One parameter's block in a Kronecker eigenbasis: `Q_B ((Q_Bᵀ W Q_A) ∘ spectrum) Q_Aᵀ`.
+
+    basis_in: Q_A `[K,I,I]`, or None for the identity. basis_out: Q_B `[K,O,O]`. spectrum: `[K,O,I]`, free
+    of any product form, so that EKFAC's second moments in the eigenbasis fit too. The rest as in
+    `KroneckerBlock`.
+    """
+
+    basis_in: Tensor | None
+    basis_out: Tensor
+    spectrum: Tensor
+    fold: Callable[[Tensor], Tensor] = _same
+    matrix: Callable[[Tensor], Tensor] = _same
+    bias: str | None = None
+
+    @property
+    def size(self) -> torch.Size:
+        """(K, O, I)."""
+        return self.spectrum.shape
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the block's type, on its device."""
+        return self.spectrum
+
+    def rotate(self, w: Tensor) -> Tensor:
+        """`[..., K,O,I]` in the eigenbasis: Q_Bᵀ W Q_A."""
+        w = self.basis_out.mT @ w
+        return w if self.basis_in is None else w @ self.basis_in
+
+    def rotate_back(self, w: Tensor) -> Tensor:
+        """From the eigenbasis: Q_B W Q_Aᵀ; the inverse of `rotate`."""
+        w = self.basis_out @ w
+        return w if self.basis_in is None else w @ self.basis_in.mT
+
+    def apply(self, w: Tensor) -> Tensor:
+        """Q_B ((Q_Bᵀ W Q_A) ∘ spectrum) Q_Aᵀ."""
+        return self.rotate_back(self.rotate(w) * self.spectrum)
+
+
+AnyBlock = TypeVar("AnyBlock", KroneckerBlock, EigenBlock)
+
+
+class _BlockDiagonal(Generic[AnyBlock]):
+    """A block for each parameter (and its bias), zero between them."""
+
+    def __init__(self, blocks: Mapping[str, AnyBlock]) -> None:
+        self.blocks: dict[str, AnyBlock] = dict(blocks)
+        names = list(self.names())
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise BadInput(f"{type(self).__name__}: {twice} stand in more than one block.")
+
+    def __repr__(self) -> str:
+        sizes = (f"{name}: [K,O,I] = {list(block.size)}" for name, block in self.blocks.items())
+        return f"{type(self).__name__}({', '.join(sizes)})"
+
+    def names(self) -> Iterator[str]:
+        """The names of all parameters, those of biases inside other blocks among them."""
+        for name, block in self.blocks.items():
+            yield name
+            if block.bias is not None:
+                yield block.bias
+
+    def __matmul__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_names(f"{type(self).__name__} @", self.names(), other)
+        result: dict[str, Tensor] = {}
+        for name, block in self.blocks.items():
+            result |= block.scatter(name, block.apply(block.gather(name, other)))
+        return {name: result[name] for name in other}
+
+    def to_dense(self, name: str) -> Tensor:
+        """The block of one parameter (followed by its bias where the block holds one) as a matrix.
+
+        Shapes: `[p, p]` in the order of `parameter.flatten()`.
+        Raises: `BadInput` for an unknown name or a block of more than 4 GiB.
+        """
+        check_names(f"{type(self).__name__}.to_dense", self.blocks, [name], whole=False)
+        return self.blocks[name].to_dense(name)
+
+
+class Kronecker(_BlockDiagonal[KroneckerBlock]):
+    """A block-diagonal matrix of Kronecker products, as K-FAC, KFLR and KFRA make it.
+
+    Block of a parameter: for each group k, `B_k ⊗ A_k` acts on `W[k,o,i]` as `B W A`.
+
+    Shapes: products take and give tensors in the parameters' shapes, keyed by parameter name.
+    Raises: `BadInput` where names or shapes of a product do not fit.
+    Source: Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
+    curvature".
+    """
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, ...]]:
+        """The factors (A, B) of each block; (B,) alone where A is the constant 1."""
+        return {n: (b.B,) if b.A is None else (b.A, b.B) for n, b in self.blocks.items()}
+
+    def inverse(self, damping: float = 0.0, exact: bool = False) -> Kronecker | EigenKronecker:
+        """The inverse of the damped matrix.
+
+        By default each factor is damped: `(B + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹` with
+        `π = √((tr A / I) / (tr B / O))` for each group. With `exact=True` it is `(B ⊗ A + λI)⁻¹` from the
+        eigendecompositions of the factors.
+
+        Units: λ, the damping, has those of the matrix.
+        Raises: `BadInput` for a negative damping; `NonFinite` where a factor holds NaN or infinity.
+        Source: Martens and Grosse 2015, section 6.3; George et al. 2018 for the eigenbasis.
+        """
+        check_damping("Kronecker.inverse", damping)
+        if exact:
+            return self.eigh().inverse(damping)
+        return Kronecker({name: block.inverse(name, damping) for name, block in self.blocks.items()})
+
+    def eigh(self) -> EigenKronecker:
+        """The same matrix by eigenvectors and eigenvalues; eigenvalues below zero (rounding) become zero."""
+        return EigenKronecker({name: block.eigh(name) for name, block in self.blocks.items()})
+
+    def trace(self) -> Tensor:
+        """Trace of the whole matrix, sum of tr(B_k) tr(A_k)."""
+        return sum_parts(block.trace() for block in self.blocks.values())
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Logarithm of the determinant of `matrix + damping I`; −inf where that is singular."""
+        return self.eigh().logdet(damping)
+
+
+class EigenKronecker(_BlockDiagonal[EigenBlock]):
+    """A block-diagonal matrix with Kronecker-factored eigenvectors and free eigenvalues.
+
+    Block of a parameter: `(Q_B ⊗ Q_A) diag(spectrum) (Q_B ⊗ Q_A)ᵀ` for each group.
+
+    Raises: `BadInput` where names or shapes of a product do not fit.
+    Source: George et al. 2018, "Fast approximate natural gradient descent in a
+    Kronecker-factored eigenbasis".
+    """
+
+    @property
+    def eigenvalues(self) -> dict[str, Tensor]:
+        """The eigenvalues of each block, `[K,O,I]`, unsorted."""
+        return {name: block.spectrum for name, block in self.blocks.items()}
+
+    def inverse(self, damping: float = 0.0) -> EigenKronecker:
+        """Exactly `(matrix + damping I)⁻¹`; zero along eigenvectors where the damped eigenvalue is zero.
+
+        Raises: `BadInput` for a negative damping; `NonFinite` where an eigenvalue is too small to invert.
+        """
+        check_damping("EigenKronecker.inverse", damping)
+        return EigenKronecker(
+            {
+                name: replace(block, spectrum=reciprocal(name, block.spectrum + damping))
+                for name, block in self.blocks.items()
+            }
+        )
+
+    def trace(self) -> Tensor:
+        """Trace of the whole matrix, the sum of its eigenvalues."""
+        return sum_parts(block.spectrum.sum() for block in self.blocks.values())
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Logarithm of the determinant of `matrix + damping I`; −inf where that is singular."""
+        check_damping("logdet", damping)
+        return sum_parts((block.spectrum + damping).log().sum() for block in self.blocks.values())
+
+
+def _trace(x: Tensor) -> Tensor:
+    """Trace for each group, of `[K,I,I]` or of a diagonal `[K,I]`."""
+    return x.sum(-1) if x.ndim == 2 else x.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _eigh(name: str, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric factor, in float64 where its own type fails."""
+    if not torch.isfinite(factor).all():
+        raise NonFinite(f"Kronecker: a factor of {name!r} {tuple(factor.shape)} holds NaN or infinity.")
+    symmetric = factor / 2 + factor.mT / 2
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+        if torch.isfinite(values).all() and torch.isfinite(vectors).all():
+            return values, vectors
+    except LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(symmetric.double())
+    except LinAlgError as error:
+        raise NonFinite(
+            f"Kronecker: the eigendecomposition of {name!r} failed: {error}; raise the damping."
+        ) from error
+    return values.to(factor.dtype), vectors.to(factor.dtype)

@@ -1,0 +1,172 @@
+"""Damped least squares by a ladder of solvers that ends in a finite result or a typed error.
+
+One function serves the exact local problem of LocoProp-S, the preconditioner of FOOF and the running
+moments of AM-mem: all three are `W (A + damping I) = B` with a positive semidefinite `A`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from layerwise.errors import BadInput, NonFinite
+
+__all__ = ["coordinate_descent", "inverse", "ridge"]
+
+JITTERS = (1.0, 10.0, 100.0)  # times `floor`: no more than forming A in this precision already cost
+
+
+def ridge(A: Tensor, B: Tensor, damping: float | Tensor = 0.0) -> Tensor:
+    """Solve the regularized normal equations of a linear layer.
+
+    W (A + damping I) = B, that is `argmin_W ½ tr(W A Wᵀ) − tr(W Bᵀ) + ½ damping |W|²`.
+
+    The symmetric part of A is used. Cholesky is tried first; where it fails, with jitter on the diagonal
+    of `i · eps · largest eigenvalue` and a hundred times that at most; where that fails too, by
+    the eigendecomposition in float64, its spectrum clamped from below at the same size. Where
+    `A + damping I` is zero the answer is the one of least norm, W = 0.
+
+    Shapes: A `[..., i, i]`, B `[..., o, i]`, damping a number or `[...]`; returns `[..., o, i]`.
+    Units: damping has those of A.
+    Raises: `NonFinite` where A, B or the damping hold NaN or infinity, or where the solution is beyond
+    the range of its type; `BadInput` for shapes or types that do not fit, or a negative damping.
+    Source: Hoerl and Kennard 1970; as a layer's update, Benzing 2022, "Gradient descent on
+    neurons and its link to approximate second-order optimization" (FOOF).
+    """
+    if B.ndim < 2 or A.shape[-1:] != B.shape[-1:] or A.dtype != B.dtype or A.device != B.device:
+        raise BadInput(
+            f"ridge: A is {A.dtype} {tuple(A.shape)} on {A.device} and B {B.dtype} {tuple(B.shape)} on "
+            f"{B.device}; expected A [..., i, i] and B [..., o, i] of one type on one device."
+        )
+    if not torch.isfinite(B).all():
+        raise NonFinite(f"ridge: B {tuple(B.shape)} holds NaN or infinity; skip this batch.")
+    return _solve("ridge", A, B, damping)
+
+
+def inverse(A: Tensor, damping: float | Tensor = 0.0) -> Tensor:
+    """Invert a damped positive semidefinite matrix on the ladder of `ridge`.
+
+    (A + damping I)⁻¹, exactly symmetric; the zero matrix where `A + damping I` is zero.
+
+    Shapes: A `[..., i, i]`, damping a number or `[...]`; returns `[..., i, i]`. Units: one over A's.
+    Raises: as `ridge`.
+    """
+    return _solve("inverse", A, None, damping)
+
+
+def coordinate_descent(
+    W: Tensor, A: Tensor, B: Tensor, sweeps: int = 1, damping: float | Tensor = 0.0
+) -> Tensor:
+    """Improve W by exact minimization over one column after the other.
+
+    w_j += (b_j − W a_j) / A_jj with `A + damping I` for A, over all columns, `sweeps` times; converges to
+    `ridge(A, B, damping)`. A column whose A_jj is zero stays as it is.
+
+    Shapes: W and B `[..., o, i]`, A `[..., i, i]`; returns a new `[..., o, i]`.
+    Raises: as `ridge`.
+    Source: Mairal, Bach, Ponce and Sapiro 2010, "Online learning for matrix factorization", algorithm 2.
+    """
+    if W.shape != B.shape or W.dtype != B.dtype:
+        raise BadInput(
+            f"coordinate_descent: W is {W.dtype} {tuple(W.shape)}, B {B.dtype} {tuple(B.shape)}; "
+            "expected the same."
+        )
+    if A.shape[-1:] != B.shape[-1:] or A.dtype != B.dtype:
+        raise BadInput(
+            f"coordinate_descent: A is {A.dtype} {tuple(A.shape)}, B {B.dtype} {tuple(B.shape)}; expected "
+            "[..., i, i] and [..., o, i] of one type."
+        )
+    if not (torch.isfinite(B).all() and torch.isfinite(W).all()):
+        raise NonFinite("coordinate_descent: W or B holds NaN or infinity; skip this batch.")
+    damped, _ = _damped("coordinate_descent", A, damping)
+    W = W.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    step = torch.where(diagonal > 0, 1 / diagonal, 0.0)
+    for _ in range(sweeps):
+        for j in range(A.shape[-1]):
+            residual = B[..., j] - (W @ damped[..., :, j, None])[..., 0]
+            W[..., j] += residual * step[..., j, None]
+    if not torch.isfinite(W).all():
+        raise NonFinite(
+            f"coordinate_descent: the result is beyond the range of {W.dtype}; raise the damping."
+        )
+    return W
+
+
+def _damped(name: str, A: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The checked, symmetrized `A + damping I`, and the size of its rounding errors, `[...]`."""
+    if A.ndim < 2 or A.shape[-1] != A.shape[-2] or A.dtype not in (torch.float32, torch.float64):
+        raise BadInput(
+            f"{name}: A is {A.dtype} {tuple(A.shape)}; expected a square float32 or float64 [..., i, i]."
+        )
+    extra = torch.as_tensor(damping, dtype=A.dtype, device=A.device)
+    if not torch.isfinite(A).all() or not torch.isfinite(extra).all():
+        raise NonFinite(f"{name}: A {tuple(A.shape)} or the damping holds NaN or infinity; skip this batch.")
+    if (extra < 0).any():
+        raise BadInput(f"{name}: damping is {damping}; it must not be negative.")
+    symmetric = A / 2 + A.mT / 2  # halved first: the sum of two large entries may overflow
+    i = A.shape[-1]
+    largest = symmetric.abs().sum(-1).amax(-1) if i else symmetric.new_zeros(A.shape[:-2])
+    symmetric.diagonal(dim1=-2, dim2=-1).add_(extra[..., None])
+    return symmetric, i * torch.finfo(A.dtype).eps * largest.clamp(max=torch.finfo(A.dtype).max)
+
+
+def _solve(name: str, A: Tensor, B: Tensor | None, damping: float | Tensor) -> Tensor:
+    """`B (A + damping I)⁻¹`, or the inverse itself without B, each matrix of the batch on its own ladder."""
+    with torch.no_grad():
+        damped, floor = _damped(name, A, damping)
+        batch = damped.shape[:-2]
+        if B is not None:
+            batch = torch.broadcast_shapes(batch, B.shape[:-2])
+            damped, floor = damped.expand(*batch, *damped.shape[-2:]), floor.expand(batch)
+            B = B.expand(*batch, *B.shape[-2:])
+        result, good = _cholesky(damped, B)
+        if good.all():
+            return result
+        result = result.clone()
+        for at in (~good).nonzero().tolist():
+            where = tuple(at)
+            rhs = None if B is None else B[where]
+            result[where] = _last_rungs(name, damped[where], rhs, float(floor[where]))
+        return result
+
+
+def _cholesky(damped: Tensor, B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The solutions, and for each matrix whether it was positive definite and its solution finite."""
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if B is None:
+        # a factor that broke off may have a zero pivot, which cholesky_inverse refuses
+        eye = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
+        factor = torch.where((info == 0)[..., None, None], factor, eye)
+        result = torch.cholesky_inverse(factor)
+        result = (result + result.mT) / 2
+    else:
+        result = torch.cholesky_solve(B.mT, factor).mT
+    return result, (info == 0) & torch.isfinite(result).all(-1).all(-1)
+
+
+def _last_rungs(name: str, damped: Tensor, B: Tensor | None, floor: float) -> Tensor:
+    """Jitter, then the clamped spectrum, for one matrix that Cholesky refused."""
+    eye = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+    for jitter in JITTERS:
+        if floor > 0:
+            result, good = _cholesky(damped + jitter * floor * eye, B)
+            if good:
+                return result
+    scale = float(damped.abs().max())  # far from the ends of the range before it is decomposed
+    if scale == 0:
+        return torch.zeros_like(damped if B is None else B)
+    try:
+        values, basis = torch.linalg.eigh(damped.double() / scale)
+    except LinAlgError as error:
+        raise NonFinite(f"{name}: the eigendecomposition of {tuple(damped.shape)} failed: {error}") from error
+    values = values.clamp(min=max(floor / scale, torch.finfo(torch.float64).eps))
+    right = (basis / values) @ basis.mT / scale
+    result = (right if B is None else B.double() @ right).to(damped.dtype)
+    if not torch.isfinite(result).all():
+        raise NonFinite(
+            f"{name}: the solution is beyond the range of {damped.dtype}: the largest entry of "
+            f"A + damping I is {scale:.1e}; raise the damping."
+        )
+    return result
