@@ -144,9 +144,7 @@ def times(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", default="", help="shapes whose name holds this text")
     parser.add_argument("--function", default="", help="functions whose name holds this text")

@@ -34,9 +34,7 @@ def trial(method: str, settings: Settings, seeds: Sequence[int], epochs: int) ->
             return {"method": method, "settings": settings, "train_loss": None, "error": row.error}
         last.append((row.train_loss, row.test_loss, row.seconds))
     means = dict(
-        zip(
-            ("train_loss", "test_loss", "seconds"), map(statistics.mean, zip(*last, strict=True)), strict=True
-        )
+        zip(("train_loss", "test_loss", "seconds"), map(statistics.mean, zip(*last, strict=True)), strict=True)
     )
     return {"method": method, "settings": settings, **means}
 
@@ -49,9 +47,7 @@ def best(trials: Sequence[dict[str, Any]], method: str) -> Settings | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trials and print the winners."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune_demo", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_demo", description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102])

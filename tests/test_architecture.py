@@ -21,7 +21,7 @@ PACKAGE = SRC / "layerwise"
 LEVELS = (
     {"errors"},
     {"ops", "losses"},
-    {"tape", "coverage", "pull", "samples", "replay"},
+    {"uses", "tape", "coverage", "pull", "samples", "replay"},
     {"cotangents", "contract", "gradients"},
     {"operators"},
     {"quantities"},

@@ -262,6 +262,16 @@ def test_narrow_takes_samples() -> None:
         same(oracle(contract.narrow(rows, 1, 3)), oracle(rows)[:, 1:4])
 
 
+def test_flatten_samples_keeps_the_sums() -> None:
+    for kind in KINDS:
+        rows = make((2, 5, 3, 2, 3, 4), kind, "features first")
+        one = contract.flatten_samples(rows)
+        assert one.g.shape[1:3] == (1, 15)
+        same(oracle(one)[:, 0], oracle(rows).sum(1))
+        same(contract.output_gram(one.g), contract.output_gram(rows.g))
+        same(contract.input_gram(one), contract.input_gram(rows))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
 def test_on_cuda() -> None:
     for shape, kind in itertools.product(SHAPES, KINDS):

@@ -205,9 +205,7 @@ def test_output_without_a_terminal_is_plain_and_short(results: Path) -> None:
         (["demo", "--bars"], "--bars"),
     ],
 )
-def test_wrong_use_is_one_line_and_exit_2(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_use_is_one_line_and_exit_2(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(arguments)
     seen = capsys.readouterr()
@@ -264,9 +262,19 @@ def test_importing_the_library_needs_no_extra() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_settings_are_among_equally_many_trials() -> None:
+def test_baselines_get_at_least_as_many_trials_as_ours() -> None:
     assert set(table.METHODS) == set(table.TRIALS) == set(table.CHOSEN) == set(METHODS)
+    counts = {method: len(table.TRIALS[method]) for method in METHODS}
+    assert counts["Adam"] == counts["RMSProp"] == max(counts.values())
+    assert all(table.CHOSEN[method] in table.TRIALS[method] for method in METHODS)
+
+
+def test_chosen_settings_are_the_winners_of_the_kept_trials() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "tune_demo.json"
+    held = json.loads(path.read_text(encoding="utf-8"))
+    assert held["epochs"] == demo.EPOCHS and 0 not in held["seeds"]
     for method in METHODS:
-        assert table.CHOSEN[method] in table.TRIALS[method]
-    assert len({len(table.TRIALS[method]) for method in ("RMSProp", "Adam")}) == 1
-    assert all(len(table.TRIALS[method]) <= len(table.TRIALS["Adam"]) for method in METHODS)
+        trials = [line for line in held["trials"] if line["method"] == method]
+        assert [line["settings"] for line in trials] == table.TRIALS[method]
+        best = min(trials, key=lambda line: math.inf if line["train_loss"] is None else line["train_loss"])
+        assert best["settings"] == table.CHOSEN[method]

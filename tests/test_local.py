@@ -252,6 +252,16 @@ def test_gram_form_equals_plain_form(
     close(gram[1], plain[1])
 
 
+@pytest.mark.parametrize("prox", [None, 0.05])
+@pytest.mark.parametrize("form", ["plain", "gram"])
+def test_scale_multiplies_the_objective(form: str, prox: float | None) -> None:
+    problem = problem_of(IDENTITY, prox=prox)
+    wanted = oracle_steps(problem, sgd, 5, lambda t, w, b: 0.3 * local_loss(problem, w, b))
+    got = run_steps(problem, sgd, 5, form=form, scale=0.3)
+    close(got[0], wanted[0])
+    close(got[1], wanted[1])
+
+
 def test_gram_form_is_chosen_by_cost_and_refused_where_it_does_not_hold() -> None:
     assert solvers._use_gram(problem_of(IDENTITY), "auto", 24, 10)
     assert not solvers._use_gram(problem_of(IDENTITY, i=40), "auto", 24, 10)

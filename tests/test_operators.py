@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -23,6 +24,15 @@ from layerwise.operators import (
 from layerwise.operators import kronecker as kronecker_module
 
 F64 = torch.float64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny matrices: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def gen(seed: int) -> torch.Generator:
@@ -414,9 +424,7 @@ def test_blocks_that_contradict_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_free_spectrum_in_a_kronecker_eigenbasis() -> None:
     block = operator()[0].eigh().blocks["linear"]
     spectrum = torch.rand(1, 3, 4, generator=gen(0), dtype=F64)
-    op = EigenKronecker(
-        {"w": EigenBlock(block.basis_in, block.basis_out, spectrum, block.fold, block.matrix)}
-    )
+    op = EigenKronecker({"w": EigenBlock(block.basis_in, block.basis_out, spectrum, block.fold, block.matrix)})
     basis = torch.kron(block.basis_out[0], block.basis_in[0])
     close(op.to_dense("w"), basis @ torch.diag(spectrum.flatten()) @ basis.T)
     w = torch.randn(1, 3, 4, dtype=F64, generator=gen(1))

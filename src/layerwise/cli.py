@@ -49,9 +49,7 @@ _seconds.__name__ = "number"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="layerwise", description="Layer-wise quantities and layer-local training for PyTorch."
-    )
+    parser = _Parser(prog="layerwise", description="Layer-wise quantities and layer-local training for PyTorch.")
     parser.add_argument("--version", action="version", version=f"layerwise {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser(
@@ -62,12 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         "Needs no download.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder for the results, made if missing"
-    )
-    demo.add_argument(
-        "--seed", type=_seed, default=0, help="of the split, the initial weights and the minibatches"
-    )
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results, made if missing")
+    demo.add_argument("--seed", type=_seed, default=0, help="of the split, the initial weights and the minibatches")
     demo.add_argument("--epochs", type=_count, default=EPOCHS, help="passes over the training images")
     demo.add_argument(
         "--seconds-limit",

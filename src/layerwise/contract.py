@@ -20,6 +20,7 @@ from layerwise.ops.base import Rows
 
 __all__ = [
     "concat",
+    "flatten_samples",
     "ghost_is_cheaper",
     "input_gram",
     "narrow",
@@ -346,6 +347,13 @@ def narrow(rows: Rows, start: int, length: int) -> Rows:
     """The rows of the samples `start` to `start + length`, without a copy."""
     a = None if rows.a is None else rows.a[start : start + length]
     return Rows(a, rows.g[:, start : start + length], rows.size_in)
+
+
+def flatten_samples(rows: Rows) -> Rows:
+    """The same rows with every sample a position of a single one, N = 1, for sums that need no samples."""
+    v, n, t, k, o, i = _dims(rows)
+    a = None if rows.a is None else rows.a.reshape(1, n * t, *rows.a.shape[2:])
+    return Rows(a, rows.g.reshape(v, 1, n * t, k, o), i)
 
 
 def _signature(rows: Rows) -> dict[str, object]:

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
-from layerwise.tape import LossUse, Tape, Use
+from layerwise.tape import Tape
+from layerwise.uses import LossUse, Use
 
 __all__ = ["Graph", "prove"]
 
@@ -62,9 +63,7 @@ def _by_node(uses: list[Use]) -> dict[Any, list[Use]]:
     return table
 
 
-def _walk_to_losses(
-    tape: Tape, total: Tensor, names: dict[int, str], use_at: dict[Any, list[Use]]
-) -> list[LossUse]:
+def _walk_to_losses(tape: Tape, total: Tensor, names: dict[int, str], use_at: dict[Any, list[Use]]) -> list[LossUse]:
     """The losses that the total is made of; a path around them is an error."""
     loss_at: dict[Any, list[LossUse]] = {}
     for loss in tape.losses:

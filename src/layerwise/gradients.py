@@ -18,7 +18,8 @@ from layerwise import contract
 from layerwise.errors import Undefined
 from layerwise.ops.base import Rows, Samples, Slot
 from layerwise.pull import pull
-from layerwise.tape import Tape, Use
+from layerwise.tape import Tape
+from layerwise.uses import Use
 
 __all__ = ["ParameterGradient", "Part", "parts_of"]
 

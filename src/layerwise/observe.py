@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.cotangents import Cotangent, Exact, Gradient, Sampled
+from layerwise.cotangents import Cotangent, Exact, Gradient
 from layerwise.coverage import Graph, prove
 from layerwise.errors import BadInput, LayerwiseError, NonFinite, UncoveredUse, Undefined, UnknownLoss
 from layerwise.gradients import ParameterGradient, Part, parts_of
@@ -17,14 +17,15 @@ from layerwise.pull import hooked, pull
 from layerwise.quantities.base import Quantity
 from layerwise.samples import Layout, measure
 from layerwise.seen import Batch, Seen, Values
-from layerwise.tape import Tape, Use
+from layerwise.tape import Tape
+from layerwise.uses import Use
 
 __all__ = ["observe"]
 
 _CHUNK = 4  # columns of a root sent back together where batching pays
 
 
-class observe:  # noqa: N801  (a context manager, used like a function)
+class observe:
     """Compute quantities in the user's ordinary `loss.backward()`.
 
         with observe(model, Variance(), DiagGGN()) as seen:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.tape import Use
+from layerwise.uses import Use
 
 __all__ = ["hooked", "pull"]
 

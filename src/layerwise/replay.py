@@ -18,16 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, Undefined
-from layerwise.tape import Tape, Use
+from layerwise.tape import RANDOM, Tape
+from layerwise.uses import Use
 
 __all__ = ["CodedModel", "Outputs"]
 
-_RANDOM = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout} | {
-    getattr(torch, name)
-    for name in "rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like".split()
-}
 _RANDOM_METHODS = {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "bernoulli"}
-_READS_VALUES = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "allclose", "is_nonzero"}
+_READS_VALUES = {
+    "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "allclose", "is_nonzero",
+}  # fmt: skip
 
 
 class _Ref(NamedTuple):
@@ -81,7 +80,7 @@ class _CodedTape(Tape):
         if func is F.batch_norm:
             args, kwargs = self._frozen(args, kwargs)
         name = getattr(func, "__name__", "")
-        self.random |= func in _RANDOM or name in _RANDOM_METHODS
+        self.random |= func in RANDOM or name in _RANDOM_METHODS
         self.reads_values |= name in _READS_VALUES
         self._use_index = None
         out = super().__torch_function__(func, types, args, kwargs)
@@ -139,9 +138,7 @@ class _CodedTape(Tape):
                 outputs.append(slot)
             else:
                 outputs.append(None)
-        self.program.append(
-            _Step(func, step_args, step_kwargs, outputs, single, reads, writes, self._use_index)
-        )
+        self.program.append(_Step(func, step_args, step_kwargs, outputs, single, reads, writes, self._use_index))
 
     def _template(self, value: Any, reads: set[int]) -> Any:
         if isinstance(value, Tensor):

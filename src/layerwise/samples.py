@@ -2,8 +2,9 @@
 
 Random cotangents are sent back from half of the samples' loss rows, then from the other half, for each bit
 of the samples' numbers, so that any two samples are told apart. The axis of a use's output that carries the
-samples is the one whose support follows: nonzero for the chosen samples at most, in all pulls. Where no axis does, the samples are mixed (batch norm in training, contrastive losses)
-and per-sample quantities do not exist. The result is remembered per model and sequence of calls.
+samples is the one whose support follows: nonzero for the chosen samples at most, in all pulls. Where no axis
+does, the samples are mixed (batch norm in training, contrastive losses) and per-sample quantities do not
+exist. The result is remembered per model and sequence of calls.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from layerwise.coverage import Graph
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.ops.base import Samples
 from layerwise.pull import pull
-from layerwise.tape import LossUse, Tape, Use
+from layerwise.tape import Tape
+from layerwise.uses import LossUse, Use
 
 __all__ = ["Layout", "measure"]
 
@@ -94,12 +96,7 @@ def _hypotheses(loss: LossUse, n: int) -> list[Samples]:
         # Rows on the leading axis; another axis of the same size is a rival only among positions.
         positions = axes if loss.call.class_axis is not None else axes[:-1]
         return [exact[0], *[s for s in exact[1:] if s.axis in positions]]
-    flat = [
-        Samples(n, a, major)
-        for a in axes
-        if n and shape[a] % n == 0 and shape[a] > n
-        for major in (True, False)
-    ]
+    flat = [Samples(n, a, major) for a in axes if n and shape[a] % n == 0 and shape[a] > n for major in (True, False)]
     return exact + flat
 
 
@@ -134,9 +131,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> Found:
     return passed[0]
 
 
-def _by_first_batch(
-    tape: Tape, graph: Graph, passed: list[Found]
-) -> list[Found]:
+def _by_first_batch(tape: Tape, graph: Graph, passed: list[Found]) -> list[Found]:
     """Keep the hypotheses under which the first use carries samples where the batch does."""
     first = tape.first
     if first is None:

@@ -27,62 +27,10 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
 from layerwise.errors import BadInput, UnsupportedCall
-from layerwise.ops.base import Call, Slot
+from layerwise.ops.base import Call
+from layerwise.uses import Derived, LossUse, Use, bad_call, describe_func, named_parameters_of
 
-__all__ = ["Derived", "LossUse", "Tape", "Use", "named_parameters_of"]
-
-
-class Derived(NamedTuple):
-    """A tensor computed from parameters and constants only, and the parameters it depends on."""
-
-    tensor: Tensor
-    names: frozenset[str]
-
-
-class Use:
-    """One call in which parameters meet data.
-
-    call: function and arguments, data detached. used: the parameters and derived tensors among them.
-    edge: gradient edge of the output. inputs: gradient edges of the data arguments, taken before the call.
-    consumers: the calls that read the output, as (function, args, kwargs without tensors).
-    """
-
-    __slots__ = ("_slots", "call", "consumers", "edge", "index", "inputs", "output", "used")
-
-    def __init__(
-        self, index: int, call: Call, used: list[Derived], inputs: list[GradientEdge], output: Tensor
-    ) -> None:
-        self.index = index
-        self.call = call
-        self.used = used
-        self.inputs = inputs
-        self.edge = get_gradient_edge(output)
-        self.output = weakref.ref(output)
-        self.consumers: list[Any] = []
-        self._slots: list[Slot] | None = None
-
-    @property
-    def slots(self) -> list[Slot]:
-        """How each of `used` enters the call, described once."""
-        if self._slots is None:
-            self._slots = ops.slots(self.call, [d.tensor for d in self.used])
-        return self._slots
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all parameters that this call depends on."""
-        return sorted(set().union(*(d.names for d in self.used)))
-
-    def __repr__(self) -> str:
-        return f"Use {self.index}: {describe_func(self.call.func)} of {', '.join(self.names)}"
-
-
-class LossUse(NamedTuple):
-    """A call that makes a loss: its bound arguments, the edges of its logits and of its value."""
-
-    call: losses.LossCall
-    logits: GradientEdge
-    value: GradientEdge
+__all__ = ["RANDOM", "Tape"]
 
 
 class _LogSoftmax(NamedTuple):
@@ -92,22 +40,6 @@ class _LogSoftmax(NamedTuple):
     logits: Tensor
     edge: GradientEdge
     dim: int | None
-
-
-def describe_func(func: Any) -> str:
-    """A readable name of a torch function."""
-    return getattr(func, "__name__", None) or repr(func)
-
-
-def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of a module, or of a functional model given as a mapping, by name."""
-    if isinstance(model, nn.Module):
-        return dict(model.named_parameters())
-    if isinstance(model, Mapping) and all(isinstance(p, Tensor) for p in model.values()):
-        return dict(model)
-    raise BadInput(
-        f"asked for the parameters of {type(model).__name__}; give an nn.Module, or a mapping of names to tensors"
-    )
 
 
 _BACKWARD = {Tensor.backward, torch.autograd.backward}
@@ -120,10 +52,13 @@ _FACTORIES = {
     )
     for name in names.split()
 }
-_RANDOM = {
-    getattr(torch, name)
-    for name in "rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like".split()
-} | {torch.tensor, torch.as_tensor, torch.from_numpy, F.dropout, torch.dropout}
+_RANDOM_NAMES = """rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like
+    randint_like dropout feature_dropout alpha_dropout feature_alpha_dropout"""
+RANDOM = {getattr(torch, name) for name in _RANDOM_NAMES.split()} | {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+}  # fmt: skip
+# What these return is data even where no argument is.
+_DATA = RANDOM | {torch.tensor, torch.as_tensor, torch.from_numpy}
 # Calls that choose or gather samples: what they return is a batch, whatever it was taken from.
 _ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | {
     getattr(owner, name)
@@ -142,14 +77,17 @@ class Tape(TorchFunctionMode):
     constants: further tensors that carry no data (buffers).
     on_backward: called as `on_backward(tape, total, weight, run)` instead of a backward pass that
         the user starts inside the context; it must call `run()`.
+    keep_outputs: whether uses hold their outputs' values (local targets need them).
     """
 
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
         on_backward: Callable[[Tape, Tensor, Tensor | None, Callable[[], Any]], Any] | None = None,
+        keep_outputs: bool = False,
     ) -> None:
         super().__init__()
+        self._keep_outputs = keep_outputs
         named = named_parameters_of(model)
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
         self._constants = [p for p in named.values() if not p.requires_grad]
@@ -210,7 +148,7 @@ class Tape(TorchFunctionMode):
             return out
         self.calls.append(func)
         if not data:
-            if tensors or func not in _RANDOM:
+            if tensors or func not in _DATA:
                 self._classify(func, out, used)
         elif func in _FACTORIES:
             self._classify(func, out, [])
@@ -257,7 +195,7 @@ class Tape(TorchFunctionMode):
 
     def _written(self, func: Any, args: Any) -> None:
         """A constant that data is written into becomes data, with all its views."""
-        if not _in_place(func):
+        if not ops.writes_first(func):
             return
         target = args[0]
         if not isinstance(target, Tensor) or id(target) not in self._known:
@@ -309,9 +247,15 @@ class Tape(TorchFunctionMode):
             self._find_first(data[0])
         self._note_data(func, args, kwargs, data, None)
         inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
-        kept_args, kept_kwargs = self._keep(args, kwargs, clone=_in_place(func))
-        out = func(*args, **kwargs)
-        result = args[0] if out is None and _in_place(func) else out
+        writes = ops.writes_first(func)
+        kept_args, kept_kwargs = self._keep(args, kwargs, clone=writes)
+        try:
+            out = func(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise bad_call(func, used, data, error) from error
+        result = args[0] if out is None and writes else out
         if not isinstance(result, Tensor):
             names = sorted(set().union(*(d.names for d in used)))
             raise UnsupportedCall(
@@ -322,7 +266,7 @@ class Tape(TorchFunctionMode):
         self._known.pop(id(result), None)
         if result.requires_grad:
             call = Call(func, kept_args, kept_kwargs, result.shape)
-            use = Use(len(self.uses), call, used, inputs, result)
+            use = Use(len(self.uses), call, used, inputs, result, self._keep_outputs)
             self.uses.append(use)
             self._outputs[id(result)] = use
             self.calls.append(result.shape)
@@ -369,15 +313,6 @@ class Tape(TorchFunctionMode):
         total, weight = _backward_arguments(func, args, kwargs)
         assert self._on_backward is not None
         return self._on_backward(self, total, weight, lambda: func(*args, **kwargs))
-
-
-def _in_place(func: Any) -> bool:
-    """Whether the call writes on its first argument."""
-    name = getattr(func, "__name__", "")
-    return name.endswith("_") and (not name.endswith("__") or name in _DUNDER_IN_PLACE)
-
-
-_DUNDER_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"}
 
 
 def _tensors(out: Any) -> Iterable[Tensor]:

@@ -10,7 +10,7 @@ from ..errors import LayerwiseError
 
 __all__ = ["EPOCHS", "SECONDS_LIMIT", "DemoError", "run"]
 
-EPOCHS = 100
+EPOCHS = 60
 SECONDS_LIMIT = 150.0
 EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 

@@ -33,9 +33,7 @@ class Layer:
     update: float
 
 
-def observed_layers(
-    problem: Problem, method: str, settings: Settings, *, seed: int, epochs: int = 3
-) -> list[Layer]:
+def observed_layers(problem: Problem, method: str, settings: Settings, *, seed: int, epochs: int = 3) -> list[Layer]:
     """Train `method` for a few epochs, observe one batch, take one step on it: a `Layer` per linear layer."""
     run = Run(method, settings, seed)
     for epoch in range(1, epochs + 1):

@@ -55,9 +55,7 @@ def compare(out: Path, *, seed: int, epochs: int, seconds_limit: float) -> bool:
     for name, text in errors.items():
         console.print(f"failed: {name}: {text}", soft_wrap=True, highlight=False, markup=False)
     if reached < epochs:
-        console.print(
-            f"stopped after {reached} of {epochs} epochs: --seconds-limit {seconds_limit:g} was used up"
-        )
+        console.print(f"stopped after {reached} of {epochs} epochs: --seconds-limit {seconds_limit:g} was used up")
     console.print(
         f"{time.perf_counter() - start:.0f} s; losses in nats an image, no model can go below "
         f"{problem.floor_train:.3f} (train) and {problem.floor_test:.3f} (test).",

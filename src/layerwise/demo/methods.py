@@ -1,8 +1,8 @@
 """The methods that the demo compares: name -> settings -> optimizer.
 
-All are used alike, `opt.step(closure)`, under one learning rate schedule. `CHOSEN` holds, for each
-method, the best of its `TRIALS`: equally many for all, judged by the train loss after the demo's own
-number of epochs, on other seeds than the demo's. `python -m benchmarks.tune_demo` runs them again.
+All are used alike, `opt.step(closure)`, under one learning rate schedule. Our methods run with their
+defaults (`{}`). For the baselines `CHOSEN` holds the best of eight `TRIALS`, judged by the train loss
+after the demo's own number of epochs, on other seeds than the demo's: `python -m benchmarks.tune_demo`.
 """
 
 from __future__ import annotations

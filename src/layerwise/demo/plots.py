@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .layers import Layer
 from .train import Row
@@ -89,17 +89,23 @@ def curves(path: Path, rows: Sequence[Row], floor_train: float, floor_test: floa
             continue
         ends[method] = train[-1]
         by: list[list[float]] = [[row.epoch for row in own], [row.seconds for row in own]]
-        for ax, xs in zip(axes, by, strict=True):
-            ax.plot(xs[: len(test)], test, color=colour, linewidth=1.1, linestyle=DOTTED)
-            ax.plot(xs[: len(train)], train, color=colour, linewidth=2.2)
-            ax.plot(xs[len(train) - 1], train[-1], "o", color=colour, markersize=5)
-    titles = ("by epoch", "by second (each method's own steps)")
-    for ax, title, label in zip(axes, titles, ("epochs", "seconds"), strict=True):
+        for ax, xs, skip in zip(axes, by, (0, 1), strict=True):  # second 0 has no place on a log axis
+            shown = slice(skip, len(train))
+            ax.plot(xs[shown], test[shown], color=colour, linewidth=1.1, linestyle=DOTTED)
+            ax.plot(xs[shown], train[shown], color=colour, linewidth=2.2, markevery=[-1], marker="o", markersize=5)
+    panels = (
+        ("by epoch", "epochs"),
+        ("by second", "seconds in the method's own steps (log scale)"),
+    )
+    for ax, (title, label) in zip(axes, panels, strict=True):
         ax.set_yscale("log")
         _plain_log(ax.yaxis)
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         ax.set_xlabel(label, **STYLE)
-        ax.set_xlim(left=0)
+    axes[0].set_xlim(left=0)
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[1].set_xscale("log")
+    _plain_log(axes[1].xaxis)
     axes[1].sharey(axes[0])
     axes[0].set_ylabel("loss above the lowest possible\n(nats an image, log scale)", **STYLE)
     _label_ends(axes[0], ends)
@@ -125,9 +131,7 @@ def layers(path: Path, observed: Mapping[str, Sequence[Layer]]) -> None:
     for ax, (field, title, label) in zip(axes, panels, strict=True):
         for marker, (method, own) in zip("os^", observed.items(), strict=False):
             values = [getattr(layer, field) for layer in own]
-            ax.plot(
-                range(len(own)), values, marker=marker, color=COLOURS[method], linewidth=1.6, label=method
-            )
+            ax.plot(range(len(own)), values, marker=marker, color=COLOURS[method], linewidth=1.6, label=method)
             ax.set_xticks(range(len(own)), [layer.name for layer in own])
         ax.tick_params(axis="x", labelsize=7.5)
         ax.set_yscale("log")
@@ -137,8 +141,6 @@ def layers(path: Path, observed: Mapping[str, Sequence[Layer]]) -> None:
     if observed:
         axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     else:
-        axes[1].text(
-            0.5, 0.5, "no layer could be observed", transform=axes[1].transAxes, ha="center", color=INK
-        )
+        axes[1].text(0.5, 0.5, "no layer could be observed", transform=axes[1].transAxes, ha="center", color=INK)
     figure.suptitle("Each layer, seen from one batch after three epochs", fontsize=12, color=INK)
     figure.savefig(path)

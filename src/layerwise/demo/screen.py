@@ -15,11 +15,7 @@ __all__ = ["show_table", "watched"]
 
 def watched(rows: Iterable[Row], methods: Sequence[str], epochs: int, console: Console) -> Iterator[Row]:
     """Pass `rows` on and show how far each method is."""
-    return (
-        _bars(rows, methods, epochs, console)
-        if console.is_terminal
-        else _lines(rows, methods, epochs, console)
-    )
+    return _bars(rows, methods, epochs, console) if console.is_terminal else _lines(rows, methods, epochs, console)
 
 
 def _text(row: Row) -> str:

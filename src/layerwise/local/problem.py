@@ -60,15 +60,12 @@ class LocalProblem:
             seen = {name: tuple(t.shape) for name in ("a", "weight", "bias", "target", "g")
                     if (t := getattr(self, name)) is not None}  # fmt: skip
             raise BadInput(
-                "a local problem needs a [R,K,I], weight [K,O,I], bias [K,O], target and g [R,K,O]: "
-                f"got {seen}"
+                f"a local problem needs a [R,K,I], weight [K,O,I], bias [K,O], target and g [R,K,O]: got {seen}"
             )
         if r == 0:
             raise BadInput("a local problem needs at least one row: got an empty batch")
         if self.prox is not None and not self.prox > 0:
-            raise BadInput(
-                f"the proximal term ‖W − W₀‖²/2η needs η > 0, or None for no term: got {self.prox}"
-            )
+            raise BadInput(f"the proximal term ‖W − W₀‖²/2η needs η > 0, or None for no term: got {self.prox}")
 
 
 def target_s(z: Tensor, g: Tensor, gamma: float) -> Tensor:

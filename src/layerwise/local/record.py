@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from layerwise.coverage import Graph, prove
 from layerwise.errors import BadInput
+from layerwise.local.problem import LocalProblem, predict, target_m, target_s
 from layerwise.local.transfer import IDENTITY, SIGMOID, SOFTMAX, Transfer, find, squared
 from layerwise.losses import Likelihood, is_loss, likelihood
 from layerwise.ops.base import Slot
 from layerwise.pull import hooked, pull
-from layerwise.tape import Tape, Use
+from layerwise.tape import Tape
+from layerwise.uses import Use
 
-__all__ = ["Layer", "Recorded", "layers_of", "record"]
+__all__ = ["Layer", "Recorded", "layers_of", "problem_of", "record"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Layer:
 
     weight, bias: the slots; names: of the weight and, where there is one, of the bias.
     transfer: the one known elementwise function that alone reads the output, or the loss's link; else the
-    identity. likelihood: of the loss call that alone reads the output, if one does.
+    identity. likelihood: of the loss call that alone reads the output, if one does. value: the output,
+    `[*out_shape]`, where it is at hand.
     """
 
     use: Use
@@ -35,6 +38,7 @@ class Layer:
     bias: Slot | None
     transfer: Transfer
     likelihood: Likelihood | None
+    value: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -101,9 +105,7 @@ def record(
         graph = prove(tape, total, weight, need_loss=False)
         layers = [layer for layer in layers_of(tape, graph) if eligible(layer)]
         received: dict[int, Tensor] = {}
-        with hooked(
-            [layer.use for layer in layers], lambda use, g: received.__setitem__(use.index, g.detach())
-        ):
+        with hooked([layer.use for layer in layers], lambda use, g: received.__setitem__(use.index, g.detach())):
             out = run()
         inside = {name for layer in layers for name in layer.names}
         rest = {n: p.grad for n, p in tape.parameters.items() if n not in inside and p.grad is not None}
@@ -111,15 +113,13 @@ def record(
         streamed.append(Recorded(total.detach(), tape, graph, layers, received, rest))
         return out
 
-    tape = Tape(model, on_backward)
+    tape = Tape(model, on_backward, keep_outputs=True)
     with tape, torch.enable_grad():
         loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise BadInput(f"the closure must return the loss, a tensor of one element; got {_describe(loss)}")
     if len(streamed) > 1:
-        raise BadInput(
-            f"the closure called backward {len(streamed)} times; one step takes one loss: add them up"
-        )
+        raise BadInput(f"the closure called backward {len(streamed)} times; one step takes one loss: add them up")
     return streamed[0] if streamed else pulled(tape, loss, eligible)
 
 
@@ -135,6 +135,18 @@ def pulled(tape: Tape, loss: Tensor, eligible: Callable[[Layer], bool] = lambda 
     layers = [layer for layer in layers if layer.use.index in cotangents]
     gradients = {n: g for n, g in zip(rest, found[len(edges) :], strict=True) if g is not None}
     return Recorded(loss.detach(), tape, graph, layers, cotangents, gradients)
+
+
+@torch.no_grad()
+def problem_of(recorded: Recorded, layer: Layer, gamma: float, transfer: Transfer) -> LocalProblem:
+    """The local problem of a layer, from its rows, its target `f(z) − γ g` and its parameters as matrices."""
+    a, g = layer.input(), layer.rows(recorded.cotangents[layer.use.index])
+    params = [recorded.tape.parameters[name].detach() for name in layer.names]
+    weight = layer.weight.matrix(params[0])
+    bias = params[1].view(weight.shape[0], weight.shape[1]) if len(params) > 1 else None
+    z = layer.rows(layer.value) if layer.value is not None else predict(LocalProblem(a, weight, bias, g))
+    target = target_s(z, g, gamma) if transfer.is_squared else target_m(z, g, gamma, transfer)
+    return LocalProblem(a, weight, bias, target, transfer, g=g, gamma=gamma)
 
 
 def layers_of(tape: Tape, graph: Graph) -> list[Layer]:
@@ -153,13 +165,7 @@ def layers_of(tape: Tape, graph: Graph) -> list[Layer]:
         plain = True
         for derived, slot in zip(use.used, use.slots, strict=True):
             (name, *more) = derived.names
-            ok = (
-                not more
-                and slot.used is tape.parameters[name]
-                and count[name] == 1
-                and slot.factored
-                and slot.linear
-            )
+            ok = not more and slot.used is tape.parameters[name] and count[name] == 1 and slot.factored and slot.linear
             plain &= ok and not slot.aligned
             if slot.bias:
                 bias = (name, slot)
@@ -170,7 +176,7 @@ def layers_of(tape: Tape, graph: Graph) -> list[Layer]:
         if plain and weight is not None and _is_matrix(weight[1]):
             names = (weight[0],) if bias is None else (weight[0], bias[0])
             transfer, loss = _read_by(tape, graph, use)
-            found.append(Layer(use, names, weight[1], None if bias is None else bias[1], transfer, loss))
+            found.append(Layer(use, names, weight[1], bias[1] if bias else None, transfer, loss, use.value))
     return found
 
 

@@ -15,6 +15,7 @@ from layerwise.operators.ridge import ridge
 __all__ = ["Workspace", "linear_floor", "local_steps", "prox_step", "row_slices", "spectral_step"]
 
 Form = Literal["auto", "plain", "gram"]
+Side = Literal["auto", "inputs", "rows"]
 Schedule = Callable[[int, int], float]
 
 
@@ -58,6 +59,7 @@ def local_steps(
     rows: int | None = None,
     form: Form = "auto",
     schedule: Schedule = linear_floor,
+    scale: float = 1.0,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     fold: Callable[[Tensor], Tensor] | None = None,
@@ -75,6 +77,7 @@ def local_steps(
     rows: None for all R rows at every step, or the number of rows each step takes for itself
     (`row_slices`, with a random offset from `generator` if given), its gradient multiplied by R/rows;
     R or more means all. With rows = R/T all T steps cost 4/6 of an ordinary training step.
+    scale: multiplies the whole objective; 1/γ makes the first gradient backprop's own.
     form: "plain" runs rows through the layer; "gram", for the squared loss on all rows alone, takes
     `g_t = γG + (W_t − W₀)AᵀA`, the same steps up to rounding; "auto" the one with fewer operations.
     Raises BadInput for an impossible form, rows or steps below 1, or tensors that share no memory.
@@ -88,7 +91,7 @@ def local_steps(
     total = problem.a.shape[0]
     rows = total if rows is None else min(rows, total)
     workspace = Workspace() if workspace is None else workspace
-    layer = _Layer(problem, workspace)
+    layer = _Layer(problem, workspace, scale)
     if _use_gram(problem, form, rows, steps):
         gradients = layer.gram(steps)
     else:
@@ -117,9 +120,7 @@ def local_steps(
 
 def _check_shared(name: str, owned: Tensor | None, used: Tensor | None) -> None:
     if (owned is None) != (used is None):
-        raise BadInput(
-            f"local_steps: the layer's {name} and the problem's must both be given or both be None"
-        )
+        raise BadInput(f"local_steps: the layer's {name} and the problem's must both be given or both be None")
     if owned is not None and used is not None and owned.data_ptr() != used.data_ptr():
         raise BadInput(
             f"local_steps works in place: problem.{name} {tuple(used.shape)} must be a view of the {name} "
@@ -143,8 +144,8 @@ def _use_gram(problem: LocalProblem, form: Form, rows: int, steps: int) -> bool:
 class _Layer:
     """A local problem laid out for plain matrix products: K in front, or dropped where it is 1."""
 
-    def __init__(self, problem: LocalProblem, workspace: Workspace) -> None:
-        self.problem, self.workspace = problem, workspace
+    def __init__(self, problem: LocalProblem, workspace: Workspace, scale: float = 1.0) -> None:
+        self.problem, self.workspace, self.scale = problem, workspace, scale
         self.single = problem.weight.shape[0] == 1
         lay = (lambda x: x[:, 0]) if self.single else (lambda x: x.transpose(0, 1))
         self.a, self.y = lay(problem.a), lay(problem.target)
@@ -163,16 +164,17 @@ class _Layer:
         """Gradients of T steps from slices of rows; each is read before the next is made."""
         problem = self.problem
         total = problem.a.shape[0]
+        factor, held = self.scale * total / rows, self.scale / (problem.prox or 1.0)
         anchors = self._anchors() if problem.prox is not None else ()
         for t in range(steps):
             for piece, (low, high) in enumerate(row_slices(total, rows, t, offset)):
                 if t == 0 and self.g is not None:
-                    delta, scale = self.g[..., low:high, :], problem.gamma * total / rows
+                    delta, scale = self.g[..., low:high, :], problem.gamma * factor
                 else:
-                    delta, scale = self._delta(low, high), total / rows
+                    delta, scale = self._delta(low, high), factor
                 self._contract(delta, self.a[..., low:high, :], scale, first=piece == 0)
             for grad, now, start in anchors if t > 0 else ():
-                grad.add_(now, alpha=1 / problem.prox).sub_(start, alpha=1 / problem.prox)  # type: ignore[operator]
+                grad.add_(now, alpha=held).sub_(start, alpha=held)
             yield self.dw, self.db
 
     def _delta(self, low: int, high: int) -> Tensor:
@@ -212,11 +214,13 @@ class _Layer:
         gram = take("gram", (*self.w.shape[:-2], self.w.shape[-1], self.w.shape[-1]), self.w)
         self.mul(self.a.mT, self.a, out=gram)
         gram.diagonal(dim1=-2, dim2=-1).add_(held)
+        gram.mul_(self.scale)
         start_w = take("g0", self.out_w.shape, self.w).copy_(self.out_w)
         moved = take("moved", self.out_w.shape, self.w)
         w0 = anchors[0][2].view(self.w.shape)
         if self.out_b is not None:
-            sums, start_b, count = self.a.sum(-2), self.out_b.clone(), problem.a.shape[0] + held
+            sums, start_b = self.a.sum(-2).mul_(self.scale), self.out_b.clone()
+            count = self.scale * (problem.a.shape[0] + held)
             b, b0 = problem.bias.view(self.out_b.shape), anchors[1][2].view(self.out_b.shape)  # type: ignore[union-attr]
         for _ in range(1, steps):
             torch.sub(self.w, w0, out=moved)
@@ -227,9 +231,6 @@ class _Layer:
                 torch.add(start_b, shift, alpha=count, out=self.out_b)
                 self.out_b.add_((moved @ sums.unsqueeze(-1)).squeeze(-1))
             yield self.dw, self.db
-
-
-Side = Literal["auto", "inputs", "rows"]
 
 
 @torch.no_grad()
@@ -252,9 +253,7 @@ def prox_step(problem: LocalProblem, side: Side = "auto") -> tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def spectral_step(
-    problem: LocalProblem, rates: Sequence[float], side: Side = "auto"
-) -> tuple[Tensor, Tensor | None]:
+def spectral_step(problem: LocalProblem, rates: Sequence[float], side: Side = "auto") -> tuple[Tensor, Tensor | None]:
     """Where gradient descent on the squared local problem stands after `len(rates)` steps, as `(ΔW, Δb)`.
 
         ΔW = −γ G_w h(AᵀA + I/η),   h ← h + rate·(1 − s·h) from 0;  equal rates: h(s) = (1 − (1 − rate·s)ᵀ)/s

@@ -61,9 +61,7 @@ class TFRMSProp(torch.optim.Optimizer):
 
     def _ready(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if p.grad.is_sparse:  # type: ignore[union-attr]
-            raise BadInput(
-                "TFRMSProp got a sparse gradient: it moves every element at every step; use grad.to_dense()"
-            )
+            raise BadInput("TFRMSProp got a sparse gradient: it moves every element at every step; use grad.to_dense()")
         state = self.state[p]
         if not state:
             state["mean_square"] = torch.ones_like(p)

@@ -148,9 +148,7 @@ RELU = Transfer(
     "relu", torch.relu, lambda a: _half_square(a.clamp_min(0)),
     lambda y: _within(y, 0, math.inf, _half_square(y)), 0.0, f_=torch.relu_,
 )  # fmt: skip
-SOFTMAX = Transfer(
-    "softmax", lambda a: a.softmax(-1), lambda a: a.logsumexp(-1), _softmax_dual, 0.0, 1.0, joint=True
-)
+SOFTMAX = Transfer("softmax", lambda a: a.softmax(-1), lambda a: a.logsumexp(-1), _softmax_dual, 0.0, 1.0, joint=True)
 ARCTAN = Transfer(
     "arctan", torch.atan, _arctan_potential,
     lambda y: _within(y, -math.pi / 2, math.pi / 2, -y.cos().log()), -math.pi / 2, math.pi / 2, torch.atan_,
@@ -274,9 +272,7 @@ def _by_call() -> dict[Any, Callable[[Get, int], Transfer | None]]:
     finders = dict(_FINDERS)
     finders |= {name: stand_in(name, False) for name in _NOT_MONOTONE.split()}
     finders |= {name: stand_in(name, True) for name in _NO_ENTRY.split()}
-    twins = [
-        (name + twin, found) for key, found in finders.items() for name in key.split() for twin in ("", "_")
-    ]
+    twins = [(name + twin, found) for key, found in finders.items() for name in key.split() for twin in ("", "_")]
     homes = (torch, Tensor, torch.special, F, torch._C._nn)
     return {getattr(home, name): found for name, found in twins for home in homes if hasattr(home, name)}
 

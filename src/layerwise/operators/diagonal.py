@@ -78,8 +78,7 @@ def reciprocal(name: str, x: Tensor) -> Tensor:
     result = torch.where(x == 0, torch.zeros_like(x), 1 / x)
     if not (torch.isfinite(result).all() and torch.isfinite(x).all()):
         raise NonFinite(
-            f"inverse of {name!r}: the matrix holds NaN, infinity or entries too small to invert; "
-            "raise the damping."
+            f"inverse of {name!r}: the matrix holds NaN, infinity or entries too small to invert; raise the damping."
         )
     return result
 

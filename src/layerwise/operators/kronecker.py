@@ -50,16 +50,12 @@ class _Block:
         """The parameter's tensor, and its bias's, as `[K,O,I]`."""
         k, o, i = self.size
         if values[name].shape != self.shape:
-            raise BadInput(
-                f"Kronecker @: {name!r} is {tuple(values[name].shape)}, its block {tuple(self.shape)}."
-            )
+            raise BadInput(f"Kronecker @: {name!r} is {tuple(values[name].shape)}, its block {tuple(self.shape)}.")
         w = self.matrix(values[name])
         if self.bias is None:
             return w
         if values[self.bias].numel() != k * o:
-            raise BadInput(
-                f"Kronecker @: {self.bias!r} is {tuple(values[self.bias].shape)}, expected [{k * o}]."
-            )
+            raise BadInput(f"Kronecker @: {self.bias!r} is {tuple(values[self.bias].shape)}, expected [{k * o}].")
         return torch.cat([w, values[self.bias].reshape(k, o, 1)], -1)
 
     def scatter(self, name: str, w: Tensor) -> dict[str, Tensor]:
@@ -110,9 +106,7 @@ class KroneckerBlock(_Block):
     def __post_init__(self) -> None:
         fits = self.B.ndim == 3 and self.B.shape[1] == self.B.shape[2]
         if fits and self.A is not None:
-            fits = (
-                self.A.ndim in (2, 3) and len(self.A) == len(self.B) and self.A.shape[1] == self.A.shape[-1]
-            )
+            fits = self.A.ndim in (2, 3) and len(self.A) == len(self.B) and self.A.shape[1] == self.A.shape[-1]
         if not fits:
             seen = [None if x is None else tuple(x.shape) for x in (self.A, self.B)]
             raise BadInput(f"KroneckerBlock: A, B are {seen}; expected [K,I,I], [K,I] or None, and [K,O,O].")
@@ -350,7 +344,5 @@ def _eigh(name: str, factor: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(symmetric.double())
     except LinAlgError as error:
-        raise NonFinite(
-            f"Kronecker: the eigendecomposition of {name!r} failed: {error}; raise the damping."
-        ) from error
+        raise NonFinite(f"Kronecker: the eigendecomposition of {name!r} failed: {error}; raise the damping.") from error
     return values.to(factor.dtype), vectors.to(factor.dtype)

@@ -55,9 +55,7 @@ def inverse(A: Tensor, damping: float | Tensor = 0.0) -> Tensor:
     return _solve("inverse", A, None, damping)
 
 
-def coordinate_descent(
-    W: Tensor, A: Tensor, B: Tensor, sweeps: int = 1, damping: float | Tensor = 0.0
-) -> Tensor:
+def coordinate_descent(W: Tensor, A: Tensor, B: Tensor, sweeps: int = 1, damping: float | Tensor = 0.0) -> Tensor:
     """Improve W by exact minimization over one column after the other.
 
     w_j += (b_j − W a_j) / A_jj with `A + damping I` for A, over all columns, `sweeps` times; converges to
@@ -69,8 +67,7 @@ def coordinate_descent(
     """
     if W.shape != B.shape or W.dtype != B.dtype:
         raise BadInput(
-            f"coordinate_descent: W is {W.dtype} {tuple(W.shape)}, B {B.dtype} {tuple(B.shape)}; "
-            "expected the same."
+            f"coordinate_descent: W is {W.dtype} {tuple(W.shape)}, B {B.dtype} {tuple(B.shape)}; expected the same."
         )
     if A.shape[-1:] != B.shape[-1:] or A.dtype != B.dtype:
         raise BadInput(
@@ -88,18 +85,14 @@ def coordinate_descent(
             residual = B[..., j] - (W @ damped[..., :, j, None])[..., 0]
             W[..., j] += residual * step[..., j, None]
     if not torch.isfinite(W).all():
-        raise NonFinite(
-            f"coordinate_descent: the result is beyond the range of {W.dtype}; raise the damping."
-        )
+        raise NonFinite(f"coordinate_descent: the result is beyond the range of {W.dtype}; raise the damping.")
     return W
 
 
 def _damped(name: str, A: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     """The checked, symmetrized `A + damping I`, and the size of its rounding errors, `[...]`."""
     if A.ndim < 2 or A.shape[-1] != A.shape[-2] or A.dtype not in (torch.float32, torch.float64):
-        raise BadInput(
-            f"{name}: A is {A.dtype} {tuple(A.shape)}; expected a square float32 or float64 [..., i, i]."
-        )
+        raise BadInput(f"{name}: A is {A.dtype} {tuple(A.shape)}; expected a square float32 or float64 [..., i, i].")
     extra = torch.as_tensor(damping, dtype=A.dtype, device=A.device)
     if not torch.isfinite(A).all() or not torch.isfinite(extra).all():
         raise NonFinite(f"{name}: A {tuple(A.shape)} or the damping holds NaN or infinity; skip this batch.")

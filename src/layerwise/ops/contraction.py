@@ -133,9 +133,9 @@ class ContractionSlot(Slot):
         """Carry `[..., K,O,I]` back to the operand's axes."""
         plan = self.plan
         lead, want = w.ndim - 3, plan.k + plan.o + plan.i
-        w = w.reshape(*w.shape[:lead], *self._sizes(want))
+        w = w.reshape((*w.shape[:lead], *self._sizes(want)))
         w = w.permute([*range(lead), *(lead + want.index(x) for x in self._letters if x >= 0)])
-        return w.reshape(*w.shape[:lead], *self.used.shape)
+        return w.reshape((*w.shape[:lead], *self.used.shape))
 
 
 def _products(*sizes: Sequence[int]) -> list[int]:

@@ -53,8 +53,8 @@ class OpaqueSlot(Slot):
                     return rows
         raise Undefined(
             f"per-sample gradients of a tensor of shape {tuple(self.used.shape)} through "
-            f"{_name(self._call)}: they do not sum to the call's own gradient, so the call is random "
-            "or its derivative is not reproducible; draw its random numbers in a call of their own, outside of it"
+            f"{_name(self._call)}: they do not sum to the call's own gradient, so the call is random or "
+            "its derivative is not reproducible; draw its random numbers outside, in a call of their own"
         )
 
     def _rows(

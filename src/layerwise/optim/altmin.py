@@ -13,8 +13,8 @@ from layerwise import ops
 from layerwise.coverage import Graph, prove
 from layerwise.errors import BadInput
 from layerwise.local.codes import CodeStep, sweep
-from layerwise.local.problem import LocalProblem, predict, target_m, target_s
-from layerwise.local.record import Layer, Recorded, layers_of
+from layerwise.local.problem import LocalProblem
+from layerwise.local.record import Layer, Recorded, layers_of, problem_of
 from layerwise.local.solvers import Workspace, local_steps
 from layerwise.local.transfer import IDENTITY
 from layerwise.ops.base import Call
@@ -104,8 +104,8 @@ class AltMin(LayerLocal):
             return self._loss if recorded is None else recorded.loss
         batch = self._batch(recorded.samples)
         problems = [(layer, self._problem(recorded, layer, batch)) for layer in recorded.layers]
-        for layer, (problem, energy) in problems:
-            self._solve(recorded, layer, problem, energy)
+        for layer, problem in problems:
+            self._solve(recorded, layer, problem)
         for _, p, g, group in self._rest(recorded):
             self._along(p, g, group)
         return recorded.loss
@@ -115,32 +115,21 @@ class AltMin(LayerLocal):
     def _batch(self, samples: int) -> float:
         return float(samples) if self._reduction == "mean" else 1.0
 
-    @torch.no_grad()
-    def _problem(self, recorded: Recorded, layer: Layer, batch: float) -> tuple[LocalProblem, float]:
-        """The local problem of a layer and γ; its gradient times 1/γ is that of the relaxed objective.
+    def _problem(self, recorded: Recorded, layer: Layer, batch: float) -> LocalProblem:
+        """The local problem of a layer; its gradient times 1/γ is that of the relaxed objective.
 
         A hidden layer has γ = B/μ and the squared loss; the layer that makes a loss's logits has the loss itself,
         which is its matching loss with γ = 1/w for terms of one weight w.
         """
-        group = self.group_of(recorded.tape.parameters[layer.name])
-        assert group is not None
-        gamma, transfer = batch / group["coupling"], IDENTITY
         if layer.likelihood is not None and not layer.transfer.stand_in:
             weight = layer.likelihood.uniform_weight()
             if weight:
-                gamma, transfer = 1 / weight, layer.transfer
-        a, g = layer.input(), layer.rows(recorded.cotangents[layer.use.index])
-        params = [recorded.tape.parameters[name].detach() for name in layer.names]
-        w = layer.weight.matrix(params[0])
-        b = params[1].view(w.shape[0], w.shape[1]) if len(params) > 1 else None
-        z = predict(LocalProblem(a, w, b, g))
-        target = target_s(z, g, gamma) if transfer.is_squared else target_m(z, g, gamma, transfer)
-        return LocalProblem(a, w, b, target, transfer, g=g, gamma=gamma), gamma
+                return problem_of(recorded, layer, 1 / weight, layer.transfer)
+        return problem_of(recorded, layer, batch / self._group_of(recorded, layer)["coupling"], IDENTITY)
 
-    def _solve(self, recorded: Recorded, layer: Layer, problem: LocalProblem, gamma: float) -> None:
+    def _solve(self, recorded: Recorded, layer: Layer, problem: LocalProblem) -> None:
         params = [recorded.tape.parameters[name] for name in layer.names]
-        group = self.group_of(params[0])
-        assert group is not None
+        group = self._group_of(recorded, layer)
         rows: int | None = None if group["rows"] == "all" else group["rows"]
         if group["rows"] == "auto":
             rows = max(1, problem.a.shape[0] // group["steps"])
@@ -151,7 +140,7 @@ class AltMin(LayerLocal):
             rows=rows,
             form="plain",
             schedule=_constant,
-            scale=1 / gamma,
+            scale=1 / problem.gamma,
             weight=params[0],
             bias=params[1] if len(params) > 1 else None,
             fold=layer.weight.fold,
@@ -226,17 +215,19 @@ def _recorded_on_codes(
         objective = objective + weight / 2 * (code - out.predictions[i]).square().sum()
     inside = {name for layer in layers for name in layer.names}
     rest = {n: p for n, p in coded.tape.parameters.items() if n not in inside}
-    found = torch.autograd.grad(
-        objective, [*(out.predictions[i] for i in every), *rest.values()], allow_unused=True
-    )
+    found = torch.autograd.grad(objective, [*(out.predictions[i] for i in every), *rest.values()], allow_unused=True)
     moved = []
     for layer in layers:
         args, kwargs = out.calls[layer.use.index]
         parameters = {id(coded.tape.parameters[name]) for name in layer.names}
-        call = Call(layer.use.call.func, _detached(args, parameters), _detached(kwargs, parameters), layer.use.call.out_shape)
+        call = Call(
+            layer.use.call.func, _detached(args, parameters), _detached(kwargs, parameters), layer.use.call.out_shape
+        )
         slots = ops.slots(call, [d.tensor for d in layer.use.used])
         bias = next((s for s in slots if s.bias), None)
-        moved.append(dataclasses.replace(layer, weight=next(s for s in slots if not s.bias), bias=bias))
+        weight_slot = next(s for s in slots if not s.bias)
+        value = out.predictions[layer.use.index].detach()
+        moved.append(dataclasses.replace(layer, weight=weight_slot, bias=bias, value=value))
     cotangents = {i: g for i, g in zip(every, found, strict=False) if g is not None}
     moved = [layer for layer in moved if layer.use.index in cotangents]
     gradients = {n: g for n, g in zip(rest, found[len(every) :], strict=True) if g is not None}

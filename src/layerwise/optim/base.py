@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
 from layerwise.local.record import Layer, Recorded, record
-from layerwise.tape import named_parameters_of
+from layerwise.uses import named_parameters_of
 
 __all__ = ["LayerLocal"]
 
@@ -56,6 +56,12 @@ class LayerLocal(torch.optim.Optimizer):
     def group_of(self, p: Tensor) -> dict[str, Any] | None:
         """The parameter group that holds a parameter, or None where it is not ours to move."""
         return next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
+
+    def _group_of(self, recorded: Recorded, layer: Layer) -> dict[str, Any]:
+        """The parameter group of a layer; `_ours` has made sure that there is one."""
+        group = self.group_of(recorded.tape.parameters[layer.name])
+        assert group is not None
+        return group
 
     def _record(self, closure: Callable[[], Tensor] | None) -> Recorded:
         if closure is None:

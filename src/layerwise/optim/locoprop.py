@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import LocalProblem, predict, target_m, target_s
-from layerwise.local.record import Layer, Recorded
+from layerwise.local.problem import LocalProblem
+from layerwise.local.record import Layer, Recorded, problem_of
 from layerwise.local.solvers import Workspace, linear_floor, local_steps
 from layerwise.local.tf_rmsprop import TFRMSProp
 from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import LayerLocal
 
-__all__ = ["LocoProp", "local_problem"]
+__all__ = ["LocoProp"]
 
 _PUBLISHED: dict[str, Any] = {
     "lr": 1e-5, "gamma": 10.0, "steps": 10, "rows": "all", "decay": 0.9, "momentum": 0.999, "eps": 1e-5,
@@ -83,21 +82,20 @@ class LocoProp(LayerLocal):
         recorded = self._record(closure)
         if self._refuse_nonfinite(recorded.finite()):
             return recorded.loss
-        problems = [(layer, *self._problem(recorded, layer)) for layer in recorded.layers]
-        for layer, group, problem in problems:
-            self._solve(recorded, layer, group, problem)
+        problems = [(layer, self._problem(recorded, layer)) for layer in recorded.layers]
+        for layer, problem in problems:
+            self._solve(recorded, layer, problem)
         for _, p, g, group in self._rest(recorded):
             self._along(p, g, group)
         return recorded.loss
 
-    @torch.no_grad()
-    def _problem(self, recorded: Recorded, layer: Layer) -> tuple[dict[str, Any], LocalProblem]:
-        group = self.group_of(recorded.tape.parameters[layer.name])
-        assert group is not None
-        matching = group["loss"] == "matching"
-        return group, local_problem(recorded, layer, group["gamma"], matching)
+    def _problem(self, recorded: Recorded, layer: Layer) -> LocalProblem:
+        group = self._group_of(recorded, layer)
+        matching = group["loss"] == "matching" and not layer.transfer.stand_in
+        return problem_of(recorded, layer, group["gamma"], layer.transfer if matching else IDENTITY)
 
-    def _solve(self, recorded: Recorded, layer: Layer, group: dict[str, Any], problem: LocalProblem) -> None:
+    def _solve(self, recorded: Recorded, layer: Layer, problem: LocalProblem) -> None:
+        group = self._group_of(recorded, layer)
         params = [recorded.tape.parameters[name] for name in layer.names]
         rows = group["rows"]
         if rows == "auto":
@@ -127,19 +125,6 @@ class LocoProp(LayerLocal):
         optimizer = TFRMSProp(params, group["lr"], group["decay"], group["momentum"], group["eps"])
         optimizer.state = self.state
         return optimizer
-
-
-def local_problem(recorded: Recorded, layer: Layer, gamma: float, matching: bool) -> LocalProblem:
-    """The local problem of a recorded layer: rows, target and weights as views of the parameters."""
-    a, g = layer.input(), layer.rows(recorded.cotangents[layer.use.index])
-    params = [recorded.tape.parameters[name].detach() for name in layer.names]
-    weight = layer.weight.matrix(params[0])
-    bias = params[1].view(weight.shape[0], weight.shape[1]) if len(params) > 1 else None
-    transfer = layer.transfer if matching and not layer.transfer.stand_in else IDENTITY
-    start = LocalProblem(a, weight, bias, g, transfer)
-    z = predict(start)
-    target = target_s(z, g, gamma) if transfer.is_squared else target_m(z, g, gamma, transfer)
-    return LocalProblem(a, weight, bias, target, transfer, g=g, gamma=gamma)
 
 
 def _check(group: dict[str, Any]) -> None:

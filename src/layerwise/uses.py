@@ -1,0 +1,106 @@
+"""What the tape records: uses of parameters, and losses."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from layerwise import losses, ops
+from layerwise.errors import BadInput
+from layerwise.ops.base import Call, Slot
+
+__all__ = ["Derived", "LossUse", "Use", "bad_call", "describe_func", "named_parameters_of"]
+
+
+class Derived(NamedTuple):
+    """A tensor computed from parameters and constants only, and the parameters it depends on."""
+
+    tensor: Tensor
+    names: frozenset[str]
+
+
+class Use:
+    """One call in which parameters meet data.
+
+    call: function and arguments, data detached. used: the parameters and derived tensors among them.
+    edge: gradient edge of the output. inputs: gradient edges of the data arguments, taken before the call.
+    consumers: the calls that read the output, as (function, args, kwargs without tensors).
+    """
+
+    __slots__ = ("_kept", "_slots", "call", "consumers", "edge", "index", "inputs", "output", "used")
+
+    def __init__(
+        self, index: int, call: Call, used: list[Derived], inputs: list[GradientEdge], output: Tensor, keep: bool
+    ) -> None:
+        self.index = index
+        self.call = call
+        self.used = used
+        self.inputs = inputs
+        self.edge = get_gradient_edge(output)
+        self.output = weakref.ref(output)
+        self.consumers: list[Any] = []
+        self._slots: list[Slot] | None = None
+        self._kept = (output.detach(), output._version) if keep else None
+
+    @property
+    def value(self) -> Tensor | None:
+        """The output's value, where the tape keeps outputs and nothing has overwritten it since."""
+        if self._kept is None or self._kept[0]._version != self._kept[1]:
+            return None
+        return self._kept[0]
+
+    @property
+    def slots(self) -> list[Slot]:
+        """How each of `used` enters the call, described once."""
+        if self._slots is None:
+            self._slots = ops.slots(self.call, [d.tensor for d in self.used])
+        return self._slots
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all parameters that this call depends on."""
+        return sorted(set().union(*(d.names for d in self.used)))
+
+    def __repr__(self) -> str:
+        return f"Use {self.index}: {describe_func(self.call.func)} of {', '.join(self.names)}"
+
+
+class LossUse(NamedTuple):
+    """A call that makes a loss: its bound arguments, the edges of its logits and of its value."""
+
+    call: losses.LossCall
+    logits: GradientEdge
+    value: GradientEdge
+
+
+def describe_func(func: Any) -> str:
+    """A readable name of a torch function."""
+    return getattr(func, "__name__", None) or repr(func)
+
+
+def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a module, or of a functional model given as a mapping, by name."""
+    if isinstance(model, nn.Module):
+        return dict(model.named_parameters())
+    if isinstance(model, Mapping) and all(isinstance(p, Tensor) for p in model.values()):
+        return dict(model)
+    raise BadInput(
+        f"asked for the parameters of {type(model).__name__}; give an nn.Module, or a mapping of names to tensors"
+    )
+
+
+def bad_call(func: Any, used: list[Derived], data: list[Tensor], error: Exception) -> Exception:
+    """The error of a call that torch refuses, naming the parameters and what they met."""
+    names = sorted(set().union(*(d.names for d in used)))
+    ours, theirs = used[0].tensor, data[0]
+    seen = (
+        f"{describe_func(func)} of {', '.join(names)} (shape {tuple(ours.shape)}, {ours.dtype}, {ours.device}) with "
+        f"an input of shape {tuple(theirs.shape)}, {theirs.dtype}, {theirs.device}"
+    )
+    if ours.device != theirs.device:
+        return BadInput(f"{seen}: move the model or the batch, they lie on two devices")
+    return BadInput(f"{seen}: {str(error).splitlines()[0]}")
