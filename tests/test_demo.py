@@ -20,8 +20,10 @@ pytest.importorskip("sklearn", reason="the demo's extras are not installed")
 pytest.importorskip("matplotlib", reason="the demo's extras are not installed")
 pytest.importorskip("rich", reason="the demo's extras are not installed")
 
+from rich.console import Console
+
 from layerwise import __version__, cli, demo
-from layerwise.demo import main
+from layerwise.demo import main, screen
 from layerwise.demo import methods as table
 from layerwise.demo import train as loops
 from layerwise.demo.problem import SIZES, autoencoder, digits, reconstruction_loss
@@ -77,6 +79,14 @@ def test_pictures_are_pictures(results: Path, name: str) -> None:
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", content[16:24])
     assert width >= 1200 and height >= 500 and len(content) > 20_000
+
+
+def test_a_terminal_gets_a_bar_for_each_method() -> None:
+    rows = [loops.Row("Adam", 1, 20.0, 21.0, 0.5), loops.Row("RMSProp", 1, None, None, 0.1, "Error: [/odd] text")]
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    assert list(screen.watched(rows, ["Adam", "RMSProp"], 2, console)) == rows
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Adam" in said and "20.000" in said and "1/2" in said and "Error: [/odd] text" in said
 
 
 def losses(seed: int, names: list[str]) -> list[tuple[str, int, float | None]]:

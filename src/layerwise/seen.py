@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput, NoBackward, Undefined
-from layerwise.quantities.base import ByParameter, Quantity, Union
+from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 
 __all__ = ["Batch", "Joined", "Seen"]
 
@@ -95,7 +95,7 @@ class Seen:
         self._terms: tuple[float, ...] | None = None
         self._joined = [Joined(q.powers, q.concatenate) for q in self._quantities]
         self._gradient = Joined((1,))
-        self._context: dict[int, Any] = {}
+        self._context: dict[str, Any] = {}
         self._results: dict[int, Any] = {}
 
     def __getitem__(self, quantity: Quantity) -> Any:
@@ -147,7 +147,7 @@ class Seen:
         if i not in self._results:
             union = Union(self._samples, self._terms is not None, self._scale)
             values = self._ordered(self._joined[i].finish(self._total()))
-            self._results[i] = quantity.finish(values, union, self._context)
+            self._results[i] = quantity.finish(values, union, Context(self._context, self.grad))
         return self._results[i]
 
     def _add(self, batch: Batch, values: Mapping[int, Values], gradient: Values, context: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -20,7 +21,7 @@ def watched(rows: Iterable[Row], methods: Sequence[str], epochs: int, console: C
 
 def _text(row: Row) -> str:
     if row.error or row.train_loss is None:
-        return f"[red]failed[/]: {row.error}"
+        return f"[red]failed[/]: {escape(row.error or '')}"
     return f"train {row.train_loss:7.3f}  test {row.test_loss:7.3f}  {row.seconds:5.1f} s"
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from layerwise.cotangents import Cotangent, Gradient
 from layerwise.errors import BadInput, NoBackward
-from layerwise.gradients import ParameterGradient
+from layerwise.gradients import ParameterGradient, Part
 
-__all__ = ["ByParameter", "Quantity", "Union"]
+__all__ = ["ByParameter", "Context", "Quantity", "Union"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,20 @@ class Union:
     scale: str
 
 
+@dataclass(frozen=True)
+class Context:
+    """What `finish` may read besides its values: one part of each parameter's gradient, and the gradient."""
+
+    parts: Mapping[str, Part]
+    gradient: Mapping[str, Tensor]
+
+
 class Quantity:
     """Base of all quantities; a new one is a subclass with `compute`, and `finish` where it is not a sum.
 
     cotangent: what is sent back. needs_samples: whether the samples must be told apart.
     powers: for each tensor that `compute` returns, how it scales with the loss (gradient 1, square 2).
     concatenate: results of several batches are concatenated along samples instead of added.
-    needs_gradient: whether `finish` reads the mean gradient.
     """
 
     cotangent: Cotangent = Gradient()
@@ -44,7 +51,7 @@ class Quantity:
         """The quantity's tensors for one parameter and one stack of cotangents."""
         raise NotImplementedError
 
-    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Any) -> Any:
+    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> Any:
         """The result, from the values of all parameters summed over stacks and batches."""
         return ByParameter({name: value[0] for name, value in values.items()})
 

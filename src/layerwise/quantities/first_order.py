@@ -7,13 +7,12 @@ to `.grad`. With `scale="sample"` a mean loss over N samples gives N·g_n, and m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.gradients import ParameterGradient
-from layerwise.quantities.base import ByParameter, Quantity, Union
+from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 
 __all__ = ["PerSampleGrad", "SecondMoment", "SquaredNorm", "Variance"]
 
@@ -38,7 +37,7 @@ class PerSampleGrad(Quantity):
         """`[N, *shape]`."""
         return (gradient.per_sample()[0],)
 
-    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Any) -> ByParameter:
+    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
         """Keyed by parameter."""
         factor = _sample_factor(union)
         return ByParameter({k: v[0] * factor if factor != 1 else v[0] for k, v in values.items()})
@@ -58,7 +57,7 @@ class SquaredNorm(Quantity):
         """`[N]`."""
         return (gradient.squared_norm()[0],)
 
-    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Any) -> ByParameter:
+    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
         """Keyed by parameter; the total is the squared norm over all parameters, `[N]`."""
         factor = _sample_factor(union) ** 2
         norms = {k: v[0] * factor if factor != 1 else v[0] for k, v in values.items()}
@@ -77,7 +76,7 @@ class SecondMoment(Quantity):
         """`[*shape]`."""
         return (gradient.second_moment(),)
 
-    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Any) -> ByParameter:
+    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
         """Keyed by parameter."""
         return ByParameter({k: _moment(v[0], union) for k, v in values.items()})
 
@@ -90,16 +89,15 @@ class Variance(Quantity):
     Source: Dangel et al. (2020), eq. 5.
     """
 
-    powers = (2, 1)
-
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
-        """Second moment and gradient, `[*shape]` each."""
-        return gradient.second_moment(), gradient.total()[0]
+        """Second moment, `[*shape]`; the mean is read off `.grad`."""
+        return (gradient.second_moment(),)
 
-    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Any) -> ByParameter:
+    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
         """Keyed by parameter."""
         result = {}
-        for name, (moment, total) in values.items():
+        for name, (moment,) in values.items():
+            total = context.gradient[name]
             if union.scale == "sample":
                 mean = total if union.mean else total / union.samples
                 variance = _moment(moment, union) - mean.square()

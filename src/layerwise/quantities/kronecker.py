@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from layerwise.cotangents import Sampled
 from layerwise.errors import Undefined
 from layerwise.gradients import ParameterGradient
 from layerwise.operators.kronecker import Kronecker, KroneckerBlock
-from layerwise.quantities.base import Quantity, Union, positive
+from layerwise.quantities.base import Context, Quantity, Union, positive
 
 __all__ = ["KFAC"]
 
@@ -50,11 +49,11 @@ class KFAC(Quantity):
             return contract.input_gram(rows) * 0, count * 0, g_factor
         return contract.input_gram(rows), count, g_factor
 
-    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Any) -> Kronecker:
+    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> Kronecker:
         """The operator, with the maps of each parameter to its matrix."""
         blocks = {}
         for name, (a_sum, count, b) in values.items():
-            part = context[name]
+            part = context.parts[name]
             a = None if part.rows is None or part.rows.a is None else a_sum / count
             blocks[name] = KroneckerBlock(a, b, part.fold, part.matrix)
         return Kronecker(blocks)
