@@ -22,7 +22,7 @@ LEVELS = (
     {"errors"},
     {"ops", "losses"},
     {"uses", "tape", "coverage", "pull", "samples", "replay"},
-    {"cotangents", "contract", "gradients"},
+    {"cotangents", "contract", "rows", "gradients"},
     {"operators"},
     {"quantities"},
     {"observe", "seen"},

@@ -294,6 +294,8 @@ EMBEDDINGS: dict[str, Callable[[int], Case]] = {
         F.embedding_bag, [torch.randint(0, 5, (n, 4)), param(5, 3)], {"mode": "sum"}, axes=[0]),
     "bag, weighted": lambda n: Case(F.embedding_bag, [torch.randint(0, 5, (n, 4)), param(5, 3)], {
         "mode": "sum", "per_sample_weights": data(n, 4)}, axes=[0]),
+    "bag, padding from the end": lambda n: Case(
+        F.embedding_bag, [torch.randint(0, 2, (n, 4)), param(2, 3)], {"padding_idx": -1}),
     "bag, padding": lambda n: Case(
         F.embedding_bag, [torch.randint(0, 2, (n, 4)), param(5, 3)], {"padding_idx": 1}),
     "bag, offsets": lambda n: Case(F.embedding_bag, [
@@ -436,9 +438,7 @@ def test_known_call(name: str, n: int) -> None:
 def einsum_cases(draw: st.DrawFn) -> Case:
     """A random einsum of two or three operands, axes of size 1 broadcast among them, one a parameter."""
     sizes = {letter: draw(st.integers(1, 3)) for letter in "abcde"}
-    terms = draw(
-        st.lists(st.lists(st.sampled_from("abcde"), unique=True, max_size=4), min_size=2, max_size=3)
-    )
+    terms = draw(st.lists(st.lists(st.sampled_from("abcde"), unique=True, max_size=4), min_size=2, max_size=3))
     seen = sorted(set().union(*terms))
     out = draw(st.lists(st.sampled_from(seen), unique=True)) if seen else []
     shapes = [[draw(st.sampled_from([1, sizes[c]])) for c in term] for term in terms]
@@ -610,6 +610,19 @@ def test_opaque_refuses_a_wrong_batched_derivative_and_loops() -> None:
             return None, (g * ctx.saved_tensors[0]).sum(0) * (2 if wrong else 1)
 
     check(Case(Batched.apply, [data(3, 2), param(2)]), opaque=True)
+
+
+def test_complex_calls_are_opaque_and_exact() -> None:
+    x, g = torch.randn(4, 3, dtype=torch.complex128), torch.randn(2, 4, 3, dtype=torch.complex128)
+    for dtype in (torch.float64, torch.complex128):
+        p = nn.Parameter(torch.randn(3, dtype=dtype))
+        (slot,) = ops.slots(Call(torch.mul, (x, p), {}, x.shape), [p])
+        assert isinstance(slot, OpaqueSlot)
+        # the real masks of the brute force, in complex numbers
+        rows = [torch.autograd.grad(x * p, p, torch.where(mask, c, 0))[0] for c in g for mask in (
+            (torch.arange(4) % 2 == n).unsqueeze(1) for n in range(2))]  # fmt: skip
+        expected = torch.stack(rows).reshape(2, 2, 3)
+        torch.testing.assert_close(slot.dense(g, Samples(2, 0, False)), expected, **TOLERANCE)
 
 
 def test_opaque_has_no_rows() -> None:

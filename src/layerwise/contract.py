@@ -10,29 +10,20 @@ pure: they take `Rows`, write to no input and keep nothing. None but `per_sample
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.ops.base import Rows
+from layerwise.rows import concat, dims, flatten_samples, keys, merged_index, narrow
 
 __all__ = [
-    "concat",
-    "flatten_samples",
-    "ghost_is_cheaper",
-    "input_gram",
-    "narrow",
-    "output_gram",
-    "pairs_are_cheaper",
-    "pairwise_dot",
-    "per_sample",
-    "second_moment",
-    "squared_norm",
-    "total",
+    "concat", "flatten_samples", "ghost_is_cheaper", "input_gram", "narrow", "output_gram",
+    "pairs_are_cheaper", "pairwise_dot", "per_sample", "second_moment", "squared_norm", "total",
     "weighted_sum",
-]
+]  # fmt: skip
 
 CHUNK_BYTES = 2**21  # scratch of one chunk: between one MiB and four all shapes were within 5 % of their best
 DOT_CHUNKS = 8  # pairwise dots need all samples at once: wider chunks keep the products efficient
@@ -81,7 +72,7 @@ def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
     this costs most). Units: those of `g` times those of `a`.
     Raises: `BadInput` where the rows contradict each other or `out` has another shape.
     """
-    v, n, t, k, o, i = _dims(rows)
+    v, n, t, k, o, i = dims(rows)
     if out is not None and (out.shape != (v, n, k, o, i) or out.dtype != rows.g.dtype):
         raise BadInput(
             f"per_sample: out is {out.dtype} {tuple(out.shape)}, the result is {rows.g.dtype} "
@@ -91,7 +82,7 @@ def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
         d = rows.g.sum(2)[..., None]
     elif not rows.a.is_floating_point():
         d = out if out is not None and out[:, :, 0].mT.is_contiguous() else rows.g.new_empty(v, n, 1, i, o).mT
-        d[:, :, 0].mT.view(v, n * i, o).zero_().index_add_(1, _keys(rows.a, i), rows.g.reshape(v, n * t, o))
+        d[:, :, 0].mT.view(v, n * i, o).zero_().index_add_(1, keys(rows.a, i), rows.g.reshape(v, n * t, o))
     else:
         if out is None or not out.is_contiguous():
             d = rows.g.new_empty(v, n, k, o, i)
@@ -109,7 +100,7 @@ def total(rows: Rows) -> Tensor:
     sum_n D[v,n,k,o,i]. Shapes: returns `[V,K,O,I]`.
     Raises: `BadInput` where the rows contradict each other.
     """
-    v, n, t, k, o, i = _dims(rows)
+    v, n, t, k, o, i = dims(rows)
     if rows.a is None:
         return rows.g.sum((1, 2))[..., None]
     if not rows.a.is_floating_point():
@@ -132,7 +123,7 @@ def weighted_sum(rows: Rows, weights: Tensor) -> Tensor:
     Shapes: weights `[V,N]`; returns `[K,O,I]`.
     Raises: `BadInput` where the rows contradict each other or the weights have another shape.
     """
-    v, n, *_ = _dims(rows)
+    v, n, *_ = dims(rows)
     if weights.shape != (v, n):
         raise BadInput(f"weighted_sum: weights are {tuple(weights.shape)}, the rows need {(v, n)}, [V,N].")
     w = weights.to(rows.g.dtype)[:, :, None, None, None]
@@ -156,12 +147,12 @@ def squared_norm(rows: Rows) -> Tensor:
     Shapes: returns `[V,N]`. Raises: `BadInput` where the rows contradict each other.
     Source: Goodfellow 2015, "Efficient per-example gradient computations", for one position.
     """
-    v, n, t, k, o, i = _dims(rows)
+    v, n, t, k, o, i = dims(rows)
     if rows.a is None:
         return rows.g.sum(2).square_().sum((2, 3))
     result = rows.g.new_zeros(v, n)
     if not rows.a.is_floating_point():
-        keys, sums = _merged_index(rows.a, rows.g, i)
+        keys, sums = merged_index(rows.a, rows.g, i)
         for w, d in enumerate(sums):
             result[w].index_add_(0, keys // i, d.square_().sum(1))
         return result
@@ -198,11 +189,11 @@ def second_moment(rows: Rows) -> Tensor:
 
     Shapes: returns `[K,O,I]`. Raises: `BadInput` where the rows contradict each other.
     """
-    v, n, t, k, o, i = _dims(rows)
+    v, n, t, k, o, i = dims(rows)
     if rows.a is None:
         return _sum_of_squares(rows.g.sum(2)).sum(0)[..., None]
     if not rows.a.is_floating_point():
-        keys, sums = _merged_index(rows.a, rows.g, i)
+        keys, sums = merged_index(rows.a, rows.g, i)
         result = rows.g.new_zeros(i, o)
         for d in sums:
             result.index_add_(0, keys % i, d.square_())
@@ -244,7 +235,7 @@ def pairwise_dot(rows: Rows) -> Tensor:
 
     Shapes: returns `[V,N,N]`. Raises: `BadInput` where the rows contradict each other.
     """
-    v, n, t, k, o, i = _dims(rows)
+    v, n, t, k, o, i = dims(rows)
     a = rows.a
     if a is not None and not a.is_floating_point():
         used, a = torch.unique(a, return_inverse=True)
@@ -298,7 +289,7 @@ def input_gram(rows: Rows | Tensor) -> Tensor:
                 "so, an index or a constant input needs its Rows."
             )
         return _gram(rows)
-    _, n, t, k, _, i = _dims(rows)
+    _, n, t, k, _, i = dims(rows)
     if rows.a is None:
         return rows.g.new_full((k, 1, 1), n * t)
     if rows.a.is_floating_point():
@@ -315,71 +306,6 @@ def output_gram(g: Tensor) -> Tensor:
     Shapes: g `[V,N,T,K,O]`; returns `[K,O,O]`.
     """
     return _gram(g.flatten(0, 1))
-
-
-# --- rows -----------------------------------------------------------------------------------------
-
-
-def concat(parts: Sequence[Rows]) -> Rows:
-    """Join several uses of one tensor into one, along the positions: their gradients add before any square.
-
-    Shapes: equal V, N, K, O and I, and inputs of one kind (constant, float or index); T adds up.
-    Raises: `BadInput` that says which of these differs; then add the uses' `per_sample` chunk by chunk.
-    """
-    if not parts:
-        raise BadInput("concat: no rows were given; pass the rows of at least one use.")
-    if len(parts) == 1:
-        return parts[0]
-    first = _signature(parts[0])
-    for part in parts[1:]:
-        for name, seen in _signature(part).items():
-            if seen != first[name]:
-                raise BadInput(
-                    f"concat: {name} is {first[name]} in one use and {seen} in another; only rows that "
-                    "agree can be joined. Add the uses' per-sample gradients instead."
-                )
-    g = torch.cat([part.g for part in parts], dim=2)
-    inputs = [part.a for part in parts if part.a is not None]
-    return Rows(torch.cat(inputs, dim=1) if inputs else None, g, parts[0].size_in)
-
-
-def narrow(rows: Rows, start: int, length: int) -> Rows:
-    """The rows of the samples `start` to `start + length`, without a copy."""
-    a = None if rows.a is None else rows.a[start : start + length]
-    return Rows(a, rows.g[:, start : start + length], rows.size_in)
-
-
-def flatten_samples(rows: Rows) -> Rows:
-    """The same rows with every sample a position of a single one, N = 1, for sums that need no samples."""
-    v, n, t, k, o, i = _dims(rows)
-    a = None if rows.a is None else rows.a.reshape(1, n * t, *rows.a.shape[2:])
-    return Rows(a, rows.g.reshape(v, 1, n * t, k, o), i)
-
-
-def _signature(rows: Rows) -> dict[str, object]:
-    v, n, _, k, o, i = _dims(rows)
-    kind = "constant" if rows.a is None else "float" if rows.a.is_floating_point() else "index"
-    return {"kind": kind, "V": v, "N": n, "K": k, "O": o, "size_in": i}
-
-
-def _dims(rows: Rows) -> tuple[int, int, int, int, int, int]:
-    """V, N, T, K, O, I, after a check that the input and the cotangents agree on them."""
-    a, g, i = rows.a, rows.g, rows.size_in
-    if g.ndim == 5:
-        v, n, t, k, o = g.shape
-        if a is None:
-            fits = i == 1
-        elif a.is_floating_point():
-            fits = a.shape == (n, t, k, i)
-        else:
-            fits = k == 1 and a.shape == (n, t)
-        if fits:
-            return v, n, t, k, o, i
-    seen = "None" if a is None else f"{a.dtype} {tuple(a.shape)}"
-    raise BadInput(
-        f"rows: input {seen} with size_in {i} does not fit cotangents {tuple(g.shape)}; expected g "
-        "[V,N,T,K,O] with a float [N,T,K,I], int64 [N,T] (K = 1) or None (I = 1)."
-    )
 
 
 # --- shared forms ---------------------------------------------------------------------------------
@@ -417,18 +343,6 @@ def _ranges(n: int, each: int, like: Tensor) -> Iterator[tuple[int, int]]:
     step = max(1, budget // max(1, each))
     for low in range(0, n, step):
         yield low, min(n, low + step)
-
-
-def _keys(index: Tensor, size_in: int) -> Tensor:
-    """`n·I + index`: one number for each sample and input, `[N·T]`."""
-    return (index + torch.arange(len(index), device=index.device)[:, None] * size_in).flatten()
-
-
-def _merged_index(index: Tensor, g: Tensor, size_in: int) -> tuple[Tensor, Iterator[Tensor]]:
-    """The keys that occur, each once, and for every cotangent its rows summed by key, `[key, O]`."""
-    keys, place = torch.unique(_keys(index, size_in), return_inverse=True)
-    shape = (len(keys), g.shape[-1])
-    return keys, (x.new_zeros(shape).index_add_(0, place, x.reshape(-1, shape[1])) for x in g.unbind(0))
 
 
 def _sum_product(g: Tensor, a: Tensor) -> Tensor:

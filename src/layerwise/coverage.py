@@ -29,6 +29,11 @@ class Graph:
     uses: list[Use]
     losses: list[LossUse]
 
+    @property
+    def batch(self) -> Tensor | None:
+        """The batch that the first use read, possibly through maps that keep the samples."""
+        return self.uses[0].batch if self.uses else None
+
     def parameters(self) -> list[str]:
         """Names of the parameters with at least one use, in no particular order."""
         return sorted(set().union(*(d.names for use in self.uses for d in use.used)))

@@ -6,7 +6,7 @@ per-sample gradients otherwise: those of a derived tensor are carried back to it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
@@ -40,6 +40,16 @@ class Part:
     matrix: Map | None = None
     dense: Tensor | None = None
 
+    @property
+    def samples(self) -> int:
+        """N."""
+        held = self.dense if self.rows is None else self.rows.g
+        assert held is not None
+        return held.shape[1]
+
+
+_CHUNK = 2**22  # elements of per-sample gradients held at once where uses have no common row form
+
 
 @dataclass(frozen=True)
 class ParameterGradient:
@@ -72,43 +82,56 @@ class ParameterGradient:
         layouts = [p.matrix(elements) for p in self.parts if p.matrix is not None]
         return all(torch.equal(layouts[0], other) for other in layouts[1:])
 
-    def per_sample(self) -> Tensor:
-        """`[V,N,*shape]`: the gradient of each sample, summed over uses."""
-        joined = self.joined
-        parts = [joined] if joined is not None else self.parts
+    def per_sample(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """`[V,n,*shape]`: the gradient of each sample from `start` to `stop`, summed over uses."""
+        parts = [self.joined] if self.joined is not None else self.parts
         total: Tensor | None = None
         for part in parts:
             if part.rows is None:
-                value = part.dense
-                assert value is not None
+                assert part.dense is not None
+                value = part.dense[:, start:stop]
             else:
                 assert part.fold is not None
-                value = part.fold(contract.per_sample(part.rows))
+                length = len(range(part.samples)[start:stop])
+                value = part.fold(contract.per_sample(contract.narrow(part.rows, start, length)))
             total = value if total is None else total + value
         assert total is not None
         return total
+
+    def _in_chunks(self) -> Iterator[Tensor]:
+        """`per_sample` a few samples at a time, so that `[N, P]` is never held."""
+        n = self.parts[0].samples
+        each = max(1, _CHUNK // max(1, self.shape.numel()))
+        for start in range(0, n, each):
+            yield self.per_sample(start, start + each)
 
     def total(self) -> Tensor:
         """`[V,*shape]`: the gradient, summed over samples and uses."""
         part = self.joined
         if part is not None and part.rows is not None and part.fold is not None:
             return part.fold(contract.total(part.rows))
-        return self.per_sample().sum(1)
+        return sum((g.sum(1) for g in self._in_chunks()), self._zeros(()))
 
     def second_moment(self) -> Tensor:
         """`[*shape]`: sum over v and n of the squared per-sample gradient."""
         part = self.joined
         if part is not None and part.rows is not None and part.fold is not None:
             return part.fold(contract.second_moment(part.rows))
-        return self.per_sample().square().sum((0, 1))
+        return sum((g.square().sum((0, 1)) for g in self._in_chunks()), self._zeros(self.shape))
 
     def squared_norm(self) -> Tensor:
         """`[V,N]`: squared norm of each per-sample gradient."""
         part = self.joined
         if part is not None and part.rows is not None:
             return contract.squared_norm(part.rows)
-        per_sample = self.per_sample()
-        return per_sample.reshape(*per_sample.shape[:2], -1).square().sum(2)
+        norms = [g.reshape(*g.shape[:2], -1).square().sum(2) for g in self._in_chunks()]
+        return torch.cat(norms, 1) if norms else self._zeros((1, 0))
+
+    def _zeros(self, shape: Sequence[int]) -> Tensor:
+        first = self.parts[0]
+        like = first.dense if first.rows is None else first.rows.g
+        assert like is not None
+        return like.new_zeros(shape)
 
 
 def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None) -> list[tuple[str, Part]]:
@@ -150,13 +173,15 @@ def _carried(tape: Tape, use: Use, used: Tensor, names: list[str], dense: Tensor
     leaves = [tape.parameters[name] for name in names]
     lead = dense.shape[:2]
     flat = dense.flatten(0, 1)
+    carried: list[Tensor | None]
     try:
-        carried = pull([used], [flat], leaves, batched=True) if len(flat) else [None] * len(leaves)
+        carried = pull([used], [flat], leaves, batched=True) if len(flat) else [None for _ in leaves]
     except RuntimeError:  # an operation without a batching rule
         each = [pull([used], [row], leaves) for row in flat]
+        columns = zip(*each, strict=True)
         carried = [
-            torch.stack([torch.zeros_like(p) if r[i] is None else r[i] for r in each])  # type: ignore[misc]
-            for i, p in enumerate(leaves)
+            torch.stack([torch.zeros_like(p) if g is None else g for g in column])
+            for p, column in zip(leaves, columns, strict=True)
         ]
     parts = []
     for name, leaf, value in zip(names, leaves, carried, strict=True):

@@ -120,7 +120,8 @@ class _Pass:
             return self.layout.n
         if samples is not None:
             return samples
-        return self.tape.first.shape[0] if self.tape.first is not None and self.tape.first.dim() else 1
+        batch = self.graph.batch
+        return batch.shape[0] if batch is not None and batch.dim() else 1
 
     # -- roots of the loss Hessian, sent before the user's backward pass -----------------------------------
 

@@ -51,7 +51,7 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | None = N
     memo = _MEASURED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
     if key in memo:
         return memo[key]
-    n = samples if samples is not None else _count(tape)
+    n = samples if samples is not None else _count(graph)
     layouts = [_measure_loss(tape, graph, loss, n) for loss in graph.losses]
     layout, proved = _merge(graph, layouts, n)
     if proved:
@@ -61,15 +61,15 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | None = N
     return layout
 
 
-def _count(tape: Tape) -> int:
-    if tape.first is None or tape.first.dim() == 0:
+def _count(graph: Graph) -> int:
+    if graph.batch is None or graph.batch.dim() == 0:
         raise BadInput("asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N")
-    return tape.first.shape[0]
+    return graph.batch.shape[0]
 
 
 def _signature(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Any:
     modes = tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else ()
-    first = None if tape.first is None else tape.first.shape
+    first = None if graph.batch is None else graph.batch.shape
     logits = tuple((loss.call.name, loss.call.logits.shape) for loss in graph.losses)
     return samples, first, modes, logits, tuple(u.index for u in graph.uses), tuple(tape.calls)
 
@@ -121,7 +121,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> Found:
         assert failed is not None
         raise SamplesMixed(_mixed_text(tape, failed, n))
     if len(passed) > 1:
-        passed = _by_first_batch(tape, graph, passed)
+        passed = _by_first_batch(graph, passed)
     if len(passed) > 1:
         raise AmbiguousSamples(
             f"the {shape} outputs of {loss.call.name} can belong to {n} samples in {len(passed)} ways that this "
@@ -131,9 +131,9 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> Found:
     return passed[0]
 
 
-def _by_first_batch(tape: Tape, graph: Graph, passed: list[Found]) -> list[Found]:
+def _by_first_batch(graph: Graph, passed: list[Found]) -> list[Found]:
     """Keep the hypotheses under which the first use carries samples where the batch does."""
-    first = tape.first
+    first = graph.batch
     if first is None:
         return passed
     for use in graph.uses:

@@ -65,6 +65,13 @@ _ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | {
     for owner in (torch, Tensor)
     for name in "index_select narrow gather take take_along_dim split chunk unbind masked_select".split()
 }
+# Calls that move places according to the values of an index or a mask.
+_GATHER = {Tensor.__getitem__} | {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in """where gather take take_along_dim index_select masked_select index_add index_copy index_put
+        scatter scatter_add scatter_reduce masked_scatter""".split()
+}
 _LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
 _LISTS = (list, tuple)
 _SIMPLE = (int, str, type(None))  # what enters a signature; floats (rates, temperatures) may change freely
@@ -111,7 +118,7 @@ class Tape(TorchFunctionMode):
         for c in self._constants:
             self._known[id(c)] = c
         self._outputs: dict[int, Use] = {}
-        self._made_from: dict[int, tuple[Tensor, Tensor]] = {}
+        self._batches: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._log_softmax: dict[int, _LogSoftmax] = {}
 
     def __enter__(self) -> Tape:
@@ -164,8 +171,10 @@ class Tape(TorchFunctionMode):
         data: list[Tensor] = []
         count = 0
         calls = self.calls
-        stack = [*args, *kwargs.values()] if kwargs else args
-        for arg in stack:
+        if kwargs:
+            calls += kwargs
+            args = (*args, *kwargs.values())
+        for arg in args:
             if isinstance(arg, Tensor):
                 count += 1
                 kind = known.get(id(arg))
@@ -181,6 +190,8 @@ class Tape(TorchFunctionMode):
                 count += c
             elif isinstance(arg, _SIMPLE):
                 calls.append(arg)
+            elif isinstance(arg, slice):
+                calls.append((arg.start, arg.stop, arg.step))
         return used, data, count
 
     def _classify(self, func: Any, out: Any, used: list[Derived]) -> None:
@@ -206,7 +217,7 @@ class Tape(TorchFunctionMode):
                 del self._known[key]
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
-        """Remember who consumes a use's output and, before the first use, what its input was made from."""
+        """Remember who consumes a use's output, and what the batches are that tensors were made from."""
         if self._outputs:
             for tensor in data:
                 use = self._outputs.get(id(tensor))
@@ -214,18 +225,31 @@ class Tape(TorchFunctionMode):
                     use.consumers.append((func, args[1:], kwargs))
                     if out is tensor:
                         del self._outputs[id(tensor)]  # the object goes on, holding another value
-        elif not self.uses and isinstance(out, Tensor) and func not in _ASSEMBLE and torch.is_grad_enabled():
-            self._made_from[id(out)] = (out, data[0])
+        if func in _GATHER and data[0].requires_grad:
+            self._note_places(args, kwargs)
+        if isinstance(out, Tensor) and func not in _ASSEMBLE:
+            self._note_batch(out, data)
 
-    def _find_first(self, tensor: Tensor) -> None:
-        """Set `first`, the batch that the first use's input was made from by maps that keep samples."""
-        while id(tensor) in self._made_from:
-            parent = self._made_from.pop(id(tensor))[1]
-            if parent is tensor:
-                break
-            tensor = parent
-        self.first = tensor.detach()
-        self._made_from = {}
+    def _note_places(self, args: Any, kwargs: Any) -> None:
+        """Enter the values of an index or a mask into the signature: they decide what meets what."""
+        for arg in (*args, *kwargs.values()):
+            for tensor in _tensors(arg):
+                if not tensor.is_floating_point():
+                    self.calls.append(hash(tensor.detach().cpu().numpy().tobytes()))
+
+    def _note_batch(self, out: Tensor, data: list[Tensor]) -> None:
+        """Remember the batch that a tensor was made from, by maps that keep the samples."""
+        parent = data[0]
+        if len(data) > 1 and out.dim():  # `mean - x`: the one that has the result's rows
+            rows, dims = out.shape[0], out.dim()
+            parent = next((d for d in data if d.dim() == dims and d.shape[0] == rows), parent)
+        if parent is not out:
+            self._batches[id(out)] = (weakref.ref(out), self._batch_of(parent))
+
+    def _batch_of(self, tensor: Tensor) -> Tensor:
+        """The batch that a tensor was made from: itself, where nothing is known."""
+        found = self._batches.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else tensor.detach()
 
     def _log_softmax_call(self, func: Any, args: Any, kwargs: Any, logits: Tensor) -> Any:
         """Run a log-softmax and remember its input, the logits of a loss on log-probabilities."""
@@ -243,8 +267,9 @@ class Tape(TorchFunctionMode):
         if reason is not None:
             names = sorted(set().union(*(d.names for d in used)))
             raise UnsupportedCall(f"{describe_func(func)} uses the parameters {', '.join(names)}: {reason}")
+        batch = self._batch_of(data[0])
         if self.first is None:
-            self._find_first(data[0])
+            self.first = batch
         self._note_data(func, args, kwargs, data, None)
         inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
         writes = ops.writes_first(func)
@@ -266,7 +291,8 @@ class Tape(TorchFunctionMode):
         self._known.pop(id(result), None)
         if result.requires_grad:
             call = Call(func, kept_args, kept_kwargs, result.shape)
-            use = Use(len(self.uses), call, used, inputs, result, self._keep_outputs)
+            use = Use(len(self.uses), call, used, inputs, result, batch, self._keep_outputs)
+            self._batches[id(result)] = (use.output, batch)
             self.uses.append(use)
             self._outputs[id(result)] = use
             self.calls.append(result.shape)

@@ -28,18 +28,27 @@ class Use:
 
     call: function and arguments, data detached. used: the parameters and derived tensors among them.
     edge: gradient edge of the output. inputs: gradient edges of the data arguments, taken before the call.
+    batch: the tensor that the data was made from by maps that keep the samples.
     consumers: the calls that read the output, as (function, args, kwargs without tensors).
     """
 
-    __slots__ = ("_kept", "_slots", "call", "consumers", "edge", "index", "inputs", "output", "used")
+    __slots__ = ("_kept", "_slots", "batch", "call", "consumers", "edge", "index", "inputs", "output", "used")
 
     def __init__(
-        self, index: int, call: Call, used: list[Derived], inputs: list[GradientEdge], output: Tensor, keep: bool
+        self,
+        index: int,
+        call: Call,
+        used: list[Derived],
+        inputs: list[GradientEdge],
+        output: Tensor,
+        batch: Tensor,
+        keep: bool,
     ) -> None:
         self.index = index
         self.call = call
         self.used = used
         self.inputs = inputs
+        self.batch = batch
         self.edge = get_gradient_edge(output)
         self.output = weakref.ref(output)
         self.consumers: list[Any] = []

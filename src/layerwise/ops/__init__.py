@@ -11,16 +11,14 @@ from torch import Tensor
 
 from layerwise.errors import UnsupportedCall
 from layerwise.ops import contraction, conv, elementwise, embedding, norm
-from layerwise.ops.arguments import writes_first
+from layerwise.ops.arguments import any_complex, writes_first
 from layerwise.ops.base import Call, Rows, Samples, Slot
 from layerwise.ops.opaque import OpaqueSlot
 
 __all__ = ["Call", "Rows", "Samples", "Slot", "is_known", "refused", "slots", "writes_first"]
 
 _BUILD: dict[Callable[..., Any], Callable[[Call, Sequence[Tensor]], list[Slot | None]]] = {
-    func: family.slots
-    for family in (elementwise, norm, embedding, conv, contraction)
-    for func in family.FUNCTIONS
+    func: family.slots for family in (elementwise, norm, embedding, conv, contraction) for func in family.FUNCTIONS
 }
 
 _ATTENTION = "attention with its projections inside one torch call"
@@ -48,7 +46,7 @@ def slots(call: Call, used: Sequence[Tensor]) -> list[Slot]:
             "computed from parameters; use the form that returns a new tensor"
         )
     build = _BUILD.get(call.func)
-    if build is None:
+    if build is None or any_complex(call.args) or any_complex(call.kwargs.values()):
         return [OpaqueSlot(call, u) for u in used]
     known = zip(used, build(call, used), strict=True)
     return [OpaqueSlot(call, u) if slot is None else slot for u, slot in known]
@@ -59,9 +57,7 @@ def is_known(func: Callable[..., Any]) -> bool:
     return func in _BUILD
 
 
-def refused(
-    func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-) -> str | None:
+def refused(func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> str | None:
     """Why calls of a function on parameters cannot be recorded as one call; None where they can.
 
     The text completes "layerwise does not decompose ...".

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.ops.base import Call
 
-__all__ = ["bind", "count", "expanded", "plain", "replace", "writes_first"]
+__all__ = ["any_complex", "bind", "count", "expanded", "plain", "replace", "writes_first"]
 
 _INPLACE_DUNDERS = frozenset(
     f"__{name}__" for name in ("iadd", "isub", "imul", "itruediv", "idiv", "ipow", "imod", "setitem")
@@ -77,6 +77,17 @@ def expanded(used: Tensor) -> tuple[Tensor, tuple[int, ...]] | None:
     if same and once.is_contiguous() and base.is_contiguous() and once.dtype == base.dtype:
         return base, shape
     return None
+
+
+def any_complex(values: Iterable[Any]) -> bool:
+    """Whether complex tensors are among arguments; the row forms are written for real ones."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_complex():
+                return True
+        elif isinstance(value, (tuple, list)) and any_complex(value):
+            return True
+    return False
 
 
 def plain(tensor: Tensor) -> bool:

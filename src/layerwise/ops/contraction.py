@@ -188,8 +188,7 @@ def _broadcast(
     wide = {x for t, ls in operands for x, n in zip(ls, t.shape, strict=True) if n != 1}
     rest = frozenset().union(*theirs)
     kept = tuple(
-        -1 if n == 1 and x in rest and (x in wide or x in out) else x
-        for x, n in zip(mine, used.shape, strict=True)
+        -1 if n == 1 and x in rest and (x in wide or x in out) else x for x, n in zip(mine, used.shape, strict=True)
     )
     tensors, letters = [], []
     for tensor, ls in zip(others, theirs, strict=True):

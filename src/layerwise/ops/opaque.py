@@ -44,7 +44,7 @@ class OpaqueSlot(Slot):
             out, leaf = self._run()
             again, second = self._run()
             g = g.to(out.dtype)
-            weights = torch.arange(1, len(g) + 1, dtype=g.dtype, device=g.device)
+            weights = torch.arange(1, len(g) + 1, device=g.device).to(g.dtype)
             mixed = torch.einsum("v,v...->...", weights, g)
             (whole,) = _pull(again, second, mixed.unsqueeze(0), batched=False)
             for batched in (True, False):
@@ -57,9 +57,7 @@ class OpaqueSlot(Slot):
             "its derivative is not reproducible; draw its random numbers outside, in a call of their own"
         )
 
-    def _rows(
-        self, out: Tensor, leaf: Tensor, g: Tensor, owner: Tensor, n: int, batched: bool
-    ) -> Tensor | None:
+    def _rows(self, out: Tensor, leaf: Tensor, g: Tensor, owner: Tensor, n: int, batched: bool) -> Tensor | None:
         """`[V,N,*used.shape]`, or None where torch cannot batch this derivative."""
         size = max(1, _CHUNK // max(1, out.numel(), leaf.numel()))
         ids = torch.arange(n, device=g.device)
@@ -85,7 +83,8 @@ class OpaqueSlot(Slot):
             if x is self.used:
                 return leaf
             # under autocast the call mixed dtypes
-            return x.detach().to(dtype) if x.is_floating_point() else x.detach()
+            mixed = dtype.is_floating_point and x.is_floating_point()
+            return x.detach().to(dtype) if mixed else x.detach()
 
         args, kwargs = replace(call.args, change), replace(call.kwargs, change)
         if writes_first(call.func):

@@ -46,7 +46,7 @@ class KFAC(Quantity):
         g_factor = contract.output_gram(rows.g)
         count = rows.g.new_tensor(float(rows.g.shape[1] * rows.g.shape[2]))
         if gradient.column:  # the inputs are the same for every stack of cotangents
-            return contract.input_gram(rows) * 0, count * 0, g_factor
+            return count.new_zeros(()), count.new_zeros(()), g_factor
         return contract.input_gram(rows), count, g_factor
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> Kronecker:
@@ -54,6 +54,7 @@ class KFAC(Quantity):
         blocks = {}
         for name, (a_sum, count, b) in values.items():
             part = context.parts[name]
+            assert part.fold is not None and part.matrix is not None
             a = None if part.rows is None or part.rows.a is None else a_sum / count
             blocks[name] = KroneckerBlock(a, b, part.fold, part.matrix)
         return Kronecker(blocks)

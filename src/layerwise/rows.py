@@ -1,0 +1,87 @@
+"""Rows of several uses joined, cut by samples, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.ops.base import Rows
+
+__all__ = ["concat", "dims", "flatten_samples", "keys", "merged_index", "narrow"]
+
+
+def concat(parts: Sequence[Rows]) -> Rows:
+    """Join several uses of one tensor into one, along the positions: their gradients add before any square.
+
+    Shapes: equal V, N, K, O and I, and inputs of one kind (constant, float or index); T adds up.
+    Raises: `BadInput` that says which of these differs; then add the uses' `per_sample` chunk by chunk.
+    """
+    if not parts:
+        raise BadInput("concat: no rows were given; pass the rows of at least one use.")
+    if len(parts) == 1:
+        return parts[0]
+    first = _signature(parts[0])
+    for part in parts[1:]:
+        for name, seen in _signature(part).items():
+            if seen != first[name]:
+                raise BadInput(
+                    f"concat: {name} is {first[name]} in one use and {seen} in another; only rows that "
+                    "agree can be joined. Add the uses' per-sample gradients instead."
+                )
+    g = torch.cat([part.g for part in parts], dim=2)
+    inputs = [part.a for part in parts if part.a is not None]
+    return Rows(torch.cat(inputs, dim=1) if inputs else None, g, parts[0].size_in)
+
+
+def narrow(rows: Rows, start: int, length: int) -> Rows:
+    """The rows of the samples `start` to `start + length`, without a copy."""
+    a = None if rows.a is None else rows.a[start : start + length]
+    return Rows(a, rows.g[:, start : start + length], rows.size_in)
+
+
+def flatten_samples(rows: Rows) -> Rows:
+    """The same rows with every sample a position of a single one, N = 1, for sums that need no samples."""
+    v, n, t, k, o, i = dims(rows)
+    a = None if rows.a is None else rows.a.reshape(1, n * t, *rows.a.shape[2:])
+    return Rows(a, rows.g.reshape(v, 1, n * t, k, o), i)
+
+
+def _signature(rows: Rows) -> dict[str, object]:
+    v, n, _, k, o, i = dims(rows)
+    kind = "constant" if rows.a is None else "float" if rows.a.is_floating_point() else "index"
+    return {"kind": kind, "V": v, "N": n, "K": k, "O": o, "size_in": i}
+
+
+def dims(rows: Rows) -> tuple[int, int, int, int, int, int]:
+    """V, N, T, K, O, I, after a check that the input and the cotangents agree on them."""
+    a, g, i = rows.a, rows.g, rows.size_in
+    if g.ndim == 5:
+        v, n, t, k, o = g.shape
+        if a is None:
+            fits = i == 1
+        elif a.is_floating_point():
+            fits = a.shape == (n, t, k, i)
+        else:
+            fits = k == 1 and a.shape == (n, t)
+        if fits:
+            return v, n, t, k, o, i
+    seen = "None" if a is None else f"{a.dtype} {tuple(a.shape)}"
+    raise BadInput(
+        f"rows: input {seen} with size_in {i} does not fit cotangents {tuple(g.shape)}; expected g "
+        "[V,N,T,K,O] with a float [N,T,K,I], int64 [N,T] (K = 1) or None (I = 1)."
+    )
+
+
+def keys(index: Tensor, size_in: int) -> Tensor:
+    """`n·I + index`: one number for each sample and input, `[N·T]`."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * size_in).flatten()
+
+
+def merged_index(index: Tensor, g: Tensor, size_in: int) -> tuple[Tensor, Iterator[Tensor]]:
+    """The keys that occur, each once, and for every cotangent its rows summed by key, `[key, O]`."""
+    found, place = torch.unique(keys(index, size_in), return_inverse=True)
+    shape = (len(found), g.shape[-1])
+    return found, (x.new_zeros(shape).index_add_(0, place, x.reshape(-1, shape[1])) for x in g.unbind(0))
