@@ -647,6 +647,16 @@ def test_rows_along_an_axis_of_the_tensor_itself_are_refused() -> None:
             slot.rows(torch.randn(1, *case.run().shape, dtype=torch.float64), Samples(3, axis))
 
 
+@pytest.mark.parametrize("build", [token, stacked, added, twice_expanded])
+def test_expanded_parameters_have_rows_along_the_samples(build: Callable[[int], Case]) -> None:
+    case = build(5)
+    (slot,) = ops.slots(case.call(), case.tensors())
+    assert slot.used is case.params[0]  # not the N copies of it
+    assert 0 in slot.axes and 0 not in slot.aligned
+    rows = slot.output(torch.randn(1, *case.run().shape, dtype=torch.float64), Samples(5, 0))
+    assert rows.shape[1] == 5 and rows.shape[3] == slot.used.numel()
+
+
 def test_overwritten_derived_tensors_are_refused() -> None:
     p = param(3) * 1
     x = data(3)

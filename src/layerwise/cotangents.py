@@ -57,11 +57,18 @@ class Sampled:
 
     def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
-        generator = self.generator if self.generator is not None else torch.default_generator
+        generator = self.generator if self.generator is not None else _default_generator(loss.logits.device)
         yield from loss.sample(self.draws, generator).split(chunk)
 
 
 Cotangent = Gradient | Exact | Sampled
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """Torch's own generator of a device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
 
 
 def _positions(loss: Likelihood, rows: Samples) -> Tensor:

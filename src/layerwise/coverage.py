@@ -8,6 +8,7 @@ call. Whatever reaches a parameter another way is an error that names the parame
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ def prove(tape: Tape, total: Tensor, weight: Tensor | None = None, need_loss: bo
     if need_loss:
         reached_losses = _walk_to_losses(tape, total, names, use_at)
         roots = [loss.logits.node for loss in reached_losses]
-    reached = _walk_to_uses(roots, names, use_at)
+    reached = _walk_to_uses(roots, names, use_at, tape.spent)
     return Graph(total, weight, sorted(reached, key=lambda u: u.index), reached_losses)
 
 
@@ -101,7 +102,9 @@ def _walk_to_losses(tape: Tape, total: Tensor, names: dict[int, str], use_at: di
     return found
 
 
-def _walk_to_uses(roots: list[Any], names: dict[int, str], use_at: dict[Any, list[Use]]) -> list[Use]:
+def _walk_to_uses(
+    roots: list[Any], names: dict[int, str], use_at: dict[Any, list[Use]], spent: Collection[Any]
+) -> list[Use]:
     """The uses below the roots, jumping from a use to its data; a parameter met on the way is an error."""
     seen: set[Any] = set()
     stack: list[tuple[Any, Any]] = [(node, None) for node in roots]
@@ -116,6 +119,11 @@ def _walk_to_uses(roots: list[Any], names: dict[int, str], use_at: dict[Any, lis
                 reached.append(use)
                 stack += [(edge.node, node) for edge in use.inputs]
             continue
+        if node in spent:
+            raise Undefined(
+                "this backward pass runs through a forward that was observed before (retain_graph), so its samples "
+                "would count twice; add the losses up and call backward once, or run the forward again"
+            )
         if node.name() == "CheckpointFunctionBackward":
             raise UncoveredUse(
                 "the model runs a block under torch.utils.checkpoint with use_reentrant=True, which hides the "

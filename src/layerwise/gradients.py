@@ -7,9 +7,11 @@ per-sample gradients otherwise: those of a derived tensor are carried back to it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +23,17 @@ from layerwise.pull import pull
 from layerwise.tape import Tape
 from layerwise.uses import Use
 
-__all__ = ["ParameterGradient", "Part", "parts_of"]
+__all__ = ["Matrix", "ParameterGradient", "Part", "parts_of"]
 
 Map = Callable[[Tensor], Tensor]
+
+
+class Matrix(NamedTuple):
+    """How a parameter is a matrix `[K,O,I]`; bias: where its inputs are the constant 1. Holds no data."""
+
+    fold: Map
+    matrix: Map
+    bias: bool
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,12 @@ class Part:
     fold: Map | None = None
     matrix: Map | None = None
     dense: Tensor | None = None
+    view: tuple[Map, Map] | None = None
+
+    def without_data(self) -> Matrix:
+        """The maps to the parameter's shape and back, free of the batch and of the graph."""
+        assert self.slot is not None and self.rows is not None and self.view is not None
+        return Matrix(*_maps(_hollow(self.slot), self.view), self.rows.a is None)
 
     @property
     def samples(self) -> int:
@@ -71,7 +87,7 @@ class ParameterGradient:
             return None
         if len({r.g.shape[1] for r in rows}) > 1:  # rows without sample structure: all are positions
             rows = [contract.flatten_samples(r) for r in rows]
-        return Part(first.use, first.slot, contract.concat(rows), first.fold, first.matrix)
+        return Part(first.use, first.slot, contract.concat(rows), first.fold, first.matrix, view=first.view)
 
     def _same_form(self, rows: Sequence[Rows]) -> bool:
         """Whether all parts lay the parameter out as the same matrix, from inputs of the same kind."""
@@ -146,15 +162,7 @@ def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None) -> list[t
             (name,) = derived.names
             view = view_maps(slot.used, tape.parameters[name])
             if view is not None and slot.factored and (samples is None or samples.axis not in slot.aligned):
-                to_parameter, from_parameter = view
-                part = Part(
-                    use,
-                    slot,
-                    slot.rows(g, samples),
-                    lambda w, slot=slot, to=to_parameter: to(slot.fold(w)),  # type: ignore[misc]
-                    lambda p, slot=slot, back=from_parameter: slot.matrix(back(p)),  # type: ignore[misc]
-                )
-                found.append((name, part))
+                found.append((name, Part(use, slot, slot.rows(g, samples), *_maps(slot, view), view=view)))
                 continue
         if samples is None:
             raise Undefined(
@@ -164,6 +172,23 @@ def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None) -> list[t
             )
         found += _carried(tape, use, slot.used, sorted(derived.names), slot.dense(g, samples))
     return found
+
+
+def _maps(slot: Slot, view: tuple[Map, Map]) -> tuple[Map, Map]:
+    """Maps from a slot's matrix to the parameter and back; view: those from the used tensor."""
+    to_parameter, from_parameter = view
+    return lambda w: to_parameter(slot.fold(w)), lambda p: slot.matrix(from_parameter(p))
+
+
+def _hollow(slot: Slot) -> Slot:
+    """A copy of a slot that keeps shapes alone, for `fold` and `matrix`."""
+    hollow = copy(slot)
+    for key, value in vars(slot).items():
+        if isinstance(value, Tensor):
+            setattr(hollow, key, torch.empty(value.shape, device="meta"))
+        elif callable(value) or (isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value)):
+            setattr(hollow, key, None)
+    return hollow
 
 
 def _carried(tape: Tape, use: Use, used: Tensor, names: list[str], dense: Tensor) -> list[tuple[str, Part]]:
@@ -200,10 +225,8 @@ def view_maps(used: Tensor, parameter: Tensor) -> tuple[Map, Map] | None:
     if used._base is not parameter or used.numel() != parameter.numel() or used.dtype != parameter.dtype:
         return None
     if used.is_contiguous() and parameter.is_contiguous():
-        return (
-            lambda w: w.reshape(*w.shape[: w.dim() - used.dim()], *parameter.shape),
-            lambda p: p.reshape(used.shape),
-        )
+        ours, theirs = parameter.shape, used.shape  # the maps outlive the batch: no tensor in them
+        return lambda w: w.reshape(*w.shape[: w.dim() - len(theirs)], *ours), lambda p: p.reshape(theirs)
     if used.dim() == parameter.dim() <= 5:
         for order in permutations(range(used.dim())):
             permuted = parameter.permute(order)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from layerwise.cotangents import Cotangent, Exact, Gradient
 from layerwise.coverage import Graph, prove
-from layerwise.errors import BadInput, LayerwiseError, NonFinite, UncoveredUse, Undefined, UnknownLoss
-from layerwise.gradients import ParameterGradient, Part, parts_of
+from layerwise.errors import BadInput, NonFinite, UncoveredUse, Undefined, UnknownLoss
+from layerwise.gradients import Matrix, ParameterGradient, Part, parts_of
 from layerwise.losses import Likelihood, likelihood
-from layerwise.pull import hooked, pull
+from layerwise.pull import accumulated, hooked, pull
 from layerwise.quantities.base import Quantity
 from layerwise.samples import Layout, measure
 from layerwise.seen import Batch, Seen, Values
@@ -22,7 +22,7 @@ from layerwise.uses import Use
 
 __all__ = ["observe"]
 
-_CHUNK = 4  # columns of a root sent back together where batching pays
+_COTANGENT_ELEMENTS = 2**22  # of a stack of columns sent back together; convolutions go one by one
 
 
 class observe:
@@ -58,35 +58,44 @@ class observe:
         self._quantities = quantities
         self._samples = samples
         self._scale = scale
+        self._tape: Tape | None = None
+        self._seen: Seen | None = None
 
     def __enter__(self) -> Seen:
+        if self._tape is not None:
+            raise BadInput("this observe() is active already; make another one to observe inside it")
         self._tape = Tape(self._model, self._on_backward)
         self._seen = Seen(self._quantities, self._scale, list(self._tape.parameters))
         self._tape.__enter__()
         return self._seen
 
     def __exit__(self, *exc: Any) -> None:
-        self._tape.__exit__(*exc)
-        self._tape.clear()
-        del self._tape, self._seen  # the results live on alone
+        assert self._tape is not None
+        tape, self._tape, self._seen = self._tape, None, None  # the results live on alone
+        tape.__exit__(*exc)
+        tape.clear()
 
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         """Run the user's backward pass and everything that it is observed with."""
         _check_finite(total)
         graph = prove(tape, total, weight)
         pass_ = _Pass(tape, graph, self._quantities, self._model, self._samples, self._scale)
+        seen = self._seen
+        assert seen is not None
+        seen._check(pass_.batch)
         pass_.pull_roots()
         before = {name: _snapshot(p) for name, p in tape.parameters.items()}
+        covered = {name: tape.parameters[name] for name in graph.parameters()}
         try:
-            with hooked(graph.uses if pass_.streams else [], pass_.receive):
+            with hooked(graph.uses if pass_.streams else [], pass_.receive), accumulated(covered) as gradient:
                 out = run()
-            gradient = _gradient(tape, before, set(graph.parameters()))
-            values = pass_.values()
-        except LayerwiseError:
+            _check_covered(tape, before, covered)
+            values = pass_.values(gradient)
+        except BaseException:
             _restore(tape, before)
             raise
-        self._seen._add(pass_.batch, values, gradient, pass_.context)
-        tape.clear()
+        seen._add(pass_.batch, values, {name: (g,) for name, g in gradient.items()}, pass_.context)
+        tape.forget(graph.uses, graph.losses)
         return out
 
 
@@ -103,7 +112,7 @@ class _Pass:
         if any(q.needs_samples for q in quantities) or any(type(q.cotangent) is Exact for q in quantities):
             self.layout = measure(tape, graph, model, samples)
         self.batch = Batch(self._samples(samples), _terms(self.likelihoods))
-        self.context: dict[str, Part] = {}
+        self.context: dict[str, Matrix] = {}
         self.streams = [i for i, q in enumerate(quantities) if isinstance(q.cotangent, Gradient)]
         self._values: dict[int, Values] = {i: {} for i in range(len(quantities))}
         self._expected = _uses_of(tape, graph)
@@ -114,6 +123,11 @@ class _Pass:
         means = {lik.mean for lik in self.likelihoods}
         if scale == "sample" and len(means) > 1:
             raise Undefined('scale="sample" asks for N g_n under a mean, but this total adds a mean and a sum')
+        if scale == "sample" and any(loss.call.reduction == "none" for loss in self.graph.losses):
+            raise Undefined(
+                'scale="sample" asks for N g_n under a mean, but this loss is reduced by hand (reduction="none"), so '
+                'whether it is a mean cannot be told; use reduction="mean" or "sum", or scale="loss"'
+            )
 
     def _samples(self, samples: int | None) -> int:
         if self.layout is not None:
@@ -188,20 +202,27 @@ class _Pass:
         new = self.quantities[i].compute(gradient)
         old = self._values[i].get(gradient.name)
         self._values[i][gradient.name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
-        if gradient.joined is not None:
-            self.context[gradient.name] = gradient.joined
+        if self.quantities[i].needs_matrix and gradient.joined is not None:
+            self.context[gradient.name] = gradient.joined.without_data()
 
-    def values(self) -> dict[int, Values]:
-        """The values of all quantities, complete: a use that saw no cotangent counts as zero, or is refused."""
+    def values(self, reached: Collection[str]) -> dict[int, Values]:
+        """The values of all quantities, complete: a use that saw no cotangent counts as zero, or is refused.
+
+        reached: the parameters that the backward pass gave a gradient.
+        """
         if self.streams:
             for name in list(self._waiting):
                 self._stream(name)  # some of its uses received no cotangent: they contribute nothing
+            if self.tape.partial:  # `inputs=` asks for the gradients of some parameters alone
+                for i in self.streams:
+                    self._values[i] = {name: v for name, v in self._values[i].items() if name in reached}
+                return self._values
             missing = [use for use in self.graph.uses if use.index not in self._received]
             alone = {name for use in missing for name in use.names} - set(self._values[self.streams[0]])
             if alone:
                 raise Undefined(
-                    f"the backward pass never reached {missing[0]}; observed backward passes must run through the "
-                    f"whole graph (no `inputs=`), so nothing was recorded for {', '.join(sorted(alone))}"
+                    f"the backward pass never reached {missing[0]}, so nothing was recorded for "
+                    f"{', '.join(sorted(alone))}: something between it and the loss passes no gradient on"
                 )
         return self._values
 
@@ -210,8 +231,9 @@ class _Pass:
 
 
 def _chunk_size(graph: Graph) -> int:
-    """Columns sent back at once: several through dense layers, one through convolutions."""
-    return 1 if any(len(use.call.out_shape) > 2 for use in graph.uses) else _CHUNK
+    """Columns sent back at once: as many as the uses' cotangents fit in the cache's neighbourhood."""
+    elements = sum(use.call.out_shape.numel() for use in graph.uses)
+    return max(1, _COTANGENT_ELEMENTS // max(1, elements))
 
 
 def _uses_of(tape: Tape, graph: Graph) -> dict[str, set[int]]:
@@ -264,22 +286,18 @@ def _snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:
     return grad, -1 if grad is None else grad._version, None if grad is None else grad.detach().clone()
 
 
-def _gradient(tape: Tape, before: Mapping[str, Any], covered: set[str]) -> Values:
-    """What the backward pass added to `.grad`; a change where no use was recorded is an error."""
-    found: Values = {}
+def _check_covered(tape: Tape, before: Mapping[str, Any], covered: Collection[str]) -> None:
+    """A gradient that changed where no use was recorded is an error."""
     for name, p in tape.parameters.items():
-        grad, version, old = before[name]
+        grad, version, _ = before[name]
         new = p.grad
-        if new is None or (new is grad and new._version == version):
+        if name in covered or new is None or (new is grad and new._version == version):
             continue
-        if name not in covered:
-            raise UncoveredUse(
-                f"the backward pass changed the gradient of {name!r}, but no call with it was recorded: it ran inside "
-                "something the tape cannot see (reentrant checkpointing, another thread). Use "
-                "torch.utils.checkpoint with use_reentrant=False"
-            )
-        found[name] = (new.detach().clone() if old is None else new.detach() - old,)
-    return found
+        raise UncoveredUse(
+            f"the backward pass changed the gradient of {name!r}, but no call with it was recorded: it ran inside "
+            "something the tape cannot see (reentrant checkpointing, another thread). Use "
+            "torch.utils.checkpoint with use_reentrant=False"
+        )
 
 
 def _restore(tape: Tape, before: Mapping[str, Any]) -> None:

@@ -7,16 +7,17 @@ of the uses knows every activation, pooling and residual sum.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from layerwise.uses import Use
 
-__all__ = ["hooked", "pull"]
+__all__ = ["accumulated", "hooked", "pull"]
 
 
 class _State(threading.local):
@@ -59,6 +60,29 @@ def pull(
                 is_grads_batched=batched,
             )
         )
+
+
+@contextmanager
+def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Collect what a backward pass inside the context adds to each parameter's `.grad`, by name."""
+    found: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[[Sequence[Tensor | None]], None]:
+        def hook(grads: Sequence[Tensor | None]) -> None:
+            (g,) = grads
+            if g is not None and not _STATE.pulling:
+                found[name] = g.detach()
+
+        return hook
+
+    handles = []
+    try:
+        for name, p in parameters.items():
+            handles.append(get_gradient_edge(p).node.register_prehook(hook_for(name)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -4,11 +4,13 @@ The general way is *substitution*: the closure runs again under a tape that retu
 use. The fast way is *replay*: the calls recorded between the uses run again, and of those only the ones
 that the wanted outputs depend on, so that one block costs one block. Replay serves a graph only after its
 outputs equalled those of substitution bitwise for codes drawn at random; closures that draw random numbers
-or read values of tensors always take substitution, with the random state of the first run.
+or read values of tensors always take substitution. Every run starts from the random state and the buffers of
+the first one, and leaves them as the first one did; a backward pass that the closure starts is left out.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,12 +23,44 @@ from layerwise.errors import BadInput, Undefined
 from layerwise.tape import RANDOM, Tape
 from layerwise.uses import Use
 
-__all__ = ["CodedModel", "Outputs"]
+__all__ = ["Buffers", "CodedModel", "Outputs", "check_loss"]
+
+_MOST_PROOFS = 256  # of graphs that differ, in shapes say; then the memo starts again
 
 _RANDOM_METHODS = {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "bernoulli"}
 _READS_VALUES = {
     "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "allclose", "is_nonzero",
 }  # fmt: skip
+
+
+class Buffers:
+    """The values of a model's buffers, to be put back: floating-point ones, and counters."""
+
+    def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        buffers = model.buffers() if isinstance(model, nn.Module) else ()
+        self._values = [(b, b.clone()) for b in buffers if b.is_floating_point() or not b.dim()]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write the values into the buffers that have changed."""
+        for buffer, value in self._values:
+            # batch norm does not count up its buffers' versions, so values are compared
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+class _RandomState:
+    """The states of the generators that a closure may draw from."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._python, self._cpu = random.getstate(), torch.get_rng_state()
+        self._devices = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"}
+
+    def put_back(self) -> None:
+        random.setstate(self._python)
+        torch.set_rng_state(self._cpu)
+        for device, state in self._devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
 
 
 class _Ref(NamedTuple):
@@ -73,21 +107,24 @@ class _CodedTape(Tape):
         self._norms = 0
         self._next = -1
         self._use_index: int | None = None
-        super().__init__(model)
+        super().__init__(model, on_backward=lambda tape, total, weight, run: None, keep_outputs=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm:
-            args, kwargs = self._frozen(args, kwargs)
+        again = (args, kwargs)
+        if func is F.batch_norm or func is F.instance_norm:
+            again = self._frozen(func, args, kwargs)
+            if self._given is not None:
+                args, kwargs = again
         name = getattr(func, "__name__", "")
         self.random |= func in RANDOM or name in _RANDOM_METHODS
         self.reads_values |= name in _READS_VALUES
         self._use_index = None
         out = super().__torch_function__(func, types, args, kwargs)
         if self._given is None:
-            self._note_step(func, args, kwargs, out)
-        if self._use_index is not None and self._use_index in self.codes:
-            return self.codes[self._use_index].clone()
+            self._note_step(func, *again, out)
+        elif self._use_index is not None:
+            return self._substituted(self._use_index, args, out)
         return out
 
     def _use(self, func: Any, args: Any, kwargs: Any, used: Any, data: Any) -> Any:
@@ -98,21 +135,31 @@ class _CodedTape(Tape):
             self.predictions[count] = out
         return out
 
-    def _frozen(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """A batch norm in training mode: the first run's statistics, which further runs do not advance."""
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    def _substituted(self, use: int, args: Any, out: Any) -> Any:
+        """What the closure goes on with after a use: its code, or its output; the prediction is kept from it."""
+        code = self.codes.get(use)
+        if args and out is args[0]:  # in place: the closure may go on with the tensor that it gave
+            self.predictions[use] = out.clone()
+            return out if code is None else out.copy_(code)
+        return (out if code is None else code).clone()
+
+    def _frozen(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """A norm's arguments for further runs: the batch statistics of the first one, which they do not advance."""
+        flag = "training" if func is F.batch_norm else "use_input_stats"
+        names = ("input", "running_mean", "running_var", "weight", "bias", flag, "momentum", "eps")
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
-        if not bound.get("training", False):
+        if not bound.get(flag, func is F.instance_norm):
             return args, kwargs
+        if func is F.instance_norm:  # statistics of each sample alone: only the running ones stand still
+            return (bound.pop("input"),), {**bound, "running_mean": None, "running_var": None}
         if self._given is None:
             x = bound["input"].detach()
             axes = [a for a in range(x.dim()) if a != 1]
             with torch.no_grad():
                 self.statistics.append((x.mean(axes), x.var(axes, unbiased=False)))
-            return args, kwargs
-        mean, var = self._given[self._norms]
+        mean, var = self.statistics[self._norms]
         self._norms += 1
-        return (), {**bound, "running_mean": mean, "running_var": var, "training": False}
+        return (bound.pop("input"),), {**bound, "running_mean": mean, "running_var": var, "training": False}
 
     # -- the program ------------------------------------------------------------------------------------
 
@@ -168,12 +215,12 @@ class CodedModel:
     ) -> None:
         self._model, self._closure = model, closure
         self._proofs = proofs if proofs is not None else {}
-        self._rng = torch.get_rng_state()
         tape = _CodedTape(model, {})
+        self._devices = {p.device for p in tape.parameters.values()}
+        self._before = _RandomState(self._devices), Buffers(model)
         with tape, torch.enable_grad():
             self.loss = closure()
-        if not isinstance(self.loss, Tensor):
-            raise BadInput(f"the closure must return the loss as a tensor, got {type(self.loss).__name__}")
+        check_loss(self.loss)
         self.tape = tape
         self.uses: list[Use] = tape.uses
         self._program = tape.program
@@ -187,13 +234,15 @@ class CodedModel:
     def substitute(self, codes: Mapping[int, Tensor]) -> Outputs:
         """Run the closure again with codes at the given uses, from the first run's random state."""
         tape = _CodedTape(self._model, codes, self.tape.statistics)
-        here = torch.get_rng_state()
-        torch.set_rng_state(self._rng)
+        here = _RandomState(self._devices), Buffers(self._model)
         try:
+            for state in self._before:
+                state.put_back()
             with tape, torch.enable_grad():
                 loss = self._closure()
         finally:
-            torch.set_rng_state(here)
+            for state in here:
+                state.put_back()
         seen, want = ([(u.call.func, u.call.out_shape) for u in t.uses] for t in (tape, self.tape))
         if seen != want:
             raise Undefined(
@@ -211,6 +260,8 @@ class CodedModel:
         coded = frozenset(coded)
         key = (coded, tuple(self.tape.calls))
         if key not in self._proofs:
+            if len(self._proofs) >= _MOST_PROOFS:
+                self._proofs.clear()
             self._proofs[key] = self._agrees(coded)
         return self._proofs[key]
 
@@ -221,15 +272,22 @@ class CodedModel:
         for i in coded:
             like = self.tape.predictions[i]
             codes[i] = torch.randn(like.shape, generator=generator).to(like)
-        want = self.substitute(codes)
+        try:
+            want = self.substitute(codes)
+        except Undefined:
+            return False
         uses = [u.index for u in self.uses]
-        runs = [self._replay(codes, uses, True), self._replay(codes, [], True)]
-        runs += [self._replay(codes, [i], False) for i in uses]
-        for run in runs:
-            if run.loss is not None and not torch.equal(run.loss, want.loss):  # type: ignore[arg-type]
-                return False
-            if not all(torch.equal(p, want.predictions[i]) for i, p in run.predictions.items()):
-                return False
+        pieces: list[tuple[list[int], bool]] = [(uses, True), ([], True), *(([i], False) for i in uses)]
+        kept = Buffers(self._model)
+        try:
+            for wanted, loss in pieces:
+                run = self._replay(codes, wanted, loss)
+                if loss and not _same(run.loss, want.loss):
+                    return False
+                if not all(_same(p, want.predictions[i]) for i, p in run.predictions.items()):
+                    return False
+        finally:
+            kept.put_back()
         return True
 
     def piece(self, codes: Mapping[int, Tensor], uses: Iterable[int], loss: bool) -> Outputs:
@@ -258,6 +316,8 @@ class CodedModel:
                         outputs.calls[step.use] = (args, kwargs)  # type: ignore[index]
                 if step.use in codes:
                     values[self._slot_of_use[step.use]] = codes[step.use].clone()  # type: ignore[index]
+                elif step.use in wanted:
+                    values[self._slot_of_use[step.use]] = result.clone()  # type: ignore[index]
         if loss:
             outputs.loss = values[self._loss_slot]  # type: ignore[index]
         return outputs
@@ -299,6 +359,20 @@ class CodedModel:
                 feeds[step.writes] = feeds.get(step.writes, set()) | origin
         at_loss = feeds.get(self._loss_slot, set()) if self._loss_slot is not None else set()
         return {i: (found[i], i in at_loss) for i in coded}
+
+
+def check_loss(loss: object) -> None:
+    """Raise BadInput where a closure returned something else than a loss, a tensor of one element."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise BadInput(f"the closure must return the loss, a tensor of one element; got {seen}")
+
+
+def _same(x: Tensor | None, y: Tensor | None) -> bool:
+    """Whether two tensors agree bitwise, NaN with NaN."""
+    if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    return torch.equal(x, y) or bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
 def _fill(value: Any, values: Mapping[int, Any]) -> Any:

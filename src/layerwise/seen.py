@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.errors import BadInput, NoBackward, Undefined
+from layerwise.errors import BadInput, NoBackward
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 
 __all__ = ["Batch", "Joined", "Seen"]
@@ -38,8 +38,8 @@ class Joined:
         self._values: dict[str, list[Any]] = {}
         self._weighted = False
 
-    def add(self, values: Values, weight: float, first: bool) -> None:
-        """Take the values of one batch; weight: the terms of its mean, or 1."""
+    def add(self, values: Values, weight: float, first: bool, samples: tuple[int, int] = (0, 0)) -> None:
+        """Take the values of one batch; weight: the terms of its mean, or 1; samples: those before and its own."""
         if first:
             self._values = {k: [[t] if self.concatenate else t for t in v] for k, v in values.items()}
             self._weight = weight
@@ -51,14 +51,20 @@ class Joined:
             weighted = [t * weight**p if p and weight != 1 else t for t, p in zip(tensors, self.powers, strict=True)]
             old = self._values.get(name)
             if old is None:
-                if self.concatenate:
-                    raise Undefined(f"parameter {name!r} was not used in an earlier batch; observe the batches apart")
-                self._values[name] = weighted
+                before = [[t.new_zeros(samples[0], *t.shape[1:])] for t in weighted] if self.concatenate else None
+                self._values[name] = (
+                    weighted if before is None else [[*z, t] for z, t in zip(before, weighted, strict=True)]
+                )
             elif self.concatenate:
                 for o, new in zip(old, weighted, strict=True):
                     o.append(new)
             else:
                 self._values[name] = [o + new for o, new in zip(old, weighted, strict=True)]
+
+        if self.concatenate:  # a parameter that this batch did not use: its samples have gradient zero
+            for name in self._values.keys() - values.keys():
+                for o in self._values[name]:
+                    o.append(o[0].new_zeros(samples[1], *o[0].shape[1:]))
 
     def _scale(self, factor: float) -> None:
         for tensors in self._values.values():
@@ -151,13 +157,11 @@ class Seen:
         return self._results[i]
 
     def _add(self, batch: Batch, values: Mapping[int, Values], gradient: Values, context: Mapping[str, Any]) -> None:
-        """Take the results of one backward pass."""
+        """Take the results of one backward pass, which `_check` has passed."""
         first = self._count == 0
-        if not first:
-            self._check_common(batch)
         weight = batch.terms[0] if batch.terms is not None else 1.0
         for i, v in values.items():
-            self._joined[i].add(v, weight, first)
+            self._joined[i].add(v, weight, first, (self._samples, batch.samples))
         self._gradient.add(gradient, weight, first)
         self._context.update(context)
         self._count += 1
@@ -166,8 +170,10 @@ class Seen:
             self._terms = batch.terms if first else tuple(a + b for a, b in zip(self._terms, batch.terms, strict=True))  # type: ignore[arg-type]
         self._results = {}
 
-    def _check_common(self, batch: Batch) -> None:
+    def _check(self, batch: Batch) -> None:
         """Batches join only where their losses are means over the same mix of terms, or all sums."""
+        if not self._count:
+            return
         old, new = self._terms, batch.terms
         ok = (old is None) == (new is None)
         if old is not None and new is not None:

@@ -42,7 +42,11 @@ class _LogSoftmax(NamedTuple):
     dim: int | None
 
 
-_BACKWARD = {Tensor.backward, torch.autograd.backward}
+_OPTIONS = {
+    Tensor.backward: ("self", "gradient", "retain_graph", "create_graph", "inputs"),
+    torch.autograd.backward: ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs"),
+}
+_BACKWARD = set(_OPTIONS)
 _FACTORIES = {
     getattr(owner, name)
     for owner, names in (
@@ -85,6 +89,8 @@ class Tape(TorchFunctionMode):
     on_backward: called as `on_backward(tape, total, weight, run)` instead of a backward pass that
         the user starts inside the context; it must call `run()`.
     keep_outputs: whether uses hold their outputs' values (local targets need them).
+    partial: whether the backward pass that runs was given `inputs`, and may leave parts of the graph out.
+    spent: nodes of forgotten uses whose graph was retained; another backward pass may come their way.
     """
 
     def __init__(
@@ -102,12 +108,15 @@ class Tape(TorchFunctionMode):
             self._constants += list(model.buffers())
         self._on_backward = on_backward
         self._stance: contextlib.AbstractContextManager[Any] | None = None
+        self.partial = False
+        self.spent: set[Any] = set()
         self.clear()
 
     # -- life ---------------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Forget everything recorded so far."""
+        self._recorded = 0
         self.uses: list[Use] = []
         self.losses: list[LossUse] = []
         self.calls: list[Any] = []
@@ -120,6 +129,18 @@ class Tape(TorchFunctionMode):
         self._outputs: dict[int, Use] = {}
         self._batches: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._log_softmax: dict[int, _LogSoftmax] = {}
+
+    def forget(self, uses: Iterable[Use], made: Iterable[LossUse]) -> None:
+        """Forget what a backward pass has used; everything, where no other forward is left."""
+        gone, gone_losses = set(map(id, uses)), set(map(id, made))
+        left = [use for use in self.uses if id(use) not in gone]
+        if not left:
+            self.clear()
+            return
+        self.uses = left
+        self.losses = [loss for loss in self.losses if id(loss) not in gone_losses]
+        self.first = left[0].batch
+        self._outputs = {key: use for key, use in self._outputs.items() if id(use) not in gone}
 
     def __enter__(self) -> Tape:
         # A compiled model runs eagerly while it is recorded; nothing is compiled unless dynamo is loaded.
@@ -291,8 +312,9 @@ class Tape(TorchFunctionMode):
         self._known.pop(id(result), None)
         if result.requires_grad:
             call = Call(func, kept_args, kept_kwargs, result.shape)
-            use = Use(len(self.uses), call, used, inputs, result, batch, self._keep_outputs)
+            use = Use(self._recorded, call, used, inputs, result, batch, self._keep_outputs)
             self._batches[id(result)] = (use.output, batch)
+            self._recorded += 1
             self.uses.append(use)
             self._outputs[id(result)] = use
             self.calls.append(result.shape)
@@ -337,8 +359,17 @@ class Tape(TorchFunctionMode):
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Hand the user's backward pass to the handler."""
         total, weight = _backward_arguments(func, args, kwargs)
+        options = dict(zip(_OPTIONS[func], args, strict=False)) | kwargs
+        self.partial = options.get("inputs") is not None
+        retain = options.get("retain_graph")
+        nodes = (
+            [use.edge.node for use in self.uses] if retain or (retain is None and options.get("create_graph")) else []
+        )
         assert self._on_backward is not None
-        return self._on_backward(self, total, weight, lambda: func(*args, **kwargs))
+        out = self._on_backward(self, total, weight, lambda: func(*args, **kwargs))
+        self.spent.update(nodes)
+        self.spent.difference_update(use.edge.node for use in self.uses)
+        return out
 
 
 def _tensors(out: Any) -> Iterable[Tensor]:

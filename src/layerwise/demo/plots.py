@@ -64,10 +64,12 @@ def _label_ends(ax: Axes, ends: Mapping[str, float]) -> None:
     to_axes = ax.transData + ax.transAxes.inverted()
     names = sorted(ends, key=lambda name: -ends[name])
     heights = [float(to_axes.transform((1, ends[name]))[1]) for name in names]
-    for name, y in zip(names, _apart(heights, 0.06), strict=True):
+    placed = _apart(heights, 0.06)
+    lift = max(0.0, 0.02 - min(placed, default=1.0))  # none below the panel
+    for name, y in zip(names, placed, strict=True):
         ax.text(
             1.02,
-            y,
+            y + lift,
             name,
             transform=ax.transAxes,
             va="center",
@@ -103,7 +105,7 @@ def curves(path: Path, rows: Sequence[Row], floor_train: float, floor_test: floa
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         ax.set_xlabel(label, **STYLE)
     axes[0].set_xlim(left=0)
-    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes[1].set_xscale("log")
     _plain_log(axes[1].xaxis)
     axes[1].sharey(axes[0])

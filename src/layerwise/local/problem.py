@@ -34,7 +34,8 @@ class LocalProblem:
     prox: η of the proximal term, or None for no such term.
     g, gamma: where the targets came from a backward pass, its cotangent `[R,K,O]` and γ, so that
     `f(z) − target = γ g` at the starting weights; the first step then needs no forward product.
-    Leave `g` out where targets were clipped. `weight` and `bias` may be views of parameters: solvers
+    Leave `g` out where targets were clipped. rest: `[R,K,O]`, terms of the layer's output that stay as they are,
+    `z = W a + b + rest` (a frozen bias), or None. `weight` and `bias` may be views of parameters: solvers
     that work in place change them. Raises BadInput where shapes do not fit.
     """
 
@@ -46,6 +47,7 @@ class LocalProblem:
     prox: float | None = None
     g: Tensor | None = None
     gamma: float = 1.0
+    rest: Tensor | None = None
 
     def __post_init__(self) -> None:
         k, o, i = self.weight.shape if self.weight.dim() == 3 else (-1, -1, -1)
@@ -54,13 +56,13 @@ class LocalProblem:
             self.a.shape == (r, k, i)
             and self.target.shape == (r, k, o)
             and (self.bias is None or self.bias.shape == (k, o))
-            and (self.g is None or self.g.shape == (r, k, o))
+            and all(t is None or t.shape == (r, k, o) for t in (self.g, self.rest))
         )
         if not fits:
-            seen = {name: tuple(t.shape) for name in ("a", "weight", "bias", "target", "g")
+            seen = {name: tuple(t.shape) for name in ("a", "weight", "bias", "target", "g", "rest")
                     if (t := getattr(self, name)) is not None}  # fmt: skip
             raise BadInput(
-                f"a local problem needs a [R,K,I], weight [K,O,I], bias [K,O], target and g [R,K,O]: got {seen}"
+                f"a local problem needs a [R,K,I], weight [K,O,I], bias [K,O], target, g and rest [R,K,O]: got {seen}"
             )
         if r == 0:
             raise BadInput("a local problem needs at least one row: got an empty batch")
@@ -101,7 +103,8 @@ def predict(problem: LocalProblem, weight: Tensor | None = None, bias: Tensor | 
     weight = problem.weight if weight is None else weight
     bias = problem.bias if bias is None else bias
     z = torch.einsum("rki,koi->rko", problem.a, weight)
-    return z if bias is None else z + bias
+    z = z if bias is None else z + bias
+    return z if problem.rest is None else z + problem.rest
 
 
 def local_loss(problem: LocalProblem, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerwise.cotangents import Cotangent, Gradient
 from layerwise.errors import BadInput, NoBackward
-from layerwise.gradients import ParameterGradient, Part
+from layerwise.gradients import Matrix, ParameterGradient
 
 __all__ = ["ByParameter", "Context", "Quantity", "Union"]
 
@@ -28,9 +28,9 @@ class Union:
 
 @dataclass(frozen=True)
 class Context:
-    """What `finish` may read besides its values: one part of each parameter's gradient, and the gradient."""
+    """What `finish` may read besides its values: how parameters are matrices (`needs_matrix`), and the gradient."""
 
-    parts: Mapping[str, Part]
+    matrices: Mapping[str, Matrix]
     gradient: Mapping[str, Tensor]
 
 
@@ -40,12 +40,14 @@ class Quantity:
     cotangent: what is sent back. needs_samples: whether the samples must be told apart.
     powers: for each tensor that `compute` returns, how it scales with the loss (gradient 1, square 2).
     concatenate: results of several batches are concatenated along samples instead of added.
+    needs_matrix: whether `finish` reads how parameters are laid out as matrices.
     """
 
     cotangent: Cotangent = Gradient()
     needs_samples: ClassVar[bool] = True
     powers: ClassVar[tuple[int, ...]] = (2,)
     concatenate: ClassVar[bool] = False
+    needs_matrix: ClassVar[bool] = False
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """The quantity's tensors for one parameter and one stack of cotangents."""

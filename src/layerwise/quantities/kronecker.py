@@ -29,6 +29,7 @@ class KFAC(Quantity):
 
     powers = (0, 0, 1)
     needs_samples = False
+    needs_matrix = True
 
     def __init__(self, samples: int = 1, generator: torch.Generator | None = None) -> None:
         self.samples = positive("KFAC's samples", samples)
@@ -53,10 +54,8 @@ class KFAC(Quantity):
         """The operator, with the maps of each parameter to its matrix."""
         blocks = {}
         for name, (a_sum, count, b) in values.items():
-            part = context.parts[name]
-            assert part.fold is not None and part.matrix is not None
-            a = None if part.rows is None or part.rows.a is None else a_sum / count
-            blocks[name] = KroneckerBlock(a, b, part.fold, part.matrix)
+            layout = context.matrices[name]
+            blocks[name] = KroneckerBlock(None if layout.bias else a_sum / count, b, layout.fold, layout.matrix)
         return Kronecker(blocks)
 
     def __repr__(self) -> str:
