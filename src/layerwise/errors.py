@@ -9,6 +9,7 @@ __all__ = [
     "NoBackward",
     "NonFinite",
     "SamplesMixed",
+    "SlowPath",
     "UncoveredUse",
     "Undefined",
     "UnknownLoss",
@@ -54,3 +55,7 @@ class NonFinite(LayerwiseError, ArithmeticError):
 
 class NoBackward(LayerwiseError, AttributeError):
     """A result was asked for before any backward pass produced it."""
+
+
+class SlowPath(UserWarning):
+    """A result is exact, but a call without row form makes it slow; said once for each call and parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise import losses, ops
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, SlowPath
 from layerwise.ops.base import Call, Slot
 
 __all__ = ["Derived", "LossUse", "Use", "bad_call", "describe_func", "named_parameters_of"]
@@ -67,6 +68,13 @@ class Use:
         """How each of `used` enters the call, described once."""
         if self._slots is None:
             self._slots = ops.slots(self.call, [d.tensor for d in self.used])
+            if not all(slot.factored for slot in self._slots):
+                warnings.warn(
+                    f"{describe_func(self.call.func)} of {', '.join(self.names)} has no row form: its per-sample "
+                    "gradients are exact, but take one vector-Jacobian product a sample",
+                    SlowPath,
+                    stacklevel=2,
+                )
         return self._slots
 
     @property

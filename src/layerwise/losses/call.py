@@ -156,10 +156,14 @@ def check(call: LossCall) -> None:
     """Refuse a batch for which torch has no loss, or nan; call it before the torch call.
 
     Cost: one minimum and maximum over class indices.
-    Raises: `BadInput` for an empty batch, class indices out of range, a mean over ignored targets alone.
+    Raises: `BadInput` for an empty batch, two devices, class indices out of range, a mean over ignored targets alone.
     """
     if call.logits.numel() == 0:
         raise BadInput(f"{call}: the batch is empty; skip it.")
+    if call.target.device != call.logits.device:
+        raise BadInput(
+            f"{call}: its input lies on {call.logits.device} and its target on {call.target.device}; move one."
+        )
     if call.class_axis is None or call.soft:
         return
     classes, ignored = call.logits.shape[call.class_axis], call.options["ignore_index"]
