@@ -21,7 +21,7 @@ PACKAGE = SRC / "layerwise"
 LEVELS = (
     {"errors"},
     {"ops", "losses"},
-    {"uses", "tape", "coverage", "pull", "samples", "replay"},
+    {"calls", "uses", "tape", "coverage", "pull", "samples", "program", "replay"},
     {"cotangents", "contract", "rows", "gradients"},
     {"operators"},
     {"quantities"},

@@ -31,6 +31,9 @@ class Exact:
     def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
         root = loss.root()
+        if not len(root):  # one class: the loss is constant, and so is zero curvature
+            yield torch.zeros_like(loss.logits)[None]
+            return
         position = _positions(loss, rows)
         count = int(position.max()) + 1 if position.numel() else 0
         stack: list[Tensor] = []

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import permutations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,12 +69,16 @@ _CHUNK = 2**22  # elements of per-sample gradients held at once where uses have 
 
 @dataclass(frozen=True)
 class ParameterGradient:
-    """All parts of one parameter's gradient for a stack of V cotangents; `column` numbers the first."""
+    """All parts of one parameter's gradient for a stack of V cotangents; `column` numbers the first.
+
+    shared: results that other parameters of the same stack can use again (a weight and its bias).
+    """
 
     name: str
     shape: torch.Size
     parts: Sequence[Part]
     column: int = 0
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def joined(self) -> Part | None:
@@ -134,6 +138,13 @@ class ParameterGradient:
         if part is not None and part.rows is not None and part.fold is not None:
             return part.fold(contract.second_moment(part.rows))
         return sum((g.square().sum((0, 1)) for g in self._in_chunks()), self._zeros(self.shape))
+
+    def output_gram(self, g: Tensor) -> Tensor:
+        """`[K,O,O]` of the joined rows' cotangents; computed once for a weight and its bias."""
+        key = g.data_ptr(), g.shape, g.stride()
+        if key not in self.shared:
+            self.shared[key] = g, contract.output_gram(g)  # g is held, so that its address stays its own
+        return self.shared[key][1]
 
     def squared_norm(self) -> Tensor:
         """`[V,N]`: squared norm of each per-sample gradient."""

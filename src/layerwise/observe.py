@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from layerwise.coverage import Graph, prove
 from layerwise.errors import BadInput, NonFinite, UncoveredUse, Undefined, UnknownLoss
 from layerwise.gradients import Matrix, ParameterGradient, Part, parts_of
 from layerwise.losses import Likelihood, likelihood
-from layerwise.pull import accumulated, hooked, pull
-from layerwise.quantities.base import Quantity
+from layerwise.pull import accumulated, alone, hooked, pull
+from layerwise.quantities.base import Quantity, positive
 from layerwise.samples import Layout, measure
 from layerwise.seen import Batch, Seen, Values
 from layerwise.tape import Tape
@@ -54,6 +55,7 @@ class observe:
                 raise BadInput(f"asked to observe {q!r}; give quantities such as Variance(){hint}")
         if scale not in ("loss", "sample"):
             raise BadInput(f'scale must be "loss" or "sample", got {scale!r}')
+        positive("observe's samples", samples)
         self._model = model
         self._quantities = quantities
         self._samples = samples
@@ -77,24 +79,29 @@ class observe:
 
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         """Run the user's backward pass and everything that it is observed with."""
-        _check_finite(total)
-        graph = prove(tape, total, weight)
-        pass_ = _Pass(tape, graph, self._quantities, self._model, self._samples, self._scale)
         seen = self._seen
         assert seen is not None
-        seen._check(pass_.batch)
-        pass_.pull_roots()
+        if total.is_meta:
+            raise BadInput("asked to observe a backward pass from a loss on the meta device, which holds no numbers")
+        device = total.device.type
+        with alone(device), _kept(tape.retained()):
+            _check_finite(total)
+            graph = prove(tape, total, weight)
+            pass_ = _Pass(tape, graph, self._quantities, self._model, self._samples, self._scale)
+            seen._check(pass_.batch)
+            pass_.pull_roots()
         before = {name: _snapshot(p) for name, p in tape.parameters.items()}
         covered = {name: tape.parameters[name] for name in graph.parameters()}
         try:
             with hooked(graph.uses if pass_.streams else [], pass_.receive), accumulated(covered) as gradient:
                 out = run()
-            _check_covered(tape, before, covered)
-            values = pass_.values(gradient)
+            with alone(device):
+                _check_covered(tape, before, covered)
+                values = pass_.values(gradient)
+                seen._add(pass_.batch, values, {name: (g,) for name, g in gradient.items()}, pass_.context)
         except BaseException:
             _restore(tape, before)
             raise
-        seen._add(pass_.batch, values, {name: (g,) for name, g in gradient.items()}, pass_.context)
         tape.forget(graph.uses, graph.losses)
         return out
 
@@ -171,8 +178,9 @@ class _Pass:
             for flag in flags:
                 for name, part in parts_of(self.tape, use, g, self._where(use, flag)):
                     parts.setdefault((name, flag), []).append(part)
+        shared: dict[Any, Any] = {}
         for (name, flag), found in parts.items():
-            gradient = ParameterGradient(name, self.tape.parameters[name].shape, found, column)
+            gradient = ParameterGradient(name, self.tape.parameters[name].shape, found, column, shared)
             for i in indices:
                 if self.quantities[i].needs_samples == flag:
                     self._compute(i, gradient)
@@ -184,6 +192,10 @@ class _Pass:
 
     def receive(self, use: Use, g: Tensor) -> None:
         """Take the cotangent of one use; a parameter whose uses have all arrived is contracted at once."""
+        with alone(g.device.type):
+            self._receive(use, g)
+
+    def _receive(self, use: Use, g: Tensor) -> None:
         self._received.add(use.index)
         for name, part in parts_of(self.tape, use, g.detach()[None], self._where(use, True)):
             self._waiting.setdefault(name, []).append(part)
@@ -279,6 +291,17 @@ def _check_finite(total: Tensor) -> None:
             f"asked to observe a backward pass from a loss of {total.detach().tolist()}; nothing was computed. "
             "Check the batch and the parameters for NaN and infinity"
         )
+
+
+@contextmanager
+def _kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the `.grad` of activations that the user retains it for from our own pulls."""
+    before = [t.grad for t in tensors]
+    try:
+        yield
+    finally:
+        for t, grad in zip(tensors, before, strict=True):
+            t.grad = grad
 
 
 def _snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:

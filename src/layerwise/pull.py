@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from layerwise.uses import Use
 
-__all__ = ["accumulated", "hooked", "pull"]
+__all__ = ["accumulated", "alone", "hooked", "pull", "silent"]
 
 
 class _State(threading.local):
@@ -63,8 +63,24 @@ def pull(
 
 
 @contextmanager
+def alone(device: str) -> Iterator[None]:
+    """Run computations of our own: no torch-function mode of the user sees them, no autocast changes them."""
+    with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False):
+        yield
+
+
+def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """A user's tensor hook that our own pulls do not call."""
+    return lambda g: None if _STATE.pulling else hook(g)
+
+
+@contextmanager
 def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Collect what a backward pass inside the context adds to each parameter's `.grad`, by name."""
+    """Collect what a backward pass inside the context adds to each parameter's `.grad`, by name.
+
+    Where there was no `.grad`, it is the new one, shared until somebody writes to it; elsewhere it is caught on
+    its way, since a difference of sums would be inexact.
+    """
     found: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Callable[[Sequence[Tensor | None]], None]:
@@ -75,14 +91,25 @@ def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]
 
         return hook
 
+    fresh = {name: p for name, p in parameters.items() if p.grad is None}
     handles = []
     try:
         for name, p in parameters.items():
-            handles.append(get_gradient_edge(p).node.register_prehook(hook_for(name)))
+            if name not in fresh:
+                handles.append(get_gradient_edge(p).node.register_prehook(hook_for(name)))
         yield found
+        found |= {name: _snapshot(p.grad.detach()) for name, p in fresh.items() if p.grad is not None}
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    """The tensor's present values: shared memory, copied by torch when either side is written to."""
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:  # a kind of memory that cannot be shared this way
+        return tensor.clone()
 
 
 @contextmanager

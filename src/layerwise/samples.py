@@ -54,7 +54,7 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | None = N
     n = samples if samples is not None else _count(graph)
     layouts = [_measure_loss(tape, graph, loss, n) for loss in graph.losses]
     layout, proved = _merge(graph, layouts, n)
-    if proved:
+    if proved and _structural(graph, layout):
         if len(memo) >= _MEMO_LIMIT:
             memo.clear()
         memo[key] = layout
@@ -96,7 +96,8 @@ def _hypotheses(loss: LossUse, n: int) -> list[Samples]:
         # Rows on the leading axis; another axis of the same size is a rival only among positions.
         positions = axes if loss.call.class_axis is not None else axes[:-1]
         return [exact[0], *[s for s in exact[1:] if s.axis in positions]]
-    flat = [Samples(n, a, major) for a in axes if n and shape[a] % n == 0 and shape[a] > n for major in (True, False)]
+    majors = (True, False) if n > 1 else (True,)  # of one sample there is one order
+    flat = [Samples(n, a, major) for a in axes if n and shape[a] % n == 0 and shape[a] > n for major in majors]
     return exact + flat
 
 
@@ -168,6 +169,31 @@ def _test(graph: Graph, loss: LossUse, rows: Samples) -> tuple[Found, Use | None
     return Found(rows, candidates, lit), None
 
 
+def _structural(graph: Graph, layout: Layout) -> bool:
+    """Whether samples stay apart whatever the values of weights and activations: then a memo is safe.
+
+    A path that mixes samples may be multiplied by zero today (a branch that starts at zero) and not
+    tomorrow. NaN is not stopped by such a zero, so NaN cotangents reach all that the samples can reach.
+    """
+    edges = [use.edge for use in graph.uses]
+    chosen = torch.arange(layout.n)
+    for loss, rows in zip(graph.losses, layout.losses, strict=True):
+        for bit in range(max(layout.n - 1, 1).bit_length()):
+            half = (chosen >> bit & 1).bool()
+            for part in (half, ~half):
+                mask = _mask(loss, rows, part)
+                cotangent = torch.zeros_like(loss.call.logits).masked_fill_(mask, torch.nan)
+                try:
+                    with torch.autograd.set_detect_anomaly(False):
+                        pulled = pull([loss.logits], [cotangent], edges)
+                except (RuntimeError, ArithmeticError, ValueError):
+                    return False  # a derivative that checks its input
+                for use, g in zip(graph.uses, pulled, strict=True):
+                    if g is not None and not _follows(g != 0, layout.uses[use.index], part.to(g.device)):
+                        return False
+    return True
+
+
 def _axes(use: Use, n: int) -> list[Samples]:
     """Every layout of n samples that the operation allows."""
     shape = use.call.out_shape
@@ -183,13 +209,19 @@ def _axes(use: Use, n: int) -> list[Samples]:
 def _masked_noise(loss: LossUse, rows: Samples, chosen: Tensor, generator: torch.Generator) -> Tensor:
     logits = loss.call.logits
     noise = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits)
+    return noise * _mask(loss, rows, chosen)
+
+
+def _mask(loss: LossUse, rows: Samples, chosen: Tensor) -> Tensor:
+    """The logits of the chosen samples, broadcastable to the logits' shape."""
+    logits = loss.call.logits
     if rows.axis < 0:
-        return noise * bool(chosen.any())
+        return chosen.any().to(logits.device)
     repeats = logits.shape[rows.axis] // rows.n
     mask = chosen[:, None].expand(-1, repeats) if rows.n_major else chosen[None].expand(repeats, -1)
     shape = [1] * logits.dim()
     shape[rows.axis] = -1
-    return noise * mask.reshape(shape).to(logits)
+    return mask.reshape(shape).to(logits.device)
 
 
 def _follows(support: Tensor, s: Samples, chosen: Tensor) -> bool:

@@ -51,16 +51,14 @@ class Joined:
             weighted = [t * weight**p if p and weight != 1 else t for t, p in zip(tensors, self.powers, strict=True)]
             old = self._values.get(name)
             if old is None:
-                before = [[t.new_zeros(samples[0], *t.shape[1:])] for t in weighted] if self.concatenate else None
-                self._values[name] = (
-                    weighted if before is None else [[*z, t] for z, t in zip(before, weighted, strict=True)]
-                )
+                self._values[name] = weighted
+                if self.concatenate:  # the samples before this batch had gradient zero
+                    self._values[name] = [[t.new_zeros(samples[0], *t.shape[1:]), t] for t in weighted]
             elif self.concatenate:
                 for o, new in zip(old, weighted, strict=True):
                     o.append(new)
             else:
                 self._values[name] = [o + new for o, new in zip(old, weighted, strict=True)]
-
         if self.concatenate:  # a parameter that this batch did not use: its samples have gradient zero
             for name in self._values.keys() - values.keys():
                 for o in self._values[name]:
@@ -113,6 +111,8 @@ class Seen:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name == "grad":  # the property below raised
+            self._require(name)
         found = [i for i, q in enumerate(self._quantities) if q.name == name]
         if len(found) == 1:
             return self._result(found[0])

@@ -20,14 +20,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
+from layerwise.calls import ASSEMBLE, BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, RANDOM
 from layerwise.errors import BadInput, UnsupportedCall
 from layerwise.ops.base import Call
+from layerwise.pull import silent
 from layerwise.uses import Derived, LossUse, Use, bad_call, describe_func, named_parameters_of
 
 __all__ = ["RANDOM", "Tape"]
@@ -42,41 +43,6 @@ class _LogSoftmax(NamedTuple):
     dim: int | None
 
 
-_OPTIONS = {
-    Tensor.backward: ("self", "gradient", "retain_graph", "create_graph", "inputs"),
-    torch.autograd.backward: ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs"),
-}
-_BACKWARD = set(_OPTIONS)
-_FACTORIES = {
-    getattr(owner, name)
-    for owner, names in (
-        (torch, "zeros ones full empty arange eye linspace logspace zeros_like ones_like full_like empty_like"),
-        (torch, "tril_indices triu_indices"),
-        (Tensor, "new_zeros new_ones new_full new_empty"),
-    )
-    for name in names.split()
-}
-_RANDOM_NAMES = """rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like
-    randint_like dropout feature_dropout alpha_dropout feature_alpha_dropout"""
-RANDOM = {getattr(torch, name) for name in _RANDOM_NAMES.split()} | {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-}  # fmt: skip
-# What these return is data even where no argument is.
-_DATA = RANDOM | {torch.tensor, torch.as_tensor, torch.from_numpy}
-# Calls that choose or gather samples: what they return is a batch, whatever it was taken from.
-_ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in "index_select narrow gather take take_along_dim split chunk unbind masked_select".split()
-}
-# Calls that move places according to the values of an index or a mask.
-_GATHER = {Tensor.__getitem__} | {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in """where gather take take_along_dim index_select masked_select index_add index_copy index_put
-        scatter scatter_add scatter_reduce masked_scatter""".split()
-}
-_LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
 _LISTS = (list, tuple)
 _SIMPLE = (int, str, type(None))  # what enters a signature; floats (rates, temperatures) may change freely
 
@@ -129,6 +95,7 @@ class Tape(TorchFunctionMode):
         self._outputs: dict[int, Use] = {}
         self._batches: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._log_softmax: dict[int, _LogSoftmax] = {}
+        self._retained: list[weakref.ref[Tensor]] = []
 
     def forget(self, uses: Iterable[Use], made: Iterable[LossUse]) -> None:
         """Forget what a backward pass has used; everything, where no other forward is left."""
@@ -160,14 +127,16 @@ class Tape(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _BACKWARD and self._on_backward is not None:
+        if func in BACKWARD and self._on_backward is not None:
             return self._backward(func, args, kwargs)
         if losses.is_loss(func):
             return self._loss(func, args, kwargs)
+        if func in GRADIENTS:
+            return self._gradients(func, args, kwargs)
         used, data, tensors = self._sort(args, kwargs)
         if used and data and torch.is_grad_enabled() and getattr(func, "__name__", "") != "__get__":
             return self._use(func, args, kwargs, used, data)
-        if func in _LOG_SOFTMAX and data and data[0].requires_grad:
+        if func in LOG_SOFTMAX and data and data[0].requires_grad:
             return self._log_softmax_call(func, args, kwargs, data[0])
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, list, tuple)):
@@ -176,9 +145,9 @@ class Tape(TorchFunctionMode):
             return out
         self.calls.append(func)
         if not data:
-            if tensors or func not in _DATA:
+            if tensors or func not in DATA:
                 self._classify(func, out, used)
-        elif func in _FACTORIES:
+        elif func in FACTORIES:
             self._classify(func, out, [])
         else:
             self._note_data(func, args, kwargs, data, out)
@@ -220,7 +189,7 @@ class Tape(TorchFunctionMode):
         names = frozenset().union(*(d.names for d in used)) if used else frozenset()
         for tensor in _tensors(out):
             if tensor.requires_grad:
-                if names:
+                if names and not tensor.is_leaf:  # fused in-place calls return the parameters themselves
                     self._known[id(tensor)] = Derived(tensor, names)
             else:
                 self._known[id(tensor)] = tensor
@@ -246,9 +215,9 @@ class Tape(TorchFunctionMode):
                     use.consumers.append((func, args[1:], kwargs))
                     if out is tensor:
                         del self._outputs[id(tensor)]  # the object goes on, holding another value
-        if func in _GATHER and data[0].requires_grad:
+        if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):
             self._note_places(args, kwargs)
-        if isinstance(out, Tensor) and func not in _ASSEMBLE:
+        if isinstance(out, Tensor) and func not in ASSEMBLE:
             self._note_batch(out, data)
 
     def _note_places(self, args: Any, kwargs: Any) -> None:
@@ -288,6 +257,8 @@ class Tape(TorchFunctionMode):
         if reason is not None:
             names = sorted(set().union(*(d.names for d in used)))
             raise UnsupportedCall(f"{describe_func(func)} uses the parameters {', '.join(names)}: {reason}")
+        if used[0].tensor.is_meta != data[0].is_meta:  # torch runs some calls across these two
+            raise bad_call(func, used, data)
         batch = self._batch_of(data[0])
         if self.first is None:
             self.first = batch
@@ -356,15 +327,26 @@ class Tape(TorchFunctionMode):
             self.losses.append(LossUse(call, edge, get_gradient_edge(out)))
         return out
 
+    def _gradients(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The user's own dealings with gradients: what they give is no data of the model's."""
+        if func is Tensor.retain_grad:
+            self._retained.append(weakref.ref(args[0]))
+        if func is Tensor.register_hook and len(args) > 1:
+            args = (args[0], silent(args[1]), *args[2:])
+        return func(*args, **kwargs)
+
+    def retained(self) -> list[Tensor]:
+        """The live activations that the user asked to retain their gradient."""
+        return [t for t in (ref() for ref in self._retained) if t is not None and not t.is_leaf]
+
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Hand the user's backward pass to the handler."""
         total, weight = _backward_arguments(func, args, kwargs)
-        options = dict(zip(_OPTIONS[func], args, strict=False)) | kwargs
+        options = dict(zip(OPTIONS[func], args, strict=False)) | kwargs
         self.partial = options.get("inputs") is not None
         retain = options.get("retain_graph")
-        nodes = (
-            [use.edge.node for use in self.uses] if retain or (retain is None and options.get("create_graph")) else []
-        )
+        retain = options.get("create_graph") if retain is None else retain
+        nodes = [use.edge.node for use in self.uses] if retain else []
         assert self._on_backward is not None
         out = self._on_backward(self, total, weight, lambda: func(*args, **kwargs))
         self.spent.update(nodes)

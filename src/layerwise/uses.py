@@ -110,7 +110,7 @@ def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Te
     )
 
 
-def bad_call(func: Any, used: list[Derived], data: list[Tensor], error: Exception) -> Exception:
+def bad_call(func: Any, used: list[Derived], data: list[Tensor], error: Exception | None = None) -> Exception:
     """The error of a call that torch refuses, naming the parameters and what they met."""
     names = sorted(set().union(*(d.names for d in used)))
     ours, theirs = used[0].tensor, data[0]

@@ -240,16 +240,10 @@ def _read_by(tape: Tape, graph: Graph, layer: Layer) -> tuple[Transfer, Likeliho
         return IDENTITY, None
     func, args, kwargs = use.consumers[0]
     if not is_loss(func):
-        shape = torch.empty(use.call.out_shape, device="meta")
-        for axis in range(shape.dim()):
-            transfer = find(func, (shape, *args), kwargs, axis=axis)
-            if transfer is None:
-                return IDENTITY, None
-            if not transfer.stand_in:
-                break
-        if transfer.joint and not _over_rows(layer, axis):
-            return squared(f"{transfer.name}(dim={axis})"), None
-        return transfer, None
+        transfer = find(func, (None, *args), kwargs)
+        if transfer is not None and transfer.name.startswith("softmax"):
+            transfer = _softmax(layer, func, args, kwargs)
+        return (IDENTITY if transfer is None else transfer), None
     for loss in tape.losses:
         if loss.logits.node is use.edge.node and loss.logits.output_nr == use.edge.output_nr:
             (c,) = pull([graph.total], [torch.ones_like(graph.total)], [loss.value])
@@ -260,6 +254,15 @@ def _read_by(tape: Tape, graph: Graph, layer: Layer) -> tuple[Transfer, Likeliho
                 return squared(found.link), found
             return _LINKS.get(found.link, squared(found.link)), found
     return IDENTITY, None
+
+
+def _softmax(layer: Layer, func: Any, args: Any, kwargs: Any) -> Transfer:
+    """The transfer function of a softmax: its matching loss where it runs over the outputs of a row."""
+    z = torch.empty(layer.use.call.out_shape, device="meta")
+    for axis in range(z.dim()):
+        if find(func, (z, *args), kwargs, axis=axis) is SOFTMAX:
+            return SOFTMAX if _over_rows(layer, axis) else squared(f"softmax(dim={axis})")
+    return squared("softmax")
 
 
 def _over_rows(layer: Layer, axis: int) -> bool:

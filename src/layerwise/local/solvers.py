@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, predict
+from layerwise.local.tf_rmsprop import TFRMSProp
 from layerwise.operators.ridge import ridge
 
-__all__ = ["Workspace", "linear_floor", "local_steps", "prox_step", "row_slices", "spectral_step"]
+__all__ = [
+    "Workspace", "constant", "linear_floor", "linear_steps", "local_steps", "prox_step", "row_slices", "spectral_step",
+]  # fmt: skip
 
 Form = Literal["auto", "plain", "gram"]
 Side = Literal["auto", "inputs", "rows"]
@@ -22,6 +26,11 @@ Schedule = Callable[[int, int], float]
 def linear_floor(t: int, steps: int) -> float:
     """The published factor of the local rate at step t of `steps`: `max(1 − t/T, 0.25)`."""
     return max(1 - t / steps, 0.25)
+
+
+def constant(t: int, steps: int) -> float:
+    """The factor 1 at every step."""
+    return 1.0
 
 
 class Workspace:
@@ -99,21 +108,51 @@ def local_steps(
         if generator is not None and rows < total:
             offset = int(torch.randint(total, (), generator=generator, device=generator.device))
         gradients = layer.plain(steps, rows, offset)
+    grad_w = layer.dw.reshape(weight.shape) if fold is None else fold(layer.dw)
+    grad_b = None if bias is None else layer.db.view(bias.shape)  # type: ignore[union-attr]
+    # a view of the scratch serves all steps; torch's fused optimizers need it contiguous as the weight is
+    serves = grad_w.untyped_storage().data_ptr() == layer.dw.untyped_storage().data_ptr()
+    serves &= grad_w.is_contiguous() or not weight.is_contiguous()
+    with _stepping(optimizer, [weight] if bias is None else [weight, bias], steps, schedule) as step:
+        for t, _ in enumerate(gradients):
+            weight.grad = grad_w if serves or fold is None else fold(layer.dw).contiguous()
+            if bias is not None:
+                bias.grad = grad_b
+            step(t)
+
+
+@torch.no_grad()
+def linear_steps(
+    p: Tensor, g: Tensor, optimizer: torch.optim.Optimizer, steps: int, *, schedule: Schedule = linear_floor
+) -> None:
+    """Take T steps of an optimizer along one gradient `g`, that is on the linear local loss `g·p`, in place."""
+    with _stepping(optimizer, [p], steps, schedule) as step:
+        for t in range(steps):
+            p.grad = g.contiguous() if p.is_contiguous() else g
+            step(t)
+
+
+@contextmanager
+def _stepping(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int, schedule: Schedule
+) -> Iterator[Callable[[int], None]]:
+    """A function that takes step t at the rate of the schedule; on exit the rates and `.grad`s are put back."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    saved = weight.grad, None if bias is None else bias.grad
+    saved = [p.grad for p in params]
+    # our own optimizer without torch's profiling hooks, which cost more than a small layer's step
+    advance = optimizer.advance if isinstance(optimizer, TFRMSProp) else optimizer.step
+
+    def step(t: int) -> None:
+        factor = schedule(t, steps)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        advance()
+
     try:
-        for t, (dw, db) in enumerate(gradients):
-            weight.grad = dw.reshape(weight.shape) if fold is None else fold(dw)
-            if bias is not None and db is not None:
-                bias.grad = db.reshape(bias.shape)
-            factor = schedule(t, steps)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            optimizer.step()
+        yield step
     finally:
-        weight.grad = saved[0]
-        if bias is not None:
-            bias.grad = saved[1]
+        for p, grad in zip(params, saved, strict=True):
+            p.grad = grad
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
@@ -150,6 +189,7 @@ class _Layer:
         lay = (lambda x: x[:, 0]) if self.single else (lambda x: x.transpose(0, 1))
         self.a, self.y = lay(problem.a), lay(problem.target)
         self.g = None if problem.g is None else lay(problem.g)
+        self.rest = None if problem.rest is None else lay(problem.rest)
         self.w = problem.weight[0] if self.single else problem.weight
         self.b = problem.bias if problem.bias is None or self.single else problem.bias.unsqueeze(1)
         like = problem.weight
@@ -185,6 +225,8 @@ class _Layer:
             self.mul(a, self.w.mT, out=z)
         else:
             self.fma(self.b, a, self.w.mT, out=z)
+        if self.rest is not None:
+            z.add_(self.rest[..., low:high, :])
         return self.problem.transfer.apply_(z).sub_(self.y[..., low:high, :])
 
     def _contract(self, delta: Tensor, a: Tensor, scale: float, first: bool) -> None:

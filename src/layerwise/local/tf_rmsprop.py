@@ -58,6 +58,7 @@ class TFRMSProp(torch.optim.Optimizer):
                 "at least 0, decay and momentum in [0, 1)"
             )
         super().__init__(params, {"lr": lr, "decay": decay, "momentum": momentum, "eps": eps})
+        self._roots: dict[int, Tensor] = {}
 
     def _ready(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if p.grad.is_sparse:  # type: ignore[union-attr]
@@ -68,6 +69,18 @@ class TFRMSProp(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         return p, p.grad, state["mean_square"], state["momentum_buffer"]  # type: ignore[return-value]
 
+    def _root(self, p: Tensor) -> Tensor:
+        """Scratch for a slice of a parameter, in its shape where it is one slice; all parameters share it."""
+        root = self._roots.get(id(p))
+        if root is None or root.dtype != p.dtype:
+            most = max(q.numel() for group in self.param_groups for q in group["params"])
+            shared = next((r for r in self._roots.values() if r.dtype == p.dtype), None)
+            if shared is None or shared.untyped_storage().nbytes() < min(SLICE, most) * p.element_size():
+                shared = torch.empty(min(SLICE, most), dtype=p.dtype)
+            size = min(SLICE, p.numel())
+            root = self._roots[id(p)] = shared.as_strided((size,), (1,), 0).view(p.shape if size == p.numel() else -1)
+        return root
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Move every parameter that has a gradient; returns the closure's loss, if a closure is given."""
@@ -75,26 +88,35 @@ class TFRMSProp(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.advance()
+        return loss
+
+    def advance(self) -> None:
+        """The step itself, without torch's hooks around it; call it under no_grad."""
         for group in self.param_groups:
-            ready = [self._ready(p) for p in group["params"] if p.grad is not None]
             constants = group["lr"], group["decay"], group["momentum"], group["eps"]
-            whole = [tensors for tensors in ready if not _sliceable(tensors)]
-            for tensors in ready:
-                if _sliceable(tensors):
-                    _update_in_slices(*tensors, *constants)
+            whole = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                tensors = self._ready(p)
+                if p.device.type != "cpu":
+                    whole.append(tensors)
+                elif p.numel() <= SLICE:
+                    _update(*tensors, self._root(p), *constants)
+                elif _sliceable(tensors):
+                    _update_in_slices(*tensors, self._root(p), *constants)
+                else:
+                    whole.append(tensors)
             if whole:
                 _update_foreach(whole, *constants)
-        return loss
 
 
 def _sliceable(tensors: tuple[Tensor, ...]) -> bool:
     # Any dense layout will do, so long as the four agree: slices then run through memory in order.
     strides = tensors[0].stride()
-    return (
-        tensors[0].device.type == "cpu"
-        and all(t.stride() == strides and t.dtype == tensors[0].dtype and not t.is_complex() for t in tensors)
-        and _dense(tensors[0])
-    )
+    agree = all(t.stride() == strides and t.dtype == tensors[0].dtype and not t.is_complex() for t in tensors)
+    return agree and _dense(tensors[0])
 
 
 def _dense(t: Tensor) -> bool:
@@ -106,18 +128,22 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _update_in_slices(
-    param: Tensor, grad: Tensor, mean_square: Tensor, momentum_buffer: Tensor,
+    param: Tensor, grad: Tensor, mean_square: Tensor, momentum_buffer: Tensor, root: Tensor,
     lr: float, decay: float, momentum: float, eps: float,
 ) -> None:  # fmt: skip
-    flat = [_flat(t) for t in (param, grad, mean_square, momentum_buffer)]
-    scratch = torch.empty(min(SLICE, param.numel()), dtype=param.dtype)
-    parts = [flat] if param.numel() <= SLICE else zip(*(t.split(SLICE) for t in flat), strict=True)
-    for w, g, ms, m in parts:
-        root = scratch[: w.numel()]
-        ms.mul_(decay).addcmul_(g, g, value=1 - decay)
-        torch.add(ms, eps, out=root).sqrt_()
-        m.mul_(momentum).addcdiv_(g, root, value=lr)
-        w.sub_(m)
+    pieces = (_flat(t).split(SLICE) for t in (param, grad, mean_square, momentum_buffer))
+    for w, g, ms, m in zip(*pieces, strict=True):
+        _update(w, g, ms, m, root[: w.numel()], lr, decay, momentum, eps)
+
+
+def _update(
+    param: Tensor, grad: Tensor, mean_square: Tensor, momentum_buffer: Tensor, root: Tensor,
+    lr: float, decay: float, momentum: float, eps: float,
+) -> None:  # fmt: skip
+    mean_square.mul_(decay).addcmul_(grad, grad, value=1 - decay)
+    torch.add(mean_square, eps, out=root).sqrt_()
+    momentum_buffer.mul_(momentum).addcdiv_(grad, root, value=lr)
+    param.sub_(momentum_buffer)
 
 
 def _update_foreach(

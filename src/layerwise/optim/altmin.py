@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from layerwise import ops
-from layerwise.coverage import Graph, prove
+from layerwise.coverage import prove
 from layerwise.errors import BadInput
 from layerwise.local.codes import CodeStep, sweep
 from layerwise.local.problem import LocalProblem
-from layerwise.local.record import Layer, Recorded, layers_of, problem_of
-from layerwise.local.solvers import Workspace, local_steps
+from layerwise.local.record import Layer, Recorded, dense, is_finite, layers_of, problem_of, record
+from layerwise.local.solvers import constant, linear_steps, local_steps
 from layerwise.local.transfer import IDENTITY
-from layerwise.ops.base import Call
-from layerwise.optim.base import LayerLocal
+from layerwise.optim.base import LayerLocal, check_common
 from layerwise.replay import CodedModel
 
 __all__ = ["AltMin"]
 
 _DEFAULTS: dict[str, Any] = {
-    "codes": "jacobi", "weights": "adam", "lr": 4e-3, "coupling": 0.03, "steps": 4, "rows": "auto",
+    "codes": "jacobi", "weights": "adam", "lr": 4e-3, "coupling": 0.1, "steps": 2, "rows": "auto",
     "betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.9,
 }  # fmt: skip
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -87,35 +86,37 @@ class AltMin(LayerLocal):
         chosen = {**_DEFAULTS, **(_PRESETS[preset] if preset else {})}
         chosen.update({k: v for k, v in given.items() if v is not None})
         self._codes = chosen.pop("codes")
-        super().__init__(model, params, chosen, on_nonfinite)
         if self._codes not in ("jacobi", "sweep"):
             raise BadInput(f'AltMin\'s codes are "jacobi" or "sweep"; got {self._codes!r}')
-        for group in self.param_groups:
-            _check(group)
         self._code_step = code_step if code_step is not None else CodeStep()
         self._reduction = reduction
-        self._workspace = Workspace()
         self._proofs: dict[Any, bool] = {}
+        super().__init__(model, params, chosen, on_nonfinite)
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """Run the closure, move codes and parameters, and return the loss before the step."""
-        recorded = self._record(closure) if self._codes == "jacobi" else self._record_sweep(closure)
-        if recorded is None or self._refuse_nonfinite(recorded.finite()):
-            return self._loss if recorded is None else recorded.loss
-        batch = self._batch(recorded.samples)
-        problems = [(layer, self._problem(recorded, layer, batch)) for layer in recorded.layers]
-        for layer, problem in problems:
-            self._solve(recorded, layer, problem)
-        for _, p, g, group in self._rest(recorded):
-            self._along(p, g, group)
-        return recorded.loss
+    def _check(self, group: Mapping[str, Any]) -> None:
+        check_common("AltMin", group)
+        if not 0 < group["coupling"] < float("inf"):
+            raise BadInput(f"AltMin needs a finite coupling > 0; got coupling={group['coupling']}")
+        if group["weights"] not in ("adam", "sgd"):
+            raise BadInput(f'AltMin\'s weights are updated by "adam" or "sgd"; got {group["weights"]!r}')
+        if not (all(0 <= b < 1 for b in group["betas"]) and group["eps"] >= 0 and 0 <= group["momentum"] < 1):
+            raise BadInput(
+                f"AltMin needs betas and momentum in [0, 1) and eps ≥ 0; got betas={group['betas']}, "
+                f"momentum={group['momentum']}, eps={group['eps']}"
+            )
 
     # -- what each layer is fitted to -------------------------------------------------------------------
+
+    def _run(self, closure: Callable[[], Tensor]) -> Recorded:
+        return record(self._model, closure, self._ours) if self._codes == "jacobi" else self._run_sweep(closure)
 
     def _batch(self, samples: int) -> float:
         return float(samples) if self._reduction == "mean" else 1.0
 
-    def _problem(self, recorded: Recorded, layer: Layer, batch: float) -> LocalProblem:
+    def _gamma(self, recorded: Recorded, name: str) -> float:
+        return self._batch(recorded.samples) / float(self._group_of(recorded, name)["coupling"])
+
+    def _problem(self, recorded: Recorded, layer: Layer) -> LocalProblem:
         """The local problem of a layer; its gradient times 1/γ is that of the relaxed objective.
 
         A hidden layer has γ = B/μ and the squared loss; the layer that makes a loss's logits has the loss itself,
@@ -125,21 +126,19 @@ class AltMin(LayerLocal):
             weight = layer.likelihood.uniform_weight()
             if weight:
                 return problem_of(recorded, layer, 1 / weight, layer.transfer)
-        return problem_of(recorded, layer, batch / self._group_of(recorded, layer)["coupling"], IDENTITY)
+        return problem_of(recorded, layer, self._gamma(recorded, layer.name), IDENTITY)
 
-    def _solve(self, recorded: Recorded, layer: Layer, problem: LocalProblem) -> None:
+    def _fit(self, recorded: Recorded, layer: Layer) -> None:
+        group, problem = self._group_of(recorded, layer.name), self._problem(recorded, layer)
         params = [recorded.tape.parameters[name] for name in layer.names]
-        group = self._group_of(recorded, layer)
-        rows: int | None = None if group["rows"] == "all" else group["rows"]
-        if group["rows"] == "auto":
-            rows = max(1, problem.a.shape[0] // group["steps"])
+        share = -(-problem.a.shape[0] // group["steps"])
         local_steps(
             problem,
-            self._local_optimizer(params, group),
+            self._local_optimizer(params),
             group["steps"],
-            rows=rows,
+            rows={"auto": share, "all": None}.get(group["rows"], group["rows"]),
             form="plain",
-            schedule=_constant,
+            schedule=constant,
             scale=1 / problem.gamma,
             weight=params[0],
             bias=params[1] if len(params) > 1 else None,
@@ -147,91 +146,79 @@ class AltMin(LayerLocal):
             workspace=self._workspace,
         )
 
-    def _along(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+    def _along(self, p: Tensor, g: Tensor) -> None:
         """T steps along the gradient, for a parameter without a code."""
-        optimizer = self._local_optimizer([p], group)
-        before, p.grad = p.grad, g.detach()
-        for _ in range(group["steps"]):
-            optimizer.step()
-        p.grad = before
+        linear_steps(p, g, self._local_optimizer([p]), self._group_at[id(p)]["steps"], schedule=constant)
 
-    def _local_optimizer(self, params: list[Tensor], group: dict[str, Any]) -> torch.optim.Optimizer:
-        """An optimizer of these parameters whose state is ours."""
-        optimizer: torch.optim.Optimizer
+    def _rates(self, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         if group["weights"] == "adam":
-            optimizer = torch.optim.Adam(params, group["lr"], group["betas"], group["eps"], foreach=False)
-        else:
-            nesterov = group["momentum"] > 0
-            optimizer = torch.optim.SGD(params, group["lr"], group["momentum"], nesterov=nesterov, foreach=False)
-        optimizer.state = self.state
+            return torch.optim.Adam, {key: group[key] for key in ("lr", "betas", "eps")}
+        momentum = group["momentum"]
+        return torch.optim.SGD, {"lr": group["lr"], "momentum": momentum, "nesterov": momentum > 0}
+
+    def _make(self, groups: list[dict[str, Any]], kind: Any) -> torch.optim.Optimizer:
+        # torch's fused kernels read memory in order whatever the strides; the gradients come contiguous
+        params = [p for group in groups for p in group["params"]]
+        fused = all(p.device.type == "cpu" and p.is_contiguous() for p in params)
+        optimizer: torch.optim.Optimizer = kind(groups, lr=0.0, fused=True) if fused else kind(groups, lr=0.0)
         return optimizer
 
     # -- the sweep ----------------------------------------------------------------------------------------
 
-    def _record_sweep(self, closure: Callable[[], Tensor] | None) -> Recorded | None:
-        """Move the codes, and record the layers on them; None where the first run is not finite."""
-        if closure is None:
-            return self._record(None)
+    def _run_sweep(self, closure: Callable[[], Tensor]) -> Recorded:
+        """Move the codes, and record the layers on them."""
         coded = CodedModel(self._model, closure, self._proofs)
-        self._loss = coded.loss.detach()
-        if not bool(torch.isfinite(self._loss).all()):
-            self._refuse_nonfinite("the loss")
-            return None
         graph = prove(coded.tape, coded.loss, None, need_loss=False)
-        layers = [layer for layer in layers_of(coded.tape, graph) if self._ours(layer)]
-        batch = self._batch(_samples(coded))
+        if not is_finite(coded.loss):
+            return Recorded(coded.loss.detach(), coded.tape, [], {}, {})
+        layers = layers_of(coded.tape, graph, self._ours)
         hidden = _hidden(coded, layers)
-        coupling = self.param_groups[0]["coupling"]
-        start = {i: coded.tape.predictions[i].detach() for i in hidden}
+        coupling = {i: float(self._group_at[id(layer.weight.used)]["coupling"]) for i, layer in hidden.items()}
+        batch = self._batch(coded.samples)
+        start = {i: layer.output() for i, layer in hidden.items()}
         codes = sweep(coded, start, coupling, batch, self._code_step)
-        return _recorded_on_codes(coded, graph, layers, codes, coupling / batch)
-
-
-def _samples(coded: CodedModel) -> int:
-    first = coded.tape.first
-    return first.shape[0] if first is not None and first.dim() else 1
-
-
-def _hidden(coded: CodedModel, layers: list[Layer]) -> list[int]:
-    """The uses that carry codes: the layers whose output another layer reads."""
-    every = [layer.use.index for layer in layers]
-    readers = coded.consumers(every)
-    return [i for i in every if any(m in every for m in readers[i][0])]
+        return _recorded_on_codes(coded, layers, codes, {i: m / batch for i, m in coupling.items()}, self._ours)
 
 
 def _recorded_on_codes(
-    coded: CodedModel, graph: Graph, layers: list[Layer], codes: Mapping[int, Tensor], weight: float
-) -> Recorded:
+    coded: CodedModel, layers: list[Layer], codes: Mapping[int, Tensor], weight: Mapping[int, float],
+    ours: Callable[[Tensor], bool],
+) -> Recorded:  # fmt: skip
     """The layers with inputs made from the codes; cotangents and gradients are the relaxed objective's.
 
-    weight: μ/B. Each layer's output depends on its own weights and the codes alone, so no cotangent crosses
-    a block.
+    weight: μ/B of each code. A layer's output depends on its own weights and the codes alone, so no cotangent
+    crosses a block.
     """
     every = [layer.use.index for layer in layers]
     out = coded.piece(codes, every, True)
     assert out.loss is not None
     objective = out.loss
     for i, code in codes.items():
-        objective = objective + weight / 2 * (code - out.predictions[i]).square().sum()
+        objective = objective + weight[i] / 2 * (code - out.predictions[i]).square().sum()
     inside = {name for layer in layers for name in layer.names}
-    rest = {n: p for n, p in coded.tape.parameters.items() if n not in inside}
+    rest = {n: p for n, p in coded.tape.parameters.items() if n not in inside and ours(p)}
     found = torch.autograd.grad(objective, [*(out.predictions[i] for i in every), *rest.values()], allow_unused=True)
     moved = []
     for layer in layers:
         args, kwargs = out.calls[layer.use.index]
-        parameters = {id(coded.tape.parameters[name]) for name in layer.names}
-        call = Call(
-            layer.use.call.func, _detached(args, parameters), _detached(kwargs, parameters), layer.use.call.out_shape
-        )
+        parameters = {id(d.tensor) for d in layer.use.used}
+        call = layer.use.call._replace(args=_detached(args, parameters), kwargs=_detached(kwargs, parameters))
         slots = ops.slots(call, [d.tensor for d in layer.use.used])
-        bias = next((s for s in slots if s.bias), None)
-        weight_slot = next(s for s in slots if not s.bias)
+        bias = layer.bias and next(s for s in slots if s.bias)
         value = out.predictions[layer.use.index].detach()
-        moved.append(dataclasses.replace(layer, weight=weight_slot, bias=bias, value=value))
+        weight_slot = next(s for s in slots if not s.bias)
+        moved.append(dataclasses.replace(layer, call=call, weight=weight_slot, bias=bias, value=value))
     cotangents = {i: g for i, g in zip(every, found, strict=False) if g is not None}
     moved = [layer for layer in moved if layer.use.index in cotangents]
-    gradients = {n: g for n, g in zip(rest, found[len(every) :], strict=True) if g is not None}
-    return Recorded(coded.loss.detach(), coded.tape, graph, moved, cotangents, gradients)
+    gradients = {n: dense(g) for n, g in zip(rest, found[len(every) :], strict=True) if g is not None}
+    return Recorded(coded.loss.detach(), coded.tape, moved, cotangents, gradients)
+
+
+def _hidden(coded: CodedModel, layers: list[Layer]) -> dict[int, Layer]:
+    """The layers that carry codes, by use index: those whose output another layer reads."""
+    every = {layer.use.index: layer for layer in layers}
+    readers = coded.consumers(every)
+    return {i: layer for i, layer in every.items() if any(m in every for m in readers[i][0])}
 
 
 def _detached(value: Any, keep: set[int]) -> Any:
@@ -242,19 +229,3 @@ def _detached(value: Any, keep: set[int]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_detached(v, keep) for v in value)
     return value
-
-
-def _constant(t: int, steps: int) -> float:
-    return 1.0
-
-
-def _check(group: dict[str, Any]) -> None:
-    rows = group["rows"]
-    ok_rows = rows in ("auto", "all") or (isinstance(rows, int) and rows >= 1)
-    if not (group["lr"] >= 0 and group["coupling"] > 0 and group["steps"] >= 1 and ok_rows):
-        raise BadInput(
-            f"AltMin needs lr ≥ 0, coupling > 0, steps ≥ 1 and rows ≥ 1, 'all' or 'auto'; got lr={group['lr']}, "
-            f"coupling={group['coupling']}, steps={group['steps']}, rows={rows!r}"
-        )
-    if group["weights"] not in ("adam", "sgd"):
-        raise BadInput(f'AltMin\'s weights are updated by "adam" or "sgd"; got {group["weights"]!r}')

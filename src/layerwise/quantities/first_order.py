@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from layerwise.gradients import ParameterGradient
@@ -98,12 +97,10 @@ class Variance(Quantity):
         result = {}
         for name, (moment,) in values.items():
             total = context.gradient[name]
-            if union.scale == "sample":
-                mean = total if union.mean else total / union.samples
-                variance = _moment(moment, union) - mean.square()
-            else:
-                variance = moment / union.samples - (total / union.samples).square()
-            result[name] = variance.clamp_(min=0) if union.samples > 1 else torch.zeros_like(variance)
+            factor = _sample_factor(union)  # in one new tensor: fresh memory costs more than arithmetic
+            variance = moment * (factor**2 / union.samples)
+            variance.addcmul_(total, total, value=-((factor / union.samples) ** 2)).clamp_(min=0)
+            result[name] = variance if union.samples > 1 else variance.zero_()
         return ByParameter(result)
 
 

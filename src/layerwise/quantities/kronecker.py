@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerwise import contract
 from layerwise.cotangents import Sampled
-from layerwise.errors import Undefined
+from layerwise.errors import BadInput, Undefined
 from layerwise.gradients import ParameterGradient
 from layerwise.operators.kronecker import Kronecker, KroneckerBlock
 from layerwise.quantities.base import Context, Quantity, Union, positive
@@ -32,6 +32,8 @@ class KFAC(Quantity):
     needs_matrix = True
 
     def __init__(self, samples: int = 1, generator: torch.Generator | None = None) -> None:
+        if samples is None:
+            raise BadInput("KFAC's samples must be a whole number of at least 1, got None")
         self.samples = positive("KFAC's samples", samples)
         self.cotangent = Sampled(samples, generator)
 
@@ -44,7 +46,7 @@ class KFAC(Quantity):
                 + ", ".join(repr(p.use) for p in gradient.parts)
             )
         rows = part.rows
-        g_factor = contract.output_gram(rows.g)
+        g_factor = gradient.output_gram(rows.g)
         count = rows.g.new_tensor(float(rows.g.shape[1] * rows.g.shape[2]))
         if gradient.column:  # the inputs are the same for every stack of cotangents
             return count.new_zeros(()), count.new_zeros(()), g_factor

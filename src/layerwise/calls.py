@@ -1,0 +1,59 @@
+"""Kinds of torch calls that the tape tells apart."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "ASSEMBLE",
+    "BACKWARD",
+    "CHOICE",
+    "DATA",
+    "FACTORIES",
+    "GATHER",
+    "GRADIENTS",
+    "LOG_SOFTMAX",
+    "OPTIONS",
+    "RANDOM",
+]
+
+# The calls that run a backward pass, with the names of their arguments.
+OPTIONS = {
+    Tensor.backward: ("self", "gradient", "retain_graph", "create_graph", "inputs"),
+    torch.autograd.backward: ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs"),
+}
+BACKWARD = set(OPTIONS)
+GRADIENTS = {torch.autograd.grad, Tensor.retain_grad, Tensor.register_hook}
+FACTORIES = {
+    getattr(owner, name)
+    for owner, names in (
+        (torch, "zeros ones full empty arange eye linspace logspace zeros_like ones_like full_like empty_like"),
+        (torch, "tril_indices triu_indices"),
+        (Tensor, "new_zeros new_ones new_full new_empty"),
+    )
+    for name in names.split()
+}
+_RANDOM_NAMES = """rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like
+    randint_like dropout feature_dropout alpha_dropout feature_alpha_dropout"""
+RANDOM = {getattr(torch, name) for name in _RANDOM_NAMES.split()} | {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+}  # fmt: skip
+# What these return is data even where no argument is.
+DATA = RANDOM | {torch.tensor, torch.as_tensor, torch.from_numpy}
+# Calls that choose or gather samples: what they return is a batch, whatever it was taken from.
+ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in "index_select narrow gather take take_along_dim split chunk unbind masked_select".split()
+}
+# Calls that move places according to the values of an index or a mask.
+GATHER = {Tensor.__getitem__} | {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in """where gather take take_along_dim index_select masked_select index_add index_copy index_put
+        scatter scatter_add scatter_reduce masked_scatter""".split()
+}
+CHOICE = {torch.where, Tensor.where}  # matters where both sides are activations
+LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}

@@ -1,0 +1,98 @@
+"""Whether a batch can be stepped on: NaN, infinity and overflow are found before anything moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from layerwise.local.record import Layer, Recorded, is_finite
+from layerwise.tape import Tape
+
+__all__ = ["first_bad_call", "unsafe"]
+
+# Norms bound every entry of a product. Windows of a convolution repeat entries; this covers any kernel.
+MARGIN = 1e3
+
+
+@torch.no_grad()
+def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
+    """The first place that forbids a step, or None.
+
+    A place holds NaN or infinity, or makes `z`, `γ g` or `(γ ∂L/∂w)²` overflow. gamma: γ of a parameter's name.
+    Cost: each layer's input, weight and cotangent are read once, and one wait for the device.
+    """
+    if not is_finite(recorded.loss):
+        return first_bad_call(recorded.tape) or "the loss"
+    places: list[str] = []
+    tensors: list[Tensor] = []
+    for layer in recorded.layers:
+        data = layer.data()
+        places += [f"the input of {layer.name}"] * len(data)
+        places += [layer.name, f"the cotangent at the output of {layer.name}"]
+        tensors += [*data, layer.weight.used, recorded.cotangents[layer.use.index]]
+    for name, g in recorded.gradients.items():
+        places.append(f"the gradient of {name}")
+        tensors.append(g)
+    norms = _norms(tensors)
+    for place, norm in zip(places, norms, strict=True):
+        if not norm < float("inf"):
+            return place
+    left = iter(norms)
+    for layer in recorded.layers:
+        a = sum(next(left) for _ in layer.data())
+        w, back, factor, most = next(left), next(left), gamma(layer.name), _most(layer.weight.used)
+        if max(a, 1.0) * max(w, back * factor) * MARGIN > most and (found := _overflow(recorded, layer, factor)):
+            return found
+    for (name, rest), norm in zip(recorded.gradients.items(), left, strict=True):
+        factor = gamma(name)
+        if norm * factor > _most(rest) and not is_finite((rest * factor).square()):
+            return f"the square of the gradient of {name}"
+    return None
+
+
+def first_bad_call(tape: Tape) -> str | None:
+    """The first call in order whose data or output holds NaN or infinity, by its parameters' names."""
+    for use in tape.uses:
+        name = ", ".join(use.names)
+        for value in (*use.call.args, *use.call.kwargs.values()):
+            if isinstance(value, Tensor) and value.is_floating_point() and not is_finite(value):
+                known = next((d for d in use.used if d.tensor is value), None)
+                return f"the input of {name}" if known is None else ", ".join(sorted(known.names))
+        if use.value is not None and not is_finite(use.value):
+            return f"the output of {name}"
+    return None
+
+
+def _norms(tensors: list[Tensor]) -> list[float]:
+    """Euclidean norms, brought over from the device at once; beyond the type's range they are infinite."""
+    if not tensors:
+        return []
+    device = tensors[0].device
+    norms = []
+    for t in tensors:
+        kind = t.dtype if t.dtype is torch.float64 else torch.float32
+        norms.append(torch.linalg.vector_norm(t, dtype=kind).to(device, torch.float64))
+    found: list[float] = torch.stack(norms).tolist()
+    # a finite tensor with an infinite norm: bounded by its largest entry instead
+    for j, norm in enumerate(found):
+        if norm == float("inf"):
+            found[j] = float(tensors[j].double().norm())
+    return found
+
+
+def _most(t: Tensor) -> float:
+    """The largest number whose square the type holds."""
+    return float(torch.finfo(t.dtype).max) ** 0.5
+
+
+def _overflow(recorded: Recorded, layer: Layer, factor: float) -> str | None:
+    """The same question as the norms', answered entry by entry."""
+    if not is_finite(layer.output()):
+        return f"the output of {layer.name}"
+    g = layer.rows(recorded.cotangents[layer.use.index]) * factor
+    gradient = torch.einsum("rko,rki->koi", g, layer.input())
+    if not (is_finite(g) and is_finite(gradient.square()) and is_finite(g.sum(0).square())):
+        return f"the square of the gradient of {layer.name}"
+    return None

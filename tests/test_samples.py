@@ -1,0 +1,287 @@
+"""Where the samples lie: measured, told apart, remembered only while the memory cannot be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo.parts import Apply, leaf
+
+from layerwise import errors, samples
+from layerwise.observe import observe
+from layerwise.quantities import PerSampleGrad, SecondMoment
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def _check(
+    model: nn.Module,
+    logits: Callable[[], Tensor],
+    loss: Callable[[Tensor], Tensor],
+    terms: Callable[[Tensor], Tensor],
+    count: int | None = None,
+) -> None:
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: terms(logits()))
+    model.zero_grad()
+    with observe(model, PerSampleGrad(), samples=count) as seen:
+        loss(logits()).backward()
+    oracle.assert_close(dict(seen.per_sample_grad), want)
+
+
+def _sequence(inner: Callable, out: int = 3) -> nn.Module:
+    return Apply(
+        lambda m, x: m.head(inner(m, m.inner(x)).tanh()),
+        inner=nn.Linear(2, 4), mix=torch.randn(12, 12).tril(), head=nn.Linear(4, out),
+    )  # fmt: skip
+
+
+def _mixed_over_time(m: nn.Module, h: Tensor) -> Tensor:
+    """Causal mixing over the first axis."""
+    t = h.shape[0]
+    return torch.einsum("st,tnh->snh", m.mix[:t, :t], h)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("t", [1, 2, 3, 4])
+def test_time_first_with_any_number_of_steps(n: int, t: int) -> None:
+    model, x, y = _sequence(_mixed_over_time), torch.randn(n, t, 2), torch.randint(3, (t, n))
+    _check(
+        model,
+        lambda: model(x.transpose(0, 1)).flatten(0, 1),
+        lambda z: F.cross_entropy(z, y.flatten()),
+        lambda z: F.cross_entropy(z, y.flatten(), reduction="none").view(t, n).sum(0) / (t * n),
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_samples_first_flattened(n: int, t: int) -> None:
+    model = _sequence(lambda m, h: h.cumsum(1))
+    x, y = torch.randn(n, t, 2), torch.randint(3, (n, t))
+    _check(
+        model,
+        lambda: model(x).flatten(0, 1),
+        lambda z: F.cross_entropy(z, y.flatten(), reduction="sum"),
+        lambda z: F.cross_entropy(z, y.flatten(), reduction="none").view(n, t).sum(1),
+    )
+
+
+def test_a_batch_scaled_by_features_has_its_own_rows() -> None:
+    """N is not read off a mean or a scale that happens to be the first operand."""
+    model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+    scale = torch.rand(4)  # 8 rows are also 4 samples of two rows
+    for make in (lambda: scale * x, lambda: scale - x, lambda: torch.add(scale, x), lambda: scale[None] * x):
+        _check(
+            model,
+            lambda make=make: model(make()),
+            lambda z: F.cross_entropy(z, y),
+            lambda z: F.cross_entropy(z, y, reduction="none") / 8,
+        )
+
+
+def test_the_batch_is_that_of_the_forward_sent_back() -> None:
+    """Another forward with grad, of half the samples, comes first."""
+    model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+
+    def logits() -> Tensor:
+        F.cross_entropy(model(x[:4]), y[:4])
+        return model(x)
+
+    _check(model, logits, lambda z: F.cross_entropy(z, y), lambda z: F.cross_entropy(z, y, reduction="none") / 8)
+
+
+def test_features_detached_from_a_time_first_trunk() -> None:
+    """The batch is followed through a use and a detach: N is not the number of time steps."""
+    n, t = 2, 4
+    model = nn.ModuleDict({"trunk": nn.Linear(2, 3), "head": nn.Linear(3, 3)})
+    x, y = torch.randn(n, t, 2), torch.randint(3, (t, n))
+
+    def logits() -> Tensor:
+        return model["head"](model["trunk"](x.transpose(0, 1)).detach().tanh()).flatten(0, 1)
+
+    with pytest.raises(errors.AmbiguousSamples, match="2 samples"), observe(model, PerSampleGrad()):
+        F.cross_entropy(logits(), y.flatten()).backward()
+
+
+def test_a_count_that_fits_nothing() -> None:
+    model = nn.Linear(4, 3)
+    with pytest.raises(errors.BadInput, match="samples=N"), observe(model, SecondMoment(), samples=3):
+        F.cross_entropy(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
+
+
+def test_a_count_of_ones_own() -> None:
+    """The first tensor is not the batch; and pairs of rows are no samples without a sign of their order."""
+    model, x, y = nn.Linear(4, 3), torch.randn(32), torch.randint(3, (8,))
+    _check(
+        model,
+        lambda: model(x.view(8, 4)),
+        lambda z: F.cross_entropy(z, y),
+        lambda z: F.cross_entropy(z, y, reduction="none") / 8,
+        count=8,
+    )
+    with pytest.raises(errors.AmbiguousSamples), observe(model, PerSampleGrad(), samples=4):
+        F.cross_entropy(model(x.view(8, 4)), y).backward()
+
+
+# The memo ---------------------------------------------------------------------------------------
+
+
+class _Pulls:
+    """Counts the measurements."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        real = samples._measure_loss
+
+        def counted(*args):
+            self.count += 1
+            return real(*args)
+
+        monkeypatch.setattr(samples, "_measure_loss", counted)
+
+    def of(self, model: nn.Module, x: Tensor, y: Tensor) -> int:
+        before = self.count
+        with observe(model, SecondMoment()):
+            F.cross_entropy(model(x), y).backward()
+        return self.count - before
+
+
+@pytest.fixture
+def pulls(monkeypatch: pytest.MonkeyPatch) -> _Pulls:
+    return _Pulls(monkeypatch)
+
+
+def test_the_same_calls_are_measured_once(pulls: _Pulls) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    assert pulls.of(model, x, y) == 1
+    assert pulls.of(model, torch.randn(6, 4), y) == 0
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    assert pulls.of(model, x, y) == 0
+    model.eval()
+    assert pulls.of(model, x, y) == 1, "another mode"
+    assert pulls.of(model, x[:5], y[:5]) == 1, "another shape"
+    model.train()
+    assert pulls.of(model, x, y) == 0, "the first again"
+    assert pulls.of(nn.Sequential(*model), x, y) == 1, "another model"
+
+
+def test_memory_of_a_model_ends_with_it() -> None:
+    before = len(samples._MEASURED)
+    model = nn.Linear(4, 3)
+    with observe(model, SecondMoment()):
+        F.cross_entropy(model(torch.randn(6, 4)), torch.randint(3, (6,))).backward()
+    assert len(samples._MEASURED) == before + 1
+    del model
+    assert len(samples._MEASURED) == before
+
+
+def _then_mixed(model: nn.Module, change: Callable[[nn.Module], None], first_ok: bool = True) -> None:
+    """The same program keeps samples apart, and after a change mixes them."""
+    x, y = torch.randn(4, 4), torch.randint(3, (4,))
+    with observe(model, SecondMoment()):
+        F.cross_entropy(model(x), y).backward()
+    change(model)
+    model.zero_grad()
+    with pytest.raises(errors.LayerwiseError), observe(model, SecondMoment()):
+        F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def _gated(**parts) -> nn.Module:
+    return Apply(
+        lambda m, x: m.head(((h := m.inner(x)) + m.gate * h.flip(0)).tanh()),
+        inner=nn.Linear(4, 4), head=nn.Linear(4, 3), **parts,
+    )  # fmt: skip
+
+
+def test_a_mixing_branch_that_starts_at_zero_is_not_remembered_as_harmless() -> None:
+    """A buffer, a frozen parameter or a plain number multiplies the branch by zero at first."""
+    _then_mixed(_gated(gate=torch.zeros(())), lambda m: m.gate.fill_(1.0))
+    frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
+    _then_mixed(_gated(gate=frozen), lambda m: m.gate.data.fill_(1.0))
+    model = _gated()
+    model.gate = 0.0
+    _then_mixed(model, lambda m: setattr(m, "gate", 1.0))
+
+
+def test_a_mixing_matrix_that_starts_as_the_identity() -> None:
+    model = Apply(
+        lambda m, x: m.head((m.mix @ m.inner(x)).tanh()),
+        mix=torch.eye(4), inner=nn.Linear(4, 4), head=nn.Linear(4, 3),
+    )  # fmt: skip
+    _then_mixed(model, lambda m: m.mix.copy_(torch.rand(4, 4)))
+
+
+def test_an_index_whose_values_change() -> None:
+    model = Apply(
+        lambda m, x: m.head(m.inner(x)[m.order].tanh()),
+        order=torch.arange(4), inner=nn.Linear(4, 4), head=nn.Linear(4, 3),
+    )  # fmt: skip
+    _then_mixed(model, lambda m: m.order.copy_(torch.arange(3, -1, -1)))
+
+
+def test_a_choice_whose_values_change() -> None:
+    model = Apply(
+        lambda m, x: m.head(torch.where(m.keep, h := m.inner(x), h.flip(0)).tanh()),
+        keep=torch.ones(4, 1, dtype=torch.bool), inner=nn.Linear(4, 4), head=nn.Linear(4, 3),
+    )  # fmt: skip
+    _then_mixed(model, lambda m: m.keep.fill_(False))
+    model = Apply(
+        lambda m, x: m.head(torch.where(x[:, :1] < m.limit, h := m.inner(x), h.flip(0)).tanh()),
+        limit=torch.tensor(100.0), inner=nn.Linear(4, 4), head=nn.Linear(4, 3),
+    )  # fmt: skip
+    _then_mixed(model, lambda m: m.limit.fill_(-100.0))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (lambda h: torch.transpose(h, dim0=1, dim1=1), lambda h: torch.transpose(h, dim0=0, dim1=1)),
+        (lambda h: h.flip(1), lambda h: h.flip(0)),
+        (lambda h: h.roll(4, 0), lambda h: h.roll(1, 0)),
+        (lambda h: h[[0, 1, 2, 3]], lambda h: h[[1, 0, 2, 3]]),
+        (lambda h: torch.cat([h[0:2], h[2:4]]), lambda h: torch.cat([h[2:4], h[0:2]])),
+        (lambda h: h.softmax(dim=1), lambda h: h.softmax(dim=0)),
+    ],
+)
+def test_arguments_are_part_of_what_is_remembered(first: Callable, second: Callable) -> None:
+    """A Python flag changes an argument, and nothing else about the program."""
+    model = Apply(
+        lambda m, x: m.head((second if m.other else first)(m.inner(x)).tanh()),
+        inner=nn.Linear(4, 4), head=nn.Linear(4, 3),
+    )  # fmt: skip
+    model.other = False
+    _then_mixed(model, lambda m: setattr(m, "other", True))
+
+
+def test_dead_layers_are_measured_until_they_live(pulls: _Pulls) -> None:
+    model = Apply(
+        lambda m, x: m.head((m.inner(x) - m.shift).relu() + x),
+        inner=nn.Linear(4, 4), shift=torch.tensor(100.0), head=nn.Linear(4, 3),
+    )  # fmt: skip
+    x, y = torch.randn(5, 4), torch.randint(3, (5,))
+    assert [pulls.of(model, x, y) for _ in range(2)] == [1, 1]
+    model.shift.zero_()
+    assert [pulls.of(model, x, y) for _ in range(2)] == [1, 0]
+
+
+def test_a_token_that_every_sample_shares() -> None:
+    model = Apply(
+        lambda m, x: m.head(torch.cat([m.token.expand(x.shape[0], 1, 4), x], 1).tanh().mean(1)),
+        token=leaf(4), head=nn.Linear(4, 3),
+    )  # fmt: skip
+    for n in (1, 2, 4):
+        x, y = torch.randn(n, 4, 4), torch.randint(3, (n,))
+        _check(
+            model,
+            lambda x=x: model(x),
+            lambda z, y=y: F.cross_entropy(z, y),
+            lambda z, y=y, n=n: F.cross_entropy(z, y, reduction="none") / n,
+        )
