@@ -99,13 +99,13 @@ def test_saved_and_loaded_at_each_of_ten_steps_it_goes_on_bitwise(make: Make) ->
     net = Net()
     opt = make(net)
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 3, 0.5)
-    saved = []
+    saved, wanted = [], []
     for step in range(10):
         saved.append((copy.deepcopy(net.state_dict()), opt.state_dict(), scheduler.state_dict()))
         saved[-1] = through_a_file(saved[-1])
         opt.step(closure_of(net, step))
         scheduler.step()
-    wanted = everything(net, opt)
+        wanted.append(everything(net, opt))
     for step in range(10):
         other = Net()
         with torch.no_grad():
@@ -119,10 +119,10 @@ def test_saved_and_loaded_at_each_of_ten_steps_it_goes_on_bitwise(make: Make) ->
         other.load_state_dict(weights)
         resumed.load_state_dict(state)
         schedule.load_state_dict(rates)
-        for later in range(step, 10):
+        for later in range(step, min(step + 4, 10)):
             resumed.step(closure_of(other, later))
             schedule.step()
-        assert same(everything(other, resumed), wanted), step
+            assert same(everything(other, resumed), wanted[later]), (step, later)
 
 
 @every
@@ -277,7 +277,7 @@ def poisoned(kind: str) -> tuple[Tensor, Tensor]:
     elif kind == "overflowing activation":
         x[3] = 3e38
     elif kind == "overflowing gradient":
-        y[1, 2] = 1e25
+        y[1, 2] = 1.8e19  # the loss and its gradient are finite, the gradient's square is not
     return x, y
 
 
@@ -318,7 +318,7 @@ def test_a_bad_batch_changes_nothing(make: Make, kind: str, backward: bool) -> N
     ("kind", "place"),
     [("nan input", "input of norm.bias, norm.weight"), ("inf input", "input of a.weight"),
      ("overflowing activation", "output of a.weight"), ("nan target", "the loss"),
-     ("overflowing gradient", "gradient of .*c.weight"), ("overflowing statistics", "norm.running_var")],
+     ("overflowing gradient", "gradient of [abc].weight"), ("overflowing statistics", "norm.running_var")],
 )  # fmt: skip
 def test_raise_names_the_place(make: Make, kind: str, place: str) -> None:
     net = Saturating()
@@ -401,19 +401,18 @@ def live() -> int:
 
 
 @every
-@pytest.mark.parametrize("net", ["conv", "bad"])
-def test_the_number_of_live_tensors_stays(make: Make, net: str) -> None:
-    model: nn.Module = Net() if net == "conv" else Saturating()
+@pytest.mark.parametrize(("kind", "count"), [("conv", 40), ("none", 200), ("inf input", 20)])
+def test_the_number_of_live_tensors_stays(make: Make, kind: str, count: int) -> None:
+    model: nn.Module = Net() if kind == "conv" else Saturating()
     opt = make(model)
-    x, y = poisoned("inf input")
-    closure = closure_of(model) if net == "conv" else (lambda: F.mse_loss(model(x), y))
-    count, first = (200, 5) if net == "conv" else (20, 5)
+    x, y = poisoned(kind)
+    closure = closure_of(model) if kind == "conv" else (lambda: F.mse_loss(model(x), y))
     gc.collect()
     gc.disable()  # what only the collector frees is held by a cycle
     try:
         for step in range(count):
             opt.step(closure)
-            if step == first:
+            if step == 5:
                 start = live()
         assert live() <= start
     finally:
