@@ -172,9 +172,7 @@ def _fetch(name: str, files: Sequence[_File]) -> list[Path]:
     for file in files:
         try:
             paths.append(Path(cache.fetch(file.path)))
-        except (
-            OSError
-        ) as error:  # no network or host, refused, disk full; the errors of requests are OSErrors
+        except OSError as error:  # no network or host, refused, disk full; the errors of requests are OSErrors
             raise DataMissing(
                 f"the data set {name!r} could not be downloaded from {file.url} ({error}). "
                 f"Set {VARIABLE} to a folder that holds it, or try again with a network."
@@ -243,8 +241,9 @@ _HIGGS = _one(
     "higgs/HIGGS.csv.gz",
     "ea302c18164d4e3d916a1e2e83a9a8d07069fa6ebc7771e4c0540d54e593b698",
     "https://archive.ics.uci.edu/ml/machine-learning-databases/00280/HIGGS.csv.gz",
-    subset="the first {:,} of 11,000,000 rows to train and the next {:,} to test; "
-    "not the official test split".format(*formats.HIGGS_ROWS),
+    subset="the first {:,} of 11,000,000 rows to train and the next {:,} to test; not the official test split".format(
+        *formats.HIGGS_ROWS
+    ),
 )
 _TINYSHAKESPEARE = _one(
     formats.text,

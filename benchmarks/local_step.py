@@ -34,13 +34,9 @@ class Net:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.weights = [
-            torch.nn.init.xavier_uniform_(torch.empty(o, i)) for i, o in itertools.pairwise(SIZES)
-        ]
+        self.weights = [torch.nn.init.xavier_uniform_(torch.empty(o, i)) for i, o in itertools.pairwise(SIZES)]
         self.biases = [torch.empty(o).uniform_(-((3 / o) ** 0.5), (3 / o) ** 0.5) for o in SIZES[1:]]
-        self.params = [
-            p.requires_grad_() for pair in zip(self.weights, self.biases, strict=True) for p in pair
-        ]
+        self.params = [p.requires_grad_() for pair in zip(self.weights, self.biases, strict=True) for p in pair]
 
     def forward(self, x: Tensor, detach: bool = False) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Loss, the layers' inputs (and last f(z)), pre-activations; detach=True: no graph to the weights."""

@@ -98,8 +98,7 @@ def variance(grads: Mapping[str, Tensor], scale: str = "loss") -> Named:
     factor = {"loss": 1, "sample": n}[scale]
     means = {name: g.sum(0) / n for name, g in grads.items()}
     return {
-        name: torch.stack([(factor * (row - means[name])) ** 2 for row in g]).sum(0) / n
-        for name, g in grads.items()
+        name: torch.stack([(factor * (row - means[name])) ** 2 for row in g]).sum(0) / n for name, g in grads.items()
     }
 
 
@@ -270,9 +269,7 @@ def _factors(
     return torch.stack(factor_a), torch.stack(factor_b)
 
 
-def assert_close(
-    got: Mapping[str, Tensor] | Tensor, want: Mapping[str, Tensor] | Tensor, rel: float = 1e-10
-) -> None:
+def assert_close(got: Mapping[str, Tensor] | Tensor, want: Mapping[str, Tensor] | Tensor, rel: float = 1e-10) -> None:
     """Same names, same shapes, and max|got - want| <= rel · scale for every name.
 
     The scale is max|want| of that tensor. A tensor far smaller than the others may be zero in truth

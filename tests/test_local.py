@@ -38,9 +38,7 @@ def layer(
     return new(r, k, i), new(k, o, i) / i**0.5, new(k, o) if bias else None
 
 
-def backprop(
-    a: Tensor, w: Tensor, b: Tensor | None, f: Transfer
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backprop(a: Tensor, w: Tensor, b: Tensor | None, f: Transfer) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """z, ∂L/∂z, ∂L/∂W, ∂L/∂b of a loss that reads f(z) through a further random map."""
     w, b = w.clone().requires_grad_(), None if b is None else b.clone().requires_grad_()
     z = torch.stack([F.linear(a[:, k], w[k], None if b is None else b[k]) for k in range(len(w))], 1)
@@ -126,9 +124,7 @@ def test_first_local_gradient_is_gamma_times_backprop(f: Transfer, k: int, bias:
 @groups
 @biases
 @pytest.mark.parametrize("prox", [None, 0.3])
-def test_local_gradient_is_the_gradient_of_the_local_loss(
-    f: Transfer, k: int, bias: bool, prox: float | None
-) -> None:
+def test_local_gradient_is_the_gradient_of_the_local_loss(f: Transfer, k: int, bias: bool, prox: float | None) -> None:
     problem = problem_of(f, k, bias, prox)
     w = (problem.weight + 0.1).requires_grad_()
     b = None if problem.bias is None else (problem.bias - 0.2).requires_grad_()
@@ -204,9 +200,7 @@ def test_clipping_is_off_by_default_and_spares_relu_unless_asked() -> None:
         assert torch.equal(target_m(z, g, 1.0, f), f.f(z) - g)
     assert torch.equal(target_m(z, g, 1.0, RELU, clip="bounded"), target_m(z, g, 1.0, RELU))
     assert target_m(z, g, 1.0, RELU, clip="range").min() == 0
-    torch.testing.assert_close(
-        target_m(z, g, 1.0, SOFTMAX, clip="bounded").sum(-1), torch.ones_like(z[..., 0])
-    )
+    torch.testing.assert_close(target_m(z, g, 1.0, SOFTMAX, clip="bounded").sum(-1), torch.ones_like(z[..., 0]))
     with pytest.raises(BadInput, match="unknown"):
         target_m(z, g, 1.0, TANH, clip="always")  # type: ignore[arg-type]
 
@@ -282,13 +276,9 @@ def test_minibatches_of_all_rows_equal_plain(rows: int) -> None:
 @pytest.mark.parametrize("f", [IDENTITY, TANH, SOFTMAX], ids=lambda t: t.name)
 @pytest.mark.parametrize("rows", [4, 7])
 @pytest.mark.parametrize("seed", [None, 3])
-def test_local_minibatches_equal_autograd_on_their_slices(
-    f: Transfer, k: int, rows: int, seed: int | None
-) -> None:
+def test_local_minibatches_equal_autograd_on_their_slices(f: Transfer, k: int, rows: int, seed: int | None) -> None:
     problem, total, steps = problem_of(f, k), 24, 9  # 9 · 4 and 9 · 7 both run past the end
-    offset = (
-        0 if seed is None else int(torch.randint(total, (), generator=torch.Generator().manual_seed(seed)))
-    )
+    offset = 0 if seed is None else int(torch.randint(total, (), generator=torch.Generator().manual_seed(seed)))
 
     def scaled(t: int, w: Tensor, b: Tensor | None) -> Tensor:
         index = (torch.arange(rows) + offset + t * rows) % total
@@ -298,9 +288,7 @@ def test_local_minibatches_equal_autograd_on_their_slices(
     wanted = oracle_steps(problem, sgd, steps, scaled)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for known in (problem, problem_of(f, k, known=False)):
-        got = run_steps(
-            known, sgd, steps, rows=rows, generator=None if generator is None else generator.clone_state()
-        )
+        got = run_steps(known, sgd, steps, rows=rows, generator=None if generator is None else generator.clone_state())
         close(got[0], wanted[0])
         close(got[1], wanted[1])
 
@@ -406,9 +394,7 @@ def test_exact_step_is_kfac_with_the_input_factor_alone() -> None:
     z, g, dw, _ = backprop(a, w, b, TANH)
     r, eta = len(a), 0.3
     mean = torch.stack([torch.outer(x, x) for x in a[:, 0]]).mean(0)
-    curvature = torch.kron(torch.eye(5, dtype=torch.float64), mean) + torch.eye(30, dtype=torch.float64) / (
-        eta * r
-    )
+    curvature = torch.kron(torch.eye(5, dtype=torch.float64), mean) + torch.eye(30, dtype=torch.float64) / (eta * r)
     kfac = -(GAMMA / r) * torch.linalg.solve(curvature, dw[0].flatten()).view(5, 6)
     close(prox_step(LocalProblem(a, w, b, target_s(z, g, GAMMA), prox=eta))[0][0], kfac)
 
@@ -485,9 +471,7 @@ def test_optimizer_equals_the_pure_update(layout: str, monkeypatch: pytest.Monke
     optimizer = TFRMSProp([p], lr=0.03, decay=0.8, momentum=0.95, eps=1e-3)
     for t in range(6):
         grad = (
-            torch.randn(6, 5, dtype=torch.float64)
-            if layout != "transposed"
-            else torch.randn(5, 6, dtype=torch.float64)
+            torch.randn(6, 5, dtype=torch.float64) if layout != "transposed" else torch.randn(5, 6, dtype=torch.float64)
         )
         p.grad = grad
         optimizer.param_groups[0]["lr"] = lr = 0.03 / (t + 1)

@@ -250,9 +250,7 @@ def test_mse(shape: tuple[int, ...], reduction: str, weighted: bool) -> None:
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_bce(
-    shape: tuple[int, ...], reduction: str, soft: bool, weighted: str | None, positive: str | None
-) -> None:
+def test_bce(shape: tuple[int, ...], reduction: str, soft: bool, weighted: str | None, positive: str | None) -> None:
     target = torch.rand(shape, generator=rng(4), dtype=torch.float64)
     sizes = {None: None, "last": shape[-1:], "all": shape}
     weight = None if weighted is None else uniform(*sizes[weighted])
@@ -370,9 +368,7 @@ def test_root_keeps_relative_accuracy_where_the_model_is_sure(dtype: torch.dtype
     for row in range(3):
         want = -torch.outer(p[row], p[row])
         for i in range(3):
-            want[i, i] = p[row, i] * (
-                p[row].sum() - p[row, i] if p[row, i] < 0.5 else p[row][p[row] < 0.5].sum()
-            )
+            want[i, i] = p[row, i] * (p[row].sum() - p[row, i] if p[row, i] < 0.5 else p[row][p[row] < 0.5].sum())
         got = root[:, row].T @ root[:, row]
         assert ((got - want).abs() / want.abs()).max() < 30 * torch.finfo(dtype).eps
     z = torch.tensor([40.0, -40.0], dtype=dtype)

@@ -499,7 +499,7 @@ def test_the_memo_of_proofs_does_not_grow_without_end() -> None:
         assert len(proofs) == n
     from layerwise import replay
 
-    proofs.update({n: True for n in range(replay._MOST_PROOFS)})
+    proofs.update(dict.fromkeys(range(replay._MOST_PROOFS), True))
     assert CodedModel(net, lambda: F.cross_entropy(net(X), Y), proofs).replays([0])
     assert len(proofs) == 1
 

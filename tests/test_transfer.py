@@ -41,9 +41,7 @@ def test_f_is_the_difference_quotient_of_the_potential(t: Transfer) -> None:
     for i in range(a.shape[1]):
         e = h * F.one_hot(torch.tensor(i), a.shape[1]).double()
         quotient = (t.potential(a + e) - t.potential(a - e)) / (2 * h)
-        torch.testing.assert_close(
-            quotient if t.joint else quotient[:, i], t.f(a)[:, i], rtol=1e-8, atol=1e-8
-        )
+        torch.testing.assert_close(quotient if t.joint else quotient[:, i], t.f(a)[:, i], rtol=1e-8, atol=1e-8)
 
 
 @each
@@ -105,9 +103,7 @@ def test_large_arguments_stay_finite(t: Transfer, dtype: torch.dtype) -> None:
 def test_known_values() -> None:
     one = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
     log_cosh = [math.log(math.cosh(1))] * 2 + [0]
-    torch.testing.assert_close(
-        tr.TANH.potential(one), torch.tensor(log_cosh, dtype=torch.float64), rtol=0, atol=1e-15
-    )
+    torch.testing.assert_close(tr.TANH.potential(one), torch.tensor(log_cosh, dtype=torch.float64), rtol=0, atol=1e-15)
     # −Li₂(−1) = π²/12; both branches of the dilogarithm meet there.
     torch.testing.assert_close(tr.SOFTPLUS.potential(one)[2].item(), math.pi**2 / 12, rtol=0, atol=1e-15)
     brute = sum((-1) ** (k + 1) * math.exp(-k) / k**2 for k in range(1, 60))

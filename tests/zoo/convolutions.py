@@ -47,9 +47,7 @@ def conv2d_pixels():
 
 @problem(floats(4, 2, 9), (4, 3))
 def conv1d():
-    return nn.Sequential(
-        nn.Conv1d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv1d(4, 3, 2, dilation=2), Mean(-1)
-    )
+    return nn.Sequential(nn.Conv1d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv1d(4, 3, 2, dilation=2), Mean(-1))
 
 
 @problem(floats(3, 2, 3, 4, 4), (3, 3))
@@ -75,16 +73,12 @@ def conv_transpose2d():
 
 @problem(floats(4, 2, 4), (4, 3))
 def conv_transpose1d():
-    return nn.Sequential(
-        nn.ConvTranspose1d(2, 3, 3, stride=2, output_padding=1, dilation=2), nn.Tanh(), Mean(-1)
-    )
+    return nn.Sequential(nn.ConvTranspose1d(2, 3, 3, stride=2, output_padding=1, dilation=2), nn.Tanh(), Mean(-1))
 
 
 @problem(floats(3, 2, 2, 2, 2), (3, 2), "ce_mean", "bce_mean")
 def conv_transpose3d():
-    return nn.Sequential(
-        nn.ConvTranspose3d(2, 2, 2, stride=(2, 1, 1), bias=False), nn.Tanh(), Mean(-1, -2, -3)
-    )
+    return nn.Sequential(nn.ConvTranspose3d(2, 2, 2, stride=(2, 1, 1), bias=False), nn.Tanh(), Mean(-1, -2, -3))
 
 
 @problem(floats(3, 2, 5, 4), (3, 3))
@@ -96,9 +90,7 @@ def conv_circular():
 
 @problem(floats(3, 2, 5, 4), (3, 3))
 def conv_reflect():
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3, stride=2, padding=2, padding_mode="reflect"), nn.Tanh(), Mean(-1, -2)
-    )
+    return nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=2, padding_mode="reflect"), nn.Tanh(), Mean(-1, -2))
 
 
 @problem(floats(3, 2, 6), (3, 3))

@@ -18,9 +18,7 @@ problem = register(LAYERS)
 
 # Linear -----------------------------------------------------------------------------------------
 
-EVERY_LOSS_OF_ONE_HEAD = [
-    name for name in LOSSES if name not in ("ce_ignore_sum", "ce_stepwise", "two_heads")
-]
+EVERY_LOSS_OF_ONE_HEAD = [name for name in LOSSES if name not in ("ce_ignore_sum", "ce_stepwise", "two_heads")]
 
 
 @problem(floats(5, 4), (5, 3), *EVERY_LOSS_OF_ONE_HEAD)
@@ -91,9 +89,7 @@ def embedding_bag():
 @problem(tokens(5, 3, 4), (3, 3, 4), "ce_mean", "ce_ignore", "ce_everything", "ce_stepwise", "mse_mean")
 def tokens_class_second():
     """A class for every token, logits [N, C, T] as torch's cross entropy wants them."""
-    return Apply(
-        lambda m, x: m.head(m.embed(x).tanh()).transpose(1, 2), embed=nn.Embedding(5, 4), head=nn.Linear(4, 3)
-    )
+    return Apply(lambda m, x: m.head(m.embed(x).tanh()).transpose(1, 2), embed=nn.Embedding(5, 4), head=nn.Linear(4, 3))
 
 
 @problem(
@@ -108,9 +104,7 @@ def tokens_class_second():
 )
 def tokens_flat():
     """The same with logits [N·T, C]: the loss's own dim 0 is not N."""
-    return Apply(
-        lambda m, x: m.head(m.embed(x).tanh()).flatten(0, 1), embed=nn.Embedding(5, 4), head=nn.Linear(4, 3)
-    )
+    return Apply(lambda m, x: m.head(m.embed(x).tanh()).flatten(0, 1), embed=nn.Embedding(5, 4), head=nn.Linear(4, 3))
 
 
 @problem(tokens(5, 3, 4), (3, 3))
@@ -137,9 +131,7 @@ def layer_norm():
 @problem(floats(3, 2, 3, 3), (3, 3), "ce_mean")
 def layer_norm_images():
     """Normalised over three axes."""
-    return nn.Sequential(
-        nn.Conv2d(2, 2, 2), nn.LayerNorm((2, 2, 2)), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)
-    )
+    return nn.Sequential(nn.Conv2d(2, 2, 2), nn.LayerNorm((2, 2, 2)), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
 
 
 @problem(floats(3, 2, 4, 3), (3, 3))
@@ -172,9 +164,7 @@ def batch_norm1d_eval():
 
 @problem(floats(3, 2, 4, 3), (3, 3), tags="batch_norm")
 def batch_norm2d_eval():
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 2, bias=False), nn.BatchNorm2d(3), nn.ReLU(), Mean(-1, -2), nn.Linear(3, 3)
-    )
+    return nn.Sequential(nn.Conv2d(2, 3, 2, bias=False), nn.BatchNorm2d(3), nn.ReLU(), Mean(-1, -2), nn.Linear(3, 3))
 
 
 @problem(floats(4, 4), (4, 3))

@@ -156,9 +156,7 @@ _ALL = [
         _cross_entropy(),
         lambda z, y: -(y * (z - z.logsumexp(1, keepdim=True))).sum(1) / (z.numel() // z.shape[1]),
     ),
-    Loss(
-        "ce_scaled", _classes, lambda z, y: 10 * F.cross_entropy(z, y), lambda z, y: 10 * _ce_elements(z, y)
-    ),
+    Loss("ce_scaled", _classes, lambda z, y: 10 * F.cross_entropy(z, y), lambda z, y: 10 * _ce_elements(z, y)),
     Loss("ce_user_mean", _classes, lambda z, y: F.cross_entropy(z, y, reduction="none").mean(), _ce_elements),
     Loss("ce_user_weighted", _classes, _user_weighted, _user_weighted_elements),
     Loss("ce_stepwise", _classes, _stepwise, _ce_elements),

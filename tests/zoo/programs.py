@@ -118,9 +118,7 @@ def frozen_subset():
 @problem(floats(4, 4), (4, 3), "ce_mean", tags="unused_frozen")
 def frozen_branch():
     """A branch that is never run and is frozen."""
-    return Apply(
-        lambda m, x: m.head(x.tanh()), head=nn.Linear(4, 3), idle=nn.Linear(4, 3).requires_grad_(False)
-    )
+    return Apply(lambda m, x: m.head(x.tanh()), head=nn.Linear(4, 3), idle=nn.Linear(4, 3).requires_grad_(False))
 
 
 @problem(floats(4, 4), (4, 3), "ce_mean", tags="unused_parameter")
@@ -153,18 +151,14 @@ def dead_samples():
 @problem(floats(4, 4), (4, 3), "ce_mean", tags="dead")
 def dead_layer():
     """No sample sends anything back through the first layer: all of its quantities are 0."""
-    return Apply(
-        lambda m, x: m.head((m.inner(x) - 100).relu() + x[:, :3]), inner=nn.Linear(4, 3), head=nn.Linear(3, 3)
-    )
+    return Apply(lambda m, x: m.head((m.inner(x) - 100).relu() + x[:, :3]), inner=nn.Linear(4, 3), head=nn.Linear(3, 3))
 
 
 @problem(floats(4, 4), (4, 3), "ce_mean", "mse_sum")
 def checkpointed():
     """Non-reentrant activation checkpointing of the first two layers."""
     inner = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh())
-    return Apply(
-        lambda m, x: m.head(checkpoint(m.inner, x, use_reentrant=False)), inner=inner, head=nn.Linear(4, 3)
-    )
+    return Apply(lambda m, x: m.head(checkpoint(m.inner, x, use_reentrant=False)), inner=inner, head=nn.Linear(4, 3))
 
 
 class _Doubler(torch.autograd.Function):
@@ -182,9 +176,7 @@ class _Doubler(torch.autograd.Function):
 @problem(floats(4, 4), (4, 3), "ce_mean")
 def custom_function_between():
     """A custom autograd.Function that touches no parameter is only another node."""
-    return Apply(
-        lambda m, x: m.head(_Doubler.apply(m.inner(x)).tanh()), inner=nn.Linear(4, 4), head=nn.Linear(4, 3)
-    )
+    return Apply(lambda m, x: m.head(_Doubler.apply(m.inner(x)).tanh()), inner=nn.Linear(4, 4), head=nn.Linear(4, 3))
 
 
 @problem(floats(4, 4), (4, 3), "ce_mean")

@@ -68,9 +68,7 @@ def _contrastive(model: nn.Module, x: Tensor, _: Tensor) -> Tensor:
 
 
 def _mixing(mix: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
-    return lambda: Apply(
-        lambda m, x: m.head(mix(m.inner(x)).tanh()), inner=nn.Linear(4, 4), head=nn.Linear(4, 3)
-    )
+    return lambda: Apply(lambda m, x: m.head(mix(m.inner(x)).tanh()), inner=nn.Linear(4, 4), head=nn.Linear(4, 3))
 
 
 def _mlp() -> nn.Module:
@@ -107,9 +105,7 @@ def _half_covered() -> nn.Module:
 
 def _half_covered_chain() -> nn.Module:
     """The hidden use lies before the seen one, on the same path."""
-    return Apply(
-        lambda m, x: m.head(F.linear(_Linear.apply(x, m.w).tanh(), m.w)), w=leaf(4, 4), head=nn.Linear(4, 3)
-    )
+    return Apply(lambda m, x: m.head(F.linear(_Linear.apply(x, m.w).tanh(), m.w)), w=leaf(4, 4), head=nn.Linear(4, 3))
 
 
 def _scripted() -> nn.Module:
@@ -135,9 +131,7 @@ def _threaded() -> nn.Module:
 
 
 def _vmapped() -> nn.Module:
-    return Apply(
-        lambda m, x: m.head(torch.vmap(m.inner)(x).tanh()), inner=nn.Linear(4, 4), head=nn.Linear(4, 3)
-    )
+    return Apply(lambda m, x: m.head(torch.vmap(m.inner)(x).tanh()), inner=nn.Linear(4, 4), head=nn.Linear(4, 3))
 
 
 def _grad_inside() -> nn.Module:
@@ -189,9 +183,7 @@ def _multihead() -> nn.Module:
 
 
 def _lstm() -> nn.Module:
-    return Apply(
-        lambda m, x: m.head(m.cell(x)[0][:, -1]), cell=nn.LSTM(4, 3, batch_first=True), head=nn.Linear(3, 3)
-    )
+    return Apply(lambda m, x: m.head(m.cell(x)[0][:, -1]), cell=nn.LSTM(4, 3, batch_first=True), head=nn.Linear(3, 3))
 
 
 _LATER = frozenset({"later"})

@@ -44,9 +44,7 @@ def class_token():
         h = torch.einsum("st,nti->nsi", m.mixing, m.inner(h).tanh())
         return m.head(h[:, 0])
 
-    return Apply(
-        forward, token=leaf(1, 1, 4), inner=nn.Linear(4, 4), mixing=torch.randn(3, 3), head=nn.Linear(4, 3)
-    )
+    return Apply(forward, token=leaf(1, 1, 4), inner=nn.Linear(4, 4), mixing=torch.randn(3, 3), head=nn.Linear(4, 3))
 
 
 @problem(floats(4, 4), (4, 3), "ce_mean", "ce_scaled", "mse_sum")
@@ -97,9 +95,7 @@ def residual():
 @problem(floats(4, 4), (4, 3), "ce_mean", "ce_ignore", "mse_sum")
 def reused():
     """One Linear called twice."""
-    return Apply(
-        lambda m, x: m.head(m.inner(m.inner(x).tanh()).tanh()), inner=nn.Linear(4, 4), head=nn.Linear(4, 3)
-    )
+    return Apply(lambda m, x: m.head(m.inner(m.inner(x).tanh()).tanh()), inner=nn.Linear(4, 4), head=nn.Linear(4, 3))
 
 
 @problem(floats(3, 4, 3), (3, 3), "ce_mean")
@@ -125,9 +121,7 @@ def tied_embedding():
 @problem(floats(4, 5), (4, 5), "mse_mean", "bce_mean")
 def tied_autoencoder():
     """The decoder is the encoder's transpose."""
-    return Apply(
-        lambda m, x: F.linear(F.linear(x, m.w, m.a).tanh(), m.w.t(), m.b), w=leaf(3, 5), a=leaf(3), b=leaf(5)
-    )
+    return Apply(lambda m, x: F.linear(F.linear(x, m.w, m.a).tanh(), m.w.t(), m.b), w=leaf(3, 5), a=leaf(3), b=leaf(5))
 
 
 # Weights outside modules ------------------------------------------------------------------------
@@ -170,9 +164,7 @@ def matmul_batched():
 @problem(floats(3, 2, 4), (3, 3), "ce_mean")
 def einsum_groups():
     """A weight for every group in one einsum, and a sum over the groups."""
-    return Apply(
-        lambda m, x: torch.einsum("ngi,gio->no", x.tanh(), m.w).tanh() @ m.v, w=leaf(2, 4, 4), v=leaf(4, 3)
-    )
+    return Apply(lambda m, x: torch.einsum("ngi,gio->no", x.tanh(), m.w).tanh() @ m.v, w=leaf(2, 4, 4), v=leaf(4, 3))
 
 
 @problem(tokens(5, 4, 3), (4, 3), "ce_mean", tags="opaque")
@@ -191,9 +183,7 @@ def functional():
 @problem(floats(3, 2, 4, 4), (3, 3), "ce_mean", tags="functional")
 def functional_conv():
     params = {"kernel": torch.randn(3, 2, 3, 3), "gain": torch.randn(3, 1, 1), "w": torch.randn(3, 3)}
-    return Functional(
-        params, lambda p, x: (F.conv2d(x, p["kernel"]) * p["gain"]).relu().mean((2, 3)) @ p["w"]
-    )
+    return Functional(params, lambda p, x: (F.conv2d(x, p["kernel"]) * p["gain"]).relu().mean((2, 3)) @ p["w"])
 
 
 # Derived weights --------------------------------------------------------------------------------
@@ -230,9 +220,7 @@ def lora():
 
     base = nn.Linear(4, 4)
     base.weight.requires_grad_(False)
-    return Apply(
-        forward, base=base, up=leaf(4, 2), down=leaf(2, 4), out_left=leaf(3, 2), out_right=leaf(2, 4)
-    )
+    return Apply(forward, base=base, up=leaf(4, 2), down=leaf(2, 4), out_left=leaf(3, 2), out_right=leaf(2, 4))
 
 
 @problem(floats(3, 2, 4), (3, 3))

@@ -96,8 +96,7 @@ class Likelihood:
             raise BadInput(f"sample got {generator!r} as its generator: pass a torch.Generator.")
         if generator.device.type != self.logits.device.type:
             raise BadInput(
-                f"sample got a generator on {generator.device} for logits on {self.logits.device}: "
-                "make one there."
+                f"sample got a generator on {generator.device} for logits on {self.logits.device}: make one there."
             )
         return self._out(self._sample(draws, generator))
 

@@ -142,12 +142,7 @@ def bind(
 
 def _prediction_first(name: str, logits: Any, target: Any) -> tuple[Any, Any]:
     """The two exchanged where the loss is symmetric and only the second requires grad."""
-    if (
-        name in _SYMMETRIC
-        and isinstance(target, Tensor)
-        and target.requires_grad
-        and not logits.requires_grad
-    ):
+    if name in _SYMMETRIC and isinstance(target, Tensor) and target.requires_grad and not logits.requires_grad:
         return target, logits
     return logits, target
 
@@ -209,9 +204,7 @@ def _check_elementwise(name: str, logits: Tensor, target: Tensor, options: Mappi
         raise BadInput(f"{name} got a weight of shape {tuple(weight.shape)}: it needs {tuple(logits.shape)}.")
 
 
-def _check_classes(
-    name: str, logits: Tensor, target: Tensor, options: Mapping[str, Any], class_axis: int
-) -> None:
+def _check_classes(name: str, logits: Tensor, target: Tensor, options: Mapping[str, Any], class_axis: int) -> None:
     if logits.dim() == 0:
         raise BadInput(f"{name} got a 0-dimensional input: it needs [C], [N,C] or [N,C,...].")
     weight, shape = options["weight"], logits.shape
