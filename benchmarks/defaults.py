@@ -122,7 +122,7 @@ def train(task: Task, make: Callable[[nn.Module], torch.optim.Optimizer]) -> flo
         order = torch.randperm(task.rows, generator=torch.Generator().manual_seed(epoch))
         for index in order.split(task.batch):
             if ours:
-                optimizer.step(lambda index=index: task.loss(model, index))  # type: ignore[misc]
+                optimizer.step(lambda index=index: task.loss(model, index))  # type: ignore[arg-type]
             else:
                 optimizer.zero_grad()
                 task.loss(model, index).backward()

@@ -21,6 +21,7 @@ __all__ = [
 Form = Literal["auto", "plain", "gram"]
 Side = Literal["auto", "inputs", "rows"]
 Schedule = Callable[[int, int], float]
+Cut = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def linear_floor(t: int, steps: int) -> float:
@@ -114,10 +115,12 @@ def local_steps(
     serves = grad_w.untyped_storage().data_ptr() == layer.dw.untyped_storage().data_ptr()
     serves &= grad_w.is_contiguous() or not weight.is_contiguous()
     with _stepping(optimizer, [weight] if bias is None else [weight, bias], steps, schedule) as step:
+        weight.grad = grad_w
+        if bias is not None:
+            bias.grad = grad_b
         for t, _ in enumerate(gradients):
-            weight.grad = grad_w if serves or fold is None else fold(layer.dw).contiguous()
-            if bias is not None:
-                bias.grad = grad_b
+            if not serves and fold is not None:
+                weight.grad = fold(layer.dw).contiguous()
             step(t)
 
 
@@ -197,6 +200,8 @@ class _Layer:
         self.db = None if problem.bias is None else workspace.take("db", problem.bias.shape, like)
         self.out_w = self.dw[0] if self.single else self.dw
         self.out_b = None if self.db is None else self.db[0] if self.single else self.db
+        self.wt = self.w.mT
+        self._constants: dict[tuple[float, int], Tensor] = {}
         self.fma = torch.addmm if self.single else torch.baddbmm
         self.mul = torch.mm if self.single else torch.bmm
 
@@ -206,37 +211,60 @@ class _Layer:
         total = problem.a.shape[0]
         factor, held = self.scale * total / rows, self.scale / (problem.prox or 1.0)
         anchors = self._anchors() if problem.prox is not None else ()
+        scratch = self.workspace.take("z", (*self.a.shape[:-2], rows, self.w.shape[-2]), self.a)
+        parts = self._parts(rows) if offset == 0 and total % rows == 0 else None
         for t in range(steps):
-            for piece, (low, high) in enumerate(row_slices(total, rows, t, offset)):
-                if t == 0 and self.g is not None:
-                    delta, scale = self.g[..., low:high, :], problem.gamma * factor
+            cuts = [parts[t % len(parts)]] if parts else [self._cut(*r) for r in row_slices(total, rows, t, offset)]
+            for piece, (a, y, rest, g) in enumerate(cuts):
+                if t == 0 and g is not None:
+                    delta, scale = g, problem.gamma * factor
                 else:
-                    delta, scale = self._delta(low, high), factor
-                self._contract(delta, self.a[..., low:high, :], scale, first=piece == 0)
+                    delta, scale = self._delta(a, y, rest, scratch), factor
+                self._contract(delta, a, scale, first=piece == 0)
             for grad, now, start in anchors if t > 0 else ():
                 grad.add_(now, alpha=held).sub_(start, alpha=held)
             yield self.dw, self.db
 
-    def _delta(self, low: int, high: int) -> Tensor:
-        """`f(W a + b) − target` of a range of rows, in scratch."""
-        a = self.a[..., low:high, :]
-        z = self.workspace.take("z", (*a.shape[:-1], self.w.shape[-2]), a)
+    def _cut(self, low: int, high: int) -> Cut:
+        """Inputs, targets, further terms and cotangents of a range of rows."""
+        a, y, rest, g = (None if x is None else x[..., low:high, :] for x in (self.a, self.y, self.rest, self.g))
+        return a, y, rest, g  # type: ignore[return-value]
+
+    def _parts(self, rows: int) -> list[Cut]:
+        """All rows in equal cuts, by one call for each tensor: slicing costs as much as a small layer's products."""
+        count = self.problem.a.shape[0] // rows
+        columns = ((None,) * count if x is None else x.split(rows, -2) for x in (self.a, self.y, self.rest, self.g))
+        return list(zip(*columns, strict=True))  # type: ignore[arg-type]
+
+    def _delta(self, a: Tensor, y: Tensor, rest: Tensor | None, scratch: Tensor) -> Tensor:
+        """`f(W a + b) − target` of some rows, in scratch."""
+        z = scratch if a.shape[-2] == scratch.shape[-2] else scratch[..., : a.shape[-2], :]
         if self.b is None:
-            self.mul(a, self.w.mT, out=z)
+            self.mul(a, self.wt, out=z)
         else:
-            self.fma(self.b, a, self.w.mT, out=z)
-        if self.rest is not None:
-            z.add_(self.rest[..., low:high, :])
-        return self.problem.transfer.apply_(z).sub_(self.y[..., low:high, :])
+            self.fma(self.b, a, self.wt, out=z)
+        if rest is not None:
+            z.add_(rest)
+        return self.problem.transfer.apply_(z).sub_(y)
 
     def _contract(self, delta: Tensor, a: Tensor, scale: float, first: bool) -> None:
-        beta = 0.0 if first else 1.0
-        self.fma(self.out_w, delta.mT, a, beta=beta, alpha=scale, out=self.out_w)
-        if self.out_b is not None:
-            if first:
-                torch.sum(delta, -2, out=self.out_b).mul_(scale)
-            else:
-                self.out_b.add_(delta.sum(-2), alpha=scale)
+        across = delta.mT
+        self.fma(self.out_w, across, a, beta=0.0 if first else 1.0, alpha=scale, out=self.out_w)
+        if self.out_b is None:
+            return
+        if not first:
+            self.out_b.add_(delta.sum(-2), alpha=scale)
+        elif self.single:
+            torch.mv(across, self._constant(scale, delta), out=self.out_b)
+        else:
+            torch.sum(delta, -2, out=self.out_b).mul_(scale)
+
+    def _constant(self, value: float, delta: Tensor) -> Tensor:
+        """A vector of one number for each row, kept from step to step."""
+        key = (value, delta.shape[-2])
+        if key not in self._constants:
+            self._constants[key] = delta.new_full(key[1:], value)
+        return self._constants[key]
 
     def _anchors(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Per tensor: its gradient, the tensor, and a copy of where it starts."""

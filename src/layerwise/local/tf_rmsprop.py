@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class TFRMSProp(torch.optim.Optimizer):
         """The step itself, without torch's hooks around it; call it under no_grad."""
         for group in self.param_groups:
             constants = group["lr"], group["decay"], group["momentum"], group["eps"]
-            whole = []
+            whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -140,10 +141,16 @@ def _update(
     param: Tensor, grad: Tensor, mean_square: Tensor, momentum_buffer: Tensor, root: Tensor,
     lr: float, decay: float, momentum: float, eps: float,
 ) -> None:  # fmt: skip
-    mean_square.mul_(decay).addcmul_(grad, grad, value=1 - decay)
-    torch.add(mean_square, eps, out=root).sqrt_()
-    momentum_buffer.mul_(momentum).addcdiv_(grad, root, value=lr)
+    mean_square.mul_(_scalar(decay)).addcmul_(grad, grad, value=1 - decay)
+    torch.add(mean_square, _scalar(eps), out=root).sqrt_()
+    momentum_buffer.mul_(_scalar(momentum)).addcdiv_(grad, root, value=lr)
     param.sub_(momentum_buffer)
+
+
+@lru_cache(maxsize=64)
+def _scalar(value: float) -> Tensor:
+    """A number as a tensor: torch takes 2 µs to make one of a number, more than a small layer's kernel."""
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _update_foreach(

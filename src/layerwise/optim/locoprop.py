@@ -25,9 +25,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "published-M": {**_PUBLISHED, "loss": "matching"},
     "published-S": {**_PUBLISHED, "loss": "squared"},
 }
-# The published rate over 1 − momentum is 1e-2; a shorter memory and half of it learn well from the first batches on
-# small and large problems alike (benchmarks/defaults.py).
-_DEFAULTS: dict[str, Any] = {**_PUBLISHED, "lr": 5e-5, "momentum": 0.99, "rows": "auto", "loss": "matching"}
+# The published rate over 1 − momentum is 1e-2. With matching losses a shorter memory and half of that learn well from
+# the first batches, on small and large problems alike (benchmarks/defaults.py); squared losses keep the long one.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "matching": {**_PUBLISHED, "lr": 5e-5, "momentum": 0.99, "rows": "auto", "loss": "matching"},
+    "squared": {**_PUBLISHED, "rows": "auto", "loss": "squared"},
+}
 
 
 class LocoProp(LayerLocal):
@@ -74,7 +77,7 @@ class LocoProp(LayerLocal):
             raise BadInput(f"LocoProp knows the presets {', '.join(_PRESETS)}; got {preset!r}")
         given = {"lr": lr, "loss": loss, "gamma": gamma, "steps": steps, "rows": rows,
                  "decay": decay, "momentum": momentum, "eps": eps}  # fmt: skip
-        chosen = dict(_PRESETS[preset] if preset else _DEFAULTS)
+        chosen = dict(_PRESETS[preset] if preset else _DEFAULTS.get(loss or "matching", _DEFAULTS["matching"]))
         chosen.update({k: v for k, v in given.items() if v is not None})
         super().__init__(model, params, chosen, on_nonfinite)
 
