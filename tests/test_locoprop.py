@@ -416,7 +416,7 @@ def test_parameters_without_a_local_problem_move_along_gamma_times_their_gradien
     assert names
     g = oracle.gradient(made.params, made.loss)
     before = {n: p.detach().clone() for n, p in made.params.items()}
-    lw.LocoProp(made.subject, lr=1e-3, momentum=0.9, steps=4).step(made.loss)
+    lw.LocoProp(made.subject, lr=1e-3, gamma=10.0, momentum=0.9, steps=4).step(made.loss)
     for name in names:
         w, ms, m = before[name], torch.ones_like(before[name]), torch.zeros_like(before[name])
         for t in range(4):
@@ -476,7 +476,7 @@ def test_a_frozen_bias_takes_part_in_the_local_problem_and_stays() -> None:
         ms = 0.9 * ms + 0.1 * dw**2
         m = 0.999 * m + 1e-2 * max(1 - t / 10, 0.25) * dw / (ms + 1e-5).sqrt()
         w = w - m
-    lw.LocoProp(net, lr=1e-2, rows="all").step(lambda: F.cross_entropy(net(x), y))
+    lw.LocoProp(net, lr=1e-2, rows="all", gamma=10.0, momentum=0.999).step(lambda: F.cross_entropy(net(x), y))
     close(net[0].weight.detach(), w, 1e-11)
     assert torch.equal(net[0].bias, b)
 
