@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def train(task: Task, make: Callable[[nn.Module], torch.optim.Optimizer]) -> flo
         order = torch.randperm(task.rows, generator=torch.Generator().manual_seed(epoch))
         for index in order.split(task.batch):
             if ours:
-                optimizer.step(lambda index=index: task.loss(model, index))  # type: ignore[arg-type]
+                optimizer.step(partial(task.loss, model, index))  # type: ignore[arg-type]
             else:
                 optimizer.zero_grad()
                 task.loss(model, index).backward()

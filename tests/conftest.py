@@ -38,9 +38,7 @@ def pytest_report_header() -> str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("data"):
         if not data.available(mark.args[0]):
-            pytest.skip(
-                f"the data set {mark.args[0]!r} is not at hand: set {data.VARIABLE} to a folder with it"
-            )
+            pytest.skip(f"the data set {mark.args[0]!r} is not at hand: set {data.VARIABLE} to a folder with it")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -190,7 +190,9 @@ def test_a_sweep_sends_no_cotangent_through_a_block() -> None:
 def test_jacobi_codes_are_backprops() -> None:
     """With T = 1 the local gradients are backprop's own, whatever μ."""
     net, (x, y) = mlp(5, 6, 6, 3), batch()
-    grads = dict(zip(params_of(net), torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters())), strict=True))
+    grads = dict(
+        zip(params_of(net), torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters())), strict=True)
+    )
     for coupling in (1e-3, 1.0, 50.0):
         found = descent(net, lambda: F.cross_entropy(net(x), y), coupling=coupling)
         for name, g in grads.items():
@@ -271,7 +273,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce sum": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
     "ce scaled": lambda z, y: 0.3 * F.cross_entropy(z, y, label_smoothing=0.1),
     "bce mean": lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 3).double()),
-    "bce pixels": lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 3).double(), reduction="sum") / len(y),
+    "bce pixels": lambda z, y: (
+        F.binary_cross_entropy_with_logits(z, F.one_hot(y, 3).double(), reduction="sum") / len(y)
+    ),
     "mse mean": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).double()),
     "mse sum": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).double(), reduction="sum"),
 }
@@ -354,7 +358,9 @@ def test_reduction_sum_is_the_mean_times_b(codes: Any) -> None:
 def test_parameters_between_codes_get_the_relaxed_objectives_gradient() -> None:
     """A LayerNorm's scale after the first code: by autograd on the objective at the moved codes."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3))
+    net = nn.Sequential(
+        nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)
+    )
     net, (x, y) = net.double(), batch()
     with torch.no_grad():
         for p in net.parameters():
@@ -420,7 +426,8 @@ def test_batch_norm_statistics_advance_once_a_step(codes: Any, drop: float) -> N
     for _ in range(2):
         torch.manual_seed(0)
         nets.append(nn.Sequential(
-            nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(drop), nn.Tanh(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(),
+            nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(drop), nn.Tanh(), nn.Linear(6, 6), nn.BatchNorm1d(6),
+            nn.Tanh(),
             nn.Linear(6, 3),
         ).double())  # fmt: skip
     opt = lw.AltMin(nets[0], codes=codes)
@@ -483,14 +490,23 @@ def test_the_published_preset() -> None:
     opt = lw.AltMin(mlp(2, 2), preset="published")
     (group,) = opt.param_groups
     got = {k: group[k] for k in ("weights", "lr", "coupling", "steps", "rows", "betas", "eps")}
-    assert got == {"weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all", "betas": (0.9, 0.999), "eps": 1e-8}
+    assert got == {
+        "weights": "adam",
+        "lr": 8e-3,
+        "coupling": 3e-3,
+        "steps": 1,
+        "rows": "all",
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+    }
     assert opt._codes == "sweep" and opt._code_step == CodeStep(steps=5, lr=0.3, momentum=0.9, nesterov=True, prox=0.0)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"lr": -1.0}, {"lr": float("nan")}, {"coupling": 0.0}, {"steps": 0}, {"steps": 1.5}, {"rows": 0}, {"rows": "few"},
+        {"lr": -1.0}, {"lr": float("nan")}, {"coupling": 0.0}, {"steps": 0}, {"steps": 1.5}, {"rows": 0},
+        {"rows": "few"},
         {"weights": "lion"}, {"betas": (1.0, 0.9)}, {"eps": -1.0}, {"momentum": 1.0}, {"codes": "gauss"},
         {"preset": "best"}, {"reduction": "none"}, {"on_nonfinite": "pass"},
     ],

@@ -61,9 +61,7 @@ def imports(path: Path) -> tuple[str, ...]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = (
-                ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
-            )
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             base = ".".join(part for part in (base, node.module) if part)
             for alias in node.names:
                 below = f"{base}.{alias.name}"
@@ -204,8 +202,6 @@ def test_traces_are_recognised(text: str) -> None:
     assert list(findings(text))
 
 
-@pytest.mark.parametrize(
-    "text", ["https://example.org/home/page", "a /root", "../shared/data", "in/work/out"]
-)
+@pytest.mark.parametrize("text", ["https://example.org/home/page", "a /root", "../shared/data", "in/work/out"])
 def test_ordinary_text_is_no_trace(text: str) -> None:
     assert not list(findings(text))

@@ -126,9 +126,7 @@ def test_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", data.NAMES)
-def test_file_with_another_checksum_is_refused(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_with_another_checksum_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in data.SETS[name].folder.files:
         (tmp_path / file.path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file.path).write_bytes(b"something else")
@@ -234,9 +232,7 @@ def test_higgs_csv(tmp_path: Path, generator: torch.Generator) -> None:
     path.write_bytes(gzip.compress(lines.encode()))
     read = formats.higgs_csv([path], rows=(5, 3))
     assert read.y_train.tolist() == [1, 0, 0, 1, 1] and read.y_test.tolist() == [0, 1, 0]
-    assert torch.equal(read.x_train, table[:5, 1:].float()) and torch.equal(
-        read.x_test, table[5:8, 1:].float()
-    )
+    assert torch.equal(read.x_train, table[:5, 1:].float()) and torch.equal(read.x_test, table[5:8, 1:].float())
     with pytest.raises(data.DataCorrupt, match=r"shape \(9, 29\) instead of \(10, 29\)"):
         formats.higgs_csv([path], rows=(5, 5))
     path.write_bytes(gzip.compress(b"1,2\n3,x\n"))

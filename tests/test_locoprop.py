@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import oracle
@@ -37,7 +38,7 @@ def params_of(model: nn.Module) -> dict[str, Tensor]:
 def mlp(*sizes: int, f: Callable[[], nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for i, o in zip(sizes, sizes[1:], strict=False):
+    for i, o in pairwise(sizes):
         layers += [nn.Linear(i, o), f()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -242,7 +243,7 @@ def test_functions_that_are_not_monotone_are_treated_as_s(f: type[nn.Module]) ->
     results = []
     for loss in ("matching", "squared"):
         net = mlp(5, 6, 3, f=f)
-        opt = lw.LocoProp(net, loss=loss, rows="all", lr=1e-3)  # type: ignore[arg-type]
+        opt = lw.LocoProp(net, loss=loss, rows="all", lr=1e-3, momentum=0.99)  # type: ignore[arg-type]
         for _ in range(3):
             opt.step(lambda net=net: F.mse_loss(net(x), F.one_hot(y, 3).double()))
         results.append(params_of(net))
@@ -351,7 +352,9 @@ def test_local_minibatches_read_every_row(n: int) -> None:
 # The closure ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["layer_scale", "reused", "tied_autoencoder", "weight_norm", "residual", "dict_output"])
+@pytest.mark.parametrize(
+    "name", ["layer_scale", "reused", "tied_autoencoder", "weight_norm", "residual", "dict_output"]
+)
 @pytest.mark.parametrize("zero", [False, True], ids=["kept", "zeroed"])
 def test_a_closure_that_calls_backward_gives_the_same_bitwise(name: str, zero: bool) -> None:
     one, two = zoo.case(name).make(), zoo.case(name).make()
@@ -498,7 +501,10 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
 def test_groups_have_their_own_settings() -> None:
     """Each half of a net moves as it does in an optimizer of its own settings."""
     x, y = batch()
-    settings = ({"lr": 1e-3, "gamma": 5.0, "steps": 4}, {"lr": 3e-3, "gamma": 20.0, "steps": 7, "loss": "squared"})
+    settings = (
+        {"lr": 1e-3, "gamma": 5.0, "steps": 4},
+        {"lr": 3e-3, "gamma": 20.0, "steps": 7, "loss": "squared", "momentum": 0.9},
+    )
     net = mlp(5, 4, 3)
     halves = list(net[0].parameters()), net[2].named_parameters()
     groups = [{"params": half, **one} for half, one in zip(halves, settings, strict=True)]
@@ -575,8 +581,8 @@ def test_the_rates_of_a_group_come_back_after_a_step() -> None:
     "wrong",
     [
         {"lr": -1.0}, {"lr": math.nan}, {"lr": math.inf}, {"gamma": 0.0}, {"gamma": math.nan}, {"steps": 0},
-        {"steps": 2.5}, {"rows": 0}, {"rows": 1.5}, {"rows": "some"}, {"decay": 1.0}, {"decay": -0.1}, {"momentum": 1.0},
-        {"eps": -1e-3}, {"loss": "cubic"}, {"preset": "published"}, {"on_nonfinite": "ignore"},
+        {"steps": 2.5}, {"rows": 0}, {"rows": 1.5}, {"rows": "some"}, {"decay": 1.0}, {"decay": -0.1},
+        {"momentum": 1.0}, {"eps": -1e-3}, {"loss": "cubic"}, {"preset": "published"}, {"on_nonfinite": "ignore"},
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:

@@ -175,14 +175,16 @@ def test_the_number_of_skipped_batches_is_state(make: Make) -> None:
 def test_groups_schedulers_and_what_stays(make: Make) -> None:
     net = Net()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    opt = make(net, [{"params": net.conv.parameters(), "lr": 0.0}, {"params": [net.inner.weight, *net.head.parameters()]}])
+    opt = make(
+        net, [{"params": net.conv.parameters(), "lr": 0.0}, {"params": [net.inner.weight, *net.head.parameters()]}]
+    )
     torch.optim.lr_scheduler.LambdaLR(opt, [lambda e: 1.0, lambda e: 0.5])
     opt.add_param_group({"params": net.scale.named_parameters(), "lr": 1e-3})
     for step in range(3):
         opt.step(closure_of(net, step))
     moved = {n for n, p in net.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {"inner.weight", "head.weight", "head.bias", "scale.weight", "scale.bias"}
-    assert [g["lr"] for g in opt.param_groups][0] == 0.0 and opt.param_groups[2]["lr"] == 1e-3
+    assert opt.param_groups[0]["lr"] == 0.0 and opt.param_groups[2]["lr"] == 1e-3
     stranger = nn.Linear(2, 2)
     for params in (list(stranger.parameters()), [net.twice.weight, stranger.bias]):
         with pytest.raises(BadInput, match="not the model's"):
@@ -281,7 +283,15 @@ def poisoned(kind: str) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-KINDS = ("overflowing statistics", "nan input", "inf input", "nan target", "inf target", "overflowing activation", "overflowing gradient")
+KINDS = (
+    "overflowing statistics",
+    "nan input",
+    "inf input",
+    "nan target",
+    "inf target",
+    "overflowing activation",
+    "overflowing gradient",
+)
 
 
 @every

@@ -41,12 +41,8 @@ def test_moments_agree_with_their_definitions(case: Case):
     for name, v in oracle.variance(grads).items():
         assert (v - identity[name]).abs().max() <= 1e-14 * max(float(moment[name].max()), 1e-3)
     norms = oracle.squared_norm(grads)
-    oracle.assert_close(
-        {k: v.sum() for k, v in norms.items()}, {k: m.sum() for k, m in moment.items()}, 1e-12
-    )
-    whole = torch.stack(
-        [torch.cat([g[i].reshape(-1) for g in grads.values()]).square().sum() for i in range(n)]
-    )
+    oracle.assert_close({k: v.sum() for k, v in norms.items()}, {k: m.sum() for k, m in moment.items()}, 1e-12)
+    whole = torch.stack([torch.cat([g[i].reshape(-1) for g in grads.values()]).square().sum() for i in range(n)])
     oracle.assert_close(oracle.total(norms), whole, 1e-12)
     # scale="sample": with h_n = N g_n, M is the mean of h², V the mean of h² less the square of the mean.
     scaled = oracle.second_moment(grads, "sample")
@@ -63,9 +59,7 @@ def test_per_sample_gradient_is_the_gradient_of_a_batch_of_one(name: str):
     grads = oracle.per_sample_grad(made.params, made.terms)
     for n in range(made.n):
         alone = Instance(made.problem, made.spec, made.model, made.x[n : n + 1], made.y[n : n + 1])
-        oracle.assert_close(
-            {k: g[n] for k, g in grads.items()}, oracle.gradient(made.params, alone.loss), 1e-12
-        )
+        oracle.assert_close({k: g[n] for k, g in grads.items()}, oracle.gradient(made.params, alone.loss), 1e-12)
 
 
 # Second order -----------------------------------------------------------------------------------
@@ -217,9 +211,7 @@ def test_kfac_of_one_sample_is_the_ggn():
 
 def test_kfac_conv_reduce_block_is_the_ggn_of_the_bias():
     """The bias sums over positions, so B of sharing="reduce" is its GGN, group by group."""
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 2, groups=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)
-    ).double()
+    model = nn.Sequential(nn.Conv2d(2, 4, 2, groups=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)).double()
     x = torch.randn(3, 2, 3, 3, dtype=torch.float64)
     y = torch.tensor([0, 2, 1])
     ggn = oracle.diag_ggn(oracle.parameters(model), lambda: model(x), lambda z: F.cross_entropy(z, y))

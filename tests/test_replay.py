@@ -134,7 +134,9 @@ def two_into_one() -> Net:
 
 
 PROGRAMS: dict[str, Callable[[], CodedModel]] = {
-    "chain": lambda: coded_of(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)).double()),
+    "chain": lambda: coded_of(
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    ),
     "two codes into one use": lambda: coded_of(two_into_one()),
     "in-place relu and flatten": lambda: coded_of(lenet(), IMAGES),
     "in-place on the logits": lambda: coded_of(
@@ -147,20 +149,20 @@ PROGRAMS: dict[str, Callable[[], CodedModel]] = {
     "reused": lambda: coded_of(Net(lambda m, x: m.b(m.a(m.a(x).tanh()).tanh()), a=nn.Linear(4, 4), b=nn.Linear(4, 3))),
     "transposed and normed weights": lambda: coded_of(
         Net(
-            lambda m, x: m.b(m.c(x @ m.a.weight.T).tanh()), a=nn.Linear(4, 4), b=nn.Linear(5, 3),
+            lambda m, x: m.b(m.c(x @ m.a.weight.T).tanh()),
+            a=nn.Linear(4, 4),
+            b=nn.Linear(5, 3),
             c=nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)),
-        )  # fmt: skip
+        )
     ),
     "chunks": lambda: coded_of(
         Net(lambda m, x: m.b(torch.mul(*m.a(x).chunk(2, -1)).sigmoid()), a=nn.Linear(4, 10), b=nn.Linear(5, 3))
     ),
-    "setitem": lambda: coded_of(
-        Net(lambda m, x: _filled(m.a(x), m.b(x)), a=nn.Linear(4, 2), b=nn.Linear(4, 1))
-    ),
+    "setitem": lambda: coded_of(Net(lambda m, x: _filled(m.a(x), m.b(x)), a=nn.Linear(4, 2), b=nn.Linear(4, 1))),
     "eval norms": lambda: coded_of(
         Net(lambda m, x: m.c(m.b(m.a(x)).relu()), a=nn.Linear(4, 5), b=nn.BatchNorm1d(5), c=nn.Linear(5, 3)).eval()
     ),
-}  # fmt: skip
+}
 
 
 def _filled(a: Tensor, b: Tensor) -> Tensor:
@@ -232,7 +234,9 @@ def test_consumers_of_a_chain_and_of_a_residual_graph() -> None:
     chain = PROGRAMS["chain"]()
     assert chain.consumers([0, 1]) == {0: ([1], False), 1: ([2], True)}
     assert chain.consumers([0, 1, 2]) == {0: ([1], False), 1: ([2], False), 2: ([], True)}
-    net = Net(lambda m, x: (h := m.a(x)) + m.c(m.b(h.relu()).relu()), a=nn.Linear(4, 3), b=nn.Linear(3, 5), c=nn.Linear(5, 3))
+    net = Net(
+        lambda m, x: (h := m.a(x)) + m.c(m.b(h.relu()).relu()), a=nn.Linear(4, 3), b=nn.Linear(3, 5), c=nn.Linear(5, 3)
+    )
     found = coded_of(net).consumers([0, 1, 2])
     assert found == {0: ([1], True), 1: ([2], False), 2: ([], True)}
     assert coded_of(net).consumers([0]) == {0: ([1, 2], True)}
@@ -459,6 +463,18 @@ def test_a_checkpointed_block_that_cannot_be_replayed_is_refused() -> None:
     coded = coded_of(net)
     with pytest.raises(Undefined, match="checkpoints a block"):
         coded.piece(codes_of(coded, [0, 1]), [1], True)
+
+
+def test_a_custom_function_in_a_checkpointed_block_is_refused() -> None:
+    """Its gradient cannot be compared with substitution's, so replay must not serve it on equal values alone."""
+    net = Net(
+        lambda m, x: m.b(checkpoint(lambda h: _Sign.apply(m.a(h)), x, use_reentrant=False)),
+        a=nn.Linear(4, 5), b=nn.Linear(5, 3),
+    )  # fmt: skip
+    coded = coded_of(net)
+    assert not coded.replays([0])
+    with pytest.raises(Undefined, match="checkpoints a block"):
+        coded.piece(codes_of(coded, [0]), [1], True)
 
 
 def test_weights_that_changed_are_read_anew() -> None:

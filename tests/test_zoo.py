@@ -37,9 +37,7 @@ def test_problem_is_tiny_float64_and_the_same_for_the_same_seed(case: Case):
     for a, b, c in zip(one.params.values(), two.params.values(), other.params.values(), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
-    for a, b in zip(
-        tensors_of(one.x) + tensors_of(one.y), tensors_of(two.x) + tensors_of(two.y), strict=True
-    ):
+    for a, b in zip(tensors_of(one.x) + tensors_of(one.y), tensors_of(two.x) + tensors_of(two.y), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(one.loss(), two.loss())
     assert not torch.equal(one.loss(), other.loss())
@@ -113,9 +111,6 @@ def test_program_refused_for_mixing_does_mix(name: str):
     finally:
         F.cross_entropy = original
     touched = torch.stack(
-        [
-            torch.autograd.grad(row.square().sum(), x, retain_graph=True)[0].abs().sum(1) > 1e-12
-            for row in seen[0]
-        ]
+        [torch.autograd.grad(row.square().sum(), x, retain_graph=True)[0].abs().sum(1) > 1e-12 for row in seen[0]]
     )
     assert not torch.equal(touched, torch.eye(len(touched), dtype=torch.bool))

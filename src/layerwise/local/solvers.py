@@ -234,7 +234,7 @@ class _Layer:
         """All rows in equal cuts, by one call for each tensor: slicing costs as much as a small layer's products."""
         count = self.problem.a.shape[0] // rows
         columns = ((None,) * count if x is None else x.split(rows, -2) for x in (self.a, self.y, self.rest, self.g))
-        return list(zip(*columns, strict=True))  # type: ignore[arg-type]
+        return list(zip(*columns, strict=True))
 
     def _delta(self, a: Tensor, y: Tensor, rest: Tensor | None, scratch: Tensor) -> Tensor:
         """`f(W a + b) − target` of some rows, in scratch."""

@@ -49,7 +49,8 @@ class LocoProp(LayerLocal):
         loss = opt.step(lambda: F.cross_entropy(model(x), y))
 
     model: an nn.Module, or a mapping of names to tensors. params: as for any torch optimizer, with names
-    (`model.named_parameters()` or groups of it); default all. loss: "matching" or "squared". gamma: γ, against the
+    (`model.named_parameters()` or groups of it); default all. loss: "matching" or "squared"; lr and momentum default to
+    5e-5 and 0.99 with the first, to the published 1e-5 and 0.999 with the second. gamma: γ, against the
     gradient of the loss as written. steps: T. rows: rows for each local step: a number, "all", or "auto" for R/T,
     rounded up, with the matching loss (all T steps then read the batch once) and all with the squared one. preset:
     "published-M" or "published-S" for exactly the published settings; other arguments override it.
