@@ -43,8 +43,10 @@ def _figure(width: float, height: float, columns: int) -> tuple[Figure, list[Axe
 
 
 def _plain_log(axis: Any) -> None:
-    """A log axis with ticks at 1, 2, 5 and plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    """A log axis with plain numbers at 1, 2, 5, and at more places where the data span little."""
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high > 8 * low else (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -21,8 +21,9 @@ _BUILD: dict[Callable[..., Any], Callable[[Call, Sequence[Tensor]], list[Slot | 
     func: family.slots for family in (elementwise, norm, embedding, conv, contraction) for func in family.FUNCTIONS
 }
 
-_ATTENTION = "attention with its projections inside one torch call"
-_RECURRENT = "a recurrent layer with its weights inside one torch call"
+_ADVICE = "; write it with linear layers, or freeze its parameters"
+_ATTENTION = "attention with its projections inside one torch call" + _ADVICE
+_RECURRENT = "a recurrent layer with its weights inside one torch call" + _ADVICE
 _REFUSED: dict[Callable[..., Any], str] = {F.multi_head_attention_forward: _ATTENTION}
 for _name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd"):
     if hasattr(torch, _name):
