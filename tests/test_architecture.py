@@ -22,7 +22,7 @@ LEVELS = (
     {"errors"},
     {"ops", "losses"},
     {"calls", "uses", "tape", "coverage", "pull", "samples", "program", "replay"},
-    {"cotangents", "contract", "rows", "gradients"},
+    {"cotangents", "contract", "rows", "memory", "gradients"},
     {"operators"},
     {"quantities"},
     {"observe", "seen"},

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from layerwise import memory
 from layerwise.errors import BadInput
 from layerwise.ops.base import Rows
 from layerwise.rows import concat, dims, flatten_samples, keys, merged_index, narrow
@@ -85,7 +86,7 @@ def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
         d[:, :, 0].mT.view(v, n * i, o).zero_().index_add_(1, keys(rows.a, i), rows.g.reshape(v, n * t, o))
     else:
         if out is None or not out.is_contiguous():
-            d = rows.g.new_empty(v, n, k, o, i)
+            d = memory.empty((v, n, k, o, i), rows.g)
         else:
             d = out
         for w in range(v):
