@@ -13,21 +13,30 @@ Scaling is `scale="loss"` unless said otherwise: g_n is the gradient of term n, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor, nn
 
 __all__ = [
     "assert_close",
+    "clipped_grad",
     "diag_ggn",
     "diag_hessian",
+    "ggn",
     "gradient",
+    "hessian",
     "kfac_factors",
+    "noise_scale",
+    "pairwise_dot",
     "parameters",
     "per_sample_grad",
+    "plain_operations",
     "second_moment",
+    "sketch",
     "squared_norm",
     "total",
     "unfold",
@@ -102,6 +111,48 @@ def variance(grads: Mapping[str, Tensor], scale: str = "loss") -> Named:
     }
 
 
+def pairwise_dot(grads: Mapping[str, Tensor]) -> Named:
+    """<g_n, g_m> per parameter, `[N,N]`, one pair at a time."""
+    return {name: torch.stack([torch.stack([(a * b).sum() for b in g]) for a in g]) for name, g in grads.items()}
+
+
+def noise_scale(grads: Mapping[str, Tensor], factor: float) -> dict[str, Named]:
+    """Unbiased estimates from h_n = factor * g_n: "noise", the trace of the sample covariance of h, and "signal",
+    the mean of <h_n, h_m> over pairs of different samples; "snr" is mean(h)² over the elementwise sample variance.
+    """
+    found: dict[str, Named] = {"noise": {}, "signal": {}, "snr": {}}
+    for name, g in grads.items():
+        h = [factor * row for row in g]
+        mean = sum(h) / len(h)
+        variance = sum((row - mean) ** 2 for row in h) / (len(h) - 1)
+        pairs = [(a * b).sum() for i, a in enumerate(h) for j, b in enumerate(h) if i != j]
+        found["noise"][name] = variance.sum()
+        found["signal"][name] = sum(pairs) / len(pairs)
+        found["snr"][name] = mean**2 / variance
+    return found
+
+
+def clipped_grad(grads: Mapping[str, Tensor], max_norm: float, factor: float = 1.0) -> tuple[Named, Tensor]:
+    """sum_n min(1, C / |factor g_n|) g_n, with the norm over all parameters, and these norms `[N]`."""
+    out = {name: torch.zeros_like(g[0]) for name, g in grads.items()}
+    norms = []
+    for n in range(len(next(iter(grads.values())))):
+        norm = torch.cat([factor * g[n].reshape(-1) for g in grads.values()]).norm()
+        weight = 1.0 if norm <= max_norm else max_norm / norm
+        for name, g in grads.items():
+            out[name] += weight * g[n]
+        norms.append(norm)
+    return out, torch.stack(norms)
+
+
+def sketch(grads: Mapping[str, Tensor], matrices: Mapping[str, Tensor]) -> Named:
+    """<R_j, g_n> per parameter, `[N, dim]`, for projections `[dim, *shape]` given as dense tensors."""
+    return {
+        name: torch.stack([torch.stack([(row * r).sum() for r in matrices[name]]) for row in g])
+        for name, g in grads.items()
+    }
+
+
 # Second order -----------------------------------------------------------------------------------
 
 
@@ -171,6 +222,50 @@ def diag_hessian(params: Mapping[str, Tensor], loss: Callable[[], Tensor]) -> Na
     return out
 
 
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Attention and weight norm by their formulas: of torch's own, one has no second derivative, one a wrong one."""
+    fused = torch._weight_norm
+    torch._weight_norm = _weight_norm
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch._weight_norm = fused
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`torch._weight_norm` by its formula."""
+    other = [axis for axis in range(v.dim()) if axis != dim]
+    return g * v / (v * v).sum(other, keepdim=True).sqrt()
+
+
+def _sizes(params: Mapping[str, Tensor]) -> list[int]:
+    return [p.numel() for p in params.values()]
+
+
+def hessian(params: Mapping[str, Tensor], loss: Callable[[], Tensor]) -> Tensor:
+    """The Hessian of the loss over all parameters, flat in their order: `[P, P]`, one row at a time."""
+    leaves = list(params.values())
+    grads = torch.autograd.grad(loss(), leaves, create_graph=True, allow_unused=True)
+    rows = torch.zeros(sum(_sizes(params)), sum(_sizes(params)), dtype=torch.float64)
+    start = 0
+    for p, grad in zip(leaves, grads, strict=True):
+        if grad is not None and grad.requires_grad:
+            for i, g in enumerate(grad.reshape(-1)):
+                rows[start + i] = torch.cat([row.reshape(-1) for row in _pull(g, params)])
+        start += p.numel()
+    return rows
+
+
+def ggn(params: Mapping[str, Tensor], logits: Callable[[], Outputs], loss_of: Callable[[Any], Tensor]) -> Tensor:
+    """JᵀHJ over all parameters, flat in their order: `[P, P]`."""
+    z = logits()
+    leaf, shaped = _leaf(z)
+    jac = torch.cat(_jacobian(_flat(z), params), dim=1)
+    return jac.T @ _hessian(loss_of(shaped), leaf) @ jac
+
+
 # Kronecker factors ------------------------------------------------------------------------------
 
 
@@ -213,7 +308,8 @@ def kfac_factors(
     loss_of: Callable[[Any], Tensor],
     *,
     sharing: str = "expand",
-    axis: int = 0,
+    axis: int | Mapping[str, int] = 0,
+    joint: bool = False,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The exact Kronecker factors (A, B) `[K,I,I], [K,O,O]` of every nn.Linear and nn.Conv weight.
 
@@ -221,7 +317,9 @@ def kfac_factors(
     all logits by the layer's output at (n, t) and H the Hessian of the loss in the logits; this is
     the sum over v of s sᵀ for any root of H, and the expectation of sampled K-FAC's B.
     reduce: a is averaged and J summed over t first. A module called several times: its calls are
-    further positions t. `axis` is the sample axis of the Linear layers' inputs. K is 1 but for groups.
+    further positions t. `axis` is the sample axis of the Linear layers' inputs (or of those that
+    are not 0, by module name). K is 1 but for groups.
+    joint: a layer with a bias has the constant 1 as its last input.
     """
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -242,8 +340,11 @@ def kfac_factors(
             handle.remove()
     leaf, shaped = _leaf(z)
     hessian = _hessian(loss_of(shaped), leaf)
+    axes = dict.fromkeys(calls, axis) if isinstance(axis, int) else {name: axis.get(name, 0) for name in calls}
     return {
-        f"{name}.weight" if name else "weight": _factors(layers[name], kept, _flat(z), hessian, sharing, axis)
+        f"{name}.weight" if name else "weight": _factors(
+            layers[name], kept, _flat(z), hessian, sharing, axes[name], joint
+        )
         for name, kept in calls.items()
     }
 
@@ -255,9 +356,12 @@ def _factors(
     hessian: Tensor,
     sharing: str,
     axis: int,
+    joint: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(A, B) of one layer from its kept inputs and outputs, the flat logits and the loss Hessian."""
     a = torch.cat([_rows_in(layer, x, axis) for x, _ in kept], dim=1)
+    if joint and layer.bias is not None:
+        a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
     columns = [_pull(element, {str(i): out for i, (_, out) in enumerate(kept)}) for element in z]
     j = torch.stack([torch.cat([_rows_out(layer, g, axis) for g in gs], dim=1) for gs in columns])
     if sharing == "reduce":

@@ -21,11 +21,11 @@ PACKAGE = SRC / "layerwise"
 LEVELS = (
     {"errors"},
     {"ops", "losses"},
-    {"calls", "uses", "tape", "coverage", "pull", "samples", "program", "replay"},
-    {"cotangents", "contract", "rows", "memory", "gradients"},
+    {"calls", "uses", "tape", "coverage", "pull", "samples", "program", "replay", "likelihoods", "products"},
+    {"cotangents", "contract", "rows", "memory", "projection", "gradients", "gather"},
     {"operators"},
     {"quantities"},
-    {"observe", "seen"},
+    {"observe", "seen", "accumulate"},
     {"local"},
     {"optim"},
     {""},  # the table of contents, `layerwise/__init__.py`

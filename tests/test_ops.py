@@ -799,13 +799,10 @@ def test_calls_of_ordinary_models_are_known(name: str) -> None:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: nn.MultiheadAttention(6, 2)(*(torch.randn(4, 3, 6),) * 3),
-        lambda: nn.LSTM(6, 3)(torch.randn(4, 2, 6)),
-        lambda: nn.GRU(6, 3)(torch.randn(4, 2, 6)),
-        lambda: nn.RNN(6, 3, nonlinearity="relu")(torch.randn(4, 2, 6)),
-        lambda: nn.LSTMCell(6, 3)(torch.randn(4, 6)),
-        lambda: nn.GRUCell(6, 3)(torch.randn(4, 6)),
-        lambda: nn.RNNCell(6, 3)(torch.randn(4, 6)),
+        lambda: nn.LSTM(6, 3)(nn.utils.rnn.pack_sequence([torch.randn(4, 6)])),
+        lambda: torch._native_multi_head_attention(
+            *[torch.randn(4, 3, 6)] * 3, 6, 2, torch.randn(18, 6), torch.randn(18), torch.randn(6, 6), torch.randn(6)
+        ),
         lambda: nn.Embedding(5, 3, max_norm=1.0)(torch.tensor([1])),
         lambda: nn.EmbeddingBag(5, 3, max_norm=1.0)(torch.tensor([[1]])),
     ],

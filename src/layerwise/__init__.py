@@ -1,17 +1,28 @@
 """Layerwise: more than the gradient, and learning layer by layer, from one run of a PyTorch model."""
 
 from layerwise import errors, optim
+from layerwise.accumulate import accumulate
 from layerwise.observe import observe
-from layerwise.operators.kronecker import Kronecker
+from layerwise.operators.curvature import GGN, Hessian
+from layerwise.operators.kronecker import EigenKronecker, Kronecker
 from layerwise.optim.altmin import AltMin
 from layerwise.optim.locoprop import LocoProp
 from layerwise.quantities import (
+    EKFAC,
     KFAC,
+    KFLR,
     ByParameter,
+    ClippedGrad,
     DiagGGN,
+    DiagHessian,
+    FisherDiag,
+    NoiseScale,
+    PairwiseDot,
     PerSampleGrad,
     Quantity,
     SecondMoment,
+    Sketch,
+    SqrtGGN,
     SquaredNorm,
     Variance,
 )
@@ -19,17 +30,30 @@ from layerwise.quantities import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
+    "GGN",
     "KFAC",
+    "KFLR",
     "AltMin",
     "ByParameter",
+    "ClippedGrad",
     "DiagGGN",
+    "DiagHessian",
+    "EigenKronecker",
+    "FisherDiag",
+    "Hessian",
     "Kronecker",
     "LocoProp",
+    "NoiseScale",
+    "PairwiseDot",
     "PerSampleGrad",
     "Quantity",
     "SecondMoment",
+    "Sketch",
+    "SqrtGGN",
     "SquaredNorm",
     "Variance",
+    "accumulate",
     "errors",
     "observe",
     "optim",

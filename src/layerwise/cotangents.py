@@ -16,7 +16,7 @@ from torch import Tensor
 from layerwise.losses import Likelihood
 from layerwise.ops.base import Samples
 
-__all__ = ["Cotangent", "Exact", "Gradient", "Sampled"]
+__all__ = ["Cotangent", "Exact", "Gradient", "Sampled", "Second", "default_generator"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Gradient:
 @dataclass(frozen=True)
 class Exact:
     """All columns of the exact root: `(C-1)·P` for C classes and P loss terms a sample."""
+
+    def count(self, loss: Likelihood, rows: Samples) -> int:
+        """The number of columns of one loss."""
+        position = _positions(loss, rows)
+        return max(1, loss.columns) * (int(position.max()) + 1 if position.numel() else 0)
 
     def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
@@ -58,16 +63,25 @@ class Sampled:
     draws: int
     generator: torch.Generator | None = None
 
+    def count(self, loss: Likelihood, rows: Samples) -> int:
+        """The number of columns of one loss."""
+        return self.draws
+
     def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
-        generator = self.generator if self.generator is not None else _default_generator(loss.logits.device)
+        generator = self.generator if self.generator is not None else default_generator(loss.logits.device)
         yield from loss.sample(self.draws, generator).split(chunk)
 
 
-Cotangent = Gradient | Exact | Sampled
+@dataclass(frozen=True)
+class Second:
+    """None of our choice: the quantity differentiates the gradient itself, in `compute_graph`."""
 
 
-def _default_generator(device: torch.device) -> torch.Generator:
+Cotangent = Gradient | Exact | Sampled | Second
+
+
+def default_generator(device: torch.device) -> torch.Generator:
     """Torch's own generator of a device."""
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

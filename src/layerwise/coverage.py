@@ -18,7 +18,7 @@ from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
 from layerwise.tape import Tape
 from layerwise.uses import LossUse, Use
 
-__all__ = ["Graph", "prove"]
+__all__ = ["Graph", "known_losses", "prove"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,15 @@ def prove(tape: Tape, total: Tensor, weight: Tensor | None = None, need_loss: bo
         roots = [loss.logits.node for loss in reached_losses]
     reached = _walk_to_uses(roots, names, use_at, tape.spent)
     return Graph(total, weight, sorted(reached, key=lambda u: u.index), reached_losses)
+
+
+def known_losses(tape: Tape, total: Tensor) -> Graph:
+    """The losses that `total` is made of, where every path to a parameter passes through one; no uses.
+
+    What is below the losses need not be known. Raises UnknownLoss, UncoveredUse or Undefined as `prove`.
+    """
+    names = {id(p): name for name, p in tape.parameters.items()}
+    return Graph(total, None, [], _walk_to_losses(tape, total, names, _by_node(tape.uses)))
 
 
 def _by_node(uses: list[Use]) -> dict[Any, list[Use]]:
@@ -147,8 +156,9 @@ def _enters(name: str) -> str:
 def _uncovered(name: str, via: str, why: str) -> str:
     return (
         f"parameter {name!r} is reached from the loss through the autograd node {via}, and {why}. Custom "
-        "autograd Functions, scripted blocks and forwards outside the context are invisible: run the forward "
-        "inside the context, write the block with torch calls, or freeze the parameter"
+        "autograd Functions, scripted blocks and forwards outside the context are invisible, and a batch made inside "
+        "it by torch.eye, ones or arange counts as a constant: make the batch outside, run the forward inside, write "
+        "the block with torch calls, or freeze the parameter"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise import contract
+from layerwise import contract, projection
 from layerwise.errors import Undefined
 from layerwise.ops.base import Rows, Samples, Slot
 from layerwise.pull import pull
@@ -29,11 +29,15 @@ Map = Callable[[Tensor], Tensor]
 
 
 class Matrix(NamedTuple):
-    """How a parameter is a matrix `[K,O,I]`; bias: where its inputs are the constant 1. Holds no data."""
+    """How a parameter is a matrix `[K,O,I]`. Holds no data.
+
+    bias: where its inputs are the constant 1. partner: the bias that all its uses add to its rows, where known.
+    """
 
     fold: Map
     matrix: Map
     bias: bool
+    partner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Part:
     """What one use gives to one parameter: rows with maps to the parameter's shape, or per-sample gradients.
 
     fold: `[..., K,O,I]` -> `[..., *shape]`; matrix: its inverse. dense: `[V,N,*shape]`.
+    carried: whether it came back through a graph of parameters, which a backward pass frees.
     """
 
     use: Use
@@ -50,6 +55,7 @@ class Part:
     matrix: Map | None = None
     dense: Tensor | None = None
     view: tuple[Map, Map] | None = None
+    carried: bool = False
 
     def without_data(self) -> Matrix:
         """The maps to the parameter's shape and back, free of the batch and of the graph."""
@@ -102,6 +108,16 @@ class ParameterGradient:
         layouts = [p.matrix(elements) for p in self.parts if p.matrix is not None]
         return all(torch.equal(layouts[0], other) for other in layouts[1:])
 
+    def layout(self, partner: bool = False) -> Matrix | None:
+        """How the parameter is a matrix, or None; partner: look for the bias of its uses as well."""
+        if self.joined is None:
+            return None
+        layout = self.joined.without_data()
+        if not partner:
+            return layout
+        names = {_bias_of(part) for part in self.parts}
+        return layout._replace(partner=names.pop() if len(names) == 1 else None)
+
     def per_sample(self, start: int = 0, stop: int | None = None) -> Tensor:
         """`[V,n,*shape]`: the gradient of each sample from `start` to `stop`, summed over uses."""
         parts = [self.joined] if self.joined is not None else self.parts
@@ -120,8 +136,7 @@ class ParameterGradient:
 
     def _in_chunks(self) -> Iterator[Tensor]:
         """`per_sample` a few samples at a time, so that `[N, P]` is never held."""
-        n = self.parts[0].samples
-        each = max(1, _CHUNK // max(1, self.shape.numel()))
+        n, each = self.parts[0].samples, self._each()
         for start in range(0, n, each):
             yield self.per_sample(start, start + each)
 
@@ -154,6 +169,86 @@ class ParameterGradient:
         norms = [g.reshape(*g.shape[:2], -1).square().sum(2) for g in self._in_chunks()]
         return torch.cat(norms, 1) if norms else self._zeros((1, 0))
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and on the device of the gradient."""
+        return self._zeros(())
+
+    def squares(self) -> Tensor:
+        """`[N,*shape]`: sum over v of the squared per-sample gradient, one cotangent at a time."""
+        total: Tensor | None = None
+        for column in self._columns():
+            value = column.per_sample()[0]
+            total = value.square() if total is None else total.addcmul_(value, value)
+        return self._zeros((self.parts[0].samples, *self.shape)) if total is None else total
+
+    def _columns(self) -> Iterator[ParameterGradient]:
+        """The same gradient for each cotangent alone."""
+
+        def alone(part: Part, v: int) -> Part:
+            if part.rows is None:
+                assert part.dense is not None
+                return replace(part, dense=part.dense[v : v + 1])
+            return replace(part, rows=Rows(part.rows.a, part.rows.g[v : v + 1], part.rows.size_in))
+
+        parts = [self.joined] if self.joined is not None else self.parts
+        held = parts[0].dense if parts[0].rows is None else parts[0].rows.g
+        assert held is not None
+        for v in range(len(held)):
+            yield ParameterGradient(self.name, self.shape, [alone(p, v) for p in parts], self.column + v)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """`[*shape]`: sum over v and n of the per-sample gradient times `weights` `[V,N]`."""
+        part = self.joined
+        if part is not None and part.rows is not None and part.fold is not None:
+            return part.fold(contract.weighted_sum(part.rows, weights))
+        total, start = self._zeros(self.shape), 0
+        for g in self._in_chunks():
+            w = weights[:, start : start + g.shape[1]].to(g.dtype)
+            total = total + torch.tensordot(w, g, 2)
+            start += g.shape[1]
+        return total
+
+    def pairwise_dot(self) -> Tensor:
+        """`[V,N,N]`: inner products of the per-sample gradients."""
+        part = self.joined
+        if part is not None and part.rows is not None:
+            return contract.pairwise_dot(part.rows)
+        n, each = self.parts[0].samples, self._each()
+        blocks = [slice(low, min(n, low + each)) for low in range(0, n, each)]
+        result: Tensor | None = None
+        for p, here in enumerate(blocks):
+            x = self._vectors(here)
+            if result is None:
+                result = x.new_zeros(len(x), n, n)
+            for there in blocks[: p + 1]:
+                y = x if there == here else self._vectors(there)
+                result[:, here, there] = x @ y.mT
+                result[:, there, here] = result[:, here, there].mT.clone()
+        return self._zeros((1, 0, 0)) if result is None else result
+
+    def sketch(self, left: Tensor, right: Tensor) -> Tensor:
+        """`[V,N,J]`: inner products with the rank-one matrices `left[j] right[j]^T` of shape `[R,C]`, R·C = numel.
+
+        left: `[J,R]`; right: `[J,C]`. The parameter's elements count in its own order, whatever the layout of its uses.
+        """
+        part = self.joined
+        if part is not None and part.rows is not None and part.matrix is not None:
+            factors = projection.in_layout(left, right, part.matrix, self.shape)
+            if factors is not None:
+                return projection.project_rows(part.rows, *factors)
+        chunks = [projection.project_vectors(g.reshape(*g.shape[:2], -1), left, right) for g in self._in_chunks()]
+        return torch.cat(chunks, 1) if chunks else self._zeros((1, 0, len(left)))
+
+    def _vectors(self, where: slice) -> Tensor:
+        """`[V,n,P]`."""
+        g = self.per_sample(where.start, where.stop)
+        return g.reshape(*g.shape[:2], -1)
+
+    def _each(self) -> int:
+        """How many samples' gradients are held at once."""
+        return max(1, _CHUNK // max(1, self.shape.numel()))
+
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         first = self.parts[0]
         like = first.dense if first.rows is None else first.rows.g
@@ -183,6 +278,27 @@ def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None) -> list[t
             )
         found += _carried(tape, use, slot.used, sorted(derived.names), slot.dense(g, samples))
     return found
+
+
+def _bias_of(part: Part) -> str | None:
+    """The parameter that a use adds to each output row of a weight: `Z = W A + b`; None where there is none.
+
+    Proved on the numbers of the output's places: both slots must lay them out as the same rows.
+    """
+    if part.slot is None or part.rows is None or part.rows.a is None:
+        return None
+    places = torch.arange(part.use.call.out_shape.numel(), device=part.rows.g.device)
+    places = places.to(part.rows.g.dtype).reshape(1, *part.use.call.out_shape)
+    for derived, slot in zip(part.use.used, part.use.slots, strict=True):
+        if not slot.bias or not slot.factored or not derived.tensor.is_leaf:
+            continue
+        elements = torch.arange(slot.used.numel()).reshape(slot.used.shape)
+        if not torch.equal(slot.matrix(elements).flatten(), elements.flatten()):
+            continue
+        mine, its = (s.output(places, None)[0].flatten(0, 1).flatten(1) for s in (part.slot, slot))
+        if mine.shape == its.shape and torch.equal(mine[mine[:, 0].argsort()], its[its[:, 0].argsort()]):
+            return next(iter(derived.names))
+    return None
 
 
 def _maps(slot: Slot, view: tuple[Map, Map]) -> tuple[Map, Map]:
@@ -222,7 +338,7 @@ def _carried(tape: Tape, use: Use, used: Tensor, names: list[str], dense: Tensor
     parts = []
     for name, leaf, value in zip(names, leaves, carried, strict=True):
         value = flat.new_zeros(len(flat), *leaf.shape) if value is None else value
-        parts.append((name, Part(use, dense=value.to(leaf.dtype).unflatten(0, lead))))
+        parts.append((name, Part(use, dense=value.to(leaf.dtype).unflatten(0, lead), carried=True)))
     return parts
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.cotangents import Cotangent, Exact, Gradient
+from layerwise.cotangents import Cotangent, Exact, Gradient, Second
 from layerwise.coverage import Graph, prove
-from layerwise.errors import BadInput, NonFinite, UncoveredUse, Undefined, UnknownLoss
+from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, UncoveredUse, Undefined
+from layerwise.gather import Gather
 from layerwise.gradients import Matrix, ParameterGradient, Part, parts_of
-from layerwise.losses import Likelihood, likelihood
+from layerwise.likelihoods import likelihoods
+from layerwise.losses import Likelihood
+from layerwise.products import SecondOrder
 from layerwise.pull import accumulated, alone, hooked, pull
 from layerwise.quantities.base import Quantity, positive
 from layerwise.samples import Layout, measure
@@ -62,6 +65,7 @@ class observe:
         self._scale = scale
         self._tape: Tape | None = None
         self._seen: Seen | None = None
+        self._second_order: SecondOrder | None = None
 
     def __enter__(self) -> Seen:
         if self._tape is not None:
@@ -69,11 +73,17 @@ class observe:
         self._tape = Tape(self._model, self._on_backward)
         self._seen = Seen(self._quantities, self._scale, list(self._tape.parameters))
         self._tape.__enter__()
+        if any(isinstance(q.cotangent, Second) for q in self._quantities):
+            self._second_order = SecondOrder()
+            self._second_order.__enter__()
         return self._seen
 
     def __exit__(self, *exc: Any) -> None:
         assert self._tape is not None
         tape, self._tape, self._seen = self._tape, None, None  # the results live on alone
+        if self._second_order is not None:
+            self._second_order.__exit__(*exc)
+            self._second_order = None
         tape.__exit__(*exc)
         tape.clear()
 
@@ -113,18 +123,24 @@ class _Pass:
         self, tape: Tape, graph: Graph, quantities: Sequence[Quantity], model: Any, samples: int | None, scale: str
     ) -> None:
         self.tape, self.graph, self.quantities = tape, graph, quantities
-        self.likelihoods = _likelihoods(graph)
+        self.likelihoods = likelihoods(graph)
         self._check_scale(scale)
+        for q in quantities:
+            q.check_losses(self.likelihoods)
         self.layout: Layout | None = None
+        self._measured = model, samples
         if any(q.needs_samples for q in quantities) or any(type(q.cotangent) is Exact for q in quantities):
             self.layout = measure(tape, graph, model, samples)
         self.batch = Batch(self._samples(samples), _terms(self.likelihoods))
+        self.union = self.batch.union(scale)
         self.context: dict[str, Matrix] = {}
         self.streams = [i for i, q in enumerate(quantities) if isinstance(q.cotangent, Gradient)]
         self._values: dict[int, Values] = {i: {} for i in range(len(quantities))}
-        self._expected = _uses_of(tape, graph)
-        self._waiting: dict[str, list[Part]] = {}
+        self._stacks: dict[int, dict[str, list[tuple[Tensor, ...]]]] = {}  # of quantities that keep columns apart
+        self._gather = Gather(tape, graph.uses)
         self._received: set[int] = set()
+        self._again = [i for i in self.streams if quantities[i].revisits]
+        self._held: list[tuple[Use, Tensor, list[tuple[str, Part]]]] = []  # all cotangents, for a second stage
 
     def _check_scale(self, scale: str) -> None:
         means = {lik.mean for lik in self.likelihoods}
@@ -150,15 +166,37 @@ class _Pass:
         """Send the columns that the quantities ask for, shared between those that ask for the same."""
         wanted: dict[Cotangent, list[int]] = {}
         for i, q in enumerate(self.quantities):
-            if not isinstance(q.cotangent, Gradient):
+            if isinstance(q.cotangent, Second):
+                self._values[i] = q.compute_graph(self.tape, self.graph, self._known_layout())
+            elif not isinstance(q.cotangent, Gradient):
                 wanted.setdefault(q.cotangent, []).append(i)
         for cotangent, indices in wanted.items():
-            assert not isinstance(cotangent, Gradient)
+            assert not isinstance(cotangent, Gradient | Second)
+            self._check_size(cotangent, indices)
             column = 0
             for loss, edge, rows in self._losses():
                 for stack in cotangent.columns(loss, rows, _chunk_size(self.graph)):
                     self._send(edge, stack, indices, column)
                     column += len(stack)
+        for i, stacks in self._stacks.items():
+            for name in list(stacks):
+                self._values[i][name] = tuple(torch.cat(t, 1) for t in zip(*stacks.pop(name), strict=True))
+
+    def _known_layout(self) -> Layout | None:
+        """The samples' layout, or None where they cannot be told apart."""
+        if self.layout is None:
+            with suppress(SamplesMixed, AmbiguousSamples, BadInput):
+                return measure(self.tape, self.graph, *self._measured)
+        return self.layout
+
+    def _check_size(self, cotangent: Any, indices: Sequence[int]) -> None:
+        """Let the quantities refuse a number of columns before any is sent."""
+        asked = [self.quantities[i] for i in indices if type(self.quantities[i]).check_size is not Quantity.check_size]
+        if asked:
+            count = sum(cotangent.count(loss, rows) for loss, _, rows in self._losses())
+            sizes = {name: self.tape.parameters[name].numel() for name in self.graph.parameters()}
+            for quantity in asked:
+                quantity.check_size(count, self.batch.samples, sizes)
 
     def _losses(self) -> Iterator[tuple[Likelihood, Any, Any]]:
         for k, (use, lik) in enumerate(zip(self.graph.losses, self.likelihoods, strict=True)):
@@ -197,25 +235,47 @@ class _Pass:
 
     def _receive(self, use: Use, g: Tensor) -> None:
         self._received.add(use.index)
-        for name, part in parts_of(self.tape, use, g.detach()[None], self._where(use, True)):
-            self._waiting.setdefault(name, []).append(part)
-        for name in use.names:
-            self._expected[name].discard(use.index)
-            if not self._expected[name]:
-                self._stream(name)
+        g = g.detach()[None]
+        parts = parts_of(self.tape, use, g, self._where(use, True))
+        if self._again:
+            self._held.append((use, g, parts if any(part.carried for _, part in parts) else []))
+        for gradient in self._gather.add(use, parts):
+            for i in self.streams:
+                self._compute(i, gradient)
 
-    def _stream(self, name: str) -> None:
-        found = self._waiting.pop(name)
-        gradient = ParameterGradient(name, self.tape.parameters[name].shape, found)
-        for i in self.streams:
-            self._compute(i, gradient)
+    def _revisit(self) -> None:
+        """The second stage: every gradient once more, from the held cotangents, which are let go on the way."""
+        if not self._again:
+            return
+        first = {i: self._values[i] for i in self._again}
+        surveys = {i: self.quantities[i].survey(first[i], self.union) for i in self._again}
+        for gradient in self._once_more():
+            for i in self._again:
+                if gradient.name in first[i]:
+                    self._values[i][gradient.name] = self.quantities[i].revisit(gradient, surveys[i])
+
+    def _once_more(self) -> Iterator[ParameterGradient]:
+        gather = Gather(self.tape, self.graph.uses)
+        self._held.reverse()
+        while self._held:
+            use, g, parts = self._held.pop()
+            yield from gather.add(use, parts or parts_of(self.tape, use, g, self._where(use, True)))
+        yield from gather.rest()
 
     def _compute(self, i: int, gradient: ParameterGradient) -> None:
-        new = self.quantities[i].compute(gradient)
-        old = self._values[i].get(gradient.name)
-        self._values[i][gradient.name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
-        if self.quantities[i].needs_matrix and gradient.joined is not None:
-            self.context[gradient.name] = gradient.joined.without_data()
+        quantity, name = self.quantities[i], gradient.name
+        new = quantity.compute(gradient)
+        if quantity.stacks:
+            self._stacks.setdefault(i, {}).setdefault(name, []).append(new)
+        else:
+            old = self._values[i].get(name)
+            self._values[i][name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
+        if quantity.needs_matrix:
+            known = self.context.get(name)
+            if known is None or (quantity.needs_partner and known.partner is None and not gradient.column):
+                layout = gradient.layout(quantity.needs_partner)
+                if layout is not None:
+                    self.context[name] = layout
 
     def values(self, reached: Collection[str]) -> dict[int, Values]:
         """The values of all quantities, complete: a use that saw no cotangent counts as zero, or is refused.
@@ -223,11 +283,13 @@ class _Pass:
         reached: the parameters that the backward pass gave a gradient.
         """
         if self.streams:
-            for name in list(self._waiting):
-                self._stream(name)  # some of its uses received no cotangent: they contribute nothing
+            for gradient in self._gather.rest():  # some of its uses received no cotangent: they contribute nothing
+                for i in self.streams:
+                    self._compute(i, gradient)
             if self.tape.partial:  # `inputs=` asks for the gradients of some parameters alone
                 for i in self.streams:
                     self._values[i] = {name: v for name, v in self._values[i].items() if name in reached}
+                self._revisit()
                 return self._values
             missing = [use for use in self.graph.uses if use.index not in self._received]
             alone = {name for use in missing for name in use.names} - set(self._values[self.streams[0]])
@@ -236,6 +298,7 @@ class _Pass:
                     f"the backward pass never reached {missing[0]}, so nothing was recorded for "
                     f"{', '.join(sorted(alone))}: something between it and the loss passes no gradient on"
                 )
+            self._revisit()
         return self._values
 
 
@@ -246,35 +309,6 @@ def _chunk_size(graph: Graph) -> int:
     """Columns sent back at once: as many as the uses' cotangents fit in the cache's neighbourhood."""
     elements = sum(use.call.out_shape.numel() for use in graph.uses)
     return max(1, _COTANGENT_ELEMENTS // max(1, elements))
-
-
-def _uses_of(tape: Tape, graph: Graph) -> dict[str, set[int]]:
-    table: dict[str, set[int]] = {}
-    for use in graph.uses:
-        for name in use.names:
-            table.setdefault(name, set()).add(use.index)
-    return table
-
-
-def _likelihoods(graph: Graph) -> list[Likelihood]:
-    """The losses with the weight that the total gives them; a total that is not linear in them is refused."""
-    if not graph.losses:
-        raise UnknownLoss("the loss depends on the parameters through no call that is known as a loss")
-    values = [loss.value for loss in graph.losses]
-    weight = graph.weight if graph.weight is not None else torch.ones_like(graph.total)
-    with torch.enable_grad():
-        scales = pull([graph.total], [weight], values, create_graph=True)
-    found = []
-    for loss, c in zip(graph.losses, scales, strict=True):
-        if c is None:
-            raise UnknownLoss(f"the total does not depend on its {loss.call.name}")
-        if c.requires_grad:
-            raise UnknownLoss(
-                f"the total is not linear in its {loss.call.name} (a power, a product of losses, or a learned "
-                "weight), so it is no sum over samples; observe the loss itself, times constants"
-            )
-        found.append(likelihood(loss.call, loss.call.logits, c.detach()))
-    return found
 
 
 def _terms(likelihoods: Sequence[Likelihood]) -> tuple[float, ...] | None:

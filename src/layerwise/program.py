@@ -106,6 +106,7 @@ class CodedTape(Tape):
         self._norms = 0
         self._next = -1
         self._use_index: int | None = None
+        self._parts_noted = False
         super().__init__(model, on_backward=lambda tape, total, weight, run: None, keep_outputs=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,7 +120,11 @@ class CodedTape(Tape):
         self.random |= func in RANDOM or name in _RANDOM_METHODS
         self.reads_values |= name in _READS_VALUES
         self._use_index = None
+        self._parts_noted = False
         out = super().__torch_function__(func, types, args, kwargs)
+        if self._parts_noted:
+            self._parts_noted, self._use_index = False, None
+            return out
         if self._given is None:
             self._note_step(func, *again, out)
         elif self._use_index is not None:
@@ -132,6 +137,11 @@ class CodedTape(Tape):
         if len(self.uses) > count:
             self._use_index = count
             self.predictions[count] = out
+        return out
+
+    def _decompose(self, func: Any, args: Any, kwargs: Any, used: Any, data: Any) -> Any:
+        out = super()._decompose(func, args, kwargs, used, data)
+        self._parts_noted = True  # by the calls inside, which are steps of their own
         return out
 
     def _substituted(self, use: int, args: Any, out: Any) -> Any:

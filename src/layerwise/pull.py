@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from layerwise.errors import BadInput
 from layerwise.uses import Use
 
-__all__ = ["accumulated", "alone", "hooked", "pull", "silent"]
+__all__ = ["accumulated", "alone", "backward_arguments", "checkpointed", "hooked", "pull", "silent"]
 
 
 class _State(threading.local):
@@ -67,6 +68,17 @@ def alone(device: str) -> Iterator[None]:
     """Run computations of our own: no torch-function mode of the user sees them, no autocast changes them."""
     with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False):
         yield
+
+
+def checkpointed() -> str | None:
+    """Why a composite call cannot run as its parts here: the forward will run again; None where it can."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+        return None
+    return (
+        "inside torch.utils.checkpoint, whose second run in the backward pass makes the call as a whole, not as its "
+        "parts; run this block without checkpointing while it is observed"
+    )
 
 
 def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -138,3 +150,15 @@ def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Itera
     finally:
         for handle in handles:
             handle.remove()
+
+
+def backward_arguments(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The tensor that a backward pass starts from and its weights."""
+    total = args[0] if args else kwargs.get("tensors", kwargs.get("self"))
+    weight = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
+    if isinstance(total, (list, tuple)):
+        if len(total) != 1:
+            raise BadInput(f"asked to observe a backward pass from {len(total)} tensors at once; add them up first")
+        total = total[0]
+        weight = weight[0] if isinstance(weight, (list, tuple)) else weight
+    return total, weight

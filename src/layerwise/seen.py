@@ -24,24 +24,32 @@ class Batch:
     samples: int
     terms: tuple[float, ...] | None
 
+    def union(self, scale: str) -> Union:
+        """The batch as a union of one."""
+        return Union(self.samples, self.terms is not None, scale, 1.0 if self.terms is None else self.terms[0])
+
 
 class Joined:
     """Values of several batches as those of the union's loss, in memory that does not grow with them.
 
     The union of mean losses weighs batch b by terms_b / sum(terms), so a value of power p is joined as
     `sum_b terms_b^p value_b / (sum terms)^p`. Sum losses just add. Per-sample values concatenate.
+    concatenate: for all tensors of a parameter, or for each.
     """
 
-    def __init__(self, powers: Sequence[int], concatenate: bool = False) -> None:
+    def __init__(self, powers: Sequence[float], concatenate: bool | Sequence[bool] = False) -> None:
         self.powers = powers
-        self.concatenate = concatenate
+        each = [concatenate] * len(powers) if isinstance(concatenate, bool) else concatenate
+        self.concatenate = tuple(each)
         self._values: dict[str, list[Any]] = {}
         self._weighted = False
 
     def add(self, values: Values, weight: float, first: bool, samples: tuple[int, int] = (0, 0)) -> None:
         """Take the values of one batch; weight: the terms of its mean, or 1; samples: those before and its own."""
         if first:
-            self._values = {k: [[t] if self.concatenate else t for t in v] for k, v in values.items()}
+            self._values = {
+                k: [[t] if c else t for t, c in zip(v, self.concatenate, strict=True)] for k, v in values.items()
+            }
             self._weight = weight
             return
         if not self._weighted:
@@ -50,18 +58,20 @@ class Joined:
         for name, tensors in values.items():
             weighted = [t * weight**p if p and weight != 1 else t for t, p in zip(tensors, self.powers, strict=True)]
             old = self._values.get(name)
-            if old is None:
-                self._values[name] = weighted
-                if self.concatenate:  # the samples before this batch had gradient zero
-                    self._values[name] = [[t.new_zeros(samples[0], *t.shape[1:]), t] for t in weighted]
-            elif self.concatenate:
-                for o, new in zip(old, weighted, strict=True):
-                    o.append(new)
-            else:
-                self._values[name] = [o + new for o, new in zip(old, weighted, strict=True)]
-        if self.concatenate:  # a parameter that this batch did not use: its samples have gradient zero
-            for name in self._values.keys() - values.keys():
-                for o in self._values[name]:
+            if old is None:  # the samples before this batch had gradient zero
+                self._values[name] = [
+                    [t.new_zeros(samples[0], *t.shape[1:]), t] if c else t
+                    for t, c in zip(weighted, self.concatenate, strict=True)
+                ]
+                continue
+            for i, new in enumerate(weighted):
+                if self.concatenate[i]:
+                    old[i].append(new)
+                else:
+                    old[i] = old[i] + new
+        for name in self._values.keys() - values.keys():  # this batch did not use it: its samples' gradient is zero
+            for o, concatenate in zip(self._values[name], self.concatenate, strict=True):
+                if concatenate:
                     o.append(o[0].new_zeros(samples[1], *o[0].shape[1:]))
 
     def _scale(self, factor: float) -> None:
@@ -69,18 +79,30 @@ class Joined:
             for i, p in enumerate(self.powers):
                 if p and factor != 1:
                     old = tensors[i]
-                    tensors[i] = [t * factor**p for t in old] if self.concatenate else old * factor**p
+                    tensors[i] = [t * factor**p for t in old] if self.concatenate[i] else old * factor**p
 
     def finish(self, total: float) -> Values:
         """The values of the union; total: the sum of the weights."""
         done: Values = {}
         for name, tensors in self._values.items():
             out = []
-            for t, p in zip(tensors, self.powers, strict=True):
-                value = (t[0] if len(t) == 1 else torch.cat(t)) if self.concatenate else t
+            for t, p, concatenate in zip(tensors, self.powers, self.concatenate, strict=True):
+                value = (t[0] if len(t) == 1 else torch.cat(_aligned(t))) if concatenate else t
                 out.append(value / total**p if self._weighted and p and total != 1 else value)
             done[name] = tuple(out)
         return done
+
+
+def _aligned(parts: list[Tensor]) -> list[Tensor]:
+    """The batches' values with as many columns each (dim 1): missing ones are zero.
+
+    Only the columns of roots differ between batches, with the number of loss terms a sample.
+    """
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) == 1:
+        return parts
+    most = max(part.shape[1] for part in parts)
+    return [torch.cat([p, p.new_zeros(len(p), most - p.shape[1], *p.shape[2:])], 1) for p in parts]
 
 
 class Seen:
@@ -151,7 +173,7 @@ class Seen:
         quantity = self._quantities[i]
         self._require(quantity.name)
         if i not in self._results:
-            union = Union(self._samples, self._terms is not None, self._scale)
+            union = Batch(self._samples, self._terms).union(self._scale)
             values = self._ordered(self._joined[i].finish(self._total()))
             self._results[i] = quantity.finish(values, union, Context(self._context, self.grad))
         return self._results[i]
@@ -185,3 +207,5 @@ class Seen:
                 f"two observed backward passes have no loss in common: the means run over {old} terms so far and "
                 f"{new} now (None: a sum); use the same loss, or observe them in two contexts"
             )
+        for quantity in self._quantities:
+            quantity.check_union(Batch(self._samples, old).union(self._scale), batch.union(self._scale))

@@ -1,6 +1,7 @@
 """The tape: a record of every call in which a parameter meets data.
 
-`Tape` is a `TorchFunctionMode` around the user's own forward. It changes no value, installs no hook and
+`Tape` is a `TorchFunctionMode` around the user's own forward. It changes no value (but for the rounding of
+composite calls, attention and recurrent layers, which run as their parts), installs no hook and
 writes nothing onto modules or parameters. For each torch call that touches a parameter (or a tensor
 derived from parameters only) and some data it keeps a `Use`: the call with its data detached, and the
 gradient edge of its output, where cotangents can later be asked for.
@@ -26,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
 from layerwise.calls import ASSEMBLE, BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, RANDOM
-from layerwise.errors import BadInput, UnsupportedCall
+from layerwise.errors import UnsupportedCall
 from layerwise.ops.base import Call
-from layerwise.pull import silent
+from layerwise.pull import backward_arguments, checkpointed, silent
 from layerwise.uses import Derived, LossUse, Use, bad_call, describe_func, named_parameters_of
 
 __all__ = ["RANDOM", "Tape"]
@@ -135,7 +136,8 @@ class Tape(TorchFunctionMode):
             return self._gradients(func, args, kwargs)
         used, data, tensors = self._sort(args, kwargs)
         if used and data and torch.is_grad_enabled() and getattr(func, "__name__", "") != "__get__":
-            return self._use(func, args, kwargs, used, data)
+            run = self._use if ops.decomposition(func) is None else self._decompose
+            return run(func, args, kwargs, used, data)
         if func in LOG_SOFTMAX and data and data[0].requires_grad:
             return self._log_softmax_call(func, args, kwargs, data[0])
         out = func(*args, **kwargs)
@@ -253,10 +255,7 @@ class Tape(TorchFunctionMode):
 
     def _use(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
         """Run and record a call in which parameters meet data."""
-        reason = ops.refused(func, args, kwargs)
-        if reason is not None:
-            names = sorted(set().union(*(d.names for d in used)))
-            raise UnsupportedCall(f"{describe_func(func)} uses the parameters {', '.join(names)}: {reason}")
+        self._refuse(ops.refused(func, args, kwargs), func, used)
         if used[0].tensor.is_meta != data[0].is_meta:  # torch runs some calls across these two
             raise bad_call(func, used, data)
         batch = self._batch_of(data[0])
@@ -290,6 +289,25 @@ class Tape(TorchFunctionMode):
             self._outputs[id(result)] = use
             self.calls.append(result.shape)
         return out
+
+    def _decompose(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
+        """Run a composite function as its parts, under this mode again, so that each is recorded.
+
+        Values and `.grad` are the composite's up to rounding.
+        """
+        self._refuse(ops.refused(func, args, kwargs) or checkpointed(), func, used)
+        parts = ops.decomposition(func)
+        assert parts is not None
+        TorchFunctionMode.__enter__(self)  # the mode alone: recording has begun already
+        try:
+            return parts(*args, **kwargs)
+        finally:
+            TorchFunctionMode.__exit__(self, None, None, None)
+
+    def _refuse(self, reason: str | None, func: Any, used: list[Derived]) -> None:
+        if reason is not None:
+            names = sorted(set().union(*(d.names for d in used)))
+            raise UnsupportedCall(f"{describe_func(func)} uses the parameters {', '.join(names)}: {reason}")
 
     def _keep(self, args: Any, kwargs: Any, clone: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments to hold: data detached (cloned where the call overwrites it), parameters as they are."""
@@ -341,7 +359,7 @@ class Tape(TorchFunctionMode):
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Hand the user's backward pass to the handler."""
-        total, weight = _backward_arguments(func, args, kwargs)
+        total, weight = backward_arguments(func, args, kwargs)
         options = dict(zip(OPTIONS[func], args, strict=False)) | kwargs
         self.partial = options.get("inputs") is not None
         retain = options.get("retain_graph")
@@ -360,15 +378,3 @@ def _tensors(out: Any) -> Iterable[Tensor]:
     if isinstance(out, _LISTS):
         return [t for t in out if isinstance(t, Tensor)]
     return ()
-
-
-def _backward_arguments(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """The tensor that a backward pass starts from and its weights."""
-    total = args[0] if args else kwargs.get("tensors", kwargs.get("self"))
-    weight = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
-    if isinstance(total, _LISTS):
-        if len(total) != 1:
-            raise BadInput(f"asked to observe a backward pass from {len(total)} tensors at once; add them up first")
-        total = total[0]
-        weight = weight[0] if isinstance(weight, _LISTS) else weight
-    return total, weight

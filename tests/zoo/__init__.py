@@ -5,7 +5,7 @@
         case.loss()                       # the loss as a user writes it
         case.params, case.terms, case.logits, case.loss_of, case.terms_of   # for the oracle
 
-To add a model: a decorated builder in `layers`, `convolutions`, `weights` or `programs`. It then
+To add a model: a decorated builder in `layers`, `convolutions`, `weights`, `programs` or `sequence`. It then
 meets every table test.
 """
 
@@ -19,6 +19,7 @@ from .losses import LOSSES, Loss
 from .problem import Case, Functional, Instance, Problem
 from .programs import PROGRAMS
 from .refused import REFUSED, Refused
+from .sequence import SEQUENCE
 from .weights import WEIGHTS
 
 __all__ = [
@@ -35,8 +36,8 @@ __all__ = [
     "cases",
 ]
 
-PROBLEMS = {problem.name: problem for problem in (*LAYERS, *CONVOLUTIONS, *WEIGHTS, *PROGRAMS)}
-assert len(PROBLEMS) == len(LAYERS + CONVOLUTIONS + WEIGHTS + PROGRAMS), "two models of the zoo share a name"
+PROBLEMS = {problem.name: problem for problem in (*LAYERS, *CONVOLUTIONS, *WEIGHTS, *PROGRAMS, *SEQUENCE)}
+assert len(PROBLEMS) == len(LAYERS + CONVOLUTIONS + WEIGHTS + PROGRAMS + SEQUENCE), "two models of the zoo share a name"
 
 
 def cases(exclude: Collection[str] = (), first_loss_only: bool = False) -> list[Case]:

@@ -172,21 +172,24 @@ def _product(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(z, y) * F.l1_loss(z, y)
 
 
-# Layers that a later version decomposes ---------------------------------------------------------
+# Composite calls -------------------------------------------------------------------------------
 
 
-def _multihead() -> nn.Module:
+def _packed() -> nn.Module:
+    def forward(m, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 3, 2, 1]), batch_first=True)
+        return m.head(m.cell(packed)[1][0])
+
+    return Apply(forward, cell=nn.GRU(4, 3, batch_first=True), head=nn.Linear(3, 3))
+
+
+def _checkpointed() -> nn.Module:
+    """The second run of the block, in the backward pass, would not be that of the first."""
     return Apply(
-        lambda m, x: m.head(m.attend(x, x, x, need_weights=False)[0].mean(1)),
-        attend=nn.MultiheadAttention(4, 2, batch_first=True), head=nn.Linear(4, 3),
+        lambda m, x: m.head(checkpoint(m.cell, m.first(x), use_reentrant=False)[1][0]),
+        first=nn.Linear(4, 4), cell=nn.GRU(4, 3, batch_first=True), head=nn.Linear(3, 3),
     )  # fmt: skip
 
-
-def _lstm() -> nn.Module:
-    return Apply(lambda m, x: m.head(m.cell(x)[0][:, -1]), cell=nn.LSTM(4, 3, batch_first=True), head=nn.Linear(3, 3))
-
-
-_LATER = frozenset({"later"})
 
 REFUSED = [
     Refused("batch_norm_train", _batch_norm, "SamplesMixed", train=True),
@@ -212,6 +215,6 @@ REFUSED = [
     Refused("loss_half_by_hand", _mlp, "UnknownLoss", _half_by_hand, target="mse_mean"),
     Refused("loss_squared", _mlp, "UnknownLoss", _squared),
     Refused("loss_product", _mlp, "UnknownLoss", _product, target="mse_mean"),
-    Refused("multihead_attention", _multihead, "UnsupportedCall", inputs=floats(4, 3, 4), tags=_LATER),
-    Refused("lstm", _lstm, "UnsupportedCall", inputs=floats(4, 3, 4), tags=_LATER),
+    Refused("packed_sequence", _packed, "UnsupportedCall", inputs=floats(4, 3, 4)),
+    Refused("checkpointed_recurrent", _checkpointed, "UnsupportedCall", inputs=floats(4, 3, 4)),
 ]

@@ -10,27 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import UnsupportedCall
-from layerwise.ops import contraction, conv, elementwise, embedding, norm
+from layerwise.ops import attention, contraction, conv, elementwise, embedding, norm, recurrent
 from layerwise.ops.arguments import any_complex, writes_first
 from layerwise.ops.base import Call, Rows, Samples, Slot
 from layerwise.ops.opaque import OpaqueSlot
 
-__all__ = ["Call", "Rows", "Samples", "Slot", "is_known", "refused", "slots", "writes_first"]
+__all__ = ["Call", "Rows", "Samples", "Slot", "decomposition", "is_known", "refused", "slots", "writes_first"]
 
 _BUILD: dict[Callable[..., Any], Callable[[Call, Sequence[Tensor]], list[Slot | None]]] = {
     func: family.slots for family in (elementwise, norm, embedding, conv, contraction) for func in family.FUNCTIONS
 }
 
-_ADVICE = "; write it with linear layers, or freeze its parameters"
-_ATTENTION = "attention with its projections inside one torch call" + _ADVICE
-_RECURRENT = "a recurrent layer with its weights inside one torch call" + _ADVICE
-_REFUSED: dict[Callable[..., Any], str] = {F.multi_head_attention_forward: _ATTENTION}
-for _name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd"):
-    if hasattr(torch, _name):
-        _REFUSED[getattr(torch, _name)] = _ATTENTION
-for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-    _REFUSED[getattr(torch, _name)] = _RECURRENT
-    _REFUSED[getattr(torch, _name + "_cell")] = _RECURRENT
+_DECOMPOSITIONS = {**attention.DECOMPOSITIONS, **recurrent.DECOMPOSITIONS}
+_INFERENCE = {getattr(torch, name, None) for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")}
 
 
 def slots(call: Call, used: Sequence[Tensor]) -> list[Slot]:
@@ -63,9 +55,22 @@ def refused(func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[s
 
     The text completes "layerwise does not decompose ...".
     """
-    reason = _REFUSED.get(func)
-    if reason is None and (func is F.embedding or func is F.embedding_bag):
-        max_norm = (kwargs or {}).get("max_norm", args[3] if len(args) > 3 else None)
+    kwargs = kwargs or {}
+    if func in _DECOMPOSITIONS:
+        family = attention if func in attention.DECOMPOSITIONS else recurrent
+        return family.refused(args, kwargs)
+    if func in _INFERENCE:
+        return "attention by a call meant for inference; call F.multi_head_attention_forward, or freeze its parameters"
+    if func is F.embedding or func is F.embedding_bag:
+        max_norm = kwargs.get("max_norm", args[3] if len(args) > 3 else None)
         if max_norm is not None:
             return "a table with max_norm, which rescales the parameter itself during the forward"
-    return reason
+    return None
+
+
+def decomposition(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A function of the same arguments that does by plain calls what a composite function hides; None for others.
+
+    Its values and derivatives equal the composite's up to rounding, not bitwise.
+    """
+    return _DECOMPOSITIONS.get(func)

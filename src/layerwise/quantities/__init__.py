@@ -1,17 +1,34 @@
 """Quantities: functions of what came in and what came back at each use of a parameter."""
 
 from layerwise.quantities.base import ByParameter, Quantity
+from layerwise.quantities.clipped import ClippedGrad
 from layerwise.quantities.diag_ggn import DiagGGN
+from layerwise.quantities.diag_hessian import DiagHessian
+from layerwise.quantities.dots import PairwiseDot
+from layerwise.quantities.ekfac import EKFAC
 from layerwise.quantities.first_order import PerSampleGrad, SecondMoment, SquaredNorm, Variance
-from layerwise.quantities.kronecker import KFAC
+from layerwise.quantities.fisher import FisherDiag
+from layerwise.quantities.kronecker import KFAC, KFLR
+from layerwise.quantities.noise import NoiseScale
+from layerwise.quantities.sketch import Sketch
+from layerwise.quantities.sqrt_ggn import SqrtGGN
 
 __all__ = [
+    "EKFAC",
     "KFAC",
+    "KFLR",
     "ByParameter",
+    "ClippedGrad",
     "DiagGGN",
+    "DiagHessian",
+    "FisherDiag",
+    "NoiseScale",
+    "PairwiseDot",
     "PerSampleGrad",
     "Quantity",
     "SecondMoment",
+    "Sketch",
+    "SqrtGGN",
     "SquaredNorm",
     "Variance",
 ]

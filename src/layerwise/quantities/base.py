@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,19 +11,27 @@ import torch
 from torch import Tensor
 
 from layerwise.cotangents import Cotangent, Gradient
+from layerwise.coverage import Graph
 from layerwise.errors import BadInput, NoBackward
 from layerwise.gradients import Matrix, ParameterGradient
+from layerwise.losses import Likelihood
+from layerwise.samples import Layout
+from layerwise.tape import Tape
 
 __all__ = ["ByParameter", "Context", "Quantity", "Union"]
 
 
 @dataclass(frozen=True)
 class Union:
-    """The batches that a result covers: their samples, whether their losses are means, and the scale asked for."""
+    """The batches that a result covers: their samples, whether their losses are means, and the scale asked for.
+
+    terms: the denominator of the mean (of the first one, where several are added), or 1.
+    """
 
     samples: int
     mean: bool
     scale: str
+    terms: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,18 +47,52 @@ class Quantity:
 
     cotangent: what is sent back. needs_samples: whether the samples must be told apart.
     powers: for each tensor that `compute` returns, how it scales with the loss (gradient 1, square 2).
-    concatenate: results of several batches are concatenated along samples instead of added.
+    concatenate: results of several batches are concatenated along samples instead of added; one answer, or one
+        for each tensor.
+    stacks: results of several stacks of cotangents are concatenated along dim 1 instead of added.
     needs_matrix: whether `finish` reads how parameters are laid out as matrices.
+    needs_partner: whether it also reads which bias belongs to which weight.
+    revisits: whether a quantity of the gradient has a second stage in each batch: `compute` sees every parameter,
+        `survey` the values of all, and `revisit` sees every parameter once more and gives the final tensors. Between
+        the stages the cotangents of all uses are held beside the inputs that the tape holds anyway, and the
+        per-sample gradients of parameters that reach their uses through a derived tensor.
     """
 
     cotangent: Cotangent = Gradient()
-    needs_samples: ClassVar[bool] = True
-    powers: ClassVar[tuple[int, ...]] = (2,)
-    concatenate: ClassVar[bool] = False
+    needs_samples: bool = True
+    powers: tuple[float, ...] = (2,)
+    concatenate: bool | tuple[bool, ...] = False
+    stacks: ClassVar[bool] = False
     needs_matrix: ClassVar[bool] = False
+    needs_partner: bool = False
+    revisits: ClassVar[bool] = False
+
+    def check_losses(self, losses: Sequence[Likelihood]) -> None:
+        """Raise Undefined where the quantity does not exist for these losses; called before anything is sent."""
+
+    def check_union(self, seen: Union, batch: Union) -> None:
+        """Raise Undefined where the batches seen so far and a further one have no result in common."""
+
+    def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
+        """Refuse, before any work, what would not fit: called with V, N and the elements of each parameter."""
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """The quantity's tensors for one parameter and one stack of cotangents."""
+        raise NotImplementedError
+
+    def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:
+        """The quantity's tensors by parameter, from a graph that can be differentiated twice (cotangent `Second`).
+
+        layout: None where the samples cannot be told apart.
+        """
+        raise NotImplementedError
+
+    def survey(self, values: Mapping[str, tuple[Tensor, ...]], batch: Union) -> Any:
+        """What the second stage needs, from the first stage's values of all parameters in one batch."""
+        raise NotImplementedError
+
+    def revisit(self, gradient: ParameterGradient, survey: Any) -> tuple[Tensor, ...]:
+        """The quantity's tensors for one parameter, in the second stage."""
         raise NotImplementedError
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> Any:

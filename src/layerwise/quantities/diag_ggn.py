@@ -18,19 +18,24 @@ class DiagGGN(Quantity):
     diag(sum_n J_n^T H_n J_n), `[*shape]`, with J the Jacobian of the outputs and H the Hessian of the loss
     with respect to them. `samples=None` sends all root columns back and is exact; `samples=k` sends k
     sampled ones and is unbiased (for a likelihood loss, the sampled Fisher's diagonal).
+    `per_sample=True`: diag(J_n^T H_n J_n) for each sample, `[N, *shape]`, which sum to the former; memory N·P.
     Raises UnknownLoss, SamplesMixed, or Undefined (a loss without a root).
     Source: Schraudolph (2002); Dangel et al. (2020), eq. 19.
     """
 
     powers = (1,)
 
-    def __init__(self, samples: int | None = None, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, samples: int | None = None, generator: torch.Generator | None = None, per_sample: bool = False
+    ) -> None:
         self.samples = positive("DiagGGN's samples", samples)
+        self.per_sample = self.concatenate = per_sample
         self.cotangent = Exact() if samples is None else Sampled(samples, generator)
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
-        """`[*shape]`."""
-        return (gradient.second_moment(),)
+        """`[*shape]`, or `[N, *shape]`."""
+        return (gradient.squares() if self.per_sample else gradient.second_moment(),)
 
     def __repr__(self) -> str:
-        return f"DiagGGN(samples={self.samples})" if self.samples else "DiagGGN()"
+        given = [f"samples={self.samples}"] if self.samples else []
+        return f"DiagGGN({', '.join([*given, *(['per_sample=True'] if self.per_sample else [])])})"

@@ -13,10 +13,10 @@ from torch import Tensor
 from layerwise.gradients import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 
-__all__ = ["PerSampleGrad", "SecondMoment", "SquaredNorm", "Variance"]
+__all__ = ["PerSampleGrad", "SecondMoment", "SquaredNorm", "Variance", "sample_factor"]
 
 
-def _sample_factor(union: Union) -> float:
+def sample_factor(union: Union) -> float:
     """What turns g_n into the gradient of the sample's own loss: N for a mean, or 1."""
     return union.samples if union.scale == "sample" and union.mean else 1.0
 
@@ -38,7 +38,7 @@ class PerSampleGrad(Quantity):
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
         """Keyed by parameter."""
-        factor = _sample_factor(union)
+        factor = sample_factor(union)
         return ByParameter({k: v[0] * factor if factor != 1 else v[0] for k, v in values.items()})
 
 
@@ -58,7 +58,7 @@ class SquaredNorm(Quantity):
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
         """Keyed by parameter; the total is the squared norm over all parameters, `[N]`."""
-        factor = _sample_factor(union) ** 2
+        factor = sample_factor(union) ** 2
         norms = {k: v[0] * factor if factor != 1 else v[0] for k, v in values.items()}
         total = sum(norms.values()) if norms else None
         return ByParameter(norms, total)  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ class Variance(Quantity):
         result = {}
         for name, (moment,) in values.items():
             total = context.gradient[name]
-            factor = _sample_factor(union)  # in one new tensor: fresh memory costs more than arithmetic
+            factor = sample_factor(union)  # in one new tensor: fresh memory costs more than arithmetic
             variance = moment * (factor**2 / union.samples)
             variance.addcmul_(total, total, value=-((factor / union.samples) ** 2)).clamp_(min=0)
             result[name] = variance if union.samples > 1 else variance.zero_()
@@ -107,4 +107,4 @@ class Variance(Quantity):
 def _moment(moment: Tensor, union: Union) -> Tensor:
     if union.scale == "loss":
         return moment
-    return moment * (_sample_factor(union) ** 2 / union.samples)
+    return moment * (sample_factor(union) ** 2 / union.samples)

@@ -1,0 +1,112 @@
+"""`accumulate`: quantities of a whole data set, streamed over its batches."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import _pop_mode_temporarily
+
+from layerwise.errors import BadInput
+from layerwise.observe import observe
+from layerwise.quantities.base import Quantity
+from layerwise.seen import Seen
+from layerwise.uses import named_parameters_of
+
+__all__ = ["accumulate"]
+
+_END = object()
+
+
+def accumulate(
+    model: nn.Module | Mapping[str, Tensor],
+    loss_fn: Callable[..., Tensor],
+    loader: Iterable[Any],
+    *quantities: Quantity,
+    samples: int | None = None,
+    scale: str = "loss",
+    progress: bool = False,
+) -> Seen:
+    """Quantities of the loss of a whole data set, from one pass over its batches.
+
+        seen = accumulate(model, F.cross_entropy, loader, Variance(), KFAC())
+        seen.variance["conv1.weight"], seen.grad["conv1.weight"]
+
+    The result is that of one `observe` over the whole set as one batch, up to rounding: a mean runs over all
+    samples, whatever the sizes of the batches. `.grad` of all parameters is afterwards what it was before, also
+    after an error; modes (`eval`, `train`) and buffers are left to the model. The memory is that of one batch, of
+    the results, and of a gradient; per-sample results grow with the data set.
+
+    loss_fn: of a module and batches `(x, y)` (a tuple or list of two), called as `loss_fn(model(x), y)`. For any
+    other batch, and for a functional model, called as `loss_fn(batch)`: it runs the model itself.
+    samples, scale: as for `observe`; samples is the number in every batch, by default dim 0 of the batch.
+    progress: show a bar (with rich, where it is installed), or a line on standard error.
+    Raises BadInput (no batch, or batches whose losses have no union), and what `observe` raises.
+    """
+    parameters = named_parameters_of(model)
+    before = {name: p.grad for name, p in parameters.items()}
+    count = 0
+    try:
+        with observe(model, *quantities, samples=samples, scale=scale) as seen:
+            batches = iter(_shown(loader) if progress else loader)
+            while (batch := _next(batches)) is not _END:
+                for p in parameters.values():
+                    p.grad = None
+                _loss(model, loss_fn, batch).backward()
+                count += 1
+    finally:
+        for name, p in parameters.items():
+            p.grad = before[name]
+    if not count:
+        raise BadInput(
+            "asked to accumulate over a loader that gave no batch; an iterator can be used up: make a new one"
+        )
+    return seen
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """The next batch, made outside the record: what a loader computes is data, however it comes about."""
+    with _pop_mode_temporarily():
+        return next(batches, _END)
+
+
+def _loss(model: Any, loss_fn: Callable[..., Tensor], batch: Any) -> Tensor:
+    if isinstance(model, nn.Module) and isinstance(batch, (tuple, list)) and len(batch) == 2:
+        x, y = batch
+        loss = loss_fn(model(x), y)
+    else:
+        loss = loss_fn(batch)
+    if not isinstance(loss, Tensor) or loss.dim():
+        seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise BadInput(f"accumulate's loss_fn must return a loss of one number, got {seen}")
+    return loss
+
+
+def _shown(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches, with a progress bar or line beside them."""
+    total = len(loader) if isinstance(loader, Sized) else None
+    try:
+        rich = importlib.import_module("rich.progress")
+    except ImportError:
+        yield from _lines(loader, total)
+        return
+    columns = rich.Progress.get_default_columns()
+    with rich.Progress(*columns, rich.MofNCompleteColumn(), console=_console()) as bar:
+        yield from bar.track(loader, total=total, description="accumulate")
+
+
+def _console() -> Any:
+    return importlib.import_module("rich.console").Console(stderr=True)
+
+
+def _lines(loader: Iterable[Any], total: int | None) -> Iterator[Any]:
+    """One line on standard error, rewritten after every batch."""
+    of = "" if total is None else f" of {total}"
+    for done, batch in enumerate(loader, 1):
+        yield batch
+        sys.stderr.write(f"\raccumulate: {done}{of} batches")
+        sys.stderr.flush()
+    sys.stderr.write("\n")

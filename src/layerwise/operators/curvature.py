@@ -1,0 +1,262 @@
+"""Curvature matrices of a model's loss as operators: known by their products, never built unless asked.
+
+The closure runs once, when the operator is made; its graph is kept, so products are those of the parameters
+as they were then. Attention runs by its formula, since torch's fused kernels have no second derivative.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.coverage import known_losses
+from layerwise.errors import BadInput, NonFinite
+from layerwise.likelihoods import likelihoods
+from layerwise.operators.diagonal import check_names
+from layerwise.products import GaussNewtonProducts, HessianProducts, Products, SecondOrder
+from layerwise.tape import Tape
+
+__all__ = ["GGN", "CurvatureOperator", "Hessian"]
+
+_STACK_ELEMENTS = 2**22  # of directions sent through the graph together
+_DENSE_BYTES = 2**32
+
+
+class CurvatureOperator:
+    """Base of `GGN` and `Hessian`: a symmetric matrix over all trainable parameters of a model.
+
+    names: the parameters, in the model's order, flattened one after the other in the flat form.
+    shape: `(P, P)` for P parameter elements.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        closure: Callable[[], Tensor],
+        blocks: Literal["parameter"] | None = None,
+    ) -> None:
+        if blocks not in (None, "parameter"):
+            raise BadInput(f'{self._asked}: blocks is {blocks!r}; give None (the whole matrix) or "parameter"')
+        if not callable(closure):
+            raise BadInput(f"{self._asked}: asked for a closure that returns the loss, got {type(closure).__name__}")
+        tape = Tape(model, self._refuse_backward)
+        self._parameters = dict(tape.parameters)
+        if not self._parameters:
+            raise BadInput(f"{self._asked}: the model has no parameter that requires grad")
+        self.blocks = blocks
+        with torch.enable_grad(), tape, SecondOrder():
+            total = closure()
+        self._check_total(total)
+        device = total.device.type
+        with torch.autocast(device, enabled=False):
+            self._products = self._make(tape, total)
+        self._state = [_state(p) for p in self._parameters.values()]
+        tape.clear()
+
+    def _make(self, tape: Tape, total: Tensor) -> Products:
+        raise NotImplementedError
+
+    @property
+    def _asked(self) -> str:
+        return type(self).__name__
+
+    def _refuse_backward(self, *_: Any) -> Any:
+        raise BadInput(f"{self._asked}: the closure called backward; it must return the loss and leave the graph")
+
+    def _check_total(self, total: Any) -> None:
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            seen = f"a tensor of shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+            raise BadInput(f"{self._asked}: the closure must return the loss, one number; it returned {seen}")
+        if not total.requires_grad:
+            raise BadInput(
+                f"{self._asked}: the loss depends on no parameter; was it detached, or computed under no_grad?"
+            )
+        if not bool(torch.isfinite(total).all()):
+            raise NonFinite(f"{self._asked}: the closure's loss is {total.detach().tolist()}")
+
+    # -- what it is ------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the parameters, in the order of the flat form."""
+        return list(self._parameters)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(P, P)`."""
+        size = sum(p.numel() for p in self._parameters.values())
+        return size, size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that holds all parameters: that of flat results."""
+        found = [p.dtype for p in self._parameters.values()]
+        result = found[0]
+        for dtype in found[1:]:
+            result = torch.promote_types(result, dtype)
+        return result
+
+    def __repr__(self) -> str:
+        blocks = "" if self.blocks is None else f", blocks={self.blocks!r}"
+        return f"{self._asked}(shape={self.shape}, parameters={len(self._parameters)}{blocks})"
+
+    # -- products --------------------------------------------------------------------------------------
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def __matmul__(self, other: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        """The product with one direction or a stack of m.
+
+        A vector `[P]` gives `[P]` and a matrix `[P, m]` gives `[P, m]`. A mapping of all names to `[*shape]`, or
+        to `[m, *shape]` (all of them), gives a dict of the same shapes.
+        Raises: `BadInput` for names, shapes or types that do not fit; `Undefined` where the graph holds an
+        operation without a second derivative, or a loss without a Hessian.
+        """
+        if isinstance(other, Tensor):
+            return self._flat(other)
+        if isinstance(other, Mapping):
+            return self._named(other)
+        raise BadInput(f"{self._asked} @: got {type(other).__name__}; give a tensor [P], [P, m], or a dict of them")
+
+    def _flat(self, v: Tensor) -> Tensor:
+        size = self.shape[0]
+        if v.dim() not in (1, 2) or v.shape[0] != size or not v.is_floating_point():
+            raise BadInput(
+                f"{self._asked} @: got {v.dtype} {tuple(v.shape)}; expected floats [{size}] or [{size}, m], or a dict"
+            )
+        stack = v.unsqueeze(1) if v.dim() == 1 else v
+        sizes = [p.numel() for p in self._parameters.values()]
+        parts = [
+            part.T.reshape(stack.shape[1], *p.shape).to(p)
+            for part, p in zip(stack.detach().split(sizes), self._parameters.values(), strict=True)
+        ]
+        rows = [row.reshape(len(row), n).T.to(v) for row, n in zip(self._apply(parts), sizes, strict=True)]
+        result = torch.cat(rows)
+        return result[:, 0] if v.dim() == 1 else result
+
+    def _named(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_names(f"{self._asked} @", self._parameters, other)
+        counts = set()
+        for name, p in self._parameters.items():
+            v = other[name]
+            lead = v.dim() - p.dim()
+            if not v.is_floating_point() or lead not in (0, 1) or v.shape[lead:] != p.shape:
+                raise BadInput(
+                    f"{self._asked} @: {name!r} is {v.dtype} {tuple(v.shape)}; expected floats {list(p.shape)}, or "
+                    f"[m, *{list(p.shape)}] for a stack"
+                )
+            counts.add(None if lead == 0 else v.shape[0])
+        if len(counts) > 1:
+            raise BadInput(f"{self._asked} @: the directions are stacks of {counts} (None: one); give all alike")
+        single = counts == {None}
+        parts = [
+            (other[name].unsqueeze(0) if single else other[name]).detach().to(p) for name, p in self._parameters.items()
+        ]
+        rows = dict(zip(self._parameters, self._apply(parts), strict=True))
+        return {name: (rows[name][0] if single else rows[name]) for name in other}
+
+    def _apply(self, stack: list[Tensor]) -> list[Tensor]:
+        """The product with a stack of directions `[m, *shape]`, a few at a time."""
+        if self._state != [_state(p) for p in self._parameters.values()]:
+            raise BadInput(f"{self._asked} @: the parameters have changed since it was made; make the operator again")
+        count = len(stack[0])
+        if not count:
+            return stack
+        each = max(1, _STACK_ELEMENTS // max(1, self.shape[0]))
+        chunks = [self._one([s[start : start + each] for s in stack]) for start in range(0, count, each)]
+        return [torch.cat(rows) for rows in zip(*chunks, strict=True)]
+
+    def _one(self, stack: list[Tensor]) -> list[Tensor]:
+        device = stack[0].device.type
+        with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False):
+            if self.blocks is None:
+                return self._products.apply(stack, range(len(stack)))
+            rows = []
+            for i, part in enumerate(stack):
+                only: list[Tensor | None] = [None] * len(stack)
+                only[i] = part
+                rows += self._products.apply(only, [i])
+            return rows
+
+    # -- other forms -----------------------------------------------------------------------------------
+
+    def to_dense(self) -> Tensor:
+        """The matrix, `[P, P]` in the flat order, by P products.
+
+        Raises: `BadInput` for a matrix of more than 4 GiB.
+        """
+        size = self.shape[0]
+        if size * size * self.dtype.itemsize > _DENSE_BYTES:
+            raise BadInput(f"{self._asked}.to_dense: {self.shape} elements of {self.dtype} are more than 4 GiB")
+        first = next(iter(self._parameters.values()))
+        return self @ torch.eye(size, dtype=self.dtype, device=first.device)
+
+    def to_scipy(self) -> Any:
+        """The matrix as a `scipy.sparse.linalg.LinearOperator`, for its solvers and eigenvalues.
+
+        Raises: `BadInput` where scipy is not installed.
+        """
+        try:
+            linalg = importlib.import_module("scipy.sparse.linalg")
+        except ImportError as error:
+            raise BadInput(f"{self._asked}.to_scipy needs scipy, which cannot be imported: {error}") from error
+        first = next(iter(self._parameters.values()))
+
+        def product(v: Any) -> Any:
+            x = torch.as_tensor(v).to(dtype=self.dtype, device=first.device)
+            return (self @ (x.reshape(-1) if x.dim() == 2 and x.shape[1] == 1 else x)).cpu().numpy().reshape(v.shape)
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return linalg.LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=dtype)
+
+
+def _state(p: Tensor) -> tuple[Any, ...]:
+    """What changes with a parameter's values."""
+    return p.data_ptr(), p._version, p.dtype, p.device
+
+
+class Hessian(CurvatureOperator):
+    """The Hessian of the loss that a closure returns.
+
+    H = d²L / dtheta², `[P, P]`; `blocks="parameter"`: only its diagonal blocks, one for each parameter. Any graph
+    that torch can differentiate twice will do, whatever the loss and however it uses the parameters.
+
+        H = lw.Hessian(model, lambda: F.cross_entropy(model(x), y))
+        H @ v
+
+    The closure runs once, with attention by its formula (fused kernels have no second derivative).
+    Units: those of the loss over parameter units squared, with the loss's own reduction.
+    Raises: `BadInput`, `NonFinite`, `Undefined` (an operation without a second derivative).
+    Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+    """
+
+    def _make(self, tape: Tape, total: Tensor) -> Products:
+        return HessianProducts.of(total, None, list(self._parameters.values()))
+
+
+class GGN(CurvatureOperator):
+    """The generalized Gauss-Newton matrix of the loss that a closure returns.
+
+    G = J^T H_L J, `[P, P]`, with J the Jacobian of what the losses receive by the parameters, and H_L the Hessian of
+    the total loss in it, all weights included; `blocks="parameter"`: only its diagonal blocks. For likelihood
+    losses it is the Fisher matrix. The loss must be made of calls that are known as losses; the model may be
+    anything that torch can differentiate twice.
+
+        G = lw.GGN(model, lambda: F.cross_entropy(model(x), y))
+        G @ v
+
+    The closure runs once, with attention by its formula (fused kernels have no second derivative).
+    Raises: `UnknownLoss`, `BadInput`, `NonFinite`, `Undefined` (a parameter inside the loss, a loss without
+    curvature, an operation without a second derivative).
+    Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
+    """
+
+    def _make(self, tape: Tape, total: Tensor) -> Products:
+        graph = known_losses(tape, total)
+        return GaussNewtonProducts(graph.losses, likelihoods(graph), list(self._parameters.values()))

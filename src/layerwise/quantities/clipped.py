@@ -1,0 +1,103 @@
+"""The sum of clipped per-sample gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadInput, NonFinite, Undefined
+from layerwise.gradients import ParameterGradient
+from layerwise.quantities.base import ByParameter, Context, Quantity, Union
+from layerwise.quantities.first_order import sample_factor
+
+__all__ = ["Clipped", "ClippedGrad"]
+
+
+class Clipped(ByParameter):
+    """Clipped gradients by parameter; norms: of each sample's whole gradient before it was clipped, `[N]`."""
+
+    def __init__(self, values: Mapping[str, Tensor], norms: Tensor) -> None:
+        super().__init__(values)
+        self.norms = norms
+
+
+class ClippedGrad(Quantity):
+    """The gradient with every sample's part clipped to a norm over all parameters together (ghost clipping).
+
+    sum_n w_n g_n, `[*shape]` per parameter, in the units of `.grad`, with w_n = min(1, C / |g_n|), C = `max_norm` and
+    |g_n| over all observed parameters. With `scale="sample"` the norm is that of the sample's own loss, |N g_n| for
+    a mean over N, which is what private training clips; the sum is then the mean of the clipped gradients.
+    `.norms`, `[N]`, are the norms that were compared with C.
+
+    Two stages: the norms of all parameters come first, the weighted sums after them. Between the stages the
+    cotangents of all uses are held beside the layers' inputs, the memory of the activations once more, and no
+    `[N,P]`; but for parameters that reach their uses through a derived tensor (a weight norm, LoRA), whose
+    per-sample gradients are held, since the graph to carry them back is gone by then.
+    Several backward passes: a sum loss, or a mean with `scale="sample"` and equally many loss terms a sample in
+    every batch; elsewhere what is clipped would depend on batches to come.
+
+    This clips and no more. A private gradient needs noise scaled to C added to the sum, and an accountant of the
+    privacy spent over all steps.
+    Raises SamplesMixed, NonFinite (a norm), BadInput, or Undefined (batches that have no common scale).
+    Source: Li et al. (2022), section 4 (ghost clipping); Abadi et al. (2016), algorithm 1.
+    """
+
+    powers = (1, 0)
+    concatenate = (False, True)
+    revisits = True
+
+    def __init__(self, max_norm: float) -> None:
+        if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
+            raise BadInput(f"ClippedGrad's max_norm must be a positive number, got {max_norm!r}")
+        self.max_norm = float(max_norm)
+
+    def check_union(self, seen: Union, batch: Union) -> None:
+        """Refuse batches whose samples' gradients depend on the size of the union."""
+        if not seen.mean:
+            return
+        if seen.scale != "sample":
+            raise Undefined(
+                "asked for ClippedGrad of several backward passes from a mean loss: |g_n| would depend on the number "
+                'of samples still to come; use scale="sample" (clips |N g_n|), a sum loss, or one context a batch'
+            )
+        a, b = seen.terms / seen.samples, batch.terms / batch.samples
+        if abs(a - b) > 1e-9 * abs(a):
+            raise Undefined(
+                f"asked for ClippedGrad of several backward passes with {a:g} loss terms a sample so far and {b:g} "
+                "now: in the mean over their union a sample's own loss would change; observe them in two contexts"
+            )
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        """Squared norms, `[N]`."""
+        return (gradient.squared_norm()[0],)
+
+    def survey(self, values: Mapping[str, tuple[Tensor, ...]], batch: Union) -> Any:
+        """The weights `[N]`, and the squared norms of each parameter in the scale of the clipping."""
+        factor = sample_factor(batch) ** 2
+        squares = {name: square * factor for name, (square,) in values.items()}
+        if not squares:
+            return None, squares
+        norms = torch.stack(list(squares.values())).sum(0).sqrt()
+        if not bool(torch.isfinite(norms).all()):
+            raise NonFinite(
+                f"asked for gradients clipped to {self.max_norm:g}, but the gradient of sample "
+                f"{int((~torch.isfinite(norms)).nonzero()[0])} has norm {float(norms[~torch.isfinite(norms)][0])}"
+            )
+        return (self.max_norm / norms).clamp(max=1), squares
+
+    def revisit(self, gradient: ParameterGradient, survey: Any) -> tuple[Tensor, ...]:
+        """The weighted sum `[*shape]`, and the squared norms `[N]`."""
+        weights, squares = survey
+        return gradient.weighted_sum(weights[None]), squares[gradient.name]
+
+    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> Clipped:
+        """Keyed by parameter, with the norms over all of them."""
+        squares = [square for _, square in values.values()]
+        norms = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(union.samples)
+        return Clipped({name: value for name, (value, _) in values.items()}, norms)
+
+    def __repr__(self) -> str:
+        return f"ClippedGrad({self.max_norm:g})"

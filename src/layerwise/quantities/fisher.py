@@ -1,0 +1,69 @@
+"""The diagonals of the true and of the empirical Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise.cotangents import Gradient, Sampled
+from layerwise.errors import BadInput, Undefined
+from layerwise.gradients import ParameterGradient
+from layerwise.losses import Likelihood
+from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive
+
+__all__ = ["FisherDiag"]
+
+
+class FisherDiag(Quantity):
+    """The diagonal of the Fisher information, with labels from the model or from the data, `[*shape]`.
+
+    labels="model": the true Fisher, estimated from `samples` labels drawn from the model's predictive distribution
+    at every loss term; unbiased. Its expectation is the GGN's diagonal, with the loss's weights: the mean over n of
+    E[(d log p / d theta)²] for a mean loss, the sum for a sum; multiplying the loss by c multiplies it by c.
+    labels="data": the empirical Fisher, with the labels of the batch, exact: N sum_n g_n² for a mean over N (the mean
+    of squared gradients of the samples' own losses), sum_n g_n² for a sum; multiplying the loss by c multiplies it
+    by c². A sample's loss terms are added before they are squared. It is no estimate of the former.
+    `scale` changes neither.
+    Raises SamplesMixed, UnknownLoss, or Undefined: for labels="model" where the loss is no negative log-likelihood,
+    for labels="data" where a mean and a sum are added.
+    Source: Martens (2020); Kunstner, Balles and Hennig (2019), eq. 2 and 3.
+    """
+
+    def __init__(self, labels: str = "model", samples: int = 1, generator: torch.Generator | None = None) -> None:
+        if labels not in ("model", "data"):
+            raise BadInput(f'FisherDiag\'s labels must be "model" or "data", got {labels!r}')
+        if positive("FisherDiag's samples", samples) is None:
+            raise BadInput("FisherDiag's samples must be a whole number of at least 1, got None")
+        self.labels, self.samples = labels, samples
+        self.cotangent = Sampled(samples, generator) if labels == "model" else Gradient()
+        self.powers = (1,) if labels == "model" else (2,)
+
+    def check_losses(self, losses: Sequence[Likelihood]) -> None:
+        """Labels can be drawn from likelihoods alone; a sample's own loss is none where a mean and a sum are added."""
+        if self.labels == "data" and len({loss.mean for loss in losses}) > 1:
+            raise Undefined(
+                f"asked for the empirical Fisher's diagonal of a total that adds a mean and a sum "
+                f"({', '.join(loss.call for loss in losses)}), so the weight of a sample's own loss is not one number; "
+                "use the same reduction, or ask for SecondMoment"
+            )
+        for loss in losses:
+            if self.labels == "model" and not loss.canonical:
+                raise Undefined(
+                    f"asked for the true Fisher's diagonal, but {loss.call} is not the negative log-likelihood of a "
+                    "distribution that labels can be drawn from, with the Fisher information as its Hessian; ask for "
+                    'DiagGGN, or FisherDiag(labels="data")'
+                )
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        """`[*shape]`."""
+        return (gradient.second_moment(),)
+
+    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
+        """Keyed by parameter."""
+        factor = union.samples if self.labels == "data" and union.mean else 1
+        return ByParameter({k: v[0] * factor if factor != 1 else v[0] for k, v in values.items()})
+
+    def __repr__(self) -> str:
+        return f"FisherDiag(labels={self.labels!r}" + (f", samples={self.samples})" if self.labels == "model" else ")")

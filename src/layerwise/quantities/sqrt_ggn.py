@@ -1,0 +1,68 @@
+"""The root of the generalized Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from layerwise.cotangents import Exact, Sampled
+from layerwise.errors import BadInput, Undefined
+from layerwise.gradients import ParameterGradient
+from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive
+
+__all__ = ["SqrtGGN"]
+
+
+class SqrtGGN(Quantity):
+    """The root of the generalized Gauss-Newton matrix: its columns, kept apart. Heavy on memory.
+
+    s[v,n] = J_n^T r[v,n], `[V,N,*shape]` per parameter, with r the columns of a root of the Hessian of sample n's
+    loss term in the outputs and J_n their Jacobian. Over the parameters side by side, sum_{v,n} s s^T is the
+    GGN of the loss as written, also across parameters; the Gram matrix of the same columns has its nonzero spectrum.
+    `samples=None` is exact: V = (C-1)·P for C classes and P loss terms a sample (P for an elementwise loss). With
+    `samples=k` there are V = k sampled columns and the sum is unbiased. Several losses put their columns one after
+    the other. Batches join along N; where their V differ, missing columns are zero.
+
+    Memory V·N·P for P parameters, twice that for a moment: a backward pass of more than `max_elements` numbers is
+    refused before it is pulled. Units: square root of the loss per parameter unit.
+    Raises UnknownLoss, SamplesMixed, BadInput, or Undefined (a loss without a root, or above `max_elements`).
+    Source: Dangel, Kunstner and Hennig (2020); Dangel, Tatzel and Hennig (2022).
+    """
+
+    powers: tuple[float, ...] = (0.5,)
+    concatenate = True
+    stacks = True
+
+    def __init__(
+        self, samples: int | None = None, generator: torch.Generator | None = None, max_elements: int = 2**28
+    ) -> None:
+        self.samples = positive("SqrtGGN's samples", samples)
+        if positive("SqrtGGN's max_elements", max_elements) is None:
+            raise BadInput("SqrtGGN's max_elements must be a whole number of at least 1, got None")
+        self.max_elements = max_elements
+        self.cotangent = Exact() if samples is None else Sampled(samples, generator)
+
+    def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
+        """Refuse a root above the cap."""
+        p = sum(sizes.values())
+        if columns * samples * p > self.max_elements:
+            largest = max(sizes, key=lambda name: sizes[name])
+            raise Undefined(
+                f"asked for {self!r}, which would hold V·N·P = {columns}·{samples}·{p} = {columns * samples * p} "
+                f"numbers (of {largest!r} alone {columns * samples * sizes[largest]}), above "
+                f"max_elements={self.max_elements}; raise it, take a smaller batch or sampled columns, freeze "
+                "parameters, or ask for DiagGGN"
+            )
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        """`[N,v,*shape]`, samples first, so that batches join along them."""
+        return (gradient.per_sample().transpose(0, 1),)
+
+    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
+        """`[V,N,*shape]`, keyed by parameter."""
+        return ByParameter({name: value[0].transpose(0, 1) for name, value in values.items()})
+
+    def __repr__(self) -> str:
+        return f"SqrtGGN(samples={self.samples})" if self.samples else "SqrtGGN()"
