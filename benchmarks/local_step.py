@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from collections.abc import Callable
 
 import torch
@@ -23,6 +22,8 @@ from layerwise.local.problem import LocalProblem, target_m, target_s
 from layerwise.local.solvers import Workspace, local_steps
 from layerwise.local.tf_rmsprop import TFRMSProp
 from layerwise.local.transfer import IDENTITY, SIGMOID, TANH
+
+from .timing import interleaved
 
 SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 TRANSFERS = (TANH, TANH, TANH, IDENTITY, TANH, TANH, TANH, SIGMOID)
@@ -102,19 +103,6 @@ def locoprop(net: Net, x: Tensor, matching: bool, steps: int, rows: int | None) 
     return step
 
 
-def measure(arms: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Lower quartile of each arm's seconds, arms interleaved in alternating order."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for arm in arms.values():
-        arm()
-    for repeat in range(repeats):
-        for name in list(arms)[:: 1 if repeat % 2 == 0 else -1]:
-            start = time.process_time()
-            arms[name]()
-            seconds[name].append(time.process_time() - start)
-    return {name: sorted(times)[len(times) // 4] for name, times in seconds.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -137,7 +125,7 @@ def main() -> None:
         f"S, {t} steps, all rows (Gram)": locoprop(nets[6], x, False, t, None),
         f"S, {t} steps, {share} rows each": locoprop(nets[7], x, False, t, share),
     }  # fmt: skip
-    found = measure(arms, options.repeats)
+    found = interleaved(arms, options.repeats)
     base = found["RMSProp (torch, foreach)"]
     print(f"batch {options.batch}, threads {options.threads}, lower quartile of {options.repeats}\n")
     print("| training step | ms | RMSProp = 1 |\n|---|---:|---:|")

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import platform
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import layerwise as lw
+
+from .timing import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 
@@ -86,15 +87,7 @@ def measure(name: str, repeats: int, only: Sequence[str] = ()) -> dict[str, floa
     for label, make in QUANTITIES.items():
         if not only or label in only:
             runs[label] = lambda make=make: _observed(model, x, y, make)  # type: ignore[misc]
-    for run in runs.values():  # warm up, and measure where the samples lie
-        run()
-    seconds: dict[str, list[float]] = {label: [] for label in runs}
-    for repeat in range(repeats):
-        for label in list(runs) if repeat % 2 == 0 else reversed(list(runs)):
-            start = time.process_time()
-            runs[label]()
-            seconds[label].append(time.process_time() - start)
-    quartile = {label: sorted(values)[len(values) // 4] for label, values in seconds.items()}
+    quartile = interleaved(runs, repeats)  # its first round also measures where the samples lie
     plain = quartile.pop("plain")
     return {"plain": plain, **{label: value / plain for label, value in quartile.items()}}
 

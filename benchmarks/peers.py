@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 import layerwise as lw
 
 from .overhead import MODELS
+from .timing import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 
@@ -84,14 +84,7 @@ def compare(name: str, batch: int | None, repeats: int) -> dict[str, Any]:
             pairs = [(mine[n], getattr(p, field)) for n, p in theirs.named_parameters()]
             difference = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
         del mine
-        seconds: dict[str, list[float]] = {k: [] for k in runs}
-        for repeat in range(repeats):
-            for k in list(runs) if repeat % 2 == 0 else reversed(list(runs)):
-                start = time.process_time()
-                kept = runs[k]()
-                seconds[k].append(time.process_time() - start)
-                del kept
-        low = {k: sorted(v)[len(v) // 4] for k, v in seconds.items()}
+        low = interleaved(runs, repeats)
         found[label] = {"ours": low["ours"] / low["plain"], "theirs": low["theirs"] / low["plain"]}
         found[label]["values differ by"] = difference
         for p in theirs.parameters():

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 import layerwise as lw
 from benchmarks import autoencoder
+from benchmarks.timing import interleaved
 from layerwise.demo import problem as digits
 
 Step = Callable[[], Any]
@@ -67,20 +67,6 @@ def arms_of(name: str) -> dict[str, Step]:
     return arms
 
 
-def measure(arms: dict[str, Step], repeats: int) -> dict[str, float]:
-    """Lower quartile of each arm's seconds of CPU time, after two steps to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for step in arms.values():
-        step()
-        step()
-    for repeat in range(repeats):
-        for name in list(arms)[:: 1 if repeat % 2 == 0 else -1]:
-            start = time.process_time()
-            arms[name]()
-            seconds[name].append(time.process_time() - start)
-    return {name: sorted(times)[len(times) // 4] for name, times in seconds.items()}
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -94,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         "repeats": options.repeats, "seconds": {},
     }  # fmt: skip
     for name in PROBLEMS if options.problem == "both" else [options.problem]:
-        found = measure(arms_of(name), options.repeats)
+        found = interleaved(arms_of(name), options.repeats, warm_up=2)
         result["seconds"][name] = found
         print(f"{name}: threads {options.threads}, lower quartile of {options.repeats}, CPU time\n")
         print("| step | ms | Adam = 1 | RMSProp = 1 |\n|---|---:|---:|---:|")
