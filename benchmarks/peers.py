@@ -40,7 +40,9 @@ PAIRS: dict[str, tuple[Callable[[], lw.Quantity], str, str, bool]] = {
     "GGN diagonal, exact": (lw.DiagGGN, "DiagGGNExact", "diag_ggn_exact", True),
     "K-FAC, 1 sample": (lambda: lw.KFAC(samples=1), "KFAC", "kfac", False),
     "KFLR": (lw.KFLR, "KFLR", "kflr", False),
+    "KFRA": (lw.KFRA, "KFRA", "kfra", False),
 }
+ONLY = {"KFRA": "mlp"}  # the block of the convolutions' outputs would take 10 GB
 
 
 def _step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> None:
@@ -72,6 +74,8 @@ def compare(name: str, batch: int | None, repeats: int) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for label, (make, extension, field, exact) in PAIRS.items():
+        if ONLY.get(label, name) != name:
+            continue
         difference = None
         runs = {
             "plain": lambda: _step(model, F.cross_entropy, x, y),

@@ -30,6 +30,7 @@ __all__ = [
     "gradient",
     "hessian",
     "kfac_factors",
+    "kfra_factors",
     "noise_scale",
     "pairwise_dot",
     "parameters",
@@ -371,6 +372,76 @@ def _factors(
     factor_a = [sum(torch.outer(a[i, p, q], a[i, p, q]) for i, p in cells) / len(cells) for q in range(k)]
     factor_b = [sum(j[:, i, p, q].T @ hessian @ j[:, i, p, q] for i, p in cells) for q in range(k)]
     return torch.stack(factor_a), torch.stack(factor_b)
+
+
+def kfra_factors(
+    model: nn.Module,
+    logits: Callable[[], Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    *,
+    sharing: str = "expand",
+    joint: bool = False,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """KFRA's factors (A, B) of every nn.Linear and nn.Conv weight and bias of a chain, samples on dim 0 of all.
+
+    With z_l the outputs of the modules that hold trainable parameters, flat for each sample, and H_n the
+    Hessian of the loss in the logits of sample n: G_L = sum_n J^T H_n J, G_l = (1/N) sum_n J^T G_{l+1} J
+    with J the Jacobian of sample n. B sums G_l's blocks over positions with themselves ("expand") or over all
+    pairs ("reduce"). A as in `kfac_factors`, 1 for a bias.
+    """
+    kept: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(m: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            kept.append((name, m, args[0].detach().clone(), out))
+            return out.clone()
+
+        return hook
+
+    named = [(n, m) for n, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    handles = [m.register_forward_hook(keep(name)) for name, m in named]
+    try:
+        z = logits()
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaf, shaped = _leaf(z)
+    hessian = _hessian(loss_of(shaped), leaf).view(len(z), z[0].numel(), len(z), z[0].numel())
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    above, below_top = z, torch.zeros(0)
+    for level, (name, layer, x, out) in enumerate(reversed(kept)):
+        total = torch.zeros(out[0].numel(), out[0].numel())
+        for n in range(len(z)):
+            j = torch.stack([_pull(element, {"": out})[0][n].flatten() for element in above[n].flatten()])
+            total += j.T @ (hessian[n, :, n] if level == 0 else below_top / len(z)) @ j
+        above, below_top = out, total
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            found |= _kfra_of(f"{name}." if name else "", layer, _rows_in(layer, x, 0), out, total, sharing, joint)
+    return found
+
+
+def _kfra_of(
+    prefix: str, layer: nn.Module, a: Tensor, out: Tensor, block: Tensor, sharing: str, joint: bool
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors of one layer from its input rows and the block over one sample's outputs."""
+    joint = joint and layer.bias is not None and layer.bias.requires_grad and layer.weight.requires_grad
+    a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if joint else a
+    a = a.mean(1, keepdim=True) if sharing == "reduce" else a
+    factor_a = torch.stack([sum(torch.outer(r, r) for r in a[:, :, k].flatten(0, 1)) for k in range(a.shape[2])])
+    places = _rows_out(layer, torch.arange(out[0].numel()).view(1, *out.shape[1:]), 0)[0]  # [T,K,O]
+
+    def factor_b(places: Tensor) -> Tensor:
+        t = range(len(places))
+        pairs = [(u, u) for u in t] if sharing == "expand" else [(u, w) for u in t for w in t]
+        groups = range(places.shape[1])
+        return torch.stack([sum(block[places[u, k]][:, places[w, k]] for u, w in pairs) for k in groups])
+
+    found = {}
+    if layer.weight.requires_grad:
+        found[f"{prefix}weight"] = factor_a / (a.shape[0] * a.shape[1]), factor_b(places)
+    if layer.bias is not None and layer.bias.requires_grad and not joint:
+        found[f"{prefix}bias"] = torch.ones(1, 1, 1), factor_b(places.flatten(1)[:, None])
+    return found
 
 
 def assert_close(got: Mapping[str, Tensor] | Tensor, want: Mapping[str, Tensor] | Tensor, rel: float = 1e-10) -> None:

@@ -21,8 +21,8 @@ PACKAGE = SRC / "layerwise"
 LEVELS = (
     {"errors"},
     {"ops", "losses"},
-    {"calls", "uses", "tape", "coverage", "pull", "samples", "program", "replay", "likelihoods", "products"},
-    {"cotangents", "contract", "rows", "memory", "projection", "gradients", "gather"},
+    {"calls", "uses", "tape", "coverage", "pull", "samples", "program", "replay", "likelihoods", "products", "chain"},
+    {"cotangents", "contract", "rows", "memory", "projection", "gradients", "gather", "blocks", "recursion"},
     {"operators"},
     {"quantities"},
     {"observe", "seen", "accumulate"},

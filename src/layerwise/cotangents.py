@@ -16,7 +16,7 @@ from torch import Tensor
 from layerwise.losses import Likelihood
 from layerwise.ops.base import Samples
 
-__all__ = ["Cotangent", "Exact", "Gradient", "Sampled", "Second", "default_generator"]
+__all__ = ["Averaged", "Cotangent", "Exact", "Gradient", "Sampled", "Second", "default_generator"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,14 @@ class Second:
     """None of our choice: the quantity differentiates the gradient itself, in `compute_graph`."""
 
 
-Cotangent = Gradient | Exact | Sampled | Second
+@dataclass(frozen=True)
+class Averaged:
+    """Hessian blocks of a chain's uses, averaged over the batch from each use to the next, of at most `max_bytes`."""
+
+    max_bytes: int
+
+
+Cotangent = Gradient | Exact | Sampled | Second | Averaged
 
 
 def default_generator(device: torch.device) -> torch.Generator:

@@ -78,6 +78,7 @@ class ParameterGradient:
     """All parts of one parameter's gradient for a stack of V cotangents; `column` numbers the first.
 
     shared: results that other parameters of the same stack can use again (a weight and its bias).
+    curvature: for the cotangent `Averaged`, the Hessian by the output rows of one sample `[T,K,O,T,K,O]`.
     """
 
     name: str
@@ -85,6 +86,7 @@ class ParameterGradient:
     parts: Sequence[Part]
     column: int = 0
     shared: dict[Any, Any] = field(default_factory=dict)
+    curvature: Tensor | None = None
 
     @cached_property
     def joined(self) -> Part | None:

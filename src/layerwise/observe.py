@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.cotangents import Cotangent, Exact, Gradient, Second
+from layerwise.cotangents import Averaged, Cotangent, Exact, Gradient, Second
 from layerwise.coverage import Graph, prove
 from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, UncoveredUse, Undefined
 from layerwise.gather import Gather
@@ -19,6 +19,7 @@ from layerwise.losses import Likelihood
 from layerwise.products import SecondOrder
 from layerwise.pull import accumulated, alone, hooked, pull
 from layerwise.quantities.base import Quantity, positive
+from layerwise.recursion import averaged
 from layerwise.samples import Layout, measure
 from layerwise.seen import Batch, Seen, Values
 from layerwise.tape import Tape
@@ -171,6 +172,9 @@ class _Pass:
             elif not isinstance(q.cotangent, Gradient):
                 wanted.setdefault(q.cotangent, []).append(i)
         for cotangent, indices in wanted.items():
+            if isinstance(cotangent, Averaged):
+                self._average(cotangent, indices)
+                continue
             assert not isinstance(cotangent, Gradient | Second)
             self._check_size(cotangent, indices)
             column = 0
@@ -181,6 +185,13 @@ class _Pass:
         for i, stacks in self._stacks.items():
             for name in list(stacks):
                 self._values[i][name] = tuple(torch.cat(t, 1) for t in zip(*stacks.pop(name), strict=True))
+
+    def _average(self, cotangent: Averaged, indices: Sequence[int]) -> None:
+        """The averaged blocks, shared between the quantities that ask for them."""
+        assert self.layout is not None
+        for gradient in averaged(self.tape, self.graph, self.likelihoods, self.layout, cotangent.max_bytes):
+            for i in indices:
+                self._compute(i, gradient)
 
     def _known_layout(self) -> Layout | None:
         """The samples' layout, or None where they cannot be told apart."""

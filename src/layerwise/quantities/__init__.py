@@ -8,6 +8,7 @@ from layerwise.quantities.dots import PairwiseDot
 from layerwise.quantities.ekfac import EKFAC
 from layerwise.quantities.first_order import PerSampleGrad, SecondMoment, SquaredNorm, Variance
 from layerwise.quantities.fisher import FisherDiag
+from layerwise.quantities.kfra import KFRA
 from layerwise.quantities.kronecker import KFAC, KFLR
 from layerwise.quantities.noise import NoiseScale
 from layerwise.quantities.sketch import Sketch
@@ -17,6 +18,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "KFLR",
+    "KFRA",
     "ByParameter",
     "ClippedGrad",
     "DiagGGN",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from layerwise.operators.kronecker import Kronecker, KroneckerBlock
 from layerwise.ops.base import Rows
 from layerwise.quantities.base import Context, Quantity, Union, positive
 
-__all__ = ["KFAC", "KFLR", "KroneckerFactors", "joined_rows"]
+__all__ = ["KFAC", "KFLR", "KroneckerFactors", "joined_rows", "options"]
 
 SHARING = ("expand", "reduce")
 _MOST_INPUTS = 2**14  # of an index under "reduce", whose input factor is no longer diagonal
@@ -43,11 +43,15 @@ class KroneckerFactors(Quantity):
 
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
         """Sum of input products, sum of inputs (for a bias), numbers of inputs and of rows, sum of output products."""
+        return self.factors(gradient, lambda rows: gradient.output_gram(rows.g))
+
+    def factors(self, gradient: ParameterGradient, output_factor: Callable[[Rows], Tensor]) -> tuple[Any, ...]:
+        """The same, with an output factor made by a function of the rows, `[K,O,O]`."""
         rows = joined_rows(gradient)
         size = rows.g.shape[1:3].numel()
         if self.sharing == "reduce":
             rows = _reduced(gradient.name, rows)
-        b = gradient.output_gram(rows.g)
+        b = output_factor(rows)
         counts = b.new_tensor([rows.g.shape[1] * rows.g.shape[2], size])
         nothing = b.new_zeros(())
         if gradient.column:  # the inputs are the same for every stack of cotangents
@@ -69,7 +73,7 @@ class KroneckerFactors(Quantity):
             if name in inside:
                 continue
             layout, bias = context.matrices[name], pairs.get(name)
-            a = None if layout.bias else a_sum / counts[0]
+            a = None if layout.bias else a_sum if counts[0] == 1 else a_sum / counts[0]
             if bias is not None:
                 a = _with_constant(a_sum / counts[0], inputs / counts[0])
             blocks[name] = KroneckerBlock(a, b, layout.fold, layout.matrix, bias)
@@ -104,7 +108,7 @@ class KFAC(KroneckerFactors):
         super().__init__(Sampled(samples, generator), sharing, joint)
 
     def __repr__(self) -> str:
-        return f"KFAC(samples={self.samples}{_options(self)})"
+        return f"KFAC(samples={self.samples}{options(self)})"
 
 
 class KFLR(KroneckerFactors):
@@ -121,7 +125,7 @@ class KFLR(KroneckerFactors):
         super().__init__(Exact(), sharing, joint)
 
     def __repr__(self) -> str:
-        return f"KFLR({_options(self)[2:]})"
+        return f"KFLR({options(self)[2:]})"
 
 
 def joined_rows(gradient: ParameterGradient) -> Rows:
@@ -141,7 +145,8 @@ def joined_rows(gradient: ParameterGradient) -> Rows:
     )
 
 
-def _options(quantity: KroneckerFactors) -> str:
+def options(quantity: KroneckerFactors) -> str:
+    """What was asked for besides the defaults, each with a comma in front."""
     sharing = "" if quantity.sharing == "expand" else f", sharing={quantity.sharing!r}"
     return sharing + (", joint=True" if quantity.joint else "")
 
