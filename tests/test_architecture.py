@@ -18,18 +18,21 @@ SRC = ROOT / "src"
 PACKAGE = SRC / "layerwise"
 
 # A module may import from its own level and the lower ones.
-LEVELS = (
-    {"errors"},
-    {"ops", "losses"},
-    {"calls", "uses", "tape", "coverage", "pull", "samples", "program", "replay", "likelihoods", "products", "chain"},
-    {"cotangents", "contract", "rows", "memory", "projection", "gradients", "gather", "blocks", "recursion"},
-    {"operators"},
-    {"quantities"},
-    {"observe", "seen", "accumulate"},
-    {"local"},
-    {"optim"},
-    {""},  # the table of contents, `layerwise/__init__.py`
-    {"monitor", "compat", "demo", "cli", "__main__"},
+LEVELS = tuple(
+    set(level.split(" ")) if level else {""}
+    for level in (
+        "errors",
+        "ops losses",
+        "calls uses tape coverage pull samples program replay likelihoods products chain recompute",
+        "cotangents contract rows memory projection gradients gather blocks recursion",
+        "operators",
+        "quantities",
+        "observe seen accumulate",
+        "local",
+        "optim",
+        "",  # the table of contents, `layerwise/__init__.py`
+        "monitor compat demo cli __main__",
+    )
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 CORE_IMPORTS = {"torch", "numpy", "layerwise"} | sys.stdlib_module_names

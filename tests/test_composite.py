@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import layerwise as lw
 from layerwise import ops
 from layerwise.errors import BadInput, UnsupportedCall
+from layerwise.recompute import standing_in
 from layerwise.replay import CodedModel
 from layerwise.tape import Tape
 
@@ -28,6 +31,11 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []
+
+
+def strides(t: Tensor) -> list[int]:
+    """Those of the axes that have more than one place."""
+    return [step for size, step in zip(t.shape, t.stride(), strict=True) if size > 1]
 
 
 def equals_plain(model: nn.Module, run: Callable[..., Any], *inputs: Tensor) -> Tape:
@@ -49,6 +57,7 @@ def equals_plain(model: nn.Module, run: Callable[..., Any], *inputs: Tensor) -> 
         found.append((tensors(out), torch.autograd.grad(total, leaves, allow_unused=True)))
     (ours, our_grads), (plain, grads) = found
     assert [t.shape for t in ours] == [t.shape for t in plain]
+    assert [strides(t) for t in ours] == [strides(t) for t in plain]  # random calls draw in memory's order
     for one, two in itertools.chain(zip(ours, plain, strict=True), zip(our_grads, grads, strict=True)):
         assert (one is None) == (two is None)
         if one is not None:
@@ -363,14 +372,95 @@ def test_tapes_within_each_other_record_the_same() -> None:
     assert len(outer.uses) == 2
 
 
-def test_a_checkpointed_composite_is_refused() -> None:
+def _block(kind: str) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """A model with a composite layer that drops out, and its forward with that layer inside a checkpoint."""
+    torch.manual_seed(1)
+    layer = {
+        "attention": lambda: nn.TransformerEncoderLayer(E, 2, 5, dropout=0.3, batch_first=True),
+        "lstm": lambda: nn.LSTM(E, E, 2, dropout=0.3, batch_first=True),
+    }[kind]()
+    model = moved(nn.ModuleDict({"first": nn.Linear(E, E), "layer": layer, "head": nn.Linear(E, 3)}))
+
+    def inner(x: Tensor) -> Tensor:
+        h = model["layer"](model["first"](x).tanh())
+        return F.dropout(h if isinstance(h, Tensor) else h[0], 0.3).sin()
+
+    return model, lambda x, **kw: model["head"](checkpoint(inner, x, use_reentrant=False, **kw).mean(1))
+
+
+KINDS = pytest.mark.parametrize("kind", ["attention", "lstm"])
+
+
+@KINDS
+@pytest.mark.parametrize("outside", [False, True], ids=["inside", "after the context"])
+def test_a_checkpoint_sees_the_same_draws_twice(kind: str, outside: bool) -> None:
+    """Gradients with dropout around and inside a composite layer are those without us, and samples add up to them."""
+    model, run = _block(kind)
+    x, y = torch.randn(N, T, E), torch.randint(3, (N,))
+    torch.manual_seed(7)
+    plain = torch.autograd.grad(F.cross_entropy(run(x), y), list(model.parameters()))
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    with lw.observe(model, lw.PerSampleGrad(), lw.DiagGGN()) as seen:
+        loss = F.cross_entropy(run(x), y)
+        drawn = torch.get_rng_state()
+        if not outside:
+            loss.backward()
+    if outside:
+        loss.backward()
+    assert torch.equal(drawn, after)
+    for (name, p), g in zip(model.named_parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-12, atol=1e-12)
+        if not outside:
+            torch.testing.assert_close(seen.per_sample_grad[name].sum(0), g, rtol=1e-12, atol=1e-12)
+
+
+def test_composites_in_checkpoints_under_tapes_within_each_other() -> None:
     model = nn.GRU(4, 3)
     x = torch.randn(T, N, 4, requires_grad=True)
-    with pytest.raises(UnsupportedCall, match=r"weight_hh_l0.*checkpoint"), Tape(model):
-        checkpoint(model, x, use_reentrant=False)
+    with Tape(model) as outer, Tape(model) as inner:
+        checkpoint(model, x, use_reentrant=False)[0].sum().backward()
+    assert [u.names for u in outer.uses] == [u.names for u in inner.uses]
     with Tape(model) as tape, torch.autograd.graph.save_on_cpu():  # other hooks are no obstacle
         model(x)[0].sum().backward()
     assert tape.uses
+
+
+def test_a_checkpoint_with_a_policy_is_refused() -> None:
+    """It hands out what it saved by counting calls, of which the parts make others."""
+    model, run = _block("attention")
+    x, y = torch.randn(N, T, E), torch.randint(3, (N,))
+    policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    F.cross_entropy(run(x, context_fn=policy), y).backward()
+    model.zero_grad()
+    with pytest.raises(UnsupportedCall, match="policy"), lw.observe(model, lw.Variance()):
+        F.cross_entropy(run(x, context_fn=policy), y).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_parts_that_draw_otherwise_are_refused_in_a_checkpoint() -> None:
+    x = torch.randn(4, 5, requires_grad=True)
+    run = lambda x: standing_in(F.dropout, lambda x: F.dropout(x, 0.1), (x,), {}).sin()  # noqa: E731
+    run(x)
+    with pytest.raises(UnsupportedCall, match="random"):
+        checkpoint(run, x, use_reentrant=False)
+
+
+def test_second_derivatives_of_a_weight_norm_in_a_checkpoint() -> None:
+    """The Hessian runs weight norm by its formula, which saves other tensors than torch's call."""
+    torch.manual_seed(2)
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    model = nn.Sequential(nn.Sequential(first, nn.Tanh()), nn.Linear(4, 3))
+    x, y = torch.randn(N, 3), torch.randint(3, (N,))
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model[1](checkpoint(model[0], x, use_reentrant=False)), y)
+
+    with lw.observe(model, lw.DiagHessian()) as seen:
+        loss().backward()
+    with oracle.plain_operations():
+        want = oracle.diag_hessian(oracle.parameters(model), lambda: F.cross_entropy(model(x), y))
+    oracle.assert_close(dict(seen.diag_hessian), want)
 
 
 def classifier(kind: str) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -387,9 +477,6 @@ def classifier(kind: str) -> tuple[nn.Module, Callable[[], Tensor]]:
         return F.cross_entropy(model["head"](h.mean(1)), y)
 
     return model, closure
-
-
-KINDS = pytest.mark.parametrize("kind", ["attention", "lstm"])
 
 
 @KINDS

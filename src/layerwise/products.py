@@ -22,6 +22,7 @@ from layerwise.coverage import Graph
 from layerwise.errors import NonFinite, Undefined
 from layerwise.losses import Likelihood
 from layerwise.pull import pull
+from layerwise.recompute import standing_in
 from layerwise.uses import LossUse
 
 __all__ = [
@@ -49,7 +50,7 @@ class SecondOrder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:
-            return _weight_norm(*args, **(kwargs or {}))
+            return standing_in(func, _weight_norm, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> Self:

@@ -25,6 +25,13 @@ _READS_VALUES = {
 }  # fmt: skip
 
 
+def _draws(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a random call draws: dropout that is switched off does not."""
+    if "dropout" not in name:
+        return True
+    return bool(kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)))
+
+
 class Buffers:
     """The values of a model's buffers, to be put back: floating-point ones, and counters."""
 
@@ -117,7 +124,7 @@ class CodedTape(Tape):
             if self._given is not None:
                 args, kwargs = again
         name = getattr(func, "__name__", "")
-        self.random |= func in RANDOM or name in _RANDOM_METHODS
+        self.random |= (func in RANDOM and _draws(name, args, kwargs)) or name in _RANDOM_METHODS
         self.reads_values |= name in _READS_VALUES
         self._use_index = None
         self._parts_noted = False
@@ -140,7 +147,10 @@ class CodedTape(Tape):
         return out
 
     def _decompose(self, func: Any, args: Any, kwargs: Any, used: Any, data: Any) -> Any:
-        out = super()._decompose(func, args, kwargs, used, data)
+        if self.codes:  # other values than the call's, which nobody differentiates inside a checkpoint
+            out = self._parts(func, args, kwargs)
+        else:
+            out = super()._decompose(func, args, kwargs, used, data)
         self._parts_noted = True  # by the calls inside, which are steps of their own
         return out
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from layerwise.errors import BadInput
 from layerwise.uses import Use
 
-__all__ = ["accumulated", "alone", "backward_arguments", "checkpointed", "hooked", "pull", "silent"]
+__all__ = ["accumulated", "alone", "backward_arguments", "hooked", "pull", "silent"]
 
 
 class _State(threading.local):
@@ -46,21 +46,29 @@ def pull(
 ) -> list[Tensor | None]:
     """Vector-Jacobian products of `outputs` with `cotangents` at `inputs` (edges or tensors).
 
-    batched: each cotangent carries a leading axis V, and so does each result. The graph is kept.
-    An input that no output depends on gives None.
+    batched: each cotangent carries a leading axis V, and so does each result; they go one by one where a
+    checkpointed block draws random numbers again. The graph is kept. An input that no output depends on gives None.
     """
-    with _pulling():
-        return list(
-            torch.autograd.grad(
-                list(outputs),
-                list(inputs),
-                list(cotangents),
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-                is_grads_batched=batched,
+    try:
+        with _pulling():
+            return list(
+                torch.autograd.grad(
+                    list(outputs),
+                    list(inputs),
+                    list(cotangents),
+                    retain_graph=True,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
             )
-        )
+    except RuntimeError as error:
+        if not batched or "random operations inside of vmap" not in str(error):
+            raise
+    rows = [
+        pull(outputs, [c[v] for c in cotangents], inputs, create_graph=create_graph) for v in range(len(cotangents[0]))
+    ]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -68,17 +76,6 @@ def alone(device: str) -> Iterator[None]:
     """Run computations of our own: no torch-function mode of the user sees them, no autocast changes them."""
     with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False):
         yield
-
-
-def checkpointed() -> str | None:
-    """Why a composite call cannot run as its parts here: the forward will run again; None where it can."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
-        return None
-    return (
-        "inside torch.utils.checkpoint, whose second run in the backward pass makes the call as a whole, not as its "
-        "parts; run this block without checkpointing while it is observed"
-    )
 
 
 def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:

@@ -29,7 +29,8 @@ from layerwise import losses, ops
 from layerwise.calls import ASSEMBLE, BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, RANDOM
 from layerwise.errors import UnsupportedCall
 from layerwise.ops.base import Call
-from layerwise.pull import backward_arguments, checkpointed, silent
+from layerwise.pull import backward_arguments, silent
+from layerwise.recompute import standing_in
 from layerwise.uses import Derived, LossUse, Use, bad_call, describe_func, named_parameters_of
 
 __all__ = ["RANDOM", "Tape"]
@@ -295,7 +296,10 @@ class Tape(TorchFunctionMode):
 
         Values and `.grad` are the composite's up to rounding.
         """
-        self._refuse(ops.refused(func, args, kwargs) or checkpointed(), func, used)
+        self._refuse(ops.refused(func, args, kwargs), func, used)
+        return standing_in(func, lambda *a, **kw: self._parts(func, a, kw), args, kwargs)
+
+    def _parts(self, func: Any, args: Any, kwargs: Any) -> Any:
         parts = ops.decomposition(func)
         assert parts is not None
         TorchFunctionMode.__enter__(self)  # the mode alone: recording has begun already

@@ -183,14 +183,6 @@ def _packed() -> nn.Module:
     return Apply(forward, cell=nn.GRU(4, 3, batch_first=True), head=nn.Linear(3, 3))
 
 
-def _checkpointed() -> nn.Module:
-    """The second run of the block, in the backward pass, would not be that of the first."""
-    return Apply(
-        lambda m, x: m.head(checkpoint(m.cell, m.first(x), use_reentrant=False)[1][0]),
-        first=nn.Linear(4, 4), cell=nn.GRU(4, 3, batch_first=True), head=nn.Linear(3, 3),
-    )  # fmt: skip
-
-
 REFUSED = [
     Refused("batch_norm_train", _batch_norm, "SamplesMixed", train=True),
     Refused("contrastive", _mlp, "SamplesMixed", _contrastive),
@@ -216,5 +208,4 @@ REFUSED = [
     Refused("loss_squared", _mlp, "UnknownLoss", _squared),
     Refused("loss_product", _mlp, "UnknownLoss", _product, target="mse_mean"),
     Refused("packed_sequence", _packed, "UnsupportedCall", inputs=floats(4, 3, 4)),
-    Refused("checkpointed_recurrent", _checkpointed, "UnsupportedCall", inputs=floats(4, 3, 4)),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .parts import Apply, Mean, leaf
 from .problem import Problem, floats, register, tokens
@@ -219,3 +220,64 @@ def cells():
         return m.head(rnn)
 
     return Apply(forward, lstm=nn.LSTMCell(2, 3), gru=nn.GRUCell(3, 3), rnn=nn.RNNCell(3, 3), head=nn.Linear(3, 3))
+
+
+# Inside activation checkpoints ----------------------------------------------------------------------
+
+
+@problem(floats(3, 4, 4), (3, 3), "ce_mean", "mse_sum")
+def checkpointed_attention():
+    """Attention in the middle of a block that runs again in the backward pass."""
+
+    def block(m, x):
+        h = m.inner(x).tanh()
+        return m.norm(h + m.attend(h, h, h, need_weights=False)[0]).sin()
+
+    return Apply(
+        lambda m, x: m.head(checkpoint(block, m, x, use_reentrant=False).mean(1)),
+        inner=nn.Linear(4, 4), attend=nn.MultiheadAttention(4, 2, batch_first=True), norm=nn.LayerNorm(4),
+        head=nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+@problem(floats(3, 3, 4), (3, 3), "ce_mean")
+def checkpointed_transformer():
+    """Two encoder layers, each in a checkpoint of its own, within one around both."""
+
+    def blocks(m, x):
+        for layer in m.encoder.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    encoder = _encoder(True)
+    return Apply(
+        lambda m, x: m.head(checkpoint(blocks, m, x, use_reentrant=False).mean(1)),
+        encoder=encoder, head=nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+@problem(floats(3, 4, 2), (3, 3), "ce_mean", "mse_mean")
+def checkpointed_lstm():
+    """A stacked LSTM after a layer, and the same LSTM again outside the checkpoint."""
+
+    def block(m, x):
+        return m.cell(m.inner(x).tanh())[0].sin()
+
+    return Apply(
+        lambda m, x: m.head(checkpoint(block, m, x, use_reentrant=False).mean(1) + m.cell(x)[1][0][-1]),
+        inner=nn.Linear(2, 2), cell=nn.LSTM(2, 3, 2, batch_first=True), head=nn.Linear(3, 3),
+    )  # fmt: skip
+
+
+@problem(floats(3, 3, 2), (3, 3), "ce_mean")
+def checkpointed_gru():
+    """A checkpoint of the recurrent layer alone, with T = N; then of a cell."""
+
+    def step(m, x, h):
+        return m.cell(x, h)
+
+    def forward(m, x):
+        out, h = checkpoint(m.layer, x, use_reentrant=False)
+        return m.head(checkpoint(step, m, out[:, 0], h[0], use_reentrant=False))
+
+    return Apply(forward, layer=nn.GRU(2, 3, batch_first=True), cell=nn.GRUCell(3, 3), head=nn.Linear(3, 3))

@@ -83,7 +83,7 @@ def multi_head_attention(
     out = torch.matmul(p, v).transpose(-3, -2).flatten(-2)
     out = F.linear(out, out_proj_weight, out_proj_bias)
     if batched:
-        out = out.transpose(0, 1)
+        out = out.transpose(0, 1).contiguous()  # laid out as torch's: a dropout behind it draws in memory's order
     if not need_weights:
         return out, None
     return out, p.mean(-3) if average_attn_weights else p

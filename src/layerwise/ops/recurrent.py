@@ -159,7 +159,9 @@ def _run(step: Step, x: Tensor, hx: State, layers: list[list[Weights]], dropout:
             out, end = _direction(step, x, starts[len(ends)], weights, time, bool(backwards))
             outputs.append(out)
             ends.append(end)
-        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        # laid out as torch's, steps first: a dropout behind it draws in memory's order
+        x = outputs[0] if len(outputs) == 1 else torch.cat([o.transpose(0, time) for o in outputs], -1)
+        x = x.transpose(0, time) if len(outputs) > 1 else x
     return (x, *(torch.stack(parts) for parts in zip(*ends, strict=True)))
 
 
@@ -172,7 +174,7 @@ def _direction(step: Step, x: Tensor, start: State, w: Weights, time: int, backw
     for gates in steps:
         state = step(gates, state, w)
         outputs.append(state[0])
-    return torch.stack(outputs[::-1] if backwards else outputs, time), state
+    return torch.stack(outputs[::-1] if backwards else outputs).transpose(0, time), state
 
 
 def _dropped(x: Tensor, p: float, time: int) -> Tensor:

@@ -1,0 +1,99 @@
+"""Calls that run otherwise than they were written, inside activation checkpoints.
+
+A checkpointed block runs again in the backward pass, outside every mode, and `torch.utils.checkpoint` hands out what
+that run saves by counting. So the call as written runs as well, first and for the count alone. The one that stands
+in for it follows with the same random draws and keeps what it saves itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import _pop_mode_temporarily
+from torch.utils import _python_dispatch
+
+from layerwise.errors import UnsupportedCall
+
+__all__ = ["standing_in"]
+
+_MODULE = "torch.utils.checkpoint"
+
+
+def standing_in(
+    written: Callable[..., Any], parts: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run `parts` in the place of `written`, whose values it has up to rounding.
+
+    Raises UnsupportedCall inside a checkpoint where a second run would not be that of the first: it saves by a
+    policy of its own, or the two calls draw different random numbers.
+    """
+    if not _checkpointed():
+        return parts(*args, **kwargs)
+    name = getattr(written, "__name__", repr(written))
+    if any(type(mode).__module__ == _MODULE for mode in _python_dispatch._get_current_dispatch_mode_stack()):
+        raise UnsupportedCall(
+            f"{name} inside a checkpoint with a policy of what to save (create_selective_checkpoint_contexts), which "
+            "counts the calls that it hides; checkpoint this block without a policy while it is observed"
+        )
+    devices = {t.device for t in _tensors((args, kwargs)) if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices), _no_modes():
+        first = written(*args, **kwargs)
+    with saved_tensors_hooks(_same, _same):
+        out = parts(*args, **kwargs)
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        if not all(_agree(a, b) for a, b in zip(_tensors(first), _tensors(out), strict=True)):
+            raise UnsupportedCall(
+                f"{name} inside a checkpoint draws random numbers that its parts do not (dropout of a fused kernel?), "
+                "so the backward pass would see other ones; run it without dropout, or without checkpointing"
+            )
+    return out
+
+
+def _checkpointed() -> bool:
+    """Whether what is saved for the backward pass goes to a checkpoint now."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == _MODULE
+
+
+@contextmanager
+def _no_modes() -> Iterator[None]:
+    """Outside every torch-function mode, where a backward pass runs."""
+    with ExitStack() as stack:
+        for _ in range(torch._C._len_torch_function_stack()):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two results differ by rounding at most, and are laid out alike, since random calls draw in that order.
+
+    Other draws differ by as much as the values.
+    """
+    if not a.numel():
+        return True
+    if any(x != y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1):
+        return False
+    scale = float(a.abs().nan_to_num(0.0).max())
+    tolerance = torch.finfo(a.dtype).eps ** 0.25
+    return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True).all())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of nested arguments or results."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from _tensors(v)
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _tensors(v)
