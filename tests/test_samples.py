@@ -285,3 +285,36 @@ def test_a_token_that_every_sample_shares() -> None:
             lambda z, y=y: F.cross_entropy(z, y),
             lambda z, y=y, n=n: F.cross_entropy(z, y, reduction="none") / n,
         )
+
+
+# Frozen layers that return several tensors -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "attention", "max", "sort"])
+def test_what_follows_a_frozen_layer_of_several_outputs(kind: str, n: int) -> None:
+    """The batch is followed through tuples: N is not the number of time steps."""
+    t = 4
+    frozen = {"lstm": nn.LSTM, "gru": nn.GRU, "attention": nn.MultiheadAttention}.get(kind)
+    layer = nn.Identity() if frozen is None else frozen(4, *((1,) if kind == "attention" else (4,)))
+    model = nn.ModuleDict({"layer": layer.requires_grad_(False), "head": nn.Linear(4, 3)})
+
+    def trunk(h: Tensor) -> Tensor:
+        if kind == "attention":
+            return layer(h, h, h)[0]
+        return {"max": lambda: h.unsqueeze(-1).max(-1)[0], "sort": lambda: h.sort(-1)[0]}.get(
+            kind, lambda: layer(h)[0]
+        )()
+
+    x, y = torch.randn(n, t, 4), torch.randint(3, (n,))
+    _check(
+        model,
+        lambda: model["head"](trunk(x.transpose(0, 1)))[-1],
+        lambda z: F.cross_entropy(z, y),
+        lambda z: F.cross_entropy(z, y, reduction="none") / n,
+    )
+    if n > t:
+        return
+    labels = torch.randint(3, (t * n,))  # here the first use reads the batch in an order that nothing tells
+    with pytest.raises(errors.AmbiguousSamples, match=f"{n} samples"), observe(model, PerSampleGrad()):
+        F.cross_entropy(model["head"](trunk(x.transpose(0, 1))).flatten(0, 1), labels).backward()

@@ -68,7 +68,7 @@ def pull(
     rows = [
         pull(outputs, [c[v] for c in cotangents], inputs, create_graph=create_graph) for v in range(len(cotangents[0]))
     ]
-    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]  # type: ignore[arg-type]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def _by_first_batch(graph: Graph, passed: list[Found]) -> list[Found]:
                 continue
             axes = [a for a in range(arg.dim()) if arg.stride(a) == first.stride(0) and arg.shape[a] == first.shape[0]]
             if len(axes) == 1:
-                return [f for f in passed if any(s.axis == axes[0] for s in f.axes[use.index])]
+                return [f for f in passed if any(s.axis == axes[0] for s in f.axes[use.index])] or passed
     return passed
 
 

@@ -220,8 +220,9 @@ class Tape(TorchFunctionMode):
                         del self._outputs[id(tensor)]  # the object goes on, holding another value
         if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):
             self._note_places(args, kwargs)
-        if isinstance(out, Tensor) and func not in ASSEMBLE:
-            self._note_batch(out, data)
+        if func not in ASSEMBLE:
+            for tensor in _tensors(out):
+                self._note_batch(tensor, data)
 
     def _note_places(self, args: Any, kwargs: Any) -> None:
         """Enter the values of an index or a mask into the signature: they decide what meets what."""
