@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import oracle
 import pytest
@@ -259,6 +262,90 @@ def test_arguments_are_part_of_what_is_remembered(first: Callable, second: Calla
     )  # fmt: skip
     model.other = False
     _then_mixed(model, lambda m: setattr(m, "other", True))
+
+
+def test_the_wiring_is_part_of_what_is_remembered() -> None:
+    """A Python flag chooses between two tensors; the calls are the same."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.inner(x)
+        other = h.flip(0)
+        return m.head((other if m.other else h).tanh())
+
+    model = Apply(forward, inner=nn.Linear(4, 4), head=nn.Linear(4, 3))
+    model.other = False
+    _then_mixed(model, lambda m: setattr(m, "other", True))
+
+
+def test_pieces_of_one_call_are_told_apart() -> None:
+    """The same, where the two tensors are outputs of one call."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.inner(x)
+        pieces = torch.stack([h, h.flip(0)]).unbind()
+        return m.head(pieces[m.which].tanh())
+
+    model = Apply(forward, inner=nn.Linear(4, 4), head=nn.Linear(4, 3))
+    model.which = 0
+    _then_mixed(model, lambda m: setattr(m, "which", 1))
+
+
+def _functional(params: dict[str, Tensor], x: Tensor, mixed: float | None = None) -> Tensor:
+    h = F.linear(x, params["w"])
+    return F.linear((h if mixed is None else h + mixed * h.flip(0)).tanh(), params["u"])
+
+
+def _params(width: int = 5) -> dict[str, Tensor]:
+    return {"w": torch.randn(width, 4).requires_grad_(), "u": torch.randn(3, width).requires_grad_()}
+
+
+def test_functional_models_are_measured_once(pulls: _Pulls) -> None:
+    """The mapping itself may be another one at each step; its tensors may not."""
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+
+    def count(params: dict[str, Tensor], x: Tensor = x, y: Tensor = y) -> int:
+        before = pulls.count
+        model = {"u": frozen} | params
+        with observe(params, SecondMoment()) as seen:
+            F.cross_entropy(_functional(model, x), y).backward()
+        terms = oracle.per_sample_grad(
+            params, lambda: F.cross_entropy(_functional(model, x), y, reduction="none") / len(x)
+        )
+        oracle.assert_close(dict(seen.second_moment), oracle.second_moment(terms))
+        return pulls.count - before
+
+    params = _params()
+    frozen = params["u"].detach().clone()
+    assert [count(params), count(dict(params)), count(params)] == [1, 0, 0]
+    with torch.no_grad():
+        params["w"].add_(1.0)
+    assert count(params) == 0
+    assert count(params, x[:5], y[:5]) == 1, "another shape"
+    assert count({"w": params["w"], "u": params["u"].detach().requires_grad_()}) == 1, "another tensor"
+    assert count({"w": params["w"]}) == 1, "one parameter less"
+    assert count(_params()) == 1, "another model"
+
+
+def test_a_functional_model_whose_mixing_starts_at_zero() -> None:
+    params, x, y = _params(), torch.randn(4, 4), torch.randint(3, (4,))
+    for mixed, error in ((0.0, None), (0.0, None), (1.0, errors.SamplesMixed)):
+        context = nullcontext() if error is None else pytest.raises(errors.LayerwiseError)
+        with context, observe(params, SecondMoment()):
+            F.cross_entropy(_functional(params, x, mixed), y).backward()
+
+
+def test_memory_of_a_functional_model_ends_with_its_tensors() -> None:
+    gc.collect()
+    before = len(samples._FUNCTIONAL)
+    params = _params()
+    for _ in range(2):
+        with observe(params, SecondMoment()):
+            F.cross_entropy(_functional(params, torch.randn(6, 4)), torch.randint(3, (6,))).backward()
+    assert len(samples._FUNCTIONAL) == before + 1
+    gone = weakref.ref(params["w"]), weakref.ref(params["u"])
+    del params
+    assert [ref() for ref in gone] == [None, None]
+    assert len(samples._FUNCTIONAL) == before
 
 
 def test_dead_layers_are_measured_until_they_live(pulls: _Pulls) -> None:

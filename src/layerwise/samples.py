@@ -10,12 +10,13 @@ exist. The result is remembered per model and sequence of calls.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from layerwise.coverage import Graph
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
@@ -36,8 +37,10 @@ class Layout:
     losses: list[Samples]
 
 
-# A memo of measurements, one entry per live model: nothing in it changes a result.
+# A memo of measurements, one entry per live model: nothing in it changes a result. A functional model lives as long
+# as its first tensor; the others are in the key.
 _MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]] = weakref.WeakKeyDictionary()
+_FUNCTIONAL: MutableMapping[Tensor, dict[Any, Layout]] = WeakTensorKeyDictionary()
 _MEMO_LIMIT = 64
 
 
@@ -48,7 +51,7 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | None = N
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
     key = _signature(tape, graph, model, samples)
-    memo = _MEASURED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
+    memo = _memo(model)
     if key in memo:
         return memo[key]
     n = samples if samples is not None else _count(graph)
@@ -67,11 +70,45 @@ def _count(graph: Graph) -> int:
     return graph.batch.shape[0]
 
 
+def _memo(model: Any) -> dict[Any, Layout]:
+    """What is remembered of a model."""
+    if isinstance(model, nn.Module):
+        return _MEASURED.setdefault(model, {})
+    first = next(iter(model.values()), None) if isinstance(model, Mapping) else None
+    return {} if first is None else _FUNCTIONAL.setdefault(first, {})
+
+
 def _signature(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Any:
-    modes = tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else ()
+    """Everything that a measurement depends on, but for the values that `_structural` rules out."""
+    state: tuple[Any, ...] = ()
+    if isinstance(model, nn.Module):
+        state = tuple(m.training for m in model.modules())
+    elif isinstance(model, Mapping):
+        state = tuple((name, WeakIdRef(p), p.shape, p.requires_grad) for name, p in model.items())
     first = None if graph.batch is None else graph.batch.shape
     logits = tuple((loss.call.name, loss.call.logits.shape) for loss in graph.losses)
-    return samples, first, modes, logits, tuple(u.index for u in graph.uses), tuple(tape.calls)
+    return samples, first, state, logits, tuple(u.index for u in graph.uses), tuple(tape.calls), _wiring(graph)
+
+
+def _wiring(graph: Graph) -> tuple[Any, ...]:
+    """Which autograd node feeds which, from the losses down through the uses: the calls alone do not tell."""
+    inputs: dict[Any, list[Any]] = {}
+    for use in graph.uses:
+        inputs.setdefault(use.edge.node, []).extend((edge.node, edge.output_nr) for edge in use.inputs)
+    number: dict[Any, int] = {}
+    found: list[Any] = []
+    stack: list[Any] = [(loss.logits.node, loss.logits.output_nr) for loss in graph.losses]
+    while stack:
+        node, output = stack.pop()
+        if node is None:
+            continue
+        found += (number.get(node), output)
+        if node not in number:
+            number[node] = len(number)
+            below = inputs.get(node, node.next_functions)
+            found += (node.name(), len(below))
+            stack += below
+    return tuple(found)
 
 
 class Found(NamedTuple):

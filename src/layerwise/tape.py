@@ -316,18 +316,18 @@ class Tape(TorchFunctionMode):
 
     def _keep(self, args: Any, kwargs: Any, clone: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments to hold: data detached (cloned where the call overwrites it), parameters as they are."""
-        known = self._known
+        kept = tuple(self._kept(arg, clone and i == 0) for i, arg in enumerate(args))
+        return kept, {key: self._kept(value) for key, value in kwargs.items()}
 
-        def keep(arg: Any, first: bool = False) -> Any:
-            if isinstance(arg, Tensor):
-                if type(known.get(id(arg))) is Derived:
-                    return arg
-                return arg.detach().clone() if first and clone else arg.detach()
-            if isinstance(arg, _LISTS):
-                return type(arg)(keep(a) for a in arg)
-            return arg
-
-        return tuple(keep(a, i == 0) for i, a in enumerate(args)), {k: keep(v) for k, v in kwargs.items()}
+    def _kept(self, arg: Any, clone: bool = False) -> Any:
+        """A method, since a function that calls itself by its name in here would hold all it sees in a cycle."""
+        if isinstance(arg, Tensor):
+            if type(self._known.get(id(arg))) is Derived:
+                return arg
+            return arg.detach().clone() if clone else arg.detach()
+        if isinstance(arg, _LISTS):
+            return type(arg)(self._kept(a) for a in arg)
+        return arg
 
     def _loss(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run and record a call that makes a loss."""
