@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from layerwise import errors
 from layerwise.observe import observe
-from layerwise.quantities import KFAC, DiagGGN, PerSampleGrad, SecondMoment, SquaredNorm, Variance
+from layerwise.quantities import KFAC, KFLR, ClippedGrad, DiagGGN, PerSampleGrad, SecondMoment, SquaredNorm, Variance
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -713,6 +713,48 @@ def test_autocast(inside: bool) -> None:
         assert all(v.dtype == torch.float32 for v in getattr(seen, name).values())
         oracle.assert_close(dict(getattr(seen, name)), values, rel=0.1)
     assert all(f.dtype == torch.float32 for factors in seen.kfac.factors.values() for f in factors)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize("model_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sums_in_a_chosen_type(dtype: torch.dtype | None, model_dtype: torch.dtype, autocast: bool) -> None:
+    """Cotangents come in the graph's types; what is summed of them is exact in the type asked for."""
+    x, y = _batch(200)
+    model = _mlp().to(model_dtype)
+    quantities = [*_quantities(), KFAC(generator=torch.Generator().manual_seed(0)), KFLR(), ClippedGrad(0.5)]
+    with observe(model, *quantities, dtype=dtype, scale="sample") as seen:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            z = model(x.to(model_dtype))
+        F.cross_entropy(z.float(), y).backward()
+    want = dtype or model_dtype
+    for q in (q() for q in ALL):
+        assert all(v.dtype == want for v in getattr(seen, q.name).values()), q.name
+    for result in (seen.kfac, seen.kflr):
+        assert all(f.dtype == want for factors in result.factors.values() for f in factors)
+        assert all(v.dtype == model_dtype for v in (result @ seen.grad).values())
+    if dtype is not None:
+        second = {name: g.double().square().mean(0) for name, g in seen.per_sample_grad.items()}
+        oracle.assert_close(dict(seen.second_moment), second, rel={torch.float32: 1e-5, torch.float64: 1e-12}[dtype])
+    assert all(p.grad.dtype == model_dtype for p in model.parameters())
+    assert all(g.dtype == model_dtype for g in seen.grad.values())
+
+
+def test_factors_of_a_bfloat16_model_in_float32() -> None:
+    """The sums of many bfloat16 rows, which bfloat16 itself cannot hold."""
+    model = nn.Linear(2, 2).bfloat16()
+    x, y = torch.ones(4096, 2, dtype=torch.bfloat16), torch.randint(2, (4096,))
+    x[:, 1] = 0.5
+    with observe(model, KFLR(), dtype=torch.float32) as seen:
+        F.cross_entropy(model(x), y).backward()
+    a, _ = seen.kflr.factors["weight"]
+    assert torch.equal(a[0], torch.tensor([[1.0, 0.5], [0.5, 0.25]], dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int64, float])
+def test_a_type_that_holds_no_fractions(dtype: object) -> None:
+    with pytest.raises(errors.BadInput, match="floating-point"):
+        observe(_mlp(), SecondMoment(), dtype=dtype)
 
 
 def test_a_default_device_is_not_ours() -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import _pop_mode_temporarily
 
@@ -28,6 +29,7 @@ def accumulate(
     *quantities: Quantity,
     samples: int | None = None,
     scale: str = "loss",
+    dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Seen:
     """Quantities of the loss of a whole data set, from one pass over its batches.
@@ -42,7 +44,7 @@ def accumulate(
 
     loss_fn: of a module and batches `(x, y)` (a tuple or list of two), called as `loss_fn(model(x), y)`. For any
     other batch, and for a functional model, called as `loss_fn(batch)`: it runs the model itself.
-    samples, scale: as for `observe`; samples is the number in every batch, by default dim 0 of the batch.
+    samples, scale, dtype: as for `observe`; samples is the number in every batch, by default dim 0 of the batch.
     progress: show a bar (with rich, where it is installed), or a line on standard error.
     Raises BadInput (no batch, or batches whose losses have no union), and what `observe` raises.
     """
@@ -50,7 +52,7 @@ def accumulate(
     before = {name: p.grad for name, p in parameters.items()}
     count = 0
     try:
-        with observe(model, *quantities, samples=samples, scale=scale) as seen:
+        with observe(model, *quantities, samples=samples, scale=scale, dtype=dtype) as seen:
             batches = iter(_shown(loader) if progress else loader)
             while (batch := _next(batches)) is not _END:
                 for p in parameters.values():

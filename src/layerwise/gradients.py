@@ -62,6 +62,17 @@ class Part:
         assert self.slot is not None and self.rows is not None and self.view is not None
         return Matrix(*_maps(_hollow(self.slot), self.view), self.rows.a is None)
 
+    def to(self, dtype: torch.dtype | None) -> Part:
+        """The same part with its numbers in another type; None: as they are."""
+        if dtype is None:
+            return self
+        dense = None if self.dense is None else self.dense.to(dtype)
+        if self.rows is None:
+            return replace(self, dense=dense)
+        a = self.rows.a
+        a = a.to(dtype) if a is not None and a.is_floating_point() else a
+        return replace(self, rows=Rows(a, self.rows.g.to(dtype), self.rows.size_in), dense=dense)
+
     @property
     def samples(self) -> int:
         """N."""

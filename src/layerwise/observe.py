@@ -43,6 +43,8 @@ class observe:
 
     model: an nn.Module, or a mapping of names to tensors for a functional model. samples: the number of
     samples N, by default dim 0 of the batch. scale: "loss" (g_n sum to `.grad`) or "sample" (N g_n for a mean).
+    dtype: of the sums and results of all quantities, by default each parameter's own (under autocast too). The
+    cotangents come in the types of the graph, second derivatives are taken in them, and means are read off `.grad`.
     Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed.
     """
 
@@ -52,6 +54,7 @@ class observe:
         *quantities: Quantity,
         samples: int | None = None,
         scale: str = "loss",
+        dtype: torch.dtype | None = None,
     ) -> None:
         for q in quantities:
             if not isinstance(q, Quantity):
@@ -59,11 +62,14 @@ class observe:
                 raise BadInput(f"asked to observe {q!r}; give quantities such as Variance(){hint}")
         if scale not in ("loss", "sample"):
             raise BadInput(f'scale must be "loss" or "sample", got {scale!r}')
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise BadInput(f"dtype must be a floating-point type such as torch.float32, or None, got {dtype!r}")
         positive("observe's samples", samples)
         self._model = model
         self._quantities = quantities
         self._samples = samples
         self._scale = scale
+        self._dtype = dtype
         self._tape: Tape | None = None
         self._seen: Seen | None = None
         self._second_order: SecondOrder | None = None
@@ -98,7 +104,7 @@ class observe:
         with alone(device), _kept(tape.retained()):
             _check_finite(total)
             graph = prove(tape, total, weight)
-            pass_ = _Pass(tape, graph, self._quantities, self._model, self._samples, self._scale)
+            pass_ = _Pass(tape, graph, self._quantities, self._model, self._samples, self._scale, self._dtype)
             seen._check(pass_.batch)
             pass_.pull_roots()
         before = {name: _snapshot(p) for name, p in tape.parameters.items()}
@@ -121,9 +127,16 @@ class _Pass:
     """One backward pass: its likelihoods, its layout, and the values of each quantity."""
 
     def __init__(
-        self, tape: Tape, graph: Graph, quantities: Sequence[Quantity], model: Any, samples: int | None, scale: str
+        self,
+        tape: Tape,
+        graph: Graph,
+        quantities: Sequence[Quantity],
+        model: Any,
+        samples: int | None,
+        scale: str,
+        dtype: torch.dtype | None,
     ) -> None:
-        self.tape, self.graph, self.quantities = tape, graph, quantities
+        self.tape, self.graph, self.quantities, self.dtype = tape, graph, quantities, dtype
         self.likelihoods = likelihoods(graph)
         self._check_scale(scale)
         for q in quantities:
@@ -225,7 +238,7 @@ class _Pass:
         for use, g in zip(uses, pulled, strict=True):
             g = stack.new_zeros(len(stack), *use.call.out_shape) if g is None else g
             for flag in flags:
-                for name, part in parts_of(self.tape, use, g, self._where(use, flag)):
+                for name, part in self._parts(use, g, flag):
                     parts.setdefault((name, flag), []).append(part)
         shared: dict[Any, Any] = {}
         for (name, flag), found in parts.items():
@@ -234,8 +247,9 @@ class _Pass:
                 if self.quantities[i].needs_samples == flag:
                     self._compute(i, gradient)
 
-    def _where(self, use: Use, needs_samples: bool) -> Any:
-        return self.layout.uses[use.index] if needs_samples and self.layout is not None else None
+    def _parts(self, use: Use, g: Tensor, needs_samples: bool = True) -> list[tuple[str, Part]]:
+        where = self.layout.uses[use.index] if needs_samples and self.layout is not None else None
+        return [(name, part.to(self.dtype)) for name, part in parts_of(self.tape, use, g, where)]
 
     # -- the gradient, streamed from the user's backward pass ----------------------------------------------
 
@@ -247,7 +261,7 @@ class _Pass:
     def _receive(self, use: Use, g: Tensor) -> None:
         self._received.add(use.index)
         g = g.detach()[None]
-        parts = parts_of(self.tape, use, g, self._where(use, True))
+        parts = self._parts(use, g)
         if self._again:
             self._held.append((use, g, parts if any(part.carried for _, part in parts) else []))
         for gradient in self._gather.add(use, parts):
@@ -270,7 +284,7 @@ class _Pass:
         self._held.reverse()
         while self._held:
             use, g, parts = self._held.pop()
-            yield from gather.add(use, parts or parts_of(self.tape, use, g, self._where(use, True)))
+            yield from gather.add(use, parts or self._parts(use, g))
         yield from gather.rest()
 
     def _compute(self, i: int, gradient: ParameterGradient) -> None:

@@ -229,7 +229,8 @@ class _BlockDiagonal(Generic[AnyBlock]):
         check_names(f"{type(self).__name__} @", self.names(), other)
         result: dict[str, Tensor] = {}
         for name, block in self.blocks.items():
-            result |= block.scatter(name, block.apply(block.gather(name, other)))
+            w = block.gather(name, other)
+            result |= block.scatter(name, block.apply(w.to(block.like.dtype)).to(w.dtype))
         return {name: result[name] for name in other}
 
     def to_dense(self, name: str) -> Tensor:
