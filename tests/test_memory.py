@@ -1,10 +1,18 @@
-"""Memory in large pages: a hint that changes no value."""
+"""Memory: large pages change no value; a thousand steps leave nothing behind."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import layerwise as lw
 from layerwise import contract, memory
 from layerwise.ops.base import Rows
 
@@ -31,3 +39,95 @@ def test_large_per_sample_gradients_are_those_of_small_ones() -> None:
     assert large.numel() * 4 >= memory._LARGE
     for n in range(40):
         assert torch.equal(large[0, n], contract.per_sample(Rows(a[n : n + 1], g[:, n : n + 1], 300))[0, 0])
+
+
+# Steps ----------------------------------------------------------------------------------------------
+
+
+def _resident() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def _live() -> int:
+    """Tensors that Python holds, those in reference cycles too: nothing is collected first."""
+    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+
+def _hooks(model: nn.Module) -> int:
+    """Hooks on modules and parameters. (On nodes of the graph they would show as calls; see test_observe.)"""
+    modules = sum(len(v) for m in model.modules() for k, v in vars(m).items() if "hooks" in k)
+    return modules + sum(len(p._backward_hooks or ()) for p in model.parameters())
+
+
+def _mlp() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    return model, model
+
+
+def _odd() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """A weight norm, attention inside a checkpoint, constants and a derived weight."""
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model = nn.ModuleList([first, nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)])
+
+    def run(x: Tensor) -> Tensor:
+        h = first(x).unsqueeze(1) + torch.ones(len(x), 2, 1)
+        h = checkpoint(lambda h: model[1](h, h, h)[0], h, use_reentrant=False)
+        return F.linear(h.mean(1), model[2].weight * 2, model[2].bias)
+
+    return model, run
+
+
+@pytest.mark.parametrize(
+    ("make", "steps", "error"),
+    [(_mlp, 1000, None), (_odd, 60, None)]
+    + [(make, 60, error) for make in (_mlp, _odd) for error in ("body", "backward", "refused")],
+)
+def test_steps_leave_nothing(make: Callable, steps: int, error: str | None) -> None:
+    """Tensors, resident memory, modes and hooks after many steps, where every second one raises.
+
+    The collector is off: a tensor in a reference cycle counts as left behind.
+    """
+    model, run = make()
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+
+    def fail(g: Tensor) -> None:
+        raise ZeroDivisionError
+
+    def step(i: int) -> None:
+        model.zero_grad()
+        try:
+            with lw.observe(model, lw.Variance(), lw.SquaredNorm(), lw.DiagGGN(1), lw.ClippedGrad(1.0)) as seen:
+                z = run(x)
+                if error == "backward" and i % 2:
+                    z.register_hook(fail)
+                F.cross_entropy(z - z.mean(0) if error == "refused" and i % 2 else z, y).backward()
+                if error == "body" and i % 2:
+                    raise ZeroDivisionError
+            _ = seen.variance, seen.diag_ggn, seen.grad
+        except (ZeroDivisionError, lw.errors.SamplesMixed):
+            assert error is not None and i % 2
+
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(20):
+            step(i)
+        if error is not None:
+            gc.collect()  # a traceback is a cycle of its own
+        tensors, hooks = _live(), _hooks(model)
+        resident = 0
+        for i in range(steps):
+            if i == steps // 2:
+                resident = _resident()
+            step(i)
+        grown = _resident() - resident
+        if error is not None:
+            gc.collect()
+        assert _live() == tensors
+        assert _hooks(model) == hooks
+        assert not torch.overrides._get_current_function_mode_stack()
+    finally:
+        gc.enable()
+    if error is None:
+        assert grown < 2**20
