@@ -27,7 +27,9 @@ pytestmark = pytest.mark.usefixtures("float64")
 N = 5
 
 
-def _check(model: nn.Module, x: Tensor | None = None, hessian: bool = True, run: Callable[..., Tensor] | None = None) -> None:
+def _check(
+    model: nn.Module, x: Tensor | None = None, hessian: bool = True, run: Callable[..., Tensor] | None = None
+) -> None:
     """Per-sample gradients, variance, GGN and Hessian diagonal against the oracle, twice (the second from the memo)."""
     x = torch.randn(N, 4) if x is None else x
     y = torch.randint(3, (N,))
