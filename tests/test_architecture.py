@@ -24,7 +24,7 @@ LEVELS = tuple(
         "errors",
         "ops losses",
         "calls uses tape coverage pull samples program replay likelihoods products chain recompute",
-        "cotangents contract rows memory projection gradients gather blocks recursion",
+        "cotangents contract rows memory projection gradients gather blocks recursion arrivals carried",
         "operators",
         "quantities",
         "observe seen accumulate",

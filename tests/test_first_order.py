@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo import Case, cases
 
 import layerwise as lw
-from layerwise import contract, errors, projection
+from layerwise import contract, errors, gradients, projection
 from layerwise.ops.base import Rows
 from layerwise.quantities import (
     ClippedGrad,
@@ -468,6 +468,55 @@ def test_the_scale_of_the_sample() -> None:
         F.cross_entropy(model(x), y).backward()
     oracle.assert_close(dict(sample.sketch), {k: 7 * v for k, v in loss.sketch.items()})
     oracle.assert_close(sample.pairwise_dot.total, 49 * loss.pairwise_dot.total)
+
+
+class _Widest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most elements of any tensor that a call makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.most = max(self.most, out.numel())
+        return out
+
+
+def _normed() -> tuple[nn.Module, Tensor, Tensor]:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(20, 30))
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(30, 3)), torch.randn(40, 20), torch.randint(3, (40,))
+
+
+@pytest.mark.parametrize("scale", ["loss", "sample"])
+def test_clipping_through_derived_weights_holds_no_per_sample_gradients(
+    scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact, in chunks of a few samples: no tensor has N times the elements of the weight."""
+    model, x, y = _normed()
+    factor = 40.0 if scale == "sample" else 1.0
+    grads = oracle.per_sample_grad(
+        oracle.parameters(model), lambda: F.cross_entropy(model(x), y, reduction="none") / 40
+    )
+    want, norms = oracle.clipped_grad(grads, 0.5 * factor / 40, factor)
+    monkeypatch.setattr(gradients, "_CHUNK", 4 * 600)
+    with _Widest() as widest, lw.observe(model, ClippedGrad(0.5 * factor / 40), SquaredNorm(), scale=scale) as seen:
+        F.cross_entropy(model(x), y).backward()
+    del widest
+    oracle.assert_close(dict(seen.clipped_grad), want)
+    oracle.assert_close(seen.clipped_grad.norms, norms)
+    model.zero_grad()
+    with _Widest() as widest, lw.observe(model, ClippedGrad(0.5)):
+        F.cross_entropy(model(x), y).backward()
+    assert widest.most <= 8 * 600
+
+
+def test_clipping_through_derived_weights_refuses_hooks_that_change_gradients() -> None:
+    model, x, y = _normed()
+    with pytest.raises(errors.Undefined, match="hook"), lw.observe(model, ClippedGrad(0.5)):
+        h = model[0](x)
+        h.register_hook(lambda g: 3 * g)
+        F.cross_entropy(model[2](h.tanh()), y).backward()
+    assert all(p.grad is None for p in model.parameters())
 
 
 # accumulate --------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from layerwise import contract, projection
+from layerwise.carried import Later, carry
 from layerwise.errors import Undefined
 from layerwise.ops.base import Rows, Samples, Slot
-from layerwise.pull import pull
 from layerwise.tape import Tape
 from layerwise.uses import Use
 
-__all__ = ["Matrix", "ParameterGradient", "Part", "parts_of"]
+__all__ = ["Matrix", "ParameterGradient", "Part", "carries", "parts_of"]
 
 Map = Callable[[Tensor], Tensor]
 
@@ -44,7 +44,7 @@ class Matrix(NamedTuple):
 class Part:
     """What one use gives to one parameter: rows with maps to the parameter's shape, or per-sample gradients.
 
-    fold: `[..., K,O,I]` -> `[..., *shape]`; matrix: its inverse. dense: `[V,N,*shape]`.
+    fold: `[..., K,O,I]` -> `[..., *shape]`; matrix: its inverse. dense: `[V,N,*shape]`, or made as it is read.
     carried: whether it came back through a graph of parameters, which a backward pass frees.
     """
 
@@ -53,7 +53,7 @@ class Part:
     rows: Rows | None = None
     fold: Map | None = None
     matrix: Map | None = None
-    dense: Tensor | None = None
+    dense: Tensor | Later | None = None
     view: tuple[Map, Map] | None = None
     carried: bool = False
 
@@ -201,7 +201,7 @@ class ParameterGradient:
         def alone(part: Part, v: int) -> Part:
             if part.rows is None:
                 assert part.dense is not None
-                return replace(part, dense=part.dense[v : v + 1])
+                return replace(part, dense=part.dense[v : v + 1, :])
             return replace(part, rows=Rows(part.rows.a, part.rows.g[v : v + 1], part.rows.size_in))
 
         parts = [self.joined] if self.joined is not None else self.parts
@@ -260,7 +260,8 @@ class ParameterGradient:
 
     def _each(self) -> int:
         """How many samples' gradients are held at once."""
-        return max(1, _CHUNK // max(1, self.shape.numel()))
+        through = [p.dense.slot.used.numel() for p in self.parts if isinstance(p.dense, Later)]
+        return max(1, _CHUNK // max(1, self.shape.numel(), *through))
 
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         first = self.parts[0]
@@ -269,9 +270,10 @@ class ParameterGradient:
         return like.new_zeros(shape)
 
 
-def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None) -> list[tuple[str, Part]]:
+def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None, later: bool = False) -> list[tuple[str, Part]]:
     """The parts that a stack of cotangents `[V, *out_shape]` of one use gives to each parameter.
 
+    later: carry what came through a derived tensor only as it is read, while its graph lives.
     samples: None where no per-sample structure is asked for (Kronecker factors).
     Raises Undefined where a part without row form is asked for without samples.
     """
@@ -289,8 +291,25 @@ def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None) -> list[t
                 + ("through a derived tensor" if slot.factored else "through a call without row form")
                 + "; leave the parameter out by freezing it, or ask for a diagonal quantity"
             )
-        found += _carried(tape, use, slot.used, sorted(derived.names), slot.dense(g, samples))
+        leaves = {name: tape.parameters[name] for name in sorted(derived.names)}
+        if later and slot.factored and samples.axis not in slot.aligned and not slot.used.is_leaf:
+            rows = slot.rows(g, samples)
+            found += [(name, Part(use, dense=Later(slot, rows, leaf), carried=True)) for name, leaf in leaves.items()]
+            continue
+        dense = slot.dense(g, samples)
+        carried = not slot.used.is_leaf
+        values = carry(slot.used, dense, list(leaves.values())) if carried else [dense]
+        found += [(name, Part(use, dense=v, carried=carried)) for name, v in zip(leaves, values, strict=True)]
     return found
+
+
+def carries(tape: Tape, use: Use) -> bool:
+    """Whether some gradient of a use goes back to its parameter through a graph."""
+    return any(
+        not slot.used.is_leaf
+        and (len(d.names) > 1 or view_maps(slot.used, tape.parameters[next(iter(d.names))]) is None)
+        for d, slot in zip(use.used, use.slots, strict=True)
+    )
 
 
 def _bias_of(part: Part) -> str | None:
@@ -329,30 +348,6 @@ def _hollow(slot: Slot) -> Slot:
         elif callable(value) or (isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value)):
             setattr(hollow, key, None)
     return hollow
-
-
-def _carried(tape: Tape, use: Use, used: Tensor, names: list[str], dense: Tensor) -> list[tuple[str, Part]]:
-    """Per-sample gradients `[V,N,*used.shape]` of a used tensor, carried to the parameters it came from."""
-    if used.is_leaf:
-        return [(names[0], Part(use, dense=dense))]
-    leaves = [tape.parameters[name] for name in names]
-    lead = dense.shape[:2]
-    flat = dense.flatten(0, 1)
-    carried: list[Tensor | None]
-    try:
-        carried = pull([used], [flat], leaves, batched=True) if len(flat) else [None for _ in leaves]
-    except RuntimeError:  # an operation without a batching rule
-        each = [pull([used], [row], leaves) for row in flat]
-        columns = zip(*each, strict=True)
-        carried = [
-            torch.stack([torch.zeros_like(p) if g is None else g for g in column])
-            for p, column in zip(leaves, columns, strict=True)
-        ]
-    parts = []
-    for name, leaf, value in zip(names, leaves, carried, strict=True):
-        value = flat.new_zeros(len(flat), *leaf.shape) if value is None else value
-        parts.append((name, Part(use, dense=value.to(leaf.dtype).unflatten(0, lead), carried=True)))
-    return parts
 
 
 def view_maps(used: Tensor, parameter: Tensor) -> tuple[Map, Map] | None:

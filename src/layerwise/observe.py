@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layerwise.arrivals import Sent, check_covered, check_finite, kept, restore, snapshot
 from layerwise.cotangents import Averaged, Cotangent, Exact, Gradient, Second
 from layerwise.coverage import Graph, prove
-from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, UncoveredUse, Undefined
+from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, Undefined
 from layerwise.gather import Gather
-from layerwise.gradients import Matrix, ParameterGradient, Part, parts_of
+from layerwise.gradients import Matrix, ParameterGradient, Part, carries, parts_of
 from layerwise.likelihoods import likelihoods
 from layerwise.losses import Likelihood
 from layerwise.products import SecondOrder
@@ -101,23 +102,25 @@ class observe:
         if total.is_meta:
             raise BadInput("asked to observe a backward pass from a loss on the meta device, which holds no numbers")
         device = total.device.type
-        with alone(device), _kept(tape.retained()):
-            _check_finite(total)
+        with alone(device), kept(tape.retained()):
+            check_finite(total)
             graph = prove(tape, total, weight)
             pass_ = _Pass(tape, graph, self._quantities, self._model, self._samples, self._scale, self._dtype)
             seen._check(pass_.batch)
             pass_.pull_roots()
-        before = {name: _snapshot(p) for name, p in tape.parameters.items()}
+            pass_.pull_gradient()
+        before = {name: snapshot(p) for name, p in tape.parameters.items()}
         covered = {name: tape.parameters[name] for name in graph.parameters()}
         try:
-            with hooked(graph.uses if pass_.streams else [], pass_.receive), accumulated(covered) as gradient:
+            with hooked(graph.uses if pass_.listens else [], pass_.receive), accumulated(covered) as gradient:
                 out = run()
             with alone(device):
-                _check_covered(tape, before, covered)
+                check_covered(tape, before, covered)
+                pass_.sent.check()
                 values = pass_.values(gradient)
                 seen._add(pass_.batch, values, {name: (g,) for name, g in gradient.items()}, pass_.context)
         except BaseException:
-            _restore(tape, before)
+            restore(tape, before)
             raise
         tape.forget(graph.uses, graph.losses)
         return out
@@ -154,6 +157,8 @@ class _Pass:
         self._gather = Gather(tape, graph.uses)
         self._received: set[int] = set()
         self._again = [i for i in self.streams if quantities[i].revisits]
+        self.sent = Sent()
+        self._later = False
         self._held: list[tuple[Use, Tensor, list[tuple[str, Part]]]] = []  # all cotangents, for a second stage
 
     def _check_scale(self, scale: str) -> None:
@@ -206,6 +211,36 @@ class _Pass:
             for i in indices:
                 self._compute(i, gradient)
 
+    def pull_gradient(self) -> None:
+        """Both stages of quantities that revisit, where some gradient goes back through a graph of parameters.
+
+        The user's backward pass frees that graph, so the gradient's cotangents are sent once more, before it.
+        """
+        if not self._again or self.tape.partial or not any(carries(self.tape, use) for use in self.graph.uses):
+            return
+        weight = torch.ones_like(self.graph.total) if self.graph.weight is None else self.graph.weight
+        uses = self.graph.uses
+        pulled = pull([self.graph.total], [weight], [use.edge for use in uses])
+        found = [(use, g.detach()[None]) for use, g in zip(uses, pulled, strict=True) if g is not None]
+        self.sent = Sent(found)
+        self._later = True
+        for last in (False, True):
+            self._held = [(use, g, []) for use, g in found]
+            if last:
+                del found
+                self._revisit()
+            else:
+                for gradient in self._once_more():
+                    for i in self._again:
+                        self._compute(i, gradient)
+        self.streams = [i for i in self.streams if i not in self._again]
+        self._again, self._later = [], False
+
+    @property
+    def listens(self) -> bool:
+        """Whether the cotangents of the user's own backward pass are wanted."""
+        return bool(self.streams or self.sent)
+
     def _known_layout(self) -> Layout | None:
         """The samples' layout, or None where they cannot be told apart."""
         if self.layout is None:
@@ -249,7 +284,7 @@ class _Pass:
 
     def _parts(self, use: Use, g: Tensor, needs_samples: bool = True) -> list[tuple[str, Part]]:
         where = self.layout.uses[use.index] if needs_samples and self.layout is not None else None
-        return [(name, part.to(self.dtype)) for name, part in parts_of(self.tape, use, g, where)]
+        return [(name, part.to(self.dtype)) for name, part in parts_of(self.tape, use, g, where, self._later)]
 
     # -- the gradient, streamed from the user's backward pass ----------------------------------------------
 
@@ -261,6 +296,9 @@ class _Pass:
     def _receive(self, use: Use, g: Tensor) -> None:
         self._received.add(use.index)
         g = g.detach()[None]
+        self.sent.arrived(use, g)
+        if not self.streams:
+            return
         parts = self._parts(use, g)
         if self._again:
             self._held.append((use, g, parts if any(part.carried for _, part in parts) else []))
@@ -342,51 +380,3 @@ def _terms(likelihoods: Sequence[Likelihood]) -> tuple[float, ...] | None:
             return tuple(float(lik.terms) if lik.mean else float("nan") for lik in likelihoods)
         return None
     return tuple(float(lik.terms) for lik in likelihoods)
-
-
-def _check_finite(total: Tensor) -> None:
-    if not bool(torch.isfinite(total).all()):
-        raise NonFinite(
-            f"asked to observe a backward pass from a loss of {total.detach().tolist()}; nothing was computed. "
-            "Check the batch and the parameters for NaN and infinity"
-        )
-
-
-@contextmanager
-def _kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the `.grad` of activations that the user retains it for from our own pulls."""
-    before = [t.grad for t in tensors]
-    try:
-        yield
-    finally:
-        for t, grad in zip(tensors, before, strict=True):
-            t.grad = grad
-
-
-def _snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:
-    grad = p.grad
-    return grad, -1 if grad is None else grad._version, None if grad is None else grad.detach().clone()
-
-
-def _check_covered(tape: Tape, before: Mapping[str, Any], covered: Collection[str]) -> None:
-    """A gradient that changed where no use was recorded is an error."""
-    for name, p in tape.parameters.items():
-        grad, version, _ = before[name]
-        new = p.grad
-        if name in covered or new is None or (new is grad and new._version == version):
-            continue
-        raise UncoveredUse(
-            f"the backward pass changed the gradient of {name!r}, but no call with it was recorded: it ran inside "
-            "something the tape cannot see (reentrant checkpointing, another thread). Use "
-            "torch.utils.checkpoint with use_reentrant=False"
-        )
-
-
-def _restore(tape: Tape, before: Mapping[str, Any]) -> None:
-    """Undo what a refused backward pass added to `.grad`."""
-    for name, p in tape.parameters.items():
-        grad, version, old = before[name]
-        p.grad = grad
-        if grad is not None and grad._version != version:
-            with torch.no_grad():
-                grad.copy_(old)

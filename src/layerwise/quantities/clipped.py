@@ -34,8 +34,9 @@ class ClippedGrad(Quantity):
 
     Two stages: the norms of all parameters come first, the weighted sums after them. Between the stages the
     cotangents of all uses are held beside the layers' inputs, the memory of the activations once more, and no
-    `[N,P]`; but for parameters that reach their uses through a derived tensor (a weight norm, LoRA), whose
-    per-sample gradients are held, since the graph to carry them back is gone by then.
+    `[N,P]`. Where parameters reach their uses through a derived tensor (a weight norm, LoRA), both stages come
+    before the backward pass, which frees the graph to carry them back: one more pass, a few samples at a time; a
+    hook that changes gradients on their way is refused then.
     Several backward passes: a sum loss, or a mean with `scale="sample"` and equally many loss terms a sample in
     every batch; elsewhere what is clipped would depend on batches to come.
 

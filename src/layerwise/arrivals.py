@@ -1,0 +1,99 @@
+"""The user's backward pass beside ours: its loss, what it did to `.grad`, and whether it sent what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import NonFinite, UncoveredUse, Undefined
+from layerwise.tape import Tape
+from layerwise.uses import Use
+
+__all__ = ["Sent", "check_covered", "check_finite", "kept", "restore", "snapshot"]
+
+
+class Sent:
+    """Cotangents that were sent before the user's backward pass, by two numbers each, to compare with its own."""
+
+    def __init__(self, cotangents: Sequence[tuple[Use, Tensor]] = ()) -> None:
+        self._sent = {use.index: _fingerprint(g) for use, g in cotangents}
+        self._arrived: dict[int, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sent)
+
+    def arrived(self, use: Use, g: Tensor) -> None:
+        """Note the cotangent of the user's own backward pass."""
+        if self._sent:
+            self._arrived[use.index] = _fingerprint(g)
+
+    def check(self) -> None:
+        """Raise Undefined where the user's backward pass had other cotangents."""
+        same = self._sent.keys() == self._arrived.keys()
+        if same and self._sent:
+            sent, arrived = (torch.stack([by[k] for k in self._sent]).cpu() for by in (self._sent, self._arrived))
+            scale = float(sent.abs().max())
+            same = torch.allclose(sent, arrived, rtol=1e-3, atol=1e-6 * scale)
+        if not same:
+            raise Undefined(
+                "asked for a quantity in two stages (ClippedGrad) of a model with derived weights, but the backward "
+                "pass sent other cotangents than the loss does: a hook changes gradients on their way; remove it"
+            )
+
+
+def _fingerprint(g: Tensor) -> Tensor:
+    return torch.stack([g.sum(dtype=torch.float64), g.abs().sum(dtype=torch.float64)])
+
+
+def check_finite(total: Tensor) -> None:
+    """Raise NonFinite for a loss of NaN or infinity."""
+    if not bool(torch.isfinite(total).all()):
+        raise NonFinite(
+            f"asked to observe a backward pass from a loss of {total.detach().tolist()}; nothing was computed. "
+            "Check the batch and the parameters for NaN and infinity"
+        )
+
+
+@contextmanager
+def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the `.grad` of activations that the user retains it for from our own pulls."""
+    before = [t.grad for t in tensors]
+    try:
+        yield
+    finally:
+        for t, grad in zip(tensors, before, strict=True):
+            t.grad = grad
+
+
+def snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:
+    """`.grad`, its version, and a copy, for `restore`."""
+    grad = p.grad
+    return grad, -1 if grad is None else grad._version, None if grad is None else grad.detach().clone()
+
+
+def check_covered(tape: Tape, before: Mapping[str, Any], covered: Collection[str]) -> None:
+    """A gradient that changed where no use was recorded is an error."""
+    for name, p in tape.parameters.items():
+        grad, version, _ = before[name]
+        new = p.grad
+        if name in covered or new is None or (new is grad and new._version == version):
+            continue
+        raise UncoveredUse(
+            f"the backward pass changed the gradient of {name!r}, but no call with it was recorded: it ran inside "
+            "something the tape cannot see (reentrant checkpointing, another thread). Use "
+            "torch.utils.checkpoint with use_reentrant=False"
+        )
+
+
+def restore(tape: Tape, before: Mapping[str, Any]) -> None:
+    """Undo what a refused backward pass added to `.grad`."""
+    for name, p in tape.parameters.items():
+        grad, version, old = before[name]
+        p.grad = grad
+        if grad is not None and grad._version != version:
+            with torch.no_grad():
+                grad.copy_(old)
