@@ -62,7 +62,7 @@ QUANTITIES: dict[str, Callable[[], lw.Quantity]] = {
     "KFLR reduce": lambda: quantities.KFLR(sharing="reduce"),
     "KFLR joint": lambda: quantities.KFLR(joint=True),
 }
-REFUSED = {"PairwiseDot", "EKFAC", "ClippedGrad"}  # of several batches, for some losses; see their own tests
+REFUSED = {"PairwiseDot", "EKFAC", "ClippedGrad", "KFRA"}  # of several batches, for some losses; see their own tests
 SAMPLED = {"KFAC"}  # draws differ between one batch and several
 
 

@@ -27,7 +27,7 @@ LEVELS = tuple(
         "cotangents contract rows memory projection gradients gather blocks recursion arrivals carried",
         "operators",
         "quantities",
-        "observe seen accumulate",
+        "observe passes seen accumulate",
         "local",
         "optim",
         "",  # the table of contents, `layerwise/__init__.py`

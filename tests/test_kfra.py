@@ -282,6 +282,7 @@ NO_CHAIN = {
     "causal_lm", "attention_time_first", "attention_padded", "attention_cross", "attention_learned_queries",
     "transformer_post_norm", "transformer_pre_norm", "transformer_decoder", "vit", "char_gpt", "lstm",
     "lstm_stacked_both_ways", "lstm_projected", "gru", "gru_learned_start", "rnn_tanh", "rnn_relu_per_step", "cells",
+    "checkpointed_attention", "checkpointed_transformer", "checkpointed_lstm", "checkpointed_gru",
 }  # fmt: skip
 WITHOUT_MATRIX = {
     "position_embedding", "temperature", "weight_norm", "weight_norm_conv", "spectral_norm", "lora",
