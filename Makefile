@@ -21,7 +21,7 @@ export LAYERWISE_DATA := $(CURDIR)/../shared/data
 endif
 endif
 
-.PHONY: help demo test test-all lint format reproduce-locoprop clean
+.PHONY: help demo test test-all lint format support reproduce-locoprop clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ lint: $(INSTALLED)  ## Check style, format and types
 format: $(INSTALLED)  ## Mend style and format where that is automatic
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+support: $(INSTALLED)  ## Write docs/support.md, what works with what, from a run of the tests
+	$(BIN)/python -m pytest -q tests/test_matrix.py --write-support
 
 reproduce-locoprop: $(INSTALLED)  ## Train the LocoProp paper's autoencoder on MNIST beside the authors' curve
 	$(BIN)/python -m benchmarks.reproduce_locoprop

@@ -31,6 +31,10 @@ settings.load_profile("layerwise")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-support", action="store_true", help="write docs/support.md from what the tests find")
+
+
 def pytest_report_header() -> str:
     return f"LAYERWISE_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} thread"
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.attention
+from oracle_rows import EVERY, PRODUCTS, bias_rows, input_rows, output_rows, unfold
 from torch import Tensor, nn
 
 __all__ = [
@@ -225,14 +226,22 @@ def diag_hessian(params: Mapping[str, Tensor], loss: Callable[[], Tensor]) -> Na
 
 @contextmanager
 def plain_operations() -> Iterator[None]:
-    """Attention and weight norm by their formulas: of torch's own, one has no second derivative, one a wrong one."""
-    fused = torch._weight_norm
-    torch._weight_norm = _weight_norm
+    """Attention, bags and weight norm by their formulas: torch's own have no second derivative, or a wrong one."""
+    fused, bag = torch._weight_norm, nn.functional.embedding_bag
+    torch._weight_norm, nn.functional.embedding_bag = _weight_norm, _embedding_bag
     try:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield
     finally:
-        torch._weight_norm = fused
+        torch._weight_norm, nn.functional.embedding_bag = fused, bag
+
+
+def _embedding_bag(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    """`F.embedding_bag` of bags `[N, T]`, called as `nn.EmbeddingBag` calls it: all arguments by position."""
+    mode, padding = options[4], options[8]
+    kept = (x != (-1 if padding is None else padding)).to(weight.dtype)
+    out = (weight[x] * kept.unsqueeze(-1)).sum(1)
+    return out / kept.sum(1, keepdim=True) if mode == "mean" else out
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -270,39 +279,6 @@ def ggn(params: Mapping[str, Tensor], logits: Callable[[], Outputs], loss_of: Ca
 # Kronecker factors ------------------------------------------------------------------------------
 
 
-def unfold(x: Tensor, conv: nn.Module) -> Tensor:
-    """A convolution's input patches `[N, T, K, I]`, by loops over samples and positions.
-
-    I runs over (channel of the group, kernel offsets), as in `weight.flatten(1)`; T row-major.
-    """
-    # The module's own list is (last axis before, after, second to last before, ...), as F.pad wants it.
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-    reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    counts = [(s - r) // st + 1 for s, r, st in zip(x.shape[2:], reach, conv.stride, strict=True)]
-    patches = []
-    for sample in x:
-        for index in torch.cartesian_prod(*[torch.arange(c) for c in counts]).view(-1, len(counts)).tolist():
-            corner = [i * st for i, st in zip(index, conv.stride, strict=True)]
-            window = tuple(slice(c, c + r, d) for c, r, d in zip(corner, reach, conv.dilation, strict=True))
-            patches.append(sample[(slice(None), *window)].reshape(conv.groups, -1))
-    return torch.stack(patches).view(x.shape[0], -1, conv.groups, patches[0].shape[-1])
-
-
-def _rows_in(layer: nn.Module, x: Tensor, axis: int) -> Tensor:
-    """The input of a linear or convolution layer as rows `[N, T, K, I]`."""
-    if isinstance(layer, nn.Linear):
-        return x.movedim(axis, 0).reshape(x.shape[axis], -1, 1, x.shape[-1])
-    return unfold(x, layer)
-
-
-def _rows_out(layer: nn.Module, g: Tensor, axis: int) -> Tensor:
-    """A cotangent of the layer's output as rows `[N, T, K, O]`."""
-    if isinstance(layer, nn.Linear):
-        return g.movedim(axis, 0).reshape(g.shape[axis], -1, 1, g.shape[-1])
-    return g.flatten(2).unflatten(1, (layer.groups, -1)).permute(0, 3, 1, 2)
-
-
 def kfac_factors(
     model: nn.Module,
     logits: Callable[[], Outputs],
@@ -311,6 +287,8 @@ def kfac_factors(
     sharing: str = "expand",
     axis: int | Mapping[str, int] = 0,
     joint: bool = False,
+    every: bool = False,
+    hessian: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The exact Kronecker factors (A, B) `[K,I,I], [K,O,O]` of every nn.Linear and nn.Conv weight.
 
@@ -321,8 +299,9 @@ def kfac_factors(
     further positions t. `axis` is the sample axis of the Linear layers' inputs (or of those that
     are not 0, by module name). K is 1 but for groups.
     joint: a layer with a bias has the constant 1 as its last input.
+    every: also embeddings, norms and PReLU, and each bias by itself, whose A is 1.
+    hessian: `[D, D]` in place of H, such as the sum of s sᵀ over drawn columns.
     """
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def keep(name: str) -> Callable[..., Tensor]:
@@ -332,6 +311,7 @@ def kfac_factors(
 
         return hook
 
+    kinds = EVERY if every else PRODUCTS
     layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     handles = [m.register_forward_hook(keep(name)) for name, m in layers.items()]
     try:
@@ -339,32 +319,31 @@ def kfac_factors(
     finally:
         for handle in handles:
             handle.remove()
-    leaf, shaped = _leaf(z)
-    hessian = _hessian(loss_of(shaped), leaf)
+    if hessian is None:
+        leaf, shaped = _leaf(z)
+        hessian = _hessian(loss_of(shaped), leaf)
     axes = dict.fromkeys(calls, axis) if isinstance(axis, int) else {name: axis.get(name, 0) for name in calls}
-    return {
-        f"{name}.weight" if name else "weight": _factors(
-            layers[name], kept, _flat(z), hessian, sharing, axes[name], joint
-        )
-        for name, kept in calls.items()
-    }
+    found = {}
+    for name, kept in calls.items():
+        layer, at = layers[name], axes[name]
+        columns = [_pull(element, {str(i): out for i, (_, out) in enumerate(kept)}) for element in _flat(z)]
+        a = torch.cat([input_rows(layer, x, out.detach(), at) for x, out in kept], dim=1)
+        bias = getattr(layer, "bias", None)
+        if joint and bias is not None:
+            a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
+        for part, rows in [("weight", output_rows), ("bias", bias_rows)]:
+            if part == "bias" and (bias is None or joint or not every):
+                continue
+            j = torch.stack(
+                [torch.cat([rows(layer, x, g, at) for (x, _), g in zip(kept, gs, strict=True)], 1) for gs in columns]
+            )
+            inputs = (a if part == "weight" else torch.ones_like(j[0, ..., :1])).to(hessian.dtype)
+            found[f"{name}.{part}" if name else part] = _factors(inputs, j.to(hessian.dtype), hessian, sharing)
+    return found
 
 
-def _factors(
-    layer: nn.Module,
-    kept: list[tuple[Tensor, Tensor]],
-    z: Tensor,
-    hessian: Tensor,
-    sharing: str,
-    axis: int,
-    joint: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(A, B) of one layer from its kept inputs and outputs, the flat logits and the loss Hessian."""
-    a = torch.cat([_rows_in(layer, x, axis) for x, _ in kept], dim=1)
-    if joint and layer.bias is not None:
-        a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-    columns = [_pull(element, {str(i): out for i, (_, out) in enumerate(kept)}) for element in z]
-    j = torch.stack([torch.cat([_rows_out(layer, g, axis) for g in gs], dim=1) for gs in columns])
+def _factors(a: Tensor, j: Tensor, hessian: Tensor, sharing: str) -> tuple[Tensor, Tensor]:
+    """(A, B) from inputs `[N,T,K,I]`, derivatives of the logits `[D,N,T,K,O]` and the loss Hessian `[D,D]`."""
     if sharing == "reduce":
         a, j = a.mean(1, keepdim=True), j.sum(2, keepdim=True)
     _, n, t, k, _ = j.shape

@@ -38,90 +38,13 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _is_mean(case: Case) -> bool:
-    return case.loss.name.endswith("mean") or case.loss.name == "two_heads"
-
-
-def _assert_noise(got: Any, grads: Mapping[str, Tensor], factor: float) -> None:
-    """Noise and signal are differences of numbers as large as the squared gradients: errors are relative to those."""
-    want = oracle.noise_scale(grads, factor)
-    sizes = {name: float((factor * g).square().sum() / len(g)) for name, g in grads.items()}
-    peak = max(sizes.values())
-    for name, g in grads.items():
-        tiny = 1e-10 * max(sizes[name], 1e-4 * peak)
-        for key, values in (("noise", got.noise), ("signal", got.signal)):
-            assert abs(float(values[name] - want[key][name])) <= tiny, (key, name)
-        noise, signal = float(want["noise"][name]), float(want["signal"][name])
-        if signal > 1e-4 * sizes[name] and sizes[name] > 1e-4 * peak:
-            assert abs(float(got[name]) - noise / signal) <= 1e-5 * (1 + noise / signal)
-        elif signal < -1e-4 * sizes[name] and sizes[name] > 1e-4 * peak:
-            assert float(got[name]) == float("inf")
-        mean, moment = factor * g.mean(0), (factor * g).square().mean(0)
-        clear = (moment - mean**2 > 1e-3 * moment) & (moment > 1e-6 * peak)
-        assert got.snr[name].shape == g.shape[1:]
-        oracle.assert_close(got.snr[name][clear], want["snr"][name][clear], rel=1e-8)
-        assert bool((got.snr[name] >= 0).all())
-    total = sum(want["noise"].values()) / sum(want["signal"].values())
-    if total > 0:
-        oracle.assert_close(got.total, torch.as_tensor(total), rel=1e-7)
-    else:
-        assert float(got.total) == float("inf")
-
-
-@pytest.mark.parametrize("case", cases(first_loss_only=True), ids=lambda case: case.id)
-def test_quantities_equal_the_oracle(case: Case) -> None:
-    instance = case.make(seed=0)
-    grads = oracle.per_sample_grad(instance.params, instance.terms)
-    names = oracle.used_names(instance.params, instance.loss)
-    grads = {name: g for name, g in grads.items() if name in names}
-    norms = oracle.total(oracle.squared_norm(grads)).sqrt()
-    max_norm = float(norms.median()) * 0.9  # some samples are clipped, some may not be
-    sketch = Sketch(3, _generator())
-    quantities = [PairwiseDot(), NoiseScale(), ClippedGrad(max_norm), sketch]
-    mixed = case.loss.name == "two_heads"  # a mean and a sum
-    if mixed:
-        with (
-            pytest.raises(errors.Undefined, match="a mean and a sum"),
-            lw.observe(instance.subject, FisherDiag("data")),
-        ):
-            instance.loss().backward()
-    else:
-        quantities.append(FisherDiag("data"))
-    with lw.observe(instance.subject, *quantities) as seen:
-        instance.loss().backward()
-    dots = oracle.pairwise_dot(grads)
-    oracle.assert_close(dict(seen.pairwise_dot), dots)
-    oracle.assert_close(seen.pairwise_dot.total, oracle.total(dots))
-    clipped, want_norms = oracle.clipped_grad(grads, max_norm)
-    oracle.assert_close(dict(seen.clipped_grad), clipped)
-    oracle.assert_close(seen.clipped_grad.norms, want_norms)
-    matrices = {name: sketch.matrix(name, g.shape[1:], g) for name, g in grads.items()}
-    sketches = oracle.sketch(grads, matrices)
-    oracle.assert_close(dict(seen.sketch), sketches)
-    oracle.assert_close(seen.sketch.total, oracle.total(sketches))
-    factor = instance.n if _is_mean(case) else 1
-    if not mixed:
-        moments = oracle.second_moment(grads)
-        oracle.assert_close(dict(seen.fisher_diag), {name: factor * m for name, m in moments.items()})
-    if instance.n == 1:
-        with pytest.raises(errors.Undefined, match="N = 1"):
-            _ = seen.noise_scale
-    else:
-        _assert_noise(seen.noise_scale, grads, factor)
-
-
 @pytest.mark.parametrize("case", cases(first_loss_only=True), ids=lambda case: case.id)
 def test_curvature_of_each_sample(case: Case) -> None:
-    """The exact GGN diagonal of each sample; sampled ones and the true Fisher from the same labels."""
+    """Sampled GGN diagonals of each sample sum to those of the same draws; the table test has the exact ones."""
     instance = case.make(seed=0)
-    names = oracle.used_names(instance.params, instance.loss)
-    params = {name: p for name, p in instance.params.items() if name in names}
-    want = oracle.diag_ggn(params, instance.logits, instance.terms_of, per_sample=True)
-    exact = DiagGGN(per_sample=True)
     sampled = [DiagGGN(5, _generator(), per_sample=True), DiagGGN(5, _generator())]
-    with lw.observe(instance.subject, exact, *sampled) as seen:
+    with lw.observe(instance.subject, *sampled) as seen:
         instance.loss().backward()
-    oracle.assert_close(dict(seen[exact]), want)
     sums = {name: g.sum(0) for name, g in seen[sampled[0]].items()}
     oracle.assert_close(sums, dict(seen[sampled[1]]))
 

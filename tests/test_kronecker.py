@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 # Models with a parameter that has no matrix of its own: the weight is derived from it, or its uses differ.
 WITHOUT_MATRIX = {
     "position_embedding", "temperature", "affine_by_hand", "tied_embedding", "tied_autoencoder", "matmul_forms",
-    "weight_norm", "weight_norm_conv", "spectral_norm", "lora", "chunked", "softmax_weights", "seq_first_recurrent",
+    "weight_norm", "weight_norm_conv", "spectral_norm", "orthogonal", "lora", "chunked", "softmax_weights",
+    "seq_first_recurrent",
     "constant_start", "constant_input", "learned_start", "causal_lm", "attention_cross", "transformer_decoder",
     "char_gpt", "gru_learned_start", "attention_learned_queries",
 }  # fmt: skip

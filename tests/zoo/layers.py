@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .losses import LOSSES
-from .parts import Apply, Mean
+from .parts import Apply, Mean, leaf
 from .problem import Problem, floats, register, tokens
 
 __all__ = ["LAYERS"]
@@ -84,6 +84,12 @@ def embedding_pool():
 @problem(tokens(6, 4, 3), (4, 3), tags="bag")
 def embedding_bag():
     return nn.Sequential(nn.EmbeddingBag(6, 4, mode="mean"), nn.Tanh(), nn.Linear(4, 3))
+
+
+@problem(tokens(6, 4, 3), (4, 3), tags="bag")
+def embedding_bag_padded():
+    """Token 0 counts nothing."""
+    return nn.Sequential(nn.EmbeddingBag(6, 4, mode="sum", padding_idx=0), nn.Tanh(), nn.Linear(4, 3))
 
 
 @problem(tokens(5, 3, 4), (3, 3, 4), "ce_mean", "ce_ignore", "ce_everything", "ce_stepwise", "mse_mean")
@@ -167,6 +173,12 @@ def batch_norm2d_eval():
     return nn.Sequential(nn.Conv2d(2, 3, 2, bias=False), nn.BatchNorm2d(3), nn.ReLU(), Mean(-1, -2), nn.Linear(3, 3))
 
 
+@problem(floats(4, 4), (4, 3), "ce_mean", tags="batch_norm mixed", train=True)
+def batch_norm_train():
+    """A sample's term depends on the other samples."""
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+
+
 @problem(floats(4, 4), (4, 3))
 def prelu_single():
     return nn.Sequential(nn.Linear(4, 5), nn.PReLU(), nn.Linear(5, 3))
@@ -177,10 +189,19 @@ def prelu_channels():
     return nn.Sequential(nn.Conv2d(2, 3, 2), nn.PReLU(3), Mean(-1, -2), nn.Linear(3, 3))
 
 
-@problem((lambda gen: (floats(4, 3)(gen), floats(4, 2)(gen))), (4, 3), tags="opaque")
+@problem((lambda gen: (floats(4, 3)(gen), floats(4, 2)(gen))), (4, 3))
 def bilinear():
-    """Two inputs; no special rule is expected for the operation."""
+    """Two inputs."""
     return Apply(lambda m, a, b: m.head(F.tanh(m.mix(a, b))), mix=nn.Bilinear(3, 2, 4), head=nn.Linear(4, 3))
+
+
+@problem(floats(4, 4), (4, 3), "ce_mean", tags="opaque")
+def unknown_call():
+    """Distances to learned centres: a call that no rule knows."""
+    return Apply(
+        lambda m, x: m.head(torch.pairwise_distance(x[:, None], m.centres)),
+        centres=leaf(5, 4), head=nn.Linear(5, 3),
+    )  # fmt: skip
 
 
 @problem(floats(4, 4), (4, 3))

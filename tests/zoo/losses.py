@@ -116,6 +116,25 @@ def _stepwise(z: Tensor, y: Tensor) -> Tensor:
     return total / z.shape[-1]
 
 
+def _counts(gen: Generator, shape: torch.Size) -> Tensor:
+    return torch.randint(4, shape, generator=gen).to(torch.float64)
+
+
+def _variance(z: Tensor) -> Tensor:
+    """One for every output, the same for all samples."""
+    return _ramp(z.shape[-1], z).expand(z.shape)
+
+
+def _huber_elements(z: Tensor, y: Tensor, delta: float = 0.7) -> Tensor:
+    d = (z - y).abs()
+    return torch.where(d < delta, 0.5 * d**2, delta * (d - 0.5 * delta)) / z.numel()
+
+
+def _gaussian_elements(z: Tensor, y: Tensor) -> Tensor:
+    v = _variance(z)
+    return 0.5 * (v.log() + (z - y) ** 2 / v) / z.numel()
+
+
 def _pos_weight(z: Tensor) -> Tensor:
     return _ramp(z.shape[-1], z)
 
@@ -180,6 +199,15 @@ _ALL = [
         _binary,
         lambda z, y: F.binary_cross_entropy_with_logits(z, y, pos_weight=_pos_weight(z), reduction="sum"),
         lambda z, y: _pos_weight(z) * y * _softplus(-z) + (1 - y) * _softplus(z),
+    ),
+    Loss("nll_mean", _classes, lambda z, y: F.nll_loss(z.log_softmax(1), y), _ce_elements),
+    Loss("huber_mean", _real, lambda z, y: F.huber_loss(z, y, delta=0.7), _huber_elements),
+    Loss("gaussian_nll", _real, lambda z, y: F.gaussian_nll_loss(z, y, _variance(z)), _gaussian_elements),
+    Loss(
+        "poisson_nll",
+        _counts,
+        lambda z, y: F.poisson_nll_loss(z, y, reduction="sum"),
+        lambda z, y: z.exp() - y * z,
     ),
     Loss(
         "two_calls",  # two losses of the same outputs

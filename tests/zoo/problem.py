@@ -44,6 +44,8 @@ class Problem:
     head: the model's output -> what the loss call receives.
     own_loss: (model, x, y) -> loss, where the model computes its loss itself.
     own_output: (model, x, y) -> the model's output, where it cannot be called as `model(x)`.
+    dtype, rel: of the parameters, and how near to the oracle results must be: 1e-10 but where the model itself rounds.
+    train: in training mode.
     """
 
     name: str
@@ -56,10 +58,18 @@ class Problem:
     own_loss: Callable[[Any, Any, Any], Tensor] | None = None
     own_output: Callable[[Any, Any, Any], Any] | None = None
     tags: frozenset[str] = frozenset()
+    dtype: torch.dtype = torch.float64
+    rel: float = 1e-10
+    train: bool = False
+
+    @property
+    def special(self) -> bool:
+        """Whether the model rounds, or mixes its samples: most table tests cannot have it."""
+        return self.dtype != torch.float64 or "mixed" in self.tags
 
     def build(self, seed: int = 0) -> Model:
-        """The model in float64 and eval mode, no weight or running statistic at a special value."""
-        return prepare(self.make, seed)
+        """The model, no weight or running statistic at a special value."""
+        return prepare(self.make, seed, self.train, self.dtype)
 
     def batch(self, seed: int = 0, loss: str | None = None) -> tuple[Any, Any]:
         """(x, y) for the named loss (default: the first), the same for the same seed."""
@@ -149,14 +159,14 @@ class Case(NamedTuple):
         return Instance(self.problem, self.loss, self.problem.build(seed), x, y)
 
 
-def prepare(make: Callable[[], Model], seed: int, train: bool = False) -> Model:
-    """Build with a seed, in float64, and move every weight and running statistic off special values."""
+def prepare(make: Callable[[], Model], seed: int, train: bool = False, dtype: torch.dtype = torch.float64) -> Model:
+    """Build with a seed and a dtype, and move every weight and running statistic off special values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make()
         if isinstance(model, Functional):
             return model
-        model = model.double().train(train)
+        model = model.to(dtype).train(train)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.2 * torch.randn_like(p))

@@ -161,6 +161,18 @@ def checkpointed():
     return Apply(lambda m, x: m.head(checkpoint(m.inner, x, use_reentrant=False)), inner=inner, head=nn.Linear(4, 3))
 
 
+@problem(floats(4, 4), (4, 3), "ce_mean", dtype=torch.float32, rel=2e-2)
+def autocast():
+    """Products in bfloat16, whose rounding is in the gradient itself; parameters and results in float32."""
+
+    def forward(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = m.norm(m.inner(x.float())).tanh()
+            return m.head(h).float()
+
+    return Apply(forward, inner=nn.Linear(4, 4), norm=nn.LayerNorm(4), head=nn.Linear(4, 3))
+
+
 class _Doubler(torch.autograd.Function):
     """Doubles its input, with the derivative of doubling."""
 

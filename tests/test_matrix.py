@@ -1,0 +1,48 @@
+"""The table test: every quantity on every model of the zoo, each cell exact, sampled, refused or n/a."""
+
+from __future__ import annotations
+
+import pytest
+from quantity_table import COLUMNS, PENDING, Column, outcome
+from support_page import PAGE, loss_cases, model_cases, render
+from zoo import PROBLEMS, Case, cases
+
+MODELS, LOSSES = model_cases(), loss_cases()
+REST = [case for case in cases() if case not in MODELS and case not in LOSSES]
+BY_COLUMN = pytest.mark.parametrize("column", COLUMNS.values(), ids=lambda column: column.name.replace(" ", "_"))
+
+
+def by_case(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+
+
+@BY_COLUMN
+@by_case(MODELS)
+def test_cell(case: Case, column: Column) -> None:
+    assert outcome(case, column).kind in ("exact", "sampled", "refused", "n/a")
+
+
+@BY_COLUMN
+@by_case([case for case in LOSSES if case not in MODELS])
+def test_cell_of_a_loss(case: Case, column: Column) -> None:
+    assert outcome(case, column).kind in ("exact", "sampled", "n/a")
+
+
+@pytest.mark.slow
+@BY_COLUMN
+@by_case(REST)
+def test_cell_of_the_rest(case: Case, column: Column) -> None:
+    assert outcome(case, column).kind in ("exact", "sampled", "refused", "n/a")
+
+
+def test_the_table_is_wide_enough() -> None:
+    assert len(MODELS) >= 24 and len({column.name.partition(" ")[0] for column in COLUMNS.values()}) >= 14
+    assert PROBLEMS.keys() >= PENDING
+
+
+def test_the_support_page_says_what_the_table_found(request: pytest.FixtureRequest) -> None:
+    page = render(outcome)
+    if request.config.getoption("--write-support"):
+        PAGE.write_text(page, encoding="utf-8")
+    found = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    assert found == page, f"{PAGE.name} is not what the tests find: run `make support` and look at the difference"
