@@ -13,7 +13,7 @@ from layerwise.errors import NonFinite, UncoveredUse, Undefined
 from layerwise.tape import Tape
 from layerwise.uses import Use
 
-__all__ = ["Sent", "check_covered", "check_finite", "kept", "restore", "snapshot"]
+__all__ = ["Sent", "check_covered", "check_finite", "check_gradient", "kept", "restore", "snapshot"]
 
 
 class Sent:
@@ -56,6 +56,16 @@ def check_finite(total: Tensor) -> None:
             f"asked to observe a backward pass from a loss of {total.detach().tolist()}; nothing was computed. "
             "Check the batch and the parameters for NaN and infinity"
         )
+
+
+def check_gradient(gradient: Mapping[str, Tensor]) -> None:
+    """Raise NonFinite for a gradient of NaN or infinity under a finite loss: an infinite input times zero is NaN."""
+    for name, g in gradient.items():
+        if not bool(torch.isfinite(g.sum())) and not bool(torch.isfinite(g).all()):  # the sum alone may overflow
+            raise NonFinite(
+                f"asked to observe a backward pass whose gradient of {name!r} holds NaN or infinity; .grad is as it "
+                "was. Check the batch and the parameters, or skip the batch"
+            )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.arrivals import check_covered, check_finite, kept, restore, snapshot
+from layerwise.arrivals import check_covered, check_finite, check_gradient, kept, restore, snapshot
 from layerwise.cotangents import Second
 from layerwise.coverage import prove
 from layerwise.errors import BadInput
@@ -107,6 +107,7 @@ class observe:
                 out = run()
             with alone(device):
                 check_covered(tape, before, covered)
+                check_gradient(gradient)
                 pass_.sent.check()
                 values = pass_.values(gradient)
                 seen._add(pass_.batch, values, {name: (g,) for name, g in gradient.items()}, pass_.context)
