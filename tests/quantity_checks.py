@@ -133,9 +133,7 @@ class Truth:
         z = self.instance.logits()
         leaf, shaped = oracle._leaf(z)
         parts = shaped if isinstance(shaped, tuple) else (shaped,)
-        places = [part for part in parts] + [
-            row for part in parts for row in part.unbind(-1)
-        ]  # or a call for each step
+        places = [*parts, *(row for part in parts for row in part.unbind(-1))]  # or a call for each step
         columns = []
         for logits, s in drawn.roots:
             place = next(v for v in places if v.shape == logits.shape and torch.allclose(v, logits, 1e-6))
@@ -270,7 +268,7 @@ def sampled_diag_ggn(truth: Truth, got: Any, drawn: Drawn) -> None:
 
 
 def sqrt_ggn(truth: Truth, got: Any, _: Drawn) -> None:
-    assert all(s.shape[1:] == (truth.instance.n, *p.shape) for s, p in zip(got.values(), truth.params.values(), strict=True))
+    assert all(got[name].shape[1:] == (truth.instance.n, *p.shape) for name, p in truth.params.items())
     s = truth.flat(got, lead=2).flatten(0, 1)
     oracle.assert_close(s.T @ s, truth.ggn, rel=truth.rel)
 
