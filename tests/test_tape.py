@@ -1,23 +1,20 @@
-"""The tape: what it takes for parameters, data and constants; random small nets of each family."""
+"""The tape: what it takes for parameters, data and constants."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from layerwise import errors
 from layerwise.observe import observe
-from layerwise.quantities import KFAC, DiagGGN, PerSampleGrad, SecondMoment, SquaredNorm, Variance
+from layerwise.quantities import KFAC, DiagGGN, PerSampleGrad, SecondMoment, Variance
 from layerwise.tape import Tape
 
 # What the tape sees ---------------------------------------------------------------------------------
@@ -144,200 +141,3 @@ def test_hooks_on_activations_see_the_users_backward_alone() -> None:
         h.register_hook(calls.append)
         F.cross_entropy(model[2](h.tanh()), y).backward()
     assert [tuple(g.shape) for g in calls] == [(5, 4)]
-
-
-# Random nets ----------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Net:
-    """A drawn model with its batch; `valid` where plain torch can run it."""
-
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-    loss: str
-    reduction: str
-
-    def logits(self) -> Tensor:
-        return self.model(self.x)
-
-    def value(self) -> Tensor:
-        call = F.cross_entropy if self.loss == "ce" else F.mse_loss
-        if self.reduction == "none":
-            return call(self.logits(), self.y, reduction="none").sum()
-        return call(self.logits(), self.y, reduction=self.reduction)
-
-    def terms(self) -> Tensor:
-        """By formulas that share nothing with the calls."""
-        z = self.logits()
-        if self.loss == "ce":
-            e = -z.log_softmax(1).gather(1, self.y.unsqueeze(1)).squeeze(1)
-        else:
-            e = (z - self.y) ** 2
-        e = e / e.numel() if self.reduction == "mean" else e
-        return e.reshape(len(z), -1).sum(1)
-
-
-def _linear(draw: Callable, i: int, o: int) -> tuple[list[nn.Module], tuple[int, ...]]:
-    lead = draw(st.sampled_from([(), (2,), (3, 1)]))
-    h = draw(st.integers(1, 4))
-    layers = [nn.Linear(i, h, bias=draw(st.booleans())), nn.Tanh(), nn.Linear(h, o, bias=draw(st.booleans()))]
-    return [*layers, _Flat(len(lead))], (*lead, i)
-
-
-class _Flat(nn.Module):
-    """The mean over the axes between samples and features, or after the channels."""
-
-    def __init__(self, axes: int, last: bool = False):
-        super().__init__()
-        self.axes, self.last = axes, last
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.axes:
-            return x
-        return x.mean(tuple(range(2, x.dim())) if self.last else tuple(range(1, 1 + self.axes)))
-
-
-def _conv(draw: Callable, i: int, o: int) -> tuple[list[nn.Module], tuple[int, ...]]:
-    dims = draw(st.integers(1, 3))
-    transposed = draw(st.integers(0, 3)) == 0
-    groups = draw(st.integers(1, 2))
-    size = [draw(st.integers(1, 5 if dims < 3 else 3)) for _ in range(dims)]
-    kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
-    options = {
-        "kernel_size": draw(st.integers(1, 3)), "stride": draw(st.integers(1, 2)),
-        "padding": draw(st.integers(0, 1)), "dilation": draw(st.integers(1, 2)),
-        "groups": groups, "bias": draw(st.booleans()),
-    }  # fmt: skip
-    if not transposed:
-        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    first = kind(i * groups, 2 * groups, **options)
-    second = getattr(nn, f"Conv{dims}d")(2 * groups, o, 1)
-    return [first, nn.ReLU(inplace=True), second, _Flat(dims, last=True)], (i * groups, *size)
-
-
-def _norm(draw: Callable, i: int, o: int) -> tuple[list[nn.Module], tuple[int, ...]]:
-    kind = draw(st.sampled_from(["layer", "group", "instance", "rms", "batch", "prelu"]))
-    # a norm of one number is 0 in truth and rounding noise in fact
-    size = [draw(st.integers(2, 3)) for _ in range(draw(st.integers(1, 2)))]
-    c = 2 * i
-    layer = {
-        "layer": lambda: nn.LayerNorm(size, bias=draw(st.booleans())),
-        "group": lambda: nn.GroupNorm(draw(st.sampled_from([1, 2, c])), c),
-        "instance": lambda: (nn.InstanceNorm1d if len(size) == 1 else nn.InstanceNorm2d)(c, affine=True),
-        "rms": lambda: nn.RMSNorm(size[-1]),
-        "batch": lambda: (nn.BatchNorm1d if len(size) == 1 else nn.BatchNorm2d)(c),
-        "prelu": lambda: nn.PReLU(draw(st.sampled_from([1, c]))),
-    }[kind]()
-    conv = nn.Conv1d if len(size) == 1 else nn.Conv2d
-    return [conv(i, c, 1), layer, nn.Tanh(), conv(c, o, 1), _Flat(len(size), last=True)], (i, *size)
-
-
-def _embedding(draw: Callable, i: int, o: int) -> tuple[list[nn.Module], tuple[int, ...]]:
-    lead = draw(st.sampled_from([(), (1,), (3,)]))
-    padding = draw(st.sampled_from([None, 0, -1]))
-    h = draw(st.integers(1, 4))
-    return [nn.Embedding(4, h, padding_idx=padding), _Flat(len(lead)), nn.Tanh(), nn.Linear(h, o)], lead
-
-
-TORCHS_OWN = (RuntimeError, ValueError, AssertionError, IndexError)  # of batches that plain torch refuses too
-FAMILIES = {"linear": _linear, "conv": _conv, "norm": _norm, "embedding": _embedding}
-
-
-@st.composite
-def nets(draw: Callable, family: str) -> Net:
-    """Small nets of one family, some of which plain torch cannot run."""
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    n, i, o = draw(st.integers(0, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    layers, shape = FAMILIES[family](draw, i, o)
-    dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.float32]))
-    model = nn.Sequential(*layers).to(dtype).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_()
-    for p in model.parameters():
-        p.requires_grad_(draw(st.integers(0, 4)) > 0)
-    x = torch.randint(4, (n, *shape)) if family == "embedding" else torch.randn(n, *shape, dtype=dtype)
-    loss = draw(st.sampled_from(["ce", "mse"]))
-    y = torch.randint(o, (n,)) if loss == "ce" else torch.randn(n, o, dtype=dtype)
-    return Net(model, x, y, loss, draw(st.sampled_from(["mean", "sum", "none"])))
-
-
-def _runs(net: Net) -> bool:
-    """Whether plain torch computes a loss that depends on some parameter."""
-    try:
-        loss = net.value()
-    except TORCHS_OWN:
-        return False
-    return bool(torch.isfinite(loss)) and loss.requires_grad
-
-
-def _check(net: Net) -> None:
-    valid = len(net.x) > 0 and _runs(net)
-    try:
-        with observe(net.model, PerSampleGrad(), SquaredNorm(), SecondMoment(), Variance(), DiagGGN(), KFAC()) as seen:
-            loss = net.value()
-            if loss.requires_grad:
-                loss.backward()
-    except errors.AmbiguousSamples:
-        assert all(p.grad is None for p in net.model.parameters())
-        return
-    except errors.LayerwiseError:
-        assert not valid, "refused, though plain torch runs it"
-        assert all(p.grad is None for p in net.model.parameters())
-        return
-    except TORCHS_OWN:
-        assert not valid  # torch's own error of a call without parameters (a padding, a pooling)
-        assert not _runs(net)
-        return
-    if not valid:
-        return
-    rel = 1e-10 if net.x.dtype == torch.float64 or next(net.model.parameters()).dtype == torch.float64 else 2e-4
-    params = oracle.parameters(net.model)
-    grads = oracle.per_sample_grad(params, net.terms)
-    used = set(seen.grad)
-    want = {
-        "per_sample_grad": grads,
-        "squared_norm": oracle.squared_norm(grads),
-        "second_moment": oracle.second_moment(grads),
-        "diag_ggn": oracle.diag_ggn(params, net.logits, lambda z: _loss_of(net, z)),
-    }
-    for name, values in want.items():
-        got = getattr(seen, name)
-        assert set(got) == used
-        # of the largest of all parameters: a bias before a norm has gradient 0 in truth, and noise in fact
-        peak = max((float(values[k].abs().max()) for k in used), default=0.0)
-        for k in used:
-            assert got[k].shape == values[k].shape
-            assert float((got[k] - values[k]).abs().max()) <= rel * max(peak, 1e-6), (name, k)
-    peak = max((float(want["second_moment"][k].max()) for k in used), default=0.0) / len(net.x)
-    for name, value in oracle.variance(grads).items():
-        if name in used:  # a difference of numbers of this size
-            assert float((seen.variance[name] - value).abs().max()) <= rel * max(peak, 1e-6)
-
-
-def _loss_of(net: Net, z: Tensor) -> Tensor:
-    reduction = "sum" if net.reduction == "none" else net.reduction
-    return (F.cross_entropy if net.loss == "ce" else F.mse_loss)(z, net.y, reduction=reduction)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_random_nets(family: str) -> None:
-    @settings(max_examples=60)
-    @given(nets(family))
-    def check(net: Net) -> None:
-        _check(net)
-
-    check()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_many_random_nets(family: str) -> None:
-    @settings(max_examples=600)
-    @given(nets(family))
-    def check(net: Net) -> None:
-        _check(net)
-
-    check()
