@@ -110,6 +110,35 @@ def test_features_detached_from_a_time_first_trunk() -> None:
         F.cross_entropy(logits(), y.flatten()).backward()
 
 
+TRUNKS = {
+    "recurrent": lambda m, h: m.cell(h)[0],
+    "states": lambda m, h: m.cell(h)[1].transpose(0, 1).flatten(1),
+    "attention": lambda m, h: m.attend(h, h, h)[0],
+    "chunk": lambda m, h: torch.mul(*m.inner(h).chunk(2, -1)),
+    "split": lambda m, h: torch.mul(*torch.split(m.inner(h), 2, dim=2)),
+    "extremes": lambda m, h: m.inner(h).max(-1, keepdim=True)[0] + h,
+}
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 1), (1, 2), (3, 2), (4, 2), (2, 4)])
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_the_batch_of_a_frozen_time_first_trunk(trunk: str, n: int, t: int) -> None:
+    """Tensors that a call returned together were made from the batch that went in: N is its dim 0."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = TRUNKS[trunk](m, x.transpose(0, 1))
+        return m.head(h) if h.dim() == 2 else m.head(h.tanh()).mean(0)
+
+    parts = {"cell": nn.GRU(4, 4), "attend": nn.MultiheadAttention(4, 2), "inner": nn.Linear(4, 4)}
+    for part in parts.values():
+        part.requires_grad_(False)
+    model = Apply(forward, **parts, head=nn.Linear(2 if trunk in ("chunk", "split") else 4, 3))
+    x, y = torch.randn(n, t, 4), torch.randint(3, (n,))
+    _check(
+        model, lambda: model(x), lambda z: F.cross_entropy(z, y), lambda z: F.cross_entropy(z, y, reduction="none") / n
+    )  # fmt: skip
+
+
 def test_a_count_that_fits_nothing() -> None:
     model = nn.Linear(4, 3)
     with pytest.raises(errors.BadInput, match="samples=N"), observe(model, SecondMoment(), samples=3):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "ASSEMBLE",
     "BACKWARD",
     "CHOICE",
     "DATA",
@@ -17,6 +19,7 @@ __all__ = [
     "LOG_SOFTMAX",
     "OPTIONS",
     "RANDOM",
+    "assembles",
 ]
 
 # The calls that run a backward pass, with the names of their arguments.
@@ -42,11 +45,16 @@ RANDOM = {getattr(torch, name) for name in _RANDOM_NAMES.split()} | {
 }  # fmt: skip
 # What these return is data even where no argument is.
 DATA = RANDOM | {torch.tensor, torch.as_tensor, torch.from_numpy}
-# Calls that choose or gather samples: what they return is a batch, whatever it was taken from.
-ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | {
+_ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | {
     getattr(owner, name)
     for owner in (torch, Tensor)
-    for name in "index_select narrow gather take take_along_dim split chunk unbind masked_select".split()
+    for name in "index_select narrow gather take take_along_dim masked_select".split()
+}
+# Calls that take a tensor apart along an axis, and where that axis stands among their arguments.
+_SPLIT = {
+    getattr(owner, name): place
+    for owner in (torch, Tensor)
+    for name, place in (("split", 2), ("chunk", 2), ("tensor_split", 2), ("unbind", 1))
 }
 # Calls that move places according to the values of an index or a mask.
 GATHER = {Tensor.__getitem__} | {
@@ -57,3 +65,15 @@ GATHER = {Tensor.__getitem__} | {
 }
 CHOICE = {torch.where, Tensor.where}  # matters where both sides are activations
 LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
+
+
+def assembles(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call chooses or gathers samples: what it returns is a batch, whatever it was taken from.
+
+    Taking a tensor apart along an axis other than the first leaves the samples as they are.
+    """
+    place = _SPLIT.get(func)
+    if place is None:
+        return func in _ASSEMBLE
+    dim = args[place] if len(args) > place else kwargs.get("dim", 0)
+    return dim in (0, -args[0].dim()) if args else True

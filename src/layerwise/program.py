@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise.tape import RANDOM, Tape
+from layerwise.calls import RANDOM
+from layerwise.tape import Tape
 
 __all__ = ["Buffers", "CodedTape", "RandomState", "Ref", "Step"]
 

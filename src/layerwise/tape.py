@@ -26,14 +26,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
-from layerwise.calls import ASSEMBLE, BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, RANDOM
+from layerwise.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, assembles
 from layerwise.errors import UnsupportedCall
 from layerwise.ops.base import Call
 from layerwise.pull import backward_arguments, silent
 from layerwise.recompute import standing_in
 from layerwise.uses import Derived, LossUse, Use, bad_call, describe_func, named_parameters_of
 
-__all__ = ["RANDOM", "Tape"]
+__all__ = ["Tape"]
 
 
 class _LogSoftmax(NamedTuple):
@@ -220,8 +220,8 @@ class Tape(TorchFunctionMode):
                         del self._outputs[id(tensor)]  # the object goes on, holding another value
         if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):
             self._note_places(args, kwargs)
-        if func not in ASSEMBLE:
-            for tensor in _tensors(out):
+        if not assembles(func, args, kwargs):
+            for tensor in _tensors(out):  # a frozen recurrent layer returns several
                 self._note_batch(tensor, data)
 
     def _note_places(self, args: Any, kwargs: Any) -> None:
