@@ -292,7 +292,7 @@ def programs(draw: Callable, family: str) -> Program:
     model = model.to(dtype).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.normal_()
+            p.normal_(std=0.6)  # a saturated softmax has a Hessian that brute force knows to few digits
     for p in model.parameters():
         p.requires_grad_(draw(st.integers(0, 4)) > 0)
     x = tuple(
