@@ -395,7 +395,9 @@ def kfra_factors(
             total += j.T @ (hessian[n, :, n] if level == 0 else below_top / len(z)) @ j
         above, below_top = out, total
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            found |= _kfra_of(f"{name}." if name else "", layer, _rows_in(layer, x, 0), out, total, sharing, joint)
+            found |= _kfra_of(
+                f"{name}." if name else "", layer, input_rows(layer, x, layer(x), 0), out, total, sharing, joint
+            )
     return found
 
 
@@ -407,7 +409,7 @@ def _kfra_of(
     a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if joint else a
     a = a.mean(1, keepdim=True) if sharing == "reduce" else a
     factor_a = torch.stack([sum(torch.outer(r, r) for r in a[:, :, k].flatten(0, 1)) for k in range(a.shape[2])])
-    places = _rows_out(layer, torch.arange(out[0].numel()).view(1, *out.shape[1:]), 0)[0]  # [T,K,O]
+    places = output_rows(layer, out, torch.arange(out[0].numel()).view(1, *out.shape[1:]), 0)[0]  # [T,K,O]
 
     def factor_b(places: Tensor) -> Tensor:
         t = range(len(places))

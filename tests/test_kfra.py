@@ -286,7 +286,7 @@ NO_CHAIN = {
 }  # fmt: skip
 WITHOUT_MATRIX = {
     "position_embedding", "temperature", "weight_norm", "weight_norm_conv", "spectral_norm", "lora",
-    "softmax_weights", "constant_input",
+    "softmax_weights", "constant_input", "unknown_call", "orthogonal",
 }  # fmt: skip
 # The oracle's hooks see module calls with one output, whose dim 0 is the samples'.
 UNREAD = {
