@@ -57,7 +57,7 @@ clean:  ## Remove what the commands write, except .venv
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Torch goes first and alone, so that plain pip takes whichever build it is set up to find.
-$(INSTALLED): requirements/lock.txt pyproject.toml
+$(INSTALLED): requirements/lock.txt requirements/peers.txt pyproject.toml
 	@if ! test -x $(BIN)/pip; then \
 		"$(PYTHON)" -c '$(IS_RECENT)' 2>/dev/null || { \
 			echo "layerwise needs Python 3.11 or newer; found: $(or $(PYTHON),none on the PATH)." \
@@ -67,5 +67,6 @@ $(INSTALLED): requirements/lock.txt pyproject.toml
 	fi
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet -r requirements/lock.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/peers.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from layerwise import errors
 from layerwise.observe import observe
 from layerwise.quantities import KFAC, KFLR, ClippedGrad, DiagGGN, PerSampleGrad, SecondMoment, SquaredNorm, Variance
+from layerwise.tape import Tape
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -754,3 +755,15 @@ def test_a_training_loop_inside_one_context() -> None:
             F.cross_entropy(model(x[:2]), y[:2])  # an evaluation that nobody sends back
     want = {name: torch.cat([w[name] for w in wants]) for name in wants[0]}
     oracle.assert_close(dict(seen.per_sample_grad), want)
+
+
+def test_an_ended_tape_is_observed_as_a_context_would() -> None:
+    model, (x, y) = _mlp(), _batch()
+    with Tape(model) as tape:
+        loss = F.cross_entropy(model(x), y)
+    quantities = _quantities()
+    out, seen = observe(model, *quantities).through(tape, 3 * loss, None, lambda: (3 * loss).backward() or "done")
+    assert out == "done"
+    for name, value in _ce_want(model, x, y, 3.0).items():
+        oracle.assert_close(getattr(seen, name), value)
+    assert not tape.uses

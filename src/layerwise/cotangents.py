@@ -16,7 +16,7 @@ from torch import Tensor
 from layerwise.losses import Likelihood
 from layerwise.ops.base import Samples
 
-__all__ = ["Averaged", "Cotangent", "Exact", "Gradient", "Sampled", "Second", "default_generator"]
+__all__ = ["Averaged", "Cotangent", "Exact", "Gradient", "Sampled", "Second", "default_generator", "positions"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Exact:
 
     def count(self, loss: Likelihood, rows: Samples) -> int:
         """The number of columns of one loss."""
-        position = _positions(loss, rows)
+        position = positions(loss, rows)
         return max(1, loss.columns) * (int(position.max()) + 1 if position.numel() else 0)
 
     def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
@@ -39,7 +39,7 @@ class Exact:
         if not len(root):  # one class: the loss is constant, and so is zero curvature
             yield torch.zeros_like(loss.logits)[None]
             return
-        position = _positions(loss, rows)
+        position = positions(loss, rows)
         count = int(position.max()) + 1 if position.numel() else 0
         stack: list[Tensor] = []
         for p in range(count):
@@ -95,7 +95,7 @@ def default_generator(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
-def _positions(loss: Likelihood, rows: Samples) -> Tensor:
+def positions(loss: Likelihood, rows: Samples) -> Tensor:
     """Number of each logit's loss term within its sample, broadcastable to the logits' shape."""
     shape = list(loss.logits.shape)
     position = torch.zeros([1] * len(shape), dtype=torch.long)

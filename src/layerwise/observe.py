@@ -86,6 +86,17 @@ class observe:
         tape.__exit__(*exc)
         tape.clear()
 
+    def through(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> tuple[Any, Seen]:
+        """Observe one backward pass through what an ended tape recorded: the result of `run`, and what was seen.
+
+        run: starts the pass from `total` (times `weight`). For interfaces that record in their own way.
+        """
+        seen = self._seen = Seen(self._quantities, self._scale, list(tape.parameters))
+        try:
+            return self._on_backward(tape, total, weight, run), seen
+        finally:
+            self._seen = None
+
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         """Run the user's backward pass and everything that it is observed with."""
         seen = self._seen

@@ -80,6 +80,14 @@ class Likelihood:
         start, stop, _ = slice(start, stop).indices(self.columns)
         return self._out(self._root(start, max(start, stop)))
 
+    def class_root(self) -> Tensor:
+        """All columns of the exact root with one for each class, `[C, *S]`: `s_j = sqrt(w p_j) (e_j - p)`.
+
+        They are linearly dependent, and `root` needs one column less; elementwise losses have that one.
+        Raises: as `root`.
+        """
+        return self.root()
+
     def sample(self, draws: int, generator: torch.Generator) -> Tensor:
         """Random `s` `[draws, *S]` with mean zero and `E Σ_draws s sᵀ` equal to the loss Hessian.
 

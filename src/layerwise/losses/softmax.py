@@ -110,6 +110,14 @@ class Softmax(Likelihood):
         s = (factor * self._p).repeat(draws, *[1] * self._p.dim())
         return s.scatter_add_(self._axis + 1, y, -factor.expand(y.shape))
 
+    def class_root(self) -> Tensor:
+        """`[C, *S]`."""
+        p, dim = self._p, self._p.dim()
+        e = torch.eye(p.shape[self._axis], dtype=p.dtype, device=p.device)
+        e = e.reshape([len(e)] + [-1 if axis == self._axis else 1 for axis in range(dim)])
+        u = (self._sqrt_weight * p.sqrt()).movedim(self._axis, 0).unsqueeze(self._axis + 1)
+        return self._out(u * (e - p))
+
     def uniform_weight(self) -> float | None:
         """Without class weights and ignored targets, one weight for all terms."""
         return one_value(self._weight)

@@ -1,0 +1,1 @@
+"""Other libraries' names over ours, so that a script moves by changing an import."""

@@ -1,0 +1,30 @@
+"""BackPACK's interface over layerwise's quantities: a script moves by changing its import.
+
+    from layerwise.compat.backpack import backpack, extend
+    from layerwise.compat.backpack.extensions import BatchGrad, DiagGGNExact
+
+    model, lossfunc = extend(model), extend(nn.CrossEntropyLoss())
+    loss = lossfunc(model(x), y)
+    with backpack(BatchGrad(), DiagGGNExact()):
+        loss.backward()
+    model[0].weight.grad_batch
+
+Names, fields, shapes, order and scaling are those of BackPACK 1.7. Where BackPACK is known to be silently wrong, the
+result here is exact or a typed error:
+
+- `ignore_index`, class weights and label smoothing count in second order;
+- circular and other padding modes, groups, group norms, any layer written in torch calls are exact, not passed over;
+- a parameter used twice (tied weights, a module called twice) has its uses summed before anything is squared;
+- `10 * loss` and sums of losses scale and add the curvature as well as the gradient;
+- a loss of several forwards, or a second backward pass (which writes the fields anew), belongs to its own graph;
+- train-mode batch norm has no per-sample quantities: SamplesMixed. A NaN or infinite loss: NonFinite;
+- a custom autograd Function on a parameter: UncoveredUse, in place of a missing field.
+
+Only here does `extend` install module hooks; records belong to the graph of a forward and die with it.
+"""
+
+from layerwise.compat.backpack import extensions
+from layerwise.compat.backpack.context import backpack
+from layerwise.compat.backpack.record import disable, extend
+
+__all__ = ["backpack", "disable", "extend", "extensions"]

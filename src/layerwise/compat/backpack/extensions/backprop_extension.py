@@ -1,0 +1,71 @@
+"""What an extension is: a quantity of ours, and the field on parameters for its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import layerwise
+from layerwise.errors import BadInput, Undefined
+from layerwise.quantities.base import Quantity
+
+__all__ = ["BackpropExtension", "Subsampled", "quantity_named"]
+
+
+class BackpropExtension:
+    """Base of the extensions.
+
+    savefield: the attribute of a parameter that holds its result. subsampling: the samples to which a result with
+    a sample axis is confined, as indices; None: all of them.
+    """
+
+    second_order = False  # whether the graph is differentiated twice
+    keeps_graph = False  # whether the result needs the graph after the backward pass
+
+    def __init__(self, savefield: str, subsampling: Sequence[int] | None = None) -> None:
+        self.savefield = savefield
+        self._subsampling = None if subsampling is None else list(subsampling)
+
+    def get_subsampling(self) -> list[int] | None:
+        """The samples that the result is confined to, or None for all."""
+        return self._subsampling
+
+    def set_module_extension(self, module: Any, extension: Any, overwrite: bool = False) -> None:
+        """Refused: no layer needs a rule of its own here, and a rule that is given would not be called."""
+        raise Undefined(
+            f"asked to register a rule for {module} in {type(self).__name__}, but quantities are computed from the "
+            "torch calls that a module makes, for any module: leave the registration out"
+        )
+
+    def quantity(self) -> Quantity:
+        """What to observe; its result holds the fields by parameter name."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(savefield={self.savefield!r})"
+
+
+class Subsampled:
+    """Mixed into a quantity whose values begin with an axis of samples: only some of them are kept."""
+
+    index: list[int] | None = None
+
+    def confined(self, value: Tensor) -> Tensor:
+        """`[N, ...]` -> `[len(index), ...]`."""
+        if self.index is None:
+            return value
+        n = len(value)
+        if any(not -n <= i < n for i in self.index):
+            raise BadInput(f"subsampling asks for the samples {self.index}, but the batch has {n}")
+        return value[torch.tensor(self.index, dtype=torch.long, device=value.device)]
+
+
+def quantity_named(name: str) -> Any:
+    """A public name of layerwise, looked up when it is needed."""
+    found = getattr(layerwise, name, None)
+    if found is None:
+        raise BadInput(f"this version of layerwise has no {name}")
+    return found

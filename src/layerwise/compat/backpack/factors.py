@@ -1,0 +1,89 @@
+"""Kronecker factors in BackPACK's convention, of any of our Kronecker-factored quantities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise import contract
+from layerwise.errors import Undefined
+from layerwise.gradients import Matrix, ParameterGradient
+from layerwise.losses import Likelihood
+from layerwise.ops.base import Rows
+from layerwise.quantities.base import Context, Quantity, Union
+from layerwise.quantities.kronecker import KroneckerFactors, joined_rows
+
+__all__ = ["Factors"]
+
+
+class Factors(Quantity):
+    """Lists `[B, A]` of weights and `[B]` of biases.
+
+    A = (1/N) sum_{n,t} a a^T, with a sum over the positions t where `layerwise` takes their mean. B is that of the
+    quantity `of` with `sharing="reduce"`, where positions of one sample meet before they are squared. The order of A
+    is that of the inputs of one output in the parameter's memory; so `B (x) A` is the block of the parameter with its
+    output axis first, which is another order for transposed convolutions and embeddings.
+    Raises Undefined for a weight with groups, or with an element for each output: its block is no Kronecker product.
+    """
+
+    powers = (0, 0, 1)
+    needs_samples = True
+    needs_matrix = True
+
+    def __init__(self, of: KroneckerFactors) -> None:
+        self.of = of
+        self.cotangent = of.cotangent
+
+    def check_losses(self, losses: Sequence[Likelihood]) -> None:
+        """What the quantity checks."""
+        self.of.check_losses(losses)
+
+    def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
+        """What the quantity checks."""
+        self.of.check_size(columns, samples, sizes)
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        """Sum of input products, number of samples, sum of output products."""
+        rows = joined_rows(gradient)
+        k = rows.g.shape[3]
+        if k > 1:
+            raise Undefined(
+                f"asked for Kronecker factors of {gradient.name!r}, whose block falls into {k} groups and is no "
+                "Kronecker product; take layerwise's KFAC or KFLR, whose result knows groups, or freeze the parameter"
+            )
+        b = self._output(gradient, rows)
+        nothing = b.new_zeros(())
+        if gradient.column:  # the inputs are the same for every stack of cotangents
+            return nothing, nothing, b
+        return contract.input_gram(rows), b.new_tensor(rows.g.shape[1]), b
+
+    def _output(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
+        """B of the quantity, without its A where it is the usual one of the rows."""
+        if type(self.of).compute is not KroneckerFactors.compute:
+            return self.of.compute(gradient)[3]
+        return gradient.output_gram(rows.g if rows.g.shape[2] == 1 else rows.g.sum(2, keepdim=True))
+
+    def finish(
+        self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context
+    ) -> dict[str, list[Tensor]]:
+        """The factors by parameter name."""
+        return {name: _factors(a, n, b, context.matrices[name]) for name, (a, n, b) in values.items()}
+
+    def __repr__(self) -> str:
+        return f"Factors({self.of!r})"
+
+
+def _factors(a_sum: Tensor, n: Tensor, b: Tensor, layout: Matrix) -> list[Tensor]:
+    if layout.bias:
+        return [b[0]]
+    a = a_sum[0] / n
+    if a.dim() == 1:  # of an index: its diagonal
+        a = a.diag()
+    shape = layout.fold(torch.empty(1, len(b[0]), len(a), device="meta")).shape
+    places = layout.matrix(torch.arange(shape.numel()).reshape(shape))[0, 0]  # of the inputs of the first output
+    if bool((places.diff() > 0).all()):
+        return [b[0], a]
+    order = places.argsort().to(a.device)
+    return [b[0], a[order][:, order]]

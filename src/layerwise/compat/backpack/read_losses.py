@@ -1,0 +1,117 @@
+"""Losses read from the autograd graph, where they were computed by a function outside of every record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from layerwise import losses
+from layerwise.compat.backpack.record import Record, record_at
+from layerwise.uses import LossUse
+
+__all__ = ["read_losses"]
+
+_REDUCTIONS = ("none", "mean", "sum")
+# The node of an elementwise loss: the function that made it, and the arguments that the node keeps.
+_ELEMENTWISE: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "MseLossBackward0": (F.mse_loss, ()),
+    "BinaryCrossEntropyWithLogitsBackward0": (F.binary_cross_entropy_with_logits, ("weight", "pos_weight")),
+    "HuberLossBackward0": (F.huber_loss, ("delta",)),
+    "SmoothL1LossBackward0": (F.smooth_l1_loss, ("beta",)),
+}
+_CLASSES = ("NllLossBackward0", "NllLoss2DBackward0")
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+
+
+def read_losses(total: Tensor, known: Sequence[LossUse]) -> list[LossUse]:
+    """The losses on the way from `total` to the records that hold uses, besides those that are known.
+
+    Cross entropy of class indices, NLL, MSE, BCE with logits, Huber and smooth L1. What else lies there stays unknown.
+    """
+    stops = {loss.value.node for loss in known}
+    seen: set[Any] = set()
+    stack = [total.grad_fn]
+    found: list[LossUse] = []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or node in stops or _holds_uses(record_at(node)):
+            continue
+        seen.add(node)
+        loss = _read(node)
+        if loss is not None:
+            found.append(loss)
+            continue
+        stack += [child for child, _ in node.next_functions]
+    return found
+
+
+def _holds_uses(record: Record | None) -> bool:
+    return record is not None and bool(record.uses)
+
+
+def _read(node: Any) -> LossUse | None:
+    """The loss of one node, or None."""
+    name = node.name()
+    if name in _CLASSES:
+        return _classes(node)
+    if name not in _ELEMENTWISE:
+        return None
+    func, options = _ELEMENTWISE[name]
+    given = {option: getattr(node, f"_saved_{option}") for option in options}
+    edge = _input(node) or _input(node, 1)  # the prediction may be the second, where the two may be exchanged
+    if edge is None:
+        return None
+    call = losses.bind(func, (node._saved_self, node._saved_target), {**given, "reduction": _reduction(node)})
+    call = dataclasses.replace(call, logits=call.logits.detach())
+    return LossUse(call, edge, GradientEdge(node, 0))
+
+
+def _classes(node: Any) -> LossUse | None:
+    """Negative log-likelihood, with the log-softmax before it where there is one."""
+    scores, target, edge = node._saved_self.detach(), node._saved_target, _input(node)
+    if edge is None:
+        return None
+    below: Any = edge.node
+    reshaped = below.name() in _VIEWS
+    if reshaped:  # positions on several axes are brought to two
+        below = below.next_functions[0][0]
+    softmax = below is not None and below.name() == "LogSoftmaxBackward0"
+    if reshaped and (not softmax or _reduction(node) == "none"):
+        return None
+    options = {
+        "weight": node._saved_weight,
+        "ignore_index": _signed(node._saved_ignore_index),
+        "reduction": _reduction(node),
+    }
+    if not softmax:
+        return LossUse(losses.bind(F.nll_loss, (scores, target), options), edge, GradientEdge(node, 0))
+    scores, edge = below._saved_result.detach(), _input(below)
+    dim = _signed(below._saved_dim) % scores.dim()
+    if edge is None or (reshaped and dim != 1):
+        return None
+    if reshaped:
+        target = target.reshape(scores.shape[0], *scores.shape[2:])
+    # the softmax of log-probabilities is that of the logits
+    call = losses.bind(F.nll_loss, (scores, target), options, scores, dim)
+    return LossUse(call, edge if call.log_softmax else GradientEdge(*node.next_functions[0]), GradientEdge(node, 0))
+
+
+def _input(node: Any, place: int = 0) -> GradientEdge | None:
+    if len(node.next_functions) <= place:
+        return None
+    child, number = node.next_functions[place]
+    return None if child is None else GradientEdge(child, number)
+
+
+def _reduction(node: Any) -> str:
+    return _REDUCTIONS[node._saved_reduction]
+
+
+def _signed(value: int) -> int:
+    """A number that the node shows without its sign."""
+    return value - 2**64 if value >= 2**63 else value
