@@ -92,10 +92,7 @@ class observe:
         run: starts the pass from `total` (times `weight`). For interfaces that record in their own way.
         """
         seen = self._seen = Seen(self._quantities, self._scale, list(tape.parameters))
-        try:
-            return self._on_backward(tape, total, weight, run), seen
-        finally:
-            self._seen = None
+        return self._on_backward(tape, total, weight, run), seen
 
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         """Run the user's backward pass and everything that it is observed with."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from layerwise.cotangents import Averaged
 from layerwise.errors import Undefined
 from layerwise.gradients import ParameterGradient
+from layerwise.ops.base import Rows
 from layerwise.quantities.base import Union, positive
 from layerwise.quantities.kronecker import KroneckerFactors, options
 
@@ -48,13 +49,16 @@ class KFRA(KroneckerFactors):
 
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
         """Input products, inputs (for a bias), by how many to divide them, the number of rows, the output factor."""
-        curvature = gradient.curvature
-        assert curvature is not None
-        b = _over_positions(curvature, self.sharing).diagonal(dim1=0, dim2=2).movedim(2, 0)
-        a, inputs, counts, b = self.factors(gradient, lambda rows: b.to(rows.g.dtype))
+        a, inputs, counts, b = super().compute(gradient)
         if not self.joint:  # there is one batch only, so the means are final, and made in place
             a, counts = a.div_(counts[0]), counts / counts[0]
         return a, inputs, counts, b
+
+    def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
+        """The averaged blocks over the outputs, summed over positions."""
+        curvature = gradient.curvature
+        assert curvature is not None
+        return _over_positions(curvature, self.sharing).diagonal(dim1=0, dim2=2).movedim(2, 0).to(rows.g.dtype)
 
     def check_union(self, seen: Union, batch: Union) -> None:
         """Refuse a second batch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,15 +43,11 @@ class KroneckerFactors(Quantity):
 
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
         """Sum of input products, sum of inputs (for a bias), numbers of inputs and of rows, sum of output products."""
-        return self.factors(gradient, lambda rows: gradient.output_gram(rows.g))
-
-    def factors(self, gradient: ParameterGradient, output_factor: Callable[[Rows], Tensor]) -> tuple[Any, ...]:
-        """The same, with an output factor made by a function of the rows, `[K,O,O]`."""
         rows = joined_rows(gradient)
         size = rows.g.shape[1:3].numel()
         if self.sharing == "reduce":
             rows = _reduced(gradient.name, rows)
-        b = output_factor(rows)
+        b = self.output_factor(gradient, rows)
         counts = b.new_tensor([rows.g.shape[1] * rows.g.shape[2], size])
         nothing = b.new_zeros(())
         if gradient.column:  # the inputs are the same for every stack of cotangents
@@ -60,6 +56,10 @@ class KroneckerFactors(Quantity):
         if self.joint and rows.a is not None and rows.a.is_floating_point():
             inputs = rows.a.sum((0, 1))
         return contract.input_gram(rows), inputs, counts, b
+
+    def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
+        """Sum of output products over the rows, `[K,O,O]`."""
+        return gradient.output_gram(rows.g)
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> Any:
         """The operator, with the maps of each parameter to its matrix."""

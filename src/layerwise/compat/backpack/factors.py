@@ -53,17 +53,12 @@ class Factors(Quantity):
                 f"asked for Kronecker factors of {gradient.name!r}, whose block falls into {k} groups and is no "
                 "Kronecker product; take layerwise's KFAC or KFLR, whose result knows groups, or freeze the parameter"
             )
-        b = self._output(gradient, rows)
+        summed = rows.g if rows.g.shape[2] == 1 else rows.g.sum(2, keepdim=True)
+        b = self.of.output_factor(gradient, Rows(rows.a, summed, rows.size_in))
         nothing = b.new_zeros(())
         if gradient.column:  # the inputs are the same for every stack of cotangents
             return nothing, nothing, b
         return contract.input_gram(rows), b.new_tensor(rows.g.shape[1]), b
-
-    def _output(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
-        """B of the quantity, without its A where it is the usual one of the rows."""
-        if type(self.of).compute is not KroneckerFactors.compute:
-            return self.of.compute(gradient)[3]
-        return gradient.output_gram(rows.g if rows.g.shape[2] == 1 else rows.g.sum(2, keepdim=True))
 
     def finish(
         self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context

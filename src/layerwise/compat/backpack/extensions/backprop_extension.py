@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import layerwise
 from layerwise.errors import BadInput, Undefined
 from layerwise.quantities.base import Quantity
 
-__all__ = ["BackpropExtension", "Subsampled", "quantity_named"]
+__all__ = ["BackpropExtension", "Subsampled"]
 
 
 class BackpropExtension:
@@ -61,11 +60,3 @@ class Subsampled:
         if any(not -n <= i < n for i in self.index):
             raise BadInput(f"subsampling asks for the samples {self.index}, but the batch has {n}")
         return value[torch.tensor(self.index, dtype=torch.long, device=value.device)]
-
-
-def quantity_named(name: str) -> Any:
-    """A public name of layerwise, looked up when it is needed."""
-    found = getattr(layerwise, name, None)
-    if found is None:
-        raise BadInput(f"this version of layerwise has no {name}")
-    return found

@@ -6,14 +6,16 @@ The graph is kept after the backward pass, for as long as the field is; `del` th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension, quantity_named
+import layerwise
+from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension
 from layerwise.cotangents import Second
 from layerwise.coverage import Graph
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, Undefined
 from layerwise.likelihoods import likelihoods
 from layerwise.products import GaussNewtonProducts, HessianProducts, Products
 from layerwise.quantities.base import Context, Quantity, Union
@@ -114,7 +116,8 @@ class GGNMP(_CurvatureProducts):
 class PCHMP(_CurvatureProducts):
     """Products with the positive-curvature Hessian's block, in `pchmp`; see `layerwise.PCH`.
 
-    modify: what becomes of negative residuals, "clip" (zero) or "abs". Raises BadInput for another.
+    modify: what becomes of negative residuals, "clip" (zero) or "abs". Raises BadInput for another. In a backward
+    pass: Undefined where this version of layerwise has no PCH.
     """
 
     def __init__(self, savefield: str = "pchmp", modify: str = "clip") -> None:
@@ -127,5 +130,21 @@ class PCHMP(_CurvatureProducts):
         """What becomes of negative residuals."""
         return self._modify
 
+    def quantity(self) -> Quantity:
+        """The products as functions."""
+        self._operator()
+        return super().quantity()
+
+    @staticmethod
+    def _operator() -> Any:
+        """`layerwise.PCH`, whose `products(tape, graph, parameters, modify)` gives them for a forward that ran."""
+        found = getattr(layerwise, "PCH", None)
+        if not hasattr(found, "products"):
+            raise Undefined(
+                f"asked for PCHMP, but layerwise {layerwise.__version__} has no products with the positive-curvature "
+                "Hessian; take GGNMP, which is positive semi-definite too, or HMP"
+            )
+        return found
+
     def _make(self, tape: Tape, graph: Graph, parameters: Sequence[Tensor]) -> Products:
-        return quantity_named("PCH")
+        return self._operator().products(tape, graph, parameters, self._modify)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from layerwise import quantities
-from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension, Subsampled, quantity_named
+from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension, Subsampled
 from layerwise.compat.backpack.factors import Factors
 from layerwise.compat.backpack.roots import ByClass
 from layerwise.gradients import ParameterGradient
@@ -173,11 +173,14 @@ class KFLR(BackpropExtension):
 
 
 class KFRA(BackpropExtension):
-    """Kronecker factors from the recursion over the batch average, in `kfra`, in the form of `KFAC`."""
+    """Kronecker factors from the recursion over the batch average, in `kfra`, in the form of `KFAC`.
+
+    See `layerwise.KFRA`, for chains of layers; here without a limit on the size of its blocks.
+    """
 
     def __init__(self) -> None:
         super().__init__("kfra")
 
     def quantity(self) -> Quantity:
         """The factors in this convention, with the recursion of `layerwise.KFRA`."""
-        return Factors(quantity_named("KFRA")(sharing="reduce"))
+        return Factors(quantities.KFRA(sharing="reduce", max_bytes=sys.maxsize))
