@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import layerwise
 import layerwise.compat.backpack as ours
+from layerwise import errors
 from layerwise.compat.backpack import extensions as our_extensions
 from layerwise.compat.backpack.custom_module import branching, pad, permute, reduce_tuple, scale_module, slicing
 
@@ -42,7 +43,6 @@ SUBSAMPLED = ("BatchGrad-subsampled", "SqrtGGNExact-subsampled")
 GGN = FIRST + DIAGONAL + ROOT
 ALL = (*GGN, *HESSIAN, *KRONECKER, *PRODUCTS)
 SAMPLED = {"DiagGGNMC", "BatchDiagGGNMC", "SqrtGGNMC", "KFAC"}
-NEEDS = {"KFRA": "KFRA", "PCHMP": "PCH", "PCHMP-abs": "PCH"}  # quantities of ours that may not be there yet
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,14 @@ CASES = {
     ),
     "rnn": Case(recurrent(nn.RNN), sequences, FIRST + DIAGONAL),
     "lstm": Case(recurrent(nn.LSTM), sequences, FIRST + DIAGONAL),
+    "conv2d relu pool, one sample": Case(
+        lambda: flat(nn.Conv2d(2, 3, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 2, 1), features=8),
+        lambda: torch.randn(1, 2, 5, 5),
+        RECURSION,
+    ),
+    "conv2d average pool": Case(
+        lambda: flat(nn.Conv2d(2, 3, 3, stride=2), nn.Sigmoid(), nn.AvgPool2d(2), features=3), images(7, 6), RECURSION
+    ),
     "residual": Case(residual, vectors, (*GGN, "KFAC")),
     "pad and slice": Case(
         lambda: nn.Sequential(
@@ -280,11 +288,6 @@ def assert_equal(found: Any, expected: Any) -> None:
     assert torch.linalg.vector_norm(found - expected) <= CLOSE * torch.linalg.vector_norm(expected) + 1e-13
 
 
-def skip_without(name: str) -> None:
-    if name in NEEDS and not hasattr(layerwise, NEEDS[name]):
-        pytest.skip(f"this version of layerwise has no {NEEDS[name]}")
-
-
 def draws_otherwise(case: str, name: str) -> bool:
     """Whether the two draw labels in different ways: Bernoulli labels, whose law is tested on its own."""
     return name in SAMPLED and isinstance(CASES[case].loss(), nn.BCEWithLogitsLoss)
@@ -297,14 +300,16 @@ FUNCTIONS = [pair for pair in PAIRS if pair[1] in PRODUCTS]
 
 @pytest.mark.parametrize(("case", "name"), FIELDS)
 def test_field_equals_backpacks(case: str, name: str) -> None:
-    skip_without(name)
     for found, expected in both(CASES[case], name):
         assert_equal(found, expected)
 
 
 @pytest.mark.parametrize(("case", "name"), FUNCTIONS)
 def test_products_equal_backpacks(case: str, name: str) -> None:
-    skip_without(name)
+    if name.startswith("PCHMP") and not hasattr(layerwise, "PCH"):
+        with pytest.raises(errors.Undefined, match="positive-curvature"):
+            both(CASES[case], name)
+        return
     generator = torch.Generator().manual_seed(7)
     shapes = [p.shape for p in CASES[case].model().parameters()]
     for shape, (found, expected) in zip(shapes, both(CASES[case], name), strict=True):
@@ -340,10 +345,45 @@ class Functional(nn.Module):
         return self.last(self.tanh(self.second(x)) + x)
 
 
-@pytest.mark.parametrize("name", [*GGN, "KFAC"])
-def test_converted_model(name: str) -> None:
+class Block(nn.Module):
+    """Two convolutions and norms beside a shortcut, with one ReLU in two places."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(out) for _ in range(3))
+        self.shortcut = nn.Conv2d(channels, out, 1, stride, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + self.bn3(self.shortcut(x)))
+
+
+class ResNet(nn.Module):
+    """A small residual net for images, flattened by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(2, 3, 1), Block(3, 4, 2))
+        self.pool, self.head = nn.AvgPool2d(3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.flatten(self.pool(self.blocks(x)), 1))
+
+
+CONVERTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "residual net": (Functional, (5, 4)),
+    "resnet": (lambda: trained(ResNet()), (5, 2, 6, 6)),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k in CONVERTED for n in GGN] + [("residual net", "KFAC")])
+def test_converted_model(kind: str, name: str) -> None:
     torch.manual_seed(1)
-    model, x, loss = Functional(), torch.randn(5, 4), nn.CrossEntropyLoss()
+    build, size = CONVERTED[kind]
+    model, x, loss = build(), torch.randn(size), nn.CrossEntropyLoss()
     target = torch.tensor([0, 1, 2, 0, 1])
 
     def fields(library: Any, module: Any) -> dict[str, Any]:
