@@ -31,6 +31,7 @@ from layerwise.compat.backpack.extensions import (
     HMP,
     KFAC,
     KFLR,
+    KFRA,
     PCHMP,
     BatchDiagHessian,
     BatchGrad,
@@ -435,6 +436,47 @@ def test_a_freed_graph_holds_no_activations() -> None:
     assert record.freed
 
 
+@pytest.mark.parametrize("ext", [BatchGrad, DiagGGNExact, DiagHessian, KFRA, HMP, GGNMP])
+def test_training_loops_do_not_grow(ext: Any) -> None:
+    model, criterion = extend(net()), extend(nn.CrossEntropyLoss())
+
+    def tensors() -> int:
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    def step() -> None:
+        loss = criterion(model(batch()), Y)
+        with backpack(ext()):
+            loss.backward()
+
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        step()
+        before = tensors()
+        for _ in range(3):
+            step()
+        assert tensors() == before
+    finally:
+        gc.enable()
+
+
+def test_a_backward_pass_leaves_no_hook_behind() -> None:
+    model, x = extend(net()), batch()
+    out = model(x)
+    out.register_hook(lambda g: None)
+    loss = F.cross_entropy(out, Y)
+    with backpack(BatchGrad(), HMP(), KFRA()):
+        loss.backward(retain_graph=True)
+        fields_before = fields(model, "grad_batch")
+    loss.backward()  # outside: nothing is computed any more
+    assert all(fields(model, "grad_batch")[name] is value for name, value in fields_before.items())
+    assert len(out._backward_hooks) == 1
+    assert all(len(m._forward_hooks) == len(m._forward_pre_hooks) == 1 for m in model.modules())
+    assert not any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+
+
 # -- what else runs ------------------------------------------------------------------------------------------
 
 
@@ -604,6 +646,35 @@ def test_factors_of_a_convolution() -> None:
     oracle.assert_close(model[0].bias.kflr[0], block)
 
 
+def test_recursive_factors_combine_two_forms() -> None:
+    """B of "reduce", T times A of "expand", also where a max pool follows an activation."""
+    model, x = (
+        nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)),
+        torch.randn(5, 2, 5, 5),
+    )
+    plain = copy.deepcopy(model)
+    reduce, expand = lw.KFRA(sharing="reduce"), lw.KFRA(sharing="expand")
+    with lw.observe(plain, reduce, expand) as seen:
+        F.cross_entropy(plain(x), Y).backward()
+    loss = F.cross_entropy(extend(model)(x), Y)
+    with backpack(KFRA()):
+        loss.backward()
+    for name, positions in (("0.weight", 16), ("4.weight", 1)):
+        b, a = model.get_parameter(name).kfra
+        oracle.assert_close(b, seen[reduce].blocks[name].B[0])
+        oracle.assert_close(a, positions * seen[expand].blocks[name].A[0])
+    oracle.assert_close(model[0].bias.kfra[0], model[0].weight.kfra[0])
+    assert len(model[0].bias.kfra) == 1
+
+
+def test_recursive_factors_need_a_chain() -> None:
+    model = extend(nn.Sequential(Parallel(nn.Linear(4, 3), nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 3)))
+    loss = F.cross_entropy(model(batch()), Y)
+    with backpack(KFRA()), pytest.raises(errors.Undefined):
+        loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_factors_of_groups_are_refused() -> None:
     model = extend(nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(12, 3)))
     loss = F.cross_entropy(model(torch.randn(5, 2, 4)), Y)
@@ -657,6 +728,34 @@ def test_block_products_outlive_the_backward_pass(ext: Any, field: str) -> None:
         model[0].weight.mul_(2)
     with pytest.raises(errors.BadInput, match="changed"):
         model[2].weight.__dict__[field](torch.randn(1, 3, 6))
+
+
+class StandIn:
+    """An operator in the place of `layerwise.PCH`."""
+
+    @classmethod
+    def products(cls, tape: Any, graph: Any, parameters: Any, modify: str) -> Any:
+        class Scaled:
+            def apply(self, directions: Any, wanted: Any) -> list[Tensor]:
+                return [{"clip": 2, "abs": 3}[modify] * directions[i] for i in wanted]
+
+        return Scaled()
+
+
+def test_positive_curvature_products_are_looked_up_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = extend(net()), batch()
+    monkeypatch.delattr(lw, "PCH", raising=False)
+    with pytest.raises(errors.Undefined, match="GGNMP"), backpack(PCHMP()):
+        F.cross_entropy(model(x), Y).backward()
+    assert not fields(model, "pchmp")
+    assert all(p.grad is None for p in model.parameters())
+    monkeypatch.setattr(lw, "PCH", StandIn, raising=False)
+    with backpack(PCHMP(), PCHMP("other", modify="abs")):
+        F.cross_entropy(model(x), Y).backward()
+    for p in model.parameters():
+        v = torch.randn(2, *p.shape)
+        assert torch.equal(p.pchmp(v), 2 * v)
+        assert torch.equal(p.other(v), 3 * v)
 
 
 def test_hessian_of_every_sample() -> None:
