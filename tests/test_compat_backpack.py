@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,25 @@ def test_functional_losses_are_read_from_the_graph(name: str) -> None:
 
 def test_a_loss_that_the_graph_does_not_tell_is_refused() -> None:
     model, x = extend(net()), batch()
-    for loss in (F.cross_entropy(model(x), Y, label_smoothing=0.1), model(x).pow(4).sum()):
+    softmax_over_others = F.log_softmax(torch.stack(3 * [model(x)], 1)[:, :2], 1).view(10, 3)  # than the classes
+    for loss in (
+        F.cross_entropy(model(x), Y, label_smoothing=0.1),
+        model(x).pow(4).sum(),
+        F.nll_loss(softmax_over_others, torch.cat([Y, Y])),
+    ):
         with backpack(BatchGrad()), pytest.raises(errors.UnknownLoss):
             loss.backward()
     assert not fields(model, "grad_batch")
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("module", [False, True], ids=["functional loss", "extended loss"])
+def test_losses_are_checked_wherever_they_are_found(module: bool) -> None:
+    model = extend(net())
+    criterion = extend(nn.CrossEntropyLoss(reduction="sum")) if module else partial(F.cross_entropy, reduction="sum")
+    with pytest.raises(errors.BadInput, match="empty"), backpack(BatchGrad()):
+        criterion(model(batch()[:0]), Y[:0]).backward()
+    assert not fields(model, "grad_batch")
 
 
 def test_an_extended_loss_is_known_with_all_its_arguments() -> None:

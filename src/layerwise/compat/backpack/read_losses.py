@@ -44,6 +44,7 @@ def read_losses(total: Tensor, known: Sequence[LossUse]) -> list[LossUse]:
         seen.add(node)
         loss = _read(node)
         if loss is not None:
+            losses.check(loss.call)
             found.append(loss)
             continue
         stack += [child for child, _ in node.next_functions]
@@ -90,9 +91,9 @@ def _classes(node: Any) -> LossUse | None:
     }
     if not softmax:
         return LossUse(losses.bind(F.nll_loss, (scores, target), options), edge, GradientEdge(node, 0))
-    scores, edge = below._saved_result.detach(), _input(below)
+    given, scores, edge = scores.shape, below._saved_result.detach(), _input(below)
     dim = _signed(below._saved_dim) % scores.dim()
-    if edge is None or (reshaped and dim != 1):
+    if edge is None or (reshaped and (dim != 1 or scores.shape[:2] != given[:2])):
         return None
     if reshaped:
         target = target.reshape(scores.shape[0], *scores.shape[2:])
