@@ -12,7 +12,7 @@
 Names, fields, shapes, order and scaling are those of BackPACK 1.7. Where BackPACK is known to be silently wrong, the
 result here is exact or a typed error:
 
-- `ignore_index`, class weights and label smoothing count in second order;
+- ignored targets are left out in second order too, and class weights count;
 - circular and other padding modes, groups, group norms, any layer written in torch calls are exact, not passed over;
 - a parameter used twice (tied weights, a module called twice) has its uses summed before anything is squared;
 - `10 * loss` and sums of losses scale and add the curvature as well as the gradient;
