@@ -110,6 +110,15 @@ METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], list[dict[str, An
             *_grid(steps=(4,), momentum=(0.99,), lr=(1e-4,), gamma=(10.0,)),
         ],
     ),
+    "KFAC": (
+        lw.optim.KFAC,
+        [
+            {},
+            *_grid(update_factors_every=(10,), update_inverses_every=(100,)),
+            *_grid(lr=(0.1,), damping=(0.03,), kl_clip=(1e-3,)),
+            *_grid(kl_clip=(1e-3,)),
+        ],
+    ),
     "AltMin": (lw.AltMin, [{}, *_grid(steps=(2, 4), coupling=(0.03, 0.3), lr=(4e-3, 8e-3))]),
 }
 
@@ -118,7 +127,7 @@ def train(task: Task, make: Callable[[nn.Module], torch.optim.Optimizer]) -> flo
     """The score after training; None where it is not finite."""
     model = task.make()
     optimizer = make(model)
-    ours = isinstance(optimizer, (lw.LocoProp, lw.AltMin))
+    ours = isinstance(optimizer, (lw.LocoProp, lw.AltMin, lw.optim.KFAC))
     for epoch in range(task.epochs):
         order = torch.randperm(task.rows, generator=torch.Generator().manual_seed(epoch))
         for index in order.split(task.batch):

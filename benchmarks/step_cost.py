@@ -27,6 +27,8 @@ from layerwise.demo import problem as digits
 
 Step = Callable[[], Any]
 
+NEVER = 10**9  # steps: beyond the first
+
 OURS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "LocoProp-M": lw.LocoProp,
     "LocoProp-M, all rows": lambda model: lw.LocoProp(model, rows="all"),
@@ -34,6 +36,11 @@ OURS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "AltMin (Adam)": lw.AltMin,
     "AltMin (SGD)": lambda model: lw.AltMin(model, weights="sgd"),
     "AltMin (sweep)": lambda model: lw.AltMin(model, codes="sweep"),
+    "KFAC, no factors due": lambda model: lw.optim.KFAC(model, update_factors_every=NEVER, update_inverses_every=NEVER),
+    "KFAC, new factors": lambda model: lw.optim.KFAC(model, update_factors_every=1, update_inverses_every=NEVER),
+    "KFAC, new factors and inverses": lambda model: lw.optim.KFAC(
+        model, update_factors_every=1, update_inverses_every=1
+    ),
 }
 PROBLEMS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int]]] = {
     "mnist": (autoencoder.deep_autoencoder, (1000, autoencoder.SIZES[0])),

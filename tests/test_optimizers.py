@@ -31,9 +31,11 @@ OPTIMIZERS: dict[str, Make] = {
     "AltMin sweep": lambda m, *a, **k: lw.AltMin(m, *a, **{"codes": "sweep", **k}),
     "AltMin sweep sgd": lambda m, *a, **k: lw.AltMin(m, *a, **{"codes": "sweep", "weights": "sgd", "lr": 0.05, **k}),
     "AltMin published": lambda m, *a, **k: lw.AltMin(m, *a, **{"preset": "published", **k}),
+    "KFAC": lambda m, *a, **k: lw.optim.KFAC(m, *a, **{"update_factors_every": 1, **k}),
+    "KFAC eigen": lambda m, *a, **k: lw.optim.KFAC(m, *a, **{"damping_form": "eigen", "update_factors_every": 1, **k}),
 }
 # Those that are meant to learn in a few epochs with their own defaults: the published settings warm up for five.
-LEARN = ("LocoProp", "LocoProp-S", "AltMin", "AltMin sgd", "AltMin sweep", "AltMin published")
+LEARN = ("LocoProp", "LocoProp-S", "AltMin", "AltMin sgd", "AltMin sweep", "AltMin published", "KFAC")
 every = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
@@ -326,9 +328,10 @@ def test_a_bad_batch_changes_nothing(make: Make, kind: str, backward: bool) -> N
 @every
 @pytest.mark.parametrize(
     ("kind", "place"),
-    [("nan input", "input of norm.bias, norm.weight"), ("inf input", "input of a.weight"),
-     ("overflowing activation", "output of a.weight"), ("nan target", "the loss"),
-     ("overflowing gradient", "gradient of [abc].weight"), ("overflowing statistics", "norm.running_var")],
+    [("nan input", "input of norm.bias, norm.weight"), ("inf input", "input of (a.bias, )?a.weight"),
+     ("overflowing activation", "output of a.weight|factor of a.weight"), ("nan target", "the loss"),
+     ("overflowing gradient", "gradient of [abc].(weight|bias)"),
+     ("overflowing statistics", "norm.running_var|factor of a.weight")],
 )  # fmt: skip
 def test_raise_names_the_place(make: Make, kind: str, place: str) -> None:
     net = Saturating()

@@ -270,12 +270,14 @@ class ParameterGradient:
         return like.new_zeros(shape)
 
 
-def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None, later: bool = False) -> list[tuple[str, Part]]:
+def parts_of(
+    tape: Tape, use: Use, g: Tensor, samples: Samples | None, later: bool = False, lenient: bool = False
+) -> list[tuple[str, Part]]:
     """The parts that a stack of cotangents `[V, *out_shape]` of one use gives to each parameter.
 
     later: carry what came through a derived tensor only as it is read, while its graph lives.
     samples: None where no per-sample structure is asked for (Kronecker factors).
-    Raises Undefined where a part without row form is asked for without samples.
+    Raises Undefined where a part without row form is asked for without samples; lenient: gives a part without data.
     """
     found: list[tuple[str, Part]] = []
     for derived, slot in zip(use.used, use.slots, strict=True):
@@ -285,6 +287,9 @@ def parts_of(tape: Tape, use: Use, g: Tensor, samples: Samples | None, later: bo
             if view is not None and slot.factored and (samples is None or samples.axis not in slot.aligned):
                 found.append((name, Part(use, slot, slot.rows(g, samples), *_maps(slot, view), view=view)))
                 continue
+        if samples is None and lenient:
+            found += [(name, Part(use)) for name in sorted(derived.names)]
+            continue
         if samples is None:
             raise Undefined(
                 f"asked for rows of {', '.join(sorted(derived.names))}, but {use} enters the loss "

@@ -174,10 +174,12 @@ class Pass:
             pulled = pull([edge], [stack], edges, batched=True)
         parts: dict[tuple[str, bool], list[Part]] = {}
         flags = {self.quantities[i].needs_samples for i in indices}
+        asked = [self.quantities[i] for i in indices]
+        lenient = {flag: all(q.lenient for q in asked if q.needs_samples == flag) for flag in flags}
         for use, g in zip(uses, pulled, strict=True):
             g = stack.new_zeros(len(stack), *use.call.out_shape) if g is None else g
             for flag in flags:
-                for name, part in self._parts(use, g, flag):
+                for name, part in self._parts(use, g, flag, lenient[flag]):
                     parts.setdefault((name, flag), []).append(part)
         shared: dict[Any, Any] = {}
         for (name, flag), found in parts.items():
@@ -186,9 +188,10 @@ class Pass:
                 if self.quantities[i].needs_samples == flag:
                     self._compute(i, gradient)
 
-    def _parts(self, use: Use, g: Tensor, needs_samples: bool = True) -> list[tuple[str, Part]]:
+    def _parts(self, use: Use, g: Tensor, needs_samples: bool = True, lenient: bool = False) -> list[tuple[str, Part]]:
         where = self.layout.uses[use.index] if needs_samples and self.layout is not None else None
-        return [(name, part.to(self.dtype)) for name, part in parts_of(self.tape, use, g, where, self._later)]
+        found = parts_of(self.tape, use, g, where, self._later, lenient)
+        return [(name, part.to(self.dtype)) for name, part in found]
 
     # -- the gradient, streamed from the user's backward pass ----------------------------------------------
 
@@ -203,7 +206,7 @@ class Pass:
         self.sent.arrived(use, g)
         if not self.streams:
             return
-        parts = self._parts(use, g)
+        parts = self._parts(use, g, lenient=all(self.quantities[i].lenient for i in self.streams))
         if self._again:
             self._held.append((use, g, parts if any(part.carried for _, part in parts) else []))
         for gradient in self._gather.add(use, parts):
@@ -231,6 +234,8 @@ class Pass:
 
     def _compute(self, i: int, gradient: ParameterGradient) -> None:
         quantity, name = self.quantities[i], gradient.name
+        if not quantity.covers(gradient):
+            return
         new = quantity.compute(gradient)
         if quantity.stacks:
             self._stacks.setdefault(i, {}).setdefault(name, []).append(new)

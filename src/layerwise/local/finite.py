@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from layerwise.local.record import Layer, Recorded, is_finite
-from layerwise.tape import Tape
+from layerwise.uses import Use
 
 __all__ = ["first_bad_call", "unsafe"]
 
@@ -24,7 +24,7 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     Cost: each layer's input, weight and cotangent are read once, and one wait for the device.
     """
     if not is_finite(recorded.loss):
-        return first_bad_call(recorded.tape) or "the loss"
+        return first_bad_call(recorded.tape.uses) or "the loss"
     places: list[str] = []
     tensors: list[Tensor] = []
     for layer in recorded.layers:
@@ -52,9 +52,9 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     return None
 
 
-def first_bad_call(tape: Tape) -> str | None:
+def first_bad_call(uses: Iterable[Use]) -> str | None:
     """The first call in order whose data or output holds NaN or infinity, by its parameters' names."""
-    for use in tape.uses:
+    for use in uses:
         name = ", ".join(use.names)
         for value in (*use.call.args, *use.call.kwargs.values()):
             if isinstance(value, Tensor) and value.is_floating_point() and not is_finite(value):

@@ -46,17 +46,27 @@ class _Block:
         k, o, i = self.size
         return self.fold(torch.empty(k, o, i - (self.bias is not None), device="meta")).shape
 
+    def product(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The block's product with the parameter's tensor, and its bias's."""
+        w = self.gather(name, values)
+        return self.scatter(name, self.apply(w.to(self.like.dtype)).to(w.dtype))
+
     def gather(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         """The parameter's tensor, and its bias's, as `[K,O,I]`."""
-        k, o, i = self.size
+        w, b = self.apart(name, values)
+        return w if b is None else torch.cat([w, b], -1)
+
+    def apart(self, name: str, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The parameter's tensor as `[K,O,I]`, or `[K,O,I-1]` and its bias's as `[K,O,1]`."""
+        k, o, _ = self.size
         if values[name].shape != self.shape:
             raise BadInput(f"Kronecker @: {name!r} is {tuple(values[name].shape)}, its block {tuple(self.shape)}.")
         w = self.matrix(values[name])
         if self.bias is None:
-            return w
+            return w, None
         if values[self.bias].numel() != k * o:
             raise BadInput(f"Kronecker @: {self.bias!r} is {tuple(values[self.bias].shape)}, expected [{k * o}].")
-        return torch.cat([w, values[self.bias].reshape(k, o, 1)], -1)
+        return w, values[self.bias].reshape(k, o, 1)
 
     def scatter(self, name: str, w: Tensor) -> dict[str, Tensor]:
         """`[..., K,O,I]` as tensors in the parameters' shapes; the inverse of `gather`."""
@@ -133,6 +143,19 @@ class KroneckerBlock(_Block):
             return w
         return w * self.A[:, None] if self.A.ndim == 2 else w @ self.A
 
+    def product(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The block's product with the parameter's tensor, and its bias's.
+
+        Matrix products of 1001 columns take a third longer than of 1000, so the bias's column goes its own way.
+        """
+        w, b = self.apart(name, values)
+        if b is None or self.bias is None or self.A is None or self.A.ndim == 2:
+            return super().product(name, values)
+        kind, w, b = w.dtype, w.to(self.B.dtype), b.to(self.B.dtype)
+        out_w = self.B @ torch.baddbmm(b @ self.A[:, -1:, :-1], w, self.A[:, :-1, :-1])
+        out_b = self.B @ (w @ self.A[:, :-1, -1:] + b * self.A[:, -1:, -1:])
+        return {name: self.fold(out_w.to(kind)), self.bias: out_b.flatten(-3).to(kind)}
+
     def trace(self) -> Tensor:
         """sum_k tr(B_k) tr(A_k)."""
         return (_trace(self.B) * _trace(self.input_factor)).sum()
@@ -147,14 +170,14 @@ class KroneckerBlock(_Block):
         spectrum = b.clamp(min=0)[:, :, None] * a.clamp(min=0)[:, None, :]
         return EigenBlock(basis_in, basis_out, spectrum, self.fold, self.matrix, self.bias)
 
-    def inverse(self, name: str, damping: float) -> KroneckerBlock:
-        """The block with both factors damped by Martens and Grosse's split, then inverted."""
+    def inverse(self, name: str, damping: float, balanced: bool = True) -> KroneckerBlock:
+        """The block with both factors damped by Martens and Grosse's split (π = 1 unless balanced), then inverted."""
         a, i, o = self.input_factor, self.size[2], self.size[1]
         trace_a, trace_b = _trace(a) / i, _trace(self.B) / o
         usable = (trace_a > 0) & (trace_b > 0)
         limits = torch.finfo(a.dtype)
         ratio = torch.where(usable, trace_a / trace_b.where(usable, 1), 1)
-        pi = ratio.clamp(limits.tiny, limits.max).sqrt()
+        pi = ratio.clamp(limits.tiny, limits.max).sqrt() if balanced else torch.ones_like(ratio)
         extra_a, extra_b = pi * math.sqrt(damping), math.sqrt(damping) / pi
         a = inverse(a, extra_a) if a.ndim == 3 else reciprocal(name, a + extra_a[:, None])
         return replace(self, A=a, B=inverse(self.B, extra_b))
@@ -229,8 +252,7 @@ class _BlockDiagonal(Generic[AnyBlock]):
         check_names(f"{type(self).__name__} @", self.names(), other)
         result: dict[str, Tensor] = {}
         for name, block in self.blocks.items():
-            w = block.gather(name, other)
-            result |= block.scatter(name, block.apply(w.to(block.like.dtype)).to(w.dtype))
+            result |= block.product(name, other)
         return {name: result[name] for name in other}
 
     def to_dense(self, name: str) -> Tensor:

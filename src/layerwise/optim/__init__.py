@@ -1,6 +1,8 @@
 """Optimizers: thin `torch.optim.Optimizer` classes over pure updates. Each takes `step(closure)`."""
 
 from layerwise.optim.altmin import AltMin
+from layerwise.optim.kfac import KFAC
 from layerwise.optim.locoprop import LocoProp
+from layerwise.optim.preconditioner import Preconditioner
 
-__all__ = ["AltMin", "LocoProp"]
+__all__ = ["KFAC", "AltMin", "LocoProp", "Preconditioner"]

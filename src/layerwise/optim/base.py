@@ -1,26 +1,23 @@
-"""What the layer-local optimizers share: named parameters, one recorded run a step, refusal of NaN."""
+"""What the layer-local optimizers share: one recorded run a step, from which every layer is fitted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput, NonFinite
+from layerwise.errors import BadInput
 from layerwise.local.finite import unsafe
 from layerwise.local.record import Layer, Recorded
 from layerwise.local.solvers import Workspace
-from layerwise.program import Buffers
-from layerwise.uses import named_parameters_of
+from layerwise.optim.named import NamedOptimizer
 
 __all__ = ["LayerLocal", "check_common"]
 
-Closure = Callable[[], Tensor]
 
-
-class LayerLocal(torch.optim.Optimizer):
+class LayerLocal(NamedOptimizer[Recorded]):
     """Base of optimizers that fit each layer to a local target from one run of the model.
 
     A batch with NaN or infinity in its loss, activations or cotangents, or whose gradients overflow, changes no
@@ -36,29 +33,11 @@ class LayerLocal(torch.optim.Optimizer):
         defaults: dict[str, Any],
         on_nonfinite: str,
     ) -> None:
-        if on_nonfinite not in ("skip", "raise"):
-            raise BadInput(f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}')
-        named = named_parameters_of(model)
-        given = [p for p in named.values() if p.requires_grad] if params is None else list(params)
-        if not given:
-            raise BadInput(f"{type(self).__name__} got a model without a parameter that requires grad")
-        self._model = model
-        self._on_nonfinite = on_nonfinite
         self._workspace = Workspace()
         self._local: dict[Any, torch.optim.Optimizer] = {}
-        self._group_at: dict[int, dict[str, Any]] = {}
-        self.skipped = 0
-        super().__init__(given, defaults)
+        super().__init__(model, params, defaults, on_nonfinite)
 
     # -- what a method says ----------------------------------------------------------------------------
-
-    def _check(self, group: Mapping[str, Any]) -> None:
-        """Raise BadInput for settings that cannot be."""
-        raise NotImplementedError
-
-    def _run(self, closure: Closure) -> Recorded:
-        """Run the closure and record what the layers are to be fitted to."""
-        raise NotImplementedError
 
     def _gamma(self, recorded: Recorded, name: str) -> float:
         """γ of a parameter, by which its cotangents are multiplied."""
@@ -82,41 +61,14 @@ class LayerLocal(torch.optim.Optimizer):
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
-        """Run the closure, move every parameter, and return the loss before the step."""
-        if closure is None:
-            raise BadInput(
-                f"{type(self).__name__}.step needs a closure that runs the model and returns the loss: "
-                "opt.step(lambda: F.cross_entropy(model(x), y))"
-            )
-        for group in self.param_groups:
-            self._check(group)
-        self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
-        buffers = Buffers(self._model)
-        try:
-            recorded = self._run(closure)
-            where = unsafe(recorded, lambda name: self._gamma(recorded, name)) or buffers.spoiled()
-            if where is not None and self._on_nonfinite == "raise":
-                raise NonFinite(
-                    f"{where} holds NaN or infinity, or overflows; the batch changed no parameter. Look at the batch, "
-                    'or leave on_nonfinite="skip" to pass over such batches'
-                )
-        except BaseException:
-            buffers.put_back()
-            raise
-        if where is not None:
-            buffers.put_back()
-            self.skipped += 1
-            return recorded.loss
-        for layer in recorded.layers:
-            self._fit(recorded, layer)
-        for name, g in recorded.gradients.items():
-            self._along(recorded.tape.parameters[name], g)
-        return recorded.loss
+    def _unsafe(self, run: Recorded) -> str | None:
+        return unsafe(run, lambda name: self._gamma(run, name))
 
-    def _ours(self, p: Tensor) -> bool:
-        """Whether a parameter is in one of our groups."""
-        return id(p) in self._group_at
+    def _move(self, run: Recorded) -> None:
+        for layer in run.layers:
+            self._fit(run, layer)
+        for name, g in run.gradients.items():
+            self._along(run.tape.parameters[name], g)
 
     def _group_of(self, recorded: Recorded, name: str) -> dict[str, Any]:
         """The group of a parameter of ours."""
@@ -133,54 +85,6 @@ class LayerLocal(torch.optim.Optimizer):
         for p, group in zip(params, optimizer.param_groups, strict=True):
             group.update(self._rates(self._group_at[id(p)])[1])
         return optimizer
-
-    # -- groups and state ------------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; parameters must be the model's, and are known by their names in it.
-
-        Raises BadInput for a parameter that the model does not have, and for settings that cannot be.
-        """
-        names = {id(p): name for name, p in named_parameters_of(self._model).items()}
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-        strangers = sum(id(p) not in names for p in tensors)
-        if strangers:
-            raise BadInput(f"{type(self).__name__} got {strangers} parameters that are not the model's")
-        group = {**self.defaults, **param_group, "params": [(names[id(p)], p) for p in tensors]}
-        self._check(group)
-        super().add_param_group(group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's, with the names of the parameters and the number of skipped batches."""
-        return {**super().state_dict(), "skipped": self.skipped}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state, parameters by name; goes on bitwise where it stopped.
-
-        Raises BadInput where the saved groups hold other parameters than ours.
-        """
-        saved = {k: v for k, v in state_dict.items() if k != "skipped"}
-        super().load_state_dict({**saved, "param_groups": self._in_our_order(saved["param_groups"])})
-        self.skipped = state_dict.get("skipped", 0)
-
-    def _in_our_order(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Saved groups with their parameters in the order of ours."""
-        if len(groups) != len(self.param_groups):
-            raise BadInput(f"the saved state has {len(groups)} parameter groups, and ours {len(self.param_groups)}")
-        ordered = []
-        for number, (theirs, ours) in enumerate(zip(groups, self.param_groups, strict=True)):
-            ids = dict(zip(theirs.get("param_names", ours["param_names"]), theirs["params"], strict=False))
-            wrong = sorted(set(ids) ^ set(ours["param_names"]))
-            if wrong or len(theirs["params"]) != len(ours["params"]):
-                raise BadInput(
-                    f"group {number} of the saved state holds {len(theirs['params'])} parameters and ours "
-                    f"{len(ours['params'])}; in one of them only: {', '.join(wrong[:5]) or 'none'}"
-                )
-            names = ours["param_names"]
-            ordered.append({**theirs, "params": [ids[n] for n in names], "param_names": list(names)})
-        return ordered
 
 
 def check_common(method: str, group: Mapping[str, Any]) -> None:

@@ -56,6 +56,7 @@ class Quantity:
         `survey` the values of all, and `revisit` sees every parameter once more and gives the final tensors. Between
         the stages the cotangents of all uses are held beside the inputs that the tape holds anyway, and the
         per-sample gradients of parameters that reach their uses through a derived tensor.
+    lenient: whether uses without row form may be handed over as parts without data; `covers` then tells them.
     """
 
     cotangent: Cotangent = Gradient()
@@ -66,6 +67,7 @@ class Quantity:
     needs_matrix: ClassVar[bool] = False
     needs_partner: bool = False
     revisits: ClassVar[bool] = False
+    lenient: ClassVar[bool] = False
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
         """Raise Undefined where the quantity does not exist for these losses; called before anything is sent."""
@@ -75,6 +77,10 @@ class Quantity:
 
     def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
         """Refuse, before any work, what would not fit: called with V, N and the elements of each parameter."""
+
+    def covers(self, gradient: ParameterGradient) -> bool:
+        """Whether the parameter is to have a result; the same for all stacks of one batch."""
+        return True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """The quantity's tensors for one parameter and one stack of cotangents."""

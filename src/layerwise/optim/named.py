@@ -1,0 +1,154 @@
+"""What all optimizers of the library share: named parameters, one closure a step, refusal of NaN, state by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput, NonFinite
+from layerwise.program import Buffers
+from layerwise.uses import named_parameters_of
+
+__all__ = ["Closure", "NamedOptimizer"]
+
+Closure = Callable[[], Tensor]
+
+
+class _Run(Protocol):
+    @property
+    def loss(self) -> Tensor:
+        """The loss, detached."""
+
+
+R = TypeVar("R", bound=_Run)
+
+
+class NamedOptimizer(torch.optim.Optimizer, Generic[R]):
+    """Base of optimizers that know their parameters by name and move them from one run of a closure.
+
+    A batch with NaN or infinity changes no parameter, no state and no buffer: it is counted in `skipped`, or raises
+    NonFinite with `on_nonfinite="raise"`. A closure that raises leaves everything as it was, too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        params: Iterable[Any] | None,
+        defaults: dict[str, Any],
+        on_nonfinite: str,
+    ) -> None:
+        if on_nonfinite not in ("skip", "raise"):
+            raise BadInput(f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}')
+        named = named_parameters_of(model)
+        given = [p for p in named.values() if p.requires_grad] if params is None else list(params)
+        if not given:
+            raise BadInput(f"{type(self).__name__} got a model without a parameter that requires grad")
+        self._model = model
+        self._on_nonfinite = on_nonfinite
+        self._group_at: dict[int, dict[str, Any]] = {}
+        self.skipped = 0
+        super().__init__(given, defaults)
+
+    # -- what a method says ----------------------------------------------------------------------------
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        """Raise BadInput for settings that cannot be."""
+        raise NotImplementedError
+
+    def _run(self, closure: Closure) -> R:
+        """Run the closure and keep what the step needs of it."""
+        raise NotImplementedError
+
+    def _unsafe(self, run: R) -> str | None:
+        """The first place that forbids a step, or None."""
+        raise NotImplementedError
+
+    def _move(self, run: R) -> None:
+        """Move the parameters."""
+        raise NotImplementedError
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """Run the closure, move every parameter, and return the loss before the step."""
+        if closure is None:
+            raise BadInput(
+                f"{type(self).__name__}.step needs a closure that runs the model and returns the loss: "
+                "opt.step(lambda: F.cross_entropy(model(x), y))"
+            )
+        for group in self.param_groups:
+            self._check(group)
+        self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
+        buffers = Buffers(self._model)
+        try:
+            run = self._run(closure)
+            where = self._unsafe(run) or buffers.spoiled()
+            if where is not None and self._on_nonfinite == "raise":
+                raise NonFinite(
+                    f"{where} holds NaN or infinity, or overflows; the batch changed no parameter. Look at the batch, "
+                    'or leave on_nonfinite="skip" to pass over such batches'
+                )
+        except BaseException:
+            buffers.put_back()
+            raise
+        if where is not None:
+            buffers.put_back()
+            self.skipped += 1
+            return run.loss
+        self._move(run)
+        return run.loss
+
+    def _ours(self, p: Tensor) -> bool:
+        """Whether a parameter is in one of our groups."""
+        return id(p) in self._group_at
+
+    # -- groups and state ------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; parameters must be the model's, and are known by their names in it.
+
+        Raises BadInput for a parameter that the model does not have, and for settings that cannot be.
+        """
+        names = {id(p): name for name, p in named_parameters_of(self._model).items()}
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        strangers = sum(id(p) not in names for p in tensors)
+        if strangers:
+            raise BadInput(f"{type(self).__name__} got {strangers} parameters that are not the model's")
+        group = {**self.defaults, **param_group, "params": [(names[id(p)], p) for p in tensors]}
+        self._check(group)
+        super().add_param_group(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with the names of the parameters and the number of skipped batches."""
+        return {**super().state_dict(), "skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, parameters by name; goes on bitwise where it stopped.
+
+        Raises BadInput where the saved groups hold other parameters than ours.
+        """
+        saved = {k: v for k, v in state_dict.items() if k != "skipped"}
+        super().load_state_dict({**saved, "param_groups": self._in_our_order(saved["param_groups"])})
+        self.skipped = state_dict.get("skipped", 0)
+
+    def _in_our_order(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Saved groups with their parameters in the order of ours."""
+        if len(groups) != len(self.param_groups):
+            raise BadInput(f"the saved state has {len(groups)} parameter groups, and ours {len(self.param_groups)}")
+        ordered = []
+        for number, (theirs, ours) in enumerate(zip(groups, self.param_groups, strict=True)):
+            ids = dict(zip(theirs.get("param_names", ours["param_names"]), theirs["params"], strict=False))
+            wrong = sorted(set(ids) ^ set(ours["param_names"]))
+            if wrong or len(theirs["params"]) != len(ours["params"]):
+                raise BadInput(
+                    f"group {number} of the saved state holds {len(theirs['params'])} parameters and ours "
+                    f"{len(ours['params'])}; in one of them only: {', '.join(wrong[:5]) or 'none'}"
+                )
+            names = ours["param_names"]
+            ordered.append({**theirs, "params": [ids[n] for n in names], "param_names": list(names)})
+        return ordered
