@@ -1,0 +1,180 @@
+"""The nets: sizes, batches, random data. Costs do not depend on the values, but for ReLU's zeros."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["NETS", "Net", "Problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and one batch; the loss is the mean cross entropy."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+
+    def loss(self) -> Tensor:
+        """Of the model as it is."""
+        return F.cross_entropy(self.model(self.x), self.y)
+
+    def step(self) -> Tensor:
+        """The plain gradient, into fresh memory."""
+        for p in self.model.parameters():
+            p.grad = None
+        loss = self.loss()
+        loss.backward()
+        return loss
+
+
+@dataclass(frozen=True)
+class Net:
+    """A net of the comparison; exact_batch: that of the quantities with a column for each class, where it differs."""
+
+    label: str
+    make: Callable[[], nn.Module]
+    data: Callable[[int], tuple[Tensor, Tensor]]
+    batch: int
+    exact_batch: int | None = None
+
+    def problem(self, exact: bool, batch: int | None = None) -> Problem:
+        """Seeded; batch: another number of samples than the net's own."""
+        torch.manual_seed(0)
+        model = self.make()
+        return Problem(model, *self.data(self.size(exact) if batch is None else batch))
+
+    def size(self, exact: bool) -> int:
+        """N."""
+        return self.exact_batch if exact and self.exact_batch else self.batch
+
+
+def _images(size: tuple[int, ...], classes: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    return lambda n: (torch.randn(n, *size), torch.randint(classes, (n,)))
+
+
+# -- chains ---------------------------------------------------------------------------------------------------
+
+
+def _mlp(activation: type[nn.Module]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for i, o in itertools.pairwise((784, 1000, 500, 250, 10)):
+        layers += [nn.Linear(i, o), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _3c3d() -> nn.Module:
+    """DeepOBS's net for CIFAR-10 (Schneider, Balles and Hennig, 2019)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(64, 96, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(96, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+def _all_cnn_c() -> nn.Module:
+    """Springenberg et al. (2015), 100 classes, without dropout."""
+    widths = [(3, 96, 3, 1, 1), (96, 96, 3, 1, 1), (96, 96, 3, 2, 1), (96, 192, 3, 1, 1), (192, 192, 3, 1, 1)]
+    widths += [(192, 192, 3, 2, 1), (192, 192, 3, 1, 0), (192, 192, 1, 1, 0), (192, 100, 1, 1, 0)]
+    layers: list[nn.Module] = []
+    for i, o, kernel, stride, padding in widths:
+        layers += [nn.Conv2d(i, o, kernel, stride, padding), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AvgPool2d(6), nn.Flatten())
+
+
+# -- graphs ---------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Two convolutions around an identity, or a 1x1 convolution where the shape changes."""
+
+    def __init__(self, i: int, o: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o)
+        self.conv2, self.norm2 = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+        self.short = nn.Sequential()
+        if i != o:
+            self.short = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        return self.relu2(self.short(x) + z)
+
+
+def _resnet8() -> nn.Module:
+    """He et al. (2016), 6n + 2 layers for CIFAR-10 with n = 1, batch norm in evaluation mode."""
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks = [Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)]
+    return nn.Sequential(*stem, *blocks, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+class Attention(nn.Module):
+    """Self-attention by its formula, from four linear layers that every library can see."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k = nn.Linear(width, width), nn.Linear(width, width)
+        self.v, self.out = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2, self.up, self.act, self.down = (
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(self.act(self.up(self.norm2(x))))
+
+
+class Encoder(nn.Module):
+    """Token embedding, sine positions, two layers, mean over positions, classifier."""
+
+    def __init__(self, vocabulary: int, length: int, width: int, heads: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        angle = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
+        self.register_buffer("positions", torch.cat([angle.sin(), angle.cos()], 1))
+        self.layers = nn.Sequential(*(EncoderLayer(width, heads, hidden) for _ in range(2)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.layers(self.embedding(tokens) + self.positions)
+        return self.head(self.norm(x).mean(1))
+
+
+def _tokens(n: int) -> tuple[Tensor, Tensor]:
+    return torch.randint(1000, (n, 64)), torch.randint(10, (n,))
+
+
+NETS = {
+    "mlp": Net("MLP 784-1000-500-250-10, ReLU", lambda: _mlp(nn.ReLU), _images((784,), 10), 128),
+    "mlp-sigmoid": Net("MLP 784-1000-500-250-10, sigmoid", lambda: _mlp(nn.Sigmoid), _images((784,), 10), 128),
+    "3c3d": Net("3C3D, 3x32x32", _3c3d, _images((3, 32, 32), 10), 128),
+    "all-cnn-c": Net("All-CNN-C, 3x32x32, 100 classes", _all_cnn_c, _images((3, 32, 32), 100), 32, exact_batch=4),
+    "resnet8": Net("ResNet-8, 3x32x32, BatchNorm eval", _resnet8, _images((3, 32, 32), 10), 64),
+    "transformer": Net(
+        "encoder: 64 tokens of 1000, width 128, 4 heads, hidden 512, 2 layers",
+        lambda: Encoder(1000, 64, 128, 4, 512, 10), _tokens, 32,
+    ),
+}  # fmt: skip

@@ -1,0 +1,94 @@
+"""The comparison of costs: cells are resumed, missing libraries named, values compared, figures judged rightly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.overhead import __main__ as command
+from benchmarks.overhead import contenders, measure, memory, report
+from benchmarks.overhead.nets import NETS, Net
+from benchmarks.overhead.quantities import QUANTITIES
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MLP's place is taken by a tiny one, and thread settings and warnings are left alone."""
+    net = Net("tiny", lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 4)),
+              lambda n: (torch.randn(n, 3), torch.randint(4, (n,))), 5)  # fmt: skip
+    monkeypatch.setitem(NETS, "mlp", net)
+    monkeypatch.setattr(command, "quiet", lambda: None)
+
+
+def run(path: Path, *more: str) -> dict:
+    command.main(["--models", "mlp", "--repeats", "1", "--no-memory", "--json", str(path), "--peers", "vmap", *more])
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_values_agree_and_every_quantity_of_ours_is_measured(tmp_path: Path) -> None:
+    cells = run(tmp_path / "o.json")["cells"]
+    measured = {key.partition("/")[2] for key in cells}
+    assert measured == {key for key, row in QUANTITIES.items() if "mlp" in row.nets}
+    for quantity in ("per-sample gradient", "norms", "second moment", "variance", "pairwise dots"):
+        theirs = cells[f"mlp/{quantity}"]["contenders"]["vmap"]
+        assert theirs["values differ by"] < 1e-5 and theirs["ratio"] > 0
+    assert set(cells["mlp/six reduced first-order"]["parts"]) >= {"SquaredNorm", "FisherDiag"}
+    text = (tmp_path / "o.md").read_text(encoding="utf-8")
+    assert "| mlp | norms |" in text and (tmp_path / "o.png").stat().st_size > 1000
+
+
+def test_a_second_run_measures_only_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "o.json"
+    first = run(path, "--quantities", "norms")["cells"]["mlp/norms"]
+    measured: list[str] = []
+    real = measure.cell
+
+    def counted(net: str, quantity: str, *rest: object) -> dict:
+        measured.append(quantity)
+        return real(net, quantity, *rest)
+
+    monkeypatch.setattr(command, "cell", counted)
+    cells = run(path, "--quantities", "norms", "variance")["cells"]
+    assert measured == ["variance"] and cells["mlp/norms"] == first
+    run(path, "--quantities", "norms", "--repeats", "2")
+    assert measured == ["variance", "norms"], "more repeats were asked for than there are"
+    run(path, "--quantities", "norms", "--fresh")
+    assert measured == ["variance", "norms", "norms"]
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    absent = contenders.CONTENDERS["opacus"]._replace(module="no_such_module")
+    monkeypatch.setitem(contenders.CONTENDERS, "opacus", absent)
+    found = run(tmp_path / "o.json", "--quantities", "norms", "--peers", "opacus")
+    assert "missing" in found["cells"]["mlp/norms"]["contenders"]["opacus"]
+    assert found["header"]["versions"]["opacus"] is None
+    assert "Opacus is missing" in capsys.readouterr().out
+    assert "Opacus missing: opacus is not installed" in (tmp_path / "o.md").read_text(encoding="utf-8")
+
+
+def test_differences_are_relative_and_rounding_of_zeros_is_none() -> None:
+    ours = {"a": torch.tensor([1.0, 100.0]), "b": torch.tensor([1e-9])}
+    assert measure.difference(ours, {"a": torch.tensor([2.0, 100.0])}) == pytest.approx(0.01)
+    assert measure.difference(ours, {"b": torch.tensor([2e-9])}) < 1e-6
+    assert measure.difference(ours, {"a": ours["a"] * 2, "b": ours["b"]}) == pytest.approx(1)
+
+
+def test_judgements() -> None:
+    def cell(**ratios: float) -> dict:
+        return {"contenders": {name: {"ratio": ratio} for name, ratio in ratios.items()}}
+
+    assert report.slower(cell(ours=1.5, backpack=1.3)) and not report.slower(cell(ours=1.5, backpack=1.4))
+    assert report.share(cell(ours=1.5, backpack=3.0)) == pytest.approx(0.25)
+    partial = cell(ours=1.5, vmap=1.1)
+    partial["contenders"]["vmap"]["leaves out"] = ["bias"]
+    assert report.best_peer(partial) is None and not report.slower(partial)
+
+
+@pytest.mark.skipif(not memory.available(), reason="no high-water mark that can be reset")
+def test_peak_memory_sees_what_is_held() -> None:
+    found = memory.peaks("3c3d", "norms", ["ours"])
+    assert 50e6 < found["plain"] <= found["ours"] < 1e9
