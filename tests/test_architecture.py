@@ -21,10 +21,10 @@ PACKAGE = SRC / "layerwise"
 LEVELS = tuple(
     set(level.split(" ")) if level else {""}
     for level in (
-        "errors",
+        "errors memory",
         "ops losses",
         "calls uses tape coverage pull samples program replay likelihoods products chain recompute",
-        "cotangents contract rows memory projection gradients gather blocks recursion arrivals carried",
+        "cotangents contract costs rows projection gradients gather blocks recursion arrivals carried",
         "operators",
         "quantities",
         "observe passes seen accumulate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from layerwise import contract
 from layerwise.errors import BadInput
-from layerwise.ops.base import Rows
+from layerwise.ops.base import Rows, Windows
 
 SHAPES = [  # V, N, T, K, O, I
     (1, 4, 1, 1, 3, 5),
@@ -284,3 +285,55 @@ def test_on_cuda() -> None:
         same(contract.pairwise_dot(there).cpu(), torch.einsum("vnkoi,vmkoi->vnm", d, d))
         same(contract.output_gram(there.g).cpu(), contract.output_gram(rows.g))
         same(contract.input_gram(there).cpu(), contract.input_gram(rows))
+
+
+class Copied(Windows):
+    """Windows made by copying rows that are there, which counts how much of them is laid out at once."""
+
+    def __init__(self, rows: Rows, log: list[int]) -> None:
+        def make(low: int, high: int) -> Tensor:
+            log.append(high - low)
+            return rows.a[low:high].clone()
+
+        super().__init__(make, rows.g, rows.size_in)
+
+
+@pytest.mark.parametrize("piece", [1, 400, 10**9])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1]], ids=str)
+def test_windows_are_laid_out_in_pieces(shape: tuple[int, ...], piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerwise.rows.PIECE_BYTES", piece)
+    rows, log = make(shape, "float"), []
+    d = oracle(rows)
+    w = torch.randn(d.shape[:2], dtype=torch.float64)
+    for function, expected in [
+        (contract.per_sample, d),
+        (contract.total, d.sum(1)),
+        (contract.squared_norm, d.square().sum((2, 3, 4))),
+        (contract.second_moment, d.square().sum((0, 1))),
+        (contract.pairwise_dot, torch.einsum("vnkoi,vmkoi->vnm", d, d)),
+        (contract.input_gram, contract.input_gram(rows)),
+        (lambda r: contract.weighted_sum(r, w), torch.einsum("vn,vnkoi->koi", w, d)),
+    ]:
+        windows = Copied(rows, log)
+        same(function(windows), expected)
+        if piece == 1 and shape[1] > 1 and rows.a.numel():
+            assert not windows.laid_out and set(log) == {1}, "more was laid out than fits the piece"
+        log.clear()
+    half = contract.narrow(Copied(rows, log), 1, 2)  # clipped where there are fewer
+    same(contract.per_sample(half), d[:, 1:3])
+    same(contract.per_sample(Copied(rows, log).sent(rows.g * 2)), 2 * d)
+    assert Copied(rows, log).kind == "float" and Copied(rows, log).a.shape == rows.a.shape
+
+
+def test_pieces_of_windows_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerwise.rows.PIECE_BYTES", 1)
+    alive: list[weakref.ref] = []
+
+    def made(low: int, high: int) -> Tensor:
+        assert sum(ref() is not None for ref in alive) <= 1, "the last piece goes when the next one comes"
+        piece = torch.ones(high - low, 6, 1, 4)
+        alive.append(weakref.ref(piece))
+        return piece
+
+    contract.second_moment(Windows(made, torch.ones(1, 5, 6, 1, 3), 4))
+    assert len(alive) == 5

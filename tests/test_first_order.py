@@ -549,3 +549,30 @@ def test_progress_without_rich(known: bool, monkeypatch: pytest.MonkeyPatch, cap
     loader = _loader(x, y)
     lw.accumulate(model, F.cross_entropy, loader if known else iter(loader), Variance(), progress=True)
     assert ("3 of 3" if known else "3 batches") in capsys.readouterr().err
+
+
+def test_contractions_are_shared_between_quantities_but_not_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)).double()
+    x, y = torch.randn(5, 2, 4, 4, dtype=torch.float64), torch.randint(4, (5,))
+    calls: list[str] = []
+    for name in ("second_moment", "squared_norm", "pairwise_dot"):
+        real = getattr(contract, name)
+        monkeypatch.setattr(contract, name, lambda rows, name=name, real=real: (calls.append(name), real(rows))[1])
+
+    def observed(*quantities: lw.Quantity) -> list:
+        with lw.observe(model, *quantities) as seen:
+            F.cross_entropy(model(x), y).backward()
+        return [seen[q] for q in quantities]
+
+    six = (lw.SquaredNorm(), lw.SecondMoment(), lw.Variance(), lw.NoiseScale(), lw.PairwiseDot(), lw.FisherDiag("data"))
+    together = observed(*six)
+    assert sorted(calls) == ["pairwise_dot"] * 4 + ["second_moment"] * 4, "once for each parameter; norms from the dots"
+    for one, q in zip(together, six, strict=True):
+        (alone,) = observed(q)
+        for name in alone:
+            torch.testing.assert_close(one[name], alone[name], rtol=1e-10, atol=1e-14)
+    same = observed(lw.SecondMoment(), lw.SecondMoment(), lw.Variance())
+    kept = same[1]["0.weight"].clone()
+    same[0]["0.weight"].zero_()
+    assert torch.equal(same[1]["0.weight"], kept), "writing to one result changes no other"

@@ -11,14 +11,16 @@ pure: they take `Rows`, write to no input and keep nothing. None but `per_sample
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from layerwise import memory
+from layerwise.costs import ghost_is_cheaper, pairs_are_cheaper
 from layerwise.errors import BadInput
 from layerwise.ops.base import Rows
-from layerwise.rows import concat, dims, flatten_samples, keys, merged_index, narrow
+from layerwise.rows import concat, dims, flatten_samples, keys, merged_index, narrow, pieces, summed
 
 __all__ = [
     "concat", "flatten_samples", "ghost_is_cheaper", "input_gram", "narrow", "output_gram",
@@ -29,35 +31,8 @@ __all__ = [
 CHUNK_BYTES = 2**21  # scratch of one chunk: between one MiB and four all shapes were within 5 % of their best
 DOT_CHUNKS = 8  # pairwise dots need all samples at once: wider chunks keep the products efficient
 CHUNK_BYTES_DEVICE = 2**27  # on an accelerator launches cost more than memory
-TRAFFIC = 12  # writing and rereading one number costs as much as this many multiply-adds
 PANELS = 4  # a symmetric matrix product in this many row panels does 5/8 of the work
 PANELS_FROM = 256  # below this size the panels cost more than they save
-
-
-# --- cost rules -----------------------------------------------------------------------------------
-
-
-def ghost_is_cheaper(v: int, t: int, o: int, i: int) -> bool:
-    """Whether `sum D²` costs less from two Gram matrices over positions than from D itself.
-
-    Multiply-adds per sample and group: `t²(i + v·o)` for the Gram matrices, `v·t·i·o` for D, plus
-    the memory traffic of what each of them writes. Source of the ghost form: Goodfellow 2015
-    (t = 1); Li, Tramèr, Liang and Hashimoto 2022 (t > 1).
-    """
-    ghost = t * t * (i + v * o + TRAFFIC * (1 + v))
-    return ghost < v * o * i * (t + TRAFFIC)
-
-
-def pairs_are_cheaper(v: int, t: int, o: int, i: int) -> bool:
-    """Whether `sum_v D²` costs less as one matrix product over pairs of positions than by cotangent.
-
-    There are `t(t+1)/2` pairs, whatever the number of cotangents; the product over them runs over
-    all samples at once.
-    """
-    pairs = t * (t + 1) // 2
-    if pairs >= v * t:
-        return False
-    return pairs * (o * i + TRAFFIC * (o + i)) + t * t * o * (v + TRAFFIC) < v * o * i * (t + TRAFFIC)
 
 
 # --- the per-sample gradient ----------------------------------------------------------------------
@@ -79,9 +54,10 @@ def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
             f"per_sample: out is {out.dtype} {tuple(out.shape)}, the result is {rows.g.dtype} "
             f"{(v, n, k, o, i)}; pass memory of this shape and type."
         )
-    if rows.a is None:
+    if rows.kind == "constant":
         d = rows.g.sum(2)[..., None]
-    elif not rows.a.is_floating_point():
+    elif rows.kind == "index":
+        assert rows.a is not None
         d = out if out is not None and out[:, :, 0].mT.is_contiguous() else rows.g.new_empty(v, n, 1, i, o).mT
         d[:, :, 0].mT.view(v, n * i, o).zero_().index_add_(1, keys(rows.a, i), rows.g.reshape(v, n * t, o))
     else:
@@ -89,12 +65,18 @@ def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
             d = memory.empty((v, n, k, o, i), rows.g)
         else:
             d = out
-        for w in range(v):
-            _product(rows.g[w], rows.a, out=d[w])
+        start = 0
+        for piece in pieces(rows):
+            stop = start + piece.g.shape[1]
+            assert piece.a is not None
+            for w in range(v):
+                _product(piece.g[w], piece.a, out=d[w, start:stop])
+            start = stop
     return d if out is None or d is out else out.copy_(d)
 
 
 @torch.no_grad()
+@summed
 def total(rows: Rows) -> Tensor:
     """Gradients summed over the samples, one for each cotangent.
 
@@ -131,7 +113,7 @@ def weighted_sum(rows: Rows, weights: Tensor) -> Tensor:
     g = rows.g.new_zeros(rows.g.shape[1:]) if v == 0 else rows.g[0] * w[0]
     for c in range(1, v):
         g.addcmul_(rows.g[c], w[c])
-    return total(Rows(rows.a, g[None], rows.size_in))[0]
+    return total(rows.sent(g[None]))[0]
 
 
 # --- squares --------------------------------------------------------------------------------------
@@ -148,6 +130,8 @@ def squared_norm(rows: Rows) -> Tensor:
     Shapes: returns `[V,N]`. Raises: `BadInput` where the rows contradict each other.
     Source: Goodfellow 2015, "Efficient per-example gradient computations", for one position.
     """
+    if not rows.laid_out:
+        return torch.cat([squared_norm(Rows(p.a, p.g, p.size_in)) for p in pieces(rows)], 1)
     v, n, t, k, o, i = dims(rows)
     if rows.a is None:
         return rows.g.sum(2).square_().sum((2, 3))
@@ -182,6 +166,7 @@ def _ghost_norm(a: Tensor, g: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@summed
 def second_moment(rows: Rows) -> Tensor:
     """Elementwise squares of the per-sample gradients, summed over samples and cotangents.
 
@@ -237,6 +222,9 @@ def pairwise_dot(rows: Rows) -> Tensor:
     Shapes: returns `[V,N,N]`. Raises: `BadInput` where the rows contradict each other.
     """
     v, n, t, k, o, i = dims(rows)
+    if not rows.laid_out and v * n * k * o * i * rows.g.element_size() <= DOT_CHUNKS * CHUNK_BYTES:
+        d = per_sample(rows).flatten(2)
+        return d @ d.mT
     a = rows.a
     if a is not None and not a.is_floating_point():
         used, a = torch.unique(a, return_inverse=True)
@@ -290,6 +278,11 @@ def input_gram(rows: Rows | Tensor) -> Tensor:
                 "so, an index or a constant input needs its Rows."
             )
         return _gram(rows)
+    return _input_gram(rows)
+
+
+@partial(summed, times=4)  # the matrix is read and written for each piece
+def _input_gram(rows: Rows) -> Tensor:
     _, n, t, k, _, i = dims(rows)
     if rows.a is None:
         return rows.g.new_full((k, 1, 1), n * t)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise import contract, projection
+from layerwise import contract, memory, projection
 from layerwise.carried import Later, carry
 from layerwise.errors import Undefined
 from layerwise.ops.base import Rows, Samples, Slot
@@ -60,7 +60,7 @@ class Part:
     def without_data(self) -> Matrix:
         """The maps to the parameter's shape and back, free of the batch and of the graph."""
         assert self.slot is not None and self.rows is not None and self.view is not None
-        return Matrix(*_maps(_hollow(self.slot), self.view), self.rows.a is None)
+        return Matrix(*_maps(_hollow(self.slot), self.view), self.slot.bias)
 
     def to(self, dtype: torch.dtype | None) -> Part:
         """The same part with its numbers in another type; None: as they are."""
@@ -88,6 +88,8 @@ _CHUNK = 2**22  # elements of per-sample gradients held at once where uses have 
 class ParameterGradient:
     """All parts of one parameter's gradient for a stack of V cotangents; `column` numbers the first.
 
+    Second moments, norms and dots are computed once, for all quantities that ask for them.
+
     shared: results that other parameters of the same stack can use again (a weight and its bias).
     curvature: for the cotangent `Averaged`, the Hessian by the output rows of one sample `[T,K,O,T,K,O]`.
     """
@@ -98,6 +100,7 @@ class ParameterGradient:
     column: int = 0
     shared: dict[Any, Any] = field(default_factory=dict)
     curvature: Tensor | None = None
+    _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def joined(self) -> Part | None:
@@ -114,8 +117,7 @@ class ParameterGradient:
 
     def _same_form(self, rows: Sequence[Rows]) -> bool:
         """Whether all parts lay the parameter out as the same matrix, from inputs of the same kind."""
-        kinds = {None if r.a is None else r.a.is_floating_point() for r in rows}
-        if len(kinds) > 1:
+        if len({r.kind for r in rows}) > 1:
             return False
         elements = torch.arange(self.shape.numel()).reshape(self.shape)
         layouts = [p.matrix(elements) for p in self.parts if p.matrix is not None]
@@ -162,6 +164,15 @@ class ParameterGradient:
 
     def second_moment(self) -> Tensor:
         """`[*shape]`: sum over v and n of the squared per-sample gradient."""
+        return self._once("second moment", self._second_moment)
+
+    def _once(self, what: str, compute: Callable[[], Tensor]) -> Tensor:
+        """A result for every quantity that asks: its values are shared until one of them is written to."""
+        if what not in self._kept:
+            self._kept[what] = compute()
+        return memory.lazy_copy(self._kept[what])
+
+    def _second_moment(self) -> Tensor:
         part = self.joined
         if part is not None and part.rows is not None and part.fold is not None:
             return part.fold(contract.second_moment(part.rows))
@@ -175,7 +186,12 @@ class ParameterGradient:
         return self.shared[key][1]
 
     def squared_norm(self) -> Tensor:
-        """`[V,N]`: squared norm of each per-sample gradient."""
+        """`[V,N]`: squared norm of each per-sample gradient; the diagonal of the dots where those are known."""
+        return self._once("squared norm", self._squared_norm)
+
+    def _squared_norm(self) -> Tensor:
+        if "dots" in self._kept:
+            return self._kept["dots"].diagonal(dim1=1, dim2=2).clone()
         part = self.joined
         if part is not None and part.rows is not None:
             return contract.squared_norm(part.rows)
@@ -202,7 +218,7 @@ class ParameterGradient:
             if part.rows is None:
                 assert part.dense is not None
                 return replace(part, dense=part.dense[v : v + 1, :])
-            return replace(part, rows=Rows(part.rows.a, part.rows.g[v : v + 1], part.rows.size_in))
+            return replace(part, rows=part.rows.sent(part.rows.g[v : v + 1]))
 
         parts = [self.joined] if self.joined is not None else self.parts
         held = parts[0].dense if parts[0].rows is None else parts[0].rows.g
@@ -224,6 +240,9 @@ class ParameterGradient:
 
     def pairwise_dot(self) -> Tensor:
         """`[V,N,N]`: inner products of the per-sample gradients."""
+        return self._once("dots", self._pairwise_dot)
+
+    def _pairwise_dot(self) -> Tensor:
         part = self.joined
         if part is not None and part.rows is not None:
             return contract.pairwise_dot(part.rows)
@@ -322,7 +341,7 @@ def _bias_of(part: Part) -> str | None:
 
     Proved on the numbers of the output's places: both slots must lay them out as the same rows.
     """
-    if part.slot is None or part.rows is None or part.rows.a is None:
+    if part.slot is None or part.rows is None or part.slot.bias:
         return None
     places = torch.arange(part.use.call.out_shape.numel(), device=part.rows.g.device)
     places = places.to(part.rows.g.dtype).reshape(1, *part.use.call.out_shape)

@@ -1,4 +1,4 @@
-"""Fresh memory for large results, in large pages where the system gives them.
+"""Memory of results: fresh, in large pages where the system gives them, or shared until somebody writes to it.
 
 Per-sample gradients are bound by page faults, not by arithmetic: on Linux a tensor of 400 MB touches 100,000
 small pages for the first time. Asking for large pages (`madvise`, transparent huge pages) is only a hint; where
@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 
+import torch
 from torch import Tensor
 
-__all__ = ["empty"]
+__all__ = ["empty", "lazy_copy"]
 
 _LARGE = 2**23  # bytes from which the hint pays; a large page has 2**21
 _PAGE = 4096
@@ -43,3 +44,11 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
         start = -(-tensor.data_ptr() // _PAGE) * _PAGE
         hint(start, (tensor.data_ptr() + size - start) // _PAGE * _PAGE, _MADV_HUGEPAGE)
     return tensor
+
+
+def lazy_copy(tensor: Tensor) -> Tensor:
+    """The tensor's present values: shared memory, copied by torch when either side is written to."""
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:  # a kind of memory that cannot be shared this way
+        return tensor.clone()

@@ -55,7 +55,8 @@ class Pass:
         self.batch = Batch(self._samples(samples), _terms(self.likelihoods))
         self.union = self.batch.union(scale)
         self.context: dict[str, Matrix] = {}
-        self.streams = [i for i, q in enumerate(quantities) if isinstance(q.cotangent, Gradient)]
+        streams = [i for i, q in enumerate(quantities) if isinstance(q.cotangent, Gradient)]
+        self.streams = sorted(streams, key=lambda i: not quantities[i].leads)
         self._values: dict[int, Values] = {i: {} for i in range(len(quantities))}
         self._stacks: dict[int, dict[str, list[tuple[Tensor, ...]]]] = {}  # of quantities that keep columns apart
         self._gather = Gather(tape, graph.uses)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from layerwise import memory
 from layerwise.errors import BadInput
 from layerwise.uses import Use
 
@@ -107,18 +108,10 @@ def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]
             if name not in fresh:
                 handles.append(get_gradient_edge(p).node.register_prehook(hook_for(name)))
         yield found
-        found |= {name: _snapshot(p.grad.detach()) for name, p in fresh.items() if p.grad is not None}
+        found |= {name: memory.lazy_copy(p.grad.detach()) for name, p in fresh.items() if p.grad is not None}
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _snapshot(tensor: Tensor) -> Tensor:
-    """The tensor's present values: shared memory, copied by torch when either side is written to."""
-    try:
-        return torch._lazy_clone(tensor)
-    except RuntimeError:  # a kind of memory that cannot be shared this way
-        return tensor.clone()
 
 
 @contextmanager

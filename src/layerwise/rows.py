@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.ops.base import Rows
+from layerwise.ops.base import Rows, Windows
 
-__all__ = ["concat", "dims", "flatten_samples", "keys", "merged_index", "narrow"]
+__all__ = ["concat", "dims", "flatten_samples", "keys", "merged_index", "narrow", "pieces", "summed"]
+
+PIECE_BYTES = 2**21  # of windows laid out at once: they are read again while they are in the cache
 
 
 def concat(parts: Sequence[Rows]) -> Rows:
@@ -38,8 +41,37 @@ def concat(parts: Sequence[Rows]) -> Rows:
 
 def narrow(rows: Rows, start: int, length: int) -> Rows:
     """The rows of the samples `start` to `start + length`, without a copy."""
-    a = None if rows.a is None else rows.a[start : start + length]
-    return Rows(a, rows.g[:, start : start + length], rows.size_in)
+    start, stop, _ = slice(start, start + length).indices(rows.g.shape[1])
+    if isinstance(rows, Windows) and not rows.laid_out:
+        return rows.narrow(start, stop - start)
+    a = None if rows.a is None else rows.a[start:stop]
+    return Rows(a, rows.g[:, start:stop], rows.size_in)
+
+
+def pieces(rows: Rows, times: int = 1) -> Iterator[Rows]:
+    """The rows as they are; where the input is not laid out, as many samples at a time as fit `PIECE_BYTES`."""
+    v, n, t, k, o, i = dims(rows)
+    step = max(1, times * PIECE_BYTES // max(1, t * k * i * rows.g.element_size()))
+    if rows.laid_out or n <= step:
+        yield rows
+        return
+    for start in range(0, n, step):
+        yield narrow(rows, start, step)
+
+
+def summed(function: Callable[[Rows], Tensor], times: int = 1) -> Callable[[Rows], Tensor]:
+    """A sum over samples, with an input that is not laid out taken in `pieces`."""
+
+    @wraps(function)
+    def over_pieces(rows: Rows) -> Tensor:
+        total: Tensor | None = None
+        for piece in pieces(rows, times):
+            value = function(piece)
+            total = value if total is None else total.add_(value)
+        assert total is not None
+        return total
+
+    return over_pieces
 
 
 def flatten_samples(rows: Rows) -> Rows:
@@ -51,12 +83,13 @@ def flatten_samples(rows: Rows) -> Rows:
 
 def _signature(rows: Rows) -> dict[str, object]:
     v, n, _, k, o, i = dims(rows)
-    kind = "constant" if rows.a is None else "float" if rows.a.is_floating_point() else "index"
-    return {"kind": kind, "V": v, "N": n, "K": k, "O": o, "size_in": i}
+    return {"kind": rows.kind, "V": v, "N": n, "K": k, "O": o, "size_in": i}
 
 
 def dims(rows: Rows) -> tuple[int, int, int, int, int, int]:
     """V, N, T, K, O, I, after a check that the input and the cotangents agree on them."""
+    if not rows.laid_out:
+        return *rows.g.shape, rows.size_in
     a, g, i = rows.a, rows.g, rows.size_in
     if g.ndim == 5:
         v, n, t, k, o = g.shape

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "Rows", "Samples", "Slot"]
+__all__ = ["Call", "Rows", "Samples", "Slot", "Windows"]
 
 
 class Call(NamedTuple):
@@ -67,6 +68,58 @@ class Rows:
     a: Tensor | None
     g: Tensor
     size_in: int
+
+    @property
+    def laid_out(self) -> bool:
+        """Whether the input is in memory as rows; where it is not, reading `a` puts it there."""
+        return True
+
+    @property
+    def kind(self) -> str:
+        """What the input is: "constant", "float" or "index"."""
+        return "constant" if self.a is None else "float" if self.a.is_floating_point() else "index"
+
+    def sent(self, g: Tensor) -> Rows:
+        """The same input with other cotangents of the same samples."""
+        return Rows(self.a, g, self.size_in)
+
+
+class Windows(Rows):
+    """Rows whose float input is a larger copy of something small, laid out when and as far as it is read.
+
+    make: the input rows `[n,T,K,I]` of the samples from one number to another.
+    """
+
+    make: Callable[[int, int], Tensor]
+
+    def __init__(self, make: Callable[[int, int], Tensor], g: Tensor, size_in: int) -> None:
+        object.__setattr__(self, "make", make)
+        object.__setattr__(self, "g", g)
+        object.__setattr__(self, "size_in", size_in)
+
+    @cached_property
+    def a(self) -> Tensor:
+        """All input rows; kept from then on."""
+        return self.make(0, self.g.shape[1])
+
+    @property
+    def laid_out(self) -> bool:
+        """Whether `a` was read."""
+        return "a" in self.__dict__
+
+    @property
+    def kind(self) -> str:
+        """Always float."""
+        return "float"
+
+    def sent(self, g: Tensor) -> Rows:
+        """The same input with other cotangents of the same samples."""
+        return Rows(self.a, g, self.size_in) if self.laid_out else Windows(self.make, g, self.size_in)
+
+    def narrow(self, start: int, length: int) -> Windows:
+        """Some samples, whose input is laid out without the others'."""
+        g = self.g[:, start : start + length]
+        return Windows(lambda low, high: self.make(start + low, start + high), g, self.size_in)
 
 
 class Slot:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise import memory
 from layerwise.ops.arguments import bind, count, plain
-from layerwise.ops.base import Call, Samples, Slot
+from layerwise.ops.base import Call, Rows, Samples, Slot, Windows
 from layerwise.ops.elementwise import BiasSlot
 
 __all__ = ["FUNCTIONS", "ConvSlot", "slots"]
@@ -80,9 +81,27 @@ class ConvSlot(Slot):
             x = F.pad(x, [n for edge in reversed(edges) for n in edge])  # negative ones crop
         return x, stride, dilation
 
+    def rows(self, g: Tensor, samples: Samples | None) -> Rows:
+        """The rows of a cotangent; the windows of one sample at a time, where samples follow one another."""
+        if samples is None or not samples.n_major or not samples.n:
+            return super().rows(g, samples)
+        x, stride, dilation = self._padded()
+        each = x.shape[0] // samples.n
+
+        def make(low: int, high: int) -> Tensor:
+            part = Samples(high - low, samples.axis)
+            return self._windows(x[low * each : high * each], stride, dilation, part)
+
+        size_in = x.shape[1] // self._geometry.groups * math.prod(self.used.shape[2:])
+        return Windows(make, self.output(g, samples), size_in)
+
     def input(self, samples: Samples | None) -> Tensor:
         """Input rows `[N,T,K,I]`, I running over channels, then the kernel; in memory `[k,i,n,t]`."""
-        x, stride, dilation = self._padded()
+        return self._windows(*self._padded(), samples)
+
+    def _windows(
+        self, x: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...], samples: Samples | None
+    ) -> Tensor:
         dims, (b, c), step = self._geometry.dims, x.shape[:2], x.stride()
         kernel, places = self.used.shape[2:], self._out_shape[-self._geometry.dims :]
         n, t, k = b, math.prod(places), self._geometry.groups
@@ -98,6 +117,8 @@ class ConvSlot(Slot):
         else:
             n, t = samples.n, t * (b // samples.n)
             view = samples.split(view, 0).movedim((0, 1), (1 + dims, 2 + dims))
+        if math.prod(kernel) > 1:  # else there may be nothing to copy
+            view = memory.empty(view.shape, view).copy_(view)
         return view.reshape(k, c // k * math.prod(kernel), n, t).permute(2, 3, 0, 1)
 
     def output(self, g: Tensor, samples: Samples | None) -> Tensor:

@@ -52,6 +52,7 @@ class Quantity:
     stacks: results of several stacks of cotangents are concatenated along dim 1 instead of added.
     needs_matrix: whether `finish` reads how parameters are laid out as matrices.
     needs_partner: whether it also reads which bias belongs to which weight.
+    leads: whether it is computed before the others, which can read their values off its contraction.
     revisits: whether a quantity of the gradient has a second stage in each batch: `compute` sees every parameter,
         `survey` the values of all, and `revisit` sees every parameter once more and gives the final tensors. Between
         the stages the cotangents of all uses are held beside the inputs that the tape holds anyway, and the
@@ -66,6 +67,7 @@ class Quantity:
     stacks: ClassVar[bool] = False
     needs_matrix: ClassVar[bool] = False
     needs_partner: bool = False
+    leads: ClassVar[bool] = False
     revisits: ClassVar[bool] = False
     lenient: ClassVar[bool] = False
 

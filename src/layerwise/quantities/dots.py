@@ -25,6 +25,8 @@ class PairwiseDot(Quantity):
     Source: Schneider, Dangel and Hennig (2021).
     """
 
+    leads = True  # its diagonal holds the norms
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N,N]`."""
         return (gradient.pairwise_dot()[0],)

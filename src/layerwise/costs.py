@@ -1,0 +1,30 @@
+"""Which form of a contraction is cheaper: counts of multiply-adds and of memory traffic, checked by measurements."""
+
+from __future__ import annotations
+
+__all__ = ["ghost_is_cheaper", "pairs_are_cheaper"]
+
+TRAFFIC = 12  # writing and rereading one number costs as much as this many multiply-adds
+
+
+def ghost_is_cheaper(v: int, t: int, o: int, i: int) -> bool:
+    """Whether `sum D²` costs less from two Gram matrices over positions than from D itself.
+
+    Multiply-adds per sample and group: `t²(i + v·o)` for the Gram matrices, `v·t·i·o` for D, plus
+    the memory traffic of what each of them writes. Source of the ghost form: Goodfellow 2015
+    (t = 1); Li, Tramèr, Liang and Hashimoto 2022 (t > 1).
+    """
+    ghost = t * t * (i + v * o + TRAFFIC * (1 + v))
+    return ghost < v * o * i * (t + TRAFFIC)
+
+
+def pairs_are_cheaper(v: int, t: int, o: int, i: int) -> bool:
+    """Whether `sum_v D²` costs less as one matrix product over pairs of positions than by cotangent.
+
+    There are `t(t+1)/2` pairs, whatever the number of cotangents; the product over them runs over
+    all samples at once.
+    """
+    pairs = t * (t + 1) // 2
+    if pairs >= v * t:
+        return False
+    return pairs * (o * i + TRAFFIC * (o + i)) + t * t * o * (v + TRAFFIC) < v * o * i * (t + TRAFFIC)
