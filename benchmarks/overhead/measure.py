@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.errors import LayerwiseError
+
 from ..timing import interleaved
 from .contenders import CONTENDERS, Program, Unsupported, missing, ours
 from .nets import NETS, Problem
@@ -76,7 +78,7 @@ def _first(
     except Unsupported as reason:
         return None, {"unsupported": str(reason)}, None
     except Exception as error:
-        if name == "ours":
+        if name == "ours" and not isinstance(error, LayerwiseError):  # a refusal is an answer
             raise
         return None, {"fails": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}, None
     left_out = [k for k in known if k not in covered]

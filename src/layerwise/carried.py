@@ -56,7 +56,7 @@ class Later:
         """Those of the columns `where[0]` and the samples `where[1]`."""
         columns, samples = where
         start, stop, _ = samples.indices(self.shape[1])
-        rows = Rows(self.rows.a, self.rows.g[columns], self.rows.size_in)
+        rows = self.rows.sent(self.rows.g[columns])
         some = self.slot.fold(contract.per_sample(contract.narrow(rows, start, stop - start)))
         (value,) = carry(self.slot.used, some, [self.leaf])
         return value.to(self.dtype)

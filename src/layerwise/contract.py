@@ -55,7 +55,7 @@ def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
             f"{(v, n, k, o, i)}; pass memory of this shape and type."
         )
     if rows.kind == "constant":
-        d = rows.g.sum(2)[..., None]
+        d = _over_positions(rows.g)[..., None]
     elif rows.kind == "index":
         assert rows.a is not None
         d = out if out is not None and out[:, :, 0].mT.is_contiguous() else rows.g.new_empty(v, n, 1, i, o).mT
@@ -134,17 +134,14 @@ def squared_norm(rows: Rows) -> Tensor:
         return torch.cat([squared_norm(Rows(p.a, p.g, p.size_in)) for p in pieces(rows)], 1)
     v, n, t, k, o, i = dims(rows)
     if rows.a is None:
-        return rows.g.sum(2).square_().sum((2, 3))
+        return _squares(_over_positions(rows.g).flatten(2))
+    if t == 1 and rows.a.is_floating_point() and o * i > 1:
+        return (_squares(rows.g[:, :, 0]) * _squares(rows.a[:, 0])).sum(2)
     result = rows.g.new_zeros(v, n)
     if not rows.a.is_floating_point():
         keys, sums = merged_index(rows.a, rows.g, i)
         for w, d in enumerate(sums):
             result[w].index_add_(0, keys // i, d.square_().sum(1))
-        return result
-    if t == 1 and o * i > 1:
-        inputs = rows.a[:, 0].square().sum(-1)
-        for w in range(v):
-            result[w] = (rows.g[w, :, 0].square().sum(-1) * inputs).sum(-1)
         return result
     if not o == i == 1 and ghost_is_cheaper(v, t, o, i):
         return _ghost_norm(rows.a, rows.g)
@@ -177,7 +174,7 @@ def second_moment(rows: Rows) -> Tensor:
     """
     v, n, t, k, o, i = dims(rows)
     if rows.a is None:
-        return _sum_of_squares(rows.g.sum(2)).sum(0)[..., None]
+        return _sum_of_squares(_over_positions(rows.g)).sum(0)[..., None]
     if not rows.a.is_floating_point():
         keys, sums = merged_index(rows.a, rows.g, i)
         result = rows.g.new_zeros(i, o)
@@ -375,6 +372,16 @@ def _gram(x: Tensor) -> Tensor:
         result[:, low:high, low:] = _sum_product(x[..., low:high], x[..., low:])
         result[:, high:, low:high] = result[:, low:high, high:].mT
     return result
+
+
+def _over_positions(g: Tensor) -> Tensor:
+    """Cotangents `[V,N,K,O]` of the samples: the sum over their positions, or a view where there is one."""
+    return g.squeeze(2) if g.shape[2] == 1 else g.sum(2)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sum of squares along the last axis, one pass over the memory."""
+    return torch.linalg.vector_norm(x, dim=-1).square_()
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:

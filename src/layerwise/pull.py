@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -75,7 +75,8 @@ def pull(
 @contextmanager
 def alone(device: str) -> Iterator[None]:
     """Run computations of our own: no torch-function mode of the user sees them, no autocast changes them."""
-    with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False):
+    lowered = torch.is_autocast_enabled(device)
+    with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False) if lowered else nullcontext():
         yield
 
 
