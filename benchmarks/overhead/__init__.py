@@ -9,11 +9,11 @@ first. Peak memory above idle is measured in a process of its own for each. Resu
 that was killed goes on where it stopped, and cells measured with other code or versions are measured again.
 
 Peers are development extras, found by import and never needed: BackPACK, torch.func, Opacus, curvlinops, ASDL
-(`pip install --no-deps backpack-for-pytorch unfoldNd einops opacus curvlinops-for-pytorch einconv opt-einsum
-linear_operator asdfghjkl`, into a folder on PYTHONPATH). One that is missing is named as missing in the results.
+(`pip install --no-deps -r requirements/peers.txt`, beside the project or into a folder on PYTHONPATH). One that is
+missing is named as missing in the results. A contender is charged with the gradient as well, by its cheapest way to it.
 
     nets.py         the five nets              measure.py   one cell: values, then time
     quantities.py   the quantities             memory.py    one cell: peak memory
     contenders/     one file a library         store.py     results, kept by cell
-    bounds.py       what bounds ours           report.py    table and chart
+    bounds.py       what bounds a step         report.py    table and chart
 """

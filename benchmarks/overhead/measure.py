@@ -13,6 +13,7 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 
 from ..timing import interleaved
+from . import bounds
 from .contenders import CONTENDERS, Program, Unsupported, missing, ours
 from .nets import NETS, Problem
 from .quantities import QUANTITIES
@@ -59,7 +60,19 @@ def cell(net: str, quantity: str, names: Sequence[str], repeats: int) -> dict[st
         "plain seconds": plain,
         "repeats": count,
         "contenders": found,
+        **({"work": _work(problem, programs["ours"])} if "ours" in programs else {}),
         **({"parts": {name: low[f"part {name}"] / plain for name in parts}} if parts else {}),
+    }
+
+
+def _work(problem: Problem, program: Program) -> dict[str, float]:
+    """What a step of ours cannot do without."""
+    size = bounds.results(program.run())
+    return {
+        "plain multiply-adds": bounds.multiply_adds(problem.step),
+        "multiply-adds": bounds.multiply_adds(program.run),
+        "result bytes": size,
+        "writing results": bounds.writing(size),
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .bounds import BOUNDS
+from . import bounds
 from .contenders import CONTENDERS
 from .nets import NETS
 from .quantities import QUANTITIES
@@ -14,6 +14,7 @@ from .quantities import QUANTITIES
 __all__ = ["chart", "table"]
 
 Cells = Mapping[str, Mapping[str, Any]]
+GOAL = 0.5  # of BackPACK's extra time and of its peak memory
 NOISE = 1.1  # differences under 10 % mean nothing
 DIFFER = 1e-3
 COLOURS = {
@@ -29,7 +30,7 @@ def table(cells: Cells) -> str:
     lines = [head, ["---"] * len(head)]
     for net, quantity, cell in _ordered(cells):
         ratios = [_cell_text(cell["contenders"].get(name, {})) for name in CONTENDERS]
-        lines.append([net, quantity, *ratios, _share(cell), _memory(cell), _bound(net, quantity, cell)])
+        lines.append([net, quantity, *ratios, _share(cell), _memory(cell), _bound(cell)])
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *_notes(cells)]) + "\n"
 
 
@@ -79,11 +80,11 @@ def _memory(cell: Mapping[str, Any]) -> str:
     return " / ".join(text) if found else "-"
 
 
-def _bound(net: str, quantity: str, cell: Mapping[str, Any]) -> str:
-    known = BOUNDS.get((net, quantity))
-    if known:
-        return known
-    return "not explained yet" if slower(cell) else ""
+def _bound(cell: Mapping[str, Any]) -> str:
+    """What ours is made of, where it misses a goal."""
+    if "ratio" not in cell["contenders"].get("ours", {}):
+        return ""
+    return bounds.text(cell) if slower(cell) or (share(cell) or 0) > GOAL else ""
 
 
 def _notes(cells: Cells) -> Iterator[str]:
@@ -92,7 +93,7 @@ def _notes(cells: Cells) -> Iterator[str]:
     behind = [name for name, cell in judged if slower(cell)]
     yield f"- Slower than the best peer by more than 10 %: {len(behind)} of {len(judged)} cells ({_list(behind)})."
     halves = [value for _, cell in kept if (value := share(cell)) is not None]
-    yield f"- At most half of BackPACK's extra time: {sum(v <= 0.5 for v in halves)} of {len(halves)} cells."
+    yield f"- At most half of BackPACK's extra time: {sum(v <= GOAL for v in halves)} of {len(halves)} cells."
     for name, cell in kept:
         if "parts" in cell:
             ratio = (cell["contenders"]["ours"]["ratio"] - 1) / sum(p - 1 for p in cell["parts"].values())
@@ -126,8 +127,8 @@ def _memory_notes(cells: Cells) -> Iterator[str]:
         if QUANTITIES[quantity].reduced
         and {"ours", "backpack", "plain"} <= (found := cell.get("peak bytes", {})).keys()
     }
-    over = {name: f["ours"] / f["backpack"] for name, f in heavy.items() if f["ours"] > 0.5 * f["backpack"]}
-    plain = [name for name in over if heavy[name]["plain"] > 0.5 * heavy[name]["backpack"]]
+    over = {name: f["ours"] / f["backpack"] for name, f in heavy.items() if f["ours"] > GOAL * f["backpack"]}
+    plain = [name for name in over if heavy[name]["plain"] > GOAL * heavy[name]["backpack"]]
     yield f"- Peak memory at most half of BackPACK's: {len(heavy) - len(over)} of {len(heavy)} reduced cells."
     yield f"  Above it because the plain gradient alone is: {_list(plain)}."
     yield f"  Above it besides: {_list(f'{name} {over[name]:.2f}' for name in over if name not in plain)}."
