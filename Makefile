@@ -21,7 +21,7 @@ export LAYERWISE_DATA := $(CURDIR)/../shared/data
 endif
 endif
 
-.PHONY: help demo test test-all lint format support reproduce-locoprop clean
+.PHONY: help demo test test-all lint format support reproduce-locoprop overhead clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ support: $(INSTALLED)  ## Write docs/support.md, what works with what, from a ru
 
 reproduce-locoprop: $(INSTALLED)  ## Train the LocoProp paper's autoencoder on MNIST beside the authors' curve
 	$(BIN)/python -m benchmarks.reproduce_locoprop
+
+overhead: $(INSTALLED)  ## Measure costs beside the peers that are installed (hours; goes on where it stopped)
+	$(BIN)/python -m benchmarks.overhead
 
 clean:  ## Remove what the commands write, except .venv
 	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,6 +36,10 @@ def test_values_agree_and_every_quantity_of_ours_is_measured(tmp_path: Path) -> 
     for quantity in ("per-sample gradient", "norms", "second moment", "variance", "pairwise dots"):
         theirs = cells[f"mlp/{quantity}"]["contenders"]["vmap"]
         assert theirs["values differ by"] < 1e-5 and theirs["ratio"] > 0
+    work = cells["mlp/per-sample gradient"]["work"]
+    assert work["plain multiply-adds"] == 5 * (2 * (3 * 2 + 2 * 4) + 2 * 4), "forward, weights, and the inner input"
+    assert work["result bytes"] == 5 * (3 * 2 + 2 + 2 * 4 + 4) * 4
+    assert cells["mlp/second moment"]["work"]["multiply-adds"] - work["plain multiply-adds"] == 5 * (3 * 2 + 2 * 4)
     assert set(cells["mlp/six reduced first-order"]["parts"]) >= {"SquaredNorm", "FisherDiag"}
     text = (tmp_path / "o.md").read_text(encoding="utf-8")
     assert "| mlp | norms |" in text and (tmp_path / "o.png").stat().st_size > 1000

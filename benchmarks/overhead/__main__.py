@@ -16,6 +16,7 @@ from .nets import NETS
 from .quantities import QUANTITIES
 from .store import Store
 
+INSTALL = "pip install --no-deps -r requirements/peers.txt"
 RESULTS = Path(__file__).parents[1] / "results" / "overhead.json"
 
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = ["ours", *(p for p in options.peers if p != "ours")]
     for name in names:
         if missing(name):
-            print(f"{CONTENDERS[name].label} is missing: {CONTENDERS[name].distribution} is not installed", flush=True)
+            print(f"{CONTENDERS[name].label} is missing: {INSTALL}", flush=True)
     if not options.report:
         quiet()
         with_memory = not options.no_memory and memory.available()
