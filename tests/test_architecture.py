@@ -24,7 +24,7 @@ LEVELS = tuple(
         "errors memory",
         "ops losses",
         "calls uses tape coverage pull samples program replay likelihoods products chain recompute",
-        "cotangents contract costs rows projection gradients gather blocks recursion arrivals carried",
+        "cotangents contract costs rows views projection gradients gather blocks recursion arrivals carried",
         "operators",
         "quantities",
         "observe passes seen accumulate",

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +21,9 @@ from layerwise.errors import Undefined
 from layerwise.ops.base import Rows, Samples, Slot
 from layerwise.tape import Tape
 from layerwise.uses import Use
+from layerwise.views import Map, view_maps
 
 __all__ = ["Matrix", "ParameterGradient", "Part", "carries", "parts_of"]
-
-Map = Callable[[Tensor], Tensor]
 
 
 class Matrix(NamedTuple):
@@ -372,33 +370,3 @@ def _hollow(slot: Slot) -> Slot:
         elif callable(value) or (isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value)):
             setattr(hollow, key, None)
     return hollow
-
-
-def view_maps(used: Tensor, parameter: Tensor) -> tuple[Map, Map] | None:
-    """Maps `[..., *used.shape] -> [..., *parameter.shape]` and back where one is a full view of the other.
-
-    None where `used` is no rearrangement of the parameter's elements.
-    """
-    if used is parameter:
-        return _identity, _identity
-    if used._base is not parameter or used.numel() != parameter.numel() or used.dtype != parameter.dtype:
-        return None
-    if used.is_contiguous() and parameter.is_contiguous():
-        ours, theirs = parameter.shape, used.shape  # the maps outlive the batch: no tensor in them
-        return lambda w: w.reshape(*w.shape[: w.dim() - len(theirs)], *ours), lambda p: p.reshape(theirs)
-    if used.dim() == parameter.dim() <= 5:
-        for order in permutations(range(used.dim())):
-            permuted = parameter.permute(order)
-            if permuted.shape == used.shape and permuted.stride() == used.stride():
-                inverse = [order.index(i) for i in range(len(order))]
-
-                def to_parameter(w: Tensor, inverse: list[int] = inverse) -> Tensor:
-                    lead = w.dim() - len(inverse)
-                    return w.permute(*range(lead), *(lead + i for i in inverse))
-
-                return to_parameter, lambda p, order=order: p.permute(order)
-    return None
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x

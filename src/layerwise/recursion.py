@@ -21,7 +21,7 @@ from layerwise.chain import Link, chain, same_edge
 from layerwise.cotangents import Exact
 from layerwise.coverage import Graph
 from layerwise.errors import Undefined
-from layerwise.gradients import ParameterGradient, parts_of, view_maps
+from layerwise.gradients import ParameterGradient, parts_of
 from layerwise.losses import Likelihood
 from layerwise.ops.base import Samples, Slot
 from layerwise.products import pull_stack
@@ -29,6 +29,7 @@ from layerwise.pull import pull
 from layerwise.samples import Layout
 from layerwise.tape import Tape
 from layerwise.uses import Use
+from layerwise.views import view_maps
 
 __all__ = ["averaged"]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from layerwise.coverage import Graph
-from layerwise.gradients import view_maps
 from layerwise.ops.base import Rows, Samples, Slot
 from layerwise.products import check_second, gradient_of, pull_stack, twice
 from layerwise.samples import Layout
 from layerwise.tape import Tape
 from layerwise.uses import Use
+from layerwise.views import view_maps
 
 __all__ = ["Unit", "plan"]
 
