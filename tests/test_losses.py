@@ -279,6 +279,35 @@ def test_huber_and_smooth_l1(shape: tuple[int, ...], reduction: str, threshold: 
     assert not lik.canonical
 
 
+@pytest.mark.parametrize("weighted", [None, "last", "all"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_bce_of_probabilities(shape: tuple[int, ...], reduction: str, weighted: str | None) -> None:
+    p = torch.rand(shape, generator=rng(3), dtype=torch.float64) * 0.9 + 0.05
+    target = torch.rand(shape, generator=rng(4), dtype=torch.float64)
+    weight = {None: None, "last": uniform(*shape[-1:]), "all": uniform(*shape)}[weighted]
+
+    def formula(p: Tensor) -> Tensor:  # torch's own second derivative is off by its guard against 0/0
+        e = -(target * p.log() + (1 - target) * (1 - p).log()) * (1 if weight is None else weight)
+        return {"mean": e.mean(), "sum": e.sum(), "none": e}[reduction]
+
+    bound = bind(F.binary_cross_entropy, (p, target, weight), {"reduction": reduction})
+    c = cotangent(formula, p)
+    lik = likelihood(bound, p, c)
+    gradient, hessian = brute(formula, p, c)
+    close(lik.gradient(), gradient)
+    close(squared(lik, lik.root()), hessian)
+    close(lik.hessian_product(p), (hessian @ p.flatten()).view(shape))
+    assert not lik.canonical and lik.link == "identity"
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_soft_margin(shape: tuple[int, ...], reduction: str) -> None:
+    for y in (normal(*shape, seed=3).sign(), normal(*shape, seed=3)):
+        assert not agrees(F.soft_margin_loss, normal(*shape, scale=2.0), y, reduction=reduction).canonical
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_weighted_huber(reduction: str) -> None:
     z, y, weight = normal(4, 3), normal(4, 3, seed=3), uniform(4, 3)

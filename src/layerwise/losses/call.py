@@ -20,6 +20,8 @@ _NAMES = (
     "nll_loss",
     "mse_loss",
     "binary_cross_entropy_with_logits",
+    "binary_cross_entropy",
+    "soft_margin_loss",
     "huber_loss",
     "smooth_l1_loss",
     "gaussian_nll_loss",
@@ -198,7 +200,7 @@ def _check_elementwise(name: str, logits: Tensor, target: Tensor, options: Mappi
     weight = options.get("weight")
     if weight is None:
         return
-    if name == "binary_cross_entropy_with_logits":
+    if name in ("binary_cross_entropy_with_logits", "binary_cross_entropy"):
         _expanded(name, "weight", weight, logits)
     elif weight.shape != logits.shape:
         raise BadInput(f"{name} got a weight of shape {tuple(weight.shape)}: it needs {tuple(logits.shape)}.")

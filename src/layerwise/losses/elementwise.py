@@ -132,6 +132,21 @@ def _bce(name: str, z: Tensor, y: Tensor, options: Mapping[str, Any]) -> _Term:
     return _Term(_weighted(gradient, weight), p * q, kappa, score, "sigmoid")
 
 
+def _bce_of_probabilities(name: str, p: Tensor, y: Tensor, options: Mapping[str, Any]) -> _Term:
+    """-y log p - (1 - y) log(1 - p), whose Hessian y/p² + (1 - y)/(1 - p)² depends on the target.
+
+    Torch keeps p(1 - p) at 1e-12 or more in its derivative, and so do we, in both.
+    """
+    weight, spread = _weight(p, options), (p * (1 - p)).clamp(min=1e-12)
+    return _Term(_weighted((p - y) / spread, weight), (y - 2 * p * y + p * p) / spread**2, weight)
+
+
+def _soft_margin(name: str, z: Tensor, y: Tensor, options: Mapping[str, Any]) -> _Term:
+    """log(1 + exp(-y z)), with y² σ(z y) σ(-z y) as Hessian."""
+    miss = torch.sigmoid(-y * z)
+    return _Term(-y * miss, y * y * miss * torch.sigmoid(y * z))
+
+
 def _huber(name: str, z: Tensor, y: Tensor, options: Mapping[str, Any]) -> _Term:
     """½(z - y)² inside delta, linear outside with zero Hessian; a weighted mean divides by elements."""
     weight, delta, d = _weight(z, options), float(options["delta"]), z - y
@@ -191,6 +206,8 @@ def _weight(z: Tensor, options: Mapping[str, Any]) -> Tensor | None:
 _TERMS: dict[str, Callable[[str, Tensor, Tensor, Mapping[str, Any]], _Term]] = {
     "mse_loss": _mse,
     "binary_cross_entropy_with_logits": _bce,
+    "binary_cross_entropy": _bce_of_probabilities,
+    "soft_margin_loss": _soft_margin,
     "huber_loss": _huber,
     "smooth_l1_loss": _smooth_l1,
     "l1_loss": _l1,
