@@ -23,8 +23,9 @@ LEVELS = tuple(
     for level in (
         "errors memory",
         "ops losses",
-        "calls uses tape coverage pull samples program replay likelihoods products chain recompute",
-        "cotangents contract costs rows views projection gradients gather blocks recursion arrivals carried",
+        "calls uses loss_record tape coverage pull samples program replay likelihoods products chain recompute "
+        "boundary separate",
+        "cotangents contract costs rows views projection gradients gather blocks recursion arrivals carried heads",
         "operators",
         "quantities",
         "observe passes seen accumulate",

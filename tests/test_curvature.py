@@ -165,17 +165,21 @@ def test_batched_second_derivatives_that_torch_gets_wrong_are_not_used() -> None
         oracle.assert_close(lw.Hessian(w, closure).to_dense(), oracle.hessian(w, closure))
 
 
-def test_hessian_of_any_loss_and_ggn_of_known_ones_only(made: Any) -> None:
+def test_hessian_and_ggn_of_any_loss_of_the_outputs(made: Any) -> None:
     model, _ = made
     x = torch.randn(6, 4)
     unknown = lambda: model(x).pow(4).sum() + 1e-2 * sum(p.pow(3).sum() for p in model.parameters())  # noqa: E731
     oracle.assert_close(lw.Hessian(model, unknown).to_dense(), oracle.hessian(oracle.parameters(model), unknown))
-    with pytest.raises(errors.UnknownLoss):
-        lw.GGN(model, lambda: model(x).pow(4).sum())
+    parameters = oracle.parameters(model)
+    want = oracle.ggn(parameters, lambda: model(x), lambda z: z.pow(4).sum())
+    oracle.assert_close(lw.GGN(model, lambda: model(x).pow(4).sum()).to_dense(), want)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
+    with pytest.raises(errors.UnknownLoss, match="as_loss"):
+        lw.GGN(weights, lambda: torch.func.functional_call(model, weights, (x,)).pow(4).sum())
     with pytest.raises(errors.Undefined, match="directly"):
         lw.GGN(model, lambda: F.mse_loss(model(x), x[:, :3]) + model[0].weight.pow(2).sum())
-    with pytest.raises(errors.UnknownLoss, match="not linear"):
-        lw.GGN(model, lambda: F.mse_loss(model(x), x[:, :3]) ** 2)
+    want = oracle.ggn(parameters, lambda: model(x), lambda z: F.mse_loss(z, x[:, :3]) ** 2)
+    oracle.assert_close(lw.GGN(model, lambda: F.mse_loss(model(x), x[:, :3]) ** 2).to_dense(), want)
     with pytest.raises(errors.Undefined):
         lw.GGN(model, lambda: F.l1_loss(model(x), x[:, :3])) @ torch.ones(43)
 

@@ -2,6 +2,7 @@
 
 from layerwise import errors, optim
 from layerwise.accumulate import accumulate
+from layerwise.losses import as_loss
 from layerwise.observe import observe
 from layerwise.operators.curvature import GGN, Hessian
 from layerwise.operators.kronecker import EigenKronecker, Kronecker
@@ -56,6 +57,7 @@ __all__ = [
     "SquaredNorm",
     "Variance",
     "accumulate",
+    "as_loss",
     "errors",
     "observe",
     "optim",

@@ -12,6 +12,7 @@ from layerwise.arrivals import check_covered, check_finite, check_gradient, kept
 from layerwise.cotangents import Second
 from layerwise.coverage import prove
 from layerwise.errors import BadInput
+from layerwise.heads import resolved
 from layerwise.passes import Pass
 from layerwise.products import SecondOrder
 from layerwise.pull import accumulated, alone, hooked
@@ -69,7 +70,7 @@ class observe:
     def __enter__(self) -> Seen:
         if self._tape is not None:
             raise BadInput("this observe() is active already; make another one to observe inside it")
-        self._tape = Tape(self._model, self._on_backward)
+        self._tape = Tape(self._model, self._on_backward, own_losses=True)
         self._seen = Seen(self._quantities, self._scale, list(self._tape.parameters))
         self._tape.__enter__()
         if any(isinstance(q.cotangent, Second) for q in self._quantities):
@@ -103,8 +104,9 @@ class observe:
         device = total.device.type
         with alone(device), kept(tape.retained()):
             check_finite(total)
-            graph = prove(tape, total, weight)
-            pass_ = Pass(tape, graph, self._quantities, self._model, self._samples, self._scale, self._dtype)
+            own_losses = tape.returned is not None
+            graph, known = resolved(lambda without: prove(tape, total, weight, without=without), own_losses)
+            pass_ = Pass(tape, graph, known, self._quantities, self._model, self._samples, self._scale, self._dtype)
             seen._check(pass_.batch)
             pass_.pull_roots()
             pass_.pull_gradient()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.arrivals import Sent
-from layerwise.cotangents import Averaged, Cotangent, Exact, Gradient, Second
+from layerwise.cotangents import Averaged, Cotangent, Exact, Gradient, Sampled, Second
 from layerwise.coverage import Graph
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, Undefined
 from layerwise.gather import Gather
 from layerwise.gradients import Matrix, ParameterGradient, Part, carries, parts_of
-from layerwise.likelihoods import likelihoods
-from layerwise.losses import Likelihood
+from layerwise.heads import Head, heads
+from layerwise.losses import Declared, Likelihood
 from layerwise.pull import alone, pull
 from layerwise.quantities.base import Quantity
 from layerwise.recursion import averaged
@@ -37,6 +38,7 @@ class Pass:
         self,
         tape: Tape,
         graph: Graph,
+        known: Sequence[Likelihood],
         quantities: Sequence[Quantity],
         model: Any,
         samples: int | None,
@@ -44,15 +46,18 @@ class Pass:
         dtype: torch.dtype | None,
     ) -> None:
         self.tape, self.graph, self.quantities, self.dtype = tape, graph, quantities, dtype
-        self.likelihoods = likelihoods(graph)
-        self._check_scale(scale)
-        for q in quantities:
-            q.check_losses(self.likelihoods)
+        self.likelihoods = known
         self.layout: Layout | None = None
         self._measured = model, samples
-        if any(q.needs_samples for q in quantities) or any(type(q.cotangent) is Exact for q in quantities):
+        n = self._samples(samples)
+        declared = [*known, *(Declared(own.call, n) for own in graph.own)]
+        self._check_scale(scale, declared)
+        for q in quantities:
+            q.check_losses(declared)
+        told_apart = (Exact, Sampled) if graph.own else Exact
+        if any(q.needs_samples or isinstance(q.cotangent, told_apart) for q in quantities):
             self.layout = measure(tape, graph, model, samples)
-        self.batch = Batch(self._samples(samples), _terms(self.likelihoods))
+        self.batch = Batch(self._samples(samples), _terms(declared), _untold(declared))
         self.union = self.batch.union(scale)
         self.context: dict[str, Matrix] = {}
         streams = [i for i, q in enumerate(quantities) if isinstance(q.cotangent, Gradient)]
@@ -66,8 +71,13 @@ class Pass:
         self._later = False
         self._held: list[tuple[Use, Tensor, list[tuple[str, Part]]]] = []  # all cotangents, for a second stage
 
-    def _check_scale(self, scale: str) -> None:
-        means = {lik.mean for lik in self.likelihoods}
+    def _check_scale(self, scale: str, declared: Sequence[Likelihood]) -> None:
+        untold, means = _untold(declared), {lik.mean for lik in declared}
+        if scale == "sample" and untold is not None:
+            raise Undefined(
+                f'scale="sample" asks for N g_n under a mean, but whether {untold} is a mean is not said; mark it: '
+                'lw.as_loss(fn, reduction="mean") or "sum", or take scale="loss"'
+            )
         if scale == "sample" and len(means) > 1:
             raise Undefined('scale="sample" asks for N g_n under a mean, but this total adds a mean and a sum')
         if scale == "sample" and any(loss.call.reduction == "none" for loss in self.graph.losses):
@@ -101,9 +111,9 @@ class Pass:
             assert not isinstance(cotangent, Gradient | Second)
             self._check_size(cotangent, indices)
             column = 0
-            for loss, edge, rows in self._losses():
-                for stack in cotangent.columns(loss, rows, _chunk_size(self.graph)):
-                    self._send(edge, stack, indices, column)
+            for head in self._heads:
+                for stack in cotangent.columns(head.likelihood, head.rows, _chunk_size(self.graph)):
+                    self._send(head, stack, indices, column)
                     column += len(stack)
         for i, stacks in self._stacks.items():
             for name in list(stacks):
@@ -112,7 +122,7 @@ class Pass:
     def _average(self, cotangent: Averaged, indices: Sequence[int]) -> None:
         """The averaged blocks, shared between the quantities that ask for them."""
         assert self.layout is not None
-        for gradient in averaged(self.tape, self.graph, self.likelihoods, self.layout, cotangent.max_bytes):
+        for gradient in averaged(self.tape, self.graph, self._heads, self.layout, cotangent.max_bytes):
             for i in indices:
                 self._compute(i, gradient)
 
@@ -157,22 +167,23 @@ class Pass:
         """Let the quantities refuse a number of columns before any is sent."""
         asked = [self.quantities[i] for i in indices if type(self.quantities[i]).check_size is not Quantity.check_size]
         if asked:
-            count = sum(cotangent.count(loss, rows) for loss, _, rows in self._losses())
+            count = sum(cotangent.count(head.likelihood, head.rows) for head in self._heads)
             sizes = {name: self.tape.parameters[name].numel() for name in self.graph.parameters()}
             for quantity in asked:
                 quantity.check_size(count, self.batch.samples, sizes)
 
-    def _losses(self) -> Iterator[tuple[Likelihood, Any, Any]]:
-        for k, (use, lik) in enumerate(zip(self.graph.losses, self.likelihoods, strict=True)):
-            yield lik, use.logits, None if self.layout is None else self.layout.losses[k]
+    @cached_property
+    def _heads(self) -> list[Head]:
+        return heads(self.graph, self.likelihoods, self.layout)
 
-    def _send(self, edge: Any, stack: Tensor, indices: list[int], column: int) -> None:
+    def _send(self, head: Head, stack: Tensor, indices: list[int], column: int) -> None:
         uses = self.graph.uses
         edges = [use.edge for use in uses]
         if len(stack) == 1:
-            pulled = [None if g is None else g[None] for g in pull([edge], [stack[0]], edges)]
+            sent = [x[0] for x in head.cotangents(stack)]
+            pulled = [None if g is None else g[None] for g in pull(head.edges, sent, edges)]
         else:
-            pulled = pull([edge], [stack], edges, batched=True)
+            pulled = pull(head.edges, head.cotangents(stack), edges, batched=True)
         parts: dict[tuple[str, bool], list[Part]] = {}
         flags = {self.quantities[i].needs_samples for i in indices}
         asked = [self.quantities[i] for i in indices]
@@ -282,6 +293,11 @@ def _chunk_size(graph: Graph) -> int:
     """Columns sent back at once: as many as the uses' cotangents fit in the cache's neighbourhood."""
     elements = sum(use.call.out_shape.numel() for use in graph.uses)
     return max(1, _COTANGENT_ELEMENTS // max(1, elements))
+
+
+def _untold(likelihoods: Sequence[Likelihood]) -> str | None:
+    """The name of a loss that does not say whether it is a mean."""
+    return next((lik.call for lik in likelihoods if lik.mean is None), None)
 
 
 def _terms(likelihoods: Sequence[Likelihood]) -> tuple[float, ...] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise.coverage import Graph
 from layerwise.errors import NonFinite, Undefined
-from layerwise.losses import Likelihood
 from layerwise.pull import pull
 from layerwise.recompute import standing_in
 from layerwise.uses import LossUse
@@ -210,19 +209,24 @@ class HessianProducts:
 
 
 class GaussNewtonProducts:
-    """Products with the generalized Gauss-Newton matrix, from the Hessians of the losses in their inputs.
+    """Products with the generalized Gauss-Newton matrix, from the Hessian of the total in what the losses receive.
+
+    hessian: its product with stacks of directions, one `[V, *logits]` for each of the losses.
 
     G v = J^T H_L J v. J v is the derivative by u of v . (J^T u), so two reverse passes give it for any forward.
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
 
     def __init__(
-        self, losses: Sequence[LossUse], likelihoods: Sequence[Likelihood], parameters: Sequence[Tensor]
+        self,
+        losses: Sequence[LossUse],
+        hessian: Callable[[Sequence[Tensor]], list[Tensor]],
+        parameters: Sequence[Tensor],
     ) -> None:
         self._edges = [loss.logits for loss in losses]
-        self._likelihoods = likelihoods
+        self._hessian = hessian
         self._parameters = parameters
-        self._dummies = [torch.zeros_like(lik.logits).requires_grad_() for lik in likelihoods]
+        self._dummies = [torch.zeros_like(loss.call.logits).requires_grad_() for loss in losses]
         with twice():
             self._pulled = pull(self._edges, self._dummies, parameters, create_graph=True)
         _check_once(self._pulled)
@@ -235,7 +239,7 @@ class GaussNewtonProducts:
             if w is not None and w.requires_grad and d is not None
         ]
         pushed = _rows(pairs, self._dummies, directions)
-        sent = [lik.hessian_product(x) for lik, x in zip(self._likelihoods, pushed, strict=True)]
+        sent = self._hessian(pushed)
         return _rows(list(zip(self._edges, sent, strict=True)), [self._parameters[i] for i in wanted], directions)
 
 

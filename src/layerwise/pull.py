@@ -7,7 +7,7 @@ of the uses knows every activation, pooling and residual sum.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from layerwise import memory
 from layerwise.errors import BadInput
 from layerwise.uses import Use
 
-__all__ = ["accumulated", "alone", "backward_arguments", "hooked", "pull", "silent"]
+__all__ = ["accumulated", "alone", "backward_arguments", "hooked", "pull", "silent", "stopped"]
 
 
 class _State(threading.local):
@@ -137,6 +137,23 @@ def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Itera
     try:
         for use in uses:
             handles.append(use.edge.node.register_prehook(hook_for(use)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def stopped(nodes: Iterable[Any]) -> Iterator[None]:
+    """Let no cotangent pass certain nodes while pulls run inside the context; what arrives there can still be read."""
+
+    def zeros(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else torch.zeros_like(g) for g in grads)
+
+    handles = []
+    try:
+        for node in set(nodes):
+            handles.append(node.register_prehook(zeros))
         yield
     finally:
         for handle in handles:

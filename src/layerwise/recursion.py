@@ -22,6 +22,7 @@ from layerwise.cotangents import Exact
 from layerwise.coverage import Graph
 from layerwise.errors import Undefined
 from layerwise.gradients import ParameterGradient, parts_of
+from layerwise.heads import Head
 from layerwise.losses import Likelihood
 from layerwise.ops.base import Samples, Slot
 from layerwise.products import pull_stack
@@ -51,7 +52,7 @@ class _Place(NamedTuple):
 
 
 def averaged(
-    tape: Tape, graph: Graph, likelihoods: Sequence[Likelihood], layout: Layout, max_bytes: int
+    tape: Tape, graph: Graph, heads: Sequence[Head], layout: Layout, max_bytes: int
 ) -> Iterator[ParameterGradient]:
     """The parameters of a chain, from the loss down, with inputs and `curvature`, but zero cotangents.
 
@@ -61,12 +62,18 @@ def averaged(
     links = chain(graph)
     places = [_Place(link.use.edge, layout.uses[link.use.index], link.use.call.out_shape) for link in links]
     _check_rows(tape, links, places)
-    dtype = torch.promote_types(likelihoods[0].logits.dtype, torch.float32)
+    if heads[0].parts is not None:
+        raise Undefined(
+            f"asked for a recursion down a chain, but {heads[0].likelihood.call} couples the positions of a sample, or "
+            "several outputs; ask for KFLR"
+        )
+    likelihood = heads[0].likelihood
+    dtype = torch.promote_types(likelihood.logits.dtype, torch.float32)
     _check_size(links, places, dtype, max_bytes)
     for i, (link, place) in enumerate(zip(links, places, strict=True)):
         if i == 0:
-            logits = _Place(graph.losses[0].logits, layout.losses[0], likelihoods[0].logits.shape)
-            block = _at_top(likelihoods[0], logits, place, dtype)
+            logits = _Place(graph.losses[0].logits, layout.losses[0], likelihood.logits.shape)
+            block = _at_top(likelihood, logits, place, dtype)
         else:
             block = _down(block, links[i - 1], places[i - 1], place)
         yield from _gradients(tape, link.use, place, block)

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
+from layerwise.boundary import Inside
 from layerwise.coverage import Graph
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.ops.base import Samples
 from layerwise.pull import pull
+from layerwise.separate import check_separate
 from layerwise.tape import Tape
 from layerwise.uses import LossUse, Use
 
@@ -50,6 +52,15 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | None = N
     samples: their number N; by default dim 0 of the batch that the first use's input was made from.
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
+    layout = _measure(tape, graph, model, samples)
+    at = len(graph.known)
+    for own in graph.own:  # at every batch: what a loss does with its samples may depend on their values
+        check_separate(Inside(graph, own), layout.losses[at : at + len(own.boundary)])
+        at += len(own.boundary)
+    return layout
+
+
+def _measure(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Layout:
     key = _signature(tape, graph, model, samples)
     memo = _memo(model)
     if key in memo:

@@ -19,10 +19,14 @@ Values = dict[str, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Batch:
-    """One backward pass: its samples, and the denominators of its losses' means (None for sums)."""
+    """One backward pass: its samples, and the denominators of its losses' means (None for sums).
+
+    untold: the name of a loss that does not say whether it is a mean.
+    """
 
     samples: int
     terms: tuple[float, ...] | None
+    untold: str | None = None
 
     def union(self, scale: str) -> Union:
         """The batch as a union of one."""
@@ -119,6 +123,7 @@ class Seen:
         self._count = 0
         self._samples = 0
         self._terms: tuple[float, ...] | None = None
+        self._untold: str | None = None
         self._joined = [Joined(q.powers, q.concatenate) for q in self._quantities]
         self._gradient = Joined((1,))
         self._context: dict[str, Any] = {}
@@ -195,7 +200,14 @@ class Seen:
     def _check(self, batch: Batch) -> None:
         """Batches join only where their losses are means over the same mix of terms, or all sums."""
         if not self._count:
+            self._untold = batch.untold
             return
+        untold = self._untold or batch.untold
+        if untold is not None:
+            raise BadInput(
+                f"asked to join two backward passes, but whether {untold} is a mean or a sum is not said; mark it: "
+                'lw.as_loss(fn, reduction="mean") or "sum", or observe each batch in a context of its own'
+            )
         old, new = self._terms, batch.terms
         ok = (old is None) == (new is None)
         if old is not None and new is not None:

@@ -14,20 +14,20 @@ deterministic factories make, 0-dim tensors that need no gradient. *Data*: every
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
 from layerwise.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, assembles
 from layerwise.errors import UnsupportedCall
+from layerwise.loss_record import LossRecord
 from layerwise.ops.base import Call
 from layerwise.pull import backward_arguments, silent
 from layerwise.recompute import standing_in
@@ -36,20 +36,11 @@ from layerwise.uses import Derived, LossUse, Use, bad_call, describe_func, named
 __all__ = ["Tape"]
 
 
-class _LogSoftmax(NamedTuple):
-    """A log-softmax: its output, and the logits that it was made from."""
-
-    output: weakref.ref[Tensor]
-    logits: Tensor
-    edge: GradientEdge
-    dim: int | None
-
-
 _LISTS = (list, tuple)
 _SIMPLE = (int, str, type(None))  # what enters a signature; floats (rates, temperatures) may change freely
 
 
-class Tape(TorchFunctionMode):
+class Tape(LossRecord):
     """Record the parameter uses and the losses of everything that runs inside the context.
 
     parameters: name -> tensor, those to follow (frozen ones count as constants).
@@ -66,8 +57,9 @@ class Tape(TorchFunctionMode):
         model: nn.Module | Mapping[str, Tensor],
         on_backward: Callable[[Tape, Tensor, Tensor | None, Callable[[], Any]], Any] | None = None,
         keep_outputs: bool = False,
+        own_losses: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(model, own_losses)
         self._keep_outputs = keep_outputs
         named = named_parameters_of(model)
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
@@ -86,7 +78,7 @@ class Tape(TorchFunctionMode):
         """Forget everything recorded so far."""
         self._recorded = 0
         self.uses: list[Use] = []
-        self.losses: list[LossUse] = []
+        self.clear_losses()
         self.calls: list[Any] = []
         self.first: Tensor | None = None
         self._known: dict[int, Derived | Tensor] = {}
@@ -96,18 +88,17 @@ class Tape(TorchFunctionMode):
             self._known[id(c)] = c
         self._outputs: dict[int, Use] = {}
         self._batches: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
-        self._log_softmax: dict[int, _LogSoftmax] = {}
         self._retained: list[weakref.ref[Tensor]] = []
 
     def forget(self, uses: Iterable[Use], made: Iterable[LossUse]) -> None:
         """Forget what a backward pass has used; everything, where no other forward is left."""
-        gone, gone_losses = set(map(id, uses)), set(map(id, made))
+        gone = set(map(id, uses))
         left = [use for use in self.uses if id(use) not in gone]
         if not left:
             self.clear()
             return
         self.uses = left
-        self.losses = [loss for loss in self.losses if id(loss) not in gone_losses]
+        self.forget_losses(made)
         self.first = left[0].batch
         self._outputs = {key: use for key, use in self._outputs.items() if id(use) not in gone}
 
@@ -116,11 +107,13 @@ class Tape(TorchFunctionMode):
         if "torch._dynamo" in sys.modules:
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
+        self.watch()
         super().__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
+        self.unwatch()
         if self._stance is not None:
             self._stance.__exit__(*exc)
             self._stance = None
@@ -245,16 +238,6 @@ class Tape(TorchFunctionMode):
         found = self._batches.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else tensor.detach()
 
-    def _log_softmax_call(self, func: Any, args: Any, kwargs: Any, logits: Tensor) -> Any:
-        """Run a log-softmax and remember its input, the logits of a loss on log-probabilities."""
-        edge = get_gradient_edge(logits)
-        out = func(*args, **kwargs)
-        self.calls.append(func)
-        self._note_data(func, args, kwargs, [logits], out)
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        self._log_softmax[id(out)] = _LogSoftmax(weakref.ref(out), logits.detach(), edge, dim)
-        return out
-
     def _use(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
         """Run and record a call in which parameters meet data."""
         self._refuse(ops.refused(func, args, kwargs), func, used)
@@ -328,27 +311,6 @@ class Tape(TorchFunctionMode):
         if isinstance(arg, _LISTS):
             return type(arg)(self._kept(a) for a in arg)
         return arg
-
-    def _loss(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run and record a call that makes a loss."""
-        logits = losses.logits_of(func, args, kwargs)
-        if not (isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()):
-            return func(*args, **kwargs)
-        source = self._log_softmax.get(id(logits))
-        if source is not None and source.output() is logits:
-            call = losses.bind(func, args, kwargs, source.logits, source.dim)
-            edge = source.edge if call.log_softmax else get_gradient_edge(logits)
-        else:
-            call, edge = losses.bind(func, args, kwargs), get_gradient_edge(logits)
-        losses.check(call)
-        used, data, _ = self._sort(args, kwargs)
-        out = func(*args, **kwargs)
-        self.calls.append(func)
-        self._note_data(func, args, kwargs, data, out)
-        if out.requires_grad:
-            call = dataclasses.replace(call, logits=call.logits.detach())
-            self.losses.append(LossUse(call, edge, get_gradient_edge(out)))
-        return out
 
     def _gradients(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The user's own dealings with gradients: what they give is no data of the model's."""

@@ -14,7 +14,7 @@ from layerwise import losses, ops
 from layerwise.errors import BadInput, SlowPath
 from layerwise.ops.base import Call, Slot
 
-__all__ = ["Derived", "LossUse", "Use", "bad_call", "describe_func", "named_parameters_of"]
+__all__ = ["Derived", "LossUse", "OwnUse", "Use", "bad_call", "boundary_of", "describe_func", "named_parameters_of"]
 
 
 class Derived(NamedTuple):
@@ -89,9 +89,35 @@ class Use:
 class LossUse(NamedTuple):
     """A call that makes a loss: its bound arguments, the edges of its logits and of its value."""
 
-    call: losses.LossCall
+    call: losses.LossCall | losses.OwnCall
     logits: GradientEdge
     value: GradientEdge
+
+
+class OwnUse(NamedTuple):
+    """A loss of the user's own, on the way from the total to tensors that the model made, its boundary.
+
+    boundary: each tensor as a `LossUse` whose value is itself. value: the edge of the marked call's value; None
+    where all that the total makes of the boundary, by other ways than known losses, is the loss.
+    bypassed: a use that feeds the loss past the model's output, so that the boundary is no choice of the user's.
+    """
+
+    call: losses.OwnCall
+    boundary: list[LossUse]
+    value: GradientEdge | None = None
+    bypassed: Use | None = None
+
+
+def boundary_of(name: str, value: Any, reduction: str | None = None) -> list[LossUse]:
+    """The tensors of some value that the model made, as the boundary of a loss."""
+    found: list[LossUse] = []
+    for z in losses.tensors_in(value):
+        if z.requires_grad and not z.is_leaf and z.is_floating_point():
+            edge = get_gradient_edge(z)
+            if any(part.logits[:2] == edge[:2] for part in found):
+                continue
+            found.append(LossUse(losses.OwnCall(name, z.detach(), reduction), edge, edge))
+    return found
 
 
 def describe_func(func: Any) -> str:

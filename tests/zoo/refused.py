@@ -152,10 +152,6 @@ def _regularised(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y) + 0.1 * sum((p**2).sum() for p in model.parameters())
 
 
-def _by_hand(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return (model(x) - y).pow(2).mean()
-
-
 def _half_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """A known call and a term that no call shows."""
     z = model(x)
@@ -203,9 +199,8 @@ REFUSED = [
     Refused("vmap_inside", _vmapped, "LayerwiseError"),
     Refused("grad_inside", _grad_inside, "LayerwiseError"),
     Refused("regulariser", _mlp, "Undefined", _regularised),
-    Refused("loss_by_hand", _mlp, "UnknownLoss", _by_hand, target="mse_mean"),
-    Refused("loss_half_by_hand", _mlp, "UnknownLoss", _half_by_hand, target="mse_mean"),
-    Refused("loss_squared", _mlp, "UnknownLoss", _squared),
-    Refused("loss_product", _mlp, "UnknownLoss", _product, target="mse_mean"),
+    Refused("loss_half_by_hand", _mlp, "LayerwiseError", _half_by_hand, target="mse_mean"),
+    Refused("loss_squared", _mlp, "LayerwiseError", _squared),
+    Refused("loss_product", _mlp, "LayerwiseError", _product, target="mse_mean"),
     Refused("packed_sequence", _packed, "UnsupportedCall", inputs=floats(4, 3, 4)),
 ]

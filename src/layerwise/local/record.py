@@ -15,7 +15,7 @@ from layerwise.coverage import Graph, prove
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, predict, target_m, target_s
 from layerwise.local.transfer import IDENTITY, SIGMOID, SOFTMAX, Transfer, find, squared
-from layerwise.losses import Likelihood, is_loss, likelihood
+from layerwise.losses import Likelihood, LossCall, is_loss, likelihood
 from layerwise.ops import writes_first
 from layerwise.ops.base import Call, Slot
 from layerwise.pull import hooked, pull
@@ -247,7 +247,7 @@ def _read_by(tape: Tape, graph: Graph, layer: Layer) -> tuple[Transfer, Likeliho
     for loss in tape.losses:
         if loss.logits.node is use.edge.node and loss.logits.output_nr == use.edge.output_nr:
             (c,) = pull([graph.total], [torch.ones_like(graph.total)], [loss.value])
-            if c is None or loss.call.learned:
+            if c is None or loss.call.learned or not isinstance(loss.call, LossCall):
                 continue
             found = likelihood(loss.call, loss.call.logits, c.detach())
             if found.class_axis is not None and not _over_rows(layer, found.class_axis):

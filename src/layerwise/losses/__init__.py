@@ -5,5 +5,22 @@ from __future__ import annotations
 from .base import Likelihood
 from .call import LossCall, bind, check, is_loss, logits_of
 from .likelihood import likelihood, scale_to_union
+from .mark import OwnCall, OwnLoss, as_loss, tensors_in
+from .own import Declared, Own
 
-__all__ = ["Likelihood", "LossCall", "bind", "check", "is_loss", "likelihood", "logits_of", "scale_to_union"]
+__all__ = [
+    "Declared",
+    "Likelihood",
+    "LossCall",
+    "Own",
+    "OwnCall",
+    "OwnLoss",
+    "as_loss",
+    "bind",
+    "check",
+    "is_loss",
+    "likelihood",
+    "logits_of",
+    "scale_to_union",
+    "tensors_in",
+]

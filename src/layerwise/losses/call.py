@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BadInput
+from .mark import OwnLoss
 
 __all__ = ["LossCall", "bind", "check", "is_loss", "logits_of"]
 
@@ -79,8 +80,8 @@ class LossCall:
 
 
 def is_loss(func: Callable[..., Any]) -> bool:
-    """True where `func` is a loss call that `bind` understands."""
-    return func in _LOSSES
+    """True where `func` makes a loss: one that `bind` understands, or one that is marked by `as_loss`."""
+    return func in _LOSSES or type(func) is OwnLoss
 
 
 def logits_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from layerwise.coverage import known_losses
 from layerwise.errors import BadInput, NonFinite
-from layerwise.likelihoods import likelihoods
+from layerwise.heads import loss_hessian, resolved
 from layerwise.operators.diagonal import check_names
 from layerwise.products import GaussNewtonProducts, HessianProducts, Products, SecondOrder
 from layerwise.tape import Tape
@@ -43,7 +43,7 @@ class CurvatureOperator:
             raise BadInput(f'{self._asked}: blocks is {blocks!r}; give None (the whole matrix) or "parameter"')
         if not callable(closure):
             raise BadInput(f"{self._asked}: asked for a closure that returns the loss, got {type(closure).__name__}")
-        tape = Tape(model, self._refuse_backward)
+        tape = Tape(model, self._refuse_backward, own_losses=True)
         self._parameters = dict(tape.parameters)
         if not self._parameters:
             raise BadInput(f"{self._asked}: the model has no parameter that requires grad")
@@ -245,8 +245,9 @@ class GGN(CurvatureOperator):
 
     G = J^T H_L J, `[P, P]`, with J the Jacobian of what the losses receive by the parameters, and H_L the Hessian of
     the total loss in it, all weights included; `blocks="parameter"`: only its diagonal blocks. For likelihood
-    losses it is the Fisher matrix. The loss must be made of calls that are known as losses; the model may be
-    anything that torch can differentiate twice.
+    losses it is the Fisher matrix. A loss that is made of no known calls is a function of what the model returned, or
+    of the first argument of a call marked by `as_loss`, and need neither be convex nor a sum over samples; the model
+    and the loss may be anything that torch can differentiate twice.
 
         G = lw.GGN(model, lambda: F.cross_entropy(model(x), y))
         G @ v
@@ -258,5 +259,5 @@ class GGN(CurvatureOperator):
     """
 
     def _make(self, tape: Tape, total: Tensor) -> Products:
-        graph = known_losses(tape, total)
-        return GaussNewtonProducts(graph.losses, likelihoods(graph), list(self._parameters.values()))
+        graph, known = resolved(lambda without: known_losses(tape, total, without))
+        return GaussNewtonProducts(graph.losses, loss_hessian(graph, known), list(self._parameters.values()))

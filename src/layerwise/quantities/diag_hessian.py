@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from layerwise.boundary import gradients
 from layerwise.cotangents import Second, default_generator
 from layerwise.coverage import Graph
 from layerwise.errors import BadInput, Undefined
@@ -127,9 +128,7 @@ def _by_element(graph: Graph, layout: Layout | None, p: Tensor) -> Tensor:
 def _sample_gradients(graph: Graph, layout: Layout, p: Tensor) -> Iterator[Tensor | None]:
     """The gradient of every sample's term, from the rows of the losses that are its own."""
     edges = [loss.logits for loss in graph.losses]
-    weight = torch.ones_like(graph.total) if graph.weight is None else graph.weight
-    with twice():
-        found = pull([graph.total], [weight], edges, create_graph=True)
+    found = gradients(graph)
     kept = [(e, g, rows) for e, g, rows in zip(edges, found, layout.losses, strict=True) if g is not None]
     for n in range(layout.n):
         masked = [g * _mask(rows, g, n) for _, g, rows in kept]

@@ -49,6 +49,11 @@ class FisherDiag(Quantity):
                 "use the same reduction, or ask for SecondMoment"
             )
         for loss in losses:
+            if self.labels == "data" and loss.mean is None:
+                raise Undefined(
+                    f"asked for the empirical Fisher's diagonal, N sum_n g_n² for a mean, but whether {loss.call} is "
+                    'one is not said; mark it: lw.as_loss(fn, reduction="mean") or "sum", or ask for SecondMoment'
+                )
             if self.labels == "model" and not loss.canonical:
                 raise Undefined(
                     f"asked for the true Fisher's diagonal, but {loss.call} is not the negative log-likelihood of a "

@@ -44,6 +44,7 @@ def read_losses(total: Tensor, known: Sequence[LossUse]) -> list[LossUse]:
         seen.add(node)
         loss = _read(node)
         if loss is not None:
+            assert isinstance(loss.call, losses.LossCall)
             losses.check(loss.call)
             found.append(loss)
             continue

@@ -16,6 +16,7 @@ from layerwise.compat.backpack.extensions.backprop_extension import BackpropExte
 from layerwise.cotangents import Second
 from layerwise.coverage import Graph
 from layerwise.errors import BadInput, Undefined
+from layerwise.heads import loss_hessian
 from layerwise.likelihoods import likelihoods
 from layerwise.products import GaussNewtonProducts, HessianProducts, Products
 from layerwise.quantities.base import Context, Quantity, Union
@@ -110,7 +111,7 @@ class GGNMP(_CurvatureProducts):
         super().__init__(savefield)
 
     def _make(self, tape: Tape, graph: Graph, parameters: Sequence[Tensor]) -> Products:
-        return GaussNewtonProducts(graph.losses, likelihoods(graph), parameters)
+        return GaussNewtonProducts(graph.losses, loss_hessian(graph, likelihoods(graph)), parameters)
 
 
 class PCHMP(_CurvatureProducts):
