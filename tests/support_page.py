@@ -68,7 +68,7 @@ _REFUSED = {
     "reentrant_checkpoint": "`checkpoint(use_reentrant=True)`", "thread_inside": "a layer run in another thread",
     "vmap_inside": "a layer run inside `vmap`", "grad_inside": "`autograd.grad` inside the forward",
     "regulariser": "a penalty on the parameters belongs to no sample",
-    "loss_by_hand": "a loss that is no known call", "loss_half_by_hand": "a known call plus a term that is none",
+    "loss_half_by_hand": "curvature of a known call plus a piecewise linear term",
     "loss_squared": "a loss call squared", "loss_product": "a product of two loss calls",
     "packed_sequence": "`pack_padded_sequence`", "checkpointed_recurrent": "a recurrent layer under `checkpoint`",
 }  # fmt: skip
