@@ -16,16 +16,18 @@ from torch.nn import functional as F
 __all__ = ["SIZES", "deep_autoencoder", "mean_loss", "reconstruction_loss"]
 
 SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
-CODE = 3  # the layer whose 30 outputs are the code: no activation there
 
 
-def deep_autoencoder(seed: int, sizes: tuple[int, ...] = SIZES) -> nn.Sequential:
-    """Linear layers with tanh between, identity at the code, and the pixels' logits as output.
+def deep_autoencoder(
+    seed: int, sizes: tuple[int, ...] = SIZES, activation: type[nn.Module] = nn.Tanh
+) -> nn.Sequential:
+    """Linear layers with tanh between, identity at the code (the middle of the sizes), the pixels' logits as output.
 
     Glorot uniform: weights `U(±sqrt(6 / (i + o)))`, biases `U(±sqrt(3 / o))`.
     """
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
+    code = (len(sizes) - 1) // 2 - 1
     for number, (size_in, size_out) in enumerate(pairwise(sizes)):
         linear = nn.utils.skip_init(nn.Linear, size_in, size_out)
         for parameter, bound in (
@@ -35,8 +37,8 @@ def deep_autoencoder(seed: int, sizes: tuple[int, ...] = SIZES) -> nn.Sequential
             with torch.no_grad():
                 parameter.uniform_(-bound, bound, generator=generator)
         layers.append(linear)
-        if number not in (CODE, len(sizes) - 2):
-            layers.append(nn.Tanh())
+        if number not in (code, len(sizes) - 2):
+            layers.append(activation())
     return nn.Sequential(*layers)
 
 

@@ -1,0 +1,106 @@
+"""Tune, train to the end, time, ablate and report.
+
+    python -m benchmarks.training --dry-run                  what the study will take, and what is left of it
+    python -m benchmarks.training step-time                  seconds a step, interleaved
+    python -m benchmarks.training tune                       8 trials of every method, 3 epochs each
+    python -m benchmarks.training final                      the best trial: 3 seeds, 20 epochs
+    python -m benchmarks.training ablations                  local steps, loss, batch, width, depth, ReLU
+    python -m benchmarks.training report                     tables and figures from the rows
+    python -m benchmarks.training declare                    write trials.json anew
+
+Every finished run is a row in benchmarks/training/rows; what has a row is not run again, so each command goes on
+where it was stopped. `--problem` and `--method` take part of the study; several instances may run at once on
+different problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import budget, report, step_time, trials
+from .methods import METHODS
+from .plan import STUDY, Run, ablations, best, finals, methods_of, tuning
+from .rows import FOLDER, Rows
+from .runner import LIMIT, missing_benchopt, perform
+
+PARTS = ("tune", "final", "step-time", "ablations", "report", "declare")
+
+
+def runs_of(part: str, problems: Sequence[str], methods: Sequence[str] | None, rows: Rows) -> list[Run]:
+    """The runs of a part of the study; finals of a method only once all its trials have a row."""
+    if part == "ablations":
+        return [
+            run for by_method in ablations().values() for method, runs in by_method.items() for run in runs
+            if methods is None or method in methods
+        ]  # fmt: skip
+    runs: list[Run] = []
+    for problem in problems:
+        for method in methods_of(problem, methods):
+            trial_runs = tuning(problem, method)
+            if part == "tune":
+                runs += trial_runs
+            elif not trial_runs[0].unavailable():
+                runs += _finals(problem, method, trial_runs, rows)
+    return runs
+
+
+def _finals(problem: str, method: str, trial_runs: list[Run], rows: Rows) -> list[Run]:
+    try:
+        trial = best(trial_runs, rows.load(problem))
+    except LookupError as error:
+        print(f"no final runs: {error}", file=sys.stderr)
+        return []
+    if trial is None:
+        print(f"no final runs: all trials of {method} on {problem} failed", file=sys.stderr)
+        return []
+    return finals(problem, method, trial)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 where all was done, 1 where a part could not be, 2 where it cannot start."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
+    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("--dry-run", action="store_true", help="print the estimate and stop")
+    parser.add_argument("--problem", nargs="+", choices=list(STUDY), default=list(STUDY))
+    parser.add_argument("--method", nargs="+", choices=list(METHODS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=step_time.REPEATS, help="of step-time")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which a run counts as failed")
+    parser.add_argument("--rows", type=Path, default=FOLDER, help="folder of the rows")
+    arguments = parser.parse_args(argv)
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    rows = Rows(arguments.rows)
+    times = arguments.rows / step_time.FILE.name
+    if arguments.dry_run or arguments.part is None:
+        parts = budget.estimate(lambda p: step_time.measured(p, times), rows.load, arguments.problem)
+        print(budget.table(parts, parts_in_full=arguments.part is not None))
+        return 0
+    if arguments.part == "declare":
+        trials.FILE.write_text(trials.text(), encoding="utf-8")
+        return 0
+    if arguments.part == "report":
+        print(report.write(rows, arguments.problem, times))
+        return 0
+    if arguments.part == "step-time":
+        for problem in arguments.problem:
+            row = step_time.record(problem, arguments.method, arguments.repeats, times)
+            print(problem, row["relative"], f"Adam {row['seconds']['adam']:.4f} s", row["unavailable"], flush=True)
+        return 0
+    if missing_benchopt():
+        print(f"error: {missing_benchopt()}", file=sys.stderr)
+        return 2
+    runs = runs_of(arguments.part, arguments.problem, arguments.method, rows)
+    done, failed, left_out = perform(runs, rows, arguments.threads, arguments.limit)
+    print(f"{arguments.part}: {done} runs, {failed} of them failed; {left_out} unavailable; {len(runs)} planned")
+    return 1 if left_out else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

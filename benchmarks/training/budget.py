@@ -1,0 +1,111 @@
+"""What the study will take: core-hours by problem and part, from measured step times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from .plan import CUT, MAIN, Key, Row, Run, ablations, finals, methods_of, parse, tuning
+from .problems import PROBLEMS
+
+__all__ = ["BUDGET", "OVERHEAD", "Part", "cost", "estimate", "table"]
+
+BUDGET = 6.0  # core-hours
+OVERHEAD = 3.0  # seconds a run: a process, reading the data, Benchopt
+
+StepTimes = Callable[[str], tuple[Mapping[str, float], float]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the study: its runs, those that have no row yet, and their hours."""
+
+    problem: str
+    phase: str
+    method: str
+    runs: int
+    left: int
+    hours: float
+    hours_left: float
+
+
+def cost(run: Run, step_times: StepTimes) -> float:
+    """CPU seconds of a run; NaN where the method has not been timed.
+
+    A changed batch or shape is taken to cost what its multiplications do, a changed T what (2 + 4 rows·T/N)/3 says.
+    """
+    times, losses = step_times(run.problem)
+    step = times.get(run.method, math.nan)
+    return OVERHEAD + run.steps * step * _change_of_cost(run) + (run.epochs + 1) * losses
+
+
+def _change_of_cost(run: Run) -> float:
+    change, shape = parse(run.change), parse(run.shape)
+    own = PROBLEMS[run.problem].batch
+    factor = change.get("batch", own) / own if change.get("batch") else 1.0
+    factor *= float(shape.get("width", 1.0)) ** 2
+    if "steps" in change and run.method == "locoprop-m":
+        factor *= max(1.0, change["steps"] / 10)
+    return factor
+
+
+def estimate(step_times: StepTimes, rows: Callable[[str], Mapping[Key, Row]], problems: Iterable[str]) -> list[Part]:
+    """The study in parts. A final's trial is not known before tuning, and does not matter to its cost."""
+    parts = []
+    for problem in problems:
+        held = rows(problem)
+        for method in methods_of(problem):
+            parts.append(_part("tune", tuning(problem, method), held, step_times))
+            done = [r for r in held.values() if r["phase"] == "final" and r["method"] == method]
+            planned = finals(problem, method, 0)
+            parts.append(_part("final", planned, held, step_times, left=max(0, len(planned) - len(done))))
+    if MAIN in problems:
+        held = rows(MAIN)
+        for name, by_method in ablations().items():
+            for runs in by_method.values():
+                if runs[0].phase == "ablation":
+                    parts.append(_part(f"ablation: {name}", runs, held, step_times))
+    return parts
+
+
+def _part(
+    phase: str, runs: list[Run], held: Mapping[Key, Row], step_times: StepTimes, left: int | None = None
+) -> Part:
+    first = runs[0]
+    waiting = sum(r.key() not in held for r in runs) if left is None else left
+    each = cost(first, step_times)
+    waiting = 0 if first.unavailable() else waiting
+    return Part(
+        first.problem, phase, first.method, len(runs), waiting, len(runs) * each / 3600, waiting * each / 3600
+    )  # fmt: skip
+
+
+def table(parts: list[Part], parts_in_full: bool = False) -> str:
+    """The estimate as text; methods that have not been timed are named and not counted."""
+    lines = [f"{'problem':22}{'part':32}{'runs':>6}{'left':>6}{'hours':>8}{'left':>8}"]
+    for problem in dict.fromkeys(p.problem for p in parts):
+        phases = dict.fromkeys(p.phase for p in parts if p.problem == problem)
+        for phase in phases:
+            chosen = [p for p in parts if (p.problem, p.phase) == (problem, phase)]
+            lines.append(_line(problem, phase, chosen))
+            if parts_in_full:
+                lines += [_line("", f"  {p.method}", [p]) for p in chosen]
+        if CUT[problem]:
+            lines.append(f"    cut for the budget: {', '.join(CUT[problem])}")
+    lines.append(_line("all", "", parts))
+    unknown = sorted({f"{p.method} on {p.problem}" for p in parts if math.isnan(p.hours)})
+    if unknown:
+        lines.append(f"not timed, not counted: {', '.join(unknown)}")
+    total = sum(p.hours for p in parts if not math.isnan(p.hours))
+    verdict = "within" if total <= BUDGET else "OVER"
+    lines.append(f"{total:.2f} core-hours in all, {verdict} the budget of {BUDGET:g}")
+    return "\n".join(lines)
+
+
+def _line(problem: str, phase: str, parts: list[Part]) -> str:
+    hours = math.fsum(p.hours for p in parts if not math.isnan(p.hours))
+    left = math.fsum(p.hours_left for p in parts if not math.isnan(p.hours))
+    return (
+        f"{problem:22}{phase:32}{sum(p.runs for p in parts):>6}{sum(p.left for p in parts):>6}{hours:>8.2f}{left:>8.2f}"
+    )

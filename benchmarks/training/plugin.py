@@ -1,0 +1,126 @@
+"""The bases of Benchopt's plugins: `objective.py`, `datasets/` and `solvers/` only name things.
+
+Benchopt's data set is one of PROBLEMS, its solver one of METHODS, and its curve has a point an epoch, taken in
+the callback with the clock stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from benchopt import BaseDataset, BaseObjective, BaseSolver
+from benchopt.stopping_criterion import NoCriterion
+
+from . import trials
+from .memory import Peak
+from .methods import METHODS
+from .plan import MAIN, TUNE_EPOCHS, TUNE_SEED, Run, parse
+from .problems import PROBLEMS, Split
+from .train import Training
+
+__all__ = ["TrainingDataset", "TrainingObjective", "TrainingSolver"]
+
+
+class TrainingDataset(BaseDataset):
+    """A problem: its data, and the shape of its model."""
+
+    name = MAIN
+    parameters = {"rows": [0], "shape": [""]}  # noqa: RUF012  0: the problem's own number
+
+    def get_data(self) -> dict[str, Any]:
+        """What the objective gets."""
+        problem = PROBLEMS[self.name]
+        rows = self.rows or problem.rows
+        return {"problem": self.name, "shape": self.shape, "split": problem.load(rows, problem.test_rows)}
+
+
+class TrainingObjective(BaseObjective):
+    """Train and test loss over all rows."""
+
+    name = "training"
+    min_benchopt_version = "1.10"
+    sampling_strategy = "callback"
+    stopping_criterion = NoCriterion(strategy="callback")
+    parameters = {"epochs": [TUNE_EPOCHS], "seed": [TUNE_SEED]}  # noqa: RUF012
+    test_config = {"epochs": 1, "dataset": {"rows": 64}}  # noqa: RUF012
+
+    def set_data(self, problem: str, shape: str, split: Split) -> None:
+        """Keep the problem."""
+        self.problem, self.shape, self.split = problem, shape, split
+
+    def get_objective(self) -> dict[str, Any]:
+        """What the solver gets."""
+        return {
+            "problem": self.problem, "shape": self.shape, "split": self.split,
+            "epochs": self.epochs, "run_seed": self.seed,
+        }  # fmt: skip
+
+    def evaluate_result(self, training: Training | None, failure: str, cpu_seconds: float, memory: float) -> dict[str, Any]:
+        """The losses now; infinite from a failure on."""
+        train, test = math.inf, math.inf
+        if training is not None and not failure:
+            try:
+                train, test = training.losses()
+            except ArithmeticError as error:
+                failure = f"{type(error).__name__}: {error}"
+        return {"value": train, "test_loss": test, "failure": failure, "cpu_seconds": cpu_seconds, "memory": memory}
+
+    def get_one_result(self) -> dict[str, Any]:
+        """A result before any step, for `benchopt test`."""
+        untrained = Training(self.problem, self.split, "sgd", {"lr": 0.0}, 0, len(self.split.x), parse(self.shape))
+        return {"training": untrained, "failure": "", "cpu_seconds": 0.0, "memory": 0.0}
+
+
+class TrainingSolver(BaseSolver):
+    """A method, with the hyperparameters of one trial."""
+
+    name = "sgd"
+    sampling_strategy = "callback"
+    stopping_criterion = NoCriterion(strategy="callback")
+    parameters = {"trial": [0], "change": [""]}  # noqa: RUF012
+
+    def skip(self, problem: str, **rest: Any) -> tuple[bool, str | None]:
+        """Why the method cannot be run on the problem, or here."""
+        if PROBLEMS[problem].family not in METHODS[self.name].spaces:
+            return True, f"{self.name} has no trials for {problem}"
+        if not 0 <= self.trial < trials.POINTS:
+            return True, f"there are trials 0 to {trials.POINTS - 1}"
+        reason = self._run_of(problem, **rest).unavailable()
+        return bool(reason), reason or None
+
+    def _run_of(self, problem: str, shape: str, split: Split, epochs: int, run_seed: int) -> Run:
+        return Run(
+            "benchopt", problem, self.name, self.trial, run_seed, epochs, len(split.x), shape, self.change
+        )  # fmt: skip
+
+    def set_objective(self, **objective: Any) -> None:
+        """Keep what is to be trained."""
+        self.split, self.plan = objective["split"], self._run_of(**objective)
+
+    def get_next(self, stop_val: int) -> int:
+        """A point after every epoch."""
+        return stop_val + 1
+
+    def run(self, callback: Any) -> None:
+        """Train, calling back before the first epoch and after each; a failure ends the curve with a last point."""
+        plan, self.training, self.failure, self.cpu_seconds = self.plan, None, "", 0.0
+        self._peak = Peak()
+        try:
+            self.training = Training(
+                plan.problem, self.split, plan.method, plan.hyperparameters(), plan.seed, plan.batch, parse(plan.shape)
+            )
+            for _ in range(plan.epochs):
+                if not callback():
+                    return
+                start = time.process_time()
+                self.training.epoch()
+                self.cpu_seconds += time.process_time() - start
+        except (ArithmeticError, RuntimeError, ValueError, MemoryError) as error:  # a linear solve that fails, too
+            self.failure = f"{type(error).__name__}: {error}"
+        callback()
+
+    def get_result(self) -> dict[str, Any]:
+        """What the objective evaluates."""
+        return {"training": self.training, "failure": self.failure, "cpu_seconds": self.cpu_seconds, "memory": self._peak.mb()}

@@ -1,0 +1,207 @@
+"""What is trained: data, a model from a seed, and the loss of a batch. One entry of PROBLEMS a problem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import data
+from benchmarks.autoencoder import SIZES, deep_autoencoder
+
+from .curves import curves
+
+__all__ = ["PROBLEMS", "Problem", "Split", "mean_loss"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Rows to train on and rows held out, and where they came from."""
+
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    source: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and its data.
+
+    family: which of a method's spaces of hyperparameters is tuned. load: the first `rows` and `test_rows` rows.
+    model: from a seed and a shape, `{"width": 1, "fewer": 0, "activation": "tanh"}` where the problem can vary.
+    loss: of a batch, a mean over it. batch: rows a step, where the method has none of its own.
+    revision: raised when a change makes earlier rows another problem's.
+    """
+
+    name: str
+    title: str
+    family: str
+    load: Callable[[int, int], Split]
+    model: Callable[[int, Mapping[str, Any]], nn.Module]
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    rows: int = 10_000
+    test_rows: int = 2_000
+    batch: int = 1000
+    data: str = ""
+    revision: int = 1
+
+
+@torch.no_grad()
+def mean_loss(problem: Problem, model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The loss over all rows, a batch at a time, so that measuring takes no more memory than training."""
+    parts = zip(x.split(problem.batch), y.split(problem.batch), strict=True)
+    return math.fsum(float(problem.loss(model, a, b)) * len(a) for a, b in parts) / len(x)
+
+
+# -- autoencoders: sigmoid cross entropy summed over pixels, mean over the batch (nats) -----------------
+
+
+def _pixels(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(model(x), x, reduction="sum") / len(x)
+
+
+@lru_cache(maxsize=1)
+def _images(name: str) -> data.Dataset:
+    return data.load(name)
+
+
+def _flat(name: str) -> Callable[[int, int], Split]:
+    def load(rows: int, test_rows: int) -> Split:
+        d = _images(name).flat()
+        return Split(d.x_train[:rows], d.y_train[:rows], d.x_test[:test_rows], d.y_test[:test_rows], d.source)
+
+    return load
+
+
+def _curves(rows: int, test_rows: int) -> Split:
+    x, x_test = curves(rows, seed=1), curves(test_rows, seed=2)
+    return Split(x, torch.zeros(rows), x_test, torch.zeros(test_rows), "generated: seed 1 to train, 2 to test")
+
+
+def _sizes(sizes: tuple[int, ...], width: float, fewer: int) -> tuple[int, ...]:
+    """Hidden layers, except the code, made `width` times as wide; the last `fewer` before the code taken away,
+    or, where that is negative, the first hidden layer repeated."""
+    middle = len(sizes) // 2
+    encoder = [round(width * n) for n in sizes[1:middle]]
+    encoder = encoder[: len(encoder) - fewer] if fewer >= 0 else [encoder[0]] * -fewer + encoder
+    return (sizes[0], *encoder, sizes[middle], *reversed(encoder), sizes[-1])
+
+
+def _autoencoder(sizes: tuple[int, ...]) -> Callable[[int, Mapping[str, Any]], nn.Module]:
+    def model(seed: int, shape: Mapping[str, Any]) -> nn.Module:
+        activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[shape.get("activation", "tanh")]
+        return deep_autoencoder(seed, _sizes(sizes, shape.get("width", 1.0), shape.get("fewer", 0)), activation)
+
+    return model
+
+
+# -- a convolutional classifier -------------------------------------------------------------------------
+
+
+def _classes(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def _fashion(rows: int, test_rows: int) -> Split:
+    d = _images("fashion_mnist")
+    return Split(d.x_train[:rows], d.y_train[:rows], d.x_test[:test_rows], d.y_test[:test_rows], d.source)
+
+
+def _convnet(seed: int, shape: Mapping[str, Any]) -> nn.Module:
+    _no_shape("the convolutional net", shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10),
+        )  # fmt: skip
+
+
+# -- a transformer on characters ------------------------------------------------------------------------
+
+CONTEXT, MODEL_WIDTH, HEADS, BLOCKS = 64, 64, 4, 2
+
+
+class _Block(nn.Module):
+    """Pre-norm attention and feed-forward, as in GPT-2."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        parts = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(*parts.unbind(0), is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).reshape(n, t, d))
+        return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+class _Characters(nn.Module):
+    """The next character of each position."""
+
+    def __init__(self, symbols: int) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(symbols, MODEL_WIDTH), nn.Embedding(CONTEXT, MODEL_WIDTH)
+        self.blocks = nn.Sequential(*(_Block(MODEL_WIDTH, HEADS) for _ in range(BLOCKS)))
+        self.norm, self.head = nn.LayerNorm(MODEL_WIDTH), nn.Linear(MODEL_WIDTH, symbols)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x) + self.place(torch.arange(x.shape[1]))
+        return self.head(self.norm(self.blocks(h)))
+
+
+def _transformer(seed: int, shape: Mapping[str, Any]) -> nn.Module:
+    _no_shape("the transformer", shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _Characters(65)
+
+
+def _next_character(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+def _windows(rows: int, test_rows: int) -> Split:
+    """Windows that do not overlap: the first of the training text, and of the held-out text."""
+    d = data.load("tinyshakespeare")
+    parts = [(t[: n * CONTEXT].view(n, CONTEXT)) for t, n in (
+        (d.x_train, rows), (d.y_train, rows), (d.x_test, test_rows), (d.y_test, test_rows))]  # fmt: skip
+    return Split(*parts, d.source)
+
+
+def _no_shape(what: str, shape: Mapping[str, Any]) -> None:
+    if shape:
+        raise ValueError(f"{what} has one shape; got {dict(shape)}")
+
+
+CURVES_SIZES = (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)  # Martens (2010), table 1
+
+PROBLEMS: dict[str, Problem] = {
+    p.name: p
+    for p in (
+        Problem("mnist-autoencoder", "deep autoencoder, MNIST (10,000 images)", "autoencoder", _flat("mnist"),
+                _autoencoder(SIZES), _pixels, data="mnist"),
+        Problem("fashion-autoencoder", "deep autoencoder, Fashion-MNIST (10,000 images)", "autoencoder",
+                _flat("fashion_mnist"), _autoencoder(SIZES), _pixels, data="fashion_mnist"),
+        Problem("curves-autoencoder", "deep autoencoder, CURVES (10,000 generated images)", "autoencoder", _curves,
+                _autoencoder(CURVES_SIZES), _pixels),
+        Problem("fashion-convnet", "convolutional net, Fashion-MNIST (10,000 images)", "convnet", _fashion,
+                _convnet, _classes, batch=500, data="fashion_mnist"),
+        Problem("text-transformer", "small transformer, tinyshakespeare (4,000 windows of 64 characters)",
+                "transformer", _windows, _transformer, _next_character, rows=4000, test_rows=500, batch=100,
+                data="tinyshakespeare"),
+    )
+}  # fmt: skip

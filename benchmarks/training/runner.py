@@ -1,0 +1,159 @@
+"""Run planned runs one after another through Benchopt, each in a process of its own, and add their rows.
+
+A process of its own is what makes a row of everything: of a run that is killed for its memory or by the time
+limit as well, and its peak memory is its own. The parent imports Benchopt in no process but the fork server's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import math
+import multiprocessing
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from .plan import Run
+from .rows import Rows, row_of
+
+__all__ = ["LIMIT", "Unavailable", "curve_of", "execute", "missing_benchopt", "perform"]
+
+HERE = Path(__file__).parent
+LIMIT = 3600.0  # seconds a run may take before it counts as failed
+
+
+class Unavailable(RuntimeError):
+    """A run cannot take place here, and says why; it gets no row."""
+
+
+def missing_benchopt() -> str:
+    """Why Benchopt cannot be used, or ""."""
+    found = importlib.util.find_spec("benchopt") is not None
+    return "" if found else "Benchopt is not installed: make benchmarks"
+
+
+def perform(runs: Iterable[Run], rows: Rows, threads: int = 1, limit: float = LIMIT) -> tuple[int, int, int]:
+    """Perform the runs that have no row yet; (performed, failed among them, left out as unavailable)."""
+    counts = [0, 0, 0]
+    said: set[str] = set()
+    for run in runs:
+        reason = run.unavailable()
+        if reason:
+            counts[2] += 1
+            if f"{run.method}{run.change}" not in said:
+                said.add(f"{run.method}{run.change}")
+                print(f"unavailable: {run.method} {run.change}: {reason}", flush=True)
+            continue
+        if run.key() in rows.load(run.problem):
+            continue
+        row = execute(run, threads, limit)
+        rows.add(row)
+        counts[0] += 1
+        counts[1] += row["status"] == "failed"
+        print(
+            f"{run.problem} {run.method} trial {run.trial} seed {run.seed} {run.shape} {run.change}: "
+            f"train {row['train_loss']:.4g}  test {row['test_loss']:.4g}  "
+            f"{row['clock'].get('wall_seconds', math.nan):.0f} s  {row['failure']}",
+            flush=True,
+        )
+    return counts[0], counts[1], counts[2]
+
+
+def execute(run: Run, threads: int = 1, limit: float = LIMIT) -> dict[str, Any]:
+    """Perform one run and return its row, of whatever way it ended. Raises Unavailable."""
+    reason = missing_benchopt() or run.unavailable()
+    if reason:
+        raise Unavailable(reason)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.training.runner", "benchmarks.training.plugin", "benchopt.runner"])
+    ours, theirs = context.Pipe(duplex=False)
+    start = time.perf_counter()
+    child = context.Process(target=_child, args=(theirs, run, threads))
+    child.start()
+    theirs.close()
+    try:
+        answer = _answer(ours, child, limit)
+    finally:
+        if child.is_alive():
+            child.kill()
+        child.join()
+        ours.close()
+    clock = {"wall_seconds": round(time.perf_counter() - start, 1), **answer.get("clock", {}), **_provenance(threads)}
+    return row_of(run, answer.get("curve", ()), answer.get("failure", ""), clock)
+
+
+def _answer(ours: Connection, child: Any, limit: float) -> dict[str, Any]:
+    """What the child sends, or how it ended without."""
+    if not ours.poll(limit):
+        return {"failure": f"stopped after {limit:g} s"}
+    try:
+        answer: dict[str, Any] = ours.recv()
+    except EOFError:
+        child.join()
+        return {"failure": f"the process ended with code {child.exitcode}; -9 is what a lack of memory leads to"}
+    return answer
+
+
+def _child(pipe: Connection, run: Run, threads: int) -> None:
+    """Perform the run by Benchopt's runner and send the curve."""
+    import torch
+
+    torch.set_num_threads(threads)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), tempfile.TemporaryDirectory() as folder:
+            points = _through_benchopt(run, Path(folder))
+        curve, failure = curve_of(points)
+        if not failure and len(curve) != run.epochs + 1:
+            failure = f"the curve has {len(curve) - 1} epochs of {run.epochs}"
+        clock = {
+            "cpu_seconds": round(float(points[-1]["objective_cpu_seconds"]), 2),
+            "memory_mb": round(float(points[-1]["objective_memory"]), 1),
+        }
+        pipe.send({"curve": curve, "failure": failure, "clock": clock})
+    except Exception as error:  # Benchopt raises RuntimeError for what it has printed a traceback of
+        tail = said.getvalue().strip().splitlines()[-1:] or [""]
+        pipe.send({"failure": f"{type(error).__name__}: {error} {tail[0]}"})
+
+
+def _through_benchopt(run: Run, folder: Path) -> list[Mapping[str, Any]]:
+    """The points of the run's curve, from Benchopt's own result file."""
+    import pandas as pd
+    from benchopt.runner import run_benchmark
+
+    path = run_benchmark(
+        HERE,
+        solver_names=[{run.method: {"trial": [run.trial], "change": [run.change]}}],
+        dataset_names=[{run.problem: {"rows": [run.rows], "shape": [run.shape]}}],
+        objective_filters=[{"training": {"epochs": [run.epochs], "seed": [run.seed]}}],
+        max_runs=run.epochs + 1,
+        plot_result=False,
+        no_cache=True,  # the rows are the cache: they outlive the machine
+        show_progress=False,
+        output_file=str(folder / "run.parquet"),
+    )
+    found: list[Mapping[str, Any]] = pd.read_parquet(path).to_dict("records")
+    return found
+
+
+def curve_of(points: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[float, float]], str]:
+    """(train, test) loss by epoch up to the first failure, and that failure."""
+    curve = []
+    for point in points:
+        if point["objective_failure"]:
+            return curve, str(point["objective_failure"])
+        curve.append((float(point["objective_value"]), float(point["objective_test_loss"])))
+    return curve, ""
+
+
+def _provenance(threads: int) -> dict[str, Any]:
+    """When and from which commit; no part of what identifies a row."""
+    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {"threads": threads, "commit": commit, "when": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime())}
