@@ -21,7 +21,7 @@ export LAYERWISE_DATA := $(CURDIR)/../shared/data
 endif
 endif
 
-.PHONY: help demo test test-all lint format support reproduce-locoprop overhead clean
+.PHONY: help demo test test-all lint format support reproduce-locoprop overhead benchmarks clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,10 @@ reproduce-locoprop: $(INSTALLED)  ## Train the LocoProp paper's autoencoder on M
 
 overhead: $(INSTALLED)  ## Measure costs beside the peers that are installed (hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.overhead
+
+benchmarks: $(INSTALLED)  ## Install what benchmarks/training needs (Benchopt, pytorch_optimizer); show its estimate
+	$(BIN)/python -m pip install --quiet -r requirements/benchmarks.txt -c requirements/lock.txt
+	$(BIN)/python -m benchmarks.training --dry-run
 
 clean:  ## Remove what the commands write, except .venv
 	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

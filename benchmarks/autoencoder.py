@@ -18,9 +18,7 @@ __all__ = ["SIZES", "deep_autoencoder", "mean_loss", "reconstruction_loss"]
 SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 
 
-def deep_autoencoder(
-    seed: int, sizes: tuple[int, ...] = SIZES, activation: type[nn.Module] = nn.Tanh
-) -> nn.Sequential:
+def deep_autoencoder(seed: int, sizes: tuple[int, ...] = SIZES, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     """Linear layers with tanh between, identity at the code (the middle of the sizes), the pixels' logits as output.
 
     Glorot uniform: weights `U(±sqrt(6 / (i + o)))`, biases `U(±sqrt(3 / o))`.

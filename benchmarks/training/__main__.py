@@ -26,6 +26,7 @@ import torch
 from . import budget, report, step_time, trials
 from .methods import METHODS
 from .plan import STUDY, Run, ablations, best, finals, methods_of, tuning
+from .problems import PROBLEMS
 from .rows import FOLDER, Rows
 from .runner import LIMIT, missing_benchopt, perform
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report.write(rows, arguments.problem, times))
         return 0
     if arguments.part == "step-time":
-        for problem in arguments.problem:
+        for problem in dict.fromkeys(PROBLEMS[p].timed_as or p for p in arguments.problem):
             row = step_time.record(problem, arguments.method, arguments.repeats, times)
             print(problem, row["relative"], f"Adam {row['seconds']['adam']:.4f} s", row["unavailable"], flush=True)
         return 0

@@ -69,9 +69,7 @@ def estimate(step_times: StepTimes, rows: Callable[[str], Mapping[Key, Row]], pr
     return parts
 
 
-def _part(
-    phase: str, runs: list[Run], held: Mapping[Key, Row], step_times: StepTimes, left: int | None = None
-) -> Part:
+def _part(phase: str, runs: list[Run], held: Mapping[Key, Row], step_times: StepTimes, left: int | None = None) -> Part:
     first = runs[0]
     waiting = sum(r.key() not in held for r in runs) if left is None else left
     each = cost(first, step_times)
@@ -98,8 +96,9 @@ def table(parts: list[Part], parts_in_full: bool = False) -> str:
     if unknown:
         lines.append(f"not timed, not counted: {', '.join(unknown)}")
     total = sum(p.hours for p in parts if not math.isnan(p.hours))
-    verdict = "within" if total <= BUDGET else "OVER"
-    lines.append(f"{total:.2f} core-hours in all, {verdict} the budget of {BUDGET:g}")
+    least = "at least " if unknown else ""
+    verdict = "OVER" if total > BUDGET else "within" if not unknown else "not yet over"
+    lines.append(f"{least}{total:.2f} core-hours in all, {verdict} the budget of {BUDGET:g}")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import layerwise as lw
+from layerwise import local
 
 __all__ = ["METHODS", "Closure", "Method", "Range", "Space", "Step"]
 
@@ -182,7 +183,8 @@ def _locoprop(model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) ->
     settings = dict(hyper)
     inner = settings.pop("inner", None)
     if inner:
-        settings["solver"] = lw.local.LocalSteps(steps=settings.pop("steps"), optimizer=getattr(torch.optim, inner))  # type: ignore[attr-defined, unused-ignore]
+        kind = getattr(torch.optim, inner)
+        settings["solver"] = local.LocalSteps(steps=settings.pop("steps"), optimizer=kind)  # type: ignore[attr-defined, unused-ignore]
     optimizer = lw.LocoProp(model, **settings)
     return lambda closure: optimizer.step(closure)
 
@@ -269,9 +271,7 @@ METHODS: dict[str, Method] = {
             _shampoo,
             {
                 family: Space(space.ranges, {"beta2": 0.999})
-                for family, space in _same(
-                    lr=Range(1e-5, 1e-2), beta1=_MOMENTUM, matrix_eps=Range(1e-8, 1e-3)
-                ).items()
+                for family, space in _same(lr=Range(1e-5, 1e-2), beta1=_MOMENTUM, matrix_eps=Range(1e-8, 1e-3)).items()
             },
             period=_PERIOD,
             unavailable=_needs_package,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import layerwise as lw
+from layerwise import local
 
 from . import trials
 from .methods import METHODS
@@ -109,7 +110,7 @@ class Run:
 
     def unavailable(self) -> str:
         """Why it cannot be run here, or ""."""
-        if "inner" in parse(self.change) and not hasattr(lw.local, "LocalSteps"):
+        if "inner" in parse(self.change) and not hasattr(local, "LocalSteps"):
             return "layerwise.local has no LocalSteps yet"
         return METHODS[self.method].unavailable()
 
@@ -123,9 +124,7 @@ def methods_of(problem: str, chosen: Iterable[str] | None = None) -> list[str]:
 def tuning(problem: str, method: str, shape: str = "", change: str = "", phase: str = "tune") -> list[Run]:
     """All trials of a method, one seed, few epochs."""
     rows = PROBLEMS[problem].rows
-    return [
-        Run(phase, problem, method, t, TUNE_SEED, TUNE_EPOCHS, rows, shape, change) for t in range(trials.POINTS)
-    ]
+    return [Run(phase, problem, method, t, TUNE_SEED, TUNE_EPOCHS, rows, shape, change) for t in range(trials.POINTS)]
 
 
 def best(runs: Iterable[Run], rows: Mapping[Key, Row]) -> int | None:

@@ -57,15 +57,15 @@ class TrainingObjective(BaseObjective):
             "epochs": self.epochs, "run_seed": self.seed,
         }  # fmt: skip
 
-    def evaluate_result(self, training: Training | None, failure: str, cpu_seconds: float, memory: float) -> dict[str, Any]:
-        """The losses now; infinite from a failure on."""
+    def evaluate_result(self, training: Training | None, failure: str, **clock: float) -> dict[str, Any]:
+        """The losses now, infinite from a failure on; what the clock says is passed through."""
         train, test = math.inf, math.inf
         if training is not None and not failure:
             try:
                 train, test = training.losses()
             except ArithmeticError as error:
                 failure = f"{type(error).__name__}: {error}"
-        return {"value": train, "test_loss": test, "failure": failure, "cpu_seconds": cpu_seconds, "memory": memory}
+        return {"value": train, "test_loss": test, "failure": failure, **clock}
 
     def get_one_result(self) -> dict[str, Any]:
         """A result before any step, for `benchopt test`."""
@@ -123,4 +123,5 @@ class TrainingSolver(BaseSolver):
 
     def get_result(self) -> dict[str, Any]:
         """What the objective evaluates."""
-        return {"training": self.training, "failure": self.failure, "cpu_seconds": self.cpu_seconds, "memory": self._peak.mb()}
+        clock = {"cpu_seconds": self.cpu_seconds, "memory": self._peak.mb()}
+        return {"training": self.training, "failure": self.failure, **clock}

@@ -44,7 +44,7 @@ def row_of(
 
 def key_of(row: dict[str, Any]) -> Key:
     """The key that `Run.key` gives."""
-    return tuple(row[part] for part in KEY)  # type: ignore[return-value]
+    return tuple(row[part] for part in KEY)
 
 
 def _to_json(value: Any) -> Any:

@@ -144,7 +144,7 @@ def _through_benchopt(run: Run, folder: Path) -> list[Mapping[str, Any]]:
 
 def curve_of(points: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[float, float]], str]:
     """(train, test) loss by epoch up to the first failure, and that failure."""
-    curve = []
+    curve: list[tuple[float, float]] = []
     for point in points:
         if point["objective_failure"]:
             return curve, str(point["objective_failure"])

@@ -79,7 +79,9 @@ def measure(
     }
 
 
-def record(problem: str, methods: Iterable[str] | None = None, repeats: int = REPEATS, file: Path = FILE) -> dict[str, Any]:
+def record(
+    problem: str, methods: Iterable[str] | None = None, repeats: int = REPEATS, file: Path = FILE
+) -> dict[str, Any]:
     """Measure and keep the row."""
     row = measure(problem, methods, repeats)
     append(file, row)
@@ -90,8 +92,9 @@ def measured(problem: str, file: Path = FILE) -> tuple[dict[str, float], float]:
     """(seconds a step by method, seconds to measure the losses) from the kept rows.
 
     Of each method the row with the most repeats counts, of those the newest; only the method's present revision.
-    Empty and NaN where nothing has been measured.
+    Empty and NaN where nothing has been measured. A problem may share another's times.
     """
+    problem = PROBLEMS[problem].timed_as or problem
     rows = [r for r in read(file) if r["problem"] == problem]
     rows.sort(key=lambda r: r["repeats"])  # stable: the newest of the most repeats is last
     if not rows:

@@ -1,0 +1,153 @@
+"""The report: tables and figures from the rows alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import step_time
+from .methods import METHODS
+from .plan import CUT, FINAL_EPOCHS, FINAL_SEEDS, Run, ablations, best, methods_of, tuning
+from .problems import PROBLEMS
+from .rows import Rows
+from .summaries import epochs_to, interval, median, target
+
+__all__ = ["FOLDER", "ablation_table", "finals_of", "problem_table", "tuning_table", "write"]
+
+FOLDER = Path(__file__).with_name("results")
+Row = Mapping[str, Any]
+Finals = dict[str, list[Row]]
+
+
+def finals_of(problem: str, rows: Iterable[Row]) -> Finals:
+    """Final rows by method, of the present code, in the order of METHODS."""
+    found: Finals = {}
+    for method in METHODS:
+        mine = [
+            r for r in rows
+            if r["phase"] == "final" and r["problem"] == problem and r["method"] == method and _is_present(r)
+        ]  # fmt: skip
+        if mine:
+            found[method] = sorted(mine, key=lambda r: r["seed"])
+    return found
+
+
+def _is_present(row: Row) -> bool:
+    run = Run("", row["problem"], row["method"], row["trial"], row["seed"], row["configuration"]["epochs"],
+              row["configuration"]["rows"])  # fmt: skip
+    return row["code"] == run.code() and row["config"] == run.key()[4]
+
+
+def seconds_per_epoch(row: Row, step_seconds: Mapping[str, float]) -> float:
+    """Steps of an epoch times the method's measured seconds a step."""
+    configuration = row["configuration"]
+    steps = -(-configuration["rows"] // configuration["batch"])
+    return float(steps * step_seconds.get(row["method"], math.nan))
+
+
+def problem_table(problem: str, final: Finals, step_seconds: Mapping[str, float]) -> str:
+    """Final losses, time to the target, step and memory of each method, as Markdown."""
+    baselines = [m for m in final if METHODS[m].first_order]
+    name, level = target(final, baselines)
+    adam = step_seconds.get(step_time.REFERENCE, math.nan)
+    lines = [
+        f"Target: train loss {_number(level)}, the final median of {name or 'no first-order method yet'}.",
+        "",
+        "| method | trial | batch | seeds | train loss [95 %] | test loss [95 %] | epochs to target | "
+        "seconds to target | step / Adam's at its batch | MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, mine in final.items():
+        first = mine[0]
+        epochs = median([epochs_to(r, level) for r in mine]) if math.isfinite(level) else math.nan
+        memory = [m for r in mine if math.isfinite(m := float(r["clock"].get("memory_mb", "nan")))]
+        lines.append(
+            f"| {method} | {first['trial']} | {first['configuration']['batch']} | {_seeds(mine)} "
+            f"| {_spread([r['train_loss'] for r in mine])} | {_spread([r['test_loss'] for r in mine])} "
+            f"| {_number(epochs)} | {_number(epochs * seconds_per_epoch(first, step_seconds))} "
+            f"| {_number(step_seconds.get(method, math.nan) / adam)} | {_number(median(memory))} |"
+        )
+    return "\n".join(lines)
+
+
+def tuning_table(problem: str, rows: Mapping[Any, Row]) -> str:
+    """Every trial's train loss by method, the best in bold, failures as infinite."""
+    lines = ["| method | " + " | ".join(map(str, range(8))) + " |", "|---" * 9 + "|"]
+    for method in methods_of(problem, METHODS):
+        runs = tuning(problem, method)
+        losses = [float(rows[r.key()]["train_loss"]) if r.key() in rows else math.nan for r in runs]
+        if all(map(math.isnan, losses)):
+            continue
+        low = min((v for v in losses if math.isfinite(v)), default=math.nan)
+        cells = [f"**{_number(v)}**" if v == low else _number(v) for v in losses]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ablation_table(rows: Mapping[Any, Row]) -> str:
+    """The best trial's train loss after tuning, by ablation and method, with how many trials failed."""
+    lines = ["| ablation | method | trial | train loss | test loss | failed |", "|---|---|---|---|---|---|"]
+    for name, by_method in ablations().items():
+        for method, runs in by_method.items():
+            done = [rows[r.key()] for r in runs if r.key() in rows]
+            if len(done) < len(runs):
+                if done:
+                    lines.append(f"| {name} | {method} | {len(done)} of {len(runs)} trials run | | | |")
+                continue
+            trial = best(runs, rows)
+            failed = sum(r["status"] == "failed" for r in done)
+            if trial is None:
+                lines.append(f"| {name} | {method} | - | inf | inf | {failed} |")
+                continue
+            row = rows[runs[trial].key()]
+            losses = f"{_number(row['train_loss'])} | {_number(row['test_loss'])}"
+            lines.append(f"| {name} | {method} | {trial} | {losses} | {failed} |")
+    return "\n".join(lines)
+
+
+def write(rows: Rows, problems: Sequence[str], times: Path = step_time.FILE, folder: Path = FOLDER) -> str:
+    """Write report.md and a figure a problem; the text."""
+    from .figures import seed_figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [
+        "# Training benchmark\n\nWritten by `python -m benchmarks.training report` from the rows. "
+        f"Finals: {FINAL_EPOCHS} epochs, {len(FINAL_SEEDS)} seeds, a constant rate. Seconds are steps times the "
+        "seconds a step of the interleaved run; intervals are bootstrapped over seeds."
+    ]
+    for problem in problems:
+        held = rows.load(problem)
+        if not held:
+            continue
+        step_seconds, _ = step_time.measured(problem, times)
+        final = finals_of(problem, held.values())
+        parts.append(f"## {PROBLEMS[problem].title}")
+        if final:
+            parts.append(problem_table(problem, final, step_seconds))
+            figure = folder / f"{problem}.png"
+            seed_figure(figure, PROBLEMS[problem].title, final, step_seconds)
+            parts.append(f"![train loss by epoch and by second]({figure.name})")
+        parts.append("Trials: train loss after tuning.\n\n" + tuning_table(problem, held))
+        if CUT[problem]:
+            parts.append(f"Cut for the budget: {', '.join(CUT[problem])}.")
+        if any(r["phase"] == "ablation" for r in held.values()):
+            parts.append("### Ablations, each tuned by the same trials\n\n" + ablation_table(held))
+    text = "\n\n".join(parts) + "\n"
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _seeds(mine: Sequence[Row]) -> str:
+    failed = sum(r["status"] == "failed" for r in mine)
+    return f"{len(mine)}" + (f" ({failed} failed)" if failed else "")
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean, low, high = interval([float(v) for v in values])
+    return f"{_number(mean)} [{_number(low)}, {_number(high)}]" if math.isfinite(mean) else _number(mean)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
