@@ -60,7 +60,8 @@ benchmarks: $(INSTALLED)  ## Install what benchmarks/training needs (Benchopt, p
 	$(BIN)/python -m benchmarks.training --dry-run
 
 clean:  ## Remove what the commands write, except .venv
-	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		benchmarks/training/outputs benchmarks/training/__cache__
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Torch goes first and alone, so that plain pip takes whichever build it is set up to find.

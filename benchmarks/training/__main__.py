@@ -63,6 +63,17 @@ def _finals(problem: str, method: str, trial_runs: list[Run], rows: Rows) -> lis
     return finals(problem, method, trial)
 
 
+def estimated(problems: Sequence[str], rows: Rows, times: Path, in_full: bool) -> str:
+    """The estimate of the study on some problems, as text."""
+
+    def step_times(problem: str) -> tuple[dict[str, float], float]:
+        return step_time.measured(problem, times)
+
+    parts = budget.estimate(step_times, rows.load, problems)
+    used = budget.used(row for problem in problems for row in rows.load(problem).values())
+    return budget.table(parts, budget.assumed(problems, step_times), used, in_full)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0 where all was done, 1 where a part could not be, 2 where it cannot start."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
@@ -80,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = Rows(arguments.rows)
     times = arguments.rows / step_time.FILE.name
     if arguments.dry_run or arguments.part is None:
-        parts = budget.estimate(lambda p: step_time.measured(p, times), rows.load, arguments.problem)
-        print(budget.table(parts, parts_in_full=arguments.part is not None))
+        print(estimated(arguments.problem, rows, times, arguments.part is not None))
         return 0
     if arguments.part == "declare":
         trials.FILE.write_text(trials.text(), encoding="utf-8")

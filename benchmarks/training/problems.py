@@ -51,7 +51,6 @@ class Problem:
     rows: int = 10_000
     test_rows: int = 2_000
     batch: int = 1000
-    data: str = ""
     timed_as: str = ""
     revision: int = 1
 
@@ -199,15 +198,14 @@ PROBLEMS: dict[str, Problem] = {
     p.name: p
     for p in (
         Problem("mnist-autoencoder", "deep autoencoder, MNIST (10,000 images)", "autoencoder", _flat("mnist"),
-                _autoencoder(SIZES), _pixels, data="mnist"),
+                _autoencoder(SIZES), _pixels),
         Problem("fashion-autoencoder", "deep autoencoder, Fashion-MNIST (10,000 images)", "autoencoder",
-                _flat("fashion_mnist"), _autoencoder(SIZES), _pixels, data="fashion_mnist", timed_as="mnist-autoencoder"),
+                _flat("fashion_mnist"), _autoencoder(SIZES), _pixels, timed_as="mnist-autoencoder"),
         Problem("curves-autoencoder", "deep autoencoder, CURVES (10,000 generated images)", "autoencoder", _curves,
                 _autoencoder(CURVES_SIZES), _pixels),
         Problem("fashion-convnet", "convolutional net, Fashion-MNIST (10,000 images)", "convnet", _fashion,
-                _convnet, _classes, batch=500, data="fashion_mnist"),
+                _convnet, _classes, batch=500),
         Problem("text-transformer", "small transformer, tinyshakespeare (4,000 windows of 64 characters)",
-                "transformer", _windows, _transformer, _next_character, rows=4000, test_rows=500, batch=100,
-                data="tinyshakespeare"),
+                "transformer", _windows, _transformer, _next_character, rows=4000, test_rows=500, batch=100),
     )
 }  # fmt: skip
