@@ -182,7 +182,7 @@ def test_finals_wait_for_all_trials(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_what_has_a_row_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     performed: list[int] = []
 
-    def execute(run: Run, threads: int, limit: float) -> dict[str, Any]:
+    def execute(run: Run, threads: int, limit: int) -> dict[str, Any]:
         performed.append(run.trial)
         if len(performed) == 4:
             raise KeyboardInterrupt
@@ -389,8 +389,15 @@ def test_a_diverging_run_through_benchopt_is_a_failed_row() -> None:
 
 @needs_benchopt
 def test_a_run_out_of_time_is_a_failed_row() -> None:
-    row = runner.execute(tiny(), limit=0.01)
-    assert row["status"] == "failed" and "stopped after 0.01 s" in row["failure"] and row["train_loss"] == math.inf
+    row = runner.execute(tiny(epochs=100_000), limit=4)
+    assert row["status"] == "failed" and row["failure"] == "stopped after 4 s of CPU time"
+    assert row["train_loss"] == math.inf
+
+
+@needs_benchopt
+def test_a_mistake_is_no_result() -> None:
+    with pytest.raises(runner.Broken, match="unexpected keyword argument 'warmth'"):
+        runner.execute(tiny("sgd", change="warmth=1"))
 
 
 KILLS = 20

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", nargs="+", choices=list(METHODS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=step_time.REPEATS, help="of step-time")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which a run counts as failed")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="CPU seconds after which a run counts as failed")
     parser.add_argument("--rows", type=Path, default=FOLDER, help="folder of the rows")
     arguments = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)

@@ -11,6 +11,8 @@ import importlib.util
 import io
 import math
 import multiprocessing
+import resource
+import signal
 import subprocess
 import tempfile
 import time
@@ -22,14 +24,19 @@ from typing import Any
 from .plan import Run
 from .rows import Rows, row_of
 
-__all__ = ["LIMIT", "Unavailable", "curve_of", "execute", "missing_benchopt", "perform"]
+__all__ = ["LIMIT", "Broken", "Unavailable", "curve_of", "execute", "missing_benchopt", "perform"]
 
 HERE = Path(__file__).parent
-LIMIT = 3600.0  # seconds a run may take before it counts as failed
+LIMIT = 1800  # CPU seconds a run may take before it counts as failed
+STALLED = 40  # times as many by the wall clock, on a machine shared with others, mean that it hangs
 
 
 class Unavailable(RuntimeError):
     """A run cannot take place here, and says why; it gets no row."""
+
+
+class Broken(RuntimeError):
+    """A run ended in an error that says nothing of the method: a mistake in the program, a file that is missing."""
 
 
 def missing_benchopt() -> str:
@@ -38,7 +45,7 @@ def missing_benchopt() -> str:
     return "" if found else "Benchopt is not installed: make benchmarks"
 
 
-def perform(runs: Iterable[Run], rows: Rows, threads: int = 1, limit: float = LIMIT) -> tuple[int, int, int]:
+def perform(runs: Iterable[Run], rows: Rows, threads: int = 1, limit: int = LIMIT) -> tuple[int, int, int]:
     """Perform the runs that have no row yet; (performed, failed among them, left out as unavailable)."""
     counts = [0, 0, 0]
     said: set[str] = set()
@@ -65,8 +72,11 @@ def perform(runs: Iterable[Run], rows: Rows, threads: int = 1, limit: float = LI
     return counts[0], counts[1], counts[2]
 
 
-def execute(run: Run, threads: int = 1, limit: float = LIMIT) -> dict[str, Any]:
-    """Perform one run and return its row, of whatever way it ended. Raises Unavailable."""
+def execute(run: Run, threads: int = 1, limit: int = LIMIT) -> dict[str, Any]:
+    """Perform one run and return its row, whichever way training ended.
+
+    Raises Unavailable, Broken, and InterruptedError: then there is no result, and no row.
+    """
     reason = missing_benchopt() or run.unavailable()
     if reason:
         raise Unavailable(reason)
@@ -74,7 +84,7 @@ def execute(run: Run, threads: int = 1, limit: float = LIMIT) -> dict[str, Any]:
     context.set_forkserver_preload(["benchmarks.training.runner", "benchmarks.training.plugin", "benchopt.runner"])
     ours, theirs = context.Pipe(duplex=False)
     start = time.perf_counter()
-    child = context.Process(target=_child, args=(theirs, run, threads))
+    child = context.Process(target=_child, args=(theirs, run, threads, limit))
     child.start()
     theirs.close()
     try:
@@ -88,26 +98,33 @@ def execute(run: Run, threads: int = 1, limit: float = LIMIT) -> dict[str, Any]:
     return row_of(run, answer.get("curve", ()), answer.get("failure", ""), clock)
 
 
-def _answer(ours: Connection, child: Any, limit: float) -> dict[str, Any]:
+def _answer(ours: Connection, child: Any, limit: int) -> dict[str, Any]:
     """What the child sends, or how it ended without."""
-    if not ours.poll(limit):
-        return {"failure": f"stopped after {limit:g} s"}
+    if not ours.poll(limit * STALLED):
+        return {"failure": f"stopped after {limit * STALLED} s by the wall clock"}
     try:
         answer: dict[str, Any] = ours.recv()
     except EOFError:
         child.join()
+        if child.exitcode in (-signal.SIGINT, -signal.SIGTERM):
+            raise InterruptedError("the run was interrupted from outside: it has no row") from None
+        if child.exitcode == -signal.SIGXCPU:
+            return {"failure": f"stopped after {limit} s of CPU time"}
         return {"failure": f"the process ended with code {child.exitcode}; -9 is what a lack of memory leads to"}
+    if "broken" in answer:
+        raise Broken(answer["broken"])
     return answer
 
 
-def _child(pipe: Connection, run: Run, threads: int) -> None:
+def _child(pipe: Connection, run: Run, threads: int, limit: int) -> None:
     """Perform the run by Benchopt's runner and send the curve."""
     import torch
 
     torch.set_num_threads(threads)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 60))  # SIGXCPU at the first, SIGKILL at the second
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), tempfile.TemporaryDirectory() as folder:
             points = _through_benchopt(run, Path(folder))
         curve, failure = curve_of(points)
         if not failure and len(curve) != run.epochs + 1:
@@ -119,8 +136,7 @@ def _child(pipe: Connection, run: Run, threads: int) -> None:
         }
         pipe.send({"curve": curve, "failure": failure, "clock": clock})
     except Exception as error:  # Benchopt raises RuntimeError for what it has printed a traceback of
-        tail = said.getvalue().strip().splitlines()[-1:] or [""]
-        pipe.send({"failure": f"{type(error).__name__}: {error} {tail[0]}"})
+        pipe.send({"broken": f"{type(error).__name__}: {error}\n{said.getvalue()}"})
 
 
 def _through_benchopt(run: Run, folder: Path) -> list[Mapping[str, Any]]:
