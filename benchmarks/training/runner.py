@@ -124,8 +124,8 @@ def _child(pipe: Connection, run: Run, threads: int, limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 60))  # SIGXCPU at the first, SIGKILL at the second
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), tempfile.TemporaryDirectory() as folder:
-            points = _through_benchopt(run, Path(folder))
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            points = _through_benchopt(run)
         curve, failure = curve_of(points)
         if not failure and len(curve) != run.epochs + 1:
             failure = f"the curve has {len(curve) - 1} epochs of {run.epochs}"
@@ -139,23 +139,24 @@ def _child(pipe: Connection, run: Run, threads: int, limit: int) -> None:
         pipe.send({"broken": f"{type(error).__name__}: {error}\n{said.getvalue()}"})
 
 
-def _through_benchopt(run: Run, folder: Path) -> list[Mapping[str, Any]]:
+def _through_benchopt(run: Run) -> list[Mapping[str, Any]]:
     """The points of the run's curve, from Benchopt's own result file."""
     import pandas as pd
     from benchopt.runner import run_benchmark
 
-    path = run_benchmark(
-        HERE,
-        solver_names=[{run.method: {"trial": [run.trial], "change": [run.change]}}],
-        dataset_names=[{run.problem: {"rows": [run.rows], "shape": [run.shape]}}],
-        objective_filters=[{"training": {"epochs": [run.epochs], "seed": [run.seed]}}],
-        max_runs=run.epochs + 1,
-        plot_result=False,
-        no_cache=True,  # the rows are the cache: they outlive the machine
-        show_progress=False,
-        output_file=str(folder / "run.parquet"),
-    )
-    found: list[Mapping[str, Any]] = pd.read_parquet(path).to_dict("records")
+    with tempfile.TemporaryDirectory() as folder:
+        path = run_benchmark(
+            HERE,
+            solver_names=[{run.method: {"trial": [run.trial], "change": [run.change]}}],
+            dataset_names=[{run.problem: {"rows": [run.rows], "shape": [run.shape]}}],
+            objective_filters=[{"training": {"epochs": [run.epochs], "seed": [run.seed]}}],
+            max_runs=run.epochs + 1,
+            plot_result=False,
+            no_cache=True,  # the rows are the cache: they outlive the machine
+            show_progress=False,
+            output_file=str(Path(folder) / "run.parquet"),
+        )
+        found: list[Mapping[str, Any]] = pd.read_parquet(path).to_dict("records")
     return found
 
 
