@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.util
 import json
 import math
 import multiprocessing
 import random
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,18 @@ def test_processes_may_append_at_once(tmp_path: Path) -> None:
         w.join()
     numbers = [row["number"] for row in rows.read(tmp_path / "x.jsonl")]
     assert sorted(numbers) == [s + n for s in (0, 100, 200) for n in range(40)]
+
+
+def test_an_append_waits_for_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    with path.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        writer = threading.Thread(target=rows.append, args=(path, {"number": 1}))
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive() and path.read_bytes() == b""
+    writer.join(10)
+    assert [row["number"] for row in rows.read(path)] == [1]
 
 
 # The plan
