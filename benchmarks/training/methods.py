@@ -292,7 +292,10 @@ METHODS: dict[str, Method] = {
         Method(
             "kfac",
             _kfac,
-            _same(lr=Range(1e-2, 1.0), damping=Range(1e-4, 1e1), momentum=_MOMENTUM),
+            {
+                family: Space(space.ranges, {"update_inverses_every": _PERIOD})
+                for family, space in _same(lr=Range(1e-2, 1.0), damping=Range(1e-4, 1e1), momentum=_MOMENTUM).items()
+            },
             period=_PERIOD,
             unavailable=_needs_kfac,
         ),
