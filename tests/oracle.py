@@ -276,6 +276,26 @@ def ggn(params: Mapping[str, Tensor], logits: Callable[[], Outputs], loss_of: Ca
     return jac.T @ _hessian(loss_of(shaped), leaf) @ jac
 
 
+def residual_terms(
+    params: Mapping[str, Tensor],
+    loss: Tensor,
+    calls: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
+    modify: Callable[[float], float],
+) -> Tensor:
+    """Sum over calls y = s(x) and their units of `modify(g s''(x))` times the outer product of the unit's gradient."""
+    size = sum(_sizes(params))
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for x, y, s in calls:
+        (g,) = torch.autograd.grad(loss, y, retain_graph=True)
+        for unit, value, back in zip(x.reshape(-1), x.detach().reshape(-1), g.reshape(-1), strict=True):
+            point = value.clone().requires_grad_()
+            (first,) = torch.autograd.grad(s(point), point, create_graph=True)
+            (second,) = torch.autograd.grad(first, point)
+            row = torch.cat([j.reshape(-1) for j in _pull(unit, params)])
+            total += modify(float(back * second)) * torch.outer(row, row)
+    return total
+
+
 # Kronecker factors ------------------------------------------------------------------------------
 
 

@@ -24,8 +24,9 @@ LEVELS = tuple(
         "errors memory",
         "ops losses",
         "calls uses loss_record tape coverage pull samples program replay likelihoods products chain recompute "
-        "boundary separate",
-        "cotangents contract costs rows views projection gradients gather blocks recursion arrivals carried heads",
+        "boundary separate residuals",
+        "cotangents contract costs rows views projection gradients gather blocks recursion arrivals carried heads "
+        "signed",
         "operators",
         "quantities",
         "observe passes seen accumulate",

@@ -745,34 +745,6 @@ def test_block_products_outlive_the_backward_pass(ext: Any, field: str) -> None:
         model[2].weight.__dict__[field](torch.randn(1, 3, 6))
 
 
-class StandIn:
-    """An operator in the place of `layerwise.PCH`."""
-
-    @classmethod
-    def products(cls, tape: Any, graph: Any, parameters: Any, modify: str) -> Any:
-        class Scaled:
-            def apply(self, directions: Any, wanted: Any) -> list[Tensor]:
-                return [{"clip": 2, "abs": 3}[modify] * directions[i] for i in wanted]
-
-        return Scaled()
-
-
-def test_positive_curvature_products_are_looked_up_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = extend(net()), batch()
-    monkeypatch.delattr(lw, "PCH", raising=False)
-    with pytest.raises(errors.Undefined, match="GGNMP"), backpack(PCHMP()):
-        F.cross_entropy(model(x), Y).backward()
-    assert not fields(model, "pchmp")
-    assert all(p.grad is None for p in model.parameters())
-    monkeypatch.setattr(lw, "PCH", StandIn, raising=False)
-    with backpack(PCHMP(), PCHMP("other", modify="abs")):
-        F.cross_entropy(model(x), Y).backward()
-    for p in model.parameters():
-        v = torch.randn(2, *p.shape)
-        assert torch.equal(p.pchmp(v), 2 * v)
-        assert torch.equal(p.other(v), 3 * v)
-
-
 def test_hessian_of_every_sample() -> None:
     model, x = extend(net()), batch()
     with backpack(BatchDiagHessian()):

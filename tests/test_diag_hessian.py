@@ -177,13 +177,19 @@ def test_draws_are_fixed_by_a_generator_and_approach_the_diagonal() -> None:
 # Refusals ---------------------------------------------------------------------------------------
 
 
-def test_the_cost_is_predicted_before_it_is_paid() -> None:
+@pytest.mark.parametrize(
+    ("act", "cost"),
+    [(nn.Sigmoid(), 2), (nn.Softmax(-1), 2 + 5)],  # of the root; and, below what is not elementwise, of the outputs
+    ids=["columns", "products"],
+)
+def test_the_cost_is_predicted_before_it_is_paid(act: nn.Module, cost: int) -> None:
     model, (x, y) = _mlp(), _batch()
+    model[1] = act
     loss = lambda: F.cross_entropy(model(x), y)  # noqa: E731
-    _observed(model, loss, lw.DiagHessian(max_products=8))  # 5 + 3 outputs
+    _observed(model, loss, lw.DiagHessian(max_products=cost))
     model.zero_grad()
-    with pytest.raises(errors.Undefined, match=r"takes 8 products.*samples=k"):
-        _observed(model, loss, lw.DiagHessian(max_products=7))
+    with pytest.raises(errors.Undefined, match=rf"takes {cost} columns or products.*samples=k"):
+        _observed(model, loss, lw.DiagHessian(max_products=cost - 1))
     assert all(p.grad is None for p in model.parameters())
     _observed(model, loss, lw.DiagHessian(max_products=None))
 

@@ -4,7 +4,7 @@ from layerwise import errors, optim
 from layerwise.accumulate import accumulate
 from layerwise.losses import as_loss
 from layerwise.observe import observe
-from layerwise.operators.curvature import GGN, Hessian
+from layerwise.operators.curvature import GGN, PCH, Hessian
 from layerwise.operators.kronecker import EigenKronecker, Kronecker
 from layerwise.optim.altmin import AltMin
 from layerwise.optim.locoprop import LocoProp
@@ -37,6 +37,7 @@ __all__ = [
     "KFAC",
     "KFLR",
     "KFRA",
+    "PCH",
     "AltMin",
     "ByParameter",
     "ClippedGrad",

@@ -214,6 +214,7 @@ class GaussNewtonProducts:
     hessian: its product with stacks of directions, one `[V, *logits]` for each of the losses.
 
     G v = J^T H_L J v. J v is the derivative by u of v . (J^T u), so two reverse passes give it for any forward.
+    diagonals: edges and tensors d there, each of which adds J^T diag(d) J v, J the Jacobian of what is at the edge.
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
 
@@ -222,11 +223,14 @@ class GaussNewtonProducts:
         losses: Sequence[LossUse],
         hessian: Callable[[Sequence[Tensor]], list[Tensor]],
         parameters: Sequence[Tensor],
+        diagonals: Sequence[tuple[Any, Tensor]] = (),
     ) -> None:
-        self._edges = [loss.logits for loss in losses]
+        self._edges = [*(loss.logits for loss in losses), *(edge for edge, _ in diagonals)]
         self._hessian = hessian
+        self._diagonals = [d for _, d in diagonals]
         self._parameters = parameters
-        self._dummies = [torch.zeros_like(loss.call.logits).requires_grad_() for loss in losses]
+        places = [*(loss.call.logits for loss in losses), *self._diagonals]
+        self._dummies = [torch.zeros_like(x).requires_grad_() for x in places]
         with twice():
             self._pulled = pull(self._edges, self._dummies, parameters, create_graph=True)
         _check_once(self._pulled)
@@ -239,7 +243,9 @@ class GaussNewtonProducts:
             if w is not None and w.requires_grad and d is not None
         ]
         pushed = _rows(pairs, self._dummies, directions)
-        sent = self._hessian(pushed)
+        top = len(self._edges) - len(self._diagonals)
+        sent = self._hessian(pushed[:top])
+        sent += [d * x for d, x in zip(self._diagonals, pushed[top:], strict=True)]
         return _rows(list(zip(self._edges, sent, strict=True)), [self._parameters[i] for i in wanted], directions)
 
 

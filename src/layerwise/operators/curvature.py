@@ -7,27 +7,30 @@ as they were then. Attention runs by its formula, since torch's fused kernels ha
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.coverage import known_losses
-from layerwise.errors import BadInput, NonFinite
+from layerwise.coverage import Graph, known_losses, prove
+from layerwise.errors import BadInput, NonFinite, Undefined
 from layerwise.heads import loss_hessian, resolved
+from layerwise.losses import Likelihood
 from layerwise.operators.diagonal import check_names
 from layerwise.products import GaussNewtonProducts, HessianProducts, Products, SecondOrder
+from layerwise.residuals import curvature, proved
 from layerwise.tape import Tape
+from layerwise.views import view_maps
 
-__all__ = ["GGN", "CurvatureOperator", "Hessian"]
+__all__ = ["GGN", "PCH", "CurvatureOperator", "Hessian"]
 
 _STACK_ELEMENTS = 2**22  # of directions sent through the graph together
 _DENSE_BYTES = 2**32
 
 
 class CurvatureOperator:
-    """Base of `GGN` and `Hessian`: a symmetric matrix over all trainable parameters of a model.
+    """Base of `GGN`, `Hessian` and `PCH`: a symmetric matrix over all trainable parameters of a model.
 
     names: the parameters, in the model's order, flattened one after the other in the flat form.
     shape: `(P, P)` for P parameter elements.
@@ -261,3 +264,82 @@ class GGN(CurvatureOperator):
     def _make(self, tape: Tape, total: Tensor) -> Products:
         graph, known = resolved(lambda without: known_losses(tape, total, without))
         return GaussNewtonProducts(graph.losses, loss_hessian(graph, known), list(self._parameters.values()))
+
+
+class PCH(CurvatureOperator):
+    """The positive-curvature Hessian of the loss that a closure returns: positive semi-definite where G is.
+
+    G + sum_k J_k^T diag(mod(r_k)) J_k, `[P, P]`, with G the generalized Gauss-Newton matrix, J_k the Jacobian of the
+    input x_k of the elementwise function s_k by the parameters, r_k = g_k s_k''(x_k), g_k the gradient at its output.
+    With r itself, the blocks of parameters that are used once (`blocks="parameter"`) would be those of the Hessian.
+    modify: "abs" takes |r|, "clip" max(r, 0).
+
+        P = lw.PCH(model, lambda: F.cross_entropy(model(x), y), modify="clip")
+        P @ v
+
+    The closure runs once, with attention by its formula (fused kernels have no second derivative). Units: as `Hessian`.
+    Raises: `Undefined` where something else than elementwise functions is curved (a product of activations, a softmax,
+    a norm, a parametrization), naming it; the errors of `GGN`; `UncoveredUse`.
+    Source: Chen, Chou and Chang (2018), "BDA-PCH: block-diagonal approximation of positive-curvature Hessian".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        closure: Callable[[], Tensor],
+        modify: Literal["abs", "clip"] = "abs",
+        blocks: Literal["parameter"] | None = None,
+    ) -> None:
+        if modify not in ("abs", "clip"):
+            raise BadInput(f'PCH: modify is {modify!r}; give "abs" (|r|) or "clip" (max(r, 0))')
+        self.modify = modify
+        super().__init__(model, closure, blocks)
+
+    def _make(self, tape: Tape, total: Tensor) -> Products:
+        graph, known = resolved(lambda without: prove(tape, total, without=without))
+        return self.products(tape, graph, known, list(self._parameters.values()), self.modify)
+
+    @staticmethod
+    def products(
+        tape: Tape,
+        graph: Graph,
+        known: Sequence[Likelihood],
+        parameters: Sequence[Tensor],
+        modify: Literal["abs", "clip"] = "abs",
+    ) -> Products:
+        """Products with the matrix over some parameters, from a recorded graph that can be differentiated twice.
+
+        Raises: `Undefined` as the class.
+        """
+        _check_linear(tape, graph)
+        found = curvature(graph)
+        if found.other:
+            index, what = next(iter(found.other.items()))
+            use = next(use for use in graph.uses if use.index == index)
+            raise Undefined(
+                f"PCH: asked for the residuals of elementwise functions, but between the loss and {use} the model is "
+                f"curved in another way: {what}. Ask for GGN or Hessian, or freeze what is below it"
+            )
+        hessian = loss_hessian(graph, known)
+        if not proved(graph, hessian, found, [use.index for use in graph.uses]):
+            raise Undefined(
+                "PCH: asked for the residuals of elementwise functions, but with those that were found the second "
+                "derivatives do not add up (or are NaN). Ask for GGN or Hessian"
+            )
+        modified = torch.abs if modify == "abs" else (lambda r: r.clamp(min=0))
+        diagonals = [(residual.edge, modified(residual.value)) for residual in found.residuals]
+        return GaussNewtonProducts(graph.losses, hessian, parameters, diagonals)
+
+
+def _check_linear(tape: Tape, graph: Graph) -> None:
+    """Refuse parameters that the outputs of their uses are not linear in."""
+    for use in graph.uses:
+        for derived, slot in zip(use.used, use.slots, strict=True):
+            names = sorted(derived.names)
+            mapped = len(names) == 1 and view_maps(slot.used, tape.parameters[names[0]]) is not None
+            if not (mapped and slot.linear and slot.factored):
+                raise Undefined(
+                    f"PCH: asked for the residuals of elementwise functions, but {use} is not known to be linear in "
+                    f"{', '.join(names)} (a parametrization, or a call without row form). Ask for GGN or Hessian, or "
+                    "freeze the parameter"
+                )

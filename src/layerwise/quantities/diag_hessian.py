@@ -1,12 +1,13 @@
-"""The diagonal of the Hessian, exact by products with it, or sampled.
+"""The diagonal of the Hessian, exact by columns of curvature or by products with it, or sampled.
 
-Where a parameter W is used once, in a linear map Z = W A whose input does not depend on it, its Hessian is the
-one by the outputs Z between inputs: with M[n,t,u,o] = d²L / dZ[n,t,o] dZ[n,u,o],
+Above a use where elementwise functions alone are curved, columns of the loss Hessian's root and of their residuals give
+the diagonal (`residual_columns`). Any other parameter W that is used once, in a linear map Z = W A whose input does not
+depend on it, has the Hessian by the outputs Z between inputs: with M[n,t,u,o] = d²L / dZ[n,t,o] dZ[n,u,o],
 
     diag[o,i] = sum_n sum_{t,u} A[n,t,i] M[n,t,u,o] A[n,u,i].
 
 Samples do not meet in the loss, so one column serves all of them: a product for every output (t, o), or for
-every element (o, i) where there are fewer. Any other parameter takes a product for every element.
+every element (o, i) where there are fewer. All else takes a product for every element.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from layerwise.errors import BadInput, Undefined
 from layerwise.ops.base import Samples
 from layerwise.products import HessianProducts, gradient_of, pull_stack, twice
 from layerwise.pull import pull
+from layerwise.quantities import residual_columns
 from layerwise.quantities.base import Quantity, positive
+from layerwise.quantities.residual_columns import Plan
 from layerwise.quantities.unit_columns import Unit, plan
 from layerwise.samples import Layout
 from layerwise.tape import Tape
@@ -37,9 +40,11 @@ class DiagHessian(Quantity):
     """The diagonal of the Hessian of the loss as written.
 
     diag(d²L / dtheta²), `[*shape]`; `per_sample=True`: of every sample's term, `[N, *shape]`. `samples=None` is
-    exact. It takes as many products with the Hessian as there are outputs or elements, whichever is less, and
-    more than `max_products` are refused. `samples=k` is sampled: the unbiased mean of k draws of z * (H z), with
-    random signs z. Attention then runs by its formula, since fused kernels have no second derivative.
+    exact. Where elementwise functions alone are curved, it sends the columns of the exact GGN and one for each of their
+    units (but none for the lowest two such layers); otherwise it takes as many products with the Hessian as there are
+    outputs or elements, whichever is less. More than `max_products` of both are refused. `samples=k` is sampled: the
+    unbiased mean of k draws of z * (H z), with random signs z. Attention then runs by its formula, since fused kernels
+    have no second derivative.
     Units: loss over parameter units squared. Raises UnknownLoss, NonFinite, Undefined (no second derivative, or
     too many products), BadInput.
     Source: Dangel et al. (2020), table 1; sampled: Bekas, Kokiopoulou and Saad (2007), eq. 1.
@@ -70,10 +75,13 @@ class DiagHessian(Quantity):
             hessian = HessianProducts.of(graph.total, graph.weight, parameters)
             return dict(zip(names, self._sampled(hessian, parameters), strict=True))
         plans, rest = plan(tape, graph, layout, names)
-        self._check_cost(plans, rest, tape, layout)
+        columns: Plan | None = None
+        if layout is not None and plans:
+            columns, plans = residual_columns.plan(graph, layout, plans)
+        self._check_cost(columns, plans, rest, tape, layout)
         if rest:  # refuses wrong second derivatives, as every unit does for its own
             HessianProducts.of(graph.total, graph.weight, [tape.parameters[name] for name in rest])
-        values: dict[str, tuple[Tensor, ...]] = {}
+        values = {} if columns is None else columns.diagonals(self.per_sample)
         for unit in plans:
             values |= unit.diagonals(graph, self.per_sample)
         for name in rest:
@@ -90,18 +98,22 @@ class DiagHessian(Quantity):
                 total += s * h[0] / self.samples
         return ((total,) for total in totals)
 
-    def _check_cost(self, plans: Sequence[Unit], rest: Sequence[str], tape: Tape, layout: Layout | None) -> None:
+    def _check_cost(
+        self, columns: Plan | None, plans: Sequence[Unit], rest: Sequence[str], tape: Tape, layout: Layout | None
+    ) -> None:
         """Refuse more products than asked for, before the first."""
         counts = {", ".join(unit.names): unit.count for unit in plans}
+        if columns is not None:
+            counts[", ".join(name for unit in columns.units for name in unit.names)] = columns.count
         times = layout.n if self.per_sample and layout is not None else 1
         counts |= {name: times * tape.parameters[name].numel() for name in rest}
         total = sum(counts.values())
         if self.max_products is not None and total > self.max_products:
             most = max(counts, key=lambda name: counts[name])
             raise Undefined(
-                f"asked for the exact Hessian diagonal, which takes {total} products with the Hessian here, each as "
-                f"long as two backward passes or so, more than max_products={self.max_products}; {most} alone takes "
-                f"{counts[most]}. Raise max_products, freeze that layer, or take DiagHessian(samples=k)"
+                f"asked for the exact Hessian diagonal, which takes {total} columns or products with the Hessian here, "
+                f"each as long as one or two backward passes, more than max_products={self.max_products}; {most} alone "
+                f"takes {counts[most]}. Raise max_products, freeze that layer, or take DiagHessian(samples=k)"
             )
 
     def __repr__(self) -> str:

@@ -6,18 +6,18 @@ The graph is kept after the backward pass, for as long as the field is; `del` th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-import layerwise
 from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension
 from layerwise.cotangents import Second
 from layerwise.coverage import Graph
-from layerwise.errors import BadInput, Undefined
+from layerwise.errors import BadInput
 from layerwise.heads import loss_hessian
 from layerwise.likelihoods import likelihoods
+from layerwise.operators.curvature import PCH
 from layerwise.products import GaussNewtonProducts, HessianProducts, Products
 from layerwise.quantities.base import Context, Quantity, Union
 from layerwise.samples import Layout
@@ -118,34 +118,18 @@ class PCHMP(_CurvatureProducts):
     """Products with the positive-curvature Hessian's block, in `pchmp`; see `layerwise.PCH`.
 
     modify: what becomes of negative residuals, "clip" (zero) or "abs". Raises BadInput for another. In a backward
-    pass: Undefined where this version of layerwise has no PCH.
+    pass: Undefined where something else than elementwise functions is curved.
     """
 
-    def __init__(self, savefield: str = "pchmp", modify: str = "clip") -> None:
+    def __init__(self, savefield: str = "pchmp", modify: Literal["abs", "clip"] = "clip") -> None:
         super().__init__(savefield)
         if modify not in ("abs", "clip"):
             raise BadInput(f'PCHMP: modify must be "abs" or "clip", got {modify!r}')
-        self._modify = modify
+        self._modify: Literal["abs", "clip"] = modify
 
     def get_modification_mode(self) -> str:
         """What becomes of negative residuals."""
         return self._modify
 
-    def quantity(self) -> Quantity:
-        """The products as functions."""
-        self._operator()
-        return super().quantity()
-
-    @staticmethod
-    def _operator() -> Any:
-        """`layerwise.PCH`, whose `products(tape, graph, parameters, modify)` gives them for a forward that ran."""
-        found = getattr(layerwise, "PCH", None)
-        if not hasattr(found, "products"):
-            raise Undefined(
-                f"asked for PCHMP, but layerwise {layerwise.__version__} has no products with the positive-curvature "
-                "Hessian; take GGNMP, which is positive semi-definite too, or HMP"
-            )
-        return found
-
     def _make(self, tape: Tape, graph: Graph, parameters: Sequence[Tensor]) -> Products:
-        return self._operator().products(tape, graph, parameters, self._modify)
+        return PCH.products(tape, graph, likelihoods(graph), parameters, self._modify)
