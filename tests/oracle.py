@@ -380,13 +380,14 @@ def kfra_factors(
     *,
     sharing: str = "expand",
     joint: bool = False,
+    blocks: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """KFRA's factors (A, B) of every nn.Linear and nn.Conv weight and bias of a chain, samples on dim 0 of all.
 
     With z_l the outputs of the modules that hold trainable parameters, flat for each sample, and H_n the
     Hessian of the loss in the logits of sample n: G_L = sum_n J^T H_n J, G_l = (1/N) sum_n J^T G_{l+1} J
     with J the Jacobian of sample n. B sums G_l's blocks over positions with themselves ("expand") or over all
-    pairs ("reduce"). A as in `kfac_factors`, 1 for a bias.
+    pairs ("reduce"). A as in `kfac_factors`, 1 for a bias. blocks: filled with each module's output and G.
     """
     kept: list[tuple[str, nn.Module, Tensor, Tensor]] = []
 
@@ -414,6 +415,8 @@ def kfra_factors(
             j = torch.stack([_pull(element, {"": out})[0][n].flatten() for element in above[n].flatten()])
             total += j.T @ (hessian[n, :, n] if level == 0 else below_top / len(z)) @ j
         above, below_top = out, total
+        if blocks is not None:
+            blocks[name] = out, total
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             found |= _kfra_of(
                 f"{name}." if name else "", layer, input_rows(layer, x, layer(x), 0), out, total, sharing, joint

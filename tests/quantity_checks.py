@@ -11,6 +11,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from oracle_slices import gradient_factors, slice_factors
 from torch import Tensor
 from zoo import Case, Functional, Instance
 
@@ -259,7 +260,11 @@ def diag_ggn_each(truth: Truth, got: Any, _: Drawn) -> None:
 
 def _columns(truth: Truth, drawn: Drawn) -> Tensor:
     """The drawn columns of each sample, pulled back to the parameters: `[V,N,P]`."""
-    s = truth.flat_roots(drawn)
+    return _samples_apart(truth, truth.flat_roots(drawn))
+
+
+def _samples_apart(truth: Truth, s: Tensor) -> Tensor:
+    """Columns over what the losses receive, `[V,D]`, of each sample and pulled back: `[V,N,P]`."""
     return torch.stack([torch.stack([(column * mask) @ truth.jacobian for mask in truth.owners]) for column in s])
 
 
@@ -319,19 +324,57 @@ def dense_factors(operator: lw.Kronecker) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def _factors(truth: Truth, got: Any, sharing: str, hessian: Tensor | None) -> None:
-    instance, have = truth.instance, dense_factors(got)
-    assert set(have) == set(truth.params)
-    for name, (a, b) in have.items():  # of every block, also those that no module of the oracle's shows
+# Parameters without a matrix of their own: their uses read slices of them, or their factors come from gradients.
+SLICED = {
+    "chunked": ("qkv", "bias"), "transformer_decoder": ("decoder.multihead_attn.in_proj",),
+    "attention_cross": ("one.in_proj", "three.in_proj"),
+}  # fmt: skip
+FROM_GRADIENTS = {
+    "position_embedding": ("position",), "unknown_call": ("centres",), "temperature": ("log_t",),
+    "affine_by_hand": ("scale",), "tied_embedding": ("embed",), "tied_autoencoder": ("w",), "matmul_forms": ("bias",),
+    "weight_norm": ("0.para", "2.para"), "weight_norm_conv": ("0.para",), "spectral_norm": ("0.para",),
+    "orthogonal": ("0.para",), "lora": ("up", "down", "out_"), "chunked": ("top", "bottom"),
+    "softmax_weights": ("w", "v", "a", "b"), "seq_first_recurrent": ("u", "b"), "constant_start": ("u.",),
+    "constant_input": ("inner.",), "learned_start": ("start", "u"), "causal_lm": ("embed.",),
+    "attention_learned_queries": ("queries", "attend.in_proj"), "char_gpt": ("embed.", "place."),
+    "gru_learned_start": ("start", "cell.weight_hh", "cell.bias_hh"),
+}  # fmt: skip
+
+
+def form_of(problem: str, name: str) -> str:
+    """The form that the factors of a parameter must have."""
+    if name.startswith(SLICED.get(problem, ("-",))):
+        return "slices"
+    return "gradients" if name.startswith(FROM_GRADIENTS.get(problem, ("-",))) else "rows"
+
+
+def _check_forms(truth: Truth, got: Any) -> list[str]:
+    """Assert the form of every parameter; the names of those with rows."""
+    forms = {name: form_of(truth.case.problem.name, name) for name in truth.params}
+    assert dict(got.forms) == forms
+    assert all(block.form == forms[block.parameter or key] for key, block in got.blocks.items())
+    return [name for name, form in forms.items() if form == "rows"]
+
+
+def _factors(truth: Truth, got: Any, sharing: str, s: Tensor) -> None:
+    """s: the columns of a root of the loss Hessian, `[V,D]`."""
+    instance, every = truth.instance, dense_factors(got)
+    ours = _check_forms(truth, got)
+    sizes = dict.fromkeys(truth.params, 0)
+    for key, (a, b) in every.items():  # of every block, also those that no module of the oracle's shows
         for factor in (a, b):
             oracle.assert_close(factor, factor.mT)
             assert float(torch.linalg.eigvalsh(factor).min()) >= -1e-12 * max(float(factor.abs().max()), 1e-300)
-        assert a.shape[0] == b.shape[0] and a.shape[-1] * b.shape[-1] * len(b) == truth.params[name].numel()
+        assert a.shape[0] == b.shape[0]
+        sizes[got.blocks[key].parameter or key] += a.shape[-1] * b.shape[-1] * len(b)
+    assert sizes == {name: p.numel() for name, p in truth.params.items()}
+    _without_rows(truth, got, every, sharing, s)
     if isinstance(instance.model, Functional) or truth.case.problem.name in UNHOOKED:
         return
+    have = {name: every[name] for name in ours}
     want = oracle.kfac_factors(
         instance.model, instance.logits, instance.loss_of, sharing=sharing, axis=truth.axes(), every=True,
-        hessian=hessian,
+        hessian=s.T @ s,
     )  # fmt: skip
     names = want.keys() & have.keys()
     oracle.assert_close({n: have[n][0] for n in names}, {n: want[n][0] for n in names}, rel=truth.rel)
@@ -340,35 +383,52 @@ def _factors(truth: Truth, got: Any, sharing: str, hessian: Tensor | None) -> No
     oracle.assert_close({n: b for n, (_, b) in have.items()}, {n: want[n][1] for n in names} | others, rel=truth.rel)
 
 
+def _without_rows(truth: Truth, got: Any, have: Mapping[str, tuple[Tensor, Tensor]], sharing: str, s: Tensor) -> None:
+    """The factors of slices, and those from gradients."""
+    problem, want = truth.case.problem.name, {}
+    if problem in SLICED:
+        found = slice_factors(
+            truth.params, truth.instance.logits, s.T @ s, sharing=sharing, axis=int(problem != "chunked")
+        )
+        want |= {key: (torch.ones(1, 1, 1) if a is None else a, b) for key, (a, b) in found.items()}
+    if problem in FROM_GRADIENTS:
+        columns = truth.named(_samples_apart(truth, s).flatten(0, 1))
+        want |= {n: gradient_factors(c) for n, c in columns.items() if form_of(problem, n) == "gradients"}
+    assert want.keys() == {key for key, block in got.blocks.items() if block.form != "rows"}
+    for i in (0, 1):
+        oracle.assert_close({k: have[k][i] for k in want}, {k: pair[i] for k, pair in want.items()}, rel=truth.rel)
+
+
 def factors(sharing: str) -> Callable[[Truth, Any, Drawn], None]:
-    return lambda truth, got, drawn: _factors(truth, got, sharing, None)
-
-
-def sampled_factors(sharing: str) -> Callable[[Truth, Any, Drawn], None]:
-    def check(truth: Truth, got: Any, drawn: Drawn) -> None:
-        s = truth.flat_roots(drawn)
-        _factors(truth, got, sharing, s.T @ s)
+    def check(truth: Truth, got: Any, _: Drawn) -> None:
+        values, vectors = torch.linalg.eigh(truth.loss_hessian)
+        _factors(truth, got, sharing, (vectors * values.clamp(min=0).sqrt()).T)
 
     return check
 
 
-def eigenvectors(operator: lw.EigenKronecker, name: str) -> Tensor:
+def sampled_factors(sharing: str) -> Callable[[Truth, Any, Drawn], None]:
+    return lambda truth, got, drawn: _factors(truth, got, sharing, truth.flat_roots(drawn))
+
+
+def eigenvectors(operator: lw.EigenKronecker, key: str) -> Tensor:
     """The block's eigenvectors as columns `[p, K·O·I]`, in the order of its spectrum."""
-    block = operator.blocks[name]
-    p = block.size.numel()
-    eye = torch.eye(p, dtype=block.spectrum.dtype).view(p, *block.size)
-    return block.fold(block.rotate_back(eye)).reshape(p, p).T
+    block = operator.blocks[key]
+    eye = torch.eye(block.size.numel(), dtype=block.spectrum.dtype).view(-1, *block.size)
+    return block.fold(block.rotate_back(eye)).reshape(len(eye), -1).T
 
 
 def ekfac(truth: Truth, got: Any, _: Drawn) -> None:
     """The eigenvalues are the GGN's diagonal along the eigenvectors, which are orthonormal."""
-    assert set(got.blocks) == set(truth.params)
+    _check_forms(truth, got)
     spectra, exact, start = {}, {}, 0
     for name, p in truth.params.items():
         block = truth.ggn[start : start + p.numel(), start : start + p.numel()]
-        q = eigenvectors(got, name).to(torch.float64)
+        keys = [key for key, b in got.blocks.items() if (b.parameter or key) == name]
+        q = torch.cat([eigenvectors(got, key) for key in keys], 1).to(torch.float64)
         oracle.assert_close(q.T @ q, torch.eye(len(q), dtype=q.dtype), rel=max(truth.rel, 1e-6 * (p.dtype != q.dtype)))
-        spectra[name], exact[name] = got.eigenvalues[name].flatten(), (q.T @ block @ q).diagonal()
+        spectra[name] = torch.cat([got.eigenvalues[key].flatten() for key in keys])
+        exact[name] = (q.T @ block @ q).diagonal()
         start += p.numel()
     _close(truth, spectra, exact)
 

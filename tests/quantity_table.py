@@ -22,7 +22,7 @@ from zoo import Case, Instance
 import layerwise as lw
 from layerwise import errors
 
-__all__ = ["COLUMNS", "PENDING", "Cell", "Column", "outcome"]
+__all__ = ["COLUMNS", "Cell", "Column", "outcome"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Column:
     check: (truth, result, drawn) asserts that the result is what brute force computes, from the same draws.
     sampled: whether it is a random estimate; its columns or signs are then recorded as they are drawn.
     second: whether it differentiates the backward pass, which some operations of torch cannot.
-    per_sample: whether it must tell the samples apart. kronecker: whether it needs rows of inputs and outputs.
+    per_sample: whether it must tell the samples apart.
     undefined: why it does not exist for a model and a loss, or None.
     """
 
@@ -53,7 +53,6 @@ class Column:
     sampled: bool = False
     second: bool = False
     per_sample: bool = True
-    kronecker: bool = False
     undefined: Callable[[Truth], str | None] = lambda truth: None
 
     def run(self, truth: Truth) -> tuple[Any, Drawn]:
@@ -129,34 +128,23 @@ _TABLE = [
     ),
     Column(
         "KFAC expand", FACTORS, check.sampled_factors("expand"), lambda t: lw.KFAC(2, _generator()),
-        sampled=True, kronecker=True, per_sample=False,
+        sampled=True, per_sample=False,
     ),
     Column(
         "KFAC reduce", FACTORS, check.sampled_factors("reduce"), lambda t: lw.KFAC(2, _generator(), "reduce"),
-        sampled=True, kronecker=True,
+        sampled=True,
     ),
-    Column("KFLR expand", FACTORS, check.factors("expand"), lambda t: lw.KFLR(), kronecker=True),
-    Column("KFLR reduce", FACTORS, check.factors("reduce"), lambda t: lw.KFLR("reduce"), kronecker=True),
-    Column("EKFAC", FACTORS, check.ekfac, lambda t: lw.EKFAC(None), kronecker=True),
+    Column("KFLR expand", FACTORS, check.factors("expand"), lambda t: lw.KFLR()),
+    Column("KFLR reduce", FACTORS, check.factors("reduce"), lambda t: lw.KFLR("reduce")),
+    Column("EKFAC", FACTORS, check.ekfac, lambda t: lw.EKFAC(None)),
     Column("GGN", OPERATORS, check.ggn_operator, build=lw.GGN, second=True, per_sample=False),
     Column("Hessian", OPERATORS, check.hessian_operator, build=lw.Hessian, second=True, per_sample=False),
 ]  # fmt: skip
 
 COLUMNS: Mapping[str, Column] = {column.name: column for column in _TABLE}
 
-# Models with a parameter whose matrix is not known yet: the weight is derived from it, or its uses differ.
-# A cell of these that is no longer refused fails the test: take the model out.
-PENDING = {
-    "position_embedding", "temperature", "affine_by_hand", "tied_embedding", "tied_autoencoder", "matmul_forms",
-    "weight_norm", "weight_norm_conv", "spectral_norm", "orthogonal", "lora", "chunked", "softmax_weights",
-    "seq_first_recurrent", "constant_start", "constant_input", "learned_start", "causal_lm", "attention_cross",
-    "transformer_decoder", "char_gpt", "gru_learned_start", "attention_learned_queries",
-}  # fmt: skip
-
 NOT_TWICE = "an operation without a second derivative"
-NO_ROWS = "an operation without row form"
 MIXED = "samples are mixed"
-NO_MATRIX = "a parameter without a matrix of its own"
 
 
 def refusal(case: Case, column: Column) -> tuple[type[errors.LayerwiseError], str] | None:
@@ -166,10 +154,6 @@ def refusal(case: Case, column: Column) -> tuple[type[errors.LayerwiseError], st
         return errors.SamplesMixed, MIXED
     if "bag" in tags and column.second:
         return errors.Undefined, NOT_TWICE
-    if "opaque" in tags and column.kronecker:
-        return errors.Undefined, NO_ROWS
-    if case.problem.name in PENDING and column.kronecker:
-        return errors.Undefined, NO_MATRIX
     return None
 
 

@@ -28,7 +28,9 @@ the tests; `make support` writes it again, and `make test` fails where it no lon
 | ✗ | refused with a typed error, for the reason in the note |
 | n/a | not defined there |
 
-Several marks in one cell are the variants of a quantity, in the order of its heading.
+Several marks in one cell are the variants of a quantity, in the order of its heading. Kronecker factors of a parameter
+that is used in slices or through a derived tensor have a form of their own ([conventions](conventions.md)), which the
+tests hold to its own brute force.
 """
 
 _MODELS = {

@@ -61,8 +61,9 @@ QUANTITIES: dict[str, Callable[[], lw.Quantity]] = {
     "KFLR": quantities.KFLR,
     "KFLR reduce": lambda: quantities.KFLR(sharing="reduce"),
     "KFLR joint": lambda: quantities.KFLR(joint=True),
+    "EKFAC": lambda: lw.EKFAC(samples=None),
 }
-REFUSED = {"PairwiseDot", "EKFAC", "ClippedGrad", "KFRA"}  # of several batches, for some losses; see their own tests
+REFUSED = {"PairwiseDot", "ClippedGrad", "KFRA"}  # of several batches, for some losses; see their own tests
 SAMPLED = {"KFAC"}  # draws differ between one batch and several
 
 
@@ -79,6 +80,8 @@ def _numbers(result: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if hasattr(result, "factors"):
         return {f"{name} {i}": f for name, fs in result.factors.items() for i, f in enumerate(fs)}
+    if hasattr(result, "eigenvalues"):  # eigenvectors have no sign of their own
+        return {name: result.to_dense(name) for name in result.names()}
     for what in ("noise", "signal", "snr"):
         if isinstance(getattr(result, what, None), Mapping):
             found |= {f"{what} {name}": v for name, v in getattr(result, what).items()}
@@ -111,7 +114,7 @@ def test_batches_equal_the_whole(name: str, loss: str, scale: str) -> None:
     for sizes in SIZES:
         model, (x, y) = _net(), _data()
         quantity = make()
-        batches = zip(x.split(sizes), y.split(sizes), strict=True)
+        batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
         got = lw.accumulate(model, loss_fn, batches, quantity, scale=scale)
         _assert_same(got[quantity], want)
         _assert_same(got.grad, seen.grad)
@@ -207,7 +210,7 @@ def test_memory_does_not_grow_with_the_data() -> None:
             counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
             yield x.clone(), y.clone()
 
-    makes = [make for make in QUANTITIES.values() if make().concatenate is False]
+    makes = [make for make in QUANTITIES.values() if make().concatenate is False and make().first() is None]
     gc.collect()
     gc.disable()
     try:
@@ -216,3 +219,71 @@ def test_memory_does_not_grow_with_the_data() -> None:
         gc.enable()
     assert len(makes) >= 8
     assert len(set(counts[3:])) == 1, counts
+
+
+# Two passes ---------------------------------------------------------------------------------------
+
+
+class _Loader:
+    """A loader that can be asked again, and what it says of each time."""
+
+    def __init__(self, batches: Callable[[int], list[Any]]) -> None:
+        self.batches, self.asked, self.counts = batches, 0, []
+
+    def __iter__(self) -> Iterator[Any]:
+        self.asked += 1
+        for batch in self.batches(self.asked):
+            gc.collect()
+            self.counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
+            yield batch
+
+
+def _batches(x: Tensor, y: Tensor) -> list[Any]:
+    return list(zip(x.split(4), y.split(4), strict=True))
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_ekfac_in_constant_memory(derived: bool) -> None:
+    """No tensor of one batch is alive at the next; the result is that of one `observe`, beside other quantities."""
+    model, (x, y) = _net(), _data()
+    if derived:
+        nn.utils.parametrizations.weight_norm(model[3])
+    ekfac, other = lw.EKFAC(None), lw.SecondMoment()
+    loader = _Loader(lambda _: _batches(x, y) * 10)
+    seen = lw.accumulate(model, F.cross_entropy, loader, other, ekfac)
+    half = len(loader.counts) // 2
+    assert loader.asked == 2 and len(set(loader.counts[2:half])) == 1 == len(set(loader.counts[half + 2 :]))
+    assert repr(seen.ekfac) == repr(seen[ekfac]) and set(seen.ekfac.names()) == set(seen[other])
+    whole = lw.EKFAC(None)
+    with lw.observe(model, whole) as once:
+        for _ in range(10):
+            F.cross_entropy(model(x), y).backward()
+    _assert_same(seen[ekfac], once[whole], rel=1e-11)
+
+
+def test_both_passes_draw_alike() -> None:
+    """Basis and second moments come from the same columns, dropout masks and order of samples."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, C))
+    x, y = torch.randn(N, 4), torch.randint(C, (N,))
+    data = torch.utils.data.DataLoader(list(zip(x, y, strict=True)), batch_size=4, shuffle=True)
+    for make in (lambda: lw.EKFAC(2), lambda: lw.EKFAC(2, torch.Generator().manual_seed(3))):
+        torch.manual_seed(5)
+        two = lw.accumulate(model, F.cross_entropy, data, make()).ekfac
+        torch.manual_seed(5)
+        with lw.observe(model, make()) as one:
+            for a, b in data:
+                F.cross_entropy(model(a), b).backward()
+        _assert_same(two, one.ekfac, rel=1e-11)
+
+
+def test_a_loader_that_gives_its_batches_once_is_refused() -> None:
+    model, (x, y) = _net(), _data()
+    with pytest.raises(errors.BadInput, match=r"EKFAC.*over an iterator \(generator\)"):
+        lw.accumulate(model, F.cross_entropy, (b for b in _batches(x, y)), lw.EKFAC())
+    fewer = _Loader(lambda time: _batches(x, y)[: 4 - time])
+    with pytest.raises(errors.BadInput, match="3 batches of 11 samples, then 2 of 8"):
+        lw.accumulate(model, F.cross_entropy, fewer, lw.EKFAC())
+    assert all(p.grad is None for p in model.parameters())
+    basis = lw.accumulate(model, F.cross_entropy, _batches(x, y), quantities.KFLR()).kflr
+    got = lw.accumulate(model, F.cross_entropy, iter(_batches(x, y)), lw.EKFAC(None, basis=basis)).ekfac
+    _assert_same(got, lw.accumulate(model, F.cross_entropy, _batches(x, y), lw.EKFAC(None)).ekfac)

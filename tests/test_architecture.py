@@ -26,7 +26,7 @@ LEVELS = tuple(
         "calls uses loss_record tape coverage pull samples program replay likelihoods products chain recompute "
         "boundary separate residuals",
         "cotangents contract costs rows views projection gradients gather blocks recursion arrivals carried heads "
-        "signed",
+        "signed layouts grams",
         "operators",
         "quantities",
         "observe passes seen accumulate",

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import case
-from zoo.parts import Apply, Mean, leaf
+from zoo.parts import Apply, Mean
 
-from layerwise import errors
 from layerwise.observe import observe
 from layerwise.quantities import KFAC, DiagGGN, Variance
 
@@ -167,50 +166,6 @@ def test_products_outlive_the_batch() -> None:
     del instance, seen
     out = kfac.inverse(damping=1e-2) @ {k: torch.randn(s) for k, s in shapes.items()}
     assert {k: v.shape for k, v in out.items()} == shapes
-
-
-@pytest.mark.parametrize(
-    ("model", "names"),
-    [
-        (
-            lambda: Apply(lambda m, x: F.linear(x, m.w.exp()), w=leaf(3, 4)),
-            "w",
-        ),
-        (
-            lambda: Apply(lambda m, x: F.linear(x, m.up @ m.down), up=leaf(3, 2), down=leaf(2, 4)),
-            "down, up",
-        ),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), "parametrizations"),
-        (
-            lambda: Apply(lambda m, x: x[:, :3] + torch.cosh(m.w * x[:, 3:]), w=leaf(3)),
-            None,
-        ),
-        (
-            lambda: Apply(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.w.t())[:, :3], w=leaf(4, 4)),
-            None,
-        ),
-    ],
-    ids=["exp", "product", "weight_norm", "elementwise", "tied_transpose"],
-)
-def test_exact_where_there_are_rows_else_refused_by_name(model: Callable, names: str | None) -> None:
-    model = model()
-    x, y = torch.randn(5, 4), torch.randint(3, (5,))
-    try:
-        kfac = _factors(model, lambda: model(x), y)
-    except errors.Undefined as error:
-        assert names is None or names in str(error)
-        assert all(p.grad is None for p in model.parameters())
-        assert names is not None or "'w'" in str(error)
-    else:
-        assert names is None
-        kfac.trace()
-
-
-def test_tied_embedding_is_refused_by_name() -> None:
-    instance = case("tied_embedding").make()
-    with pytest.raises(errors.Undefined, match=r"embed\.weight"), observe(instance.subject, KFAC()):
-        instance.loss().backward()
-    assert all(p.grad is None for p in instance.params.values())
 
 
 def test_kfac_needs_no_samples() -> None:

@@ -10,9 +10,10 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle_slices import gradient_factors
 from torch import Tensor, nn
 from zoo import Case, cases
-from zoo.parts import Apply
+from zoo.parts import Apply, leaf
 
 from layerwise import KFLR, KFRA, accumulate, errors, observe
 from layerwise.operators.kronecker import Kronecker
@@ -284,10 +285,6 @@ NO_CHAIN = {
     "lstm_stacked_both_ways", "lstm_projected", "gru", "gru_learned_start", "rnn_tanh", "rnn_relu_per_step", "cells",
     "checkpointed_attention", "checkpointed_transformer", "checkpointed_lstm", "checkpointed_gru",
 }  # fmt: skip
-WITHOUT_MATRIX = {
-    "position_embedding", "temperature", "weight_norm", "weight_norm_conv", "spectral_norm", "lora",
-    "softmax_weights", "constant_input", "unknown_call", "orthogonal",
-}  # fmt: skip
 # The oracle's hooks see module calls with one output, whose dim 0 is the samples'.
 UNREAD = {
     "tokens_flat", "functional", "functional_conv", "seq_first_flat_square", "seq_first_square", "seq_first_pooled",
@@ -298,15 +295,17 @@ UNREAD = {
 @pytest.mark.parametrize("case", cases(first_loss_only=True), ids=lambda c: c.problem.name)
 def test_every_program_of_the_zoo_is_exact_or_refused(case: Case) -> None:
     instance, name = case.make(), case.problem.name
-    if name in NO_CHAIN | WITHOUT_MATRIX:
-        text = "recursion down a chain" if name in NO_CHAIN else "Kronecker factors of"
-        with pytest.raises(errors.Undefined, match=text), observe(instance.subject, KFRA()):
+    if name in NO_CHAIN:
+        with pytest.raises(errors.Undefined, match="recursion down a chain"), observe(instance.subject, KFRA()):
             instance.loss().backward()
         assert all(p.grad is None for p in instance.params.values())
         return
     with observe(instance.subject, KFRA(), KFLR()) as seen:
         instance.loss().backward()
     assert seen.kfra.blocks.keys() == seen.kflr.blocks.keys()
+    assert seen.kfra.forms == seen.kflr.forms
+    if set(seen.kfra.forms.values()) != {"rows"}:
+        return
     got, last = factors(seen.kfra), next(reversed(seen.kflr.blocks))
     same({last: got[last]}, {last: factors(seen.kflr)[last]})
     if name not in UNREAD:
@@ -314,6 +313,71 @@ def test_every_program_of_the_zoo_is_exact_or_refused(case: Case) -> None:
         shared = want.keys() & got.keys()
         assert shared == {n for n in want if instance.params[n].grad is not None}
         oracle.assert_close({n: got[n][1] for n in shared}, {n: want[n][1] for n in shared})
+
+
+# Parameters without rows ------------------------------------------------------------------------
+
+
+class _Low(nn.Module):
+    """A weight that is a product, over the last axis."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.up, self.down, self.bias = leaf(o, 2), leaf(2, i), leaf(o)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.up @ self.down, self.bias)
+
+
+class _Part(nn.Module):
+    """A weight of which two elements of the first axis are not used."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.w = leaf(o + 2, i)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w[1:-1])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("positions", [(), (3,)])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_parameters_without_rows(sharing: str, positions: tuple[int, ...], reduction: str) -> None:
+    """From gradients: those of every sample from a root of G/N, which is the same for all."""
+    last = nn.Flatten() if positions else nn.Identity()
+    model = nn.Sequential(_Low(4, 5), nn.Tanh(), _Part(5, 3), nn.Tanh(), _Low(3, 2), last)
+    x, classes = torch.randn(4, *positions, 4), 2 * (positions or (1,))[0]
+    y = torch.randint(classes, (4,))
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, reduction=reduction)
+
+    blocks: dict[str, tuple[Tensor, Tensor]] = {}
+    oracle.kfra_factors(model, lambda: model(x), loss, blocks=blocks)
+    kfra = watch(model, x, loss, KFRA(sharing)).kfra
+    forms = {"up": "gradients", "down": "gradients", "bias": "rows"}
+    assert kfra.forms == {
+        **{f"0.{n}": form for n, form in forms.items()}, "2.w": "slices", **{f"4.{n}": f for n, f in forms.items()}
+    }  # fmt: skip
+    params = dict(model.named_parameters())
+    for name in ("0.up", "0.down", "4.up", "4.down"):
+        out, g = blocks[name[0]]
+        values, vectors = torch.linalg.eigh(g / len(x))
+        root = (vectors * values.clamp(min=0).sqrt()).T.view(-1, *out.shape[1:])
+        found = [
+            torch.autograd.grad(out[n], params[name], column, retain_graph=True)[0]
+            for n in range(len(x)) for column in root
+        ]  # fmt: skip
+        a, b = gradient_factors(torch.stack(found))
+        oracle.assert_close(kfra.blocks[name].B, b)
+        oracle.assert_close(kfra.blocks[name].input_factor, a)
+    out, g = blocks["2"]
+    t = out[0].numel() // 3
+    g = g.view(t, 3, t, 3)
+    b = g.diagonal(dim1=0, dim2=2).sum(-1) if sharing == "expand" else g.sum((0, 2))
+    oracle.assert_close(kfra.factors["2.w[0]"][1][0], b)
+    assert list(kfra.blocks)[3:5] == ["2.w[0]", "2.w[rest]"]
 
 
 # Refusals ---------------------------------------------------------------------------------------
@@ -403,13 +467,6 @@ def test_two_losses_are_refused() -> None:
     assert "mse_loss" in text
 
 
-def test_a_derived_weight_is_refused() -> None:
-    model, y = mlp(nn.Tanh()), torch.randint(4, (6,))
-    nn.utils.parametrizations.weight_norm(model[0])
-    text = refused(model, torch.randn(6, 5), lambda z: F.cross_entropy(z, y))
-    assert "0.parametrizations.weight.original0" in text
-
-
 def test_a_block_over_the_cap_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = conv(nn.ReLU(), features=48), torch.randn(6, 2, 4, 4), torch.randint(4, (6,))
     size = 48 * 48 * 8
@@ -429,6 +486,15 @@ def test_3c3d_is_refused_by_its_first_layer() -> None:
     y = torch.randint(2, (2,))
     text = refused(model, torch.randn(2, 3, 32, 32).float(), lambda z: F.cross_entropy(z, y))
     assert "10070523904 bytes" in text
+
+
+def test_a_large_vocabulary_is_refused_under_reduce() -> None:
+    """Its input factor would be dense, and KFRA has no gradients of single samples there."""
+    model = nn.Sequential(nn.Embedding(20_000, 2), nn.Flatten(), nn.Linear(6, 4))
+    x, y = torch.randint(20_000, (6, 3)), torch.randint(4, (6,))
+    text = refused(model, x, lambda z: F.cross_entropy(z, y), KFRA("reduce"))
+    assert "'0.weight' (20000, 2)" in text
+    assert watch(model, x, lambda z: F.cross_entropy(z, y), KFRA()).kfra.forms["0.weight"] == "rows"
 
 
 def test_several_batches_are_refused() -> None:

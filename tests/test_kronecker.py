@@ -21,8 +21,8 @@ from layerwise.quantities import EKFAC, KFAC, KFLR, Quantity, SqrtGGN
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-# Models with a parameter that has no matrix of its own: the weight is derived from it, or its uses differ.
-WITHOUT_MATRIX = {
+# Models with a parameter that has no matrix of its own, so that its factors have another form: `test_forms.py`.
+OTHER_FORMS = {
     "position_embedding", "temperature", "affine_by_hand", "tied_embedding", "tied_autoencoder", "matmul_forms",
     "weight_norm", "weight_norm_conv", "spectral_norm", "orthogonal", "lora", "chunked", "softmax_weights",
     "seq_first_recurrent",
@@ -41,8 +41,8 @@ def oracle_reads(c: Case) -> bool:
     return "functional" not in c.problem.tags and c.problem.name not in UNHOOKED
 
 
-WITH_MATRIX = [c for c in cases() if c.problem.name not in WITHOUT_MATRIX]
-FIRST_LOSSES = [c for c in cases(first_loss_only=True) if c.problem.name not in WITHOUT_MATRIX]
+WITH_MATRIX = [c for c in cases() if c.problem.name not in OTHER_FORMS]
+FIRST_LOSSES = [c for c in cases(first_loss_only=True) if c.problem.name not in OTHER_FORMS]
 
 
 def ids(c: Case) -> str:
@@ -106,16 +106,6 @@ def test_exact_factors_equal_the_oracle(case: Case, sharing: str) -> None:
         # before an instance norm positions cancel and B is zero: the other blocks say how large rounding may be
         others = {n: b for n, (_, b) in got.items() if n not in names}
         oracle.assert_close({n: b for n, (_, b) in got.items()}, {n: want[n][1] for n in names} | others)
-
-
-@pytest.mark.parametrize("problem", sorted(WITHOUT_MATRIX))
-@pytest.mark.parametrize("quantity", [KFLR(), KFLR("reduce"), EKFAC()], ids=repr)
-def test_what_has_no_matrix_is_refused_by_name(problem: str, quantity: Quantity) -> None:
-    instance = case(problem).make()
-    with pytest.raises(errors.Undefined) as caught:
-        watch(instance, quantity)
-    assert any(name in str(caught.value) for name in instance.params)
-    assert all(p.grad is None for p in instance.params.values())
 
 
 def _alone(seed: int = 0, n: int = 1) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -184,10 +174,19 @@ def test_embedding_under_both_conventions() -> None:
     oracle.assert_close(b[0], w.T @ h @ w)
 
 
-def test_a_large_vocabulary_has_no_reduced_factor() -> None:
-    model = nn.Sequential(nn.Embedding(20_000, 2), Mean(1))
-    with pytest.raises(errors.Undefined, match=r"'0\.weight'.*20000"), observe(model, KFAC(sharing="reduce")):
-        F.cross_entropy(model(torch.randint(20_000, (2, 3))), torch.tensor([0, 1])).backward()
+def test_a_large_vocabulary_has_its_factors_from_gradients() -> None:
+    """The mean of its inputs would be a dense matrix; the factor of the long side is a diagonal."""
+    model, x, y = nn.Sequential(nn.Embedding(20_000, 2), Mean(1)), torch.randint(20_000, (2, 3)), torch.tensor([0, 1])
+    with observe(model, KFLR("reduce"), SqrtGGN()) as seen:
+        F.cross_entropy(model(x), y).backward()
+    block = seen.kflr.blocks["0.weight"]
+    assert block.form == "gradients"
+    d = seen.sqrt_ggn["0.weight"].flatten(0, 1)  # [M, vocabulary, 2]
+    b = sum(g.T @ g for g in d)
+    oracle.assert_close(block.B[0], b)
+    oracle.assert_close(block.A[0], d.square().sum((0, 2)) / b.trace())
+    v = {"0.weight": torch.randn(20_000, 2)}
+    oracle.assert_close((seen.kflr @ v)["0.weight"], block.A[0][:, None] * v["0.weight"] @ b)
 
 
 # Draws ------------------------------------------------------------------------------------------

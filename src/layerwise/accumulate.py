@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def accumulate(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Seen:
-    """Quantities of the loss of a whole data set, from one pass over its batches.
+    """Quantities of the loss of a whole data set, from one pass over its batches; from two for `EKFAC`.
 
         seen = accumulate(model, F.cross_entropy, loader, Variance(), KFAC())
         seen.variance["conv1.weight"], seen.grad["conv1.weight"]
@@ -46,8 +47,72 @@ def accumulate(
     other batch, and for a functional model, called as `loss_fn(batch)`: it runs the model itself.
     samples, scale, dtype: as for `observe`; samples is the number in every batch, by default dim 0 of the batch.
     progress: show a bar (with rich, where it is installed), or a line on standard error.
-    Raises BadInput (no batch, or batches whose losses have no union), and what `observe` raises.
+    A quantity that needs a result of the whole set first (`EKFAC`, its eigenbasis) takes two passes, which start from
+    the same state of torch's random numbers; the loader must give the same batches twice, and the model runs twice.
+    Raises BadInput (no batch, batches whose losses have no union, or a loader that cannot give its batches twice), and
+    what `observe` raises.
     """
+    run = partial(_pass, model, loss_fn, loader, samples=samples, scale=scale, dtype=dtype, progress=progress)
+    firsts = [q.first() if isinstance(q, Quantity) else None for q in quantities]
+    if all(first is None for first in firsts):
+        return run(quantities)
+    if isinstance(loader, Iterator):
+        names = ", ".join(repr(q) for q, first in zip(quantities, firsts, strict=True) if first is not None)
+        raise BadInput(
+            f"asked to accumulate {names} over an iterator ({type(loader).__name__}), which gives its batches once; "
+            "two passes need a list or a DataLoader (or ask for EKFAC(basis=...) with a basis of your own)"
+        )
+    return _in_two_passes(run, quantities, firsts)
+
+
+def _in_two_passes(
+    run: Callable[[Sequence[Quantity]], Seen], quantities: Sequence[Quantity], firsts: Sequence[Quantity | None]
+) -> Seen:
+    """The quantities, some of them after those that need the whole set; `firsts` holds None for the others."""
+    before = [first for first in firsts if first is not None]
+    random = _Random(before)
+    earlier = run(before)
+    stands = [q if first is None else q.after(earlier[first]) for q, first in zip(quantities, firsts, strict=True)]
+    random.restore()
+    seen = run(stands)
+    if (seen._count, seen._samples) != (earlier._count, earlier._samples):
+        raise BadInput(
+            f"the loader gave {earlier._count} batches of {earlier._samples} samples, then {seen._count} of "
+            f"{seen._samples}: the second pass must see the batches of the first"
+        )
+    seen._asked = list(quantities)
+    return seen
+
+
+class _Random:
+    """The state of torch's random numbers, and of the generators of some quantities."""
+
+    def __init__(self, quantities: Iterable[Quantity]) -> None:
+        own = [getattr(q.cotangent, "generator", None) for q in quantities]
+        self._own = [(generator, generator.get_state()) for generator in own if generator is not None]
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        """Go back to it."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        for generator, state in self._own:
+            generator.set_state(state)
+
+
+def _pass(
+    model: nn.Module | Mapping[str, Tensor],
+    loss_fn: Callable[..., Tensor],
+    loader: Iterable[Any],
+    quantities: Sequence[Quantity],
+    samples: int | None,
+    scale: str,
+    dtype: torch.dtype | None,
+    progress: bool,
+) -> Seen:
+    """One pass over the batches."""
     parameters = named_parameters_of(model)
     before = {name: p.grad for name, p in parameters.items()}
     count = 0

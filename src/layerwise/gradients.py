@@ -6,36 +6,23 @@ per-sample gradients otherwise: those of a derived tensor are carried back to it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerwise import contract, memory, projection
+from layerwise import contract, grams, layouts, memory, projection
 from layerwise.carried import Later, carry
-from layerwise.errors import Undefined
+from layerwise.layouts import Laid, Matrix
 from layerwise.ops.base import Rows, Samples, Slot
 from layerwise.tape import Tape
 from layerwise.uses import Use
 from layerwise.views import Map, view_maps
 
-__all__ = ["Matrix", "ParameterGradient", "Part", "carries", "parts_of"]
-
-
-class Matrix(NamedTuple):
-    """How a parameter is a matrix `[K,O,I]`. Holds no data.
-
-    bias: where its inputs are the constant 1. partner: the bias that all its uses add to its rows, where known.
-    """
-
-    fold: Map
-    matrix: Map
-    bias: bool
-    partner: str | None = None
+__all__ = ["ParameterGradient", "Part", "carries", "parts_of", "without_rows"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class Part:
     def without_data(self) -> Matrix:
         """The maps to the parameter's shape and back, free of the batch and of the graph."""
         assert self.slot is not None and self.rows is not None and self.view is not None
-        return Matrix(*_maps(_hollow(self.slot), self.view), self.slot.bias)
+        return Matrix(*layouts.maps(layouts.hollow(self.slot), self.view), self.slot.bias)
 
     def to(self, dtype: torch.dtype | None) -> Part:
         """The same part with its numbers in another type; None: as they are."""
@@ -107,29 +94,39 @@ class ParameterGradient:
         if len(self.parts) == 1:
             return first if first.rows is not None else None
         rows = [p.rows for p in self.parts if p.rows is not None]
-        if len(rows) < len(self.parts) or not self._same_form(rows):
+        kinds = {r.kind for r in rows}
+        if len(rows) < len(self.parts) or len(kinds) > 1 or self._groups is None or len(self._groups) > 1:
             return None
-        if len({r.g.shape[1] for r in rows}) > 1:  # rows without sample structure: all are positions
-            rows = [contract.flatten_samples(r) for r in rows]
-        return Part(first.use, first.slot, contract.concat(rows), first.fold, first.matrix, view=first.view)
+        return _joined(self.parts)
 
-    def _same_form(self, rows: Sequence[Rows]) -> bool:
-        """Whether all parts lay the parameter out as the same matrix, from inputs of the same kind."""
-        if len({r.kind for r in rows}) > 1:
-            return False
-        elements = torch.arange(self.shape.numel()).reshape(self.shape)
-        layouts = [p.matrix(elements) for p in self.parts if p.matrix is not None]
-        return all(torch.equal(layouts[0], other) for other in layouts[1:])
+    @cached_property
+    def _groups(self) -> list[list[int]] | None:
+        """The numbers of parts that lay the parameter out alike, where those that do not share no element of it."""
+        matrices = [p.matrix for p in self.parts if p.matrix is not None]
+        return layouts.grouped(matrices, self.shape) if len(matrices) == len(self.parts) else None
 
-    def layout(self, partner: bool = False) -> Matrix | None:
-        """How the parameter is a matrix, or None; partner: look for the bias of its uses as well."""
-        if self.joined is None:
+    @cached_property
+    def groups(self) -> list[Part] | None:
+        """The parts as one pair of rows for each matrix, of the parameter or of disjoint slices; None otherwise."""
+        if self.joined is not None:
+            return [self.joined]
+        if self._groups is None:
             return None
-        layout = self.joined.without_data()
-        if not partner:
-            return layout
-        names = {_bias_of(part) for part in self.parts}
-        return layout._replace(partner=names.pop() if len(names) == 1 else None)
+        return [_joined([self.parts[i] for i in group]) for group in self._groups]
+
+    def laid(self, partner: bool = False) -> Laid:
+        """How the parameter has Kronecker factors; partner: look for the bias of its uses as well."""
+        if self.groups is None:
+            return layouts.dense_laid(self.shape)
+        found = tuple(part.without_data() for part in self.groups)
+        if sum(part.slot.used.numel() for part in self.groups if part.slot is not None) < self.shape.numel():
+            return Laid("slices", found, layouts.rest_of(found, self.shape))
+        if len(found) > 1:
+            return Laid("slices", found)
+        if partner:
+            names = {_bias_of(part) for part in self.parts}
+            found = (found[0]._replace(partner=names.pop() if len(names) == 1 else None),)
+        return Laid("rows", found)
 
     def per_sample(self, start: int = 0, stop: int | None = None) -> Tensor:
         """`[V,n,*shape]`: the gradient of each sample from `start` to `stop`, summed over uses."""
@@ -146,6 +143,13 @@ class ParameterGradient:
             total = value if total is None else total + value
         assert total is not None
         return total
+
+    def chunks(self) -> Iterator[Tensor]:
+        """`per_sample` a few samples at a time, and one cotangent where they are large: `[N, P]` is never held."""
+        held = self.parts[0].dense if self.parts[0].rows is None else self.parts[0].rows.g
+        assert held is not None
+        for gradient in self._columns() if len(held) * self.shape.numel() > _CHUNK else [self]:
+            yield from gradient._in_chunks()
 
     def _in_chunks(self) -> Iterator[Tensor]:
         """`per_sample` a few samples at a time, so that `[N, P]` is never held."""
@@ -182,6 +186,10 @@ class ParameterGradient:
         if key not in self.shared:
             self.shared[key] = g, contract.output_gram(g)  # g is held, so that its address stays its own
         return self.shared[key][1]
+
+    def dense_grams(self) -> tuple[Tensor, Tensor]:
+        """Sums over v and n of D D^T, `[1,O,O]`, and D^T D, `[1,I,I]` or its diagonal, D as `layouts.dense_matrix`."""
+        return grams.dense_grams(self.chunks(), self.shape, self.like)
 
     def squared_norm(self) -> Tensor:
         """`[V,N]`: squared norm of each per-sample gradient; the diagonal of the dots where those are known."""
@@ -288,31 +296,33 @@ class ParameterGradient:
 
 
 def parts_of(
-    tape: Tape, use: Use, g: Tensor, samples: Samples | None, later: bool = False, lenient: bool = False
+    tape: Tape,
+    use: Use,
+    g: Tensor,
+    samples: Samples | None,
+    later: bool = False,
+    flat: Collection[str] = (),
+    lenient: bool = False,
 ) -> list[tuple[str, Part]]:
     """The parts that a stack of cotangents `[V, *out_shape]` of one use gives to each parameter.
 
     later: carry what came through a derived tensor only as it is read, while its graph lives.
-    samples: None where no per-sample structure is asked for (Kronecker factors).
-    Raises Undefined where a part without row form is asked for without samples; lenient: gives a part without data.
+    flat: parameters that have rows and of which no per-sample structure is asked (Kronecker factors).
+    lenient: what is neither flat nor has rows becomes a part without data. samples: None where all are flat or lenient.
     """
     found: list[tuple[str, Part]] = []
     for derived, slot in zip(use.used, use.slots, strict=True):
         if len(derived.names) == 1:
             (name,) = derived.names
+            where = None if name in flat else samples
             view = view_maps(slot.used, tape.parameters[name])
-            if view is not None and slot.factored and (samples is None or samples.axis not in slot.aligned):
-                found.append((name, Part(use, slot, slot.rows(g, samples), *_maps(slot, view), view=view)))
+            if view is not None and slot.factored and (where is None or where.axis not in slot.aligned):
+                found.append((name, Part(use, slot, slot.rows(g, where), *layouts.maps(slot, view), view=view)))
                 continue
-        if samples is None and lenient:
+        if lenient:
             found += [(name, Part(use)) for name in sorted(derived.names)]
             continue
-        if samples is None:
-            raise Undefined(
-                f"asked for rows of {', '.join(sorted(derived.names))}, but {use} enters the loss "
-                + ("through a derived tensor" if slot.factored else "through a call without row form")
-                + "; leave the parameter out by freezing it, or ask for a diagonal quantity"
-            )
+        assert samples is not None
         leaves = {name: tape.parameters[name] for name in sorted(derived.names)}
         if later and slot.factored and samples.axis not in slot.aligned and not slot.used.is_leaf:
             rows = slot.rows(g, samples)
@@ -322,6 +332,27 @@ def parts_of(
         carried = not slot.used.is_leaf
         values = carry(slot.used, dense, list(leaves.values())) if carried else [dense]
         found += [(name, Part(use, dense=v, carried=carried)) for name, v in zip(leaves, values, strict=True)]
+    return found
+
+
+def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:
+    """The parameters that some use reads through a derived tensor or without row form, or uses as several matrices."""
+    found: set[str] = set()
+    places: dict[str, list[Slot]] = {}
+    for use in uses:
+        for derived, slot in zip(use.used, use.slots, strict=True):
+            name = next(iter(derived.names))
+            if len(derived.names) > 1 or not slot.factored or view_maps(slot.used, tape.parameters[name]) is None:
+                found |= derived.names
+            else:
+                places.setdefault(name, []).append(slot)
+    for name, slots in places.items():
+        if len(slots) > 1 and name not in found:
+            p = tape.parameters[name]
+            views = [(slot, view_maps(slot.used, p)) for slot in slots]
+            matrices = [layouts.maps(slot, view)[1] for slot, view in views if view is not None]
+            if layouts.grouped(matrices, p.shape) is None:
+                found.add(name)
     return found
 
 
@@ -355,18 +386,12 @@ def _bias_of(part: Part) -> str | None:
     return None
 
 
-def _maps(slot: Slot, view: tuple[Map, Map]) -> tuple[Map, Map]:
-    """Maps from a slot's matrix to the parameter and back; view: those from the used tensor."""
-    to_parameter, from_parameter = view
-    return lambda w: to_parameter(slot.fold(w)), lambda p: slot.matrix(from_parameter(p))
-
-
-def _hollow(slot: Slot) -> Slot:
-    """A copy of a slot that keeps shapes alone, for `fold` and `matrix`."""
-    hollow = copy(slot)
-    for key, value in vars(slot).items():
-        if isinstance(value, Tensor):
-            setattr(hollow, key, torch.empty(value.shape, device="meta"))
-        elif callable(value) or (isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value)):
-            setattr(hollow, key, None)
-    return hollow
+def _joined(parts: Sequence[Part]) -> Part:
+    """Parts of one layout as one pair of rows; inputs of several kinds are written out."""
+    first = parts[0]
+    rows = [part.rows for part in parts if part.rows is not None]
+    if len({r.g.shape[1] for r in rows}) > 1:  # rows without sample structure: all are positions
+        rows = [contract.flatten_samples(r) for r in rows]
+    if len({r.kind for r in rows}) > 1:
+        rows = [grams.written_out(r) for r in rows]
+    return Part(first.use, first.slot, contract.concat(rows), first.fold, first.matrix, view=first.view)

@@ -120,7 +120,7 @@ class observe:
                 check_gradient(gradient)
                 pass_.sent.check()
                 values = pass_.values(gradient)
-                seen._add(pass_.batch, values, {name: (g,) for name, g in gradient.items()}, pass_.context)
+                seen._add(pass_.batch, values, {name: (g,) for name, g in gradient.items()})
         except BaseException:
             restore(tape, before)
             raise

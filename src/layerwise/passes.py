@@ -15,7 +15,7 @@ from layerwise.cotangents import Averaged, Cotangent, Exact, Gradient, Sampled, 
 from layerwise.coverage import Graph
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, Undefined
 from layerwise.gather import Gather
-from layerwise.gradients import Matrix, ParameterGradient, Part, carries, parts_of
+from layerwise.gradients import ParameterGradient, Part, carries, parts_of, without_rows
 from layerwise.heads import Head, heads
 from layerwise.losses import Declared, Likelihood
 from layerwise.pull import alone, pull
@@ -48,6 +48,7 @@ class Pass:
         self.tape, self.graph, self.quantities, self.dtype = tape, graph, quantities, dtype
         self.likelihoods = known
         self.layout: Layout | None = None
+        self._flat: Collection[str] = ()  # parameters whose rows need no sample structure where none is asked for
         self._measured = model, samples
         n = self._samples(samples)
         declared = [*known, *(Declared(own.call, n) for own in graph.own)]
@@ -55,11 +56,11 @@ class Pass:
         for q in quantities:
             q.check_losses(declared)
         told_apart = (Exact, Sampled) if graph.own else Exact
-        if any(q.needs_samples or isinstance(q.cotangent, told_apart) for q in quantities):
+        apart = self._without_rows()
+        if apart or any(q.needs_samples or isinstance(q.cotangent, told_apart) for q in quantities):
             self.layout = measure(tape, graph, model, samples)
         self.batch = Batch(self._samples(samples), _terms(declared), _untold(declared))
         self.union = self.batch.union(scale)
-        self.context: dict[str, Matrix] = {}
         streams = [i for i, q in enumerate(quantities) if isinstance(q.cotangent, Gradient)]
         self.streams = sorted(streams, key=lambda i: not quantities[i].leads)
         self._values: dict[int, Values] = {i: {} for i in range(len(quantities))}
@@ -70,6 +71,18 @@ class Pass:
         self.sent = Sent()
         self._later = False
         self._held: list[tuple[Use, Tensor, list[tuple[str, Part]]]] = []  # all cotangents, for a second stage
+
+    def _without_rows(self) -> set[str]:
+        """The parameters of quantities that ask for no samples, but whose samples must be told apart nevertheless."""
+        asked = [q for q in self.quantities if not (q.needs_samples or isinstance(q.cotangent, Second))]
+        if not asked:
+            return set()
+        apart = without_rows(self.tape, self.graph.uses)
+        if all(q.lenient for q in asked):
+            self._flat = self.tape.parameters.keys()
+            return set()
+        self._flat = self.tape.parameters.keys() - apart
+        return apart
 
     def _check_scale(self, scale: str, declared: Sequence[Likelihood]) -> None:
         untold, means = _untold(declared), {lik.mean for lik in declared}
@@ -201,8 +214,9 @@ class Pass:
                     self._compute(i, gradient)
 
     def _parts(self, use: Use, g: Tensor, needs_samples: bool = True, lenient: bool = False) -> list[tuple[str, Part]]:
-        where = self.layout.uses[use.index] if needs_samples and self.layout is not None else None
-        found = parts_of(self.tape, use, g, where, self._later, lenient)
+        where = None if self.layout is None else self.layout.uses[use.index]
+        flat = () if needs_samples else self._flat
+        found = parts_of(self.tape, use, g, where, self._later, flat, lenient)
         return [(name, part.to(self.dtype)) for name, part in found]
 
     # -- the gradient, streamed from the user's backward pass ----------------------------------------------
@@ -254,12 +268,6 @@ class Pass:
         else:
             old = self._values[i].get(name)
             self._values[i][name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
-        if quantity.needs_matrix:
-            known = self.context.get(name)
-            if known is None or (quantity.needs_partner and known.partner is None and not gradient.column):
-                layout = gradient.layout(quantity.needs_partner)
-                if layout is not None:
-                    self.context[name] = layout
 
     def values(self, reached: Collection[str]) -> dict[int, Values]:
         """The values of all quantities, complete: a use that saw no cotangent counts as zero, or is refused.

@@ -21,7 +21,7 @@ from layerwise.chain import Link, chain, same_edge
 from layerwise.cotangents import Exact
 from layerwise.coverage import Graph
 from layerwise.errors import Undefined
-from layerwise.gradients import ParameterGradient, parts_of
+from layerwise.gradients import ParameterGradient, Part, parts_of
 from layerwise.heads import Head
 from layerwise.losses import Likelihood
 from layerwise.ops.base import Samples, Slot
@@ -30,7 +30,6 @@ from layerwise.pull import pull
 from layerwise.samples import Layout
 from layerwise.tape import Tape
 from layerwise.uses import Use
-from layerwise.views import view_maps
 
 __all__ = ["averaged"]
 
@@ -56,12 +55,12 @@ def averaged(
 ) -> Iterator[ParameterGradient]:
     """The parameters of a chain, from the loss down, with inputs and `curvature`, but zero cotangents.
 
-    max_bytes: the largest block to hold. Raises Undefined, before any work, where the graph is no chain, a parameter
-    has no row form, or a block would be larger.
+    Those without row form come with the columns of a root of the curvature instead, alike for all samples.
+    max_bytes: the largest block to hold. Raises Undefined, before any work, where the graph is no chain or a block
+    would be larger.
     """
     links = chain(graph)
     places = [_Place(link.use.edge, layout.uses[link.use.index], link.use.call.out_shape) for link in links]
-    _check_rows(tape, links, places)
     if heads[0].parts is not None:
         raise Undefined(
             f"asked for a recursion down a chain, but {heads[0].likelihood.call} couples the positions of a sample, or "
@@ -80,18 +79,6 @@ def averaged(
 
 
 # -- refusals -----------------------------------------------------------------------------------------------
-
-
-def _check_rows(tape: Tape, links: Sequence[Link], places: Sequence[_Place]) -> None:
-    for link, place in zip(links, places, strict=True):
-        for derived, slot in zip(link.use.used, link.use.slots, strict=True):
-            whole = len(derived.names) == 1 and slot.factored and place.samples.axis not in slot.aligned
-            if not whole or view_maps(slot.used, tape.parameters[next(iter(derived.names))]) is None:
-                raise Undefined(
-                    f"asked for Kronecker factors of {', '.join(sorted(derived.names))}, whose value reaches "
-                    f"{link.use} through a derived tensor, a call without row form, or a place that belongs to one "
-                    "sample; leave the parameter out by freezing it, or ask for a diagonal quantity"
-                )
 
 
 def _check_size(links: Sequence[Link], places: Sequence[_Place], dtype: torch.dtype, most: int) -> None:
@@ -224,9 +211,15 @@ def _between(start: _Place, end: _Place, dtype: torch.dtype) -> Send:
 
 
 def _gradients(tape: Tape, use: Use, place: _Place, block: Tensor) -> Iterator[ParameterGradient]:
-    """The parameters of a use, each with the block laid out as its output rows."""
+    """The parameters of a use, each with the block laid out as its output rows, or with columns of its root."""
     zero = block.new_zeros(()).expand(1, *place.shape)
+    parts: dict[str, list[Part]] = {}
     for name, part in parts_of(tape, use, zero, place.samples):
+        parts.setdefault(name, []).append(part)
+    apart = {name for name, found in parts.items() if len(found) > 1 or found[0].rows is None}
+    for name, (part, *_) in parts.items():
+        if name in apart:
+            continue
         assert part.slot is not None and part.rows is not None
         rows = part.rows.g.shape[2:]
         curvature = block
@@ -234,6 +227,25 @@ def _gradients(tape: Tape, use: Use, place: _Place, block: Tensor) -> Iterator[P
             curvature = through(block, _as_rows(part.slot, place, block.dtype), place.samples.n)
         curvature = curvature.view(*rows, *rows)
         yield ParameterGradient(name, tape.parameters[name].shape, [part], curvature=curvature)
+    if apart:
+        yield from _from_root(tape, use, place, block, apart)
+
+
+def _from_root(tape: Tape, use: Use, place: _Place, block: Tensor, names: set[str]) -> Iterator[ParameterGradient]:
+    """Parameters with cotangents `[V,N,D]`, alike for every sample, whose products sum to the block over v and n."""
+    n = place.samples.n
+    values, vectors = torch.linalg.eigh(block / n)
+    root = (vectors * values.clamp(min=0).sqrt()).T
+    column = 0
+    for some in root.split(max(1, _ELEMENTS // max(1, n * place.size))):
+        stack = join(some[:, None].expand(-1, n, -1), place.samples, place.shape)
+        parts: dict[str, list[Part]] = {}
+        for name, part in parts_of(tape, use, stack, place.samples):
+            if name in names:
+                parts.setdefault(name, []).append(part)
+        for name, found in parts.items():
+            yield ParameterGradient(name, tape.parameters[name].shape, found, column)
+        column += len(some)
 
 
 def _keeps_order(slot: Slot, place: _Place) -> bool:

@@ -119,6 +119,7 @@ class Seen:
     def __init__(self, quantities: Sequence[Quantity], scale: str, names: Sequence[str]) -> None:
         self._names_in_order = list(names)
         self._quantities = list(quantities)
+        self._asked = self._quantities  # what results are asked for by, where others stand in for them
         self._scale = scale
         self._count = 0
         self._samples = 0
@@ -126,11 +127,10 @@ class Seen:
         self._untold: str | None = None
         self._joined = [Joined(q.powers, q.concatenate) for q in self._quantities]
         self._gradient = Joined((1,))
-        self._context: dict[str, Any] = {}
         self._results: dict[int, Any] = {}
 
     def __getitem__(self, quantity: Quantity) -> Any:
-        for i, q in enumerate(self._quantities):
+        for i, q in enumerate(self._asked):
             if q is quantity:
                 return self._result(i)
         raise KeyError(f"{quantity!r} is not observed here; observed: {self._names()}")
@@ -180,17 +180,16 @@ class Seen:
         if i not in self._results:
             union = Batch(self._samples, self._terms).union(self._scale)
             values = self._ordered(self._joined[i].finish(self._total()))
-            self._results[i] = quantity.finish(values, union, Context(self._context, self.grad))
+            self._results[i] = quantity.finish(values, union, Context(self.grad))
         return self._results[i]
 
-    def _add(self, batch: Batch, values: Mapping[int, Values], gradient: Values, context: Mapping[str, Any]) -> None:
+    def _add(self, batch: Batch, values: Mapping[int, Values], gradient: Values) -> None:
         """Take the results of one backward pass, which `_check` has passed."""
         first = self._count == 0
         weight = batch.terms[0] if batch.terms is not None else 1.0
         for i, v in values.items():
             self._joined[i].add(v, weight, first, (self._samples, batch.samples))
         self._gradient.add(gradient, weight, first)
-        self._context.update(context)
         self._count += 1
         self._samples += batch.samples
         if batch.terms is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Generic, TypeVar
 
 import torch
@@ -25,11 +26,20 @@ def _same(x: Tensor) -> Tensor:
 
 
 class _Block:
-    """One block of a matrix, acting on one parameter (and perhaps its bias) laid out as `[K,O,I]`."""
+    """One block of a matrix, acting on one parameter (and perhaps its bias), or a slice of it, laid out as `[K,O,I]`.
+
+    fold: carries `[..., K,O,I]` to `[..., *parameter.shape]`, zero outside the slice. matrix: its inverse.
+    bias: the name of a second parameter `[K·O]` that is the last of the I inputs, or None.
+    form: what the factors were made from: "rows" (inputs and cotangents), "slices" (the same, of one of several
+    disjoint slices of the parameter) or "gradients" (of single samples). parameter: its name where that of the block
+    is another.
+    """
 
     fold: Callable[[Tensor], Tensor]
     matrix: Callable[[Tensor], Tensor]
     bias: str | None
+    form: str
+    parameter: str | None
 
     @property
     def size(self) -> torch.Size:
@@ -76,18 +86,19 @@ class _Block:
 
     def to_dense(self, name: str) -> Tensor:
         """The block as `[p, p]`, ordered as the flattened parameter, then its bias."""
-        p = math.prod(self.size)
+        size = self.size.numel()
+        p = size if self.bias is not None else self.shape.numel()
         like = self.apply(torch.zeros(self.size).to(self.like))
         if p * p * like.element_size() > DENSE_BYTES:
             raise BadInput(
                 f"to_dense: {name!r} has {p} elements, its block would take "
                 f"{p * p * like.element_size():.1e} bytes; use @ instead."
             )
-        columns = self.apply(torch.eye(p).to(like).view(p, *self.size))
+        columns = self.apply(torch.eye(size).to(like).view(size, *self.size))
 
         def order(rows: Tensor) -> Tensor:
-            parts = self.scatter(name, rows.reshape(p, *self.size)).values()
-            return torch.cat([part.reshape(p, -1) for part in parts], 1)
+            parts = self.scatter(name, rows.reshape(-1, *self.size)).values()
+            return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
         return order(order(columns).T.contiguous())
 
@@ -103,8 +114,7 @@ class KroneckerBlock(_Block):
 
     A: input factor `[K,I,I]`; `[K,I]` where it is diagonal; None where it is 1 (a bias, I = 1).
     B: output factor `[K,O,O]`. Both symmetric positive semidefinite.
-    fold: carries `[..., K,O,I]` to `[..., *parameter.shape]`. matrix: its inverse.
-    bias: the name of a second parameter `[K·O]` that is the last of the I inputs, or None.
+    The rest as in `_Block`.
     """
 
     A: Tensor | None
@@ -112,6 +122,8 @@ class KroneckerBlock(_Block):
     fold: Callable[[Tensor], Tensor] = _same
     matrix: Callable[[Tensor], Tensor] = _same
     bias: str | None = None
+    form: str = "rows"
+    parameter: str | None = None
 
     def __post_init__(self) -> None:
         fits = self.B.ndim == 3 and self.B.shape[1] == self.B.shape[2]
@@ -168,7 +180,8 @@ class KroneckerBlock(_Block):
         if a.ndim == 3:
             a, basis_in = _eigh(name, a)
         spectrum = b.clamp(min=0)[:, :, None] * a.clamp(min=0)[:, None, :]
-        return EigenBlock(basis_in, basis_out, spectrum, self.fold, self.matrix, self.bias)
+        rest = self.fold, self.matrix, self.bias, self.form, self.parameter
+        return EigenBlock(basis_in, basis_out, spectrum, *rest)
 
     def inverse(self, name: str, damping: float, balanced: bool = True) -> KroneckerBlock:
         """The block with both factors damped by Martens and Grosse's split (π = 1 unless balanced), then inverted."""
@@ -198,6 +211,8 @@ class EigenBlock(_Block):
     fold: Callable[[Tensor], Tensor] = _same
     matrix: Callable[[Tensor], Tensor] = _same
     bias: str | None = None
+    form: str = "rows"
+    parameter: str | None = None
 
     @property
     def size(self) -> torch.Size:
@@ -228,41 +243,49 @@ AnyBlock = TypeVar("AnyBlock", KroneckerBlock, EigenBlock)
 
 
 class _BlockDiagonal(Generic[AnyBlock]):
-    """A block for each parameter (and its bias), zero between them."""
+    """A block for each parameter (and its bias), or for each of its slices; zero between them."""
 
     def __init__(self, blocks: Mapping[str, AnyBlock]) -> None:
         self.blocks: dict[str, AnyBlock] = dict(blocks)
-        names = list(self.names())
-        if len(set(names)) < len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
+        owners = [name for key, block in self.blocks.items() if not block.parameter for name in _owners(key, block)]
+        sliced = {block.parameter for block in self.blocks.values() if block.parameter} & set(owners)
+        twice = sorted(sliced | {name for name in owners if owners.count(name) > 1})
+        if twice:
             raise BadInput(f"{type(self).__name__}: {twice} stand in more than one block.")
 
     def __repr__(self) -> str:
-        sizes = (f"{name}: [K,O,I] = {list(block.size)}" for name, block in self.blocks.items())
-        return f"{type(self).__name__}({', '.join(sizes)})"
+        blocks = (
+            f"{key}: [K,O,I] = {list(block.size)}" + (f" from {block.form}" if block.form != "rows" else "")
+            for key, block in self.blocks.items()
+        )
+        return f"{type(self).__name__}({', '.join(blocks)})"
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """The form of each parameter's block or blocks: "rows", "slices" or "gradients"."""
+        return {name: block.form for key, block in self.blocks.items() for name in _owners(key, block)}
 
     def names(self) -> Iterator[str]:
-        """The names of all parameters, those of biases inside other blocks among them."""
-        for name, block in self.blocks.items():
-            yield name
-            if block.bias is not None:
-                yield block.bias
+        """The names of all parameters, each once, those of biases inside other blocks among them."""
+        yield from self.forms
 
     def __matmul__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
         check_names(f"{type(self).__name__} @", self.names(), other)
         result: dict[str, Tensor] = {}
-        for name, block in self.blocks.items():
-            result |= block.product(name, other)
+        for key, block in self.blocks.items():
+            for name, part in block.product(block.parameter or key, other).items():
+                result[name] = part if name not in result else result[name] + part
         return {name: result[name] for name in other}
 
     def to_dense(self, name: str) -> Tensor:
         """The block of one parameter (followed by its bias where the block holds one) as a matrix.
 
-        Shapes: `[p, p]` in the order of `parameter.flatten()`.
+        Shapes: `[p, p]` in the order of `parameter.flatten()`; of slices the sum of their blocks.
         Raises: `BadInput` for an unknown name or a block of more than 4 GiB.
         """
-        check_names(f"{type(self).__name__}.to_dense", self.blocks, [name], whole=False)
-        return self.blocks[name].to_dense(name)
+        owned = [(block.parameter or key, block) for key, block in self.blocks.items()]
+        check_names(f"{type(self).__name__}.to_dense", [key for key, _ in owned], [name], whole=False)
+        return reduce(torch.add, (block.to_dense(name) for key, block in owned if key == name))
 
 
 class Kronecker(_BlockDiagonal[KroneckerBlock]):
@@ -278,7 +301,7 @@ class Kronecker(_BlockDiagonal[KroneckerBlock]):
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
-        """The factors (A, B) of each block; (B,) alone where A is the constant 1."""
+        """The factors (A, B) of each block, (B,) alone where A is the constant 1; `w[0]`, `w[1]` are slices of `w`."""
         return {n: (b.B,) if b.A is None else (b.A, b.B) for n, b in self.blocks.items()}
 
     def inverse(self, damping: float = 0.0, exact: bool = False) -> Kronecker | EigenKronecker:
@@ -346,6 +369,12 @@ class EigenKronecker(_BlockDiagonal[EigenBlock]):
         """Logarithm of the determinant of `matrix + damping I`; −inf where that is singular."""
         check_damping("logdet", damping)
         return sum_parts((block.spectrum + damping).log().sum() for block in self.blocks.values())
+
+
+def _owners(key: str, block: _Block) -> tuple[str, ...]:
+    """The parameters that a block acts on."""
+    name = block.parameter or key
+    return (name,) if block.bias is None else (name, block.bias)
 
 
 def _trace(x: Tensor) -> Tensor:

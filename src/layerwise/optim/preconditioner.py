@@ -40,7 +40,9 @@ class _Covering(KroneckerFactors):
     def covers(self, gradient: ParameterGradient) -> bool:
         """Whether the parameter is asked for and its factors fit."""
         part = gradient.joined
-        if part is None or part.rows is None or gradient.name not in self.names:
+        if part is None or part.rows is None or part.slot is None or gradient.name not in self.names:
+            return False
+        if part.slot.used.numel() < gradient.shape.numel():  # a slice of the parameter
             return False
         rows = part.rows
         inputs = 1 if rows.a is None or not rows.a.is_floating_point() else rows.size_in

@@ -13,7 +13,7 @@ from torch import Tensor
 from layerwise.cotangents import Cotangent, Gradient
 from layerwise.coverage import Graph
 from layerwise.errors import BadInput, NoBackward
-from layerwise.gradients import Matrix, ParameterGradient
+from layerwise.gradients import ParameterGradient
 from layerwise.losses import Likelihood
 from layerwise.samples import Layout
 from layerwise.tape import Tape
@@ -36,9 +36,8 @@ class Union:
 
 @dataclass(frozen=True)
 class Context:
-    """What `finish` may read besides its values: how parameters are matrices (`needs_matrix`), and the gradient."""
+    """What `finish` may read besides its values: the gradient."""
 
-    matrices: Mapping[str, Matrix]
     gradient: Mapping[str, Tensor]
 
 
@@ -50,8 +49,6 @@ class Quantity:
     concatenate: results of several batches are concatenated along samples instead of added; one answer, or one
         for each tensor.
     stacks: results of several stacks of cotangents are concatenated along dim 1 instead of added.
-    needs_matrix: whether `finish` reads how parameters are laid out as matrices.
-    needs_partner: whether it also reads which bias belongs to which weight.
     leads: whether it is computed before the others, which can read their values off its contraction.
     revisits: whether a quantity of the gradient has a second stage in each batch: `compute` sees every parameter,
         `survey` the values of all, and `revisit` sees every parameter once more and gives the final tensors. Between
@@ -65,8 +62,6 @@ class Quantity:
     powers: tuple[float, ...] = (2,)
     concatenate: bool | tuple[bool, ...] = False
     stacks: ClassVar[bool] = False
-    needs_matrix: ClassVar[bool] = False
-    needs_partner: bool = False
     leads: ClassVar[bool] = False
     revisits: ClassVar[bool] = False
     lenient: ClassVar[bool] = False
@@ -86,6 +81,14 @@ class Quantity:
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """The quantity's tensors for one parameter and one stack of cotangents."""
+        raise NotImplementedError
+
+    def first(self) -> Quantity | None:
+        """What `accumulate` computes in a pass over the data before this quantity, or None."""
+        return None
+
+    def after(self, found: Any) -> Quantity:
+        """The quantity of the second pass, from the result of `first` over all data."""
         raise NotImplementedError
 
     def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:

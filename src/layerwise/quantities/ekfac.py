@@ -4,54 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerwise import contract
-from layerwise.cotangents import Exact, Sampled
+from layerwise import contract, grams
+from layerwise.cotangents import Cotangent, Exact, Sampled
+from layerwise.errors import BadInput
 from layerwise.gradients import ParameterGradient
+from layerwise.layouts import same_places
 from layerwise.operators.kronecker import EigenBlock, EigenKronecker, Kronecker
 from layerwise.ops.base import Rows
-from layerwise.quantities.base import Context, Union, positive
-from layerwise.quantities.kronecker import KroneckerFactors, joined_rows
+from layerwise.quantities.base import Context, Quantity, Union, positive
+from layerwise.quantities.factors import Factors, block_names, blocks_of
+from layerwise.quantities.kronecker import KroneckerFactors
 
-__all__ = ["EKFAC", "KeptRows"]
+__all__ = ["EKFAC", "Kept"]
+
+Gradients = Rows | Tensor  # of one matrix: rows, or the gradients themselves `[M,O,I]`
 
 
 @dataclass(frozen=True)
-class KeptRows:
-    """Rows held until more is known about them: a sum of terms, each weight times a quadratic function of its rows.
+class Kept:
+    """Gradients held until more is known about them: terms of a sum, each weight times a quadratic function of them.
 
     Adding joins the terms and multiplying scales their weights, so that it takes a tensor's place wherever values
     of stacks and batches are summed. The memory is that of all rows, and grows with every batch.
     """
 
-    terms: tuple[tuple[Rows, float], ...]
+    terms: tuple[tuple[tuple[Gradients, ...], float], ...]
 
-    def __add__(self, other: KeptRows) -> KeptRows:
+    def __add__(self, other: Kept) -> Kept:
         *before, (last, weight) = self.terms
         (first, its), *after = other.terms
-        if last.a is not None and first.a is not None and torch.equal(last.a, first.a):
-            first = Rows(last.a, first.g, first.size_in)  # a further stack of the same batch: hold its inputs once
-        return KeptRows((*before, (last, weight), (first, its), *after))
+        first = tuple(_sharing(mine, new) for mine, new in zip(last, first, strict=True))
+        return Kept((*before, (last, weight), (first, its), *after))
 
-    def __mul__(self, factor: float) -> KeptRows:
-        return KeptRows(tuple((rows, weight * factor) for rows, weight in self.terms))
+    def __mul__(self, factor: float) -> Kept:
+        return Kept(tuple((found, weight * factor) for found, weight in self.terms))
 
-    def __truediv__(self, divisor: float) -> KeptRows:
+    def __truediv__(self, divisor: float) -> Kept:
         return self * (1 / divisor)
 
-    def second_moment(self, block: EigenBlock) -> Tensor:
-        """`[K,O,I]`: sum of the squared per-sample gradients in the eigenbasis of a block."""
+    def spectrum(self, i: int, block: EigenBlock) -> Tensor:
+        """`[K,O,I]`: sum of the squared gradients of the i-th matrix in the eigenbasis of a block."""
         total = torch.zeros_like(block.spectrum)
-        for rows, weight in self.terms:
-            a, g = rows.a, (rows.g.transpose(2, 3) @ block.basis_out).transpose(2, 3)
-            if a is not None and block.basis_in is not None:
-                a = (a.transpose(1, 2) @ block.basis_in).transpose(1, 2)
-            total.add_(contract.second_moment(Rows(a, g, rows.size_in)), alpha=weight)
+        for found, weight in self.terms:
+            total.add_(_second_moment(found[i], block), alpha=weight)
         return total
+
+
+def _sharing(held: Gradients, new: Gradients) -> Gradients:
+    """A further stack of the same batch with the inputs that are held already."""
+    if isinstance(held, Tensor) or isinstance(new, Tensor) or held.a is None or new.a is None:
+        return new
+    return Rows(held.a, new.g, new.size_in) if torch.equal(held.a, new.a) else new
+
+
+def _second_moment(gradients: Gradients, block: EigenBlock) -> Tensor:
+    """`[K,O,I]`: sum of the squared per-sample gradients in the eigenbasis of a block."""
+    if isinstance(gradients, Tensor):
+        return block.rotate(gradients[:, None]).square_().sum(0)
+    a, g = gradients.a, (gradients.g.transpose(2, 3) @ block.basis_out).transpose(2, 3)
+    if a is not None and block.basis_in is not None:
+        rows = gradients if a.is_floating_point() else grams.written_out(gradients)
+        assert rows.a is not None
+        a = (rows.a.transpose(1, 2) @ block.basis_in).transpose(1, 2)
+    return contract.second_moment(Rows(a, g, gradients.size_in))
 
 
 class EKFAC(KroneckerFactors):
@@ -61,35 +81,123 @@ class EKFAC(KroneckerFactors):
     W[k,o,i] is (Q_B (x) Q_A) diag(S) (Q_B (x) Q_A)^T, with S[k,o,i] = sum over n, v of (Q_B^T D Q_A)^2, `[K,O,I]`,
     in place of K-FAC's b a^T, and D the gradient of sample n from the sampled root v, summed over positions and
     uses. Basis and S come from the same columns. `samples=None` takes all columns of the exact root: the basis is
-    KFLR's, and S the exact diagonal of the GGN in it.
+    KFLR's, and S the exact diagonal of the GGN in it. Forms are those of `KFAC`.
     The result is an `EigenKronecker` operator, in the units of the GGN.
 
+    basis: a `Kronecker` or `EigenKronecker` whose eigenvectors are taken in place of the batch's own; S is then exact
+    in it (an eigenbasis kept over several steps).
     Memory: the eigenbasis is known after the last backward pass only, so the rows of all parameters are held until
-    then, N·T·K·(I + V·O) numbers for each use (I counts a convolution's whole window), and more with every batch.
-    Raises UnknownLoss, SamplesMixed, BadInput, or Undefined (no row form).
+    then, N·T·K·(I + V·O) numbers for each use (I counts a convolution's whole window), and more with every batch;
+    the gradients themselves, N·V·K·O·I, of parameters of the form "gradients". With a basis nothing is held, and
+    `accumulate` makes the basis in a first pass over the data.
+    Raises UnknownLoss, SamplesMixed, or BadInput (also for a basis that lacks a parameter or has it as other matrices).
     Source: George et al. (2018), algorithm 1.
     """
 
-    powers: tuple[float, ...] = (*KroneckerFactors.powers, 1)
-
-    def __init__(self, samples: int | None = 1, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        samples: int | None = 1,
+        generator: torch.Generator | None = None,
+        basis: Kronecker | EigenKronecker | None = None,
+    ) -> None:
         self.samples = positive("EKFAC's samples", samples)
+        self.generator = generator
         super().__init__(Exact() if samples is None else Sampled(samples, generator), "expand", False)
         self.needs_samples = True
+        if basis is not None and not isinstance(basis, Kronecker | EigenKronecker):
+            raise BadInput(f"EKFAC: basis is a {type(basis).__name__}; give a Kronecker or EigenKronecker operator")
+        self.basis = basis.eigh() if isinstance(basis, Kronecker) else basis
+        self.powers = (1, 1) if basis is None else (1,)
+
+    def first(self) -> Quantity | None:
+        """The factors, whose eigenvectors are the basis."""
+        return Basis(self.cotangent) if self.basis is None else None
+
+    def after(self, found: Kronecker) -> EKFAC:
+        """The second moments in the eigenbasis of the factors."""
+        return EKFAC(self.samples, self.generator, found)
 
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
-        """What `KFAC` sums, and the rows."""
-        rows = joined_rows(gradient)
-        # the user may write to a batch's memory before the rows are read
-        held = Rows(None if rows.a is None else rows.a.clone(), rows.g, rows.size_in)
-        return *super().compute(gradient), KeptRows(((held, 1.0),))
+        """What `KFAC` sums, and the rows; with a basis the second moments in it."""
+        if self.basis is None:
+            return *super().compute(gradient), Kept(((_held(gradient), 1.0),))
+        blocks = self._basis_of(gradient)
+        if gradient.groups is not None:
+            each = zip(gradient.groups, blocks.values(), strict=True)
+            return (Spectra(tuple(blocks), tuple(_second_moment(p.rows, b) for p, b in each if p.rows)),)
+        ((name, block),) = blocks.items()
+        total = torch.zeros_like(block.spectrum)
+        for chunk in gradient.chunks():
+            total += _second_moment(grams.as_matrices(chunk, gradient.shape), block)
+        return (Spectra((name,), (total,)),)
+
+    def _basis_of(self, gradient: ParameterGradient) -> dict[str, EigenBlock]:
+        """The blocks of a parameter by name, in the order of its matrices."""
+        assert self.basis is not None
+        laid = gradient.laid()
+        names = block_names(gradient.name, laid)
+        blocks = self.basis.blocks
+        found = {name: blocks[name] for name in names if name in blocks and blocks[name].bias is None}
+        fits = len(found) == len(names) and all(
+            block.form == laid.form
+            and (block.like.dtype, block.like.device) == (gradient.like.dtype, gradient.like.device)
+            and block.shape == gradient.shape
+            and same_places(block.matrix, matrix.matrix, gradient.shape)
+            for block, matrix in zip(found.values(), laid.matrices, strict=True)
+        )
+        if not fits:
+            raise BadInput(
+                f"EKFAC: {gradient.name!r} {tuple(gradient.shape)}, {gradient.like.dtype}, has the form {laid.form!r} "
+                f"and blocks {names}, which the basis lacks, or has of another type, as other matrices or with a bias: "
+                f"{self.basis!r}"
+            )
+        return found
 
     def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> EigenKronecker:
         """The operator: both stages, now that all rows are known."""
-        basis = Kronecker(self._blocks(values, context)).eigh()
-        return EigenKronecker(
-            {name: replace(b, spectrum=values[name][-1].second_moment(b)) for name, b in basis.blocks.items()}
-        )
+        if self.basis is not None:
+            spectra = {key: s for value in values.values() for key, s in zip(*value[0], strict=True)}
+            rest = {k: b for k, b in self.basis.blocks.items() if b.parameter in values and k not in spectra}
+            known = {key: replace(self.basis.blocks[key], spectrum=s) for key, s in spectra.items()}
+            return EigenKronecker(known | {k: replace(b, spectrum=b.spectrum * 0) for k, b in rest.items()})
+        factors: dict[str, Factors] = {name: value[0] for name, value in values.items()}
+        blocks = dict(Kronecker(blocks_of(factors, False)).eigh().blocks)
+        for name, (its, kept) in values.items():
+            for i, key in enumerate(block_names(name, its.laid)):
+                blocks[key] = replace(blocks[key], spectrum=kept.spectrum(i, blocks[key]))
+        return EigenKronecker(blocks)
 
     def __repr__(self) -> str:
-        return f"EKFAC(samples={self.samples})"
+        return f"EKFAC(samples={self.samples}{'' if self.basis is None else ', basis=...'})"
+
+
+class Basis(KroneckerFactors):
+    """The factors of `EKFAC`, from parameters laid out as it lays them out."""
+
+    def __init__(self, cotangent: Cotangent) -> None:
+        super().__init__(cotangent, "expand", False)
+        self.needs_samples = True
+
+
+class Spectra(NamedTuple):
+    """Second moments of the matrices of a parameter, by block; they add, and scale, as a tensor does."""
+
+    names: tuple[str, ...]
+    values: tuple[Tensor, ...]
+
+    def __add__(self, other: Spectra) -> Spectra:  # type: ignore[override]
+        return Spectra(self.names, tuple(a + b for a, b in zip(self.values, other.values, strict=True)))
+
+    def __mul__(self, factor: float) -> Spectra:  # type: ignore[override]
+        return Spectra(self.names, tuple(value * factor for value in self.values))
+
+    def __truediv__(self, divisor: float) -> Spectra:
+        return self * (1 / divisor)
+
+
+def _held(gradient: ParameterGradient) -> tuple[Gradients, ...]:
+    """The gradients of each matrix, in memory of their own: the user may write to a batch's before they are read."""
+    if gradient.groups is None:
+        return (grams.as_matrices(gradient.per_sample(), gradient.shape),)
+    rows = [part.rows for part in gradient.groups if part.rows is not None]
+    return tuple(Rows(None if r.a is None else r.a.clone(), r.g, r.size_in) for r in rows)

@@ -33,10 +33,12 @@ class KFRA(KroneckerFactors):
     G_l = Gbar_l under a mean over the N samples, and G_l = N Gbar_l under a sum. Equal to `KFLR` at the last use, for
     one sample, and wherever J_n is the same for all samples. The result is a `Kronecker` operator.
 
+    Forms are those of `KFAC`; from "gradients", D is that of every sample n from the columns of a root of G_l / N.
+
     Between two uses there is one expectation, whatever lies between them. The average is over one batch, so a second
     backward pass in one `observe` has no result in common with the first and is refused.
     max_bytes: the largest block `[D_l, D_l]` to hold. Raises Undefined (no chain: a path around a use, a weight used
-    twice, several losses; a block over max_bytes; no row form; several batches), SamplesMixed, UnknownLoss, NonFinite,
+    twice, several losses; a block over max_bytes; several batches), SamplesMixed, UnknownLoss, NonFinite,
     BadInput.
     Source: Botev, Ritter and Barber (2017), section 3.4; Dangel et al. (2020), table 1.
     """
@@ -48,11 +50,20 @@ class KFRA(KroneckerFactors):
         self.needs_samples = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
-        """Input products, inputs (for a bias), by how many to divide them, the number of rows, the output factor."""
-        a, inputs, counts, b = super().compute(gradient)
+        """The sums of the factors of each matrix."""
+        if gradient.curvature is None:  # columns of the block's root
+            return super().compute(gradient)
+        if self.from_gradients(gradient):
+            raise Undefined(
+                f'asked for KFRA of {gradient.name!r} {tuple(gradient.shape)} with sharing="reduce", whose input '
+                'factor would be a dense matrix of its first axis; use sharing="expand", where it is diagonal'
+            )
+        (found,) = super().compute(gradient)
         if not self.joint:  # there is one batch only, so the means are final, and made in place
-            a, counts = a.div_(counts[0]), counts / counts[0]
-        return a, inputs, counts, b
+            for sums in found.sums:
+                sums.inputs.div_(sums.counts[0])
+                sums.counts.div_(sums.counts[0].clone())
+        return (found,)
 
     def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
         """The averaged blocks over the outputs, summed over positions."""

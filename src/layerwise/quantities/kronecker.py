@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise import contract
+from layerwise import contract, layouts
 from layerwise.cotangents import Cotangent, Exact, Sampled
-from layerwise.errors import BadInput, Undefined
+from layerwise.errors import BadInput
 from layerwise.gradients import ParameterGradient
-from layerwise.operators.kronecker import Kronecker, KroneckerBlock
+from layerwise.operators.kronecker import Kronecker
 from layerwise.ops.base import Rows
 from layerwise.quantities.base import Context, Quantity, Union, positive
+from layerwise.quantities.factors import Factors, Sums, blocks_of
 
-__all__ = ["KFAC", "KFLR", "KroneckerFactors", "joined_rows", "options"]
+__all__ = ["KFAC", "KFLR", "KroneckerFactors", "options"]
 
 SHARING = ("expand", "reduce")
-_MOST_INPUTS = 2**14  # of an index under "reduce", whose input factor is no longer diagonal
 
 
 class KroneckerFactors(Quantity):
@@ -29,8 +29,7 @@ class KroneckerFactors(Quantity):
     meet before they are squared). joint: a bias is a further input of its weight.
     """
 
-    powers: tuple[float, ...] = (0, 0, 0, 1)
-    needs_matrix = True
+    powers: tuple[float, ...] = (1,)
 
     def __init__(self, cotangent: Cotangent, sharing: str, joint: bool) -> None:
         if sharing not in SHARING:
@@ -39,45 +38,46 @@ class KroneckerFactors(Quantity):
         self.sharing = sharing
         self.joint = joint
         self.needs_samples = sharing == "reduce"
-        self.needs_partner = joint
 
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
-        """Sum of input products, sum of inputs (for a bias), numbers of inputs and of rows, sum of output products."""
-        rows = joined_rows(gradient)
+        """The sums of the factors of each matrix."""
+        groups, laid = gradient.groups, None
+        if groups is None or self.from_gradients(gradient):
+            laid = layouts.dense_laid(gradient.shape)
+            sums: tuple[Sums, ...] = (_of_gradients(gradient),)
+        else:
+            if not gradient.column:
+                laid = gradient.laid(self.joint)
+            sums = tuple(self._of_rows(gradient, part.rows) for part in groups if part.rows)
+        form = laid.form if laid is not None else "rows"  # of further stacks, which are added to the first
+        return (Factors(gradient.name, gradient.shape, form, sums, laid),)
+
+    def from_gradients(self, gradient: ParameterGradient) -> bool:
+        """Whether rows are there, but an index of too many inputs to meet before it is squared."""
+        return self.sharing == "reduce" and any(_long(part.rows) for part in gradient.groups or ())
+
+    def _of_rows(self, gradient: ParameterGradient, rows: Rows) -> Sums:
         size = rows.g.shape[1:3].numel()
         if self.sharing == "reduce":
-            rows = _reduced(gradient.name, rows)
+            rows = _reduced(rows)
         b = self.output_factor(gradient, rows)
         counts = b.new_tensor([rows.g.shape[1] * rows.g.shape[2], size])
         nothing = b.new_zeros(())
         if gradient.column:  # the inputs are the same for every stack of cotangents
-            return nothing, nothing, counts.new_zeros(2), b
-        inputs = nothing
-        if self.joint and rows.a is not None and rows.a.is_floating_point():
-            inputs = rows.a.sum((0, 1))
-        return contract.input_gram(rows), inputs, counts, b
+            return Sums(nothing, nothing, counts.new_zeros(2), b)
+        mean = nothing
+        if self.joint and rows.kind == "float":
+            assert rows.a is not None
+            mean = rows.a.sum((0, 1))
+        return Sums(contract.input_gram(rows), mean, counts, b)
 
     def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
         """Sum of output products over the rows, `[K,O,O]`."""
         return gradient.output_gram(rows.g)
 
-    def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> Any:
+    def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> Any:
         """The operator, with the maps of each parameter to its matrix."""
-        return Kronecker(self._blocks(values, context))
-
-    def _blocks(self, values: Mapping[str, tuple[Tensor, ...]], context: Context) -> dict[str, KroneckerBlock]:
-        blocks: dict[str, KroneckerBlock] = {}
-        pairs = _pairs(values, context) if self.joint else {}
-        inside = set(pairs.values())
-        for name, (a_sum, inputs, counts, b, *_) in values.items():
-            if name in inside:
-                continue
-            layout, bias = context.matrices[name], pairs.get(name)
-            a = None if layout.bias else a_sum if counts[0] == 1 else a_sum / counts[0]
-            if bias is not None:
-                a = _with_constant(a_sum / counts[0], inputs / counts[0])
-            blocks[name] = KroneckerBlock(a, b, layout.fold, layout.matrix, bias)
-        return blocks
+        return Kronecker(blocks_of({name: value[0] for name, value in values.items()}, self.joint))
 
 
 class KFAC(KroneckerFactors):
@@ -90,9 +90,15 @@ class KFAC(KroneckerFactors):
     B[k] = sum over n and draws of (sum_t s)(sum_t s)^T.
     A bias has A = 1; with `joint=True` it is the last input, constant 1, of the weight whose rows it is added to
     (A is `[K,I+1,I+1]`), and keeps a block of its own where one of the two is used without the other. Further uses
-    of one parameter are further positions. The result is a `Kronecker` operator.
-    Raises UnknownLoss, BadInput, Undefined (no row form), or SamplesMixed ("reduce").
-    Source: Martens and Grosse (2015), section 3; Grosse and Martens (2016); Eschenhagen et al. (2023).
+    of one parameter are further positions. The result is a `Kronecker` operator, whose `forms` say for each parameter
+    what its factors are made from:
+    "rows": as above. "slices": as above for each of the disjoint slices that its uses read, `w[0]`, `w[1]`, ...
+    "gradients", where it has no such matrix (a derived weight, a tied embedding): B = sum over n and draws of D D^T,
+    A = sum of D^T D / tr B, D the gradient of one sample and draw as a matrix [first axis, rest]; its trace is that of
+    the block. A side of more than 16384 has the diagonal of its factor.
+    Raises UnknownLoss, BadInput, SamplesMixed ("reduce" or "gradients"), or Undefined (batches of different forms).
+    Source: Martens and Grosse (2015), section 3; Grosse and Martens (2016); Eschenhagen et al. (2023); for gradients
+    Morwani et al. (2024), section 3.
     """
 
     def __init__(
@@ -116,8 +122,8 @@ class KFLR(KroneckerFactors):
 
     As `KFAC`, with the sum over draws replaced by the sum over all root columns v: its B is the expectation of
     KFAC's, and A is the same. `[K,I,I]`, `[K,O,O]`; `(C-1)` columns for C classes and each loss term of a sample.
-    Exact for a linear layer of one sample and one position. The result is a `Kronecker` operator.
-    Raises UnknownLoss, BadInput, SamplesMixed, or Undefined (no row form, or a loss without a root).
+    Exact for a linear layer of one sample and one position. The result is a `Kronecker` operator; forms as in `KFAC`.
+    Raises UnknownLoss, BadInput, SamplesMixed, or Undefined (a loss without a root, or batches of different forms).
     Source: Botev, Ritter and Barber (2017); Dangel et al. (2020), table 1.
     """
 
@@ -128,61 +134,32 @@ class KFLR(KroneckerFactors):
         return f"KFLR({options(self)[2:]})"
 
 
-def joined_rows(gradient: ParameterGradient) -> Rows:
-    """The rows of all uses of a parameter, or Undefined."""
-    part = gradient.joined
-    if part is not None and part.rows is not None:
-        return part.rows
-    uses = ", ".join(repr(p.use) for p in gradient.parts)
-    why = (
-        "uses lay it out as different matrices"
-        if all(p.rows is not None for p in gradient.parts)
-        else "value reaches them through a derived tensor or a call without row form"
-    )
-    raise Undefined(
-        f"asked for Kronecker factors of {gradient.name!r}, whose {why}: {uses}; leave the parameter out by "
-        "freezing it, or ask for a diagonal quantity"
-    )
-
-
 def options(quantity: KroneckerFactors) -> str:
     """What was asked for besides the defaults, each with a comma in front."""
     sharing = "" if quantity.sharing == "expand" else f", sharing={quantity.sharing!r}"
     return sharing + (", joint=True" if quantity.joint else "")
 
 
-def _reduced(name: str, rows: Rows) -> Rows:
+def _long(rows: Rows | None) -> bool:
+    """Whether an index would have a mean whose products no longer fit a dense matrix."""
+    return rows is not None and rows.kind == "index" and rows.size_in > layouts.LONG_SIDE
+
+
+def _reduced(rows: Rows) -> Rows:
     """One row for each sample: the mean of the inputs and the sum of the cotangents over the positions."""
     a, g = rows.a, rows.g.sum(2, keepdim=True)
     if a is None:
         return Rows(None, g, 1)
     if a.is_floating_point():
         return Rows(a.mean(1, keepdim=True), g, rows.size_in)
-    if rows.size_in > _MOST_INPUTS:
-        raise Undefined(
-            f'asked for the factors of {name!r} with sharing="reduce", whose input factor would be a dense '
-            f'{rows.size_in} x {rows.size_in} matrix; use sharing="expand", where it is diagonal'
-        )
     mean = g.new_zeros(len(a), rows.size_in)
     if a.shape[1]:
         mean.scatter_add_(1, a, g.new_full(a.shape, 1 / a.shape[1]))
     return Rows(mean[:, None, None], g, rows.size_in)
 
 
-def _pairs(values: Mapping[str, tuple[Tensor, ...]], context: Context) -> dict[str, str]:
-    """Weights and their biases: those that met in every row of both."""
-    pairs: dict[str, str] = {}
-    for name, (_, inputs, counts, *_) in values.items():
-        bias = context.matrices[name].partner
-        if bias is None or bias not in values or not inputs.dim() or bias in pairs.values():
-            continue
-        if bool(values[bias][2][1] == counts[1]):
-            pairs[name] = bias
-    return pairs
-
-
-def _with_constant(a: Tensor, mean: Tensor) -> Tensor:
-    """The mean of `(a, 1)(a, 1)^T`, `[K,I+1,I+1]`, from those of a a^T and a."""
-    top = torch.cat([a, mean[:, :, None]], 2)
-    bottom = torch.cat([mean, mean.new_ones(len(mean), 1)], 1)
-    return torch.cat([top, bottom[:, None]], 1)
+def _of_gradients(gradient: ParameterGradient) -> Sums:
+    """The sums of D D^T and D^T D, with their common trace."""
+    outputs, inputs = gradient.dense_grams()
+    trace = outputs.diagonal(dim1=1, dim2=2).sum()
+    return Sums(inputs, trace.new_zeros(()), torch.stack([trace, torch.zeros_like(trace)]), outputs)

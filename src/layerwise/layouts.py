@@ -1,0 +1,166 @@
+"""How the tensor that a use reads is a matrix, and where that matrix lies in its parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.ops.base import Slot
+from layerwise.views import Map
+
+__all__ = [
+    "LONG_SIDE",
+    "Laid",
+    "Matrix",
+    "dense_laid",
+    "dense_matrix",
+    "dense_sides",
+    "grouped",
+    "hollow",
+    "maps",
+    "rest_of",
+    "same_places",
+]
+
+LONG_SIDE = 2**14  # of a matrix of per-sample gradients, beyond which its factor is a diagonal
+
+
+class Matrix(NamedTuple):
+    """How a parameter, or a slice of it, is a matrix `[K,O,I]`. Holds no data.
+
+    fold: `[..., K,O,I]` to `[..., *shape]`, zero outside the slice; matrix: its left inverse.
+    bias: where its inputs are the constant 1. partner: the bias that all its uses add to its rows, where known.
+    """
+
+    fold: Map
+    matrix: Map
+    bias: bool
+    partner: str | None = None
+
+
+class Laid(NamedTuple):
+    """How a parameter's gradient gives Kronecker factors, one pair for each of its matrices.
+
+    form: "rows", the inputs and cotangents of its uses as one matrix; "slices", those of uses that read disjoint
+    slices of it; "gradients", the gradients of single samples. rest: the elements that no use reads, or None.
+    """
+
+    form: str
+    matrices: tuple[Matrix, ...]
+    rest: Matrix | None = None
+
+    def same(self, other: Laid, shape: torch.Size) -> bool:
+        """Whether both have the same form and the same matrices."""
+        if self.form != other.form or len(self.matrices) != len(other.matrices):
+            return False
+        pairs = zip(self.matrices, other.matrices, strict=True)
+        return all(same_places(one.matrix, two.matrix, shape) for one, two in pairs)
+
+
+# -- matrices -----------------------------------------------------------------------------------------------
+
+
+def maps(slot: Slot, view: tuple[Map, Map]) -> tuple[Map, Map]:
+    """Maps from a slot's matrix to the parameter and back; view: those from the used tensor."""
+    to_parameter, from_parameter = view
+    return lambda w: to_parameter(slot.fold(w)), lambda p: slot.matrix(from_parameter(p))
+
+
+def hollow(slot: Slot) -> Slot:
+    """A copy of a slot that keeps shapes alone, for `fold` and `matrix`."""
+    empty = copy(slot)
+    for key, value in vars(slot).items():
+        if isinstance(value, Tensor):
+            setattr(empty, key, torch.empty(value.shape, device="meta"))
+        elif callable(value) or (isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value)):
+            setattr(empty, key, None)
+    return empty
+
+
+def grouped(matrices: Sequence[Map], shape: torch.Size) -> list[list[int]] | None:
+    """Which of several maps `matrix` of a parameter are the same; None where two that differ share an element."""
+    if len(matrices) == 1:
+        return [[0]]
+    elements = torch.arange(shape.numel()).reshape(shape)
+    places = [matrix(elements) for matrix in matrices]
+    groups: list[list[int]] = []
+    for i, mine in enumerate(places):
+        for group in groups:
+            if torch.equal(places[group[0]], mine):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    if len(groups) > 1:
+        shown = torch.cat([places[group[0]].flatten() for group in groups])
+        if len(shown.unique()) < len(shown):
+            return None
+    return groups
+
+
+def same_places(one: Map, other: Map, shape: torch.Size) -> bool:
+    """Whether two maps `matrix` of a parameter are the same."""
+    mine, its = _as_view(one, shape), _as_view(other, shape)
+    if mine is not None and mine == its:
+        return True
+    elements = torch.arange(shape.numel()).reshape(shape)
+    return torch.equal(one(elements), other(elements))
+
+
+def _as_view(matrix: Map, shape: torch.Size) -> tuple[Any, ...] | None:
+    """Shape, strides and offset of a map's result where that is a view of what it gets."""
+    memory = torch.empty(shape, device="meta")
+    found = matrix(memory)
+    return (found.shape, found.stride(), found.storage_offset()) if found._base is memory else None
+
+
+def rest_of(matrices: Sequence[Matrix], shape: torch.Size) -> Matrix | None:
+    """The elements of a parameter that stand in none of the matrices, as `[1,1,I]`; None where there are none."""
+    elements = torch.arange(shape.numel()).reshape(shape)
+    missing = torch.ones(shape.numel(), dtype=torch.bool)
+    for matrix in matrices:
+        missing[matrix.matrix(elements).flatten()] = False
+    if not missing.any():
+        return None
+    index = missing.nonzero()[:, 0]
+
+    def fold(w: Tensor) -> Tensor:
+        lead = w.shape[:-3]
+        return (
+            w.new_zeros(*lead, shape.numel()).index_copy_(-1, index.to(w.device), w.flatten(-3)).view((*lead, *shape))
+        )
+
+    return Matrix(fold, lambda p: p.reshape(1, 1, -1)[..., index.to(p.device)], False)
+
+
+def dense_sides(shape: torch.Size) -> tuple[int, int, bool]:
+    """(O, I, turned) of `dense_matrix`: whether I runs over the first axis."""
+    rows = shape[0] if shape else 1
+    columns = shape[1:].numel() if shape else 1
+    if rows > max(columns, LONG_SIDE):
+        return columns, rows, True
+    return rows, columns, False
+
+
+def dense_matrix(shape: torch.Size) -> Matrix:
+    """A parameter as one matrix `[1,O,I]`, the first axis by the rest; a vector is a column.
+
+    A matrix with a side over `LONG_SIDE` has the longer one for I.
+    """
+    o, i, turned = dense_sides(shape)
+    if turned:
+        return Matrix(
+            lambda w: w.transpose(-1, -2).reshape((*w.shape[:-3], *shape)),
+            lambda p: p.reshape(1, i, o).transpose(1, 2),
+            False,
+        )
+    return Matrix(lambda w: w.reshape((*w.shape[:-3], *shape)), lambda p: p.reshape(1, o, i), i == 1)
+
+
+def dense_laid(shape: torch.Size) -> Laid:
+    """The form of a parameter whose factors are made from the gradients of single samples."""
+    return Laid("gradients", (dense_matrix(shape),))
