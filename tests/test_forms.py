@@ -16,9 +16,9 @@ from zoo.parts import Apply, Mean, leaf
 
 import layerwise as lw
 from layerwise import errors, layouts
-from layerwise.layouts import view_maps
 from layerwise.operators import EigenKronecker, Kronecker, KroneckerBlock
 from layerwise.quantities import EKFAC, KFAC, KFLR, PerSampleGrad, Quantity, SecondMoment, SqrtGGN
+from layerwise.views import view_maps
 
 pytestmark = pytest.mark.usefixtures("float64")
 
