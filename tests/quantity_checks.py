@@ -94,7 +94,8 @@ class Truth:
     @cached_property
     def max_norm(self) -> float:
         """A clip at which some samples are clipped and, but for single samples, some are not."""
-        return float(oracle.total(oracle.squared_norm(self.grads)).sqrt().median()) * 0.9
+        norms = oracle.total(oracle.squared_norm(self.grads)).sqrt()
+        return float(norms[norms > 0].median()) * 0.9
 
     @cached_property
     def jacobian(self) -> Tensor:

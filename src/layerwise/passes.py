@@ -263,6 +263,8 @@ class Pass:
         if not quantity.covers(gradient):
             return
         new = quantity.compute(gradient)
+        if isinstance(quantity.cotangent, Gradient):
+            new = tuple(_own(t, gradient) for t in new)
         if quantity.stacks:
             self._stacks.setdefault(i, {}).setdefault(name, []).append(new)
         else:
@@ -301,6 +303,14 @@ def _chunk_size(graph: Graph) -> int:
     """Columns sent back at once: as many as the uses' cotangents fit in the cache's neighbourhood."""
     elements = sum(use.call.out_shape.numel() for use in graph.uses)
     return max(1, _COTANGENT_ELEMENTS // max(1, elements))
+
+
+def _own(t: Tensor, gradient: ParameterGradient) -> Tensor:
+    """The tensor in memory of its own: the cotangent of one sample can become `.grad`, which is added to in place."""
+    held = [part.dense if part.rows is None else part.rows.g for part in gradient.parts]
+    storage = t.untyped_storage()._cdata  # not its data_ptr, which would end a lazy copy
+    shared = any(isinstance(g, Tensor) and g.untyped_storage()._cdata == storage for g in held)
+    return t.clone() if shared and t.numel() <= gradient.shape.numel() else t
 
 
 def _untold(likelihoods: Sequence[Likelihood]) -> str | None:

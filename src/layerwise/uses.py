@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from layerwise.errors import BadInput, SlowPath
 from layerwise.ops.base import Call, Slot
 
 __all__ = ["Derived", "LossUse", "OwnUse", "Use", "bad_call", "boundary_of", "describe_func", "named_parameters_of"]
+
+_INTERNAL = {"layerwise", "torch", "contextlib", "functools"}
 
 
 class Derived(NamedTuple):
@@ -73,7 +76,7 @@ class Use:
                     f"{describe_func(self.call.func)} of {', '.join(self.names)} has no row form: its per-sample "
                     "gradients are exact, but take one vector-Jacobian product a sample",
                     SlowPath,
-                    stacklevel=2,
+                    stacklevel=_callers_level(),
                 )
         return self._slots
 
@@ -84,6 +87,14 @@ class Use:
 
     def __repr__(self) -> str:
         return f"Use {self.index}: {describe_func(self.call.func)} of {', '.join(self.names)}"
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of a warning from the function that calls this, for it to name the user's line."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INTERNAL:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class LossUse(NamedTuple):
