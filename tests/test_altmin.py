@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import layerwise as lw
 from layerwise.errors import BadInput, Undefined
+from layerwise.local.closed import prox_step
 from layerwise.local.codes import CodeStep, sweep
 from layerwise.local.problem import LocalProblem, local_gradient
-from layerwise.local.solvers import prox_step
 from layerwise.operators.ridge import coordinate_descent, ridge
 from layerwise.replay import CodedModel
 

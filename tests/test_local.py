@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local import solvers, tf_rmsprop
+from layerwise.local import steps as solvers
+from layerwise.local import tf_rmsprop
 from layerwise.local import transfer as tr
+from layerwise.local.closed import prox_step, spectral_step
 from layerwise.local.problem import LocalProblem, local_gradient, local_loss, predict, target_m, target_s
-from layerwise.local.solvers import Workspace, linear_floor, local_steps, prox_step, row_slices, spectral_step
+from layerwise.local.steps import Workspace, linear_floor, local_steps, row_slices
 from layerwise.local.tf_rmsprop import TFRMSProp, tf_rmsprop_update
 from layerwise.local.transfer import IDENTITY, RELU, SOFTMAX, TANH, Transfer
 

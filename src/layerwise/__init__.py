@@ -1,6 +1,6 @@
 """Layerwise: more than the gradient, and learning layer by layer, from one run of a PyTorch model."""
 
-from layerwise import errors, optim
+from layerwise import errors, local, optim
 from layerwise.accumulate import accumulate
 from layerwise.losses import as_loss
 from layerwise.observe import observe
@@ -60,6 +60,7 @@ __all__ = [
     "accumulate",
     "as_loss",
     "errors",
+    "local",
     "observe",
     "optim",
 ]

@@ -10,6 +10,7 @@ __all__ = [
     "NonFinite",
     "SamplesMixed",
     "SlowPath",
+    "SquaredInstead",
     "UncoveredUse",
     "Undefined",
     "UnknownLoss",
@@ -59,3 +60,7 @@ class NoBackward(LayerwiseError, AttributeError):
 
 class SlowPath(UserWarning):
     """A result is exact, but a call without row form makes it slow; said once for each call and parameters."""
+
+
+class SquaredInstead(UserWarning):
+    """A layer's transfer function has no matching loss, so LocoProp-M takes the squared one; said once a function."""

@@ -1,3 +1,60 @@
-"""Local problems of layers: transfer functions, targets, losses and solvers."""
+"""Local problems of layers: transfer functions, targets, regularizers and solvers, as values to choose from."""
 
 from __future__ import annotations
+
+from layerwise.local.problem import LocalProblem, Pull, local_gradient, local_loss
+from layerwise.local.regularizers import Elastic, Proximal, WeightDecay
+from layerwise.local.solvers import Anderson, ConjugateGradient, LocalSteps, Newton, ProximalSolve, Spectral
+from layerwise.local.targets import GradientStep, Mirror
+from layerwise.local.tf_rmsprop import TFRMSProp
+from layerwise.local.transfer import (
+    ARCTAN,
+    ELU,
+    HARD_TANH,
+    IDENTITY,
+    RELU,
+    RELU_SQUARED,
+    SIGMOID,
+    SOFTMAX,
+    SOFTPLUS,
+    TANH,
+    Transfer,
+    elu,
+    hard_tanh,
+    leaky_relu,
+    softplus,
+)
+
+__all__ = [
+    "ARCTAN",
+    "ELU",
+    "HARD_TANH",
+    "IDENTITY",
+    "RELU",
+    "RELU_SQUARED",
+    "SIGMOID",
+    "SOFTMAX",
+    "SOFTPLUS",
+    "TANH",
+    "Anderson",
+    "ConjugateGradient",
+    "Elastic",
+    "GradientStep",
+    "LocalProblem",
+    "LocalSteps",
+    "Mirror",
+    "Newton",
+    "Proximal",
+    "ProximalSolve",
+    "Pull",
+    "Spectral",
+    "TFRMSProp",
+    "Transfer",
+    "WeightDecay",
+    "elu",
+    "hard_tanh",
+    "leaky_relu",
+    "local_gradient",
+    "local_loss",
+    "softplus",
+]

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from layerwise.local.record import Layer, Recorded, is_finite
+from layerwise.local.layers import Layer
+from layerwise.local.problem import contract
+from layerwise.local.record import Recorded, is_finite
 from layerwise.uses import Use
 
 __all__ = ["first_bad_call", "unsafe"]
@@ -27,11 +29,12 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
         return first_bad_call(recorded.tape.uses) or "the loss"
     places: list[str] = []
     tensors: list[Tensor] = []
-    for layer in recorded.layers:
-        data = layer.data()
-        places += [f"the input of {layer.name}"] * len(data)
-        places += [layer.name, f"the cotangent at the output of {layer.name}"]
-        tensors += [*data, layer.weight.used, recorded.cotangents[layer.use.index]]
+    parts = [part for layer in recorded.layers for part in layer.parts]
+    for part in parts:
+        data = [t for t in part.data() if t.is_floating_point()]
+        places += [f"the input of {part.name}"] * len(data)
+        places += [part.name, f"the cotangent at the output of {part.name}"]
+        tensors += [*data, part.weight.used, recorded.cotangents[part.use.index]]
     for name, g in recorded.gradients.items():
         places.append(f"the gradient of {name}")
         tensors.append(g)
@@ -40,10 +43,12 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
         if not norm < float("inf"):
             return place
     left = iter(norms)
-    for layer in recorded.layers:
-        a = sum(next(left) for _ in layer.data())
-        w, back, factor, most = next(left), next(left), gamma(layer.name), _most(layer.weight.used)
-        if max(a, 1.0) * max(w, back * factor) * MARGIN > most and (found := _overflow(recorded, layer, factor)):
+    for part in parts:
+        a = sum(next(left) for t in part.data() if t.is_floating_point())
+        # the rows are no data of the call: indices, or a norm's normalised input
+        a += part.use.call.out_shape.numel() ** 0.5 if part.weight.indexed or part.weight.elementwise else 0.0
+        w, back, factor, most = next(left), next(left), gamma(part.name), _most(part.weight.used)
+        if max(a, 1.0) * max(w, back * factor) * MARGIN > most and (found := _overflow(recorded, part, factor)):
             return found
     for (name, rest), norm in zip(recorded.gradients.items(), left, strict=True):
         factor = gamma(name)
@@ -92,7 +97,7 @@ def _overflow(recorded: Recorded, layer: Layer, factor: float) -> str | None:
     if not is_finite(layer.output()):
         return f"the output of {layer.name}"
     g = layer.rows(recorded.cotangents[layer.use.index]) * factor
-    gradient = torch.einsum("rko,rki->koi", g, layer.input())
+    gradient = contract(g, layer.input(), layer.weight.matrix(layer.weight.used.detach()).shape[-1])
     if not (is_finite(g) and is_finite(gradient.square()) and is_finite(g.sum(0).square())):
         return f"the square of the gradient of {layer.name}"
     return None

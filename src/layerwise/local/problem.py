@@ -1,6 +1,6 @@
 """One layer's local problem: fit its outputs to targets, with its inputs frozen.
 
-    min over W, b of   Σ_r D(W a_r + b, target_r) + (‖W − W₀‖² + ‖b − b₀‖²) / 2η
+    min over W, b of   Σ_r D(W a_r + b, target_r) + Σ_j c_j/2 (‖W − C_j‖² + ‖b − d_j‖²)
 
 The layer is a grouped linear map on rows, `Z[r,k,o] = Σ_i W[k,o,i] A[r,k,i] + b[k,o]`, where the rows `r`
 are samples times positions. With `G = ∂L/∂Z` of the batch loss L as written, sums over rows are sums
@@ -19,19 +19,40 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.transfer import IDENTITY, Transfer
 
-__all__ = ["Clip", "LocalProblem", "local_gradient", "local_loss", "predict", "target_m", "target_s"]
+__all__ = [
+    "Clip", "LocalProblem", "Pull", "contract", "lean", "local_gradient", "local_loss", "predict", "product",
+    "target_m", "target_s",
+]  # fmt: skip
 
 Clip = Literal["range", "bounded"] | None
+
+
+@dataclass(frozen=True)
+class Pull:
+    """One quadratic term of a local problem, `strength/2 (‖W − weight‖² + ‖b − bias‖²)`.
+
+    weight `[K,O,I]` and bias `[K,O]` are the centre; None stands for the starting weights. Raises BadInput for a
+    strength that is negative, or no finite number.
+    """
+
+    strength: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < float("inf"):
+            raise BadInput(f"a term strength/2 ‖W − centre‖² needs a finite strength ≥ 0: got {self.strength}")
 
 
 @dataclass(frozen=True)
 class LocalProblem:
     """The inputs, targets and loss of one layer, and the weights to start from.
 
-    a: `[R,K,I]` input rows. weight: `[K,O,I]`; bias: `[K,O]` or None. target: `[R,K,O]`.
+    a: `[R,K,I]` input rows; or int64 `[R]`, the only input that is 1 (a table that is looked up, K = 1).
+    weight: `[K,O,I]`; bias: `[K,O]` or None. target: `[R,K,O]`.
     transfer: the identity gives the squared loss `½‖z − y‖²` of LocoProp-S, the layer's own transfer
     function the matching loss `F(z) − y·z` of LocoProp-M.
-    prox: η of the proximal term, or None for no such term.
+    prox: η of the proximal term `(‖W − W₀‖² + ‖b − b₀‖²)/2η`, or None for no such term. pulls: further quadratic terms.
     g, gamma: where the targets came from a backward pass, its cotangent `[R,K,O]` and γ, so that
     `f(z) − target = γ g` at the starting weights; the first step then needs no forward product.
     Leave `g` out where targets were clipped. rest: `[R,K,O]`, terms of the layer's output that stay as they are,
@@ -48,12 +69,23 @@ class LocalProblem:
     g: Tensor | None = None
     gamma: float = 1.0
     rest: Tensor | None = None
+    pulls: tuple[Pull, ...] = ()
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the input rows are given as indices."""
+        return not self.a.is_floating_point()
+
+    @property
+    def stiffness(self) -> float:
+        """The curvature `1/η + Σ_j c_j` of the quadratic terms."""
+        return sum((pull.strength for pull in self.pulls), 0.0 if self.prox is None else 1 / self.prox)
 
     def __post_init__(self) -> None:
         k, o, i = self.weight.shape if self.weight.dim() == 3 else (-1, -1, -1)
         r = self.a.shape[0]
         fits = (
-            self.a.shape == (r, k, i)
+            self.a.shape == ((r,) if self.indexed and k == 1 else (r, k, i))
             and self.target.shape == (r, k, o)
             and (self.bias is None or self.bias.shape == (k, o))
             and all(t is None or t.shape == (r, k, o) for t in (self.g, self.rest))
@@ -98,11 +130,23 @@ def target_m(
     return transfer.project(target) if two_sided or clip == "range" else target
 
 
+def product(a: Tensor, weight: Tensor) -> Tensor:
+    """`Σ_i W[k,o,i] a[r,k,i]`, `[R,K,O]`."""
+    return torch.einsum("rki,koi->rko", a, weight) if a.is_floating_point() else weight.mT[:, a].transpose(0, 1)
+
+
+def contract(delta: Tensor, a: Tensor, size_in: int) -> Tensor:
+    """`Σ_r δ[r,k,o] a[r,k,i]`, `[K,O,I]`: the adjoint of `product`."""
+    if a.is_floating_point():
+        return torch.einsum("rko,rki->koi", delta, a)
+    return delta.new_zeros(size_in, delta.shape[-1]).index_add_(0, a, delta[:, 0]).t().unsqueeze(0)
+
+
 def predict(problem: LocalProblem, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """The layer's outputs before the transfer function, `[R,K,O]`, at given or starting weights."""
     weight = problem.weight if weight is None else weight
     bias = problem.bias if bias is None else bias
-    z = torch.einsum("rki,koi->rko", problem.a, weight)
+    z = product(problem.a, weight)
     z = z if bias is None else z + bias
     return z if problem.rest is None else z + problem.rest
 
@@ -110,16 +154,34 @@ def predict(problem: LocalProblem, weight: Tensor | None = None, bias: Tensor | 
 def local_loss(problem: LocalProblem, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """The local objective at given weights, a scalar, by its definition: the oracle of the solvers.
 
-        Σ_r [F(z_r) − y_r·z_r] + (‖W − W₀‖² + ‖b − b₀‖²)/2η        (summed over rows, divided by nothing)
+        Σ_r [F(z_r) − y_r·z_r] + Σ_j c_j/2 (‖W − C_j‖² + ‖b − d_j‖²)        (summed over rows, divided by nothing)
 
     The term F*(y), constant in the weights, is left out: it is infinite for a target out of range.
     """
     loss = problem.transfer.matching(predict(problem, weight, bias), problem.target).sum()
-    if problem.prox is not None:
-        for new, old in ((weight, problem.weight), (bias, problem.bias)):
-            if new is not None and old is not None:
-                loss = loss + (new - old).square().sum() / (2 * problem.prox)
+    pulls = problem.pulls if problem.prox is None else (Pull(1 / problem.prox), *problem.pulls)
+    for pull in pulls:
+        for new, old, centre in ((weight, problem.weight, pull.weight), (bias, problem.bias, pull.bias)):
+            at, around = old if new is None else new, old if centre is None else centre
+            if at is not None and around is not None:
+                loss = loss + (at - around).square().sum() * (pull.strength / 2)
     return loss
+
+
+def lean(problem: LocalProblem) -> tuple[Tensor, Tensor | None] | None:
+    """The gradient `Σ_j c_j (W₀ − C_j)` of the quadratic terms at the starting weights; None where it is zero."""
+    found: list[Tensor | None] = []
+    for start, centres in (
+        (problem.weight, [(p.strength, p.weight) for p in problem.pulls]),
+        (problem.bias, [(p.strength, p.bias) for p in problem.pulls]),
+    ):
+        terms = [c * (start - centre) for c, centre in centres if start is not None and centre is not None]
+        found.append(torch.stack(terms).sum(0) if terms else None)
+    dw, db = found
+    if dw is None and db is None:
+        return None
+    dw = torch.zeros_like(problem.weight) if dw is None else dw
+    return dw, torch.zeros_like(problem.bias) if db is None and problem.bias is not None else db
 
 
 def local_gradient(
@@ -130,11 +192,14 @@ def local_gradient(
     `δ = f(z) − target`, `dW = Σ_r δ_r a_rᵀ`, `db = Σ_r δ_r`: no derivative of f (LocoProp, equation 7).
     """
     delta = problem.transfer.f(predict(problem, weight, bias)) - problem.target
-    dw = torch.einsum("rko,rki->koi", delta, problem.a)
+    dw = contract(delta, problem.a, problem.weight.shape[-1])
     db = None if problem.bias is None else delta.sum(0)
-    if problem.prox is not None:
-        if weight is not None:
-            dw = dw + (weight - problem.weight) / problem.prox
-        if db is not None and bias is not None:
-            db = db + (bias - problem.bias) / problem.prox  # type: ignore[operator]
+    leaning, stiffness = lean(problem), problem.stiffness
+    if leaning is not None:
+        dw = dw + leaning[0]
+        db = None if db is None or leaning[1] is None else db + leaning[1]
+    if stiffness:
+        dw = dw if weight is None else dw + stiffness * (weight - problem.weight)
+        if db is not None and bias is not None and problem.bias is not None:
+            db = db + stiffness * (bias - problem.bias)
     return dw, db

@@ -1,365 +1,227 @@
-"""Solvers of a layer's local problem: local steps of any optimizer, and closed forms for the squared loss."""
+"""Solvers of a layer's local problem, as values: each is a function `problem -> (ΔW, Δb)`, and changes nothing.
+
+Any function of that form is a solver. `LocalSteps` alone has state, its optimizer's; called by itself it starts afresh.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import LocalProblem, predict
+from layerwise.local.closed import Side, largest_curvature, prox_step, spectral_step
+from layerwise.local.descent import anderson, conjugate_gradient, newton
+from layerwise.local.problem import LocalProblem
+from layerwise.local.steps import Form, Schedule, constant, linear_floor, local_steps
 from layerwise.local.tf_rmsprop import TFRMSProp
-from layerwise.operators.ridge import ridge
 
 __all__ = [
-    "Workspace", "constant", "linear_floor", "linear_steps", "local_steps", "prox_step", "row_slices", "spectral_step",
+    "Anderson", "ConjugateGradient", "LocalSteps", "Newton", "ProximalSolve", "Solver", "Spectral", "default_lr",
+    "name_of", "share_of",
 ]  # fmt: skip
 
-Form = Literal["auto", "plain", "gram"]
-Side = Literal["auto", "inputs", "rows"]
-Schedule = Callable[[int, int], float]
-Cut = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Update = tuple[Tensor, Tensor | None]
+Solver = Callable[[LocalProblem], Update]
+_SCHEDULES: dict[str, Schedule] = {"linear_floor": linear_floor, "constant": constant}
 
 
-def linear_floor(t: int, steps: int) -> float:
-    """The published factor of the local rate at step t of `steps`: `max(1 − t/T, 0.25)`."""
-    return max(1 - t / steps, 0.25)
+@dataclass(frozen=True)
+class LocalSteps:
+    """T steps of a first-order optimizer: LocoProp as published.
 
-
-def constant(t: int, steps: int) -> float:
-    """The factor 1 at every step."""
-    return 1.0
-
-
-class Workspace:
-    """Scratch memory for layers solved one after another: a flat buffer per name, grown as needed."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An uninitialised tensor of a shape, with the type and device of `like`."""
-        key, size = (name, like.dtype, like.device), torch.Size(shape).numel()
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < size:
-            flat = self._flat[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return flat[:size].view(shape)
-
-
-def row_slices(total: int, rows: int, step: int, offset: int = 0) -> list[tuple[int, int]]:
-    """The rows of local step number `step`, as one or (where they wrap around) two ranges `(low, high)`.
-
-    Consecutive steps take consecutive slices, cyclically. A shuffled minibatch makes them random; a
-    uniform `offset` makes each row's chance exactly rows/total, so the scaled gradient is unbiased.
+    steps: T. optimizer: TFRMSProp, any class of `torch.optim`, or a function from parameter groups and `lr=` to an
+    optimizer (`functools.partial(torch.optim.Adam, betas=(0.8, 0.9))`); its rate is the parameter group's `lr`.
+    rows: rows for each step, a number, "all", or "auto" for R/T, rounded up, with a matching loss and all with the
+    squared one. schedule: what the local rate is multiplied by at step t of T, "linear_floor" (`max(1 − t/T, 1/4)`),
+    "constant" or a function of both. state: "persistent" from batch to batch, or "fresh" at each. form: as in
+    `local_steps`.
+    Raises BadInput for settings that cannot be.
     """
-    low = (offset + step * rows) % total
-    high = low + rows
-    return [(low, high)] if high <= total else [(low, total), (0, high - total)]
+
+    steps: int = 10
+    optimizer: Callable[..., torch.optim.Optimizer] = TFRMSProp
+    rows: int | Literal["auto", "all"] = "auto"
+    schedule: Schedule | Literal["linear_floor", "constant"] = "linear_floor"
+    state: Literal["persistent", "fresh"] = "persistent"
+    form: Form = "auto"
+
+    def __post_init__(self) -> None:
+        counts = [self.steps] if self.rows in ("auto", "all") else [self.steps, self.rows]
+        if not all(isinstance(n, int) and n >= 1 for n in counts):
+            raise BadInput(f"LocalSteps needs whole steps ≥ 1, and whole rows ≥ 1, 'all' or 'auto'; got {self}")
+        if not (callable(self.schedule) or self.schedule in _SCHEDULES):
+            raise BadInput(
+                f"LocalSteps knows the schedules {', '.join(_SCHEDULES)}, or a function of t and T; got {self}"
+            )
+        if self.state not in ("persistent", "fresh") or self.form not in ("auto", "plain", "gram"):
+            raise BadInput(f'LocalSteps has state "persistent" or "fresh", form "auto", "plain" or "gram"; got {self}')
+        if not callable(self.optimizer):
+            raise BadInput(f"LocalSteps needs an optimizer class, or a function that makes one; got {self.optimizer!r}")
+
+    @property
+    def rule(self) -> Schedule:
+        """The schedule as a function."""
+        return _SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
+
+    def __call__(self, problem: LocalProblem, lr: float | None = None) -> Update:
+        """The movement after T steps of a new optimizer at a rate, its own by default."""
+        start = problem
+        problem = replace(
+            problem, weight=problem.weight.clone(), bias=None if problem.bias is None else problem.bias.clone()
+        )
+        params = [p for p in (problem.weight, problem.bias) if p is not None]
+        optimizer = self.optimizer([{"params": [p]} for p in params], lr=_own_lr(self.optimizer) if lr is None else lr)
+        rows = share_of(problem, self.rows, self.steps)
+        local_steps(problem, optimizer, self.steps, rows=rows, form=self.form, schedule=self.rule)
+        moved = [new - old for new, old in zip(params, (start.weight, start.bias), strict=False) if old is not None]
+        return moved[0], moved[1] if len(moved) > 1 else None
 
 
-@torch.no_grad()
-def local_steps(
-    problem: LocalProblem,
-    optimizer: torch.optim.Optimizer,
-    steps: int = 10,
-    *,
-    rows: int | None = None,
-    form: Form = "auto",
-    schedule: Schedule = linear_floor,
-    scale: float = 1.0,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    fold: Callable[[Tensor], Tensor] | None = None,
-    generator: torch.Generator | None = None,
-    workspace: Workspace | None = None,
-) -> None:
-    """Take T steps of an optimizer on one layer's local problem, in place.
+def share_of(problem: LocalProblem, rows: int | str, steps: int) -> int | None:
+    """The number of rows for each of T steps; None for all."""
+    if rows == "auto":
+        return None if problem.transfer.is_squared else -(-problem.a.shape[0] // steps)
+    return None if rows == "all" else int(rows)
 
-    The optimizer owns `weight` and `bias`, the parameters in their own shapes, of which `problem.weight`
-    and `problem.bias` are views (the default: these tensors themselves). `fold` carries a gradient `[K,O,I]`
-    to the shape of `weight`; default, a reshape. The optimizer's state lives on from batch to batch. It may
-    own other parameters if their `.grad` is None. Its rates are multiplied by `schedule(t, T)` and, as the
-    `.grad`s, put back at the end.
 
-    rows: None for all R rows at every step, or the number of rows each step takes for itself
-    (`row_slices`, with a random offset from `generator` if given), its gradient multiplied by R/rows;
-    R or more means all. With rows = R/T all T steps cost 4/6 of an ordinary training step.
-    scale: multiplies the whole objective; 1/γ makes the first gradient backprop's own.
-    form: "plain" runs rows through the layer; "gram", for the squared loss on all rows alone, takes
-    `g_t = γG + (W_t − W₀)AᵀA`, the same steps up to rounding; "auto" the one with fewer operations.
-    Raises BadInput for an impossible form, rows or steps below 1, or tensors that share no memory.
+@dataclass(frozen=True)
+class ProximalSolve:
+    """The squared problem with its quadratic terms solved exactly, by Cholesky: see `prox_step`.
+
+    eta: η of a proximal term of its own, in place of the problem's. side: "inputs" (I x I), "rows" (R x R,
+    push-through) or the smaller one.
     """
-    if steps < 1 or (rows is not None and rows < 1):
-        raise BadInput(f"local_steps needs steps ≥ 1 and rows ≥ 1 (or None): got steps={steps}, rows={rows}")
-    weight = problem.weight if weight is None else weight
-    bias = problem.bias if bias is None else bias
-    _check_shared("weight", weight, problem.weight)
-    _check_shared("bias", bias, problem.bias)
-    total = problem.a.shape[0]
-    rows = total if rows is None else min(rows, total)
-    workspace = Workspace() if workspace is None else workspace
-    layer = _Layer(problem, workspace, scale)
-    if _use_gram(problem, form, rows, steps):
-        gradients = layer.gram(steps)
-    else:
-        offset = 0
-        if generator is not None and rows < total:
-            offset = int(torch.randint(total, (), generator=generator, device=generator.device))
-        gradients = layer.plain(steps, rows, offset)
-    grad_w = layer.dw.reshape(weight.shape) if fold is None else fold(layer.dw)
-    grad_b = None if bias is None else layer.db.view(bias.shape)  # type: ignore[union-attr]
-    # a view of the scratch serves all steps; torch's fused optimizers need it contiguous as the weight is
-    serves = grad_w.untyped_storage().data_ptr() == layer.dw.untyped_storage().data_ptr()
-    serves &= grad_w.is_contiguous() or not weight.is_contiguous()
-    with _stepping(optimizer, [weight] if bias is None else [weight, bias], steps, schedule) as step:
-        weight.grad = grad_w
-        if bias is not None:
-            bias.grad = grad_b
-        for t, _ in enumerate(gradients):
-            if not serves and fold is not None:
-                weight.grad = fold(layer.dw).contiguous()
-            step(t)
+
+    eta: float | None = None
+    side: Side = "auto"
+    squared_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check(self, self.eta is None or 0 < self.eta < math.inf, "eta > 0 or None")
+        _check(self, self.side in ("auto", "inputs", "rows"), 'side "auto", "inputs" or "rows"')
+
+    def __call__(self, problem: LocalProblem) -> Update:
+        """`(ΔW, Δb)`."""
+        return prox_step(problem if self.eta is None else replace(problem, prox=self.eta), self.side)
 
 
-@torch.no_grad()
-def linear_steps(
-    p: Tensor, g: Tensor, optimizer: torch.optim.Optimizer, steps: int, *, schedule: Schedule = linear_floor
-) -> None:
-    """Take T steps of an optimizer along one gradient `g`, that is on the linear local loss `g·p`, in place."""
-    with _stepping(optimizer, [p], steps, schedule) as step:
-        for t in range(steps):
-            p.grad = g.contiguous() if p.is_contiguous() else g
-            step(t)
+@dataclass(frozen=True)
+class ConjugateGradient:
+    """The squared problem by conjugate gradient: see `conjugate_gradient`."""
+
+    iterations: int = 50
+    tol: float = 1e-6
+    squared_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check(self, _whole(self.iterations) and self.tol >= 0, "whole iterations ≥ 1 and tol ≥ 0")
+
+    def __call__(self, problem: LocalProblem) -> Update:
+        """`(ΔW, Δb)`."""
+        return conjugate_gradient(problem, self.iterations, self.tol)
 
 
-@contextmanager
-def _stepping(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int, schedule: Schedule
-) -> Iterator[Callable[[int], None]]:
-    """A function that takes step t at the rate of the schedule; on exit the rates and `.grad`s are put back."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    saved = [p.grad for p in params]
-    # our own optimizer without torch's profiling hooks, which cost more than a small layer's step
-    advance = optimizer.advance if isinstance(optimizer, TFRMSProp) else optimizer.step
+@dataclass(frozen=True)
+class Spectral:
+    """T steps of gradient descent on the squared problem in closed form: see `spectral_step`.
 
-    def step(t: int) -> None:
-        factor = schedule(t, steps)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        advance()
+    rate: of the steps; None for one over the problem's largest curvature.
+    """
 
+    steps: int = 10
+    rate: float | None = None
+    schedule: Schedule | Literal["linear_floor", "constant"] = "constant"
+    squared_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        known = callable(self.schedule) or self.schedule in _SCHEDULES
+        _check(
+            self, _whole(self.steps) and known, f"whole steps ≥ 1 and a schedule: {', '.join(_SCHEDULES)}, a function"
+        )
+        _check(self, self.rate is None or 0 < self.rate < math.inf, "rate > 0 or None")
+
+    def __call__(self, problem: LocalProblem) -> Update:
+        """`(ΔW, Δb)`."""
+        rate = self.rate
+        if rate is None:
+            largest = float(largest_curvature(problem))
+            rate = 1 / largest if largest > 0 else 0.0
+        rule = _SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
+        return spectral_step(problem, [rate * rule(t, self.steps) for t in range(self.steps)])
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """Accelerated gradient descent on any local problem: see `anderson`."""
+
+    steps: int = 20
+    memory: int = 5
+    tol: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check(
+            self, _whole(self.steps) and _whole(self.memory) and self.tol >= 0, "whole steps, memory ≥ 1 and tol ≥ 0"
+        )
+
+    def __call__(self, problem: LocalProblem) -> Update:
+        """`(ΔW, Δb)`."""
+        return anderson(problem, self.steps, self.memory, self.tol)
+
+
+@dataclass(frozen=True)
+class Newton:
+    """Newton's method on any local problem, made for the matching loss: see `newton`."""
+
+    iterations: int = 10
+    damping: float = 0.0
+    inner: int = 50
+    tol: float = 1e-8
+
+    def __post_init__(self) -> None:
+        good = _whole(self.iterations) and _whole(self.inner) and 0 <= self.damping < math.inf and self.tol >= 0
+        _check(self, good, "whole iterations and inner ≥ 1, a finite damping ≥ 0 and tol ≥ 0")
+
+    def __call__(self, problem: LocalProblem) -> Update:
+        """`(ΔW, Δb)`."""
+        return newton(problem, self.iterations, self.damping, self.inner, self.tol)
+
+
+def _whole(n: object) -> bool:
+    return isinstance(n, int) and n >= 1
+
+
+def _check(solver: object, good: bool, needs: str) -> None:
+    if not good:
+        raise BadInput(f"{type(solver).__name__} needs {needs}; got {solver}")
+
+
+def name_of(solver: Any) -> str:
+    """A short name for tables."""
+    if isinstance(solver, LocalSteps):
+        made = getattr(solver.optimizer, "func", solver.optimizer)
+        return f"{solver.steps} steps of {getattr(made, '__name__', 'an optimizer')}"
+    return type(solver).__name__ if not hasattr(solver, "__name__") else str(solver.__name__)
+
+
+def _own_lr(make: Callable[..., torch.optim.Optimizer]) -> float:
+    """The rate that an optimizer has when nobody gives one."""
     try:
-        yield step
-    finally:
-        for p, grad in zip(params, saved, strict=True):
-            p.grad = grad
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        found = make([{"params": [torch.zeros(1, 1)]}]).defaults["lr"]
+        return float(found)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"the optimizer of LocalSteps, {make!r}, has no default lr: give lr=") from error
 
 
-def _check_shared(name: str, owned: Tensor | None, used: Tensor | None) -> None:
-    if (owned is None) != (used is None):
-        raise BadInput(f"local_steps: the layer's {name} and the problem's must both be given or both be None")
-    if owned is not None and used is not None and owned.data_ptr() != used.data_ptr():
-        raise BadInput(
-            f"local_steps works in place: problem.{name} {tuple(used.shape)} must be a view of the {name} "
-            f"{tuple(owned.shape)} that the optimizer owns, and they share no memory"
-        )
+def default_lr(solver: Any) -> float | None:
+    """The default rate of a solver: its optimizer's for other local steps than TFRMSProp's, 1 for all the others.
 
-
-def _use_gram(problem: LocalProblem, form: Form, rows: int, steps: int) -> bool:
-    (r, _, i), o = problem.a.shape, problem.weight.shape[1]
-    possible = problem.transfer.is_squared and rows == r
-    if form == "gram" and not possible:
-        raise BadInput(
-            'form="gram" holds for the squared loss on all rows: got '
-            f'{problem.transfer.name} and {rows} of {r} rows; use form="plain"'
-        )
-    # Over 2i operations, beyond G_w: the Gram matrix and a product a step, or two products a step.
-    cheaper = r * i + (steps - 1) * o * i < 2 * (steps - 1) * r * o
-    return form == "gram" or (form == "auto" and possible and cheaper)
-
-
-class _Layer:
-    """A local problem laid out for plain matrix products: K in front, or dropped where it is 1."""
-
-    def __init__(self, problem: LocalProblem, workspace: Workspace, scale: float = 1.0) -> None:
-        self.problem, self.workspace, self.scale = problem, workspace, scale
-        self.single = problem.weight.shape[0] == 1
-        lay = (lambda x: x[:, 0]) if self.single else (lambda x: x.transpose(0, 1))
-        self.a, self.y = lay(problem.a), lay(problem.target)
-        self.g = None if problem.g is None else lay(problem.g)
-        self.rest = None if problem.rest is None else lay(problem.rest)
-        self.w = problem.weight[0] if self.single else problem.weight
-        self.b = problem.bias if problem.bias is None or self.single else problem.bias.unsqueeze(1)
-        like = problem.weight
-        self.dw = workspace.take("dw", like.shape, like)
-        self.db = None if problem.bias is None else workspace.take("db", problem.bias.shape, like)
-        self.out_w = self.dw[0] if self.single else self.dw
-        self.out_b = None if self.db is None else self.db[0] if self.single else self.db
-        self.wt = self.w.mT
-        self._constants: dict[tuple[float, int], Tensor] = {}
-        self.fma = torch.addmm if self.single else torch.baddbmm
-        self.mul = torch.mm if self.single else torch.bmm
-
-    def plain(self, steps: int, rows: int, offset: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Gradients of T steps from slices of rows; each is read before the next is made."""
-        problem = self.problem
-        total = problem.a.shape[0]
-        factor, held = self.scale * total / rows, self.scale / (problem.prox or 1.0)
-        anchors = self._anchors() if problem.prox is not None else ()
-        scratch = self.workspace.take("z", (*self.a.shape[:-2], rows, self.w.shape[-2]), self.a)
-        parts = self._parts(rows) if offset == 0 and total % rows == 0 else None
-        for t in range(steps):
-            cuts = [parts[t % len(parts)]] if parts else [self._cut(*r) for r in row_slices(total, rows, t, offset)]
-            for piece, (a, y, rest, g) in enumerate(cuts):
-                if t == 0 and g is not None:
-                    delta, scale = g, problem.gamma * factor
-                else:
-                    delta, scale = self._delta(a, y, rest, scratch), factor
-                self._contract(delta, a, scale, first=piece == 0)
-            for grad, now, start in anchors if t > 0 else ():
-                grad.add_(now, alpha=held).sub_(start, alpha=held)
-            yield self.dw, self.db
-
-    def _cut(self, low: int, high: int) -> Cut:
-        """Inputs, targets, further terms and cotangents of a range of rows."""
-        a, y, rest, g = (None if x is None else x[..., low:high, :] for x in (self.a, self.y, self.rest, self.g))
-        return a, y, rest, g  # type: ignore[return-value]
-
-    def _parts(self, rows: int) -> list[Cut]:
-        """All rows in equal cuts, by one call for each tensor: slicing costs as much as a small layer's products."""
-        count = self.problem.a.shape[0] // rows
-        columns = ((None,) * count if x is None else x.split(rows, -2) for x in (self.a, self.y, self.rest, self.g))
-        return list(zip(*columns, strict=True))
-
-    def _delta(self, a: Tensor, y: Tensor, rest: Tensor | None, scratch: Tensor) -> Tensor:
-        """`f(W a + b) − target` of some rows, in scratch."""
-        z = scratch if a.shape[-2] == scratch.shape[-2] else scratch[..., : a.shape[-2], :]
-        if self.b is None:
-            self.mul(a, self.wt, out=z)
-        else:
-            self.fma(self.b, a, self.wt, out=z)
-        if rest is not None:
-            z.add_(rest)
-        return self.problem.transfer.apply_(z).sub_(y)
-
-    def _contract(self, delta: Tensor, a: Tensor, scale: float, first: bool) -> None:
-        across = delta.mT
-        self.fma(self.out_w, across, a, beta=0.0 if first else 1.0, alpha=scale, out=self.out_w)
-        if self.out_b is None:
-            return
-        if not first:
-            self.out_b.add_(delta.sum(-2), alpha=scale)
-        elif self.single:
-            torch.mv(across, self._constant(scale, delta), out=self.out_b)
-        else:
-            torch.sum(delta, -2, out=self.out_b).mul_(scale)
-
-    def _constant(self, value: float, delta: Tensor) -> Tensor:
-        """A vector of one number for each row, kept from step to step."""
-        key = (value, delta.shape[-2])
-        if key not in self._constants:
-            self._constants[key] = delta.new_full(key[1:], value)
-        return self._constants[key]
-
-    def _anchors(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Per tensor: its gradient, the tensor, and a copy of where it starts."""
-        pairs = [(self.dw, self.problem.weight)]
-        if self.db is not None and self.problem.bias is not None:
-            pairs.append((self.db, self.problem.bias))
-        return [(grad, now, self.workspace.take(f"start{n}", now.shape, now).copy_(now))
-                for n, (grad, now) in enumerate(pairs)]  # fmt: skip
-
-    def gram(self, steps: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Gradients of T squared-loss steps, `g_0 + (W_t − W₀)(AᵀA + I/η) + (b_t − b₀)(Σ_r a)ᵀ`."""
-        problem, take = self.problem, self.workspace.take
-        # Differences, not `C + W_t AᵀA` with one product less: W_t − W₀ is tiny against W_t in float32.
-        anchors = self._anchors()
-        yield from self.plain(1, problem.a.shape[0], 0)
-        held = 0.0 if problem.prox is None else 1 / problem.prox
-        gram = take("gram", (*self.w.shape[:-2], self.w.shape[-1], self.w.shape[-1]), self.w)
-        self.mul(self.a.mT, self.a, out=gram)
-        gram.diagonal(dim1=-2, dim2=-1).add_(held)
-        gram.mul_(self.scale)
-        start_w = take("g0", self.out_w.shape, self.w).copy_(self.out_w)
-        moved = take("moved", self.out_w.shape, self.w)
-        w0 = anchors[0][2].view(self.w.shape)
-        if self.out_b is not None:
-            sums, start_b = self.a.sum(-2).mul_(self.scale), self.out_b.clone()
-            count = self.scale * (problem.a.shape[0] + held)
-            b, b0 = problem.bias.view(self.out_b.shape), anchors[1][2].view(self.out_b.shape)  # type: ignore[union-attr]
-        for _ in range(1, steps):
-            torch.sub(self.w, w0, out=moved)
-            self.fma(start_w, moved, gram, out=self.out_w)
-            if self.out_b is not None:
-                shift = b - b0
-                self.out_w.addcmul_(shift.unsqueeze(-1), sums.unsqueeze(-2))
-                torch.add(start_b, shift, alpha=count, out=self.out_b)
-                self.out_b.add_((moved @ sums.unsqueeze(-1)).squeeze(-1))
-            yield self.dw, self.db
-
-
-@torch.no_grad()
-def prox_step(problem: LocalProblem, side: Side = "auto") -> tuple[Tensor, Tensor | None]:
-    """The exact minimiser of the squared local problem with its proximal term, as `(ΔW, Δb)`.
-
-        ΔW = −γ G_w (AᵀA + I/η)⁻¹,    G_w = Σ_r g_r a_rᵀ    (side "inputs": I x I)
-           = −γ Gᵀ (AAᵀ + I/η)⁻¹ A                          (side "rows": R x R, by push-through)
-
-    A bias is solved for jointly, as one more input that is always 1. "auto" takes the smaller matrix.
-    This is K-FAC with the input factor alone, FOOF (Benzing, 2022) and, for γ = 1, ProxProp (Frerix et
-    al., 2018). Raises BadInput without a proximal term or for another loss.
+    None for TFRMSProp, whose rate goes with the loss.
     """
-    if problem.prox is None:
-        raise BadInput("prox_step needs the proximal term: give the problem prox=η, a positive number")
-    a, d = _squared_rows(problem, "prox_step")
-    if _by_rows(a, side):
-        return _split(problem, -ridge(a @ a.mT, d.mT, 1 / problem.prox) @ a)
-    return _split(problem, -ridge(a.mT @ a, d.mT @ a, 1 / problem.prox))
-
-
-@torch.no_grad()
-def spectral_step(problem: LocalProblem, rates: Sequence[float], side: Side = "auto") -> tuple[Tensor, Tensor | None]:
-    """Where gradient descent on the squared local problem stands after `len(rates)` steps, as `(ΔW, Δb)`.
-
-        ΔW = −γ G_w h(AᵀA + I/η),   h ← h + rate·(1 − s·h) from 0;  equal rates: h(s) = (1 − (1 − rate·s)ᵀ)/s
-
-    so T steps act as a spectral filter, much as damping by 1/(rate·T) does. `1/η` is 0 without a
-    proximal term; `side` and the bias as in `prox_step`. Raises BadInput for another loss.
-    """
-    a, d = _squared_rows(problem, "spectral_step")
-    shift = 0.0 if problem.prox is None else 1 / problem.prox
-    by_rows = _by_rows(a, side)
-    s, v = torch.linalg.eigh(a @ a.mT if by_rows else a.mT @ a)
-    h = torch.zeros_like(s)
-    for rate in rates:
-        h = h + rate * (1 - (s + shift) * h)
-    if by_rows:
-        return _split(problem, -((d.mT @ v) * h.unsqueeze(-2)) @ (v.mT @ a))
-    return _split(problem, -((d.mT @ a @ v) * h.unsqueeze(-2)) @ v.mT)
-
-
-def _squared_rows(problem: LocalProblem, asker: str) -> tuple[Tensor, Tensor]:
-    """Inputs `[K,R,I]`, with a 1 for the bias, and `z − target` at the starting weights, `[K,R,O]`."""
-    if not problem.transfer.is_squared:
-        raise BadInput(
-            f"{asker} is a closed form for the squared loss, and the problem has {problem.transfer.name}'s "
-            "matching loss: use local_steps, or the identity with target_s"
-        )
-    a = problem.a.transpose(0, 1)
-    if problem.bias is not None:
-        a = torch.cat((a, a.new_ones(*a.shape[:-1], 1)), -1)
-    d = predict(problem) - problem.target if problem.g is None else problem.gamma * problem.g
-    return a, d.transpose(0, 1)
-
-
-def _by_rows(a: Tensor, side: Side) -> bool:
-    return side == "rows" or (side == "auto" and a.shape[-2] < a.shape[-1])
-
-
-def _split(problem: LocalProblem, moved: Tensor) -> tuple[Tensor, Tensor | None]:
-    return (moved, None) if problem.bias is None else (moved[..., :-1], moved[..., -1])
+    if not isinstance(solver, LocalSteps):
+        return 1.0
+    return None if solver.optimizer is TFRMSProp else _own_lr(solver.optimizer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class Transfer:
     `o` (softmax), and `potential` and `dual` drop it. `low`, `high`: the ends of the closed range.
     `monotone`: False where the named function is not (GELU, SiLU). `stand_in`: True where the
     squared loss of LocoProp-S replaces a matching loss that does not exist or is not tabulated; all
-    the functions are then those of the identity, and only the name is the model's.
+    the functions are then those of the identity, and only the name is the model's. `slope`: the largest
+    slope of f. `made_by`: the name here and the arguments that make it again in another process.
     Source: Amid, Anil and Warmuth (2022), section 3.
     """
 
@@ -49,6 +50,14 @@ class Transfer:
     monotone: bool = True
     stand_in: bool = False
     joint: bool = False
+    slope: float = 1.0
+    made_by: tuple[str, tuple[Any, ...]] | None = field(default=None, init=False, compare=False, repr=False)
+
+    def __reduce__(self) -> Any:
+        """Those of this module travel to other processes by name; others as far as their functions do."""
+        if self.made_by is not None:
+            return _remade, self.made_by
+        return Transfer, tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
     @property
     def is_squared(self) -> bool:
@@ -143,20 +152,40 @@ def _softplus_potential(a: Tensor) -> Tensor:
 
 IDENTITY = Transfer("identity", lambda a: a, _half_square, _half_square, f_=lambda a: a)
 TANH = Transfer("tanh", torch.tanh, _log_cosh, _tanh_dual, -1.0, 1.0, torch.tanh_)
-SIGMOID = Transfer("sigmoid", torch.sigmoid, _log1pexp, _sigmoid_dual, 0.0, 1.0, torch.sigmoid_)
+SIGMOID = Transfer(
+    "sigmoid", torch.sigmoid, _log1pexp, _sigmoid_dual, 0.0, 1.0, torch.sigmoid_, slope=0.25,
+)  # fmt: skip
 RELU = Transfer(
     "relu", torch.relu, lambda a: _half_square(a.clamp_min(0)),
     lambda y: _within(y, 0, math.inf, _half_square(y)), 0.0, f_=torch.relu_,
 )  # fmt: skip
-SOFTMAX = Transfer("softmax", lambda a: a.softmax(-1), lambda a: a.logsumexp(-1), _softmax_dual, 0.0, 1.0, joint=True)
+SOFTMAX = Transfer(
+    "softmax", lambda a: a.softmax(-1), lambda a: a.logsumexp(-1), _softmax_dual, 0.0, 1.0, joint=True, slope=0.5,
+)  # fmt: skip
 ARCTAN = Transfer(
     "arctan", torch.atan, _arctan_potential,
     lambda y: _within(y, -math.pi / 2, math.pi / 2, -y.cos().log()), -math.pi / 2, math.pi / 2, torch.atan_,
 )  # fmt: skip
 RELU_SQUARED = Transfer(
     "relu_squared", lambda a: a.clamp_min(0).square(), lambda a: a.clamp_min(0) ** 3 / 3,
-    lambda y: _within(y, 0, math.inf, y.clamp_min(0) ** 1.5 * (2 / 3)), 0.0,
+    lambda y: _within(y, 0, math.inf, y.clamp_min(0) ** 1.5 * (2 / 3)), 0.0, slope=math.inf,
 )  # fmt: skip
+
+
+def _remade(name: str, args: tuple[Any, ...]) -> Transfer:
+    """A transfer function of this module, by name."""
+    found = globals()[name]
+    return found if isinstance(found, Transfer) else found(*args)
+
+
+def _named(transfer: Transfer, name: str, *args: Any) -> Transfer:
+    """The transfer function with its name here; a `replace` of it, which may be another function, has none."""
+    object.__setattr__(transfer, "made_by", (name, args))
+    return transfer
+
+
+for _name in ("IDENTITY", "TANH", "SIGMOID", "RELU", "SOFTMAX", "ARCTAN", "RELU_SQUARED"):
+    _named(globals()[_name], _name)
 
 
 def leaky_relu(alpha: float = 0.01) -> Transfer:
@@ -169,10 +198,11 @@ def leaky_relu(alpha: float = 0.01) -> Transfer:
     def scaled(factor: float) -> Map:
         return lambda x: torch.where(x > 0, _half_square(x), factor * _half_square(x))
 
-    return Transfer(
+    made = Transfer(
         f"leaky_relu({alpha:g})", lambda a: F.leaky_relu(a, alpha), scaled(alpha), scaled(1 / alpha),
-        f_=lambda a: F.leaky_relu_(a, alpha),
+        f_=lambda a: F.leaky_relu_(a, alpha), slope=max(1.0, alpha),
     )  # fmt: skip
+    return _named(made, "leaky_relu", alpha)
 
 
 def hard_tanh(low: float = -1.0, high: float = 1.0) -> Transfer:
@@ -183,10 +213,11 @@ def hard_tanh(low: float = -1.0, high: float = 1.0) -> Transfer:
         return c * (a - 0.5 * c)
 
     name = "hard_tanh" if (low, high) == (-1, 1) else f"hard_tanh({low:g},{high:g})"
-    return Transfer(
+    made = Transfer(
         name, lambda a: a.clamp(low, high), potential, lambda y: _within(y, low, high, _half_square(y)),
         low, high, lambda a: a.clamp_(low, high),
     )  # fmt: skip
+    return _named(made, "hard_tanh", low, high)
 
 
 def elu(alpha: float = 1.0) -> Transfer:
@@ -204,19 +235,22 @@ def elu(alpha: float = 1.0) -> Transfer:
         below = alpha * (torch.xlogy(1 + n, 1 + n) - n)
         return _within(y, -alpha, math.inf, torch.where(y > 0, _half_square(y), below))
 
-    return Transfer(name, lambda a: F.elu(a, alpha), potential, dual, -alpha, f_=lambda a: F.elu_(a, alpha))
+    made = Transfer(
+        name, lambda a: F.elu(a, alpha), potential, dual, -alpha, f_=lambda a: F.elu_(a, alpha), slope=max(1.0, alpha)
+    )
+    return _named(made, "elu", alpha)
 
 
 def softplus(beta: float = 1.0) -> Transfer:
     """Softplus, `f = log(1 + e^βa)/β` and `F = −Li₂(−e^βa)/β²`; β > 0; the dual is not elementary."""
     name = "softplus" if beta == 1 else f"softplus({beta:g})"
     potential: Map = lambda a: _softplus_potential(beta * a) / beta**2  # noqa: E731
-    return Transfer(name, lambda a: _log1pexp(beta * a) / beta, potential, None, 0.0)
+    return _named(Transfer(name, lambda a: _log1pexp(beta * a) / beta, potential, None, 0.0), "softplus", beta)
 
 
 def squared(name: str, monotone: bool = True) -> Transfer:
     """The identity's losses under another name: for functions outside the theory or outside the table."""
-    return replace(IDENTITY, name=name, monotone=monotone, stand_in=True)
+    return _named(replace(IDENTITY, name=name, monotone=monotone, stand_in=True), "squared", name, monotone)
 
 
 HARD_TANH, ELU, SOFTPLUS = hard_tanh(), elu(), softplus()

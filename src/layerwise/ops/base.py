@@ -135,6 +135,7 @@ class Slot:
     linear: True where the rows do not depend on `used`: Z = W A, plus terms without `used`.
         False where `input` is only the derivative of the call at the present value.
     factored: False where only `dense` is defined (the operation has no known row form).
+    indexed: True where `input` gives int64 indices in place of rows.
     """
 
     used: Tensor
@@ -144,6 +145,7 @@ class Slot:
     elementwise: bool = False
     linear: bool = True
     factored: bool = True
+    indexed: bool = False
 
     def input(self, samples: Samples | None) -> Tensor | None:
         """Input rows `[N,T,K,I]` (None for a bias; int64 `[N,T]` for an index).

@@ -19,6 +19,8 @@ __all__ = ["FUNCTIONS", "BagSlot", "EmbeddingSlot", "slots"]
 class EmbeddingSlot(Slot):
     """Rows of a table chosen by an index: the input is the place of the 1 in a one-hot row."""
 
+    indexed = True
+
     def __init__(self, used: Tensor, index: Tensor, padding: int | None = None) -> None:
         self.used, self._index, self._padding = used, index, padding
         self._lead = index.shape
@@ -58,6 +60,8 @@ class EmbeddingSlot(Slot):
 
 class BagSlot(EmbeddingSlot):
     """Weighted sums of rows of a table: the input rows `[bags, I]` hold how much of each row was taken."""
+
+    indexed = False
 
     def __init__(self, used: Tensor, bags: int, counts: Callable[[], Tensor]) -> None:
         self.used, self._counts, self._padding = used, counts, None

@@ -13,9 +13,10 @@ from layerwise import ops
 from layerwise.coverage import prove
 from layerwise.errors import BadInput
 from layerwise.local.codes import CodeStep, sweep
+from layerwise.local.layers import Layer, layers_of
 from layerwise.local.problem import LocalProblem
-from layerwise.local.record import Layer, Recorded, dense, is_finite, layers_of, problem_of, record
-from layerwise.local.solvers import constant, linear_steps, local_steps
+from layerwise.local.record import Recorded, dense, is_finite, problem_of, record
+from layerwise.local.steps import constant, linear_steps, local_steps
 from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import LayerLocal, check_common
 from layerwise.replay import CodedModel
@@ -108,7 +109,11 @@ class AltMin(LayerLocal):
     # -- what each layer is fitted to -------------------------------------------------------------------
 
     def _run(self, closure: Callable[[], Tensor]) -> Recorded:
-        return record(self._model, closure, self._ours) if self._codes == "jacobi" else self._run_sweep(closure)
+        return (
+            record(self._model, closure, self._ours, single=True)
+            if self._codes == "jacobi"
+            else self._run_sweep(closure)
+        )
 
     def _batch(self, samples: int) -> float:
         return float(samples) if self._reduction == "mean" else 1.0
@@ -150,7 +155,7 @@ class AltMin(LayerLocal):
         """T steps along the gradient, for a parameter without a code."""
         linear_steps(p, g, self._local_optimizer([p]), self._group_at[id(p)]["steps"], schedule=constant)
 
-    def _rates(self, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _rates(self, group: Mapping[str, Any], owner: Tensor) -> tuple[Any, dict[str, Any]]:
         if group["weights"] == "adam":
             return torch.optim.Adam, {key: group[key] for key in ("lr", "betas", "eps")}
         momentum = group["momentum"]
@@ -171,7 +176,7 @@ class AltMin(LayerLocal):
         graph = prove(coded.tape, coded.loss, None, need_loss=False)
         if not is_finite(coded.loss):
             return Recorded(coded.loss.detach(), coded.tape, [], {}, {})
-        layers = layers_of(coded.tape, graph, self._ours)
+        layers = layers_of(coded.tape, graph, self._ours, single=True)
         hidden = _hidden(coded, layers)
         coupling = {i: float(self._group_at[id(layer.weight.used)]["coupling"]) for i, layer in hidden.items()}
         batch = self._batch(coded.samples)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.local.finite import unsafe
-from layerwise.local.record import Layer, Recorded
-from layerwise.local.solvers import Workspace
+from layerwise.local.layers import Layer
+from layerwise.local.record import Recorded
+from layerwise.local.steps import Workspace
 from layerwise.optim.named import NamedOptimizer
 
 __all__ = ["LayerLocal", "check_common"]
@@ -55,8 +56,8 @@ class LayerLocal(NamedOptimizer[Recorded]):
         """A new local optimizer of a kind on `{"params": ...}` groups."""
         raise NotImplementedError
 
-    def _rates(self, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The kind of local optimizer that a group asks for, and its settings."""
+    def _rates(self, group: Mapping[str, Any], owner: Tensor) -> tuple[Any, dict[str, Any]]:
+        """The kind of local optimizer that a layer with a weight `owner` has, and its settings from a group."""
         raise NotImplementedError
 
     # -- a step --------------------------------------------------------------------------------------------
@@ -64,11 +65,12 @@ class LayerLocal(NamedOptimizer[Recorded]):
     def _unsafe(self, run: Recorded) -> str | None:
         return unsafe(run, lambda name: self._gamma(run, name))
 
-    def _move(self, run: Recorded) -> None:
+    def _move(self, run: Recorded) -> str | None:
         for layer in run.layers:
             self._fit(run, layer)
         for name, g in run.gradients.items():
             self._along(run.tape.parameters[name], g)
+        return None
 
     def _group_of(self, recorded: Recorded, name: str) -> dict[str, Any]:
         """The group of a parameter of ours."""
@@ -76,14 +78,14 @@ class LayerLocal(NamedOptimizer[Recorded]):
 
     def _local_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
         """The optimizer of a layer's parameters: kept from step to step, with our state and present settings."""
-        kind = self._rates(self._group_at[id(params[0])])[0]
+        kind = self._rates(self._group_at[id(params[0])], params[0])[0]
         key = (kind, *map(id, params))
         optimizer = self._local.get(key)
         if optimizer is None:
             optimizer = self._local[key] = self._make([{"params": [p]} for p in params], kind)
         optimizer.state = self.state
         for p, group in zip(params, optimizer.param_groups, strict=True):
-            group.update(self._rates(self._group_at[id(p)])[1])
+            group.update(self._rates(self._group_at[id(p)], params[0])[1])
         return optimizer
 
 

@@ -66,8 +66,8 @@ class NamedOptimizer(torch.optim.Optimizer, Generic[R]):
         """The first place that forbids a step, or None."""
         raise NotImplementedError
 
-    def _move(self, run: R) -> None:
-        """Move the parameters."""
+    def _move(self, run: R) -> str | None:
+        """Move the parameters; or none of them, and return the place that forbids it."""
         raise NotImplementedError
 
     # -- a step --------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class NamedOptimizer(torch.optim.Optimizer, Generic[R]):
         buffers = Buffers(self._model)
         try:
             run = self._run(closure)
-            where = self._unsafe(run) or buffers.spoiled()
+            where = self._unsafe(run) or buffers.spoiled() or self._move(run)
             if where is not None and self._on_nonfinite == "raise":
                 raise NonFinite(
                     f"{where} holds NaN or infinity, or overflows; the batch changed no parameter. Look at the batch, "
@@ -97,8 +97,6 @@ class NamedOptimizer(torch.optim.Optimizer, Generic[R]):
         if where is not None:
             buffers.put_back()
             self.skipped += 1
-            return run.loss
-        self._move(run)
         return run.loss
 
     def _ours(self, p: Tensor) -> bool:

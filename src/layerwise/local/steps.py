@@ -1,0 +1,346 @@
+"""Local steps of any optimizer on a layer's local problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.local.problem import LocalProblem, contract, lean, predict
+from layerwise.local.tf_rmsprop import TFRMSProp
+
+__all__ = [
+    "Schedule", "Workspace", "constant", "linear_floor", "linear_steps", "local_steps", "row_slices",
+]  # fmt: skip
+
+Form = Literal["auto", "plain", "gram"]
+Schedule = Callable[[int, int], float]
+Cut = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def linear_floor(t: int, steps: int) -> float:
+    """The published factor of the local rate at step t of `steps`: `max(1 − t/T, 0.25)`."""
+    return max(1 - t / steps, 0.25)
+
+
+def constant(t: int, steps: int) -> float:
+    """The factor 1 at every step."""
+    return 1.0
+
+
+class Workspace:
+    """Scratch memory for layers solved one after another: a flat buffer per name, grown as needed."""
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An uninitialised tensor of a shape, with the type and device of `like`."""
+        key, size = (name, like.dtype, like.device), torch.Size(shape).numel()
+        flat = self._flat.get(key)
+        if flat is None or flat.numel() < size:
+            flat = self._flat[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return flat[:size].view(shape)
+
+
+def row_slices(total: int, rows: int, step: int, offset: int = 0) -> list[tuple[int, int]]:
+    """The rows of local step number `step`, as one or (where they wrap around) two ranges `(low, high)`.
+
+    Consecutive steps take consecutive slices, cyclically. A shuffled minibatch makes them random; a
+    uniform `offset` makes each row's chance exactly rows/total, so the scaled gradient is unbiased.
+    """
+    low = (offset + step * rows) % total
+    high = low + rows
+    return [(low, high)] if high <= total else [(low, total), (0, high - total)]
+
+
+@torch.no_grad()
+def local_steps(
+    problem: LocalProblem,
+    optimizer: torch.optim.Optimizer,
+    steps: int = 10,
+    *,
+    rows: int | None = None,
+    form: Form = "auto",
+    schedule: Schedule = linear_floor,
+    scale: float = 1.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    fold: Callable[[Tensor], Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    workspace: Workspace | None = None,
+) -> None:
+    """Take T steps of an optimizer on one layer's local problem, in place.
+
+    The optimizer owns `weight` and `bias`, the parameters in their own shapes, of which `problem.weight`
+    and `problem.bias` are views (the default: these tensors themselves). `fold` carries a gradient `[K,O,I]`
+    to the shape of `weight`; default, a reshape. The optimizer's state lives on from batch to batch. It may
+    own other parameters if their `.grad` is None. Its rates are multiplied by `schedule(t, T)` and, as the
+    `.grad`s, put back at the end.
+
+    rows: None for all R rows at every step, or the number of rows each step takes for itself
+    (`row_slices`, with a random offset from `generator` if given), its gradient multiplied by R/rows;
+    R or more means all. With rows = R/T all T steps cost 4/6 of an ordinary training step.
+    scale: multiplies the whole objective; 1/γ makes the first gradient backprop's own.
+    form: "plain" runs rows through the layer; "gram", for the squared loss on all rows alone, takes
+    `g_t = γG + (W_t − W₀)AᵀA`, the same steps up to rounding; "auto" the one with fewer operations.
+    Raises BadInput for an impossible form, rows or steps below 1, or tensors that share no memory.
+    """
+    if steps < 1 or (rows is not None and rows < 1):
+        raise BadInput(f"local_steps needs steps ≥ 1 and rows ≥ 1 (or None): got steps={steps}, rows={rows}")
+    weight = problem.weight if weight is None else weight
+    bias = problem.bias if bias is None else bias
+    _check_shared("weight", weight, problem.weight)
+    _check_shared("bias", bias, problem.bias)
+    total = problem.a.shape[0]
+    rows = total if rows is None else min(rows, total)
+    workspace = Workspace() if workspace is None else workspace
+    layer: _Layer | _Table = (_Table if problem.indexed else _Layer)(problem, workspace, scale)
+    if isinstance(layer, _Layer) and _use_gram(problem, form, rows, steps):
+        gradients = layer.gram(steps)
+    else:
+        offset = 0
+        if generator is not None and rows < total:
+            offset = int(torch.randint(total, (), generator=generator, device=generator.device))
+        gradients = layer.plain(steps, rows, offset)
+    grad_w = layer.dw.reshape(weight.shape) if fold is None else fold(layer.dw)
+    grad_b = None if bias is None else layer.db.view(bias.shape)  # type: ignore[union-attr]
+    # a view of the scratch serves all steps; torch's fused optimizers need it contiguous as the weight is
+    serves = grad_w.untyped_storage().data_ptr() == layer.dw.untyped_storage().data_ptr()
+    serves &= grad_w.is_contiguous() or not weight.is_contiguous()
+    with _stepping(optimizer, [weight] if bias is None else [weight, bias], steps, schedule) as step:
+        weight.grad = grad_w
+        if bias is not None:
+            bias.grad = grad_b
+        for t, _ in enumerate(gradients):
+            if not serves and fold is not None:
+                weight.grad = fold(layer.dw).contiguous()
+            step(t)
+
+
+@torch.no_grad()
+def linear_steps(
+    p: Tensor, g: Tensor, optimizer: torch.optim.Optimizer, steps: int, *, schedule: Schedule = linear_floor
+) -> None:
+    """Take T steps of an optimizer along one gradient `g`, that is on the linear local loss `g·p`, in place."""
+    with _stepping(optimizer, [p], steps, schedule) as step:
+        for t in range(steps):
+            p.grad = g.contiguous() if p.is_contiguous() else g
+            step(t)
+
+
+@contextmanager
+def _stepping(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int, schedule: Schedule
+) -> Iterator[Callable[[int], None]]:
+    """A function that takes step t at the rate of the schedule; on exit the rates and `.grad`s are put back."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    saved = [p.grad for p in params]
+    # our own optimizer without torch's profiling hooks, which cost more than a small layer's step
+    advance = optimizer.advance if isinstance(optimizer, TFRMSProp) else optimizer.step
+
+    def step(t: int) -> None:
+        factor = schedule(t, steps)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        advance()
+
+    try:
+        yield step
+    finally:
+        for p, grad in zip(params, saved, strict=True):
+            p.grad = grad
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _check_shared(name: str, owned: Tensor | None, used: Tensor | None) -> None:
+    if (owned is None) != (used is None):
+        raise BadInput(f"local_steps: the layer's {name} and the problem's must both be given or both be None")
+    if owned is not None and used is not None and owned.data_ptr() != used.data_ptr():
+        raise BadInput(
+            f"local_steps works in place: problem.{name} {tuple(used.shape)} must be a view of the {name} "
+            f"{tuple(owned.shape)} that the optimizer owns, and they share no memory"
+        )
+
+
+def _use_gram(problem: LocalProblem, form: Form, rows: int, steps: int) -> bool:
+    r, (_, o, i) = problem.a.shape[0], problem.weight.shape
+    possible = problem.transfer.is_squared and rows == r
+    if form == "gram" and not possible:
+        raise BadInput(
+            'form="gram" holds for the squared loss on all rows: got '
+            f'{problem.transfer.name} and {rows} of {r} rows; use form="plain"'
+        )
+    # Over 2i operations, beyond G_w: the Gram matrix and a product a step, or two products a step.
+    cheaper = r * i + (steps - 1) * o * i < 2 * (steps - 1) * r * o
+    return form == "gram" or (form == "auto" and possible and cheaper)
+
+
+class _Layer:
+    """A local problem laid out for plain matrix products: K in front, or dropped where it is 1."""
+
+    def __init__(self, problem: LocalProblem, workspace: Workspace, scale: float = 1.0) -> None:
+        self.problem, self.workspace, self.scale = problem, workspace, scale
+        self.single = problem.weight.shape[0] == 1
+        lay = (lambda x: x[:, 0]) if self.single else (lambda x: x.transpose(0, 1))
+        self.a, self.y = lay(problem.a), lay(problem.target)
+        self.g = None if problem.g is None else lay(problem.g)
+        self.rest = None if problem.rest is None else lay(problem.rest)
+        self.w = problem.weight[0] if self.single else problem.weight
+        self.b = problem.bias if problem.bias is None or self.single else problem.bias.unsqueeze(1)
+        like = problem.weight
+        self.dw = workspace.take("dw", like.shape, like)
+        self.db = None if problem.bias is None else workspace.take("db", problem.bias.shape, like)
+        self.out_w = self.dw[0] if self.single else self.dw
+        self.out_b = None if self.db is None else self.db[0] if self.single else self.db
+        self.wt = self.w.mT
+        self._constants: dict[tuple[float, int], Tensor] = {}
+        self.fma = torch.addmm if self.single else torch.baddbmm
+        self.mul = torch.mm if self.single else torch.bmm
+
+    def plain(self, steps: int, rows: int, offset: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Gradients of T steps from slices of rows; each is read before the next is made."""
+        problem = self.problem
+        total = problem.a.shape[0]
+        factor, held = self.scale * total / rows, self.scale * problem.stiffness
+        anchors = self._anchors() if held else ()
+        leaning = self._leaning()
+        scratch = self.workspace.take("z", (*self.a.shape[:-2], rows, self.w.shape[-2]), self.a)
+        parts = self._parts(rows) if offset == 0 and total % rows == 0 else None
+        for t in range(steps):
+            cuts = [parts[t % len(parts)]] if parts else [self._cut(*r) for r in row_slices(total, rows, t, offset)]
+            for piece, (a, y, rest, g) in enumerate(cuts):
+                if t == 0 and g is not None:
+                    delta, scale = g, problem.gamma * factor
+                else:
+                    delta, scale = self._delta(a, y, rest, scratch), factor
+                self._contract(delta, a, scale, first=piece == 0)
+            for grad, now, start in anchors if t > 0 else ():
+                grad.add_(now, alpha=held).sub_(start, alpha=held)
+            for grad, constant_part in leaning:
+                grad.add_(constant_part, alpha=self.scale)
+            yield self.dw, self.db
+
+    def _cut(self, low: int, high: int) -> Cut:
+        """Inputs, targets, further terms and cotangents of a range of rows."""
+        a, y, rest, g = (None if x is None else x[..., low:high, :] for x in (self.a, self.y, self.rest, self.g))
+        return a, y, rest, g  # type: ignore[return-value]
+
+    def _parts(self, rows: int) -> list[Cut]:
+        """All rows in equal cuts, by one call for each tensor: slicing costs as much as a small layer's products."""
+        count = self.problem.a.shape[0] // rows
+        columns = ((None,) * count if x is None else x.split(rows, -2) for x in (self.a, self.y, self.rest, self.g))
+        return list(zip(*columns, strict=True))
+
+    def _delta(self, a: Tensor, y: Tensor, rest: Tensor | None, scratch: Tensor) -> Tensor:
+        """`f(W a + b) − target` of some rows, in scratch."""
+        z = scratch if a.shape[-2] == scratch.shape[-2] else scratch[..., : a.shape[-2], :]
+        if self.b is None:
+            self.mul(a, self.wt, out=z)
+        else:
+            self.fma(self.b, a, self.wt, out=z)
+        if rest is not None:
+            z.add_(rest)
+        return self.problem.transfer.apply_(z).sub_(y)
+
+    def _contract(self, delta: Tensor, a: Tensor, scale: float, first: bool) -> None:
+        across = delta.mT
+        self.fma(self.out_w, across, a, beta=0.0 if first else 1.0, alpha=scale, out=self.out_w)
+        if self.out_b is None:
+            return
+        if not first:
+            self.out_b.add_(delta.sum(-2), alpha=scale)
+        elif self.single:
+            torch.mv(across, self._constant(scale, delta), out=self.out_b)
+        else:
+            torch.sum(delta, -2, out=self.out_b).mul_(scale)
+
+    def _constant(self, value: float, delta: Tensor) -> Tensor:
+        """A vector of one number for each row, kept from step to step."""
+        key = (value, delta.shape[-2])
+        if key not in self._constants:
+            self._constants[key] = delta.new_full(key[1:], value)
+        return self._constants[key]
+
+    def _anchors(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per tensor: its gradient, the tensor, and a copy of where it starts."""
+        pairs = [(self.dw, self.problem.weight)]
+        if self.db is not None and self.problem.bias is not None:
+            pairs.append((self.db, self.problem.bias))
+        return [(grad, now, self.workspace.take(f"start{n}", now.shape, now).copy_(now))
+                for n, (grad, now) in enumerate(pairs)]  # fmt: skip
+
+    def _leaning(self) -> list[tuple[Tensor, Tensor]]:
+        """Per tensor: its gradient, and the quadratic terms' gradient at the start."""
+        found = lean(self.problem) or (None, None)
+        return [(grad, part) for grad, part in zip((self.dw, self.db), found, strict=True)
+                if grad is not None and part is not None]  # fmt: skip
+
+    def gram(self, steps: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Gradients of T squared-loss steps, `g_0 + (W_t − W₀)(AᵀA + I/η) + (b_t − b₀)(Σ_r a)ᵀ`."""
+        problem, take = self.problem, self.workspace.take
+        # Differences, not `C + W_t AᵀA` with one product less: W_t − W₀ is tiny against W_t in float32.
+        anchors = self._anchors()
+        yield from self.plain(1, problem.a.shape[0], 0)
+        held = problem.stiffness
+        gram = take("gram", (*self.w.shape[:-2], self.w.shape[-1], self.w.shape[-1]), self.w)
+        self.mul(self.a.mT, self.a, out=gram)
+        gram.diagonal(dim1=-2, dim2=-1).add_(held)
+        gram.mul_(self.scale)
+        start_w = take("g0", self.out_w.shape, self.w).copy_(self.out_w)
+        moved = take("moved", self.out_w.shape, self.w)
+        w0 = anchors[0][2].view(self.w.shape)
+        if self.out_b is not None:
+            sums, start_b = self.a.sum(-2).mul_(self.scale), self.out_b.clone()
+            count = self.scale * (problem.a.shape[0] + held)
+            b, b0 = problem.bias.view(self.out_b.shape), anchors[1][2].view(self.out_b.shape)  # type: ignore[union-attr]
+        for _ in range(1, steps):
+            torch.sub(self.w, w0, out=moved)
+            self.fma(start_w, moved, gram, out=self.out_w)
+            if self.out_b is not None:
+                shift = b - b0
+                self.out_w.addcmul_(shift.unsqueeze(-1), sums.unsqueeze(-2))
+                torch.add(start_b, shift, alpha=count, out=self.out_b)
+                self.out_b.add_((moved @ sums.unsqueeze(-1)).squeeze(-1))
+            yield self.dw, self.db
+
+
+class _Table:
+    """A looked-up table's local problem, by its definition: the rows are indices, so a product is a look-up."""
+
+    def __init__(self, problem: LocalProblem, workspace: Workspace, scale: float = 1.0) -> None:
+        self.problem, self.scale = problem, scale
+        self.dw = workspace.take("dw", problem.weight.mT.shape, problem.weight).mT
+        self.db = None if problem.bias is None else workspace.take("db", problem.bias.shape, problem.weight)
+
+    def plain(self, steps: int, rows: int, offset: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Gradients of T steps from slices of rows."""
+        problem, leaning = self.problem, lean(self.problem)
+        total, size_in, held = problem.a.shape[0], problem.weight.shape[-1], problem.stiffness
+        starts = [t.clone() for t in (problem.weight, problem.bias) if held and t is not None]
+        for t in range(steps):
+            index = (torch.arange(rows, device=problem.a.device) + offset + t * rows) % total
+            part = problem if rows == total else _rows_of(problem, index)
+            delta = problem.transfer.f(predict(part)) - part.target
+            found = [contract(delta, part.a, size_in), delta.sum(0)]
+            for number, (grad, now) in enumerate(((self.dw, problem.weight), (self.db, problem.bias))):
+                if grad is None or now is None:
+                    continue
+                torch.mul(found[number], self.scale * total / rows, out=grad)
+                if held:
+                    grad.add_(now - starts[number], alpha=self.scale * held)
+                if leaning is not None:
+                    grad.add_(leaning[number], alpha=self.scale)  # type: ignore[arg-type]
+            yield self.dw, self.db
+
+
+def _rows_of(problem: LocalProblem, index: Tensor) -> LocalProblem:
+    """Some rows of a problem."""
+    g, rest = (None if x is None else x[index] for x in (problem.g, problem.rest))
+    return replace(problem, a=problem.a[index], target=problem.target[index], g=g, rest=rest)
