@@ -326,7 +326,8 @@ def test_input_to_output_reads_inputs_anew_for_fixed_targets() -> None:
 def test_orders_keep_random_numbers_and_buffers_of_the_first_run(order: Any) -> None:
     def net() -> nn.Sequential:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+        layers = [nn.Dropout(0.5), nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)]
+        return nn.Sequential(*layers).double()
 
     one, two = net(), net()
     ends = []
@@ -585,6 +586,25 @@ def test_norms_attention_and_recurrent_layers_have_local_problems() -> None:
     for _ in range(20):
         last = opt.step(lambda: F.cross_entropy(net(x), y))
     assert last < 0.5 * first
+
+
+@pytest.mark.parametrize(("second", "form"), [(torch.tanh, "matching loss of tanh"), (torch.sigmoid, "squared loss")])
+def test_a_layer_called_twice_has_one_problem_whose_rows_alternate(second: Any, form: str) -> None:
+    """So that slices of rows hold both uses; functions that differ mean the squared loss."""
+    net = mlp(5, 5, 3)
+    x, y = batch()
+
+    def loss() -> Tensor:
+        return F.cross_entropy(net[2](second(net[0](net[0](x).tanh()))), y)
+
+    recorded = record(net, loss)
+    (layer,) = [layer for layer in recorded.layers if layer.name == "0.weight"]
+    problem = problem_of(recorded, layer, 1.0, layer.transfer)
+    assert torch.equal(problem.a[0::2, 0], x)
+    close(problem.a[1::2, 0], net[0](x).tanh().detach(), 1e-15)
+    opt = lw.LocoProp(net)
+    opt.step(loss)
+    assert opt.describe()["0.weight"].startswith(form) and "2 uses together" in opt.describe()["0.weight"]
 
 
 def test_functions_without_a_matching_loss_are_said_once() -> None:
