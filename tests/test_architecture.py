@@ -21,11 +21,11 @@ PACKAGE = SRC / "layerwise"
 LEVELS = tuple(
     set(level.split(" ")) if level else {""}
     for level in (
-        "errors memory",
+        "errors memory costs",
         "ops losses",
         "calls uses loss_record tape coverage pull samples program replay likelihoods products chain recompute "
         "boundary separate residuals",
-        "cotangents contract costs rows views projection gradients gather blocks recursion arrivals carried heads "
+        "cotangents contract chunking rows views projection gradients gather blocks recursion arrivals carried heads "
         "signed layouts grams",
         "operators",
         "quantities",

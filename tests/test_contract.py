@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from layerwise import contract
 from layerwise.errors import BadInput
-from layerwise.ops.base import Rows, Windows
+from layerwise.ops.base import Call, Rows, Samples, Windows
+from layerwise.ops.conv import slots as conv_slots
 
 SHAPES = [  # V, N, T, K, O, I
     (1, 4, 1, 1, 3, 5),
@@ -122,7 +124,7 @@ def test_equals_oracle(shape: tuple[int, ...], kind: str, layout: str) -> None:
 def test_equals_oracle_in_chunks(
     shape: tuple[int, ...], kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contract, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(contract.chunking, "CHUNK_BYTES", chunk)
     check_all(make(shape, kind))
 
 
@@ -200,7 +202,7 @@ def test_reductions_never_hold_all_per_sample_gradients(monkeypatch: pytest.Monk
                     self.size = max(self.size, x.untyped_storage().nbytes())
             return out
 
-    monkeypatch.setattr(contract, "CHUNK_BYTES", 2**18)
+    monkeypatch.setattr(contract.chunking, "CHUNK_BYTES", 2**18)
     for kind, function in itertools.product(
         ["float", "index"], [contract.second_moment, contract.squared_norm, contract.pairwise_dot]
     ):
@@ -209,7 +211,7 @@ def test_reductions_never_hold_all_per_sample_gradients(monkeypatch: pytest.Monk
         given = {x.untyped_storage().data_ptr() for x in (rows.a, rows.g)}
         with Largest() as seen:
             function(rows)
-        limit = contract.DOT_CHUNKS * contract.CHUNK_BYTES + rows.g.nbytes + 100 * 300 * 8
+        limit = contract.DOT_CHUNKS * contract.chunking.CHUNK_BYTES + rows.g.nbytes + 100 * 300 * 8
         assert limit < d_bytes / 4
         assert 0 < seen.size <= limit, (kind, function.__name__)
 
@@ -337,3 +339,38 @@ def test_pieces_of_windows_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None
 
     contract.second_moment(Windows(made, torch.ones(1, 5, 6, 1, 3), 4))
     assert len(alive) == 5
+
+
+@pytest.mark.parametrize(
+    ("shape", "out", "kernel", "options"),
+    [
+        ((3, 4, 20, 20), 6, (3, 3), {"padding": 1}),
+        ((3, 4, 33, 35), 6, (3, 2), {"stride": (2, 1), "padding": (1, 0), "groups": 2}),
+        ((3, 4, 24, 24), 4, (3, 3), {"dilation": 2, "groups": 4}),
+        ((3, 2, 300), 5, (5,), {"padding": 2}),
+        ((2, 2, 8, 8, 8), 3, (2, 2, 2), {}),
+    ],
+    ids=str,
+)
+def test_a_grouped_convolution_gives_what_windows_give(
+    shape: tuple[int, ...], out: int, kernel: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """Float32 convolutions with many positions have a way of their own to per-sample gradients."""
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(kernel) - 1]
+    x, w = torch.randn(shape), torch.randn(out, shape[1] // options.get("groups", 1), *kernel)
+    z = conv(x, w, **options)
+    g = torch.randn(2, *z.shape)
+    (slot,) = conv_slots(Call(conv, (x, w), options, z.shape), [w])
+    assert slot is not None
+
+    def rows(grouped: bool) -> Windows:
+        found = slot.rows(g, Samples(len(x), 0))
+        assert isinstance(found, Windows)
+        assert found.product is not None
+        return found if grouped else Windows(found.make, found.g, found.size_in)
+
+    for function in (contract.per_sample, contract.squared_norm, contract.second_moment):
+        torch.testing.assert_close(function(rows(True)), function(rows(False)), rtol=1e-4, atol=1e-4)
+        assert not rows(True).laid_out
+    part = contract.narrow(rows(True), 1, len(x) - 1)
+    torch.testing.assert_close(contract.per_sample(part), contract.per_sample(rows(False))[:, 1:], rtol=1e-4, atol=1e-4)

@@ -10,13 +10,13 @@ pure: they take `Rows`, write to no input and keep nothing. None but `per_sample
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from layerwise import memory
+from layerwise import chunking, memory
+from layerwise.chunking import chunks, product, product_of, ranges
 from layerwise.costs import ghost_is_cheaper, pairs_are_cheaper
 from layerwise.errors import BadInput
 from layerwise.ops.base import Rows
@@ -28,9 +28,7 @@ __all__ = [
     "weighted_sum",
 ]  # fmt: skip
 
-CHUNK_BYTES = 2**21  # scratch of one chunk: between one MiB and four all shapes were within 5 % of their best
 DOT_CHUNKS = 8  # pairwise dots need all samples at once: wider chunks keep the products efficient
-CHUNK_BYTES_DEVICE = 2**27  # on an accelerator launches cost more than memory
 PANELS = 4  # a symmetric matrix product in this many row panels does 5/8 of the work
 PANELS_FROM = 256  # below this size the panels cost more than they save
 
@@ -65,12 +63,16 @@ def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
             d = memory.empty((v, n, k, o, i), rows.g)
         else:
             d = out
+        if product_of(rows) is not None:
+            for w, low, high, part in chunks(rows):
+                d[w, low:high] = part
+            return d if out is None or d is out else out.copy_(d)
         start = 0
         for piece in pieces(rows):
             stop = start + piece.g.shape[1]
             assert piece.a is not None
             for w in range(v):
-                _product(piece.g[w], piece.a, out=d[w, start:stop])
+                product(piece.g[w], piece.a, out=d[w, start:stop])
             start = stop
     return d if out is None or d is out else out.copy_(d)
 
@@ -130,9 +132,11 @@ def squared_norm(rows: Rows) -> Tensor:
     Shapes: returns `[V,N]`. Raises: `BadInput` where the rows contradict each other.
     Source: Goodfellow 2015, "Efficient per-example gradient computations", for one position.
     """
+    v, n, t, k, o, i = dims(rows)
+    if product_of(rows) is not None:
+        return _norms(rows)
     if not rows.laid_out:
         return torch.cat([squared_norm(Rows(p.a, p.g, p.size_in)) for p in pieces(rows)], 1)
-    v, n, t, k, o, i = dims(rows)
     if rows.a is None:
         return _squares(_over_positions(rows.g).flatten(2))
     if t == 1 and rows.a.is_floating_point() and o * i > 1:
@@ -145,7 +149,12 @@ def squared_norm(rows: Rows) -> Tensor:
         return result
     if not o == i == 1 and ghost_is_cheaper(v, t, o, i):
         return _ghost_norm(rows.a, rows.g)
-    for w, low, high, d in _chunks(rows.a, rows.g):
+    return _norms(rows)
+
+
+def _norms(rows: Rows) -> Tensor:
+    result = rows.g.new_zeros(rows.g.shape[:2])
+    for w, low, high, d in chunks(rows):
         torch.linalg.vector_norm(d.flatten(1), dim=1, out=result[w, low:high])
     return result.square_()
 
@@ -153,7 +162,7 @@ def squared_norm(rows: Rows) -> Tensor:
 def _ghost_norm(a: Tensor, g: Tensor) -> Tensor:
     v, n, t, k, _ = g.shape
     result = g.new_empty(v, n)
-    for low, high in _ranges(n, 2 * k * t * t * g.element_size(), g):
+    for low, high in ranges(n, 2 * k * t * t * g.element_size(), g):
         x = a[low:high].transpose(1, 2)
         inputs = (x @ x.mT).flatten(1)
         for w in range(v):
@@ -163,7 +172,6 @@ def _ghost_norm(a: Tensor, g: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@summed
 def second_moment(rows: Rows) -> Tensor:
     """Elementwise squares of the per-sample gradients, summed over samples and cotangents.
 
@@ -172,6 +180,14 @@ def second_moment(rows: Rows) -> Tensor:
 
     Shapes: returns `[K,O,I]`. Raises: `BadInput` where the rows contradict each other.
     """
+    v, n, t, k, o, i = dims(rows)
+    if product_of(rows) is not None and not pairs_are_cheaper(v, t, o, i):
+        return _moment(rows)
+    return _second_moment(rows)
+
+
+@summed
+def _second_moment(rows: Rows) -> Tensor:
     v, n, t, k, o, i = dims(rows)
     if rows.a is None:
         return _sum_of_squares(_over_positions(rows.g)).sum(0)[..., None]
@@ -185,8 +201,13 @@ def second_moment(rows: Rows) -> Tensor:
         return _sum_product(_sum_of_squares(rows.g), rows.a.square())
     if not o == i == 1 and pairs_are_cheaper(v, t, o, i):
         return _second_moment_of_pairs(rows.a, rows.g)
+    return _moment(rows)
+
+
+def _moment(rows: Rows) -> Tensor:
+    _, _, _, k, o, i = dims(rows)
     result = rows.g.new_zeros(k, o, i)
-    for _, low, high, d in _chunks(rows.a, rows.g):
+    for _, low, high, d in chunks(rows):
         if high - low == 1:
             result.addcmul_(d[0], d[0])
         else:
@@ -202,7 +223,7 @@ def _second_moment_of_pairs(a: Tensor, g: Tensor) -> Tensor:
     twice = torch.where(p == q, 1, 2).to(g.dtype)
     result = g.new_zeros(k, o, i)
     cost = k * (len(p) * (2 * i + o) + t * t * o) * g.element_size()
-    for low, high in _ranges(n, cost, g):
+    for low, high in ranges(n, cost, g):
         x = a[low:high]
         y = g[:, low:high].permute(1, 3, 4, 0, 2)  # n, k, o, v, t
         yy = (y.mT @ y)[..., p, q] * twice
@@ -219,7 +240,7 @@ def pairwise_dot(rows: Rows) -> Tensor:
     Shapes: returns `[V,N,N]`. Raises: `BadInput` where the rows contradict each other.
     """
     v, n, t, k, o, i = dims(rows)
-    if not rows.laid_out and v * n * k * o * i * rows.g.element_size() <= DOT_CHUNKS * CHUNK_BYTES:
+    if not rows.laid_out and v * n * k * o * i * rows.g.element_size() <= DOT_CHUNKS * chunking.CHUNK_BYTES:
         d = per_sample(rows).flatten(2)
         return d @ d.mT
     a = rows.a
@@ -230,8 +251,8 @@ def pairwise_dot(rows: Rows) -> Tensor:
         return _ghost_dot(a, rows.g)
     result = rows.g.new_zeros(v, n, n)
     each = n * i * rows.g.element_size() // DOT_CHUNKS
-    for k0, k1 in _ranges(k, each * o, rows.g):
-        for o0, o1 in _ranges(o, each * (k1 - k0), rows.g):
+    for k0, k1 in ranges(k, each * o, rows.g):
+        for o0, o1 in ranges(o, each * (k1 - k0), rows.g):
             part = a[:, :, k0:k1] if a is not None and a.is_floating_point() else a
             for w in range(v):
                 g = rows.g[w : w + 1, ..., k0:k1, o0:o1]
@@ -244,7 +265,7 @@ def _ghost_dot(a: Tensor, g: Tensor) -> Tensor:
     v, n, t, k, _ = g.shape
     result = g.new_zeros(v, n, n)
     flat_a, flat_g = a.flatten(0, 1), g.flatten(1, 2)
-    for low, high in _ranges(n, 2 * n * t * t * g.element_size(), g):
+    for low, high in ranges(n, 2 * n * t * t * g.element_size(), g):
         here = slice(low * t, high * t)
         for c in range(k):
             inputs = flat_a[here, c] @ flat_a[:, c].T
@@ -302,40 +323,6 @@ def output_gram(g: Tensor) -> Tensor:
 # --- shared forms ---------------------------------------------------------------------------------
 
 
-def _product(g: Tensor, a: Tensor, out: Tensor) -> Tensor:
-    """D `[N,K,O,I]` of one cotangent, into contiguous memory."""
-    n, t, k, i = a.shape
-    o = g.shape[-1]
-    if t == 1:
-        return torch.mul(g[:, 0, :, :, None], a[:, 0, :, None, :], out=out)
-    if o == i == 1:
-        torch.sum(g[..., 0] * a[..., 0], 1, out=out[..., 0, 0])
-        return out
-    left, right = g.permute(0, 2, 3, 1).reshape(n * k, o, t), a.transpose(1, 2).reshape(n * k, t, i)
-    torch.bmm(left, right, out=out.view(n * k, o, i))
-    return out
-
-
-def _chunks(a: Tensor, g: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
-    """(v, first sample, end, D `[n,K,O,I]`) for all of D, each chunk in the memory of the last."""
-    v, n, t, k, o = g.shape
-    i = a.shape[-1]
-    each = k * (t + 1 if o == i == 1 else o * i) * g.element_size()
-    ranges = list(_ranges(n, each, g))
-    scratch = g.new_empty(max((high - low for low, high in ranges), default=0), k, o, i)
-    for low, high in ranges:
-        for w in range(v):
-            yield w, low, high, _product(g[w, low:high], a[low:high], out=scratch[: high - low])
-
-
-def _ranges(n: int, each: int, like: Tensor) -> Iterator[tuple[int, int]]:
-    """Cut n things of `each` bytes into ranges that fit the chunk."""
-    budget = CHUNK_BYTES if like.device.type == "cpu" else CHUNK_BYTES_DEVICE
-    step = max(1, budget // max(1, each))
-    for low in range(0, n, step):
-        yield low, min(n, low + step)
-
-
 def _sum_product(g: Tensor, a: Tensor) -> Tensor:
     """sum_{n,t} g[n,t,k,o] a[n,t,k,i], as `[K,O,I]`, without a transposed copy where there is a way."""
     n, t, k, i = a.shape
@@ -344,7 +331,7 @@ def _sum_product(g: Tensor, a: Tensor) -> Tensor:
         return (g * a).sum((0, 1))[..., None]
     if k > 1 and t * (o + i) > o * i:  # reading D chunk by chunk costs less than transposed copies
         result = g.new_zeros(k, o, i)
-        for _, _, _, d in _chunks(a, g[None]):
+        for _, _, _, d in chunks(Rows(a, g[None], i)):
             result += d.sum(0)
         return result
     if k > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ghost_is_cheaper", "pairs_are_cheaper"]
+__all__ = ["ghost_is_cheaper", "grouped_is_cheaper", "pairs_are_cheaper"]
 
 TRAFFIC = 12  # writing and rereading one number costs as much as this many multiply-adds
 
@@ -28,3 +28,14 @@ def pairs_are_cheaper(v: int, t: int, o: int, i: int) -> bool:
     if pairs >= v * t:
         return False
     return pairs * (o * i + TRAFFIC * (o + i)) + t * t * o * (v + TRAFFIC) < v * o * i * (t + TRAFFIC)
+
+
+def grouped_is_cheaper(t: int, o: int, i: int) -> bool:
+    """Whether all D of a convolution cost less as one convolution with a group for each sample than from windows.
+
+    The windows are a copy of `t·i` numbers for `t·o·i` multiply-adds, and products with few rows are slow; torch's
+    kernel is slow where there are many channels and few places. Float32 on a CPU, on the convolutions of All-CNN-C,
+    3C3D and ResNet-8: 0.5 to 1.2 times the windows' time by this rule, 0.8 to 2 times against it
+    (`python -m benchmarks.convolutions`).
+    """
+    return t >= 256 and o * i <= 100_000

@@ -88,14 +88,24 @@ class Windows(Rows):
     """Rows whose float input is a larger copy of something small, laid out when and as far as it is read.
 
     make: the input rows `[n,T,K,I]` of the samples from one number to another.
+    product: `D[n,K,O,I]` of one cotangent `[n,T,K,O]` of these samples, without their rows; None where there is no
+        such way, or the rows are faster.
     """
 
     make: Callable[[int, int], Tensor]
+    product: Callable[[Tensor, int, int], Tensor] | None
 
-    def __init__(self, make: Callable[[int, int], Tensor], g: Tensor, size_in: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[int, int], Tensor],
+        g: Tensor,
+        size_in: int,
+        product: Callable[[Tensor, int, int], Tensor] | None = None,
+    ) -> None:
         object.__setattr__(self, "make", make)
         object.__setattr__(self, "g", g)
         object.__setattr__(self, "size_in", size_in)
+        object.__setattr__(self, "product", product)
 
     @cached_property
     def a(self) -> Tensor:
@@ -114,12 +124,20 @@ class Windows(Rows):
 
     def sent(self, g: Tensor) -> Rows:
         """The same input with other cotangents of the same samples."""
-        return Rows(self.a, g, self.size_in) if self.laid_out else Windows(self.make, g, self.size_in)
+        return Rows(self.a, g, self.size_in) if self.laid_out else Windows(self.make, g, self.size_in, self.product)
 
     def narrow(self, start: int, length: int) -> Windows:
         """Some samples, whose input is laid out without the others'."""
         g = self.g[:, start : start + length]
-        return Windows(lambda low, high: self.make(start + low, start + high), g, self.size_in)
+        make, product = self.make, self.product
+
+        def moved(cotangent: Tensor, low: int, high: int) -> Tensor:
+            assert product is not None
+            return product(cotangent, start + low, start + high)
+
+        return Windows(
+            lambda low, high: make(start + low, start + high), g, self.size_in, None if product is None else moved
+        )
 
 
 class Slot:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise import memory
+from layerwise.costs import grouped_is_cheaper
 from layerwise.ops.arguments import bind, count, plain
 from layerwise.ops.base import Call, Rows, Samples, Slot, Windows
 from layerwise.ops.elementwise import BiasSlot
@@ -85,15 +86,40 @@ class ConvSlot(Slot):
         """The rows of a cotangent; the windows of one sample at a time, where samples follow one another."""
         if samples is None or not samples.n_major or not samples.n:
             return super().rows(g, samples)
-        x, stride, dilation = self._padded()
-        each = x.shape[0] // samples.n
+        padded: list[tuple[Tensor, tuple[int, ...], tuple[int, ...]]] = []  # made once, where it is read
 
         def make(low: int, high: int) -> Tensor:
+            if not padded:
+                padded.append(self._padded())
+            x, stride, dilation = padded[0]
+            each = x.shape[0] // samples.n
             part = Samples(high - low, samples.axis)
             return self._windows(x[low * each : high * each], stride, dilation, part)
 
-        size_in = x.shape[1] // self._geometry.groups * math.prod(self.used.shape[2:])
-        return Windows(make, self.output(g, samples), size_in)
+        y = self.output(g, samples)
+        i = self._x.shape[-self._geometry.dims - 1] // self._geometry.groups * math.prod(self.used.shape[2:])
+        fits = self._has_grouped(samples) and grouped_is_cheaper(y.shape[2], y.shape[4], i)
+        return Windows(make, y, i, self.grouped if fits else None)
+
+    def _has_grouped(self, samples: Samples) -> bool:
+        """Whether torch has a fast kernel for `grouped`."""
+        geometry, used = self._geometry, self.used
+        plain = geometry.output_padding is None and self._batched and samples.n == self._x.shape[0]
+        same = self._x.dtype == used.dtype == torch.float32 and used.device.type == "cpu"
+        return plain and same and not isinstance(geometry.padding, str) and torch.backends.mkldnn.is_available()
+
+    def grouped(self, g: Tensor, low: int, high: int) -> Tensor:
+        """`D[n,K,O,I]` of cotangent rows `[n,T,K,O]`: a convolution with a group for each sample and group."""
+        geometry, dims, n = self._geometry, self._geometry.dims, high - low
+        x = self._x[low:high].detach()
+        g = g.permute(0, 2, 3, 1).reshape(1, -1, *self._out_shape[2:])
+        x, kernel = x.reshape(1, -1, *x.shape[2:]), self.used.shape
+        weight = g.new_empty(g.shape[1], *kernel[1:])  # its values are not read
+        stride, padding, dilation = (_spread(v, dims) for v in (geometry.stride, geometry.padding, geometry.dilation))
+        d = torch.ops.aten.convolution_backward(
+            g, x, weight, None, stride, padding, dilation, False, (0,) * dims, n * geometry.groups, (False, True, False)
+        )[1]
+        return d.reshape(n, geometry.groups, kernel[0] // geometry.groups, -1)
 
     def input(self, samples: Samples | None) -> Tensor:
         """Input rows `[N,T,K,I]`, I running over channels, then the kernel; in memory `[k,i,n,t]`."""
