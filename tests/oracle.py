@@ -410,9 +410,10 @@ def kfra_factors(
     found: dict[str, tuple[Tensor, Tensor]] = {}
     above, below_top = z, torch.zeros(0)
     for level, (name, layer, x, out) in enumerate(reversed(kept)):
-        total = torch.zeros(out[0].numel(), out[0].numel())
+        total = z.new_zeros(out[0].numel(), out[0].numel())
         for n in range(len(z)):
             j = torch.stack([_pull(element, {"": out})[0][n].flatten() for element in above[n].flatten()])
+            j = j.to(z)
             total += j.T @ (hessian[n, :, n] if level == 0 else below_top / len(z)) @ j
         above, below_top = out, total
         if blocks is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import quantity_checks as check
 import torch
+from kfra_checks import NO_CHAIN, kfra
 from quantity_checks import Drawn, Truth
 from zoo import Case, Instance
 
@@ -27,7 +28,7 @@ __all__ = ["COLUMNS", "Cell", "Column", "outcome"]
 
 @dataclass(frozen=True)
 class Cell:
-    """What a quantity gave on a model: "exact", "sampled", "refused" or "n/a", and why where it gave nothing."""
+    """What a quantity gave on a model: "exact", "part", "sampled", "refused" or "n/a", and why it is not all exact."""
 
     kind: str
     why: str = ""
@@ -38,7 +39,9 @@ class Column:
     """A quantity.
 
     ask: the quantity for `observe`; or, for an operator, `build`: (subject, closure) -> the operator.
-    check: (truth, result, drawn) asserts that the result is what brute force computes, from the same draws.
+    check: (truth, result, drawn) asserts that the result is what brute force computes, from the same draws; where
+        brute force covers a part of it, it returns which.
+    chain: whether it is for chains of layers alone.
     sampled: whether it is a random estimate; its columns or signs are then recorded as they are drawn.
     second: whether it differentiates the backward pass, which some operations of torch cannot.
     per_sample: whether it must tell the samples apart.
@@ -47,12 +50,13 @@ class Column:
 
     name: str
     group: str
-    check: Callable[[Truth, Any, Drawn], None]
+    check: Callable[[Truth, Any, Drawn], str | None]
     ask: Callable[[Truth], lw.Quantity] | None = None
     build: Callable[[Any, Callable[[], torch.Tensor]], Any] | None = None
     sampled: bool = False
     second: bool = False
     per_sample: bool = True
+    chain: bool = False
     undefined: Callable[[Truth], str | None] = lambda truth: None
 
     def run(self, truth: Truth) -> tuple[Any, Drawn]:
@@ -136,6 +140,7 @@ _TABLE = [
     ),
     Column("KFLR expand", FACTORS, check.factors("expand"), lambda t: lw.KFLR()),
     Column("KFLR reduce", FACTORS, check.factors("reduce"), lambda t: lw.KFLR("reduce")),
+    Column("KFRA", FACTORS, kfra, lambda t: lw.KFRA(), chain=True),
     Column("EKFAC", FACTORS, check.ekfac, lambda t: lw.EKFAC(None)),
     Column("GGN", OPERATORS, check.ggn_operator, build=lw.GGN, second=True, per_sample=False),
     Column("Hessian", OPERATORS, check.hessian_operator, build=lw.Hessian, second=True, per_sample=False),
@@ -145,6 +150,9 @@ COLUMNS: Mapping[str, Column] = {column.name: column for column in _TABLE}
 
 NOT_TWICE = "an operation without a second derivative"
 MIXED = "samples are mixed"
+BRANCHES = "the recursion is for chains"
+HEADS = "the recursion starts at one loss"
+SEVERAL = {"ce_stepwise", "two_calls", "two_heads"}
 
 
 def refusal(case: Case, column: Column) -> tuple[type[errors.LayerwiseError], str] | None:
@@ -154,6 +162,10 @@ def refusal(case: Case, column: Column) -> tuple[type[errors.LayerwiseError], st
         return errors.SamplesMixed, MIXED
     if "bag" in tags and column.second:
         return errors.Undefined, NOT_TWICE
+    if column.chain and case.loss.name in SEVERAL:
+        return errors.Undefined, HEADS
+    if column.chain and case.problem.name in NO_CHAIN:
+        return errors.Undefined, BRANCHES
     return None
 
 
@@ -175,8 +187,8 @@ def outcome(case: Case, column: Column) -> Cell:
     truth = truth_of(case)
     why, expected = column.undefined(truth), refusal(case, column)
     if why is None and expected is None:
-        check_result(truth, column)
-        return Cell("sampled" if column.sampled else "exact")
+        part = check_result(truth, column)
+        return Cell("part", part) if part else Cell("sampled" if column.sampled else "exact")
     error = errors.Undefined if why is not None else expected[0]
     try:
         result, _ = column.run(truth)
@@ -188,7 +200,7 @@ def outcome(case: Case, column: Column) -> Cell:
     raise AssertionError(f"{column.name} on {case.id} is no longer refused ({why or expected[1]}): say so in the table")
 
 
-def check_result(truth: Truth, column: Column) -> None:
-    """Compare one result with brute force."""
+def check_result(truth: Truth, column: Column) -> str | None:
+    """Compare one result with brute force; which part of it, where not the whole."""
     result, drawn = column.run(truth)
-    column.check(truth, result, drawn)
+    return column.check(truth, result, drawn)

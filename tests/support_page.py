@@ -24,6 +24,7 @@ the tests; `make support` writes it again, and `make test` fails where it no lon
 | mark | |
 |---|---|
 | ✓ | exact: equal to brute force |
+| (✓) | a part was compared with brute force, as the note says |
 | ~ | sampled: equal to brute force with the same draws; unbiased, which other tests show |
 | ✗ | refused with a typed error, for the reason in the note |
 | n/a | not defined there |
@@ -105,7 +106,7 @@ class _Notes:
 
     def marks(self, cells: Sequence[Cell]) -> str:
         """The marks of a quantity's variants, each run of one reason with its letter."""
-        marks = {"exact": "✓", "sampled": "~", "refused": "✗", "n/a": "n/a"}
+        marks = {"exact": "✓", "part": "(✓)", "sampled": "~", "refused": "✗", "n/a": "n/a"}
         text = ""
         for why, run in groupby(cells, lambda cell: cell.why):
             text += "".join(marks[cell.kind] for cell in run)

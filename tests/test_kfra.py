@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from oracle_slices import gradient_factors
 from torch import Tensor, nn
-from zoo import Case, cases
 from zoo.parts import Apply, leaf
 
 from layerwise import KFLR, KFRA, accumulate, errors, observe
@@ -273,46 +272,6 @@ def test_the_gradient_is_untouched_and_nothing_is_kept() -> None:
     want = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     watch(model, x, lambda z: F.cross_entropy(z, y), KFRA(), KFLR())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), want, strict=True))
-
-
-# The zoo ----------------------------------------------------------------------------------------
-
-NO_CHAIN = {
-    "affine_by_hand", "residual", "reused", "reused_at_two_shapes", "tied_embedding", "tied_autoencoder",
-    "matmul_forms", "chunked", "seq_first_recurrent", "constant_start", "learned_start", "two_heads", "attention",
-    "causal_lm", "attention_time_first", "attention_padded", "attention_cross", "attention_learned_queries",
-    "transformer_post_norm", "transformer_pre_norm", "transformer_decoder", "vit", "char_gpt", "lstm",
-    "lstm_stacked_both_ways", "lstm_projected", "gru", "gru_learned_start", "rnn_tanh", "rnn_relu_per_step", "cells",
-    "checkpointed_attention", "checkpointed_transformer", "checkpointed_lstm", "checkpointed_gru",
-}  # fmt: skip
-# The oracle's hooks see module calls with one output, whose dim 0 is the samples'.
-UNREAD = {
-    "tokens_flat", "functional", "functional_conv", "seq_first_flat_square", "seq_first_square", "seq_first_pooled",
-    "no_grad_gate", "multihead_attention",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", cases(first_loss_only=True), ids=lambda c: c.problem.name)
-def test_every_program_of_the_zoo_is_exact_or_refused(case: Case) -> None:
-    instance, name = case.make(), case.problem.name
-    if name in NO_CHAIN:
-        with pytest.raises(errors.Undefined, match="recursion down a chain"), observe(instance.subject, KFRA()):
-            instance.loss().backward()
-        assert all(p.grad is None for p in instance.params.values())
-        return
-    with observe(instance.subject, KFRA(), KFLR()) as seen:
-        instance.loss().backward()
-    assert seen.kfra.blocks.keys() == seen.kflr.blocks.keys()
-    assert seen.kfra.forms == seen.kflr.forms
-    if set(seen.kfra.forms.values()) != {"rows"}:
-        return
-    got, last = factors(seen.kfra), next(reversed(seen.kflr.blocks))
-    same({last: got[last]}, {last: factors(seen.kflr)[last]})
-    if name not in UNREAD:
-        want = oracle.kfra_factors(instance.model, instance.logits, instance.loss_of)
-        shared = want.keys() & got.keys()
-        assert shared == {n for n in want if instance.params[n].grad is not None}
-        oracle.assert_close({n: got[n][1] for n in shared}, {n: want[n][1] for n in shared})
 
 
 # Parameters without rows ------------------------------------------------------------------------
