@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.overhead import __main__ as command
-from benchmarks.overhead import contenders, measure, memory, report
+from benchmarks.overhead import bounds, contenders, measure, memory, report
 from benchmarks.overhead.nets import NETS, Net
 from benchmarks.overhead.quantities import QUANTITIES
 
@@ -96,3 +97,13 @@ def test_judgements() -> None:
 def test_peak_memory_sees_what_is_held() -> None:
     found = memory.peaks("3c3d", "norms", ["ours"])
     assert 50e6 < found["plain"] <= found["ours"] < 1e9
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"stride": 2, "padding": 1}], ids=str)
+def test_multiply_adds_of_a_convolution(options: dict[str, int]) -> None:
+    """Of the convolution and of each of its two gradients, as loops over its outputs count them."""
+    x, w = torch.randn(3, 4, 9, 9, requires_grad=True), torch.randn(6, 4 // options.get("groups", 1), 3, 3)
+    y = F.conv2d(x, w.requires_grad_(), **options)
+    count = y.numel() * w[0].numel()
+    assert bounds.multiply_adds(lambda: F.conv2d(x, w, **options)) == count
+    assert bounds.multiply_adds(lambda: torch.autograd.grad(y, [x, w], torch.ones_like(y))) == 2 * count

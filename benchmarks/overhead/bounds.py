@@ -28,9 +28,19 @@ class _Counter(TorchDispatchMode):
         if func._overloadpacket is torch.ops.aten.addbmm:  # torch knows no count of it
             _, left, right = args
             self.total += left.numel() * right.shape[2]
+        elif func._overloadpacket is torch.ops.aten.convolution_backward:  # torch's count is wrong with groups
+            self.total += _convolution_backward(*args)
         elif func._overloadpacket in flop_registry:
             self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) // 2
         return out
+
+
+def _convolution_backward(g: Tensor, x: Tensor, w: Tensor, *options: Any) -> int:
+    """As many for each of the two gradients as the convolution has: every output (of a transposed one, input) times
+    the kernel's elements that it meets."""
+    transposed, wanted = options[4], options[7]
+    places = x if transposed else g
+    return (int(wanted[0]) + int(wanted[1])) * places.numel() * w[0].numel()
 
 
 def multiply_adds(run: Callable[[], object]) -> int:
