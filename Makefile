@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := torch==2.13.0
+# A process for each core; a file's tests stay together, for some share what they compute.
+PARALLEL := -n auto --dist loadfile
 
 # The first of these that runs and is Python 3.11 or newer; `make PYTHON=... test` overrides it.
 IS_RECENT := import sys; sys.exit(sys.version_info < (3, 11))
@@ -30,12 +32,12 @@ demo: $(INSTALLED)  ## Train an autoencoder with five methods side by side; writ
 	$(BIN)/layerwise demo
 
 test: lint  ## Lint, check types, and run the tests (what .ci/run calls)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: lint  ## Run all tests, the slow ones too, with a new seed each time (LAYERWISE_SEED=... repeats one)
 	@export LAYERWISE_SEED="$${LAYERWISE_SEED:-$$(( $$(date +%s) % 100000 ))}"; \
 	echo "LAYERWISE_SEED=$$LAYERWISE_SEED"; \
-	$(BIN)/python -m pytest --hypothesis-seed="$$LAYERWISE_SEED"
+	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-seed="$$LAYERWISE_SEED"
 
 lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/ruff check .
