@@ -17,13 +17,12 @@ from layerwise.quantities import KFAC, DiagGGN, PerSampleGrad, SecondMoment, Squ
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
 FEW, MANY = 100, 500  # examples of every family, in `make test` and in `make test-all`
-WITHOUT_ROWS = {"tied"}  # no Kronecker factors of a weight that is laid out in two ways
 
 
-def _check(program: Program, rows: bool) -> None:
+def _check(program: Program) -> None:
     valid = program.n > 0 and program.runs()
     params = program.model.parameters()
-    quantities = [PerSampleGrad(), SquaredNorm(), SecondMoment(), Variance(), DiagGGN(), *([KFAC()] if rows else [])]
+    quantities = [PerSampleGrad(), SquaredNorm(), SecondMoment(), Variance(), DiagGGN(), KFAC()]
     try:
         with observe(program.model, *quantities) as seen:
             loss = program.loss()
@@ -68,7 +67,7 @@ def _run(family: str, examples: int, phases: tuple[Phase, ...] = tuple(Phase)) -
     @settings(max_examples=examples, phases=phases)
     @given(programs(family))
     def check(program: Program) -> None:
-        _check(program, family not in WITHOUT_ROWS)
+        _check(program)
 
     check()
 
