@@ -131,3 +131,19 @@ def test_steps_leave_nothing(make: Callable, steps: int, error: str | None) -> N
         gc.enable()
     if error is None:
         assert grown < 2**20
+
+
+@pytest.mark.parametrize("quantities", [(), (lw.SecondMoment(), lw.SquaredNorm())], ids=["none", "two"])
+def test_inputs_are_let_go_while_the_backward_pass_runs(quantities: tuple[lw.Quantity, ...]) -> None:
+    """As in a plain backward pass, so that the memory serves for what is still to come."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 2))
+    left: list[int] = []
+
+    def count(_: Tensor) -> None:
+        left.append(sum(type(o) is Tensor and o.shape == (5, 7) for o in gc.get_objects()))
+
+    with lw.observe(model, *quantities):
+        first = model[0](torch.randn(5, 3))
+        first.register_hook(count)  # the last cotangent to arrive
+        model[1:](first).square().mean().backward()
+    assert left == [0]

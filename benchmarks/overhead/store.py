@@ -18,6 +18,18 @@ from .contenders import CONTENDERS, version_of
 
 __all__ = ["Store"]
 
+UNUSED = {
+    "local",
+    "optim",
+    "nn",
+    "compat",
+    "monitor",
+    "demo",
+    "cli.py",
+    "__main__.py",
+    "__init__.py",
+}  # by what is timed
+
 STATISTIC = "(gradient + quantity) / gradient, lower quartiles of CPU time, interleaved in alternating order"
 
 
@@ -62,8 +74,10 @@ class Store:
 def _stamp(versions: dict[str, str | None]) -> str:
     """A short hash of what a figure depends on."""
     digest = hashlib.sha256(json.dumps([versions, _machine()], sort_keys=True).encode())
-    for path in sorted(Path(layerwise.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    root = Path(layerwise.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in UNUSED:
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

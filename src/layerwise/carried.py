@@ -1,18 +1,21 @@
-"""Per-sample gradients of a derived tensor (a weight norm, LoRA's sum), carried back to its parameters."""
+"""Parameters without rows of their own; gradients of a derived tensor (a weight norm, LoRA's sum), carried back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from layerwise import contract
+from layerwise import contract, layouts
 from layerwise.ops.base import Rows, Slot
 from layerwise.pull import pull
+from layerwise.tape import Tape
+from layerwise.uses import Use
+from layerwise.views import view_maps
 
-__all__ = ["Later", "carry"]
+__all__ = ["Later", "carries", "carry", "without_rows"]
 
 
 def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -71,3 +74,33 @@ class Later:
     def new_zeros(self, shape: Sequence[int]) -> Tensor:
         """Zeros of the type that is read."""
         return torch.zeros(tuple(shape), dtype=self.dtype or self.leaf.dtype, device=self.leaf.device)
+
+
+def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:
+    """The parameters that some use reads through a derived tensor or without row form, or uses as several matrices."""
+    found: set[str] = set()
+    places: dict[str, list[Slot]] = {}
+    for use in uses:
+        for derived, slot in zip(use.used, use.slots, strict=True):
+            name = next(iter(derived.names))
+            if len(derived.names) > 1 or not slot.factored or view_maps(slot.used, tape.parameters[name]) is None:
+                found |= derived.names
+            else:
+                places.setdefault(name, []).append(slot)
+    for name, slots in places.items():
+        if len(slots) > 1 and name not in found:
+            p = tape.parameters[name]
+            views = [(slot, view_maps(slot.used, p)) for slot in slots]
+            matrices = [layouts.maps(slot, view)[1] for slot, view in views if view is not None]
+            if layouts.grouped(matrices, p.shape) is None:
+                found.add(name)
+    return found
+
+
+def carries(tape: Tape, use: Use) -> bool:
+    """Whether some gradient of a use goes back to its parameter through a graph."""
+    return any(
+        not slot.used.is_leaf
+        and (len(d.names) > 1 or view_maps(slot.used, tape.parameters[next(iter(d.names))]) is None)
+        for d, slot in zip(use.used, use.slots, strict=True)
+    )

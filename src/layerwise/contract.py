@@ -24,11 +24,12 @@ from layerwise.rows import concat, dims, flatten_samples, keys, merged_index, na
 
 __all__ = [
     "concat", "flatten_samples", "ghost_is_cheaper", "input_gram", "narrow", "output_gram",
-    "pairs_are_cheaper", "pairwise_dot", "per_sample", "second_moment", "squared_norm", "total",
-    "weighted_sum",
+    "pairs_are_cheaper", "pairwise_dot", "per_sample", "second_moment", "squared_norm", "squares_need_rows",
+    "sum_of_squares", "total", "weighted_sum",
 ]  # fmt: skip
 
 DOT_CHUNKS = 8  # pairwise dots need all samples at once: wider chunks keep the products efficient
+REREAD_FROM = 16  # positions from which on D is cheaper to read than to compute again
 PANELS = 4  # a symmetric matrix product in this many row panels does 5/8 of the work
 PANELS_FROM = 256  # below this size the panels cost more than they save
 
@@ -228,6 +229,22 @@ def _second_moment_of_pairs(a: Tensor, g: Tensor) -> Tensor:
         y = g[:, low:high].permute(1, 3, 4, 0, 2)  # n, k, o, v, t
         yy = (y.mT @ y)[..., p, q] * twice
         result += _sum_product(yy.permute(0, 3, 1, 2), x[:, p] * x[:, q])
+    return result
+
+
+def squares_need_rows(rows: Rows) -> bool:
+    """Whether norms and second moments take so many multiply-adds for each element of D that reading D is cheaper."""
+    v, _, t, _, o, i = dims(rows)
+    direct = not (ghost_is_cheaper(v, t, o, i) or pairs_are_cheaper(v, t, o, i))
+    return rows.kind == "float" and t >= REREAD_FROM and direct
+
+
+@torch.no_grad()
+def sum_of_squares(d: Tensor) -> Tensor:
+    """Elementwise squares summed over the first axis, without a copy of it all."""
+    result = torch.zeros_like(d[0]) if len(d) else d.new_zeros(d.shape[1:])
+    for low, high in ranges(len(d), result.numel() * d.element_size(), d):
+        result.add_(d[low:high].square().sum(0))
     return result
 
 

@@ -31,6 +31,10 @@ class Gather:
             if not self._expected[name]:
                 yield self._take(name)
 
+    def complete(self, use: Use) -> bool:
+        """Whether the gradients of all parameters of a use were given out."""
+        return not any(self._expected[name] for name in use.names)
+
     def rest(self) -> Iterator[ParameterGradient]:
         """The gradients of which some use never arrived."""
         for name in list(self._waiting):

@@ -6,7 +6,7 @@ per-sample gradients otherwise: those of a derived tensor are carried back to it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ from layerwise.tape import Tape
 from layerwise.uses import Use
 from layerwise.views import Map, view_maps
 
-__all__ = ["ParameterGradient", "Part", "carries", "parts_of", "without_rows"]
+__all__ = ["ParameterGradient", "Part", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,17 @@ class ParameterGradient:
             return part.fold(contract.total(part.rows))
         return sum((g.sum(1) for g in self._in_chunks()), self._zeros(()))
 
+    def rows(self) -> Tensor:
+        """`per_sample()` of all samples, for every quantity that asks; squares are then read off it."""
+        return self._once("rows", self.per_sample)
+
+    def _held_rows(self) -> Tensor | None:
+        """All per-sample gradients, where they are at hand and squares of them are not had for less."""
+        part, held = self.joined, self._kept.get("rows")
+        if held is None or part is None or part.rows is None:
+            return held
+        return held if contract.squares_need_rows(part.rows) else None
+
     def second_moment(self) -> Tensor:
         """`[*shape]`: sum over v and n of the squared per-sample gradient."""
         return self._once("second moment", self._second_moment)
@@ -175,6 +186,8 @@ class ParameterGradient:
         return memory.lazy_copy(self._kept[what])
 
     def _second_moment(self) -> Tensor:
+        if (held := self._held_rows()) is not None:
+            return contract.sum_of_squares(held.flatten(0, 1))
         part = self.joined
         if part is not None and part.rows is not None and part.fold is not None:
             return part.fold(contract.second_moment(part.rows))
@@ -198,6 +211,8 @@ class ParameterGradient:
     def _squared_norm(self) -> Tensor:
         if "dots" in self._kept:
             return self._kept["dots"].diagonal(dim1=1, dim2=2).clone()
+        if (held := self._held_rows()) is not None:
+            return torch.linalg.vector_norm(held.reshape(*held.shape[:2], -1), dim=2).square_()
         part = self.joined
         if part is not None and part.rows is not None:
             return contract.squared_norm(part.rows)
@@ -249,6 +264,9 @@ class ParameterGradient:
         return self._once("dots", self._pairwise_dot)
 
     def _pairwise_dot(self) -> Tensor:
+        if (held := self._held_rows()) is not None:
+            flat = held.reshape(*held.shape[:2], -1)
+            return flat @ flat.mT
         part = self.joined
         if part is not None and part.rows is not None:
             return contract.pairwise_dot(part.rows)
@@ -333,36 +351,6 @@ def parts_of(
         values = carry(slot.used, dense, list(leaves.values())) if carried else [dense]
         found += [(name, Part(use, dense=v, carried=carried)) for name, v in zip(leaves, values, strict=True)]
     return found
-
-
-def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:
-    """The parameters that some use reads through a derived tensor or without row form, or uses as several matrices."""
-    found: set[str] = set()
-    places: dict[str, list[Slot]] = {}
-    for use in uses:
-        for derived, slot in zip(use.used, use.slots, strict=True):
-            name = next(iter(derived.names))
-            if len(derived.names) > 1 or not slot.factored or view_maps(slot.used, tape.parameters[name]) is None:
-                found |= derived.names
-            else:
-                places.setdefault(name, []).append(slot)
-    for name, slots in places.items():
-        if len(slots) > 1 and name not in found:
-            p = tape.parameters[name]
-            views = [(slot, view_maps(slot.used, p)) for slot in slots]
-            matrices = [layouts.maps(slot, view)[1] for slot, view in views if view is not None]
-            if layouts.grouped(matrices, p.shape) is None:
-                found.add(name)
-    return found
-
-
-def carries(tape: Tape, use: Use) -> bool:
-    """Whether some gradient of a use goes back to its parameter through a graph."""
-    return any(
-        not slot.used.is_leaf
-        and (len(d.names) > 1 or view_maps(slot.used, tape.parameters[next(iter(d.names))]) is None)
-        for d, slot in zip(use.used, use.slots, strict=True)
-    )
 
 
 def _bias_of(part: Part) -> str | None:

@@ -112,6 +112,7 @@ class observe:
             pass_.pull_gradient()
         before = {name: snapshot(p) for name, p in tape.parameters.items()}
         covered = {name: tape.parameters[name] for name in graph.parameters()}
+        pass_.release()
         try:
             with hooked(graph.uses if pass_.listens else [], pass_.receive), accumulated(covered) as gradient:
                 out = run()

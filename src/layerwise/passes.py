@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from layerwise.arrivals import Sent
+from layerwise.carried import carries, without_rows
 from layerwise.cotangents import Averaged, Cotangent, Exact, Gradient, Sampled, Second
 from layerwise.coverage import Graph
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, Undefined
 from layerwise.gather import Gather
-from layerwise.gradients import ParameterGradient, Part, carries, parts_of, without_rows
+from layerwise.gradients import ParameterGradient, Part, parts_of
 from layerwise.heads import Head, heads
 from layerwise.losses import Declared, Likelihood
 from layerwise.pull import alone, pull
@@ -169,6 +170,12 @@ class Pass:
         """Whether the cotangents of the user's own backward pass are wanted."""
         return bool(self.streams or self.sent)
 
+    def release(self) -> None:
+        """Let go of what uses hold, where the user's backward pass is not to be observed: it wants the memory."""
+        if not self.streams:
+            for use in self.graph.uses:
+                use.release()
+
     def _known_layout(self) -> Layout | None:
         """The samples' layout, or None where they cannot be told apart."""
         if self.layout is None:
@@ -238,6 +245,10 @@ class Pass:
         for gradient in self._gather.add(use, parts):
             for i in self.streams:
                 self._compute(i, gradient)
+            if not self._again:
+                for part in gradient.parts:
+                    if self._gather.complete(part.use):
+                        part.use.release()
 
     def _revisit(self) -> None:
         """The second stage: every gradient once more, from the held cotangents, which are let go on the way."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise import losses, ops
-from layerwise.errors import BadInput, SlowPath
+from layerwise.errors import BadInput, SlowPath, Undefined
 from layerwise.ops.base import Call, Slot
 
 __all__ = ["Derived", "LossUse", "OwnUse", "Use", "bad_call", "boundary_of", "describe_func", "named_parameters_of"]
@@ -36,7 +36,19 @@ class Use:
     consumers: the calls that read the output, as (function, args, kwargs without tensors).
     """
 
-    __slots__ = ("_kept", "_slots", "batch", "call", "consumers", "edge", "index", "inputs", "output", "used")
+    __slots__ = (
+        "_kept",
+        "_released",
+        "_slots",
+        "batch",
+        "call",
+        "consumers",
+        "edge",
+        "index",
+        "inputs",
+        "output",
+        "used",
+    )
 
     def __init__(
         self,
@@ -57,6 +69,7 @@ class Use:
         self.output = weakref.ref(output)
         self.consumers: list[Any] = []
         self._slots: list[Slot] | None = None
+        self._released = False
         self._kept = (output.detach(), output._version) if keep else None
 
     @property
@@ -69,6 +82,11 @@ class Use:
     @property
     def slots(self) -> list[Slot]:
         """How each of `used` enters the call, described once."""
+        if self._released:
+            raise Undefined(
+                f"asked for a quantity at {self}, but an earlier backward pass through this forward was observed, or "
+                "failed while it was; run the forward again"
+            )
         if self._slots is None:
             self._slots = ops.slots(self.call, [d.tensor for d in self.used])
             if not all(slot.factored for slot in self._slots):
@@ -79,6 +97,12 @@ class Use:
                     stacklevel=_callers_level(),
                 )
         return self._slots
+
+    def release(self) -> None:
+        """Let go of the call's arguments, which nothing will read any more: autograd frees what it saved as it goes."""
+        self._released, self._slots = True, None
+        self.call = Call(self.call.func, (), {}, self.call.out_shape)
+        self.consumers.clear()
 
     @property
     def names(self) -> list[str]:

@@ -31,10 +31,11 @@ class PerSampleGrad(Quantity):
 
     powers = (1,)
     concatenate = True
+    leads = True  # squares are read off it
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, *shape]`."""
-        return (gradient.per_sample()[0],)
+        return (gradient.rows()[0],)
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
         """Keyed by parameter."""
