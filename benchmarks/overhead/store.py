@@ -28,7 +28,7 @@ UNUSED = {
     "cli.py",
     "__main__.py",
     "__init__.py",
-}  # by what is timed
+}  # not timed
 
 STATISTIC = "(gradient + quantity) / gradient, lower quartiles of CPU time, interleaved in alternating order"
 
