@@ -108,6 +108,7 @@ METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], list[dict[str, An
             *_grid(steps=(10,), momentum=(0.9, 0.999), lr=(1e-5, 3e-4), gamma=(10.0,)),
             *_grid(steps=(4,), momentum=(0.9,), lr=(3e-4, 1e-3), gamma=(10.0,)),
             *_grid(steps=(4,), momentum=(0.99,), lr=(1e-4,), gamma=(10.0,)),
+            *_grid(loss=("squared",), rows=("auto", "all")),
         ],
     ),
     "KFAC": (

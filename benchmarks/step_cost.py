@@ -1,19 +1,25 @@
-"""CPU time of a training step with each of our optimizers, against torch's Adam and RMSProp.
+"""CPU time and peak memory of a training step with each of our optimizers, against torch's Adam and RMSProp.
 
-    python -m benchmarks.step_cost [--threads 1] [--repeats 15] [--problem mnist|digits|both] [--json FILE]
+    python -m benchmarks.step_cost [--threads 1] [--repeats 15] [--problem mnist|digits|both] [--arms NAME ...]
+                                   [--json FILE]
 
 Whole steps: forward, backward and update. Two autoencoders: the deep one of MNIST (random pixels, batch 1000,
 784-1000-500-250-30 and back) and the small one of scikit-learn's digits (random pixels, batch 100,
 64-128-64-16 and back), where the calls cost more than the arithmetic. Nothing is learnt from random
 pixels; only the time counts. Arms are interleaved in alternating order, a figure is the lower quartile.
+Memory is that of training: the peak of resident memory over three steps, above what the process held before the model
+was made, so with weights, gradients and state; each arm in a process of its own (Linux only). RMSProp and Adam run in
+torch's loop over tensors and in its `foreach` form; the faster RMSProp is the one to compare with.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import multiprocessing
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +29,44 @@ from torch import Tensor, nn
 import layerwise as lw
 from benchmarks import autoencoder
 from benchmarks.timing import interleaved
+from benchmarks.training.memory import Peak
 from layerwise.demo import problem as digits
 
 Step = Callable[[], Any]
+Build = Callable[[nn.Module], torch.optim.Optimizer]
 
 NEVER = 10**9  # steps: beyond the first
 
-OURS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+
+def _rmsprop(foreach: bool) -> Build:
+    return lambda model: torch.optim.RMSprop(model.parameters(), 5e-4, momentum=0.9, foreach=foreach)
+
+
+def _adam(fused: bool) -> Build:
+    return lambda model: torch.optim.Adam(model.parameters(), 1e-3, fused=fused)
+
+
+def _kfac(factors: int, inverses: int) -> Build:
+    return lambda model: lw.optim.KFAC(model, update_factors_every=factors, update_inverses_every=inverses)
+
+
+TORCHS: dict[str, Build] = {
+    "Adam": _adam(False),
+    "Adam (fused)": _adam(True),
+    "RMSProp": _rmsprop(False),
+    "RMSProp (foreach)": _rmsprop(True),
+}
+OURS: dict[str, Build] = {
     "LocoProp-M": lw.LocoProp,
     "LocoProp-M, all rows": lambda model: lw.LocoProp(model, rows="all"),
     "LocoProp-S": lambda model: lw.LocoProp(model, loss="squared"),
+    "LocoProp-S, all rows": lambda model: lw.LocoProp(model, loss="squared", rows="all"),
     "AltMin (Adam)": lw.AltMin,
     "AltMin (SGD)": lambda model: lw.AltMin(model, weights="sgd"),
     "AltMin (sweep)": lambda model: lw.AltMin(model, codes="sweep"),
-    "KFAC, no factors due": lambda model: lw.optim.KFAC(model, update_factors_every=NEVER, update_inverses_every=NEVER),
-    "KFAC, new factors": lambda model: lw.optim.KFAC(model, update_factors_every=1, update_inverses_every=NEVER),
-    "KFAC, new factors and inverses": lambda model: lw.optim.KFAC(
-        model, update_factors_every=1, update_inverses_every=1
-    ),
+    "KFAC, no factors due": _kfac(NEVER, NEVER),
+    "KFAC, new factors": _kfac(1, NEVER),
+    "KFAC, new factors and inverses": _kfac(1, 1),
 }
 PROBLEMS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int]]] = {
     "mnist": (autoencoder.deep_autoencoder, (1000, autoencoder.SIZES[0])),
@@ -61,17 +87,46 @@ def layer_local(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -
     return lambda: optimizer.step(lambda: autoencoder.reconstruction_loss(model, x))  # type: ignore[arg-type, return-value]
 
 
-def arms_of(name: str) -> dict[str, Step]:
-    """A step of each optimizer, each with a model of its own."""
-    make, shape = PROBLEMS[name]
-    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    models = [make(0) for _ in range(len(OURS) + 2)]
-    arms = {
-        "Adam": ordinary(models[0], x, torch.optim.Adam(models[0].parameters(), 1e-3)),
-        "RMSProp": ordinary(models[1], x, torch.optim.RMSprop(models[1].parameters(), 5e-4, momentum=0.9)),
-    }
-    arms |= {key: layer_local(m, x, build(m)) for (key, build), m in zip(OURS.items(), models[2:], strict=True)}
-    return arms
+def arm_of(problem: str, name: str) -> Step:
+    """A step of one optimizer, with a model of its own."""
+    make, shape = PROBLEMS[problem]
+    x, model = torch.rand(shape, generator=torch.Generator().manual_seed(0)), make(0)
+    if name in TORCHS:
+        return ordinary(model, x, TORCHS[name](model))
+    return layer_local(model, x, OURS[name](model))
+
+
+def peaks(problem: str, names: Sequence[str], threads: int) -> dict[str, float]:
+    """Peak memory of training, in MB (10⁶ bytes), by arm; NaN where the kernel keeps none."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.step_cost"])
+    found = {}
+    for name in names:
+        with context.Pool(1) as pool:
+            found[name] = pool.apply(_peak, (problem, name, threads))
+    return found
+
+
+def _peak(problem: str, name: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    arm_of("digits", name)()  # what is loaded late
+    gc.collect()
+    peak = Peak()
+    step = arm_of(problem, name)
+    for _ in range(3):
+        step()
+    return peak.mb()
+
+
+def report(problem: str, seconds: dict[str, float], memory: dict[str, float]) -> str:
+    """Markdown: times and memory, and their ratios to those of the faster RMSProp."""
+    torchs = [name for name in seconds if name.startswith("RMSProp")]
+    base = min(torchs, key=lambda name: seconds[name])
+    lines = [f"| {problem}: step | ms | MB | time / {base} | memory / {base} |", "|---|---:|---:|---:|---:|"]
+    for arm, time in seconds.items():
+        ratios = f"{time / seconds[base]:.2f} | {memory[arm] / memory[base]:.2f}"
+        lines.append(f"| {arm} | {1e3 * time:.1f} | {memory[arm]:.0f} | {ratios} |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,22 +134,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--problem", choices=[*PROBLEMS, "both"], default="both")
+    parser.add_argument("--arms", nargs="+", choices=list(OURS), default=list(OURS), metavar="NAME",
+                        help=f"beside torch's: {', '.join(OURS)}")  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {
         "torch": torch.__version__, "machine": platform.machine(), "threads": options.threads,
-        "repeats": options.repeats, "seconds": {},
+        "repeats": options.repeats, "seconds": {}, "megabytes": {},
     }  # fmt: skip
-    for name in PROBLEMS if options.problem == "both" else [options.problem]:
-        found = interleaved(arms_of(name), options.repeats, warm_up=2)
-        result["seconds"][name] = found
-        print(f"{name}: threads {options.threads}, lower quartile of {options.repeats}, CPU time\n")
-        print("| step | ms | Adam = 1 | RMSProp = 1 |\n|---|---:|---:|---:|")
-        for arm, seconds in found.items():
-            ratios = (seconds / found["Adam"], seconds / found["RMSProp"])
-            print(f"| {arm} | {1e3 * seconds:.1f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
-        print()
+    names = [*TORCHS, *options.arms]
+    print(f"threads {options.threads}, lower quartile of {options.repeats}, CPU time")
+    for problem in PROBLEMS if options.problem == "both" else [options.problem]:
+        memory = peaks(problem, names, options.threads)
+        seconds = interleaved({name: arm_of(problem, name) for name in names}, options.repeats, warm_up=2)
+        result["seconds"][problem], result["megabytes"][problem] = seconds, memory
+        print("\n" + report(problem, seconds, memory), flush=True)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ import zoo
 from torch import Tensor, nn
 
 import layerwise as lw
+from layerwise import local
 from layerwise.errors import BadInput
 from layerwise.local import transfer as tr
 from layerwise.local.layers import Layer
@@ -321,23 +322,63 @@ def run(net: nn.Module, closure: Callable[[], Tensor], count: int = 3, **setting
     return params_of(net)
 
 
-def test_rows_auto_is_a_share_for_m_and_all_for_s() -> None:
-    x, y = batch(n=20)
-    runs: dict[tuple[str, Any], dict[str, Tensor]] = {}
+def test_rows_auto_is_a_share_and_a_hundred_at_least_for_squared_losses() -> None:
+    x, y = batch(n=240)
+    runs: dict[tuple[str, int, Any], dict[str, Tensor]] = {}
     for loss in ("matching", "squared"):
-        for rows in ("auto", "all", 2, 20, 1000):
-            net = mlp(5, 7, 3)
-            runs[loss, rows] = run(
-                net, lambda net=net: F.cross_entropy(net(x), y), loss=loss, rows=rows, steps=10, lr=1e-3
-            )
+        for steps in (2, 10):
+            for rows in ("auto", "all", 24, 100, 120, 240, 1000):
+                net = mlp(5, 7, 3)
+                runs[loss, steps, rows] = run(
+                    net, lambda net=net: F.cross_entropy(net(x), y), loss=loss, rows=rows, steps=steps, lr=1e-3
+                )
 
-    def same(one: tuple[str, Any], two: tuple[str, Any]) -> bool:
-        return all(torch.equal(runs[one][n], runs[two][n]) for n in runs[one])
+    def same(loss: str, steps: int, one: Any, two: Any) -> bool:
+        return all(torch.equal(t, runs[loss, steps, two][n]) for n, t in runs[loss, steps, one].items())
 
-    assert same(("matching", "auto"), ("matching", 2)) and not same(("matching", "auto"), ("matching", "all"))
-    assert same(("squared", "auto"), ("squared", "all")) and not same(("squared", "auto"), ("squared", 2))
+    assert same("matching", 10, "auto", 24) and not same("matching", 10, "auto", 100)
+    assert same("squared", 10, "auto", 100) and not same("squared", 10, "auto", 24)
     for loss in ("matching", "squared"):
-        assert same((loss, "all"), (loss, 20)) and same((loss, "all"), (loss, 1000))
+        assert same(loss, 2, "auto", 120) and not same(loss, 2, "auto", "all")
+        assert same(loss, 2, "all", 240) and same(loss, 2, "all", 1000)
+
+
+def test_rows_auto_of_the_gram_form_is_all() -> None:
+    x, y = batch(n=240)
+    found = []
+    for solver in (local.LocalSteps(4, form="gram"), local.LocalSteps(4, rows="all", form="gram")):
+        net = mlp(5, 7, 3)
+        found.append(run(net, lambda net=net: F.cross_entropy(net(x), y), loss="squared", solver=solver, lr=1e-3))
+    assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
+
+
+@pytest.mark.parametrize(
+    "act", [nn.Tanh(), nn.Sigmoid(), nn.ReLU(), nn.ReLU(inplace=True), nn.Softmax(-1), nn.Softplus()]
+)
+def test_targets_read_the_transfer_function_off_the_run(act: nn.Module) -> None:
+    """`f(z)` of the model, where autograd holds it, equals `f(z)` computed again; overwritten, it is computed again."""
+    x, y = batch()
+    net = nn.Sequential(nn.Linear(5, 7), act, nn.Linear(7, 3)).double()
+    x = x.double()
+    spoil = nn.Sequential(*net[:2], type("Spoil", (nn.Module,), {"forward": lambda self, h: h.add_(1)})(), net[2])
+    for model, kept in ((net, not isinstance(act, nn.Softplus)), (spoil, False)):
+        try:
+            recorded = record(model, lambda model=model: F.cross_entropy(model(x), y))
+        except RuntimeError:  # autograd itself needs what was overwritten
+            assert model is spoil
+            continue
+        layer = recorded.layers[0]
+        assert (layer.after is not None) == kept
+        problem = problem_of(recorded, layer, 3.0, layer.transfer)
+        z = x @ net[0].weight.detach().mT + net[0].bias.detach()
+        f = layer.transfer.f(z)
+        oracle.assert_close(problem.target[:, 0], f - 3.0 * problem.g[:, 0])
+        if kept and layer.after is not None:  # it is indeed what is read
+            layer.after.data.add_(0.5)
+            moved = problem_of(recorded, layer, 3.0, layer.transfer)
+            oracle.assert_close(moved.target[:, 0], f + 0.5 - 3.0 * problem.g[:, 0])
+            other = problem_of(recorded, layer, 3.0, IDENTITY)  # another function is not read
+            oracle.assert_close(other.target[:, 0], z - 3.0 * problem.g[:, 0])
 
 
 @pytest.mark.parametrize("n", [20, 17, 4])

@@ -208,7 +208,7 @@ class Tape(LossRecord):
             for tensor in data:
                 use = self._outputs.get(id(tensor))
                 if use is not None and use.output() is tensor:
-                    use.consumers.append((func, args[1:], kwargs))
+                    use.read_by(func, args[1:], kwargs, out)
                     if out is tensor:
                         del self._outputs[id(tensor)]  # the object goes on, holding another value
         if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):

@@ -38,6 +38,7 @@ class Use:
 
     __slots__ = (
         "_kept",
+        "_read",
         "_released",
         "_slots",
         "batch",
@@ -71,13 +72,25 @@ class Use:
         self._slots: list[Slot] | None = None
         self._released = False
         self._kept = (output.detach(), output._version) if keep else None
+        self._read: tuple[Tensor, int] | None = None
 
     @property
     def value(self) -> Tensor | None:
         """The output's value, where the tape keeps outputs and nothing has overwritten it since."""
-        if self._kept is None or self._kept[0]._version != self._kept[1]:
-            return None
-        return self._kept[0]
+        return _unchanged(self._kept)
+
+    @property
+    def read(self) -> Tensor | None:
+        """What the first consumer made of the output, where it was kept and nothing has overwritten it since."""
+        return _unchanged(self._read)
+
+    def read_by(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note a call that reads the output; where outputs are kept, so is what autograd holds of the first result."""
+        if self._kept is not None and not self.consumers and isinstance(out, Tensor):
+            alike = out.shape == self.call.out_shape and out.dtype == self._kept[0].dtype
+            if alike and hasattr(type(out.grad_fn), "_saved_result"):
+                self._read = out.detach(), out._version
+        self.consumers.append((func, args, kwargs))
 
     @property
     def slots(self) -> list[Slot]:
@@ -111,6 +124,11 @@ class Use:
 
     def __repr__(self) -> str:
         return f"Use {self.index}: {describe_func(self.call.func)} of {', '.join(self.names)}"
+
+
+def _unchanged(kept: tuple[Tensor, int] | None) -> Tensor | None:
+    """A tensor of which the version was noted, if it still has that version."""
+    return kept[0] if kept is not None and kept[0]._version == kept[1] else None
 
 
 def _callers_level() -> int:

@@ -31,7 +31,8 @@ class Layer:
     one to fit, of the bias. shifted: whether the output has further terms, `z = W a + b + rest` (a frozen bias,
     an addend). transfer: the one known elementwise function that alone reads the output, or the loss's link;
     else the identity. likelihood: of the loss call that alone reads the output, if one does. value: the output,
-    `[*out_shape]`, where it is at hand. others: further uses of the same weight and bias, whose rows join these.
+    `[*out_shape]`, where it is at hand; after: the transfer function of it, likewise.
+    others: further uses of the same weight and bias, whose rows join these.
     """
 
     use: Use
@@ -44,6 +45,7 @@ class Layer:
     transfer: Transfer
     likelihood: Likelihood | None
     value: Tensor | None = None
+    after: Tensor | None = None
     others: tuple[Layer, ...] = ()
 
     @property
@@ -185,11 +187,17 @@ def _joined(tape: Tape, graph: Graph, parts: list[Layer], count: Mapping[str, in
         parts = [replace(part, names=part.names[:1], bias=None, shifted=part.shifted or len(part.names) > 1)
                  for part in parts]  # fmt: skip
     read = [_read_by(tape, graph, part) for part in parts]
+    parts = [replace(part, after=_after(part.use, f)) for part, (f, _) in zip(parts, read, strict=True)]
     transfer, likelihood = read[0]
     if any(other.name != transfer.name for other, _ in read):
         transfer = squared(" and ".join(sorted({other.name for other, _ in read})))
     likelihood = likelihood if len(parts) == 1 else None
     return replace(parts[0], transfer=transfer, likelihood=likelihood, others=tuple(parts[1:]))
+
+
+def _after(use: Use, transfer: Transfer) -> Tensor | None:
+    """`f(z)` as the model computed it, where the call that alone reads z is f and its result is at hand."""
+    return None if transfer.is_squared or is_loss(use.consumers[0][0]) else use.read
 
 
 def _is_matrix(use: Use, name: str, slot: Slot, bias: tuple[str, Slot] | None) -> bool:

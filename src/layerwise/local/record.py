@@ -150,12 +150,16 @@ def problem_of(
     # a look-up's rows leave out the padding's output as they do its cotangent: predicted, it stays where it is
     known = all(part.value is not None for part in parts) and not layer.weight.indexed
     z = layer.join([part.rows(part.output()) for part in parts]) if shifted or known else None
+    after: list[Tensor] = []
+    if transfer is layer.transfer and not layer.weight.indexed:
+        after = [part.rows(part.after) for part in parts if part.after is not None]
     rest = None
     if z is None or shifted:
         predicted = predict(LocalProblem(a, weight, bias, g))
         rest, z = (z - predicted, z) if z is not None else (None, predicted)
     if target is None:
-        return LocalProblem(a, weight, bias, target_m(z, g, gamma, transfer), transfer, None, g, gamma, rest, pulls)
+        y = target_m(z, g, gamma, transfer, y=layer.join(after) if len(after) == len(parts) else None)
+        return LocalProblem(a, weight, bias, y, transfer, None, g, gamma, rest, pulls)
     return LocalProblem(a, weight, bias, target(z, g, transfer), transfer, rest=rest, pulls=pulls)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.layers import shaped
 from layerwise.local.problem import LocalProblem
-from layerwise.local.solvers import LocalSteps, Solver, share_of
+from layerwise.local.solvers import LocalSteps, Solver
 from layerwise.local.steps import Workspace, local_steps
 
 __all__ = ["Away", "Task", "solve"]
@@ -45,7 +45,7 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
             problem,
             task.optimizer,
             solver.steps,
-            rows=share_of(problem, solver.rows, solver.steps),
+            rows=solver.share(problem),
             form=solver.form,
             schedule=solver.rule,
             weight=params[0],

@@ -22,11 +22,13 @@ from layerwise.local.tf_rmsprop import TFRMSProp
 
 __all__ = [
     "Anderson", "ConjugateGradient", "LocalSteps", "Newton", "ProximalSolve", "Solver", "Spectral", "default_lr",
-    "name_of", "share_of",
+    "name_of",
 ]  # fmt: skip
 
 Update = tuple[Tensor, Tensor | None]
 Solver = Callable[[LocalProblem], Update]
+# Squared losses lose by fewer rows a step, where those few would cost hardly less (benchmarks/defaults.py).
+_FEWEST = 100
 _SCHEDULES: dict[str, Schedule] = {"linear_floor": linear_floor, "constant": constant}
 
 
@@ -36,10 +38,10 @@ class LocalSteps:
 
     steps: T. optimizer: TFRMSProp, any class of `torch.optim`, or a function from parameter groups and `lr=` to an
     optimizer (`functools.partial(torch.optim.Adam, betas=(0.8, 0.9))`); its rate is the parameter group's `lr`.
-    rows: rows for each step, a number, "all", or "auto" for R/T, rounded up, with a matching loss and all with the
-    squared one. schedule: what the local rate is multiplied by at step t of T, "linear_floor" (`max(1 − t/T, 1/4)`),
-    "constant" or a function of both. state: "persistent" from batch to batch, or "fresh" at each. form: as in
-    `local_steps`.
+    rows: rows for each step, a number, "all", or "auto" for R/T, rounded up, and at least 100 (or R) with the squared
+    loss; all with form="gram". schedule: what the local rate is multiplied by at step t of T, "linear_floor"
+    (`max(1 − t/T, 1/4)`), "constant" or a function of both. state: "persistent" from batch to batch, or "fresh" at
+    each. form: as in `local_steps`.
     Raises BadInput for settings that cannot be.
     """
 
@@ -68,6 +70,15 @@ class LocalSteps:
         """The schedule as a function."""
         return _SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
 
+    def share(self, problem: LocalProblem) -> int | None:
+        """The number of rows for each step; None for all."""
+        if self.rows == "all" or (self.rows == "auto" and self.form == "gram"):
+            return None
+        if self.rows != "auto":
+            return self.rows
+        share = -(-problem.a.shape[0] // self.steps)
+        return max(share, _FEWEST) if problem.transfer.is_squared else share
+
     def __call__(self, problem: LocalProblem, lr: float | None = None) -> Update:
         """The movement after T steps of a new optimizer at a rate, its own by default."""
         start = problem
@@ -76,17 +87,10 @@ class LocalSteps:
         )
         params = [p for p in (problem.weight, problem.bias) if p is not None]
         optimizer = self.optimizer([{"params": [p]} for p in params], lr=_own_lr(self.optimizer) if lr is None else lr)
-        rows = share_of(problem, self.rows, self.steps)
+        rows = self.share(problem)
         local_steps(problem, optimizer, self.steps, rows=rows, form=self.form, schedule=self.rule)
         moved = [new - old for new, old in zip(params, (start.weight, start.bias), strict=False) if old is not None]
         return moved[0], moved[1] if len(moved) > 1 else None
-
-
-def share_of(problem: LocalProblem, rows: int | str, steps: int) -> int | None:
-    """The number of rows for each of T steps; None for all."""
-    if rows == "auto":
-        return None if problem.transfer.is_squared else -(-problem.a.shape[0] // steps)
-    return None if rows == "all" else int(rows)
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,8 @@ def _update(
     lr: float, decay: float, momentum: float, eps: float,
 ) -> None:  # fmt: skip
     mean_square.mul_(_scalar(decay)).addcmul_(grad, grad, value=1 - decay)
-    torch.add(mean_square, _scalar(eps), out=root).sqrt_()
-    momentum_buffer.mul_(_scalar(momentum)).addcdiv_(grad, root, value=lr)
+    torch.add(mean_square, _scalar(eps), out=root).rsqrt_()  # a product costs less than a division
+    momentum_buffer.mul_(_scalar(momentum)).addcmul_(grad, root, value=lr)
     param.sub_(momentum_buffer)
 
 
@@ -160,7 +160,7 @@ def _update_foreach(
     torch._foreach_mul_(squares, decay)
     torch._foreach_addcmul_(squares, grads, grads, value=1 - decay)
     roots = torch._foreach_add(squares, eps)
-    torch._foreach_sqrt_(roots)
+    torch._foreach_rsqrt_(roots)
     torch._foreach_mul_(buffers, momentum)
-    torch._foreach_addcdiv_(buffers, grads, roots, value=lr)
+    torch._foreach_addcmul_(buffers, grads, roots, value=lr)
     torch._foreach_sub_(params, buffers)
