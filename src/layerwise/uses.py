@@ -113,7 +113,7 @@ class Use:
 
     def release(self) -> None:
         """Let go of the call's arguments, which nothing will read any more: autograd frees what it saved as it goes."""
-        self._released, self._slots = True, None
+        self._released, self._slots, self._read = True, None, None
         self.call = Call(self.call.func, (), {}, self.call.out_shape)
         self.consumers.clear()
 
