@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import layerwise as lw
 from layerwise.errors import BadInput, Undefined
 from layerwise.local.closed import prox_step
-from layerwise.local.codes import CodeStep, sweep
+from layerwise.local.codes import CodeStep, Terms, sweep
 from layerwise.local.problem import LocalProblem, local_gradient
 from layerwise.operators.ridge import coordinate_descent, ridge
 from layerwise.replay import CodedModel
@@ -82,7 +82,7 @@ def swept(prox: float, steps: int = 5, nesterov: bool = True, coupling: float = 
     coded = CodedModel(net, lambda: F.cross_entropy(net(x), y))
     step = CodeStep(steps=steps, lr=0.2, momentum=0.8, nesterov=nesterov, prox=prox)
     z = net[0](x).detach()
-    found = sweep(coded, {0: z}, {0: coupling}, float(len(x)), step)[0]
+    found = sweep(coded, {0: z}, Terms({0: coupling}, float(len(x))), step)[0]
     code, velocity = z.clone(), torch.zeros_like(z)
     for _ in range(steps):
         c = (code + 0.8 * velocity if nesterov else code).requires_grad_()
@@ -116,7 +116,7 @@ def test_a_sweep_of_three_layers_uses_the_codes_above_already_moved() -> None:
     coded = CodedModel(net, lambda: F.cross_entropy(net(x), y))
     start = {0: net[0](x).detach(), 1: net[2](net[1](net[0](x))).detach()}
     coupling = {0: 0.7, 1: 0.3}
-    found = sweep(coded, start, coupling, 12.0, CodeStep(steps=1, lr=0.5, momentum=0.0))
+    found = sweep(coded, start, Terms(coupling, 12.0), CodeStep(steps=1, lr=0.5, momentum=0.0))
 
     c = start[1].clone().requires_grad_()
     (g,) = torch.autograd.grad(F.cross_entropy(net[4](c.tanh()), y, reduction="sum"), c)
@@ -173,10 +173,10 @@ def test_a_sweep_sends_no_cotangent_through_a_block() -> None:
     for index in range(4):
         passed[:] = [0] * 4
         codes = {i: torch.randn(12, 4, dtype=torch.float64) for i in range(4)}
-        sweep(coded, {index: codes[index]}, {index: 1.0}, 12.0, CodeStep(steps=1))
+        sweep(coded, {index: codes[index]}, Terms({index: 1.0}, 12.0), CodeStep(steps=1))
         assert passed == [int(k >= index) for k in range(4)]  # without codes above, all the way to the loss
     passed[:] = [0] * 4
-    sweep(coded, codes, dict.fromkeys(codes, 1.0), 12.0, CodeStep(steps=3))
+    sweep(coded, codes, Terms(dict.fromkeys(codes, 1.0), 12.0), CodeStep(steps=3))
     assert passed == [3, 3, 3, 3]  # each code's three steps, through its own block and no other
     passed[:] = [0] * 4
     opt = lw.AltMin(net, codes="sweep", code_step=CodeStep(steps=3))
@@ -293,7 +293,7 @@ def test_the_output_layer_descends_the_loss_itself(name: str, codes: Any) -> Non
     h = net[0](x).detach()
     if codes == "sweep":
         coded = CodedModel(net, lambda: LOSSES[name](net(x), y))
-        h = sweep(coded, {0: h}, {0: 0.4}, 1.0 if "sum" in name else 12.0, step)[0]
+        h = sweep(coded, {0: h}, Terms({0: 0.4}, 1.0 if "sum" in name else 12.0), step)[0]
     opt.step(lambda: LOSSES[name](net(x), y))
     for _ in range(4):
         w, b = weight.requires_grad_(), bias.requires_grad_()
@@ -323,7 +323,7 @@ def test_hidden_layers_descend_their_coupling(codes: Any, reduction: Any) -> Non
         inputs = {0: x, 1: z[0].detach().tanh()}
     else:
         coded = CodedModel(net, closure)
-        target = sweep(coded, {i: z[i].detach() for i in (0, 1)}, coupling, scale, step)
+        target = sweep(coded, {i: z[i].detach() for i in (0, 1)}, Terms(coupling, scale), step)
         inputs = {0: x, 1: target[0].tanh()}
     weights = {i: [net[2 * i].weight.detach().clone(), net[2 * i].bias.detach().clone()] for i in (0, 1)}
     groups = [{"params": net[k].parameters(), "coupling": coupling.get(k // 2, 0.5)} for k in (0, 2, 4)]
@@ -369,7 +369,7 @@ def test_parameters_between_codes_get_the_relaxed_objectives_gradient() -> None:
     coded = CodedModel(net, lambda: F.cross_entropy(net(x), y))
     layers = [u.index for u in coded.uses if u.call.func is F.linear]
     z = [net[0](x).detach(), net[:4](x).detach()]
-    codes = sweep(coded, dict(zip(layers[:2], z, strict=True)), dict.fromkeys(layers[:2], coupling), 12.0, step)
+    codes = sweep(coded, dict(zip(layers[:2], z, strict=True)), Terms(dict.fromkeys(layers[:2], coupling), 12.0), step)
     c0, c1 = (codes[i] for i in layers[:2])
     objective = F.cross_entropy(net[4:](c1), y) + coupling / 12 / 2 * (
         (c0 - net[0](x)).square().sum() + (c1 - net[1:4](c0)).square().sum()

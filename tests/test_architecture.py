@@ -22,7 +22,7 @@ LEVELS = tuple(
     set(level.split(" ")) if level else {""}
     for level in (
         "errors memory costs",
-        "ops losses",
+        "ops losses nn",
         "calls uses loss_record tape coverage pull samples program replay likelihoods products chain recompute "
         "boundary separate residuals",
         "cotangents contract chunking rows views projection gradients gather blocks recursion arrivals carried heads "

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.calls import RANDOM
+from layerwise.nn.hard import crossed, hard
 from layerwise.tape import Tape
 
 __all__ = ["Buffers", "CodedTape", "RandomState", "Ref", "Step"]
@@ -115,10 +116,11 @@ class CodedTape(Tape):
         self._next = -1
         self._use_index: int | None = None
         self._parts_noted = False
-        super().__init__(model, on_backward=lambda tape, total, weight, run: None, keep_outputs=True)
+        super().__init__(model, on_backward=lambda tape, total, weight, run: None, keep_outputs=True, crosses=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        func = crossed if func is hard else func
         again = (args, kwargs)
         if func is F.batch_norm or func is F.instance_norm:
             again = self._frozen(func, args, kwargs)

@@ -229,6 +229,21 @@ class CodedModel:
         at_loss = feeds.get(self._loss_slot, set()) if self._loss_slot is not None else set()
         return {i: (found[i], i in at_loss) for i in coded}
 
+    def reads_directly(self, use: int, code: int, func: Any) -> bool:
+        """Whether a use is a call of `func` whose first argument is the code at another use, and nothing else is data.
+
+        Proved on the recorded calls: False where the model does not replay.
+        """
+        if self._loss_slot is None or self.tape.random or self.tape.reads_values or self.tape.hidden_backward:
+            return False
+        slot = self._slot_of_use[code]
+        if any(step.writes == slot for step in self._program):
+            return False
+        step = next(step for step in self._program if step.use == use)
+        first = step.args[0] if step.args else step.kwargs.get("input")
+        direct = isinstance(first, Ref) and first.slot == slot
+        return direct and step.func is func and step.reads == {slot}
+
 
 @contextmanager
 def _no_saved_tensor_hooks() -> Iterator[None]:

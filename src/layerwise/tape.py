@@ -28,6 +28,7 @@ from layerwise import losses, ops
 from layerwise.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, assembles
 from layerwise.errors import UnsupportedCall
 from layerwise.loss_record import LossRecord
+from layerwise.nn.hard import crossed, hard
 from layerwise.ops.base import Call
 from layerwise.pull import backward_arguments, silent
 from layerwise.recompute import standing_in
@@ -48,6 +49,7 @@ class Tape(LossRecord):
     on_backward: called as `on_backward(tape, total, weight, run)` instead of a backward pass that
         the user starts inside the context; it must call `run()`.
     keep_outputs: whether uses hold their outputs' values (local targets need them).
+    crosses: whether gradients cross functions without a derivative (`lw.nn.Hard`) by their rules.
     partial: whether the backward pass that runs was given `inputs`, and may leave parts of the graph out.
     spent: nodes of forgotten uses whose graph was retained; another backward pass may come their way.
     """
@@ -58,9 +60,10 @@ class Tape(LossRecord):
         on_backward: Callable[[Tape, Tensor, Tensor | None, Callable[[], Any]], Any] | None = None,
         keep_outputs: bool = False,
         own_losses: bool = False,
+        crosses: bool = False,
     ) -> None:
         super().__init__(model, own_losses)
-        self._keep_outputs = keep_outputs
+        self._keep_outputs, self._crosses = keep_outputs, crosses
         named = named_parameters_of(model)
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
         self._constants = [p for p in named.values() if not p.requires_grad]
@@ -122,6 +125,8 @@ class Tape(LossRecord):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is hard and self._crosses:
+            func = crossed
         if func in BACKWARD and self._on_backward is not None:
             return self._backward(func, args, kwargs)
         if losses.is_loss(func):

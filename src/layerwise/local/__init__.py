@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from layerwise.local.codes import CodeStep
+from layerwise.local.coupling import Coupling
+from layerwise.local.memory import Memory, mairal
 from layerwise.local.problem import LocalProblem, Pull, local_gradient, local_loss
 from layerwise.local.regularizers import Elastic, Proximal, WeightDecay
 from layerwise.local.solvers import Anderson, ConjugateGradient, LocalSteps, Newton, ProximalSolve, Spectral
@@ -37,11 +40,14 @@ __all__ = [
     "SOFTPLUS",
     "TANH",
     "Anderson",
+    "CodeStep",
     "ConjugateGradient",
+    "Coupling",
     "Elastic",
     "GradientStep",
     "LocalProblem",
     "LocalSteps",
+    "Memory",
     "Mirror",
     "Newton",
     "Proximal",
@@ -56,5 +62,6 @@ __all__ = [
     "leaky_relu",
     "local_gradient",
     "local_loss",
+    "mairal",
     "softplus",
 ]

@@ -12,7 +12,7 @@ from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, contract, lean, predict
 from layerwise.operators.ridge import ridge
 
-__all__ = ["Side", "largest_curvature", "prox_step", "spectral_step"]
+__all__ = ["Side", "inputs_with_ones", "largest_curvature", "prox_step", "residual", "spectral_step"]
 
 Side = Literal["auto", "inputs", "rows"]
 
@@ -81,7 +81,7 @@ def largest_curvature(problem: LocalProblem) -> Tensor:
     """The largest eigenvalue of `AᵀA + c I` over the groups, with the 1 of a bias: the squared loss's curvature."""
     if _diagonal(problem):
         return _table(problem)[1].max() + problem.stiffness
-    a = _with_ones(problem)
+    a = inputs_with_ones(problem)
     gram = a @ a.mT if _by_rows(a, "auto") else a.mT @ a
     return torch.linalg.eigvalsh(gram).max().clamp_min(0) + problem.stiffness
 
@@ -103,7 +103,7 @@ def _diagonal(problem: LocalProblem) -> bool:
 def _table(problem: LocalProblem) -> tuple[Tensor, Tensor]:
     """The gradient at the start `[1,O,I]`, and how often each row of the table was looked up, `[I]`."""
     size_in, leaning = problem.weight.shape[-1], lean(problem)
-    g = contract(_delta(problem), problem.a, size_in)
+    g = contract(residual(problem), problem.a, size_in)
     counts = torch.bincount(problem.a, minlength=size_in).to(g.dtype)
     return g if leaning is None else g + leaning[0], counts
 
@@ -116,12 +116,12 @@ def _check_squared(problem: LocalProblem, asker: str) -> None:
         )
 
 
-def _delta(problem: LocalProblem) -> Tensor:
+def residual(problem: LocalProblem) -> Tensor:
     """`z − target` at the starting weights, `[R,K,O]`."""
     return predict(problem) - problem.target if problem.g is None else problem.gamma * problem.g
 
 
-def _with_ones(problem: LocalProblem) -> Tensor:
+def inputs_with_ones(problem: LocalProblem) -> Tensor:
     """Inputs `[K,R,I]`, with a 1 for the bias."""
     a = problem.a
     if problem.indexed:
@@ -136,7 +136,7 @@ def _squared_rows(problem: LocalProblem) -> tuple[Tensor, Tensor, Tensor | None]
     m = None if leaning is None else leaning[0]
     if leaning is not None and leaning[1] is not None:
         m = torch.cat((leaning[0], leaning[1].unsqueeze(-1)), -1)
-    return _with_ones(problem), _delta(problem).transpose(0, 1), m
+    return inputs_with_ones(problem), residual(problem).transpose(0, 1), m
 
 
 def _by_rows(a: Tensor, side: Side) -> bool:

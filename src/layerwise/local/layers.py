@@ -91,8 +91,11 @@ class Layer:
     @torch.no_grad()
     def output(self) -> Tensor:
         """The output `[*out_shape]`; the call runs again where something has overwritten it."""
-        if self.value is not None:
-            return self.value
+        return self.again() if self.value is None else self.value
+
+    @torch.no_grad()
+    def again(self) -> Tensor:
+        """The call's output at the weights as they stand."""
         args = self.call.args
         if self.weight.elementwise:  # a norm writes on its running statistics
             args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
@@ -108,14 +111,14 @@ def shaped(t: Tensor, like: Tensor) -> Tensor:
 
 
 def layers_of(
-    tape: Tape, graph: Graph, ours: Callable[[Tensor], bool] = lambda p: True, single: bool = False
+    tape: Tape, graph: Graph, ours: Callable[[Tensor], bool] = lambda p: True, matrices: bool = False
 ) -> list[Layer]:
     """The weights of ours that have a local problem, with all their uses; in the order of their first calls.
 
     At each use the weight, or a rearranged view of it, is the same matrix on rows of data: of a product, a convolution,
     a looked-up table, or each element by itself (a scale). A bias takes part where every use has it and none stands
     elsewhere. Biases that stand alone, weights in two orientations and derived weights have no local problem.
-    single: only matrices of one whole parameter, used once.
+    matrices: only those that multiply rows of numbers, no tables and no scales.
     """
     count = Counter(name for use in graph.uses for name in use.names)
     found: dict[str, list[Layer]] = {}
@@ -126,11 +129,10 @@ def layers_of(
     layers = []
     for name, parts in found.items():
         first = parts[0]
-        if single and (first.weight.elementwise or first.weight.indexed or first.parameter is not first.weight.used):
+        if matrices and (first.weight.elementwise or first.weight.indexed):
             continue
-        if single and any(count[n] > 1 for n in first.use.names):
-            continue
-        if len(parts) == count[name] and len({_geometry(part.weight) for part in parts}) == 1:
+        alike = len(parts) == 1 or len({_geometry(part.weight) for part in parts}) == 1
+        if len(parts) == count[name] and alike:
             layers.append(_joined(tape, graph, parts, count))
     return layers
 

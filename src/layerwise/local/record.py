@@ -48,20 +48,20 @@ def record(
     model: nn.Module | Mapping[str, Tensor],
     closure: Callable[[], Tensor],
     ours: Callable[[Tensor], bool] = lambda p: True,
-    single: bool = False,
+    matrices: bool = False,
+    crosses: bool = False,
 ) -> Recorded:
     """Run the closure once and take the cotangents of its layers, and gradients of the other parameters.
 
-    ours: whether a parameter is to be moved; the others are constants. single: as in `layers_of`. The closure returns
-    the loss; where it
-    calls backward itself, the cotangents stream from that pass.
+    ours: whether a parameter is to be moved; the others are constants. matrices: as in `layers_of`. crosses: as for
+    `Tape`. The closure returns the loss; where it calls backward itself, the cotangents stream from that pass.
     Raises BadInput for a closure without a tensor loss, UncoveredUse for a parameter no call covers.
     """
     streamed: list[Recorded] = []
 
     def on_backward(tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         graph = prove(tape, total, weight, need_loss=False)
-        layers = layers_of(tape, graph, ours, single) if is_finite(total) else []
+        layers = layers_of(tape, graph, ours, matrices) if is_finite(total) else []
         inside = {name for layer in layers for name in layer.names}
         rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
         received: dict[int, Tensor] = {}
@@ -78,21 +78,23 @@ def record(
         streamed.append(Recorded(total.detach(), tape, layers, received, gradients))
         return out
 
-    tape = Tape(model, on_backward, keep_outputs=True)
+    tape = Tape(model, on_backward, keep_outputs=True, crosses=crosses)
     with tape, torch.enable_grad():
         loss = closure()
     check_loss(loss)
     if len(streamed) > 1:
         raise BadInput(f"the closure called backward {len(streamed)} times; one step takes one loss: add them up")
-    return replace(streamed[0], loss=loss.detach()) if streamed else pulled(tape, loss, ours, single)
+    return replace(streamed[0], loss=loss.detach()) if streamed else pulled(tape, loss, ours, matrices)
 
 
-def pulled(tape: Tape, loss: Tensor, ours: Callable[[Tensor], bool] = lambda p: True, single: bool = False) -> Recorded:
+def pulled(
+    tape: Tape, loss: Tensor, ours: Callable[[Tensor], bool] = lambda p: True, matrices: bool = False
+) -> Recorded:
     """The layers of a recorded loss, with cotangents by one pull that computes no weight gradient."""
     graph = prove(tape, loss, None, need_loss=False)
     if not is_finite(loss):
         return Recorded(loss.detach(), tape, [], {}, {})
-    layers = layers_of(tape, graph, ours, single)
+    layers = layers_of(tape, graph, ours, matrices)
     inside = {name for layer in layers for name in layer.names}
     rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
     uses = [part.use for layer in layers for part in layer.parts]

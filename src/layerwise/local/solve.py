@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.layers import shaped
+from layerwise.local.memory import Memory
 from layerwise.local.problem import LocalProblem
 from layerwise.local.solvers import LocalSteps, Solver
 from layerwise.local.steps import Workspace, local_steps
@@ -25,6 +26,9 @@ class Task:
 
     params: the weight and, if it is fitted, the bias. rates: their groups' `lr`, by which a closed form's update is
     multiplied. optimizer: of the local steps, None for another solver. fold: from `[K,O,I]` to the weight's shape.
+    scale: multiplies the objective of local steps. state: that of a `Memory`, kept from batch to batch. l1: λ of
+    a term λ|W|₁ beside `scale` times the problem, by soft thresholds: of lr·λ after each local step, or in a
+    `Memory`'s columns.
     """
 
     problem: LocalProblem
@@ -33,6 +37,9 @@ class Task:
     rates: list[float]
     optimizer: torch.optim.Optimizer | None
     fold: Callable[[Tensor], Tensor]
+    scale: float = 1.0
+    state: dict[str, Any] | None = None
+    l1: float = 0.0
 
 
 @torch.no_grad()
@@ -52,12 +59,20 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
             bias=params[1] if len(params) > 1 else None,
             fold=task.fold,
             workspace=workspace,
+            scale=task.scale,
+            l1=task.l1,
         )
         if solver.state == "fresh":
             for p in params:
                 task.optimizer.state.pop(p, None)
         return
-    update = solver(problem)
+    if isinstance(solver, Memory):
+        assert task.state is not None
+        update = solver.step(problem, task.state, task.l1 / (task.scale * problem.a.shape[0]))
+    elif task.l1:
+        raise BadInput(f"a term l1·|W|₁ goes with local steps or a Memory; {solver!r} knows none")
+    else:
+        update = solver(problem)
     for part, moved, rate in zip((problem.weight, problem.bias), update, [*task.rates, 0.0], strict=False):
         if (part is None) != (moved is None) or (part is not None and moved is not None and part.shape != moved.shape):
             shapes = [None if t is None else tuple(t.shape) for t in (*update, problem.weight, problem.bias)]
@@ -81,6 +96,7 @@ class Away:
         content = {
             "problem": bare, "solver": task.solver, "params": [p.detach() for p in task.params], "rates": task.rates,
             "groups": groups, "state": state, "kind": kind, "layout": (tuple(weight.shape), weight.stride()),
+            "scale": task.scale, "memory": task.state, "l1": task.l1,
         }  # fmt: skip
         try:
             self.content = pickle.dumps(content)
@@ -115,17 +131,21 @@ class Away:
             shaped(out, view).copy_(w)
             return out
 
-        solve(Task(replace(problem, weight=view, bias=bias), found["solver"], params, found["rates"], optimizer, fold))
+        problem = replace(problem, weight=view, bias=bias)
+        more = found["scale"], found["memory"], found["l1"]
+        solve(Task(problem, found["solver"], params, found["rates"], optimizer, fold, *more))
         states = [] if optimizer is None else [dict(optimizer.state.get(p, {})) for p in params]
-        return pickle.dumps((params, states))
+        return pickle.dumps((params, states, found["memory"]))
 
     @staticmethod
     @torch.no_grad()
     def take(task: Task, result: bytes) -> None:
         """Put a result into the task's parameters and their state."""
-        params, states = pickle.loads(result)
+        params, states, memory = pickle.loads(result)
         for p, new in zip(task.params, params, strict=True):
             p.copy_(new)
+        if task.state is not None:
+            task.state.update(memory)
         if task.optimizer is not None:
             for p, state in zip(task.params, states, strict=True):
                 if state:

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, contract, lean, predict
-from layerwise.local.tf_rmsprop import TFRMSProp
 
 __all__ = [
     "Schedule", "Workspace", "constant", "linear_floor", "linear_steps", "local_steps", "row_slices",
@@ -74,6 +74,7 @@ def local_steps(
     fold: Callable[[Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
     workspace: Workspace | None = None,
+    l1: float = 0.0,
 ) -> None:
     """Take T steps of an optimizer on one layer's local problem, in place.
 
@@ -86,7 +87,9 @@ def local_steps(
     rows: None for all R rows at every step, or the number of rows each step takes for itself
     (`row_slices`, with a random offset from `generator` if given), its gradient multiplied by R/rows;
     R or more means all. With rows = R/T all T steps cost 4/6 of an ordinary training step.
-    scale: multiplies the whole objective; 1/γ makes the first gradient backprop's own.
+    scale: multiplies the whole objective; 1/γ makes the first gradient backprop's own. l1: λ of a term λ|W|₁ beside
+    it, by a soft threshold of the step's rate times λ after each step (proximal gradient; with momentum or Adam, a
+    heuristic).
     form: "plain" runs rows through the layer; "gram", for the squared loss on all rows alone, takes
     `g_t = γG + (W_t − W₀)AᵀA`, the same steps up to rounding; "auto" the one with fewer operations.
     Raises BadInput for an impossible form, rows or steps below 1, or tensors that share no memory.
@@ -121,6 +124,8 @@ def local_steps(
             if not serves and fold is not None:
                 weight.grad = fold(layer.dw).contiguous()
             step(t)
+            if l1:
+                weight.copy_(F.softshrink(weight, l1 * optimizer.param_groups[0]["lr"]))
 
 
 @torch.no_grad()
@@ -141,8 +146,8 @@ def _stepping(
     """A function that takes step t at the rate of the schedule; on exit the rates and `.grad`s are put back."""
     rates = [group["lr"] for group in optimizer.param_groups]
     saved = [p.grad for p in params]
-    # our own optimizer without torch's profiling hooks, which cost more than a small layer's step
-    advance = optimizer.advance if isinstance(optimizer, TFRMSProp) else optimizer.step
+    # our own optimizers without torch's profiling hooks, which cost more than a small layer's step
+    advance = getattr(optimizer, "advance", optimizer.step)
 
     def step(t: int) -> None:
         factor = schedule(t, steps)

@@ -55,15 +55,20 @@ def inverse(A: Tensor, damping: float | Tensor = 0.0) -> Tensor:
     return _solve("inverse", A, None, damping)
 
 
-def coordinate_descent(W: Tensor, A: Tensor, B: Tensor, sweeps: int = 1, damping: float | Tensor = 0.0) -> Tensor:
+def coordinate_descent(
+    W: Tensor, A: Tensor, B: Tensor, sweeps: int = 1, damping: float | Tensor = 0.0, l1: float | Tensor = 0.0
+) -> Tensor:
     """Improve W by exact minimization over one column after the other.
 
     w_j += (b_j − W a_j) / A_jj with `A + damping I` for A, over all columns, `sweeps` times; converges to
-    `ridge(A, B, damping)`. A column whose A_jj is zero stays as it is.
+    `ridge(A, B, damping)`. A column whose A_jj is zero stays as it is. l1: λ of a term λ|W|₁ beside `ridge`'s
+    objective, a number or `[i]`, one for each column: the new w_j is then soft-thresholded at λ/A_jj, the exact
+    minimum over the column still.
 
     Shapes: W and B `[..., o, i]`, A `[..., i, i]`; returns a new `[..., o, i]`.
-    Raises: as `ridge`.
-    Source: Mairal, Bach, Ponce and Sapiro 2010, "Online learning for matrix factorization", algorithm 2.
+    Raises: as `ridge`; `BadInput` for a negative l1.
+    Source: Mairal, Bach, Ponce and Sapiro 2010, "Online learning for matrix factorization", algorithm 2; with l1,
+    Friedman, Hastie, Höfling and Tibshirani 2007, "Pathwise coordinate optimization".
     """
     if W.shape != B.shape or W.dtype != B.dtype:
         raise BadInput(
@@ -78,12 +83,19 @@ def coordinate_descent(W: Tensor, A: Tensor, B: Tensor, sweeps: int = 1, damping
         raise NonFinite("coordinate_descent: W or B holds NaN or infinity; skip this batch.")
     damped, _ = _damped("coordinate_descent", A, damping)
     W = W.clone()
+    threshold = torch.as_tensor(l1, dtype=W.dtype, device=W.device).expand(A.shape[-1])
+    if not (threshold >= 0).all():
+        raise BadInput(f"coordinate_descent: l1 is {l1}; it must not be negative.")
+    sparse = bool(threshold.any())
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     step = torch.where(diagonal > 0, 1 / diagonal, 0.0)
     for _ in range(sweeps):
         for j in range(A.shape[-1]):
             residual = B[..., j] - (W @ damped[..., :, j, None])[..., 0]
             W[..., j] += residual * step[..., j, None]
+            if sparse:
+                w, most = W[..., j], threshold[j] * step[..., j, None]
+                W[..., j] = w.sign() * (w.abs() - most).clamp_min(0)
     if not torch.isfinite(W).all():
         raise NonFinite(f"coordinate_descent: the result is beyond the range of {W.dtype}; raise the damping.")
     return W

@@ -4,5 +4,6 @@ from layerwise.optim.altmin import AltMin
 from layerwise.optim.kfac import KFAC
 from layerwise.optim.locoprop import LocoProp
 from layerwise.optim.preconditioner import Preconditioner
+from layerwise.optim.trace import Trace
 
-__all__ = ["KFAC", "AltMin", "LocoProp", "Preconditioner"]
+__all__ = ["KFAC", "AltMin", "LocoProp", "Preconditioner", "Trace"]

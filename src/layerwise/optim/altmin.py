@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from layerwise import ops
-from layerwise.coverage import prove
 from layerwise.errors import BadInput
-from layerwise.local.codes import CodeStep, sweep
-from layerwise.local.layers import Layer, layers_of
-from layerwise.local.problem import LocalProblem
-from layerwise.local.record import Recorded, dense, is_finite, problem_of, record
-from layerwise.local.steps import constant, linear_steps, local_steps
+from layerwise.local.codes import CodeStep, Terms
+from layerwise.local.coupling import Coupling
+from layerwise.local.layers import Layer
+from layerwise.local.memory import Memory
+from layerwise.local.problem import LocalProblem, predict
+from layerwise.local.record import Recorded, problem_of, record
+from layerwise.local.regularizers import Regularizer
+from layerwise.local.solve import Task
+from layerwise.local.solvers import LocalSteps, Solver
+from layerwise.local.steps import constant, linear_steps
 from layerwise.local.transfer import IDENTITY
-from layerwise.optim.base import LayerLocal, check_common
+from layerwise.optim.base import LayerLocal
+from layerwise.optim.coding import coded_layers, gauss_newton, hidden_uses, sparse, swept, weight_gradients
+from layerwise.optim.stale import Stale
+from layerwise.optim.trace import Trace
+from layerwise.optim.undo import Undo
+from layerwise.optim.updates import DEFAULTS, Update, Updates, check_group, check_run, fused, rate_of, share
+from layerwise.optim.workers import Workers, crew
+from layerwise.program import Buffers, RandomState
 from layerwise.replay import CodedModel
+from layerwise.uses import named_parameters_of
 
 __all__ = ["AltMin"]
 
-_DEFAULTS: dict[str, Any] = {
-    "codes": "jacobi", "weights": "adam", "lr": 4e-3, "coupling": 0.1, "steps": 2, "rows": "auto",
-    "betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.9,
-}  # fmt: skip
 _PRESETS: dict[str, dict[str, Any]] = {
     "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
 }
@@ -37,25 +44,41 @@ class AltMin(LayerLocal):
 
     The objective of a minibatch of B samples relaxes the model at the output of every hidden layer:
 
-        L + (μ/B) Σ_l ½ ‖c_l − W_l N_l(c)‖²
+        L + (1/B) Σ_l (μ ½ ‖c_l − W_l N_l(c)‖² + code_l1 ‖c_l‖₁) + l1 Σ_l ‖W_l‖₁
 
-    codes="jacobi": `c = z − (B/μ) dL/dz` for all layers at once, from one backward pass; layers are fitted
-    on the inputs they had. codes="sweep": from the output to the input, each code takes a few gradient steps on
-    its own terms through one block only, with no global backward pass; layers are fitted on the moved codes.
-    Then each hidden layer descends `(μ/B) ½ ‖c_l − W_l a_l‖²` and the output layer the loss, by T local steps of
-    Adam or SGD, each on its own share of the rows. Batch-norm statistics stand still during code updates.
-    Parameters without a code (scales, lone biases, tied or derived weights) take T steps along their gradient.
+    model, params: as for LocoProp.
 
         opt = AltMin(model)
         loss = opt.step(lambda: F.cross_entropy(model(x), y))
 
-    model, params: as for LocoProp. lr: of the local optimizer. coupling: μ, the same at every layer, in units
-    of a sample's loss. steps: T. rows: rows for each local step, "auto" for R/T, or "all". weights: "adam" (betas,
-    eps) or "sgd" (Nesterov momentum). code_step: how codes move in a sweep. reduction: what the loss does
-    over the samples, "mean" (B = dim 0 of the batch) or "sum" (B = 1). preset: "published" for the released
-    program's settings (sweep, five Nesterov steps of 0.3, μ 0.003, Adam 0.008).
-    Raises BadInput, UncoveredUse, Undefined (a sweep through a forward that depends on the codes); NonFinite
-    with `on_nonfinite="raise"` (default: skip the batch and count it).
+    **Codes.** codes="jacobi" (default): `c = z − (B/μ) dL/dz` for all layers at once, from one backward pass; layers
+    are fitted on the inputs they had. "gauss-newton" (default of a memory): the minimum of the loss's Gauss-Newton
+    model with `μ ½ ‖c − z‖²`, for each sample; needs a loss whose Hessian's root is known. "sweep": from the output to
+    the input, each code moves on its own terms (`code_step`, a `lw.local.CodeStep`) through one block only, with no
+    global backward pass; layers are fitted on the moved codes. Batch-norm statistics stand still during code updates.
+    Functions without a derivative (`lw.nn.Sign`, `lw.nn.Hard`) are crossed by their rules.
+
+    **Weights.** "adam" (betas, eps) or "sgd" (Nesterov momentum): each hidden layer descends `(μ/B) ½ ‖c − W a‖²` and
+    the output layer the loss, by T local steps (`steps`) at rate lr, each on its own share of the `rows`, "auto" for
+    R/T, or "all". Local SGD needs about `lr·μ·λmax(Σ aaᵀ/B) < 2`, positions and time steps counted; normalise=True
+    divides a layer's gradient by its rows per sample. "memory" or a `lw.local.Memory`: AM-mem; any other solver of
+    `lw.local`: its update times lr. With these the output layer, too, is fitted to a code. Parameters without a code
+    (scales, lone biases, tables, derived weights) take T steps along their gradient; beside a solver, of Adam at 4e-3
+    times lr.
+    regularizer, layers, workers: as for LocoProp; `layers` sets lr, coupling, steps, rows, betas, eps, momentum, l1,
+    code_l1, normalise, weights and regularizer by name pattern.
+
+    **Coupling.** coupling: μ, the same at every layer, in units of a sample's loss; a number, or a
+    `lw.local.Coupling` that grows. multipliers: an augmented Lagrangian with codes="sweep": `repeats` of a minibatch
+    share scaled multipliers `u ← u + c − W a`. repeats: full steps on each minibatch, with its random numbers.
+    schedule="async": each layer is fitted to inputs and codes up to `staleness` minibatches old (default 2), as when
+    nobody waits for anybody; a simulation, drawn by step and layer name.
+
+    trace: a `lw.optim.Trace` to fill. reduction: what the loss does over the samples, "mean" (B = dim 0 of the batch)
+    or "sum" (B = 1). preset: "published" for the released program's settings (sweep, five Nesterov steps of 0.3,
+    μ 0.003, Adam 0.008).
+    Raises BadInput, UncoveredUse, Undefined (a sweep through a forward that depends on the codes), UnknownLoss and
+    SamplesMixed (Gauss-Newton codes); NonFinite with `on_nonfinite="raise"` (default: skip the batch and count it).
     Source: Choromanska et al., "Beyond Backprop: Online Alternating Minimization with Auxiliary Variables" (2019).
     """
 
@@ -64,16 +87,27 @@ class AltMin(LayerLocal):
         model: nn.Module | Mapping[str, Tensor],
         params: Iterable[Any] | None = None,
         *,
-        codes: Literal["jacobi", "sweep"] | None = None,
-        weights: Literal["adam", "sgd"] | None = None,
+        codes: Literal["jacobi", "gauss-newton", "sweep"] | None = None,
+        weights: Literal["adam", "sgd", "memory"] | Solver | None = None,
         lr: float | None = None,
-        coupling: float | None = None,
+        coupling: float | Coupling | None = None,
         steps: int | None = None,
         rows: int | Literal["auto", "all"] | None = None,
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         momentum: float | None = None,
+        l1: float | None = None,
+        code_l1: float | None = None,
+        normalise: bool | None = None,
+        regularizer: Regularizer | Sequence[Regularizer] | None = None,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
         code_step: CodeStep | None = None,
+        repeats: int = 1,
+        multipliers: bool = False,
+        workers: Workers = None,
+        schedule: Literal["together", "async"] = "together",
+        staleness: int | None = None,
+        trace: Trace | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         preset: Literal["published"] | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
@@ -82,38 +116,120 @@ class AltMin(LayerLocal):
             raise BadInput(f"AltMin knows the presets {', '.join(_PRESETS)}; got {preset!r}")
         if reduction not in ("mean", "sum"):
             raise BadInput(f'AltMin\'s reduction is "mean" or "sum"; got {reduction!r}')
-        given = {"codes": codes, "weights": weights, "lr": lr, "coupling": coupling, "steps": steps, "rows": rows,
-                 "betas": betas, "eps": eps, "momentum": momentum}  # fmt: skip
-        chosen = {**_DEFAULTS, **(_PRESETS[preset] if preset else {})}
+        base = dict(_PRESETS[preset]) if preset else {}
+        self._updates = Updates(
+            base.pop("weights", "adam") if weights is None else weights, regularizer, layers or {},
+            list(named_parameters_of(model)),
+        )  # fmt: skip
+        kind = self._updates.default.kind
+        given = {"codes": codes, "lr": lr, "coupling": coupling, "steps": steps, "rows": rows, "betas": betas,
+                 "eps": eps, "momentum": momentum, "l1": l1, "code_l1": code_l1, "normalise": normalise}  # fmt: skip
+        chosen = {**DEFAULTS[kind], "lr": rate_of(self._updates.default), "weights": kind, **base}
         chosen.update({k: v for k, v in given.items() if v is not None})
+        if isinstance(chosen["coupling"], Coupling):
+            chosen.update(chosen["coupling"].numbers())
         self._codes = chosen.pop("codes")
-        if self._codes not in ("jacobi", "sweep"):
-            raise BadInput(f'AltMin\'s codes are "jacobi" or "sweep"; got {self._codes!r}')
         self._code_step = code_step if code_step is not None else CodeStep()
-        self._reduction = reduction
+        self._reduction, self._repeats, self._trace = reduction, repeats, trace
+        self._multipliers: dict[int, Tensor] | None = {} if multipliers else None
+        check_run(self._codes, repeats, multipliers, schedule, staleness)
+        self._stale = Stale(2 if staleness is None else staleness) if schedule == "async" else None
+        self._crew = crew(workers)
+        self._only: Callable[[Layer], bool] | None = None
         self._proofs: dict[Any, bool] = {}
+        self._swept: dict[int, Tensor] = {}
+        self._slopes: Callable[[], Mapping[str, Tensor]] = dict
         super().__init__(model, params, chosen, on_nonfinite)
 
     def _check(self, group: Mapping[str, Any]) -> None:
-        check_common("AltMin", group)
-        if not 0 < group["coupling"] < float("inf"):
-            raise BadInput(f"AltMin needs a finite coupling > 0; got coupling={group['coupling']}")
-        if group["weights"] not in ("adam", "sgd"):
-            raise BadInput(f'AltMin\'s weights are updated by "adam" or "sgd"; got {group["weights"]!r}')
-        if not (all(0 <= b < 1 for b in group["betas"]) and group["eps"] >= 0 and 0 <= group["momentum"] < 1):
-            raise BadInput(
-                f"AltMin needs betas and momentum in [0, 1) and eps ≥ 0; got betas={group['betas']}, "
-                f"momentum={group['momentum']}, eps={group['eps']}"
-            )
+        check_group(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; a group's coupling may be a `Coupling`, too. Settings by pattern make groups of their own."""
+        coupling = param_group.get("coupling")
+        more = coupling.numbers() if isinstance(coupling, Coupling) else {}
+        super().add_param_group({**param_group, **more})
+
+    def _patterns(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._updates.numbers
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+        """Run the closure, move codes and weights, and return the loss before the step."""
+        skipped = self.skipped
+        self._multipliers = None if self._multipliers is None else {}
+        before = RandomState(self._devices()) if self._repeats > 1 else None
+        loss = super().step(closure)
+        if before is not None and self.skipped == skipped:
+            after, buffers = RandomState(self._devices()), Buffers(self._model)
+            try:
+                for _ in range(self._repeats - 1):
+                    before.put_back()
+                    super().step(closure)
+                    if self.skipped > skipped:
+                        break
+            finally:  # as after one run: batch statistics advance once a minibatch
+                after.put_back()
+                buffers.put_back()
+        if self.skipped == skipped:
+            for group in self.param_groups:
+                Coupling.advance(group)
+        return loss
+
+    def refit(self, closures: Iterable[Callable[[], Tensor]]) -> float:
+        """Fit the layers that make a loss's logits alone, a step for each closure; returns the mean of the losses.
+
+        For the end of a training: one pass over closures of many minibatches. μ, hidden layers and parameters without
+        codes stand still; batch statistics advance, where the model is left in training. Raises BadInput where no
+        layer makes a known loss's logits, or without closures.
+        """
+        found: list[Tensor] = []
+        self._only = lambda layer: layer.likelihood is not None
+        try:
+            for closure in closures:
+                found.append(super().step(closure))
+        finally:
+            self._only = None
+        if not found:
+            raise BadInput("refit needs at least one closure that returns a loss")
+        return float(torch.stack(found).mean())
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for group in self.param_groups for p in group["params"]}
 
     # -- what each layer is fitted to -------------------------------------------------------------------
 
     def _run(self, closure: Callable[[], Tensor]) -> Recorded:
-        return (
-            record(self._model, closure, self._ours, single=True)
-            if self._codes == "jacobi"
-            else self._run_sweep(closure)
-        )
+        if self._codes == "sweep":
+            return self._run_sweep(closure)
+        if self._codes == "gauss-newton":
+            run, plain = gauss_newton(self._model, closure, self._ours, self._gamma)
+        else:
+            run = plain = record(self._model, closure, self._ours, matrices=True, crosses=True)
+        self._slopes = partial(weight_gradients, plain)
+        if any(group["code_l1"] for group in self.param_groups):
+            run = sparse(run, lambda name: self._gamma(run, name), lambda layer: self._threshold(run, layer))
+        return run
+
+    def _run_sweep(self, closure: Callable[[], Tensor]) -> Recorded:
+        """Move the codes, and record the layers on them."""
+        coded = CodedModel(self._model, closure, self._proofs)
+        layers = coded_layers(coded, self._ours)
+        if not layers:
+            return Recorded(coded.loss.detach(), coded.tape, [], {}, {})
+        groups = {i: self._group_at[id(layer.parameter)] for i, layer in hidden_uses(coded, layers).items()}
+        terms = Terms(
+            {i: float(group["coupling"]) for i, group in groups.items()}, self._batch(coded.samples),
+            {i: float(group["code_l1"]) for i, group in groups.items()}, self._multipliers,
+        )  # fmt: skip
+        params = {layer.name: layer.parameter for layer in layers}
+        if self._trace is not None and self._trace.due():
+            found = torch.autograd.grad(coded.loss, list(params.values()), retain_graph=True, allow_unused=True)
+            slopes = {name: g for name, g in zip(params, found, strict=True) if g is not None}
+            self._slopes = lambda: slopes
+        run, self._swept = swept(coded, layers, terms, self._code_step, self._ours)
+        return run
 
     def _batch(self, samples: int) -> float:
         return float(samples) if self._reduction == "mean" else 1.0
@@ -121,116 +237,145 @@ class AltMin(LayerLocal):
     def _gamma(self, recorded: Recorded, name: str) -> float:
         return self._batch(recorded.samples) / float(self._group_of(recorded, name)["coupling"])
 
-    def _problem(self, recorded: Recorded, layer: Layer) -> LocalProblem:
+    def _threshold(self, recorded: Recorded, layer: Layer) -> float:
+        group = self._group_of(recorded, layer.name)
+        return 0.0 if layer.likelihood is not None else float(group["code_l1"] / group["coupling"])
+
+    def _update_of(self, recorded: Recorded, layer: Layer) -> Update:
+        return self._updates.of(layer.name, self._group_of(recorded, layer.name))
+
+    def _steps(self, recorded: Recorded, layer: Layer) -> bool:
+        """Whether a layer takes local steps, which fit an output layer to the loss itself."""
+        solver = self._update_of(recorded, layer).solver
+        return solver is None or isinstance(solver, LocalSteps)
+
+    def _problem(self, recorded: Recorded, layer: Layer, averages: dict[str, Tensor]) -> LocalProblem:
         """The local problem of a layer; its gradient times 1/γ is that of the relaxed objective.
 
         A hidden layer has γ = B/μ and the squared loss; the layer that makes a loss's logits has the loss itself,
         which is its matching loss with γ = 1/w for terms of one weight w.
         """
-        if layer.likelihood is not None and not layer.transfer.stand_in:
+        update = self._update_of(recorded, layer)
+        gamma, transfer = self._gamma(recorded, layer.name), IDENTITY
+        if self._steps(recorded, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
             weight = layer.likelihood.uniform_weight()
             if weight:
-                return problem_of(recorded, layer, 1 / weight, layer.transfer)
-        return problem_of(recorded, layer, self._gamma(recorded, layer.name), IDENTITY)
+                gamma, transfer = 1 / weight, layer.transfer
+        pulls = tuple(self._pull(recorded, layer, term, gamma, averages) for term in update.regularizers)
+        return problem_of(recorded, layer, gamma, transfer, pulls=pulls)
 
-    def _fit(self, recorded: Recorded, layer: Layer) -> None:
-        group, problem = self._group_of(recorded, layer.name), self._problem(recorded, layer)
+    def _task(self, recorded: Recorded, layer: Layer, problem: LocalProblem) -> tuple[Task, Any]:
+        """A layer's task, and the kind of its local optimizer."""
         params = [recorded.tape.parameters[name] for name in layer.names]
-        share = -(-problem.a.shape[0] // group["steps"])
-        local_steps(
-            problem,
-            self._local_optimizer(params),
-            group["steps"],
-            rows={"auto": share, "all": None}.get(group["rows"], group["rows"]),
-            form="plain",
-            schedule=constant,
-            scale=1 / problem.gamma,
-            weight=params[0],
-            bias=params[1] if len(params) > 1 else None,
-            fold=layer.weight.fold,
-            workspace=self._workspace,
-        )
+        groups = [self._group_at[id(p)] for p in params]
+        update, group = self._update_of(recorded, layer), groups[0]
+        solver, optimizer, state = update.solver, None, None
+        if solver is None:
+            solver = share(group["steps"], group["rows"], problem.a.shape[0])
+        if isinstance(solver, LocalSteps):
+            optimizer = self._local_optimizer(params)
+        elif isinstance(solver, Memory):
+            state = self.state[params[0]]
+        rates = [float(g["lr"]) for g in groups]
+        kind = fused(self._rates(group, params[0])[0], params)
+        scale, l1 = 1 / problem.gamma, float(group["l1"])
+        if group["normalise"] and optimizer is not None:
+            scale *= recorded.samples / problem.a.shape[0]
+        return Task(problem, solver, params, rates, optimizer, layer.fold, scale, state, l1), kind
+
+    # -- moving -----------------------------------------------------------------------------------------------
+
+    def _move(self, run: Recorded) -> str | None:
+        layers = [layer for layer in run.layers if self._only is None or self._only(layer)]
+        if self._only is not None and not layers:
+            raise BadInput("refit moves layers that make a known loss's logits, and the closure's loss has none")
+        averages: dict[str, Tensor] = {}
+        noting = self._trace is not None and self._trace.due() and self._only is None
+        made: dict[str, LocalProblem] | None = None
+        if noting or self._stale is not None:
+            made = {layer.name: self._problem(run, layer, averages) for layer in layers}
+        if made is not None and self._stale is not None and self._only is None:
+            made = self._stale.exchange(made)
+        before = {layer.name: layer.parameter.detach().clone() for layer in layers} if noting else {}
+        outputs = {name: predict(problem) for name, problem in (made or {}).items()} if noting else {}
+
+        def move() -> None:
+            self._crew.run(layers, lambda layer: self._task(
+                run, layer, self._problem(run, layer, averages) if made is None else made[layer.name]
+            ))  # fmt: skip
+            for name, g in run.gradients.items() if self._only is None else ():
+                self._along(run.tape.parameters[name], g)
+
+        where = self._guarded(self._undo(run, layers), move)
+        if where is not None:
+            if self._stale is not None and self._only is None:
+                self._stale.forget()
+            return where
+        self._averages |= averages
+        if self._multipliers is not None:
+            self._raise_multipliers(layers)
+        if noting and made is not None and self._trace is not None:
+            coded = {layer.name: layer.likelihood is None or not self._steps(run, layer) for layer in layers}
+            self._trace.note(
+                before, {layer.name: layer.parameter.detach() for layer in layers}, self._slopes(),
+                {name: (made[name], outputs[name], coded[name]) for name in made},
+            )  # fmt: skip
+        if self._trace is not None and self._only is None:
+            self._trace.passed()
+        return None
 
     def _along(self, p: Tensor, g: Tensor) -> None:
         """T steps along the gradient, for a parameter without a code."""
         linear_steps(p, g, self._local_optimizer([p]), self._group_at[id(p)]["steps"], schedule=constant)
 
+    @torch.no_grad()
+    def _raise_multipliers(self, layers: list[Layer]) -> None:
+        """`u ← u + c − W a`, with the weights after their update."""
+        assert self._multipliers is not None
+        for layer in layers:
+            for part in layer.parts:
+                index = part.use.index
+                if index in self._swept:
+                    gap = self._swept[index] - part.again()
+                    old = self._multipliers.get(index)
+                    self._multipliers[index] = gap if old is None else old + gap
+
+    def _undo(self, run: Recorded, layers: list[Layer]) -> Undo | None:
+        """Copies to go back to, where a finite batch may have a solution that is not finite."""
+        updates = {layer.name: self._update_of(run, layer) for layer in layers}
+        if all(update.solver is None and not update.regularizers for update in updates.values()):
+            return None
+        names = [name for layer in layers for name in layer.names] + list(run.gradients)
+        replaced = {name for name, update in updates.items() if isinstance(update.solver, Memory)}
+        return Undo(((name, run.tape.parameters[name]) for name in names), self.state, replaced)
+
+    # -- local optimizers --------------------------------------------------------------------------------------
+
     def _rates(self, group: Mapping[str, Any], owner: Tensor) -> tuple[Any, dict[str, Any]]:
-        if group["weights"] == "adam":
-            return torch.optim.Adam, {key: group[key] for key in ("lr", "betas", "eps")}
-        momentum = group["momentum"]
-        return torch.optim.SGD, {"lr": group["lr"], "momentum": momentum, "nesterov": momentum > 0}
+        update = self._updates.of(self._names[id(owner)], group)
+        if update.kind == "sgd":
+            momentum = group["momentum"]
+            return torch.optim.SGD, {"lr": group["lr"], "momentum": momentum, "nesterov": momentum > 0}
+        rates = {key: group[key] for key in ("lr", "betas", "eps")}
+        if isinstance(update.solver, LocalSteps):
+            return update.solver.optimizer, {"lr": group["lr"]}
+        if update.kind != "adam":
+            rates["lr"] = DEFAULTS["adam"]["lr"] * group["lr"]
+        return torch.optim.Adam, rates
 
     def _make(self, groups: list[dict[str, Any]], kind: Any) -> torch.optim.Optimizer:
-        # torch's fused kernels read memory in order whatever the strides; the gradients come contiguous
-        params = [p for group in groups for p in group["params"]]
-        fused = all(p.device.type == "cpu" and p.is_contiguous() for p in params)
-        optimizer: torch.optim.Optimizer = kind(groups, lr=0.0, fused=True) if fused else kind(groups, lr=0.0)
+        optimizer: torch.optim.Optimizer = fused(kind, [p for g in groups for p in g["params"]])(groups, lr=0.0)
         return optimizer
 
-    # -- the sweep ----------------------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------------------------
 
-    def _run_sweep(self, closure: Callable[[], Tensor]) -> Recorded:
-        """Move the codes, and record the layers on them."""
-        coded = CodedModel(self._model, closure, self._proofs)
-        graph = prove(coded.tape, coded.loss, None, need_loss=False)
-        if not is_finite(coded.loss):
-            return Recorded(coded.loss.detach(), coded.tape, [], {}, {})
-        layers = layers_of(coded.tape, graph, self._ours, single=True)
-        hidden = _hidden(coded, layers)
-        coupling = {i: float(self._group_at[id(layer.weight.used)]["coupling"]) for i, layer in hidden.items()}
-        batch = self._batch(coded.samples)
-        start = {i: layer.output() for i, layer in hidden.items()}
-        codes = sweep(coded, start, coupling, batch, self._code_step)
-        return _recorded_on_codes(coded, layers, codes, {i: m / batch for i, m in coupling.items()}, self._ours)
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with names, the number of skipped batches, running averages, and what stale layers have heard."""
+        stale = {} if self._stale is None else {"stale": self._stale.state()}
+        return {**super().state_dict(), **stale}
 
-
-def _recorded_on_codes(
-    coded: CodedModel, layers: list[Layer], codes: Mapping[int, Tensor], weight: Mapping[int, float],
-    ours: Callable[[Tensor], bool],
-) -> Recorded:  # fmt: skip
-    """The layers with inputs made from the codes; cotangents and gradients are the relaxed objective's.
-
-    weight: μ/B of each code. A layer's output depends on its own weights and the codes alone, so no cotangent
-    crosses a block.
-    """
-    every = [layer.use.index for layer in layers]
-    out = coded.piece(codes, every, True)
-    assert out.loss is not None
-    objective = out.loss
-    for i, code in codes.items():
-        objective = objective + weight[i] / 2 * (code - out.predictions[i]).square().sum()
-    inside = {name for layer in layers for name in layer.names}
-    rest = {n: p for n, p in coded.tape.parameters.items() if n not in inside and ours(p)}
-    found = torch.autograd.grad(objective, [*(out.predictions[i] for i in every), *rest.values()], allow_unused=True)
-    moved = []
-    for layer in layers:
-        args, kwargs = out.calls[layer.use.index]
-        parameters = {id(d.tensor) for d in layer.use.used}
-        call = layer.use.call._replace(args=_detached(args, parameters), kwargs=_detached(kwargs, parameters))
-        slots = ops.slots(call, [d.tensor for d in layer.use.used])
-        bias = layer.bias and next(s for s in slots if s.bias)
-        value = out.predictions[layer.use.index].detach()
-        weight_slot = next(s for s in slots if not s.bias)
-        moved.append(dataclasses.replace(layer, call=call, weight=weight_slot, bias=bias, value=value))
-    cotangents = {i: g for i, g in zip(every, found, strict=False) if g is not None}
-    moved = [layer for layer in moved if layer.use.index in cotangents]
-    gradients = {n: dense(g) for n, g in zip(rest, found[len(every) :], strict=True) if g is not None}
-    return Recorded(coded.loss.detach(), coded.tape, moved, cotangents, gradients)
-
-
-def _hidden(coded: CodedModel, layers: list[Layer]) -> dict[int, Layer]:
-    """The layers that carry codes, by use index: those whose output another layer reads."""
-    every = {layer.use.index: layer for layer in layers}
-    readers = coded.consumers(every)
-    return {i: layer for i, layer in every.items() if any(m in every for m in readers[i][0])}
-
-
-def _detached(value: Any, keep: set[int]) -> Any:
-    if isinstance(value, Tensor):
-        return value if id(value) in keep else value.detach()
-    if isinstance(value, dict):
-        return {k: _detached(v, keep) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_detached(v, keep) for v in value)
-    return value
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, parameters by name; goes on bitwise where it stopped. Raises as LocoProp's."""
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "stale"})
+        if self._stale is not None and "stale" in state_dict:
+            self._stale.restore(state_dict["stale"], named_parameters_of(self._model))

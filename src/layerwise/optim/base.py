@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, NonFinite
 from layerwise.local.finite import unsafe
-from layerwise.local.layers import Layer
+from layerwise.local.layers import Layer, shaped
+from layerwise.local.problem import Pull
 from layerwise.local.record import Recorded
+from layerwise.local.regularizers import Regularizer
 from layerwise.local.steps import Workspace
+from layerwise.optim.choices import first_match
 from layerwise.optim.named import NamedOptimizer
+from layerwise.optim.undo import Undo
+from layerwise.uses import named_parameters_of
 
 __all__ = ["LayerLocal", "check_common"]
 
@@ -36,20 +41,14 @@ class LayerLocal(NamedOptimizer[Recorded]):
     ) -> None:
         self._workspace = Workspace()
         self._local: dict[Any, torch.optim.Optimizer] = {}
+        self._names: dict[int, str] = {}
+        self._averages: dict[str, Tensor] = {}
         super().__init__(model, params, defaults, on_nonfinite)
 
     # -- what a method says ----------------------------------------------------------------------------
 
     def _gamma(self, recorded: Recorded, name: str) -> float:
         """γ of a parameter, by which its cotangents are multiplied."""
-        raise NotImplementedError
-
-    def _fit(self, recorded: Recorded, layer: Layer) -> None:
-        """Solve one layer's local problem."""
-        raise NotImplementedError
-
-    def _along(self, p: Tensor, g: Tensor) -> None:
-        """Move a parameter outside the layers along its gradient."""
         raise NotImplementedError
 
     def _make(self, groups: list[dict[str, Any]], kind: Any) -> torch.optim.Optimizer:
@@ -60,17 +59,67 @@ class LayerLocal(NamedOptimizer[Recorded]):
         """The kind of local optimizer that a layer with a weight `owner` has, and its settings from a group."""
         raise NotImplementedError
 
+    def _patterns(self) -> Mapping[str, Mapping[str, Any]]:
+        """The numbers of parameter groups that parameters with matching names have of their own, by pattern."""
+        return {}
+
+    # -- groups ----------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; parameters that `layers` gives numbers of their own go into groups of their own."""
+        names = {id(p): name for name, p in named_parameters_of(self._model).items()}
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        patterns = self._patterns()
+        parts: dict[str | None, list[Any]] = {}
+        for p in params:
+            name = names.get(id(p[1] if isinstance(p, tuple) else p))
+            pattern = None if name is None else first_match(tuple(patterns), name)
+            if name is not None:
+                self._names[id(p[1] if isinstance(p, tuple) else p)] = name
+            parts.setdefault(pattern if pattern and patterns[pattern] else None, []).append(p)
+        for pattern, some in (parts or {None: params}).items():
+            own = {} if pattern is None else patterns[pattern]
+            super().add_param_group({**param_group, **own, "params": some})
+
     # -- a step --------------------------------------------------------------------------------------------
 
     def _unsafe(self, run: Recorded) -> str | None:
         return unsafe(run, lambda name: self._gamma(run, name))
 
-    def _move(self, run: Recorded) -> str | None:
-        for layer in run.layers:
-            self._fit(run, layer)
-        for name, g in run.gradients.items():
-            self._along(run.tape.parameters[name], g)
-        return None
+    def _guarded(self, undo: Undo | None, move: Callable[[], None]) -> str | None:
+        """Move; or put everything back, and return the place that is not finite."""
+        try:
+            move()
+            where = None if undo is None else undo.spoiled()
+        except BaseException as error:
+            if undo is not None:
+                undo.put_back()
+            if undo is None or not isinstance(error, NonFinite):
+                raise
+            return f"a local problem ({error})"
+        if undo is not None and where is not None:
+            undo.put_back()
+        return where
+
+    @torch.no_grad()
+    def _pull(
+        self, recorded: Recorded, layer: Layer, term: Regularizer, gamma: float, averages: dict[str, Tensor]
+    ) -> Pull:
+        """A regularizer's term for a layer; new running averages go into `averages`."""
+        matrix = layer.weight.matrix(layer.weight.used.detach())
+        shape = matrix.shape[:2]
+        params = [recorded.tape.parameters[name].detach() for name in layer.names]
+        bias = params[1].view(shape) if len(params) > 1 else None
+        decay = getattr(term, "decay", None)
+        average = None
+        if decay is not None:
+            for name, p in zip(layer.names, params, strict=True):
+                old = self._averages.get(name)
+                averages[name] = p.clone() if old is None else decay * old + (1 - decay) * p
+            found = [averages[name] for name in layer.names]
+            average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
+        return term(matrix, bias, gamma, average)
 
     def _group_of(self, recorded: Recorded, name: str) -> dict[str, Any]:
         """The group of a parameter of ours."""
@@ -87,6 +136,24 @@ class LayerLocal(NamedOptimizer[Recorded]):
         for p, group in zip(params, optimizer.param_groups, strict=True):
             group.update(self._rates(self._group_at[id(p)], params[0])[1])
         return optimizer
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with the names of the parameters, the number of skipped batches, and running averages by name."""
+        return {**super().state_dict(), "averages": dict(self._averages)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, parameters by name; goes on bitwise where it stopped.
+
+        Raises BadInput where the saved groups or averages are of other parameters than ours.
+        """
+        saved, params = state_dict.get("averages", {}), named_parameters_of(self._model)
+        wrong = [name for name, t in saved.items() if name not in params or t.shape != params[name].shape]
+        if wrong:
+            raise BadInput(f"the saved averages are of other parameters than ours: {', '.join(wrong[:5])}")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "averages"})
+        self._averages = {name: t.to(params[name], copy=True) for name, t in saved.items()}
 
 
 def check_common(method: str, group: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from layerwise.local.solvers import LocalSteps, Solver, default_lr
 from layerwise.local.targets import GradientStep, Target
 from layerwise.local.transfer import Transfer
 
-__all__ = ["NUMBERS", "Choice", "Choices", "first_match", "matches"]
+__all__ = ["NUMBERS", "Choice", "Choices", "check_patterns", "first_match", "implied", "matches", "several"]
 
 NUMBERS = ("lr", "gamma", "steps", "rows", "decay", "momentum", "eps")
 VALUES = ("loss", "target", "regularizer", "solver")
@@ -40,6 +40,24 @@ def first_match(patterns: Sequence[str], name: str) -> str | None:
     return next((pattern for pattern in patterns if matches(pattern, name)), None)
 
 
+def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str], names: Sequence[str]) -> None:
+    """Raise BadInput for settings by pattern with other keys, or with a pattern that no parameter's name matches."""
+    for pattern, settings in layers.items():
+        unknown = sorted(set(settings) - set(keys))
+        if unknown:
+            raise BadInput(f"layers[{pattern!r}] sets {', '.join(unknown)}; a layer has {', '.join(keys)}")
+        if not any(matches(pattern, name) for name in names):
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise BadInput(f"layers: the pattern {pattern!r} matches no parameter; they are {shown}")
+
+
+def several(method: str, regularizer: Any) -> tuple[Regularizer, ...]:
+    """One regularizer or a sequence of them, as a tuple. Raises BadInput for what is none."""
+    terms = tuple(regularizer) if isinstance(regularizer, Sequence) else (regularizer,)
+    form = "(weight, bias, gamma, average) -> Pull, or a sequence of such"
+    return tuple(_callable(method, "regularizer", t, form) for t in terms)
+
+
 class Choices:
     """The choices of all layers: a default, and `layers`, a mapping of patterns to settings; the first match wins.
 
@@ -54,15 +72,8 @@ class Choices:
         self.patterns = tuple(layers)
         self._by_pattern: dict[str, Choice] = {}
         self.numbers: dict[str, dict[str, Any]] = {}
+        check_patterns(layers, (*NUMBERS, *VALUES), names)
         for pattern, settings in layers.items():
-            unknown = sorted(set(settings) - {*NUMBERS, *VALUES})
-            if unknown:
-                raise BadInput(
-                    f"layers[{pattern!r}] sets {', '.join(unknown)}; a layer has {', '.join((*NUMBERS, *VALUES))}"
-                )
-            if not any(matches(pattern, name) for name in names):
-                shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-                raise BadInput(f"layers: the pattern {pattern!r} matches no parameter; they are {shown}")
             choice = self._by_pattern[pattern] = _choice(self._default, settings)
             self.numbers[pattern] = {**implied(choice, settings), **{k: settings[k] for k in NUMBERS if k in settings}}
             loss, solver = settings.get("loss"), settings.get("solver")
@@ -119,18 +130,15 @@ def _choice(base: Choice, settings: Mapping[str, Any]) -> Choice:
     elif loss is not None:
         raise BadInput(f'LocoProp\'s loss is "matching", "squared" or a transfer function of lw.local; got {loss!r}')
     if target is not None:
-        base = base._replace(target=_callable("target", target, "(z, g, transfer) -> target"))
+        base = base._replace(target=_callable("LocoProp", "target", target, "(z, g, transfer) -> target"))
     if settings.get("regularizer") is not None:
-        terms = settings["regularizer"]
-        terms = tuple(terms) if isinstance(terms, Sequence) else (terms,)
-        form = "(weight, bias, gamma, average) -> Pull, or a sequence of such"
-        base = base._replace(regularizers=tuple(_callable("regularizer", t, form) for t in terms))
+        base = base._replace(regularizers=several("LocoProp", settings["regularizer"]))
     if settings.get("solver") is not None:
-        base = base._replace(solver=_callable("solver", settings["solver"], "problem -> (ΔW, Δb)"))
+        base = base._replace(solver=_callable("LocoProp", "solver", settings["solver"], "problem -> (ΔW, Δb)"))
     return base
 
 
-def _callable(what: str, value: Any, form: str) -> Callable[..., Any]:
+def _callable(method: str, what: str, value: Any, form: str) -> Callable[..., Any]:
     if not callable(value) or isinstance(value, type):
-        raise BadInput(f"LocoProp's {what} is a value of lw.local or a function {form}; got {value!r}")
+        raise BadInput(f"{method}'s {what} is a value of lw.local or a function {form}; got {value!r}")
     return value

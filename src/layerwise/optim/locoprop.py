@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite, SquaredInstead
-from layerwise.local.layers import Layer, shaped
+from layerwise.local.layers import Layer
 from layerwise.local.problem import LocalProblem, Pull
 from layerwise.local.record import Recorded, problem_of, record
 from layerwise.local.regularizers import Elastic, Proximal, Regularizer, WeightDecay
@@ -22,7 +22,7 @@ from layerwise.local.targets import GradientStep, Target, factor, fill_in
 from layerwise.local.tf_rmsprop import TFRMSProp
 from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.base import LayerLocal, check_common
-from layerwise.optim.choices import Choice, Choices, first_match, implied
+from layerwise.optim.choices import Choice, Choices, implied
 from layerwise.optim.sweeps import Sweep
 from layerwise.optim.undo import Undo
 from layerwise.optim.workers import Workers, crew
@@ -140,8 +140,6 @@ class LocoProp(LayerLocal):
         self._order, self._write, self._crew = order, write, crew(workers)
         if order != "together" and workers is not None:
             raise BadInput(f"layers in turn (order={order!r}) cannot be solved at once (workers={workers!r})")
-        self._names: dict[int, str] = {}
-        self._averages: dict[str, Tensor] = {}
         self._said: set[str] = set()
         self._last: list[tuple[tuple[str, ...], str]] | None = None
         kind = loss if isinstance(loss, str) else "squared" if getattr(solver, "squared_only", False) else "matching"
@@ -163,21 +161,8 @@ class LocoProp(LayerLocal):
 
     # -- groups ------------------------------------------------------------------------------------------------
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; parameters that `layers` gives numbers of their own go into groups of their own."""
-        names = {id(p): name for name, p in named_parameters_of(self._model).items()}
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        parts: dict[str | None, list[Any]] = {}
-        for p in params:
-            name = names.get(id(p[1] if isinstance(p, tuple) else p))
-            pattern = None if name is None else first_match(self._choices.patterns, name)
-            if name is not None:
-                self._names[id(p[1] if isinstance(p, tuple) else p)] = name
-            parts.setdefault(pattern if pattern and self._choices.numbers[pattern] else None, []).append(p)
-        for pattern, some in (parts or {None: params}).items():
-            own = {} if pattern is None else self._choices.numbers[pattern]
-            super().add_param_group({**param_group, **own, "params": some})
+    def _patterns(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._choices.numbers
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common("LocoProp", group)
@@ -216,26 +201,8 @@ class LocoProp(LayerLocal):
         averages: dict[str, Tensor] = {}
         plans = [self._plan(recorded, layer, averages) for layer in recorded.layers]
         undo = self._undo(recorded, plans)
-        try:
-            if self._order == "together":
-                self._crew.run(plans, lambda plan: self._task(recorded, plan, self._problem(recorded, plan)))
-            else:
-                problems = [self._problem(recorded, plan) for plan in plans]
-                turns = range(len(plans)) if self._order == "input_to_output" else range(len(plans) - 1, -1, -1)
-                for count, n in enumerate(turns):
-                    problem = self._sweep.refreshed(problems[n], plans[n].layer) if count else problems[n]
-                    solve(self._task(recorded, plans[n], problem)[0], self._workspace)
-            for name, g in recorded.gradients.items():
-                self._step_along(recorded, name, g)
-            where = None if undo is None else undo.spoiled()
-        except BaseException as error:
-            if undo is not None:
-                undo.put_back()
-            if not isinstance(error, NonFinite):
-                raise
-            where = f"a local problem ({error})"
-        if undo is not None and where is not None:
-            undo.put_back()
+        where = self._guarded(undo, lambda: self._solve(recorded, plans))
+        if where is not None:
             return where
         self._averages |= averages
         if undo is not None and self._write == "grad":
@@ -245,6 +212,19 @@ class LocoProp(LayerLocal):
         self._last = [(plan.layer.names, _form(plan, count)) for plan, count in zip(plans, steps, strict=True)]
         self._last += [((name,), "no local problem: steps along its gradient") for name in recorded.gradients]
         return None
+
+    def _solve(self, recorded: Recorded, plans: list[_Plan]) -> None:
+        """Move every parameter."""
+        if self._order == "together":
+            self._crew.run(plans, lambda plan: self._task(recorded, plan, self._problem(recorded, plan)))
+        else:
+            problems = [self._problem(recorded, plan) for plan in plans]
+            turns = range(len(plans)) if self._order == "input_to_output" else range(len(plans) - 1, -1, -1)
+            for count, n in enumerate(turns):
+                problem = self._sweep.refreshed(problems[n], plans[n].layer) if count else problems[n]
+                solve(self._task(recorded, plans[n], problem)[0], self._workspace)
+        for name, g in recorded.gradients.items():
+            self._step_along(recorded, name, g)
 
     def _plan(self, recorded: Recorded, layer: Layer, averages: dict[str, Tensor]) -> _Plan:
         """What a layer's problem is made of; new running averages go into `averages`."""
@@ -275,25 +255,6 @@ class LocoProp(LayerLocal):
                 SquaredInstead,
                 stacklevel=6,
             )
-
-    @torch.no_grad()
-    def _pull(
-        self, recorded: Recorded, layer: Layer, term: Regularizer, gamma: float, averages: dict[str, Tensor]
-    ) -> Pull:
-        """A regularizer's term for a layer."""
-        matrix = layer.weight.matrix(layer.weight.used.detach())
-        shape = matrix.shape[:2]
-        params = [recorded.tape.parameters[name].detach() for name in layer.names]
-        bias = params[1].view(shape) if len(params) > 1 else None
-        decay = getattr(term, "decay", None)
-        average = None
-        if decay is not None:
-            for name, p in zip(layer.names, params, strict=True):
-                old = self._averages.get(name)
-                averages[name] = p.clone() if old is None else decay * old + (1 - decay) * p
-            found = [averages[name] for name in layer.names]
-            average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
-        return term(matrix, bias, gamma, average)
 
     def _problem(self, recorded: Recorded, plan: _Plan) -> LocalProblem:
         layer, target = plan.layer, plan.choice.target
@@ -364,22 +325,6 @@ class LocoProp(LayerLocal):
             found[names[0]] = form
             found |= dict.fromkeys(names[1:], f"with {names[0]}")
         return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's, with the names of the parameters, the number of skipped batches, and running averages by name."""
-        return {**super().state_dict(), "averages": dict(self._averages)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state, parameters by name; goes on bitwise where it stopped.
-
-        Raises BadInput where the saved groups or averages are of other parameters than ours.
-        """
-        saved, params = state_dict.get("averages", {}), named_parameters_of(self._model)
-        wrong = [name for name, t in saved.items() if name not in params or t.shape != params[name].shape]
-        if wrong:
-            raise BadInput(f"the saved averages are of other parameters than ours: {', '.join(wrong[:5])}")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "averages"})
-        self._averages = {name: t.to(params[name], copy=True) for name, t in saved.items()}
 
 
 def _safe(choice: Choice) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -15,17 +15,28 @@ __all__ = ["Undo"]
 
 
 class Undo:
-    """Copies of named parameters, and of an optimizer's state of them."""
+    """Copies of named parameters, and of an optimizer's state of them.
 
-    def __init__(self, params: Iterable[tuple[str, Tensor]], state: dict[Any, Any]) -> None:
+    replaced: names of parameters whose state is replaced, never written on, and found finite by those who do; it is
+    held, not copied.
+    """
+
+    def __init__(
+        self, params: Iterable[tuple[str, Tensor]], state: dict[Any, Any], replaced: Collection[str] = ()
+    ) -> None:
         self._params = [(name, p, p.detach().clone()) for name, p in params]
-        self._state = state
-        self._before = {p: copy.deepcopy(dict(state[p])) for _, p, _ in self._params if p in state}
+        self._state, self._replaced = state, replaced
+        self._before = {
+            p: dict(state[p]) if name in replaced else copy.deepcopy(dict(state[p]))
+            for name, p, _ in self._params
+            if p in state
+        }
 
     def spoiled(self) -> str | None:
         """The first parameter that, by itself or in its state, holds NaN or infinity."""
         for name, p, _ in self._params:
-            kept = [v for v in self._state.get(p, {}).values() if isinstance(v, Tensor) and v.is_floating_point()]
+            state = {} if name in self._replaced else self._state.get(p, {})
+            kept = [v for v in state.values() if isinstance(v, Tensor) and v.is_floating_point()]
             if not (is_finite(p) and all(is_finite(v) for v in kept)):
                 return f"the solution of {name}'s local problem"
         return None

@@ -1,0 +1,85 @@
+"""torch's fused Adam and SGD without what surrounds their kernels, which costs more than a small layer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FusedAdam", "FusedSGD"]
+
+
+class _Fused(torch.optim.Optimizer):
+    """Steps of the same bits as `step`'s, by `advance`, for dense parameters of one type on one device."""
+
+    _kept: tuple[str, ...]
+    _shared: tuple[str, ...]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """The step itself, without torch's hooks around it; the first one, which makes the state, is `step`'s."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(self.state.get(p, {}).get(key) is None for p in params for key in self._kept):
+            self.step()
+            return
+        for group, some in self._alike():
+            self._kernel(
+                some, [p.grad for p in some], [[self.state[p][key] for p in some] for key in self._kept], group
+            )
+
+    def _alike(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+        """Parameters with a gradient, those of groups with equal numbers together."""
+        found: list[tuple[dict[str, Any], list[Tensor]]] = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for other, some in found:
+                if all(other[key] == group[key] for key in self._shared):
+                    some += params
+                    break
+            else:
+                found.append((group, params))
+        return iter((group, params) for group, params in found if params)
+
+    def _kernel(self, params: list[Tensor], grads: list[Any], kept: list[list[Tensor]], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class FusedAdam(_Fused, torch.optim.Adam):
+    """`torch.optim.Adam(fused=True)`, with `advance`."""
+
+    _kept = ("exp_avg", "exp_avg_sq", "step")
+    _shared = ("lr", "betas", "eps", "weight_decay", "maximize")
+
+    def _kernel(self, params: list[Tensor], grads: list[Any], kept: list[list[Tensor]], group: dict[str, Any]) -> None:
+        mean, square, steps = kept
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        torch._fused_adam_(
+            params, grads, mean, square, [], steps, amsgrad=False, lr=group["lr"], beta1=beta1, beta2=beta2,
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"], grad_scale=None,
+            found_inf=None,
+        )  # fmt: skip
+
+
+class FusedSGD(_Fused, torch.optim.SGD):
+    """`torch.optim.SGD(fused=True)`, with `advance`."""
+
+    _kept = ("momentum_buffer",)
+    _shared = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """As Adam's; without momentum there is no state, and the step is `step`'s."""
+        if all(group["momentum"] for group in self.param_groups):
+            super().advance()
+        else:
+            self.step()
+
+    def _kernel(self, params: list[Tensor], grads: list[Any], kept: list[list[Tensor]], group: dict[str, Any]) -> None:
+        torch._fused_sgd_(
+            params, grads, kept[0], weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
+            dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"], is_first_step=False,
+            grad_scale=None, found_inf=None,
+        )  # fmt: skip

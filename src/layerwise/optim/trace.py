@@ -1,0 +1,106 @@
+"""What alternating minimization did, step by step and layer by layer: numbers to plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.local.problem import LocalProblem, predict
+
+__all__ = ["Trace"]
+
+Series = dict[str, list[float]]
+
+
+@dataclass
+class Trace:
+    """Diagnostics of `AltMin(trace=...)`, each a list of numbers by the weight's name, one for each noted step.
+
+    steps: numbers of the noted steps. displacement: of a layer's codes, `rms(c − z)`. violation: of the constraint
+    that remains after the weights moved, `rms(c − W a)`; its ratio to the displacement says how much of the wish was
+    met. cosine: of the weight's movement with minus backpropagation's gradient, 0 where either is 0 (through
+    functions without a derivative, the gradient that crosses them by their rules). drift: `|W − W₀|/|W₀|` since the
+    first noted step's start. Layers without codes (those that make the loss's logits) have cosine and drift alone.
+
+        trace = lw.optim.Trace(every=10)
+        opt = lw.AltMin(model, trace=trace)
+        ...
+        plt.plot(trace.steps, trace.drift["0.weight"])
+
+    every: note each so-manieth step. Raises BadInput for a number that cannot be.
+    """
+
+    every: int = 1
+    steps: list[int] = field(default_factory=list, init=False)
+    displacement: Series = field(default_factory=dict, init=False)
+    violation: Series = field(default_factory=dict, init=False)
+    cosine: Series = field(default_factory=dict, init=False)
+    drift: Series = field(default_factory=dict, init=False)
+    _seen: int = field(default=0, init=False, repr=False)
+    _start: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or self.every < 1:
+            raise BadInput(f"Trace notes every n-th step with a whole n ≥ 1; got every={self.every!r}")
+
+    def rows(self) -> list[dict[str, float | int | str]]:
+        """All numbers as rows (step, layer, displacement, violation, cosine, drift), as for a table."""
+        found: list[dict[str, float | int | str]] = []
+        every = {"displacement": self.displacement, "violation": self.violation, "cosine": self.cosine,
+                 "drift": self.drift}  # fmt: skip
+        for number, step in enumerate(self.steps):
+            for name in self.drift:
+                values = {what: s[name][number] for what, s in every.items() if number < len(s.get(name, []))}
+                found.append({"step": step, "layer": name, **values})
+        return found
+
+    # -- for the optimizer -----------------------------------------------------------------------------------
+
+    def due(self) -> bool:
+        """Whether the coming step is to be noted."""
+        return self._seen % self.every == 0
+
+    def passed(self) -> None:
+        """Count a step."""
+        self._seen += 1
+
+    @torch.no_grad()
+    def note(
+        self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], slopes: Mapping[str, Tensor],
+        problems: Mapping[str, tuple[LocalProblem, Tensor, bool]],
+    ) -> None:  # fmt: skip
+        """Note a step: the weights before and after it, backprop's gradients, and each layer's problem.
+
+        problems: with the outputs `z` at the weights before, and whether the layer has codes.
+        """
+        self.steps.append(self._seen)
+        for name, (problem, z, coded) in problems.items():
+            old, new = before[name], after[name]
+            self._start.setdefault(name, old)
+            start = self._start[name]
+            self._add(self.cosine, name, _cosine(old - new, slopes.get(name)))
+            self._add(self.drift, name, float((new - start).norm() / start.norm().clamp_min(1e-30)))
+            if coded:
+                self._add(self.displacement, name, _rms(problem.target - z))
+                self._add(self.violation, name, _rms(problem.target - predict(problem)))
+
+    def _add(self, series: Series, name: str, value: float) -> None:
+        """Append, with NaN for the steps at which the layer was not seen."""
+        values = series.setdefault(name, [])
+        values += [float("nan")] * (len(self.steps) - 1 - len(values))
+        values.append(value)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _cosine(x: Tensor, y: Tensor | None) -> float:
+    if y is None:
+        return 0.0
+    size = x.norm() * y.norm()
+    return float((x * y).sum() / size) if size > 0 else 0.0
