@@ -19,11 +19,14 @@ import torch
 
 from benchmarks.training import __main__ as command
 from benchmarks.training import budget, plan, report, rows, runner, step_time, summaries, trials
-from benchmarks.training.curves import MARGIN, curves
-from benchmarks.training.methods import METHODS, Range
+from benchmarks.training.locoprop.curves import MARGIN, curves
+from benchmarks.training.method import Range
+from benchmarks.training.methods import METHODS
 from benchmarks.training.plan import Run
-from benchmarks.training.problems import PROBLEMS, Split
+from benchmarks.training.problem import Split
+from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.rows import Rows, row_of
+from benchmarks.training.study import STUDIES, study_of
 from benchmarks.training.train import Diverged, Training
 
 CURVES = "curves-autoencoder"
@@ -43,15 +46,23 @@ def canned(run: Run, losses: list[float], failure: str = "", memory: float = 10.
 # Trials
 
 
-def test_trials_are_the_declared_ones() -> None:
-    assert trials.FILE.read_text(encoding="utf-8") == trials.text()
+@pytest.mark.parametrize("study", STUDIES)
+def test_trials_are_the_declared_ones(study: str) -> None:
+    assert STUDIES[study].trials.read_text(encoding="utf-8") == trials.text(study)
+
+
+def test_a_family_is_of_one_study_and_a_problem_too() -> None:
+    assert not STUDIES["locoprop"].families & STUDIES["altmin"].families
+    assert sorted(p for s in STUDIES.values() for p in s.methods) == sorted(PROBLEMS)
+    assert all(set(s.methods[p]) <= set(METHODS) for s in STUDIES.values() for p in s.methods)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_equally_many_trials(method: str) -> None:
     spaces = METHODS[method].spaces
-    assert set(trials.declared()[method]) == set(spaces)
-    for family, points in trials.declared()[method].items():
+    declared = {f: p for s in STUDIES for f, p in trials.declared(s).get(method, {}).items()}
+    assert set(declared) == set(spaces)
+    for family, points in declared.items():
         assert len(points) == trials.POINTS == len({json.dumps(p) for p in points})
         ranges = spaces[family].ranges
         assert 1 <= len(ranges) <= 3
@@ -90,6 +101,12 @@ def test_the_key_says_all_that_a_result_depends_on() -> None:
         keys.add(dataclasses.replace(run, **changes).key())
     assert len(keys) == 9
     assert dataclasses.replace(run, phase="ablation").key() == run.key(), "the same run in two parts is run once"
+
+
+def test_rows_made_before_there_were_two_studies_still_count() -> None:
+    run = Run("tune", "mnist-autoencoder", "sgd", 0, seed=100, epochs=3, rows=10_000)
+    assert run.key()[4:] == ("80e65fd6c5cc", "0.1.0+1.1")
+    assert plan.tuning("mnist-autoencoder", "sgd")[0] == run
 
 
 def test_a_revised_method_has_new_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +206,10 @@ def test_finals_wait_for_all_trials(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "trial 7 has not been run" in capsys.readouterr().err
     held.add(canned(runs[-1], [9.0, 1.0]))
     finals = command.runs_of("final", [CURVES], ["adam"], held)
-    assert [(r.trial, r.seed, r.epochs) for r in finals] == [(7, s, plan.FINAL_EPOCHS) for s in plan.FINAL_SEEDS]
-    assert plan.TUNE_SEED not in plan.FINAL_SEEDS
+    assert [(r.trial, r.seed, r.epochs) for r in finals] == [
+        (7, s, STUDIES["locoprop"].final_epochs) for s in (0, 1, 2)
+    ]
+    assert all(s.tune_seed not in s.final_seeds and len(s.final_seeds) >= 3 for s in STUDIES.values())
 
 
 def test_what_has_a_row_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,12 +255,12 @@ def test_the_cost_of_a_run() -> None:
 
 
 def test_the_study_fits_its_budget_as_measured() -> None:
-    parts = budget.estimate(step_time.measured, lambda problem: {}, list(plan.STUDY))
-    assert 1 < sum(p.hours for p in parts) <= budget.BUDGET
+    parts = budget.estimate(step_time.measured, lambda problem: {}, list(STUDIES["locoprop"].methods))
+    assert 1 < sum(p.hours for p in parts) <= STUDIES["locoprop"].budget
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    timed = dict.fromkeys(plan.STUDY[CURVES], 3600.0)
+    timed = dict.fromkeys(study_of(CURVES).methods[CURVES], 3600.0)
     row = {"problem": CURVES, "seconds": timed, "relative": dict.fromkeys(timed, 1.0), "losses_seconds": 0.0,
            "revisions": {m: METHODS[m].revision for m in timed}, "repeats": 3}  # fmt: skip
     rows.append(tmp_path / step_time.FILE.name, row)
@@ -353,11 +372,11 @@ def small(method: str, trial: int = 0) -> Training:
     return Training(CURVES, Split(x, torch.zeros(60), x, torch.zeros(60), ""), method, run.hyperparameters(), 0, 30)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if "autoencoder" in METHODS[m].spaces])
 def test_methods_train_and_repeat(method: str) -> None:
     if METHODS[method].unavailable():
         pytest.skip(METHODS[method].unavailable())
-    gentle = step_time.gentle(method, "autoencoder")
+    gentle = step_time.gentle(method, CURVES)
     first, again = small(method, gentle), small(method, gentle)
     start, _ = first.losses()
     for training in (first, again):

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .plan import CUT, MAIN, Key, Row, Run, ablations, finals, methods_of, parse, tuning
+from .locoprop.ablations import ablations
+from .locoprop.plan import MAIN
+from .plan import Key, Row, Run, finals, methods_of, parse, tuning
 from .problems import PROBLEMS
+from .study import study_of
 
-__all__ = ["ASSUMED", "BUDGET", "OVERHEAD", "Part", "assumed", "cost", "estimate", "table", "used"]
+__all__ = ["ASSUMED", "OVERHEAD", "Part", "assumed", "cost", "estimate", "table", "used"]
 
-BUDGET = 6.0  # core-hours
 OVERHEAD = 3.0  # seconds a run: a process, reading the data, Benchopt
 ASSUMED = 3.0  # Adam's steps that a step takes of a method that has not been timed
 
@@ -39,7 +41,10 @@ def cost(run: Run, step_times: StepTimes) -> float:
     """
     times, losses = step_times(run.problem)
     step = times.get(run.method, ASSUMED * times.get("adam", math.nan))
-    return OVERHEAD + run.steps * step * _change_of_cost(run) + (run.epochs + 1) * losses
+    known = PROBLEMS[run.problem]
+    rows = min(run.rows, known.measured or run.rows) + known.test_rows
+    early = (run.early + 1) * min(1.0, known.early_rows / rows) * losses if run.early else 0.0
+    return OVERHEAD + run.steps * step * _change_of_cost(run) + (run.epochs + 1) * losses + early
 
 
 def _change_of_cost(run: Run) -> float:
@@ -93,7 +98,7 @@ def used(rows: Iterable[Row]) -> float:
 
 def table(parts: list[Part], assumed: Sequence[str] = (), used: float = 0.0, in_full: bool = False) -> str:
     """The estimate as text. assumed: methods by problem that are counted without having been timed."""
-    lines = [f"{'problem':22}{'part':32}{'runs':>6}{'left':>6}{'hours':>8}{'left':>8}"]
+    lines = [f"{'problem':24}{'part':32}{'runs':>6}{'left':>6}{'hours':>8}{'left':>8}"]
     for problem in dict.fromkeys(p.problem for p in parts):
         phases = dict.fromkeys(p.phase for p in parts if p.problem == problem)
         for phase in phases:
@@ -101,8 +106,9 @@ def table(parts: list[Part], assumed: Sequence[str] = (), used: float = 0.0, in_
             lines.append(_line(problem, phase, chosen))
             if in_full:
                 lines += [_line("", f"  {p.method}", [p]) for p in chosen]
-        if CUT[problem]:
-            lines.append(f"    cut for the budget: {', '.join(CUT[problem])}")
+        cut = study_of(problem).cut(problem)
+        if cut:
+            lines.append(f"    cut for the budget: {', '.join(cut)}")
     lines.append(_line("all", "", parts))
     if assumed:
         lines.append(f"not timed, taken as {ASSUMED:g} of Adam's steps: {', '.join(assumed)}")
@@ -111,9 +117,10 @@ def table(parts: list[Part], assumed: Sequence[str] = (), used: float = 0.0, in_
         lines.append(f"nothing timed, not counted: {', '.join(unknown)}")
     total = sum(p.hours for p in parts if not math.isnan(p.hours))
     least = "at least " if unknown else ""
-    verdict = "OVER" if total > BUDGET else "within" if not unknown else "not yet over"
+    allowed = sum({(s := study_of(p.problem)).name: s.budget for p in parts}.values())
+    verdict = "OVER" if total > allowed else "within" if not unknown else "not yet over"
     lines.append(f"the rows so far took {used:.2f} core-hours")
-    lines.append(f"{least}{total:.2f} core-hours in all, {verdict} the budget of {BUDGET:g}")
+    lines.append(f"{least}{total:.2f} core-hours in all, {verdict} the budget of {allowed:g}")
     return "\n".join(lines)
 
 
@@ -121,5 +128,5 @@ def _line(problem: str, phase: str, parts: list[Part]) -> str:
     hours = math.fsum(p.hours for p in parts if not math.isnan(p.hours))
     left = math.fsum(p.hours_left for p in parts if not math.isnan(p.hours))
     return (
-        f"{problem:22}{phase:32}{sum(p.runs for p in parts):>6}{sum(p.left for p in parts):>6}{hours:>8.2f}{left:>8.2f}"
+        f"{problem:24}{phase:32}{sum(p.runs for p in parts):>6}{sum(p.left for p in parts):>6}{hours:>8.2f}{left:>8.2f}"
     )

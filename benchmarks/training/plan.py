@@ -1,4 +1,4 @@
-"""Which runs the study consists of, and what identifies each."""
+"""Which runs a study consists of, and what identifies each."""
 
 from __future__ import annotations
 
@@ -14,27 +14,11 @@ from layerwise import local
 from . import trials
 from .methods import METHODS
 from .problems import PROBLEMS
+from .study import study_of
 
-__all__ = [
-    "CUT", "FINAL_EPOCHS", "FINAL_SEEDS", "MAIN", "STUDY", "TUNE_EPOCHS", "Key", "Run", "ablations", "best", "encode",
-    "finals", "methods_of", "parse", "tuning",
-]  # fmt: skip
+__all__ = ["Key", "Row", "Run", "best", "encode", "finals", "methods_of", "parse", "tuning"]
 
-MAIN = "mnist-autoencoder"
-TUNE_EPOCHS, TUNE_SEED = 3, 100  # a seed that no final run has
-FINAL_EPOCHS, FINAL_SEEDS = 20, (0, 1, 2)
-
-# What the budget has no room for: on the secondary problems, methods that are not needed for the goals there.
-STUDY: dict[str, tuple[str, ...]] = {
-    MAIN: tuple(METHODS),
-    "fashion-autoencoder": ("momentum", "rmsprop", "adam", "kfac", "locoprop-m"),
-    "curves-autoencoder": ("momentum", "rmsprop", "adam", "shampoo", "kfac", "locoprop-m", "locoprop-s"),
-    "fashion-convnet": ("momentum", "adam", "shampoo", "muon", "kfac", "locoprop-m"),
-    "text-transformer": ("adam", "soap", "muon", "kfac", "locoprop-m"),
-}
-CUT = {p: tuple(m for m in METHODS if m not in kept and PROBLEMS[p].family in METHODS[m].spaces)
-       for p, kept in STUDY.items()}  # fmt: skip
-
+WHOLE_EPOCHS = 20  # of finals at most, where a step takes all rows
 Key = tuple[str, str, int, int, str, str]
 Row = Mapping[str, Any]
 
@@ -60,7 +44,11 @@ def parse(word: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. shape: changes of the problem's model, change: of the method, both as `encode` gives them."""
+    """One training run. shape: changes of the problem's model, change: of the method, both as `encode` gives them.
+
+    validation: the rows held out are training rows, not test rows. early: first minibatches after each of which the
+    accuracy is measured.
+    """
 
     phase: str
     problem: str
@@ -71,10 +59,14 @@ class Run:
     rows: int
     shape: str = ""
     change: str = ""
+    validation: bool = False
+    early: int = 0
 
     @property
     def batch(self) -> int:
         """Rows a step."""
+        if METHODS[self.method].whole:
+            return self.rows
         own = parse(self.change).get("batch", METHODS[self.method].batch)
         return int(own or PROBLEMS[self.problem].batch)
 
@@ -92,10 +84,13 @@ class Run:
 
     def configuration(self) -> dict[str, Any]:
         """All that the result depends on, less seed and code."""
-        return {
+        found = {
             "epochs": self.epochs, "rows": self.rows, "test_rows": PROBLEMS[self.problem].test_rows,
             "batch": self.batch, "shape": parse(self.shape), "hyperparameters": self.hyperparameters(),
         }  # fmt: skip
+        if self.validation:
+            found["test_rows"], found["validation"] = PROBLEMS[self.problem].validation, True
+        return found | ({"early": self.early} if self.early else {})
 
     def code(self) -> str:
         """The version of what ran: of the package, the problem and the method."""
@@ -112,65 +107,47 @@ class Run:
         """Why it cannot be run here, or ""."""
         if "inner" in parse(self.change) and not hasattr(local, "LocalSteps"):
             return "layerwise.local has no LocalSteps yet"
-        return METHODS[self.method].unavailable()
+        return PROBLEMS[self.problem].missing() or METHODS[self.method].missing(PROBLEMS[self.problem].family)
 
 
 def methods_of(problem: str, chosen: Iterable[str] | None = None) -> list[str]:
     """The methods of the study on a problem; those asked for, also where the budget cut them."""
-    allowed = STUDY[problem] if chosen is None else tuple(chosen)
+    allowed = study_of(problem).methods[problem] if chosen is None else tuple(chosen)
     return [m for m in allowed if PROBLEMS[problem].family in METHODS[m].spaces]
 
 
 def tuning(problem: str, method: str, shape: str = "", change: str = "", phase: str = "tune") -> list[Run]:
     """All trials of a method, one seed, few epochs."""
-    rows = PROBLEMS[problem].rows
-    return [Run(phase, problem, method, t, TUNE_SEED, TUNE_EPOCHS, rows, shape, change) for t in range(trials.POINTS)]
+    known, study = PROBLEMS[problem], study_of(problem)
+    epochs, rows, held_out = known.tune_epochs or study.tune_epochs, known.rows - known.validation, known.validation > 0
+    return [
+        Run(phase, problem, method, t, study.tune_seed, epochs, rows, shape, change, held_out)
+        for t in range(trials.POINTS)
+    ]
 
 
 def best(runs: Iterable[Run], rows: Mapping[Key, Row]) -> int | None:
-    """The trial with the lowest train loss at its end, failures excluded; None where none is left.
+    """The trial with the lowest train loss at its end, or the highest accuracy on rows held out; failures excluded.
 
-    Raises LookupError where a trial has no row yet: a winner of part of the trials is not the winner.
+    Of equal accuracies the lower train loss counts. None where no trial is left. Raises LookupError where a trial has
+    no row yet: a winner of part of the trials is not the winner.
     """
-    scores: dict[int, float] = {}
+    scores: dict[int, tuple[float, ...]] = {}
     for run in runs:
         if run.key() not in rows:
             raise LookupError(f"{run.method} on {run.problem}: trial {run.trial} has not been run")
-        scores[run.trial] = float(rows[run.key()]["train_loss"])
-    finite = {trial: loss for trial, loss in scores.items() if loss < float("inf")}
-    return min(finite, key=lambda t: (finite[t], t)) if finite else None
+        row = rows[run.key()]
+        if row["status"] == "done":
+            by_accuracy = study_of(run.problem).chosen_by == "accuracy"
+            scores[run.trial] = (-float(row["test_accuracy"]),) if by_accuracy else ()
+            scores[run.trial] += (float(row["train_loss"]), run.trial)
+    return min(scores, key=lambda t: scores[t]) if scores else None
 
 
 def finals(problem: str, method: str, trial: int) -> list[Run]:
-    """The best trial at full length, for all seeds."""
-    rows = PROBLEMS[problem].rows
-    return [Run("final", problem, method, trial, seed, FINAL_EPOCHS, rows) for seed in FINAL_SEEDS]
-
-
-ABLATED = ("locoprop-m", "adam")
-_CHANGES: dict[str, dict[str, Any]] = {  # each tuned anew, all of it LocoProp-M on the main problem
-    "steps 2": {"steps": 2}, "steps 5": {"steps": 5}, "steps 20": {"steps": 20},
-    "squared loss, rows N/T": {"loss": "squared", "rows": 100},
-    "inner SGD": {"inner": "SGD"}, "inner Adam": {"inner": "Adam"},
-}  # fmt: skip
-_SHAPES: dict[str, dict[str, Any]] = {
-    "half as wide": {"width": 0.5}, "two layers fewer": {"fewer": 1}, "two layers more": {"fewer": -1},
-    "ReLU": {"activation": "relu"},
-}  # fmt: skip
-_BATCHES = (250, 500)
-
-
-def ablations() -> dict[str, dict[str, list[Run]]]:
-    """Runs by ablation and method; every one is tuned by the same trials, and its best is reported."""
-    table: dict[str, dict[str, list[Run]]] = {"as in the study": {m: tuning(MAIN, m) for m in ABLATED}}
-
-    def ablation(method: str, shape: str = "", change: str = "") -> list[Run]:
-        return tuning(MAIN, method, shape, change, phase="ablation")
-
-    for name, change in _CHANGES.items():
-        table[name] = {"locoprop-m": ablation("locoprop-m", change=encode(change))}
-    for batch in _BATCHES:
-        table[f"batch {batch}"] = {m: ablation(m, change=encode({"batch": batch})) for m in ABLATED}
-    for name, shape in _SHAPES.items():
-        table[name] = {m: ablation(m, shape=encode(shape)) for m in ABLATED}
-    return table
+    """The best trial at full length on all training rows, for all seeds."""
+    known, study = PROBLEMS[problem], study_of(problem)
+    epochs, early = known.final_epochs or study.final_epochs, known.early
+    if METHODS[method].whole:
+        epochs, early = min(epochs, WHOLE_EPOCHS), 0
+    return [Run("final", problem, method, trial, s, epochs, known.rows, early=early) for s in study.final_seeds]

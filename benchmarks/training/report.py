@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from . import step_time
+from .locoprop.ablations import ablations
 from .methods import METHODS
-from .plan import CUT, FINAL_EPOCHS, FINAL_SEEDS, Run, ablations, best, methods_of, tuning
+from .plan import Run, best, methods_of, tuning
 from .problems import PROBLEMS
 from .rows import Rows
+from .study import study_of
 from .summaries import epochs_to, interval, median, target
 
-__all__ = ["FOLDER", "ablation_table", "finals_of", "problem_table", "tuning_table", "write"]
+__all__ = ["ablation_table", "finals_of", "problem_table", "tuning_table", "write"]
 
-FOLDER = Path(__file__).with_name("results")
 Row = Mapping[str, Any]
 Finals = dict[str, list[Row]]
 
@@ -35,8 +36,9 @@ def finals_of(problem: str, rows: Iterable[Row]) -> Finals:
 
 
 def _is_present(row: Row) -> bool:
-    run = Run("", row["problem"], row["method"], row["trial"], row["seed"], row["configuration"]["epochs"],
-              row["configuration"]["rows"])  # fmt: skip
+    kept = row["configuration"]
+    run = Run("", row["problem"], row["method"], row["trial"], row["seed"], kept["epochs"], kept["rows"],
+              early=kept.get("early", 0))  # fmt: skip
     return row["code"] == run.code() and row["config"] == run.key()[4]
 
 
@@ -107,36 +109,76 @@ def ablation_table(rows: Mapping[Any, Row]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: Rows, problems: Sequence[str], times: Path = step_time.FILE, folder: Path = FOLDER) -> str:
-    """Write report.md and a figure a problem; the text."""
-    from .figures import seed_figure
-
+def write(rows: Rows, problems: Sequence[str], times: Path = step_time.FILE, folder: Path | None = None) -> str:
+    """Write report.md and a figure a problem of one study; the text."""
+    study = study_of(problems[0])
+    folder = folder or study.results
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [
-        "# Training benchmark\n\nWritten by `python -m benchmarks.training report` from the rows. "
-        f"Finals: {FINAL_EPOCHS} epochs, {len(FINAL_SEEDS)} seeds, a constant rate. Seconds are steps times the "
-        "seconds a step of the interleaved run; intervals are bootstrapped over seeds."
-    ]
+    command = "python -m benchmarks.training report" + ("" if study.name == "locoprop" else f" --study {study.name}")
+    parts = [f"# {study.title}\n\nWritten by `{command}` from the rows. {_RULES[study.name]}"]
+    classes = {p: finals_of(p, rows.load(p).values()) for p in problems if PROBLEMS[p].classes}
+    if any(classes.values()):
+        parts.append(_summary({p: final for p, final in classes.items() if final}))
     for problem in problems:
         held = rows.load(problem)
-        if not held:
-            continue
-        step_seconds, _ = step_time.measured(problem, times)
-        final = finals_of(problem, held.values())
-        parts.append(f"## {PROBLEMS[problem].title}")
-        if final:
-            parts.append(problem_table(problem, final, step_seconds))
-            figure = folder / f"{problem}.png"
-            seed_figure(figure, PROBLEMS[problem].title, final, step_seconds)
-            parts.append(f"![train loss by epoch and by second]({figure.name})")
-        parts.append("Trials: train loss after tuning.\n\n" + tuning_table(problem, held))
-        if CUT[problem]:
-            parts.append(f"Cut for the budget: {', '.join(CUT[problem])}.")
-        if any(r["phase"] == "ablation" for r in held.values()):
-            parts.append("### Ablations, each tuned by the same trials\n\n" + ablation_table(held))
+        if held:
+            step_seconds, _ = step_time.measured(problem, times)
+            part = _of_accuracy if PROBLEMS[problem].classes else _of_loss
+            parts += [f"## {PROBLEMS[problem].title}", *part(problem, held, step_seconds, folder)]
+            if study.cut(problem):
+                parts.append(f"Cut for the budget: {', '.join(study.cut(problem))}.")
     text = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
     return text
+
+
+_RULES = {
+    "locoprop": "Finals: 20 epochs, 3 seeds, a constant rate. Seconds are steps times the seconds a step of the "
+    "interleaved run; intervals are bootstrapped over seeds.",
+    "altmin": "Trials are chosen by accuracy on training rows held out; finals train on all training rows, 3 seeds. "
+    "Accuracy in percent on test rows: all of them by epoch, the first 1,000 after each of the first 100 minibatches "
+    "of the problem's batch (pixel by pixel: 500, and 40). Step times are of the interleaved run; intervals are "
+    "bootstrapped over seeds.",
+}
+
+
+def _summary(finals: Mapping[str, Finals]) -> str:
+    """The one table of the study."""
+    from .altmin.report import summary_table
+
+    said = "Accuracy in percent after epoch 1 and after the last, means over seeds; `adam` on signs is STE-Adam."
+    return f"{said}\n\n{summary_table(finals)}"
+
+
+def _of_loss(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, float], folder: Path) -> list[str]:
+    """The parts on a problem of LocoProp's study."""
+    from .figures import seed_figure
+
+    parts, final = [], finals_of(problem, held.values())
+    if final:
+        parts.append(problem_table(problem, final, step_seconds))
+        figure = folder / f"{problem}.png"
+        seed_figure(figure, PROBLEMS[problem].title, final, step_seconds)
+        parts.append(f"![train loss by epoch and by second]({figure.name})")
+    parts.append("Trials: train loss after tuning.\n\n" + tuning_table(problem, held))
+    if any(r["phase"] == "ablation" for r in held.values()):
+        parts.append("### Ablations, each tuned by the same trials\n\n" + ablation_table(held))
+    return parts
+
+
+def _of_accuracy(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, float], folder: Path) -> list[str]:
+    """The parts on a classifier."""
+    from .altmin import report as classes
+
+    parts, final = [], finals_of(problem, held.values())
+    if final:
+        parts.append(classes.accuracy_table(problem, final, step_seconds))
+        figure = folder / f"{problem}.png"
+        classes.accuracy_figure(figure, problem, final)
+        parts.append(f"![test accuracy over the first minibatches and by epoch]({figure.name})")
+    parts.append("Trials: accuracy on held-out training rows.\n\n" + classes.tuning_table(problem, held))
+    missing = classes.unavailable(problem)
+    return [*parts, "Not run: " + "; ".join(missing) + "."] if missing else parts
 
 
 def _seeds(mine: Sequence[Row]) -> str:

@@ -6,11 +6,12 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .plan import Key, Run
+from .problems import PROBLEMS
 
 __all__ = ["FOLDER", "Rows", "append", "key_of", "read", "row_of"]
 
@@ -19,16 +20,19 @@ KEY = ("problem", "method", "trial", "seed", "config", "code")
 
 
 def row_of(
-    run: Run, curve: Iterable[tuple[float, float]], failure: str = "", clock: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    run: Run, curve: Iterable[tuple[float, float]], failure: str = "", clock: dict[str, Any] | None = None,
+    accuracies: Sequence[float] = (), early: Sequence[float] = (),
+) -> dict[str, Any]:  # fmt: skip
     """The row of a run: its key, configuration, losses by epoch (0 is the start), and what the clock said.
 
     curve: (train loss, test loss) by epoch. A failed run has the losses up to its failure, and infinite final ones.
+    accuracies, early: where there are classes, accuracy on the rows held out by epoch, and at the start and after
+    each first minibatch. A failed run's final accuracy is minus infinity.
     Everything but `clock` is the same whenever and wherever the run is repeated.
     """
     losses = list(curve)
     train, test = losses[-1] if losses and not failure else (math.inf, math.inf)
-    return {
+    row = {
         **dict(zip(KEY, run.key(), strict=True)),
         "phase": run.phase,
         "status": "failed" if failure else "done",
@@ -40,6 +44,10 @@ def row_of(
         "test_curve": [b for _, b in losses],
         "clock": clock or {},
     }
+    if PROBLEMS[run.problem].classes:
+        row["test_accuracy"] = accuracies[-1] if accuracies and not failure else -math.inf
+        row["accuracy_curve"], row["early_curve"] = list(accuracies), list(early)
+    return row
 
 
 def key_of(row: dict[str, Any]) -> Key:
@@ -57,10 +65,12 @@ def _to_json(value: Any) -> Any:
 
 
 def _losses(row: dict[str, Any]) -> dict[str, Any]:
-    for name in ("train_loss", "test_loss"):
-        row[name] = float(row[name])
-    for name in ("train_curve", "test_curve"):
-        row[name] = [float(v) for v in row[name]]
+    for name in ("train_loss", "test_loss", "test_accuracy"):
+        if name in row:
+            row[name] = float(row[name])
+    for name in ("train_curve", "test_curve", "accuracy_curve", "early_curve"):
+        if name in row:
+            row[name] = [float(v) for v in row[name]]
     return row
 
 

@@ -66,7 +66,8 @@ def perform(runs: Iterable[Run], rows: Rows, threads: int = 1, limit: int = LIMI
         print(
             f"{run.problem} {run.method} trial {run.trial} seed {run.seed} {run.shape} {run.change}: "
             f"train {row['train_loss']:.4g}  test {row['test_loss']:.4g}  "
-            f"{row['clock'].get('wall_seconds', math.nan):.0f} s  {row['failure']}",
+            + (f"accuracy {row['test_accuracy']:.4f}  " if "test_accuracy" in row else "")
+            + f"{row['clock'].get('wall_seconds', math.nan):.0f} s  {row['failure']}",
             flush=True,
         )
     return counts[0], counts[1], counts[2]
@@ -95,7 +96,8 @@ def execute(run: Run, threads: int = 1, limit: int = LIMIT) -> dict[str, Any]:
         child.join()
         ours.close()
     clock = {"wall_seconds": round(time.perf_counter() - start, 1), **answer.get("clock", {}), **_provenance(threads)}
-    return row_of(run, answer.get("curve", ()), answer.get("failure", ""), clock)
+    accuracies, early = answer.get("accuracies", ()), answer.get("early", ())
+    return row_of(run, answer.get("curve", ()), answer.get("failure", ""), clock, accuracies, early)
 
 
 def _answer(ours: Connection, child: Any, limit: int) -> dict[str, Any]:
@@ -127,6 +129,8 @@ def _child(pipe: Connection, run: Run, threads: int, limit: int) -> None:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             points = _through_benchopt(run)
         curve, failure = curve_of(points)
+        accuracies = [float(p["objective_accuracy"]) for p in points if not p["objective_early"]][: len(curve)]
+        early = [float(p["objective_accuracy"]) for p in points if p["objective_early"]]
         if not failure and len(curve) != run.epochs + 1:
             failure = f"the curve has {len(curve) - 1} epochs of {run.epochs}"
         clock = {
@@ -134,7 +138,7 @@ def _child(pipe: Connection, run: Run, threads: int, limit: int) -> None:
             "run_cpu_seconds": round(time.process_time(), 2),  # measuring, reading data and Benchopt, too
             "memory_mb": round(float(points[-1]["objective_memory"]), 1),
         }
-        pipe.send({"curve": curve, "failure": failure, "clock": clock})
+        pipe.send({"curve": curve, "failure": failure, "clock": clock, "accuracies": accuracies, "early": early})
     except Exception as error:  # Benchopt raises RuntimeError for what it has printed a traceback of
         pipe.send({"broken": f"{type(error).__name__}: {error}\n{said.getvalue()}"})
 
@@ -148,9 +152,9 @@ def _through_benchopt(run: Run) -> list[Mapping[str, Any]]:
         path = run_benchmark(
             HERE,
             solver_names=[{run.method: {"trial": [run.trial], "change": [run.change]}}],
-            dataset_names=[{run.problem: {"rows": [run.rows], "shape": [run.shape]}}],
-            objective_filters=[{"training": {"epochs": [run.epochs], "seed": [run.seed]}}],
-            max_runs=run.epochs + 1,
+            dataset_names=[{run.problem: {"rows": [run.rows], "shape": [run.shape], "validation": [run.validation]}}],
+            objective_filters=[{"training": {"epochs": [run.epochs], "seed": [run.seed], "early": [run.early]}}],
+            max_runs=run.epochs + 1 + (run.early + 1 if run.early else 0),
             plot_result=False,
             no_cache=True,  # the rows are the cache: they outlive the machine
             show_progress=False,
@@ -166,6 +170,8 @@ def curve_of(points: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[float, flo
     for point in points:
         if point["objective_failure"]:
             return curve, str(point["objective_failure"])
+        if point["objective_early"]:
+            continue
         curve.append((float(point["objective_value"]), float(point["objective_test_loss"])))
     return curve, ""
 

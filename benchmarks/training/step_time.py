@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from benchmarks.timing import interleaved
 from . import trials
 from .methods import METHODS
 from .plan import methods_of
-from .problems import PROBLEMS, Split
+from .problem import Split
+from .problems import PROBLEMS
 from .rows import FOLDER, append, read
+from .study import study_of
 from .train import Training
 
 __all__ = ["FILE", "REFERENCE", "measure", "measured", "seconds"]
@@ -30,19 +32,21 @@ REPEATS = 15
 FILE = FOLDER / "step_time.jsonl"
 
 
-def gentle(method: str, family: str) -> int:
+def gentle(method: str, problem: str) -> int:
     """The trial with the lowest rate: one whose training goes on while it is timed."""
-    points = trials.declared()[method][family]
-    return min(range(len(points)), key=lambda t: points[t]["lr"])
+    points = trials.declared(study_of(problem).name)[method][PROBLEMS[problem].family]
+    return min(range(len(points)), key=lambda t: points[t].get("lr", 0.0))
 
 
 def stepper(problem: str, split: Split, method: str) -> Callable[[], None]:
     """One period of steps of a method on the problem's batches, over and over."""
     known, chosen = PROBLEMS[problem], METHODS[method]
-    hyper = trials.hyperparameters(method, known.family, gentle(method, known.family))
-    batch = chosen.batch or known.batch
+    hyper = trials.hyperparameters(method, known.family, gentle(method, problem))
+    batch = len(split.x) if chosen.whole else chosen.batch or known.batch
     training = Training(problem, split, method, hyper, 0, batch)
-    index = itertools.cycle(torch.arange(len(split.x) // batch * batch).split(batch))
+    index: Iterator[torch.Tensor | slice] = itertools.cycle(torch.arange(len(split.x) // batch * batch).split(batch))
+    if chosen.whole:
+        index = itertools.repeat(slice(None))
 
     def steps() -> None:
         for _ in range(chosen.period):
@@ -56,9 +60,9 @@ def measure(
 ) -> dict[str, Any]:
     """Lower quartiles of CPU seconds a step, and of measuring the loss over all rows; methods not here are named."""
     known = PROBLEMS[problem]
-    split = known.load(rows or known.rows, known.test_rows)
+    split = known.split(rows or known.rows)
     wanted = list(dict.fromkeys([REFERENCE, *methods_of(problem, methods)]))
-    missing = {m: METHODS[m].unavailable() for m in wanted if METHODS[m].unavailable()}
+    missing = {m: METHODS[m].missing(known.family) for m in wanted if METHODS[m].missing(known.family)}
     found = [m for m in wanted if m not in missing]
     runs: dict[str, Callable[[], object]] = {m: stepper(problem, split, m) for m in found}
     runs["_losses"] = Training(problem, split, "sgd", {"lr": 0.0}, 0, known.batch).losses

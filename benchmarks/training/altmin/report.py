@@ -1,0 +1,176 @@
+"""What the report says of a classifier: accuracy over the first minibatches and by epoch, and what a step costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training.plan import Run, methods_of, tuning
+from benchmarks.training.problems import PROBLEMS
+from benchmarks.training.study import study_of
+from benchmarks.training.summaries import interval, median
+
+__all__ = [
+    "EARLY",
+    "MARKS",
+    "accuracy_figure",
+    "accuracy_table",
+    "epoch_cost",
+    "summary_table",
+    "tuning_table",
+    "unavailable",
+]
+
+Row = Mapping[str, Any]
+Finals = Mapping[str, Sequence[Row]]
+
+EARLY = (10, 50, 100)  # minibatches that the table has
+REFERENCE = "adam"
+MARKS = {"higgs-2x300": {"samples": 1050.0, "admm": 0.64}}  # the poster's
+
+
+def label(problem: str, method: str) -> str:
+    """A method's name on a problem."""
+    return PROBLEMS[problem].labels.get(method, method)
+
+
+def epoch_cost(problem: str, configuration: Mapping[str, Any], method: str, seconds: Mapping[str, float]) -> float:
+    """Seconds of an epoch's steps over those of Adam's at the problem's batch; NaN where either is not timed."""
+    rows = configuration["rows"]
+    steps, own = -(-rows // configuration["batch"]), -(-rows // PROBLEMS[problem].batch)
+    return steps * seconds.get(method, math.nan) / (own * seconds.get(REFERENCE, math.nan))
+
+
+def accuracy_table(problem: str, final: Finals, seconds: Mapping[str, float]) -> str:
+    """Accuracy in percent on test rows after the first minibatches, an epoch and all of them, as Markdown."""
+    points = [e for e in EARLY if e <= PROBLEMS[problem].early]
+    lines = [
+        "| method | trial | batch | seeds | " + "".join(f"after {e} | " for e in points)
+        + "epoch 1 [95 %] | last epoch [95 %] | test loss | step / Adam's | epoch / Adam's |",
+        "|---" * (9 + len(points)) + "|",
+    ]  # fmt: skip
+    step = seconds.get(REFERENCE, math.nan)
+    for method, rows in final.items():
+        kept = rows[0]["configuration"]
+        failed = sum(r["status"] == "failed" for r in rows)
+        early = [
+            _percent(median([r["early_curve"][e] for r in rows if len(r["early_curve"]) > e])) for e in points
+        ]  # fmt: skip
+        first = [r["accuracy_curve"][1] if len(r["accuracy_curve"]) > 1 else -math.inf for r in rows]
+        cells = [
+            label(problem, method), str(rows[0]["trial"]), str(kept["batch"]),
+            f"{len(rows)}" + (f" ({failed} failed)" if failed else ""), *early, _spread(first),
+            _spread([r["test_accuracy"] for r in rows]), _number(median([r["test_loss"] for r in rows])),
+            _number(seconds.get(method, math.nan) / step), _number(epoch_cost(problem, kept, method, seconds)),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def summary_table(finals: Mapping[str, Finals]) -> str:
+    """Accuracy in percent on every problem after epoch 1 and the last, means over seeds, as Markdown."""
+    lines = ["| method | " + " | ".join(finals) + " |", "|---" * (1 + len(finals)) + "|"]
+    methods = dict.fromkeys(m for study in finals.values() for m in study)
+
+    def cell(rows: Sequence[Row]) -> str:
+        if not rows:
+            return ""
+        first, *_ = interval([r["accuracy_curve"][1] if len(r["accuracy_curve"]) > 1 else -math.inf for r in rows])
+        last, *_ = interval([r["test_accuracy"] for r in rows])
+        one = all(r["configuration"]["epochs"] == 1 for r in rows)
+        return _percent(last) if one else f"{_percent(first)}, {_percent(last)}"
+
+    for method in methods:
+        lines.append(f"| {method} | " + " | ".join(cell(final.get(method, ())) for final in finals.values()) + " |")
+    return "\n".join(lines)
+
+
+def tuning_table(problem: str, rows: Mapping[Any, Row]) -> str:
+    """Accuracy in percent on the rows held out of the training rows, by method and trial, the best in bold."""
+    lines: list[str] = []
+    for method in methods_of(problem):
+        runs = tuning(problem, method)
+        found = [float(rows[r.key()]["test_accuracy"]) if r.key() in rows else math.nan for r in runs]
+        if all(map(math.isnan, found)):
+            continue
+        lines = lines or ["| method | " + " | ".join(str(r.trial) for r in runs) + " |", "|---" * (1 + len(runs)) + "|"]
+        high = max((v for v in found if math.isfinite(v)), default=math.nan)
+        cells = [f"**{_percent(v)}**" if v == high else _percent(v) for v in found]
+        lines.append(f"| {label(problem, method)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def unavailable(problem: str) -> list[str]:
+    """The methods of the study that cannot be run here, each with its reason."""
+    runs: Iterator[Run] = (tuning(problem, m)[0] for m in study_of(problem).methods[problem])
+    return [f"{r.method}: {r.unavailable()}" for r in runs if r.unavailable()]
+
+
+def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
+    """Test accuracy over the first minibatches and by epoch: a thin line a seed, a thick one for their median."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    known = PROBLEMS[problem]
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    first, later = figure.subplots(1, 2)
+    for number, (method, rows) in enumerate(final.items()):
+        style = {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10 % 2]}
+        for axes, curve in ((first, "early_curve"), (later, "accuracy_curve")):
+            curves = [[100 * v for v in r[curve]] for r in rows if r[curve]]
+            if not curves:
+                continue
+            length = min(map(len, curves))
+            for one in curves:
+                axes.plot(one, linewidth=0.5, alpha=0.5, **style)
+            middle = [median([c[i] for c in curves]) for i in range(length)]
+            axes.plot(middle, linewidth=1.8, label=label(problem, method), **style)
+    _marks(problem, first, later)
+    first.set(
+        xlabel=f"minibatches of {known.batch} samples",
+        ylabel=f"accuracy on the first {known.early_rows:,} test rows, %",
+        title=known.title,
+    )
+    later.set(xlabel="epochs", ylabel=f"accuracy on {known.test_rows:,} test rows, %")
+    floors = [100 * v for rows in final.values() for r in rows for v in r["accuracy_curve"][1:2]]
+    if floors:
+        later.set_ylim(bottom=max(0.0, median(floors) - 12))
+    if any(r["configuration"]["epochs"] == 1 for rows in final.values() for r in rows):
+        later.set_xticks([0, 1])
+    later.legend(fontsize=7, loc="lower right")
+    for axes in (first, later):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _marks(problem: str, first: Any, later: Any) -> None:
+    """The poster's own figures for a problem."""
+    for name, value in MARKS.get(problem, {}).items():
+        if name == "samples":
+            first.axvline(value / PROBLEMS[problem].batch, color="grey", linewidth=0.8)
+            first.annotate(
+                f" {value:,.0f} samples", (value / PROBLEMS[problem].batch, 0.02), fontsize=8,
+                xycoords=("data", "axes fraction"),
+            )  # fmt: skip
+        else:
+            for axes in (first, later):
+                axes.axhline(100 * value, color="grey", linewidth=0.8, linestyle=":")
+            later.annotate("ADMM in the poster", (0.7, 100 * value), fontsize=8, xycoords=("axes fraction", "data"))
+
+
+def _percent(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{100 * value:.2f}" if abs(value) <= 1 else "failed"
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean, low, high = interval(values)
+    return f"{_percent(mean)} [{_percent(low)}, {_percent(high)}]" if math.isfinite(mean) else "failed"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"

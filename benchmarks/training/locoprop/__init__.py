@@ -1,0 +1,1 @@
+"""LocoProp against first- and second-order methods: its problems, methods and ablations."""
