@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class observe:
     cotangents come in the types of the graph, second derivatives are taken in them, and means are read off `.grad`.
     Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed.
     """
+
+    _keeps_inputs: ClassVar[bool] = False  # whether a subclass reads them after the user's backward pass
 
     def __init__(
         self,
@@ -112,7 +114,8 @@ class observe:
             pass_.pull_gradient()
         before = {name: snapshot(p) for name, p in tape.parameters.items()}
         covered = {name: tape.parameters[name] for name in graph.parameters()}
-        pass_.release()
+        if not self._keeps_inputs:
+            pass_.release()
         try:
             with hooked(graph.uses if pass_.listens else [], pass_.receive), accumulated(covered) as gradient:
                 out = run()

@@ -74,6 +74,8 @@ class Watched:
 class _Watch(observe):
     """An observation in which a loss that is not finite runs back as it would without."""
 
+    _keeps_inputs = True  # to name the call that made a gradient overflow
+
     def __init__(self, model: Any, quantity: KroneckerFactors, watched: Watched, keep: bool) -> None:
         super().__init__(model, quantity)
         self._watched, self._keep = watched, keep
