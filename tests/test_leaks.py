@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from layerwise import errors
 pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS, WARM = 1000, 150
+M_ARENA_MAX = -8  # of mallopt
 STATM = Path("/proc/self/statm")
 PAGE = 4096
 
@@ -85,6 +87,13 @@ def _steps(model: nn.Module, count: int, quantities: list[lw.Quantity], hows: tu
 def _live() -> int:
     gc.collect()
     return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+
+@pytest.fixture(autouse=True)
+def one_arena() -> None:
+    """The C library opens further arenas as it likes, each with a megabyte or two that no step can give back."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_ARENA_MAX, 1)
 
 
 def _resident() -> int:
