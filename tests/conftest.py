@@ -39,6 +39,12 @@ def pytest_report_header() -> str:
     return f"LAYERWISE_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} thread"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes that run the tests side by side must give a test the same name."""
+    if changing := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"these tests have an address in their names; give them an id: {changing}")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("data"):
         if not data.available(mark.args[0]):

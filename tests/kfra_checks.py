@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import oracle
-from quantity_checks import Drawn, Truth, _check_forms, dense_factors
+from quantity_checks import Drawn, Truth, check_forms, dense_factors
 
 import layerwise as lw
 
@@ -36,7 +36,7 @@ def kfra(truth: Truth, got: Any, _: Drawn) -> str | None:
     with lw.observe(instance.subject, lw.KFLR()) as seen:
         instance.loss().backward()
     assert got.blocks.keys() == seen.kflr.blocks.keys()
-    rows = _check_forms(truth, got)
+    rows = check_forms(truth, got)
     have, last = dense_factors(got), next(reversed(seen.kflr.blocks))
     if set(got.forms.values()) != {"rows"}:
         return FORMS  # from gradients it is another average than KFLR's

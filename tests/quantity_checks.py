@@ -349,7 +349,7 @@ def form_of(problem: str, name: str) -> str:
     return "gradients" if name.startswith(FROM_GRADIENTS.get(problem, ("-",))) else "rows"
 
 
-def _check_forms(truth: Truth, got: Any) -> list[str]:
+def check_forms(truth: Truth, got: Any) -> list[str]:
     """Assert the form of every parameter; the names of those with rows."""
     forms = {name: form_of(truth.case.problem.name, name) for name in truth.params}
     assert dict(got.forms) == forms
@@ -360,7 +360,7 @@ def _check_forms(truth: Truth, got: Any) -> list[str]:
 def _factors(truth: Truth, got: Any, sharing: str, s: Tensor) -> None:
     """s: the columns of a root of the loss Hessian, `[V,D]`."""
     instance, every = truth.instance, dense_factors(got)
-    ours = _check_forms(truth, got)
+    ours = check_forms(truth, got)
     sizes = dict.fromkeys(truth.params, 0)
     for key, (a, b) in every.items():  # of every block, also those that no module of the oracle's shows
         for factor in (a, b):
@@ -421,7 +421,7 @@ def eigenvectors(operator: lw.EigenKronecker, key: str) -> Tensor:
 
 def ekfac(truth: Truth, got: Any, _: Drawn) -> None:
     """The eigenvalues are the GGN's diagonal along the eigenvectors, which are orthonormal."""
-    _check_forms(truth, got)
+    check_forms(truth, got)
     spectra, exact, start = {}, {}, 0
     for name, p in truth.params.items():
         block = truth.ggn[start : start + p.numel(), start : start + p.numel()]

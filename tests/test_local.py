@@ -10,25 +10,18 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from local_cases import biases, each, groups
 from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local import steps as solvers
 from layerwise.local import tf_rmsprop
-from layerwise.local import transfer as tr
 from layerwise.local.closed import prox_step, spectral_step
 from layerwise.local.problem import LocalProblem, local_gradient, local_loss, predict, target_m, target_s
 from layerwise.local.steps import Workspace, linear_floor, local_steps, row_slices
 from layerwise.local.tf_rmsprop import TFRMSProp, tf_rmsprop_update
 from layerwise.local.transfer import IDENTITY, RELU, SOFTMAX, TANH, Transfer
 
-TRANSFERS = [
-    IDENTITY, TANH, tr.SIGMOID, RELU, tr.leaky_relu(0.2), SOFTMAX, tr.HARD_TANH, tr.ARCTAN, tr.ELU,
-    tr.SOFTPLUS, tr.RELU_SQUARED,
-]  # fmt: skip
-each = pytest.mark.parametrize("f", TRANSFERS, ids=lambda t: t.name)
-groups = pytest.mark.parametrize("k", [1, 3])
-biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 GAMMA = 7.0
 
 

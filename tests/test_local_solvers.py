@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from local_cases import TRANSFERS, biases, each, groups
 from torch import Tensor
 
 from layerwise import local
@@ -20,15 +21,8 @@ from layerwise.local.closed import largest_curvature, prox_step, spectral_step
 from layerwise.local.problem import LocalProblem, Pull, local_gradient, local_loss, predict, target_m
 from layerwise.local.steps import local_steps
 from layerwise.local.targets import fill_in
-from layerwise.local.transfer import IDENTITY, RELU, SIGMOID, SOFTMAX, TANH, Transfer
+from layerwise.local.transfer import IDENTITY, RELU, SOFTMAX, TANH, Transfer
 
-TRANSFERS = [
-    IDENTITY, TANH, SIGMOID, RELU, tr.leaky_relu(0.2), SOFTMAX, tr.HARD_TANH, tr.ARCTAN, tr.ELU, tr.SOFTPLUS,
-    tr.RELU_SQUARED,
-]  # fmt: skip
-each = pytest.mark.parametrize("f", TRANSFERS, ids=lambda t: t.name)
-groups = pytest.mark.parametrize("k", [1, 3])
-biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 GAMMA = 3.0
 
 

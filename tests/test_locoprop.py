@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any
 
 import oracle
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from local_cases import mlp
 from torch import Tensor, nn
 
 import layerwise as lw
@@ -35,14 +35,6 @@ def close(x: Tensor, y: Tensor, rtol: float = 1e-12) -> None:
 
 def params_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def mlp(*sizes: int, f: Callable[[], nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for i, o in pairwise(sizes):
-        layers += [nn.Linear(i, o), f()]
-    return nn.Sequential(*layers[:-1]).double()
 
 
 def batch(n: int = 12, i: int = 5, classes: int = 3, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,13 @@ import io
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from local_cases import mlp
 from torch import Tensor, nn
 
 import layerwise as lw
@@ -22,14 +22,6 @@ from layerwise.local.record import problem_of, record
 from layerwise.local.transfer import IDENTITY
 
 Settings = dict[str, Any]
-
-
-def mlp(*sizes: int, f: Callable[[], nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for i, o in pairwise(sizes):
-        layers += [nn.Linear(i, o), f()]
-    return nn.Sequential(*layers[:-1]).double()
 
 
 def batch(n: int = 12, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -416,11 +416,20 @@ def test_second_derivatives_of_group_norm() -> None:
     oracle.assert_close(lw.GGN(model, closure) @ torch.eye(len(want)), ggn)
 
 
-def test_results_of_a_single_sample_are_not_the_gradient_itself() -> None:
+class Parts(lw.Quantity):
+    """A quantity of the user's own, which gives out what it is handed."""
+
+    concatenate, powers = True, (1,)
+
+    def compute(self, gradient: Any) -> tuple[Tensor, ...]:
+        return (gradient.per_sample()[0],)
+
+
+@pytest.mark.parametrize("each", [lw.PerSampleGrad(), Parts()], ids=lambda each: type(each).__name__)
+def test_results_of_a_single_sample_are_not_the_gradient_itself(each: lw.Quantity) -> None:
     """Autograd keeps the cotangent of an expanded leaf as its `.grad`, and a second backward pass adds to it."""
     model = Apply(lambda m, x: (x + m.token.expand(len(x), -1)).tanh().sum(), token=nn.Parameter(torch.randn(1, 3)))
     first, second = torch.randn(1, 3), torch.randn(2, 3)
-    each = lw.PerSampleGrad()
     seen = _observe(model, lambda: lw.as_loss(lambda z: z, reduction="sum")(model(first)), each)
     value, before = seen[each]["token"], seen[each]["token"].clone()
     model(second).backward()

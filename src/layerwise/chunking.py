@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from layerwise.ops.base import Rows, Windows
-from layerwise.rows import dims
+from layerwise.rows import dims, pieces
 
-__all__ = ["CHUNK_BYTES", "chunks", "product", "product_of", "ranges"]
+__all__ = ["CHUNK_BYTES", "chunks", "fill", "product", "product_of", "ranges"]
 
 CHUNK_BYTES = 2**21  # scratch of one chunk: between one MiB and four all shapes were within 5 % of their best
 CHUNK_BYTES_DEVICE = 2**27  # on an accelerator launches cost more than memory
@@ -60,6 +60,21 @@ def chunks(rows: Rows) -> Iterator[tuple[int, int, int, Tensor]]:
     for low, high in ranges(n, k * o * i * rows.g.element_size(), rows.g):
         for w in range(v):
             yield w, low, high, own(rows.g[w, low:high], low, high)
+
+
+def fill(d: Tensor, rows: Rows) -> None:
+    """Write D into `[V,N,K,O,I]`, by the rows' own product or from their input a piece at a time."""
+    if product_of(rows) is not None:
+        for w, low, high, part in chunks(rows):
+            d[w, low:high] = part
+        return
+    start = 0
+    for piece in pieces(rows):
+        stop = start + piece.g.shape[1]
+        assert piece.a is not None
+        for w in range(len(d)):
+            product(piece.g[w], piece.a, out=d[w, start:stop])
+        start = stop
 
 
 def ranges(n: int, each: int, like: Tensor) -> Iterator[tuple[int, int]]:

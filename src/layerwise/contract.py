@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerwise import chunking, memory
-from layerwise.chunking import chunks, product, product_of, ranges
+from layerwise.chunking import chunks, fill, product_of, ranges
 from layerwise.costs import ghost_is_cheaper, pairs_are_cheaper
 from layerwise.errors import BadInput
 from layerwise.ops.base import Rows
@@ -64,17 +64,7 @@ def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
             d = memory.empty((v, n, k, o, i), rows.g)
         else:
             d = out
-        if product_of(rows) is not None:
-            for w, low, high, part in chunks(rows):
-                d[w, low:high] = part
-            return d if out is None or d is out else out.copy_(d)
-        start = 0
-        for piece in pieces(rows):
-            stop = start + piece.g.shape[1]
-            assert piece.a is not None
-            for w in range(v):
-                product(piece.g[w], piece.a, out=d[w, start:stop])
-            start = stop
+        fill(d, rows)
     return d if out is None or d is out else out.copy_(d)
 
 

@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from layerwise.chunking import ranges
 from layerwise.ops.base import Rows
 from layerwise.rows import dims
 
 __all__ = ["in_layout", "project_rows", "project_vectors", "signs"]
 
-CHUNK_BYTES = 2**21  # scratch of one chunk
-CHUNK_BYTES_DEVICE = 2**27  # on an accelerator launches cost more than memory
 TRAFFIC = 12  # writing and rereading one number costs as much as this many multiply-adds
 
 
@@ -78,11 +77,9 @@ def project_rows(rows: Rows, left: Tensor, right: Tensor) -> Tensor:
     thin = not rows.a.is_floating_point() or _thin_is_cheaper(t, o, i, j)
     project = _by_positions if thin else _by_gradients
     each = k * t * j * 2 if thin else k * (o * i + o * j)
-    budget = CHUNK_BYTES if rows.g.device.type == "cpu" else CHUNK_BYTES_DEVICE
-    step = max(1, budget // max(1, each * rows.g.element_size()))
     u, w = left.permute(1, 2, 0), right.permute(1, 2, 0)  # [K,O,J], [K,I,J]
-    for low in range(0, n, step):
-        here = slice(low, min(n, low + step))
+    for low, high in ranges(n, each * rows.g.element_size(), rows.g):
+        here = slice(low, high)
         for c in range(v):
             result[c, here] = project(rows.a[here], rows.g[c, here], u, w)
     return result

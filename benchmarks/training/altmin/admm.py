@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.training.method import Batch, Parameters
+from benchmarks.training.method import Parameters
 
 from .nets import linears
-from .offline import with_one
+from .offline import ridged_factor, sweeping, with_one
 
 __all__ = ["ADMM", "admm", "nearest_activation", "nearest_output", "nearest_preactivation"]
 
@@ -76,9 +76,7 @@ class ADMM:
         a = with_one(below)
         factor = self._first if depth == 0 else None
         if factor is None:
-            gram = a.T @ a
-            gram.diagonal().add_(JITTER * gram.diagonal().mean())
-            factor = torch.linalg.cholesky(gram)
+            factor = ridged_factor(a, JITTER)
         if depth == 0:
             self._first = factor
         found = torch.cholesky_solve(a.T @ self.preactivations[depth], factor).T
@@ -107,13 +105,6 @@ class ADMM:
 
 
 def admm(model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Any:
-    """A step is `sweeps` sweeps over all rows, which are the same in every step."""
+    """A step is `sweeps` sweeps."""
     method = ADMM(linears(model, nn.ReLU), hyper["beta"], hyper["gamma"])
-
-    def step(batch: Batch) -> Tensor:
-        loss = batch().detach()
-        for _ in range(hyper["sweeps"]):
-            method.sweep(batch.x, batch.y)
-        return loss
-
-    return step
+    return sweeping(method.sweep, hyper["sweeps"])

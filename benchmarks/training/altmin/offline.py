@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from benchmarks.training.method import Batch, Parameters
 
 from .nets import linears
 
-__all__ = ["OfflineAM", "offline_am", "with_one"]
+__all__ = ["OfflineAM", "offline_am", "ridged_factor", "sweeping", "with_one"]
 
 CODE_STEPS = 5
 
@@ -21,6 +21,25 @@ CODE_STEPS = 5
 def with_one(a: Tensor) -> Tensor:
     """Inputs with a column of ones, for the bias."""
     return torch.cat([a, a.new_ones(len(a), 1)], 1)
+
+
+def ridged_factor(a: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of `aᵀa` with `ridge · mean diag(aᵀa)` on its diagonal."""
+    gram = a.T @ a
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return torch.linalg.cholesky(gram)
+
+
+def sweeping(sweep: Callable[[Tensor, Tensor], None], count: int) -> Callable[[Batch], Tensor]:
+    """A step of `count` sweeps over all rows, which are the same in every step."""
+
+    def step(batch: Batch) -> Tensor:
+        loss = batch().detach()
+        for _ in range(count):
+            sweep(batch.x, batch.y)
+        return loss
+
+    return step
 
 
 class OfflineAM:
@@ -104,22 +123,13 @@ class OfflineAM:
         """The Cholesky factor of `ãᵀã` with its ridge."""
         if depth == 0 and self._first is not None:
             return self._first
-        gram = a.T @ a
-        gram.diagonal().add_(self.ridge * gram.diagonal().mean())
-        factor = torch.linalg.cholesky(gram)
+        factor = ridged_factor(a, self.ridge)
         if depth == 0:
             self._first = factor
         return factor
 
 
 def offline_am(model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Any:
-    """A step is `sweeps` sweeps over all rows, which are the same in every step."""
+    """A step is `sweeps` sweeps."""
     method = OfflineAM(linears(model, nn.ReLU), hyper["coupling"], hyper["ridge"])
-
-    def step(batch: Batch) -> Tensor:
-        loss = batch().detach()
-        for _ in range(hyper["sweeps"]):
-            method.sweep(batch.x, batch.y)
-        return loss
-
-    return step
+    return sweeping(method.sweep, hyper["sweeps"])
