@@ -52,7 +52,8 @@ def test_trials_are_the_declared_ones(study: str) -> None:
 
 
 def test_a_family_is_of_one_study_and_a_problem_too() -> None:
-    assert not STUDIES["locoprop"].families & STUDIES["altmin"].families
+    families = [family for s in STUDIES.values() for family in s.families]
+    assert len(families) == len(set(families))
     assert sorted(p for s in STUDIES.values() for p in s.methods) == sorted(PROBLEMS)
     assert all(set(s.methods[p]) <= set(METHODS) for s in STUDIES.values() for p in s.methods)
 
@@ -348,7 +349,9 @@ def test_models_start_alike_for_a_seed(problem: str) -> None:
     known = PROBLEMS[problem]
     first, again, other = known.model(1, {}), known.model(1, {}), known.model(2, {})
     weights = [next(p for p in m.parameters() if p.dim() > 1) for m in (first, again, other)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0], weights[1])
+    published = problem == "mnist-logistic"  # it starts at zero
+    assert torch.equal(weights[0], weights[2]) == published
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@
     python -m benchmarks.training report                     tables and figures from the rows
     python -m benchmarks.training declare                    write the trials anew
     python -m benchmarks.training --study altmin ...         the same of the study of alternating minimization
+    python -m benchmarks.training --study second-order ...   the same of that of curvature
 
 Every finished run is a row in benchmarks/training/rows; what has a row is not run again, so each command goes on
 where it was stopped. `--problem` and `--method` take part of the study; several instances may run at once on

@@ -138,7 +138,7 @@ def best(runs: Iterable[Run], rows: Mapping[Key, Row]) -> int | None:
             raise LookupError(f"{run.method} on {run.problem}: trial {run.trial} has not been run")
         row = rows[run.key()]
         if row["status"] == "done":
-            by_accuracy = study_of(run.problem).chosen_by == "accuracy"
+            by_accuracy = study_of(run.problem).chosen_by == "accuracy" and PROBLEMS[run.problem].classes
             scores[run.trial] = (-float(row["test_accuracy"]),) if by_accuracy else ()
             scores[run.trial] += (float(row["train_loss"]), run.trial)
     return min(scores, key=lambda t: scores[t]) if scores else None

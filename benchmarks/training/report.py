@@ -116,15 +116,14 @@ def write(rows: Rows, problems: Sequence[str], times: Path = step_time.FILE, fol
     folder.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.training report" + ("" if study.name == "locoprop" else f" --study {study.name}")
     parts = [f"# {study.title}\n\nWritten by `{command}` from the rows. {_RULES[study.name]}"]
-    classes = {p: finals_of(p, rows.load(p).values()) for p in problems if PROBLEMS[p].classes}
+    classes = {p: finals_of(p, rows.load(p).values()) for p in problems if study.name == "altmin"}
     if any(classes.values()):
         parts.append(_summary({p: final for p, final in classes.items() if final}))
     for problem in problems:
         held = rows.load(problem)
         if held:
             step_seconds, _ = step_time.measured(problem, times)
-            part = _of_accuracy if PROBLEMS[problem].classes else _of_loss
-            parts += [f"## {PROBLEMS[problem].title}", *part(problem, held, step_seconds, folder)]
+            parts += [f"## {PROBLEMS[problem].title}", *_PARTS[study.name](problem, held, step_seconds, folder)]
             if study.cut(problem):
                 parts.append(f"Cut for the budget: {', '.join(study.cut(problem))}.")
     text = "\n\n".join(parts) + "\n"
@@ -139,6 +138,9 @@ _RULES = {
     "Accuracy in percent on test rows: all of them by epoch, the first 1,000 after each of the first 100 minibatches "
     "of the problem's batch (pixel by pixel: 500, and 40). Step times are of the interleaved run; intervals are "
     "bootstrapped over seeds.",
+    "second-order": "Trials are chosen by accuracy on training rows held out, without classes by train loss; finals "
+    "train on all training rows, 5 seeds, a constant rate. Seconds are steps times the seconds a step of the "
+    "interleaved run.",
 }
 
 
@@ -179,6 +181,28 @@ def _of_accuracy(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[st
     parts.append("Trials: accuracy on held-out training rows.\n\n" + classes.tuning_table(problem, held))
     missing = classes.unavailable(problem)
     return [*parts, "Not run: " + "; ".join(missing) + "."] if missing else parts
+
+
+def _of_curves(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, float], folder: Path) -> list[str]:
+    """The parts on a problem of the second-order study."""
+    from .altmin import report as classes
+    from .curvature.report import curves_figure, curves_table
+
+    parts, final = [], finals_of(problem, held.values())
+    if final:
+        parts.append(curves_table(problem, final, step_seconds))
+        figure = folder / f"{problem}.png"
+        curves_figure(figure, problem, final, step_seconds)
+        parts.append(f"![loss and accuracy by epoch and by second]({figure.name})")
+    if PROBLEMS[problem].classes:
+        parts.append("Trials: accuracy on held-out training rows.\n\n" + classes.tuning_table(problem, held))
+    else:
+        parts.append("Trials: train loss after tuning.\n\n" + tuning_table(problem, held))
+    missing = classes.unavailable(problem)
+    return [*parts, "Not run: " + "; ".join(missing) + "."] if missing else parts
+
+
+_PARTS = {"locoprop": _of_loss, "altmin": _of_accuracy, "second-order": _of_curves}
 
 
 def _seeds(mine: Sequence[Row]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from .altmin.plan import METHODS_OF as ALTMIN
+from .curvature.plan import METHODS_OF as CURVATURE
 from .locoprop.plan import METHODS_OF as LOCOPROP
 from .methods import METHODS
 from .problems import PROBLEMS
@@ -19,8 +20,9 @@ __all__ = ["STUDIES", "Study", "study_of"]
 class Study:
     """Problems, the methods on each, and what the problems share.
 
-    chosen_by: what the best trial has least of: "train_loss", or "accuracy", of which it has most, on rows held out of
-    the training rows. tune_epochs, final_epochs: where a problem has none of its own. Budget in core-hours.
+    chosen_by: what the best trial has least of: "train_loss", or, on problems with classes, "accuracy", of which it has
+    most, on rows held out of the training rows. tune_epochs, final_epochs: where a problem has none of its own.
+    Budget in core-hours.
     """
 
     name: str
@@ -53,6 +55,9 @@ STUDIES: dict[str, Study] = {
         Study("locoprop", "Training benchmark", LOCOPROP, "train_loss", _HERE / "trials.json", _HERE / "results"),
         Study("altmin", "Online alternating minimization", ALTMIN, "accuracy", _HERE / "trials_altmin.json",
               _HERE / "results" / "altmin", tune_epochs=1, final_epochs=5),
+        Study("second-order", "Second-order optimizers on DeepOBS's problems", CURVATURE, "accuracy",
+              _HERE / "trials_second_order.json", _HERE / "results" / "second_order", tune_epochs=1,
+              final_seeds=(0, 1, 2, 3, 4)),
     )
 }  # fmt: skip
 

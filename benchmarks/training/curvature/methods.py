@@ -1,0 +1,71 @@
+"""The methods of the second-order study; each searches two hyperparameters, by the same Sobol points of the square."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
+
+from torch import nn
+
+import layerwise as lw
+from benchmarks.training.method import Method, Parameters, Range, Space, Step, Stepping
+
+__all__ = ["METHODS", "SHARED"]
+
+FAMILIES = ("classes", "pixels", "characters")
+PERIOD = 10  # steps between two inverses of a Kronecker factor
+
+
+def _make(kind: str, model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Step:
+    """K-FAC's optimizer with a kind of factors, or a diagonal one."""
+    if kind.startswith("diag-"):
+        optimizer = lw.optim.DiagNewton(model, curvature=kind.removeprefix("diag-"), **hyper)  # type: ignore[attr-defined, unused-ignore]
+    else:
+        optimizer = lw.optim.KFAC(model, kind=kind, **hyper)  # type: ignore[arg-type, unused-ignore]
+    return Stepping(optimizer.step, optimizer)
+
+
+@cache
+def _lacks(kind: str) -> str:
+    """Why the library does not take a kind, or ""."""
+    model = nn.Linear(2, 2)
+    try:
+        _make(kind, model, list(model.parameters()), {})
+    except (AttributeError, TypeError, ValueError) as error:
+        return f"layerwise does not take curvature {kind} yet: {error}"
+    return ""
+
+
+_MOMENTUM = Range(0.5, 0.99, "one-minus")
+_RATE, _DAMPING = Range(1e-2, 1.0), Range(1e-4, 1e1)
+
+
+def _spaces(fixed: Mapping[str, Any] | None = None, **ranges: Range) -> dict[str, Space]:
+    return dict.fromkeys(FAMILIES, Space(ranges, fixed or {}))
+
+
+SHARED: dict[str, Mapping[str, Space]] = {  # of LocoProp's methods
+    "adam": _spaces({"eps": 1e-8}, lr=Range(1e-4, 1e-2), beta1=_MOMENTUM),
+    "momentum": _spaces({"nesterov": True}, lr=Range(1e-3, 1.0), momentum=_MOMENTUM)
+    | {"pixels": Space({"lr": Range(1e-5, 1e-2), "momentum": _MOMENTUM}, {"nesterov": True})},
+    "kfac": _spaces({"update_inverses_every": PERIOD}, lr=_RATE, damping=_DAMPING),
+}
+
+
+def _kronecker(kind: str) -> Method:
+    spaces = _spaces({"update_inverses_every": PERIOD}, lr=_RATE, damping=_DAMPING)
+    return Method(kind, partial(_make, kind), spaces, period=PERIOD, unavailable=partial(_lacks, kind))
+
+
+def _diagonal(kind: str) -> Method:
+    return Method(kind, partial(_make, kind), _spaces(lr=_RATE, damping=_DAMPING), unavailable=partial(_lacks, kind))
+
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        *map(_kronecker, ("kflr", "kfra", "ekfac", "foof")),
+        *map(_diagonal, ("diag-ggn", "diag-ggn-mc")),
+    )
+}  # fmt: skip

@@ -1,0 +1,98 @@
+"""What the report says of the second-order study: the paper's curves, with quartiles over seeds, and one table each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.training.problems import PROBLEMS
+from benchmarks.training.summaries import median
+
+__all__ = ["curves_figure", "curves_table", "quartiles"]
+
+Row = Mapping[str, Any]
+Finals = Mapping[str, Sequence[Row]]
+REFERENCE = "adam"
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile, by straight lines between order statistics; infinite where one is."""
+    if not values or not all(map(math.isfinite, values)):
+        return (math.inf,) * 3 if values else (math.nan,) * 3
+    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    return float(low), float(middle), float(high)
+
+
+def curves_table(problem: str, final: Finals, seconds: Mapping[str, float]) -> str:
+    """Losses and accuracy at the end, median and quartiles over seeds, and what a step costs, as Markdown."""
+    classes = PROBLEMS[problem].classes
+    lines = [
+        "| method | trial | seeds | train loss [quartiles] | test loss [quartiles] | "
+        + ("accuracy, % [quartiles] | " if classes else "") + "step / Adam's | MB |",
+        "|---" * (8 if classes else 7) + "|",
+    ]  # fmt: skip
+    step = seconds.get(REFERENCE, math.nan)
+    for method, rows in final.items():
+        failed = sum(r["status"] == "failed" for r in rows)
+        memory = [m for r in rows if math.isfinite(m := float(r["clock"].get("memory_mb", "nan")))]
+        cells = [
+            method, str(rows[0]["trial"]), f"{len(rows)}" + (f" ({failed} failed)" if failed else ""),
+            _spread([r["train_loss"] for r in rows]), _spread([r["test_loss"] for r in rows]),
+        ]  # fmt: skip
+        if classes:
+            cells.append(_spread([100 * r["test_accuracy"] for r in rows]))
+        cells += [_number(seconds.get(method, math.nan) / step), _number(median(memory))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str, float]) -> None:
+    """Loss, and where there are classes accuracy, by epoch and by second: medians, with bands from quartile to
+    quartile. A method that has not been timed is in the left panels only.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    known = PROBLEMS[problem]
+    rows = 2 if known.classes else 1
+    figure = Figure(figsize=(12, 4.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, 2, squeeze=False, sharey="row")
+    kinds: list[tuple[str, str, Callable[[float], float]]] = [("train_curve", "train loss", float)]
+    if known.classes:
+        kinds.append(("accuracy_curve", "accuracy on test rows, %", lambda v: 100 * v))
+    for (curve, label, unit), (by_epoch, by_second) in zip(kinds, panels, strict=True):
+        for number, (method, runs) in enumerate(final.items()):
+            configuration = runs[0]["configuration"]
+            second = -(-configuration["rows"] // configuration["batch"]) * seconds.get(method, math.nan)
+            length = min(len(r[curve]) for r in runs)
+            bands = [quartiles([unit(r[curve][e]) for r in runs]) for e in range(length)]
+            low, middle, high = zip(*bands, strict=True) if bands else ((), (), ())
+            for axes, each in ((by_epoch, 1.0), (by_second, second)):
+                if bands and not math.isnan(each):
+                    places = [e * each for e in range(length)]
+                    axes.plot(places, middle, color=f"C{number % 10}", linewidth=1.8, label=method)
+                    axes.fill_between(places, low, high, color=f"C{number % 10}", alpha=0.2, linewidth=0)
+        by_epoch.set_ylabel(label)
+        if curve == "train_curve":
+            by_epoch.set_yscale("log")
+        for axes in (by_epoch, by_second):
+            axes.grid(alpha=0.3)
+    panels[0][0].set_title(known.title)
+    panels[0][0].legend(fontsize=7)
+    panels[-1][0].set_xlabel("epochs")
+    panels[-1][1].set_xlabel("seconds (steps x measured seconds a step)")
+    figure.savefig(path, dpi=110)
+
+
+def _spread(values: Sequence[float]) -> str:
+    low, middle, high = quartiles([float(v) for v in values])
+    return f"{_number(middle)} [{_number(low)}, {_number(high)}]" if math.isfinite(middle) else "failed"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
