@@ -39,6 +39,7 @@ LEVELS = tuple(
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 CORE_IMPORTS = {"torch", "numpy", "layerwise"} | sys.stdlib_module_names
 OUTSIDE_CORE = {"demo", "cli", "__main__"}
+EXTRA_IMPORTS = {"layerwise.compat.laplace": {"laplace"}}  # modules for users of another library, which nothing imports
 MOST_CODE_LINES = 300  # neither blank, nor comment, nor docstring
 MOST_LINES = 400
 
@@ -121,8 +122,14 @@ def test_no_import_cycle() -> None:
 def test_core_imports_only_torch_and_numpy(path: Path) -> None:
     if top(name_of(path)) in OUTSIDE_CORE:
         return
-    foreign = {module.split(".")[0] for module in imports(path)} - CORE_IMPORTS
+    allowed = CORE_IMPORTS | EXTRA_IMPORTS.get(name_of(path), set())
+    foreign = {module.split(".")[0] for module in imports(path)} - allowed
     assert not foreign, f"the core imports {foreign}"
+
+
+def test_nothing_imports_what_needs_another_library() -> None:
+    importers = [name_of(path) for path in FILES if set(imports(path)) & EXTRA_IMPORTS.keys()]
+    assert not importers
 
 
 def code_lines(path: Path) -> int:

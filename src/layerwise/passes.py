@@ -275,7 +275,7 @@ class Pass:
             return
         new = quantity.compute(gradient)
         if isinstance(quantity.cotangent, Gradient):
-            new = tuple(_own(t, gradient) for t in new)
+            new = tuple(_own(t, gradient) if isinstance(t, Tensor) else t for t in new)
         if quantity.stacks:
             self._stacks.setdefault(i, {}).setdefault(name, []).append(new)
         else:
