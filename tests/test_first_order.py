@@ -344,6 +344,20 @@ def test_sketches_keep_inner_products_on_average() -> None:
     assert float(signs.mean(0).abs().max()) < 4 / dim**0.5
 
 
+def test_a_vector_is_projected_as_the_samples_are() -> None:
+    model, (x, y) = _net(), _batch()
+    sketch = Sketch(6, _generator(2))
+    with lw.observe(model, sketch, PerSampleGrad()) as seen:
+        F.cross_entropy(model(x), y).backward()
+    for n in range(len(x)):
+        found = sketch.project({name: g[n] for name, g in seen.per_sample_grad.items()})
+        for name, value in found.items():
+            oracle.assert_close(value, seen.sketch[name][n])
+            matrix = sketch.matrix(name, seen.per_sample_grad[name].shape[1:], x)
+            oracle.assert_close(value, matrix.flatten(1) @ seen.per_sample_grad[name][n].flatten())
+        oracle.assert_close(found.total, seen.sketch.total[n])
+
+
 def test_one_seed_is_one_projection() -> None:
     model, (x, y) = _net(), _batch()
     sketch = Sketch(5, _generator(3))

@@ -49,6 +49,17 @@ class Sketch(Quantity):
         left, right = projection.signs(name, shape, self.dim, self._seed, like)
         return torch.einsum("jr,jc->jrc", left, right).reshape(self.dim, *shape) / self.dim**0.5
 
+    def project(self, vector: Mapping[str, Tensor]) -> ByParameter:
+        """The sketch of one vector that is given by parameter, `[dim]` for each, and `.total` of the whole.
+
+        (S v)_j, what `matrix` gives, without the matrix: for a direction to compare with the samples' gradients.
+        """
+        found = {}
+        for name, v in vector.items():
+            left, right = projection.signs(name, v.shape, self.dim, self._seed, v)
+            found[name] = projection.project_vectors(v.reshape(1, 1, -1), left, right)[0, 0] / self.dim**0.5
+        return ByParameter(found, sum(found.values()) if found else None)
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, dim]`."""
         left, right = projection.signs(gradient.name, gradient.shape, self.dim, self._seed, gradient.like)
