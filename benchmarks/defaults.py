@@ -120,7 +120,14 @@ METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], list[dict[str, An
             *_grid(kl_clip=(1e-3,)),
         ],
     ),
-    "AltMin": (lw.AltMin, [{}, *_grid(steps=(2, 4), coupling=(0.03, 0.3), lr=(4e-3, 8e-3))]),
+    "AltMin": (
+        lw.AltMin,
+        [
+            {},
+            *_grid(steps=(2, 4), coupling=(0.03, 0.3), lr=(4e-3, 8e-3)),
+            *_grid(steps=(2,), coupling=(0.05, 0.1), lr=(4e-3,)),
+        ],
+    ),
 }
 
 

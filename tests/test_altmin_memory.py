@@ -233,9 +233,9 @@ def closure_of(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
 
 def test_am_mem_by_hand_on_a_dense_net() -> None:
     """Jacobi codes at all layers, the output layer's too, three minibatches, by explicit normal equations."""
-    net, plain, mu, eta = mlp(5, 4, 3), mlp(5, 4, 3), 2.0, 0.1
+    net, plain, mu, eta, lr = mlp(5, 4, 3), mlp(5, 4, 3), 2.0, 0.1, 1.5
     memory = Memory(forget=eta, ridge=0.4, gain=3, every=1)
-    opt = lw.AltMin(net, weights=memory, codes="jacobi", coupling=mu)
+    opt = lw.AltMin(net, weights=memory, codes="jacobi", coupling=mu, lr=lr)
     weights = [torch.cat((m.weight, m.bias[:, None]), 1).detach() for m in (plain[0], plain[2])]  # type: ignore[union-attr,operator,index]
     grams: list[Tensor | float] = [0.0, 0.0]
     rows = 0.0
@@ -252,7 +252,8 @@ def test_am_mem_by_hand_on_a_dense_net() -> None:
             grams[k] = (1 - share) * grams[k] + share * a.T @ a / 12
             damping = 0.4 * grams[k].diagonal().mean()  # type: ignore[union-attr]
             held = grams[k] + damping * torch.eye(a.shape[1], dtype=torch.float64)
-            weights[k] = weights[k] - min(1, 3 * share) * (12 / mu * g).T @ a / 12 @ torch.linalg.inv(held)
+            move = (12 / mu * g).T @ a / 12 @ torch.linalg.inv(held)
+            weights[k] = weights[k] - lr * min(1, 3 * share) * move
     for k, m in enumerate((net[0], net[2])):
         close(torch.cat((m.weight, m.bias[:, None]), 1).detach(), weights[k], 1e-10)  # type: ignore[operator,index,arg-type]
 
@@ -273,6 +274,22 @@ def test_gauss_newton_codes_minimise_the_model_of_each_sample() -> None:
             model = jacobian.T @ hessian @ jacobian + mu * torch.eye(len(out[n]), dtype=torch.float64)
             d = -torch.linalg.solve(model, jacobian.T @ residual)
             close(-(6 / mu) * run.cotangents[run.layers[k].use.index][n], d, 1e-9)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e20])
+def test_gauss_newton_codes_of_huge_slopes_are_finite_or_the_batch_is_skipped(size: float) -> None:
+    """In float32 the damping is lost beside such curvature, and a plain Cholesky factorization fails."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 30))
+    x, y = torch.randn(40, 5), torch.arange(40)
+    with torch.no_grad():
+        net[2].weight.mul_(size)  # type: ignore[operator,union-attr]
+    before = [p.detach().clone() for p in net.parameters()]
+    opt = lw.AltMin(net, weights="memory", coupling=1e-3)
+    opt.step(lambda: F.mse_loss(net(x), F.one_hot(y % 30, 30).float()))
+    same = [torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)]
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    assert all(same) if opt.skipped else not any(same)
 
 
 def opt_run(opt: lw.AltMin, closure: Callable[[], Tensor]) -> Any:

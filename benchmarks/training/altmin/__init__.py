@@ -8,7 +8,7 @@
   train on all training rows.
 - Baselines also at batch B/T, and with two steps on every minibatch. `offline-am` and `admm` see all rows in each
   sweep and take five sweeps an epoch, for 20 epochs at most; their step time says what that costs.
-- AM-mem forgets with a window of 20 minibatches in all trials; its ridge and coupling are searched.
-- The rate is constant, except in the problems of one epoch: there it rises over a twentieth and falls linearly, for
-  all methods alike.
+- AM-mem forgets with a window of 20 minibatches in all trials; its rate and coupling are searched.
+- The rate is constant, except in the problems of one epoch and of signs: there it rises over a twentieth of the steps
+  and falls linearly, for all methods alike.
 """

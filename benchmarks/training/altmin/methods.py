@@ -55,7 +55,7 @@ def _altmin(**settings: Any) -> Factory:
 def _memory(model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Step:
     """AM-mem: running moments of inputs and codes, with a window of 1/forget minibatches."""
     settings = dict(hyper)
-    weights = local.Memory(forget=settings.pop("forget"), ridge=settings.pop("ridge"))  # type: ignore[attr-defined, unused-ignore]
+    weights = local.Memory(forget=settings.pop("forget"))  # type: ignore[attr-defined, unused-ignore]
     return _altmin(weights=weights)(model, params, settings)
 
 
@@ -142,7 +142,7 @@ METHODS: dict[str, Method] = {
         Method("momentum-twice", _momentum_twice, _MOMENTUM, first_order=True),
         _am("am-adam", _altmin(weights="adam"), lr=_ADAM_RATE, coupling=_COUPLING),
         _am("am-sgd", _altmin(weights="sgd"), lr=Range(3e-4, 0.3), coupling=_COUPLING),
-        _am("am-mem", _memory, {"forget": 1 / WINDOW}, ridge=Range(0.3, 30.0), coupling=Range(0.3, 30.0)),
+        _am("am-mem", _memory, {"forget": 1 / WINDOW}, lr=Range(0.5, 5.0), coupling=Range(0.3, 10.0)),
         _am("am-published", _altmin(preset="published"), lr=_ADAM_RATE, coupling=Range(1e-3, 0.1)),
         _am("am-async", _altmin(weights="adam", schedule="async"), lr=_ADAM_RATE, coupling=_COUPLING),
         Method(

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from layerwise.cotangents import Exact
 from layerwise.coverage import prove
+from layerwise.errors import NonFinite
 from layerwise.heads import heads, resolved
 from layerwise.local.record import Recorded
+from layerwise.operators.ridge import ridge
 from layerwise.ops.base import Samples
 from layerwise.pull import pull
 from layerwise.samples import measure
@@ -43,12 +45,14 @@ def damped_cotangents(
 
 @torch.no_grad()
 def _damped(g: Tensor, columns: Tensor, samples: Samples, gamma: float) -> Tensor:
+    """The damped cotangent; NaN where there is no finite one, so that the step is refused."""
     rows = _by_sample(g[None], samples)  # [N,1,F]
     s = _by_sample(columns, samples)  # [N,V,F]
-    gram = s @ s.mT
-    gram.diagonal(dim1=-2, dim2=-1).add_(1 / gamma)
-    part = torch.cholesky_solve(s @ rows.mT, torch.linalg.cholesky(gram))  # [N,V,1]
-    return _from_sample(rows - part.mT @ s, g, samples)
+    try:
+        part = ridge(s @ s.mT, rows @ s.mT, 1 / gamma)  # [N,1,V]
+    except NonFinite:
+        return torch.full_like(g, torch.nan)
+    return _from_sample(rows - part @ s, g, samples)
 
 
 def _by_sample(x: Tensor, samples: Samples) -> Tensor:

@@ -47,7 +47,7 @@ class Memory:
     In the long run ρ is `forget`: 0.05 is a window of 20 batches, and with the default gain of 20 a batch then counts
     as much as the window; without forgetting s falls as 20/t. gain = 1 is the memory as it stands.
     solve: "exact" (`ridge`) or "columns", block-coordinate descent over columns of W, `sweeps` times (a term |W|₁
-    needs these). ridge: λ over the mean of A/n's diagonal; by default 1 recentred, where it pulls to the present
+    needs these). ridge: λ over the mean of A/n's diagonal; by default 3 recentred, where it pulls to the present
     weights, and 1e-4 absolute, where it pulls to zero. every: for how many steps an inverse of A serves at most, for
     "exact", recentred; early ones serve for as many as came before them.
     Rows are positions of convolutions, time steps and further uses of a weight, too: the moments sum over them. The
@@ -125,7 +125,7 @@ class Memory:
 
     @property
     def _ridge(self) -> float:
-        return self.ridge if self.ridge is not None else 1.0 if self.recentre else 1e-4
+        return self.ridge if self.ridge is not None else 3.0 if self.recentre else 1e-4
 
     def _recentred(
         self, w: Tensor, seen: Tensor, pull: Tensor, damping: Tensor, l1: Tensor | None, state: dict[str, Any],

@@ -63,8 +63,8 @@ class AltMin(LayerLocal):
     R/T, or "all". Local SGD needs about `lr·μ·λmax(Σ aaᵀ/B) < 2`, positions and time steps counted; normalise=True
     divides a layer's gradient by its rows per sample. "memory" or a `lw.local.Memory`: AM-mem; any other solver of
     `lw.local`: its update times lr. With these the output layer, too, is fitted to a code. Parameters without a code
-    (scales, lone biases, tables, derived weights) take T steps along their gradient; beside a solver, of Adam at 4e-3
-    times lr.
+    (scales, lone biases, tables, derived weights) take T steps along their gradient; beside a solver, of Adam at 6e-3
+    times lr over its default.
     regularizer, layers, workers: as for LocoProp; `layers` sets lr, coupling, steps, rows, betas, eps, momentum, l1,
     code_l1, normalise, weights and regularizer by name pattern.
 
@@ -360,7 +360,7 @@ class AltMin(LayerLocal):
         if isinstance(update.solver, LocalSteps):
             return update.solver.optimizer, {"lr": group["lr"]}
         if update.kind != "adam":
-            rates["lr"] = DEFAULTS["adam"]["lr"] * group["lr"]
+            rates["lr"] = DEFAULTS["adam"]["lr"] * group["lr"] / rate_of(update)
         return torch.optim.Adam, rates
 
     def _make(self, groups: list[dict[str, Any]], kind: Any) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from layerwise.optim.choices import check_patterns, first_match, several
 __all__ = ["DEFAULTS", "Update", "Updates", "check_group", "check_run", "fused", "rate_of", "share"]
 
 _COMMON: dict[str, Any] = {
-    "lr": 4e-3, "coupling": 0.1, "coupling_add": 0.0, "coupling_factor": 1.0, "coupling_most": float("inf"),
+    "lr": 6e-3, "coupling": 0.05, "coupling_add": 0.0, "coupling_factor": 1.0, "coupling_most": float("inf"),
     "steps": 2, "rows": "auto", "betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.9, "l1": 0.0, "code_l1": 0.0,
     "normalise": False,
 }  # fmt: skip
@@ -29,8 +29,8 @@ _COMMON: dict[str, Any] = {
 # sample's loss, as a memory's small steps on codes of their own scale ask for.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "adam": {**_COMMON, "codes": "jacobi"},
-    "sgd": {**_COMMON, "codes": "jacobi", "lr": 0.05},
-    "memory": {**_COMMON, "codes": "gauss-newton", "lr": 1.0, "coupling": 1.0},
+    "sgd": {**_COMMON, "codes": "jacobi", "lr": 0.05, "coupling": 0.1},
+    "memory": {**_COMMON, "codes": "gauss-newton", "lr": 2.0, "coupling": 1.0},
     "solver": {**_COMMON, "codes": "jacobi", "lr": 1.0, "coupling": 1.0},
 }
 _CODES = ("jacobi", "gauss-newton", "sweep")
