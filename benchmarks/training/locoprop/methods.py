@@ -130,6 +130,7 @@ def _needs_kfac() -> str:
 _PERIOD = 10  # steps between two preconditioners, for all that amortise them
 _MOMENTUM = Range(0.5, 0.995, "one-minus")
 _BETA2 = Range(0.9, 0.999, "one-minus")
+_KFAC = {"lr": Range(3e-2, 1.0), "damping": Range(1e-3, 1e1), "momentum": Range(0.0, 0.9, "linear")}
 
 
 def _same(**ranges: Range) -> dict[str, Space]:
@@ -217,13 +218,13 @@ METHODS: dict[str, Method] = {
             unavailable=_needs_package,
         ),
         Method(
-            "kfac",
+            "kfac",  # factors and inverses of every batch: at this batch size a step is four of Adam's
             _kfac,
             {
-                family: Space(space.ranges, {"update_inverses_every": _PERIOD})
-                for family, space in _same(lr=Range(1e-2, 1.0), damping=Range(1e-4, 1e1), momentum=_MOMENTUM).items()
+                family: Space(_KFAC, {"kl_clip": most, "update_factors_every": 1, "update_inverses_every": 1})
+                for family, most in (("autoencoder", 10.0), ("convnet", 0.1), ("transformer", 0.1))
             },
-            period=_PERIOD,
+            revision=3,
             unavailable=_needs_kfac,
         ),
         Method("locoprop-m", _locoprop, _local(Range(5e-6, 5e-4), loss="matching")),
