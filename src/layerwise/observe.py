@@ -42,6 +42,7 @@ class observe:
     """
 
     _keeps_inputs: ClassVar[bool] = False  # whether a subclass reads them after the user's backward pass
+    _keeps_outputs = False  # whether it reads what the uses gave
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class observe:
     def __enter__(self) -> Seen:
         if self._tape is not None:
             raise BadInput("this observe() is active already; make another one to observe inside it")
-        self._tape = Tape(self._model, self._on_backward, own_losses=True)
+        self._tape = Tape(self._model, self._on_backward, self._keeps_outputs, own_losses=True)
         self._seen = Seen(self._quantities, self._scale, list(self._tape.parameters))
         self._tape.__enter__()
         if any(isinstance(q.cotangent, Second) for q in self._quantities):
@@ -114,8 +115,8 @@ class observe:
             pass_.pull_gradient()
         before = {name: snapshot(p) for name, p in tape.parameters.items()}
         covered = {name: tape.parameters[name] for name in graph.parameters()}
-        if not self._keeps_inputs:
-            pass_.release()
+        pass_.keeps_inputs = self._keeps_inputs
+        pass_.release()
         try:
             with hooked(graph.uses if pass_.listens else [], pass_.receive), accumulated(covered) as gradient:
                 out = run()

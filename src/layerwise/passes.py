@@ -71,6 +71,7 @@ class Pass:
         self._again = [i for i in self.streams if quantities[i].revisits]
         self.sent = Sent()
         self._later = False
+        self.keeps_inputs = False  # whether what uses hold is read after the user's backward pass
         self._held: list[tuple[Use, Tensor, list[tuple[str, Part]]]] = []  # all cotangents, for a second stage
 
     def _without_rows(self) -> set[str]:
@@ -172,7 +173,7 @@ class Pass:
 
     def release(self) -> None:
         """Let go of what uses hold, where the user's backward pass is not to be observed: it wants the memory."""
-        if not self.streams:
+        if not (self.streams or self.keeps_inputs):
             for use in self.graph.uses:
                 use.release()
 
@@ -245,7 +246,7 @@ class Pass:
         for gradient in self._gather.add(use, parts):
             for i in self.streams:
                 self._compute(i, gradient)
-            if not self._again:
+            if not (self._again or self.keeps_inputs):
                 for part in gradient.parts:
                     if self._gather.complete(part.use):
                         part.use.release()
@@ -316,8 +317,10 @@ def _chunk_size(graph: Graph) -> int:
     return max(1, _COTANGENT_ELEMENTS // max(1, elements))
 
 
-def _own(t: Tensor, gradient: ParameterGradient) -> Tensor:
+def _own(t: Any, gradient: ParameterGradient) -> Any:
     """The tensor in memory of its own: the cotangent of one sample can become `.grad`, which is added to in place."""
+    if not isinstance(t, Tensor):  # sums of its own, such as Kronecker factors
+        return t
     held = [part.dense if part.rows is None else part.rows.g for part in gradient.parts]
     storage = t.untyped_storage()._cdata  # not its data_ptr, which would end a lazy copy
     shared = any(isinstance(g, Tensor) and g.untyped_storage()._cdata == storage for g in held)

@@ -113,7 +113,7 @@ class KroneckerBlock(_Block):
     """One parameter's block: for each group k, `B_k ⊗ A_k`, acting on `W[k,o,i]` as `B W A`.
 
     A: input factor `[K,I,I]`; `[K,I]` where it is diagonal; None where it is 1 (a bias, I = 1).
-    B: output factor `[K,O,O]`. Both symmetric positive semidefinite.
+    B: output factor `[K,O,O]`; `[K,O]` where it is diagonal. Both symmetric positive semidefinite.
     The rest as in `_Block`.
     """
 
@@ -126,12 +126,12 @@ class KroneckerBlock(_Block):
     parameter: str | None = None
 
     def __post_init__(self) -> None:
-        fits = self.B.ndim == 3 and self.B.shape[1] == self.B.shape[2]
+        fits = self.B.ndim in (2, 3) and self.B.shape[1] == self.B.shape[-1]
         if fits and self.A is not None:
             fits = self.A.ndim in (2, 3) and len(self.A) == len(self.B) and self.A.shape[1] == self.A.shape[-1]
         if not fits:
             seen = [None if x is None else tuple(x.shape) for x in (self.A, self.B)]
-            raise BadInput(f"KroneckerBlock: A, B are {seen}; expected [K,I,I], [K,I] or None, and [K,O,O].")
+            raise BadInput(f"KroneckerBlock: A, B are {seen}; expected [K,I,I], [K,I] or None, and [K,O,O] or [K,O].")
 
     @property
     def size(self) -> torch.Size:
@@ -150,10 +150,13 @@ class KroneckerBlock(_Block):
 
     def apply(self, w: Tensor) -> Tensor:
         """B W A."""
-        w = self.B @ w
+        w = self._left(w)
         if self.A is None:
             return w
         return w * self.A[:, None] if self.A.ndim == 2 else w @ self.A
+
+    def _left(self, w: Tensor) -> Tensor:
+        return self.B[:, :, None] * w if self.B.ndim == 2 else self.B @ w
 
     def product(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The block's product with the parameter's tensor, and its bias's.
@@ -164,8 +167,8 @@ class KroneckerBlock(_Block):
         if b is None or self.bias is None or self.A is None or self.A.ndim == 2:
             return super().product(name, values)
         kind, w, b = w.dtype, w.to(self.B.dtype), b.to(self.B.dtype)
-        out_w = self.B @ torch.baddbmm(b @ self.A[:, -1:, :-1], w, self.A[:, :-1, :-1])
-        out_b = self.B @ (w @ self.A[:, :-1, -1:] + b * self.A[:, -1:, -1:])
+        out_w = self._left(torch.baddbmm(b @ self.A[:, -1:, :-1], w, self.A[:, :-1, :-1]))
+        out_b = self._left(w @ self.A[:, :-1, -1:] + b * self.A[:, -1:, -1:])
         return {name: self.fold(out_w.to(kind)), self.bias: out_b.flatten(-3).to(kind)}
 
     def trace(self) -> Tensor:
@@ -175,10 +178,7 @@ class KroneckerBlock(_Block):
     def eigh(self, name: str) -> EigenBlock:
         """Eigenvectors of both factors and the products of their eigenvalues, none below zero."""
         b, basis_out = _eigh(name, self.B)
-        a = self.input_factor
-        basis_in = None
-        if a.ndim == 3:
-            a, basis_in = _eigh(name, a)
+        a, basis_in = _eigh(name, self.input_factor)
         spectrum = b.clamp(min=0)[:, :, None] * a.clamp(min=0)[:, None, :]
         rest = self.fold, self.matrix, self.bias, self.form, self.parameter
         return EigenBlock(basis_in, basis_out, spectrum, *rest)
@@ -192,21 +192,19 @@ class KroneckerBlock(_Block):
         ratio = torch.where(usable, trace_a / trace_b.where(usable, 1), 1)
         pi = ratio.clamp(limits.tiny, limits.max).sqrt() if balanced else torch.ones_like(ratio)
         extra_a, extra_b = pi * math.sqrt(damping), math.sqrt(damping) / pi
-        a = inverse(a, extra_a) if a.ndim == 3 else reciprocal(name, a + extra_a[:, None])
-        return replace(self, A=a, B=inverse(self.B, extra_b))
+        return replace(self, A=_damped(name, a, extra_a), B=_damped(name, self.B, extra_b))
 
 
 @dataclass(frozen=True)
 class EigenBlock(_Block):
     """One parameter's block in a Kronecker eigenbasis: `Q_B ((Q_Bᵀ W Q_A) ∘ spectrum) Q_Aᵀ`.
 
-    basis_in: Q_A `[K,I,I]`, or None for the identity. basis_out: Q_B `[K,O,O]`. spectrum: `[K,O,I]`, free
-    of any product form, so that EKFAC's second moments in the eigenbasis fit too. The rest as in
-    `KroneckerBlock`.
+    basis_in: Q_A `[K,I,I]`, basis_out: Q_B `[K,O,O]`; None for the identity. spectrum: `[K,O,I]`, free of any
+    product form, so that EKFAC's second moments in the eigenbasis fit too. The rest as in `KroneckerBlock`.
     """
 
     basis_in: Tensor | None
-    basis_out: Tensor
+    basis_out: Tensor | None
     spectrum: Tensor
     fold: Callable[[Tensor], Tensor] = _same
     matrix: Callable[[Tensor], Tensor] = _same
@@ -226,12 +224,12 @@ class EigenBlock(_Block):
 
     def rotate(self, w: Tensor) -> Tensor:
         """`[..., K,O,I]` in the eigenbasis: Q_Bᵀ W Q_A."""
-        w = self.basis_out.mT @ w
+        w = w if self.basis_out is None else self.basis_out.mT @ w
         return w if self.basis_in is None else w @ self.basis_in
 
     def rotate_back(self, w: Tensor) -> Tensor:
         """From the eigenbasis: Q_B W Q_Aᵀ; the inverse of `rotate`."""
-        w = self.basis_out @ w
+        w = w if self.basis_out is None else self.basis_out @ w
         return w if self.basis_in is None else w @ self.basis_in.mT
 
     def apply(self, w: Tensor) -> Tensor:
@@ -295,8 +293,7 @@ class Kronecker(_BlockDiagonal[KroneckerBlock]):
 
     Shapes: products take and give tensors in the parameters' shapes, keyed by parameter name.
     Raises: `BadInput` where names or shapes of a product do not fit.
-    Source: Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
-    curvature".
+    Source: Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate curvature".
     """
 
     @property
@@ -339,8 +336,7 @@ class EigenKronecker(_BlockDiagonal[EigenBlock]):
     Block of a parameter: `(Q_B ⊗ Q_A) diag(spectrum) (Q_B ⊗ Q_A)ᵀ` for each group.
 
     Raises: `BadInput` where names or shapes of a product do not fit.
-    Source: George et al. 2018, "Fast approximate natural gradient descent in a
-    Kronecker-factored eigenbasis".
+    Source: George et al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis".
     """
 
     @property
@@ -354,12 +350,8 @@ class EigenKronecker(_BlockDiagonal[EigenBlock]):
         Raises: `BadInput` for a negative damping; `NonFinite` where an eigenvalue is too small to invert.
         """
         check_damping("EigenKronecker.inverse", damping)
-        return EigenKronecker(
-            {
-                name: replace(block, spectrum=reciprocal(name, block.spectrum + damping))
-                for name, block in self.blocks.items()
-            }
-        )
+        inverses = {n: reciprocal(n, block.spectrum + damping) for n, block in self.blocks.items()}
+        return EigenKronecker({n: replace(block, spectrum=inverses[n]) for n, block in self.blocks.items()})
 
     def trace(self) -> Tensor:
         """Trace of the whole matrix, the sum of its eigenvalues."""
@@ -377,15 +369,21 @@ def _owners(key: str, block: _Block) -> tuple[str, ...]:
     return (name,) if block.bias is None else (name, block.bias)
 
 
+def _damped(name: str, x: Tensor, damping: Tensor) -> Tensor:
+    return inverse(x, damping) if x.ndim == 3 else reciprocal(name, x + damping[:, None])
+
+
 def _trace(x: Tensor) -> Tensor:
     """Trace for each group, of `[K,I,I]` or of a diagonal `[K,I]`."""
     return x.sum(-1) if x.ndim == 2 else x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _eigh(name: str, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of a symmetric factor, in float64 where its own type fails."""
+def _eigh(name: str, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues and eigenvectors (None: the identity) of a symmetric factor, in float64 where its own type fails."""
     if not torch.isfinite(factor).all():
         raise NonFinite(f"Kronecker: a factor of {name!r} {tuple(factor.shape)} holds NaN or infinity.")
+    if factor.ndim == 2:
+        return factor, None
     symmetric = factor / 2 + factor.mT / 2
     try:
         values, vectors = torch.linalg.eigh(symmetric)

@@ -20,7 +20,7 @@ from layerwise.quantities.base import Context, Quantity, Union, positive
 from layerwise.quantities.factors import Factors, block_names, blocks_of
 from layerwise.quantities.kronecker import KroneckerFactors
 
-__all__ = ["EKFAC", "Kept"]
+__all__ = ["EKFAC", "Gradients", "Kept", "Spectra", "held", "second_moment", "with_constant"]
 
 Gradients = Rows | Tensor  # of one matrix: rows, or the gradients themselves `[M,O,I]`
 
@@ -51,7 +51,7 @@ class Kept:
         """`[K,O,I]`: sum of the squared gradients of the i-th matrix in the eigenbasis of a block."""
         total = torch.zeros_like(block.spectrum)
         for found, weight in self.terms:
-            total.add_(_second_moment(found[i], block), alpha=weight)
+            total.add_(second_moment(found[i], block), alpha=weight)
         return total
 
 
@@ -62,16 +62,27 @@ def _sharing(held: Gradients, new: Gradients) -> Gradients:
     return Rows(held.a, new.g, new.size_in) if torch.equal(held.a, new.a) else new
 
 
-def _second_moment(gradients: Gradients, block: EigenBlock) -> Tensor:
+def second_moment(gradients: Gradients, block: EigenBlock) -> Tensor:
     """`[K,O,I]`: sum of the squared per-sample gradients in the eigenbasis of a block."""
     if isinstance(gradients, Tensor):
         return block.rotate(gradients[:, None]).square_().sum(0)
-    a, g = gradients.a, (gradients.g.transpose(2, 3) @ block.basis_out).transpose(2, 3)
+    rows, g = with_constant(gradients, block), gradients.g
+    if block.basis_out is not None:
+        g = (g.transpose(2, 3) @ block.basis_out).transpose(2, 3)
+    a = rows.a
     if a is not None and block.basis_in is not None:
-        rows = gradients if a.is_floating_point() else grams.written_out(gradients)
+        rows = rows if a.is_floating_point() else grams.written_out(rows)
         assert rows.a is not None
         a = (rows.a.transpose(1, 2) @ block.basis_in).transpose(1, 2)
-    return contract.second_moment(Rows(a, g, gradients.size_in))
+    return contract.second_moment(Rows(a, g, rows.size_in))
+
+
+def with_constant(rows: Rows, block: EigenBlock) -> Rows:
+    """The rows with a last input of 1, where a block holds a bias as that."""
+    if block.bias is None:
+        return rows
+    assert rows.a is not None
+    return Rows(torch.cat([rows.a, rows.a.new_ones(*rows.a.shape[:3], 1)], 3), rows.g, rows.size_in + 1)
 
 
 class EKFAC(KroneckerFactors):
@@ -120,15 +131,15 @@ class EKFAC(KroneckerFactors):
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
         """What `KFAC` sums, and the rows; with a basis the second moments in it."""
         if self.basis is None:
-            return *super().compute(gradient), Kept(((_held(gradient), 1.0),))
+            return *super().compute(gradient), Kept(((held(gradient), 1.0),))
         blocks = self._basis_of(gradient)
         if gradient.groups is not None:
             each = zip(gradient.groups, blocks.values(), strict=True)
-            return (Spectra(tuple(blocks), tuple(_second_moment(p.rows, b) for p, b in each if p.rows)),)
+            return (Spectra(tuple(blocks), tuple(second_moment(p.rows, b) for p, b in each if p.rows)),)
         ((name, block),) = blocks.items()
         total = torch.zeros_like(block.spectrum)
         for chunk in gradient.chunks():
-            total += _second_moment(grams.as_matrices(chunk, gradient.shape), block)
+            total += second_moment(grams.as_matrices(chunk, gradient.shape), block)
         return (Spectra((name,), (total,)),)
 
     def _basis_of(self, gradient: ParameterGradient) -> dict[str, EigenBlock]:
@@ -195,7 +206,7 @@ class Spectra(NamedTuple):
         return self * (1 / divisor)
 
 
-def _held(gradient: ParameterGradient) -> tuple[Gradients, ...]:
+def held(gradient: ParameterGradient) -> tuple[Gradients, ...]:
     """The gradients of each matrix, in memory of their own: the user may write to a batch's before they are read."""
     if gradient.groups is None:
         return (grams.as_matrices(gradient.per_sample(), gradient.shape),)
