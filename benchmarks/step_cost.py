@@ -67,6 +67,7 @@ OURS: dict[str, Build] = {
     "KFAC, no factors due": _kfac(NEVER, NEVER),
     "KFAC, new factors": _kfac(1, NEVER),
     "KFAC, new factors and inverses": _kfac(1, 1),
+    "DiagNewton, new diagonal": lambda model: lw.optim.DiagNewton(model, update_every=1),
 }
 PROBLEMS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int]]] = {
     "mnist": (autoencoder.deep_autoencoder, (1000, autoencoder.SIZES[0])),

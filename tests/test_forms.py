@@ -453,7 +453,7 @@ def test_pooled_positions() -> None:
         oracle.assert_close(kflr.blocks[name].input_factor, a)
 
 
-def test_the_optimizer_leaves_other_forms_to_their_plain_gradient() -> None:
+def test_the_optimizer_has_factors_of_slices_and_a_diagonal_of_products() -> None:
     """Slices, one slice alone, a product."""
     model = Apply(
         lambda m, x: F.linear(F.linear(x, m.w[1:4]).tanh() + F.linear(x, m.v[:3]) * F.linear(x, m.v[3:]), m.a @ m.b),
@@ -464,3 +464,6 @@ def test_the_optimizer_leaves_other_forms_to_their_plain_gradient() -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     opt.step(lambda: F.cross_entropy(model(x), y))
     assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert opt.describe() == {
+        "w": "kfac [1, 3, 4]", "v": "kfac [1, 3, 4]; kfac [1, 3, 4]", "a": "diag-ggn-mc", "b": "diag-ggn-mc",
+    }  # fmt: skip

@@ -51,9 +51,21 @@ OPTIMIZERS: dict[str, Make] = {
     "AltMin published": lambda m, *a, **k: lw.AltMin(m, *a, **{"preset": "published", **k}),
     "KFAC": lambda m, *a, **k: lw.optim.KFAC(m, *a, **{"update_factors_every": 1, **k}),
     "KFAC eigen": lambda m, *a, **k: lw.optim.KFAC(m, *a, **{"damping_form": "eigen", "update_factors_every": 1, **k}),
+    "KFAC ekfac": lambda m, *a, **k: lw.optim.KFAC(
+        m, *a, **{"kind": "ekfac", "update_factors_every": 1, "update_inverses_every": 3, **k}
+    ),
+    "KFAC foof": lambda m, *a, **k: lw.optim.KFAC(m, *a, **{"kind": "foof", "update_factors_every": 1, **k}),
+    "KFAC quadratic, adaptive": lambda m, *a, **k: lw.optim.KFAC(
+        m, *a, **{"step_size": "quadratic", "adapt_damping_every": 2, "update_factors_every": 1, **k}
+    ),
+    "DiagNewton": lambda m, *a, **k: lw.optim.DiagNewton(m, *a, **{"update_every": 1, **k}),
+    "DiagNewton hessian, adaptive": lambda m, *a, **k: lw.optim.DiagNewton(
+        m, *a, **{"curvature": "hessian-mc", "adapt_damping_every": 1, "update_every": 1, **k}
+    ),
 }
 # Those that are meant to learn in a few epochs with their own defaults: the published settings warm up for five.
-LEARN = ("LocoProp", "LocoProp-S", "AltMin", "AltMin sgd", "AltMin sweep", "AltMin published", "KFAC")
+LEARN = ("LocoProp", "LocoProp-S", "AltMin", "AltMin sgd", "AltMin sweep", "AltMin published", "KFAC",
+         "KFAC ekfac", "KFAC foof", "KFAC quadratic, adaptive", "DiagNewton")  # fmt: skip
 CLOSED_FORM = OPTIMIZERS["LocoProp exact"]  # every parameter of the net below has a local problem, so it has no state
 MEMORIES = (OPTIMIZERS["AltMin memory"], OPTIMIZERS["AltMin columns, threads"])
 every = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -352,9 +364,9 @@ def test_a_bad_batch_changes_nothing(make: Make, kind: str, backward: bool) -> N
 @pytest.mark.parametrize(
     ("kind", "place"),
     [("nan input", "input of norm.bias, norm.weight"), ("inf input", "input of (a.bias, )?a.weight"),
-     ("overflowing activation", "output of a.weight|factor of a.weight"), ("nan target", "the loss"),
+     ("overflowing activation", "output of (a.bias, )?a.weight"), ("nan target", "the loss"),
      ("overflowing gradient", "gradient of [abc].(weight|bias)"),
-     ("overflowing statistics", "norm.running_var|factor of a.weight")],
+     ("overflowing statistics", "norm.running_var|(factor|curvature) of a.weight")],
 )  # fmt: skip
 def test_raise_names_the_place(make: Make, kind: str, place: str) -> None:
     net = Saturating()

@@ -19,10 +19,12 @@ PERIOD = 10  # steps between two inverses of a Kronecker factor
 
 def _make(kind: str, model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Step:
     """K-FAC's optimizer with a kind of factors, or a diagonal one."""
+    asked: Any = kind.removeprefix("diag-")
+    optimizer: lw.optim.KFAC | lw.optim.DiagNewton
     if kind.startswith("diag-"):
-        optimizer = lw.optim.DiagNewton(model, curvature=kind.removeprefix("diag-"), **hyper)  # type: ignore[attr-defined, unused-ignore]
+        optimizer = lw.optim.DiagNewton(model, curvature=asked, **hyper)
     else:
-        optimizer = lw.optim.KFAC(model, kind=kind, **hyper)  # type: ignore[arg-type, unused-ignore]
+        optimizer = lw.optim.KFAC(model, kind=asked, **hyper)
     return Stepping(optimizer.step, optimizer)
 
 

@@ -1,8 +1,13 @@
-"""Kronecker factors over many batches: how they are laid out, averaged, inverted and saved. Pure functions."""
+"""Blocks of curvature over many batches: how they are laid out, averaged, inverted and saved. Pure functions.
+
+A block is a Kronecker product B ⊗ A, or eigenvectors with a spectrum of their own; without eigenvectors that is a
+diagonal. One average and one ladder of inverses serve them all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -11,9 +16,29 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
+from layerwise.operators.diagonal import reciprocal
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
+from layerwise.operators.ridge import inverse
 
-__all__ = ["FORMS", "Average", "Inverse", "Layout", "average", "invert", "layout_of", "load", "merge", "save"]
+__all__ = [
+    "FORMS",
+    "Average",
+    "Block",
+    "Inverse",
+    "Layout",
+    "Measured",
+    "average",
+    "flat_layout",
+    "invert",
+    "layout_of",
+    "load",
+    "merge",
+    "rebased",
+    "save",
+    "with_moments",
+]
+
+Block = KroneckerBlock | EigenBlock
 
 FORMS = ("pi", "factored", "eigen")
 # A factor that its damping leaves unusable is tried with more; 10³ times is an almost plain gradient.
@@ -25,7 +50,8 @@ _SLACK = 2.0  # rounding may bring an inverse this far above 1 / damping
 class Layout:
     """How a parameter's elements stand in its matrix `[K,O,I]`, as numbers that can be saved.
 
-    axes: the parameter, reshaped to the matrix's axes in this order; or index: the element at each place.
+    axes: the parameter, reshaped to the matrix's axes in this order; or index: the element at each place, not all of
+    them where the matrix is a slice.
     """
 
     shape: tuple[int, ...]
@@ -44,13 +70,14 @@ class Layout:
         """`[..., K,O,I]` in the parameter's shape: the inverse of `matrix`."""
         lead = w.shape[:-3]
         if w.is_meta:
-            return w.new_empty(*lead, *self.shape)
+            return w.new_empty((*lead, *self.shape))
         if self.axes is not None:
             w = w.permute(*range(len(lead)), *(len(lead) + a for a in self.axes))
         else:
             assert self.index is not None
-            w = w.flatten(-3)[..., self.index.flatten().argsort().to(w.device)]
-        return w.reshape(*lead, *self.shape)
+            places = self.index.flatten().to(w.device)
+            w = w.new_zeros((*lead, math.prod(self.shape))).index_copy_(-1, places, w.flatten(-3))
+        return w.reshape((*lead, *self.shape))
 
     def same(self, other: Layout) -> bool:
         """Whether both lay a parameter out alike."""
@@ -58,12 +85,12 @@ class Layout:
         return plain and (self.index is None or (other.index is not None and torch.equal(self.index, other.index)))
 
 
-def layout_of(block: KroneckerBlock, shape: torch.Size) -> Layout:
+def layout_of(block: Block, shape: torch.Size) -> Layout:
     """The layout of a block's parameter, read off the numbers of its elements."""
     elements = torch.arange(shape.numel())
     found = block.matrix(elements.reshape(shape))
     size = (found.shape[0], found.shape[1], found.shape[2])
-    for axes in permutations(range(3)):
+    for axes in permutations(range(3)) if found.numel() == len(elements) else ():
         if torch.equal(elements.reshape([size[a] for a in axes]).permute(_inverse(axes)), found):
             return Layout(tuple(shape), size, axes)
     return Layout(tuple(shape), size, None, found.contiguous())
@@ -73,28 +100,94 @@ def _inverse(axes: tuple[int, ...]) -> list[int]:
     return [axes.index(i) for i in range(len(axes))]
 
 
-class Average(NamedTuple):
-    """The running average of a block's factors, over a number of batches."""
+def flat_layout(shape: torch.Size) -> Layout:
+    """A parameter as one row of elements, `[1,1,P]`."""
+    return Layout(tuple(shape), (1, 1, shape.numel()), (0, 1, 2))
 
-    block: KroneckerBlock
+
+class Measured(NamedTuple):
+    """A block as one batch gave it; moments: `[K,O,I]`, the batch's second moments in an eigenbasis of the block."""
+
+    block: Block
+    moments: Callable[[EigenBlock], Tensor] | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """The block's tensors."""
+        return [t for t in _tensors(self.block).values() if t is not None]
+
+
+class Average(NamedTuple):
+    """The running average of a block, over a number of batches.
+
+    eigen: beside Kronecker factors, the running second moments in an eigenbasis of theirs.
+    """
+
+    block: Block
     layout: Layout
     batches: int = 1
+    eigen: EigenBlock | None = None
 
 
-def average(old: Average | None, block: KroneckerBlock, layout: Layout, decay: float) -> Average:
+def average(old: Average | None, block: Block, layout: Layout, decay: float) -> Average:
     """The exponential moving average with bias correction, one batch further.
 
     S_t = ρ S_{t-1} + (1-ρ) X_t from S_0 = 0, divided by 1 - ρ^t; kept in the equal form
     M_t = M_{t-1} + (1-ρ)/(1-ρ^t) (X_t - M_{t-1}). Begins anew where the block has changed its form.
     Source: Martens and Grosse (2015), section 5; the correction is Adam's (Kingma and Ba, 2015, section 3).
     """
-    new = replace(block, A=_widened(block.A), B=_widened(block.B), fold=layout.fold, matrix=layout.matrix)
+    new = _replaced(block, {key: _widened(t) for key, t in _tensors(block).items()}, layout)
     if old is None or not _same_form(old, new, layout):
         return Average(new, layout)
     batches = old.batches + 1
-    weight = (1 - decay) / (1 - decay**batches)
-    a = None if old.block.A is None or new.A is None else old.block.A.lerp(new.A, weight)
-    return Average(replace(old.block, A=a, B=old.block.B.lerp(new.B, weight)), layout, batches)
+    weight, its = _weight(decay, batches), _tensors(new)
+    joined = {key: None if t is None else t.lerp(its[key], weight) for key, t in _tensors(old.block).items()}
+    return old._replace(block=_replaced(old.block, joined, layout), batches=batches)
+
+
+def with_moments(name: str, held: Average, moments: Callable[[EigenBlock], Tensor], decay: float) -> Average:
+    """The average with the second moments of its last batch taken in; the first ones are in the factors' eigenbasis.
+
+    Without an eigenbasis, where there is no eigendecomposition, there are none.
+    Source: George et al. (2018), algorithm 1, with running averages as in their section 4.
+    """
+    assert isinstance(held.block, KroneckerBlock)
+    eigen = held.eigen
+    if eigen is None:
+        basis = _eigenbasis(name, held.block)
+        return held if basis is None else held._replace(eigen=replace(basis, spectrum=_widened(moments(basis))))
+    spectrum = eigen.spectrum.lerp(_widened(moments(eigen)), _weight(decay, held.batches))
+    return held._replace(eigen=replace(eigen, spectrum=spectrum))
+
+
+def rebased(name: str, held: Average) -> Average:
+    """The average in the present eigenbasis Q' of its factors: the diagonal there of the matrix that it stood for.
+
+    S' = (Q'ᵀ Q)² S for the eigenvectors Q = Q_B ⊗ Q_A before, squared elementwise. Stays in the basis that it has where
+    there is no eigendecomposition.
+    """
+    assert isinstance(held.block, KroneckerBlock)
+    old, new = held.eigen, _eigenbasis(name, held.block)
+    if old is None or new is None:
+        return held
+    left, right = _overlap(new.basis_out, old.basis_out), _overlap(new.basis_in, old.basis_in)
+    spectrum = old.spectrum if left is None else left @ old.spectrum
+    return held._replace(eigen=replace(new, spectrum=spectrum if right is None else spectrum @ right.mT))
+
+
+def _overlap(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    """`[K,I,I]`: squared inner products of the eigenvectors; None where both are the identity."""
+    return None if new is None or old is None else (new.mT @ old).square()
+
+
+def _eigenbasis(name: str, block: KroneckerBlock) -> EigenBlock | None:
+    try:
+        return block.eigh(name)
+    except (LayerwiseError, RuntimeError):  # torch's LinAlgError is a RuntimeError
+        return None
+
+
+def _weight(decay: float, batches: int) -> float:
+    return (1 - decay) / (1 - decay**batches)
 
 
 def merge(old: Mapping[str, Average], new: Mapping[str, Average]) -> dict[str, Average]:
@@ -105,7 +198,20 @@ def merge(old: Mapping[str, Average], new: Mapping[str, Average]) -> dict[str, A
 
 
 def _names(key: str, held: Average) -> tuple[str, ...]:
-    return (key,) if held.block.bias is None else (key, held.block.bias)
+    name = held.block.parameter or key
+    return (name,) if held.block.bias is None else (name, held.block.bias)
+
+
+_TENSORS = ("A", "B", "basis_in", "basis_out", "spectrum")
+
+
+def _tensors(block: Block) -> dict[str, Any]:
+    """The tensors of a block, by field; None among them."""
+    return {key: getattr(block, key) for key in _TENSORS if hasattr(block, key)}
+
+
+def _replaced(block: Block, tensors: Mapping[str, Any], layout: Layout) -> Any:
+    return replace(block, **tensors, fold=layout.fold, matrix=layout.matrix)
 
 
 def _widened(factor: Any) -> Any:
@@ -113,31 +219,37 @@ def _widened(factor: Any) -> Any:
     return factor.float() if factor is not None and factor.dtype in (torch.float16, torch.bfloat16) else factor
 
 
-def _same_form(old: Average, new: KroneckerBlock, layout: Layout) -> bool:
-    one, two = (None if b.A is None else (b.A.shape, b.A.dtype) for b in (old.block, new))
-    same = one == two and old.block.B.shape == new.B.shape and old.block.B.dtype == new.B.dtype
-    return same and old.block.bias == new.bias and old.layout.same(layout)
+def _same_form(old: Average, new: Block, layout: Layout) -> bool:
+    one, two = (
+        {key: None if t is None else (t.shape, t.dtype) for key, t in _tensors(b).items()} for b in (old.block, new)
+    )
+    return one == two and old.block.bias == new.bias and old.layout.same(layout)
 
 
 # --- inverses -------------------------------------------------------------------------------------
 
 
 class Inverse(NamedTuple):
-    """A block's damped inverse, None for the identity; raised: the damping was, or the form changed."""
+    """A block's damped inverse, None for the identity.
 
-    block: KroneckerBlock | EigenBlock | None
+    raised: the damping was, or the form changed. kept: it is that of an earlier average.
+    """
+
+    block: Block | None
     raised: bool = False
+    kept: bool = False
 
 
 @torch.no_grad()
-def invert(name: str, block: KroneckerBlock, damping: float, form: str) -> Inverse:
+def invert(name: str, block: Block, damping: float, form: str, last: Inverse | None = None) -> Inverse:
     """The damped inverse on a ladder that never raises and never gives NaN.
 
     form: "pi" `(B + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹` with `π² = (tr A / I) / (tr B / O)`; "factored" the same with π = 1;
-    "eigen" `(B ⊗ A + λI)⁻¹`. Where that fails, or is larger than 1/λ (then a factor was not positive
-    semidefinite), λ is raised tenfold, three times; then "eigen", which drops negative eigenvalues, and in the end
-    the identity.
-    Source: Martens and Grosse (2015), section 6.3 ("pi"); George et al. (2018) ("eigen").
+    "eigen" `(B ⊗ A + λI)⁻¹`; "input" `I ⊗ (A + λI)⁻¹`. A block with a spectrum S has `Q (|S| + λ)⁻¹ Qᵀ`, whatever the
+    form. Each factor is inverted by Cholesky, then with jitter, then by its eigendecomposition in float64 (`ridge`).
+    Where that fails, or is larger than 1/λ (then a factor was not positive semidefinite), λ is raised tenfold, three
+    times; then "eigen", which drops negative eigenvalues; then the last good inverse; in the end the identity.
+    Source: Martens and Grosse (2015), section 6.3 ("pi"); George et al. (2018) ("eigen"); Benzing (2022) ("input").
     """
     attempts = [(form, damping * raise_) for raise_ in _RAISES]
     if form != "eigen":
@@ -149,16 +261,23 @@ def invert(name: str, block: KroneckerBlock, damping: float, form: str) -> Inver
             continue
         if found is not None:
             return Inverse(found, attempt > 0)
-    return Inverse(None, True)
+    return Inverse(None, True) if last is None or last.block is None else last._replace(kept=True)
 
 
-def _inverted(name: str, block: KroneckerBlock, damping: float, form: str) -> KroneckerBlock | EigenBlock | None:
-    if form == "eigen":
-        eigen = block.eigh(name)
-        spectrum = 1 / (eigen.spectrum + damping)
-        return replace(eigen, spectrum=spectrum) if bool(torch.isfinite(spectrum).all()) else None
-    found = block.inverse(name, damping, balanced=form == "pi")
-    largest = _largest(found.input_factor).double() * _largest(found.B).double()
+def _inverted(name: str, block: Block, damping: float, form: str) -> Block | None:
+    if isinstance(block, EigenBlock) or form == "eigen":
+        eigen = block if isinstance(block, EigenBlock) else block.eigh(name)
+        spectrum = 1 / (eigen.spectrum.abs() + damping)
+        # 1 / infinity is 0: a spectrum beyond its type's range would stop the parameter
+        good = torch.isfinite(spectrum).all() & torch.isfinite(eigen.spectrum).all()
+        return replace(eigen, spectrum=spectrum) if bool(good) else None
+    if form == "input":
+        a = block.input_factor
+        found = replace(block, A=inverse(a, damping) if a.ndim == 3 else reciprocal(name, a + damping))
+        largest = _largest(found.input_factor).double()
+    else:
+        found = block.inverse(name, damping, balanced=form == "pi")
+        largest = _largest(found.input_factor).double() * _largest(found.B).double()
     # NaN compares false
     return found if bool((largest * damping <= _SLACK).all()) and bool(torch.isfinite(largest).all()) else None
 
@@ -173,40 +292,39 @@ def _largest(x: Tensor) -> Tensor:
 
 # --- state ----------------------------------------------------------------------------------------
 
-_TENSORS = ("A", "B", "basis_in", "basis_out", "spectrum")
-
 
 def save(held: Average, inverse: Inverse | None) -> dict[str, Any]:
     """A block's state as numbers, strings and tensors."""
-    layout = held.layout
+    block, layout = held.block, held.layout
     state: dict[str, Any] = {
-        "A": held.block.A, "B": held.block.B, "bias": held.block.bias, "batches": held.batches,
-        "shape": list(layout.shape), "size": list(layout.size), "index": layout.index,
+        **_tensors(block), "bias": block.bias, "parameter": block.parameter, "form": block.form,
+        "batches": held.batches, "shape": list(layout.shape), "size": list(layout.size), "index": layout.index,
         "axes": None if layout.axes is None else list(layout.axes), "inverse": None,
+        "eigen": None if held.eigen is None else _tensors(held.eigen),
     }  # fmt: skip
     if inverse is not None:
-        state["inverse"] = {"raised": inverse.raised, "identity": inverse.block is None}
-        state["inverse"] |= {key: getattr(inverse.block, key) for key in _TENSORS if hasattr(inverse.block, key)}
+        tensors = {} if inverse.block is None else _tensors(inverse.block)
+        state["inverse"] = {"raised": inverse.raised, "kept": inverse.kept, **tensors}
     return state
 
 
 def load(state: Mapping[str, Any], device: torch.device) -> tuple[Average, Inverse | None]:
     """What `save` gave, on a device, in tensors of its own."""
-
-    def tensors(source: Mapping[str, Any]) -> dict[str, Any]:
-        found = {key: source[key] for key in _TENSORS if key in source}
-        return {key: None if t is None else t.to(device, copy=True) for key, t in found.items()}
-
     axes, size = state["axes"], state["size"]
     layout = Layout(
         tuple(state["shape"]), (size[0], size[1], size[2]), None if axes is None else tuple(axes), state["index"]
     )
-    maps: dict[str, Any] = {"fold": layout.fold, "matrix": layout.matrix, "bias": state["bias"]}
-    held = Average(KroneckerBlock(**tensors(state), **maps), layout, state["batches"])
-    saved = state["inverse"]
-    if saved is None:
-        return held, None
-    if saved["identity"]:
-        return held, Inverse(None, saved["raised"])
-    kind = EigenBlock if "spectrum" in saved else KroneckerBlock
-    return held, Inverse(kind(**tensors(saved), **maps), saved["raised"])
+
+    def block(source: Mapping[str, Any]) -> Any:
+        tensors = {key: source[key] for key in _TENSORS if key in source}
+        if not tensors:
+            return None
+        kind: Any = EigenBlock if "spectrum" in tensors else KroneckerBlock
+        return kind(
+            **{key: None if t is None else t.to(device, copy=True) for key, t in tensors.items()},
+            **{key: state[key] for key in ("bias", "parameter", "form")}, fold=layout.fold, matrix=layout.matrix,
+        )  # fmt: skip
+
+    eigen, saved = state["eigen"], state["inverse"]
+    held = Average(block(state), layout, state["batches"], None if eigen is None else block(eigen))
+    return held, None if saved is None else Inverse(block(saved), saved["raised"], saved["kept"])

@@ -63,17 +63,18 @@ def _sharing(held: Gradients, new: Gradients) -> Gradients:
 
 
 def second_moment(gradients: Gradients, block: EigenBlock) -> Tensor:
-    """`[K,O,I]`: sum of the squared per-sample gradients in the eigenbasis of a block."""
+    """`[K,O,I]`: sum of the squared per-sample gradients in the eigenbasis of a block, in its type."""
+    dtype = block.spectrum.dtype
     if isinstance(gradients, Tensor):
-        return block.rotate(gradients[:, None]).square_().sum(0)
-    rows, g = with_constant(gradients, block), gradients.g
+        return block.rotate(gradients[:, None].to(dtype)).square_().sum(0)
+    rows, g = with_constant(gradients, block), gradients.g.to(dtype)
     if block.basis_out is not None:
         g = (g.transpose(2, 3) @ block.basis_out).transpose(2, 3)
     a = rows.a
     if a is not None and block.basis_in is not None:
         rows = rows if a.is_floating_point() else grams.written_out(rows)
         assert rows.a is not None
-        a = (rows.a.transpose(1, 2) @ block.basis_in).transpose(1, 2)
+        a = (rows.a.to(dtype).transpose(1, 2) @ block.basis_in).transpose(1, 2)
     return contract.second_moment(Rows(a, g, rows.size_in))
 
 

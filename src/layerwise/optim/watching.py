@@ -1,0 +1,138 @@
+"""One watched batch: an observation that survives NaN, and batches whose samples cannot be told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.coverage import prove
+from layerwise.errors import AmbiguousSamples, BadInput, NoBackward, NonFinite, SamplesMixed, Undefined
+from layerwise.local.finite import first_bad_call
+from layerwise.local.record import is_finite
+from layerwise.observe import observe
+from layerwise.optim.factors import Measured
+from layerwise.pull import alone
+from layerwise.quantities.base import Quantity
+from layerwise.seen import Seen
+from layerwise.tape import Tape
+from layerwise.uses import Use
+
+__all__ = ["Watch", "Watched", "bad_gradient"]
+
+_UNTOLD = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # samples that are mixed, or hard to find
+
+
+@dataclass
+class Watched:
+    """What a watched batch gave: measured blocks, where they are due, and the first place that was not finite.
+
+    left: the parameters that no Kronecker factors fit, where that was asked. kinds: of each block. suspect: what was
+    not finite where no place is known, to be named where the gradients are.
+    """
+
+    blocks: dict[str, Measured] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    left: set[str] | None = None
+    bad: str | None = None
+    suspect: str | None = None
+    due: bool = False
+    backward: Callable[[Tensor, Sequence[Tensor]], list[Tensor | None]] | None = None
+    uses: list[Use] = field(default_factory=list)
+
+
+class Watch(observe):
+    """An observation in which a loss that is not finite runs back as it would without.
+
+    ask: the quantities by kind; whether the samples of the batch can be told apart is its argument. Where a first
+    batch cannot be measured sample by sample, it is asked again for what can do without. keep: hold what the calls
+    read and gave until the batch is found good, to name the first bad one.
+    """
+
+    _keeps_inputs = True  # to name the call that made a gradient overflow
+
+    def __init__(self, model: Any, ask: Callable[[bool], Mapping[str, Quantity]], watched: Watched, keep: bool) -> None:
+        self._asked = ask(False)
+        super().__init__(model, *self._asked.values())
+        self._ask, self._watched, self._keep, self._passes = ask, watched, keep, 0
+        self._keeps_outputs = keep
+
+    def __enter__(self) -> Seen:
+        self._results = super().__enter__()
+        return self._results
+
+    def result(self) -> dict[str, Any]:
+        """What was measured, by kind. Raises BadInput where no backward pass ran."""
+        try:
+            return {kind: self._results[quantity] for kind, quantity in self._asked.items()}
+        except NoBackward:
+            raise BadInput(
+                "this batch was watched to measure factors, but no backward pass ran; call loss.backward() "
+                "inside `with pre.watch()`"
+            ) from None
+
+    def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
+        with alone(total.device.type):
+            finite = is_finite(total)
+            if self._keep or not finite:
+                self._watched.uses += prove(tape, total, weight).uses
+            if not finite:
+                self._watched.bad = first_bad_call(tape.uses) or "the loss"
+        if not finite:
+            return run()
+        uses = list(tape.uses)
+        self._ran = False
+
+        def once() -> Any:
+            self._ran = True
+            return run()
+
+        try:
+            return self._observed(tape, total, weight, once)
+        except NonFinite:
+            self._watched.bad = first_bad_call(self._watched.uses or uses)
+            if self._ran:  # a gradient; the observation has taken it out of `.grad`
+                self._watched.bad = self._watched.bad or "a gradient"
+                return None
+            self._watched.suspect = "the curvature"
+            return run()
+
+    def _observed(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
+        try:
+            out = super()._on_backward(tape, total, weight, run)
+        except _UNTOLD:
+            again = self._ask(True)
+            if self._ran or self._passes or not again:
+                raise
+            self._asked, self._quantities = again, tuple(again.values())
+            self._results = self._seen = Seen(self._quantities, self._scale, list(tape.parameters))
+            out = super()._on_backward(tape, total, weight, run)
+        self._passes += 1
+        return out
+
+    def backward(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of a loss that was computed here, none of them in `.grad`."""
+        assert self._tape is not None
+        found: list[Tensor | None] = [None for _ in inputs]
+
+        def run() -> None:
+            found[:] = torch.autograd.grad(loss, inputs, allow_unused=True)
+
+        self._on_backward(self._tape, loss, None, run)
+        return found
+
+
+def bad_gradient(grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
+    """The first gradient whose norm under the largest preconditioner, `|g|² / λ`, is no number of its type."""
+    if not grads:
+        return None
+    tensors = [g if g.dtype is torch.float64 else g.float() for g in grads.values()]
+    device = tensors[0].device
+    norms = torch.stack([n.to(device, torch.float64) for n in torch._foreach_norm(tensors)]).tolist()
+    for name, g, norm in zip(grads, tensors, norms, strict=True):
+        if not norm * norm / damping(name) < torch.finfo(g.dtype).max:
+            return f"the gradient of {name}"
+    return None
