@@ -1,15 +1,17 @@
 """CPU time and peak memory of a training step with each of our optimizers, against torch's Adam and RMSProp.
 
-    python -m benchmarks.step_cost [--threads 1] [--repeats 15] [--problem mnist|digits|both] [--arms NAME ...]
-                                   [--json FILE]
+    python -m benchmarks.step_cost [--threads 1] [--repeats 15] [--problem mnist|digits|mnist-2x100|all]
+                                   [--arms NAME ...] [--json FILE]
 
 Whole steps: forward, backward and update. Two autoencoders: the deep one of MNIST (random pixels, batch 1000,
 784-1000-500-250-30 and back) and the small one of scikit-learn's digits (random pixels, batch 100,
-64-128-64-16 and back), where the calls cost more than the arithmetic. Nothing is learnt from random
+64-128-64-16 and back), where the calls cost more than the arithmetic; and a classifier of MNIST
+(784-100-100-10, batch 200), for alternating minimization. Nothing is learnt from random
 pixels; only the time counts. Arms are interleaved in alternating order, a figure is the lower quartile.
 Memory is that of training: the peak of resident memory over three steps, above what the process held before the model
 was made, so with weights, gradients and state; each arm in a process of its own (Linux only). RMSProp and Adam run in
-torch's loop over tensors and in its `foreach` form; the faster RMSProp is the one to compare with.
+torch's loop over tensors and in its `foreach` form; the faster RMSProp is the one to compare with, and for the
+classifier the faster Adam.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import multiprocessing
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,38 +65,64 @@ OURS: dict[str, Build] = {
     "LocoProp-S, all rows": lambda model: lw.LocoProp(model, loss="squared", rows="all"),
     "AltMin (Adam)": lw.AltMin,
     "AltMin (SGD)": lambda model: lw.AltMin(model, weights="sgd"),
+    "AltMin (memory)": lambda model: lw.AltMin(model, weights="memory"),
     "AltMin (sweep)": lambda model: lw.AltMin(model, codes="sweep"),
     "KFAC, no factors due": _kfac(NEVER, NEVER),
     "KFAC, new factors": _kfac(1, NEVER),
     "KFAC, new factors and inverses": _kfac(1, 1),
     "DiagNewton, new diagonal": lambda model: lw.optim.DiagNewton(model, update_every=1),
 }
-PROBLEMS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int]]] = {
-    "mnist": (autoencoder.deep_autoencoder, (1000, autoencoder.SIZES[0])),
-    "digits": (digits.autoencoder, (100, digits.SIZES[0])),
+ALTMIN = [name for name in OURS if name.startswith("AltMin")]
+OTHERS = [name for name in OURS if name != "AltMin (memory)"]  # whose codes take a column for every output
+
+
+class Problem(NamedTuple):
+    """A net by seed, the shape of a batch, the loss, whose faster form to compare with, and the arms by default."""
+
+    make: Callable[[int], nn.Module]
+    shape: tuple[int, int]
+    loss: Callable[[nn.Module, Tensor], Tensor]
+    base: str
+    arms: list[str]
+
+
+def classifier(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+LABELS = torch.arange(200) % 10
+
+
+def class_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x), LABELS)
+
+
+_LOSS = autoencoder.reconstruction_loss
+PROBLEMS = {
+    "mnist": Problem(autoencoder.deep_autoencoder, (1000, autoencoder.SIZES[0]), _LOSS, "RMSProp", OTHERS),
+    "digits": Problem(digits.autoencoder, (100, digits.SIZES[0]), _LOSS, "RMSProp", OTHERS),
+    "mnist-2x100": Problem(classifier, (200, 784), class_loss, "Adam", ALTMIN),
 }
 
 
-def ordinary(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> Step:
+def ordinary(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Step:
     def step() -> None:
         optimizer.zero_grad()
-        autoencoder.reconstruction_loss(model, x).backward()
+        loss().backward()
         optimizer.step()
 
     return step
 
 
-def layer_local(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> Step:
-    return lambda: optimizer.step(lambda: autoencoder.reconstruction_loss(model, x))  # type: ignore[arg-type, return-value]
-
-
 def arm_of(problem: str, name: str) -> Step:
     """A step of one optimizer, with a model of its own."""
-    make, shape = PROBLEMS[problem]
-    x, model = torch.rand(shape, generator=torch.Generator().manual_seed(0)), make(0)
+    given = PROBLEMS[problem]
+    x, model = torch.rand(given.shape, generator=torch.Generator().manual_seed(0)), given.make(0)
     if name in TORCHS:
-        return ordinary(model, x, TORCHS[name](model))
-    return layer_local(model, x, OURS[name](model))
+        return ordinary(lambda: given.loss(model, x), TORCHS[name](model))
+    optimizer = OURS[name](model)
+    return lambda: optimizer.step(lambda: given.loss(model, x))  # type: ignore[arg-type, return-value]
 
 
 def peaks(problem: str, names: Sequence[str], threads: int) -> dict[str, float]:
@@ -120,8 +148,8 @@ def _peak(problem: str, name: str, threads: int) -> float:
 
 
 def report(problem: str, seconds: dict[str, float], memory: dict[str, float]) -> str:
-    """Markdown: times and memory, and their ratios to those of the faster RMSProp."""
-    torchs = [name for name in seconds if name.startswith("RMSProp")]
+    """Markdown: times and memory, and their ratios to those of the faster form of torch's optimizer."""
+    torchs = [name for name in seconds if name.startswith(PROBLEMS[problem].base)]
     base = min(torchs, key=lambda name: seconds[name])
     lines = [f"| {problem}: step | ms | MB | time / {base} | memory / {base} |", "|---|---:|---:|---:|---:|"]
     for arm, time in seconds.items():
@@ -134,8 +162,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--problem", choices=[*PROBLEMS, "both"], default="both")
-    parser.add_argument("--arms", nargs="+", choices=list(OURS), default=list(OURS), metavar="NAME",
+    parser.add_argument("--problem", choices=[*PROBLEMS, "all"], default="all")
+    parser.add_argument("--arms", nargs="+", choices=list(OURS), metavar="NAME",
                         help=f"beside torch's: {', '.join(OURS)}")  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(argv)
@@ -144,9 +172,9 @@ def main(argv: list[str] | None = None) -> None:
         "torch": torch.__version__, "machine": platform.machine(), "threads": options.threads,
         "repeats": options.repeats, "seconds": {}, "megabytes": {},
     }  # fmt: skip
-    names = [*TORCHS, *options.arms]
     print(f"threads {options.threads}, lower quartile of {options.repeats}, CPU time")
-    for problem in PROBLEMS if options.problem == "both" else [options.problem]:
+    for problem in PROBLEMS if options.problem == "all" else [options.problem]:
+        names = [*TORCHS, *(options.arms or PROBLEMS[problem].arms)]
         memory = peaks(problem, names, options.threads)
         seconds = interleaved({name: arm_of(problem, name) for name in names}, options.repeats, warm_up=2)
         result["seconds"][problem], result["megabytes"][problem] = seconds, memory

@@ -629,6 +629,9 @@ def test_fused_steps_have_the_bits_of_torchs(settings: dict[str, Any]) -> None:
                 p.grad = q.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
             if t == 3:
                 ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
-            ours.advance()
+            if t in (0, 3, 4):  # gathered at a step, it serves as long as the state is the same
+                advance = ours.ready()
+            with torch.no_grad():
+                advance()
             theirs.step()
             assert all(map(torch.equal, *params))

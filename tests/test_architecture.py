@@ -21,7 +21,7 @@ PACKAGE = SRC / "layerwise"
 LEVELS = tuple(
     set(level.split(" ")) if level else {""}
     for level in (
-        "errors memory costs",
+        "errors memory costs finite",
         "ops losses nn",
         "calls uses loss_record tape coverage pull samples program replay likelihoods products chain recompute "
         "boundary separate residuals",

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from layerwise.finite import is_finite
 from layerwise.local.layers import Layer
 from layerwise.local.problem import contract
-from layerwise.local.record import Recorded, is_finite
+from layerwise.local.record import Recorded
 from layerwise.uses import Use
 
 __all__ = ["first_bad_call", "unsafe"]
@@ -31,10 +32,10 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     tensors: list[Tensor] = []
     parts = [part for layer in recorded.layers for part in layer.parts]
     for part in parts:
-        data = [t for t in part.data() if t.is_floating_point()]
+        data = [t for t in part.data if t.is_floating_point()]
         places += [f"the input of {part.name}"] * len(data)
         places += [part.name, f"the cotangent at the output of {part.name}"]
-        tensors += [*data, part.weight.used, recorded.cotangents[part.use.index]]
+        tensors += [*data, part.parameter, recorded.cotangents[part.use.index]]
     for name, g in recorded.gradients.items():
         places.append(f"the gradient of {name}")
         tensors.append(g)
@@ -44,10 +45,10 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
             return place
     left = iter(norms)
     for part in parts:
-        a = sum(next(left) for t in part.data() if t.is_floating_point())
+        a = sum(next(left) for t in part.data if t.is_floating_point())
         # the rows are no data of the call: indices, or a norm's normalised input
-        a += part.use.call.out_shape.numel() ** 0.5 if part.weight.indexed or part.weight.elementwise else 0.0
-        w, back, factor, most = next(left), next(left), gamma(part.name), _most(part.weight.used)
+        a += part.use.call.out_shape.numel() ** 0.5 if part.kind.indexed or part.kind.elementwise else 0.0
+        w, back, factor, most = next(left), next(left), gamma(part.name), _most(part.parameter)
         if max(a, 1.0) * max(w, back * factor) * MARGIN > most and (found := _overflow(recorded, part, factor)):
             return found
     for (name, rest), norm in zip(recorded.gradients.items(), left, strict=True):
@@ -74,11 +75,14 @@ def _norms(tensors: list[Tensor]) -> list[float]:
     """Euclidean norms, brought over from the device at once; beyond the type's range they are infinite."""
     if not tensors:
         return []
-    device = tensors[0].device
-    norms = []
-    for t in tensors:
-        kind = t.dtype if t.dtype is torch.float64 else torch.float32
-        norms.append(torch.linalg.vector_norm(t, dtype=kind).to(device, torch.float64))
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if dtype in (torch.float32, torch.float64) and all(t.dtype is dtype and t.device == device for t in tensors):
+        norms = list(torch._foreach_norm(tensors))
+    else:
+        norms = []
+        for t in tensors:
+            kind = t.dtype if t.dtype is torch.float64 else torch.float32
+            norms.append(torch.linalg.vector_norm(t, dtype=kind).to(device, torch.float64))
     found: list[float] = torch.stack(norms).tolist()
     # a finite tensor with an infinite norm: bounded by its largest entry instead
     for j, norm in enumerate(found):
@@ -97,7 +101,7 @@ def _overflow(recorded: Recorded, layer: Layer, factor: float) -> str | None:
     if not is_finite(layer.output()):
         return f"the output of {layer.name}"
     g = layer.rows(recorded.cotangents[layer.use.index]) * factor
-    gradient = contract(g, layer.input(), layer.weight.matrix(layer.weight.used.detach()).shape[-1])
+    gradient = contract(g, layer.input(), layer.matrix().shape[-1])
     if not (is_finite(g) and is_finite(gradient.square()) and is_finite(g.sum(0).square())):
         return f"the square of the gradient of {layer.name}"
     return None

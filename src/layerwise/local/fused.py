@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,22 +12,37 @@ __all__ = ["FusedAdam", "FusedSGD"]
 
 
 class _Fused(torch.optim.Optimizer):
-    """Steps of the same bits as `step`'s, by `advance`, for dense parameters of one type on one device."""
+    """Steps of the same bits as `step`'s, by `ready`, for dense parameters of one type on one device."""
 
     _kept: tuple[str, ...]
     _shared: tuple[str, ...]
 
-    @torch.no_grad()
-    def advance(self) -> None:
-        """The step itself, without torch's hooks around it; the first one, which makes the state, is `step`'s."""
+    def ready(self) -> Callable[[], None]:
+        """The step itself, without torch's hooks around it; the first one, which makes the state, is `step`'s.
+
+        To be called under no_grad, and as long as the same parameters have gradients, in the same groups.
+        """
+        found: list[tuple[dict[str, Any], list[Tensor], list[list[Tensor]]]] = []
+
+        def advance() -> None:
+            if not found and not self._has_state():
+                self.step()
+                return
+            if not found:
+                found.extend((group, some, self._state_of(some)) for group, some in self._alike())
+            for group, some, kept in found:
+                self._kernel(some, [p.grad for p in some], kept, group)
+
+        return advance
+
+    def _has_state(self) -> bool:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(self.state.get(p, {}).get(key) is None for p in params for key in self._kept):
-            self.step()
-            return
-        for group, some in self._alike():
-            self._kernel(
-                some, [p.grad for p in some], [[self.state[p][key] for p in some] for key in self._kept], group
-            )
+        states = [self.state.get(p, {}) for p in params]
+        return all(state.get(key) is not None for state in states for key in self._kept)
+
+    def _state_of(self, params: list[Tensor]) -> list[list[Tensor]]:
+        states = [self.state[p] for p in params]
+        return [[state[key] for state in states] for key in self._kept]
 
     def _alike(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         """Parameters with a gradient, those of groups with equal numbers together."""
@@ -47,7 +62,7 @@ class _Fused(torch.optim.Optimizer):
 
 
 class FusedAdam(_Fused, torch.optim.Adam):
-    """`torch.optim.Adam(fused=True)`, with `advance`."""
+    """`torch.optim.Adam(fused=True)`, with `ready`."""
 
     _kept = ("exp_avg", "exp_avg_sq", "step")
     _shared = ("lr", "betas", "eps", "weight_decay", "maximize")
@@ -64,18 +79,14 @@ class FusedAdam(_Fused, torch.optim.Adam):
 
 
 class FusedSGD(_Fused, torch.optim.SGD):
-    """`torch.optim.SGD(fused=True)`, with `advance`."""
+    """`torch.optim.SGD(fused=True)`, with `ready`."""
 
     _kept = ("momentum_buffer",)
     _shared = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
-    @torch.no_grad()
-    def advance(self) -> None:
+    def ready(self) -> Callable[[], None]:
         """As Adam's; without momentum there is no state, and the step is `step`'s."""
-        if all(group["momentum"] for group in self.param_groups):
-            super().advance()
-        else:
-            self.step()
+        return super().ready() if all(group["momentum"] for group in self.param_groups) else self.step
 
     def _kernel(self, params: list[Tensor], grads: list[Any], kept: list[list[Tensor]], group: dict[str, Any]) -> None:
         torch._fused_sgd_(

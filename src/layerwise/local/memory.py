@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput, NonFinite
+from layerwise.finite import is_finite
 from layerwise.local.closed import inputs_with_ones, residual
 from layerwise.local.problem import LocalProblem, lean
 from layerwise.operators.ridge import coordinate_descent, inverse, ridge
@@ -102,7 +103,7 @@ class Memory:
         w = _joined(problem)
         fresh: dict[str, Any] = {"A": seen, "rows": kept + rows, "steps": step}
         diagonal = seen.diagonal(dim1=-2, dim2=-1)
-        if not bool(torch.isfinite(diagonal).all()):  # bounds all other entries
+        if not is_finite(diagonal):  # bounds all other entries
             raise NonFinite(f"the moments of {step} batches are not finite")
         damping = self._ridge * diagonal.mean(-1) + problem.stiffness / rows
         leaning = _leaning(problem)
@@ -118,7 +119,7 @@ class Memory:
             right = fresh["B"] if leaning is None else fresh["B"] - leaning / rows
             right = right + w * (problem.stiffness / rows)
             moved = self._absolute(w, seen, right, damping, sparse) - w
-        if not bool(torch.isfinite(moved).all()):
+        if not is_finite(moved):
             raise NonFinite(f"the solution of a Memory of {step} batches is not finite; raise its ridge")
         state |= fresh
         return (moved, None) if problem.bias is None else (moved[..., :-1], moved[..., -1])

@@ -170,6 +170,8 @@ def local_loss(problem: LocalProblem, weight: Tensor | None = None, bias: Tensor
 
 def lean(problem: LocalProblem) -> tuple[Tensor, Tensor | None] | None:
     """The gradient `Σ_j c_j (W₀ − C_j)` of the quadratic terms at the starting weights; None where it is zero."""
+    if not problem.pulls:
+        return None
     found: list[Tensor | None] = []
     for start, centres in (
         (problem.weight, [(p.strength, p.weight) for p in problem.pulls]),

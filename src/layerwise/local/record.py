@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from layerwise.coverage import prove
 from layerwise.errors import BadInput
+from layerwise.finite import is_finite
+from layerwise.local.kinds import Kinds
 from layerwise.local.layers import Layer, layers_of
 from layerwise.local.problem import LocalProblem, Pull, predict, target_m
 from layerwise.local.targets import Target
@@ -20,7 +22,7 @@ from layerwise.pull import hooked, pull
 from layerwise.replay import check_loss
 from layerwise.tape import Tape
 
-__all__ = ["Recorded", "dense", "is_finite", "problem_of", "pulled", "record"]
+__all__ = ["Recorded", "dense", "problem_of", "pulled", "record"]
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,19 @@ def record(
     ours: Callable[[Tensor], bool] = lambda p: True,
     matrices: bool = False,
     crosses: bool = False,
+    kinds: Kinds | None = None,
 ) -> Recorded:
     """Run the closure once and take the cotangents of its layers, and gradients of the other parameters.
 
-    ours: whether a parameter is to be moved; the others are constants. matrices: as in `layers_of`. crosses: as for
-    `Tape`. The closure returns the loss; where it calls backward itself, the cotangents stream from that pass.
+    ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`. crosses: as
+    for `Tape`. The closure returns the loss; where it calls backward itself, the cotangents stream from that pass.
     Raises BadInput for a closure without a tensor loss, UncoveredUse for a parameter no call covers.
     """
     streamed: list[Recorded] = []
 
     def on_backward(tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         graph = prove(tape, total, weight, need_loss=False)
-        layers = layers_of(tape, graph, ours, matrices) if is_finite(total) else []
+        layers = layers_of(tape, graph, ours, matrices, kinds) if is_finite(total) else []
         inside = {name for layer in layers for name in layer.names}
         rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
         received: dict[int, Tensor] = {}
@@ -84,17 +87,21 @@ def record(
     check_loss(loss)
     if len(streamed) > 1:
         raise BadInput(f"the closure called backward {len(streamed)} times; one step takes one loss: add them up")
-    return replace(streamed[0], loss=loss.detach()) if streamed else pulled(tape, loss, ours, matrices)
+    return replace(streamed[0], loss=loss.detach()) if streamed else pulled(tape, loss, ours, matrices, kinds)
 
 
 def pulled(
-    tape: Tape, loss: Tensor, ours: Callable[[Tensor], bool] = lambda p: True, matrices: bool = False
+    tape: Tape,
+    loss: Tensor,
+    ours: Callable[[Tensor], bool] = lambda p: True,
+    matrices: bool = False,
+    kinds: Kinds | None = None,
 ) -> Recorded:
     """The layers of a recorded loss, with cotangents by one pull that computes no weight gradient."""
     graph = prove(tape, loss, None, need_loss=False)
     if not is_finite(loss):
         return Recorded(loss.detach(), tape, [], {}, {})
-    layers = layers_of(tape, graph, ours, matrices)
+    layers = layers_of(tape, graph, ours, matrices, kinds)
     inside = {name for layer in layers for name in layer.names}
     rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
     uses = [part.use for layer in layers for part in layer.parts]
@@ -112,7 +119,7 @@ def _fill(layers: list[Layer], cotangents: dict[int, Tensor]) -> None:
         if len(layer.others) and any(part.use.index in cotangents for part in layer.parts):
             for part in layer.parts:
                 if part.use.index not in cotangents:
-                    cotangents[part.use.index] = layer.weight.used.new_zeros(part.use.call.out_shape)
+                    cotangents[part.use.index] = layer.parameter.new_zeros(part.use.call.out_shape)
 
 
 @contextmanager
@@ -144,16 +151,16 @@ def problem_of(
     parts = layer.parts
     a = layer.join([part.input() for part in parts])
     g = layer.join([part.rows(recorded.cotangents[part.use.index]) for part in parts])
-    weight = layer.weight.matrix(layer.weight.used.detach())
+    weight = layer.matrix()
     bias = None
     if len(layer.names) > 1:
         bias = recorded.tape.parameters[layer.names[1]].detach().view(weight.shape[0], weight.shape[1])
     shifted = any(part.shifted for part in parts)
     # a look-up's rows leave out the padding's output as they do its cotangent: predicted, it stays where it is
-    known = all(part.value is not None for part in parts) and not layer.weight.indexed
+    known = all(part.value is not None for part in parts) and not layer.kind.indexed
     z = layer.join([part.rows(part.output()) for part in parts]) if shifted or known else None
     after: list[Tensor] = []
-    if transfer is layer.transfer and not layer.weight.indexed:
+    if transfer is layer.transfer and not layer.kind.indexed:
         after = [part.rows(part.after) for part in parts if part.after is not None]
     rest = None
     if z is None or shifted:
@@ -163,11 +170,6 @@ def problem_of(
         y = target_m(z, g, gamma, transfer, y=layer.join(after) if len(after) == len(parts) else None)
         return LocalProblem(a, weight, bias, y, transfer, None, g, gamma, rest, pulls)
     return LocalProblem(a, weight, bias, target(z, g, transfer), transfer, rest=rest, pulls=pulls)
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
-    return bool(torch.isfinite(x).all())
 
 
 def dense(g: Tensor) -> Tensor:

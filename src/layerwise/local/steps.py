@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from layerwise.local.problem import LocalProblem, contract, lean, predict
 __all__ = [
     "Schedule", "Workspace", "constant", "linear_floor", "linear_steps", "local_steps", "row_slices",
 ]  # fmt: skip
+
+_MOST_VIEWS = 256
 
 Form = Literal["auto", "plain", "gram"]
 Schedule = Callable[[int, int], float]
@@ -34,18 +37,36 @@ def constant(t: int, steps: int) -> float:
 
 
 class Workspace:
-    """Scratch memory for layers solved one after another: a flat buffer per name, grown as needed."""
+    """Scratch memory for layers solved one after another: a flat buffer per name, grown as needed; and constants."""
 
     def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._flat: dict[Any, Tensor] = {}
+        self._shaped: dict[Any, Tensor] = {}  # views of the buffers, and constants: making them costs more than a look
 
-    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor of a shape, with the type and device of `like`."""
-        key, size = (name, like.dtype, like.device), torch.Size(shape).numel()
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < size:
-            flat = self._flat[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return flat[:size].view(shape)
+        key = (name, shape, like.dtype, like.device)
+        found = self._shaped.get(key)
+        if found is None:
+            place, size = (name, like.dtype, like.device), math.prod(shape)
+            flat = self._flat.get(place)
+            if flat is None or flat.numel() < size:
+                flat = self._flat[place] = torch.empty(size, dtype=like.dtype, device=like.device)
+                self._shaped.clear()  # lets go of what the buffer was before
+            found = self._keep(key, flat[:size].view(shape))
+        return found
+
+    def constant(self, value: float, size: int, like: Tensor) -> Tensor:
+        """A vector of one number, not to be written on."""
+        key = (value, size, like.dtype, like.device)
+        found = self._shaped.get(key)
+        return self._keep(key, like.new_full((size,), value)) if found is None else found
+
+    def _keep(self, key: Any, made: Tensor) -> Tensor:
+        if len(self._shaped) >= _MOST_VIEWS:
+            self._shaped.clear()
+        self._shaped[key] = made
+        return made
 
 
 def row_slices(total: int, rows: int, step: int, offset: int = 0) -> list[tuple[int, int]]:
@@ -146,10 +167,12 @@ def _stepping(
     """A function that takes step t at the rate of the schedule; on exit the rates and `.grad`s are put back."""
     rates = [group["lr"] for group in optimizer.param_groups]
     saved = [p.grad for p in params]
-    # our own optimizers without torch's profiling hooks, which cost more than a small layer's step
-    advance = getattr(optimizer, "advance", optimizer.step)
+    advance: Callable[[], Any] | None = None
 
     def step(t: int) -> None:
+        nonlocal advance
+        if advance is None:  # our own optimizers without what surrounds their kernels, found once for all steps
+            advance = optimizer.ready() if hasattr(optimizer, "ready") else optimizer.step
         factor = schedule(t, steps)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
@@ -205,7 +228,6 @@ class _Layer:
         self.out_w = self.dw[0] if self.single else self.dw
         self.out_b = None if self.db is None else self.db[0] if self.single else self.db
         self.wt = self.w.mT
-        self._constants: dict[tuple[float, int], Tensor] = {}
         self.fma = torch.addmm if self.single else torch.baddbmm
         self.mul = torch.mm if self.single else torch.bmm
 
@@ -240,7 +262,9 @@ class _Layer:
     def _parts(self, rows: int) -> list[Cut]:
         """All rows in equal cuts, by one call for each tensor: slicing costs as much as a small layer's products."""
         count = self.problem.a.shape[0] // rows
-        columns = ((None,) * count if x is None else x.split(rows, -2) for x in (self.a, self.y, self.rest, self.g))
+        sizes = (rows,) * count
+        columns = ((None,) * count if x is None else x.split_with_sizes(sizes, -2)
+                   for x in (self.a, self.y, self.rest, self.g))  # fmt: skip
         return list(zip(*columns, strict=True))
 
     def _delta(self, a: Tensor, y: Tensor, rest: Tensor | None, scratch: Tensor) -> Tensor:
@@ -262,16 +286,9 @@ class _Layer:
         if not first:
             self.out_b.add_(delta.sum(-2), alpha=scale)
         elif self.single:
-            torch.mv(across, self._constant(scale, delta), out=self.out_b)
+            torch.mv(across, self.workspace.constant(scale, delta.shape[0], delta), out=self.out_b)
         else:
             torch.sum(delta, -2, out=self.out_b).mul_(scale)
-
-    def _constant(self, value: float, delta: Tensor) -> Tensor:
-        """A vector of one number for each row, kept from step to step."""
-        key = (value, delta.shape[-2])
-        if key not in self._constants:
-            self._constants[key] = delta.new_full(key[1:], value)
-        return self._constants[key]
 
     def _anchors(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Per tensor: its gradient, the tensor, and a copy of where it starts."""

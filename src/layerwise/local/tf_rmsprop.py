@@ -61,14 +61,14 @@ class TFRMSProp(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "decay": decay, "momentum": momentum, "eps": eps})
         self._roots: dict[int, Tensor] = {}
 
-    def _ready(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _state_of(self, p: Tensor) -> tuple[Tensor, Tensor]:
         if p.grad.is_sparse:  # type: ignore[union-attr]
             raise BadInput("TFRMSProp got a sparse gradient: it moves every element at every step; use grad.to_dense()")
         state = self.state[p]
         if not state:
             state["mean_square"] = torch.ones_like(p)
             state["momentum_buffer"] = torch.zeros_like(p)
-        return p, p.grad, state["mean_square"], state["momentum_buffer"]  # type: ignore[return-value]
+        return state["mean_square"], state["momentum_buffer"]
 
     def _root(self, p: Tensor) -> Tensor:
         """Scratch for a slice of a parameter, in its shape where it is one slice; all parameters share it."""
@@ -89,28 +89,40 @@ class TFRMSProp(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.advance()
+        self.ready()()
         return loss
 
-    def advance(self) -> None:
-        """The step itself, without torch's hooks around it; call it under no_grad."""
-        for group in self.param_groups:
-            constants = group["lr"], group["decay"], group["momentum"], group["eps"]
-            whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                tensors = self._ready(p)
-                if p.device.type != "cpu":
-                    whole.append(tensors)
-                elif p.numel() <= SLICE:
-                    _update(*tensors, self._root(p), *constants)
-                elif _sliceable(tensors):
-                    _update_in_slices(*tensors, self._root(p), *constants)
-                else:
-                    whole.append(tensors)
-            if whole:
-                _update_foreach(whole, *constants)
+    def ready(self) -> Callable[[], None]:
+        """The step itself, without torch's hooks around it.
+
+        To be called under no_grad, and as long as the same parameters have gradients, in the same groups.
+        """
+        found = [(group, [(p, *self._state_of(p)) for p in group["params"] if p.grad is not None])
+                 for group in self.param_groups]  # fmt: skip
+
+        def advance() -> None:
+            for group, some in found:
+                self._move(some, group["lr"], group["decay"], group["momentum"], group["eps"])
+
+        return advance
+
+    def _move(
+        self, some: list[tuple[Tensor, Tensor, Tensor]], lr: float, decay: float, momentum: float, eps: float
+    ) -> None:
+        whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for p, mean_square, momentum_buffer in some:
+            assert p.grad is not None
+            tensors = p, p.grad, mean_square, momentum_buffer
+            if p.device.type != "cpu":
+                whole.append(tensors)
+            elif p.numel() <= SLICE:
+                _update(*tensors, self._root(p), lr, decay, momentum, eps)
+            elif _sliceable(tensors):
+                _update_in_slices(*tensors, self._root(p), lr, decay, momentum, eps)
+            else:
+                whole.append(tensors)
+        if whole:
+            _update_foreach(whole, lr, decay, momentum, eps)
 
 
 def _sliceable(tensors: tuple[Tensor, ...]) -> bool:

@@ -31,6 +31,12 @@ _NAMES = (
 )
 _LOSSES: dict[Any, str] = {getattr(F, name): name for name in _NAMES}
 _SIGNATURES = {name: inspect.signature(func) for func, name in _LOSSES.items()}
+# by name: the arguments in their order with their defaults, and those that have none
+_DEFAULTS = {
+    name: ({key: p.default for key, p in signature.parameters.items()},
+           {key for key, p in signature.parameters.items() if p.default is p.empty})
+    for name, signature in _SIGNATURES.items()
+}  # fmt: skip
 _CLASS = frozenset({"cross_entropy", "nll_loss"})
 # f(z, y) = f(y, z): a call with prediction and target exchanged means the same.
 _SYMMETRIC = frozenset({"mse_loss", "huber_loss", "smooth_l1_loss", "l1_loss"})
@@ -109,12 +115,7 @@ def bind(
     `reduce`, an unknown reduction, a target of the wrong dtype.
     """
     name = _LOSSES[func]
-    try:
-        bound = _SIGNATURES[name].bind(*args, **kwargs)
-    except TypeError as error:
-        raise BadInput(f"{name} was called with arguments it does not have: {error}.") from None
-    bound.apply_defaults()
-    options = dict(bound.arguments)
+    options = _named(name, args, kwargs)
     if options.pop("size_average", None) is not None or options.pop("reduce", None) is not None:
         raise BadInput(f"{name} was called with the legacy size_average or reduce: pass reduction instead.")
     options.pop("reduce", None)
@@ -141,6 +142,21 @@ def bind(
         log_softmax=log_softmax,
         learned=tuple(key for key, x in others.items() if isinstance(x, Tensor) and x.requires_grad),
     )
+
+
+def _named(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a loss call by name."""
+    defaults, required = _DEFAULTS[name]
+    given = dict(zip(defaults, args, strict=False))
+    found = {**defaults, **given, **kwargs}
+    plain = len(args) <= len(defaults) == len(found) and not given.keys() & kwargs.keys()
+    if plain and required <= given.keys() | kwargs.keys():
+        return found
+    try:
+        _SIGNATURES[name].bind(*args, **kwargs)
+    except TypeError as error:
+        raise BadInput(f"{name} was called with arguments it does not have: {error}.") from None
+    return found
 
 
 def _prediction_first(name: str, logits: Any, target: Any) -> tuple[Any, Any]:

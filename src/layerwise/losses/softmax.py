@@ -35,7 +35,7 @@ class _Masses:
         self.smoothing = float(call.options.get("label_smoothing", 0.0))
         alpha = call.options["weight"]
         self.alpha = None if alpha is None else alpha.to(dtype)
-        self.index: Tensor | None = None
+        self._call, self.hard = call, not call.soft
         if call.soft:
             m = call.target.to(dtype) * (1 - self.smoothing) + self.smoothing / classes
             self.soft = m if self.alpha is None else m * self._along_classes(self.alpha, m.dim())
@@ -43,19 +43,24 @@ class _Masses:
             self.terms = float(self.total.numel())
             return
         kept = call.target != call.options["ignore_index"]
-        self.index = call.target.long().masked_fill(~kept, 0)
         self.kept = kept.to(dtype)
         row = self.kept if self.alpha is None else self.alpha[self.index] * self.kept
         self.terms = float(row.sum())
-        self.on_label = row * (1 - self.smoothing)
+        self.on_label = row * (1 - self.smoothing) if self.smoothing else row
         self.total = self.on_label
         if self.smoothing:
             weight = float(classes) if self.alpha is None else self.alpha.sum()
             self.total = self.total + self.kept * (self.smoothing / classes * weight)
 
+    @cached_property
+    def index(self) -> Tensor:
+        """The classes; 0 where the target is ignored."""
+        target = self._call.target
+        return target.long().masked_fill(target == self._call.options["ignore_index"], 0)
+
     def subtract(self, g: Tensor, scale: Tensor) -> Tensor:
         """`g - scale m`, in place; g `[*S]`, scale 0-dimensional or `[*term_shape]`."""
-        if self.index is None:
+        if not self.hard:
             return g.sub_((scale.unsqueeze(self.axis) if scale.dim() else scale) * self.soft)
         on_label = (scale * self.on_label).unsqueeze(self.axis)
         g.scatter_add_(self.axis, self.index.unsqueeze(self.axis), -on_label)
@@ -79,8 +84,11 @@ class Softmax(Likelihood):
         self.class_axis = self._axis = masses.axis
         self.columns = max(masses.classes - 1, 0)
         self._masses = masses
-        self._p = torch.softmax(self._z, self._axis)
         self._weight = (self._scale * masses.total).unsqueeze(self._axis)
+
+    @cached_property
+    def _p(self) -> Tensor:
+        return torch.softmax(self._z, self._axis)
 
     def _gradient(self) -> Tensor:
         return self._masses.subtract(self._weight * self._p, self._scale)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from layerwise.errors import BadInput, NonFinite
+from layerwise.finite import is_finite
 
 __all__ = ["coordinate_descent", "inverse", "ridge"]
 
@@ -39,7 +40,7 @@ def ridge(A: Tensor, B: Tensor, damping: float | Tensor = 0.0) -> Tensor:
             f"ridge: A is {A.dtype} {tuple(A.shape)} on {A.device} and B {B.dtype} {tuple(B.shape)} on "
             f"{B.device}; expected A [..., i, i] and B [..., o, i] of one type on one device."
         )
-    if not torch.isfinite(B).all():
+    if not is_finite(B):
         raise NonFinite(f"ridge: B {tuple(B.shape)} holds NaN or infinity; skip this batch.")
     return _solve("ridge", A, B, damping)
 
@@ -81,7 +82,7 @@ def coordinate_descent(
         )
     if not (torch.isfinite(B).all() and torch.isfinite(W).all()):
         raise NonFinite("coordinate_descent: W or B holds NaN or infinity; skip this batch.")
-    damped, _ = _damped("coordinate_descent", A, damping)
+    damped = _damped("coordinate_descent", A, damping)
     W = W.clone()
     threshold = torch.as_tensor(l1, dtype=W.dtype, device=W.device).expand(A.shape[-1])
     if not (threshold >= 0).all():
@@ -101,35 +102,45 @@ def coordinate_descent(
     return W
 
 
-def _damped(name: str, A: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The checked, symmetrized `A + damping I`, and the size of its rounding errors, `[...]`."""
+def _damped(name: str, A: Tensor, damping: float | Tensor) -> Tensor:
+    """The checked, symmetrized `A + damping I`."""
     if A.ndim < 2 or A.shape[-1] != A.shape[-2] or A.dtype not in (torch.float32, torch.float64):
         raise BadInput(f"{name}: A is {A.dtype} {tuple(A.shape)}; expected a square float32 or float64 [..., i, i].")
     extra = torch.as_tensor(damping, dtype=A.dtype, device=A.device)
-    if not torch.isfinite(A).all() or not torch.isfinite(extra).all():
+    if not is_finite(A) or not is_finite(extra):
         raise NonFinite(f"{name}: A {tuple(A.shape)} or the damping holds NaN or infinity; skip this batch.")
     if (extra < 0).any():
         raise BadInput(f"{name}: damping is {damping}; it must not be negative.")
-    symmetric = A / 2 + A.mT / 2  # halved first: the sum of two large entries may overflow
-    i = A.shape[-1]
-    largest = symmetric.abs().sum(-1).amax(-1) if i else symmetric.new_zeros(A.shape[:-2])
+    symmetric = _symmetric(A)
     symmetric.diagonal(dim1=-2, dim2=-1).add_(extra[..., None])
-    return symmetric, i * torch.finfo(A.dtype).eps * largest.clamp(max=torch.finfo(A.dtype).max)
+    return symmetric
+
+
+def _symmetric(A: Tensor) -> Tensor:
+    half = A / 2  # the sum of two large entries may overflow
+    return half + half.mT
+
+
+def _floor(A: Tensor) -> Tensor:
+    """The size of the rounding errors of a finite A, `[...]`."""
+    i, most = A.shape[-1], torch.finfo(A.dtype).max
+    largest = _symmetric(A).abs().sum(-1).amax(-1) if i else A.new_zeros(A.shape[:-2])
+    return i * torch.finfo(A.dtype).eps * largest.clamp(max=most)
 
 
 def _solve(name: str, A: Tensor, B: Tensor | None, damping: float | Tensor) -> Tensor:
     """`B (A + damping I)⁻¹`, or the inverse itself without B, each matrix of the batch on its own ladder."""
     with torch.no_grad():
-        damped, floor = _damped(name, A, damping)
+        damped = _damped(name, A, damping)
         batch = damped.shape[:-2]
         if B is not None:
             batch = torch.broadcast_shapes(batch, B.shape[:-2])
-            damped, floor = damped.expand(*batch, *damped.shape[-2:]), floor.expand(batch)
+            damped = damped.expand(*batch, *damped.shape[-2:])
             B = B.expand(*batch, *B.shape[-2:])
         result, good = _cholesky(damped, B)
         if good.all():
             return result
-        result = result.clone()
+        result, floor = result.clone(), _floor(A).expand(batch)
         for at in (~good).nonzero().tolist():
             where = tuple(at)
             rhs = None if B is None else B[where]
@@ -141,14 +152,15 @@ def _cholesky(damped: Tensor, B: Tensor | None) -> tuple[Tensor, Tensor]:
     """The solutions, and for each matrix whether it was positive definite and its solution finite."""
     factor, info = torch.linalg.cholesky_ex(damped)
     if B is None:
-        # a factor that broke off may have a zero pivot, which cholesky_inverse refuses
-        eye = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
-        factor = torch.where((info == 0)[..., None, None], factor, eye)
+        if bool(info.any()):  # a factor that broke off may have a zero pivot, which cholesky_inverse refuses
+            eye = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
+            factor = torch.where((info == 0)[..., None, None], factor, eye)
         result = torch.cholesky_inverse(factor)
-        result = (result + result.mT) / 2
+        result = (result + result.mT).div_(2)
     else:
         result = torch.cholesky_solve(B.mT, factor).mT
-    return result, (info == 0) & torch.isfinite(result).all(-1).all(-1)
+    good = info == 0
+    return result, good if is_finite(result) else good & torch.isfinite(result).all(-1).all(-1)
 
 
 def _last_rungs(name: str, damped: Tensor, B: Tensor | None, floor: float) -> Tensor:

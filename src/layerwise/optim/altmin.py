@@ -204,9 +204,9 @@ class AltMin(LayerLocal):
         if self._codes == "sweep":
             return self._run_sweep(closure)
         if self._codes == "gauss-newton":
-            run, plain = gauss_newton(self._model, closure, self._ours, self._gamma)
+            run, plain = gauss_newton(self._model, closure, self._ours, self._gamma, self._kinds)
         else:
-            run = plain = record(self._model, closure, self._ours, matrices=True, crosses=True)
+            run = plain = record(self._model, closure, self._ours, matrices=True, crosses=True, kinds=self._kinds)
         self._slopes = partial(weight_gradients, plain)
         if any(group["code_l1"] for group in self.param_groups):
             run = sparse(run, lambda name: self._gamma(run, name), lambda layer: self._threshold(run, layer))
@@ -215,7 +215,7 @@ class AltMin(LayerLocal):
     def _run_sweep(self, closure: Callable[[], Tensor]) -> Recorded:
         """Move the codes, and record the layers on them."""
         coded = CodedModel(self._model, closure, self._proofs)
-        layers = coded_layers(coded, self._ours)
+        layers = coded_layers(coded, self._ours, self._kinds)
         if not layers:
             return Recorded(coded.loss.detach(), coded.tape, [], {}, {})
         groups = {i: self._group_at[id(layer.parameter)] for i, layer in hidden_uses(coded, layers).items()}
@@ -264,8 +264,8 @@ class AltMin(LayerLocal):
         pulls = tuple(self._pull(recorded, layer, term, gamma, averages) for term in update.regularizers)
         return problem_of(recorded, layer, gamma, transfer, pulls=pulls)
 
-    def _task(self, recorded: Recorded, layer: Layer, problem: LocalProblem) -> tuple[Task, Any]:
-        """A layer's task, and the kind of its local optimizer."""
+    def _task(self, recorded: Recorded, layer: Layer, problem: LocalProblem) -> tuple[Task, Callable[[], Any]]:
+        """A layer's task, and what tells the kind of its local optimizer."""
         params = [recorded.tape.parameters[name] for name in layer.names]
         groups = [self._group_at[id(p)] for p in params]
         update, group = self._update_of(recorded, layer), groups[0]
@@ -277,11 +277,12 @@ class AltMin(LayerLocal):
         elif isinstance(solver, Memory):
             state = self.state[params[0]]
         rates = [float(g["lr"]) for g in groups]
-        kind = fused(self._rates(group, params[0])[0], params)
         scale, l1 = 1 / problem.gamma, float(group["l1"])
         if group["normalise"] and optimizer is not None:
             scale *= recorded.samples / problem.a.shape[0]
-        return Task(problem, solver, params, rates, optimizer, layer.fold, scale, state, l1), kind
+        return Task(problem, solver, params, rates, optimizer, layer.fold, scale, state, l1), lambda: fused(
+            self._rates(group, params[0])[0], params
+        )  # fmt: skip
 
     # -- moving -----------------------------------------------------------------------------------------------
 

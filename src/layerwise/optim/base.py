@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
 from layerwise.local.finite import unsafe
+from layerwise.local.kinds import Kinds
 from layerwise.local.layers import Layer, shaped
 from layerwise.local.problem import Pull
 from layerwise.local.record import Recorded
@@ -40,6 +41,7 @@ class LayerLocal(NamedOptimizer[Recorded]):
         on_nonfinite: str,
     ) -> None:
         self._workspace = Workspace()
+        self._kinds = Kinds()
         self._local: dict[Any, torch.optim.Optimizer] = {}
         self._names: dict[int, str] = {}
         self._averages: dict[str, Tensor] = {}
@@ -107,7 +109,7 @@ class LayerLocal(NamedOptimizer[Recorded]):
         self, recorded: Recorded, layer: Layer, term: Regularizer, gamma: float, averages: dict[str, Tensor]
     ) -> Pull:
         """A regularizer's term for a layer; new running averages go into `averages`."""
-        matrix = layer.weight.matrix(layer.weight.used.detach())
+        matrix = layer.matrix()
         shape = matrix.shape[:2]
         params = [recorded.tape.parameters[name].detach() for name in layer.names]
         bias = params[1].view(shape) if len(params) > 1 else None
@@ -127,14 +129,16 @@ class LayerLocal(NamedOptimizer[Recorded]):
 
     def _local_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
         """The optimizer of a layer's parameters: kept from step to step, with our state and present settings."""
-        kind = self._rates(self._group_at[id(params[0])], params[0])[0]
+        owner = self._group_at[id(params[0])]
+        kind, rates = self._rates(owner, params[0])
         key = (kind, *map(id, params))
         optimizer = self._local.get(key)
         if optimizer is None:
             optimizer = self._local[key] = self._make([{"params": [p]} for p in params], kind)
         optimizer.state = self.state
         for p, group in zip(params, optimizer.param_groups, strict=True):
-            group.update(self._rates(self._group_at[id(p)], params[0])[1])
+            mine = self._group_at[id(p)]
+            group.update(rates if mine is owner else self._rates(mine, params[0])[1])
         return optimizer
 
     # -- state -------------------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerwise import ops
 from layerwise.coverage import prove
+from layerwise.finite import is_finite
 from layerwise.local.codes import CodeStep, Terms, sweep
 from layerwise.local.gauss_newton import damped_cotangents, pulled_roots
+from layerwise.local.kinds import Kinds
 from layerwise.local.layers import Layer, layers_of
 from layerwise.local.problem import contract
-from layerwise.local.record import Recorded, dense, is_finite, pulled
+from layerwise.local.record import Recorded, dense, pulled
 from layerwise.replay import CodedModel, check_loss
 from layerwise.tape import Tape
 
@@ -33,6 +34,7 @@ def gauss_newton(
     closure: Callable[[], Tensor],
     ours: Ours,
     gamma: Callable[[Any, str], float],
+    kinds: Kinds | None = None,
 ) -> tuple[Recorded, Recorded]:
     """A run with damped Gauss-Newton cotangents, and the same with those of the loss. A backward call is left out.
 
@@ -42,7 +44,7 @@ def gauss_newton(
     with tape, torch.enable_grad():
         loss = closure()
     check_loss(loss)
-    plain = pulled(tape, loss, ours, matrices=True)
+    plain = pulled(tape, loss, ours, matrices=True, kinds=kinds)
     if not plain.layers:
         return plain, plain
     return damped_cotangents(plain, pulled_roots(model, plain, loss), lambda name: gamma(plain, name)), plain
@@ -54,7 +56,7 @@ def weight_gradients(run: Recorded) -> dict[str, Tensor]:
     found = {}
     for layer in run.layers:
         g = layer.join([part.rows(run.cotangents[part.use.index]) for part in layer.parts])
-        size_in = layer.weight.matrix(layer.weight.used.detach()).shape[-1]
+        size_in = layer.matrix().shape[-1]
         found[layer.name] = layer.fold(contract(g, layer.join([part.input() for part in layer.parts]), size_in))
     return found
 
@@ -89,10 +91,10 @@ def swept(
     return _recorded_on_codes(coded, layers, codes, terms, ours), codes
 
 
-def coded_layers(coded: CodedModel, ours: Ours) -> list[Layer]:
+def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> list[Layer]:
     """The layers of a coded model's first run; none where its loss is not finite."""
     graph = prove(coded.tape, coded.loss, None, need_loss=False)
-    return layers_of(coded.tape, graph, ours, matrices=True) if is_finite(coded.loss) else []
+    return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if is_finite(coded.loss) else []
 
 
 def _recorded_on_codes(
@@ -129,10 +131,7 @@ def _moved(part: Layer, given: tuple[Any, Any], value: Tensor) -> Layer:
     parameters = {id(d.tensor) for d in part.use.used}
     args, kwargs = (_with_data(old, new, parameters) for old, new in zip(part.use.call[1:3], given, strict=True))
     call = part.use.call._replace(args=args, kwargs=kwargs)
-    slots = ops.slots(call, [d.tensor for d in part.use.used])
-    bias = part.bias and next(s for s in slots if s.bias)
-    weight = next(s for s in slots if not s.bias)
-    return dataclasses.replace(part, call=call, weight=weight, bias=bias, value=value.detach())
+    return dataclasses.replace(part, call=call, value=value.detach())
 
 
 def _with_data(old: Any, new: Any, keep: set[int]) -> Any:

@@ -189,8 +189,9 @@ class LocoProp(LayerLocal):
     def _run(self, closure: Callable[[], Tensor]) -> Recorded:
         if self._order != "together":
             devices = {p.device for group in self.param_groups for p in group["params"]}
-            self._sweep = Sweep(self._model, closure, self._ours, RandomState(devices), Buffers(self._model))
-        return record(self._model, closure, self._ours)
+            self._sweep = Sweep(self._model, closure, self._ours, RandomState(devices), Buffers(self._model),
+                                self._kinds)  # fmt: skip
+        return record(self._model, closure, self._ours, kinds=self._kinds)
 
     def _gamma(self, recorded: Recorded, name: str) -> float:
         gamma = float(self._group_of(recorded, name)["gamma"])
@@ -268,8 +269,8 @@ class LocoProp(LayerLocal):
             raise NonFinite(f"the target of {layer.name} holds NaN or infinity")
         return problem
 
-    def _task(self, recorded: Recorded, plan: _Plan, problem: LocalProblem) -> tuple[Task, Any]:
-        """A layer's task, and the kind of its local optimizer."""
+    def _task(self, recorded: Recorded, plan: _Plan, problem: LocalProblem) -> tuple[Task, Callable[[], Any]]:
+        """A layer's task, and what tells the kind of its local optimizer."""
         params = [recorded.tape.parameters[name] for name in plan.layer.names]
         groups = [self._group_at[id(p)] for p in params]
         solver, optimizer = plan.choice.solver, None
@@ -278,7 +279,8 @@ class LocoProp(LayerLocal):
                 solver = replace(solver, steps=groups[0]["steps"], rows=groups[0]["rows"])
             optimizer = self._local_optimizer(params)
         rates = [float(group["lr"]) for group in groups]
-        return Task(problem, solver, params, rates, optimizer, plan.layer.fold), self._rates(groups[0], params[0])[0]
+        task = Task(problem, solver, params, rates, optimizer, plan.layer.fold)
+        return task, lambda: self._rates(groups[0], params[0])[0]
 
     def _step_along(self, recorded: Recorded, name: str, g: Tensor) -> None:
         """T steps on the linear local loss `γ g·w`."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
-from layerwise.local.record import dense, is_finite
+from layerwise.finite import is_finite
+from layerwise.local.record import dense
 from layerwise.optim.again import ExactGGN, Rerun
 from layerwise.optim.named import NamedOptimizer
 from layerwise.optim.preconditioner import Preconditioner

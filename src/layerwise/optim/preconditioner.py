@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
+from layerwise.finite import is_finite
 from layerwise.local.finite import first_bad_call
-from layerwise.local.record import dense, is_finite
+from layerwise.local.record import dense
 from layerwise.optim.blocks import Blocks, misfits
 from layerwise.optim.curvature import curvature
 from layerwise.optim.factors import FORMS

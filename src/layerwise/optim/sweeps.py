@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layerwise.coverage import prove
 from layerwise.errors import Undefined
+from layerwise.local.kinds import Kinds
 from layerwise.local.layers import Layer, layers_of
 from layerwise.local.problem import LocalProblem, predict
 from layerwise.program import Buffers, RandomState
@@ -32,9 +33,10 @@ class Sweep:
         ours: Callable[[Tensor], bool],
         random: RandomState,
         before: Buffers,
+        kinds: Kinds | None = None,
     ) -> None:
         self._model, self._closure, self._ours = model, closure, ours
-        self._random, self._before = random, before
+        self._random, self._before, self._kinds = random, before, kinds
 
     @torch.no_grad()
     def refreshed(self, problem: LocalProblem, layer: Layer) -> LocalProblem:
@@ -56,14 +58,14 @@ class Sweep:
 
     def _again(self, layer: Layer) -> Layer:
         """The layer in another run, without the backward pass that the closure may start."""
-        after, later = Buffers(self._model), RandomState({layer.weight.used.device})
+        after, later = Buffers(self._model), RandomState({layer.parameter.device})
         self._before.put_back()
         self._random.put_back()
         try:
             tape = Tape(self._model, self._skip, keep_outputs=True)
             with tape, torch.enable_grad():
                 loss = self._closure()
-            found = layers_of(tape, prove(tape, loss, None, need_loss=False), self._ours)
+            found = layers_of(tape, prove(tape, loss, None, need_loss=False), self._ours, kinds=self._kinds)
         finally:
             after.put_back()
             later.put_back()

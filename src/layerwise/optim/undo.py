@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.local.record import is_finite
+from layerwise.finite import is_finite
 
 __all__ = ["Undo"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from layerwise.coverage import prove
 from layerwise.errors import AmbiguousSamples, BadInput, NoBackward, NonFinite, SamplesMixed, Undefined
+from layerwise.finite import is_finite
 from layerwise.local.finite import first_bad_call
-from layerwise.local.record import is_finite
 from layerwise.observe import observe
 from layerwise.optim.factors import Measured
 from layerwise.pull import alone

@@ -19,6 +19,7 @@ __all__ = ["Workers", "crew"]
 
 Workers = int | tuple[Literal["thread", "process"], int] | None
 T = TypeVar("T")
+TaskOf = Callable[[T], tuple[Task, Callable[[], Any]]]
 
 
 class InTurn:
@@ -27,7 +28,7 @@ class InTurn:
     def __init__(self) -> None:
         self._workspace = Workspace()
 
-    def run(self, items: Sequence[T], task_of: Callable[[T], tuple[Task, Any]]) -> None:
+    def run(self, items: Sequence[T], task_of: TaskOf[T]) -> None:
         """Make and solve a task for each item."""
         for item in items:
             solve(task_of(item)[0], self._workspace)
@@ -42,7 +43,7 @@ class Threads:
         for _ in range(count):
             self._workspaces.put(Workspace())
 
-    def run(self, items: Sequence[T], task_of: Callable[[T], tuple[Task, Any]]) -> None:
+    def run(self, items: Sequence[T], task_of: TaskOf[T]) -> None:
         """Make and solve a task for each item; the first error in their order is raised when all have ended."""
         threads = torch.get_num_threads()
 
@@ -66,7 +67,7 @@ class Processes:
         self._count = count
         self._pool: ProcessPoolExecutor | None = None
 
-    def run(self, items: Sequence[T], task_of: Callable[[T], tuple[Task, Any]]) -> None:
+    def run(self, items: Sequence[T], task_of: TaskOf[T]) -> None:
         """Make a task for each item, solve them all elsewhere, and take over the results."""
         if self._pool is None:
             # a fork of a program with threads may hang; a spawned one imports torch once
@@ -80,7 +81,7 @@ class Processes:
         sent = []
         for item in items:
             task, kind = task_of(item)
-            sent.append((task, self._pool.submit(Away.run, Away(task, kind).content)))
+            sent.append((task, self._pool.submit(Away.run, Away(task, kind()).content)))
         results = [(task, future.result()) for task, future in sent]
         for task, result in results:
             Away.take(task, result)
