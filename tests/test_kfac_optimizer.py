@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import oracle
@@ -19,7 +20,7 @@ import layerwise as lw
 from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.kronecker import KroneckerBlock
 from layerwise.optim.factors import Average, Layout, average, invert, layout_of, load, merge, save
-from layerwise.optim.preconditioner import seed_of
+from layerwise.optim.preconditioner import is_due, seed_of
 
 KFAC, Preconditioner = lw.optim.KFAC, lw.optim.Preconditioner
 
@@ -190,6 +191,16 @@ def test_every_seed_and_step_has_draws_of_its_own() -> None:
 # Amortisation -------------------------------------------------------------------------------------------------
 
 
+DUE = {1: range(8), 2: (0, 1, 2, 4, 6), 3: (0, 1, 2, 3, 6), 10: (0, 1, 2, 4), 100: (0, 1, 2, 4)}  # of eight steps
+
+
+def test_what_is_held_serves_for_no_longer_than_training_has_lasted_nor_than_its_period() -> None:
+    for every in range(1, 40):
+        due = [step for step in range(200) if is_due(step, every)]
+        assert all(later - step <= min(every, max(1, step)) for step, later in pairwise(due))
+        assert [step for step in due if step >= every] == [step for step in range(every, 200) if step % every == 0]
+
+
 @pytest.mark.parametrize(("factors", "inverses"), [(1, 1), (2, 3), (3, 2), (10, 100)])
 def test_factors_and_inverses_change_on_exactly_their_steps(factors: int, inverses: int) -> None:
     model = net()
@@ -202,7 +213,7 @@ def test_factors_and_inverses_change_on_exactly_their_steps(factors: int, invers
             any(new[n] is not old.get(n) for n in new)
             for old, new in zip(before, (pre.blocks.averages, pre.blocks.inverses), strict=True)
         ]
-        assert changed == [step % factors == 0, step % inverses == 0]
+        assert changed == [step in DUE[factors], step in DUE[inverses]]
         assert pre.steps == step + 1
 
 
@@ -215,9 +226,9 @@ def test_a_step_without_factors_records_nothing() -> None:
         modes.append(len(torch.overrides._get_current_function_mode_stack()))
         return closure_of(model)()
 
-    for _ in range(4):
+    for _ in range(6):
         opt.step(closure)
-    assert modes == [1, 0, 1, 0]
+    assert modes == [1, 1, 1, 0, 1, 0]
 
 
 # In front of another optimizer ------------------------------------------------------------------------------------
@@ -234,7 +245,7 @@ def test_watch_in_front_of_adamw() -> None:
             closure_of(model, step)().backward()
         assert pre.step()
         opt.step()
-        if step % 2 == 0:
+        if step in DUE[2]:
             factors = loops(mirror, batch(step)[0])
         d = directions(mirror, factors, gradients(mirror, step), 0.1, "pi")
         for name, p in mirror.named_parameters():

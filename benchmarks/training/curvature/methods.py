@@ -41,6 +41,8 @@ def _lacks(kind: str) -> str:
 
 _MOMENTUM = Range(0.5, 0.99, "one-minus")
 _RATE, _DAMPING = Range(1e-2, 1.0), Range(1e-4, 1e1)
+_PLAIN: Mapping[str, Any] = {"momentum": 0.0, "kl_clip": None}  # the paper's update, θ ← θ − α (C + λI)⁻¹ ∇L
+_KRONECKER = {**_PLAIN, "update_inverses_every": PERIOD}
 
 
 def _spaces(fixed: Mapping[str, Any] | None = None, **ranges: Range) -> dict[str, Space]:
@@ -51,17 +53,18 @@ SHARED: dict[str, Mapping[str, Space]] = {  # of LocoProp's methods
     "adam": _spaces({"eps": 1e-8}, lr=Range(1e-4, 1e-2), beta1=_MOMENTUM),
     "momentum": _spaces({"nesterov": True}, lr=Range(1e-3, 1.0), momentum=_MOMENTUM)
     | {"pixels": Space({"lr": Range(1e-5, 1e-2), "momentum": _MOMENTUM}, {"nesterov": True})},
-    "kfac": _spaces({"update_inverses_every": PERIOD}, lr=_RATE, damping=_DAMPING),
+    "kfac": _spaces(_KRONECKER, lr=_RATE, damping=_DAMPING),
 }
 
 
 def _kronecker(kind: str) -> Method:
-    spaces = _spaces({"update_inverses_every": PERIOD}, lr=_RATE, damping=_DAMPING)
+    spaces = _spaces(_KRONECKER, lr=_RATE, damping=_DAMPING)
     return Method(kind, partial(_make, kind), spaces, period=PERIOD, unavailable=partial(_lacks, kind))
 
 
 def _diagonal(kind: str) -> Method:
-    return Method(kind, partial(_make, kind), _spaces(lr=_RATE, damping=_DAMPING), unavailable=partial(_lacks, kind))
+    spaces = _spaces(_PLAIN, lr=_RATE, damping=_DAMPING)
+    return Method(kind, partial(_make, kind), spaces, period=PERIOD // 2, unavailable=partial(_lacks, kind))
 
 
 METHODS: dict[str, Method] = {

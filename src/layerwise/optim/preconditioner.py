@@ -24,7 +24,7 @@ from layerwise.optim.watching import Watch, Watched, bad_gradient
 from layerwise.quantities.base import Quantity
 from layerwise.uses import named_parameters_of
 
-__all__ = ["LARGEST_FACTOR", "Kind", "Preconditioner", "seed_of"]
+__all__ = ["LARGEST_FACTOR", "Kind", "Preconditioner", "is_due", "seed_of"]
 
 LARGEST_FACTOR = 2**13  # a factor of this size takes 256 MiB in float32, and its inverse as much
 Kind = Literal[
@@ -35,6 +35,11 @@ Kind = Literal[
 def seed_of(seed: int, step: int) -> int:
     """The generator's seed for the draws of a step; mixed, since CPU generators read the lower 32 bits alone."""
     return random.Random(f"{seed} {step}").getrandbits(63)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether step 0, 1, 2, ... is a multiple of the period, or in the first period a power of two."""
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
 
 
 class Preconditioner:
@@ -50,7 +55,8 @@ class Preconditioner:
 
     Curvature is measured on steps 0, `update_factors_every`, 2 · `update_factors_every`, ...; other steps run the
     plain backward pass, without a tape. Inverses are computed on steps 0, `update_inverses_every`, ..., and at once
-    for a parameter that has none yet.
+    for a parameter that has none yet. While weights change fast, both are due more often: before their first period is
+    over, on steps 1, 2, 4, 8, ..., so that what is held serves for no longer than the training has lasted.
 
     kind: C. "kfac": Kronecker factors B ⊗ A from `samples` labels drawn from the model; "kflr": from the exact root;
     "kfra": by the recursion over the batch average (a chain of layers); "ekfac": second moments in the eigenbasis of
@@ -140,7 +146,7 @@ class Preconditioner:
         as one loss, as in `observe`. Leaving by an exception forgets the batch.
         """
         self._watched = None
-        watched = Watched(due=self.steps % self.update_factors_every == 0)
+        watched = Watched(due=is_due(self.steps, self.update_factors_every))
         if watched.due:
             request = self._due(names)
             watch = Watch(
@@ -236,7 +242,7 @@ class Preconditioner:
         if watched.due:
             blocks = blocks.averaged(new, watched.kinds, named_parameters_of(self._model), self.factor_decay)
             self._left = frozenset(watched.left or ())
-        due = self.steps % self.update_inverses_every == 0
+        due = is_due(self.steps, self.update_inverses_every)
         self.blocks = blocks.inverted(new, due, damping, self.damping_form)
         self.steps += 1
 
