@@ -32,14 +32,18 @@ LEVELS = tuple(
         "observe passes seen accumulate",
         "local",
         "optim",
+        "monitor",
         "",  # the table of contents, `layerwise/__init__.py`
-        "monitor compat demo cli __main__",
+        "compat demo cli __main__",
     )
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 CORE_IMPORTS = {"torch", "numpy", "layerwise"} | sys.stdlib_module_names
 OUTSIDE_CORE = {"demo", "cli", "__main__"}
-EXTRA_IMPORTS = {"layerwise.compat.laplace": {"laplace"}}  # modules for users of another library, which nothing imports
+EXTRA_IMPORTS = {  # modules for users of another library, which nothing imports
+    "layerwise.compat.laplace": {"laplace"},
+    "layerwise.compat.lightning": {"lightning"},
+}
 MOST_CODE_LINES = 300  # neither blank, nor comment, nor docstring
 MOST_LINES = 400
 

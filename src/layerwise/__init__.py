@@ -1,6 +1,6 @@
 """Layerwise: more than the gradient, and learning layer by layer, from one run of a PyTorch model."""
 
-from layerwise import errors, local, nn, optim
+from layerwise import errors, local, monitor, nn, optim
 from layerwise.accumulate import accumulate
 from layerwise.losses import as_loss
 from layerwise.observe import observe
@@ -61,6 +61,7 @@ __all__ = [
     "as_loss",
     "errors",
     "local",
+    "monitor",
     "nn",
     "observe",
     "optim",

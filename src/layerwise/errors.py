@@ -6,6 +6,7 @@ __all__ = [
     "AmbiguousSamples",
     "BadInput",
     "LayerwiseError",
+    "LeftOut",
     "NoBackward",
     "NonFinite",
     "SamplesMixed",
@@ -64,3 +65,7 @@ class SlowPath(UserWarning):
 
 class SquaredInstead(UserWarning):
     """A layer's transfer function has no matching loss, so LocoProp-M takes the squared one; said once a function."""
+
+
+class LeftOut(UserWarning):
+    """A measure of `lw.monitor` does not exist for this model, loss or batch; said once for each, with the reason."""

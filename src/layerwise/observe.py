@@ -73,7 +73,7 @@ class observe:
     def __enter__(self) -> Seen:
         if self._tape is not None:
             raise BadInput("this observe() is active already; make another one to observe inside it")
-        self._tape = Tape(self._model, self._on_backward, self._keeps_outputs, own_losses=True)
+        self._tape = self._new_tape()
         self._seen = Seen(self._quantities, self._scale, list(self._tape.parameters))
         self._tape.__enter__()
         if any(isinstance(q.cotangent, Second) for q in self._quantities):
@@ -89,6 +89,9 @@ class observe:
             self._second_order = None
         tape.__exit__(*exc)
         tape.clear()
+
+    def _new_tape(self) -> Tape:
+        return Tape(self._model, self._on_backward, self._keeps_outputs, own_losses=True)
 
     def through(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> tuple[Any, Seen]:
         """Observe one backward pass through what an ended tape recorded: the result of `run`, and what was seen.

@@ -1,0 +1,114 @@
+"""A Lightning callback around `lw.monitor.Monitor`.
+
+Importing this module imports lightning; nothing else in the library does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from layerwise.errors import BadInput
+from layerwise.monitor import Measure, Monitor
+from layerwise.monitor.monitor import Record
+
+try:
+    from lightning import Callback
+except ImportError as error:
+    raise ImportError(
+        f"layerwise.compat.lightning needs lightning, which cannot be imported ({error}): "
+        "pip install 'layerwise[lightning]'"
+    ) from error
+
+__all__ = ["MonitorCallback"]
+
+
+class MonitorCallback(Callback):
+    """Measure every k-th optimizer step of a `lightning.Trainer`, and log it.
+
+        trainer = lightning.Trainer(callbacks=[MonitorCallback(every=50)])
+
+    A step is everything from its first batch to the optimizer's move, with all batches of `accumulate_grad_batches`.
+    Steps count from the start of the fit; they are in the checkpoint. log: as for `Monitor`; by default the trainer's
+    loggers' `log_metrics`. measures, every, seed: as for `Monitor`, which see. Parameters have the names that they have
+    in the LightningModule. Raises BadInput where the trainer has neither a logger nor `log`.
+    """
+
+    def __init__(
+        self,
+        log: Callable[[int, Record], Any] | None = None,
+        *,
+        measures: Sequence[Measure] | None = None,
+        every: int = 50,
+        seed: int = 0,
+    ) -> None:
+        self._log, self._measures, self._every, self._seed = log, measures, every, seed
+        self._monitor: Monitor | None = None
+        self._open: AbstractContextManager[None] | None = None
+        self._started = 0
+        self._saved: dict[str, Any] | None = None
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The monitor of the present fit."""
+        return self._monitor
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the monitor."""
+        loggers = list(trainer.loggers)
+        if self._log is None and not loggers:
+            raise BadInput("asked to monitor a fit whose trainer has no logger; give MonitorCallback(log=...)")
+        log = self._log if self._log is not None else lambda step, record: _to(loggers, step, record)
+        self._monitor = Monitor(pl_module, log, measures=self._measures, every=self._every, seed=self._seed)
+        if self._saved is not None:
+            self._monitor.load_state_dict(self._saved)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begin to watch, with a step's first batch."""
+        if self._open is None and self._monitor is not None:
+            self._started = trainer.global_step
+            self._open = self._monitor.step()
+            self._open.__enter__()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End where the optimizer has moved."""
+        if self._open is not None and trainer.global_step > self._started:
+            opened, self._open = self._open, None
+            opened.__exit__(None, None, None)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Forget a step that failed."""
+        self._forget(exception)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Forget a step that was not finished."""
+        self._forget(_Unfinished())
+
+    def _forget(self, exception: BaseException) -> None:
+        if self._open is None:
+            return
+        opened, self._open = self._open, None
+        try:
+            opened.__exit__(type(exception), exception, exception.__traceback__)
+        except BaseException as raised:
+            if raised is not exception:
+                raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The monitor's."""
+        return self._monitor.state_dict() if self._monitor is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self._saved = dict(state_dict) or None
+
+
+class _Unfinished(Exception):
+    """The fit ended inside a step."""
+
+
+def _to(loggers: Sequence[Any], step: int, record: Record) -> None:
+    numbers = {name: value for name, value in record.items() if name != "step" and not isinstance(value, str)}
+    for logger in loggers:
+        logger.log_metrics(numbers, step=step)

@@ -1,0 +1,191 @@
+"""`Monitor`: numbers of every k-th step of a training, handed to any callable."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput, LayerwiseError, LeftOut, NonFinite
+from layerwise.monitor.measures import WHOLE, Measure, Step, default
+from layerwise.monitor.watch import Group, Watch
+from layerwise.quantities import Quantity
+from layerwise.uses import named_parameters_of
+
+__all__ = ["Monitor", "Record"]
+
+Record = dict[str, float | int | str]
+
+_GOLDEN = 2654435761  # 2³² over the golden ratio, odd: seeds lie far apart
+
+
+class Monitor:
+    """Measure every k-th step of a training, and log it through a callable.
+
+        history = lw.monitor.History()
+        monitor = lw.monitor.Monitor(model, history, every=10)
+        for x, y in loader:
+            with monitor.step():
+                loss = F.cross_entropy(model(x), y)
+                opt.zero_grad(); loss.backward(); opt.step()
+
+    An optimizer that takes a closure, as `lw.LocoProp` and `lw.AltMin` do, is given it inside as ever, and the monitor
+    beside: `with monitor.step(closure): opt.step(closure)`. A step that is due then runs the closure once more, before
+    the optimizer does, and puts back gradients, floating-point buffers and random numbers. Otherwise the step's own
+    backward passes are observed; all of them count, as in gradient accumulation, while the parameters stand still.
+    Other steps run as without a monitor. Parameters, `.grad` and torch's random numbers are what they would have been,
+    where attention or a recurrent layer is followed up to rounding.
+
+    model: as for `observe`. log: called as `log(step, record)`, record a flat dict {"step": 10, "loss": 0.7,
+    "noise_scale": 31.0, "noise_scale/0.weight": 28.5, ...}. measures: default `measures.default()`. every: k; steps
+    0, k, 2k, ... are due. seed: of the draws, a generator for each measure
+    and step.
+
+    A measure that does not exist for the model, the loss or the batch, a typed error elsewhere, is left out of the
+    record; the reason is logged once as "left_out/name", warned of (`LeftOut`), and kept in `left_out`. It is tried
+    again at every step that is due. Where the loss or a gradient is not finite, measures of the batch are NaN.
+    Raises BadInput, also for a due step without a backward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        log: Callable[[int, Record], Any],
+        *,
+        measures: Sequence[Measure] | None = None,
+        every: int = 10,
+        seed: int = 0,
+    ) -> None:
+        self._measures = default() if measures is None else tuple(measures)
+        wrong = [m for m in self._measures if not isinstance(m, Measure)]
+        if wrong:
+            raise BadInput(f"asked to measure {wrong[0]!r}; give measures such as lw.monitor.noise_scale()")
+        names = [m.name for m in self._measures]
+        if odd := [name for name in names if not name or "/" in name or name in ("step", "left_out")]:
+            raise BadInput(
+                f"a measure's name begins its keys in the record, and cannot be {odd[0]!r}; give it a plain one"
+            )
+        if len(set(names)) < len(names):
+            raise BadInput(f"two measures have one name, and would overwrite each other in the record: {names}")
+        if not isinstance(every, int) or every < 1:
+            raise BadInput(f"Monitor measures every k-th step, k a whole number of at least 1; got every={every!r}")
+        if not callable(log):
+            raise BadInput(f"Monitor logs through a callable log(step, record), got {log!r}")
+        named_parameters_of(model)
+        self._model, self._log, self._every, self._seed = model, log, every, seed
+        self._apart = set(names)  # measures that were refused, or not tried yet: they are observed by themselves
+        self.left_out: dict[str, str] = {}
+        self._said: set[tuple[str, type]] = set()
+        self.steps = 0
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming step is measured."""
+        return self.steps % self._every == 0
+
+    @contextmanager
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Iterator[None]:
+        """Watch one step of training: forward, backward and the optimizer's step."""
+        if not self.due:
+            yield
+            self.steps += 1
+            return
+        groups = self._groups()
+        watch = Watch(self._model, [[q for _, found in group for q in found] for group in groups])
+        if closure is None:
+            with watch:
+                yield
+        else:
+            watch.run(closure)
+            yield
+        record = self._record(watch, groups)
+        self.steps += 1
+        self._log(int(record["step"]), record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps so far, and which measures are observed by themselves."""
+        return {"steps": self.steps, "apart": sorted(self._apart)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state, bitwise with the same measures."""
+        self.steps = int(state_dict["steps"])
+        self._apart = {m.name for m in self._measures if m.name in state_dict["apart"]}
+
+    # -- a step that is due -----------------------------------------------------------------------------------
+
+    def _groups(self) -> list[list[tuple[Measure, list[Quantity]]]]:
+        """Measures with their quantities of this step: those that work together, and each other one by itself."""
+        device = next((p.device for p in named_parameters_of(self._model).values()), torch.device("cpu"))
+        # A seed of its own for every step: nothing to save, and a resumed run draws the same. Torch's generators on the
+        # CPU read 32 bits of it.
+        seed = (_GOLDEN * self._seed + self.steps) % 2**32
+        made = [(m, list(m.quantities(torch.Generator(device).manual_seed(seed)))) for m in self._measures]
+        asking = [(m, found) for m, found in made if found]
+        together = [(m, found) for m, found in asking if m.name not in self._apart]
+        return [[(m, found)] for m, found in asking if m.name in self._apart] + ([together] if together else [])
+
+    def _record(self, watch: Watch, groups: list[list[tuple[Measure, list[Quantity]]]]) -> Record:
+        if watch.loss is None and watch.refusal is None:
+            raise BadInput(
+                f"step {self.steps} is due, but no backward pass ran inside `with monitor.step()`; run loss.backward() "
+                "there, or give the closure of an optimizer that takes one: with monitor.step(closure): "
+                "opt.step(closure)"
+            )
+        loss = torch.tensor(float("nan")) if watch.loss is None else watch.loss
+        step = Step(self.steps, loss, watch.gradient, watch.before, watch.after())
+        where = {
+            m.name: (group, found) for group, members in zip(watch.groups, groups, strict=True) for m, found in members
+        }
+        values: dict[str, Tensor | float] = {}
+        reasons: Record = {}
+        for measure in self._measures:
+            group, quantities = where.get(measure.name, (None, []))
+            try:
+                if watch.refusal is not None:
+                    raise watch.refusal
+                found = _measured(measure, step, group, quantities)
+                self._apart.discard(measure.name)
+            except NonFinite:
+                found = dict.fromkeys([*watch.before, WHOLE], float("nan"))
+            except LayerwiseError as error:
+                self._apart.add(measure.name)
+                self._leave_out(measure.name, error, reasons)
+                continue
+            values |= {f"{measure.name}/{name}" if name else measure.name: v for name, v in found.items()}
+        return {"step": self.steps, **_floats(values), **reasons}
+
+    def _leave_out(self, name: str, error: LayerwiseError, reasons: Record) -> None:
+        if (name, type(error)) in self._said:
+            return
+        self._said.add((name, type(error)))
+        self.left_out[name] = reasons[f"left_out/{name}"] = f"{type(error).__name__}: {error}"
+        warnings.warn(f"the monitor leaves out {name!r} at step {self.steps}: {error}", LeftOut, stacklevel=5)
+
+
+def _measured(
+    measure: Measure, step: Step, group: Group | None, quantities: Sequence[Quantity]
+) -> Mapping[str, Tensor | float]:
+    """A measure's numbers; raises what refused its quantities."""
+    with torch.no_grad():
+        if group is None:
+            return measure.of(step)
+        if group.refusal is not None:
+            raise group.refusal
+        assert group.seen is not None
+        return measure.of(step, *(group.seen[q] for q in quantities))
+
+
+def _floats(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """The numbers in Python, with one transfer for each device and type."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            kinds.setdefault((value.device, value.dtype), []).append(key)
+    found: dict[str, float] = {}
+    for keys in kinds.values():
+        found |= zip(keys, torch.stack([values[key].detach().reshape(()) for key in keys]).tolist(), strict=True)  # type: ignore[union-attr]
+    return {key: found[key] if key in found else float(value) for key, value in values.items()}
