@@ -1,17 +1,19 @@
 """CPU time and peak memory of a training step with each of our optimizers, against torch's Adam and RMSProp.
 
-    python -m benchmarks.step_cost [--threads 1] [--repeats 15] [--problem mnist|digits|mnist-2x100|all]
+    python -m benchmarks.step_cost [--threads 1] [--repeats 15] [--problem mnist|digits|mnist-2x100|3c3d|all]
                                    [--arms NAME ...] [--json FILE]
 
 Whole steps: forward, backward and update. Two autoencoders: the deep one of MNIST (random pixels, batch 1000,
 784-1000-500-250-30 and back) and the small one of scikit-learn's digits (random pixels, batch 100,
-64-128-64-16 and back), where the calls cost more than the arithmetic; and a classifier of MNIST
-(784-100-100-10, batch 200), for alternating minimization. Nothing is learnt from random
-pixels; only the time counts. Arms are interleaved in alternating order, a figure is the lower quartile.
+64-128-64-16 and back), where the calls cost more than the arithmetic; a classifier of MNIST
+(784-100-100-10, batch 200), for alternating minimization; and DeepOBS's 3C3D (batch 128), for second-order methods.
+Nothing is learnt from random pixels; only the time counts. Arms are interleaved in alternating order, a figure is the
+lower quartile.
 Memory is that of training: the peak of resident memory over three steps, above what the process held before the model
 was made, so with weights, gradients and state; each arm in a process of its own (Linux only). RMSProp and Adam run in
 torch's loop over tensors and in its `foreach` form; the faster RMSProp is the one to compare with, and for the
-classifier the faster Adam.
+classifiers the faster Adam. "KFAC, every 10 and 100": the mean step with factors every 10 and inverses every 100 steps,
+from the costs of the three kinds of steps.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 import layerwise as lw
 from benchmarks import autoencoder
 from benchmarks.timing import interleaved
+from benchmarks.training.curvature.nets import c3d3
 from benchmarks.training.memory import Peak
 from layerwise.demo import problem as digits
 
@@ -73,6 +76,7 @@ OURS: dict[str, Build] = {
     "DiagNewton, new diagonal": lambda model: lw.optim.DiagNewton(model, update_every=1),
 }
 ALTMIN = [name for name in OURS if name.startswith("AltMin")]
+SECOND_ORDER = [name for name in OURS if name.startswith(("KFAC", "DiagNewton"))]
 OTHERS = [name for name in OURS if name != "AltMin (memory)"]  # whose codes take a column for every output
 
 
@@ -80,7 +84,7 @@ class Problem(NamedTuple):
     """A net by seed, the shape of a batch, the loss, whose faster form to compare with, and the arms by default."""
 
     make: Callable[[int], nn.Module]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     loss: Callable[[nn.Module, Tensor], Tensor]
     base: str
     arms: list[str]
@@ -91,11 +95,8 @@ def classifier(seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
 
 
-LABELS = torch.arange(200) % 10
-
-
 def class_loss(model: nn.Module, x: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(model(x), LABELS)
+    return nn.functional.cross_entropy(model(x), torch.arange(len(x)) % 10)
 
 
 _LOSS = autoencoder.reconstruction_loss
@@ -103,6 +104,7 @@ PROBLEMS = {
     "mnist": Problem(autoencoder.deep_autoencoder, (1000, autoencoder.SIZES[0]), _LOSS, "RMSProp", OTHERS),
     "digits": Problem(digits.autoencoder, (100, digits.SIZES[0]), _LOSS, "RMSProp", OTHERS),
     "mnist-2x100": Problem(classifier, (200, 784), class_loss, "Adam", ALTMIN),
+    "3c3d": Problem(lambda seed: c3d3()(seed, {}), (128, 3, 32, 32), class_loss, "Adam", SECOND_ORDER),
 }
 
 
@@ -147,14 +149,25 @@ def _peak(problem: str, name: str, threads: int) -> float:
     return peak.mb()
 
 
+def amortised(seconds: dict[str, float]) -> dict[str, float]:
+    """K-FAC's mean step with factors every 10 and inverses every 100 steps, where its three steps were measured."""
+    names = ("KFAC, no factors due", "KFAC, new factors", "KFAC, new factors and inverses")
+    if not set(names) <= set(seconds):
+        return {}
+    none, factors, both = (seconds[name] for name in names)
+    return {"KFAC, every 10 and 100": 0.9 * none + 0.09 * factors + 0.01 * both}
+
+
 def report(problem: str, seconds: dict[str, float], memory: dict[str, float]) -> str:
     """Markdown: times and memory, and their ratios to those of the faster form of torch's optimizer."""
     torchs = [name for name in seconds if name.startswith(PROBLEMS[problem].base)]
     base = min(torchs, key=lambda name: seconds[name])
     lines = [f"| {problem}: step | ms | MB | time / {base} | memory / {base} |", "|---|---:|---:|---:|---:|"]
-    for arm, time in seconds.items():
-        ratios = f"{time / seconds[base]:.2f} | {memory[arm] / memory[base]:.2f}"
-        lines.append(f"| {arm} | {1e3 * time:.1f} | {memory[arm]:.0f} | {ratios} |")
+    for arm, time in (seconds | amortised(seconds)).items():
+        held, share = "-", "-"
+        if arm in memory:
+            held, share = f"{memory[arm]:.0f}", f"{memory[arm] / memory[base]:.2f}"
+        lines.append(f"| {arm} | {1e3 * time:.1f} | {held} | {time / seconds[base]:.2f} | {share} |")
     return "\n".join(lines)
 
 
