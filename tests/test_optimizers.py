@@ -460,7 +460,7 @@ def test_the_number_of_live_tensors_stays(make: Make, kind: str, count: int) -> 
     try:
         for step in range(count):
             opt.step(closure)
-            if step == 5:
+            if step == max(count - 21, 9):  # scratch memory is there, and what is due every 20 steps is as at the end
                 start = live()
         assert live() <= start
     finally:

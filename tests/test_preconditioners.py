@@ -162,8 +162,8 @@ def ekfac_by_hand(a: Tensor, b: Tensor, samples: list[Tensor]) -> tuple[Tensor, 
     return qa, qb, sum(((qb.T @ d @ qa) ** 2 for d in samples), torch.zeros(len(b), len(a)))
 
 
-def test_ekfac_by_hand_over_three_steps() -> None:
-    """Moments are averaged in the basis that is kept; a new basis takes over their diagonal."""
+def test_ekfac_by_hand_over_five_steps() -> None:
+    """Moments are averaged in the basis that is kept; a new one, due in all steps but 3, takes over their diagonal."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     rho = 0.7
@@ -172,7 +172,7 @@ def test_ekfac_by_hand_over_three_steps() -> None:
     )
     kept: dict[str, list[Tensor]] = {}
     sums: dict[str, list[Tensor]] = {}
-    for step in range(3):
+    for step in range(5):
         gen = torch.Generator().manual_seed(step)
         x, y = torch.randn(7, 4, generator=gen), torch.randint(3, (7,), generator=gen)
         grads, got = preconditioned(model, lambda x=x, y=y: F.cross_entropy(model(x), y), pre)
@@ -192,7 +192,7 @@ def test_ekfac_by_hand_over_three_steps() -> None:
                 qa, qb, spectrum = kept[layer]
                 moment = sum((qb.T @ d @ qa) ** 2 for d in each)
                 kept[layer][2] = spectrum + weight * (moment - spectrum)
-            if step == 2:
+            if step in (1, 2, 4):
                 qa, qb, spectrum = kept[layer]
                 whole = torch.kron(qb, qa)
                 matrix = whole @ spectrum.flatten().diag() @ whole.T
@@ -210,20 +210,22 @@ def test_ekfac_by_hand_over_three_steps() -> None:
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_ekfac_of_a_batch_is_the_quantity(joint: bool) -> None:
-    """On the first step the basis is the batch's own; on the second it is kept."""
+    """On the first step the basis is the batch's own; on the fourth it is kept from the third."""
     model = Hooked()
     pre = Preconditioner(model, "ekfac", damping=DAMPING, joint=joint, factor_decay=0.0, update_factors_every=1)
     basis = None
-    for step in range(2):
+    for step in range(4):
         x, y = data(model, step)
         grads, got = preconditioned(model, lambda x=x, y=y: F.cross_entropy(model(x), y), pre)
         if joint:
             assert pre.describe()["twice.bias"] == "in the block of twice.weight"
             assert not any(torch.equal(got[n], grads[n]) for n in got)
             continue
-        with lw.observe(model, lw.EKFAC(generator=generator(step), basis=basis)) as seen:
+        with lw.observe(model, lw.EKFAC(generator=generator(step), basis=basis if step == 3 else None)) as seen:
             F.cross_entropy(model(x), y).backward()
         basis = seen.ekfac
+        if step in (1, 2):  # moments in the basis before, of which a new one takes over the diagonal
+            continue
         want = {n: solved(basis.to_dense(n), [g])[0] for n, g in grads.items()}
         oracle.assert_close(got, want, 1e-9)
 
@@ -405,7 +407,8 @@ def test_what_lies_outside_of_the_measured_slices_keeps_its_gradient(kind: str) 
         return F.cross_entropy(F.linear(h.tanh(), params["v"]), y)
 
     pre = Preconditioner(params, kind, damping=DAMPING)
-    preconditioned(params, lambda: loss(False), pre)
+    for _ in range(3):
+        preconditioned(params, lambda: loss(False), pre)
     grads, got = preconditioned(params, lambda: loss(True), pre)
     assert torch.equal(got["w"][2:4], torch.zeros(2, 4)) and bool(grads["w"][4:].any())
     oracle.assert_close(got["w"][4:], grads["w"][4:])

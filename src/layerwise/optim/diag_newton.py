@@ -36,7 +36,7 @@ class DiagNewton(Newton):
     is taken before its absolute value.
 
     The other arguments are those of `KFAC`; more on D in `Preconditioner`. Default, where not given: lr 0.03, and 1
-    with step_size="quadratic"; kl_clip "auto": 3e-4, and None with "quadratic".
+    with step_size="quadratic"; kl_clip "auto": 3e-4, and 1 with "quadratic".
     Raises as `KFAC`; SamplesMixed where train-mode batch norm mixes the samples under "ggn"; Undefined where "hessian"
     takes too many products.
     Source: Dangel et al. (2020), section 4 ("ggn"); Becker and LeCun (1989) (the absolute value); Yao et al. (2021)

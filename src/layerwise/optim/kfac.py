@@ -38,7 +38,7 @@ class KFAC(Newton):
     multiplied by (19/20)^every where the loss fell by less than 1/4 or more than 3/4 of what M said; costs two more
     runs and a product on those steps; a step to NaN or infinity is then taken back. More runs of the closure see the
     same random numbers and leave no trace; it must use the same batch.
-    Default, where not given: lr 0.03, and 1 with "quadratic"; kl_clip "auto": 3e-4, and None with "quadratic".
+    Default, where not given: lr 0.03, and 1 with "quadratic"; kl_clip "auto": 3e-4, and 1 with "quadratic".
     Raises BadInput, UncoveredUse, UnknownLoss; NonFinite with `on_nonfinite="raise"` (default: skip the batch, count
     it). On steps that measure no factors, errors of the model's own calls are torch's.
     Source: Martens and Grosse (2015), sections 4 to 7; Ba, Grosse and Martens (2017), section 5, for κ;

@@ -45,7 +45,7 @@ class Newton(NamedOptimizer[_Run]):
     """Base of the optimizers that descend along a preconditioned gradient.
 
     Groups have `lr`, `damping`, `momentum` and `weight_decay`; the damping is the state of the adaptive rule. lr:
-    None for 0.03, or 1 where the quadratic model chooses the step. kl_clip: "auto" for 3e-4, or None there.
+    None for 0.03, or 1 where the quadratic model chooses the step. kl_clip: "auto" for 3e-4, or 1 there.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Newton(NamedOptimizer[_Run]):
     ) -> None:
         fixed = step_size == "lr"
         if kl_clip == "auto":
-            kl_clip = 3e-4 if fixed else None
+            kl_clip = 3e-4 if fixed else 1.0  # a batch may say little of a direction, and its model too much
         if kl_clip is not None and not 0 < kl_clip < float("inf"):
             raise BadInput(f"{type(self).__name__}'s kl_clip must be None or a finite number > 0, got {kl_clip!r}")
         if step_size not in ("lr", "quadratic"):
