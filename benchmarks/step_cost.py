@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import layerwise as lw
 from benchmarks import autoencoder
 from benchmarks.timing import interleaved
+from benchmarks.training.altmin.nets import dense
 from benchmarks.training.curvature.nets import c3d3
 from benchmarks.training.memory import Peak
 from layerwise.demo import problem as digits
@@ -90,11 +91,6 @@ class Problem(NamedTuple):
     arms: list[str]
 
 
-def classifier(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
-
-
 def class_loss(model: nn.Module, x: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(x), torch.arange(len(x)) % 10)
 
@@ -103,7 +99,7 @@ _LOSS = autoencoder.reconstruction_loss
 PROBLEMS = {
     "mnist": Problem(autoencoder.deep_autoencoder, (1000, autoencoder.SIZES[0]), _LOSS, "RMSProp", OTHERS),
     "digits": Problem(digits.autoencoder, (100, digits.SIZES[0]), _LOSS, "RMSProp", OTHERS),
-    "mnist-2x100": Problem(classifier, (200, 784), class_loss, "Adam", ALTMIN),
+    "mnist-2x100": Problem(lambda seed: dense(784, 100, 100, 10)(seed, {}), (200, 784), class_loss, "Adam", ALTMIN),
     "3c3d": Problem(lambda seed: c3d3()(seed, {}), (128, 3, 32, 32), class_loss, "Adam", SECOND_ORDER),
 }
 

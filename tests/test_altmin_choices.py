@@ -6,12 +6,12 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from local_cases import mlp
 from torch import Tensor, nn
 
 import layerwise as lw
@@ -25,12 +25,6 @@ from layerwise.replay import CodedModel
 
 codes_kinds = pytest.mark.parametrize("codes", ["jacobi", "sweep"])
 Closure = Callable[[], Tensor]
-
-
-def mlp(*sizes: int, f: Callable[[], nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), f())]
-    return nn.Sequential(*layers[:-1]).double()
 
 
 def batch(n: int = 12, i: int = 5, classes: int = 3, seed: int = 1) -> tuple[Tensor, Tensor]:

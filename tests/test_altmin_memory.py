@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from local_cases import mlp
 from torch import Tensor, nn
 
 import layerwise as lw
 from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, Undefined, UnknownLoss
 from layerwise.local import LocalProblem, Memory, WeightDecay, mairal
 from layerwise.operators.ridge import coordinate_descent, ridge
-
-
-def mlp(*sizes: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.Tanh())]
-    return nn.Sequential(*layers[:-1]).double()
 
 
 def batch(n: int = 12, i: int = 5, classes: int = 3, seed: int = 1) -> tuple[Tensor, Tensor]:

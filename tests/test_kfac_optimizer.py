@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,6 +12,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from state_checks import same, through_a_file
 from torch import Tensor, nn
 from zoo import Case, cases
 
@@ -20,7 +20,8 @@ import layerwise as lw
 from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.kronecker import KroneckerBlock
 from layerwise.optim.factors import Average, Layout, average, invert, layout_of, load, merge, save
-from layerwise.optim.preconditioner import is_due, seed_of
+from layerwise.optim.preconditioner import is_due
+from layerwise.program import seed_of
 
 KFAC, Preconditioner = lw.optim.KFAC, lw.optim.Preconditioner
 
@@ -317,24 +318,6 @@ def test_settings_of_the_optimizer_that_cannot_be(settings: dict[str, float]) ->
 
 
 # State -------------------------------------------------------------------------------------------------------
-
-
-def same(one: Any, two: Any) -> bool:
-    """Whether two states agree bitwise."""
-    if isinstance(one, Tensor):
-        return isinstance(two, Tensor) and one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        return isinstance(two, dict) and one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 class Forms(nn.Module):

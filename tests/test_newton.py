@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from state_checks import same, through_a_file
 from torch import Tensor, nn
 
 import layerwise as lw
@@ -76,24 +76,6 @@ def optimizer(kind: str, model: nn.Module, *args: Any, **more: Any) -> Any:
         return DiagNewton(model, *args, curvature=CURVATURE[kind], update_every=every[0], **more)
     factors, inverses = more.pop("every", (3, 4))
     return KFAC(model, *args, kind=kind, update_factors_every=factors, update_inverses_every=inverses, **more)
-
-
-def same(one: Any, two: Any) -> bool:
-    """Whether two states agree bitwise."""
-    if isinstance(one, Tensor):
-        return isinstance(two, Tensor) and one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        return isinstance(two, dict) and one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def state_of(model: nn.Module, *holders: Any) -> Any:

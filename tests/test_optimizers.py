@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from state_checks import through_a_file
 from torch import Tensor, nn
 
 import layerwise as lw
@@ -116,13 +116,6 @@ def everything(net: nn.Module, opt: torch.optim.Optimizer) -> list[Tensor]:
 
 def same(one: list[Tensor], two: list[Tensor]) -> bool:
     return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # State --------------------------------------------------------------------------------------------------------

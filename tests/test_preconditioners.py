@@ -16,7 +16,7 @@ from zoo import Case, cases
 import layerwise as lw
 from layerwise.errors import BadInput, LayerwiseError, SamplesMixed, Undefined
 from layerwise.optim.curvature import KINDS
-from layerwise.optim.preconditioner import seed_of
+from layerwise.program import seed_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 Preconditioner = lw.optim.Preconditioner

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["NETS", "Net", "Problem"]
+__all__ = ["NETS", "Net", "Problem", "all_cnn_c", "c3d3"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _mlp(activation: type[nn.Module]) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
-def _3c3d() -> nn.Module:
+def c3d3() -> nn.Module:
     """DeepOBS's net for CIFAR-10 (Schneider, Balles and Hennig, 2019)."""
     return nn.Sequential(
         nn.Conv2d(3, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
@@ -80,10 +80,10 @@ def _3c3d() -> nn.Module:
     )  # fmt: skip
 
 
-def _all_cnn_c() -> nn.Module:
-    """Springenberg et al. (2015), 100 classes, without dropout."""
+def all_cnn_c(classes: int = 100) -> nn.Module:
+    """All-CNN-C without dropout. Source: Springenberg et al. (2015), table 1."""
     widths = [(3, 96, 3, 1, 1), (96, 96, 3, 1, 1), (96, 96, 3, 2, 1), (96, 192, 3, 1, 1), (192, 192, 3, 1, 1)]
-    widths += [(192, 192, 3, 2, 1), (192, 192, 3, 1, 0), (192, 192, 1, 1, 0), (192, 100, 1, 1, 0)]
+    widths += [(192, 192, 3, 2, 1), (192, 192, 3, 1, 0), (192, 192, 1, 1, 0), (192, classes, 1, 1, 0)]
     layers: list[nn.Module] = []
     for i, o, kernel, stride, padding in widths:
         layers += [nn.Conv2d(i, o, kernel, stride, padding), nn.ReLU()]
@@ -170,8 +170,8 @@ def _tokens(n: int) -> tuple[Tensor, Tensor]:
 NETS = {
     "mlp": Net("MLP 784-1000-500-250-10, ReLU", lambda: _mlp(nn.ReLU), _images((784,), 10), 128),
     "mlp-sigmoid": Net("MLP 784-1000-500-250-10, sigmoid", lambda: _mlp(nn.Sigmoid), _images((784,), 10), 128),
-    "3c3d": Net("3C3D, 3x32x32", _3c3d, _images((3, 32, 32), 10), 128),
-    "all-cnn-c": Net("All-CNN-C, 3x32x32, 100 classes", _all_cnn_c, _images((3, 32, 32), 100), 32, exact_batch=4),
+    "3c3d": Net("3C3D, 3x32x32", c3d3, _images((3, 32, 32), 10), 128),
+    "all-cnn-c": Net("All-CNN-C, 3x32x32, 100 classes", all_cnn_c, _images((3, 32, 32), 100), 32, exact_batch=4),
     "resnet8": Net("ResNet-8, 3x32x32, BatchNorm eval", _resnet8, _images((3, 32, 32), 10), 64),
     "transformer": Net(
         "encoder: 64 tokens of 1000, width 128, 4 heads, hidden 512, 2 layers",

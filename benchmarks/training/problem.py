@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks import data
 
-__all__ = ["Problem", "Split", "accuracy", "mean_loss"]
+__all__ = ["Problem", "Split", "accuracy", "class_loss", "mean_loss"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,11 @@ class Problem:
             found, x=found.x[:rows], y=found.y[:rows], x_test=found.x[rows:], y_test=found.y[rows:],
             source=f"{found.source}; held out: the {self.validation} training rows after the first {rows}",
         )  # fmt: skip
+
+
+def class_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Mean cross entropy."""
+    return F.cross_entropy(model(x), y)
 
 
 @torch.no_grad()

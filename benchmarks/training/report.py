@@ -14,7 +14,7 @@ from .plan import Run, best, methods_of, tuning
 from .problems import PROBLEMS
 from .rows import Rows
 from .study import study_of
-from .summaries import epochs_to, interval, median, target
+from .summaries import epochs_to, interval, median, number, target
 
 __all__ = ["ablation_table", "finals_of", "problem_table", "tuning_table", "write"]
 
@@ -55,7 +55,7 @@ def problem_table(problem: str, final: Finals, step_seconds: Mapping[str, float]
     name, level = target(final, baselines)
     adam = step_seconds.get(step_time.REFERENCE, math.nan)
     lines = [
-        f"Target: train loss {_number(level)}, the final median of {name or 'no first-order method yet'}.",
+        f"Target: train loss {number(level)}, the final median of {name or 'no first-order method yet'}.",
         "",
         "| method | trial | batch | seeds | train loss [95 %] | test loss [95 %] | epochs to target | "
         "seconds to target | step / Adam's at its batch | MB |",
@@ -68,8 +68,8 @@ def problem_table(problem: str, final: Finals, step_seconds: Mapping[str, float]
         lines.append(
             f"| {method} | {first['trial']} | {first['configuration']['batch']} | {_seeds(mine)} "
             f"| {_spread([r['train_loss'] for r in mine])} | {_spread([r['test_loss'] for r in mine])} "
-            f"| {_number(epochs)} | {_number(epochs * seconds_per_epoch(first, step_seconds))} "
-            f"| {_number(step_seconds.get(method, math.nan) / adam)} | {_number(median(memory))} |"
+            f"| {number(epochs)} | {number(epochs * seconds_per_epoch(first, step_seconds))} "
+            f"| {number(step_seconds.get(method, math.nan) / adam)} | {number(median(memory))} |"
         )
     return "\n".join(lines)
 
@@ -83,7 +83,7 @@ def tuning_table(problem: str, rows: Mapping[Any, Row]) -> str:
         if all(map(math.isnan, losses)):
             continue
         low = min((v for v in losses if math.isfinite(v)), default=math.nan)
-        cells = [f"**{_number(v)}**" if v == low else _number(v) for v in losses]
+        cells = [f"**{number(v)}**" if v == low else number(v) for v in losses]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -104,7 +104,7 @@ def ablation_table(rows: Mapping[Any, Row]) -> str:
                 lines.append(f"| {name} | {method} | - | inf | inf | {failed} |")
                 continue
             row = rows[runs[trial].key()]
-            losses = f"{_number(row['train_loss'])} | {_number(row['test_loss'])}"
+            losses = f"{number(row['train_loss'])} | {number(row['test_loss'])}"
             lines.append(f"| {name} | {method} | {trial} | {losses} | {failed} |")
     return "\n".join(lines)
 
@@ -212,8 +212,4 @@ def _seeds(mine: Sequence[Row]) -> str:
 
 def _spread(values: Sequence[float]) -> str:
     mean, low, high = interval([float(v) for v in values])
-    return f"{_number(mean)} [{_number(low)}, {_number(high)}]" if math.isfinite(mean) else _number(mean)
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
+    return f"{number(mean)} [{number(low)}, {number(high)}]" if math.isfinite(mean) else number(mean)

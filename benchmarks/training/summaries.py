@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["epochs_to", "interval", "median", "target"]
+__all__ = ["epochs_to", "interval", "median", "number", "target"]
 
 RESAMPLES = 10_000
 
@@ -35,6 +35,11 @@ def interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tup
 def median(values: Sequence[float]) -> float:
     """The median, for values that may be infinite; NaN of none."""
     return statistics.median_low(values) if values else math.nan
+
+
+def number(value: float, digits: int = 4) -> str:
+    """As text; "-" for NaN."""
+    return "-" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def epochs_to(row: Mapping[str, Any], level: float) -> float:

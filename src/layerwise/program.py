@@ -19,7 +19,7 @@ from layerwise.calls import RANDOM
 from layerwise.nn.hard import crossed, hard
 from layerwise.tape import Tape
 
-__all__ = ["Buffers", "CodedTape", "RandomState", "Ref", "Step"]
+__all__ = ["Buffers", "CodedTape", "Gradients", "RandomState", "Ref", "Step", "seed_of"]
 
 _RANDOM_METHODS = {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "bernoulli"}
 _READS_VALUES = {
@@ -61,6 +61,28 @@ class Buffers:
             # batch norm does not count up its buffers' versions, so values are compared
             if not torch.equal(buffer, value):
                 buffer.copy_(value)
+
+
+class Gradients:
+    """The `.grad` of parameters, to be put back; values: also what they hold, which a backward pass would add to."""
+
+    def __init__(self, parameters: Iterable[Tensor], values: bool = True) -> None:
+        self._grads = [
+            (p, p.grad, None if p.grad is None or not values else p.grad.detach().clone()) for p in parameters
+        ]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The same tensors, with the same values where they were kept."""
+        for p, grad, value in self._grads:
+            p.grad = grad
+            if grad is not None and value is not None:
+                grad.copy_(value)
+
+
+def seed_of(seed: int, step: int) -> int:
+    """The generator's seed for the draws of a step; mixed, since CPU generators read the lower 32 bits alone."""
+    return random.Random(f"{seed} {step}").getrandbits(63)
 
 
 class RandomState:

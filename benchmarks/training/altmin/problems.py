@@ -7,11 +7,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from benchmarks import data
-from benchmarks.training.problem import Problem, Split
+from benchmarks.training.problem import Problem, Split, class_loss
 
 from .nets import dense, elman, lenet5, signs
 
@@ -60,10 +59,6 @@ def higgs(rows: int, test_rows: int) -> Split:
     return _cut(d, (x - mean) / deviation, d.y_train[order], (d.x_test - mean) / deviation, rows, test_rows)
 
 
-def _classes(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y)
-
-
 _STRAIGHT = {
     "adam": "STE-Adam", "adam-100": "STE-Adam, batch B/T", "momentum": "STE-SGD", "momentum-100": "STE-SGD, batch B/T",
 }  # fmt: skip
@@ -81,14 +76,14 @@ _COLOURS = images("cifar10", CIFAR10, (3072,))
 PROBLEMS: dict[str, Problem] = {
     p.name: p
     for p in (
-        Problem("mnist-2x100", "MNIST, dense 2 x 100", "dense", _FLAT, dense(784, 100, 100, 10), _classes,
+        Problem("mnist-2x100", "MNIST, dense 2 x 100", "dense", _FLAT, dense(784, 100, 100, 10), class_loss,
                 early=100, final_epochs=50, **_MNIST),
         Problem("mnist-2x100-one-epoch", "MNIST, dense 2 x 100, one epoch with a falling rate", "dense", _FLAT,
-                dense(784, 100, 100, 10), _classes, early=100, final_epochs=1, schedule="linear",
+                dense(784, 100, 100, 10), class_loss, early=100, final_epochs=1, schedule="linear",
                 timed_as="mnist-2x100", **_MNIST),
-        Problem("mnist-2x500", "MNIST, dense 2 x 500", "dense", _FLAT, dense(784, 500, 500, 10), _classes,
+        Problem("mnist-2x500", "MNIST, dense 2 x 500", "dense", _FLAT, dense(784, 500, 500, 10), class_loss,
                 early=100, **_MNIST),
-        Problem("mnist-lenet5", "MNIST, LeNet-5", "conv", images("mnist", MNIST, (1, 28, 28)), lenet5(), _classes,
+        Problem("mnist-lenet5", "MNIST, LeNet-5", "conv", images("mnist", MNIST, (1, 28, 28)), lenet5(), class_loss,
                 early=100, final_epochs=3, **_MNIST),
         Problem(
             "mnist-lenet5-one-epoch",
@@ -96,7 +91,7 @@ PROBLEMS: dict[str, Problem] = {
             "conv",
             images("mnist", MNIST, (1, 28, 28)),
             lenet5(),
-            _classes,
+            class_loss,
             early=100,
             final_epochs=1,
             schedule="linear",
@@ -104,19 +99,19 @@ PROBLEMS: dict[str, Problem] = {
             **_MNIST,
         ),
         Problem("mnist-rows-rnn15", "sequential MNIST row by row, 15 recurrent units", "recurrent",
-                images("mnist", MNIST, (28, 28)), elman(28), _classes, early=100, final_epochs=3, **_MNIST),
+                images("mnist", MNIST, (28, 28)), elman(28), class_loss, early=100, final_epochs=3, **_MNIST),
         Problem("mnist-pixels-rnn15", "sequential MNIST pixel by pixel, short form (5,000 images), 15 recurrent units",
-                "recurrent", images("mnist", MNIST, (784, 1)), elman(1), _classes, early=40, early_rows=500,
+                "recurrent", images("mnist", MNIST, (784, 1)), elman(1), class_loss, early=40, early_rows=500,
                 final_epochs=3, **_MNIST | {"rows": 5_000, "test_rows": 1_000, "validation": 500, "batch": 250,
                                             "measured": 500}),
         Problem("mnist-binary-2x500", "MNIST, binary 2 x 500 (signs), a falling rate", "binary", _FLAT,
-                signs(784, 500, 500, 10), _classes, early=100, labels=_STRAIGHT, schedule="linear", **_MNIST),
+                signs(784, 500, 500, 10), class_loss, early=100, labels=_STRAIGHT, schedule="linear", **_MNIST),
         Problem("cifar10-2x100", "CIFAR-10 subset (10,000 images), dense 2 x 100", "dense", _COLOURS,
-                dense(3072, 100, 100, 10), _classes, early=100, **_CIFAR10),
+                dense(3072, 100, 100, 10), class_loss, early=100, **_CIFAR10),
         Problem("cifar10-2x500", "CIFAR-10 subset (10,000 images), dense 2 x 500", "dense", _COLOURS,
-                dense(3072, 500, 500, 10), _classes, early=100, **_CIFAR10),
+                dense(3072, 500, 500, 10), class_loss, early=100, **_CIFAR10),
         Problem("higgs-2x300", "HIGGS subset (20,970 rows), dense 2 x 300", "tabular", higgs, dense(28, 300, 300, 2),
-                _classes, early=100, rows=20_970, test_rows=5_000, validation=2_970, batch=200, classes=True,
+                class_loss, early=100, rows=20_970, test_rows=5_000, validation=2_970, batch=200, classes=True,
                 data="higgs", tune_epochs=3, final_epochs=10),
     )
 }  # fmt: skip

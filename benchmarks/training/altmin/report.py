@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.training.plan import Run, methods_of, tuning
 from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.study import study_of
-from benchmarks.training.summaries import interval, median
+from benchmarks.training.summaries import interval, median, number
 
 __all__ = [
     "EARLY",
@@ -62,8 +62,9 @@ def accuracy_table(problem: str, final: Finals, seconds: Mapping[str, float]) ->
         cells = [
             label(problem, method), str(rows[0]["trial"]), str(kept["batch"]),
             f"{len(rows)}" + (f" ({failed} failed)" if failed else ""), *early, _spread(first),
-            _spread([r["test_accuracy"] for r in rows]), _number(median([r["test_loss"] for r in rows])),
-            _number(seconds.get(method, math.nan) / step), _number(epoch_cost(problem, kept, method, seconds)),
+            _spread([r["test_accuracy"] for r in rows]), number(median([r["test_loss"] for r in rows]), 3),
+            number(seconds.get(method, math.nan) / step, 3),
+            number(epoch_cost(problem, kept, method, seconds), 3),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -117,8 +118,8 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     first, later = figure.subplots(1, 2)
-    for number, (method, rows) in enumerate(final.items()):
-        style = {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10 % 2]}
+    for index, (method, rows) in enumerate(final.items()):
+        style = {"color": f"C{index % 10}", "linestyle": ("-", "--")[index // 10 % 2]}
         for axes, curve in ((first, "early_curve"), (later, "accuracy_curve")):
             curves = [[100 * v for v in r[curve]] for r in rows if r[curve]]
             if not curves:
@@ -170,7 +171,3 @@ def _percent(value: float) -> str:
 def _spread(values: Sequence[float]) -> str:
     mean, low, high = interval(values)
     return f"{_percent(mean)} [{_percent(low)}, {_percent(high)}]" if math.isfinite(mean) else "failed"
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3g}"

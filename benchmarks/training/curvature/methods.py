@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -28,17 +28,6 @@ def _make(kind: str, model: nn.Module, params: Parameters, hyper: Mapping[str, A
     return Stepping(optimizer.step, optimizer)
 
 
-@cache
-def _lacks(kind: str) -> str:
-    """Why the library does not take a kind, or ""."""
-    model = nn.Linear(2, 2)
-    try:
-        _make(kind, model, list(model.parameters()), {})
-    except (AttributeError, TypeError, ValueError) as error:
-        return f"layerwise does not take curvature {kind} yet: {error}"
-    return ""
-
-
 _MOMENTUM = Range(0.5, 0.99, "one-minus")
 _RATE, _DAMPING = Range(1e-2, 1.0), Range(1e-4, 1e1)
 _PLAIN: Mapping[str, Any] = {"momentum": 0.0, "kl_clip": None}  # the paper's update, θ ← θ − α (C + λI)⁻¹ ∇L
@@ -59,12 +48,12 @@ SHARED: dict[str, Mapping[str, Space]] = {  # of LocoProp's methods
 
 def _kronecker(kind: str) -> Method:
     spaces = _spaces(_KRONECKER, lr=_RATE, damping=_DAMPING)
-    return Method(kind, partial(_make, kind), spaces, period=PERIOD, unavailable=partial(_lacks, kind))
+    return Method(kind, partial(_make, kind), spaces, period=PERIOD)
 
 
 def _diagonal(kind: str) -> Method:
     spaces = _spaces(_PLAIN, lr=_RATE, damping=_DAMPING)
-    return Method(kind, partial(_make, kind), spaces, period=PERIOD // 2, unavailable=partial(_lacks, kind))
+    return Method(kind, partial(_make, kind), spaces, period=PERIOD // 2)
 
 
 METHODS: dict[str, Method] = {

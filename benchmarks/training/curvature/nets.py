@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.overhead import nets
 from benchmarks.training.altmin.nets import Model, seeded
 
 __all__ = ["all_cnn_c", "c2d2", "c3d3", "logistic"]
@@ -51,13 +52,8 @@ def c3d3() -> Model:
     """3C3D: three convolutions with overlapping pooling, three dense layers; for 3 x 32 x 32 images."""
 
     def make() -> nn.Module:
-        net = nn.Sequential(
-            nn.Conv2d(3, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
-            nn.Conv2d(64, 96, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
-            nn.Conv2d(96, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
-            nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10),
-        )  # fmt: skip
-        for m in net:
+        net = nets.c3d3()
+        for m in net.children():
             if isinstance(m, nn.Conv2d):
                 _start(m, nn.init.xavier_normal_, 0.0)
             elif isinstance(m, nn.Linear):
@@ -69,15 +65,12 @@ def c3d3() -> Model:
 
 def all_cnn_c(classes: int = 10) -> Model:
     """All-CNN-C without dropout, for 3 x 32 x 32 images. Source: Springenberg et al. (2015), table 1."""
-    widths = [(3, 96, 3, 1, 1), (96, 96, 3, 1, 1), (96, 96, 3, 2, 1), (96, 192, 3, 1, 1), (192, 192, 3, 1, 1)]
-    widths += [(192, 192, 3, 2, 1), (192, 192, 3, 1, 0), (192, 192, 1, 1, 0), (192, classes, 1, 1, 0)]
 
     def make() -> nn.Module:
-        layers: list[nn.Module] = []
-        for i, o, kernel, stride, padding in widths:
-            conv = nn.Conv2d(i, o, kernel, stride, padding)
-            _start(conv, nn.init.trunc_normal_, 0.1, std=math.sqrt(2 / (i * kernel**2)))
-            layers += [conv, nn.ReLU()]
-        return nn.Sequential(*layers, nn.AvgPool2d(6), nn.Flatten())
+        net = nets.all_cnn_c(classes)
+        for m in net.children():
+            if isinstance(m, nn.Conv2d):
+                _start(m, nn.init.trunc_normal_, 0.1, std=math.sqrt(2 / m.weight[0].numel()))
+        return net
 
     return seeded(make)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.training.problems import PROBLEMS
-from benchmarks.training.summaries import median
+from benchmarks.training.summaries import median, number
 
 __all__ = ["curves_figure", "curves_table", "quartiles"]
 
@@ -45,7 +45,7 @@ def curves_table(problem: str, final: Finals, seconds: Mapping[str, float]) -> s
         ]  # fmt: skip
         if classes:
             cells.append(_spread([100 * r["test_accuracy"] for r in rows]))
-        cells += [_number(seconds.get(method, math.nan) / step), _number(median(memory))]
+        cells += [number(seconds.get(method, math.nan) / step), number(median(memory))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -66,7 +66,7 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
     if known.classes:
         kinds.append(("accuracy_curve", "accuracy on test rows, %", lambda v: 100 * v))
     for (curve, label, unit), (by_epoch, by_second) in zip(kinds, panels, strict=True):
-        for number, (method, runs) in enumerate(final.items()):
+        for index, (method, runs) in enumerate(final.items()):
             configuration = runs[0]["configuration"]
             second = -(-configuration["rows"] // configuration["batch"]) * seconds.get(method, math.nan)
             length = min(len(r[curve]) for r in runs)
@@ -75,8 +75,8 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
             for axes, each in ((by_epoch, 1.0), (by_second, second)):
                 if bands and not math.isnan(each):
                     places = [e * each for e in range(length)]
-                    axes.plot(places, middle, color=f"C{number % 10}", linewidth=1.8, label=method)
-                    axes.fill_between(places, low, high, color=f"C{number % 10}", alpha=0.2, linewidth=0)
+                    axes.plot(places, middle, color=f"C{index % 10}", linewidth=1.8, label=method)
+                    axes.fill_between(places, low, high, color=f"C{index % 10}", alpha=0.2, linewidth=0)
         by_epoch.set_ylabel(label)
         if curve == "train_curve":
             by_epoch.set_yscale("log")
@@ -91,8 +91,4 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
 
 def _spread(values: Sequence[float]) -> str:
     low, middle, high = quartiles([float(v) for v in values])
-    return f"{_number(middle)} [{_number(low)}, {_number(high)}]" if math.isfinite(middle) else "failed"
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
+    return f"{number(middle)} [{number(low)}, {number(high)}]" if math.isfinite(middle) else "failed"

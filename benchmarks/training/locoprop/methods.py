@@ -121,10 +121,6 @@ def _needs_package() -> str:
     return "" if found else "needs pytorch_optimizer: make benchmarks"
 
 
-def _needs_kfac() -> str:
-    return "" if hasattr(lw.optim, "KFAC") else "layerwise.optim has no KFAC yet"
-
-
 # -- the ranges -----------------------------------------------------------------------------------------
 
 _PERIOD = 10  # steps between two preconditioners, for all that amortise them
@@ -225,7 +221,6 @@ METHODS: dict[str, Method] = {
                 for family, most in (("autoencoder", 10.0), ("convnet", 0.1), ("transformer", 0.1))
             },
             revision=3,
-            unavailable=_needs_kfac,
         ),
         Method("locoprop-m", _locoprop, _local(Range(5e-6, 5e-4), loss="matching")),
         Method("locoprop-m-all-rows", _locoprop, _local(Range(5e-6, 5e-4), loss="matching", rows="all")),

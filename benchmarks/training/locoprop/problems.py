@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks import data
 from benchmarks.autoencoder import SIZES, deep_autoencoder
-from benchmarks.training.problem import Problem, Split
+from benchmarks.training.problem import Problem, Split, class_loss
 
 from .curves import curves
 
@@ -62,10 +62,6 @@ def _autoencoder(sizes: tuple[int, ...]) -> Callable[[int, Mapping[str, Any]], n
 
 
 # -- a convolutional classifier -------------------------------------------------------------------------
-
-
-def _classes(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y)
 
 
 def _fashion(rows: int, test_rows: int) -> Split:
@@ -161,7 +157,7 @@ PROBLEMS: dict[str, Problem] = {
         Problem("curves-autoencoder", "deep autoencoder, CURVES (10,000 generated images)", "autoencoder", _curves,
                 _autoencoder(CURVES_SIZES), _pixels),
         Problem("fashion-convnet", "convolutional net, Fashion-MNIST (10,000 images)", "convnet", _fashion,
-                _convnet, _classes, batch=500),
+                _convnet, class_loss, batch=500),
         Problem("text-transformer", "small transformer, tinyshakespeare (4,000 windows of 64 characters)",
                 "transformer", _windows, _transformer, _next_character, rows=4000, test_rows=500, batch=100),
     )

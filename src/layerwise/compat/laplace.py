@@ -16,6 +16,7 @@ from layerwise.errors import Undefined
 from layerwise.observe import observe
 from layerwise.operators import Kronecker, KroneckerBlock
 from layerwise.operators.curvature import Hessian
+from layerwise.program import Gradients
 from layerwise.quantities import KFAC, KFLR, DiagGGN, DiagHessian, PerSampleGrad, Quantity, SecondMoment, SqrtGGN
 from layerwise.quantities.kronecker import KroneckerFactors
 from layerwise.seen import Seen
@@ -102,7 +103,7 @@ class LayerwiseInterface(CurvatureInterface):
     def _pass(self, x: Any, loss_of: Callable[[Tensor], Tensor], *quantities: Quantity) -> tuple[Tensor, Seen]:
         """One forward pass and what is sent back; `.grad` is left alone."""
         samples = len(x[self.dict_key_x] if isinstance(x, Mapping) else x)
-        before = [p.grad for p in self.params]
+        gradients = Gradients(self.params, values=False)
         try:
             for p in self.params:
                 p.grad = None
@@ -110,8 +111,7 @@ class LayerwiseInterface(CurvatureInterface):
                 loss = loss_of(self.model(x))
                 loss.backward(inputs=self.params)
         finally:
-            for p, grad in zip(self.params, before, strict=True):
-                p.grad = grad
+            gradients.put_back()
         return loss.detach(), seen
 
     def _flat(self, values: Mapping[str, Tensor], lead: int = 1) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from layerwise.errors import BadInput
 from layerwise.monitor import Measure, Monitor
-from layerwise.monitor.monitor import Record
+from layerwise.monitor.records import Record
 
 try:
     from lightning import Callback

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, LayerwiseError, LeftOut, NonFinite
 from layerwise.monitor.measures import WHOLE, Measure, Step, default
+from layerwise.monitor.records import Record
 from layerwise.monitor.watch import Group, Watch
+from layerwise.program import seed_of
 from layerwise.quantities import Quantity
 from layerwise.uses import named_parameters_of
 
-__all__ = ["Monitor", "Record"]
-
-Record = dict[str, float | int | str]
-
-_GOLDEN = 2654435761  # 2³² over the golden ratio, odd: seeds lie far apart
+__all__ = ["Monitor"]
 
 
 class Monitor:
@@ -120,9 +118,7 @@ class Monitor:
     def _groups(self) -> list[list[tuple[Measure, list[Quantity]]]]:
         """Measures with their quantities of this step: those that work together, and each other one by itself."""
         device = next((p.device for p in named_parameters_of(self._model).values()), torch.device("cpu"))
-        # A seed of its own for every step: nothing to save, and a resumed run draws the same. Torch's generators on the
-        # CPU read 32 bits of it.
-        seed = (_GOLDEN * self._seed + self.steps) % 2**32
+        seed = seed_of(self._seed, self.steps)  # nothing to save, and a resumed run draws the same
         made = [(m, list(m.quantities(torch.Generator(device).manual_seed(seed)))) for m in self._measures]
         asking = [(m, found) for m, found in made if found]
         together = [(m, found) for m, found in asking if m.name not in self._apart]

@@ -14,7 +14,7 @@ from layerwise.monitor.series import LEFT_OUT
 
 __all__ = ["History", "JSONLines", "Record", "read"]
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # numbers by name, and reasons why some are missing
 
 
 class History:

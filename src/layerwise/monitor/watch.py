@@ -14,7 +14,7 @@ from layerwise.calls import BACKWARD
 from layerwise.errors import BadInput, LayerwiseError, UnsupportedCall
 from layerwise.local.record import dense
 from layerwise.observe import observe
-from layerwise.program import Buffers, RandomState
+from layerwise.program import Buffers, Gradients, RandomState
 from layerwise.pull import accumulated, backward_arguments
 from layerwise.quantities import Quantity
 from layerwise.seen import Seen
@@ -80,26 +80,18 @@ class _Once:
     def __init__(self, run: Callable[[], Any], parameters: Iterable[Tensor]) -> None:
         self._run, self._parameters = run, list(parameters)
         self._out: Any = None
-        self._after: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
+        self._after: Gradients | None = None
 
     def __call__(self) -> Any:
-        before = [p.grad for p in self._parameters]
         self._out = self._run()
-        self._after = [
-            (p, p.grad, p.grad.detach().clone() if p.grad is not None and p.grad is old else None)
-            for p, old in zip(self._parameters, before, strict=True)
-        ]
+        self._after = Gradients(self._parameters)
         return self._out
 
-    @torch.no_grad()
     def finished(self) -> Any:
         """Run it, or put back what it gave."""
         if self._after is None:
             return self()
-        for p, grad, value in self._after:
-            p.grad = grad
-            if grad is not None and value is not None:
-                grad.copy_(value)
+        self._after.put_back()
         return self._out
 
 
@@ -189,7 +181,7 @@ class Watch:
         """Observe one run of a closure, and leave gradients, buffers and random numbers as they were."""
         devices = {p.device for p in self._parameters.values()}
         random, buffers = RandomState(devices), Buffers(self._model)
-        grads = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in self._parameters.values()]
+        gradients = Gradients(self._parameters.values())
         try:
             with torch.enable_grad(), self:
                 total = closure()
@@ -198,11 +190,7 @@ class Watch:
         finally:
             random.put_back()
             buffers.put_back()
-            with torch.no_grad():
-                for p, grad, value in grads:
-                    p.grad = grad
-                    if grad is not None and value is not None:
-                        grad.copy_(value)
+            gradients.put_back()
 
 
 def values_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.operators.curvature import GGN
-from layerwise.program import Buffers, RandomState
+from layerwise.program import Buffers, Gradients, RandomState
 from layerwise.replay import check_loss
 from layerwise.tape import Tape
 from layerwise.uses import named_parameters_of
@@ -33,15 +33,13 @@ class Rerun:
         return Buffers(self.model), RandomState(self._devices)
 
     def __enter__(self) -> Self:
-        self._params = list(named_parameters_of(self.model).values())
-        self._now, self._grads = self._states(), [p.grad for p in self._params]
-        for p in self._params:
+        parameters = named_parameters_of(self.model).values()
+        self._now = (*self._states(), Gradients(parameters, values=False))
+        for p in parameters:
             p.grad = None
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        for p, grad in zip(self._params, self._grads, strict=True):
-            p.grad = grad
         for state in self._now:
             state.put_back()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,20 +20,16 @@ from layerwise.optim.curvature import curvature
 from layerwise.optim.factors import FORMS
 from layerwise.optim.measured import Request, remaining
 from layerwise.optim.watching import Watch, Watched, bad_gradient
+from layerwise.program import seed_of
 from layerwise.quantities.base import Quantity
 from layerwise.uses import named_parameters_of
 
-__all__ = ["LARGEST_FACTOR", "Kind", "Preconditioner", "is_due", "seed_of"]
+__all__ = ["LARGEST_FACTOR", "Kind", "Preconditioner", "is_due"]
 
 LARGEST_FACTOR = 2**13  # a factor of this size takes 256 MiB in float32, and its inverse as much
 Kind = Literal[
     "kfac", "kflr", "kfra", "ekfac", "foof", "diag-ggn", "diag-ggn-mc", "diag-hessian", "diag-hessian-mc"
 ]  # fmt: skip
-
-
-def seed_of(seed: int, step: int) -> int:
-    """The generator's seed for the draws of a step; mixed, since CPU generators read the lower 32 bits alone."""
-    return random.Random(f"{seed} {step}").getrandbits(63)
 
 
 def is_due(step: int, every: int) -> bool:
