@@ -21,7 +21,7 @@ PACKAGE = SRC / "layerwise"
 LEVELS = tuple(
     set(level.split(" ")) if level else {""}
     for level in (
-        "errors memory costs finite",
+        "errors memory costs finite ranks",
         "ops losses nn",
         "calls uses loss_record tape coverage pull samples program replay likelihoods products chain recompute "
         "boundary separate residuals",
@@ -32,7 +32,7 @@ LEVELS = tuple(
         "observe passes seen accumulate",
         "local",
         "optim",
-        "monitor",
+        "monitor distributed",
         "",  # the table of contents, `layerwise/__init__.py`
         "compat demo cli __main__",
     )

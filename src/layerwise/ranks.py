@@ -1,0 +1,99 @@
+"""`Ranks`: what the processes of a group say to each other, of few messages; nothing where there is one process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from layerwise.errors import BadInput
+
+__all__ = ["Ranks"]
+
+Group = Any  # torch.distributed.ProcessGroup, which some builds of torch do not have
+
+
+class Ranks:
+    """The processes of a group that train one model.
+
+    group: a process group; None: all processes of the default one, or this process alone where
+    `torch.distributed` was not started. Every method is a collective: all ranks call it, in the same order.
+    """
+
+    def __init__(self, group: Group | None = None) -> None:
+        self.group = group
+        started = dist.is_available() and dist.is_initialized()
+        if group is not None and not started:
+            raise BadInput("asked for the ranks of a process group, but torch.distributed is not initialized")
+        self.size: int = dist.get_world_size(group) if started else 1
+        self.rank: int = dist.get_rank(group) if started else 0
+        if self.rank < 0:
+            raise BadInput("this process is not in the process group that was given; make Ranks on its members alone")
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over ranks, of tensors that have the same shapes on all; one message for each dtype and device."""
+        if self.size == 1:
+            return list(tensors)
+        out: list[Tensor | None] = [None] * len(tensors)
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i, t in enumerate(tensors):
+            kinds.setdefault((t.dtype, t.device), []).append(i)
+        for members in kinds.values():
+            flat = torch.cat([tensors[i].detach().reshape(-1) for i in members])
+            dist.all_reduce(flat, group=self.group)
+            parts = flat.split([tensors[i].numel() for i in members])
+            for i, part in zip(members, parts, strict=True):
+                out[i] = part.view(tensors[i].shape)
+        return [t for t in out if t is not None]
+
+    def send_from(self, source: int, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors with those of one rank; one message for each dtype and device."""
+        if self.size == 1:
+            return
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for t in tensors:
+            kinds.setdefault((t.dtype, t.device), []).append(t)
+        for members in kinds.values():
+            flat = torch.cat([t.detach().reshape(-1) for t in members])
+            dist.broadcast(flat, group=self.group, group_src=source)
+            if source == self.rank:
+                continue
+            with torch.no_grad():
+                for t, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
+                    t.copy_(part.view(t.shape))
+
+    def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
+        """Whether any rank says so; device: where the message lives (a CUDA device for NCCL)."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor(float(flag), device=device)
+        dist.all_reduce(said, group=self.group)
+        return bool(said > 0)
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raise BadInput on all ranks, by name, where a fact is missing on a rank or its text differs."""
+        mine = {name: repr(fact) for name, fact in facts.items()}
+        digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
+        if len(set(self.gather(digest))) == 1:
+            return
+        all_ = self.gather(mine)
+        for name in dict.fromkeys(name for one in all_ for name in one):
+            said = [one.get(name, "nothing of that name") for one in all_]
+            if len(set(said)) > 1:
+                texts = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said))
+                raise BadInput(
+                    f"the ranks disagree on {name!r}: {texts}. Every rank must build the same model with the same "
+                    "settings"
+                )
