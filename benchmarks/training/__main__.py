@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=step_time.REPEATS, help="of step-time")
     parser.add_argument("--limit", type=int, default=LIMIT, help="CPU seconds after which a run counts as failed")
     parser.add_argument("--rows", type=Path, default=FOLDER, help="folder of the rows")
+    parser.add_argument("--parallel-config", type=Path, help="a pool to spread runs over, as Benchopt takes it")
     arguments = parser.parse_args(argv)
     study = STUDIES[arguments.study]
     problems = arguments.problem or list(study.methods)
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {missing_benchopt()}", file=sys.stderr)
         return 2
     runs = runs_of(arguments.part, problems, arguments.method, rows)
-    done, failed, left_out = perform(runs, rows, arguments.threads, arguments.limit)
+    done, failed, left_out = perform(runs, rows, arguments.threads, arguments.limit, arguments.parallel_config)
     print(f"{arguments.part}: {done} runs, {failed} of them failed; {left_out} unavailable; {len(runs)} planned")
     return 1 if left_out else 0
 

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,21 +45,34 @@ def missing_benchopt() -> str:
     return "" if found else "Benchopt is not installed: make benchmarks"
 
 
-def perform(runs: Iterable[Run], rows: Rows, threads: int = 1, limit: int = LIMIT) -> tuple[int, int, int]:
-    """Perform the runs that have no row yet; (performed, failed among them, left out as unavailable)."""
+def perform(
+    runs: Iterable[Run], rows: Rows, threads: int = 1, limit: int = LIMIT, parallel: Path | None = None
+) -> tuple[int, int, int]:
+    """Perform the runs that have no row yet; (performed, failed among them, left out as unavailable).
+
+    parallel: the configuration of a pool to spread them over.
+    """
+    from .pool import spread
+
     counts = [0, 0, 0]
-    said: set[str] = set()
-    for run in runs:
-        reason = run.unavailable()
-        if reason:
-            counts[2] += 1
-            if f"{run.method}{run.change}" not in said:
-                said.add(f"{run.method}{run.change}")
-                print(f"unavailable: {run.method} {run.change}: {reason}", flush=True)
-            continue
-        if run.key() in rows.load(run.problem):
-            continue
-        row = execute(run, threads, limit)
+
+    def missing() -> Iterator[Run]:
+        said: set[str] = set()
+        for run in runs:
+            reason = run.unavailable()
+            if reason:
+                counts[2] += 1
+                if f"{run.method}{run.change}" not in said:
+                    said.add(f"{run.method}{run.change}")
+                    print(f"unavailable: {run.method} {run.change}: {reason}", flush=True)
+            elif run.key() not in rows.load(run.problem):
+                yield run
+
+    for run, row in (
+        ((run, execute(run, threads, limit)) for run in missing())
+        if parallel is None
+        else spread(missing(), parallel, threads, limit)
+    ):
         rows.add(row)
         counts[0] += 1
         counts[1] += row["status"] == "failed"

@@ -1,0 +1,38 @@
+"""Runs spread over a pool by Benchopt's own backends: processes here (loky), dask, or SLURM (submitit).
+
+The pool's file is the one that `benchopt run --parallel-config` takes: `backend: dask`, `n_jobs: 2`, or a
+`dask_address`; `backend: submitit` with SLURM's parameters. Rows are written by the process that spreads the runs, as
+they come; a worker that dies takes no row with it. Dask gives the run of a dead worker to another one; loky and SLURM
+end the command, and the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .plan import Run
+from .runner import HERE, execute
+
+__all__ = ["spread"]
+
+
+def spread(runs: Iterable[Run], config: Path, threads: int, limit: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Perform runs on the pool that a file configures; each with its row, as they end."""
+    # a run has a process of its own, which dask's workers may not start while they are daemons
+    os.environ.setdefault("DASK_DISTRIBUTED__WORKER__DAEMON", "False")
+    from benchopt.benchmark import Benchmark
+    from benchopt.parallel_backends import check_parallel_config, parallel_run
+
+    settings = check_parallel_config(str(config), None)
+    if settings["backend"] != "submitit":
+        settings.setdefault("batch_size", 1)  # a run is long, and a lost worker should lose one
+    asked = ({"run": run, "threads": threads, "limit": limit} for run in runs)
+    for run, row, _ in parallel_run(Benchmark(HERE), _one, asked, settings):
+        yield run, row
+
+
+def _one(run: Run, threads: int, limit: int) -> tuple[Run, dict[str, Any]]:
+    return run, execute(run, threads, limit)
