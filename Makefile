@@ -23,7 +23,7 @@ export LAYERWISE_DATA := $(CURDIR)/../shared/data
 endif
 endif
 
-.PHONY: help demo test test-all lint format support reproduce-locoprop overhead benchmarks clean
+.PHONY: help demo test test-all lint format support docs reproduce-locoprop overhead benchmarks clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,12 @@ format: $(INSTALLED)  ## Mend style and format where that is automatic
 support: $(INSTALLED)  ## Write docs/support.md, what works with what, from a run of the tests
 	$(BIN)/python -m pytest -q tests/test_matrix.py --write-support
 
+# Torch and all else that lock.txt names stay as they are; the site is made from the checkout, and asks no host.
+docs: $(INSTALLED)  ## Build the documentation into site/, every page run; open site/index.html
+	$(BIN)/python -m pip install --quiet -r requirements/docs.txt -c requirements/lock.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 reproduce-locoprop: $(INSTALLED)  ## Train the LocoProp paper's autoencoder on MNIST beside the authors' curve
 	$(BIN)/python -m benchmarks.reproduce_locoprop
 
@@ -62,7 +68,7 @@ benchmarks: $(INSTALLED)  ## Install what benchmarks/training needs (Benchopt, p
 	$(BIN)/python -m benchmarks.training --dry-run
 
 clean:  ## Remove what the commands write, except .venv
-	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf demo site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 		benchmarks/training/outputs benchmarks/training/__cache__
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -191,6 +191,8 @@ def chart(cells: Cells, path: Path) -> None:
         axis.margins(y=0.01)
     present = _present(cells)
     handles, labels = [Patch(color=COLOURS[n]) for n in present], [CONTENDERS[n].label for n in present]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(handles), 2 * len(nets)), fontsize=8, frameon=False
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)

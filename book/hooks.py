@@ -1,0 +1,46 @@
+"""The events of MkDocs at which the site takes shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+from book import api, execute, inserts, pictures, studies, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages of the API and of the studies, and copies of pictures that pages take from elsewhere."""
+    docs = Path(config.docs_dir)
+    for path, text in [*api.pages(), *studies.pages()]:
+        files.append(File.generated(config, path, content=text))
+    for path, picture in [*studies.figures(), *tables.charts(studies.folder())]:
+        files.append(File.generated(config, path, abs_src_path=str(picture)))
+    wanted: set[Path] = set()
+    for page in files.documentation_pages():
+        text = inserts.filled(page.content_string, page.src_uri)
+        wanted |= {(docs / link).resolve() for link in pictures.outside(text, page.src_uri)}
+    for picture in sorted(wanted):
+        if not picture.is_relative_to(ROOT):
+            raise PluginError(f"a page takes a picture from outside of the repository: {picture.name}")
+        files.append(File.generated(config, f"{pictures.COPIES}/{picture.name}", abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Fill in what is generated, run what is Python, draw what is drawn."""
+    torch.set_num_threads(1)
+    name = page.file.src_uri
+    try:
+        markdown = inserts.filled(markdown, name)
+        if not name.startswith("api/"):
+            markdown = execute.with_outputs(markdown, name)
+    except (execute.Failed, inserts.Unknown) as error:
+        raise PluginError(str(error)) from error
+    markdown = pictures.with_pipes(pictures.with_outside(markdown, name))
+    return pictures.with_drawings(markdown, name, Path(config.docs_dir))

@@ -1,0 +1,41 @@
+"""What pages take from the results in the repository: `<!-- book: name argument -->` becomes a table or a list."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from book import tables
+
+__all__ = ["INSERTS", "Unknown", "filled"]
+
+MARK = re.compile(r"^<!-- book: (?P<name>[\w-]+)(?: (?P<argument>[^>]+?))? -->$", flags=re.MULTILINE)
+
+
+class Unknown(Exception):
+    """A page asks for an insert that does not exist."""
+
+
+INSERTS: dict[str, Callable[[str], str]] = {
+    "cost": tables.cost,
+    "overhead": tables.overhead,
+    "slower": tables.slower,
+    "overhead-machine": tables.overhead_machine,
+    "reproduction": tables.reproduction,
+    "demo-tuning": tables.demo_tuning,
+    "step-times": tables.step_times,
+    "study": tables.study,
+    "altmin": tables.altmin,
+}
+
+
+def filled(markdown: str, page: str) -> str:
+    """The page with every mark replaced."""
+
+    def insert(match: re.Match[str]) -> str:
+        make = INSERTS.get(match["name"])
+        if make is None:
+            raise Unknown(f"{page} asks for {match['name']!r}; there are: {', '.join(INSERTS)}")
+        return make(match["argument"] or "")
+
+    return MARK.sub(insert, markdown)

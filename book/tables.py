@@ -1,0 +1,208 @@
+"""Tables from the result files: every number is read from a file of the repository when the site is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.overhead.contenders import CONTENDERS
+from benchmarks.overhead.nets import NETS
+from benchmarks.overhead.report import best_peer, chart
+from benchmarks.overhead.report import slower as is_slower
+from benchmarks.training.rows import FOLDER, read
+from benchmarks.training.study import STUDIES
+from book.studies import rows_of
+
+__all__ = [
+    "altmin",
+    "charts",
+    "cost",
+    "demo_tuning",
+    "numbers",
+    "overhead",
+    "overhead_machine",
+    "reproduction",
+    "slower",
+    "step_times",
+    "study",
+]
+
+CHARTS = ("mlp", "3c3d", "all-cnn-c", "resnet8", "transformer")
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+NAMES = {
+    "mlp": "MLP", "mlp-sigmoid": "sigmoid MLP", "3c3d": "3C3D", "all-cnn-c": "All-CNN-C", "resnet8": "ResNet-8",
+    "transformer": "transformer",
+}  # fmt: skip
+
+
+@cache
+def _json(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return numbers("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+
+
+def numbers(table: str) -> str:
+    """A table of numbers, whose lines do not break: on a small screen it scrolls."""
+    return f'<div class="numbers" markdown="1">\n\n{table}\n\n</div>'
+
+
+def _cells() -> Mapping[str, Mapping[str, Any]]:
+    return _json("overhead.json")["cells"]
+
+
+def _ratio(cell: Mapping[str, Any], who: str) -> str:
+    entry = cell["contenders"].get(who, {})
+    if "ratio" not in entry:
+        return "fails" if "fails" in entry else "-"
+    return f"{entry['ratio']:.2f}" + (" (part)" if "leaves out" in entry else "")
+
+
+def cost(quantity: str) -> str:
+    """One line: (gradient + quantity) / gradient on every net where it was measured, beside the fastest peer."""
+    said = []
+    for net in NETS:
+        cell = _cells().get(f"{net}/{quantity}")
+        if cell is None or "ratio" not in cell["contenders"].get("ours", {}):
+            continue
+        peer = best_peer(cell)
+        beside = f" ({CONTENDERS[peer[0]].label} {peer[1]:.2f})" if peer else ""
+        said.append(f"{NAMES[net]} {_ratio(cell, 'ours')}{beside}")
+    if not said:
+        raise KeyError(f"no cell of benchmarks/results/overhead.json measures {quantity!r}")
+    return f"*Measured, {quantity} with the gradient over the gradient alone (fastest peer): {'; '.join(said)}.*"
+
+
+def overhead(net: str) -> str:
+    """All quantities on one net: a chart, and time of every library and peak memory."""
+    shown = ("ours", "backpack", "vmap", "opacus", "curvlinops")
+    head = ["quantity", *(CONTENDERS[name].label for name in shown), "MB: ours", "BackPACK", "gradient"]
+    rows = []
+    for name, cell in _cells().items():
+        if not name.startswith(f"{net}/"):
+            continue
+        peak = cell.get("peak bytes", {})
+        memory = [f"{peak[who] / 1e6:.0f}" if who in peak else "-" for who in ("ours", "backpack", "plain")]
+        rows.append([name.split("/", 1)[1], *(_ratio(cell, who) for who in shown), *memory])
+    image = f"![Time of each library on {NAMES[net]}](files/overhead-{net}.png)"
+    picture = f'??? quote "As a chart"\n\n    {image}\n\n' if net in CHARTS else ""
+    return picture + _table(head, rows)
+
+
+def charts(folder: Path) -> Iterator[tuple[str, Path]]:
+    """`(path in docs/, picture)` of the chart of every net."""
+    for net in CHARTS:
+        picture = folder / f"overhead-{net}.png"
+        chart({name: cell for name, cell in _cells().items() if name.startswith(f"{net}/")}, picture)
+        yield f"results/files/{picture.name}", picture
+
+
+def overhead_machine(_: str) -> str:
+    """Where and how the costs were measured."""
+    header = _json("overhead.json")["header"]
+    batches = ", ".join(f"{NAMES[net]} {_cells()[f'{net}/empty observe']['batch']}" for net in NETS
+                        if f"{net}/empty observe" in _cells())  # fmt: skip
+    versions = ", ".join(
+        f"{CONTENDERS[k].label if k in CONTENDERS else k} {v}" for k, v in header["versions"].items() if v
+    )
+    return (
+        f"*Machine: {header['machine']}, {header['threads']} thread, no GPU. {header['statistic'].capitalize()}. "
+        f"Batches: {batches}. Versions: {versions}. Command: `make overhead`.*"
+    )
+
+
+def slower(_: str) -> str:
+    """Every cell in which the fastest peer is ahead of ours by more than 10 %."""
+    rows = []
+    for name, cell in _cells().items():
+        peer = best_peer(cell)
+        if peer is not None and is_slower(cell):
+            net, quantity = name.split("/", 1)
+            rows.append([NAMES[net], quantity, _ratio(cell, "ours"), f"{peer[1]:.2f}", CONTENDERS[peer[0]].label])
+    judged = sum(
+        best_peer(cell) is not None and "ratio" in cell["contenders"].get("ours", {}) for cell in _cells().values()
+    )
+    table = _table(["net", "quantity", "ours", "fastest peer", "which"], rows)
+    return f"{table}\n\n*{len(rows)} of {judged} cells that a peer has at all.*"
+
+
+def reproduction(_: str) -> str:
+    """The authors' saved curve of LocoProp-M beside ours, by epoch."""
+    found = _json("reproduce_locoprop.json")
+    rows = [
+        [s["epoch"], f"{s['authors_train_loss']:.2f}", f"{s['median_train_loss']:.2f}",
+         f"{100 * s['relative_difference']:+.1f} %", _or_dash(s["authors_test_loss"]), f"{s['median_test_loss']:.2f}"]
+        for s in found["summary"] if s["authors_train_loss"] is not None
+    ]  # fmt: skip
+    head = found["header"]
+    table = _table(["epoch", "train, authors", "train, ours", "difference", "test, authors", "test, ours"], rows)
+    return (
+        f"{table}\n\n*`make reproduce-locoprop`, run for {head['epochs']} epochs; ours: the median of seeds "
+        f"{', '.join(map(str, head['seeds']))}. `{head['optimizer']}`, batch {head['batch']}, rate {head['schedule']}. "
+        f"torch {head['versions']['torch']}, {head['machine']['threads']} thread of {head['machine']['cpus']}. Nothing "
+        "was tuned: the settings are the published ones.*"
+    )
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def demo_tuning(_: str) -> str:
+    """The demo's tuning: losses of the chosen settings on the tuning seeds."""
+    found = _json("tune_demo.json")
+    rows = []
+    for method, settings in found["chosen"].items():
+        trials = [t for t in found["trials"] if t["method"] == method]
+        trial = next(t for t in trials if t["settings"] == settings)
+        said = ", ".join(f"{k} {v:g}" for k, v in settings.items()) or "defaults"
+        rows.append([method, len(trials), said, f"{trial['train_loss']:.2f}", f"{trial['test_loss']:.2f}"])
+    seeds = ", ".join(map(str, found["seeds"]))
+    table = _table(["method", "trials", "chosen", "train loss", "test loss"], rows)
+    return (
+        f"{table}\n\n*`python -m benchmarks.tune_demo`: {found['epochs']} epochs, mean of seeds {seeds}. The demo "
+        "itself runs on other seeds.*"
+    )
+
+
+def step_times(problems: str) -> str:
+    """Seconds a step over Adam's, by problem, from the last interleaved run of each."""
+    last: dict[str, Mapping[str, Any]] = {row["problem"]: row for row in read(FOLDER / "step_time.jsonl")}
+    wanted = [p for p in (problems.split() or last) if p in last]
+    methods = list(dict.fromkeys(m for p in wanted for m in last[p]["relative"]))
+    rows = [
+        [m, *(f"{last[p]['relative'][m]:.2f}" if m in last[p]["relative"] else "-" for p in wanted)] for m in methods
+    ]
+    threads = {last[p]["threads"] for p in wanted}
+    return (
+        f"{_table(['method', *wanted], rows)}\n\n*`python -m benchmarks.training step-time`; Adam is 1; -100: batches "
+        f"of 100. {'/'.join(map(str, sorted(threads)))} thread, a CPU.*"
+    )
+
+
+def study(name: str) -> str:
+    """A sentence on how much of a study is in the repository."""
+    held, page = rows_of(STUDIES[name]), f"../results/study-{name}.md"
+    title = STUDIES[name].title
+    if not held:
+        return f"[{title}]({page}): **not run yet**; no row of it is in the repository."
+    done = sum(any(r["phase"] == "final" for r in read(FOLDER / f"{p}.jsonl")) for p in STUDIES[name].methods)
+    count = len(STUDIES[name].methods)
+    return f"[{title}]({page}): {held} runs so far; final runs exist for {done} of its {count} problems."
+
+
+def altmin(name: str) -> str:
+    """What a demonstration of `python -m benchmarks.altmin` saw, with its picture; or that it was not run."""
+    path = RESULTS / "altmin" / f"{name}.json"
+    if not path.is_file():
+        return f"*Not run yet: `python -m benchmarks.altmin {name}`.*"
+    said = json.loads(path.read_text(encoding="utf-8"))["seen"]
+    picture = path.with_suffix(".png")
+    shown = f"\n\n![{name}](../../benchmarks/results/altmin/{picture.name})" if picture.is_file() else ""
+    return f"`python -m benchmarks.altmin {name}`: {said}{shown}"

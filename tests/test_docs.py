@@ -1,0 +1,308 @@
+"""The pages of docs/: their code runs, their lists are complete, their links lead somewhere; the built site is walked.
+
+The walk needs MkDocs (`requirements/docs.txt`) and Chromium, and is slow; all else needs neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import Browser, executable
+
+import layerwise as lw
+from book import api, drawings, execute, inserts, pictures, tables
+from book.markup import as_markdown
+from layerwise import errors, ops
+from layerwise.ops import contraction
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+RUN = [page for page in PAGES if page.startswith(("methods/", "extending/", "reference/"))]  # others have their tests
+
+
+def text(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+# -- code -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [page for page in RUN if "```python" in text(page)])
+def test_page_runs_and_shows_its_output(page: str) -> None:
+    shown = execute.with_outputs(text(page), page)
+    assert 'title="Output"' in shown and "False" not in re.findall(r"^torch\.allclose.*: (\w+)$", shown, re.MULTILINE)
+
+
+def test_what_a_page_registers_is_known_to_it_alone() -> None:
+    shown = execute.with_outputs(text("extending/layer.md"), "layer.md")
+    assert re.search(r"before\.kfac\.forms:\s+weight: gradients", shown)
+    assert re.search(r"after\.kfac\.forms:\s+weight: rows", shown)
+    assert not ops.is_known(torch.inner) and torch.inner not in contraction.FUNCTIONS
+
+
+def test_a_block_that_fails_fails_the_page() -> None:
+    page = "# A page\n\n```python\nx = 1\n```\n\n```python\nx + y\n```\n"
+    with pytest.raises(execute.Failed, match=r"here\.md, block 2: NameError: name 'y'"):
+        execute.with_outputs(page, "here.md")
+
+
+def test_values_are_shown() -> None:
+    space: dict[str, Any] = {"t": torch.arange(12.0).view(3, 4), "one": torch.tensor(0.123456)}
+    code = "print('said')\nt, one\nt.shape\nnothing = None\nnothing\n[1.0, 2.5]\n{'a': 1, 'b': one}\n"
+    assert execute.run_block(code, space, "page").splitlines() == [
+        "said", "t: tensor [3, 4], 0 to 11", "one: 0.1235", "t.shape: [3, 4]", "[1.0, 2.5]: [1, 2.5]",
+        "a: 1", "b: 0.1235",
+    ]  # fmt: skip
+
+
+def test_a_block_of_a_missing_library_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "opacus is not installed" in execute.run_block("from opacus.accountants import X\n", {}, "page")
+
+
+# -- lists ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_error_has_its_section_and_says_what_to_do() -> None:
+    sections = re.split(r"^## `(\w+)`$", text("reference/errors.md"), flags=re.MULTILINE)[1:]
+    found = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert set(found) == set(errors.__all__) - {"LayerwiseError"}
+    assert all("**What to do.**" in section for section in found.values())
+
+
+def test_the_errors_of_the_page_are_raised() -> None:
+    shown = execute.with_outputs(text("reference/errors.md"), "errors.md")
+    for section in re.split(r"^## ", shown, flags=re.MULTILINE)[1:]:
+        name = re.match(r"`(\w+)`", section)
+        outputs = re.findall(r'title="Output" }\n(.*?)```', section, flags=re.DOTALL)
+        assert name is not None and all(out.startswith(f"{name[1]}: ") for out in outputs)
+        assert bool(outputs) == ("```python" in section)
+
+
+def test_every_quantity_and_optimizer_has_its_method() -> None:
+    methods = "".join(text(page) for page in PAGES if page.startswith("methods/"))
+    for name in lw.__all__:
+        value = getattr(lw, name)
+        if isinstance(value, type) and issubclass(value, lw.Quantity) and value is not lw.Quantity:
+            assert f"`{name}`" in methods, name
+    for name in (*lw.optim.__all__, *lw.nn.__all__):
+        assert re.search(rf"\b{name}\b", methods + text("altmin.md")), name
+
+
+@pytest.mark.parametrize("module", [module for _, modules in api.PAGES.values() for module in modules])
+def test_every_public_name_has_a_docstring(module: str) -> None:
+    if module in api.STATIC:
+        path = ROOT / "src" / (module.replace(".", "/") + ".py")
+        source = path.read_text(encoding="utf-8")
+        assert all(re.search(rf'class {name}\(.*\):\n    """', source) for name in api.STATIC[module])
+        return
+    loaded = importlib.import_module(module)
+    missing = [name for name in api.names(module) if not inspect.getdoc(getattr(loaded, name))]
+    assert not missing and inspect.getdoc(loaded)
+
+
+def test_the_api_has_every_public_name_once() -> None:
+    written = "\n".join(page for _, page in api.pages())
+    blocks = re.findall(r"^::: (\S+)$", written, flags=re.MULTILINE)
+    assert len(blocks) == len(set(blocks))
+    for _, modules in api.PAGES.values():
+        for module in modules:
+            assert set(api.names(module).values()) <= set(blocks)
+            assert all(f"`{name}`" in written for name in api.values(module))
+
+
+def test_docstrings_become_markdown() -> None:
+    source = "Sum a_n * b_n.\n\n    x = a_n * b_n\n\nfirst: <R_j>, `a_n * b`; second: as it. third: no.\nRaises X.\n"
+    assert as_markdown(source, ("first", "second")).splitlines() == [
+        r"Sum a\_n \* b\_n.", "", "    x = a_n * b_n", "",
+        r"**first**: \<R\_j\>, `a_n * b`; **second**: as it. third: no.", "", "Raises X.",
+    ]  # fmt: skip
+
+
+# -- links, pictures, inserts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    generated = {path for path, _ in api.pages()} | {f"results/study-{name}.md" for name in tables.STUDIES}
+    for link in re.findall(r"\]\(([^)#\s]+)", re.sub(r"```.*?```", "", text(page), flags=re.DOTALL)):
+        target = (DOCS / page).parent / link
+        inside = os.path.relpath(target, DOCS).replace(os.sep, "/")
+        assert "://" not in link and (target.exists() or inside in generated), link
+
+
+@pytest.mark.parametrize("name", drawings.DRAWINGS)
+def test_drawings_are_those_of_the_program(name: str, tmp_path: Path) -> None:
+    drawings.write(tmp_path)
+    drawn = (DOCS / "images" / f"{name}.svg").read_text(encoding="utf-8")
+    assert (tmp_path / f"{name}.svg").read_text(encoding="utf-8") == drawn  # else: python -m book.drawings
+    assert any(f"images/{name}.svg" in text(page) for page in PAGES)
+
+
+def test_drawings_go_into_the_page() -> None:
+    shown = pictures.with_drawings('![A "tape"](images/tape.svg)\n\n![x](images/curves.png)\n', "idea.md", DOCS)
+    assert '<figure class="drawing" role="img" aria-label="A &quot;tape&quot;"><svg' in shown
+    assert "<style>" not in shown and "![x](images/curves.png)" in shown
+
+
+def test_pictures_from_elsewhere_are_copied() -> None:
+    page = "![losses](../../benchmarks/results/matching_losses.png)\n"
+    assert pictures.outside(page, "methods/x.md") == ["../benchmarks/results/matching_losses.png"]
+    assert "](../results/files/matching_losses.png)" in pictures.with_outside(page, "methods/x.md")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- book:" in text(page)])
+def test_inserts_are_known_and_filled(page: str) -> None:
+    assert "<!-- book:" not in inserts.filled(text(page), page)
+
+
+def test_an_unknown_insert_is_refused() -> None:
+    with pytest.raises(inserts.Unknown, match="asks for 'price'"):
+        inserts.filled("<!-- book: price of it -->", "x.md")
+
+
+def test_tables_have_the_files_numbers() -> None:
+    cell = tables._cells()["3c3d/variance"]["contenders"]
+    assert f"3C3D {cell['ours']['ratio']:.2f} (" in tables.cost("variance")
+    row = next(line for line in tables.overhead("3c3d").splitlines() if line.startswith("| variance"))
+    assert f"| {cell['ours']['ratio']:.2f} | {cell['backpack']['ratio']:.2f} |" in row
+    with pytest.raises(KeyError, match="price"):
+        tables.cost("price")
+    found = next(s for s in tables._json("reproduce_locoprop.json")["summary"] if s["epoch"] == 3)
+    assert f"| 3 | {found['authors_train_loss']:.2f} | {found['median_train_loss']:.2f} |" in tables.reproduction("")
+
+
+def test_what_has_not_been_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "rows_of", lambda study: 0)
+    assert "not run yet" in tables.study("altmin")
+    monkeypatch.setattr(tables, "RESULTS", Path("nowhere"))
+    assert tables.altmin("depth") == "*Not run yet: `python -m benchmarks.altmin depth`.*"
+
+
+# -- the site -------------------------------------------------------------------------------------------------------
+
+SEARCHED = "per-sample gradient"
+LOOKS = [(1280, False), (1280, True), (390, False), (390, True)]
+LOADED = "[...document.images].every(image => image.complete)"
+BROKEN = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
+WIDE = "document.documentElement.scrollWidth > innerWidth + 1"
+DIM = """[...document.querySelectorAll('.drawing text, .md-typeset p, .md-typeset td')].filter(e => {
+    const rgb = c => (c.match(/[\\d.]+/g) || []).map(Number);
+    const light = c => { const [r, g, b] = rgb(c); return (0.299 * r + 0.587 * g + 0.114 * b) / 255; };
+    const style = getComputedStyle(e), paper = light(getComputedStyle(document.body).backgroundColor);
+    return Math.abs(light(e.matches('text') ? style.fill : style.color) - paper) < 0.25;
+}).length"""
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address at which a folder is served for a while."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str]]]:
+    """The address of the built site, served, and its pages."""
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: `make docs` installs it")
+    if executable() is None:
+        pytest.skip("no Chromium: install Debian's package `chromium`")
+    folder = tmp_path_factory.mktemp("site")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+
+    pages = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
+    with served(folder) as address:
+        yield address, pages
+
+
+def complaints(browser: Browser, address: str, page: str) -> list[str]:
+    """What is wrong with a page: errors, requests to another host, pictures that are missing, width, faint text."""
+    browser.errors.clear()
+    browser.requests.clear()
+    browser.open(address + page)
+    browser.run("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+    browser.wait(LOADED)
+    found = [f"error: {error}" for error in browser.errors]
+    own = (address, "data:", "blob:", "about:")
+    found += [f"another host: {url}" for url in browser.requests if not url.startswith(own)]
+    found += [f"missing picture: {url}" for url in browser.run(BROKEN)]
+    if browser.run(WIDE):
+        found.append("wider than the screen")
+    if faint := browser.run(DIM):
+        found.append(f"{faint} texts that are hard to see")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("width", "dark"), LOOKS, ids=["desktop", "desktop-dark", "phone", "phone-dark"])
+def test_walk(site: tuple[str, list[str]], width: int, dark: bool) -> None:
+    """Nothing is wrong with any page, and it has the colours that were asked for."""
+    address, pages = site
+    assert len(pages) >= 40
+    with Browser(width, 900, dark, mobile=width < 600) as browser:
+        for page in pages:
+            assert complaints(browser, address, page) == [], page
+            scheme = browser.run("document.body.getAttribute('data-md-color-scheme')")
+            assert scheme == ("slate" if dark else "default"), page
+
+
+BAD = """<html><head><link rel="icon" href="data:,"></head><body style="background: #fff">
+<script>console.error("oh")</script><img src="missing.png"><img src="http://127.0.0.2:9/elsewhere.png">
+<div class="md-typeset"><p style="color: #eee">faint</p><p style="width: 5000px; background: #ddd">wide</p></div>
+</body></html>"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_walk_notices(tmp_path: Path) -> None:
+    if executable() is None:
+        pytest.skip("no Chromium: install Debian's package `chromium`")
+    (tmp_path / "bad.html").write_text(BAD, encoding="utf-8")
+    (tmp_path / "good.html").write_text("<html><head><link rel=icon href='data:,'></head><body>well</body></html>")
+    with served(tmp_path) as address, Browser(1280) as browser:
+        found = "\n".join(complaints(browser, address, "bad.html"))
+        for kind in ("error: oh", "error: 404", "another host: http://127.0.0.2:9/", "missing picture", "wider than"):
+            assert kind in found
+        assert "1 texts that are hard to see" in found
+        assert complaints(browser, address, "good.html") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_search_finds(site: tuple[str, list[str]]) -> None:
+    address, _ = site
+    with Browser(1280) as browser:
+        browser.open(f"{address}index.html?q={SEARCHED.replace(' ', '+')}")
+        browser.wait("document.querySelectorAll('.md-search-result__item').length")
+        links = browser.run("[...document.querySelectorAll('.md-search-result__link')].map(a => a.href)")
+        assert any("methods/first-order" in link for link in links)
+        assert browser.errors == []
