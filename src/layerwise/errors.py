@@ -5,10 +5,12 @@ from __future__ import annotations
 __all__ = [
     "AmbiguousSamples",
     "BadInput",
+    "CutShort",
     "LayerwiseError",
     "LeftOut",
     "NoBackward",
     "NonFinite",
+    "RankLost",
     "SamplesMixed",
     "SlowPath",
     "SquaredInstead",
@@ -55,6 +57,10 @@ class NonFinite(LayerwiseError, ArithmeticError):
     """A loss, cotangent or update holds NaN or infinity."""
 
 
+class RankLost(LayerwiseError, RuntimeError):
+    """Another process of the group is gone, or gave no answer in time: what ranks do together cannot go on."""
+
+
 class NoBackward(LayerwiseError, AttributeError):
     """A result was asked for before any backward pass produced it."""
 
@@ -69,3 +75,7 @@ class SquaredInstead(UserWarning):
 
 class LeftOut(UserWarning):
     """A measure of `lw.monitor` does not exist for this model, loss or batch; said once for each, with the reason."""
+
+
+class CutShort(UserWarning):
+    """A checkpoint cannot be read, as of a run that ended while it was written; an older one serves instead."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, RankLost
 
 __all__ = ["Ranks"]
 
+_SIGNS = ("connection", "timed out", "timeout", "closed", "socket", "broken pipe")  # of a message that was not heard
+_LARGE = 2**16  # numbers of a tensor that is worth a message of its own
 Group = Any  # torch.distributed.ProcessGroup, which some builds of torch do not have
 
 
@@ -21,8 +24,12 @@ class Ranks:
     """The processes of a group that train one model.
 
     group: a process group; None: all processes of the default one, or this process alone where
-    `torch.distributed` was not started. Every method is a collective: all ranks call it, in the same order.
+    `torch.distributed` was not started. Every method but `send` and `receive` is a collective: all ranks call it, in
+    the same order. Where another rank is gone or gives no answer within the group's timeout, it raises RankLost.
+    doing: what the ranks are at ("step 3"), for that message.
     """
+
+    doing: str = ""
 
     def __init__(self, group: Group | None = None) -> None:
         self.group = group
@@ -39,7 +46,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
+        with self._heard():
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -52,35 +60,70 @@ class Ranks:
             kinds.setdefault((t.dtype, t.device), []).append(i)
         for members in kinds.values():
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in members])
-            dist.all_reduce(flat, group=self.group)
+            with self._heard():
+                dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensors[i].numel() for i in members])
             for i, part in zip(members, parts, strict=True):
                 out[i] = part.view(tensors[i].shape)
         return [t for t in out if t is not None]
 
     def send_from(self, source: int, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors with those of one rank; one message for each dtype and device."""
+        """Overwrite tensors with those of one rank: small ones in one message for each dtype and device."""
         if self.size == 1:
             return
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        sent = []
         for t in tensors:
-            kinds.setdefault((t.dtype, t.device), []).append(t)
+            if t.numel() < _LARGE:
+                kinds.setdefault((t.dtype, t.device), []).append(t)
+                continue
+            buffer = t.detach().contiguous()  # large ones as they lie, without a copy where they are contiguous
+            with self._heard():
+                work = dist.broadcast(buffer, group=self.group, group_src=source, async_op=True)
+            sent.append((work, buffer, t))
         for members in kinds.values():
             flat = torch.cat([t.detach().reshape(-1) for t in members])
-            dist.broadcast(flat, group=self.group, group_src=source)
+            with self._heard():
+                dist.broadcast(flat, group=self.group, group_src=source)
             if source == self.rank:
                 continue
             with torch.no_grad():
                 for t, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
                     t.copy_(part.view(t.shape))
+        for work, buffer, t in sent:
+            with self._heard():
+                work.wait()
+            if source != self.rank and not t.is_contiguous():
+                with torch.no_grad():
+                    t.copy_(buffer)
+
+    def send(self, to: int, tensors: Sequence[Tensor]) -> None:
+        """Send tensors to one rank, which receives them."""
+        for t in tensors:
+            with self._heard():
+                dist.send(t.detach().contiguous(), group=self.group, group_dst=to)
+
+    def receive(self, source: int, tensors: Sequence[Tensor]) -> None:
+        """Overwrite contiguous tensors with those that one rank sends."""
+        for t in tensors:
+            with self._heard():
+                dist.recv(t, group=self.group, group_src=source)
 
     def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
         """Whether any rank says so; device: where the message lives (a CUDA device for NCCL)."""
         if self.size == 1:
             return flag
-        said = torch.tensor(float(flag), device=device)
-        dist.all_reduce(said, group=self.group)
-        return bool(said > 0)
+        return self.most([float(flag)], device)[0] > 0
+
+    def most(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+        """The largest over ranks of each number (no NaN), in double precision; device: as for `any`."""
+        if self.size == 1:
+            return list(numbers)
+        said = torch.tensor(numbers, dtype=torch.float64, device=device)
+        with self._heard():
+            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
+        found: list[float] = said.tolist()
+        return found
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise BadInput on all ranks, by name, where a fact is missing on a rank or its text differs."""
@@ -97,3 +140,18 @@ class Ranks:
                     f"the ranks disagree on {name!r}: {texts}. Every rank must build the same model with the same "
                     "settings"
                 )
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Around a message: RankLost where it did not arrive."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not any(sign in str(error).lower() for sign in _SIGNS):
+                raise
+            at = f" at {self.doing}" if self.doing else ""
+            raise RankLost(
+                f"rank {self.rank} of {self.size} heard nothing from another rank{at}: that one ended, was killed, or "
+                f"is busy for longer than the group's timeout ({str(error).strip().splitlines()[0]}). Start the run "
+                "again from its last checkpoint; `torchrun --max-restarts` does so by itself"
+            ) from error

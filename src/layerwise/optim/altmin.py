@@ -23,11 +23,13 @@ from layerwise.local.steps import constant, linear_steps
 from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import LayerLocal
 from layerwise.optim.coding import coded_layers, gauss_newton, hidden_uses, sparse, swept, weight_gradients
+from layerwise.optim.jobs import Job, Rest, operations
+from layerwise.optim.owners import Parallel, crew_over
 from layerwise.optim.stale import Stale
 from layerwise.optim.trace import Trace
 from layerwise.optim.undo import Undo
-from layerwise.optim.updates import DEFAULTS, Update, Updates, check_group, check_run, fused, rate_of, share
-from layerwise.optim.workers import Workers, crew
+from layerwise.optim.updates import DEFAULTS, Update, Updates, check_group, check_run, fused, rate_of, rates_of, share
+from layerwise.optim.workers import Workers
 from layerwise.program import Buffers, RandomState
 from layerwise.replay import CodedModel
 from layerwise.uses import named_parameters_of
@@ -65,8 +67,8 @@ class AltMin(LayerLocal):
     `lw.local`: its update times lr. With these the output layer, too, is fitted to a code. Parameters without a code
     (scales, lone biases, tables, derived weights) take T steps along their gradient; beside a solver, of Adam at 6e-3
     times lr over its default.
-    regularizer, layers, workers: as for LocoProp; `layers` sets lr, coupling, steps, rows, betas, eps, momentum, l1,
-    code_l1, normalise, weights and regularizer by name pattern.
+    regularizer, layers, workers, parallel: as for LocoProp; `layers` sets lr, coupling, steps, rows, betas, eps,
+    momentum, l1, code_l1, normalise, weights and regularizer by name pattern.
 
     **Coupling.** coupling: μ, the same at every layer, in units of a sample's loss; a number, or a
     `lw.local.Coupling` that grows. multipliers: an augmented Lagrangian with codes="sweep": `repeats` of a minibatch
@@ -105,6 +107,7 @@ class AltMin(LayerLocal):
         repeats: int = 1,
         multipliers: bool = False,
         workers: Workers = None,
+        parallel: Parallel = None,
         schedule: Literal["together", "async"] = "together",
         staleness: int | None = None,
         trace: Trace | None = None,
@@ -134,12 +137,14 @@ class AltMin(LayerLocal):
         self._multipliers: dict[int, Tensor] | None = {} if multipliers else None
         check_run(self._codes, repeats, multipliers, schedule, staleness)
         self._stale = Stale(2 if staleness is None else staleness) if schedule == "async" else None
-        self._crew = crew(workers)
         self._only: Callable[[Layer], bool] | None = None
         self._proofs: dict[Any, bool] = {}
         self._swept: dict[int, Tensor] = {}
         self._slopes: Callable[[], Mapping[str, Tensor]] = dict
-        super().__init__(model, params, chosen, on_nonfinite)
+        said = {"weights": weights, "codes": self._codes, "layers": layers, "code_step": self._code_step,
+                "repeats": repeats, "regularizer": regularizer, "multipliers": multipliers, "schedule": schedule,
+                "staleness": staleness, "reduction": reduction}  # fmt: skip
+        super().__init__(model, params, chosen, on_nonfinite, crew_over(parallel, workers), said)
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_group(group)
@@ -249,8 +254,8 @@ class AltMin(LayerLocal):
         solver = self._update_of(recorded, layer).solver
         return solver is None or isinstance(solver, LocalSteps)
 
-    def _problem(self, recorded: Recorded, layer: Layer, averages: dict[str, Tensor]) -> LocalProblem:
-        """The local problem of a layer; its gradient times 1/γ is that of the relaxed objective.
+    def _problem(self, recorded: Recorded, layer: Layer, averages: dict[str, Tensor]) -> Callable[[], LocalProblem]:
+        """Makes the local problem of a layer; its gradient times 1/γ is that of the relaxed objective.
 
         A hidden layer has γ = B/μ and the squared loss; the layer that makes a loss's logits has the loss itself,
         which is its matching loss with γ = 1/w for terms of one weight w.
@@ -262,7 +267,7 @@ class AltMin(LayerLocal):
             if weight:
                 gamma, transfer = 1 / weight, layer.transfer
         pulls = tuple(self._pull(recorded, layer, term, gamma, averages) for term in update.regularizers)
-        return problem_of(recorded, layer, gamma, transfer, pulls=pulls)
+        return partial(problem_of, recorded, layer, gamma, transfer, pulls=pulls)
 
     def _task(self, recorded: Recorded, layer: Layer, problem: LocalProblem) -> tuple[Task, Callable[[], Any]]:
         """A layer's task, and what tells the kind of its local optimizer."""
@@ -294,18 +299,18 @@ class AltMin(LayerLocal):
         noting = self._trace is not None and self._trace.due() and self._only is None
         made: dict[str, LocalProblem] | None = None
         if noting or self._stale is not None:
-            made = {layer.name: self._problem(run, layer, averages) for layer in layers}
+            made = {layer.name: self._problem(run, layer, averages)() for layer in layers}
         if made is not None and self._stale is not None and self._only is None:
             made = self._stale.exchange(made)
         before = {layer.name: layer.parameter.detach().clone() for layer in layers} if noting else {}
         outputs = {name: predict(problem) for name, problem in (made or {}).items()} if noting else {}
 
         def move() -> None:
-            self._crew.run(layers, lambda layer: self._task(
-                run, layer, self._problem(run, layer, averages) if made is None else made[layer.name]
-            ))  # fmt: skip
-            for name, g in run.gradients.items() if self._only is None else ():
-                self._along(run.tape.parameters[name], g)
+            parameters = run.tape.parameters
+            rest = [Rest({name: parameters[name]}, g.numel(), partial(self._along, parameters[name], g))
+                    for name, g in run.gradients.items()]  # fmt: skip
+            jobs = [self._job(run, layer, averages, made) for layer in layers]
+            self._crew.run(jobs, rest if self._only is None else [], self.state)
 
         where = self._guarded(self._undo(run, layers), move)
         if where is not None:
@@ -324,6 +329,17 @@ class AltMin(LayerLocal):
         if self._trace is not None and self._only is None:
             self._trace.passed()
         return None
+
+    def _job(
+        self, run: Recorded, layer: Layer, averages: dict[str, Tensor], made: Mapping[str, LocalProblem] | None
+    ) -> Job:
+        """A layer to be fitted. averages: takes the new running averages; made: the problems, where they are made."""
+        group = self._group_of(run, layer.name)
+        solver = self._update_of(run, layer).solver
+        cost = operations(LocalSteps(group["steps"], rows=group["rows"]) if solver is None else solver, layer)
+        problem = self._problem(run, layer, averages) if made is None else partial(made.__getitem__, layer.name)
+        params = {name: run.tape.parameters[name] for name in layer.names}
+        return Job(params, cost, lambda: self._task(run, layer, problem()))
 
     def _along(self, p: Tensor, g: Tensor) -> None:
         """T steps along the gradient, for a parameter without a code."""
@@ -353,16 +369,7 @@ class AltMin(LayerLocal):
     # -- local optimizers --------------------------------------------------------------------------------------
 
     def _rates(self, group: Mapping[str, Any], owner: Tensor) -> tuple[Any, dict[str, Any]]:
-        update = self._updates.of(self._names[id(owner)], group)
-        if update.kind == "sgd":
-            momentum = group["momentum"]
-            return torch.optim.SGD, {"lr": group["lr"], "momentum": momentum, "nesterov": momentum > 0}
-        rates = {key: group[key] for key in ("lr", "betas", "eps")}
-        if isinstance(update.solver, LocalSteps):
-            return update.solver.optimizer, {"lr": group["lr"]}
-        if update.kind != "adam":
-            rates["lr"] = DEFAULTS["adam"]["lr"] * group["lr"] / rate_of(update)
-        return torch.optim.Adam, rates
+        return rates_of(self._updates.of(self._names[id(owner)], group), group)
 
     def _make(self, groups: list[dict[str, Any]], kind: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = fused(kind, [p for g in groups for p in g["params"]])(groups, lr=0.0)
@@ -370,10 +377,10 @@ class AltMin(LayerLocal):
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def local_state_dict(self) -> dict[str, Any]:
         """torch's, with names, the number of skipped batches, running averages, and what stale layers have heard."""
         stale = {} if self._stale is None else {"stale": self._stale.state()}
-        return {**super().state_dict(), **stale}
+        return {**super().local_state_dict(), **stale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, parameters by name; goes on bitwise where it stopped. Raises as LocoProp's."""

@@ -15,9 +15,10 @@ from layerwise.local.layers import Layer, shaped
 from layerwise.local.problem import Pull
 from layerwise.local.record import Recorded
 from layerwise.local.regularizers import Regularizer
-from layerwise.local.steps import Workspace
 from layerwise.optim.choices import first_match
+from layerwise.optim.jobs import Crew
 from layerwise.optim.named import NamedOptimizer
+from layerwise.optim.owners import described
 from layerwise.optim.undo import Undo
 from layerwise.uses import named_parameters_of
 
@@ -39,13 +40,21 @@ class LayerLocal(NamedOptimizer[Recorded]):
         params: Iterable[Any] | None,
         defaults: dict[str, Any],
         on_nonfinite: str,
+        crew: Crew,
+        choices: Mapping[str, Any],
     ) -> None:
-        self._workspace = Workspace()
+        self._crew = crew
         self._kinds = Kinds()
         self._local: dict[Any, torch.optim.Optimizer] = {}
         self._names: dict[int, str] = {}
         self._averages: dict[str, Tensor] = {}
         super().__init__(model, params, defaults, on_nonfinite)
+        crew.meet({
+            **{name: f"{p.dtype} {tuple(p.shape)}, requires_grad={p.requires_grad}"
+               for name, p in named_parameters_of(model).items()},
+            **{key: described(value) for key, value in {**choices, "on_nonfinite": on_nonfinite}.items()},
+            **self._settings(),
+        })  # fmt: skip
 
     # -- what a method says ----------------------------------------------------------------------------
 
@@ -89,11 +98,35 @@ class LayerLocal(NamedOptimizer[Recorded]):
     def _unsafe(self, run: Recorded) -> str | None:
         return unsafe(run, lambda name: self._gamma(run, name))
 
+    def _agreed(self, run: Recorded, where: str | None) -> str | None:
+        return self._crew.agreed(where, run.loss, lambda: self._facts(run), self._tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        buffers = dict(self._model.named_buffers()) if isinstance(self._model, nn.Module) else {}
+        return {**named_parameters_of(self._model), **buffers}
+
+    def _facts(self, run: Recorded) -> dict[str, str]:
+        """What is the same in every process that takes this step with us."""
+        first = run.tape.first
+        return {
+            "the batch": "none" if first is None else f"{first.dtype} {tuple(first.shape)}",
+            "the layers": ", ".join(name for layer in run.layers for name in layer.names),
+            "the other parameters": ", ".join(run.gradients),
+            **self._settings(),
+        }
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            f"parameter group {number}": described(
+                {key: value for key, value in group.items() if key != "params"}
+            ) for number, group in enumerate(self.param_groups)
+        }  # fmt: skip
+
     def _guarded(self, undo: Undo | None, move: Callable[[], None]) -> str | None:
         """Move; or put everything back, and return the place that is not finite."""
         try:
             move()
-            where = None if undo is None else undo.spoiled()
+            where = None if undo is None else self._crew.anywhere(undo.spoiled())
         except BaseException as error:
             if undo is not None:
                 undo.put_back()
@@ -144,7 +177,21 @@ class LayerLocal(NamedOptimizer[Recorded]):
     # -- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the names of the parameters, the number of skipped batches, and running averages by name."""
+        """torch's, with the names of the parameters, the number of skipped batches, and running averages by name.
+
+        Over ranks all of them call it, and each gets the whole state, fetched from the layers' owners.
+        """
+        mine: Any = self.state
+        ours = {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
+        whole: Any = self._crew.whole(mine, ours)
+        self.state = whole
+        try:
+            return self.local_state_dict()
+        finally:
+            self.state = mine
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """As `state_dict`, without a message: over ranks it lacks the state of layers that others own."""
         return {**super().state_dict(), "averages": dict(self._averages)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -157,6 +204,7 @@ class LayerLocal(NamedOptimizer[Recorded]):
         if wrong:
             raise BadInput(f"the saved averages are of other parameters than ours: {', '.join(wrong[:5])}")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "averages"})
+        self._crew.loaded()
         self._averages = {name: t.to(params[name], copy=True) for name, t in saved.items()}
 
 

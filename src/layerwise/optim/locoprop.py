@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,15 +18,17 @@ from layerwise.local.record import Recorded, problem_of, record
 from layerwise.local.regularizers import Elastic, Proximal, Regularizer, WeightDecay
 from layerwise.local.solve import Task, solve
 from layerwise.local.solvers import LocalSteps, Solver, name_of
-from layerwise.local.steps import linear_steps
+from layerwise.local.steps import Workspace, linear_steps
 from layerwise.local.targets import GradientStep, Target, factor, fill_in
 from layerwise.local.tf_rmsprop import TFRMSProp
 from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.base import LayerLocal, check_common
 from layerwise.optim.choices import Choice, Choices, implied
+from layerwise.optim.jobs import Job, Rest, operations
+from layerwise.optim.owners import Parallel, crew_over
 from layerwise.optim.sweeps import Sweep
 from layerwise.optim.undo import Undo
-from layerwise.optim.workers import Workers, crew
+from layerwise.optim.workers import Workers
 from layerwise.program import Buffers, RandomState
 from layerwise.uses import named_parameters_of
 
@@ -91,7 +94,9 @@ class LocoProp(LayerLocal):
     layers already moved. On a chain the first of the two equals "together". write: "weights", or "grad" to leave the
     weights and put `W_old − W_new` into `.grad` for any outer optimizer (None on a skipped batch). workers: None, n or
     ("thread", n), or ("process", n): how many layers are solved at once, with the same bits; processes are spawned, so
-    a script needs its `if __name__ == "__main__":`.
+    a script needs its `if __name__ == "__main__":`. parallel: True (all ranks of `torch.distributed`) or a process
+    group: every rank runs the closure on the same batch, solves the layers it owns and shares their weights, with the
+    same bits (docs/distributed.md).
 
     The default solver's settings in short: lr and momentum (5e-5 and 0.99 with the matching loss, the published 1e-5
     and 0.999 with the squared one); gamma: γ, against the gradient of the loss as written; steps: T; rows: as in
@@ -120,6 +125,7 @@ class LocoProp(LayerLocal):
         order: Literal["together", "output_to_input", "input_to_output"] = "together",
         write: Literal["weights", "grad"] = "weights",
         workers: Workers = None,
+        parallel: Parallel = None,
         gamma: float | None = None,
         steps: int | None = None,
         rows: int | Literal["auto", "all"] | None = None,
@@ -137,9 +143,10 @@ class LocoProp(LayerLocal):
         self._choices = Choices(
             values, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in _DEFAULTS.items()}
         )
-        self._order, self._write, self._crew = order, write, crew(workers)
-        if order != "together" and workers is not None:
-            raise BadInput(f"layers in turn (order={order!r}) cannot be solved at once (workers={workers!r})")
+        self._order, self._write, self._workspace = order, write, Workspace()
+        if order != "together" and not (workers is None and parallel is None):
+            asked = f"workers={workers!r}, parallel={parallel!r}"
+            raise BadInput(f"layers in turn (order={order!r}) cannot be solved at once ({asked})")
         self._said: set[str] = set()
         self._last: list[tuple[tuple[str, ...], str]] | None = None
         kind = loss if isinstance(loss, str) else "squared" if getattr(solver, "squared_only", False) else "matching"
@@ -157,7 +164,8 @@ class LocoProp(LayerLocal):
             "eps": eps,
         }
         chosen |= {k: v for k, v in given.items() if v is not None}
-        super().__init__(model, params, chosen, on_nonfinite)
+        said = {**values, "layers": layers, "order": order, "write": write}
+        super().__init__(model, params, chosen, on_nonfinite, crew_over(parallel, workers), said)
 
     # -- groups ------------------------------------------------------------------------------------------------
 
@@ -217,15 +225,24 @@ class LocoProp(LayerLocal):
     def _solve(self, recorded: Recorded, plans: list[_Plan]) -> None:
         """Move every parameter."""
         if self._order == "together":
-            self._crew.run(plans, lambda plan: self._task(recorded, plan, self._problem(recorded, plan)))
+            jobs = [self._job(recorded, plan) for plan in plans]
         else:
+            jobs = []
             problems = [self._problem(recorded, plan) for plan in plans]
             turns = range(len(plans)) if self._order == "input_to_output" else range(len(plans) - 1, -1, -1)
             for count, n in enumerate(turns):
                 problem = self._sweep.refreshed(problems[n], plans[n].layer) if count else problems[n]
                 solve(self._task(recorded, plans[n], problem)[0], self._workspace)
-        for name, g in recorded.gradients.items():
-            self._step_along(recorded, name, g)
+        parameters = recorded.tape.parameters
+        rest = [Rest({name: parameters[name]}, g.numel(), partial(self._step_along, recorded, name, g))
+                for name, g in recorded.gradients.items()]  # fmt: skip
+        self._crew.run(jobs, rest, self.state)
+
+    def _job(self, recorded: Recorded, plan: _Plan) -> Job:
+        params = {name: recorded.tape.parameters[name] for name in plan.layer.names}
+        solver = self._solver_of(plan, self._group_of(recorded, plan.layer.name))
+        return Job(params, operations(solver, plan.layer),
+                   lambda: self._task(recorded, plan, self._problem(recorded, plan)))  # fmt: skip
 
     def _plan(self, recorded: Recorded, layer: Layer, averages: dict[str, Tensor]) -> _Plan:
         """What a layer's problem is made of; new running averages go into `averages`."""
@@ -273,14 +290,18 @@ class LocoProp(LayerLocal):
         """A layer's task, and what tells the kind of its local optimizer."""
         params = [recorded.tape.parameters[name] for name in plan.layer.names]
         groups = [self._group_at[id(p)] for p in params]
-        solver, optimizer = plan.choice.solver, None
-        if isinstance(solver, LocalSteps):
-            if (solver.steps, solver.rows) != (groups[0]["steps"], groups[0]["rows"]):
-                solver = replace(solver, steps=groups[0]["steps"], rows=groups[0]["rows"])
-            optimizer = self._local_optimizer(params)
+        solver = self._solver_of(plan, groups[0])
+        optimizer = self._local_optimizer(params) if isinstance(solver, LocalSteps) else None
         rates = [float(group["lr"]) for group in groups]
         task = Task(problem, solver, params, rates, optimizer, plan.layer.fold)
         return task, lambda: self._rates(groups[0], params[0])[0]
+
+    def _solver_of(self, plan: _Plan, group: Mapping[str, Any]) -> Solver:
+        """A layer's solver, with the numbers of its group."""
+        solver = plan.choice.solver
+        if isinstance(solver, LocalSteps) and (solver.steps, solver.rows) != (group["steps"], group["rows"]):
+            solver = replace(solver, steps=group["steps"], rows=group["rows"])
+        return solver
 
     def _step_along(self, recorded: Recorded, name: str, g: Tensor) -> None:
         """T steps on the linear local loss `γ g·w`."""

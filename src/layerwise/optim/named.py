@@ -66,6 +66,10 @@ class NamedOptimizer(torch.optim.Optimizer, Generic[R]):
         """The first place that forbids a step, or None."""
         raise NotImplementedError
 
+    def _agreed(self, run: R, where: str | None) -> str | None:
+        """The place that forbids a step, here or in any process that takes it with us."""
+        return where
+
     def _move(self, run: R) -> str | None:
         """Move the parameters; or none of them, and return the place that forbids it."""
         raise NotImplementedError
@@ -85,7 +89,7 @@ class NamedOptimizer(torch.optim.Optimizer, Generic[R]):
         buffers = Buffers(self._model)
         try:
             run = self._run(closure)
-            where = self._unsafe(run) or buffers.spoiled() or self._move(run)
+            where = self._agreed(run, self._unsafe(run) or buffers.spoiled()) or self._move(run)
             if where is not None and self._on_nonfinite == "raise":
                 raise NonFinite(
                     f"{where} holds NaN or infinity, or overflows; the batch changed no parameter. Look at the batch, "

@@ -18,7 +18,10 @@ from layerwise.local.solvers import LocalSteps, Solver, default_lr
 from layerwise.optim.base import check_common
 from layerwise.optim.choices import check_patterns, first_match, several
 
-__all__ = ["DEFAULTS", "Update", "Updates", "check_group", "check_run", "fused", "rate_of", "share"]
+__all__ = [
+    "DEFAULTS", "Update", "Updates", "check_group", "check_run", "fused", "rate_of", "rates_of",
+    "share",
+]  # fmt: skip
 
 _COMMON: dict[str, Any] = {
     "lr": 6e-3, "coupling": 0.05, "coupling_add": 0.0, "coupling_factor": 1.0, "coupling_most": float("inf"),
@@ -89,6 +92,19 @@ def rate_of(update: Update) -> float:
         return float(DEFAULTS[update.kind]["lr"])
     found = default_lr(update.solver)
     return DEFAULTS["adam"]["lr"] if found is None else found
+
+
+def rates_of(update: Update, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The kind of local optimizer that goes with an update, and its settings from a parameter group."""
+    if update.kind == "sgd":
+        momentum = group["momentum"]
+        return torch.optim.SGD, {"lr": group["lr"], "momentum": momentum, "nesterov": momentum > 0}
+    rates = {key: group[key] for key in ("lr", "betas", "eps")}
+    if isinstance(update.solver, LocalSteps):
+        return update.solver.optimizer, {"lr": group["lr"]}
+    if update.kind != "adam":
+        rates["lr"] = DEFAULTS["adam"]["lr"] * group["lr"] / rate_of(update)
+    return torch.optim.Adam, rates
 
 
 def _update(base: Update, weights: Any, regularizer: Any) -> Update:

@@ -1,41 +1,55 @@
-"""Layers solved one after another, in threads, or in processes: problems share nothing, so the bits are the same."""
+"""Layers solved one after another, in threads, or in processes: problems share nothing, so the bits are the same.
+
+Over the ranks of a process group: `layerwise.optim.owners`.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from queue import SimpleQueue
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from layerwise.errors import BadInput
-from layerwise.local.solve import Away, Task, solve
+from layerwise.local.solve import Away, solve
 from layerwise.local.steps import Workspace
+from layerwise.optim.jobs import Crew, Job, Rest
 
 __all__ = ["Workers", "crew"]
 
 Workers = int | tuple[Literal["thread", "process"], int] | None
-T = TypeVar("T")
-TaskOf = Callable[[T], tuple[Task, Callable[[], Any]]]
 
 
-class InTurn:
+class Here(Crew):
+    """One process: the jobs in some way, then the rest in turn."""
+
+    def run(self, jobs: Sequence[Job], rest: Sequence[Rest], state: dict[Any, Any]) -> None:
+        """Solve the jobs and move the rest."""
+        self._solve(jobs)
+        for each in rest:
+            each.move()
+
+    def _solve(self, jobs: Sequence[Job]) -> None:
+        raise NotImplementedError
+
+
+class InTurn(Here):
     """One layer after another, with scratch memory that all share."""
 
     def __init__(self) -> None:
         self._workspace = Workspace()
 
-    def run(self, items: Sequence[T], task_of: TaskOf[T]) -> None:
-        """Make and solve a task for each item."""
-        for item in items:
-            solve(task_of(item)[0], self._workspace)
+    def _solve(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            solve(job.task()[0], self._workspace)
 
 
-class Threads:
-    """n layers at a time, each thread with scratch memory of its own."""
+class Threads(Here):
+    """n layers at a time, each thread with scratch memory of its own; the first error in order when all have ended."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -43,32 +57,30 @@ class Threads:
         for _ in range(count):
             self._workspaces.put(Workspace())
 
-    def run(self, items: Sequence[T], task_of: TaskOf[T]) -> None:
-        """Make and solve a task for each item; the first error in their order is raised when all have ended."""
+    def _solve(self, jobs: Sequence[Job]) -> None:
         threads = torch.get_num_threads()
 
-        def one(item: T) -> None:
+        def one(job: Job) -> None:
             workspace = self._workspaces.get()
             try:
                 torch.set_num_threads(threads)  # a new thread starts with torch's own number
-                solve(task_of(item)[0], workspace)
+                solve(job.task()[0], workspace)
             finally:
                 self._workspaces.put(workspace)
 
         with ThreadPoolExecutor(self._count) as pool:
-            for done in [pool.submit(one, item) for item in items]:
+            for done in [pool.submit(one, job) for job in jobs]:
                 done.result()
 
 
-class Processes:
+class Processes(Here):
     """n processes, started at the first step and kept; problems travel there, parameters and their state back."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._pool: ProcessPoolExecutor | None = None
 
-    def run(self, items: Sequence[T], task_of: TaskOf[T]) -> None:
-        """Make a task for each item, solve them all elsewhere, and take over the results."""
+    def _solve(self, jobs: Sequence[Job]) -> None:
         if self._pool is None:
             # a fork of a program with threads may hang; a spawned one imports torch once
             self._pool = ProcessPoolExecutor(
@@ -79,15 +91,15 @@ class Processes:
             )
             weakref.finalize(self, self._pool.shutdown)
         sent = []
-        for item in items:
-            task, kind = task_of(item)
+        for job in jobs:
+            task, kind = job.task()
             sent.append((task, self._pool.submit(Away.run, Away(task, kind()).content)))
         results = [(task, future.result()) for task, future in sent]
         for task, result in results:
             Away.take(task, result)
 
 
-def crew(workers: Workers) -> InTurn | Threads | Processes:
+def crew(workers: Workers) -> Here:
     """Those who solve the layers. Raises BadInput for another value than None, n, ("thread", n) or ("process", n)."""
     if workers is None:
         return InTurn()
