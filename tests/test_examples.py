@@ -32,8 +32,9 @@ def numbers(pattern: str, text: str) -> list[float]:
     return [float(found) for found in re.findall(pattern, text)]
 
 
-def test_there_are_five() -> None:
-    assert SCRIPTS == ["altmin_sign", "altmin_stream", "kfac_char_gpt", "locoprop_classifier", "noise_scale"]
+def test_there_are_six() -> None:
+    """`restart` is run, and killed, in test_distributed_faults."""
+    assert SCRIPTS == ["altmin_sign", "altmin_stream", "kfac_char_gpt", "locoprop_classifier", "noise_scale", "restart"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,6 +1,6 @@
 """Layerwise: more than the gradient, and learning layer by layer, from one run of a PyTorch model."""
 
-from layerwise import errors, local, monitor, nn, optim
+from layerwise import distributed, errors, local, monitor, nn, optim
 from layerwise.accumulate import accumulate
 from layerwise.losses import as_loss
 from layerwise.observe import observe
@@ -59,6 +59,7 @@ __all__ = [
     "Variance",
     "accumulate",
     "as_loss",
+    "distributed",
     "errors",
     "local",
     "monitor",

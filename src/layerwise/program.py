@@ -19,8 +19,9 @@ from layerwise.calls import RANDOM
 from layerwise.nn.hard import crossed, hard
 from layerwise.tape import Tape
 
-__all__ = ["Buffers", "CodedTape", "Gradients", "RandomState", "Ref", "Step", "seed_of"]
+__all__ = ["ENTRY", "Buffers", "CodedTape", "Gradients", "RandomState", "Ref", "Step", "seed_of"]
 
+ENTRY = -1  # the index of what enters a program from outside, among those of its uses
 _RANDOM_METHODS = {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "bernoulli"}
 _READS_VALUES = {
     "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "allclose", "is_nonzero",
@@ -122,9 +123,14 @@ class Step:
 
 
 class CodedTape(Tape):
-    """A tape that returns codes at chosen uses, records a program, and freezes batch-norm statistics."""
+    """A tape that returns codes at chosen uses, records a program, and freezes batch-norm statistics.
 
-    def __init__(self, model: Any, codes: Mapping[int, Tensor], statistics: list[Any] | None = None) -> None:
+    entry: a tensor from outside that may have a code as well, at the index `ENTRY`.
+    """
+
+    def __init__(
+        self, model: Any, codes: Mapping[int, Tensor], statistics: list[Any] | None = None, entry: Tensor | None = None
+    ) -> None:
         self.codes = codes
         self.predictions: dict[int, Tensor] = {}
         self.program: list[Step] = []
@@ -138,6 +144,8 @@ class CodedTape(Tape):
         self._next = -1
         self._use_index: int | None = None
         self._parts_noted = False
+        if entry is not None:
+            self._slots[id(entry)] = (entry, self._new_slot(), False)
         super().__init__(model, on_backward=lambda tape, total, weight, run: None, keep_outputs=True, crosses=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, Undefined
 from layerwise.ops import writes_first
-from layerwise.program import Buffers, CodedTape, RandomState, Ref
+from layerwise.program import ENTRY, Buffers, CodedTape, RandomState, Ref
 from layerwise.uses import Use
 
 __all__ = ["CodedModel", "Outputs", "check_loss"]
@@ -44,26 +44,32 @@ class CodedModel:
     uses: the uses of the first run, in call order; loss: its value, with its graph.
     `piece` gives the outputs of some uses, and the loss, for given codes, at the cost of the calls between.
     proofs: a memo of which graphs replay as substitution does, kept by the caller from step to step.
+    entry: where the program is a part of a larger one, what enters it; the closure is then called with it, and it may
+    have a code at the index `ENTRY`.
     """
 
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
-        closure: Callable[[], Tensor],
+        closure: Callable[..., Tensor],
         proofs: dict[Any, bool] | None = None,
+        entry: Tensor | None = None,
     ) -> None:
-        self._model, self._closure = model, closure
+        self._model, self._closure, self._entry = model, closure, entry
         self._proofs = proofs if proofs is not None else {}
-        tape = CodedTape(model, {})
+        given: tuple[Tensor, ...] = () if entry is None else (entry.clone(),)  # which the closure may overwrite
+        tape = CodedTape(model, {}, entry=given[0] if given else None)
         self._devices = {p.device for p in tape.parameters.values()}
         self._before = RandomState(self._devices), Buffers(model)
         with tape, torch.enable_grad():
-            self.loss = closure()
+            self.loss = closure(*given)
         check_loss(self.loss)
         self.tape = tape
         self.uses: list[Use] = tape.uses
         self._program = tape.program
         self._slot_of_use = {s.use: s.outputs[0] for s in tape.program if s.use is not None}
+        if entry is not None:
+            self._slot_of_use[ENTRY], tape.predictions[ENTRY] = tape.slot_of(given[0]), entry
         self._loss_slot = tape.slot_of(self.loss)
         self._slices: dict[Any, list[int]] = {}
 
@@ -72,6 +78,11 @@ class CodedModel:
         """Dim 0 of the batch."""
         first = self.tape.first
         return first.shape[0] if first is not None and first.dim() else 1
+
+    def use_behind(self, t: Tensor) -> int | None:
+        """The use whose output a tensor of the first run is."""
+        slot = self.tape.slot_of(t)
+        return next((i for i, s in self._slot_of_use.items() if s == slot and s is not None and i != ENTRY), None)
 
     # -- substitution -----------------------------------------------------------------------------------
 
@@ -83,11 +94,12 @@ class CodedModel:
         """
         tape = CodedTape(self._model, codes, self.tape.statistics)
         here = RandomState(self._devices), Buffers(self._model)
+        given = () if self._entry is None else (codes.get(ENTRY, self._entry).clone(),)
         try:
             for state in self._before:
                 state.put_back()
             with tape, torch.enable_grad(), _no_saved_tensor_hooks() if gradients else nullcontext():
-                loss = self._closure()
+                loss = self._closure(*given)
         finally:
             for state in here:
                 state.put_back()
@@ -167,6 +179,8 @@ class CodedModel:
         values: dict[int, Any] = {}
         outputs = Outputs()
         with torch.enable_grad():
+            if self._entry is not None:
+                values[self._slot_of_use[ENTRY]] = codes.get(ENTRY, self._entry).clone()  # type: ignore[index]
             for k in self._slice(frozenset(codes), wanted, loss):
                 step = self._program[k]
                 if step.use not in codes or step.use in wanted:
@@ -214,7 +228,7 @@ class CodedModel:
         if not self.replays(coded):
             later = [u.index for u in self.uses]
             return {i: ([j for j in later if j > i], True) for i in coded}
-        feeds: dict[int, set[int]] = {}
+        feeds: dict[int | None, set[int]] = {self._slot_of_use[ENTRY]: {ENTRY}} if ENTRY in coded else {}
         found: dict[int, list[int]] = {i: [] for i in coded}
         for step in self._program:
             origin: set[int] = set().union(*(feeds.get(r, set()) for r in step.reads))

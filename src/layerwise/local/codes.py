@@ -96,14 +96,16 @@ def code_energy(
     return energy
 
 
-def sweep(coded: CodedModel, start: Mapping[int, Tensor], terms: Terms, step: CodeStep) -> dict[int, Tensor]:
+def sweep(
+    coded: CodedModel, start: Mapping[int, Tensor], terms: Terms, step: CodeStep, given: Mapping[int, Tensor] = NONE
+) -> dict[int, Tensor]:
     """Move every code from its start, the last first, on its own terms, the codes above already moved.
 
-    start: the layers' outputs by use index, `[*out_shape]`. Returns the moved codes.
+    start: the layers' outputs by use index, `[*out_shape]`. given: codes that were moved elsewhere. Returns all codes.
     """
-    codes = {i: z.detach() for i, z in start.items()}
+    codes = {**{i: z.detach() for i, z in start.items()}, **given}
     readers = coded.consumers(codes)
-    for index in sorted(codes, reverse=True):
+    for index in sorted(codes.keys() - given.keys(), reverse=True):
         moved = None
         if step.solve == "closed" and not terms.sparsity(index):
             moved = _closed(coded, codes, index, readers[index], terms, step)

@@ -24,7 +24,7 @@ from layerwise.local.record import Recorded, dense, pulled
 from layerwise.replay import CodedModel, check_loss
 from layerwise.tape import Tape
 
-__all__ = ["coded_layers", "gauss_newton", "hidden_uses", "sparse", "swept", "weight_gradients"]
+__all__ = ["coded_layers", "gauss_newton", "hidden_uses", "recorded_on_codes", "sparse", "swept", "weight_gradients"]
 
 Ours = Callable[[Tensor], bool]
 
@@ -88,7 +88,7 @@ def swept(
     start = {part.use.index: part.output() for layer in layers for part in layer.parts
              if part.use.index in terms.coupling}  # fmt: skip
     codes = sweep(coded, start, terms, step)
-    return _recorded_on_codes(coded, layers, codes, terms, ours), codes
+    return recorded_on_codes(coded, layers, codes, terms, ours), codes
 
 
 def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> list[Layer]:
@@ -97,7 +97,7 @@ def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> l
     return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if is_finite(coded.loss) else []
 
 
-def _recorded_on_codes(
+def recorded_on_codes(
     coded: CodedModel, layers: list[Layer], codes: Mapping[int, Tensor], terms: Terms, ours: Ours
 ) -> Recorded:
     """The layers with inputs made from the codes; cotangents and gradients are the relaxed objective's.
@@ -109,6 +109,8 @@ def _recorded_on_codes(
     assert out.loss is not None
     objective = out.loss
     for i, code in codes.items():
+        if i not in out.predictions:  # a code from outside
+            continue
         weight = terms.coupling[i] / terms.batch / 2
         objective = objective + weight * (terms.aim(i, code) - out.predictions[i]).square().sum()
     inside = {name for layer in layers for name in layer.names}

@@ -1,0 +1,259 @@
+"""Alternating minimization in stages: each process holds its own layers only, and no gradient passes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput
+from layerwise.finite import is_finite
+from layerwise.local.codes import Terms, sweep
+from layerwise.local.layers import Layer
+from layerwise.local.record import Recorded
+from layerwise.optim.altmin import AltMin
+from layerwise.optim.choices import first_match
+from layerwise.optim.coding import coded_layers, hidden_uses, recorded_on_codes
+from layerwise.optim.jobs import Crew, Facts, Job, Rest, State
+from layerwise.optim.owners import all_or_none, described, first_place
+from layerwise.optim.undo import Undo
+from layerwise.optim.workers import crew
+from layerwise.program import ENTRY
+from layerwise.ranks import Ranks
+from layerwise.replay import CodedModel
+from layerwise.uses import named_parameters_of
+
+__all__ = ["Pipeline"]
+
+_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_MOST_AXES = 8
+_REFUSED = {"parallel": "ranks are stages here", "trace": "it compares with the gradient of the whole model",
+            "multipliers": "they pass between stages"}  # fmt: skip
+
+
+class Pipeline(AltMin):
+    """`AltMin(codes="sweep")` of a model in stages, one for each rank in order, with the bits of one process.
+
+        stage = lw.distributed.split(model, world_size)[rank]
+        opt = lw.distributed.Pipeline(stage, weights="adam")
+        loss = opt.step(x, lambda out: F.cross_entropy(out, y))
+
+    stage: this rank's part of the model, which takes one tensor and ends (but for the last) with the output of a
+    layer that moves. Parameter names must differ between stages; those of `split` and `Stage` are the whole model's.
+    group: a process group, default all ranks. Other settings: AltMin's, the same on all ranks; patterns in `layers` are
+    those for the whole model.
+
+    In a step each stage receives the output of the layer below and sends its own up; the code of that layer below then
+    moves on this side of the cut, where the block that reads it is, and is sent down. So activations pass up and codes
+    down, each through one block, and there is no backward pass over stages. All agree whether to skip the batch, then
+    each updates its own weights at once. A stage has memory for its own parameters, state and activations alone.
+    `state_dict` and checkpoints hold a stage's part, under names: `lw.distributed.save` joins them, and `load` gives
+    them to another number of stages, or to a whole model with AltMin. schedule="async" is that of AltMin.
+
+    `torch.distributed.pipelining` is not used: its schedules interleave forward with global backward passes, and pass
+    gradients down where codes are wanted; point-to-point messages of the group serve. Models that draw random numbers
+    draw them from each stage's own generator, so they differ from one process's.
+    Raises BadInput, by name, where ranks disagree, for multipliers, a trace, other codes and `refit`; RankLost.
+    LocoProp has no such form: its targets need dL/dz at every layer, which only a global backward pass gives (it would
+    send the activation up and the cotangent down at each cut): `LocoProp(parallel=)` shares its solves.
+    """
+
+    def __init__(
+        self, stage: nn.Module | Mapping[str, Tensor], params: Iterable[Any] | None = None, *, group: Any = None,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        self._stages = group if isinstance(group, Ranks) else Ranks(group)
+        for key, why in _REFUSED.items():
+            if settings.pop(key, None):
+                raise BadInput(f"a Pipeline takes no {key}=: {why}")
+        if settings.setdefault("codes", "sweep") != "sweep" and settings.get("preset") is None:
+            raise BadInput(f'a Pipeline needs codes="sweep", which pass one block alone; got {settings["codes"]!r}')
+        self._stages.agree({key: described(value) for key, value in settings.items()})
+        names = list(named_parameters_of(stage))
+        settings["layers"] = self._patterns_here(settings.get("layers") or {}, names)
+        super().__init__(stage, params, **settings)
+        self._crew: _Stages = _Stages(self._stages, crew(settings.get("workers")))
+        fallible = any(update.solver is not None or update.regularizers for update in self._updates.every())
+        self._fallible = self._stages.any(fallible, self._device)
+        self._samples = 0
+
+    @property
+    def _first(self) -> bool:
+        return self._stages.rank == 0
+
+    @property
+    def _last(self) -> bool:
+        return self._stages.rank == self._stages.size - 1
+
+    @property
+    def _device(self) -> torch.device:
+        found: torch.device = self.param_groups[0]["params"][0].device
+        return found
+
+    def _patterns_here(self, layers: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """The patterns that match a parameter of this stage. Raises BadInput for one that matches in none."""
+        every: list[list[str]] = self._stages.gather(list(names))
+        flat = [name for stage in every for name in stage]
+        twice = sorted({name for name in flat if flat.count(name) > 1})
+        if twice:
+            raise BadInput(f"{', '.join(twice[:5])} are in two stages: names must differ, as those of `split` do")
+        idle = [pattern for pattern in layers if not any(first_match((pattern,), name) for name in flat)]
+        if idle:
+            raise BadInput(f"no parameter of any stage matches {', '.join(map(repr, idle))}")
+        return {k: v for k, v in layers.items() if any(first_match((k,), name) for name in names)}
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def step(  # type: ignore[override]
+        self, inputs: Tensor | None = None, loss: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Pass a batch up and codes down, move this stage's weights, and return the loss before the step on all ranks.
+
+        inputs: the batch, which the first stage reads. loss: from the model's output to the loss, which the last stage
+        calls. The other stages need neither. Raises BadInput where one is missing.
+        """
+        if (self._first and inputs is None) or (self._last and loss is None):
+            raise BadInput("the first stage's step takes the inputs, and the last one's the loss of the outputs")
+        return super().step(_Batch(inputs, loss))  # type: ignore[arg-type]
+
+    def refit(self, closures: Iterable[Any]) -> float:
+        """Not in stages: raises BadInput."""
+        raise BadInput("refit moves the last stage alone: load its checkpoint into a whole model with AltMin")
+
+    def _run(self, batch: Any) -> Recorded:
+        self._crew.begin()
+        below = None if self._first else self._receive_up()
+        entry = None if below is None else below.value
+        outputs: list[Tensor] = []
+
+        def closure(x: Tensor = batch.inputs) -> Tensor:
+            out = self._model(x) if isinstance(self._model, nn.Module) else None
+            if not isinstance(out, Tensor):
+                raise BadInput("a stage is a module that gives one tensor")
+            outputs.append(out)
+            found: Tensor = batch.loss(out) if self._last else (out * 0).sum()
+            return found
+
+        coded = CodedModel(self._model, closure, self._proofs, entry)
+        self._samples = coded.samples if below is None else below.samples
+        if coded.samples != self._samples:
+            raise BadInput(f"dim 0 is the samples' at every cut; {self._samples} came in, and here are {coded.samples}")
+        layers = coded_layers(coded, self._ours, self._kinds)
+        hidden = hidden_uses(coded, layers)
+        given = {} if self._last else self._given(coded, layers, hidden, outputs[0])
+        if not layers or not all(map(is_finite, given.values())):
+            if entry is not None:
+                self._stages.send(self._stages.rank - 1, [torch.full_like(entry, float("nan"))])
+            return Recorded(coded.loss.detach() * float("nan"), coded.tape, [], {}, {})
+        terms = self._terms(hidden, below)
+        start = {i: part.output() for layer in layers for part in layer.parts
+                 if (i := part.use.index) in terms.coupling and i not in given}  # fmt: skip
+        if entry is not None:
+            start[ENTRY] = entry
+        codes = sweep(coded, start, terms, self._code_step, given)
+        if entry is not None:
+            self._stages.send(self._stages.rank - 1, [codes[ENTRY]])
+        return recorded_on_codes(coded, layers, codes, terms, self._ours)
+
+    def _terms(self, hidden: Mapping[int, Layer], below: _Below | None) -> Terms:
+        groups = {i: self._group_at[id(layer.parameter)] for i, layer in hidden.items()}
+        coupling = {i: float(group["coupling"]) for i, group in groups.items()}
+        sparsity = {i: float(group["code_l1"]) for i, group in groups.items()}
+        if below is not None:
+            coupling[ENTRY], sparsity[ENTRY] = below.coupling, below.sparsity
+        return Terms(coupling, self._batch(self._samples), sparsity)
+
+    def _given(
+        self, coded: CodedModel, layers: Sequence[Layer], hidden: dict[int, Layer], out: Tensor
+    ) -> dict[int, Tensor]:
+        """Send the output up, and receive the code of the layer that made it, which joins the hidden ones."""
+        index = coded.use_behind(out)
+        found = next((layer for layer in layers if index in {part.use.index for part in layer.parts}), None)
+        if layers and (index is None or found is None):
+            raise BadInput(
+                f"the output of stage {self._stages.rank} must be that of a layer that moves: end the stage right "
+                "after a linear or convolution layer, and begin the next one with the functions that follow it"
+            )
+        numbers = [0.0, 0.0]
+        if index is not None and found is not None:
+            hidden[index] = found
+            group = self._group_at[id(found.parameter)]
+            numbers = [float(group["coupling"]), float(group["code_l1"])]
+        out = out.detach()
+        if out.dtype not in _TYPES or out.dim() > _MOST_AXES:
+            raise BadInput(f"what passes between stages is floating-point with ≤ {_MOST_AXES} axes; got {out.dtype}")
+        shape = [out.dim(), *out.shape, *[0] * (_MOST_AXES - out.dim())]
+        header = [*numbers, float(self._samples), float(_TYPES.index(out.dtype)), *map(float, shape)]
+        code = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        above = self._stages.rank + 1
+        self._stages.send(above, [torch.tensor(header, dtype=torch.float64, device=out.device), out])
+        self._stages.receive(above, [code])
+        return {-2 if index is None else index: code}
+
+    def _receive_up(self) -> _Below:
+        header = torch.empty(4 + 1 + _MOST_AXES, dtype=torch.float64, device=self._device)
+        self._stages.receive(self._stages.rank - 1, [header])
+        coupling, sparsity, samples, kind, axes, *shape = header.tolist()
+        size = [int(n) for n in shape[: int(axes)]]
+        value = torch.empty(size, dtype=_TYPES[int(kind)], device=self._device)
+        self._stages.receive(self._stages.rank - 1, [value])
+        return _Below(value, coupling, sparsity, int(samples))
+
+    def _undo(self, run: Recorded, layers: list[Layer]) -> Undo | None:
+        own = super()._undo(run, layers)
+        if own is not None and not self._fallible:
+            raise BadInput("weights= and regularizer= were changed after the Pipeline was made: make a new one")
+        if own is None and self._fallible:  # another stage may have to go back
+            names = [name for layer in layers for name in layer.names] + list(run.gradients)
+            own = Undo(((name, run.tape.parameters[name]) for name in names), self.state)
+        return own
+
+
+@dataclass(frozen=True)
+class _Batch:
+    inputs: Tensor | None
+    loss: Callable[[Tensor], Tensor] | None
+
+
+@dataclass(frozen=True)
+class _Below:
+    """What a stage hears from below: a layer's output, its μ and λ, and the number of samples."""
+
+    value: Tensor
+    coupling: float
+    sparsity: float
+    samples: int
+
+
+class _Stages(Crew):
+    """Each stage solves its own layers, and all go on or go back together."""
+
+    def __init__(self, ranks: Ranks, home: Crew) -> None:
+        self._ranks, self._home, self._steps = ranks, home, 0
+        self._device = torch.device("cpu")
+
+    def begin(self) -> None:
+        """Count a step."""
+        self._steps += 1
+        self._ranks.doing = f"step {self._steps} of this run"
+
+    def run(self, jobs: Sequence[Job], rest: Sequence[Rest], state: State) -> None:
+        """Solve the stage's jobs; an error of one stage is raised on all."""
+        all_or_none(self._ranks, self._device, lambda: self._home.run(jobs, rest, state))
+
+    def agreed(
+        self, where: str | None, loss: Tensor, facts: Callable[[], Facts], tensors: Callable[[], Mapping[str, Tensor]]
+    ) -> str | None:
+        """The place that forbids the step in any stage; all stages take over the last one's loss."""
+        self._device = loss.device
+        value = loss.detach().double().reshape(())
+        self._ranks.send_from(self._ranks.size - 1, [value])
+        loss.data = value.to(loss.dtype).reshape(loss.shape)
+        return self.anywhere(where)
+
+    def anywhere(self, where: str | None) -> str | None:
+        """The place that forbids what was done in any stage."""
+        return first_place(self._ranks, where) if self._ranks.any(where is not None, self._device) else None
