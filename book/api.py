@@ -14,6 +14,7 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "optim": ("Optimizers", ("layerwise.optim",)),
     "local": ("Local problems", ("layerwise.local",)),
     "monitor": ("Monitor", ("layerwise.monitor",)),
+    "distributed": ("Several processes", ("layerwise.distributed",)),
     "nn": ("Activations without a derivative", ("layerwise.nn",)),
     "operators": ("Operators", ("layerwise.operators",)),
     "errors": ("Errors", ("layerwise.errors",)),

@@ -1,0 +1,1 @@
+"""What layerwise costs over several processes: `python -m benchmarks.distributed NAME`."""

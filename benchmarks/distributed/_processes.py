@@ -1,0 +1,40 @@
+"""A function run by all processes of a group of their own, one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["together"]
+
+
+def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(rank, size, *args)` by `size` new processes (gloo), by rank."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        results: Any = context.SimpleQueue()
+        where = f"file://{folder}/store"
+        group = [
+            context.Process(target=_serve, args=(rank, size, where, results, function, args)) for rank in range(size)
+        ]
+        for process in group:
+            process.start()
+        for process in group:
+            process.join()
+        if any(process.exitcode for process in group):
+            raise SystemExit(f"a process of {function.__name__} failed")
+        return [value for _, value in sorted((results.get() for _ in group), key=lambda pair: int(pair[0]))]
+
+
+def _serve(rank: int, size: int, where: str, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
+    dist.all_reduce(torch.zeros(1))  # gloo connects now
+    results.put((rank, function(rank, size, *args)))
+    dist.barrier()
+    dist.destroy_process_group()
