@@ -17,8 +17,20 @@ from torch import Tensor, nn
 import layerwise as lw
 from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
+from layerwise.optim.blocks import Blocks
 from layerwise.optim.curvature import KINDS
-from layerwise.optim.factors import Average, Inverse, Layout, average, flat_layout, invert, rebased, with_moments
+from layerwise.optim.factors import (
+    Average,
+    Inverse,
+    Layout,
+    average,
+    eigenbasis,
+    flat_layout,
+    invert,
+    rebased,
+    with_moments,
+)
+from layerwise.optim.team import Team
 from layerwise.optim.trust import best_step, levenberg_marquardt
 
 KFAC, DiagNewton, Preconditioner = lw.optim.KFAC, lw.optim.DiagNewton, lw.optim.Preconditioner
@@ -242,11 +254,13 @@ def test_ten_thousand_bad_factors(form: str) -> None:
         if form == "input":
             block = KroneckerBlock(block.A, torch.ones(1, o))
         if form == "ekfac":
-            held = Average(block, Layout((o, i), (1, o, i), (0, 1, 2)), 2)
-            held = rebased("w", with_moments("w", held, lambda b: (10.0 * b.spectrum).square(), 0.9))
-            if held.eigen is None:
+            basis = eigenbasis("w", block)
+            if basis is None:
                 counts["identity"] += 1
                 continue
+            held = Average(block, Layout((o, i), (1, o, i), (0, 1, 2)), 2)
+            held = rebased(with_moments(held, basis, (10.0 * basis.spectrum).square(), 0.9), basis)
+            assert held.eigen is not None
             block = held.eigen
         last = last if trial % 2 else None
         found = invert("w", block, damping, "pi" if form == "ekfac" else form, last)
@@ -278,10 +292,17 @@ def test_bad_diagonals_keep_the_last_inverse(bad: float) -> None:
 def test_an_eigenbasis_that_fails_keeps_the_one_before() -> None:
     a, b = torch.diag(torch.tensor([2.0, 1.0]))[None], torch.eye(3)[None]
     layout = flat_layout(torch.Size((6,)))
-    held = with_moments("w", Average(KroneckerBlock(a, b), layout), lambda q: q.spectrum + 1, 0.9)
+    basis = eigenbasis("w", KroneckerBlock(a, b))
+    assert basis is not None
+    held = with_moments(Average(KroneckerBlock(a, b), layout), basis, basis.spectrum + 1, 0.9)
     spoiled = held._replace(block=KroneckerBlock(a * math.nan, b), batches=2)
-    assert rebased("w", spoiled).eigen is held.eigen
-    turned = rebased("w", held._replace(batches=2))
+    team = Team(None, {})
+    team.assign({"w": held.block})
+    kept, turned = (
+        Blocks({"w": its}, {}, {"w": "ekfac"}).inverted({}, True, lambda name: 0.1, "pi", team).averages["w"]
+        for its in (spoiled, held._replace(batches=2))
+    )
+    assert kept.eigen is held.eigen and turned.eigen is not held.eigen
     assert held.eigen is not None and turned.eigen is not None
     assert torch.allclose(turned.eigen.spectrum.sum(), held.eigen.spectrum.sum())  # a trace
     anew = average(held, KroneckerBlock(torch.ones(1, 4, 4), b), layout, 0.9)

@@ -24,6 +24,7 @@ def talk(rank: int) -> dict[str, Any]:
         "sums": [t.tolist() for t in sums],
         "sent": [t.tolist() for t in theirs],
         "any": (all_.any(rank == 1), all_.any(False)),
+        "alone": Ranks.alone().gather(rank),
     }
 
 
@@ -35,6 +36,7 @@ def test_ranks_talk() -> None:
             "sums": [[[3.0] * 3] * 2, 3, [30.0, 30.0]],
             "sent": [[1.0] * 3, 1],
             "any": (True, False),
+            "alone": [rank],
         }
 
 
@@ -60,5 +62,6 @@ def test_one_process_needs_no_group() -> None:
     assert alone.sum([t])[0] is t
     assert alone.any(True) and not alone.any(False)
     alone.agree({"x": 1})
+    assert (Ranks.alone().rank, Ranks.alone().size, Ranks.alone().gather(3)) == (0, 1, [3])
     with pytest.raises(BadInput, match="not initialized"):
         Ranks(group=object())

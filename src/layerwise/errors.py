@@ -10,6 +10,7 @@ __all__ = [
     "LeftOut",
     "NoBackward",
     "NonFinite",
+    "RankFailed",
     "RankLost",
     "SamplesMixed",
     "SlowPath",
@@ -55,6 +56,10 @@ class UnsupportedCall(LayerwiseError):
 
 class NonFinite(LayerwiseError, ArithmeticError):
     """A loss, cotangent or update holds NaN or infinity."""
+
+
+class RankFailed(LayerwiseError, RuntimeError):
+    """Another process of the group failed in the work that all of them share."""
 
 
 class RankLost(LayerwiseError, RuntimeError):

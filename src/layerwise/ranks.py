@@ -41,6 +41,13 @@ class Ranks:
         if self.rank < 0:
             raise BadInput("this process is not in the process group that was given; make Ranks on its members alone")
 
+    @classmethod
+    def alone(cls) -> Ranks:
+        """This process by itself, whatever groups there are."""
+        ranks = cls.__new__(cls)
+        ranks.group, ranks.size, ranks.rank = None, 1, 0
+        return ranks
+
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every rank, in the order of the ranks."""
         if self.size == 1:

@@ -13,6 +13,7 @@ from layerwise.operators.kronecker import EigenBlock
 from layerwise.optim.curvature import curvature
 from layerwise.optim.factors import (
     Average,
+    Block,
     Inverse,
     Measured,
     average,
@@ -25,6 +26,7 @@ from layerwise.optim.factors import (
     save,
     with_moments,
 )
+from layerwise.optim.team import Team
 
 __all__ = ["Blocks", "misfits"]
 
@@ -48,49 +50,59 @@ class Blocks:
     # -- a batch -------------------------------------------------------------------------------------------
 
     def averaged(
-        self, blocks: Mapping[str, Measured], kinds: Mapping[str, str], named: Mapping[str, Tensor], decay: float
-    ) -> Blocks:
+        self, blocks: Mapping[str, Measured], kinds: Mapping[str, str], named: Mapping[str, Tensor], decay: float,
+        team: Team,
+    ) -> Blocks:  # fmt: skip
         """With the blocks of a batch taken into the averages; an inverse outlives a change of form in no block."""
-        new = {name: self._average(name, measured, named, decay) for name, measured in blocks.items()}
-        averages = merge(self.averages, new)
+        present = {name: held.block for name, held in self.averages.items()}
+        team.assign({**present, **{name: measured.block for name, measured in blocks.items()}})
+        new = {
+            name: self._average(name, team.held(name, measured.block), named, decay)
+            for name, measured in blocks.items()
+        }
+        averages = merge(self.averages, new | _moments(blocks, new, decay, team))
         inverses = {
             name: inverse for name, inverse in self.inverses.items()
             if name in averages and (name not in new or new[name].batches > 1)
         }  # fmt: skip
         return Blocks(averages, inverses, {name: kinds.get(name) or self.kinds[name] for name in averages})
 
-    def _average(self, name: str, measured: Measured, named: Mapping[str, Tensor], decay: float) -> Average:
-        block = measured.block
+    def _average(self, name: str, block: Block, named: Mapping[str, Tensor], decay: float) -> Average:
         shape = named[block.parameter or name].shape
         layout = flat_layout(shape) if block.form == "diagonal" else layout_of(block, shape)
-        held = average(self.averages.get(name), block, layout, decay)
-        return held if measured.moments is None else with_moments(name, held, measured.moments, decay)
+        return average(self.averages.get(name), block, layout, decay)
 
     def inverted(
-        self, new: Mapping[str, Measured], due: bool, damping: Callable[[str], float], form: str
-    ) -> Blocks:  # fmt: skip
+        self, new: Mapping[str, Measured], due: bool, damping: Callable[[str], float], form: str, team: Team
+    ) -> Blocks:
         """With the inverses that are due, that are missing, and those that follow every batch.
 
         damping: λ of a parameter's name. form: of the kinds that leave it to the user.
         """
         averages, inverses = dict(self.averages), dict(self.inverses)
-        for name, held in self.averages.items():
-            kind, last = curvature(self.kinds[name]), self.inverses.get(name)
-            if due and held.eigen is not None and held.batches > 1:
-                held = averages[name] = rebased(name, held)
-            if due or last is None or (kind.instant and name in new):
-                block = held.block if held.eigen is None else held.eigen
-                much = damping(block.parameter or name)
-                inverses[name] = invert(name, block, much, kind.form or form, last)
-        return replace(self, averages=averages, inverses=inverses)
+        old = {n: held.block for n, held in averages.items() if due and held.eigen is not None and held.batches > 1}
+        for name, basis in team.eigenbases(old).items():
+            if basis is not None:
+                averages[name] = rebased(averages[name], basis)
+        wanted = {
+            name: held.block if held.eigen is None else held.eigen
+            for name, held in averages.items()
+            if due or name not in inverses or (curvature(self.kinds[name]).instant and name in new)
+        }
+        made = {}
+        for name, block in wanted.items():
+            if team.inverts(name, block):
+                much, its = damping(block.parameter or name), curvature(self.kinds[name]).form or form
+                made[name] = invert(name, block, much, its, inverses.get(name))
+        return replace(self, averages=averages, inverses=inverses | team.inverses(wanted, made, inverses))
 
     @torch.no_grad()
-    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def precondition(self, grads: Mapping[str, Tensor], team: Team) -> dict[str, Tensor]:
         """Gradients by parameter name, multiplied by the inverses; those without one come back as they are."""
         out = dict(grads)
         for key, inverse in self.inverses.items():
             block = inverse.block
-            if block is None:
+            if block is None or not team.holds(key):
                 continue
             name = block.parameter or key
             mine = {n: grads[n] for n in (name, block.bias) if n is not None and n in grads}
@@ -106,7 +118,7 @@ class Blocks:
             if block.parameter is not None:  # a slice: what lies outside of it stays
                 made[name] = out[name].to(like.dtype) - block.fold(block.matrix(values[name])) + made[name]
             out |= {n: made[n].reshape(g.shape).to(g.dtype) for n, g in mine.items()}
-        return out
+        return team.updates(self.averages, out)
 
     # -- what it says --------------------------------------------------------------------------------------
 
@@ -139,22 +151,45 @@ class Blocks:
 
     # -- state ---------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """Tensors, numbers and strings, by block."""
-        return {
+    def state(self, team: Team) -> dict[str, Any]:
+        """Tensors, numbers and strings, by block; with several ranks a collective, which gives all of them all."""
+        return team.whole({
             name: {**save(held, self.inverses.get(name)), "kind": self.kinds[name]}
             for name, held in self.averages.items()
-        }
+        })  # fmt: skip
 
     @staticmethod
-    def of(state: Mapping[str, Any], named: Mapping[str, Tensor]) -> Blocks:
+    def of(state: Mapping[str, Any], named: Mapping[str, Tensor], team: Team) -> Blocks:
         """From what `state` gave, in tensors of its own on the parameters' devices."""
         loaded = {name: load(its, named[its["parameter"] or name].device) for name, its in state.items()}
+        team.owners = {}
+        team.assign({name: held.block for name, (held, _) in loaded.items()})
+        loaded = {name: team.hold(name, *its) for name, its in loaded.items()}
         return Blocks(
             {name: held for name, (held, _) in loaded.items()},
             {name: inverse for name, (_, inverse) in loaded.items() if inverse is not None},
             {name: its["kind"] for name, its in state.items()},
         )
+
+
+def _moments(
+    blocks: Mapping[str, Measured], new: Mapping[str, Average], decay: float, team: Team
+) -> dict[str, Average]:  # fmt: skip
+    """The averages that hold second moments, with those of a batch; without an eigenbasis there are none."""
+    held = {name: new[name] for name, measured in blocks.items() if measured.moments is not None}
+    bases: dict[str, EigenBlock | None] = {name: its.eigen for name, its in held.items()}
+    bases |= team.eigenbases({name: its.block for name, its in held.items() if its.eigen is None})
+    known = {name: basis for name, basis in bases.items() if basis is not None}
+    moments = team.added([_in(blocks[name], basis) for name, basis in known.items()])
+    return {
+        name: with_moments(held[name], basis, its, decay)
+        for (name, basis), its in zip(known.items(), moments, strict=True)
+    }
+
+
+def _in(measured: Measured, basis: EigenBlock) -> Tensor:
+    assert measured.moments is not None
+    return measured.moments(basis)
 
 
 def misfits(state: Mapping[str, Any], named: Mapping[str, Tensor]) -> list[str]:

@@ -22,7 +22,8 @@ class Curvature:
     """A kind of curvature.
 
     measure: the quantity that gives its blocks. form: of their inverses (`invert`); None: as the user chose.
-    sampled: whether labels (or signs) are drawn; a kind that is not has no number of samples.
+    sampled: whether labels (or signs) are drawn; a kind that is not has no number of samples. common: whether what is
+    drawn belongs to the parameters, so that all ranks draw the same; labels belong to the samples.
     instant: whether inverses cost so little that they follow every new average, not `update_inverses_every`.
     whole: whether a batch whose samples cannot be told apart may be measured as one. reduces: whether the positions
     of a sample may meet before they are squared. rest: the kind for parameters without factors; None: no curvature.
@@ -31,6 +32,7 @@ class Curvature:
     measure: Callable[[Request], Quantity]
     form: str | None = None
     sampled: bool = False
+    common: bool = False
     instant: bool = False
     whole: bool = False
     reduces: bool = False
@@ -46,7 +48,7 @@ KINDS = {
     "diag-ggn": Curvature(measured.ggn_diagonal, instant=True),
     "diag-ggn-mc": Curvature(measured.ggn_diagonal, sampled=True, instant=True, whole=True),
     "diag-hessian": Curvature(measured.hessian_diagonal, instant=True),
-    "diag-hessian-mc": Curvature(measured.hessian_diagonal, sampled=True, instant=True),
+    "diag-hessian-mc": Curvature(measured.hessian_diagonal, sampled=True, common=True, instant=True),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
+from layerwise.optim.data_parallel import DataParallel
 from layerwise.optim.newton import Newton
 from layerwise.optim.preconditioner import Preconditioner
 
@@ -61,6 +62,7 @@ class DiagNewton(Newton):
         samples: int = 1,
         seed: int = 0,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        parallel: DataParallel | None = None,
     ) -> None:
         if curvature not in CURVATURES:
             raise BadInput(f"DiagNewton's curvature is one of {', '.join(CURVATURES)}; got {curvature!r}")
@@ -73,6 +75,7 @@ class DiagNewton(Newton):
             samples=samples,
             seed=seed,
             on_nonfinite=on_nonfinite,
+            parallel=parallel,
         )
         super().__init__(
             model, params, preconditioner, lr, momentum, weight_decay, kl_clip, step_size, adapt_damping_every,

@@ -28,13 +28,17 @@ __all__ = [
     "Layout",
     "Measured",
     "average",
+    "eigenbasis",
+    "fields_of",
     "flat_layout",
     "invert",
     "layout_of",
     "load",
     "merge",
+    "names_of",
     "rebased",
     "save",
+    "with_fields",
     "with_moments",
 ]
 
@@ -113,7 +117,7 @@ class Measured(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """The block's tensors."""
-        return [t for t in _tensors(self.block).values() if t is not None]
+        return [t for t in fields_of(self.block).values() if t is not None]
 
 
 class Average(NamedTuple):
@@ -135,40 +139,33 @@ def average(old: Average | None, block: Block, layout: Layout, decay: float) -> 
     M_t = M_{t-1} + (1-ρ)/(1-ρ^t) (X_t - M_{t-1}). Begins anew where the block has changed its form.
     Source: Martens and Grosse (2015), section 5; the correction is Adam's (Kingma and Ba, 2015, section 3).
     """
-    new = _replaced(block, {key: _widened(t) for key, t in _tensors(block).items()}, layout)
+    new = _replaced(block, {key: _widened(t) for key, t in fields_of(block).items()}, layout)
     if old is None or not _same_form(old, new, layout):
         return Average(new, layout)
     batches = old.batches + 1
-    weight, its = _weight(decay, batches), _tensors(new)
-    joined = {key: None if t is None else t.lerp(its[key], weight) for key, t in _tensors(old.block).items()}
+    weight, its = _weight(decay, batches), fields_of(new)
+    joined = {key: None if t is None else t.lerp(its[key], weight) for key, t in fields_of(old.block).items()}
     return old._replace(block=_replaced(old.block, joined, layout), batches=batches)
 
 
-def with_moments(name: str, held: Average, moments: Callable[[EigenBlock], Tensor], decay: float) -> Average:
-    """The average with the second moments of its last batch taken in; the first ones are in the factors' eigenbasis.
+def with_moments(held: Average, basis: EigenBlock, moments: Tensor, decay: float) -> Average:
+    """The average with the second moments of its last batch, which are in a basis, taken in; the first ones begin it.
 
-    Without an eigenbasis, where there is no eigendecomposition, there are none.
     Source: George et al. (2018), algorithm 1, with running averages as in their section 4.
     """
-    assert isinstance(held.block, KroneckerBlock)
-    eigen = held.eigen
-    if eigen is None:
-        basis = _eigenbasis(name, held.block)
-        return held if basis is None else held._replace(eigen=replace(basis, spectrum=_widened(moments(basis))))
-    spectrum = eigen.spectrum.lerp(_widened(moments(eigen)), _weight(decay, held.batches))
-    return held._replace(eigen=replace(eigen, spectrum=spectrum))
+    spectrum = _widened(moments)
+    if held.eigen is not None:
+        spectrum = held.eigen.spectrum.lerp(spectrum, _weight(decay, held.batches))
+    return held._replace(eigen=replace(basis, spectrum=spectrum))
 
 
-def rebased(name: str, held: Average) -> Average:
+def rebased(held: Average, new: EigenBlock) -> Average:
     """The average in the present eigenbasis Q' of its factors: the diagonal there of the matrix that it stood for.
 
-    S' = (Q'ᵀ Q)² S for the eigenvectors Q = Q_B ⊗ Q_A before, squared elementwise. Stays in the basis that it has where
-    there is no eigendecomposition.
+    S' = (Q'ᵀ Q)² S for the eigenvectors Q = Q_B ⊗ Q_A before, squared elementwise.
     """
-    assert isinstance(held.block, KroneckerBlock)
-    old, new = held.eigen, _eigenbasis(name, held.block)
-    if old is None or new is None:
-        return held
+    old = held.eigen
+    assert old is not None
     left, right = _overlap(new.basis_out, old.basis_out), _overlap(new.basis_in, old.basis_in)
     spectrum = old.spectrum if left is None else left @ old.spectrum
     return held._replace(eigen=replace(new, spectrum=spectrum if right is None else spectrum @ right.mT))
@@ -179,7 +176,8 @@ def _overlap(new: Tensor | None, old: Tensor | None) -> Tensor | None:
     return None if new is None or old is None else (new.mT @ old).square()
 
 
-def _eigenbasis(name: str, block: KroneckerBlock) -> EigenBlock | None:
+def eigenbasis(name: str, block: KroneckerBlock) -> EigenBlock | None:
+    """The eigenvectors of a block's factors; None where there is no eigendecomposition."""
     try:
         return block.eigh(name)
     except (LayerwiseError, RuntimeError):  # torch's LinAlgError is a RuntimeError
@@ -192,12 +190,13 @@ def _weight(decay: float, batches: int) -> float:
 
 def merge(old: Mapping[str, Average], new: Mapping[str, Average]) -> dict[str, Average]:
     """New averages with those old ones whose parameters none of the new holds."""
-    taken = {name for key, held in new.items() for name in _names(key, held)}
-    kept = {key: held for key, held in old.items() if taken.isdisjoint(_names(key, held))}
+    taken = {name for key, held in new.items() for name in names_of(key, held)}
+    kept = {key: held for key, held in old.items() if taken.isdisjoint(names_of(key, held))}
     return {**kept, **new}
 
 
-def _names(key: str, held: Average) -> tuple[str, ...]:
+def names_of(key: str, held: Average) -> tuple[str, ...]:
+    """The parameters that a block acts on."""
     name = held.block.parameter or key
     return (name,) if held.block.bias is None else (name, held.block.bias)
 
@@ -205,9 +204,17 @@ def _names(key: str, held: Average) -> tuple[str, ...]:
 _TENSORS = ("A", "B", "basis_in", "basis_out", "spectrum")
 
 
-def _tensors(block: Block) -> dict[str, Any]:
+def fields_of(block: Block) -> dict[str, Any]:
     """The tensors of a block, by field; None among them."""
     return {key: getattr(block, key) for key in _TENSORS if hasattr(block, key)}
+
+
+def with_fields(block: Block, tensors: Mapping[str, Any]) -> Block:
+    """A block of the form that has these fields, in the place of another."""
+    kind: Any = EigenBlock if "spectrum" in tensors else KroneckerBlock
+    rest = {key: getattr(block, key) for key in ("fold", "matrix", "bias", "form", "parameter")}
+    made: Block = kind(**tensors, **rest)
+    return made
 
 
 def _replaced(block: Block, tensors: Mapping[str, Any], layout: Layout) -> Any:
@@ -221,7 +228,7 @@ def _widened(factor: Any) -> Any:
 
 def _same_form(old: Average, new: Block, layout: Layout) -> bool:
     one, two = (
-        {key: None if t is None else (t.shape, t.dtype) for key, t in _tensors(b).items()} for b in (old.block, new)
+        {key: None if t is None else (t.shape, t.dtype) for key, t in fields_of(b).items()} for b in (old.block, new)
     )
     return one == two and old.block.bias == new.bias and old.layout.same(layout)
 
@@ -297,13 +304,13 @@ def save(held: Average, inverse: Inverse | None) -> dict[str, Any]:
     """A block's state as numbers, strings and tensors."""
     block, layout = held.block, held.layout
     state: dict[str, Any] = {
-        **_tensors(block), "bias": block.bias, "parameter": block.parameter, "form": block.form,
+        **fields_of(block), "bias": block.bias, "parameter": block.parameter, "form": block.form,
         "batches": held.batches, "shape": list(layout.shape), "size": list(layout.size), "index": layout.index,
         "axes": None if layout.axes is None else list(layout.axes), "inverse": None,
-        "eigen": None if held.eigen is None else _tensors(held.eigen),
+        "eigen": None if held.eigen is None else fields_of(held.eigen),
     }  # fmt: skip
     if inverse is not None:
-        tensors = {} if inverse.block is None else _tensors(inverse.block)
+        tensors = {} if inverse.block is None else fields_of(inverse.block)
         state["inverse"] = {"raised": inverse.raised, "kept": inverse.kept, **tensors}
     return state
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
+from layerwise.optim.data_parallel import DataParallel
 from layerwise.optim.newton import Newton
 from layerwise.optim.preconditioner import LARGEST_FACTOR, Preconditioner
 
@@ -68,6 +69,7 @@ class KFAC(Newton):
         largest_factor: int = LARGEST_FACTOR,
         seed: int = 0,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        parallel: DataParallel | None = None,
     ) -> None:
         if kind not in KINDS:
             raise BadInput(f"KFAC's kinds are {', '.join(KINDS)}; got kind={kind!r}")
@@ -85,6 +87,7 @@ class KFAC(Newton):
             largest_factor=largest_factor,
             seed=seed,
             on_nonfinite=on_nonfinite,
+            parallel=parallel,
         )
         super().__init__(
             model, params, preconditioner, lr, momentum, weight_decay, kl_clip, step_size, adapt_damping_every,

@@ -25,11 +25,14 @@ from layerwise.uses import named_parameters_of
 __all__ = ["Newton"]
 
 Values = dict[str, Tensor]
+Product = Callable[[Values], Values]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     """One run of a closure: its loss, the gradients by name, what was watched, and how to run it again.
+
+    Of several ranks, loss and gradients become those of all their batches together.
 
     adapts: whether the damping is adapted on this step.
     """
@@ -77,6 +80,11 @@ class Newton(NamedOptimizer[_Run]):
             "momentum": momentum, "weight_decay": weight_decay,
         }  # fmt: skip
         super().__init__(model, params, group, on_nonfinite)
+        self.preconditioner.agree({
+            "kl_clip": kl_clip, "step_size": step_size, "adapt_damping_every": adapt_damping_every,
+            **{f"group {number}": sorted((key, value) for key, value in group.items() if key != "params")
+               for number, group in enumerate(self.param_groups)},
+        })  # fmt: skip
 
     def _check(self, group: Mapping[str, Any]) -> None:
         method = type(self).__name__
@@ -108,6 +116,7 @@ class Newton(NamedOptimizer[_Run]):
             check_loss(loss)
             with alone(loss.device.type):
                 found = _left_behind(named, before)
+                watched.in_grad = bool(found)
                 if not found and watched.bad is None:
                     found = _gradients(loss, named, watched)
         if not is_finite(loss) and watched.bad is None:
@@ -121,6 +130,14 @@ class Newton(NamedOptimizer[_Run]):
 
     def _unsafe(self, run: _Run) -> str | None:
         return self.preconditioner.unsafe(run.watched, run.gradients, self._damping())
+
+    def _agreed(self, run: _Run, where: str | None) -> str | None:
+        joint = self.preconditioner.join(
+            run.watched, run.gradients, where, self._named(), self._damping(), run.loss
+        )  # fmt: skip
+        assert joint.loss is not None
+        run.gradients, run.loss = joint.gradients, joint.loss
+        return joint.where
 
     @torch.no_grad()
     def _move(self, run: _Run) -> str | None:
@@ -157,7 +174,7 @@ class Newton(NamedOptimizer[_Run]):
     ) -> str | None:
         """The same step with the exact curvature at hand; a step to a loss that is not finite is taken back."""
         rates, decays = _each(groups, "lr"), _each(groups, "weight_decay")
-        ggn = ExactGGN(rerun)
+        ggn = self._joint(ExactGGN(rerun), run.watched)
         new = self._lengthened(named, groups, run.gradients, directions, ggn)
         moves = {name: -rates[name] * (m + decays[name] * named[name]) for name, m in new.items()}
         if not all(is_finite(move) for move in moves.values()):
@@ -169,7 +186,8 @@ class Newton(NamedOptimizer[_Run]):
             named[name].add_(move)
         if model is not None:
             try:
-                after = rerun.loss()
+                here = torch.tensor(rerun.loss(), dtype=torch.float64, device=run.loss.device)
+                after = float(self.preconditioner.total(run.watched, {"loss": here})["loss"])
             except BaseException:
                 _write(named, old)
                 raise
@@ -187,8 +205,12 @@ class Newton(NamedOptimizer[_Run]):
         for group in self.param_groups:
             group["damping"] = levenberg_marquardt(float(group["damping"]), ratio, self.adapt_damping_every)
 
+    def _joint(self, ggn: ExactGGN, watched: Watched) -> Product:
+        """Products with the exact GGN of all ranks' batches."""
+        return lambda direction: self.preconditioner.total(watched, ggn.times(direction))
+
     def _lengthened(
-        self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values, ggn: ExactGGN
+        self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values, ggn: Product
     ) -> Values:
         """New momentum buffers m: with a learning rate as in `_go`, else m ← α d + μ m of the best quadratic model."""
         buffers = {name: self.state[named[name]].get("momentum") for name in directions}
@@ -202,15 +224,15 @@ class Newton(NamedOptimizer[_Run]):
         last = {n: m for n, m in buffers.items() if m is not None and betas[n]}
         last |= {n: torch.zeros_like(d) for n, d in directions.items() if n not in last}
         tried = [directions, last] if dot(last, last) > 0 else [directions]
-        products = [ggn.times(d) for d in tried]
+        products = [ggn(d) for d in tried]
         chosen = [-c for c in best_step(gradients, tried, products, _each(groups, "damping"))]
         new = _combined(chosen, tried)
         factor = bound(dot(new, _combined(chosen, products)), self.kl_clip)
         return {name: m * factor for name, m in new.items()}
 
-    def _model_of(self, gradients: Values, moves: Values, ggn: ExactGGN, damping: Mapping[str, float]) -> float:
+    def _model_of(self, gradients: Values, moves: Values, ggn: Product, damping: Mapping[str, float]) -> float:
         """The change of the loss that its damped quadratic model expects."""
-        return dot(moves, gradients) + (dot(moves, ggn.times(moves)) + dot(moves, moves, damping)) / 2
+        return dot(moves, gradients) + (dot(moves, ggn(moves)) + dot(moves, moves, damping)) / 2
 
     # -- state -----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.finite import is_finite
 from layerwise.local.finite import first_bad_call
 from layerwise.local.record import dense
 from layerwise.optim.blocks import Blocks, misfits
 from layerwise.optim.curvature import curvature
+from layerwise.optim.data_parallel import DataParallel
 from layerwise.optim.factors import FORMS
+from layerwise.optim.joining import bad_curvature
 from layerwise.optim.measured import Request, remaining
+from layerwise.optim.shares import RankCost
+from layerwise.optim.team import Joint, Team
 from layerwise.optim.watching import Watch, Watched, bad_gradient
 from layerwise.program import seed_of
 from layerwise.quantities.base import Quantity
@@ -95,6 +97,7 @@ class Preconditioner:
         largest_factor: int = LARGEST_FACTOR,
         seed: int = 0,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        parallel: DataParallel | None = None,
     ) -> None:
         self._curvature = curvature(kind)
         self.damping, self.factor_decay, self.damping_form = damping, factor_decay, damping_form
@@ -109,6 +112,18 @@ class Preconditioner:
         self.check()
         named_parameters_of(model)
         self._ask(self._request, False)
+        self._team = Team(parallel, model)
+        self._team.check_kind(kind)
+        self.agree({
+            "kind": kind, "damping": damping, "damping_form": damping_form, "factor_decay": factor_decay,
+            "update_factors_every": update_factors_every, "update_inverses_every": update_inverses_every,
+            "samples": samples, "sharing": sharing, "joint": joint, "largest_factor": largest_factor, "seed": seed,
+            "on_nonfinite": on_nonfinite,
+        })  # fmt: skip
+
+    def agree(self, settings: Mapping[str, Any]) -> None:
+        """Raise BadInput on all ranks, by name, where their models or settings differ; a collective."""
+        self._team.agree(settings)
 
     def check(self) -> None:
         """Raise BadInput for settings that cannot be."""
@@ -142,22 +157,27 @@ class Preconditioner:
         """
         self._watched = None
         watched = Watched(due=is_due(self.steps, self.update_factors_every))
-        if watched.due:
-            request = self._due(names)
+        if watched.due or self._team.size > 1:  # the ranks' terms are counted at every step
+            request = self._due(names) if watched.due else None
             watch = Watch(
-                self._model, lambda whole: self._ask(request, whole), watched, self._on_nonfinite == "raise"
+                self._model, lambda whole: {} if request is None else self._ask(request, whole), watched,
+                self._on_nonfinite == "raise",
             )  # fmt: skip
             watched.backward = watch.backward
             try:
                 with watch:
                     yield watched
+                watched.backward = None
+                if watched.bad is None and watched.suspect is None:
+                    watched.found, watched.batch = watch.result()
+                    watched.left = None if request is None else request.left
+                    if self._team.size == 1:
+                        watched.finish()
+            except Exception as error:
+                self._team.fail(error)
+                raise
             finally:
                 watched.backward = None
-            if watched.bad is None and watched.suspect is None:
-                for kind, found in watch.result().items():
-                    watched.blocks |= found
-                    watched.kinds |= dict.fromkeys(found, kind)
-                watched.left = request.left
         else:
             yield watched
         self._watched = watched
@@ -166,7 +186,10 @@ class Preconditioner:
         named = named_parameters_of(self._model)
         device = next((p.device for p in named.values()), torch.device("cpu"))
         # a seed of its own for every step: nothing to save, and a resumed run draws the same labels
-        generator = torch.Generator(device).manual_seed(seed_of(self._seed, self.steps))
+        seed = seed_of(self._seed, self.steps)
+        if self._team.rank and not self._curvature.common:
+            seed = seed_of(seed, self._team.rank)
+        generator = torch.Generator(device).manual_seed(seed)
         asked = set(named) if names is None else names
         return replace(self._request, names=asked, generator=generator, bases=self.blocks.bases, left=set())
 
@@ -192,21 +215,24 @@ class Preconditioner:
         if watched is None:
             raise BadInput("pre.step() comes after a backward pass inside `with pre.watch()`, once for each")
         self.check()
-        named = {n: p for n, p in named_parameters_of(self._model).items() if p.requires_grad and p.grad is not None}
-        grads = {name: dense(p.grad) for name, p in named.items() if p.grad is not None}
-        where = self.unsafe(watched, grads, lambda name: self.damping)
-        if where is not None:
+
+        def much(name: str) -> float:
+            return self.damping
+
+        named = {n: p for n, p in named_parameters_of(self._model).items() if p.requires_grad}
+        own = {name: dense(p.grad) for name, p in named.items() if p.grad is not None}
+        joint = self.join(watched, own, self.unsafe(watched, own, much), named, much)
+        if joint.where is not None:
             if self._on_nonfinite == "raise":
-                raise NonFinite(f"{where} holds NaN or infinity, or overflows; the batch changed no factor")
+                raise NonFinite(f"{joint.where} holds NaN or infinity, or overflows; the batch changed no factor")
             self.skipped += 1
             for p in named.values():
                 p.grad = None
             return False
-        self.advance(watched, lambda name: self.damping)
-        for name, new in self.precondition(grads).items():
+        self.advance(watched, much)
+        for name, new in self.precondition(joint.gradients).items():
             grad = named[name].grad
-            assert grad is not None
-            if grad.is_sparse:
+            if grad is None or grad.is_sparse:
                 named[name].grad = new
             else:
                 grad.copy_(new)
@@ -219,31 +245,42 @@ class Preconditioner:
         found = bad_gradient(grads, damping)
         if found is not None:
             return first_bad_call(watched.uses) or found
-        if watched.suspect is not None:
-            return watched.suspect
-        places = [(name, x) for name, measured in watched.blocks.items() for x in measured.tensors()]
-        # a norm may overflow where no entry does, but is read in a tenth of the time
-        norms = torch._foreach_norm([x for _, x in places]) if places else []
-        for (name, x), norm in zip(places, norms, strict=True):
-            if not math.isfinite(norm) and not is_finite(x):
-                what = "a Kronecker factor" if watched.blocks[name].block.form != "diagonal" else "the curvature"
-                return first_bad_call(watched.uses) or f"{what} of {name}"
-        return None
+        return watched.suspect if watched.suspect is not None else bad_curvature(watched)
+
+    def join(
+        self, watched: Watched, grads: Mapping[str, Tensor], where: str | None, named: Mapping[str, Tensor],
+        damping: Callable[[str], float], loss: Tensor | None = None,
+    ) -> Joint:  # fmt: skip
+        """The batch with those of all other ranks, or the place on one of them that forbids a step; a collective.
+
+        named: the parameters that may have a gradient.
+        """
+        joint = self._team.join(watched, grads, where, named, loss)
+        if joint.where is None and self._team.size > 1:
+            watched.finish()
+            joint = replace(joint, where=self.unsafe(watched, joint.gradients, damping))
+        return joint
+
+    def total(self, watched: Watched, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of this rank's batch that are linear in its loss, as those of all ranks' batches; a collective."""
+        return self._team.total(values, watched.weight)
 
     @torch.no_grad()
     def advance(self, watched: Watched, damping: Callable[[str], float]) -> None:
         """Take the curvature of a batch that is safe, compute the inverses that are due, and count the step."""
         blocks, new = self.blocks, watched.blocks
         if watched.due:
-            blocks = blocks.averaged(new, watched.kinds, named_parameters_of(self._model), self.factor_decay)
+            blocks = blocks.averaged(
+                new, watched.kinds, named_parameters_of(self._model), self.factor_decay, self._team
+            )
             self._left = frozenset(watched.left or ())
         due = is_due(self.steps, self.update_inverses_every)
-        self.blocks = blocks.inverted(new, due, damping, self.damping_form)
+        self.blocks = blocks.inverted(new, due, damping, self.damping_form, self._team)
         self.steps += 1
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients by parameter name, preconditioned with the present inverses; others come back as they are."""
-        return self.blocks.precondition(grads)
+        return self.blocks.precondition(grads, self._team)
 
     # -- what it holds -------------------------------------------------------------------------------------
 
@@ -256,20 +293,28 @@ class Preconditioner:
         """How the gradient of each parameter is treated, by name."""
         return self.blocks.describe([n for n, p in named_parameters_of(self._model).items() if p.requires_grad])
 
+    def costs(self) -> list[RankCost]:
+        """What the curvature costs each rank: the blocks it owns, the memory it holds, its operations."""
+        return self._team.costs(self.blocks.averages, self.blocks.inverses)
+
     def snapshot(self) -> tuple[Any, ...]:
         """All that `advance` changes."""
-        return self.blocks, self._left, self.steps
+        return self.blocks, self._left, self.steps, self._team.owners
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Go back to a snapshot."""
-        self.blocks, self._left, self.steps = state
+        self.blocks, self._left, self.steps, self._team.owners = state
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages and inverses by parameter name, and counters: tensors, numbers and strings."""
+        """Averages and inverses by parameter name, and counters: tensors, numbers and strings.
+
+        The same on any number of ranks; with `DataParallel(share="updates")` a collective, which gathers all blocks on
+        every rank's CPU.
+        """
         left = None if self._left is None else sorted(self._left)
         return {
             "kind": self._kind, "damping": self.damping, "steps": self.steps, "skipped": self.skipped, "left": left,
-            "blocks": self.blocks.state(),
+            "blocks": self.blocks.state(self._team),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -278,7 +323,8 @@ class Preconditioner:
         Raises BadInput for curvature of another kind, or of parameters that the model does not have.
         """
         self.check_state(state_dict)
-        self.blocks, left = Blocks.of(state_dict["blocks"], named_parameters_of(self._model)), state_dict["left"]
+        named = named_parameters_of(self._model)
+        self.blocks, left = Blocks.of(state_dict["blocks"], named, self._team), state_dict["left"]
         self._left = None if left is None else frozenset(left)
         self.damping, self._watched = state_dict["damping"], None
         self.steps, self.skipped = state_dict["steps"], state_dict["skipped"]

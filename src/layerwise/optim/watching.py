@@ -4,34 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from layerwise.coverage import prove
-from layerwise.errors import AmbiguousSamples, BadInput, NoBackward, NonFinite, SamplesMixed, Undefined
+from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, Undefined
 from layerwise.finite import is_finite
 from layerwise.local.finite import first_bad_call
 from layerwise.observe import observe
 from layerwise.optim.factors import Measured
 from layerwise.pull import alone
-from layerwise.quantities.base import Quantity
-from layerwise.seen import Seen
+from layerwise.quantities.base import Context, Quantity, Union
+from layerwise.seen import Batch, Seen
 from layerwise.tape import Tape
 from layerwise.uses import Use
 
-__all__ = ["Watch", "Watched", "bad_gradient"]
+__all__ = ["NO_BATCH", "Found", "Watch", "Watched", "bad_gradient"]
 
 _UNTOLD = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # samples that are mixed, or hard to find
+
+
+NO_BATCH = Batch(0, None)
+
+
+class Found(NamedTuple):
+    """The sums by parameter from which a quantity finishes the blocks of one kind, and the batches they cover."""
+
+    kind: str
+    quantity: Quantity
+    values: dict[str, tuple[Any, ...]]
+    union: Union
 
 
 @dataclass
 class Watched:
     """What a watched batch gave: measured blocks, where they are due, and the first place that was not finite.
 
-    left: the parameters that no Kronecker factors fit, where that was asked. kinds: of each block. suspect: what was
-    not finite where no place is known, to be named where the gradients are.
+    found: the sums that the blocks are made of. batch: its samples and terms. weight: how much it counts in the loss
+    of all ranks' batches. in_grad: its gradients were read from `.grad`. by_hand: what was differentiated is no loss
+    call's own value. left: the parameters that no Kronecker factors fit, where that was asked. kinds: of each block.
+    suspect: what was not finite where no place is known, to be named where the gradients are.
     """
 
     blocks: dict[str, Measured] = field(default_factory=dict)
@@ -40,8 +54,21 @@ class Watched:
     bad: str | None = None
     suspect: str | None = None
     due: bool = False
+    found: list[Found] = field(default_factory=list)
+    batch: Batch = NO_BATCH
+    weight: float = 1.0
+    in_grad: bool = True
+    by_hand: bool = False
     backward: Callable[[Tensor, Sequence[Tensor]], list[Tensor | None]] | None = None
     uses: list[Use] = field(default_factory=list)
+
+    def finish(self) -> None:
+        """Make the blocks from their sums."""
+        for kind, quantity, values, union in self.found:
+            blocks = quantity.finish(values, union, Context({}))
+            self.blocks |= blocks
+            self.kinds |= dict.fromkeys(blocks, kind)
+        self.found = []
 
 
 class Watch(observe):
@@ -64,19 +91,25 @@ class Watch(observe):
         self._results = super().__enter__()
         return self._results
 
-    def result(self) -> dict[str, Any]:
-        """What was measured, by kind. Raises BadInput where no backward pass ran."""
-        try:
-            return {kind: self._results[quantity] for kind, quantity in self._asked.items()}
-        except NoBackward:
+    def result(self) -> tuple[list[Found], Batch]:
+        """What was measured, by kind, and of which batch. Raises BadInput where no backward pass ran."""
+        seen = self._results
+        if not seen._count:
             raise BadInput(
                 "this batch was watched to measure factors, but no backward pass ran; call loss.backward() "
                 "inside `with pre.watch()`"
-            ) from None
+            )
+        batch = Batch(seen._samples, seen._terms, seen._untold)
+        found = [
+            Found(kind, quantity, seen._ordered(joined.finish(seen._total())), batch.union(self._scale))
+            for (kind, quantity), joined in zip(self._asked.items(), seen._joined, strict=True)
+        ]
+        return found, batch
 
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         with alone(total.device.type):
             finite = is_finite(total)
+            self._watched.by_hand |= weight is not None or not _is_loss(tape, total)
             if self._keep or not finite:
                 self._watched.uses += prove(tape, total, weight).uses
             if not finite:
@@ -123,6 +156,12 @@ class Watch(observe):
 
         self._on_backward(self._tape, loss, None, run)
         return found
+
+
+def _is_loss(tape: Tape, total: Tensor) -> bool:
+    """Whether a total is the value of one loss call."""
+    edges = [loss.value for loss in tape.losses] + [own.value for own in tape.own if own.value is not None]
+    return any(edge.node is total.grad_fn for edge in edges)
 
 
 def bad_gradient(grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:

@@ -1,0 +1,125 @@
+"""The sums of curvature of one batch as tensors to be added over ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.finite import is_finite
+from layerwise.layouts import Matrix
+from layerwise.local.finite import first_bad_call
+from layerwise.optim.watching import Found, Watched
+from layerwise.quantities.factors import Factors, Sums
+from layerwise.ranks import Ranks
+
+__all__ = ["added", "bad_curvature", "described", "on_cpu", "summed"]
+
+_MESSAGE = 2**26  # bytes sent at once, which are held twice meanwhile
+
+
+def summed(ranks: Ranks, found: Found, weight: float) -> Found:
+    """The sums of all ranks' batches, of which this one has a weight in the whole loss.
+
+    As for several batches of one process (`layerwise.seen.Joined`): a value of power p scales by `weight^p`.
+    Gradients that wait for an eigenbasis are scaled alone.
+    """
+    powers = found.quantity.powers
+    scaled = {
+        name: tuple(t * weight**p if p and weight != 1 else t for t, p in zip(value, powers, strict=True))
+        for name, value in found.values.items()
+    }
+    sums = iter(added(ranks, [t for value in scaled.values() for part in value for t in _tensors(part)]))
+    union = replace(found.union, samples=0, terms=1.0)  # nothing that is watched here reads them
+    return found._replace(
+        values={name: tuple(_with(part, sums) for part in value) for name, value in scaled.items()}, union=union
+    )
+
+
+def added(ranks: Ranks, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over ranks in memory of their own, sent in parts of bounded size."""
+    if ranks.size == 1:
+        return list(tensors)
+    out: list[Tensor] = []
+    part: list[Tensor] = []
+    for i, t in enumerate(tensors):
+        part.append(t)
+        if i + 1 == len(tensors) or sum(p.numel() * p.element_size() for p in part) >= _MESSAGE:
+            # clones: parts of one message would keep all of it, and lie in memory otherwise than a loaded state
+            out += [s.clone() for s in ranks.sum(part)]
+            part = []
+    return out
+
+
+def bad_curvature(watched: Watched) -> str | None:
+    """The first block, or where they are not finished yet the first sum, that holds NaN or infinity."""
+    places = [
+        ("the curvature" if measured.block.form == "diagonal" else "a Kronecker factor", name, x)
+        for name, measured in watched.blocks.items() for x in measured.tensors()
+    ]  # fmt: skip
+    for found in watched.found:
+        for name, value in found.values.items():
+            what = "a Kronecker factor" if isinstance(value[0], Factors) else "the curvature"
+            places += [(what, name, t) for part in value for t in _tensors(part)]
+    # a norm may overflow where no entry does, but is read in a tenth of the time
+    norms = torch._foreach_norm([x for *_, x in places]) if places else []
+    for (what, name, x), norm in zip(places, norms, strict=True):
+        if not math.isfinite(norm) and not is_finite(x):
+            return first_bad_call(watched.uses) or f"{what} of {name}"
+    return None
+
+
+def described(found: Found) -> dict[str, str]:
+    """By parameter, the shapes and the places of its sums, which must be those of all ranks."""
+    return {name: ", ".join(filter(None, map(_said, value))) for name, value in found.values.items()}
+
+
+def _said(value: Any) -> str:
+    if not isinstance(value, Factors):
+        return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else ""
+    assert value.laid is not None
+    shapes = [f"{t.dtype} {list(t.shape)}" for t in _tensors(value)]
+    places = [_places(matrix, value.shape) for matrix in value.laid.matrices]
+    return f"factors from {value.form} at {', '.join(places)} of {', '.join(shapes)}"
+
+
+def _places(matrix: Matrix, shape: torch.Size) -> str:
+    """Where a matrix lies in its parameter: as a view, or by a digest of all its elements' places."""
+    memory = torch.empty(shape, device="meta")
+    found = matrix.matrix(memory)
+    if found._base is memory:
+        return f"{list(found.stride())}+{found.storage_offset()}"
+    places = matrix.matrix(torch.arange(shape.numel()).reshape(shape)).contiguous()
+    return hashlib.sha256(places.numpy().tobytes()).hexdigest()[:12]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of a value that add up over ranks."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Factors):
+        return [t for sums in value.sums for t in (sums.inputs, sums.mean, sums.counts, sums.outputs)]
+    return []
+
+
+def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """A value with the next tensors in place of its own."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, Factors):
+        return replace(value, sums=tuple(Sums(*(next(tensors) for _ in range(4))) for _ in value.sums))
+    return value
+
+
+def on_cpu(state: Any) -> Any:
+    """A state with its tensors on the CPU."""
+    if isinstance(state, Tensor):
+        return state.cpu()
+    if isinstance(state, Mapping):
+        return {key: on_cpu(value) for key, value in state.items()}
+    return state
