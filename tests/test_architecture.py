@@ -21,15 +21,15 @@ PACKAGE = SRC / "layerwise"
 LEVELS = tuple(
     set(level.split(" ")) if level else {""}
     for level in (
-        "errors memory costs finite ranks",
+        "errors memory costs finite ranks sums",
         "ops losses nn",
-        "calls uses loss_record tape coverage pull samples program replay likelihoods products chain recompute "
-        "boundary separate residuals",
+        "calls uses binding trainers loss_record tape coverage pull samples program replay likelihoods products chain "
+        "recompute boundary separate residuals",
         "cotangents contract chunking rows views projection gradients gather blocks recursion arrivals carried heads "
         "signed layouts grams",
         "operators",
         "quantities",
-        "observe passes seen accumulate",
+        "observe passes seen joined reduction accumulate",
         "local",
         "optim",
         "monitor distributed",

@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,8 +29,8 @@ import torch.distributed as dist
 
 import layerwise as lw
 from benchmarks import autoencoder
+from benchmarks.distributed._processes import together
 from benchmarks.training.memory import Peak
-from layerwise.ranks import Ranks
 
 __all__ = ["main"]
 
@@ -103,33 +101,6 @@ def peak(rank: int, size: int, batch: int, name: str) -> float:
     for kind in ("factors and inverses", "plain"):
         step(kind)
     return held.mb()
-
-
-def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(rank, size, *args)` in a group of processes of its own."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        queue: Any = context.SimpleQueue()
-        ranks = [
-            context.Process(target=_process, args=(rank, size, f"file://{folder}/store", queue, function, args))
-            for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise SystemExit(f"a rank of {function.__name__} failed")
-        return [value for _, value in sorted((queue.get() for _ in ranks), key=lambda pair: int(pair[0]))]
-
-
-def _process(rank: int, size: int, where: str, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
-    Ranks().sum([torch.zeros(1)])  # gloo connects now
-    queue.put((rank, function(rank, size, *args)))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def amortised(seconds: Mapping[str, float]) -> float:

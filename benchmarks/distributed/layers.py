@@ -38,14 +38,6 @@ from benchmarks.distributed._processes import together
 from benchmarks.training.memory import Peak
 from layerwise.ranks import Ranks
 
-
-class _Alone(Ranks):
-    """This process by itself, whatever groups there are."""
-
-    def __init__(self) -> None:
-        self.group, self.size, self.rank = None, 1, 0
-
-
 RESULT = Path(__file__).parents[1] / "results" / "distributed_layers.json"
 ARMS: dict[str, Callable[..., Any]] = {
     "LocoProp": lambda model, parallel: lw.LocoProp(model, parallel=parallel),
@@ -147,7 +139,7 @@ def stage_of(rank: int, size: int) -> nn.Module:
 def staged(rank: int, size: int, batch: int, repeats: int) -> dict[str, Any]:
     """Memory and time of a stage."""
     layer = nn.Linear(4, 4)  # what the first step of anything loads is not counted
-    lw.distributed.Pipeline(layer, group=_Alone()).step(torch.rand(8, 4), lambda out: out.square().mean())
+    lw.distributed.Pipeline(layer, group=Ranks.alone()).step(torch.rand(8, 4), lambda out: out.square().mean())
     x = torch.rand(batch, SIZES[0], generator=torch.Generator().manual_seed(0))
     gc.collect()
     dist.barrier()

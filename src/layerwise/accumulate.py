@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _pop_mode_temporarily
 
+from layerwise.arrivals import check_finite
+from layerwise.binding import Binding
 from layerwise.errors import BadInput
 from layerwise.observe import observe
 from layerwise.quantities.base import Quantity
+from layerwise.ranks import Ranks, check_same_model
 from layerwise.seen import Seen
-from layerwise.uses import named_parameters_of
+from layerwise.trainers import placements_of, unreduced, unwrapped
 
 __all__ = ["accumulate"]
 
@@ -32,6 +35,8 @@ def accumulate(
     scale: str = "loss",
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    distributed: bool = True,
+    group: Any = None,
 ) -> Seen:
     """Quantities of the loss of a whole data set, from one pass over its batches; from two for `EKFAC`.
 
@@ -46,33 +51,62 @@ def accumulate(
     loss_fn: of a module and batches `(x, y)` (a tuple or list of two), called as `loss_fn(model(x), y)`. For any
     other batch, and for a functional model, called as `loss_fn(batch)`: it runs the model itself.
     samples, scale, dtype: as for `observe`; samples is the number in every batch, by default dim 0 of the batch.
+    distributed: where torch.distributed was started, every rank of `group` (None: all) calls this with a loader of its
+    own share, and gets the results of all shares together, as `Seen.all_reduce` gives them. False: of its own alone.
+    An error on one rank is one on all. DDP's hooks rest meanwhile; under FSDP2 all ranks need as many batches.
     progress: show a bar (with rich, where it is installed), or a line on standard error.
     A quantity that needs a result of the whole set first (`EKFAC`, its eigenbasis) takes two passes, which start from
     the same state of torch's random numbers; the loader must give the same batches twice, and the model runs twice.
-    Raises BadInput (no batch, batches whose losses have no union, or a loader that cannot give its batches twice), and
-    what `observe` raises.
+    Raises BadInput (no batch, batches whose losses have no union, a loader that cannot give its batches twice, or ranks
+    that disagree on the model or the quantities), RankFailed (an error on another rank), and what `observe` raises.
     """
-    run = partial(_pass, model, loss_fn, loader, samples=samples, scale=scale, dtype=dtype, progress=progress)
-    firsts = [q.first() if isinstance(q, Quantity) else None for q in quantities]
+    if group is not None and not distributed:
+        raise BadInput("accumulate got distributed=False and a process group; leave one of them out")
+    ranks = Ranks(group) if distributed else None
+    if ranks is not None:
+        check_same_model(model, group)
+    own = partial(_pass, model, loss_fn, loader, ranks, samples=samples, scale=scale, dtype=dtype, progress=progress)
+
+    def run(asked: Sequence[Quantity]) -> Seen:
+        if ranks is None or ranks.size == 1:
+            return own(asked)
+        if placements_of(Binding(model).owners):  # its passes wait for other ranks themselves
+            return own(asked).all_reduce(group)
+        return ranks.together(lambda: own(asked)).all_reduce(group)
+
+    firsts = _firsts(quantities, loader) if ranks is None else ranks.together(lambda: _firsts(quantities, loader))
     if all(first is None for first in firsts):
         return run(quantities)
-    if isinstance(loader, Iterator):
+    return _in_two_passes(run, quantities, firsts, ranks)
+
+
+def _firsts(quantities: Sequence[Quantity], loader: Iterable[Any]) -> list[Quantity | None]:
+    """What the quantities need in a pass before their own; raises BadInput for a loader that gives its batches once."""
+    firsts = [q.first() if isinstance(q, Quantity) else None for q in quantities]
+    if isinstance(loader, Iterator) and any(first is not None for first in firsts):
         names = ", ".join(repr(q) for q, first in zip(quantities, firsts, strict=True) if first is not None)
         raise BadInput(
             f"asked to accumulate {names} over an iterator ({type(loader).__name__}), which gives its batches once; "
             "two passes need a list or a DataLoader (or ask for EKFAC(basis=...) with a basis of your own)"
         )
-    return _in_two_passes(run, quantities, firsts)
+    return firsts
 
 
 def _in_two_passes(
-    run: Callable[[Sequence[Quantity]], Seen], quantities: Sequence[Quantity], firsts: Sequence[Quantity | None]
+    run: Callable[[Sequence[Quantity]], Seen],
+    quantities: Sequence[Quantity],
+    firsts: Sequence[Quantity | None],
+    ranks: Ranks | None,
 ) -> Seen:
     """The quantities, some of them after those that need the whole set; `firsts` holds None for the others."""
     before = [first for first in firsts if first is not None]
     random = _Random(before)
     earlier = run(before)
     stands = [q if first is None else q.after(earlier[first]) for q, first in zip(quantities, firsts, strict=True)]
+    if ranks is not None:
+        for stand, first in zip(stands, firsts, strict=True):
+            if first is not None:
+                stand.share(ranks)
     random.restore()
     seen = run(stands)
     if (seen._count, seen._samples) != (earlier._count, earlier._samples):
@@ -106,6 +140,7 @@ def _pass(
     model: nn.Module | Mapping[str, Tensor],
     loss_fn: Callable[..., Tensor],
     loader: Iterable[Any],
+    ranks: Ranks | None,
     quantities: Sequence[Quantity],
     samples: int | None,
     scale: str,
@@ -113,16 +148,26 @@ def _pass(
     progress: bool,
 ) -> Seen:
     """One pass over the batches."""
-    parameters = named_parameters_of(model)
+    parameters = Binding(model).owners
     before = {name: p.grad for name, p in parameters.items()}
     count = 0
     try:
-        with observe(model, *quantities, samples=samples, scale=scale, dtype=dtype) as seen:
+        with (
+            observe(model, *quantities, samples=samples, scale=scale, dtype=dtype) as seen,
+            unreduced(model),
+        ):
             batches = iter(_shown(loader) if progress else loader)
+            in_step = ranks if placements_of(parameters) else None
+            if in_step is not None:
+                batches = _in_step(batches, in_step)
             while (batch := _next(batches)) is not _END:
                 for p in parameters.values():
                     p.grad = None
-                _loss(model, loss_fn, batch).backward()
+                loss = _loss(unwrapped(model), loss_fn, batch)
+                if in_step is not None:
+                    with _pop_mode_temporarily():
+                        in_step.together(partial(check_finite, loss))
+                loss.backward()
                 count += 1
     finally:
         for name, p in parameters.items():
@@ -132,6 +177,24 @@ def _pass(
             "asked to accumulate over a loader that gave no batch; an iterator can be used up: make a new one"
         )
     return seen
+
+
+def _in_step(batches: Iterator[Any], ranks: Ranks) -> Iterator[Any]:
+    """The batches of ranks that must run together, since FSDP2 gathers parameters from all in every pass."""
+    count = 0
+    while True:
+        batch = ranks.together(lambda: next(batches, _END))
+        left = ranks.gather(batch is not _END)
+        if not all(left):
+            break
+        yield batch
+        count += 1
+    if any(left):
+        done = [str(rank) for rank, more in enumerate(left) if not more]
+        raise BadInput(
+            f"asked to accumulate over a model sharded by fully_shard, whose ranks run in step, but the loader of rank "
+            f"{', '.join(done)} ended after {count} batches and others went on; give all ranks as many batches"
+        )
 
 
 def _next(batches: Iterator[Any]) -> Any:

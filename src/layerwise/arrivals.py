@@ -12,6 +12,7 @@ from torch import Tensor
 from layerwise.errors import NonFinite, UncoveredUse, Undefined
 from layerwise.finite import is_finite
 from layerwise.tape import Tape
+from layerwise.trainers import several
 from layerwise.uses import Use
 
 __all__ = ["Sent", "check_covered", "check_finite", "check_gradient", "kept", "restore", "snapshot"]
@@ -86,12 +87,17 @@ def snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:
     return grad, -1 if grad is None else grad._version, None if grad is None else grad.detach().clone()
 
 
-def check_covered(tape: Tape, before: Mapping[str, Any], covered: Collection[str]) -> None:
-    """A gradient that changed where no use was recorded is an error."""
-    for name, p in tape.parameters.items():
+def check_covered(tape: Tape, before: Mapping[str, Any], arrived: Collection[str], covered: Collection[str]) -> None:
+    """A gradient that arrived, or a `.grad` that changed, where no use was recorded is an error.
+
+    Among several processes `.grad` changes by what the others send, so the arrivals alone count.
+    """
+    for name, p in tape.owners.items():
+        if name in covered:
+            continue
         grad, version, _ = before[name]
-        new = p.grad
-        if name in covered or new is None or (new is grad and new._version == version):
+        same = p.grad is None or (p.grad is grad and p.grad._version == version)
+        if name not in arrived and (same or several()):
             continue
         raise UncoveredUse(
             f"the backward pass changed the gradient of {name!r}, but no call with it was recorded: it ran inside "
@@ -102,7 +108,7 @@ def check_covered(tape: Tape, before: Mapping[str, Any], covered: Collection[str
 
 def restore(tape: Tape, before: Mapping[str, Any]) -> None:
     """Undo what a refused backward pass added to `.grad`."""
-    for name, p in tape.parameters.items():
+    for name, p in tape.owners.items():
         grad, version, old = before[name]
         p.grad = grad
         if grad is not None and grad._version != version:

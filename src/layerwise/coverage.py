@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.binding import Leaves
 from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
 from layerwise.losses import OwnCall
 from layerwise.tape import Tape
@@ -69,10 +70,9 @@ def prove(
             "asked for a backward pass from a tensor that does not depend on any parameter; "
             "was the loss detached, or computed under no_grad?"
         )
-    names = {id(p): name for name, p in tape.parameters.items()}
     graph = known_losses(tape, total, without) if need_loss else Graph(total, None, [], [], [])
     roots = [loss.logits.node for loss in graph.losses] if need_loss else [total.grad_fn]
-    reached = _walk_to_uses(roots, names, _by_node(tape.uses), tape.spent)
+    reached = _walk_to_uses(roots, tape.leaves(), _by_node(tape.uses), tape.spent)
     return Graph(total, weight, sorted(reached, key=lambda u: u.index), graph.known, graph.own)
 
 
@@ -107,7 +107,7 @@ class _LossWalk:
 
     def __init__(self, tape: Tape, without: Sequence[LossUse]) -> None:
         self._tape = tape
-        self._names = {id(p): name for name, p in tape.parameters.items()}
+        self._leaves = tape.leaves()
         self._use_at = _by_node(tape.uses)
         dropped = set(map(id, without))
         self._loss_at: dict[Any, list[LossUse]] = {}
@@ -159,7 +159,7 @@ class _LossWalk:
         self.loose += uses
 
     def _refuse_parameter(self, node: Any) -> None:
-        name = self._names.get(id(getattr(node, "variable", None)))
+        name = self._leaves.name(node)
         if name is None:
             return
         if not self.known and not self._tape.uses:
@@ -197,9 +197,7 @@ def _rest(boundary: list[LossUse], loose: list[Use]) -> OwnUse:
     return OwnUse(call, parts, None, loose[0] if loose else None)
 
 
-def _walk_to_uses(
-    roots: list[Any], names: dict[int, str], use_at: dict[Any, list[Use]], spent: Collection[Any]
-) -> list[Use]:
+def _walk_to_uses(roots: list[Any], leaves: Leaves, use_at: dict[Any, list[Use]], spent: Collection[Any]) -> list[Use]:
     """The uses below the roots, jumping from a use to its data; a parameter met on the way is an error."""
     seen: set[Any] = set()
     stack: list[tuple[Any, Any]] = [(node, None) for node in roots]
@@ -224,7 +222,7 @@ def _walk_to_uses(
                 "the model runs a block under torch.utils.checkpoint with use_reentrant=True, which hides the "
                 "block's parameters; pass use_reentrant=False"
             )
-        name = names.get(id(getattr(node, "variable", None)))
+        name = leaves.name(node)
         if name is not None:
             via = parent.name() if parent is not None else "the loss"
             raise UncoveredUse(_uncovered(name, via, "a call that the tape cannot see passes it on"))

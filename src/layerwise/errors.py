@@ -59,7 +59,7 @@ class NonFinite(LayerwiseError, ArithmeticError):
 
 
 class RankFailed(LayerwiseError, RuntimeError):
-    """Another process of the group failed in the work that all of them share."""
+    """Another process of the group failed in the work that all of them share; its error is repeated."""
 
 
 class RankLost(LayerwiseError, RuntimeError):

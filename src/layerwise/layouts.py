@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ __all__ = [
     "LONG_SIDE",
     "Laid",
     "Matrix",
+    "Places",
     "dense_laid",
     "dense_matrix",
     "dense_sides",
@@ -59,6 +62,47 @@ class Laid(NamedTuple):
             return False
         pairs = zip(self.matrices, other.matrices, strict=True)
         return all(same_places(one.matrix, two.matrix, shape) for one, two in pairs)
+
+
+@dataclass(frozen=True)
+class Indices:
+    """A long row of places, with a short repr that differs where they do."""
+
+    values: Tensor
+
+    def __repr__(self) -> str:
+        return hashlib.sha256(self.values.numpy().tobytes()).hexdigest()
+
+
+class Places(NamedTuple):
+    """A `Matrix` as the places of its elements in the parameter, which can be sent to another process.
+
+    shape: [K,O,I]; view: strides and offset, where it is a view of contiguous memory; flat: else the places.
+    """
+
+    shape: tuple[int, ...]
+    view: tuple[tuple[int, ...], int] | None
+    flat: Indices | None
+    bias: bool
+    partner: str | None
+
+    @classmethod
+    def of(cls, matrix: Matrix, shape: torch.Size) -> Places:
+        """Those of a matrix of a parameter of some shape."""
+        found = _as_view(matrix.matrix, shape)
+        if found is not None:
+            return cls(tuple(found[0]), (tuple(found[1]), int(found[2])), None, matrix.bias, matrix.partner)
+        places = matrix.matrix(torch.arange(shape.numel()).reshape(shape))
+        return cls(tuple(places.shape), None, Indices(places.flatten()), matrix.bias, matrix.partner)
+
+    def restored(self, shape: torch.Size) -> Matrix:
+        """The matrix of a parameter of that shape."""
+        if self.flat is not None:
+            places = self.flat.values
+        else:
+            assert self.view is not None
+            places = torch.arange(shape.numel()).as_strided(self.shape, *self.view).flatten()
+        return _at(places, self.shape, shape)._replace(bias=self.bias, partner=self.partner)
 
 
 # -- matrices -----------------------------------------------------------------------------------------------
@@ -127,14 +171,17 @@ def rest_of(matrices: Sequence[Matrix], shape: torch.Size) -> Matrix | None:
     if not missing.any():
         return None
     index = missing.nonzero()[:, 0]
+    return _at(index, (1, 1, len(index)), shape)
+
+
+def _at(index: Tensor, laid: Sequence[int], shape: torch.Size) -> Matrix:
+    """The matrix of the elements at some flat places of a parameter."""
 
     def fold(w: Tensor) -> Tensor:
-        lead = w.shape[:-3]
-        return (
-            w.new_zeros(*lead, shape.numel()).index_copy_(-1, index.to(w.device), w.flatten(-3)).view((*lead, *shape))
-        )
+        lead, places = w.shape[:-3], index.to(w.device)
+        return w.new_zeros(*lead, shape.numel()).index_copy_(-1, places, w.flatten(-3)).view((*lead, *shape))
 
-    return Matrix(fold, lambda p: p.reshape(1, 1, -1)[..., index.to(p.device)], False)
+    return Matrix(fold, lambda p: p.reshape(-1)[index.to(p.device)].view(*laid), False)
 
 
 def dense_sides(shape: torch.Size) -> tuple[int, int, bool]:

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from layerwise import losses
+from layerwise.trainers import unwrapped
 from layerwise.uses import Derived, LossUse, OwnUse, boundary_of
 
 __all__ = ["LossRecord"]
@@ -59,7 +60,7 @@ class LossRecord(TorchFunctionMode):
 
     def watch(self) -> None:
         """Begin to note what the model returns."""
-        model = None if self._model is None else self._model()
+        model = None if self._model is None else unwrapped(self._model())  # DDP's own output may be a view of it
         if model is not None:
             self._hook = model.register_forward_hook(self._forward_hook)
 

@@ -19,6 +19,7 @@ from layerwise.pull import accumulated, alone, hooked
 from layerwise.quantities.base import Quantity, positive
 from layerwise.seen import Seen
 from layerwise.tape import Tape
+from layerwise.trainers import Still, kept_still
 
 __all__ = ["observe"]
 
@@ -75,6 +76,7 @@ class observe:
             raise BadInput("this observe() is active already; make another one to observe inside it")
         self._tape = self._new_tape()
         self._seen = Seen(self._quantities, self._scale, list(self._tape.parameters))
+        self._seen._follow(self._tape.parameters, self._tape.owners)
         self._tape.__enter__()
         if any(isinstance(q.cotangent, Second) for q in self._quantities):
             self._second_order = SecondOrder()
@@ -91,7 +93,9 @@ class observe:
         tape.clear()
 
     def _new_tape(self) -> Tape:
-        return Tape(self._model, self._on_backward, self._keeps_outputs, own_losses=True)
+        tape = Tape(self._model, self._on_backward, self._keeps_outputs, own_losses=True)
+        tape.whole = True
+        return tape
 
     def through(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> tuple[Any, Seen]:
         """Observe one backward pass through what an ended tape recorded: the result of `run`, and what was seen.
@@ -107,8 +111,15 @@ class observe:
         assert seen is not None
         if total.is_meta:
             raise BadInput("asked to observe a backward pass from a loss on the meta device, which holds no numbers")
+        seen._follow(tape.parameters, tape.owners)
+        with kept_still(self._model, total) as trainers:
+            return self._observe(tape, total, weight, run, seen, trainers)
+
+    def _observe(
+        self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any], seen: Seen, trainers: Still
+    ) -> Any:
         device = total.device.type
-        with alone(device), kept(tape.retained()):
+        with alone(device), kept(tape.retained()), trainers.pulling():
             check_finite(total)
             own_losses = tape.returned is not None
             graph, known = resolved(lambda without: prove(tape, total, weight, without=without), own_losses)
@@ -116,15 +127,16 @@ class observe:
             seen._check(pass_.batch)
             pass_.pull_roots()
             pass_.pull_gradient()
-        before = {name: snapshot(p) for name, p in tape.parameters.items()}
-        covered = {name: tape.parameters[name] for name in graph.parameters()}
+        before = {name: snapshot(p) for name, p in tape.owners.items()}
+        covered = graph.parameters()
         pass_.keeps_inputs = self._keeps_inputs
         pass_.release()
         try:
-            with hooked(graph.uses if pass_.listens else [], pass_.receive), accumulated(covered) as gradient:
+            with hooked(graph.uses if pass_.listens else [], pass_.receive), accumulated(tape.parameters) as arrived:
                 out = run()
             with alone(device):
-                check_covered(tape, before, covered)
+                check_covered(tape, before, arrived, covered)
+                gradient = {name: arrived[name] for name in covered if name in arrived}
                 check_gradient(gradient)
                 pass_.sent.check()
                 values = pass_.values(gradient)

@@ -18,12 +18,12 @@ from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, Undefined
 from layerwise.gather import Gather
 from layerwise.gradients import ParameterGradient, Part, parts_of
 from layerwise.heads import Head, heads
+from layerwise.joined import Batch, Values
 from layerwise.losses import Declared, Likelihood
 from layerwise.pull import alone, pull
 from layerwise.quantities.base import Quantity
 from layerwise.recursion import averaged
 from layerwise.samples import Layout, measure
-from layerwise.seen import Batch, Values
 from layerwise.tape import Tape
 from layerwise.uses import Use
 

@@ -87,10 +87,10 @@ def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
 @contextmanager
 def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Collect what a backward pass inside the context adds to each parameter's `.grad`, by name.
+    """Collect what a backward pass inside the context sends to each parameter's `.grad`, by name.
 
-    Where there was no `.grad`, it is the new one, shared until somebody writes to it; elsewhere it is caught on
-    its way, since a difference of sums would be inexact.
+    It is caught on its way: a difference of sums would be inexact, and a trainer's hooks may put something else into
+    `.grad`, such as the average over ranks. The memory is that of `.grad`, shared until somebody writes to it.
     """
     found: dict[str, Tensor] = {}
 
@@ -98,18 +98,17 @@ def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]
         def hook(grads: Sequence[Tensor | None]) -> None:
             (g,) = grads
             if g is not None and not _STATE.pulling:
-                found[name] = g.detach()
+                new = memory.lazy_copy(g.detach())
+                found[name] = found[name] + new if name in found else new
 
         return hook
 
-    fresh = {name: p for name, p in parameters.items() if p.grad is None}
+    nodes = [(name, get_gradient_edge(p).node) for name, p in parameters.items()]  # held: their owner is the graph
     handles = []
     try:
-        for name, p in parameters.items():
-            if name not in fresh:
-                handles.append(get_gradient_edge(p).node.register_prehook(hook_for(name)))
+        for name, node in nodes:
+            handles.append(node.register_prehook(hook_for(name)))
         yield found
-        found |= {name: memory.lazy_copy(p.grad.detach()) for name, p in fresh.items() if p.grad is not None}
     finally:
         for handle in handles:
             handle.remove()

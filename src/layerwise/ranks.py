@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from layerwise.errors import BadInput, RankLost
+from layerwise.errors import BadInput, RankFailed, RankLost
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "check_same_model", "digest_of"]
+
+Result = TypeVar("Result")
 
 _SIGNS = ("connection", "timed out", "timeout", "closed", "socket", "broken pipe")  # of a message that was not heard
 _LARGE = 2**16  # numbers of a tensor that is worth a message of its own
@@ -135,18 +137,30 @@ class Ranks:
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise BadInput on all ranks, by name, where a fact is missing on a rank or its text differs."""
         mine = {name: repr(fact) for name, fact in facts.items()}
-        digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
-        if len(set(self.gather(digest))) == 1:
-            return
-        all_ = self.gather(mine)
-        for name in dict.fromkeys(name for one in all_ for name in one):
-            said = [one.get(name, "nothing of that name") for one in all_]
-            if len(set(said)) > 1:
-                texts = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said))
-                raise BadInput(
-                    f"the ranks disagree on {name!r}: {texts}. Every rank must build the same model with the same "
-                    "settings"
-                )
+        if len(set(self.gather(digest_of(mine)))) > 1:
+            _refuse(self.gather(mine))
+
+    def together(self, run: Callable[[], Result]) -> Result:
+        """What `run` gives here, once all ranks have run it; where it raises, all ranks raise.
+
+        That rank raises its own error, the others RankFailed with its text, so that none waits for it. `run` must not
+        wait for other ranks itself.
+        """
+        if self.size == 1:
+            return run()
+        failure: Exception | None = None
+        try:
+            result = run()
+        except Exception as error:
+            failure = error
+        said = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        failed = {rank: text for rank, text in enumerate(said) if text is not None}
+        if failed:
+            texts = "; ".join(f"rank {rank} failed with {text}" for rank, text in failed.items())
+            raise RankFailed(f"{texts}. This rank, {self.rank}, has stopped with it")
+        return result
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
@@ -162,3 +176,31 @@ class Ranks:
                 f"is busy for longer than the group's timeout ({str(error).strip().splitlines()[0]}). Start the run "
                 "again from its last checkpoint; `torchrun --max-restarts` does so by itself"
             ) from error
+
+
+def check_same_model(model: nn.Module | Mapping[str, Tensor], group: Group | None = None) -> None:
+    """Raise BadInput on all ranks, by name, where they disagree on the parameters of a model.
+
+    Compared are their names and order, shapes, types and `requires_grad`, by one message of a digest each. The numbers
+    are not. A collective: all ranks of the group call it. Nothing is sent where there is one process.
+    """
+    named = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
+    facts: dict[str, Any] = {
+        name: (tuple(p.shape), str(p.dtype), "trained" if p.requires_grad else "frozen") for name, p in named.items()
+    }
+    Ranks(group).agree(facts | {"the order of the parameters": list(named)})
+
+
+def digest_of(facts: Mapping[str, str]) -> str:
+    """A short text that differs where the facts do, in whatever order they are given."""
+    return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+
+
+def _refuse(said: Sequence[Mapping[str, str]]) -> None:
+    for name in dict.fromkeys(name for one in said for name in one):
+        each = [one.get(name, "nothing of that name") for one in said]
+        if len(set(each)) > 1:
+            texts = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(each))
+            raise BadInput(
+                f"the ranks disagree on {name!r}: {texts}. Every rank must build the same model with the same settings"
+            )

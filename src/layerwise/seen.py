@@ -1,112 +1,21 @@
-"""The results of an observation, joined over the batches that ran in it."""
+"""The results of an observation, joined over the batches that ran in it, and over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput, NoBackward
-from layerwise.quantities.base import ByParameter, Context, Quantity, Union
+from layerwise.joined import Batch, Joined, Values, check_join, union_of
+from layerwise.pull import alone
+from layerwise.quantities.base import ByParameter, Context, Quantity
+from layerwise.ranks import Ranks
+from layerwise.reduction import Table, placed, sum_tables
+from layerwise.trainers import Placements, placements_of
 
-__all__ = ["Batch", "Joined", "Seen"]
-
-Values = dict[str, tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One backward pass: its samples, and the denominators of its losses' means (None for sums).
-
-    untold: the name of a loss that does not say whether it is a mean.
-    """
-
-    samples: int
-    terms: tuple[float, ...] | None
-    untold: str | None = None
-
-    def union(self, scale: str) -> Union:
-        """The batch as a union of one."""
-        return Union(self.samples, self.terms is not None, scale, 1.0 if self.terms is None else self.terms[0])
-
-
-class Joined:
-    """Values of several batches as those of the union's loss, in memory that does not grow with them.
-
-    The union of mean losses weighs batch b by terms_b / sum(terms), so a value of power p is joined as
-    `sum_b terms_b^p value_b / (sum terms)^p`. Sum losses just add. Per-sample values concatenate.
-    concatenate: for all tensors of a parameter, or for each.
-    """
-
-    def __init__(self, powers: Sequence[float], concatenate: bool | Sequence[bool] = False) -> None:
-        self.powers = powers
-        each = [concatenate] * len(powers) if isinstance(concatenate, bool) else concatenate
-        self.concatenate = tuple(each)
-        self._values: dict[str, list[Any]] = {}
-        self._weighted = False
-
-    def add(self, values: Values, weight: float, first: bool, samples: tuple[int, int] = (0, 0)) -> None:
-        """Take the values of one batch; weight: the terms of its mean, or 1; samples: those before and its own."""
-        if first:
-            self._values = {
-                k: [[t] if c else t for t, c in zip(v, self.concatenate, strict=True)] for k, v in values.items()
-            }
-            self._weight = weight
-            return
-        if not self._weighted:
-            self._scale(self._weight)
-            self._weighted = True
-        for name, tensors in values.items():
-            weighted = [t * weight**p if p and weight != 1 else t for t, p in zip(tensors, self.powers, strict=True)]
-            old = self._values.get(name)
-            if old is None:  # the samples before this batch had gradient zero
-                self._values[name] = [
-                    [t.new_zeros(samples[0], *t.shape[1:]), t] if c else t
-                    for t, c in zip(weighted, self.concatenate, strict=True)
-                ]
-                continue
-            for i, new in enumerate(weighted):
-                if self.concatenate[i]:
-                    old[i].append(new)
-                else:
-                    old[i] = old[i] + new
-        for name in self._values.keys() - values.keys():  # this batch did not use it: its samples' gradient is zero
-            for o, concatenate in zip(self._values[name], self.concatenate, strict=True):
-                if concatenate:
-                    o.append(o[0].new_zeros(samples[1], *o[0].shape[1:]))
-
-    def _scale(self, factor: float) -> None:
-        for tensors in self._values.values():
-            for i, p in enumerate(self.powers):
-                if p and factor != 1:
-                    old = tensors[i]
-                    tensors[i] = [t * factor**p for t in old] if self.concatenate[i] else old * factor**p
-
-    def finish(self, total: float) -> Values:
-        """The values of the union; total: the sum of the weights."""
-        done: Values = {}
-        for name, tensors in self._values.items():
-            out = []
-            for t, p, concatenate in zip(tensors, self.powers, self.concatenate, strict=True):
-                value = (t[0] if len(t) == 1 else torch.cat(_aligned(t))) if concatenate else t
-                out.append(value / total**p if self._weighted and p and total != 1 else value)
-            done[name] = tuple(out)
-        return done
-
-
-def _aligned(parts: list[Tensor]) -> list[Tensor]:
-    """The batches' values with as many columns each (dim 1): missing ones are zero.
-
-    Only the columns of roots differ between batches, with the number of loss terms a sample.
-    """
-    shapes = {part.shape[1:] for part in parts}
-    if len(shapes) == 1:
-        return parts
-    most = max(part.shape[1] for part in parts)
-    return [torch.cat([p, p.new_zeros(len(p), most - p.shape[1], *p.shape[2:])], 1) for p in parts]
+__all__ = ["Seen"]
 
 
 class Seen:
@@ -128,6 +37,85 @@ class Seen:
         self._joined = [Joined(q.powers, q.concatenate) for q in self._quantities]
         self._gradient = Joined((1,))
         self._results: dict[int, Any] = {}
+        self._placements: Placements = {}
+        self._kinds: dict[str, Any] = {}
+        self._reduced = False
+
+    def all_reduce(self, group: Any = None) -> Seen:
+        """Join the results of all ranks, as those of several backward passes: call it once, after the last one.
+
+        Ranks are batches: with a mean loss over n_r terms on rank r, a value of power p becomes
+        sum_r n_r^p value_r / (sum_r n_r)^p, and a sum loss adds up. So every reduced quantity, and `seen.grad`, is that
+        of one process on all ranks' samples as one batch, whatever their numbers on each rank. Results of single
+        samples (`PerSampleGrad`, `SquaredNorm`, `Sketch`, ...) stay on their rank, in the scale of the union. One flat
+        message for each type, and some short ones; two rounds for `EKFAC` without a basis, whose basis is then that of
+        the union. Results by parameter that have its shape are DTensors where the parameter is one, placed like it.
+
+        group: a process group; None: all processes, or this one alone where torch.distributed was not started. A
+        collective: all ranks call it. Returns itself.
+        Raises, on all ranks: BadInput (ranks that disagree on parameters, quantities or the loss, by name; a second
+        call), NoBackward (a rank without a backward pass), Undefined (`PairwiseDot`, `KFRA`, and whatever else does not
+        exist for several batches). Nothing is changed then.
+        """
+        if self._reduced:
+            raise BadInput("asked for a second all_reduce(): these results are those of all ranks already")
+        ranks = Ranks(group)
+        if ranks.size > 1:
+            with alone(self._device()):
+                self._join(ranks)
+            self._results, self._reduced = {}, True
+        return self
+
+    def _device(self) -> str:
+        values = self._gradient.finish(1.0).values() if self._count else ()
+        return next((g.device.type for (g,) in values), "cpu")
+
+    def _join(self, ranks: Ranks) -> None:
+        """Check that the ranks' results join, and add them up."""
+        settings = {f"quantity {i}": q.settings() for i, q in enumerate(self._quantities)}
+        ranks.agree({"the observed quantities": self._quantities, "scale": self._scale} | self._kinds | settings)
+        told = ranks.gather((self._count, self._batch()))
+        union = union_of(told, self._quantities, self._scale)
+        tables = ranks.together(self._tables)
+        found = sum_tables(ranks, tables, self._samples)
+        stands = list(self._quantities)
+        for i, quantity in enumerate(self._quantities):
+            first = quantity.first()
+            if first is not None:
+                stands[i], found[i + 1] = self._settled(ranks, quantity, first, found[i + 1], union)
+        for i, quantity in enumerate(stands):
+            self._joined[i] = Joined(quantity.powers, quantity.concatenate)
+        self._quantities = stands
+        for j, values in zip([self._gradient, *self._joined], found, strict=True):
+            j.take(values)
+        self._count, self._samples, self._terms = sum(count for count, _ in told), union.samples, union.terms
+
+    def _tables(self) -> list[Table]:
+        """The weighted gradient and values of the quantities."""
+        found = [Table("the gradient", self._gradient.weighted(), (False,))]
+        for i, (quantity, joined) in enumerate(zip(self._quantities, self._joined, strict=True)):
+            found.append(Table(f"{quantity!r} ({i})", joined.weighted(), joined.concatenate, quantity.stacks))
+        return found
+
+    def _settled(
+        self, ranks: Ranks, quantity: Quantity, first: Quantity, values: Values, union: Batch
+    ) -> tuple[Quantity, Values]:
+        """What stands in for a quantity that needs a result of the whole union first, and its values."""
+
+        def local() -> Quantity:
+            return quantity.after(first.finish(values, union.union(self._scale), Context({})))
+
+        after = ranks.together(local)
+        after.share(ranks)
+        settled = ranks.together(lambda: quantity.settle(values, after))
+        (summed,) = sum_tables(ranks, [Table(repr(after), settled, (False,))], self._samples)
+        return after, summed
+
+    def _follow(self, names: Iterable[str], owners: Mapping[str, Tensor]) -> None:
+        """Know all parameters, those that were replaced among them, and how they are sharded."""
+        self._names_in_order = list(names)
+        self._placements = placements_of(owners)
+        self._kinds = {name: (tuple(p.shape), str(p.dtype)) for name, p in owners.items()}
 
     def __getitem__(self, quantity: Quantity) -> Any:
         for i, q in enumerate(self._asked):
@@ -156,8 +144,15 @@ class Seen:
     def grad(self) -> ByParameter:
         """The gradient of the observed loss, by parameter, `[*shape]` each."""
         self._require("grad")
+        return self._placed(self._whole_gradient())
+
+    def _whole_gradient(self) -> ByParameter:
         values = self._ordered(self._gradient.finish(self._total()))
         return ByParameter({name: v[0] for name, v in values.items()})
+
+    def _placed(self, result: Any) -> Any:
+        """A reduced result, as DTensors where the parameters are."""
+        return placed(result, self._placements) if self._reduced else result
 
     def _names(self) -> str:
         return ", ".join(q.name for q in self._quantities) or "nothing"
@@ -178,9 +173,10 @@ class Seen:
         quantity = self._quantities[i]
         self._require(quantity.name)
         if i not in self._results:
-            union = Batch(self._samples, self._terms).union(self._scale)
+            union = self._batch().union(self._scale)
             values = self._ordered(self._joined[i].finish(self._total()))
-            self._results[i] = quantity.finish(values, union, Context(self.grad))
+            result = quantity.finish(values, union, Context(self._whole_gradient()))
+            self._results[i] = result if any(self._joined[i].concatenate[:1]) else self._placed(result)
         return self._results[i]
 
     def _add(self, batch: Batch, values: Mapping[int, Values], gradient: Values) -> None:
@@ -191,32 +187,21 @@ class Seen:
             self._joined[i].add(v, weight, first, (self._samples, batch.samples))
         self._gradient.add(gradient, weight, first)
         self._count += 1
-        self._samples += batch.samples
-        if batch.terms is not None:
-            self._terms = batch.terms if first else tuple(a + b for a, b in zip(self._terms, batch.terms, strict=True))  # type: ignore[arg-type]
+        both = batch if first else self._batch() + batch
+        self._samples, self._terms = both.samples, both.terms
         self._results = {}
 
     def _check(self, batch: Batch) -> None:
         """Batches join only where their losses are means over the same mix of terms, or all sums."""
+        if self._reduced:
+            raise BadInput(
+                "asked to observe a further backward pass after all_reduce(), which has joined the ranks' results; run "
+                "all backward passes first, or observe this one in a context of its own"
+            )
         if not self._count:
             self._untold = batch.untold
             return
-        untold = self._untold or batch.untold
-        if untold is not None:
-            raise BadInput(
-                f"asked to join two backward passes, but whether {untold} is a mean or a sum is not said; mark it: "
-                'lw.as_loss(fn, reduction="mean") or "sum", or observe each batch in a context of its own'
-            )
-        old, new = self._terms, batch.terms
-        ok = (old is None) == (new is None)
-        if old is not None and new is not None:
-            ok = len(old) == len(new) and all(
-                abs(a * new[0] - b * old[0]) <= 1e-9 * abs(a * new[0]) for a, b in zip(old, new, strict=True)
-            )
-        if not ok:
-            raise BadInput(
-                f"two observed backward passes have no loss in common: the means run over {old} terms so far and "
-                f"{new} now (None: a sum); use the same loss, or observe them in two contexts"
-            )
-        for quantity in self._quantities:
-            quantity.check_union(Batch(self._samples, old).union(self._scale), batch.union(self._scale))
+        check_join(self._batch(), batch, self._quantities, self._scale)
+
+    def _batch(self) -> Batch:
+        return Batch(self._samples, self._terms, self._untold)

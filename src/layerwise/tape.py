@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
+from layerwise.binding import Binding, Leaves, check_replaced, check_sharded, check_whole
 from layerwise.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, assembles
 from layerwise.errors import UnsupportedCall
 from layerwise.loss_record import LossRecord
@@ -32,7 +34,7 @@ from layerwise.nn.hard import crossed, hard
 from layerwise.ops.base import Call
 from layerwise.pull import backward_arguments, silent
 from layerwise.recompute import standing_in
-from layerwise.uses import Derived, LossUse, Use, bad_call, describe_func, named_parameters_of
+from layerwise.uses import Derived, LossUse, Use, bad_call, describe_func
 
 __all__ = ["Tape"]
 
@@ -44,12 +46,13 @@ _SIMPLE = (int, str, type(None))  # what enters a signature; floats (rates, temp
 class Tape(LossRecord):
     """Record the parameter uses and the losses of everything that runs inside the context.
 
-    parameters: name -> tensor, those to follow (frozen ones count as constants).
+    parameters: name -> tensor, those to follow (frozen ones count as constants), bound late.
     constants: further tensors that carry no data (buffers).
     on_backward: called as `on_backward(tape, total, weight, run)` instead of a backward pass that
         the user starts inside the context; it must call `run()`.
     keep_outputs: whether uses hold their outputs' values (local targets need them).
     crosses: whether gradients cross functions without a derivative (`lw.nn.Hard`) by their rules.
+    whole: whether the handler keeps FSDP2's whole parameters in place while it reads what was recorded.
     partial: whether the backward pass that runs was given `inputs`, and may leave parts of the graph out.
     spent: nodes of forgotten uses whose graph was retained; another backward pass may come their way.
     """
@@ -64,18 +67,29 @@ class Tape(LossRecord):
     ) -> None:
         super().__init__(model, own_losses)
         self._keep_outputs, self._crosses = keep_outputs, crosses
-        named = named_parameters_of(model)
-        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
-        self._constants = [p for p in named.values() if not p.requires_grad]
-        if isinstance(model, nn.Module):
-            self._constants += list(model.buffers())
+        self._binding = Binding(model)
+        self._constants = list(model.buffers()) if isinstance(model, nn.Module) else []
         self._on_backward = on_backward
         self._stance: contextlib.AbstractContextManager[Any] | None = None
-        self.partial = False
+        self.whole, self.partial = False, False
         self.spent: set[Any] = set()
         self.clear()
 
     # -- life ---------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters to follow, by name."""
+        return self._binding.parameters
+
+    @property
+    def owners(self) -> dict[str, Tensor]:
+        """The tensors to whose `.grad` their gradients go: the same, or the DTensors of FSDP2."""
+        return self._binding.owners
+
+    def leaves(self) -> Leaves:
+        """The names of the parameters to follow, at the leaves of a graph."""
+        return Leaves(self._binding)
 
     def clear(self) -> None:
         """Forget everything recorded so far."""
@@ -87,7 +101,7 @@ class Tape(LossRecord):
         self._known: dict[int, Derived | Tensor] = {}
         for name, p in self.parameters.items():
             self._known[id(p)] = Derived(p, frozenset((name,)))
-        for c in self._constants:
+        for c in (*self._binding.frozen, *self._constants):
             self._known[id(c)] = c
         self._outputs: dict[int, Use] = {}
         self._batches: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -106,6 +120,8 @@ class Tape(LossRecord):
         self._outputs = {key: use for key, use in self._outputs.items() if id(use) not in gone}
 
     def __enter__(self) -> Tape:
+        if not self.whole:
+            check_sharded(self.owners)
         # A compiled model runs eagerly while it is recorded; nothing is compiled unless dynamo is loaded.
         if "torch._dynamo" in sys.modules:
             self._stance = torch.compiler.set_stance("force_eager")
@@ -134,6 +150,8 @@ class Tape(LossRecord):
         if func in GRADIENTS:
             return self._gradients(func, args, kwargs)
         used, data, tensors = self._sort(args, kwargs)
+        if data and torch.is_grad_enabled() and self._late(data):
+            used, data, tensors = self._sort(args, kwargs)
         if used and data and torch.is_grad_enabled() and getattr(func, "__name__", "") != "__get__":
             run = self._use if ops.decomposition(func) is None else self._decompose
             return run(func, args, kwargs, used, data)
@@ -184,6 +202,17 @@ class Tape(LossRecord):
             elif isinstance(arg, slice):
                 calls.append((arg.start, arg.stop, arg.step))
         return used, data, count
+
+    def _late(self, data: list[Tensor]) -> bool:
+        """Whether some of what looks like data are parameters that have taken the place of others; bind these."""
+        unknown = [t for t in data if type(t) is Parameter and t.requires_grad]
+        new = self._binding.again(unknown, len(data) > 1) if unknown else {}
+        for name, p in new.items():
+            check_replaced(name, any(name in d.names for use in self.uses for d in use.used))
+            old = self._binding.bind(name, p)
+            self._known.pop(id(old), None)
+            self._known[id(p)] = Derived(p, frozenset((name,))) if p.requires_grad else p
+        return bool(new)
 
     def _classify(self, func: Any, out: Any, used: list[Derived]) -> None:
         """Results of calls without data: derived where they need grad, constants otherwise."""
@@ -246,6 +275,8 @@ class Tape(LossRecord):
     def _use(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
         """Run and record a call in which parameters meet data."""
         self._refuse(ops.refused(func, args, kwargs), func, used)
+        for d in used:
+            check_whole(next(iter(d.names)), d.tensor)
         if used[0].tensor.is_meta != data[0].is_meta:  # torch runs some calls across these two
             raise bad_call(func, used, data)
         batch = self._batch_of(data[0])
@@ -338,6 +369,7 @@ class Tape(LossRecord):
         retain = options.get("create_graph") if retain is None else retain
         nodes = [use.edge.node for use in self.uses] if retain else []
         assert self._on_backward is not None
+        self._binding.check_names()
         out = self._on_backward(self, total, weight, lambda: func(*args, **kwargs))
         self.spent.update(nodes)
         self.spent.difference_update(use.edge.node for use in self.uses)

@@ -1,7 +1,21 @@
-"""Beyond one process, on `torch.distributed`: checkpoints to start again from, and models in stages."""
+"""Beyond one process, on `torch.distributed`: agreement, gradient noise between ranks, checkpoints, stages."""
 
 from layerwise.distributed.checkpoints import Loaded, load, save
+from layerwise.distributed.noise import NoiseEstimate, RankNoise, noise_of_ranks
 from layerwise.distributed.pipeline import Pipeline
 from layerwise.distributed.stages import Stage, split
+from layerwise.ranks import Ranks, check_same_model
 
-__all__ = ["Loaded", "Pipeline", "Stage", "load", "save", "split"]
+__all__ = [
+    "Loaded",
+    "NoiseEstimate",
+    "Pipeline",
+    "RankNoise",
+    "Ranks",
+    "Stage",
+    "check_same_model",
+    "load",
+    "noise_of_ranks",
+    "save",
+    "split",
+]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layerwise.errors import BadInput, RankFailed, Undefined
+from layerwise.joined import Batch
 from layerwise.optim.watching import NO_BATCH
 from layerwise.ranks import Ranks
-from layerwise.seen import Batch
 from layerwise.uses import named_parameters_of
 
 __all__ = ["DataParallel", "Report", "facts_of", "heard", "ranks_of", "weights_of"]

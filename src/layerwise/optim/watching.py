@@ -12,12 +12,13 @@ from torch import Tensor
 from layerwise.coverage import prove
 from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, Undefined
 from layerwise.finite import is_finite
+from layerwise.joined import Batch
 from layerwise.local.finite import first_bad_call
 from layerwise.observe import observe
 from layerwise.optim.factors import Measured
 from layerwise.pull import alone
 from layerwise.quantities.base import Context, Quantity, Union
-from layerwise.seen import Batch, Seen
+from layerwise.seen import Seen
 from layerwise.tape import Tape
 from layerwise.uses import Use
 
@@ -99,7 +100,7 @@ class Watch(observe):
                 "this batch was watched to measure factors, but no backward pass ran; call loss.backward() "
                 "inside `with pre.watch()`"
             )
-        batch = Batch(seen._samples, seen._terms, seen._untold)
+        batch = seen._batch()
         found = [
             Found(kind, quantity, seen._ordered(joined.finish(seen._total())), batch.union(self._scale))
             for (kind, quantity), joined in zip(self._asked.items(), seen._joined, strict=True)

@@ -15,6 +15,7 @@ from layerwise.coverage import Graph
 from layerwise.errors import BadInput, NoBackward
 from layerwise.gradients import ParameterGradient
 from layerwise.losses import Likelihood
+from layerwise.ranks import Ranks
 from layerwise.samples import Layout
 from layerwise.tape import Tape
 
@@ -90,6 +91,18 @@ class Quantity:
     def after(self, found: Any) -> Quantity:
         """The quantity of the second pass, from the result of `first` over all data."""
         raise NotImplementedError
+
+    def settle(self, values: Mapping[str, tuple[Any, ...]], after: Quantity) -> dict[str, tuple[Any, ...]]:
+        """The values of `after`, which `self.after` made, from those of this quantity over the same batches."""
+        raise NotImplementedError
+
+    def share(self, ranks: Ranks) -> None:
+        """Give all ranks the bits of what `after` made."""
+
+    def settings(self) -> dict[str, Any]:
+        """What ranks must agree on for their values to add up: its repr, and numbers among the attributes."""
+        simple = {key: v for key, v in vars(self).items() if isinstance(v, bool | int | float | str | None)}
+        return {"repr": repr(self)} | simple
 
     def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:
         """The quantity's tensors by parameter, from a graph that can be differentiated twice (cotangent `Second`).

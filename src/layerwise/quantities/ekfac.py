@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from layerwise.ops.base import Rows
 from layerwise.quantities.base import Context, Quantity, Union, positive
 from layerwise.quantities.factors import Factors, block_names, blocks_of
 from layerwise.quantities.kronecker import KroneckerFactors
+from layerwise.ranks import Ranks
+from layerwise.sums import Kind
 
 __all__ = ["EKFAC", "Gradients", "Kept", "Spectra", "held", "second_moment", "with_constant"]
 
@@ -47,12 +50,34 @@ class Kept:
     def __truediv__(self, divisor: float) -> Kept:
         return self * (1 / divisor)
 
+    def tensors(self) -> list[Tensor]:
+        """None: what is held stays where it is, until the basis is known."""
+        return []
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Kept:
+        """The same."""
+        return self
+
+    def described(self) -> Held:
+        """A rank without such gradients holds none."""
+        return Held()
+
     def spectrum(self, i: int, block: EigenBlock) -> Tensor:
         """`[K,O,I]`: sum of the squared gradients of the i-th matrix in the eigenbasis of a block."""
         total = torch.zeros_like(block.spectrum)
         for found, weight in self.terms:
             total.add_(second_moment(found[i], block), alpha=weight)
         return total
+
+
+class Held(NamedTuple):
+    """`Kept`, without the gradients."""
+
+    kinds: tuple[Kind, ...] = ()
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Kept:
+        """No gradients."""
+        return Kept(())
 
 
 def _sharing(held: Gradients, new: Gradients) -> Gradients:
@@ -129,6 +154,26 @@ class EKFAC(KroneckerFactors):
         """The second moments in the eigenbasis of the factors."""
         return EKFAC(self.samples, self.generator, found)
 
+    def settle(self, values: Mapping[str, tuple[Any, ...]], after: Quantity) -> dict[str, tuple[Any, ...]]:
+        """The second moments in the eigenbasis of `after`, of the rows held here."""
+        assert isinstance(after, EKFAC) and after.basis is not None
+        found: dict[str, tuple[Any, ...]] = {}
+        for name, (its, kept) in values.items():
+            keys = tuple(block_names(name, its.laid))
+            found[name] = (Spectra(keys, tuple(kept.spectrum(i, after.basis.blocks[k]) for i, k in enumerate(keys))),)
+        return found
+
+    def share(self, ranks: Ranks) -> None:
+        """Give all ranks the bits of one basis: eigenvectors differ between machines where eigenvalues meet."""
+        assert self.basis is not None
+        blocks = self.basis.blocks
+        found = [q for n in sorted(blocks) for q in (blocks[n].basis_in, blocks[n].basis_out) if q is not None]
+        ranks.send_from(0, found)
+
+    def settings(self) -> dict[str, Any]:
+        """What ranks must agree on."""
+        return super().settings() | ({} if self.basis is None else {"basis": _fingerprint(self.basis)})
+
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
         """What `KFAC` sums, and the rows; with a basis the second moments in it."""
         if self.basis is None:
@@ -191,11 +236,45 @@ class Basis(KroneckerFactors):
         self.needs_samples = True
 
 
+def _fingerprint(basis: EigenKronecker) -> str:
+    """A short text that differs where the bits of a basis do."""
+    digest = hashlib.sha256()
+    for name, block in sorted(basis.blocks.items()):
+        digest.update(name.encode())
+        for q in (block.basis_in, block.basis_out):
+            if q is not None:
+                digest.update(q.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Bands(NamedTuple):
+    """`Spectra` without their numbers."""
+
+    names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Spectra:
+        """The spectra with these numbers."""
+        return Spectra(self.names, tuple(tensors))
+
+
 class Spectra(NamedTuple):
     """Second moments of the matrices of a parameter, by block; they add, and scale, as a tensor does."""
 
     names: tuple[str, ...]
     values: tuple[Tensor, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return list(self.values)
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Spectra:
+        """The same blocks with other numbers."""
+        return Spectra(self.names, tuple(tensors))
+
+    def described(self) -> Bands:
+        """The blocks."""
+        return Bands(self.names, tuple(Kind.of(t) for t in self.values))
 
     def __add__(self, other: Spectra) -> Spectra:  # type: ignore[override]
         return Spectra(self.names, tuple(a + b for a, b in zip(self.values, other.values, strict=True)))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import Undefined
-from layerwise.layouts import Laid
+from layerwise.layouts import Laid, Places, rest_of
 from layerwise.operators.kronecker import KroneckerBlock
+from layerwise.sums import Kind
 
 __all__ = ["Factors", "Sums", "block_names", "blocks_of"]
 
@@ -71,9 +73,45 @@ class Factors:
     def __truediv__(self, divisor: float) -> Factors:
         return self * (1 / divisor)
 
+    def tensors(self) -> list[Tensor]:
+        """All that adds up."""
+        return [t for s in self.sums for t in (s.inputs, s.mean, s.counts, s.outputs)]
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Factors:
+        """The same with other sums."""
+        return replace(self, sums=_grouped(tensors))
+
+    def described(self) -> Empty:
+        """The form, and where the matrices lie."""
+        assert self.laid is not None
+        places = tuple(Places.of(matrix, self.shape) for matrix in self.laid.matrices)
+        kinds = tuple(Kind.of(t) for t in self.tensors())
+        return Empty(self.name, self.shape, self.form, kinds, self.laid.form, places)
+
     def _described(self) -> str:
         sizes = [list(s.outputs.shape[:2]) for s in self.sums]
         return f"{self.form}, [K,O] = {', '.join(map(str, sizes))}"
+
+
+class Empty(NamedTuple):
+    """Factors without their sums."""
+
+    name: str
+    shape: torch.Size
+    form: str
+    kinds: tuple[Kind, ...]
+    laid: str
+    places: tuple[Places, ...]
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Factors:
+        """The factors with these sums."""
+        matrices = tuple(places.restored(self.shape) for places in self.places)
+        rest = rest_of(matrices, self.shape) if self.laid == "slices" else None
+        return Factors(self.name, self.shape, self.form, _grouped(tensors), Laid(self.laid, matrices, rest))
+
+
+def _grouped(tensors: Sequence[Tensor]) -> tuple[Sums, ...]:
+    return tuple(Sums(*tensors[i : i + 4]) for i in range(0, len(tensors), 4))
 
 
 def block_names(name: str, laid: Laid) -> list[str]:
