@@ -21,6 +21,7 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "overhead": tables.overhead,
     "slower": tables.slower,
     "overhead-machine": tables.overhead_machine,
+    "ranks": tables.ranks,
     "reproduction": tables.reproduction,
     "demo-tuning": tables.demo_tuning,
     "step-times": tables.step_times,

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.distributed import kfac, layers, scaling
 from benchmarks.overhead.contenders import CONTENDERS
 from benchmarks.overhead.nets import NETS
 from benchmarks.overhead.report import best_peer, chart
@@ -24,6 +25,7 @@ __all__ = [
     "numbers",
     "overhead",
     "overhead_machine",
+    "ranks",
     "reproduction",
     "slower",
     "step_times",
@@ -130,6 +132,17 @@ def slower(_: str) -> str:
     )
     table = _table(["net", "quantity", "ours", "fastest peer", "which"], rows)
     return f"{table}\n\n*{len(rows)} of {judged} cells that a peer has at all.*"
+
+
+def ranks(name: str) -> str:
+    """The report of a benchmark over ranks: layers, kfac, or scaling."""
+    found = _json(f"distributed_{name}.json")
+    head = f"{found['cores']} cores, load {found['load']:.1f} before the start, {found['repeats']} repeats.\n\n"
+    if name == "layers":
+        text = layers.report(found["layers"], found["stages"], found["ranks"])
+    else:
+        text = kfac.report(found["arms"]) if name == "kfac" else scaling.report(found)
+    return head + "\n\n".join(numbers(part) if part.startswith("|") else part for part in text.split("\n\n"))
 
 
 def reproduction(_: str) -> str:

@@ -43,6 +43,7 @@ ARMS: dict[str, Callable[..., Any]] = {
     "LocoProp": lambda model, parallel: lw.LocoProp(model, parallel=parallel),
     "LocoProp, all rows": lambda model, parallel: lw.LocoProp(model, preset="published-M", parallel=parallel),
     "AltMin, Adam": lambda model, parallel: lw.AltMin(model, parallel=parallel),
+    "AltMin, sweep": lambda model, parallel: lw.AltMin(model, codes="sweep", parallel=parallel),
     "AltMin, memory": lambda model, parallel: lw.AltMin(
         model, weights="memory", codes="jacobi", lr=0.1, parallel=parallel
     ),
