@@ -18,27 +18,42 @@ def seed_figure(path: Path, title: str, final: Mapping[str, Sequence[Row]], step
     """Draw the finals; a method that has not been timed is in the left panel only."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     by_epoch, by_second = figure.subplots(1, 2, sharey=True)
-    for number, (method, rows) in enumerate(final.items()):
+    ends = {method: median([float(r["train_loss"]) for r in rows]) for method, rows in final.items()}
+    starts = [r["train_curve"][0] for rows in final.values() for r in rows if r["train_curve"]]
+    for index, method in enumerate(sorted(final, key=ends.__getitem__)):
+        rows = final[method]
         configuration = rows[0]["configuration"]
         steps = -(-configuration["rows"] // configuration["batch"])
         second = steps * step_seconds.get(method, math.nan)
-        style = {"color": f"C{number % 10}", "linestyle": ("-", "--")[number // 10 % 2]}
+        ours = method.startswith("locoprop")
+        style = {"color": f"C{index % 10}", "linestyle": ("-", "--")[index // 10 % 2], "zorder": 3 if ours else 2}
         curves = [r["train_curve"] for r in rows]
         length = min(map(len, curves))
         middle = [median([c[e] for c in curves]) for e in range(length)]
-        for axes, unit in ((by_epoch, 1.0), (by_second, second)):
+        label = f"{ends[method]:.4g}  {method}"
+        for axes, unit, first in ((by_epoch, 1.0, 0), (by_second, second, 1)):
             if math.isnan(unit):
                 continue
             for curve in curves:
-                axes.plot([e * unit for e in range(len(curve))], curve, linewidth=0.5, alpha=0.6, **style)
-            axes.plot([e * unit for e in range(length)], middle, linewidth=1.8, label=method, **style)
+                axes.plot(
+                    [e * unit for e in range(first, len(curve))], curve[first:], linewidth=0.5, alpha=0.4, **style
+                )
+            places = [e * unit for e in range(first, length)]
+            axes.plot(places, middle[first:], linewidth=3.2 if ours else 1.4, label=label, **style)
     by_epoch.set(xlabel="epochs", ylabel="train loss", yscale="log", title=title)
-    by_second.set(xlabel="seconds (steps x measured seconds a step)", xscale="symlog")
-    by_epoch.legend(fontsize=7)
+    by_second.set(xlabel="seconds (steps x measured seconds a step)", xscale="log", title="from the first epoch on")
+    by_second.xaxis.set_major_formatter("{x:g}")
+    if starts:
+        by_epoch.set_ylim(top=1.05 * max(starts))
+    by_second.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), title="final median", frameon=False)
     for axes in (by_epoch, by_second):
         axes.grid(alpha=0.3)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     figure.savefig(path, dpi=110)
