@@ -9,6 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import ranks
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 Settings = dict[str, Any]
 CUT = (4, 11)  # rows of rank 0 and rank 1
+CUTS = {2: CUT, 4: (4, 3, 6, 2)}  # of so many ranks
 
 
 class Net(nn.Module):
@@ -61,8 +63,9 @@ def batch(step: int, rank: int | None, even: bool = False) -> tuple[Tensor, Tens
     x, y = torch.randn(n, 4, 5, generator=generator), torch.randint(3, (n,), generator=generator)
     if rank is None:
         return x, y
-    first = n // 2 if even else CUT[0]
-    return (x[:first], y[:first]) if rank == 0 else (x[first:], y[first:])
+    cut = CUTS[dist.get_world_size()]
+    parts = [n // len(cut)] * len(cut) if even else cut
+    return x.split(parts)[rank], y.split(parts)[rank]
 
 
 def loss_of(model: nn.Module, data: tuple[Tensor, Tensor], reduction: str) -> Tensor:
@@ -154,6 +157,17 @@ def test_steps_on_uneven_parts_equal_steps_on_the_whole_batch(share: str) -> Non
     cases = CASES | EKFAC if share == "inverses" else CASES
     found = ranks(2)(on_both_ranks, cases, share)
     for name, case in cases.items():
+        try:
+            check([one[name] for one in found], trained(None, **case))
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", ["inverses", "updates"])
+def test_four_ranks_equal_the_whole_batch(share: str) -> None:
+    found = ranks(4)(on_both_ranks, CASES, share)
+    for name, case in CASES.items():
         try:
             check([one[name] for one in found], trained(None, **case))
         except AssertionError as error:

@@ -165,8 +165,22 @@ def test_ranks_equal_the_whole(loss: str, scale: str) -> None:
             _check(got, {name: want[name] for name in (*names, "grad")}, rank)
 
 
-def _check(got: dict[str, dict[str, Tensor]], want: dict[str, dict[str, Tensor]], rank: int) -> None:
-    start, stop = SHARES[rank]
+QUARTERS = ((0, 1), (1, 4), (4, 6), (6, 8))  # rows of each of four ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_four_ranks_equal_the_whole(loss: str) -> None:
+    names = [name for name in QUANTITIES if name != "Sketch"]  # drawn by the parameter's name
+    want = _whole(list(QUANTITIES), loss, "loss")
+    for rank, got in enumerate(ranks(4)(_shared, names, loss, "loss", "outside", [(rows,) for rows in QUARTERS])):
+        _check(got, {name: want[name] for name in (*names, "grad")}, rank, QUARTERS)
+
+
+def _check(
+    got: dict[str, dict[str, Tensor]], want: dict[str, dict[str, Tensor]], rank: int, shares: Any = SHARES
+) -> None:
+    start, stop = shares[rank]
     for name, table in want.items():
         rows = table
         if name in LOCAL and name != "SqrtGGN":
