@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 120  # seconds for one function
+TIMEOUT = 240  # seconds for one function; machines can be busy
 
 
 class Ranks:
@@ -80,7 +80,7 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     store = Path(folder) / "store"
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
     )
     while True:
         try:
