@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from benchmarks.timing import lower_quartile
 from layerwise import contract
 from layerwise.ops.base import Rows
 
@@ -140,7 +141,7 @@ def times(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str
             candidates[name]()
             if r >= 0:  # the first round warms up
                 seen[name].append((time.process_time_ns() - start) / 1e6)
-    return {name: sorted(values)[len(values) // 4] for name, values in seen.items()}
+    return {name: lower_quartile(values) for name, values in seen.items()}
 
 
 def main() -> None:

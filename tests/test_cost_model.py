@@ -34,7 +34,7 @@ def test_stages_are_cut_as_evenly_as_can_be() -> None:
 
 
 def test_longest_first_shares_everything_out() -> None:
-    owned = cost.longest_first([3.0, 1.0, 2.0, 2.0], 2)
+    owned = cost.owned([3.0, 1.0, 2.0, 2.0], 2)
     assert sorted(n for own in owned for n in own) == [0, 1, 2, 3]
     assert owned == [[0, 1], [2, 3]]
 

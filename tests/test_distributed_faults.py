@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks as processes
 import torch
 import torch.nn.functional as F
-from ranks import ranks
+from ranks import ranks, said_by_the_survivor
 from test_distributed_local import METHODS, Settings, batch, made, same
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -269,15 +268,7 @@ def killed(rank: int) -> str:
 
 
 def test_a_killed_rank_ends_the_others_with_a_clear_message() -> None:
-    group = processes.Ranks(2)
-    try:
-        for pipe in group._pipes:
-            pipe.send((killed, ()))
-        assert group._pipes[0].poll(60)
-        ok, said = group._pipes[0].recv()
-    finally:
-        group.stop()
-        group._folder.cleanup()
+    ok, said = said_by_the_survivor(killed)
     assert ok and "rank 0 of 2" in said and "step 3" in said and "was killed" in said and "--max-restarts" in said
 
 

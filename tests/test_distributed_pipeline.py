@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import ranks
+from ranks import ranks, said_by_the_survivor
 from test_distributed_local import Settings, same
 from torch import Tensor, nn
 
@@ -291,17 +291,7 @@ def killed(rank: int) -> str:
 
 @pytest.mark.slow
 def test_a_killed_stage_ends_the_others_with_a_clear_message() -> None:
-    import ranks as processes
-
-    group = processes.Ranks(2)
-    try:
-        for pipe in group._pipes:
-            pipe.send((killed, ()))
-        assert group._pipes[0].poll(60)
-        ok, said = group._pipes[0].recv()
-    finally:
-        group.stop()
-        group._folder.cleanup()
+    ok, said = said_by_the_survivor(killed)
     assert ok and "was killed" in said and "step 2" in said
 
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from layerwise.ranks import longest_first
+
 __all__ = [
     "CLUSTER",
     "OPERATIONS",
@@ -18,8 +20,8 @@ __all__ = [
     "Rates",
     "fitted",
     "in_stages",
-    "longest_first",
     "operations",
+    "owned",
     "predicted",
     "worth",
 ]
@@ -53,14 +55,11 @@ def operations(part: str, net: Layers, batch: int) -> list[float]:
     return [OPERATIONS[part](i, o, batch) for i, o in net]
 
 
-def longest_first(work: Sequence[float], ranks: int) -> list[list[int]]:
-    """Items by rank: the longest first, to the rank with the least work so far (Graham, 1969)."""
+def owned(work: Sequence[float], ranks: int) -> list[list[int]]:
+    """The items of each rank, shared out as the library does."""
     held: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0.0] * ranks
-    for n in sorted(range(len(work)), key=lambda n: -work[n]):
-        rank = loads.index(min(loads))
+    for n, rank in longest_first(dict(enumerate(work)), [0.0] * ranks).items():
         held[rank].append(n)
-        loads[rank] += work[n]
     return held
 
 
@@ -94,18 +93,18 @@ def predicted(way: str, ranks: int, net: Layers, batch: int, rates: Rates, netwo
         return 2 * (ranks - 1) * wait + 2 * (ranks - 1) / ranks * size * each
 
     if way == "layers":
-        owned = longest_first(operations("solve", net, batch), ranks)
+        mine = owned(operations("solve", net, batch), ranks)
         return (
-            seconds("rest") + max(seconds("solve", own) for own in owned)
-            + sum(broadcast(sum(weights[n] for n in own)) for own in owned if own)
+            seconds("rest") + max(seconds("solve", own) for own in mine)
+            + sum(broadcast(sum(weights[n] for n in own)) for own in mine if own)
         )  # fmt: skip
     if way == "data":
-        owned = longest_first(operations("inverses", net, batch), ranks)
+        mine = owned(operations("inverses", net, batch), ranks)
         factors = sum(4.0 * (i * i + o * o) for i, o in net)
-        each_step = seconds("run") / ranks + max(seconds("products", own) for own in owned) + total(sum(weights))
-        each_step += sum(broadcast(sum(weights[n] for n in own)) for own in owned if own)
+        each_step = seconds("run") / ranks + max(seconds("products", own) for own in mine) + total(sum(weights))
+        each_step += sum(broadcast(sum(weights[n] for n in own)) for own in mine if own)
         every_10 = seconds("factors") / ranks + total(factors)
-        return each_step + every_10 / 10 + max(seconds("inverses", own) for own in owned) / 100
+        return each_step + every_10 / 10 + max(seconds("inverses", own) for own in mine) / 100
     stages = min(ranks, len(net))
     border = 4.0 * batch * max(o for _, o in net)
     most = rates["weights"] * slow * in_stages(operations("weights", net, batch), stages)

@@ -1,16 +1,20 @@
-"""A function run by all processes of a group of their own, one thread each."""
+"""A function run by all processes of a group of their own, one thread each, and what its figures are kept with."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
+import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["together"]
+__all__ = ["conditions", "keep", "together"]
 
 
 def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -29,6 +33,20 @@ def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         if any(process.exitcode for process in group):
             raise SystemExit(f"a process of {function.__name__} failed")
         return [value for _, value in sorted((results.get() for _ in group), key=lambda pair: int(pair[0]))]
+
+
+def conditions(**options: Any) -> dict[str, Any]:
+    """What figures are measured under; to be asked before the start, since measuring is a load itself."""
+    return {
+        "torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count() or 1,
+        "load": os.getloadavg()[0], **options,
+    }  # fmt: skip
+
+
+def keep(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result, replacing the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _serve(rank: int, size: int, where: str, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

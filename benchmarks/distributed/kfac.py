@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +26,8 @@ import torch.distributed as dist
 
 import layerwise as lw
 from benchmarks import autoencoder
-from benchmarks.distributed._processes import together
+from benchmarks.distributed._processes import conditions, keep, together
+from benchmarks.timing import lower_quartile
 from benchmarks.training.memory import Peak
 
 __all__ = ["main"]
@@ -63,10 +61,6 @@ def arm_of(name: str, rank: int, size: int, batch: int) -> Arm:
     step("plain")  # the first one measures and inverts, whatever the periods
     step.costs = opt.preconditioner.costs  # type: ignore[attr-defined]
     return step
-
-
-def lower_quartile(values: list[float]) -> float:
-    return sorted(values)[len(values) // 4]
 
 
 def timed(rank: int, size: int, batch: int, repeats: int) -> dict[str, Any]:
@@ -152,18 +146,14 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     memory = {name: together(options.ranks, peak, options.batch, name) for name in SHARES}
     memory[ALONE] = together(1, peak, options.batch, ALONE)
-    load = os.getloadavg()[0]
+    under = conditions(ranks=options.ranks, repeats=options.repeats, batch=options.batch)
     found = together(options.ranks, timed, options.batch, options.repeats)
-    result = {
-        "torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count(), "load": load,
-        "ranks": options.ranks, "repeats": options.repeats, "batch": options.batch, "arms": summary(found, memory),
-    }  # fmt: skip
+    result = {**under, "arms": summary(found, memory)}
     print(
-        f"{options.ranks} ranks, one thread each, {os.cpu_count()} cores with a load of {load:.1f} before the start\n"
+        f"{options.ranks} ranks, one thread each, {under['cores']} cores, load {under['load']:.1f} before the start\n"
     )
     print(report(result["arms"]))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(options.json, result)
 
 
 if __name__ == "__main__":

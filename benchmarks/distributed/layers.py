@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -34,7 +31,8 @@ from torch import Tensor, nn
 
 import layerwise as lw
 from benchmarks.autoencoder import SIZES, deep_autoencoder, reconstruction_loss
-from benchmarks.distributed._processes import together
+from benchmarks.distributed._processes import conditions, keep, together
+from benchmarks.timing import lower_quartile
 from benchmarks.training.memory import Peak
 from layerwise.ranks import Ranks
 
@@ -104,7 +102,7 @@ def owned(rank: int, size: int, arm: str, batch: int, repeats: int) -> dict[str,
 
 
 def quartiles(seconds: Seconds) -> dict[str, float]:
-    return {name: sorted(values[1:])[(len(values) - 1) // 4] for name, values in seconds.items()}
+    return {name: lower_quartile(values[1:]) for name, values in seconds.items()}
 
 
 def rows_of(methods: list[str], size: int, batch: int, repeats: int) -> list[dict[str, Any]]:
@@ -165,7 +163,7 @@ def staged(rank: int, size: int, batch: int, repeats: int) -> dict[str, Any]:
         "parameters, MB": sum(p.nbytes for p in stage.parameters()) / 1e6,
         "state, MB": sum(t.nbytes for t in state) / 1e6,
         "peak, MB": most,
-        "step": sorted(seconds[3:])[repeats // 4],
+        "step": lower_quartile(seconds[3:]),
     }
 
 
@@ -199,19 +197,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--json", type=Path, default=RESULT)
     options = parser.parse_args(argv)
-    load = os.getloadavg()[0]
+    under = conditions(ranks=options.ranks, repeats=options.repeats, batch=options.batch)
     rows = rows_of(options.methods, options.ranks, options.batch, options.repeats)
     stages = {str(n): together(n, staged, options.batch, options.repeats) for n in options.stages}
-    result = {
-        "torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count(), "load": load,
-        "ranks": options.ranks, "repeats": options.repeats, "batch": options.batch, "layers": rows, "stages": stages,
-    }  # fmt: skip
+    result = {**under, "layers": rows, "stages": stages}
     print(
-        f"{options.ranks} ranks, one thread each, {os.cpu_count()} cores with a load of {load:.1f} before the start\n"
+        f"{options.ranks} ranks, one thread each, {under['cores']} cores, load {under['load']:.1f} before the start\n"
     )
     print(report(rows, stages, options.ranks))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(options.json, result)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,8 @@ from benchmarks.distributed._cost_model import (
     predicted,
     worth,
 )
-from benchmarks.distributed._processes import together
+from benchmarks.distributed._processes import conditions, keep, together
+from benchmarks.timing import lower_quartile
 
 __all__ = ["main"]
 
@@ -54,10 +53,6 @@ SIZES_SENT = [4**k for k in range(6, 13)]  # bytes: 4 KB to 16 MB
 
 
 # -- measuring ------------------------------------------------------------------------------------------------
-
-
-def lower_quartile(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 4]
 
 
 def messages(rank: int, size: int, repeats: int) -> dict[int, float]:
@@ -131,7 +126,7 @@ def rates_of(seconds: Mapping[str, float], net: Layers, batch: int) -> dict[str,
 
 def measured(repeats: int, batch: int) -> dict[str, Any]:
     """Messages, one process, and steps of 2 and 4 processes beside what the model says of them."""
-    net, cores = list(pairwise(SIZES)), os.cpu_count() or 1
+    under, net = conditions(repeats=repeats, batch=batch), list(pairwise(SIZES))
     sent = together(2, messages, repeats)[1]  # by the rank that receives
     seconds = together(1, one_process, batch, repeats)[0]
     network, rates = fitted(sent), rates_of(seconds, net, batch)
@@ -140,11 +135,10 @@ def measured(repeats: int, batch: int) -> dict[str, Any]:
         each = together(size, checks, batch, repeats)
         for way in WAYS:
             rates_here = rates if way != "data" else {**rates, "factors": 0.0, "inverses": 0.0}
-            said = predicted(way, size, net, batch, rates_here, network, max(1.0, size / cores))
+            said = predicted(way, size, net, batch, rates_here, network, max(1.0, size / under["cores"]))
             rows.append({"way": way, "ranks": size, "measured": max(one[way] for one in each), "predicted": said})
     return {
-        "torch": torch.__version__, "machine": platform.machine(), "cores": cores, "load": os.getloadavg()[0],
-        "repeats": repeats, "batch": batch, "messages": {str(n): s for n, s in sent.items()}, "network": network,
+        **under, "messages": {str(n): s for n, s in sent.items()}, "network": network,
         "one process": seconds, "rates": rates, "checks": rows,
     }  # fmt: skip
 
@@ -227,9 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only-report", action="store_true", help="from the file, without measuring")
     options = parser.parse_args(argv)
     if not options.only_report:
-        result = measured(options.repeats, options.batch)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        keep(options.json, measured(options.repeats, options.batch))
     result = json.loads(options.json.read_text(encoding="utf-8"))
     draw(result, options.json.with_suffix(".png"))
     print(report(result))

@@ -62,19 +62,19 @@ def accumulate(
     """
     if group is not None and not distributed:
         raise BadInput("accumulate got distributed=False and a process group; leave one of them out")
-    ranks = Ranks(group) if distributed else None
-    if ranks is not None:
+    ranks = Ranks(group) if distributed else Ranks.alone()
+    if ranks.size > 1:
         check_same_model(model, group)
     own = partial(_pass, model, loss_fn, loader, ranks, samples=samples, scale=scale, dtype=dtype, progress=progress)
 
     def run(asked: Sequence[Quantity]) -> Seen:
-        if ranks is None or ranks.size == 1:
+        if ranks.size == 1:
             return own(asked)
         if placements_of(Binding(model).owners):  # its passes wait for other ranks themselves
             return own(asked).all_reduce(group)
         return ranks.together(lambda: own(asked)).all_reduce(group)
 
-    firsts = _firsts(quantities, loader) if ranks is None else ranks.together(lambda: _firsts(quantities, loader))
+    firsts = ranks.together(lambda: _firsts(quantities, loader))
     if all(first is None for first in firsts):
         return run(quantities)
     return _in_two_passes(run, quantities, firsts, ranks)
@@ -96,17 +96,16 @@ def _in_two_passes(
     run: Callable[[Sequence[Quantity]], Seen],
     quantities: Sequence[Quantity],
     firsts: Sequence[Quantity | None],
-    ranks: Ranks | None,
+    ranks: Ranks,
 ) -> Seen:
     """The quantities, some of them after those that need the whole set; `firsts` holds None for the others."""
     before = [first for first in firsts if first is not None]
     random = _Random(before)
     earlier = run(before)
     stands = [q if first is None else q.after(earlier[first]) for q, first in zip(quantities, firsts, strict=True)]
-    if ranks is not None:
-        for stand, first in zip(stands, firsts, strict=True):
-            if first is not None:
-                stand.share(ranks)
+    for stand, first in zip(stands, firsts, strict=True):
+        if first is not None:
+            stand.share(ranks)
     random.restore()
     seen = run(stands)
     if (seen._count, seen._samples) != (earlier._count, earlier._samples):
@@ -140,7 +139,7 @@ def _pass(
     model: nn.Module | Mapping[str, Tensor],
     loss_fn: Callable[..., Tensor],
     loader: Iterable[Any],
-    ranks: Ranks | None,
+    ranks: Ranks,
     quantities: Sequence[Quantity],
     samples: int | None,
     scale: str,
@@ -157,16 +156,16 @@ def _pass(
             unreduced(model),
         ):
             batches = iter(_shown(loader) if progress else loader)
-            in_step = ranks if placements_of(parameters) else None
-            if in_step is not None:
-                batches = _in_step(batches, in_step)
+            in_step = ranks.size > 1 and bool(placements_of(parameters))
+            if in_step:
+                batches = _in_step(batches, ranks)
             while (batch := _next(batches)) is not _END:
                 for p in parameters.values():
                     p.grad = None
                 loss = _loss(unwrapped(model), loss_fn, batch)
-                if in_step is not None:
+                if in_step:
                     with _pop_mode_temporarily():
-                        in_step.together(partial(check_finite, loss))
+                        ranks.together(partial(check_finite, loss))
                 loss.backward()
                 count += 1
     finally:

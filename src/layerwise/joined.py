@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.errors import BadInput, NoBackward, Undefined
 from layerwise.quantities.base import Quantity, Union
 
-__all__ = ["Batch", "Joined", "Values", "check_join", "union_of"]
+__all__ = ["Batch", "Joined", "Values", "check_join", "in_proportion", "union_of", "weighed"]
 
 Values = dict[str, tuple[Any, ...]]
 
@@ -57,16 +57,14 @@ class Joined:
     def add(self, values: Values, weight: float, first: bool, samples: tuple[int, int] = (0, 0)) -> None:
         """Take the values of one batch; weight: the terms of its mean, or 1; samples: those before and its own."""
         if first:
-            self._values = {
-                k: [[t] if c else t for t, c in zip(v, self.concatenate, strict=True)] for k, v in values.items()
-            }
+            self._hold(values)
             self._weight = weight
             return
         if not self._weighted:
             self._scale(self._weight)
             self._weighted = True
         for name, tensors in values.items():
-            weighted = [t * weight**p if p and weight != 1 else t for t, p in zip(tensors, self.powers, strict=True)]
+            weighted = weighed(tensors, self.powers, weight)
             old = self._values.get(name)
             if old is None:  # the samples before this batch had gradient zero
                 self._values[name] = [
@@ -100,10 +98,13 @@ class Joined:
 
     def take(self, values: Values) -> None:
         """Hold other weighted values in place of these."""
+        self._hold(values)
+        self._weighted = True
+
+    def _hold(self, values: Values) -> None:
         self._values = {
             k: [[t] if c else t for t, c in zip(v, self.concatenate, strict=True)] for k, v in values.items()
         }
-        self._weighted = True
 
     def finish(self, total: float) -> Values:
         """The values of the union; total: the sum of the weights."""
@@ -115,6 +116,20 @@ class Joined:
                 out.append(value / total**p if self._weighted and p and total != 1 else value)
             done[name] = tuple(out)
         return done
+
+
+def weighed(values: Sequence[Any], powers: Sequence[float], weight: float) -> tuple[Any, ...]:
+    """Values as they enter the sum over a union in which their batch has a weight: each times `weight^p`."""
+    return tuple(t * weight**p if p and weight != 1 else t for t, p in zip(values, powers, strict=True))
+
+
+def in_proportion(one: tuple[float, ...] | None, other: tuple[float, ...] | None) -> bool:
+    """Whether the means of two batches run over the same mix of terms; None: sums."""
+    if one is None or other is None:
+        return one is other
+    return len(one) == len(other) and all(
+        abs(a * other[0] - b * one[0]) <= 1e-9 * abs(a * other[0]) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _aligned(parts: list[Tensor]) -> list[Tensor]:
@@ -137,13 +152,7 @@ def check_join(old: Batch, batch: Batch, quantities: Sequence[Quantity], scale: 
             f"asked to join two backward passes, but whether {untold} is a mean or a sum is not said; mark it: "
             'lw.as_loss(fn, reduction="mean") or "sum", or observe each batch in a context of its own'
         )
-    ok = (old.terms is None) == (batch.terms is None)
-    if old.terms is not None and batch.terms is not None:
-        ok = len(old.terms) == len(batch.terms) and all(
-            abs(a * batch.terms[0] - b * old.terms[0]) <= 1e-9 * abs(a * batch.terms[0])
-            for a, b in zip(old.terms, batch.terms, strict=True)
-        )
-    if not ok:
+    if not in_proportion(old.terms, batch.terms):
         raise BadInput(
             f"two observed backward passes have no loss in common: the means run over {old.terms} terms so far and "
             f"{batch.terms} now (None: a sum); use the same loss, or observe them in two contexts"

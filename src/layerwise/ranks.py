@@ -13,9 +13,18 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, RankFailed, RankLost
 
-__all__ = ["Ranks", "check_same_model", "digest_of"]
+__all__ = [
+    "Ranks",
+    "check_same_model",
+    "digest_of",
+    "facts_of",
+    "first_difference",
+    "longest_first",
+    "values_digest",
+]
 
 Result = TypeVar("Result")
+Key = TypeVar("Key")
 
 _SIGNS = ("connection", "timed out", "timeout", "closed", "socket", "broken pipe")  # of a message that was not heard
 _LARGE = 2**16  # numbers of a tensor that is worth a message of its own
@@ -137,8 +146,30 @@ class Ranks:
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise BadInput on all ranks, by name, where a fact is missing on a rank or its text differs."""
         mine = {name: repr(fact) for name, fact in facts.items()}
-        if len(set(self.gather(digest_of(mine)))) > 1:
-            _refuse(self.gather(mine))
+        if len(set(self.gather(digest_of(mine)))) == 1:
+            return
+        found = first_difference(self.gather(mine), "nothing of that name")
+        if found is not None:
+            raise BadInput(
+                f"the ranks disagree on {found[0]!r}: {found[1]}. Every rank must build the same model with the same "
+                "settings"
+            )
+
+    def attempt(
+        self, run: Callable[[], Result], device: torch.device | None = None
+    ) -> tuple[Result | None, Exception | None, list[tuple[str, str] | None]]:
+        """What `run` gives here, or its error; and the error of every rank by type and text, nothing where all is well.
+
+        device: where a message of one number lives that goes ahead, and spares the texts while all goes well.
+        """
+        result, failure = None, None
+        try:
+            result = run()
+        except Exception as error:
+            failure = error
+        if device is not None and not self.any(failure is not None, device):
+            return result, None, []
+        return result, failure, self.gather(None if failure is None else (type(failure).__name__, str(failure)))
 
     def together(self, run: Callable[[], Result]) -> Result:
         """What `run` gives here, once all ranks have run it; where it raises, all ranks raise.
@@ -148,19 +179,20 @@ class Ranks:
         """
         if self.size == 1:
             return run()
-        failure: Exception | None = None
-        try:
-            result = run()
-        except Exception as error:
-            failure = error
-        said = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        result, failure, said = self.attempt(run)
         if failure is not None:
             raise failure
-        failed = {rank: text for rank, text in enumerate(said) if text is not None}
+        failed = {rank: ": ".join(text) for rank, text in enumerate(said) if text is not None}
         if failed:
             texts = "; ".join(f"rank {rank} failed with {text}" for rank, text in failed.items())
             raise RankFailed(f"{texts}. This rank, {self.rank}, has stopped with it")
-        return result
+        return result  # type: ignore[return-value]
+
+    def first(self, text: str | None, device: torch.device) -> str | None:
+        """The text of the first rank that has one; device: as for `any`, which spares the texts where there is none."""
+        if not self.any(text is not None, device):
+            return None
+        return next(found for found in self.gather(text) if found is not None)
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
@@ -185,10 +217,20 @@ def check_same_model(model: nn.Module | Mapping[str, Tensor], group: Group | Non
     are not. A collective: all ranks of the group call it. Nothing is sent where there is one process.
     """
     named = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
-    facts: dict[str, Any] = {
+    Ranks(group).agree(facts_of(named) | {"the order of the parameters": list(named)})
+
+
+def facts_of(named: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the ranks' parameters must have in common besides their values, by name: shape, type, and if they train."""
+    return {
         name: (tuple(p.shape), str(p.dtype), "trained" if p.requires_grad else "frozen") for name, p in named.items()
     }
-    Ranks(group).agree(facts | {"the order of the parameters": list(named)})
+
+
+def values_digest(t: Tensor) -> str:
+    """A text that differs where the bits of two tensors do."""
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def digest_of(facts: Mapping[str, str]) -> str:
@@ -196,11 +238,28 @@ def digest_of(facts: Mapping[str, str]) -> str:
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
 
 
-def _refuse(said: Sequence[Mapping[str, str]]) -> None:
+def first_difference(
+    said: Sequence[Mapping[str, str]], missing: str | None = None, length: int | None = None
+) -> tuple[str, str] | None:
+    """The first name of which ranks say different things, and what each says; None where there is none.
+
+    missing: what a rank says that does not have the name; None: nothing that would differ. length: of what is repeated.
+    """
     for name in dict.fromkeys(name for one in said for name in one):
-        each = [one.get(name, "nothing of that name") for one in said]
-        if len(set(each)) > 1:
-            texts = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(each))
-            raise BadInput(
-                f"the ranks disagree on {name!r}: {texts}. Every rank must build the same model with the same settings"
-            )
+        each = {rank: one.get(name, missing) for rank, one in enumerate(said)}
+        texts = {rank: text for rank, text in each.items() if text is not None}
+        if len(set(texts.values())) > 1:
+            return name, "; ".join(f"rank {rank}: {text[:length]}" for rank, text in texts.items())
+    return None
+
+
+def longest_first(work: Mapping[Key, float], loads: list[float]) -> dict[Key, int]:
+    """A rank for each piece of work: the longest first, to the rank with the least to do so far; `loads` grow.
+
+    Source: Graham (1969), "Bounds on multiprocessing timing anomalies".
+    """
+    owner_of = {}
+    for key in sorted(work, key=lambda key: -work[key]):
+        owner_of[key] = rank = loads.index(min(loads))
+        loads[rank] += work[key]
+    return owner_of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.quantities.base import ByParameter
-from layerwise.ranks import Ranks, digest_of
+from layerwise.ranks import Ranks, digest_of, first_difference
 from layerwise.sums import Kind, describe, rebuild, tensors_of
 from layerwise.trainers import Placements
 
@@ -77,11 +77,9 @@ def _completed(ranks: Ranks, tables: Sequence[Table], samples: int) -> list[Tabl
     if len(set(ranks.gather(digest_of(texts)))) == 1:
         return list(tables)
     said = ranks.gather((texts, mine))
-    for key in dict.fromkeys(key for theirs, _ in said for key in theirs):
-        seen = {rank: theirs[key] for rank, (theirs, _) in enumerate(said) if key in theirs}
-        if len(set(seen.values())) > 1:
-            each = "; ".join(f"rank {rank}: {text[:200]}" for rank, text in seen.items())
-            raise BadInput(f"asked to add up {key} over ranks, which hold it in different ways: {each}")
+    differs = first_difference([theirs for theirs, _ in said], length=200)
+    if differs is not None:
+        raise BadInput(f"asked to add up {differs[0]} over ranks, which hold it in different ways: {differs[1]}")
     everything = {key: found for _, theirs in said for key, found in theirs.items()}
     return [table._replace(values=_filled(table, everything, samples)) for table in tables]
 

@@ -174,10 +174,13 @@ class Seen:
         self._require(quantity.name)
         if i not in self._results:
             union = self._batch().union(self._scale)
-            values = self._ordered(self._joined[i].finish(self._total()))
-            result = quantity.finish(values, union, Context(self._whole_gradient()))
+            result = quantity.finish(self._values_of(i), union, Context(self._whole_gradient()))
             self._results[i] = result if any(self._joined[i].concatenate[:1]) else self._placed(result)
         return self._results[i]
+
+    def _values_of(self, i: int) -> Values:
+        """The joined values of a quantity, from which it makes its result."""
+        return self._ordered(self._joined[i].finish(self._total()))
 
     def _add(self, batch: Batch, values: Mapping[int, Values], gradient: Values) -> None:
         """Take the results of one backward pass, which `_check` has passed."""

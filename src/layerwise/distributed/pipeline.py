@@ -18,7 +18,7 @@ from layerwise.optim.altmin import AltMin
 from layerwise.optim.choices import first_match
 from layerwise.optim.coding import coded_layers, hidden_uses, recorded_on_codes
 from layerwise.optim.jobs import Crew, Facts, Job, Rest, State
-from layerwise.optim.owners import all_or_none, described, first_place
+from layerwise.optim.owners import all_or_none, described
 from layerwise.optim.undo import Undo
 from layerwise.optim.workers import crew
 from layerwise.program import ENTRY
@@ -256,4 +256,4 @@ class _Stages(Crew):
 
     def anywhere(self, where: str | None) -> str | None:
         """The place that forbids what was done in any stage."""
-        return first_place(self._ranks, where) if self._ranks.any(where is not None, self._device) else None
+        return self._ranks.first(where, self._device)

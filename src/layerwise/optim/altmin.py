@@ -307,7 +307,7 @@ class AltMin(LayerLocal):
 
         def move() -> None:
             parameters = run.tape.parameters
-            rest = [Rest({name: parameters[name]}, g.numel(), partial(self._along, parameters[name], g))
+            rest = [Rest({name: parameters[name]}, g.numel, partial(self._along, parameters[name], g))
                     for name, g in run.gradients.items()]  # fmt: skip
             jobs = [self._job(run, layer, averages, made) for layer in layers]
             self._crew.run(jobs, rest if self._only is None else [], self.state)
@@ -334,9 +334,11 @@ class AltMin(LayerLocal):
         self, run: Recorded, layer: Layer, averages: dict[str, Tensor], made: Mapping[str, LocalProblem] | None
     ) -> Job:
         """A layer to be fitted. averages: takes the new running averages; made: the problems, where they are made."""
-        group = self._group_of(run, layer.name)
-        solver = self._update_of(run, layer).solver
-        cost = operations(LocalSteps(group["steps"], rows=group["rows"]) if solver is None else solver, layer)
+
+        def cost() -> float:
+            group, solver = self._group_of(run, layer.name), self._update_of(run, layer).solver
+            return operations(LocalSteps(group["steps"], rows=group["rows"]) if solver is None else solver, layer)
+
         problem = self._problem(run, layer, averages) if made is None else partial(made.__getitem__, layer.name)
         params = {name: run.tape.parameters[name] for name in layer.names}
         return Job(params, cost, lambda: self._task(run, layer, problem()))

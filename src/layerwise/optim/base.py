@@ -20,6 +20,7 @@ from layerwise.optim.jobs import Crew
 from layerwise.optim.named import NamedOptimizer
 from layerwise.optim.owners import described
 from layerwise.optim.undo import Undo
+from layerwise.ranks import facts_of
 from layerwise.uses import named_parameters_of
 
 __all__ = ["LayerLocal", "check_common"]
@@ -50,8 +51,7 @@ class LayerLocal(NamedOptimizer[Recorded]):
         self._averages: dict[str, Tensor] = {}
         super().__init__(model, params, defaults, on_nonfinite)
         crew.meet({
-            **{name: f"{p.dtype} {tuple(p.shape)}, requires_grad={p.requires_grad}"
-               for name, p in named_parameters_of(model).items()},
+            **facts_of(named_parameters_of(model)),
             **{key: described(value) for key, value in {**choices, "on_nonfinite": on_nonfinite}.items()},
             **self._settings(),
         })  # fmt: skip

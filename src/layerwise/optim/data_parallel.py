@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layerwise.errors import BadInput, RankFailed, Undefined
-from layerwise.joined import Batch
+from layerwise.joined import Batch, in_proportion
 from layerwise.optim.watching import NO_BATCH
-from layerwise.ranks import Ranks
+from layerwise.ranks import Ranks, facts_of, first_difference, values_digest
+from layerwise.trainers import is_sharded
 from layerwise.uses import named_parameters_of
 
-__all__ = ["DataParallel", "Report", "facts_of", "heard", "ranks_of", "weights_of"]
+__all__ = ["DataParallel", "Report", "facts_with_values", "heard", "ranks_of", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def ranks_of(parallel: DataParallel | None, model: Any) -> Ranks:
         return Ranks.alone()
     if not isinstance(parallel, DataParallel):
         raise BadInput(f"parallel must be None or lw.optim.DataParallel(...), got {parallel!r}")
-    sharded = [name for name, p in named_parameters_of(model).items() if hasattr(p, "device_mesh")]
+    sharded = [name for name, p in named_parameters_of(model).items() if is_sharded(p)]
     if sharded:
         raise BadInput(
             f"{sharded[0]} is a DTensor, of which a rank holds a part, and its factors need the whole gradient; use "
@@ -108,18 +107,14 @@ def ranks_of(parallel: DataParallel | None, model: Any) -> Ranks:
     return Ranks(parallel.group)
 
 
-def facts_of(model: nn.Module | Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
+def facts_with_values(model: nn.Module | Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What all ranks must agree on: each parameter with its values, their order, and the settings."""
     named = named_parameters_of(model)
-    facts: dict[str, Any] = {f"parameter {name}": _described(p) for name, p in named.items()}
-    facts["the order of the parameters"] = hashlib.sha256("\n".join(named).encode()).hexdigest()[:12]
-    return facts | dict(settings)
-
-
-def _described(p: Tensor) -> str:
-    values = p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    digest = hashlib.sha256(values).hexdigest()[:12]
-    return f"{list(p.shape)} {p.dtype}, requires_grad={p.requires_grad}, values {digest}"
+    facts: dict[str, Any] = {
+        f"parameter {name}": (*fact, f"values {values_digest(named[name])[:12]}")
+        for name, fact in facts_of(named).items()
+    }
+    return facts | {"the order of the parameters": list(named)} | dict(settings)
 
 
 # -- what a rank says of its part ------------------------------------------------------------------------------
@@ -159,15 +154,12 @@ def heard(ranks: Ranks, report: Report) -> list[Report]:
 def _check_measured(reports: Sequence[Report]) -> None:
     if len({its.measured for its in reports}) == 1:
         return
-    each = [dict(its.measured) for its in reports]
-    for key in dict.fromkeys(key for one in each for key in one):
-        found = [one.get(key, "nothing") for one in each]
-        if len(set(found)) > 1:
-            said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(found))
-            raise Undefined(
-                f"asked for the curvature of the ranks' batches together, but the {key} has no sum over them ({said}): "
-                "every rank's batch must use every parameter, and as the same matrices"
-            )
+    found = first_difference([dict(its.measured) for its in reports], "nothing")
+    if found is not None:
+        raise Undefined(
+            f"asked for the curvature of the ranks' batches together, but the {found[0]} has no sum over them "
+            f"({found[1]}): every rank's batch must use every parameter, and as the same matrices"
+        )
 
 
 def weights_of(reports: Sequence[Report], reduction: str) -> list[float]:
@@ -196,7 +188,7 @@ def weights_of(reports: Sequence[Report], reduction: str) -> list[float]:
             )
         return [1.0] * len(reports)
     first = [its[0] for its in terms if its]
-    if len(first) < len(terms) or not all(_in_proportion(one, terms[0]) for one in terms):
+    if len(first) < len(terms) or not all(in_proportion(one, terms[0]) for one in terms):
         raise BadInput(
             f"the losses of the ranks' batches have no union: their means run over {', '.join(map(str, terms))} terms "
             "(None: a sum); all ranks must use the same losses, means or sums throughout, in equal proportion"
@@ -207,9 +199,3 @@ def weights_of(reports: Sequence[Report], reduction: str) -> list[float]:
 def _shares(counts: Sequence[float]) -> list[float]:
     total = sum(counts)
     return [count / total for count in counts]
-
-
-def _in_proportion(one: tuple[float, ...] | None, other: tuple[float, ...] | None) -> bool:
-    if one is None or other is None or len(one) != len(other):
-        return False
-    return all(abs(a * other[0] - b * one[0]) <= 1e-9 * abs(a * other[0]) for a, b in zip(one, other, strict=True))

@@ -13,19 +13,20 @@ from layerwise.local.solvers import Anderson, ConjugateGradient, LocalSteps, New
 
 __all__ = ["Crew", "Facts", "Job", "Rest", "operations"]
 
-Facts = Mapping[str, str]
+Facts = Mapping[str, Any]
 State = dict[Any, Any]
 _TRAFFIC = 12  # an optimizer's passes over a weight and its state, in multiply-adds
 
 
 class Job(NamedTuple):
-    """A layer to be fitted: the parameters that move, by name; multiply-adds, counted; what makes its task.
+    """A layer to be fitted: the parameters that move, by name; what counts multiply-adds; what makes its task.
 
-    task: also gives what tells the kind of the local optimizer.
+    cost: asked where work is shared out, not in every step. task: also gives what tells the kind of the local
+    optimizer.
     """
 
     params: Mapping[str, Tensor]
-    cost: float
+    cost: Callable[[], float]
     task: Callable[[], tuple[Task, Callable[[], Any]]]
 
 
@@ -33,7 +34,7 @@ class Rest(NamedTuple):
     """A parameter without a local problem, which moves along its gradient."""
 
     params: Mapping[str, Tensor]
-    cost: float
+    cost: Callable[[], float]
     move: Callable[[], None]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,14 +11,16 @@ import torch
 from torch import Tensor
 
 from layerwise.finite import is_finite
-from layerwise.layouts import Matrix
+from layerwise.joined import weighed
 from layerwise.local.finite import first_bad_call
 from layerwise.optim.watching import Found, Watched
-from layerwise.quantities.factors import Factors, Sums
+from layerwise.quantities.factors import Factors
 from layerwise.ranks import Ranks
+from layerwise.sums import describe, tensors_of
 
 __all__ = ["added", "bad_curvature", "described", "on_cpu", "summed"]
 
+_SUMMED = (Tensor, Factors)  # second moments are added later, where all ranks have them in one eigenbasis
 _MESSAGE = 2**26  # bytes sent at once, which are held twice meanwhile
 
 
@@ -30,10 +31,7 @@ def summed(ranks: Ranks, found: Found, weight: float) -> Found:
     Gradients that wait for an eigenbasis are scaled alone.
     """
     powers = found.quantity.powers
-    scaled = {
-        name: tuple(t * weight**p if p and weight != 1 else t for t, p in zip(value, powers, strict=True))
-        for name, value in found.values.items()
-    }
+    scaled = {name: weighed(value, powers, weight) for name, value in found.values.items()}
     sums = iter(added(ranks, [t for value in scaled.values() for part in value for t in _tensors(part)]))
     union = replace(found.union, samples=0, terms=1.0)  # nothing that is watched here reads them
     return found._replace(
@@ -76,44 +74,22 @@ def bad_curvature(watched: Watched) -> str | None:
 
 def described(found: Found) -> dict[str, str]:
     """By parameter, the shapes and the places of its sums, which must be those of all ranks."""
-    return {name: ", ".join(filter(None, map(_said, value))) for name, value in found.values.items()}
-
-
-def _said(value: Any) -> str:
-    if not isinstance(value, Factors):
-        return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else ""
-    assert value.laid is not None
-    shapes = [f"{t.dtype} {list(t.shape)}" for t in _tensors(value)]
-    places = [_places(matrix, value.shape) for matrix in value.laid.matrices]
-    return f"factors from {value.form} at {', '.join(places)} of {', '.join(shapes)}"
-
-
-def _places(matrix: Matrix, shape: torch.Size) -> str:
-    """Where a matrix lies in its parameter: as a view, or by a digest of all its elements' places."""
-    memory = torch.empty(shape, device="meta")
-    found = matrix.matrix(memory)
-    if found._base is memory:
-        return f"{list(found.stride())}+{found.storage_offset()}"
-    places = matrix.matrix(torch.arange(shape.numel()).reshape(shape)).contiguous()
-    return hashlib.sha256(places.numpy().tobytes()).hexdigest()[:12]
+    return {
+        name: ", ".join(repr(describe(part)) for part in value if isinstance(part, _SUMMED))
+        for name, value in found.values.items()
+    }
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of a value that add up over ranks."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Factors):
-        return [t for sums in value.sums for t in (sums.inputs, sums.mean, sums.counts, sums.outputs)]
-    return []
+    """The tensors of a value that add up over ranks here."""
+    return tensors_of(value) if isinstance(value, _SUMMED) else []
 
 
 def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
     """A value with the next tensors in place of its own."""
-    if isinstance(value, Tensor):
-        return next(tensors)
     if isinstance(value, Factors):
-        return replace(value, sums=tuple(Sums(*(next(tensors) for _ in range(4))) for _ in value.sums))
-    return value
+        return value.replaced([next(tensors) for _ in value.tensors()])
+    return next(tensors) if isinstance(value, Tensor) else value
 
 
 def on_cpu(state: Any) -> Any:

@@ -234,14 +234,14 @@ class LocoProp(LayerLocal):
                 problem = self._sweep.refreshed(problems[n], plans[n].layer) if count else problems[n]
                 solve(self._task(recorded, plans[n], problem)[0], self._workspace)
         parameters = recorded.tape.parameters
-        rest = [Rest({name: parameters[name]}, g.numel(), partial(self._step_along, recorded, name, g))
+        rest = [Rest({name: parameters[name]}, g.numel, partial(self._step_along, recorded, name, g))
                 for name, g in recorded.gradients.items()]  # fmt: skip
         self._crew.run(jobs, rest, self.state)
 
     def _job(self, recorded: Recorded, plan: _Plan) -> Job:
         params = {name: recorded.tape.parameters[name] for name in plan.layer.names}
-        solver = self._solver_of(plan, self._group_of(recorded, plan.layer.name))
-        return Job(params, operations(solver, plan.layer),
+        group = self._group_of(recorded, plan.layer.name)
+        return Job(params, lambda: operations(self._solver_of(plan, group), plan.layer),
                    lambda: self._task(recorded, plan, self._problem(recorded, plan)))  # fmt: skip
 
     def _plan(self, recorded: Recorded, layer: Layer, averages: dict[str, Tensor]) -> _Plan:

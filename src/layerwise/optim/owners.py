@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,9 @@ from layerwise import errors
 from layerwise.errors import BadInput, LayerwiseError
 from layerwise.optim.jobs import Crew, Facts, Job, Rest, State
 from layerwise.optim.workers import Workers, crew
-from layerwise.ranks import Ranks
+from layerwise.ranks import Ranks, values_digest
 
-__all__ = ["Owners", "Parallel", "all_or_none", "crew_over", "described", "digest", "first_place"]
+__all__ = ["Owners", "Parallel", "all_or_none", "crew_over", "described", "digest"]
 
 Parallel = Any  # None, True, a process group, or Ranks
 _SMALL = 16  # numbers of a tensor on the CPU that travels as an object
@@ -72,7 +73,7 @@ class Owners(Crew):
         said = [value, *map(float, marks)]
         most = self._ranks.most([float(bad), *said, *(-x for x in said)], loss.device)
         if most[0] > 0:
-            return first_place(self._ranks, where)
+            return self._ranks.first(where, loss.device)
         high, low = most[1:4], [-x for x in most[4:]]
         if high[1] != low[1]:
             self._ranks.agree(facts())
@@ -89,7 +90,7 @@ class Owners(Crew):
 
     def anywhere(self, where: str | None) -> str | None:
         """The place that forbids what was done, on the first rank that has one."""
-        return first_place(self._ranks, where) if self._ranks.any(where is not None, self._device) else None
+        return self._ranks.first(where, self._device)
 
     # -- solving -----------------------------------------------------------------------------------------------
 
@@ -112,19 +113,17 @@ class Owners(Crew):
 
     def _assign(self, jobs: Sequence[Job | Rest], state: State) -> list[int]:
         """The owner of each job. New ones go out longest first; state of parameters that are not ours is let go."""
-        order = sorted(range(len(jobs)), key=lambda n: -jobs[n].cost)
+        new = {n: job.cost() for n, job in enumerate(jobs) if self._owner.keys().isdisjoint(job.params)}
         moved: dict[str, tuple[Tensor, int]] = {}
-        for n in order:
-            names = list(jobs[n].params)
-            known = [self._owner[name] for name in names if name in self._owner]
-            owner = known[0] if known else min(range(self._ranks.size), key=lambda r: self._load[r])
-            if not known:
-                self._load[owner] += jobs[n].cost
-            for name, p in jobs[n].params.items():
-                if self._owner.get(name, owner) != owner:  # fitted in another company than before
+        for n in sorted(range(len(jobs)), key=lambda n: -new.get(n, math.inf)):
+            job = jobs[n]
+            known = next((self._owner[name] for name in job.params if name in self._owner), None)
+            owner = self._load.index(min(self._load)) if known is None else known
+            if known is None:
+                self._load[owner] += new[n]
+            for name, p in job.params.items():
+                if self._owner.setdefault(name, owner) != owner:  # fitted in another company than before
                     moved[name] = p, owner
-                else:
-                    self._owner[name] = owner
         if moved:
             full = self.whole(state, {name: p for name, (p, _) in moved.items()})
             for name, (p, owner) in moved.items():
@@ -169,25 +168,15 @@ class Owners(Crew):
         self._met = False
 
 
-def first_place(ranks: Ranks, where: str | None) -> str | None:
-    """The place that the first rank with one says."""
-    return next((found for found in ranks.gather(where) if found is not None), None)
-
-
 def all_or_none(ranks: Ranks, device: torch.device, act: Callable[[], None]) -> None:
     """Act on every rank; an error of one is raised on all: its own as it is, another rank's by type and text."""
-    failed: Exception | None = None
-    try:
-        act()
-    except Exception as error:
-        failed = error
-    if not ranks.any(failed is not None, device):
+    _, failure, said = ranks.attempt(act, device)
+    rank = next((r for r, error in enumerate(said) if error is not None), None)
+    if rank is None:
         return
-    found = ranks.gather(None if failed is None else (type(failed).__name__, str(failed)))
-    rank = next(r for r, said in enumerate(found) if said is not None)
-    if failed is not None and rank == ranks.rank:
-        raise failed
-    name, text = found[rank]
+    if failure is not None and rank == ranks.rank:
+        raise failure
+    name, text = said[rank] or ("", "")
     kind = getattr(errors, name, LayerwiseError)
     raise kind(text) if kind is not LayerwiseError else LayerwiseError(f"rank {rank} raised {name}: {text}")
 
@@ -222,12 +211,7 @@ def described(value: Any) -> str:
 
 def digest(params: Mapping[str, Tensor]) -> dict[str, str]:
     """A checksum of each tensor's values, by name."""
-    found = {}
-    for name, p in params.items():
-        flat = p.detach().reshape(-1).contiguous().cpu()
-        raw: Any = flat.view(torch.uint8).numpy()
-        found[name] = f"values with checksum {zlib.crc32(raw):08x}"
-    return found
+    return {name: f"values with checksum {values_digest(p)[:12]}" for name, p in params.items()}
 
 
 def _checksum(facts: Facts) -> int:

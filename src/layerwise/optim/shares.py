@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from layerwise.optim.factors import Block
+from layerwise.ranks import longest_first
 
 __all__ = ["RankCost", "assigned", "inversion_cost", "product_cost"]
 
@@ -51,10 +52,9 @@ def assigned(blocks: Mapping[str, Block], size: int, held: Mapping[str, int]) ->
     """The owners of blocks among `size` ranks: the longest inversion first, to the rank with the least work so far.
 
     held: earlier owners, who keep their blocks. Slices of one parameter stay together, since they act on one gradient.
-    Source: Graham (1969), "Bounds on multiprocessing timing anomalies", for the order; Osawa et al. (2019) and
-    Pauloski et al. (2021), "KAISA", section 3, for K-FAC's factors.
+    Source: Osawa et al. (2019) and Pauloski et al. (2021), "KAISA", section 3, for K-FAC's factors.
     """
-    loads, work = [0] * size, dict[str, int]()
+    loads, work = [0.0] * size, dict[str, int]()
     members: dict[str, list[str]] = {}
     owner_of = {blocks[key].parameter or key: rank for key, rank in held.items() if key in blocks}
     for key, block in blocks.items():
@@ -63,7 +63,5 @@ def assigned(blocks: Mapping[str, Block], size: int, held: Mapping[str, int]) ->
         work[name] = work.get(name, 0) + inversion_cost(block)
     for name, rank in owner_of.items():
         loads[rank] += work[name]
-    for name in sorted(work.keys() - owner_of.keys(), key=lambda name: (-work[name], name)):
-        owner_of[name] = loads.index(min(loads))
-        loads[owner_of[name]] += work[name]
+    owner_of |= longest_first({name: work[name] for name in sorted(work.keys() - owner_of.keys())}, loads)
     return {key: owner_of[name] for name, keys in members.items() for key in keys}

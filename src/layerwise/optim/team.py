@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput
 from layerwise.operators.kronecker import EigenBlock
 from layerwise.optim import joining
-from layerwise.optim.data_parallel import DataParallel, Report, facts_of, heard, ranks_of, weights_of
+from layerwise.optim.data_parallel import DataParallel, Report, facts_with_values, heard, ranks_of, weights_of
 from layerwise.optim.factors import Average, Block, Inverse, eigenbasis, fields_of, names_of, with_fields
 from layerwise.optim.shares import RankCost, assigned, inversion_cost, product_cost
 from layerwise.optim.watching import Watched
@@ -67,7 +67,7 @@ class Team:
         """Raise BadInput on all ranks, by name, where their models or settings differ."""
         if self.size > 1:
             ours = {key: getattr(self.settings, key) for key in ("share", "gradients", "reduction")}
-            self.ranks.agree(facts_of(self._model, {**ours, **settings}))
+            self.ranks.agree(facts_with_values(self._model, {**ours, **settings}))
 
     # -- one batch -----------------------------------------------------------------------------------------
 

@@ -102,8 +102,8 @@ class Watch(observe):
             )
         batch = seen._batch()
         found = [
-            Found(kind, quantity, seen._ordered(joined.finish(seen._total())), batch.union(self._scale))
-            for (kind, quantity), joined in zip(self._asked.items(), seen._joined, strict=True)
+            Found(kind, quantity, seen._values_of(i), batch.union(self._scale))
+            for i, (kind, quantity) in enumerate(self._asked.items())
         ]
         return found, batch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from layerwise.ops.base import Rows
 from layerwise.quantities.base import Context, Quantity, Union, positive
 from layerwise.quantities.factors import Factors, block_names, blocks_of
 from layerwise.quantities.kronecker import KroneckerFactors
-from layerwise.ranks import Ranks
+from layerwise.ranks import Ranks, digest_of, values_digest
 from layerwise.sums import Kind
 
 __all__ = ["EKFAC", "Gradients", "Kept", "Spectra", "held", "second_moment", "with_constant"]
@@ -238,13 +237,12 @@ class Basis(KroneckerFactors):
 
 def _fingerprint(basis: EigenKronecker) -> str:
     """A short text that differs where the bits of a basis do."""
-    digest = hashlib.sha256()
-    for name, block in sorted(basis.blocks.items()):
-        digest.update(name.encode())
-        for q in (block.basis_in, block.basis_out):
-            if q is not None:
-                digest.update(q.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest_of({
+        f"{name} {side}": values_digest(q)
+        for name, block in basis.blocks.items()
+        for side, q in (("in", block.basis_in), ("out", block.basis_out))
+        if q is not None
+    })  # fmt: skip
 
 
 class Bands(NamedTuple):
