@@ -290,7 +290,8 @@ def test_torchrun_restarts_a_killed_run_and_ends_with_the_same_bits(tmp_path: Pa
         return done.stdout + done.stderr
 
     said = launch("cut", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
-    assert "started from 8" in said and "RankLost" in said and "step 10" in said
+    # what the survivor says is another test's: torchrun may stop it before it has said anything
+    assert "exitcode: -9" in said and "started from 8" in said
     assert "started from 0" in launch("whole")
     found = []
     for folder in ("cut", "whole"):

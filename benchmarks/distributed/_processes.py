@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,18 +22,16 @@ def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(rank, size, *args)` by `size` new processes (gloo), by rank."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        results: Any = context.SimpleQueue()
-        where = f"file://{folder}/store"
-        group = [
-            context.Process(target=_serve, args=(rank, size, where, results, function, args)) for rank in range(size)
-        ]
+        group = [context.Process(target=_serve, args=(rank, size, folder, function, args)) for rank in range(size)]
         for process in group:
             process.start()
         for process in group:
             process.join()
-        if any(process.exitcode for process in group):
-            raise SystemExit(f"a process of {function.__name__} failed")
-        return [value for _, value in sorted((results.get() for _ in group), key=lambda pair: int(pair[0]))]
+        # not the exit codes: gloo's threads may abort a process whose work is done
+        missing = [rank for rank in range(size) if not _result(folder, rank).exists()]
+        if missing:
+            raise SystemExit(f"{function.__name__}: no result of ranks {missing} of {size}")
+        return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(size)]
 
 
 def conditions(**options: Any) -> dict[str, Any]:
@@ -49,10 +48,14 @@ def keep(path: Path, result: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _serve(rank: int, size: int, where: str, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _result(folder: str, rank: int) -> Path:
+    return Path(folder, f"result-{rank}")
+
+
+def _serve(rank: int, size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     dist.all_reduce(torch.zeros(1))  # gloo connects now
-    results.put((rank, function(rank, size, *args)))
+    _result(folder, rank).write_bytes(pickle.dumps(function(rank, size, *args)))
     dist.barrier()
     dist.destroy_process_group()
