@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerwise import ops
-from layerwise.ops import contraction
+from layerwise.ops import registry
 
 __all__ = ["Failed", "run_block", "shown", "with_outputs"]
 
@@ -32,8 +31,7 @@ class Failed(Exception):
 def with_outputs(markdown: str, page: str) -> str:
     """The page with the output of each of its Python blocks behind it, run in turn in one namespace, from seed 0."""
     space: dict[str, Any] = {"__name__": page}
-    known = ops._BUILD, contraction.FUNCTIONS  # a page may register operations, for itself alone
-    before = [dict(table) for table in known]
+    known = set(registry.BUILD)
     numbers = iter(range(1, 1000))
     torch.manual_seed(0)
 
@@ -48,9 +46,8 @@ def with_outputs(markdown: str, page: str) -> str:
     try:
         return BLOCK.sub(shown_with, markdown)
     finally:
-        for table, held in zip(known, before, strict=True):
-            table.clear()  # type: ignore[attr-defined]
-            table.update(held)  # type: ignore[attr-defined]
+        for func in registry.BUILD.keys() - known:  # a page registers operations for itself alone
+            del registry.BUILD[func]
 
 
 def run_block(code: str, space: dict[str, Any], name: str) -> str:

@@ -10,16 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import UnsupportedCall
-from layerwise.ops import attention, contraction, conv, elementwise, embedding, norm, recurrent
-from layerwise.ops.arguments import any_complex, writes_first
+from layerwise.ops import attention, recurrent
+from layerwise.ops.arguments import any_complex, bind, writes_first
 from layerwise.ops.base import Call, Rows, Samples, Slot
+from layerwise.ops.elementwise import ElementwiseSlot
+from layerwise.ops.forms import Form
 from layerwise.ops.opaque import OpaqueSlot
+from layerwise.ops.registry import BUILD, Entry, register
 
-__all__ = ["Call", "Rows", "Samples", "Slot", "decomposition", "is_known", "refused", "slots", "writes_first"]
-
-_BUILD: dict[Callable[..., Any], Callable[[Call, Sequence[Tensor]], list[Slot | None]]] = {
-    func: family.slots for family in (elementwise, norm, embedding, conv, contraction) for func in family.FUNCTIONS
-}
+__all__ = [
+    "Call",
+    "ElementwiseSlot",
+    "Entry",
+    "Form",
+    "Rows",
+    "Samples",
+    "Slot",
+    "bind",
+    "decomposition",
+    "is_known",
+    "refused",
+    "register",
+    "slots",
+    "writes_first",
+]
 
 _DECOMPOSITIONS = {**attention.DECOMPOSITIONS, **recurrent.DECOMPOSITIONS}
 _INFERENCE = {getattr(torch, name, None) for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")}
@@ -38,7 +52,7 @@ def slots(call: Call, used: Sequence[Tensor]) -> list[Slot]:
             f"{call.func.__name__} overwrites a tensor of shape {tuple(call.args[0].shape)} that was "
             "computed from parameters; use the form that returns a new tensor"
         )
-    build = _BUILD.get(call.func)
+    build = BUILD.get(call.func)
     if build is None or any_complex(call.args) or any_complex(call.kwargs.values()):
         return [OpaqueSlot(call, u) for u in used]
     known = zip(used, build(call, used), strict=True)
@@ -47,7 +61,7 @@ def slots(call: Call, used: Sequence[Tensor]) -> list[Slot]:
 
 def is_known(func: Callable[..., Any]) -> bool:
     """Whether some family describes a torch function (single places in it may still be opaque)."""
-    return func in _BUILD
+    return func in BUILD
 
 
 def refused(func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> str | None:

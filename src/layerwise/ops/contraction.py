@@ -26,7 +26,7 @@ from layerwise.ops.base import Call, Samples, Slot
 from layerwise.ops.elementwise import BiasSlot, shift
 from layerwise.ops.forms import FUNCTIONS, Form, Letters
 
-__all__ = ["FUNCTIONS", "ContractionSlot", "slots"]
+__all__ = ["FUNCTIONS", "ContractionSlot", "described", "slots"]
 
 
 class Plan(NamedTuple):
@@ -154,7 +154,11 @@ def _as_rows(x: Tensor, lead: int, positions: int, samples: Samples | None, k: i
 
 def slots(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
     """The slots of tensors used by a product; None for a tensor that this form does not describe."""
-    form = FUNCTIONS[call.func](call)
+    return described(call, FUNCTIONS[call.func](call), used)
+
+
+def described(call: Call, form: Form | None, used: Sequence[Tensor]) -> list[Slot | None]:
+    """The slots of tensors used by a product that `form` describes, if it does."""
     return [None] * len(used) if form is None else [_slot(call, form, u) for u in used]
 
 
