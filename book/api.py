@@ -18,6 +18,7 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "nn": ("Activations without a derivative", ("layerwise.nn",)),
     "operators": ("Operators", ("layerwise.operators",)),
     "errors": ("Errors", ("layerwise.errors",)),
+    "ops": ("Describing operations", ("layerwise.ops",)),
     "compat": (
         "Other libraries' names",
         (
@@ -33,13 +34,19 @@ STATIC = {  # modules that need another library: their names are read, not impor
     "layerwise.compat.lightning": ("MonitorCallback",),
 }
 
+CHOSEN = {  # of a module of the library's own, what a user's code needs
+    "layerwise.ops": ("register", "bind", "Call", "ElementwiseSlot", "Entry", "Form", "Rows", "Samples", "Slot"),
+}
+
 
 def names(module: str) -> dict[str, str]:
     """The public classes and functions of a module: name to the dotted path of where each is written."""
     if module in STATIC:
         return {name: f"{module}.{name}" for name in STATIC[module]}
     loaded = import_module(module)
-    public = sorted(set(loaded.__all__) - set(values(module)), key=lambda n: (not n[:1].islower(), n.lower()))
+    public = sorted(
+        set(CHOSEN.get(module, loaded.__all__)) - set(values(module)), key=lambda n: (not n[:1].islower(), n.lower())
+    )
     found = {name: getattr(loaded, name) for name in public if not isinstance(getattr(loaded, name), ModuleType)}
     return {name: f"{value.__module__}.{value.__qualname__}" for name, value in found.items()}
 
@@ -51,7 +58,7 @@ def values(module: str) -> list[str]:
     loaded = import_module(module)
     return [
         name
-        for name in sorted(loaded.__all__)
+        for name in sorted(CHOSEN.get(module, loaded.__all__))
         if not isinstance(getattr(loaded, name), type | FunctionType | ModuleType)
     ]
 
