@@ -1,10 +1,11 @@
-"""The poster's other statements.
+"""The poster's other statements, and what the defaults reach.
 
     python -m benchmarks.altmin staleness          accuracy against staleness 0 to 8 of asynchronous layers
     python -m benchmarks.altmin continual          accuracy on old tasks of a stream of permuted MNIST
     python -m benchmarks.altmin initialization     Adam after 10, 50 or 100 minibatches of AM-Adam
     python -m benchmarks.altmin depth              size of the updates by layer, sigmoid nets 2 to 30 deep
     python -m benchmarks.altmin theory             log-log slope of the squared error under rates ∝ 1/t
+    python -m benchmarks.altmin defaults           what the defaults reach untuned in the first epochs, beside the aims
     python -m benchmarks.altmin all
 
 Each writes benchmarks/results/altmin/<name>.json and .png and prints what was seen. `--small` takes seconds.
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import continual, depth, initialization, staleness, theory
+from . import continual, defaults, depth, initialization, staleness, theory
 from .common import save
 
 DEMONSTRATIONS = {
@@ -29,6 +30,7 @@ DEMONSTRATIONS = {
     "initialization": initialization.DEMONSTRATION,
     "depth": depth.DEMONSTRATION,
     "theory": theory.DEMONSTRATION,
+    "defaults": defaults.DEMONSTRATION,
 }
 FOLDER = Path("benchmarks/results/altmin")
 

@@ -1,0 +1,115 @@
+"""What AltMin's defaults reach untuned, each variant with one configuration for all nets: test accuracy by epoch.
+
+The aims are the project's, of the first epochs. Rates are constant, and nothing was tried: it is
+`lw.AltMin(model, weights=...)` as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import layerwise as lw
+from benchmarks.training.altmin.methods import with_library_signs
+from benchmarks.training.method import Stepping
+from benchmarks.training.problem import Split
+from benchmarks.training.problems import PROBLEMS
+
+from .common import Demonstration, accuracy, batches, mean, picture, train
+
+__all__ = ["DEMONSTRATION"]
+
+SEEDS = (0, 1, 2)
+VARIANTS = {"AM-Adam": "adam", "AM-SGD": "sgd", "AM-mem": "memory"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A net with a variant, for some epochs. aims: (epoch, accuracy in %), what is to be reached after it."""
+
+    problem: str
+    variant: str
+    epochs: int
+    aims: tuple[tuple[int, float], ...] = ()
+
+
+CASES = (
+    Case("mnist-2x100", "AM-Adam", 1, ((1, 97.3),)),
+    Case("mnist-2x100", "AM-SGD", 1, ((1, 96.8),)),
+    Case("mnist-2x100", "AM-mem", 1, ((1, 96.4),)),
+    Case("mnist-lenet5", "AM-Adam", 1, ((1, 98.6),)),
+    Case("mnist-binary-2x500", "AM-Adam", 5, ((3, 97.5), (5, 98.0))),
+    Case("mnist-rows-rnn15", "AM-Adam", 2, ((1, 65.0), (2, 72.0))),
+)
+
+
+def run(case: Case, data: Split, batch: int, seed: int) -> list[float]:
+    """Test accuracy in % after each epoch."""
+    model = with_library_signs(PROBLEMS[case.problem].model(seed, {}))
+    still = [p.detach().clone() for p in model.parameters()]
+    torch.manual_seed(seed)
+    opt, found = lw.AltMin(model, weights=VARIANTS[case.variant]), []  # type: ignore[arg-type]
+    for epoch in range(case.epochs):
+        train(Stepping(opt.step, opt), model, data.x, data.y, batches(len(data.x), batch, 10_000 * seed + epoch))
+        found.append(100 * _accuracy(model, data))
+    unmoved = [n for (n, p), s in zip(model.named_parameters(), still, strict=True) if torch.equal(p, s)]
+    if unmoved:
+        raise RuntimeError(f"{case.variant} on {case.problem} left {', '.join(unmoved)} where they were")
+    return found
+
+
+def _accuracy(model: nn.Module, data: Split) -> float:
+    return mean([accuracy(model, x, y) for x, y in zip(data.x_test.split(500), data.y_test.split(500), strict=True)])
+
+
+def measure(small: bool = False) -> dict[str, Any]:
+    """Accuracies of every case by seed and epoch."""
+    rows = []
+    for case in CASES:
+        known = PROBLEMS[case.problem]
+        data = known.load(400, 500) if small else known.split(known.rows)
+        found = [
+            run(replace(case, epochs=1) if small else case, data, known.batch, s) for s in SEEDS[: 1 if small else 3]
+        ]
+        aims = [{"epoch": e, "accuracy": a} for e, a in case.aims]
+        rows.append({"problem": case.problem, "title": known.title, "variant": case.variant, "batch": known.batch,
+                     "aims": aims, "accuracy": found})  # fmt: skip
+    return {"title": "AltMin's defaults, untuned", "cases": rows}
+
+
+def _at(row: Mapping[str, Any], epoch: int) -> list[float]:
+    return [curve[min(epoch, len(curve)) - 1] for curve in row["accuracy"]]
+
+
+def _aims(result: Mapping[str, Any]) -> Sequence[tuple[Mapping[str, Any], int, float]]:
+    return [(row, aim["epoch"], aim["accuracy"]) for row in result["cases"] for aim in row["aims"]]
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Error of every seed beside what is to be reached."""
+    with picture(path) as (axes,):
+        aims = _aims(result)
+        for place, (row, epoch, aim) in enumerate(reversed(aims)):
+            axes.plot([100 - aim] * 2, [place - 0.3, place + 0.3], "k-", label="aim" if not place else None)
+            errors = [100 - a for a in _at(row, epoch)]
+            axes.plot(errors, [place] * len(errors), "o", color="C0", alpha=0.6, label="a seed" if not place else None)
+        axes.set_yticks(range(len(aims)), [f"{r['problem']}\n{r['variant']}, epoch {e}" for r, e, _ in reversed(aims)])
+        axes.set(xlabel="test error, %", xscale="log", title=result["title"])
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """Mean accuracy and aim of each case."""
+    said = [
+        f"{row['variant']} on {row['problem']} after epoch {epoch} {mean(_at(row, epoch)):.2f} % "
+        f"[{min(_at(row, epoch)):.2f} to {max(_at(row, epoch)):.2f}], aim {aim:g}"
+        for row, epoch, aim in _aims(result)
+    ]
+    return f"Untuned defaults, {len(result['cases'][0]['accuracy'])} seeds: {'; '.join(said)}."
+
+
+DEMONSTRATION = Demonstration(measure, draw, sentence)
