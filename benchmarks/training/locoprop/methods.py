@@ -182,6 +182,8 @@ _ADAM = Method(
 )
 _FIRST_ORDER = (_SGD, _HEAVY_BALL, _ADAGRAD, _RMSPROP, _ADAM)
 
+_LOCOPROP_M = Method("locoprop-m", _locoprop, _local(Range(5e-6, 5e-4), loss="matching"))
+
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
@@ -222,7 +224,13 @@ METHODS: dict[str, Method] = {
             },
             revision=3,
         ),
-        Method("locoprop-m", _locoprop, _local(Range(5e-6, 5e-4), loss="matching")),
+        _LOCOPROP_M,
+        replace(
+            _LOCOPROP_M,
+            name="locoprop-m-250",
+            batch=250,
+            spaces={"autoencoder": _LOCOPROP_M.spaces["autoencoder"]},
+        ),
         Method("locoprop-m-all-rows", _locoprop, _local(Range(5e-6, 5e-4), loss="matching", rows="all")),
         Method("locoprop-s", _locoprop, _local(Range(1e-6, 1e-4), loss="squared")),
     )
