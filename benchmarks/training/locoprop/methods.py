@@ -215,6 +215,14 @@ METHODS: dict[str, Method] = {
             _same(lr=Range(1e-4, 1e-1), momentum=_MOMENTUM, adam_lr=Range(1e-4, 1e-2)),
             unavailable=_needs_package,
         ),
+        Method(  # as many inverses an epoch as with batches of 1000
+            "kfac-250",
+            _kfac,
+            {"autoencoder": Space(_KFAC, {"kl_clip": 10.0, "update_factors_every": 1, "update_inverses_every": 4})},
+            batch=250,
+            period=4,
+            revision=3,
+        ),
         Method(
             "kfac",  # factors and inverses of every batch: at this batch size a step is four of Adam's
             _kfac,
