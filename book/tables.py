@@ -13,6 +13,7 @@ from benchmarks.overhead.contenders import CONTENDERS
 from benchmarks.overhead.nets import NETS
 from benchmarks.overhead.report import best_peer, chart
 from benchmarks.overhead.report import slower as is_slower
+from benchmarks.training import step_time
 from benchmarks.training.rows import FOLDER, read
 from benchmarks.training.study import STUDIES
 from book.studies import rows_of
@@ -185,17 +186,16 @@ def demo_tuning(_: str) -> str:
 
 
 def step_times(problems: str) -> str:
-    """Seconds a step over Adam's, by problem, from the last interleaved run of each."""
+    """Seconds a step over Adam's, by problem, each from an interleaved run with Adam."""
     last: dict[str, Mapping[str, Any]] = {row["problem"]: row for row in read(FOLDER / "step_time.jsonl")}
     wanted = [p for p in (problems.split() or last) if p in last]
-    methods = list(dict.fromkeys(m for p in wanted for m in last[p]["relative"]))
-    rows = [
-        [m, *(f"{last[p]['relative'][m]:.2f}" if m in last[p]["relative"] else "-" for p in wanted)] for m in methods
-    ]
+    found = {p: step_time.measured(p)[0] for p in wanted}
+    methods = list(dict.fromkeys(m for p in wanted for m in found[p]))
+    rows = [[m, *(f"{found[p][m] / found[p]['adam']:.2f}" if m in found[p] else "-" for p in wanted)] for m in methods]
     threads = {last[p]["threads"] for p in wanted}
     return (
-        f"{_table(['method', *wanted], rows)}\n\n*`python -m benchmarks.training step-time`; Adam is 1; -100: batches "
-        f"of 100. {'/'.join(map(str, sorted(threads)))} thread, a CPU.*"
+        f"{_table(['method', *wanted], rows)}\n\n*`python -m benchmarks.training step-time`; Adam is 1; -100, "
+        f"-250: smaller batches. {'/'.join(map(str, sorted(threads)))} thread, a CPU.*"
     )
 
 
