@@ -171,13 +171,14 @@ def _of_loss(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, f
 def _of_accuracy(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, float], folder: Path) -> list[str]:
     """The parts on a classifier."""
     from .altmin import report as classes
+    from .altmin.figures import accuracy_figure
 
     parts, final = [], finals_of(problem, held.values())
     if final:
         parts.append(classes.accuracy_table(problem, final, step_seconds))
         figure = folder / f"{problem}.png"
-        classes.accuracy_figure(figure, problem, final)
-        parts.append(f"![test accuracy over the first minibatches and by epoch]({figure.name})")
+        accuracy_figure(figure, problem, final)
+        parts.append(f"![test error over the first minibatches and by epoch]({figure.name})")
     parts.append("Trials: accuracy on held-out training rows.\n\n" + classes.tuning_table(problem, held))
     missing = classes.unavailable(problem)
     return [*parts, "Not run: " + "; ".join(missing) + "."] if missing else parts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.training.plan import Run, methods_of, tuning
@@ -14,8 +13,6 @@ from benchmarks.training.summaries import interval, median, number
 
 __all__ = [
     "EARLY",
-    "MARKS",
-    "accuracy_figure",
     "accuracy_table",
     "epoch_cost",
     "summary_table",
@@ -28,7 +25,6 @@ Finals = Mapping[str, Sequence[Row]]
 
 EARLY = (10, 50, 100)  # minibatches that the table has
 REFERENCE = "adam"
-MARKS = {"higgs-2x300": {"samples": 1050.0, "admm": 0.64}}  # the poster's
 
 
 def label(problem: str, method: str) -> str:
@@ -107,59 +103,6 @@ def unavailable(problem: str) -> list[str]:
     """The methods of the study that cannot be run here, each with its reason."""
     runs: Iterator[Run] = (tuning(problem, m)[0] for m in study_of(problem).methods[problem])
     return [f"{r.method}: {r.unavailable()}" for r in runs if r.unavailable()]
-
-
-def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
-    """Test accuracy over the first minibatches and by epoch: a thin line a seed, a thick one for their median."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    known = PROBLEMS[problem]
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    first, later = figure.subplots(1, 2)
-    for index, (method, rows) in enumerate(final.items()):
-        style = {"color": f"C{index % 10}", "linestyle": ("-", "--")[index // 10 % 2]}
-        for axes, curve in ((first, "early_curve"), (later, "accuracy_curve")):
-            curves = [[100 * v for v in r[curve]] for r in rows if r[curve]]
-            if not curves:
-                continue
-            length = min(map(len, curves))
-            for one in curves:
-                axes.plot(one, linewidth=0.5, alpha=0.5, **style)
-            middle = [median([c[i] for c in curves]) for i in range(length)]
-            axes.plot(middle, linewidth=1.8, label=label(problem, method), **style)
-    _marks(problem, first, later)
-    first.set(
-        xlabel=f"minibatches of {known.batch} samples",
-        ylabel=f"accuracy on the first {known.early_rows:,} test rows, %",
-        title=known.title,
-    )
-    later.set(xlabel="epochs", ylabel=f"accuracy on {known.test_rows:,} test rows, %")
-    floors = [100 * v for rows in final.values() for r in rows for v in r["accuracy_curve"][1:2]]
-    if floors:
-        later.set_ylim(bottom=max(0.0, median(floors) - 12))
-    if any(r["configuration"]["epochs"] == 1 for rows in final.values() for r in rows):
-        later.set_xticks([0, 1])
-    later.legend(fontsize=7, loc="lower right")
-    for axes in (first, later):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
-def _marks(problem: str, first: Any, later: Any) -> None:
-    """The poster's own figures for a problem."""
-    for name, value in MARKS.get(problem, {}).items():
-        if name == "samples":
-            first.axvline(value / PROBLEMS[problem].batch, color="grey", linewidth=0.8)
-            first.annotate(
-                f" {value:,.0f} samples", (value / PROBLEMS[problem].batch, 0.02), fontsize=8,
-                xycoords=("data", "axes fraction"),
-            )  # fmt: skip
-        else:
-            for axes in (first, later):
-                axes.axhline(100 * value, color="grey", linewidth=0.8, linestyle=":")
-            later.annotate("ADMM in the poster", (0.7, 100 * value), fontsize=8, xycoords=("axes fraction", "data"))
 
 
 def _percent(value: float) -> str:
