@@ -96,7 +96,8 @@ def test_judgements() -> None:
 @pytest.mark.skipif(not memory.available(), reason="no high-water mark that can be reset")
 def test_peak_memory_sees_what_is_held() -> None:
     found = memory.peaks("3c3d", "norms", ["ours"])
-    assert 50e6 < found["plain"] <= found["ours"] < 1e9
+    # norms hold little more than a plain pass, and what a process holds varies by some per cent from run to run
+    assert 50e6 < found["plain"] < 1.1 * found["ours"] < 1e9
 
 
 @pytest.mark.parametrize("options", [{}, {"groups": 2}, {"stride": 2, "padding": 1}], ids=str)
