@@ -3,7 +3,9 @@
 The process is forked from a clean server that has imported the libraries. A step on two samples loads what is loaded
 late; then the problem is made (idle), one step taken, free memory given back to the system, the kernel's high-water
 mark of resident memory reset (`/proc/self/clear_refs`), and the step taken that counts. Gradients, results and what a
-library keeps between steps count as above idle. Linux only: elsewhere there are no such figures.
+library keeps between steps count as above idle. Blocks from 128 KiB on are mapped one by one: glibc otherwise raises
+that bound while it runs, and holes in its heap count for tens of MB in one process and not in the next. Linux only:
+elsewhere there are no such figures.
 """
 
 from __future__ import annotations
@@ -19,9 +21,13 @@ from typing import Any
 
 __all__ = ["METHOD", "available", "peaks"]
 
-METHOD = "VmHWM of the second step (reset by /proc/self/clear_refs) less VmRSS before the first, in a forked process"
+METHOD = (
+    "VmHWM of the second step (reset by /proc/self/clear_refs) less VmRSS before the first, in a forked process that "
+    "maps blocks from 128 KiB on one by one"
+)
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _LIMIT = 300  # seconds for one process
+_M_MMAP_THRESHOLD, _MAPPED = -3, 128 * 1024  # of glibc's mallopt; bytes
 
 
 def available() -> bool:
@@ -55,6 +61,7 @@ def _probe(net: str, quantity: str, name: str, answer: Any) -> None:
     from .measure import program_of, quiet
 
     quiet()
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED)
     _free_after(program_of(net, quantity, name, batch=2))
     run = program_of(net, quantity, name)
     idle = _read("VmRSS")
