@@ -290,8 +290,9 @@ def test_torchrun_restarts_a_killed_run_and_ends_with_the_same_bits(tmp_path: Pa
         return done.stdout + done.stderr
 
     said = launch("cut", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
-    # what the survivor says is another test's: torchrun may stop it before it has said anything
-    assert "exitcode: -9" in said and "started from 8" in said
+    assert "started from 8" in said
+    # torchrun sees the killed process first and stops the other, or that one has ended with its own words by then
+    assert "exitcode: -9" in said or ("RankLost" in said and "step 10" in said)
     assert "started from 0" in launch("whole")
     found = []
     for folder in ("cut", "whole"):
