@@ -148,14 +148,13 @@ EKFAC: dict[str, Settings] = {
 }
 
 
-def on_both_ranks(rank: int, cases: dict[str, Settings], share: str) -> dict[str, Settings]:
+def on_every_rank(rank: int, cases: dict[str, Settings], share: str) -> dict[str, Settings]:
     return {name: trained(rank, **case, share=share) for name, case in cases.items()}
 
 
-@pytest.mark.parametrize("share", ["inverses", "updates"])
-def test_steps_on_uneven_parts_equal_steps_on_the_whole_batch(share: str) -> None:
-    cases = CASES | EKFAC if share == "inverses" else CASES
-    found = ranks(2)(on_both_ranks, cases, share)
+def check_parts(size: int, cases: dict[str, Settings], share: str) -> None:
+    """Every case on so many ranks against one process with the whole batch."""
+    found = ranks(size)(on_every_rank, cases, share)
     for name, case in cases.items():
         try:
             check([one[name] for one in found], trained(None, **case))
@@ -163,15 +162,15 @@ def test_steps_on_uneven_parts_equal_steps_on_the_whole_batch(share: str) -> Non
             raise AssertionError(f"{name}: {error}") from error
 
 
+@pytest.mark.parametrize("share", ["inverses", "updates"])
+def test_steps_on_uneven_parts_equal_steps_on_the_whole_batch(share: str) -> None:
+    check_parts(2, CASES | EKFAC if share == "inverses" else CASES, share)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("share", ["inverses", "updates"])
 def test_four_ranks_equal_the_whole_batch(share: str) -> None:
-    found = ranks(4)(on_both_ranks, CASES, share)
-    for name, case in CASES.items():
-        try:
-            check([one[name] for one in found], trained(None, **case))
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
+    check_parts(4, CASES, share)
 
 
 def adamw(rank: int | None, share: str) -> Settings:

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import layerwise as lw
 from benchmarks.training.altmin.methods import with_library_signs
 from benchmarks.training.method import Stepping
-from benchmarks.training.problem import Split
+from benchmarks.training.problem import Split, accuracy
 from benchmarks.training.problems import PROBLEMS
 
-from .common import Demonstration, accuracy, batches, mean, picture, train
+from .common import Demonstration, batches, mean, picture, train
 
 __all__ = ["DEMONSTRATION"]
 
@@ -56,15 +55,11 @@ def run(case: Case, data: Split, batch: int, seed: int) -> list[float]:
     opt, found = lw.AltMin(model, weights=VARIANTS[case.variant]), []  # type: ignore[arg-type]
     for epoch in range(case.epochs):
         train(Stepping(opt.step, opt), model, data.x, data.y, batches(len(data.x), batch, 10_000 * seed + epoch))
-        found.append(100 * _accuracy(model, data))
+        found.append(100 * accuracy(PROBLEMS[case.problem], model, data.x_test, data.y_test))
     unmoved = [n for (n, p), s in zip(model.named_parameters(), still, strict=True) if torch.equal(p, s)]
     if unmoved:
         raise RuntimeError(f"{case.variant} on {case.problem} left {', '.join(unmoved)} where they were")
     return found
-
-
-def _accuracy(model: nn.Module, data: Split) -> float:
-    return mean([accuracy(model, x, y) for x, y in zip(data.x_test.split(500), data.y_test.split(500), strict=True)])
 
 
 def measure(small: bool = False) -> dict[str, Any]:
@@ -73,9 +68,8 @@ def measure(small: bool = False) -> dict[str, Any]:
     for case in CASES:
         known = PROBLEMS[case.problem]
         data = known.load(400, 500) if small else known.split(known.rows)
-        found = [
-            run(replace(case, epochs=1) if small else case, data, known.batch, s) for s in SEEDS[: 1 if small else 3]
-        ]
+        shown, seeds = (replace(case, epochs=1), SEEDS[:1]) if small else (case, SEEDS)
+        found = [run(shown, data, known.batch, seed) for seed in seeds]
         aims = [{"epoch": e, "accuracy": a} for e, a in case.aims]
         rows.append({"problem": case.problem, "title": known.title, "variant": case.variant, "batch": known.batch,
                      "aims": aims, "accuracy": found})  # fmt: skip

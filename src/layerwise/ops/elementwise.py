@@ -18,7 +18,7 @@ from layerwise.errors import SamplesMixed
 from layerwise.ops.arguments import bind, count, expanded, plain, replace, writes_first
 from layerwise.ops.base import Call, Samples, Slot
 
-__all__ = ["FUNCTIONS", "BiasSlot", "ElementwiseSlot", "shift", "slots"]
+__all__ = ["FUNCTIONS", "BiasSlot", "ElementwiseSlot", "one_by_one", "shift", "slots"]
 
 
 class BiasSlot(Slot):
@@ -268,5 +268,9 @@ for _name in (*_SUMS, *_PRODUCTS, *_QUOTIENTS, *_LINEAR, *_OTHERS):
 
 def slots(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
     """The slots of tensors used element by element; None for one that this form does not describe."""
-    build = FUNCTIONS[call.func]
+    return one_by_one(FUNCTIONS[call.func], call, used)
+
+
+def one_by_one(build: Callable[[Call, Tensor], Slot | None], call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
+    """The slot that `build` makes of each tensor; None for one that is no plain strided tensor."""
     return [build(call, u) if plain(u) else None for u in used]

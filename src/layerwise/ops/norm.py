@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.ops.arguments import bind, count, plain
+from layerwise.ops.arguments import bind, count
 from layerwise.ops.base import Call, Slot
-from layerwise.ops.elementwise import ElementwiseSlot
+from layerwise.ops.elementwise import ElementwiseSlot, one_by_one
 
 __all__ = ["FUNCTIONS", "slots"]
 
@@ -97,5 +97,4 @@ FUNCTIONS: dict[Callable[..., Any], Callable[[Call, Tensor], Slot | None]] = {
 
 def slots(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
     """The slots of a norm's weight and bias or a PReLU's slopes; None for a tensor in another place."""
-    build = FUNCTIONS[call.func]
-    return [build(call, u) if plain(u) else None for u in used]
+    return one_by_one(FUNCTIONS[call.func], call, used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from layerwise.ops import contraction, conv, elementwise, embedding, norm
-from layerwise.ops.arguments import plain
 from layerwise.ops.base import Call, Samples, Slot, gradients
+from layerwise.ops.elementwise import one_by_one
 from layerwise.ops.forms import Form
 
 __all__ = ["BUILD", "Build", "Entry", "register"]
@@ -67,10 +68,13 @@ def register(
     name = getattr(func, "__name__", str(func))
     if func in BUILD:
         raise ValueError(f"{name} is known already; an entry of your own would change what others rely on")
-    if (form is None) == (slot is None):
+    if form is not None and slot is None:
+        build = _products(form)
+    elif slot is not None and form is None:
+        build = partial(one_by_one, slot)
+    else:
         given = "both" if form is not None else "neither"
         raise ValueError(f"{name} needs one of form= (a product of tensors) and slot= (anything else), not {given}")
-    build = _products(form) if form is not None else _elements(slot)
     _test(name, build, *_recorded(func, example, options or {}))
     return Entry(func, build)
 
@@ -78,15 +82,6 @@ def register(
 def _products(form: Callable[[Call], Form | None]) -> Build:
     def build(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
         return contraction.described(call, form(call), used)
-
-    return build
-
-
-def _elements(slot: Callable[[Call, Tensor], Slot | None] | None) -> Build:
-    assert slot is not None
-
-    def build(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
-        return [slot(call, u) if plain(u) else None for u in used]
 
     return build
 
