@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["conditions", "keep", "together"]
+__all__ = ["conditions", "headline", "keep", "together"]
 
 
 def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -40,6 +40,12 @@ def conditions(**options: Any) -> dict[str, Any]:
         "torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count() or 1,
         "load": os.getloadavg()[0], **options,
     }  # fmt: skip
+
+
+def headline(under: Mapping[str, Any]) -> str:
+    """What a report begins with: the conditions that are not in its tables."""
+    measured = f"{under['cores']} cores, load {under['load']:.1f} before the start"
+    return f"{under['ranks']} ranks, one thread each, {measured}\n"
 
 
 def keep(path: Path, result: Mapping[str, Any]) -> None:

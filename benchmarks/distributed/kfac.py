@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 import layerwise as lw
 from benchmarks import autoencoder
-from benchmarks.distributed._processes import conditions, keep, together
+from benchmarks.distributed._processes import conditions, headline, keep, together
 from benchmarks.timing import lower_quartile
 from benchmarks.training.memory import Peak
 
@@ -149,9 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     under = conditions(ranks=options.ranks, repeats=options.repeats, batch=options.batch)
     found = together(options.ranks, timed, options.batch, options.repeats)
     result = {**under, "arms": summary(found, memory)}
-    print(
-        f"{options.ranks} ranks, one thread each, {under['cores']} cores, load {under['load']:.1f} before the start\n"
-    )
+    print(headline(under))
     print(report(result["arms"]))
     keep(options.json, result)
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import layerwise as lw
 from benchmarks.autoencoder import SIZES, deep_autoencoder, reconstruction_loss
-from benchmarks.distributed._processes import conditions, keep, together
+from benchmarks.distributed._processes import conditions, headline, keep, together
 from benchmarks.timing import lower_quartile
 from benchmarks.training.memory import Peak
 from layerwise.ranks import Ranks
@@ -201,9 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = rows_of(options.methods, options.ranks, options.batch, options.repeats)
     stages = {str(n): together(n, staged, options.batch, options.repeats) for n in options.stages}
     result = {**under, "layers": rows, "stages": stages}
-    print(
-        f"{options.ranks} ranks, one thread each, {under['cores']} cores, load {under['load']:.1f} before the start\n"
-    )
+    print(headline(under))
     print(report(rows, stages, options.ranks))
     keep(options.json, result)
 

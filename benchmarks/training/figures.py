@@ -9,7 +9,7 @@ from typing import Any
 
 from .summaries import median
 
-__all__ = ["seed_figure"]
+__all__ = ["log_ticks", "seed_figure"]
 
 Row = Mapping[str, Any]
 
@@ -18,7 +18,6 @@ def seed_figure(path: Path, title: str, final: Mapping[str, Sequence[Row]], step
     """Draw the finals; a method that has not been timed is in the left panel only."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -53,7 +52,14 @@ def seed_figure(path: Path, title: str, final: Mapping[str, Sequence[Row]], step
     by_second.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), title="final median", frameon=False)
     for axes in (by_epoch, by_second):
         axes.grid(alpha=0.3)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
+        log_ticks(axes.yaxis)
     figure.savefig(path, dpi=110)
+
+
+def log_ticks(axis: Any) -> None:
+    """Plain numbers, several a decade, for an axis in logarithms that may span less than one."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())

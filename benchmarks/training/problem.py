@@ -73,6 +73,10 @@ class Problem:
         lacking = self.data and os.environ.get(data.VARIABLE) and not data.available(self.data)
         return f"{self.data} is not in the folder that {data.VARIABLE} names" if lacking else ""
 
+    def label(self, method: str) -> str:
+        """A method's name here."""
+        return self.labels.get(method, method)
+
     def split(self, rows: int, validation: bool = False) -> Split:
         """The first `rows` rows to train on, with the test rows, or with the validation rows in their place."""
         if not validation:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training.figures import log_ticks
 from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.summaries import median
 
@@ -26,7 +27,6 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
     known = PROBLEMS[problem]
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -39,7 +39,7 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
         ours = method.startswith("am-")
         style = {"color": f"C{index % 10}", "linestyle": ("-", "--")[index // 10 % 2], "zorder": 3 if ours else 2}
         said = f"{ends[method]:.2f}" if math.isfinite(ends[method]) else "failed"
-        label = f"{said}  {known.labels.get(method, method)}"
+        label = f"{said}  {known.label(method)}"
         _curves(first, [r["early_curve"] for r in final[method]], 0, 2.6 if ours else 1.3, label, style)
         if one:
             errors = [e for e in (_error(r["test_accuracy"]) for r in final[method]) if math.isfinite(e)]
@@ -50,15 +50,13 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
     first.set(xlabel=f"minibatches of {known.batch}", ylabel=f"error on the first {known.early_rows:,} test rows, %")
     first.set(title=known.title, yscale="log")
     if one:
-        later.set_yticks([-i for i in range(len(order))], [known.labels.get(m, m) for m in order])
+        later.set_yticks([-i for i in range(len(order))], [known.label(m) for m in order])
         later.set(xlabel=f"error on {known.test_rows:,} test rows after the epoch, %", xscale="log")
     else:
         later.set(xlabel="epochs", ylabel=f"error on {known.test_rows:,} test rows, %", yscale="log")
     first.legend(*later.get_legend_handles_labels(), fontsize=8, loc="upper right", title="error at the end, %, median")
     for axis in (first.yaxis, later.xaxis if one else later.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_locator(NullLocator())
+        log_ticks(axis)
     for axes in (first, later):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -27,11 +27,6 @@ EARLY = (10, 50, 100)  # minibatches that the table has
 REFERENCE = "adam"
 
 
-def label(problem: str, method: str) -> str:
-    """A method's name on a problem."""
-    return PROBLEMS[problem].labels.get(method, method)
-
-
 def epoch_cost(problem: str, configuration: Mapping[str, Any], method: str, seconds: Mapping[str, float]) -> float:
     """Seconds of an epoch's steps over those of Adam's at the problem's batch; NaN where either is not timed."""
     rows = configuration["rows"]
@@ -56,7 +51,7 @@ def accuracy_table(problem: str, final: Finals, seconds: Mapping[str, float]) ->
         ]  # fmt: skip
         first = [r["accuracy_curve"][1] if len(r["accuracy_curve"]) > 1 else -math.inf for r in rows]
         cells = [
-            label(problem, method), str(rows[0]["trial"]), str(kept["batch"]),
+            PROBLEMS[problem].label(method), str(rows[0]["trial"]), str(kept["batch"]),
             f"{len(rows)}" + (f" ({failed} failed)" if failed else ""), *early, _spread(first),
             _spread([r["test_accuracy"] for r in rows]), number(median([r["test_loss"] for r in rows]), 3),
             number(seconds.get(method, math.nan) / step, 3),
@@ -95,7 +90,7 @@ def tuning_table(problem: str, rows: Mapping[Any, Row]) -> str:
         lines = lines or ["| method | " + " | ".join(str(r.trial) for r in runs) + " |", "|---" * (1 + len(runs)) + "|"]
         high = max((v for v in found if math.isfinite(v)), default=math.nan)
         cells = [f"**{_percent(v)}**" if v == high else _percent(v) for v in found]
-        lines.append(f"| {label(problem, method)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {PROBLEMS[problem].label(method)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
