@@ -307,6 +307,14 @@ def test_report_of_canned_rows(tmp_path: Path) -> None:
     assert (tmp_path / "out" / f"{CURVES}.png").stat().st_size > 10_000
 
 
+def test_shared_rows_against_all_rows() -> None:
+    shared = [{"train_curve": c} for c in ([9, 2, 3, 6], [9, 4, 3, 6], [9, 1, 3, 6])]  # medians 2, 3, 6
+    everything = [{"train_curve": [9, 4, 3, 5]}]
+    (line,) = report._by_epoch({"m": shared, "all": everything}, "m", "all")
+    assert "m above all's, by epoch: -50.0 to 20.0 %, -10.0 % on average, 20.0 % at the end" in line
+    assert report._by_epoch({"m": shared}, "m", "all") == []
+
+
 def test_final_rows_of_other_code_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = study(tmp_path).load(CURVES).values()
     assert set(report.finals_of(CURVES, held)) == {"sgd", "adam", "locoprop-m"}

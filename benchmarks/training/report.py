@@ -162,10 +162,25 @@ def _of_loss(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, f
         figure = folder / f"{problem}.png"
         seed_figure(figure, PROBLEMS[problem].title, final, step_seconds)
         parts.append(f"![train loss by epoch and by second]({figure.name})")
+        parts += _by_epoch(final, "locoprop-m", "locoprop-m-all-rows")
     parts.append("Trials: train loss after tuning.\n\n" + tuning_table(problem, held))
     if any(r["phase"] == "ablation" for r in held.values()):
         parts.append("### Ablations, each tuned by the same trials\n\n" + ablation_table(held))
     return parts
+
+
+def _by_epoch(final: Finals, method: str, other: str) -> list[str]:
+    """How much higher or lower the median train loss of one method is than another's, over the epochs."""
+    if method not in final or other not in final:
+        return []
+    one, two = ([r["train_curve"] for r in final[m]] for m in (method, other))
+    length = min(map(len, [*one, *two]))
+    more = [100 * (median([c[e] for c in one]) / median([c[e] for c in two]) - 1) for e in range(1, length)]
+    mean = math.fsum(more) / len(more)
+    return [
+        f"Median train loss of {method} above {other}'s, by epoch: {min(more):.1f} to {max(more):.1f} %, "
+        f"{mean:.1f} % on average, {more[-1]:.1f} % at the end."
+    ]
 
 
 def _of_accuracy(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, float], folder: Path) -> list[str]:
