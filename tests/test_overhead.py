@@ -65,6 +65,28 @@ def test_a_second_run_measures_only_what_is_left(tmp_path: Path, monkeypatch: py
     assert measured == ["variance", "norms", "norms"]
 
 
+def test_memory_is_measured_again_where_the_way_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = tmp_path / "o.json", []
+    before = run(path, "--quantities", "norms", "variance")
+
+    def peaks(net: str, quantity: str, names: list[str]) -> dict[str, float]:
+        asked.append((net, quantity, tuple(names)))
+        return dict.fromkeys(["plain", *names], 1e6)
+
+    monkeypatch.setattr(memory, "peaks", peaks)
+    after = run(path, "--memory", "--quantities", "norms")
+    assert asked == [("mlp", "norms", ("ours", "vmap"))] and after["header"] == before["header"]
+    assert after["cells"]["mlp/variance"] == before["cells"]["mlp/variance"]
+    changed = after["cells"]["mlp/norms"]
+    assert changed["peak bytes"]["vmap"] == 1e6 and changed["memory"] == memory.METHOD
+    assert changed["contenders"] == before["cells"]["mlp/norms"]["contenders"], "times stay"
+    run(path, "--memory")
+    assert [quantity for _, quantity, _ in asked] == ["norms", "variance"], "what was measured in this way stays"
+    monkeypatch.setattr(memory, "METHOD", "another way")
+    run(path, "--memory")
+    assert len(asked) == 4
+
+
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     absent = contenders.CONTENDERS["opacus"]._replace(module="no_such_module")
     monkeypatch.setitem(contenders.CONTENDERS, "opacus", absent)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __doc__ as description
 from . import memory, report
@@ -28,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         if missing(name):
             print(f"{CONTENDERS[name].label} is missing: {INSTALL}", flush=True)
-    if not options.report:
+    if options.memory:
+        _memory_again(store, options.models, options.quantities)
+    elif not options.report:
         quiet()
         with_memory = not options.no_memory and memory.available()
         for net in options.models:
@@ -52,12 +55,27 @@ def _measure(store: Store, net: str, quantity: str, names: list[str], repeats: i
     start = time.monotonic()
     found = cell(net, quantity, names, repeats)
     if with_memory:
-        ran = [n for n, entry in found["contenders"].items() if "ratio" in entry]
-        found["peak bytes"] = memory.peaks(net, quantity, ran)
-        found["memory"] = memory.METHOD
+        found |= _peaks(store, net, quantity, found)
     store.add(net, quantity, found, repeats)
     shown = "  ".join(f"{n} {e['ratio']:.2f}" for n, e in found["contenders"].items() if "ratio" in e)
     print(f"{net:12}{quantity:26}{time.monotonic() - start:6.0f} s  {shown}", flush=True)
+
+
+def _peaks(store: Store, net: str, quantity: str, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The peaks of all contenders that ran and can run here, how they were measured and with which code."""
+    ran = [n for n, entry in cell["contenders"].items() if "ratio" in entry and not missing(n)]
+    return {"peak bytes": memory.peaks(net, quantity, ran), "memory": memory.METHOD, "memory stamp": store.stamp}
+
+
+def _memory_again(store: Store, nets: Sequence[str], quantities: Sequence[str]) -> None:
+    """Peaks of the cells there are, where they were measured in another way or with other code; times stay."""
+    for key, held in list(store.cells.items()):
+        net, _, quantity = key.partition("/")
+        same = (held.get("memory"), held.get("memory stamp")) == (memory.METHOD, store.stamp)
+        if net in nets and quantity in quantities and not same:
+            store.replace(net, quantity, {**held, **_peaks(store, net, quantity, held)})
+            shown = "  ".join(f"{n} {b / 1e6:.1f}" for n, b in store.cells[key]["peak bytes"].items())
+            print(f"{net:12}{quantity:26}MB  {shown}", flush=True)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -71,6 +89,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=RESULTS, help="results; the table and the chart lie beside them")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--no-memory", action="store_true", help="times alone")
+    parser.add_argument("--memory", action="store_true", help="peaks of memory alone, of what was timed before")
     parser.add_argument("--report", action="store_true", help="measure nothing: write the table and the chart again")
     return parser.parse_args(arguments)
 

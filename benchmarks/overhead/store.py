@@ -40,9 +40,9 @@ class Store:
         self.path = path
         self.versions = {name: version_of(name) for name in CONTENDERS} | {"torch": torch.__version__}
         self.stamp = _stamp(self.versions)
-        self.cells: dict[str, dict[str, Any]] = {}
-        if path.exists() and not fresh:
-            self.cells = json.loads(path.read_text(encoding="utf-8")).get("cells", {})
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not fresh else {}
+        self.header: dict[str, Any] = found.get("header", {})
+        self.cells: dict[str, dict[str, Any]] = found.get("cells", {})
 
     def done(self, net: str, quantity: str, contenders: Iterable[str], repeats: int) -> bool:
         """Whether the cell holds all of these contenders, measured now and with as many repeats."""
@@ -53,17 +53,21 @@ class Store:
 
     def add(self, net: str, quantity: str, cell: dict[str, Any], repeats: int) -> None:
         """Keep a cell; the file is replaced in one step."""
-        self.cells[f"{net}/{quantity}"] = cell | {"stamp": self.stamp, "asked repeats": repeats}
-        header = {
+        self.header = {
             "machine": _machine(),
             "versions": self.versions,
             "threads": 1,
             "statistic": STATISTIC,
             "stamp": self.stamp,
         }
+        self.replace(net, quantity, cell | {"stamp": self.stamp, "asked repeats": repeats})
+
+    def replace(self, net: str, quantity: str, cell: dict[str, Any]) -> None:
+        """Put a cell in the place of the one before, and leave the header, which is of the times, as it was."""
+        self.cells[f"{net}/{quantity}"] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps({"header": header, "cells": self.cells}, indent=1) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps({"header": self.header, "cells": self.cells}, indent=1) + "\n", encoding="utf-8")
         os.replace(draft, self.path)
 
     def stale(self) -> list[str]:
