@@ -36,7 +36,11 @@ def test_each_writes_figures_and_a_picture_and_says_what_was_seen(
         return
     kept = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
     assert said == f"{name}: {kept['seen']}\n"
-    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    drawn = (tmp_path / f"{name}.png").read_bytes()
+    assert len(drawn) > 10_000
+    (tmp_path / f"{name}.png").unlink()
+    assert main([name, "--draw", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / f"{name}.png").read_bytes() == drawn, "the same picture from the figures alone"
 
 
 def test_slopes() -> None:

@@ -14,6 +14,7 @@ Each writes benchmarks/results/altmin/<name>.json and .png and prints what was s
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=[*DEMONSTRATIONS, "all"])
     parser.add_argument("--small", action="store_true", help="few rows and steps: shows that it runs, and nothing else")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--draw", action="store_true", help="measure nothing: the pictures again, from the results")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
     arguments = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
@@ -48,14 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     lacking = 0
     for name in DEMONSTRATIONS if arguments.name == "all" else [arguments.name]:
         demonstration = DEMONSTRATIONS[name]
+        if arguments.draw:
+            held = json.loads((arguments.out / f"{name}.json").read_text(encoding="utf-8"))
+            demonstration.draw(held, arguments.out / f"{name}.png")
+            continue
         result = demonstration.measure(arguments.small)
         if "unavailable" in result:
             print(f"{name}: not shown: {result['unavailable']}", flush=True)
             lacking = 1
             continue
         said = demonstration.sentence(result)
-        save({**result, "seen": said, "torch": torch.__version__}, arguments.out / f"{name}.json")
-        demonstration.draw(result, arguments.out / f"{name}.png")
+        kept = save({**result, "seen": said, "torch": torch.__version__}, arguments.out / f"{name}.json")
+        demonstration.draw(kept, arguments.out / f"{name}.png")
         print(f"{name}: {said}", flush=True)
     return lacking
 

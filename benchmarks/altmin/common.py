@@ -128,8 +128,8 @@ def mean(values: Sequence[float]) -> float:
 # -- results ------------------------------------------------------------------------------------------------
 
 
-def save(result: Mapping[str, Any], path: Path) -> None:
-    """Write the figures, to six digits, as JSON."""
+def save(result: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Write the figures, to six digits, as JSON; as they were written."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):
@@ -139,7 +139,9 @@ def save(result: Mapping[str, Any], path: Path) -> None:
         return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
+    kept: dict[str, Any] = rounded(result)
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return kept
 
 
 @contextmanager

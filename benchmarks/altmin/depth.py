@@ -75,7 +75,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             by_layer.plot(range(1, len(deepest) + 1), [max(v, 1e-20) for v in deepest], **style)
             by_depth.plot([int(d) for d in table], [max(_fall(v), 1e-20) for v in table.values()], **style)
         by_layer.xaxis.get_major_locator().set_params(integer=True)
-        by_layer.set(xlabel="layer", ylabel="update, relative to the weight", yscale="log",
+        by_layer.set(xlabel="layer", ylabel="update, relative to the weight (none: 1e-20)", yscale="log",
                      title=f"{result['title']}, {max(map(int, table))} hidden layers")  # fmt: skip
         by_depth.set_xticks([int(d) for d in table])
         by_depth.set(xlabel="hidden layers", ylabel="first layer's update / last hidden layer's", yscale="log")
