@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training.figures import log_ticks
+
 from .common import Batch, Demonstration, accuracy, batches, held_out, make, mean, net, picture, split_of
 
 __all__ = ["DEMONSTRATION"]
@@ -63,6 +65,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             label = "Adam alone" if switch == "0" else f"AM-Adam for {switch} minibatches"
             axes.plot(steps, middle, color=f"C{number}", label=label)
         axes.set(xlabel="minibatches of 200", ylabel="test error, %", yscale="log", title=result["title"])
+        log_ticks(axes.yaxis)
 
 
 def sentence(result: Mapping[str, Any]) -> str:
