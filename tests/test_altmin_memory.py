@@ -218,6 +218,58 @@ def test_an_inverse_kept_for_several_steps() -> None:
     assert made == [1, 2, 4, 8, 12, 16]
 
 
+def batch_error(problem: LocalProblem, weight: Tensor, bias: Tensor, strength: float) -> Tensor:
+    """Its squared errors, so weighed, and its quadratic terms, `[K]`."""
+    out = torch.einsum("rki,koi->rko", problem.a, weight) + bias
+    found = strength / 2 * (out - problem.target).square().sum((0, 2))
+    for pull in problem.pulls:
+        assert pull.weight is not None and pull.bias is not None
+        apart = (weight - pull.weight).square().sum((1, 2)) + (bias - pull.bias).square().sum(1)
+        found = found + pull.strength / 2 * apart
+    return found
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.0])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("settings", [{}, {"every": 1}, {"solve": "columns", "sweeps": 3}], ids=str)
+def test_a_step_ends_where_its_own_batch_would_get_worse(settings: dict[str, Any], decay: float, rate: float) -> None:
+    """Two layers side by side: the inputs of one change a hundredfold, those of the other stay."""
+    gen = torch.Generator().manual_seed(0)
+    memory, state, made = Memory(ridge=3.0, **settings), {}, []
+    w, b = torch.randn(2, 3, 4, generator=gen).double(), torch.zeros(2, 3).double()
+    for t in range(1, 8):
+        a, c = torch.randn(30, 2, 4, generator=gen).double(), torch.randn(30, 2, 3, generator=gen).double()
+        if t == 7:
+            a[:, 1] *= torch.tensor([1, 1, 1, 100.0]).double()
+        pulls = (WeightDecay(decay)(w, b, 30.0, None),) if decay else ()
+        problem = LocalProblem(a, w, b, c, pulls=pulls)
+        dw, db = memory.step(problem, state, rate=rate)
+        assert db is not None
+        before = batch_error(problem, w, b, min(1.0, memory.gain * 30 / state["rows"]))
+        w, b = w + rate * dw, b + rate * db
+        made.append(state.get("inverted"))
+    after = batch_error(problem, w, b, min(1.0, memory.gain * 30 / state["rows"]))
+    assert after[0] < 0.999 * before[0] and float(after[1]) == pytest.approx(float(before[1]), rel=1e-9)
+    if not settings and rate == 1:
+        assert made == [1, 2, 2, 4, 4, 4, 7], "at the change a fresh inverse first"
+
+
+def test_a_memory_lives_through_a_change_of_its_stream() -> None:
+    """Pixels that were always zero appear: without the bound the first steps after it go a thousand times too far."""
+    gen, worst = torch.Generator().manual_seed(0), 0.0
+    truth = torch.randn(3, 40, generator=gen)
+    memory, state, w = Memory(), {}, torch.zeros(1, 3, 40)
+    for t in range(120):
+        a = torch.rand(50, 40, generator=gen)
+        a[:, :20] *= float(t >= 60)
+        a[:, 20:] *= 0.1 if t < 60 else 1.0
+        goal = a @ truth.T
+        dw, _ = memory.step(LocalProblem(a[:, None], w, None, goal[:, None]), state, rate=2.0)
+        w = w + 2 * dw
+        worst = max(worst, float((a @ w[0].T - goal).norm() / goal.norm()))
+    assert worst < 2 and float((a @ w[0].T - goal).norm() / goal.norm()) < 0.1
+
+
 # As an optimizer --------------------------------------------------------------------------------------------
 
 

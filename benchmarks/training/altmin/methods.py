@@ -124,10 +124,10 @@ SHARED: dict[str, Mapping[str, Space]] = {  # of LocoProp's methods; batch 100 i
 }  # fmt: skip
 
 
-def _am(name: str, make: Factory, fixed: Mapping[str, Any] | None = None, **ranges: Range) -> Method:
+def _am(name: str, make: Factory, fixed: Mapping[str, Any] | None = None, revision: int = 1, **ranges: Range) -> Method:
     needs = {"binary": _needs_sign, "recurrent": _needs_recurrent_codes}
     spaces = _spaces(FAMILIES, fixed, **ranges)
-    return Method(name, make, spaces, unavailable=_takes(name, make, spaces["dense"]), needs=needs)
+    return Method(name, make, spaces, unavailable=_takes(name, make, spaces["dense"]), needs=needs, revision=revision)
 
 
 def _offline(name: str, make: Callable[[nn.Module, Parameters, Mapping[str, Any]], Any], **ranges: Range) -> Method:
@@ -142,7 +142,7 @@ METHODS: dict[str, Method] = {
         Method("momentum-twice", _momentum_twice, _MOMENTUM, first_order=True),
         _am("am-adam", _altmin(weights="adam"), lr=_ADAM_RATE, coupling=_COUPLING),
         _am("am-sgd", _altmin(weights="sgd"), lr=Range(3e-4, 0.3), coupling=_COUPLING),
-        _am("am-mem", _memory, {"forget": 1 / WINDOW}, lr=Range(0.5, 5.0), coupling=Range(0.3, 10.0)),
+        _am("am-mem", _memory, {"forget": 1 / WINDOW}, revision=2, lr=Range(0.5, 5.0), coupling=Range(0.3, 10.0)),
         _am("am-published", _altmin(preset="published"), lr=_ADAM_RATE, coupling=Range(1e-3, 0.1)),
         _am("am-async", _altmin(weights="adam", schedule="async"), lr=_ADAM_RATE, coupling=_COUPLING),
         Method(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ __all__ = ["Memory", "mairal"]
 
 Update = tuple[Tensor, Tensor | None]
 Forget = Callable[[int, int], float]
+Room = Callable[[Tensor], Tensor]  # how far a step may go, over the step
 
 
 def mairal(step: int, rows: int) -> float:
@@ -38,11 +40,15 @@ class Memory:
 
         A ← β A + Σ_r a_r a_rᵀ,   n ← β n + R,   ρ = R/n,            [I,I], rows counted by n; a 1 for the bias
         absolute:   B ← β B + Σ_r c_r a_rᵀ,   W ← (B/n) (A/n + λ I)⁻¹
-        recentred:  W ← W − s (1/R) Σ_r (z_r − c_r) a_rᵀ (A/n + λ I)⁻¹,   s = min(1, gain·ρ)
+        recentred:  W ← W − min(1, u) s (1/R) Σ_r (z_r − c_r) a_rᵀ (A/n + λ I)⁻¹,   s = min(1, gain·ρ)
 
     `z` are the outputs at the present weights. Absolute codes are those that were, from weights that were. Recentring
     takes `W A` for the old part of B: the present weights meet the old codes, and only the fresh residual moves them,
     by its share ρ of the memory; forgetting is then the learning rate, and `gain` multiplies it.
+
+    Inputs that the memory has hardly seen are directions it hardly damps. u is where the batch's own squared error, a
+    parabola along the step, is again what it was: a step that would go beyond ends there, and takes a fresh inverse
+    first. Rare on a steady stream, it is what lets the stream change.
 
     forget: β = 1 − forget, 0 never forgets; "mairal", the schedule of that name; or a function `(step, rows) -> β`.
     In the long run ρ is `forget`: 0.05 is a window of 20 batches, and with the default gain of 20 a batch then counts
@@ -89,10 +95,10 @@ class Memory:
         return self.step(problem, {})
 
     @torch.no_grad()
-    def step(self, problem: LocalProblem, state: dict[str, Any], l1: float = 0.0) -> Update:
+    def step(self, problem: LocalProblem, state: dict[str, Any], l1: float = 0.0, rate: float = 1.0) -> Update:
         """`(ΔW, Δb)`, and new entries in a state, where what was there is replaced and never written on.
 
-        l1: λ of a term λ|W|₁ beside the squared errors' mean over rows.
+        l1: λ of a term λ|W|₁ beside the squared errors' mean over rows. rate: what the update will be multiplied by.
         """
         _check(self, problem, state, l1)
         a, delta = inputs_with_ones(problem), residual(problem).transpose(0, 1)  # [K,R,I], [K,R,O]
@@ -109,9 +115,11 @@ class Memory:
         leaning = _leaning(problem)
         sparse = _thresholds(w, l1, problem.bias is not None) if l1 else None
         if self.recentre:
-            pull = (delta.mT @ a).mul_(-min(1.0, self.gain * share) / rows)
+            strength = min(1.0, self.gain * share)
+            pull = (delta.mT @ a).mul_(-strength / rows)
             pull = pull if leaning is None else pull - leaning / rows
-            moved = self._recentred(w, seen, pull, damping, sparse, state, fresh)
+            room = partial(_room, pull, a, strength, problem.stiffness, rate)
+            moved = self._recentred(w, seen, pull, damping, sparse, room, state, fresh)
         else:
             codes = w @ a.mT - delta.mT
             fresh["B"] = _average(state.get("B"), codes, a, share)
@@ -129,28 +137,49 @@ class Memory:
         return self.ridge if self.ridge is not None else 3.0 if self.recentre else 1e-4
 
     def _recentred(
-        self, w: Tensor, seen: Tensor, pull: Tensor, damping: Tensor, l1: Tensor | None, state: dict[str, Any],
-        fresh: dict[str, Any],
+        self, w: Tensor, seen: Tensor, pull: Tensor, damping: Tensor, l1: Tensor | None, room: Room,
+        state: dict[str, Any], fresh: dict[str, Any],
     ) -> Tensor:  # fmt: skip
         if self.solve == "columns":
-            if l1 is None:
-                return coordinate_descent(torch.zeros_like(w), seen, pull, self.sweeps, damping)
-            eye = torch.eye(seen.shape[-1], dtype=seen.dtype, device=seen.device)
-            held = seen + damping[..., None, None] * eye
-            return coordinate_descent(w, held, w @ held + pull, self.sweeps, l1=l1) - w
-        if self.every == 1:
-            return ridge(seen, pull, damping)
-        made = int(state.get("inverted", 0))  # at this step; anew after 1, 2, 4, ... steps, then at every so-manieth
-        if not made or fresh["steps"] - made >= min(self.every, made):
-            fresh["inverse"], fresh["inverted"] = inverse(seen, damping), fresh["steps"]
+            moved = self._columns(w, seen, pull, damping, l1)
+        elif self.every == 1:
+            moved = ridge(seen, pull, damping)
         else:
-            fresh["inverse"], fresh["inverted"] = state["inverse"], made
-        return pull @ fresh["inverse"]
+            made = int(state.get("inverted", 0))  # at this step; anew after 1, 2, 4, ... steps, then every so many
+            if made and fresh["steps"] - made < min(self.every, made):
+                moved = pull @ state["inverse"]
+                if not bool((room(moved) < 1).any()):
+                    fresh["inverse"], fresh["inverted"] = state["inverse"], made
+                    return moved
+            fresh["inverse"], fresh["inverted"] = inverse(seen, damping), fresh["steps"]
+            moved = pull @ fresh["inverse"]
+        return moved * room(moved).clamp(max=1)
+
+    def _columns(self, w: Tensor, seen: Tensor, pull: Tensor, damping: Tensor, l1: Tensor | None) -> Tensor:
+        if l1 is None:
+            return coordinate_descent(torch.zeros_like(w), seen, pull, self.sweeps, damping)
+        eye = torch.eye(seen.shape[-1], dtype=seen.dtype, device=seen.device)
+        held = seen + damping[..., None, None] * eye
+        return coordinate_descent(w, held, w @ held + pull, self.sweeps, l1=l1) - w
 
     def _absolute(self, w: Tensor, seen: Tensor, right: Tensor, damping: Tensor, l1: Tensor | None) -> Tensor:
         if self.solve == "columns":
             return coordinate_descent(w, seen, right, self.sweeps, damping, 0.0 if l1 is None else l1)
         return ridge(seen, right, damping)
+
+
+def _room(pull: Tensor, a: Tensor, strength: float, stiffness: float, rate: float, moved: Tensor) -> Tensor:
+    """The u of a step D, `[K,1,1]`: `2 tr(Pᵀ D)/(rate (s |a Dᵀ|²/R + η |D|²/R))`, infinite where D does not descend.
+
+    P is the descent of the batch's problem, s its squared errors' weight, and η that of its quadratic terms.
+    """
+    both, rows = (-2, -1), a.shape[-2]
+    slope = (pull * moved).sum(both, keepdim=True)
+    errors = torch.linalg.vector_norm(a @ moved.mT, dim=both, keepdim=True).square()
+    bend = strength * errors
+    if stiffness:
+        bend = bend + stiffness * torch.linalg.vector_norm(moved, dim=both, keepdim=True).square()
+    return torch.where(slope > 0, 2 * slope / (bend * (rate / rows)), torch.inf)
 
 
 def _average(old: Tensor | None, left: Tensor, right: Tensor, share: float) -> Tensor:

@@ -68,7 +68,8 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
         return
     if isinstance(solver, Memory):
         assert task.state is not None
-        update = solver.step(problem, task.state, task.l1 / (task.scale * problem.a.shape[0]))
+        l1 = task.l1 / (task.scale * problem.a.shape[0])
+        update = solver.step(problem, task.state, l1, max(task.rates))
     elif task.l1:
         raise BadInput(f"a term l1·|W|₁ goes with local steps or a Memory; {solver!r} knows none")
     else:
