@@ -25,7 +25,7 @@ SETTINGS: dict[str, Sequence[Mapping[str, Any]]] = {
     "Adam": ({"lr": 3e-4}, {"lr": 1e-3}, {"lr": 3e-3}),
     "AM-Adam": ({"lr": 3e-4}, {"lr": 1e-3}, {"lr": 3e-3}),
     "AM-SGD": ({"lr": 3e-3}, {"lr": 1e-2}, {"lr": 3e-2}),
-    "AM-mem": ({"forget": 0.05}, {"forget": 0.05, "ridge": 0.3}, {"forget": 0.02, "ridge": 0.1}),
+    "AM-mem": ({"forget": 0.05}, {"forget": 0.02}, {"forget": 0.005}),
 }
 
 

@@ -15,6 +15,7 @@ import torch
 
 import layerwise as lw
 from benchmarks.training.altmin.methods import with_library_signs
+from benchmarks.training.figures import log_ticks
 from benchmarks.training.method import Stepping
 from benchmarks.training.problem import Split, accuracy
 from benchmarks.training.problems import PROBLEMS
@@ -94,6 +95,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             axes.plot(errors, [place] * len(errors), "o", color="C0", alpha=0.6, label="a seed" if not place else None)
         axes.set_yticks(range(len(aims)), [f"{r['problem']}\n{r['variant']}, epoch {e}" for r, e, _ in reversed(aims)])
         axes.set(xlabel="test error, %", xscale="log", title=result["title"])
+        log_ticks(axes.xaxis)
 
 
 def sentence(result: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training.figures import log_ticks
+
 from .common import Demonstration, accuracy, batches, make, mean, net, picture, split_of, train, why_not
 
 __all__ = ["DEMONSTRATION"]
@@ -40,16 +42,17 @@ def measure(small: bool = False) -> dict[str, Any]:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Accuracy against staleness, a dot a seed."""
+    """Test error against staleness, a dot a seed."""
     with picture(path) as (axes,):
         for number, (arm, table) in enumerate(result["accuracy"].items()):
             bounds = [int(b) for b in table if b != "together"]
-            axes.plot(bounds, [100 * mean(table[str(b)]) for b in bounds], color=f"C{number}", label=arm)
+            axes.plot(bounds, [100 - 100 * mean(table[str(b)]) for b in bounds], color=f"C{number}", label=arm)
             for b in bounds:
-                axes.plot([b] * len(table[str(b)]), [100 * v for v in table[str(b)]], ".", color=f"C{number}")
-            axes.axhline(100 * mean(table["together"]), color=f"C{number}", linestyle=":")
+                axes.plot([b] * len(table[str(b)]), [100 - 100 * v for v in table[str(b)]], ".", color=f"C{number}")
+            axes.axhline(100 - 100 * mean(table["together"]), color=f"C{number}", linestyle=":")
         axes.plot([], [], color="grey", linestyle=":", label="layers wait for each other")
-        axes.set(xlabel="staleness: minibatches", ylabel="test accuracy, %", title=result["title"])
+        axes.set(xlabel="staleness: minibatches", ylabel="test error, %", yscale="log", title=result["title"])
+        log_ticks(axes.yaxis)
 
 
 def sentence(result: Mapping[str, Any]) -> str:
