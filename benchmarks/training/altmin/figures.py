@@ -27,6 +27,7 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     known = PROBLEMS[problem]
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -48,18 +49,26 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
             _curves(later, [r["accuracy_curve"] for r in final[method]], 1, 2.6 if ours else 1.3, label, style)
     _marks(problem, first, () if one else (later,))
     first.set(xlabel=f"minibatches of {known.batch}", ylabel=f"error on the first {known.early_rows:,} test rows, %")
-    first.set(title=known.title, yscale="log")
     if one:
         later.set_yticks([-i for i in range(len(order))], [known.label(m) for m in order])
-        later.set(xlabel=f"error on {known.test_rows:,} test rows after the epoch, %", xscale="log")
+        later.set_xlabel(f"error on {known.test_rows:,} test rows after the epoch, %")
     else:
-        later.set(xlabel="epochs", ylabel=f"error on {known.test_rows:,} test rows, %", yscale="log")
-    first.legend(*later.get_legend_handles_labels(), fontsize=8, loc="upper right", title="error at the end, %, median")
-    for axis in (first.yaxis, later.xaxis if one else later.yaxis):
-        log_ticks(axis)
+        later.xaxis.set_major_locator(MaxNLocator(integer=True))
+        later.set(xlabel="epochs", ylabel=f"error on {known.test_rows:,} test rows, %")
+    figure.suptitle(known.title)
+    later.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), title="median at the end, %", frameon=False)
     for axes in (first, later):
+        _scale(axes, "x" if one and axes is later else "y")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def _scale(axes: Any, way: str) -> None:
+    """Logarithms, where the errors span more than a factor of four."""
+    low, high = getattr(axes.dataLim, f"interval{way}")
+    if high > 4 * low:
+        axes.set(**{f"{way}scale": "log"})
+        log_ticks(getattr(axes, f"{way}axis"))
 
 
 def _error(accuracy: float) -> float:

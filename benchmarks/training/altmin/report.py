@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.training.methods import METHODS
 from benchmarks.training.plan import Run, methods_of, tuning
 from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.study import study_of
@@ -64,7 +65,7 @@ def accuracy_table(problem: str, final: Finals, seconds: Mapping[str, float]) ->
 def summary_table(finals: Mapping[str, Finals]) -> str:
     """Accuracy in percent on every problem after epoch 1 and the last, means over seeds, as Markdown."""
     lines = ["| method | " + " | ".join(finals) + " |", "|---" * (1 + len(finals)) + "|"]
-    methods = dict.fromkeys(m for study in finals.values() for m in study)
+    methods = [m for m in METHODS if any(m in study for study in finals.values())]
 
     def cell(rows: Sequence[Row]) -> str:
         if not rows:
