@@ -19,6 +19,7 @@ from benchmarks.training import budget, plan, report, rows, runner, step_time, t
 from benchmarks.training.altmin import methods as own
 from benchmarks.training.altmin import offline
 from benchmarks.training.altmin.admm import ADMM, nearest_activation, nearest_output, nearest_preactivation
+from benchmarks.training.altmin.aims import aims_table
 from benchmarks.training.altmin.nets import Sign, dense, elman, lenet5, linears, signs
 from benchmarks.training.altmin.offline import OfflineAM
 from benchmarks.training.altmin.target_propagation import TargetPropagation
@@ -470,3 +471,18 @@ def test_a_run_through_benchopt_is_the_plain_loop(monkeypatch: pytest.MonkeyPatc
     assert list(zip(row["train_curve"], row["test_curve"], strict=True)) == losses
     assert row["accuracy_curve"] == accuracies and row["early_curve"] == early and len(early) == 5
     assert study_of(run.problem) is STUDY
+
+
+def test_aims_stand_beside_what_was_reached_at_their_epoch() -> None:
+    def row(*curve: float) -> dict[str, Any]:
+        return {"accuracy_curve": curve}
+
+    table = aims_table({
+        "mnist-binary-2x500": {"am-adam": [row(0.1, 0.9, 0.95, 0.97), row(0.1, 0.9, 0.95, 0.98, 0.98, 0.99)]},
+        "mnist-2x100-one-epoch": {"am-sgd": [row(0.1, 0.96)], "adam": [row(0.1, 0.9)]},
+    })  # fmt: skip
+    assert table.splitlines()[2:] == [
+        "| mnist-binary-2x500 | am-adam | 3 | 97.5 | 97.50 [97.00, 98.00] |",
+        "| mnist-binary-2x500 | am-adam | 5 | 98 | - |",
+        "| mnist-2x100-one-epoch | am-sgd | 1 | 96.8 | 96.00 [96.00, 96.00] |",
+    ]

@@ -145,11 +145,12 @@ _RULES = {
 
 
 def _summary(finals: Mapping[str, Finals]) -> str:
-    """The one table of the study."""
+    """The one table of the study, and what was aimed at."""
+    from .altmin.aims import aims_table
     from .altmin.report import summary_table
 
     said = "Accuracy in percent after epoch 1 and after the last, means over seeds; `adam` on signs is STE-Adam."
-    return f"{said}\n\n{summary_table(finals)}"
+    return f"{said}\n\n{summary_table(finals)}\n\nWhat was aimed at, and reached:\n\n{aims_table(finals)}"
 
 
 def _of_loss(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, float], folder: Path) -> list[str]:
