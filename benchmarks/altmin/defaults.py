@@ -16,7 +16,7 @@ import torch
 import layerwise as lw
 from benchmarks.training.altmin.aims import aims_of
 from benchmarks.training.altmin.methods import with_library_signs
-from benchmarks.training.figures import log_ticks
+from benchmarks.training.figures import log_scale
 from benchmarks.training.method import Stepping
 from benchmarks.training.problem import Split, accuracy
 from benchmarks.training.problems import PROBLEMS
@@ -94,8 +94,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             errors = [100 - a for a in _at(row, epoch)]
             axes.plot(errors, [place] * len(errors), "o", color="C0", alpha=0.6, label="a seed" if not place else None)
         axes.set_yticks(range(len(aims)), [f"{r['problem']}\n{r['variant']}, epoch {e}" for r, e, _ in reversed(aims)])
-        axes.set(xlabel="test error, %", xscale="log", title=result["title"])
-        log_ticks(axes.xaxis)
+        axes.set(xlabel="test error, %", title=result["title"])
+        log_scale(axes, "x")
 
 
 def sentence(result: Mapping[str, Any]) -> str:

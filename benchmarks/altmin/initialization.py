@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.figures import log_ticks
+from benchmarks.training.figures import log_scale
 
 from .common import Batch, Demonstration, accuracy, batches, held_out, make, mean, net, picture, split_of
 
@@ -64,8 +64,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             middle = [100 * (1 - mean([c[i] for c in curves])) for i in range(1, len(curves[0]))]
             label = "Adam alone" if switch == "0" else f"AM-Adam for {switch} minibatches"
             axes.plot(steps, middle, color=f"C{number}", label=label)
-        axes.set(xlabel="minibatches of 200", ylabel="test error, %", yscale="log", title=result["title"])
-        log_ticks(axes.yaxis)
+        axes.set(xlabel="minibatches of 200", ylabel="test error, %", title=result["title"])
+        log_scale(axes)
 
 
 def sentence(result: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.figures import log_ticks
+from benchmarks.training.figures import log_scale
 
 from .common import Demonstration, accuracy, batches, make, mean, net, picture, split_of, train, why_not
 
@@ -51,8 +51,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
                 axes.plot([b] * len(table[str(b)]), [100 - 100 * v for v in table[str(b)]], ".", color=f"C{number}")
             axes.axhline(100 - 100 * mean(table["together"]), color=f"C{number}", linestyle=":")
         axes.plot([], [], color="grey", linestyle=":", label="layers wait for each other")
-        axes.set(xlabel="staleness: minibatches", ylabel="test error, %", yscale="log", title=result["title"])
-        log_ticks(axes.yaxis)
+        axes.set(xlabel="staleness: minibatches", ylabel="test error, %", title=result["title"])
+        log_scale(axes)
 
 
 def sentence(result: Mapping[str, Any]) -> str:

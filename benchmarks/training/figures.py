@@ -9,7 +9,7 @@ from typing import Any
 
 from .summaries import median
 
-__all__ = ["log_ticks", "seed_figure"]
+__all__ = ["log_scale", "seed_figure"]
 
 Row = Mapping[str, Any]
 
@@ -44,22 +44,24 @@ def seed_figure(path: Path, title: str, final: Mapping[str, Sequence[Row]], step
                 )
             places = [e * unit for e in range(first, length)]
             axes.plot(places, middle[first:], linewidth=3.2 if ours else 1.4, label=label, **style)
-    by_epoch.set(xlabel="epochs", ylabel="train loss", yscale="log", title=title)
+    by_epoch.set(xlabel="epochs", ylabel="train loss", title=title)
     by_second.set(xlabel="seconds (steps x measured seconds a step)", xscale="log", title="from the first epoch on")
     by_second.xaxis.set_major_formatter("{x:g}")
-    if starts:
-        by_epoch.set_ylim(top=1.05 * max(starts))
     by_second.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), title="final median", frameon=False)
     for axes in (by_epoch, by_second):
         axes.grid(alpha=0.3)
-        log_ticks(axes.yaxis)
+        log_scale(axes)
+    if starts:
+        by_epoch.set_ylim(top=1.05 * max(starts))
     figure.savefig(path, dpi=110)
 
 
-def log_ticks(axis: Any) -> None:
-    """Plain numbers, several a decade, for an axis in logarithms that may span less than one."""
+def log_scale(axes: Any, way: str = "y") -> None:
+    """Logarithms along x or y, with plain numbers, several a decade: an axis may span less than one."""
     from matplotlib.ticker import LogLocator, NullLocator
 
+    axes.set(**{f"{way}scale": "log"})
+    axis = getattr(axes, f"{way}axis")
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())

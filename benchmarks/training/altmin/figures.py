@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.figures import log_ticks
+from benchmarks.training.figures import log_scale
 from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.summaries import median
 
@@ -67,8 +67,7 @@ def _scale(axes: Any, way: str) -> None:
     """Logarithms, where the errors span more than a factor of four."""
     low, high = getattr(axes.dataLim, f"interval{way}")
     if high > 4 * low:
-        axes.set(**{f"{way}scale": "log"})
-        log_ticks(getattr(axes, f"{way}axis"))
+        log_scale(axes, way)
 
 
 def _error(accuracy: float) -> float:

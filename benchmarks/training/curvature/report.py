@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.training.figures import log_ticks
+from benchmarks.training.figures import log_scale
 from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.summaries import median, number
 
@@ -80,8 +80,7 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
                     axes.fill_between(places, low, high, color=f"C{index % 10}", alpha=0.2, linewidth=0)
         by_epoch.set_ylabel(label)
         if curve == "train_curve":
-            by_epoch.set_yscale("log")
-            log_ticks(by_epoch.yaxis)
+            log_scale(by_epoch)
         for axes in (by_epoch, by_second):
             axes.grid(alpha=0.3)
     panels[0][0].set_title(known.title)
