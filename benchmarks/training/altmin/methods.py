@@ -59,8 +59,12 @@ def _memory(model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> S
     return _altmin(weights=weights)(model, params, settings)
 
 
-def _adam_twice(model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Step:
-    return stepping(torch.optim.Adam(params, lr=hyper["lr"], betas=(hyper["beta1"], 0.999), fused=True), times=2)
+def _adam(times: int) -> Factory:
+    def make(model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Step:
+        optimizer = torch.optim.Adam(params, lr=hyper["lr"], betas=(hyper["beta1"], 0.999), fused=True)
+        return stepping(optimizer, times)
+
+    return make
 
 
 def _momentum_twice(model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Step:
@@ -110,6 +114,7 @@ def _needs_recurrent_codes() -> str:
 _ADAM_RATE, _SGD_RATE = Range(1e-3, 3e-2), Range(3e-3, 0.3)
 _AVERAGE = Range(0.5, 0.99, "one-minus")
 _COUPLING = Range(1e-2, 1.0)
+_STEPS = {"steps": 8}  # T on recurrent nets, each on 25 of 200 rows
 
 
 def _spaces(families: tuple[str, ...] = FAMILIES, fixed: Mapping[str, Any] | None = None, **ranges: Range) -> Any:
@@ -124,9 +129,18 @@ SHARED: dict[str, Mapping[str, Space]] = {  # of LocoProp's methods; batch 100 i
 }  # fmt: skip
 
 
-def _am(name: str, make: Factory, fixed: Mapping[str, Any] | None = None, revision: int = 1, **ranges: Range) -> Method:
+def _am(
+    name: str,
+    make: Factory,
+    fixed: Mapping[str, Any] | None = None,
+    revision: int = 1,
+    recurrent: Mapping[str, Any] | None = None,
+    **ranges: Range,
+) -> Method:
+    """recurrent: what is fixed besides on recurrent nets."""
     needs = {"binary": _needs_sign, "recurrent": _needs_recurrent_codes}
     spaces = _spaces(FAMILIES, fixed, **ranges)
+    spaces["recurrent"] = Space(ranges, {**(fixed or {}), **(recurrent or {})})
     return Method(name, make, spaces, unavailable=_takes(name, make, spaces["dense"]), needs=needs, revision=revision)
 
 
@@ -138,10 +152,11 @@ def _offline(name: str, make: Callable[[nn.Module, Parameters, Mapping[str, Any]
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
-        Method("adam-twice", _adam_twice, _spaces(lr=_ADAM_RATE, beta1=_AVERAGE), first_order=True),
+        Method("adam-twice", _adam(2), _spaces(lr=_ADAM_RATE, beta1=_AVERAGE), first_order=True),
         Method("momentum-twice", _momentum_twice, _MOMENTUM, first_order=True),
-        _am("am-adam", _altmin(weights="adam"), lr=_ADAM_RATE, coupling=_COUPLING),
-        _am("am-sgd", _altmin(weights="sgd"), lr=Range(3e-4, 0.3), coupling=_COUPLING),
+        Method("adam-25", _adam(1), {"recurrent": _ADAM["recurrent"]}, batch=25, first_order=True),
+        _am("am-adam", _altmin(weights="adam"), recurrent=_STEPS, lr=_ADAM_RATE, coupling=_COUPLING),
+        _am("am-sgd", _altmin(weights="sgd"), recurrent=_STEPS, lr=Range(3e-4, 0.3), coupling=_COUPLING),
         _am("am-mem", _memory, {"forget": 1 / WINDOW}, revision=2, lr=Range(0.5, 5.0), coupling=Range(0.3, 10.0)),
         _am("am-published", _altmin(preset="published"), lr=_ADAM_RATE, coupling=Range(1e-3, 0.1)),
         _am("am-async", _altmin(weights="adam", schedule="async"), lr=_ADAM_RATE, coupling=_COUPLING),

@@ -15,7 +15,7 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
     "mnist-2x500": (*_BASELINES, *_AM, "am-published"),
     "mnist-lenet5": (*_BASELINES, "adam-twice", *_AM, "am-published"),
     "mnist-lenet5-one-epoch": (*_BASELINES, *_AM),
-    "mnist-rows-rnn15": (*_BASELINES, "adam-twice", *_AM, "am-published"),
+    "mnist-rows-rnn15": (*_BASELINES, "adam-25", "adam-twice", *_AM, "am-published"),
     "mnist-pixels-rnn15": ("adam", "am-adam"),
     "mnist-binary-2x500": (*_BASELINES, "target-propagation", *_AM),
     "cifar10-2x100": (*_BASELINES, *_AM, "am-published", *_OFFLINE),
