@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ def mairal(step: int, rows: int) -> float:
     """
     theta = step * rows if step < rows else rows**2 + step - rows
     return (theta + 1 - rows) / (theta + 1)
+
+
+class _System(NamedTuple):
+    """`W (A/n + λ I) = right`, or the step of it; λ₁ of the columns where |W|₁ counts."""
+
+    w: Tensor
+    seen: Tensor
+    right: Tensor
+    damping: Tensor
+    l1: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -119,14 +129,14 @@ class Memory:
             pull = (delta.mT @ a).mul_(-strength / rows)
             pull = pull if leaning is None else pull - leaning / rows
             room = partial(_room, pull, a, strength, problem.stiffness, rate)
-            moved = self._recentred(w, seen, pull, damping, sparse, room, state, fresh)
+            moved = self._recentred(_System(w, seen, pull, damping, sparse), room, state, fresh)
         else:
             codes = w @ a.mT - delta.mT
             fresh["B"] = _average(state.get("B"), codes, a, share)
             # quadratic terms hold W around their centres, not around zero
             right = fresh["B"] if leaning is None else fresh["B"] - leaning / rows
             right = right + w * (problem.stiffness / rows)
-            moved = self._absolute(w, seen, right, damping, sparse) - w
+            moved = self._absolute(_System(w, seen, right, damping, sparse)) - w
         if not is_finite(moved):
             raise NonFinite(f"the solution of a Memory of {step} batches is not finite; raise its ridge")
         state |= fresh
@@ -136,33 +146,42 @@ class Memory:
     def _ridge(self) -> float:
         return self.ridge if self.ridge is not None else 3.0 if self.recentre else 1e-4
 
-    def _recentred(
-        self, w: Tensor, seen: Tensor, pull: Tensor, damping: Tensor, l1: Tensor | None, room: Room,
-        state: dict[str, Any], fresh: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
+    def _recentred(self, asked: _System, room: Room, state: dict[str, Any], fresh: dict[str, Any]) -> Tensor:
         if self.solve == "columns":
-            moved = self._columns(w, seen, pull, damping, l1)
+            moved = self._columns(asked)
         elif self.every == 1:
-            moved = ridge(seen, pull, damping)
+            moved = ridge(asked.seen, asked.right, asked.damping)
         else:
-            made = int(state.get("inverted", 0))  # at this step; anew after 1, 2, 4, ... steps, then every so many
-            if made and fresh["steps"] - made < min(self.every, made):
-                moved = pull @ state["inverse"]
-                if not bool((room(moved) < 1).any()):
-                    fresh["inverse"], fresh["inverted"] = state["inverse"], made
-                    return moved
-            fresh["inverse"], fresh["inverted"] = inverse(seen, damping), fresh["steps"]
-            moved = pull @ fresh["inverse"]
+            served = self._by_old_inverse(asked, room, state, fresh)
+            if served is not None:
+                return served
+            fresh["inverse"], fresh["inverted"] = inverse(asked.seen, asked.damping), fresh["steps"]
+            moved = asked.right @ fresh["inverse"]
         return moved * room(moved).clamp(max=1)
 
-    def _columns(self, w: Tensor, seen: Tensor, pull: Tensor, damping: Tensor, l1: Tensor | None) -> Tensor:
+    def _by_old_inverse(
+        self, asked: _System, room: Room, state: dict[str, Any], fresh: dict[str, Any]
+    ) -> Tensor | None:
+        """None where a new one is due, after 1, 2, 4, ... steps and then every so many, or the step goes too far."""
+        made = int(state.get("inverted", 0))
+        if not made or fresh["steps"] - made >= min(self.every, made):
+            return None
+        moved = asked.right @ state["inverse"]
+        if bool((room(moved) < 1).any()):
+            return None
+        fresh["inverse"], fresh["inverted"] = state["inverse"], made
+        return moved
+
+    def _columns(self, asked: _System) -> Tensor:
+        w, seen, pull, damping, l1 = asked
         if l1 is None:
             return coordinate_descent(torch.zeros_like(w), seen, pull, self.sweeps, damping)
         eye = torch.eye(seen.shape[-1], dtype=seen.dtype, device=seen.device)
         held = seen + damping[..., None, None] * eye
         return coordinate_descent(w, held, w @ held + pull, self.sweeps, l1=l1) - w
 
-    def _absolute(self, w: Tensor, seen: Tensor, right: Tensor, damping: Tensor, l1: Tensor | None) -> Tensor:
+    def _absolute(self, asked: _System) -> Tensor:
+        w, seen, right, damping, l1 = asked
         if self.solve == "columns":
             return coordinate_descent(w, seen, right, self.sweeps, damping, 0.0 if l1 is None else l1)
         return ridge(seen, right, damping)
