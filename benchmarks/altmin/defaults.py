@@ -1,7 +1,7 @@
 """What AltMin's defaults reach untuned, each variant with one configuration for all nets: test accuracy by epoch.
 
-The aims are the project's, of the first epochs. Rates are constant, and nothing was tried: it is
-`lw.AltMin(model, weights=...)` as it stands.
+The aims are the project's, of the first epochs. Nothing was tried: it is `lw.AltMin(model, weights=...)` as it stands,
+at a constant rate or, where the problem says so, one that falls over the epochs of the case.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import layerwise as lw
 from benchmarks.training.altmin.aims import aims_of
 from benchmarks.training.altmin.methods import with_library_signs
 from benchmarks.training.figures import log_scale
-from benchmarks.training.method import Stepping
 from benchmarks.training.problem import Split, accuracy
 from benchmarks.training.problems import PROBLEMS
+from benchmarks.training.train import rate
 
-from .common import Demonstration, batches, mean, picture, train
+from .common import Batch, Demonstration, batches, mean, picture
 
 __all__ = ["DEMONSTRATION"]
 
@@ -43,6 +43,10 @@ CASES = (
     Case("mnist-2x100", "AM-SGD", 1),
     Case("mnist-2x100", "AM-mem", 1),
     Case("mnist-lenet5", "AM-Adam", 1),
+    Case("mnist-2x100-one-epoch", "AM-Adam", 1),
+    Case("mnist-2x100-one-epoch", "AM-SGD", 1),
+    Case("mnist-2x100-one-epoch", "AM-mem", 1),
+    Case("mnist-lenet5-one-epoch", "AM-Adam", 1),
     Case("mnist-binary-2x500", "AM-Adam", 5),
     Case("mnist-rows-rnn15", "AM-Adam", 2),
 )
@@ -54,8 +58,13 @@ def run(case: Case, data: Split, batch: int, seed: int) -> list[float]:
     still = [p.detach().clone() for p in model.parameters()]
     torch.manual_seed(seed)
     opt, found = lw.AltMin(model, weights=VARIANTS[case.variant]), []  # type: ignore[arg-type]
+    steps = case.epochs * -(-len(data.x) // batch)
+    falling = PROBLEMS[case.problem].schedule == "linear"
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: rate(step, steps) if falling else 1.0)
     for epoch in range(case.epochs):
-        train(Stepping(opt.step, opt), model, data.x, data.y, batches(len(data.x), batch, 10_000 * seed + epoch))
+        for index in batches(len(data.x), batch, 10_000 * seed + epoch):
+            opt.step(Batch(model, data.x[index], data.y[index]))
+            schedule.step()
         found.append(100 * accuracy(PROBLEMS[case.problem], model, data.x_test, data.y_test))
     unmoved = [n for (n, p), s in zip(model.named_parameters(), still, strict=True) if torch.equal(p, s)]
     if unmoved:
@@ -93,7 +102,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             axes.plot([100 - aim] * 2, [place - 0.3, place + 0.3], "k-", label="aim" if not place else None)
             errors = [100 - a for a in _at(row, epoch)]
             axes.plot(errors, [place] * len(errors), "o", color="C0", alpha=0.6, label="a seed" if not place else None)
-        axes.set_yticks(range(len(aims)), [f"{r['problem']}\n{r['variant']}, epoch {e}" for r, e, _ in reversed(aims)])
+        axes.set_yticks(range(len(aims)), [f"{r['variant']}, {r['problem']}, epoch {e}" for r, e, _ in reversed(aims)])
         axes.set(xlabel="test error, %", title=result["title"])
         log_scale(axes, "x")
 
