@@ -29,7 +29,9 @@ def _make(kind: str, model: nn.Module, params: Parameters, hyper: Mapping[str, A
 
 
 _MOMENTUM = Range(0.5, 0.99, "one-minus")
-_RATE, _DAMPING = Range(1e-2, 1.0), Range(1e-4, 1e1)
+_CURVED: Mapping[str, Range] = {"lr": Range(1e-2, 1.0), "damping": Range(1e-4, 1e1)}
+# A sum over pixels is a hundred times as large as a mean, and curves as much more.
+_CURVED_SUM: Mapping[str, Range] = {"lr": Range(1e-3, 1.0), "damping": Range(1e-2, 1e3)}
 _PLAIN: Mapping[str, Any] = {"momentum": 0.0, "kl_clip": None}  # the paper's update, θ ← θ − α (C + λI)⁻¹ ∇L
 _KRONECKER = {**_PLAIN, "update_inverses_every": PERIOD}
 
@@ -38,22 +40,24 @@ def _spaces(fixed: Mapping[str, Any] | None = None, **ranges: Range) -> dict[str
     return dict.fromkeys(FAMILIES, Space(ranges, fixed or {}))
 
 
+def _curved(fixed: Mapping[str, Any]) -> dict[str, Space]:
+    return _spaces(fixed, **_CURVED) | {"pixels": Space(_CURVED_SUM, fixed)}
+
+
 SHARED: dict[str, Mapping[str, Space]] = {  # of LocoProp's methods
     "adam": _spaces({"eps": 1e-8}, lr=Range(1e-4, 1e-2), beta1=_MOMENTUM),
     "momentum": _spaces({"nesterov": True}, lr=Range(1e-3, 1.0), momentum=_MOMENTUM)
     | {"pixels": Space({"lr": Range(1e-5, 1e-2), "momentum": _MOMENTUM}, {"nesterov": True})},
-    "kfac": _spaces(_KRONECKER, lr=_RATE, damping=_DAMPING),
+    "kfac": _curved(_KRONECKER),
 }
 
 
 def _kronecker(kind: str) -> Method:
-    spaces = _spaces(_KRONECKER, lr=_RATE, damping=_DAMPING)
-    return Method(kind, partial(_make, kind), spaces, period=PERIOD)
+    return Method(kind, partial(_make, kind), _curved(_KRONECKER), period=PERIOD)
 
 
 def _diagonal(kind: str) -> Method:
-    spaces = _spaces(_PLAIN, lr=_RATE, damping=_DAMPING)
-    return Method(kind, partial(_make, kind), spaces, period=PERIOD // 2)
+    return Method(kind, partial(_make, kind), _curved(_PLAIN), period=PERIOD // 2)
 
 
 METHODS: dict[str, Method] = {
