@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import layerwise as lw
 from benchmarks import data
 from benchmarks.training import plan, report, rows, step_time, trials
 from benchmarks.training.curvature.nets import all_cnn_c
@@ -83,6 +84,15 @@ def test_trials_are_chosen_by_accuracy_where_there_are_classes() -> None:
                 row["test_accuracy"] = 0.5 + 0.1 * (run.trial == 3)
             held[run.key()] = row
         assert plan.best(runs, held) == wanted
+
+
+def test_what_is_timed_spans_all_that_a_method_amortises() -> None:
+    """A lower quartile over single steps would not see an inverse that is due at every tenth."""
+    for name, method in METHODS.items():
+        for family, space in method.spaces.items():
+            assert space.period % space.fixed.get("update_inverses_every", 1) == 0, (name, family)
+    assert METHODS["kfac"].spaces["pixels"].period == METHODS["kflr"].spaces["pixels"].period == 10
+    assert METHODS["am-mem"].spaces["dense"].period == lw.local.Memory().every
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])

@@ -61,10 +61,14 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """The hyperparameters of a method on a family of problems: searched, and fixed."""
+    """The hyperparameters of a method on a family of problems: searched, and fixed.
+
+    period: steps after which its costs repeat.
+    """
 
     ranges: Mapping[str, Range]
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    period: int = 1
 
 
 def _here() -> str:
@@ -77,9 +81,8 @@ class Method:
 
     spaces: by family of problems; a method is not run on a family that it has no space for. batch: rows a step,
     default the problem's. whole: every step takes all rows, in their order. first_order: one of the baselines that
-    the goals are set against. period: steps after which its costs repeat. revision: raised when the rule changes,
-    so that earlier rows no longer count. unavailable: why it cannot be run here, "" where it can; needs: the same
-    by family.
+    the goals are set against. revision: raised when the rule changes, so that earlier rows no longer count.
+    unavailable: why it cannot be run here, "" where it can; needs: the same by family.
     """
 
     name: str
@@ -88,7 +91,6 @@ class Method:
     batch: int | None = None
     whole: bool = False
     first_order: bool = False
-    period: int = 1
     revision: int = 1
     unavailable: Callable[[], str] = _here
     needs: Mapping[str, Callable[[], str]] = field(default_factory=dict)

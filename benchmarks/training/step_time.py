@@ -49,7 +49,7 @@ def stepper(problem: str, split: Split, method: str) -> Callable[[], None]:
         index = itertools.repeat(slice(None))
 
     def steps() -> None:
-        for _ in range(chosen.period):
+        for _ in range(chosen.spaces[known.family].period):
             training.step(next(index))
 
     return steps
@@ -67,7 +67,7 @@ def measure(
     runs: dict[str, Callable[[], object]] = {m: stepper(problem, split, m) for m in found}
     runs["_losses"] = Training(problem, split, "sgd", {"lr": 0.0}, 0, known.batch).losses
     total = interleaved(runs, repeats)
-    each = {m: total[m] / METHODS[m].period for m in found}
+    each = {m: total[m] / METHODS[m].spaces[known.family].period for m in found}
     return {
         "problem": problem,
         "rows": len(split.x),

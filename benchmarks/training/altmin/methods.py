@@ -135,12 +135,13 @@ def _am(
     fixed: Mapping[str, Any] | None = None,
     revision: int = 1,
     recurrent: Mapping[str, Any] | None = None,
+    period: int = 1,
     **ranges: Range,
 ) -> Method:
     """recurrent: what is fixed besides on recurrent nets."""
     needs = {"binary": _needs_sign, "recurrent": _needs_recurrent_codes}
-    spaces = _spaces(FAMILIES, fixed, **ranges)
-    spaces["recurrent"] = Space(ranges, {**(fixed or {}), **(recurrent or {})})
+    besides = {"recurrent": recurrent or {}}
+    spaces = {f: Space(ranges, {**(fixed or {}), **besides.get(f, {})}, period) for f in FAMILIES}
     return Method(name, make, spaces, unavailable=_takes(name, make, spaces["dense"]), needs=needs, revision=revision)
 
 
@@ -157,7 +158,15 @@ METHODS: dict[str, Method] = {
         Method("adam-25", _adam(1), {"recurrent": _ADAM["recurrent"]}, batch=25, first_order=True),
         _am("am-adam", _altmin(weights="adam"), recurrent=_STEPS, lr=_ADAM_RATE, coupling=_COUPLING),
         _am("am-sgd", _altmin(weights="sgd"), recurrent=_STEPS, lr=Range(3e-4, 0.3), coupling=_COUPLING),
-        _am("am-mem", _memory, {"forget": 1 / WINDOW}, revision=2, lr=Range(0.5, 5.0), coupling=Range(0.3, 10.0)),
+        _am(
+            "am-mem",
+            _memory,
+            {"forget": 1 / WINDOW},
+            revision=2,
+            period=local.Memory().every,
+            lr=Range(0.5, 5.0),
+            coupling=Range(0.3, 10.0),
+        ),
         _am("am-published", _altmin(preset="published"), lr=_ADAM_RATE, coupling=Range(1e-3, 0.1)),
         _am("am-async", _altmin(weights="adam", schedule="async"), lr=_ADAM_RATE, coupling=_COUPLING),
         Method(

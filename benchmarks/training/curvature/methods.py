@@ -14,7 +14,8 @@ from benchmarks.training.method import Method, Parameters, Range, Space, Step, S
 __all__ = ["METHODS", "SHARED"]
 
 FAMILIES = ("classes", "pixels", "characters")
-PERIOD = 10  # steps between two inverses of a Kronecker factor
+PERIOD = 10  # steps between two inverses of a Kronecker factor, in the paper's update
+DEFAULT = 20  # the same by the library's defaults
 
 
 def _make(kind: str, model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Step:
@@ -40,29 +41,36 @@ def _spaces(fixed: Mapping[str, Any] | None = None, **ranges: Range) -> dict[str
     return dict.fromkeys(FAMILIES, Space(ranges, fixed or {}))
 
 
-def _curved(fixed: Mapping[str, Any]) -> dict[str, Space]:
-    return _spaces(fixed, **_CURVED) | {"pixels": Space(_CURVED_SUM, fixed)}
+def _curved(fixed: Mapping[str, Any], period: int) -> dict[str, Space]:
+    return {f: Space(_CURVED_SUM if f == "pixels" else _CURVED, fixed, period) for f in FAMILIES}
 
 
 SHARED: dict[str, Mapping[str, Space]] = {  # of LocoProp's methods
     "adam": _spaces({"eps": 1e-8}, lr=Range(1e-4, 1e-2), beta1=_MOMENTUM),
     "momentum": _spaces({"nesterov": True}, lr=Range(1e-3, 1.0), momentum=_MOMENTUM)
     | {"pixels": Space({"lr": Range(1e-5, 1e-2), "momentum": _MOMENTUM}, {"nesterov": True})},
-    "kfac": _curved(_KRONECKER),
+    "kfac": _curved(_KRONECKER, PERIOD),
 }
 
 
 def _kronecker(kind: str) -> Method:
-    return Method(kind, partial(_make, kind), _curved(_KRONECKER), period=PERIOD)
+    return Method(kind, partial(_make, kind), _curved(_KRONECKER, PERIOD))
+
+
+def _with_momentum() -> Method:
+    """The library's K-FAC as it comes, with momentum and a clip by the KL divergence; rate and damping are searched."""
+    spaces = _curved({"update_inverses_every": DEFAULT}, DEFAULT)
+    return Method("kfac-momentum", partial(_make, "kfac"), spaces)
 
 
 def _diagonal(kind: str) -> Method:
-    return Method(kind, partial(_make, kind), _curved(_PLAIN), period=PERIOD // 2)
+    return Method(kind, partial(_make, kind), _curved(_PLAIN, PERIOD // 2))
 
 
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
+        _with_momentum(),
         *map(_kronecker, ("kflr", "kfra", "ekfac", "foof")),
         *map(_diagonal, ("diag-ggn", "diag-ggn-mc")),
     )

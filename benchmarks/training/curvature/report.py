@@ -52,8 +52,8 @@ def curves_table(problem: str, final: Finals, seconds: Mapping[str, float]) -> s
 
 
 def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str, float]) -> None:
-    """Loss, and where there are classes accuracy, by epoch and by second: medians, with bands from quartile to
-    quartile. A method that has not been timed is in the left panels only.
+    """Loss, and where there are classes error, by epoch and by second from the first epoch on: medians, with bands
+    from quartile to quartile. A method that has not been timed is in the left panels only, one that failed in none.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,26 +65,29 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
     panels = figure.subplots(rows, 2, squeeze=False, sharey="row")
     kinds: list[tuple[str, str, Callable[[float], float]]] = [("train_curve", "train loss", float)]
     if known.classes:
-        kinds.append(("accuracy_curve", "accuracy on test rows, %", lambda v: 100 * v))
+        kinds.append(("accuracy_curve", "error on test rows, %", lambda v: 100 * (1 - v)))
     for (curve, label, unit), (by_epoch, by_second) in zip(kinds, panels, strict=True):
         for index, (method, runs) in enumerate(final.items()):
             configuration = runs[0]["configuration"]
             second = -(-configuration["rows"] // configuration["batch"]) * seconds.get(method, math.nan)
-            length = min(len(r[curve]) for r in runs)
-            bands = [quartiles([unit(r[curve][e]) for r in runs]) for e in range(length)]
+            epochs = range(1, min(len(r[curve]) for r in runs))
+            bands = [quartiles([unit(r[curve][e]) for r in runs]) for e in epochs]
             low, middle, high = zip(*bands, strict=True) if bands else ((), (), ())
+            end = f"{number(middle[-1])}  {method}" if bands else ""
             for axes, each in ((by_epoch, 1.0), (by_second, second)):
                 if bands and not math.isnan(each):
-                    places = [e * each for e in range(length)]
-                    axes.plot(places, middle, color=f"C{index % 10}", linewidth=1.8, label=method)
+                    places = [e * each for e in epochs]
+                    axes.plot(places, middle, color=f"C{index % 10}", linewidth=1.8, label=end)
                     axes.fill_between(places, low, high, color=f"C{index % 10}", alpha=0.2, linewidth=0)
         by_epoch.set_ylabel(label)
-        if curve == "train_curve":
-            log_scale(by_epoch)
+        by_epoch.xaxis.get_major_locator().set_params(integer=True)
+        by_second.legend(*by_epoch.get_legend_handles_labels(), fontsize=8, loc="center left", title="final median",
+                         bbox_to_anchor=(1.01, 0.5), frameon=False)  # fmt: skip
+        log_scale(by_epoch)
+        log_scale(by_second, "x")
         for axes in (by_epoch, by_second):
             axes.grid(alpha=0.3)
-    panels[0][0].set_title(known.title)
-    panels[0][0].legend(fontsize=7)
+    figure.suptitle(known.title)
     panels[-1][0].set_xlabel("epochs")
     panels[-1][1].set_xlabel("seconds (steps x measured seconds a step)")
     figure.savefig(path, dpi=110)

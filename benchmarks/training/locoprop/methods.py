@@ -129,9 +129,9 @@ _BETA2 = Range(0.9, 0.999, "one-minus")
 _KFAC = {"lr": Range(3e-2, 1.0), "damping": Range(1e-3, 1e1), "momentum": Range(0.0, 0.9, "linear")}
 
 
-def _same(**ranges: Range) -> dict[str, Space]:
+def _same(fixed: Mapping[str, Any] | None = None, period: int = 1, **ranges: Range) -> dict[str, Space]:
     """One space for all families: for methods whose step does not scale with the loss."""
-    return dict.fromkeys(("autoencoder", "convnet", "transformer"), Space(ranges))
+    return dict.fromkeys(("autoencoder", "convnet", "transformer"), Space(ranges, fixed or {}, period))
 
 
 def _by_loss(autoencoder: dict[str, Range], classifier: dict[str, Range], **fixed: Any) -> dict[str, Space]:
@@ -195,18 +195,13 @@ METHODS: dict[str, Method] = {
         Method(
             "shampoo",
             _shampoo,
-            {
-                family: Space(space.ranges, {"beta2": 0.999})
-                for family, space in _same(lr=Range(1e-5, 1e-2), beta1=_MOMENTUM, matrix_eps=Range(1e-8, 1e-3)).items()
-            },
-            period=_PERIOD,
+            _same({"beta2": 0.999}, _PERIOD, lr=Range(1e-5, 1e-2), beta1=_MOMENTUM, matrix_eps=Range(1e-8, 1e-3)),
             unavailable=_needs_package,
         ),
         Method(
             "soap",
             _soap,
-            _same(lr=Range(1e-4, 3e-2), beta1=_MOMENTUM, beta2=_BETA2),
-            period=_PERIOD,
+            _same(period=_PERIOD, lr=Range(1e-4, 3e-2), beta1=_MOMENTUM, beta2=_BETA2),
             unavailable=_needs_package,
         ),
         Method(
@@ -218,9 +213,8 @@ METHODS: dict[str, Method] = {
         Method(  # as many inverses an epoch as with batches of 1000
             "kfac-250",
             _kfac,
-            {"autoencoder": Space(_KFAC, {"kl_clip": 10.0, "update_factors_every": 1, "update_inverses_every": 4})},
+            {"autoencoder": Space(_KFAC, {"kl_clip": 10.0, "update_factors_every": 1, "update_inverses_every": 4}, 4)},
             batch=250,
-            period=4,
             revision=3,
         ),
         Method(
