@@ -13,25 +13,22 @@ from typing import Any
 
 import torch
 
-import layerwise as lw
 from benchmarks.training.altmin.aims import aims_of
-from benchmarks.training.altmin.methods import with_library_signs
 from benchmarks.training.figures import log_scale
-from benchmarks.training.problem import Split, accuracy
+from benchmarks.training.problem import Split
 from benchmarks.training.problems import PROBLEMS
-from benchmarks.training.train import rate
+from benchmarks.training.train import Training
 
-from .common import Batch, Demonstration, batches, mean, picture
+from .common import Demonstration, mean, picture
 
 __all__ = ["DEMONSTRATION"]
 
 SEEDS = (0, 1, 2)
-VARIANTS = {"AM-Adam": "adam", "AM-SGD": "sgd", "AM-mem": "memory"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A net with a variant, for some epochs."""
+    """A net with a variant, which the study knows by the same name in small letters, for some epochs."""
 
     problem: str
     variant: str
@@ -52,21 +49,15 @@ CASES = (
 )
 
 
-def run(case: Case, data: Split, batch: int, seed: int) -> list[float]:
-    """Test accuracy in % after each epoch."""
-    model = with_library_signs(PROBLEMS[case.problem].model(seed, {}))
-    still = [p.detach().clone() for p in model.parameters()]
-    torch.manual_seed(seed)
-    opt, found = lw.AltMin(model, weights=VARIANTS[case.variant]), []  # type: ignore[arg-type]
-    steps = case.epochs * -(-len(data.x) // batch)
-    falling = PROBLEMS[case.problem].schedule == "linear"
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: rate(step, steps) if falling else 1.0)
-    for epoch in range(case.epochs):
-        for index in batches(len(data.x), batch, 10_000 * seed + epoch):
-            opt.step(Batch(model, data.x[index], data.y[index]))
-            schedule.step()
-        found.append(100 * accuracy(PROBLEMS[case.problem], model, data.x_test, data.y_test))
-    unmoved = [n for (n, p), s in zip(model.named_parameters(), still, strict=True) if torch.equal(p, s)]
+def run(case: Case, data: Split, seed: int) -> list[float]:
+    """Test accuracy in % after each epoch, trained as the study trains, with no hyperparameter given."""
+    batch = PROBLEMS[case.problem].batch
+    training = Training(case.problem, data, case.variant.lower(), {}, seed, batch, epochs=case.epochs)
+    still, found = [p.detach().clone() for p in training.model.parameters()], []
+    for _ in range(case.epochs):
+        training.epoch()
+        found.append(100 * training.accuracy())
+    unmoved = [n for (n, p), s in zip(training.model.named_parameters(), still, strict=True) if torch.equal(p, s)]
     if unmoved:
         raise RuntimeError(f"{case.variant} on {case.problem} left {', '.join(unmoved)} where they were")
     return found
@@ -79,7 +70,7 @@ def measure(small: bool = False) -> dict[str, Any]:
         known = PROBLEMS[case.problem]
         data = known.load(400, 500) if small else known.split(known.rows)
         shown, seeds = (replace(case, epochs=1), SEEDS[:1]) if small else (case, SEEDS)
-        found = [run(shown, data, known.batch, seed) for seed in seeds]
+        found = [run(shown, data, seed) for seed in seeds]
         aims = [{"epoch": e, "accuracy": a} for e, a in aims_of(case.problem, case.variant.lower()).items()]
         rows.append({"problem": case.problem, "title": known.title, "variant": case.variant, "batch": known.batch,
                      "aims": aims, "accuracy": found})  # fmt: skip

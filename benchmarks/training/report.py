@@ -210,7 +210,7 @@ def _of_curves(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str,
         parts.append(curves_table(problem, final, step_seconds))
         figure = folder / f"{problem}.png"
         curves_figure(figure, problem, final, step_seconds)
-        parts.append(f"![loss and accuracy by epoch and by second]({figure.name})")
+        parts.append(f"![loss and error by epoch and by second]({figure.name})")
     if PROBLEMS[problem].classes:
         parts.append("Trials: accuracy on held-out training rows.\n\n" + classes.tuning_table(problem, held))
     else:

@@ -27,7 +27,6 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     known = PROBLEMS[problem]
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -53,7 +52,7 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
         later.set_yticks([-i for i in range(len(order))], [known.label(m) for m in order])
         later.set_xlabel(f"error on {known.test_rows:,} test rows after the epoch, %")
     else:
-        later.xaxis.set_major_locator(MaxNLocator(integer=True))
+        later.xaxis.get_major_locator().set_params(integer=True)
         later.set(xlabel="epochs", ylabel=f"error on {known.test_rows:,} test rows, %")
     figure.suptitle(known.title)
     later.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), title="median at the end, %", frameon=False)

@@ -55,7 +55,8 @@ def _altmin(**settings: Any) -> Factory:
 def _memory(model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Step:
     """AM-mem: running moments of inputs and codes, with a window of 1/forget minibatches."""
     settings = dict(hyper)
-    weights = local.Memory(forget=settings.pop("forget"))  # type: ignore[attr-defined, unused-ignore]
+    own = {name: settings.pop(name) for name in ("forget",) if name in settings}
+    weights = local.Memory(**own)  # type: ignore[attr-defined, unused-ignore]
     return _altmin(weights=weights)(model, params, settings)
 
 
@@ -140,8 +141,8 @@ def _am(
 ) -> Method:
     """recurrent: what is fixed besides on recurrent nets."""
     needs = {"binary": _needs_sign, "recurrent": _needs_recurrent_codes}
-    besides = {"recurrent": recurrent or {}}
-    spaces = {f: Space(ranges, {**(fixed or {}), **besides.get(f, {})}, period) for f in FAMILIES}
+    everywhere = dict.fromkeys(FAMILIES, Space(ranges, fixed or {}, period))
+    spaces = everywhere | {"recurrent": Space(ranges, {**(fixed or {}), **(recurrent or {})}, period)}
     return Method(name, make, spaces, unavailable=_takes(name, make, spaces["dense"]), needs=needs, revision=revision)
 
 
