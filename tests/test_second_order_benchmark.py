@@ -99,8 +99,16 @@ def test_what_is_timed_spans_all_that_a_method_amortises() -> None:
 def test_quartiles(n: int) -> None:
     values = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).tolist()
     assert quartiles(values) == pytest.approx(np.quantile(values, [0.25, 0.5, 0.75]).tolist())
-    assert quartiles([*values, float("inf")]) == (float("inf"),) * 3
     assert all(np.isnan(quartiles([])))
+
+
+def test_quartiles_count_a_failure_as_infinite() -> None:
+    """One seed of five that fails does not hide the other four."""
+    inf = float("inf")
+    assert quartiles([3.0, inf, 1.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
+    assert quartiles([3.0, -inf, 1.0, 2.0, 4.0]) == (1.0, 2.0, 3.0)
+    assert quartiles([inf, 1.0, inf, 2.0, 3.0]) == (2.0, 3.0, inf)
+    assert quartiles([1.0, inf]) == (inf, inf, inf) and quartiles([inf, inf, 1.0]) == (inf, inf, inf)
 
 
 def test_report_of_canned_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +116,8 @@ def test_report_of_canned_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     held, problems = Rows(tmp_path), ["mnist-logistic", "mnist-autoencoder-256"]
     for problem, (m, method) in itertools.product(problems, enumerate(("adam", "kfac"))):
         for run in (*plan.tuning(problem, method), *plan.finals(problem, method, 7)):
-            held.add(_canned(run, [3.0, 2.0 - m - 0.1 * run.seed * (run.phase == "final")]))
+            losses = [3.0, 2.0 - m - 0.1 * run.seed * (run.phase == "final")]
+            held.add(_canned(run, losses, "Diverged" if (method, run.seed, run.phase) == ("adam", 4, "final") else ""))
         relative, revisions = {"adam": 1.0, "kfac": 1.5}, {"adam": 1, "kfac": METHODS["kfac"].revision}
         row = {"problem": problem, "seconds": relative, "relative": relative, "losses_seconds": 1.0, "repeats": 15,
                "revisions": revisions}  # fmt: skip
@@ -119,11 +128,14 @@ def test_report_of_canned_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     cells = {c[1]: c for line in table.splitlines() if (c := [p.strip() for p in line.split("|")])[7:]}
     # method, trial, seeds, train loss, test loss, accuracy, step, memory: seeds 0 to 4 lower the loss by a tenth each
     assert cells["kfac"][2:5] == ["7", "5", "0.8 [0.7, 0.9]"] and cells["kfac"][6:9] == ["90 [90, 90]", "1.5", "10"]
+    assert cells["adam"][3:6] == ["5 (1 failed)", "1.9 [1.8, 2]", "2.9 [2.8, 3]"], "the fifth seed counts as infinite"
+    assert cells["adam"][6] == "90 [90, 90]"
     assert "Not run: kfra: no KFRA" in first and "accuracy on held-out" in first and "Trials: train loss" in second
     for problem in problems:
         assert (tmp_path / "out" / f"{problem}.png").stat().st_size > 10_000
 
 
-def _canned(run: Run, losses: list[float]) -> dict[str, object]:
+def _canned(run: Run, losses: list[float], failure: str = "") -> dict[str, object]:
     accuracies = [0.1, 0.9] if PROBLEMS[run.problem].classes else []
-    return row_of(run, [(v, v + 1) for v in losses], "", {"memory_mb": 10.0}, accuracies)
+    curve = [(v, v + 1) for v in losses[: 1 if failure else None]]
+    return row_of(run, curve, failure, {"memory_mb": 10.0}, accuracies)

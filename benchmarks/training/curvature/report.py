@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.training.figures import log_scale
 from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.summaries import median, number
@@ -21,11 +19,17 @@ REFERENCE = "adam"
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile, by straight lines between order statistics; infinite where one is."""
-    if not values or not all(map(math.isfinite, values)):
-        return (math.inf,) * 3 if values else (math.nan,) * 3
-    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
-    return float(low), float(middle), float(high)
+    """Lower quartile, median and upper quartile, by straight lines between order statistics, some of them infinite."""
+    if not values:
+        return (math.nan,) * 3
+    ordered = sorted(values)
+
+    def at(part: float) -> float:
+        index, weight = divmod(part * (len(ordered) - 1), 1)
+        below = ordered[int(index)]  # nothing is added to it at weight 0, where the next may be infinite
+        return (1 - weight) * below + weight * ordered[int(index) + 1] if weight else below
+
+    return at(0.25), at(0.5), at(0.75)
 
 
 def curves_table(problem: str, final: Finals, seconds: Mapping[str, float]) -> str:
@@ -53,7 +57,7 @@ def curves_table(problem: str, final: Finals, seconds: Mapping[str, float]) -> s
 
 def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str, float]) -> None:
     """Loss, and where there are classes error, by epoch and by second from the first epoch on: medians, with bands
-    from quartile to quartile. A method that has not been timed is in the left panels only, one that failed in none.
+    from quartile to quartile, where they are finite. A method that has not been timed is in the left panels only.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -70,10 +74,10 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
         for index, (method, runs) in enumerate(final.items()):
             configuration = runs[0]["configuration"]
             second = -(-configuration["rows"] // configuration["batch"]) * seconds.get(method, math.nan)
-            epochs = range(1, min(len(r[curve]) for r in runs))
-            bands = [quartiles([unit(r[curve][e]) for r in runs]) for e in epochs]
+            epochs = range(1, max(len(r[curve]) for r in runs))
+            bands = [quartiles([unit(r[curve][e]) if e < len(r[curve]) else math.inf for r in runs]) for e in epochs]
             low, middle, high = zip(*bands, strict=True) if bands else ((), (), ())
-            end = f"{number(middle[-1])}  {method}" if bands else ""
+            end = f"{_or_failed(middle[-1])}  {method}" if bands else ""
             for axes, each in ((by_epoch, 1.0), (by_second, second)):
                 if bands and not math.isnan(each):
                     places = [e * each for e in epochs]
@@ -94,5 +98,9 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
 
 
 def _spread(values: Sequence[float]) -> str:
-    low, middle, high = quartiles([float(v) for v in values])
-    return f"{number(middle)} [{number(low)}, {number(high)}]" if math.isfinite(middle) else "failed"
+    low, middle, high = (_or_failed(v) for v in quartiles([float(v) for v in values]))
+    return middle if middle == "failed" else f"{middle} [{low}, {high}]"
+
+
+def _or_failed(value: float) -> str:
+    return "failed" if math.isinf(value) else number(value)
