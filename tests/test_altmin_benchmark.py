@@ -433,9 +433,8 @@ def test_report_of_canned_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 failed = "nan" if (method, run.seed, problem) == ("adam-100", 1, MNIST) else ""
                 held.add(canned(run, [0.1, 0.9 + m / 100, last + 0.001 * run.seed], failed))
         relative = {"adam": 1.0, "adam-100": 0.6, "am-adam": 1.5}
-        revisions = {m: METHODS[m].revision for m in relative}
         row = {"problem": problem, "seconds": relative, "relative": relative, "losses_seconds": 1.0, "repeats": 15,
-               "revisions": revisions}  # fmt: skip
+               **step_time.rules(problem, relative)}  # fmt: skip
         rows.append(tmp_path / step_time.FILE.name, row)
     text = report.write(
         held, [MNIST, "higgs-2x300", "mnist-binary-2x500"], tmp_path / step_time.FILE.name, tmp_path / "out"

@@ -95,6 +95,26 @@ def test_what_is_timed_spans_all_that_a_method_amortises() -> None:
     assert METHODS["am-mem"].spaces["dense"].period == lw.local.Memory().every
 
 
+def test_a_time_by_another_rule_does_not_count(tmp_path: Path) -> None:
+    """Neither one of an earlier revision nor one over a shorter period, with however many repeats."""
+    file, problem = tmp_path / "times.jsonl", "mnist-logistic"
+
+    def keep(repeats: int, kfac: float, **changed: dict[str, int]) -> dict[str, float]:
+        relative = {"adam": 1.0, "kfac": kfac}
+        rules = step_time.rules(problem, relative)
+        row = {"problem": problem, "seconds": {"adam": 2.0}, "relative": relative, "losses_seconds": 1.0,
+               "repeats": repeats}  # fmt: skip
+        rows.append(file, row | {rule: rules[rule] | changed.get(rule, {}) for rule in rules})
+        return step_time.measured(problem, file)[0]
+
+    assert keep(15, 3.0, periods={"kfac": 1}) == {"adam": 2.0}
+    assert keep(15, 4.0, revisions={"kfac": 1}) == {"adam": 2.0}
+    assert keep(7, 6.0) == {"adam": 2.0, "kfac": 12.0}
+    assert keep(3, 7.0) == {"adam": 2.0, "kfac": 12.0}
+    assert keep(7, 5.0) == {"adam": 2.0, "kfac": 10.0}
+    assert keep(15, 5.5, periods={"kfac": 1}) == {"adam": 2.0, "kfac": 10.0}
+
+
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_quartiles(n: int) -> None:
     values = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).tolist()
@@ -118,9 +138,9 @@ def test_report_of_canned_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         for run in (*plan.tuning(problem, method), *plan.finals(problem, method, 7)):
             losses = [3.0, 2.0 - m - 0.1 * run.seed * (run.phase == "final")]
             held.add(_canned(run, losses, "Diverged" if (method, run.seed, run.phase) == ("adam", 4, "final") else ""))
-        relative, revisions = {"adam": 1.0, "kfac": 1.5}, {"adam": 1, "kfac": METHODS["kfac"].revision}
+        relative = {"adam": 1.0, "kfac": 1.5}
         row = {"problem": problem, "seconds": relative, "relative": relative, "losses_seconds": 1.0, "repeats": 15,
-               "revisions": revisions}  # fmt: skip
+               **step_time.rules(problem, relative)}  # fmt: skip
         rows.append(tmp_path / step_time.FILE.name, row)
     text = report.write(held, problems, tmp_path / step_time.FILE.name, tmp_path / "out")
     first, second = text.split("## ")[1:]

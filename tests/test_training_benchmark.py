@@ -263,7 +263,7 @@ def test_the_study_fits_its_budget_as_measured() -> None:
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timed = dict.fromkeys(study_of(CURVES).methods[CURVES], 3600.0)
     row = {"problem": CURVES, "seconds": timed, "relative": dict.fromkeys(timed, 1.0), "losses_seconds": 0.0,
-           "revisions": {m: METHODS[m].revision for m in timed}, "repeats": 3}  # fmt: skip
+           "repeats": 3, **step_time.rules(CURVES, timed)}  # fmt: skip
     rows.append(tmp_path / step_time.FILE.name, row)
     assert command.main(["--dry-run", "--problem", CURVES, "--rows", str(tmp_path)]) == 0
     said = capsys.readouterr().out
@@ -288,7 +288,7 @@ def study(folder: Path) -> Rows:
             held.add(canned(run, [loss + 0.1 * run.seed for loss in curve], "nan" if failed else ""))
     relative = {"adam": 1.0, "locoprop-m": 2.0, "sgd": 0.5}
     row = {"problem": CURVES, "seconds": relative, "relative": relative, "losses_seconds": 1.0, "repeats": 15,
-           "revisions": {m: METHODS[m].revision for m in relative}}  # fmt: skip
+           **step_time.rules(CURVES, relative)}  # fmt: skip
     rows.append(folder / step_time.FILE.name, row)
     return held
 

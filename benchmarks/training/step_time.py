@@ -25,7 +25,7 @@ from .rows import FOLDER, append, read
 from .study import study_of
 from .train import Training
 
-__all__ = ["FILE", "REFERENCE", "measure", "measured", "seconds"]
+__all__ = ["FILE", "REFERENCE", "measure", "measured", "rules", "seconds"]
 
 REFERENCE = "adam"
 REPEATS = 15
@@ -74,12 +74,21 @@ def measure(
         "seconds": {m: round(s, 6) for m, s in each.items()},
         "relative": {m: round(s / each[REFERENCE], 4) for m, s in each.items()},
         "losses_seconds": round(total["_losses"], 4),
-        "revisions": {m: METHODS[m].revision for m in found},
+        **rules(problem, found),
         "unavailable": missing,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "when": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
+    }
+
+
+def rules(problem: str, methods: Iterable[str]) -> dict[str, dict[str, int]]:
+    """What must be as it was for a kept time to count: the revision of each method, and the steps of its period."""
+    known, family = [METHODS[m] for m in methods], PROBLEMS[problem].family
+    return {
+        "revisions": {m.name: m.revision for m in known},
+        "periods": {m.name: m.spaces[family].period for m in known},
     }
 
 
@@ -95,10 +104,12 @@ def record(
 def measured(problem: str, file: Path = FILE) -> tuple[dict[str, float], float]:
     """(seconds a step by method, seconds to measure the losses) from the kept rows.
 
-    Of each method the row with the most repeats counts, of those the newest; only the method's present revision.
+    Of each method the row with the most repeats counts, of those the newest; only the method's present revision, timed
+    over the period that it has now: a lower quartile over shorter ones need not see what the method amortises.
     Empty and NaN where nothing has been measured. A problem may share another's times.
     """
     problem = PROBLEMS[problem].timed_as or problem
+    now = rules(problem, [m for m, method in METHODS.items() if PROBLEMS[problem].family in method.spaces])
     rows = [r for r in read(file) if r["problem"] == problem]
     rows.sort(key=lambda r: r["repeats"])  # stable: the newest of the most repeats is last
     if not rows:
@@ -106,7 +117,7 @@ def measured(problem: str, file: Path = FILE) -> tuple[dict[str, float], float]:
     reference = rows[-1]["seconds"][REFERENCE]
     relative = {
         m: ratio for r in rows for m, ratio in r["relative"].items()
-        if m in METHODS and r["revisions"][m] == METHODS[m].revision
+        if all(r[rule][m] == value.get(m) for rule, value in now.items())
     }  # fmt: skip
     return {m: ratio * reference for m, ratio in relative.items()}, rows[-1]["losses_seconds"]
 
