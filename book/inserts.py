@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from book import tables
+from book import studies, tables
 
 __all__ = ["INSERTS", "Unknown", "filled"]
 
@@ -26,6 +26,7 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "demo-tuning": tables.demo_tuning,
     "step-times": tables.step_times,
     "study": tables.study,
+    "summary": studies.summary,
     "altmin": tables.altmin,
 }
 

@@ -12,7 +12,7 @@ from benchmarks.training import report
 from benchmarks.training.rows import FOLDER, Rows
 from benchmarks.training.study import STUDIES, Study
 
-__all__ = ["PAGES", "figures", "folder", "pages", "rows_of"]
+__all__ = ["PAGES", "figures", "folder", "pages", "rows_of", "summary"]
 
 OPEN, CLOSE = '<div class="numbers" markdown="1">\n\n', "\n</div>\n"  # as `tables.numbers`
 PAGES = {f"study-{name.replace('_', '-')}": name for name in STUDIES}
@@ -64,6 +64,13 @@ def _page(study: Study) -> str:
     said = f"{held} runs so far." + (f" Not run yet: {', '.join(f'`{p}`' for p in waiting)}." if waiting else "")
     head, _, rest = _written(study.name).partition("\n\n")
     return f"{head}\n\n{said}\n\n{how}\n\n{rest}"
+
+
+def summary(name: str) -> str:
+    """What the report of a study says of all its problems together, after its title and its rules."""
+    said = _written(name).split("\n## ")[0].split("\n\n", 2)[2].strip()
+    how = f"*`python -m benchmarks.training report --study {name}`; [its problems one by one](../results/study-{name}.md).*"
+    return f"{said}\n\n{how}"
 
 
 def figures() -> Iterator[tuple[str, Path]]:

@@ -116,9 +116,9 @@ def write(rows: Rows, problems: Sequence[str], times: Path = step_time.FILE, fol
     folder.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.training report" + ("" if study.name == "locoprop" else f" --study {study.name}")
     parts = [f"# {study.title}\n\nWritten by `{command}` from the rows. {_RULES[study.name]}"]
-    classes = {p: finals_of(p, rows.load(p).values()) for p in problems if study.name == "altmin"}
-    if any(classes.values()):
-        parts.append(_summary({p: final for p, final in classes.items() if final}))
+    finals = {p: final for p in problems if (final := finals_of(p, rows.load(p).values()))}
+    if finals and study.name in _SUMMARIES:
+        parts.append(_SUMMARIES[study.name](finals, {p: step_time.measured(p, times)[0] for p in finals}))
     for problem in problems:
         held = rows.load(problem)
         if held:
@@ -144,13 +144,26 @@ _RULES = {
 }
 
 
-def _summary(finals: Mapping[str, Finals]) -> str:
-    """The one table of the study, and what was aimed at."""
+def _accuracies(finals: Mapping[str, Finals], seconds: Mapping[str, Mapping[str, float]]) -> str:
+    """The one table of AltMin's study, and what was aimed at."""
     from .altmin.aims import aims_table
     from .altmin.report import summary_table
 
     said = "Accuracy in percent after epoch 1 and after the last, means over seeds; `adam` on signs is STE-Adam."
     return f"{said}\n\n{summary_table(finals)}\n\nWhat was aimed at, and reached:\n\n{aims_table(finals)}"
+
+
+def _curves(finals: Mapping[str, Finals], seconds: Mapping[str, Mapping[str, float]]) -> str:
+    """The two tables of the second-order study: how fast the methods fit, and what they know of other rows."""
+    from .curvature.report import fit_table, generalization_table
+
+    baseline = "the final loss of the better of momentum and Adam"
+    fit = f"Train loss at the end; in brackets the seconds until {baseline}, over that method's own (-: never)."
+    test = "Error on test rows at the end in percent; on the autoencoder and the transformer the test loss."
+    return f"Medians over seeds. {fit}\n\n{fit_table(finals, seconds)}\n\n{test}\n\n{generalization_table(finals)}"
+
+
+_SUMMARIES = {"altmin": _accuracies, "second-order": _curves}
 
 
 def _of_loss(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, float], folder: Path) -> list[str]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["epochs_to", "interval", "median", "number", "target"]
+from .methods import METHODS
+
+__all__ = ["Finals", "by_problem", "epochs_to", "interval", "median", "number", "target"]
 
 RESAMPLES = 10_000
+
+Finals = Mapping[str, Sequence[Mapping[str, Any]]]  # rows by method
 
 
 def interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
@@ -65,3 +69,12 @@ def target(final: Mapping[str, Sequence[Mapping[str, Any]]], baselines: Iterable
     finite = {m: loss for m, loss in scores.items() if math.isfinite(loss)}
     name = min(finite, key=lambda m: finite[m], default="")
     return name, finite.get(name, math.inf)
+
+
+def by_problem(finals: Mapping[str, Finals], cell: Callable[[str, str], str]) -> str:
+    """A row for each method that has final runs, a column for each problem, `cell(problem, method)`, as Markdown."""
+    lines = ["| method | " + " | ".join(finals) + " |", "|---" * (1 + len(finals)) + "|"]
+    for method in (m for m in METHODS if any(m in final for final in finals.values())):
+        cells = (cell(problem, method) if method in final else "" for problem, final in finals.items())
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

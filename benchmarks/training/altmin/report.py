@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.training.methods import METHODS
 from benchmarks.training.plan import Run, methods_of, tuning
 from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.study import study_of
-from benchmarks.training.summaries import interval, median, number
+from benchmarks.training.summaries import Finals, by_problem, interval, median, number
 
 __all__ = [
     "EARLY",
@@ -22,7 +21,6 @@ __all__ = [
 ]
 
 Row = Mapping[str, Any]
-Finals = Mapping[str, Sequence[Row]]
 
 EARLY = (10, 50, 100)  # minibatches that the table has
 REFERENCE = "adam"
@@ -64,20 +62,15 @@ def accuracy_table(problem: str, final: Finals, seconds: Mapping[str, float]) ->
 
 def summary_table(finals: Mapping[str, Finals]) -> str:
     """Accuracy in percent on every problem after epoch 1 and the last, means over seeds, as Markdown."""
-    lines = ["| method | " + " | ".join(finals) + " |", "|---" * (1 + len(finals)) + "|"]
-    methods = [m for m in METHODS if any(m in study for study in finals.values())]
 
-    def cell(rows: Sequence[Row]) -> str:
-        if not rows:
-            return ""
+    def cell(problem: str, method: str) -> str:
+        rows = finals[problem][method]
         first, *_ = interval([r["accuracy_curve"][1] if len(r["accuracy_curve"]) > 1 else -math.inf for r in rows])
         last, *_ = interval([r["test_accuracy"] for r in rows])
         one = all(r["configuration"]["epochs"] == 1 for r in rows)
         return _percent(last) if one else f"{_percent(first)}, {_percent(last)}"
 
-    for method in methods:
-        lines.append(f"| {method} | " + " | ".join(cell(final.get(method, ())) for final in finals.values()) + " |")
-    return "\n".join(lines)
+    return by_problem(finals, cell)
 
 
 def tuning_table(problem: str, rows: Mapping[Any, Row]) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training.figures import log_scale
+from benchmarks.training.methods import METHODS
 from benchmarks.training.problems import PROBLEMS
-from benchmarks.training.summaries import median, number
+from benchmarks.training.summaries import Finals, by_problem, epochs_to, median, number, target
 
-__all__ = ["curves_figure", "curves_table", "quartiles"]
+__all__ = ["curves_figure", "curves_table", "fit_table", "generalization_table", "quartiles"]
 
 Row = Mapping[str, Any]
-Finals = Mapping[str, Sequence[Row]]
 REFERENCE = "adam"
 
 
@@ -30,6 +30,35 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return (1 - weight) * below + weight * ordered[int(index) + 1] if weight else below
 
     return at(0.25), at(0.5), at(0.75)
+
+
+def fit_table(finals: Mapping[str, Finals], seconds: Mapping[str, Mapping[str, float]]) -> str:
+    """Median train loss at the end by method and problem, and in brackets the time to the final median of the best
+    first-order method, over that method's own time, as Markdown.
+    """
+
+    def cell(problem: str, method: str) -> str:
+        final = finals[problem]
+        best, level = target(final, [m for m in final if METHODS[m].first_order])
+        own = {m: seconds[problem].get(m, math.nan) for m in (best, method)}
+        epochs = quartiles([epochs_to(r, level) for r in final[method]])[1]
+        whole = len(final[best][0]["train_curve"]) - 1 if best else math.nan
+        time = number(epochs / whole * own[method] / own[best], 2) if math.isfinite(epochs) else "-"
+        return f"{_or_failed(quartiles([float(r['train_loss']) for r in final[method]])[1])} ({time})"
+
+    return by_problem(finals, cell)
+
+
+def generalization_table(finals: Mapping[str, Finals]) -> str:
+    """Median error on test rows in percent at the end by method and problem, or test loss, as Markdown."""
+
+    def cell(problem: str, method: str) -> str:
+        rows = finals[problem][method]
+        if PROBLEMS[problem].classes:
+            return _or_failed(quartiles([100 * (1 - r["test_accuracy"]) for r in rows])[1])
+        return _or_failed(quartiles([float(r["test_loss"]) for r in rows])[1])
+
+    return by_problem(finals, cell)
 
 
 def curves_table(problem: str, final: Finals, seconds: Mapping[str, float]) -> str:
