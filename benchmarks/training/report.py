@@ -157,8 +157,10 @@ def _curves(finals: Mapping[str, Finals], seconds: Mapping[str, Mapping[str, flo
     """The two tables of the second-order study: how fast the methods fit, and what they know of other rows."""
     from .curvature.report import fit_table, generalization_table
 
-    baseline = "the final loss of the better of momentum and Adam"
-    fit = f"Train loss at the end; in brackets the seconds until {baseline}, over that method's own (-: never)."
+    fit = (
+        "Train loss at the end; in brackets the time to the lower of the ends of momentum and Adam, as a multiple of "
+        "that method's own time (-: never)."
+    )
     test = "Error on test rows at the end in percent; on the autoencoder and the transformer the test loss."
     return f"Medians over seeds. {fit}\n\n{fit_table(finals, seconds)}\n\n{test}\n\n{generalization_table(finals)}"
 
