@@ -9,7 +9,7 @@ rules these are, and that of alternating minimization, whose rules are in altmin
 - First-order methods also run at batch 100 (N/T of LocoProp's ten steps on 1,000 rows), tuned on their own.
 - A run that diverges, lacks memory or exceeds its CPU time is a row with infinite loss and time to target. An error
   that says nothing of the method stops the study instead.
-- Seconds are steps times the seconds a step of one interleaved run (step_time.py), never a run's own clock.
+- Seconds are steps times the seconds a step of an interleaved run with Adam (step_time.py), never a run's own clock.
 
 To add a method: an entry in a study's methods.py, a plugin of a few lines in solvers/, and
 `python -m benchmarks.training --study <its name> declare`.

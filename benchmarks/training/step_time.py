@@ -1,4 +1,4 @@
-"""Seconds a step, all methods in one interleaved run: what a shared machine's clock can still say.
+"""Seconds a step, methods in an interleaved run with Adam: what a shared machine's clock can still say.
 
 A row holds one such run of one problem. A method's cost is its ratio to Adam's step in the same run; seconds of a
 curve are steps, times that ratio, times the seconds of Adam's step in the newest full run.
