@@ -69,8 +69,8 @@ def _page(study: Study) -> str:
 def summary(name: str) -> str:
     """What the report of a study says of all its problems together, after its title and its rules."""
     said = _written(name).split("\n## ")[0].split("\n\n", 2)[2].strip()
-    how = f"*`python -m benchmarks.training report --study {name}`; [its problems one by one](../results/study-{name}.md).*"
-    return f"{said}\n\n{how}"
+    where = f"[its problems one by one](../results/study-{name}.md)"
+    return f"{said}\n\n*`python -m benchmarks.training report --study {name}`; {where}.*"
 
 
 def figures() -> Iterator[tuple[str, Path]]:
