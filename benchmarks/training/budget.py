@@ -108,7 +108,7 @@ def table(parts: list[Part], assumed: Sequence[str] = (), used: float = 0.0, in_
                 lines += [_line("", f"  {p.method}", [p]) for p in chosen]
         cut = study_of(problem).cut(problem)
         if cut:
-            lines.append(f"    cut for the budget: {', '.join(cut)}")
+            lines.append(f"    left out for their cost: {', '.join(cut)}")
     lines.append(_line("all", "", parts))
     if assumed:
         lines.append(f"not timed, taken as {ASSUMED:g} of Adam's steps: {', '.join(assumed)}")

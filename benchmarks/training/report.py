@@ -125,7 +125,7 @@ def write(rows: Rows, problems: Sequence[str], times: Path = step_time.FILE, fol
             step_seconds, _ = step_time.measured(problem, times)
             parts += [f"## {PROBLEMS[problem].title}", *_PARTS[study.name](problem, held, step_seconds, folder)]
             if study.cut(problem):
-                parts.append(f"Cut for the budget: {', '.join(study.cut(problem))}.")
+                parts.append(f"Left out for their cost: {', '.join(study.cut(problem))}.")
     text = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
     return text

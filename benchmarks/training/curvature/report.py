@@ -86,7 +86,8 @@ def curves_table(problem: str, final: Finals, seconds: Mapping[str, float]) -> s
 
 def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str, float]) -> None:
     """Loss, and where there are classes error, by epoch and by second from the first epoch on: medians, with bands
-    from quartile to quartile, where they are finite. A method that has not been timed is in the left panels only.
+    from quartile to quartile. What is over twice the start is beyond the edge. A method that has not been timed is in
+    the left panels only.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -100,6 +101,7 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
     if known.classes:
         kinds.append(("accuracy_curve", "error on test rows, %", lambda v: 100 * (1 - v)))
     for (curve, label, unit), (by_epoch, by_second) in zip(kinds, panels, strict=True):
+        seen: list[float] = []
         for index, (method, runs) in enumerate(final.items()):
             configuration = runs[0]["configuration"]
             second = -(-configuration["rows"] // configuration["batch"]) * seconds.get(method, math.nan)
@@ -107,6 +109,7 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
             bands = [quartiles([unit(r[curve][e]) if e < len(r[curve]) else math.inf for r in runs]) for e in epochs]
             low, middle, high = zip(*bands, strict=True) if bands else ((), (), ())
             end = f"{_or_failed(middle[-1])}  {method}" if bands else ""
+            seen += [v for band in bands for v in band if v <= 2 * unit(runs[0][curve][0])]
             for axes, each in ((by_epoch, 1.0), (by_second, second)):
                 if bands and not math.isnan(each):
                     places = [e * each for e in epochs]
@@ -116,6 +119,9 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
         by_epoch.xaxis.get_major_locator().set_params(integer=True)
         by_second.legend(*by_epoch.get_legend_handles_labels(), fontsize=8, loc="center left", title="final median",
                          bbox_to_anchor=(1.01, 0.5), frameon=False)  # fmt: skip
+        if seen:
+            margin = (max(seen) / min(seen)) ** 0.05
+            by_epoch.set_ylim(min(seen) / margin, max(seen) * margin)
         log_scale(by_epoch)
         log_scale(by_second, "x")
         for axes in (by_epoch, by_second):
