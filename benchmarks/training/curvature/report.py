@@ -120,7 +120,7 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
         by_second.legend(*by_epoch.get_legend_handles_labels(), fontsize=8, loc="center left", title="final median",
                          bbox_to_anchor=(1.01, 0.5), frameon=False)  # fmt: skip
         if seen:
-            margin = (max(seen) / min(seen)) ** 0.05
+            margin = max((max(seen) / min(seen)) ** 0.05, 1.001)  # all may be the same
             by_epoch.set_ylim(min(seen) / margin, max(seen) * margin)
         log_scale(by_epoch)
         log_scale(by_second, "x")
