@@ -139,8 +139,9 @@ _RULES = {
     "of the problem's batch (pixel by pixel: 500, and 40). Step times are of the interleaved run; intervals are "
     "bootstrapped over seeds.",
     "second-order": "Trials are chosen by accuracy on training rows held out, without classes by train loss; finals "
-    "train on all training rows, 5 seeds, a constant rate. Seconds are steps times the seconds a step of the "
-    "interleaved run.",
+    "train on all training rows, 5 seeds, a constant rate. Preconditioners make the plain update "
+    "`θ ← θ − α (C + λI)⁻¹ ∇L`, but for `kfac-momentum`, the library's K-FAC with its momentum and clipped steps. "
+    "Seconds are steps times the seconds a step of the interleaved run.",
 }
 
 
