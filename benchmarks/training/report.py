@@ -140,7 +140,7 @@ _RULES = {
     "bootstrapped over seeds.",
     "second-order": "Trials are chosen by accuracy on training rows held out, without classes by train loss; finals "
     "train on all training rows, 5 seeds, a constant rate. Preconditioners make the plain update "
-    "`θ ← θ − α (C + λI)⁻¹ ∇L`, but for `kfac-momentum`, the library's K-FAC with its momentum and clipped steps. "
+    "`θ ← θ − lr (C + λI)⁻¹ ∇L`, but for `kfac-momentum`, the library's K-FAC with its momentum and clipped steps. "
     "Seconds are steps times the seconds a step of the interleaved run.",
 }
 
