@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,17 @@ from .plan import Run, best, methods_of, tuning
 from .problems import PROBLEMS
 from .rows import Rows
 from .study import study_of
-from .summaries import epochs_to, interval, median, number, target
+from .summaries import Finals, epochs_to, interval, median, number, target
 
 __all__ = ["ablation_table", "finals_of", "problem_table", "tuning_table", "write"]
 
 Row = Mapping[str, Any]
-Finals = dict[str, list[Row]]
+Parts = Callable[[str, Mapping[Any, Row], Finals, Mapping[str, float], Path], list[str]]
 
 
 def finals_of(problem: str, rows: Iterable[Row]) -> Finals:
     """Final rows by method, of the present code, in the order of METHODS."""
-    found: Finals = {}
+    found: dict[str, list[Row]] = {}
     for method in METHODS:
         mine = [
             r for r in rows
@@ -116,16 +116,16 @@ def write(rows: Rows, problems: Sequence[str], times: Path = step_time.FILE, fol
     folder.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.training report" + ("" if study.name == "locoprop" else f" --study {study.name}")
     parts = [f"# {study.title}\n\nWritten by `{command}` from the rows. {_RULES[study.name]}"]
-    finals = {p: final for p in problems if (final := finals_of(p, rows.load(p).values()))}
-    if finals and study.name in _SUMMARIES:
-        parts.append(_SUMMARIES[study.name](finals, {p: step_time.measured(p, times)[0] for p in finals}))
-    for problem in problems:
-        held = rows.load(problem)
-        if held:
-            step_seconds, _ = step_time.measured(problem, times)
-            parts += [f"## {PROBLEMS[problem].title}", *_PARTS[study.name](problem, held, step_seconds, folder)]
-            if study.cut(problem):
-                parts.append(f"Left out for their cost: {', '.join(study.cut(problem))}.")
+    held = {p: found for p in problems if (found := rows.load(p))}
+    finals = {p: finals_of(p, found.values()) for p, found in held.items()}
+    seconds = {p: step_time.measured(p, times)[0] for p in held}
+    ended = {p: final for p, final in finals.items() if final}
+    if ended and study.name in _SUMMARIES:
+        parts.append(_SUMMARIES[study.name](ended, seconds))
+    for p, found in held.items():
+        parts += [f"## {PROBLEMS[p].title}", *_PARTS[study.name](p, found, finals[p], seconds[p], folder)]
+        if study.cut(p):
+            parts.append(f"Left out for their cost: {', '.join(study.cut(p))}.")
     text = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
     return text
@@ -169,11 +169,13 @@ def _curves(finals: Mapping[str, Finals], seconds: Mapping[str, Mapping[str, flo
 _SUMMARIES = {"altmin": _accuracies, "second-order": _curves}
 
 
-def _of_loss(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, float], folder: Path) -> list[str]:
+def _of_loss(
+    problem: str, held: Mapping[Any, Row], final: Finals, step_seconds: Mapping[str, float], folder: Path
+) -> list[str]:
     """The parts on a problem of LocoProp's study."""
     from .figures import seed_figure
 
-    parts, final = [], finals_of(problem, held.values())
+    parts = []
     if final:
         parts.append(problem_table(problem, final, step_seconds))
         figure = folder / f"{problem}.png"
@@ -200,12 +202,14 @@ def _by_epoch(final: Finals, method: str, other: str) -> list[str]:
     ]
 
 
-def _of_accuracy(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, float], folder: Path) -> list[str]:
+def _of_accuracy(
+    problem: str, held: Mapping[Any, Row], final: Finals, step_seconds: Mapping[str, float], folder: Path
+) -> list[str]:
     """The parts on a classifier."""
     from .altmin import report as classes
     from .altmin.figures import accuracy_figure
 
-    parts, final = [], finals_of(problem, held.values())
+    parts = []
     if final:
         parts.append(classes.accuracy_table(problem, final, step_seconds))
         figure = folder / f"{problem}.png"
@@ -216,12 +220,14 @@ def _of_accuracy(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[st
     return [*parts, "Not run: " + "; ".join(missing) + "."] if missing else parts
 
 
-def _of_curves(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str, float], folder: Path) -> list[str]:
+def _of_curves(
+    problem: str, held: Mapping[Any, Row], final: Finals, step_seconds: Mapping[str, float], folder: Path
+) -> list[str]:
     """The parts on a problem of the second-order study."""
     from .altmin import report as classes
     from .curvature.report import curves_figure, curves_table
 
-    parts, final = [], finals_of(problem, held.values())
+    parts = []
     if final:
         parts.append(curves_table(problem, final, step_seconds))
         figure = folder / f"{problem}.png"
@@ -235,7 +241,7 @@ def _of_curves(problem: str, held: Mapping[Any, Row], step_seconds: Mapping[str,
     return [*parts, "Not run: " + "; ".join(missing) + "."] if missing else parts
 
 
-_PARTS = {"locoprop": _of_loss, "altmin": _of_accuracy, "second-order": _of_curves}
+_PARTS: dict[str, Parts] = {"locoprop": _of_loss, "altmin": _of_accuracy, "second-order": _of_curves}
 
 
 def _seeds(mine: Sequence[Row]) -> str:

@@ -67,14 +67,15 @@ def measure(
     runs: dict[str, Callable[[], object]] = {m: stepper(problem, split, m) for m in found}
     runs["_losses"] = Training(problem, split, "sgd", {"lr": 0.0}, 0, known.batch).losses
     total = interleaved(runs, repeats)
-    each = {m: total[m] / METHODS[m].spaces[known.family].period for m in found}
+    now = rules(problem, found)
+    each = {m: total[m] / now["periods"][m] for m in found}
     return {
         "problem": problem,
         "rows": len(split.x),
         "seconds": {m: round(s, 6) for m, s in each.items()},
         "relative": {m: round(s / each[REFERENCE], 4) for m, s in each.items()},
         "losses_seconds": round(total["_losses"], 4),
-        **rules(problem, found),
+        **now,
         "unavailable": missing,
         "repeats": repeats,
         "threads": torch.get_num_threads(),

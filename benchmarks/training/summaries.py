@@ -63,7 +63,7 @@ def epochs_to(row: Mapping[str, Any], level: float) -> float:
     return math.inf
 
 
-def target(final: Mapping[str, Sequence[Mapping[str, Any]]], baselines: Iterable[str]) -> tuple[str, float]:
+def target(final: Finals, baselines: Iterable[str]) -> tuple[str, float]:
     """The baseline with the lowest median final train loss, and that loss; "" and infinity where there is none."""
     scores = {m: median([float(r["train_loss"]) for r in final[m]]) for m in baselines if final.get(m)}
     finite = {m: loss for m, loss in scores.items() if math.isfinite(loss)}

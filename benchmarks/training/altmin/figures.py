@@ -9,12 +9,11 @@ from typing import Any
 
 from benchmarks.training.figures import log_scale
 from benchmarks.training.problems import PROBLEMS
-from benchmarks.training.summaries import median
+from benchmarks.training.summaries import Finals, median
 
 __all__ = ["MARKS", "accuracy_figure"]
 
 Row = Mapping[str, Any]
-Finals = Mapping[str, Sequence[Row]]
 
 MARKS = {"higgs-2x300": {"samples": 1050.0, "admm": 0.64}}  # the poster's
 FLOOR = 0.02  # %, where a test set without an error is drawn

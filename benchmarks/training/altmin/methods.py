@@ -55,8 +55,7 @@ def _altmin(**settings: Any) -> Factory:
 def _memory(model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Step:
     """AM-mem: running moments of inputs and codes, with a window of 1/forget minibatches."""
     settings = dict(hyper)
-    own = {name: settings.pop(name) for name in ("forget",) if name in settings}
-    weights = local.Memory(**own)  # type: ignore[attr-defined, unused-ignore]
+    weights = local.Memory(forget=settings.pop("forget")) if "forget" in settings else local.Memory()
     return _altmin(weights=weights)(model, params, settings)
 
 

@@ -41,10 +41,10 @@ def fit_table(finals: Mapping[str, Finals], seconds: Mapping[str, Mapping[str, f
         final = finals[problem]
         best, level = target(final, [m for m in final if METHODS[m].first_order])
         own = {m: seconds[problem].get(m, math.nan) for m in (best, method)}
-        epochs = quartiles([epochs_to(r, level) for r in final[method]])[1]
+        epochs = median([epochs_to(r, level) for r in final[method]])
         whole = len(final[best][0]["train_curve"]) - 1 if best else math.nan
         time = number(epochs / whole * own[method] / own[best], 2) if math.isfinite(epochs) else "-"
-        return f"{_or_failed(quartiles([float(r['train_loss']) for r in final[method]])[1])} ({time})"
+        return f"{_or_failed(median([r['train_loss'] for r in final[method]]))} ({time})"
 
     return by_problem(finals, cell)
 
@@ -55,8 +55,8 @@ def generalization_table(finals: Mapping[str, Finals]) -> str:
     def cell(problem: str, method: str) -> str:
         rows = finals[problem][method]
         if PROBLEMS[problem].classes:
-            return _or_failed(quartiles([100 * (1 - r["test_accuracy"]) for r in rows])[1])
-        return _or_failed(quartiles([float(r["test_loss"]) for r in rows])[1])
+            return _or_failed(median([100 * (1 - r["test_accuracy"]) for r in rows]))
+        return _or_failed(median([r["test_loss"] for r in rows]))
 
     return by_problem(finals, cell)
 
