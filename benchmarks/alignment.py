@@ -37,8 +37,8 @@ import layerwise as lw
 from benchmarks.autoencoder import deep_autoencoder, reconstruction_loss
 from benchmarks.data import load
 from layerwise import local
-from layerwise.local.closed import largest_curvature
-from layerwise.local.record import problem_of, record
+from layerwise.local.layers.record import problem_of, record
+from layerwise.local.solvers.closed import largest_curvature
 from layerwise.operators.kronecker import EigenKronecker
 from layerwise.operators.ridge import ridge
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import lower_quartile
-from layerwise import contract
-from layerwise.ops.base import Rows
+from layerwise.rows import contract
+from layerwise.rows.base import Rows
 
 SHAPES = {  # name: V, N, T, K, O, I, kind
     "mlp fc1": (1, 128, 1, 1, 1000, 784, "float"),

@@ -3,7 +3,7 @@
     python -m benchmarks.convolutions [--repeats 9]
 
 The layers of All-CNN-C, 3C3D and ResNet-8; float32, one thread, CPU time in milliseconds, lower quartile of
-interleaved repeats; `plain` is the gradient alone. The rule is `layerwise.costs.grouped_is_cheaper`.
+interleaved repeats; `plain` is the gradient alone. The rule is `layerwise.rows.cost.grouped_is_cheaper`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import interleaved
-from layerwise import contract, costs
-from layerwise.ops.base import Call, Rows, Samples, Windows
+from layerwise.ops.base import Call
 from layerwise.ops.conv import ConvSlot, slots
+from layerwise.rows import contract, cost
+from layerwise.rows.base import Rows, Samples, Windows
 
 LAYERS = [  # N, channels in, channels out, places along an axis, kernel, stride, padding
     (64, 3, 16, 32, 3, 1, 1), (64, 16, 16, 32, 3, 1, 1), (64, 16, 32, 32, 3, 2, 1), (64, 32, 32, 16, 3, 1, 1),
@@ -74,7 +75,7 @@ def main() -> None:
         }
         low = interleaved(runs, options.repeats, warm_up=1)
         _, _, t, _, o = (found := rows(False)).g.shape
-        rule = "grouped" if costs.grouped_is_cheaper(t, o, found.size_in) else "windows"
+        rule = "grouped" if cost.grouped_is_cheaper(t, o, found.size_in) else "windows"
         print(f"{layer!s:40}{rule:>9}" + "".join(f"{1e3 * low[t]:16.2f}" for t in titles), flush=True)
 
 

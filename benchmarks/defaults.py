@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerwise as lw
-from layerwise.demo.problem import autoencoder, digits, reconstruction_loss
+from layerwise.demo.digits import autoencoder, digits, reconstruction_loss
 
 from . import data
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.local.problem import LocalProblem, target_m, target_s
-from layerwise.local.steps import Workspace, local_steps
-from layerwise.local.tf_rmsprop import TFRMSProp
+from layerwise.local.solvers.steps import Workspace, local_steps
+from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 from layerwise.local.transfer import IDENTITY, SIGMOID, TANH
 
 from .timing import interleaved

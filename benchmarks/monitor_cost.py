@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import layerwise as lw
 from benchmarks.overhead.nets import NETS
 from benchmarks.timing import interleaved
-from layerwise.demo.problem import autoencoder, reconstruction_loss
+from layerwise.demo.digits import autoencoder, reconstruction_loss
 from layerwise.monitor import Measure, Monitor
 
 MEASURES: dict[str, Callable[[], tuple[Measure, ...]]] = {

@@ -36,7 +36,7 @@ from benchmarks.timing import interleaved
 from benchmarks.training.altmin.nets import dense
 from benchmarks.training.curvature.nets import c3d3
 from benchmarks.training.memory import Peak
-from layerwise.demo import problem as digits
+from layerwise.demo import digits
 
 Step = Callable[[], Any]
 Build = Callable[[nn.Module], torch.optim.Optimizer]

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from layerwise.demo import EPOCHS
+from layerwise.demo.digits import digits
 from layerwise.demo.methods import METHODS, TRIALS, Settings
-from layerwise.demo.problem import digits
 from layerwise.demo.train import train
 
 

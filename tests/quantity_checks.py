@@ -17,7 +17,7 @@ from zoo import Case, Functional, Instance
 
 import layerwise as lw
 from layerwise.losses import Likelihood
-from layerwise.quantities import diag_hessian as diag_hessian_module
+from layerwise.quantities.hessian import diag_hessian as diag_hessian_module
 
 Named = Mapping[str, Tensor]
 

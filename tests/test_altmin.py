@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import layerwise as lw
 from layerwise.errors import BadInput, Undefined
-from layerwise.local.closed import prox_step
-from layerwise.local.codes import CodeStep, Terms, sweep
+from layerwise.local.codes.code_step import CodeStep, Terms, sweep
 from layerwise.local.problem import LocalProblem, local_gradient
+from layerwise.local.solvers.closed import prox_step
 from layerwise.operators.ridge import coordinate_descent, ridge
-from layerwise.replay import CodedModel
+from layerwise.replay.coded import CodedModel
 
 Closure = Callable[[], Tensor]
 codes_kinds = pytest.mark.parametrize("codes", ["jacobi", "sweep"])

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import layerwise as lw
 from layerwise.errors import BadInput
 from layerwise.local import CodeStep, Coupling, LocalSteps, Memory, ProximalSolve, WeightDecay
-from layerwise.local.codes import Terms, sweep
-from layerwise.optim.coding import coded_layers, hidden_uses, swept
-from layerwise.optim.stale import Stale
-from layerwise.optim.updates import fused
-from layerwise.replay import CodedModel
+from layerwise.local.codes.code_step import Terms, sweep
+from layerwise.optim.layer_local.coding import coded_layers, hidden_uses, swept
+from layerwise.optim.layer_local.stale import Stale
+from layerwise.optim.layer_local.updates import fused
+from layerwise.replay.coded import CodedModel
 
 codes_kinds = pytest.mark.parametrize("codes", ["jacobi", "sweep"])
 Closure = Callable[[], Tensor]

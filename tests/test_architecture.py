@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -17,27 +18,39 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 PACKAGE = SRC / "layerwise"
 
-# A module may import from its own level and the lower ones.
-LEVELS = tuple(
-    set(level.split(" ")) if level else {""}
-    for level in (
-        "errors memory costs finite ranks sums",
-        "ops losses nn",
-        "calls uses binding trainers loss_record tape coverage pull samples program replay likelihoods products chain "
-        "recompute boundary separate residuals",
-        "cotangents contract chunking rows views projection gradients gather blocks recursion arrivals carried heads "
-        "signed layouts grams",
-        "operators",
-        "quantities",
-        "observe passes seen joined reduction accumulate",
-        "local",
-        "optim",
-        "monitor distributed",
-        "",  # the table of contents, `layerwise/__init__.py`
-        "compat demo cli __main__",
-    )
-)
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+# Which packages each package imports from, exactly; `errors` and its own modules are free to all. The table of contents
+# (`layerwise/__init__.py`) and what stands above it import anything below them.
+ALLOWED = {
+    "errors": "",
+    "tensors": "",
+    "ranks": "",
+    "losses": "",
+    "nn": "",
+    "rows": "tensors",
+    "ops": "rows tensors",
+    "tape": "losses nn ops ranks tensors",
+    "replay": "nn ops tape",
+    "graph": "losses rows tape",
+    "gradient": "ops rows tape tensors",
+    "operators": "graph losses rows tape tensors",
+    "quantities": "gradient graph losses operators ops ranks rows tape",
+    "observation": "gradient graph losses quantities ranks tape tensors",
+    "local": "graph losses operators ops replay rows tape tensors",
+    "optim": "optim.layer_local optim.second_order",
+    "optim.base": "replay tape",
+    "optim.layer_local": "graph local optim.base ranks replay tape tensors",
+    "optim.second_order": "gradient graph observation operators optim.base quantities ranks replay rows tape tensors",
+    "monitor": "gradient graph observation quantities replay tape tensors",
+    "distributed": "local optim.layer_local ranks replay tape tensors",
+    "": "distributed local losses monitor nn observation operators optim optim.layer_local quantities",
+    "compat": "gradient graph losses monitor observation operators quantities replay rows tape",
+    "demo": "",
+    "cli": "demo",
+}
+ABOVE = {"compat", "demo", "cli"}  # these may also import the table of contents
+MOST_FLOORS = 13  # the longest chain of imports between packages
+MOST_FILES, MOST_DEPTH = 14, 2  # modules of a package without its `__init__`, levels below the root
+ROOT_MODULES = {"__init__", "errors", "tensors", "cli"}
 CORE_IMPORTS = {"torch", "numpy", "layerwise"} | sys.stdlib_module_names
 OUTSIDE_CORE = {"demo", "cli", "__main__"}
 EXTRA_IMPORTS = {  # modules for users of another library, which nothing imports
@@ -57,8 +70,9 @@ def name_of(path: Path) -> str:
 
 
 def top(module: str) -> str:
-    """The part of the package that a module belongs to: `ops` for `layerwise.ops.linear`."""
-    return module.split(".")[1] if "." in module else ""
+    """The part of the library that a module belongs to: `ops` for `layerwise.ops.linear`; three in `optim`."""
+    parts = module.split(".")[1:]
+    return ".".join(parts[: 2 if parts[0] == "optim" else 1]) if parts else ""
 
 
 @cache
@@ -90,16 +104,186 @@ def inner(path: Path) -> list[str]:
 files = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
 
 
-@files
-def test_every_module_has_a_level(path: Path) -> None:
-    assert top(name_of(path)) in LEVEL, f"give {name_of(path)} a place in LEVELS"
+@cache
+def packages() -> dict[str, set[str]]:
+    """The packages that each package imports from, found in its files."""
+    found: dict[str, set[str]] = {}
+    for path in FILES:
+        mine = top(name_of(path))
+        found.setdefault(mine, set()).update({top(module) for module in inner(path)} - {mine})
+    return found
+
+
+def test_packages_import_exactly_what_the_table_says() -> None:
+    allowed = {
+        name: set(others.split()) | ({""} if name in ABOVE - {"compat"} else set()) for name, others in ALLOWED.items()
+    }
+    for name, others in packages().items():
+        line = (PACKAGE.joinpath(*name.split(".")) / "__init__.py") if name else PACKAGE / "__init__.py"
+        says = ast.get_docstring(ast.parse(line.read_text(encoding="utf-8"))) if line.exists() else ""
+        assert others - {"errors"} == allowed.get(name), (
+            f"`{name}` ({says}) imports from {sorted(others)}: change ALLOWED, or the code"
+        )
+    assert packages().keys() == ALLOWED.keys()
+
+
+def test_packages_stand_on_few_floors() -> None:
+    @cache
+    def floor(name: str) -> int:  # a circle never ends: RecursionError
+        return 1 + max(map(floor, packages()[name]), default=0)
+
+    floors = {name: floor(name) for name in packages()}
+    assert max(floors.values()) <= MOST_FLOORS, floors
+
+
+def test_root_is_closed() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_MODULES
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.name)
+def test_packages_are_small_and_say_what_they_hold(folder: Path) -> None:
+    below = folder.relative_to(PACKAGE).parts
+    assert len(list(folder.glob("*.py"))) - 1 <= MOST_FILES, f"{folder.name}: two packages?"
+    assert len(below) <= MOST_DEPTH + ("compat" in below)
+    says = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    assert says and says.splitlines()[0].endswith("."), (
+        f"{folder.name}/__init__.py says in one sentence what lives there"
+    )
+
+
+def test_rows_know_no_slot() -> None:
+    named = [path.name for path in FILES if top(name_of(path)) == "rows" and re.search(r"\bSlot\b", path.read_text())]
+    assert not named
+
+
+def twice(names: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names that stand in several places, with these."""
+    found: dict[str, list[str]] = {}
+    for name, place in names:
+        found.setdefault(name, []).append(place)
+    return {name: places for name, places in found.items() if len(places) > 1}
+
+
+def test_no_file_name_twice() -> None:
+    names = [(path.stem, name_of(path)) for path in FILES if path.stem not in {"__init__", "base"}]
+    assert not twice(names)
+
+
+# `lw.KFAC` is the quantity, `lw.optim.KFAC` the optimizer that is made with it.
+SAME_CLASS_NAME = {
+    "Curvature", "Found", "KFAC", "Kind", "Layer", "Layout", "Newton", "Own", "Plan", "Step", "Watch",
+}  # fmt: skip
+
+
+def test_no_class_name_twice() -> None:
+    names = [
+        (node.name, name_of(path))
+        for path in FILES
+        if "compat" not in path.parts
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert twice(names).keys() == SAME_CLASS_NAME  # only to shrink
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+@cache
+def private_names(path: Path) -> frozenset[str]:
+    """What a file defines with one leading underscore: functions, methods, fields, attributes."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return frozenset(filter(private, found))
+
+
+def reaches(path: Path) -> set[str]:
+    """The private names of other modules of the library that a file reads or imports."""
+    ours = frozenset[str]().union(*map(private_names, FILES)) - {"_replace", "_base", "_modules"}  # Python's, torch's
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layerwise"):
+            found.update(alias.name for alias in node.names if private(alias.name))
+        elif isinstance(node, ast.Attribute) and node.attr in ours - private_names(path):
+            owner = node.value
+            if not (isinstance(owner, ast.Name) and owner.id in {"self", "cls"}):
+                found.add(node.attr)
+    return found
+
+
+REACHES = {  # only to shrink
+    "compat.backpack.context": "_Branch",
+    "observation.accumulate": "_count _samples",
+    "observation.observe": "_add _check _follow",
+    "optim.second_order.watched_batch": "_batch _count _values_of",
+}
 
 
 @files
-def test_imports_point_one_way(path: Path) -> None:
-    level = LEVEL[top(name_of(path))]
-    upward = [module for module in inner(path) if LEVEL.get(top(module), len(LEVELS)) > level]
-    assert not upward, f"{name_of(path)} (level {level}) imports from above: {upward}"
+def test_no_private_name_across_modules(path: Path) -> None:
+    assert reaches(path) == set(REACHES.get(name_of(path).removeprefix("layerwise."), "").split())
+
+
+@files
+def test_imports_across_packages_are_of_public_names(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or node.level or top(node.module or "") == top(name_of(path)):
+            continue
+        if (node.module or "") in MODULES - {"layerwise"}:
+            public = set(getattr(importlib.import_module(node.module), "__all__", ()))
+            hidden = [a.name for a in node.names if a.name not in public and f"{node.module}.{a.name}" not in MODULES]
+            assert not hidden, f"{name_of(path)} imports {hidden} of {node.module}, which are not in its __all__"
+
+
+MOST_PARAMETERS = 8
+MANY_PARAMETERS = {  # only to shrink; functions of torch keep torch's own signatures
+    "local.solvers.steps.local_steps": 13,
+    "local.solvers.tf_rmsprop._update_in_slices": 9,
+    "local.solvers.tf_rmsprop._update": 9,
+    "observation.accumulate.accumulate": 9,
+    "observation.accumulate._pass": 9,
+    "ops.attention.multi_head_attention": 25,
+    "ops.recurrent._lstm": 9,
+    "ops.recurrent._plain": 10,
+    "optim.layer_local.altmin.AltMin.__init__": 27,
+    "optim.layer_local.locoprop.LocoProp.__init__": 20,
+    "optim.second_order.diag_newton.DiagNewton.__init__": 16,
+    "optim.second_order.kfac.KFAC.__init__": 21,
+    "optim.second_order.newton.Newton.__init__": 10,
+    "optim.second_order.preconditioner.Preconditioner.__init__": 14,
+}
+
+
+def parameters(path: Path) -> Iterator[tuple[str, int]]:
+    """The functions of a file with the number of their parameters, without self."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    owners = {id(f): c.name for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            owner = owners.get(id(node))
+            yield f"{owner}.{node.name}" if owner else node.name, len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def module_of(function: str) -> str:
+    """The module that a dotted function of MANY_PARAMETERS stands in."""
+    parts = function.split(".")
+    return next(".".join(parts[:k]) for k in range(len(parts), 0, -1) if f"layerwise.{'.'.join(parts[:k])}" in MODULES)
+
+
+@files
+def test_functions_take_few_parameters(path: Path) -> None:
+    place = name_of(path).removeprefix("layerwise.")
+    many = {f"{place}.{name}": count for name, count in parameters(path) if count > MOST_PARAMETERS}
+    expected = {name: count for name, count in MANY_PARAMETERS.items() if module_of(name) == place}
+    assert many == expected
 
 
 @files

@@ -44,7 +44,7 @@ from layerwise.compat.backpack.extensions import (
     SumGradSquared,
     Variance,
 )
-from layerwise.compat.backpack.record import records_of
+from layerwise.compat.backpack.read_tape import records_of
 from layerwise.compat.backpack.utils.subsampling import subsample
 
 pytestmark = pytest.mark.usefixtures("float64")

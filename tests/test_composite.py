@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import layerwise as lw
 from layerwise import ops
 from layerwise.errors import BadInput, UnsupportedCall
-from layerwise.recompute import standing_in
-from layerwise.replay import CodedModel
-from layerwise.tape import Tape
+from layerwise.replay.coded import CodedModel
+from layerwise.tape.activation_checkpoints import standing_in
+from layerwise.tape.tape import Tape
 
 pytestmark = pytest.mark.usefixtures("float64")
 N, T, S, E = 3, 4, 5, 6

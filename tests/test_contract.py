@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from layerwise import contract
 from layerwise.errors import BadInput
-from layerwise.ops.base import Call, Rows, Samples, Windows
+from layerwise.ops.base import Call
 from layerwise.ops.conv import slots as conv_slots
+from layerwise.rows import contract
+from layerwise.rows.base import Rows, Samples, Windows
 
 SHAPES = [  # V, N, T, K, O, I
     (1, 4, 1, 1, 3, 5),
@@ -124,7 +125,7 @@ def test_equals_oracle(shape: tuple[int, ...], kind: str, layout: str) -> None:
 def test_equals_oracle_in_chunks(
     shape: tuple[int, ...], kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contract.chunking, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(contract.pieces, "CHUNK_BYTES", chunk)
     check_all(make(shape, kind))
 
 
@@ -202,7 +203,7 @@ def test_reductions_never_hold_all_per_sample_gradients(monkeypatch: pytest.Monk
                     self.size = max(self.size, x.untyped_storage().nbytes())
             return out
 
-    monkeypatch.setattr(contract.chunking, "CHUNK_BYTES", 2**18)
+    monkeypatch.setattr(contract.pieces, "CHUNK_BYTES", 2**18)
     for kind, function in itertools.product(
         ["float", "index"], [contract.second_moment, contract.squared_norm, contract.pairwise_dot]
     ):
@@ -211,7 +212,7 @@ def test_reductions_never_hold_all_per_sample_gradients(monkeypatch: pytest.Monk
         given = {x.untyped_storage().data_ptr() for x in (rows.a, rows.g)}
         with Largest() as seen:
             function(rows)
-        limit = contract.DOT_CHUNKS * contract.chunking.CHUNK_BYTES + rows.g.nbytes + 100 * 300 * 8
+        limit = contract.DOT_CHUNKS * contract.pieces.CHUNK_BYTES + rows.g.nbytes + 100 * 300 * 8
         assert limit < d_bytes / 4
         assert 0 < seen.size <= limit, (kind, function.__name__)
 
@@ -303,7 +304,7 @@ class Copied(Windows):
 @pytest.mark.parametrize("piece", [1, 400, 10**9])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[1]], ids=str)
 def test_windows_are_laid_out_in_pieces(shape: tuple[int, ...], piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerwise.rows.PIECE_BYTES", piece)
+    monkeypatch.setattr("layerwise.rows.pieces.PIECE_BYTES", piece)
     rows, log = make(shape, "float"), []
     d = oracle(rows)
     w = torch.randn(d.shape[:2], dtype=torch.float64)
@@ -328,7 +329,7 @@ def test_windows_are_laid_out_in_pieces(shape: tuple[int, ...], piece: int, monk
 
 
 def test_pieces_of_windows_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerwise.rows.PIECE_BYTES", 1)
+    monkeypatch.setattr("layerwise.rows.pieces.PIECE_BYTES", 1)
     alive: list[weakref.ref] = []
 
     def made(low: int, high: int) -> Tensor:

@@ -26,7 +26,7 @@ from layerwise import __version__, cli, demo
 from layerwise.demo import main, screen
 from layerwise.demo import methods as table
 from layerwise.demo import train as loops
-from layerwise.demo.problem import SIZES, autoencoder, digits, reconstruction_loss
+from layerwise.demo.digits import SIZES, autoencoder, digits, reconstruction_loss
 
 METHODS = ["LocoProp-M", "LocoProp-S", "AltMin (Adam)", "RMSProp", "Adam"]
 EPOCHS = 2

@@ -16,7 +16,7 @@ from zoo import case as zoo_case
 
 import layerwise as lw
 from layerwise import errors
-from layerwise.quantities import diag_hessian
+from layerwise.quantities.hessian import diag_hessian
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -19,9 +19,9 @@ import layerwise as lw
 from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.kronecker import KroneckerBlock
 from layerwise.optim import DataParallel
-from layerwise.optim.factors import Inverse, invert
-from layerwise.optim.shares import assigned
-from layerwise.program import seed_of
+from layerwise.optim.second_order.averages import Inverse, invert
+from layerwise.optim.second_order.shares import assigned
+from layerwise.replay.state import seed_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -232,7 +232,7 @@ def test_labels_are_drawn_for_each_rank_and_their_factors_join() -> None:
 
 def failing_ladder(rank: int | None, share: str) -> Settings:
     """K-FAC whose first weight cannot be inverted at the first time, and whose last one cannot at the third."""
-    import layerwise.optim.blocks as module
+    import layerwise.optim.second_order.blocks as module
 
     count: dict[str, int] = {}
 

@@ -17,7 +17,7 @@ import layerwise as lw
 from layerwise import local
 from layerwise.errors import BadInput, NonFinite
 from layerwise.local import CodeStep, Coupling, Memory
-from layerwise.ranks import Ranks
+from layerwise.ranks.group import Ranks
 
 Settings = dict[str, Any]
 METHODS = {"locoprop": lw.LocoProp, "altmin": lw.AltMin}

@@ -687,7 +687,7 @@ def test_clipped_gradients_over_ranks(reduction: str, scale: str) -> None:
 
 def _drawn(rank: int) -> tuple[dict[str, Tensor], ...]:
     """Sampled quantities, and the sum of what the ranks hold by themselves."""
-    from layerwise.ranks import Ranks
+    from layerwise.ranks.group import Ranks
 
     model, (x, y) = _mlp(), _points(*SHARES[rank])
     asked = [

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from zoo import Case, cases
 
 import layerwise as lw
-from layerwise import contract, errors, gradients, projection
-from layerwise.ops.base import Rows
+from layerwise import errors
+from layerwise.gradient import parameter as gradients
 from layerwise.quantities import (
     ClippedGrad,
     DiagGGN,
@@ -30,6 +30,9 @@ from layerwise.quantities import (
     SquaredNorm,
     Variance,
 )
+from layerwise.rows import contract
+from layerwise.rows import project as projection
+from layerwise.rows.base import Rows
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -289,7 +292,7 @@ def test_dots_between_batches_are_refused() -> None:
 
 def test_chunks_of_samples_without_common_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight used by a row form and through a derived tensor, two samples at a time."""
-    monkeypatch.setattr("layerwise.gradients._CHUNK", 25)
+    monkeypatch.setattr("layerwise.gradient.parameter._CHUNK", 25)
     weight = nn.Parameter(torch.randn(3, 4, generator=_generator()))
     x, y = _batch()
     logits = lambda: F.linear(x, weight) + F.linear(x, weight.tanh())  # noqa: E731

@@ -15,10 +15,11 @@ from zoo import case
 from zoo.parts import Apply, Mean, leaf
 
 import layerwise as lw
-from layerwise import errors, layouts
+from layerwise import errors
 from layerwise.operators import EigenKronecker, Kronecker, KroneckerBlock
 from layerwise.quantities import EKFAC, KFAC, KFLR, PerSampleGrad, Quantity, SecondMoment, SqrtGGN
-from layerwise.views import view_maps
+from layerwise.rows import layout as layouts
+from layerwise.rows.views import view_maps
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -269,7 +270,7 @@ def test_rank_one_is_exact() -> None:
 
 def test_many_gradients_are_never_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of single samples and columns the factors are the same."""
-    from layerwise import gradients
+    from layerwise.gradient import parameter as gradients
 
     instance = case("lora").make()
     with lw.observe(instance.subject, KFLR()) as whole:
@@ -293,7 +294,7 @@ def test_many_gradients_are_never_held_together(monkeypatch: pytest.MonkeyPatch)
 def test_a_long_side_has_a_diagonal_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     """On either side of the matrix, and for a vector."""
     monkeypatch.setattr(layouts, "LONG_SIDE", 3)
-    monkeypatch.setattr("layerwise.grams.LONG_SIDE", 3)
+    monkeypatch.setattr("layerwise.rows.gram.LONG_SIDE", 3)
     model = Apply(
         lambda m, x: F.linear(x * m.v.exp(), m.w.sin()) + F.linear(x, m.t.cos() @ m.s), w=leaf(3, 4), v=leaf(4),
         t=leaf(3, 2), s=leaf(2, 4),

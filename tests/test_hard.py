@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import layerwise as lw
 from layerwise.errors import BadInput
 from layerwise.local import CodeStep
-from layerwise.local.codes import Terms, sweep
-from layerwise.replay import CodedModel
+from layerwise.local.codes.code_step import Terms, sweep
+from layerwise.replay.coded import CodedModel
 
 RULES: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "straight through": (lw.nn.StraightThrough(), lambda z, g: g * (z.abs() <= 1)),

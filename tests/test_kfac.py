@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import case
 from zoo.parts import Apply, Mean
 
-from layerwise.observe import observe
+from layerwise.observation.observe import observe
 from layerwise.quantities import KFAC, DiagGGN, Variance
 
 pytestmark = pytest.mark.usefixtures("float64")

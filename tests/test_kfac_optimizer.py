@@ -19,9 +19,9 @@ from zoo import Case, cases
 import layerwise as lw
 from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.kronecker import KroneckerBlock
-from layerwise.optim.factors import Average, Layout, average, invert, layout_of, load, merge, save
-from layerwise.optim.preconditioner import is_due
-from layerwise.program import seed_of
+from layerwise.optim.second_order.averages import Average, Layout, average, invert, layout_of, load, merge, save
+from layerwise.optim.second_order.preconditioner import is_due
+from layerwise.replay.state import seed_of
 
 KFAC, Preconditioner = lw.optim.KFAC, lw.optim.Preconditioner
 

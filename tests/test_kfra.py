@@ -431,8 +431,8 @@ def test_a_block_over_the_cap_is_refused_before_any_work(monkeypatch: pytest.Mon
     size = 48 * 48 * 8
     watch(model, x, lambda z: F.cross_entropy(z, y), KFRA(max_bytes=size))
     model.zero_grad()
-    monkeypatch.setattr("layerwise.recursion.pull", None)  # a call would fail
-    monkeypatch.setattr("layerwise.recursion.pull_stack", None)
+    monkeypatch.setattr("layerwise.quantities.kfra.recursion.pull", None)  # a call would fail
+    monkeypatch.setattr("layerwise.quantities.kfra.recursion.pull_stack", None)
     text = refused(model, x, lambda z: F.cross_entropy(z, y), KFRA(max_bytes=size - 1))
     assert "48 x 48" in text
     assert f"{size} bytes" in text

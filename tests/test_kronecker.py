@@ -15,7 +15,7 @@ from zoo import Case, Instance, case, cases
 from zoo.parts import Apply, Mean, leaf
 
 from layerwise import errors
-from layerwise.observe import observe
+from layerwise.observation.observe import observe
 from layerwise.operators.kronecker import EigenKronecker, Kronecker
 from layerwise.quantities import EKFAC, KFAC, KFLR, Quantity, SqrtGGN
 

@@ -14,12 +14,12 @@ from local_cases import biases, each, groups
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local import steps as solvers
-from layerwise.local import tf_rmsprop
-from layerwise.local.closed import prox_step, spectral_step
 from layerwise.local.problem import LocalProblem, local_gradient, local_loss, predict, target_m, target_s
-from layerwise.local.steps import Workspace, linear_floor, local_steps, row_slices
-from layerwise.local.tf_rmsprop import TFRMSProp, tf_rmsprop_update
+from layerwise.local.solvers import steps as solvers
+from layerwise.local.solvers import tf_rmsprop
+from layerwise.local.solvers.closed import prox_step, spectral_step
+from layerwise.local.solvers.steps import Workspace, linear_floor, local_steps, row_slices
+from layerwise.local.solvers.tf_rmsprop import TFRMSProp, tf_rmsprop_update
 from layerwise.local.transfer import IDENTITY, RELU, SOFTMAX, TANH, Transfer
 
 GAMMA = 7.0

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import layerwise as lw
-from layerwise.finite import is_finite
-from layerwise.local import layers
-from layerwise.local.kinds import Kind, Kinds
-from layerwise.local.record import record
+from layerwise.local.layers import layer as layers
+from layerwise.local.layers.kinds import Kind, Kinds
+from layerwise.local.layers.record import record
+from layerwise.tensors import is_finite
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -19,9 +19,9 @@ import layerwise as lw
 from layerwise import local
 from layerwise.errors import BadInput
 from layerwise.local import transfer as tr
-from layerwise.local.layers import Layer
+from layerwise.local.layers.layer import Layer
+from layerwise.local.layers.record import Recorded, problem_of, record
 from layerwise.local.problem import local_gradient, predict
-from layerwise.local.record import Recorded, problem_of, record
 from layerwise.local.transfer import IDENTITY
 
 CASES = zoo.cases(first_loss_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import layerwise as lw
 from layerwise import local
 from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
-from layerwise.local.record import problem_of, record
+from layerwise.local.layers.record import problem_of, record
 from layerwise.local.transfer import IDENTITY
 
 Settings = dict[str, Any]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import layerwise as lw
-from layerwise import contract, memory
-from layerwise.ops.base import Rows
+from layerwise import tensors as memory
+from layerwise.rows import contract
+from layerwise.rows.base import Rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -23,7 +23,7 @@ from layerwise import monitor as watching
 from layerwise.errors import BadInput, LeftOut
 from layerwise.monitor import History, Measure, Monitor
 from layerwise.monitor import monitor as module
-from layerwise.program import seed_of
+from layerwise.replay.state import seed_of
 
 Named = dict[str, Tensor]
 

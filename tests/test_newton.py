@@ -17,9 +17,7 @@ from torch import Tensor, nn
 import layerwise as lw
 from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
-from layerwise.optim.blocks import Blocks
-from layerwise.optim.curvature import KINDS
-from layerwise.optim.factors import (
+from layerwise.optim.second_order.averages import (
     Average,
     Inverse,
     Layout,
@@ -30,8 +28,10 @@ from layerwise.optim.factors import (
     rebased,
     with_moments,
 )
-from layerwise.optim.team import Team
-from layerwise.optim.trust import best_step, levenberg_marquardt
+from layerwise.optim.second_order.blocks import Blocks
+from layerwise.optim.second_order.curvature_kinds import KINDS
+from layerwise.optim.second_order.team import Team
+from layerwise.optim.second_order.trust import best_step, levenberg_marquardt
 
 KFAC, DiagNewton, Preconditioner = lw.optim.KFAC, lw.optim.DiagNewton, lw.optim.Preconditioner
 CURVATURE = {"diag-ggn": "ggn", "diag-ggn-mc": "ggn-mc", "diag-hessian": "hessian", "diag-hessian-mc": "hessian-mc"}

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise import errors
-from layerwise.observe import observe
+from layerwise.observation.observe import observe
 from layerwise.quantities import KFAC, KFLR, ClippedGrad, DiagGGN, PerSampleGrad, SecondMoment, SquaredNorm, Variance
-from layerwise.tape import Tape
+from layerwise.tape.tape import Tape
 
 pytestmark = pytest.mark.usefixtures("float64")
 

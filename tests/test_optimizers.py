@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import layerwise as lw
 from layerwise import local
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
-from layerwise.optim.base import LayerLocal
+from layerwise.optim.layer_local.base import LayerLocal
 
 Closure = Callable[[], Tensor]
 Make = Callable[..., LayerLocal]

@@ -13,7 +13,7 @@ import layerwise as lw
 from benchmarks import alignment, matching_losses, step_cost
 from benchmarks.autoencoder import deep_autoencoder, reconstruction_loss
 from layerwise import local
-from layerwise.local.record import problem_of, record
+from layerwise.local.layers.record import problem_of, record
 
 
 def test_losses_of_the_picture_are_integrals() -> None:

@@ -15,8 +15,8 @@ from zoo import Case, cases
 
 import layerwise as lw
 from layerwise.errors import BadInput, LayerwiseError, SamplesMixed, Undefined
-from layerwise.optim.curvature import KINDS
-from layerwise.program import seed_of
+from layerwise.optim.second_order.curvature_kinds import KINDS
+from layerwise.replay.state import seed_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 Preconditioner = lw.optim.Preconditioner

@@ -13,7 +13,7 @@ from torch import Tensor
 from zoo import REFUSED, Case, Functional, Instance, Refused, cases
 
 from layerwise import errors
-from layerwise.observe import observe
+from layerwise.observation.observe import observe
 from layerwise.quantities import DiagGGN, PerSampleGrad, SecondMoment, SquaredNorm, Variance
 
 MEANS = ("ce_mean", "mse_mean", "bce_mean")

@@ -11,7 +11,7 @@ from random_programs import FAMILIES, TORCHS_OWN, Program, programs
 from torch import Tensor
 
 from layerwise import errors
-from layerwise.observe import observe
+from layerwise.observation.observe import observe
 from layerwise.quantities import KFAC, DiagGGN, PerSampleGrad, SecondMoment, SquaredNorm, Variance
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")

@@ -9,7 +9,7 @@ import torch
 from ranks import ranks
 
 from layerwise.errors import BadInput
-from layerwise.ranks import Ranks
+from layerwise.ranks.group import Ranks
 
 
 def talk(rank: int) -> dict[str, Any]:

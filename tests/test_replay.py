@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layerwise.errors import BadInput, Undefined
-from layerwise.replay import CodedModel
+from layerwise.replay.coded import CodedModel
 
 CASES = zoo.cases(first_loss_only=True)
 
@@ -513,7 +513,7 @@ def test_the_memo_of_proofs_does_not_grow_without_end() -> None:
         coded = CodedModel(net, lambda x=x, y=y: F.cross_entropy(net(x), y), proofs)
         assert coded.replays([0])
         assert len(proofs) == n
-    from layerwise import replay
+    from layerwise.replay import coded as replay
 
     proofs.update(dict.fromkeys(range(replay._MOST_PROOFS), True))
     assert CodedModel(net, lambda: F.cross_entropy(net(X), Y), proofs).replays([0])

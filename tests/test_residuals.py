@@ -17,16 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from zoo import Case, cases
 
 import layerwise as lw
-from layerwise import signed
-from layerwise.coverage import Graph, prove
-from layerwise.heads import loss_hessian
-from layerwise.likelihoods import likelihoods
-from layerwise.ops.base import Rows, Samples
-from layerwise.products import SecondOrder
-from layerwise.quantities import residual_columns
-from layerwise.residuals import Curvature, curvature, proved
-from layerwise.samples import Layout
-from layerwise.tape import Tape
+from layerwise.graph.coverage import Graph, prove
+from layerwise.graph.heads import likelihoods, loss_hessian
+from layerwise.graph.products import SecondOrder
+from layerwise.graph.residuals import Curvature, curvature, proved
+from layerwise.graph.samples import Layout
+from layerwise.quantities.hessian import residual_columns
+from layerwise.rows import weighted as signed
+from layerwise.rows.base import Rows, Samples
+from layerwise.tape.tape import Tape
 
 pytestmark = pytest.mark.usefixtures("float64")
 

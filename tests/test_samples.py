@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo.parts import Apply, leaf
 
-from layerwise import errors, samples
-from layerwise.observe import observe
+from layerwise import errors
+from layerwise.graph import samples
+from layerwise.observation.observe import observe
 from layerwise.quantities import PerSampleGrad, SecondMoment
 
 pytestmark = pytest.mark.usefixtures("float64")

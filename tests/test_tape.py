@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from layerwise import errors
-from layerwise.observe import observe
+from layerwise.observation.observe import observe
 from layerwise.quantities import KFAC, DiagGGN, PerSampleGrad, SecondMoment, Variance
-from layerwise.tape import Tape
+from layerwise.tape.tape import Tape
 
 # What the tape sees ---------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations
 from zoo.parts import Apply, leaf
 
 from layerwise import errors
-from layerwise.observe import observe
+from layerwise.observation.observe import observe
 from layerwise.quantities import DiagGGN, DiagHessian, PerSampleGrad, SecondMoment, Variance
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from layerwise.ranks import longest_first
+from layerwise.ranks.group import longest_first
 
 __all__ = [
     "CLUSTER",

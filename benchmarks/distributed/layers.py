@@ -34,7 +34,7 @@ from benchmarks.autoencoder import SIZES, deep_autoencoder, reconstruction_loss
 from benchmarks.distributed._processes import conditions, headline, keep, together
 from benchmarks.timing import lower_quartile
 from benchmarks.training.memory import Peak
-from layerwise.ranks import Ranks
+from layerwise.ranks.group import Ranks
 
 RESULT = Path(__file__).parents[1] / "results" / "distributed_layers.json"
 ARMS: dict[str, Callable[..., Any]] = {

@@ -1,13 +1,13 @@
 """Layerwise: more than the gradient, and learning layer by layer, from one run of a PyTorch model."""
 
 from layerwise import distributed, errors, local, monitor, nn, optim
-from layerwise.accumulate import accumulate
 from layerwise.losses import as_loss
-from layerwise.observe import observe
+from layerwise.observation.accumulate import accumulate
+from layerwise.observation.observe import observe
 from layerwise.operators.curvature import GGN, PCH, Hessian
 from layerwise.operators.kronecker import EigenKronecker, Kronecker
-from layerwise.optim.altmin import AltMin
-from layerwise.optim.locoprop import LocoProp
+from layerwise.optim.layer_local.altmin import AltMin
+from layerwise.optim.layer_local.locoprop import LocoProp
 from layerwise.quantities import (
     EKFAC,
     KFAC,

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.cotangents import Gradient
 from layerwise.errors import Undefined
-from layerwise.observe import observe
+from layerwise.graph.cotangents import Gradient
+from layerwise.observation.observe import observe
+from layerwise.observation.seen import Seen
 from layerwise.operators import Kronecker, KroneckerBlock
 from layerwise.operators.curvature import Hessian
-from layerwise.program import Gradients
 from layerwise.quantities import KFAC, KFLR, DiagGGN, DiagHessian, PerSampleGrad, Quantity, SecondMoment, SqrtGGN
-from layerwise.quantities.kronecker import KroneckerFactors
-from layerwise.seen import Seen
+from layerwise.quantities.kronecker.factors import KroneckerFactors
+from layerwise.replay.state import Gradients
 
 try:
     from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import layerwise as lw
 
+from .digits import Problem, reconstruction_loss
 from .methods import Settings
-from .problem import Problem, reconstruction_loss
 from .train import Run, minibatches
 
 __all__ = ["Layer", "observed_layers"]

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from . import plots, report
+from .digits import SIZES, Problem, digits
 from .layers import Layer, observed_layers
 from .methods import CHOSEN
-from .problem import SIZES, Problem, digits
 from .screen import show_table, watched
 from .train import BATCH, relative_to, step_seconds, train
 

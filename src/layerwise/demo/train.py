@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .digits import Problem, autoencoder, reconstruction_loss
 from .methods import METHODS, Settings
-from .problem import Problem, autoencoder, reconstruction_loss
 
 __all__ = ["BATCH", "Row", "Run", "minibatches", "relative_to", "schedule", "step_seconds", "train"]
 

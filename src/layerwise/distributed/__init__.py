@@ -1,10 +1,10 @@
 """Beyond one process, on `torch.distributed`: agreement, gradient noise between ranks, checkpoints, stages."""
 
 from layerwise.distributed.checkpoints import Loaded, load, save
-from layerwise.distributed.noise import NoiseEstimate, RankNoise, noise_of_ranks
 from layerwise.distributed.pipeline import Pipeline
+from layerwise.distributed.rank_noise import NoiseEstimate, RankNoise, noise_of_ranks
 from layerwise.distributed.stages import Stage, split
-from layerwise.ranks import Ranks, check_same_model
+from layerwise.ranks.group import Ranks, check_same_model
 
 __all__ = [
     "Loaded",

@@ -27,8 +27,8 @@ from layerwise.distributed.documents import (
     template,
 )
 from layerwise.errors import BadInput, CutShort
-from layerwise.ranks import Ranks
-from layerwise.uses import named_parameters_of
+from layerwise.ranks.group import Ranks
+from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["Loaded", "load", "save"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
-from layerwise.uses import named_parameters_of
+from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["document", "flat", "nested", "put_into_model", "put_into_optimizer", "restore_random", "template"]
 

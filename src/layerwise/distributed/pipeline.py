@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
-from layerwise.finite import is_finite
-from layerwise.local.codes import Terms, sweep
-from layerwise.local.layers import Layer
-from layerwise.local.record import Recorded
-from layerwise.optim.altmin import AltMin
-from layerwise.optim.choices import first_match
-from layerwise.optim.coding import coded_layers, hidden_uses, recorded_on_codes
-from layerwise.optim.jobs import Crew, Facts, Job, Rest, State
-from layerwise.optim.owners import all_or_none, described
-from layerwise.optim.undo import Undo
-from layerwise.optim.workers import crew
-from layerwise.program import ENTRY
-from layerwise.ranks import Ranks
-from layerwise.replay import CodedModel
-from layerwise.uses import named_parameters_of
+from layerwise.local.codes.code_step import Terms, sweep
+from layerwise.local.layers.layer import Layer
+from layerwise.local.layers.record import Recorded
+from layerwise.optim.layer_local.altmin import AltMin
+from layerwise.optim.layer_local.choices import first_match
+from layerwise.optim.layer_local.coding import coded_layers, hidden_uses, recorded_on_codes
+from layerwise.optim.layer_local.jobs import Crew, Facts, Job, Rest, State
+from layerwise.optim.layer_local.owners import all_or_none, described
+from layerwise.optim.layer_local.undo import Undo
+from layerwise.optim.layer_local.workers import crew
+from layerwise.ranks.group import Ranks
+from layerwise.replay.coded import CodedModel
+from layerwise.replay.program import ENTRY
+from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import is_finite
 
 __all__ = ["Pipeline"]
 

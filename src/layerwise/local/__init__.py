@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from layerwise.local.codes import CodeStep
-from layerwise.local.coupling import Coupling
-from layerwise.local.memory import Memory, mairal
+from layerwise.local.codes.code_step import CodeStep
+from layerwise.local.codes.coupling import Coupling
 from layerwise.local.problem import LocalProblem, Pull, local_gradient, local_loss
 from layerwise.local.regularizers import Elastic, Proximal, WeightDecay
-from layerwise.local.solvers import Anderson, ConjugateGradient, LocalSteps, Newton, ProximalSolve, Spectral
+from layerwise.local.solvers.memory import Memory, mairal
+from layerwise.local.solvers.tf_rmsprop import TFRMSProp
+from layerwise.local.solvers.values import Anderson, ConjugateGradient, LocalSteps, Newton, ProximalSolve, Spectral
 from layerwise.local.targets import GradientStep, Mirror
-from layerwise.local.tf_rmsprop import TFRMSProp
 from layerwise.local.transfer import (
     ARCTAN,
     ELU,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BadInput, UnknownLoss
 from .base import Likelihood
 from .call import LossCall
-from .elementwise import elementwise
+from .per_element import elementwise
 from .softmax import softmax
 
 __all__ = ["likelihood", "scale_to_union"]

@@ -14,9 +14,9 @@ from layerwise.errors import BadInput, LayerwiseError, LeftOut, NonFinite
 from layerwise.monitor.measures import WHOLE, Measure, Step, default
 from layerwise.monitor.records import Record
 from layerwise.monitor.watch import Group, Watch
-from layerwise.program import seed_of
 from layerwise.quantities import Quantity
-from layerwise.uses import named_parameters_of
+from layerwise.replay.state import seed_of
+from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["Monitor"]
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from layerwise.cotangents import Sampled
 from layerwise.errors import Undefined
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
+from layerwise.graph.cotangents import Sampled
 from layerwise.quantities import ByParameter, DiagGGN, Quantity
 from layerwise.quantities.base import Context, Union
 

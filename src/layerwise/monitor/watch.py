@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from layerwise.calls import BACKWARD
 from layerwise.errors import BadInput, LayerwiseError, UnsupportedCall
-from layerwise.local.record import dense
-from layerwise.observe import observe
-from layerwise.program import Buffers, Gradients, RandomState
-from layerwise.pull import accumulated, backward_arguments
+from layerwise.observation.observe import observe
+from layerwise.observation.seen import Seen
 from layerwise.quantities import Quantity
-from layerwise.seen import Seen
-from layerwise.tape import Tape
-from layerwise.uses import named_parameters_of
+from layerwise.replay.state import Buffers, Gradients, RandomState
+from layerwise.tape.calls import BACKWARD
+from layerwise.tape.pull import accumulated, backward_arguments
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import dense
 
 __all__ = ["Group", "Watch"]
 

@@ -13,15 +13,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from layerwise.coverage import Graph, known_losses, prove
 from layerwise.errors import BadInput, NonFinite, Undefined
-from layerwise.heads import loss_hessian, resolved
+from layerwise.graph.coverage import Graph, known_losses, prove
+from layerwise.graph.heads import loss_hessian, resolved
+from layerwise.graph.products import GaussNewtonProducts, HessianProducts, Products, SecondOrder
+from layerwise.graph.residuals import curvature, proved
 from layerwise.losses import Likelihood
 from layerwise.operators.diagonal import check_names
-from layerwise.products import GaussNewtonProducts, HessianProducts, Products, SecondOrder
-from layerwise.residuals import curvature, proved
-from layerwise.tape import Tape
-from layerwise.views import view_maps
+from layerwise.rows.views import view_maps
+from layerwise.tape.tape import Tape
 
 __all__ = ["GGN", "PCH", "CurvatureOperator", "Hessian"]
 

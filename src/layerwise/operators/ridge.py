@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.finite import is_finite
+from layerwise.tensors import is_finite
 
 __all__ = ["coordinate_descent", "inverse", "ridge"]
 

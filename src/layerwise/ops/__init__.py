@@ -12,11 +12,12 @@ from torch import Tensor
 from layerwise.errors import UnsupportedCall
 from layerwise.ops import attention, recurrent
 from layerwise.ops.arguments import any_complex, bind, writes_first
-from layerwise.ops.base import Call, Rows, Samples, Slot
+from layerwise.ops.base import Call, Slot
 from layerwise.ops.elementwise import ElementwiseSlot
 from layerwise.ops.forms import Form
 from layerwise.ops.opaque import OpaqueSlot
 from layerwise.ops.registry import BUILD, Entry, register
+from layerwise.rows.base import Rows, Samples
 
 __all__ = [
     "Call",

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from layerwise.errors import SamplesMixed
 from layerwise.ops.arguments import count, plain
-from layerwise.ops.base import Call, Samples, Slot
+from layerwise.ops.base import Call, Slot
 from layerwise.ops.elementwise import BiasSlot, shift
 from layerwise.ops.forms import FUNCTIONS, Form, Letters
+from layerwise.rows.base import Samples
 
 __all__ = ["FUNCTIONS", "ContractionSlot", "described", "slots"]
 

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise import memory
-from layerwise.costs import grouped_is_cheaper
+from layerwise import tensors
 from layerwise.ops.arguments import bind, count, plain
-from layerwise.ops.base import Call, Rows, Samples, Slot, Windows
+from layerwise.ops.base import Call, Slot
 from layerwise.ops.elementwise import BiasSlot
+from layerwise.rows.base import Rows, Samples, Windows
+from layerwise.rows.cost import grouped_is_cheaper
 
 __all__ = ["FUNCTIONS", "ConvSlot", "slots"]
 
@@ -144,7 +145,7 @@ class ConvSlot(Slot):
             n, t = samples.n, t * (b // samples.n)
             view = samples.split(view, 0).movedim((0, 1), (1 + dims, 2 + dims))
         if math.prod(kernel) > 1:  # else there may be nothing to copy
-            view = memory.empty(view.shape, view).copy_(view)
+            view = tensors.empty(view.shape, view).copy_(view)
         return view.reshape(k, c // k * math.prod(kernel), n, t).permute(2, 3, 0, 1)
 
     def output(self, g: Tensor, samples: Samples | None) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from layerwise.errors import SamplesMixed
 from layerwise.ops.arguments import bind, count, expanded, plain, replace, writes_first
-from layerwise.ops.base import Call, Samples, Slot
+from layerwise.ops.base import Call, Slot
+from layerwise.rows.base import Samples
 
 __all__ = ["FUNCTIONS", "BiasSlot", "ElementwiseSlot", "one_by_one", "shift", "slots"]
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.ops.arguments import bind, count, plain
-from layerwise.ops.base import Call, Samples, Slot
+from layerwise.ops.base import Call, Slot
+from layerwise.rows.base import Samples
 
 __all__ = ["FUNCTIONS", "BagSlot", "EmbeddingSlot", "slots"]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from layerwise.errors import Undefined, UnsupportedCall
 from layerwise.ops.arguments import replace, writes_first
-from layerwise.ops.base import Call, Samples, Slot
+from layerwise.ops.base import Call, Slot
+from layerwise.rows.base import Samples
 
 __all__ = ["OpaqueSlot"]
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from layerwise.ops import contraction, conv, elementwise, embedding, norm
-from layerwise.ops.base import Call, Samples, Slot, gradients
+from layerwise.ops.base import Call, Slot
 from layerwise.ops.elementwise import one_by_one
 from layerwise.ops.forms import Form
+from layerwise.rows.base import Samples, gradients
 
 __all__ = ["BUILD", "Build", "Entry", "register"]
 

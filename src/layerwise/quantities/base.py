@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from layerwise.cotangents import Cotangent, Gradient
-from layerwise.coverage import Graph
 from layerwise.errors import BadInput, NoBackward
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
+from layerwise.graph.cotangents import Cotangent, Gradient
+from layerwise.graph.coverage import Graph
+from layerwise.graph.samples import Layout
 from layerwise.losses import Likelihood
-from layerwise.ranks import Ranks
-from layerwise.samples import Layout
-from layerwise.tape import Tape
+from layerwise.ranks.group import Ranks
+from layerwise.tape.tape import Tape
 
-__all__ = ["ByParameter", "Context", "Quantity", "Union"]
+__all__ = ["ByParameter", "Context", "Quantity", "Union", "positive"]
 
 
 @dataclass(frozen=True)

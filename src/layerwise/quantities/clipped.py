@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput, NonFinite, Undefined
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 from layerwise.quantities.first_order import sample_factor
 

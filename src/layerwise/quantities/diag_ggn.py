@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layerwise.cotangents import Exact, Sampled
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
+from layerwise.graph.cotangents import Exact, Sampled
 from layerwise.quantities.base import Quantity, positive
 
 __all__ = ["DiagGGN"]

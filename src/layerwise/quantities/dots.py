@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from layerwise.errors import Undefined
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 from layerwise.quantities.first_order import sample_factor
 

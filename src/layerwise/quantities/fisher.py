@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.cotangents import Gradient, Sampled
 from layerwise.errors import BadInput, Undefined
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
+from layerwise.graph.cotangents import Gradient, Sampled
 from layerwise.losses import Likelihood
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import Undefined
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 
 __all__ = ["Noise", "NoiseScale"]

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise import projection
 from layerwise.errors import BadInput
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive
 from layerwise.quantities.first_order import sample_factor
+from layerwise.rows import project
 
 __all__ = ["Sketch"]
 
@@ -46,7 +46,7 @@ class Sketch(Quantity):
 
     def matrix(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """The projection of one parameter, `[dim, *shape]`, in the type and on the device of `like`."""
-        left, right = projection.signs(name, shape, self.dim, self._seed, like)
+        left, right = project.signs(name, shape, self.dim, self._seed, like)
         return torch.einsum("jr,jc->jrc", left, right).reshape(self.dim, *shape) / self.dim**0.5
 
     def project(self, vector: Mapping[str, Tensor]) -> ByParameter:
@@ -56,13 +56,13 @@ class Sketch(Quantity):
         """
         found = {}
         for name, v in vector.items():
-            left, right = projection.signs(name, v.shape, self.dim, self._seed, v)
-            found[name] = projection.project_vectors(v.reshape(1, 1, -1), left, right)[0, 0] / self.dim**0.5
+            left, right = project.signs(name, v.shape, self.dim, self._seed, v)
+            found[name] = project.project_vectors(v.reshape(1, 1, -1), left, right)[0, 0] / self.dim**0.5
         return ByParameter(found, sum(found.values()) if found else None)
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, dim]`."""
-        left, right = projection.signs(gradient.name, gradient.shape, self.dim, self._seed, gradient.like)
+        left, right = project.signs(gradient.name, gradient.shape, self.dim, self._seed, gradient.like)
         return (gradient.sketch(left, right)[0] / self.dim**0.5,)
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:

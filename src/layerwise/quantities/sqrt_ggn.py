@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from layerwise.cotangents import Exact, Sampled
 from layerwise.errors import BadInput, Undefined
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
+from layerwise.graph.cotangents import Exact, Sampled
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive
 
 __all__ = ["SqrtGGN"]

@@ -25,6 +25,6 @@ Only here does `extend` install module hooks; records belong to the graph of a f
 
 from layerwise.compat.backpack import extensions
 from layerwise.compat.backpack.context import backpack
-from layerwise.compat.backpack.record import disable, extend
+from layerwise.compat.backpack.read_tape import disable, extend
 
 __all__ = ["backpack", "disable", "extend", "extensions"]

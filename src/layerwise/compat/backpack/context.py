@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
-from layerwise.calls import BACKWARD, OPTIONS
 from layerwise.compat.backpack.custom_module.branching import Parallel, _Branch
 from layerwise.compat.backpack.custom_module.reduce_tuple import ReduceTuple
 from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension
 from layerwise.compat.backpack.read_losses import read_losses
-from layerwise.compat.backpack.record import Joined, Record, Stack, records_of, silenced
+from layerwise.compat.backpack.read_tape import Joined, Record, Stack, records_of, silenced
 from layerwise.errors import BadInput, UncoveredUse, Undefined
-from layerwise.observe import observe
-from layerwise.pull import backward_arguments
+from layerwise.observation.observe import observe
+from layerwise.tape.calls import BACKWARD, OPTIONS
+from layerwise.tape.pull import backward_arguments
 
 __all__ = ["backpack"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise import losses
-from layerwise.compat.backpack.record import Record, record_at
-from layerwise.uses import LossUse
+from layerwise.compat.backpack.read_tape import Record, record_at
+from layerwise.tape.uses import LossUse
 
 __all__ = ["read_losses"]
 

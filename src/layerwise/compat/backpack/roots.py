@@ -9,9 +9,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from layerwise.cotangents import Exact, positions
+from layerwise.graph.cotangents import Exact, positions
 from layerwise.losses import Likelihood
-from layerwise.ops.base import Samples
+from layerwise.rows.base import Samples
 
 __all__ = ["ByClass"]
 

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension
-from layerwise.cotangents import Second
-from layerwise.coverage import Graph
 from layerwise.errors import BadInput
-from layerwise.heads import loss_hessian
-from layerwise.likelihoods import likelihoods
+from layerwise.graph.cotangents import Second
+from layerwise.graph.coverage import Graph
+from layerwise.graph.heads import likelihoods, loss_hessian
+from layerwise.graph.products import GaussNewtonProducts, HessianProducts, Products
+from layerwise.graph.samples import Layout
 from layerwise.operators.curvature import PCH
-from layerwise.products import GaussNewtonProducts, HessianProducts, Products
 from layerwise.quantities.base import Context, Quantity, Union
-from layerwise.samples import Layout
-from layerwise.tape import Tape
+from layerwise.tape.tape import Tape
 
 __all__ = ["GGNMP", "HMP", "PCHMP"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise import quantities
 from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension, Subsampled
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import Quantity
 
 __all__ = ["BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from layerwise import quantities
 from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension, Subsampled
-from layerwise.compat.backpack.factors import Factors
+from layerwise.compat.backpack.kronecker_factors import Factors
 from layerwise.compat.backpack.roots import ByClass
-from layerwise.gradients import ParameterGradient
+from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import Quantity
 
 __all__ = [

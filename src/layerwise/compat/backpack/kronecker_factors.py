@@ -1,0 +1,96 @@
+"""Kronecker factors in BackPACK's convention, of any of our Kronecker-factored quantities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import Undefined
+from layerwise.gradient.parameter import ParameterGradient
+from layerwise.losses import Likelihood
+from layerwise.quantities.base import Context, Quantity, Union
+from layerwise.quantities.kronecker.factors import KroneckerFactors
+from layerwise.rows import contract
+from layerwise.rows.base import Rows
+from layerwise.rows.layout import Matrix
+
+__all__ = ["Factors"]
+
+
+class Factors(Quantity):
+    """Lists `[B, A]` of weights and `[B]` of biases.
+
+    A = (1/N) sum_{n,t} a a^T, with a sum over the positions t where `layerwise` takes their mean. B is that of the
+    quantity `of` with `sharing="reduce"`, where positions of one sample meet before they are squared. The order of A
+    is that of the inputs of one output in the parameter's memory; so `B (x) A` is the block of the parameter with its
+    output axis first, which is another order for transposed convolutions and embeddings.
+    Raises Undefined for a weight with groups, or with an element for each output (its block is no Kronecker product),
+    and for a parameter whose uses do not read it as one matrix.
+    """
+
+    powers = (0, 0, 1)
+    needs_samples = True
+
+    def __init__(self, of: KroneckerFactors) -> None:
+        self.of = of
+        self.cotangent = of.cotangent
+
+    def check_losses(self, losses: Sequence[Likelihood]) -> None:
+        """What the quantity checks."""
+        self.of.check_losses(losses)
+
+    def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
+        """What the quantity checks."""
+        self.of.check_size(columns, samples, sizes)
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        """Sum of input products (a number for a bias), number of samples, sum of output products."""
+        rows, layout = _rows(gradient)
+        k = rows.g.shape[3]
+        if k > 1:
+            raise Undefined(
+                f"asked for Kronecker factors of {gradient.name!r}, whose block falls into {k} groups and is no "
+                "Kronecker product; take layerwise's KFAC or KFLR, whose result knows groups, or freeze the parameter"
+            )
+        summed = rows.g if rows.g.shape[2] == 1 else rows.g.sum(2, keepdim=True)
+        b = self.of.output_factor(gradient, Rows(rows.a, summed, rows.size_in))
+        nothing = b.new_zeros(())
+        if gradient.column:  # the inputs are the same for every stack of cotangents
+            return nothing, nothing, b
+        inputs = nothing if layout.bias else _in_memory_order(contract.input_gram(rows)[0], len(b[0]), layout)
+        return inputs, b.new_tensor(rows.g.shape[1]), b
+
+    def finish(
+        self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context
+    ) -> dict[str, list[Tensor]]:
+        """The factors by parameter name."""
+        return {name: [b[0], a / n] if a.dim() else [b[0]] for name, (a, n, b) in values.items()}
+
+    def __repr__(self) -> str:
+        return f"Factors({self.of!r})"
+
+
+def _rows(gradient: ParameterGradient) -> tuple[Rows, Matrix]:
+    """The rows of a parameter that is one matrix, and how it is that matrix."""
+    laid = gradient.laid()
+    if laid.form != "rows" or gradient.joined is None or gradient.joined.rows is None:
+        uses = ", ".join(repr(part.use) for part in gradient.parts)
+        raise Undefined(
+            f"asked for Kronecker factors of {gradient.name!r}, which its uses do not read as one matrix: {uses}; take "
+            f"layerwise's KFAC or KFLR, which have its factors from {laid.form}, or freeze the parameter"
+        )
+    return gradient.joined.rows, laid.matrices[0]
+
+
+def _in_memory_order(a: Tensor, size_out: int, layout: Matrix) -> Tensor:
+    """Sums of input products with the inputs in the order of the parameter's memory."""
+    if a.dim() == 1:  # of an index: its diagonal
+        a = a.diag()
+    shape = layout.fold(torch.empty(1, size_out, len(a), device="meta")).shape
+    places = layout.matrix(torch.arange(shape.numel()).reshape(shape))[0, 0]  # of the inputs of the first output
+    if bool((places.diff() > 0).all()):
+        return a
+    order = places.argsort().to(a.device)
+    return a[order][:, order]

@@ -1,0 +1,1 @@
+"""One parameter's gradient over all its uses, as rows."""

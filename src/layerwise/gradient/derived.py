@@ -1,0 +1,125 @@
+"""Parameters without rows of their own; gradients of a derived tensor (a weight norm, LoRA's sum), carried back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from layerwise.ops.base import Slot
+from layerwise.rows import contract, layout
+from layerwise.rows.base import Rows
+from layerwise.rows.views import Map, view_maps
+from layerwise.tape.pull import pull
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import Use
+
+__all__ = ["Later", "carries", "carry", "hollow", "maps", "without_rows"]
+
+
+def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients `[V,N,*used.shape]` of `used` as those of the leaves it came from, `[V,N,*leaf.shape]` each."""
+    flat = dense.flatten(0, 1)
+    carried: Sequence[Tensor | None]
+    try:
+        carried = pull([used], [flat], leaves, batched=True) if len(flat) else [None for _ in leaves]
+    except RuntimeError:  # an operation without a batching rule
+        each = [pull([used], [row], leaves) for row in flat]
+        columns = zip(*each, strict=True)
+        carried = [
+            torch.stack([torch.zeros_like(p) if g is None else g for g in column])
+            for p, column in zip(leaves, columns, strict=True)
+        ]
+    found = []
+    for leaf, value in zip(leaves, carried, strict=True):
+        value = flat.new_zeros(len(flat), *leaf.shape) if value is None else value
+        found.append(value.to(leaf.dtype).unflatten(0, dense.shape[:2]))
+    return found
+
+
+@dataclass(frozen=True)
+class Later:
+    """The gradients of one leaf, carried a few samples at a time as they are read, while the graph lives.
+
+    rows: of the derived tensor `slot.used`; dtype: of what is read, by default the leaf's.
+    """
+
+    slot: Slot
+    rows: Rows
+    leaf: Tensor
+    dtype: torch.dtype | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[V,N,*leaf.shape]`."""
+        return torch.Size((*self.rows.g.shape[:2], *self.leaf.shape))
+
+    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
+        """Those of the columns `where[0]` and the samples `where[1]`."""
+        columns, samples = where
+        start, stop, _ = samples.indices(self.shape[1])
+        rows = self.rows.sent(self.rows.g[columns])
+        some = self.slot.fold(contract.per_sample(contract.narrow(rows, start, stop - start)))
+        (value,) = carry(self.slot.used, some, [self.leaf])
+        return value.to(self.dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def to(self, dtype: torch.dtype) -> Later:
+        """The same in another type."""
+        return replace(self, dtype=dtype)
+
+    def new_zeros(self, shape: Sequence[int]) -> Tensor:
+        """Zeros of the type that is read."""
+        return torch.zeros(tuple(shape), dtype=self.dtype or self.leaf.dtype, device=self.leaf.device)
+
+
+def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:
+    """The parameters that some use reads through a derived tensor or without row form, or uses as several matrices."""
+    found: set[str] = set()
+    places: dict[str, list[Slot]] = {}
+    for use in uses:
+        for derived, slot in zip(use.used, use.slots, strict=True):
+            name = next(iter(derived.names))
+            if len(derived.names) > 1 or not slot.factored or view_maps(slot.used, tape.parameters[name]) is None:
+                found |= derived.names
+            else:
+                places.setdefault(name, []).append(slot)
+    for name, slots in places.items():
+        if len(slots) > 1 and name not in found:
+            p = tape.parameters[name]
+            views = [(slot, view_maps(slot.used, p)) for slot in slots]
+            matrices = [maps(slot, view)[1] for slot, view in views if view is not None]
+            if layout.grouped(matrices, p.shape) is None:
+                found.add(name)
+    return found
+
+
+def carries(tape: Tape, use: Use) -> bool:
+    """Whether some gradient of a use goes back to its parameter through a graph."""
+    return any(
+        not slot.used.is_leaf
+        and (len(d.names) > 1 or view_maps(slot.used, tape.parameters[next(iter(d.names))]) is None)
+        for d, slot in zip(use.used, use.slots, strict=True)
+    )
+
+
+def maps(slot: Slot, view: tuple[Map, Map]) -> tuple[Map, Map]:
+    """Maps from a slot's matrix to the parameter and back; view: those from the used tensor."""
+    to_parameter, from_parameter = view
+    return lambda w: to_parameter(slot.fold(w)), lambda p: slot.matrix(from_parameter(p))
+
+
+def hollow(slot: Slot) -> Slot:
+    """A copy of a slot that keeps shapes alone, for `fold` and `matrix`."""
+    empty = copy(slot)
+    for key, value in vars(slot).items():
+        if isinstance(value, Tensor):
+            setattr(empty, key, torch.empty(value.shape, device="meta"))
+        elif callable(value) or (isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value)):
+            setattr(empty, key, None)
+    return empty

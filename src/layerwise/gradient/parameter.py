@@ -1,0 +1,305 @@
+"""The gradient of one parameter as parts, one for each use, joined before anything is squared.
+
+A part is a pair of rows where the used tensor is the parameter itself (or a transposed view of it), and
+per-sample gradients otherwise: those of a derived tensor are carried back to its parameters by its vjp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise import tensors
+from layerwise.gradient.derived import Later
+from layerwise.gradient.parts import Part, bias_of, joined_parts
+from layerwise.rows import contract, gram, layout, project
+from layerwise.rows.layout import Laid
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import Use
+
+__all__ = ["Gather", "ParameterGradient"]
+
+
+_CHUNK = 2**22  # elements of per-sample gradients held at once where uses have no common row form
+
+
+@dataclass(frozen=True)
+class ParameterGradient:
+    """All parts of one parameter's gradient for a stack of V cotangents; `column` numbers the first.
+
+    Second moments, norms and dots are computed once, for all quantities that ask for them.
+
+    shared: results that other parameters of the same stack can use again (a weight and its bias).
+    curvature: for the cotangent `Averaged`, the Hessian by the output rows of one sample `[T,K,O,T,K,O]`.
+    """
+
+    name: str
+    shape: torch.Size
+    parts: Sequence[Part]
+    column: int = 0
+    shared: dict[Any, Any] = field(default_factory=dict)
+    curvature: Tensor | None = None
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def joined(self) -> Part | None:
+        """The parts as one pair of rows, or None where they have no common row form."""
+        first = self.parts[0]
+        if len(self.parts) == 1:
+            return first if first.rows is not None else None
+        rows = [p.rows for p in self.parts if p.rows is not None]
+        kinds = {r.kind for r in rows}
+        if len(rows) < len(self.parts) or len(kinds) > 1 or self._groups is None or len(self._groups) > 1:
+            return None
+        return joined_parts(self.parts)
+
+    @cached_property
+    def _groups(self) -> list[list[int]] | None:
+        """The numbers of parts that lay the parameter out alike, where those that do not share no element of it."""
+        matrices = [p.matrix for p in self.parts if p.matrix is not None]
+        return layout.grouped(matrices, self.shape) if len(matrices) == len(self.parts) else None
+
+    @cached_property
+    def groups(self) -> list[Part] | None:
+        """The parts as one pair of rows for each matrix, of the parameter or of disjoint slices; None otherwise."""
+        if self.joined is not None:
+            return [self.joined]
+        if self._groups is None:
+            return None
+        return [joined_parts([self.parts[i] for i in group]) for group in self._groups]
+
+    def laid(self, partner: bool = False) -> Laid:
+        """How the parameter has Kronecker factors; partner: look for the bias of its uses as well."""
+        if self.groups is None:
+            return layout.dense_laid(self.shape)
+        found = tuple(part.without_data() for part in self.groups)
+        if sum(part.slot.used.numel() for part in self.groups if part.slot is not None) < self.shape.numel():
+            return Laid("slices", found, layout.rest_of(found, self.shape))
+        if len(found) > 1:
+            return Laid("slices", found)
+        if partner:
+            names = {bias_of(part) for part in self.parts}
+            found = (found[0]._replace(partner=names.pop() if len(names) == 1 else None),)
+        return Laid("rows", found)
+
+    def per_sample(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """`[V,n,*shape]`: the gradient of each sample from `start` to `stop`, summed over uses."""
+        parts = [self.joined] if self.joined is not None else self.parts
+        total: Tensor | None = None
+        for part in parts:
+            if part.rows is None:
+                assert part.dense is not None
+                value = part.dense[:, start:stop]
+            else:
+                assert part.fold is not None
+                length = len(range(part.samples)[start:stop])
+                value = part.fold(contract.per_sample(contract.narrow(part.rows, start, length)))
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def chunks(self) -> Iterator[Tensor]:
+        """`per_sample` a few samples at a time, and one cotangent where they are large: `[N, P]` is never held."""
+        held = self.parts[0].dense if self.parts[0].rows is None else self.parts[0].rows.g
+        assert held is not None
+        for gradient in self._columns() if len(held) * self.shape.numel() > _CHUNK else [self]:
+            yield from gradient._in_chunks()
+
+    def _in_chunks(self) -> Iterator[Tensor]:
+        """`per_sample` a few samples at a time, so that `[N, P]` is never held."""
+        n, each = self.parts[0].samples, self._each()
+        for start in range(0, n, each):
+            yield self.per_sample(start, start + each)
+
+    def total(self) -> Tensor:
+        """`[V,*shape]`: the gradient, summed over samples and uses."""
+        part = self.joined
+        if part is not None and part.rows is not None and part.fold is not None:
+            return part.fold(contract.total(part.rows))
+        return sum((g.sum(1) for g in self._in_chunks()), self._zeros(()))
+
+    def rows(self) -> Tensor:
+        """`per_sample()` of all samples, for every quantity that asks; squares are then read off it."""
+        return self._once("rows", self.per_sample)
+
+    def _held_rows(self) -> Tensor | None:
+        """All per-sample gradients, where they are at hand and squares of them are not had for less."""
+        part, held = self.joined, self._kept.get("rows")
+        if held is None or part is None or part.rows is None:
+            return held
+        return held if contract.squares_need_rows(part.rows) else None
+
+    def second_moment(self) -> Tensor:
+        """`[*shape]`: sum over v and n of the squared per-sample gradient."""
+        return self._once("second moment", self._second_moment)
+
+    def _once(self, what: str, compute: Callable[[], Tensor]) -> Tensor:
+        """A result for every quantity that asks: its values are shared until one of them is written to."""
+        if what not in self._kept:
+            self._kept[what] = compute()
+        return tensors.lazy_copy(self._kept[what])
+
+    def _second_moment(self) -> Tensor:
+        if (held := self._held_rows()) is not None:
+            return contract.sum_of_squares(held.flatten(0, 1))
+        part = self.joined
+        if part is not None and part.rows is not None and part.fold is not None:
+            return part.fold(contract.second_moment(part.rows))
+        return sum((g.square().sum((0, 1)) for g in self._in_chunks()), self._zeros(self.shape))
+
+    def output_gram(self, g: Tensor) -> Tensor:
+        """`[K,O,O]` of the joined rows' cotangents; computed once for a weight and its bias."""
+        key = g.data_ptr(), g.shape, g.stride()
+        if key not in self.shared:
+            self.shared[key] = g, contract.output_gram(g)  # g is held, so that its address stays its own
+        return self.shared[key][1]
+
+    def dense_grams(self) -> tuple[Tensor, Tensor]:
+        """Sums over v and n of D D^T, `[1,O,O]`, and D^T D, `[1,I,I]` or its diagonal, D as `layout.dense_matrix`."""
+        return gram.dense_grams(self.chunks(), self.shape, self.like)
+
+    def squared_norm(self) -> Tensor:
+        """`[V,N]`: squared norm of each per-sample gradient; the diagonal of the dots where those are known."""
+        return self._once("squared norm", self._squared_norm)
+
+    def _squared_norm(self) -> Tensor:
+        if "dots" in self._kept:
+            return self._kept["dots"].diagonal(dim1=1, dim2=2).clone()
+        if (held := self._held_rows()) is not None:
+            return torch.linalg.vector_norm(held.reshape(*held.shape[:2], -1), dim=2).square_()
+        part = self.joined
+        if part is not None and part.rows is not None:
+            return contract.squared_norm(part.rows)
+        norms = [g.reshape(*g.shape[:2], -1).square().sum(2) for g in self._in_chunks()]
+        return torch.cat(norms, 1) if norms else self._zeros((1, 0))
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and on the device of the gradient."""
+        return self._zeros(())
+
+    def squares(self) -> Tensor:
+        """`[N,*shape]`: sum over v of the squared per-sample gradient, one cotangent at a time."""
+        total: Tensor | None = None
+        for column in self._columns():
+            value = column.per_sample()[0]
+            total = value.square() if total is None else total.addcmul_(value, value)
+        return self._zeros((self.parts[0].samples, *self.shape)) if total is None else total
+
+    def _columns(self) -> Iterator[ParameterGradient]:
+        """The same gradient for each cotangent alone."""
+
+        def alone(part: Part, v: int) -> Part:
+            if part.rows is None:
+                assert part.dense is not None
+                return replace(part, dense=part.dense[v : v + 1, :])
+            return replace(part, rows=part.rows.sent(part.rows.g[v : v + 1]))
+
+        parts = [self.joined] if self.joined is not None else self.parts
+        held = parts[0].dense if parts[0].rows is None else parts[0].rows.g
+        assert held is not None
+        for v in range(len(held)):
+            yield ParameterGradient(self.name, self.shape, [alone(p, v) for p in parts], self.column + v)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """`[*shape]`: sum over v and n of the per-sample gradient times `weights` `[V,N]`."""
+        part = self.joined
+        if part is not None and part.rows is not None and part.fold is not None:
+            return part.fold(contract.weighted_sum(part.rows, weights))
+        total, start = self._zeros(self.shape), 0
+        for g in self._in_chunks():
+            w = weights[:, start : start + g.shape[1]].to(g.dtype)
+            total = total + torch.tensordot(w, g, 2)
+            start += g.shape[1]
+        return total
+
+    def pairwise_dot(self) -> Tensor:
+        """`[V,N,N]`: inner products of the per-sample gradients."""
+        return self._once("dots", self._pairwise_dot)
+
+    def _pairwise_dot(self) -> Tensor:
+        if (held := self._held_rows()) is not None:
+            flat = held.reshape(*held.shape[:2], -1)
+            return flat @ flat.mT
+        part = self.joined
+        if part is not None and part.rows is not None:
+            return contract.pairwise_dot(part.rows)
+        n, each = self.parts[0].samples, self._each()
+        blocks = [slice(low, min(n, low + each)) for low in range(0, n, each)]
+        result: Tensor | None = None
+        for p, here in enumerate(blocks):
+            x = self._vectors(here)
+            if result is None:
+                result = x.new_zeros(len(x), n, n)
+            for there in blocks[: p + 1]:
+                y = x if there == here else self._vectors(there)
+                result[:, here, there] = x @ y.mT
+                result[:, there, here] = result[:, here, there].mT.clone()
+        return self._zeros((1, 0, 0)) if result is None else result
+
+    def sketch(self, left: Tensor, right: Tensor) -> Tensor:
+        """`[V,N,J]`: inner products with the rank-one matrices `left[j] right[j]^T` of shape `[R,C]`, R·C = numel.
+
+        left: `[J,R]`; right: `[J,C]`. The parameter's elements count in its own order, whatever the layout of its uses.
+        """
+        part = self.joined
+        if part is not None and part.rows is not None and part.matrix is not None:
+            factors = project.in_layout(left, right, part.matrix, self.shape)
+            if factors is not None:
+                return project.project_rows(part.rows, *factors)
+        chunks = [project.project_vectors(g.reshape(*g.shape[:2], -1), left, right) for g in self._in_chunks()]
+        return torch.cat(chunks, 1) if chunks else self._zeros((1, 0, len(left)))
+
+    def _vectors(self, where: slice) -> Tensor:
+        """`[V,n,P]`."""
+        g = self.per_sample(where.start, where.stop)
+        return g.reshape(*g.shape[:2], -1)
+
+    def _each(self) -> int:
+        """How many samples' gradients are held at once."""
+        through = [p.dense.slot.used.numel() for p in self.parts if isinstance(p.dense, Later)]
+        return max(1, _CHUNK // max(1, self.shape.numel(), *through))
+
+    def _zeros(self, shape: Sequence[int]) -> Tensor:
+        first = self.parts[0]
+        like = first.dense if first.rows is None else first.rows.g
+        assert like is not None
+        return like.new_zeros(shape)
+
+
+class Gather:
+    """Collect the parts of every parameter's gradient, and give it out once all its uses have arrived."""
+
+    def __init__(self, tape: Tape, uses: Iterable[Use]) -> None:
+        self._tape = tape
+        self._expected: dict[str, set[int]] = {}
+        self._waiting: dict[str, list[Part]] = {}
+        for use in uses:
+            for name in use.names:
+                self._expected.setdefault(name, set()).add(use.index)
+
+    def add(self, use: Use, parts: Iterable[tuple[str, Part]]) -> Iterator[ParameterGradient]:
+        """Take the parts of one use; the gradients that it completes."""
+        for name, part in parts:
+            self._waiting.setdefault(name, []).append(part)
+        for name in use.names:
+            self._expected[name].discard(use.index)
+            if not self._expected[name]:
+                yield self._take(name)
+
+    def complete(self, use: Use) -> bool:
+        """Whether the gradients of all parameters of a use were given out."""
+        return not any(self._expected[name] for name in use.names)
+
+    def rest(self) -> Iterator[ParameterGradient]:
+        """The gradients of which some use never arrived."""
+        for name in list(self._waiting):
+            yield self._take(name)
+
+    def _take(self, name: str) -> ParameterGradient:
+        return ParameterGradient(name, self._tape.parameters[name].shape, self._waiting.pop(name))

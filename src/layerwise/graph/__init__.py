@@ -1,0 +1,1 @@
+"""Proofs on autograd's graph: coverage, where samples lie, where curvature enters, products with it."""

@@ -1,0 +1,111 @@
+"""What is sent back through the graph: the gradient's own cotangent, or roots of the loss Hessian.
+
+For a loss L = sum_r w_r l_r(f_r) over loss terms r with outputs f, a root is a set of columns s with
+`sum_j s_rj s_rj^T = w_r H_r` for every term. Each column carries the terms of all samples at once, but of
+one position within the sample only: terms of one sample must not meet before they are squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerwise.losses import Likelihood
+from layerwise.rows.base import Samples
+
+__all__ = ["Averaged", "Cotangent", "Exact", "Gradient", "Sampled", "Second", "default_generator", "positions"]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The cotangent of the loss itself, streamed from the user's own backward pass."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """All columns of the exact root: `(C-1)·P` for C classes and P loss terms a sample."""
+
+    def count(self, loss: Likelihood, rows: Samples) -> int:
+        """The number of columns of one loss."""
+        position = positions(loss, rows)
+        return max(1, loss.columns) * (int(position.max()) + 1 if position.numel() else 0)
+
+    def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
+        """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
+        root = loss.root()
+        if not len(root):  # one class: the loss is constant, and so is zero curvature
+            yield torch.zeros_like(loss.logits)[None]
+            return
+        position = positions(loss, rows)
+        count = int(position.max()) + 1 if position.numel() else 0
+        stack: list[Tensor] = []
+        for p in range(count):
+            columns = root if count == 1 else root * (position == p).to(root.dtype)
+            for column in columns.split(1):
+                stack.append(column)
+                if len(stack) == chunk:
+                    yield torch.cat(stack)
+                    stack = []
+        if stack:
+            yield torch.cat(stack)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Monte-Carlo columns from labels drawn from the model: unbiased, `draws` of them.
+
+    Terms are drawn independently, so all positions of a sample travel in one column.
+    """
+
+    draws: int
+    generator: torch.Generator | None = None
+
+    def count(self, loss: Likelihood, rows: Samples) -> int:
+        """The number of columns of one loss."""
+        return self.draws
+
+    def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
+        """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
+        generator = self.generator if self.generator is not None else default_generator(loss.logits.device)
+        yield from loss.sample(self.draws, generator).split(chunk)
+
+
+@dataclass(frozen=True)
+class Second:
+    """None of our choice: the quantity differentiates the gradient itself, in `compute_graph`."""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """Hessian blocks of a chain's uses, averaged over the batch from each use to the next, of at most `max_bytes`."""
+
+    max_bytes: int
+
+
+Cotangent = Gradient | Exact | Sampled | Second | Averaged
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """Torch's own generator of a device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
+
+
+def positions(loss: Likelihood, rows: Samples) -> Tensor:
+    """Number of each logit's loss term within its sample, broadcastable to the logits' shape."""
+    shape = list(loss.logits.shape)
+    position = torch.zeros([1] * len(shape), dtype=torch.long)
+    for axis, size in enumerate(shape):
+        if axis == loss.class_axis:
+            continue
+        index = torch.arange(size)
+        if axis == rows.axis:
+            repeats = size // rows.n if rows.n else 1
+            index = index % max(repeats, 1) if rows.n_major else index // max(rows.n, 1)
+            size = repeats
+        position = position * size + index.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return position.to(loss.logits.device)

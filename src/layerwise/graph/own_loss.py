@@ -1,0 +1,107 @@
+"""The user's own loss as a function of its boundary: gradients and Hessian products, with nothing else in them.
+
+Cotangents travel from the total (or a marked call's value) to the boundary and stop at known losses, at other marked
+calls and at the boundary itself, so that what comes out are partial derivatives of this loss alone, also where one
+boundary tensor was made from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import UnknownLoss
+from layerwise.graph.coverage import Graph
+from layerwise.graph.products import pull_stack, twice
+from layerwise.tape.pull import pull, stopped
+from layerwise.tape.uses import OwnUse
+
+__all__ = ["Inside", "gradients", "not_linear", "scales"]
+
+
+def scales(graph: Graph, values: Sequence[Any]) -> list[Tensor | None]:
+    """What the total gives each of some loss values as weight, `dL/dl`; they require grad where L is not linear."""
+    if not values:
+        return []
+    weight = graph.weight if graph.weight is not None else torch.ones_like(graph.total)
+    with torch.enable_grad():
+        return pull([graph.total], [weight], values, create_graph=True)
+
+
+def not_linear(name: str) -> str:
+    """The text of the error for a total that is not linear in a loss."""
+    return (
+        f"the total is not linear in its {name} (a power, a product of losses, or a learned weight), so it is no sum "
+        "over samples; observe the loss itself, times constants"
+    )
+
+
+def gradients(graph: Graph) -> list[Tensor | None]:
+    """The gradient of each loss alone at what it receives, in the order of `graph.losses`, to be differentiated."""
+    found: list[Tensor | None] = []
+    for loss, c in zip(graph.known, scales(graph, [loss.value for loss in graph.known]), strict=True):
+        with twice():
+            found += [None] if c is None else pull([loss.value], [c], [loss.logits], create_graph=True)
+    for own in graph.own:
+        found += Inside(graph, own).gradient()
+    return found
+
+
+class Inside:
+    """The user's own loss between its start and its boundary.
+
+    edges: those of the boundary. start: what cotangents are sent from, with the cotangent.
+    """
+
+    def __init__(self, graph: Graph, own: OwnUse) -> None:
+        self.own = own
+        self.edges = [part.logits for part in own.boundary]
+        self._others = {loss.value.node for loss in graph.known}
+        self._others |= {other.value.node for other in graph.own if other.value is not None and other is not own}
+        if own.value is None:
+            self.start: Any = graph.total
+            self._c = graph.weight if graph.weight is not None else torch.ones_like(graph.total)
+        else:
+            self.start = own.value
+            (c,) = scales(graph, [own.value])
+            if c is None:
+                raise UnknownLoss(f"the total does not depend on its {own.call.name}")
+            if c.requires_grad:
+                raise UnknownLoss(not_linear(own.call.name))
+            self._c = c.detach()
+        self._gradient: list[Tensor] | None = None
+
+    def ends_at(self, node: Any) -> bool:
+        """Whether another loss begins at a node."""
+        return node in self._others
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Pulls inside the context see this loss only."""
+        with stopped(self._others | {edge.node for edge in self.edges}):
+            yield
+
+    def gradient(self) -> list[Tensor]:
+        """Its gradient at every boundary tensor, itself to be differentiated.
+
+        Raises Undefined where a second derivative is missing.
+        """
+        if self._gradient is None:
+            with twice(), self.alone():
+                found = pull([self.start], [self._c], self.edges, create_graph=True)
+            shapes = [part.call.logits for part in self.own.boundary]
+            self._gradient = [x.new_zeros(x.shape) if g is None else g for g, x in zip(found, shapes, strict=True)]
+        return self._gradient
+
+    def product(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """Its Hessian times a stack of directions, `[V, *shape]` for each boundary tensor."""
+        pairs = [(g, v) for g, v in zip(self.gradient(), stacks, strict=True) if g.requires_grad]
+        found: list[Tensor | None] = [None] * len(stacks)
+        if pairs:
+            with twice(), self.alone():
+                found = pull_stack([g for g, _ in pairs], [v for _, v in pairs], self.edges)
+        return [torch.zeros_like(v) if h is None else h.detach() for h, v in zip(found, stacks, strict=True)]

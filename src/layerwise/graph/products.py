@@ -1,0 +1,264 @@
+"""Products of curvature matrices with stacks of directions, by second reverse passes through a kept graph.
+
+A direction is one tensor for each parameter; a stack of V of them carries a leading axis. Batched reverse
+passes are used where they are right: torch's batched second derivatives of some operations are not (group
+norm), so every batch is compared with one pass along a random combination of its directions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from layerwise.errors import NonFinite, Undefined
+from layerwise.graph.coverage import Graph
+from layerwise.tape.activation_checkpoints import standing_in
+from layerwise.tape.pull import pull
+from layerwise.tape.uses import LossUse
+
+__all__ = [
+    "GaussNewtonProducts",
+    "HessianProducts",
+    "Products",
+    "SecondOrder",
+    "check_second",
+    "gradient_of",
+    "pull_stack",
+    "twice",
+]
+
+_NO_SECOND = re.compile(
+    r"derivative for .* is not implemented|once_differentiable|use_reentrant=True|double.?backward", re.IGNORECASE
+)
+
+
+class SecondOrder(TorchFunctionMode):
+    """Run a forward so that it can be differentiated twice: enter it after the tape.
+
+    Attention runs by its formula, since fused kernels have no second derivative; so does weight norm, whose
+    second derivative in torch 2.13 is wrong for weights of more than two axes.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            return standing_in(func, _weight_norm, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Self:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        self._kernel = sdpa_kernel(SDPBackend.MATH)
+        self._kernel.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self._kernel.__exit__(*exc)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`g v / |v|`, the norm over all axes but `dim` (-1: over all)."""
+    axes = [axis for axis in range(v.dim()) if axis != dim]
+    return v * (g / v.square().sum(axes, keepdim=dim != -1).sqrt())
+
+
+def _check_once(gradients: Sequence[Tensor | None]) -> None:
+    """Refuse a graph with nodes that torch would pass over in silence: functions that say "once differentiable"."""
+    seen: set[Any] = set()
+    stack: list[Any] = [g.grad_fn for g in gradients if g is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().split("::")[-1] in ("Error", "DelayedError"):
+            raise Undefined(_once("a function marked once_differentiable"))
+        stack += [child for child, _ in node.next_functions]
+
+
+def _once(what: object) -> str:
+    return (
+        f"asked for second derivatives, but the graph holds an operation without them: {what}. Write it with torch "
+        "calls that can be differentiated twice (checkpoint with use_reentrant=False), or freeze what is below it"
+    )
+
+
+@contextmanager
+def twice() -> Iterator[None]:
+    """Turn torch's error about a missing second derivative into Undefined."""
+    try:
+        with torch.enable_grad():
+            yield
+    except RuntimeError as error:
+        if not _NO_SECOND.search(str(error)):
+            raise
+        raise Undefined(_once(error)) from error
+
+
+def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Any]) -> None:
+    """Refuse second derivatives that torch lacks or gets wrong; an asymmetric Hessian betrays the latter.
+
+    gradients: of one scalar by `inputs`, tensors or edges. Raises Undefined or NonFinite.
+    """
+    _check_once(gradients)
+    kept = [(g, x) for g, x in zip(gradients, inputs, strict=True) if g is not None and g.requires_grad]
+    if not kept:
+        return
+    generator = torch.Generator().manual_seed(0)
+    outputs, points = [g for g, _ in kept], [x for _, x in kept]
+
+    def product() -> tuple[list[Tensor], list[Tensor]]:
+        v = [torch.rand(g.shape, generator=generator).sub_(0.5).to(g) for g in outputs]
+        with twice():
+            found = pull(outputs, v, points)
+        return v, [torch.zeros_like(d) if h is None else h for d, h in zip(v, found, strict=True)]
+
+    (u, hu), (v, hv) = product(), product()
+    pairs = [a.double().cpu() * b.double().cpu() for a, b in zip((*u, *v), (*hv, *(-h for h in hu)), strict=True)]
+    gap, scale = (float(torch.stack([x.sum() for x in xs]).sum()) for xs in (pairs, [x.abs() for x in pairs]))
+    if not math.isfinite(scale):
+        raise NonFinite("asked for second derivatives, but the Hessian holds NaN or infinity")
+    eps = max(torch.finfo(g.dtype).eps for g in outputs)
+    if abs(gap) > 1e4 * eps * scale:
+        raise Undefined(
+            f"asked for second derivatives, but those of this graph are not symmetric (off by {abs(gap) / scale:.1e}): "
+            "an operation in it has a wrong second derivative in torch, or a custom autograd Function detaches "
+            "something; write that operation with plain torch calls"
+        )
+
+
+def gradient_of(graph: Graph, wanted: Any) -> Tensor | None:
+    """The gradient of a graph's total by a tensor or an edge, itself to be differentiated."""
+    weight = torch.ones_like(graph.total) if graph.weight is None else graph.weight
+    with twice():
+        return pull([graph.total], [weight], [wanted], create_graph=True)[0]
+
+
+def pull_stack(outputs: Sequence[Any], stacks: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor | None]:
+    """`pull` of V cotangents at once: `[V, *output]` each, giving `[V, *input]` each, or None without a path."""
+    count = len(stacks[0])
+    if count > 2:  # below that the check costs as much as it saves
+        with contextlib.suppress(RuntimeError):  # an operation without a batching rule
+            batched = pull(outputs, stacks, inputs, batched=True)
+            mix = torch.linspace(0.5, 1.5, count, dtype=torch.float64)
+            mix[::2] *= -1
+            single = pull(outputs, [_combine(mix, s) for s in stacks], inputs)
+            if all(_agree(mix, b, s) for b, s in zip(batched, single, strict=True)):
+                return batched
+    rows = [pull(outputs, [s[v] for s in stacks], inputs) for v in range(count)]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _combine(mix: Tensor, stack: Tensor) -> Tensor:
+    return torch.tensordot(mix.to(stack), stack, 1)
+
+
+def _agree(mix: Tensor, batched: Tensor | None, single: Tensor | None) -> bool:
+    """Whether the combination of batched results is the result of the combination, up to rounding."""
+    if batched is None or single is None:
+        return batched is single
+    if not batched.numel():
+        return True
+    scale = _combine(mix.abs(), batched.abs()).max()
+    return bool((_combine(mix, batched) - single).abs().max() <= 1e4 * torch.finfo(batched.dtype).eps * scale)
+
+
+class Products(Protocol):
+    """A symmetric matrix over parameters, known by its products."""
+
+    def apply(self, directions: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:
+        """The rows of the parameters `wanted` of the product with a stack; None: a direction of zero."""
+        ...
+
+
+class HessianProducts:
+    """Products with the Hessian of a total, by differentiating its gradient.
+
+    H v = d/dtheta (v . dL/dtheta). Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+    """
+
+    def __init__(self, gradients: Sequence[Tensor | None], parameters: Sequence[Any]) -> None:
+        self._gradients = gradients
+        self._parameters = parameters
+
+    @classmethod
+    def of(cls, total: Tensor, weight: Tensor | None, parameters: Sequence[Any]) -> HessianProducts:
+        """Those of `total` (times `weight`); raises Undefined where a second derivative is missing."""
+        weight = torch.ones_like(total) if weight is None else weight
+        with twice():
+            gradients = pull([total], [weight], parameters, create_graph=True)
+        check_second(gradients, parameters)
+        return cls(gradients, parameters)
+
+    def apply(self, directions: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:
+        """The rows `wanted` of the product, `[V, *shape]`."""
+        pairs = [
+            (g, d)
+            for g, d in zip(self._gradients, directions, strict=True)
+            if g is not None and g.requires_grad and d is not None
+        ]
+        return _rows(pairs, [self._parameters[i] for i in wanted], directions)
+
+
+class GaussNewtonProducts:
+    """Products with the generalized Gauss-Newton matrix, from the Hessian of the total in what the losses receive.
+
+    hessian: its product with stacks of directions, one `[V, *logits]` for each of the losses.
+
+    G v = J^T H_L J v. J v is the derivative by u of v . (J^T u), so two reverse passes give it for any forward.
+    diagonals: edges and tensors d there, each of which adds J^T diag(d) J v, J the Jacobian of what is at the edge.
+    Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[LossUse],
+        hessian: Callable[[Sequence[Tensor]], list[Tensor]],
+        parameters: Sequence[Tensor],
+        diagonals: Sequence[tuple[Any, Tensor]] = (),
+    ) -> None:
+        self._edges = [*(loss.logits for loss in losses), *(edge for edge, _ in diagonals)]
+        self._hessian = hessian
+        self._diagonals = [d for _, d in diagonals]
+        self._parameters = parameters
+        places = [*(loss.call.logits for loss in losses), *self._diagonals]
+        self._dummies = [torch.zeros_like(x).requires_grad_() for x in places]
+        with twice():
+            self._pulled = pull(self._edges, self._dummies, parameters, create_graph=True)
+        _check_once(self._pulled)
+
+    def apply(self, directions: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:
+        """The rows `wanted` of the product, `[V, *shape]`."""
+        pairs = [
+            (w, d)
+            for w, d in zip(self._pulled, directions, strict=True)
+            if w is not None and w.requires_grad and d is not None
+        ]
+        pushed = _rows(pairs, self._dummies, directions)
+        top = len(self._edges) - len(self._diagonals)
+        sent = self._hessian(pushed[:top])
+        sent += [d * x for d, x in zip(self._diagonals, pushed[top:], strict=True)]
+        return _rows(list(zip(self._edges, sent, strict=True)), [self._parameters[i] for i in wanted], directions)
+
+
+def _rows(
+    pairs: Sequence[tuple[Any, Tensor]], inputs: Sequence[Tensor], directions: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """`pull_stack` of (output, stack) pairs, zeros without a path."""
+    count = next(len(d) for d in directions if d is not None)
+    found: list[Tensor | None] = [None for _ in inputs]
+    if pairs and inputs:
+        with twice():
+            found = pull_stack([out for out, _ in pairs], [stack for _, stack in pairs], inputs)
+    return [
+        x.new_zeros(count, *x.shape) if g is None else g.detach().to(x.dtype)
+        for x, g in zip(inputs, found, strict=True)
+    ]

@@ -1,0 +1,279 @@
+"""The curvature of what lies between losses and uses, where it is that of elementwise functions.
+
+With z the output of some uses, the parameters of all others held,
+
+    d²L/dz² = J_f^T H_L J_f + sum_k J_k^T diag(r_k) J_k,      r_k = g_k s_k''(x_k)
+
+the generalized Gauss-Newton matrix, and a residual for each elementwise function s_k, J_k the Jacobian of its input x_k
+and g_k the gradient at its output. Which nodes of the autograd graph are curved, and how, is told by differentiating
+each node's own backward function: there is no rule for any activation. A node that is curved in another way (a
+product of two activations, a softmax, a norm) is named, with the uses below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from layerwise.graph.coverage import Graph
+from layerwise.graph.products import twice
+from layerwise.tape.pull import pull
+from layerwise.tape.uses import Use
+
+__all__ = ["Curvature", "Residual", "curvature", "powers", "proved"]
+
+LossHessian = Callable[[Sequence[Tensor]], list[Tensor]]
+
+_EXPONENTS = 12  # of the powers of two in probes: their products round alike
+
+
+class Residual(NamedTuple):
+    """A diagonal of second derivatives at a place of the graph.
+
+    edge: of the input of elementwise functions. value: r, of its shape. below: the indices of the uses that it reaches.
+    """
+
+    edge: GradientEdge
+    value: Tensor
+    below: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What a graph holds between its losses and its uses.
+
+    residuals: in the order in which cotangents meet them. other: by the index of a use, what is curved above it in
+    another way. next: by an edge (node, number), the uses that are reached first from there.
+    """
+
+    residuals: Sequence[Residual]
+    other: dict[int, str]
+    walk: _Walk
+
+    def next_uses(self, edges: Sequence[GradientEdge]) -> list[Use]:
+        """The uses reached from some edges without passing through another one."""
+        return self.walk.next_uses(edges)
+
+
+def curvature(graph: Graph) -> Curvature:
+    """The residuals of a graph, and the uses that have another curvature above them.
+
+    Raises Undefined where an operation has no second derivative.
+    """
+    walk = _Walk(graph)
+    found: dict[tuple[Any, int], Residual] = {}
+    other: dict[int, str] = {}
+    for node in walk.order:
+        edges = walk.live(node)
+        kind, value = _of_uses(node, edges, walk) if node in walk.use_at else _of_node(node, edges, walk)
+        if kind == "other":
+            name = ", ".join(map(repr, walk.use_at[node])) if node in walk.use_at else node.name()
+            for index in walk.indices(edges):
+                other.setdefault(index, name)
+        elif value is not None:
+            (edge,) = _distinct(edges)
+            key = edge.node, edge.output_nr
+            old = found.pop(key, None)  # two functions of one tensor: their second derivatives add
+            value = value if old is None else old.value + value
+            found[key] = Residual(edge, value, frozenset(walk.indices([edge])))
+    return Curvature(list(found.values()), other, walk)
+
+
+class _Walk:
+    """The nodes between losses and uses, in the order in which cotangents meet them, and their gradients."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.use_at: dict[Any, list[Use]] = {}
+        for use in graph.uses:
+            self.use_at.setdefault(use.edge.node, []).append(use)
+        self._reach: dict[Any, int] = {None: 0}  # a bit for every use
+        finished = self._visit([loss.logits.node for loss in graph.losses])
+        self.order = [node for node in reversed(finished) if self._reach[node]]
+        places = [(node, nr) for node in self.order for nr in range(len(node._input_metadata))]
+        weight = torch.ones_like(graph.total) if graph.weight is None else graph.weight
+        pulled = pull([graph.total], [weight], [GradientEdge(*place) for place in places])
+        self.gradients = {place: None if g is None else g.detach() for place, g in zip(places, pulled, strict=True)}
+
+    def _visit(self, roots: Sequence[Any]) -> list[Any]:
+        """All nodes below the roots, each after those below it, with the uses that each reaches."""
+        finished: list[Any] = []
+        opened: set[Any] = set()
+        stack = [(root, False) for root in roots]
+        while stack:
+            node, done = stack.pop()
+            if node is None or (node in opened and not done):
+                continue
+            children = [edge.node for edge in self._children(node)]
+            if done:
+                own = sum(1 << use.index for use in self.use_at.get(node, ()))
+                for child in children:
+                    own |= self._reach[child]
+                self._reach[node] = own
+                finished.append(node)
+                continue
+            opened.add(node)
+            stack.append((node, True))
+            stack += [(child, False) for child in children]
+        return finished
+
+    def _children(self, node: Any) -> list[GradientEdge]:
+        if node in self.use_at:
+            return [edge for use in self.use_at[node] for edge in use.inputs]
+        return [GradientEdge(*edge) for edge in node.next_functions]
+
+    def live(self, node: Any) -> list[GradientEdge | None]:
+        """A node's data, in its order; None where no use is below."""
+        return [edge if self._reach[edge.node] else None for edge in self._children(node)]
+
+    def inputs(self, use: Use) -> list[GradientEdge]:
+        """A use's data with other uses below it."""
+        return [edge for edge in _distinct(use.inputs) if self._reach[edge.node]]
+
+    def indices(self, edges: Sequence[GradientEdge | None]) -> list[int]:
+        """The uses below some edges."""
+        bits = 0
+        for edge in edges:
+            bits |= 0 if edge is None else self._reach[edge.node]
+        return [i for i in range(bits.bit_length()) if bits >> i & 1]
+
+    def next_uses(self, edges: Sequence[GradientEdge]) -> list[Use]:
+        """The uses reached first."""
+        seen: set[Any] = set()
+        stack = [edge.node for edge in edges]
+        found: list[Use] = []
+        while stack:
+            node = stack.pop()
+            if node in seen or not self._reach.get(node):
+                continue
+            seen.add(node)
+            if node in self.use_at:
+                found += self.use_at[node]
+            else:
+                stack += [edge.node for edge in self._children(node)]
+        return found
+
+
+# -- one node -----------------------------------------------------------------------------------------------
+
+
+def _of_node(node: Any, edges: Sequence[GradientEdge | None], walk: _Walk) -> tuple[str, Tensor | None]:
+    """Whether a node is flat, elementwise (with its second derivative times the gradient) or curved otherwise."""
+    gradients = [walk.gradients[node, nr] for nr in range(len(node._input_metadata))]
+    if all(g is None for g in gradients):
+        return "flat", None
+    if not callable(node):  # a Python function: its backward may read anything
+        return "other", None
+    with twice():
+        back = node(*gradients)
+    back = (back,) if isinstance(back, Tensor) or back is None else back
+    return _second(list(back), edges)
+
+
+def _of_uses(node: Any, edges: Sequence[GradientEdge | None], walk: _Walk) -> tuple[str, Tensor | None]:
+    """The same of uses in their data: linear ones are flat, all others are curved otherwise."""
+    wanted = _distinct(edges)
+    arrived = {use.edge.output_nr: (use.edge, walk.gradients[node, use.edge.output_nr]) for use in walk.use_at[node]}
+    sent = [(edge, g) for edge, g in arrived.values() if g is not None]
+    if not wanted or not sent:
+        return "flat", None
+    with twice():
+        back = pull([edge for edge, _ in sent], [g for _, g in sent], wanted, create_graph=True)
+    kind, value = _second(back, wanted)
+    return ("flat" if kind == "flat" else "other"), None
+
+
+def _second(back: Sequence[Tensor | None], edges: Sequence[GradientEdge | None]) -> tuple[str, Tensor | None]:
+    """The second derivatives M of a scalar by its arguments, from its gradient `back`: 0, diagonal or another."""
+    pairs = [(b, e) for b, e in zip(back, edges, strict=True) if b is not None and e is not None and b.requires_grad]
+    wanted = _distinct(edges)
+    if not pairs:
+        return "flat", None
+    signs = {(e.node, e.output_nr): powers(b, seed) for seed, (b, e) in enumerate(pairs)}
+    sent = [signs[e.node, e.output_nr].expand_as(b) for b, e in pairs]
+
+    def product(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+        with twice():
+            return pull([b for b, _ in pairs], cotangents, wanted)
+
+    seen = product(sent)
+    if all(m is None or not m.any() for m in seen):
+        return "flat", None
+    if len(wanted) > 1:
+        return "other", None
+    (m,), (r,) = seen, product([torch.ones_like(b) for b, _ in pairs])
+    assert m is not None and r is not None
+    same = m.shape == sent[0].shape and torch.equal(m, r * sent[0])  # bitwise, in each element by itself
+    return ("elementwise", r.detach()) if same else ("other", None)
+
+
+def powers(like: Tensor, seed: int) -> Tensor:
+    """Random powers of two with random signs, the same in every run."""
+    steps = torch.arange(-_EXPONENTS, _EXPONENTS + 1, dtype=torch.float64).exp2()
+    choice = torch.randint(2 * len(steps), like.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([steps, -steps]).to(like.dtype)[choice].to(like.device)
+
+
+def _distinct(edges: Sequence[GradientEdge | None]) -> list[GradientEdge]:
+    return list({(e.node, e.output_nr): e for e in edges if e is not None}.values())
+
+
+# -- proof --------------------------------------------------------------------------------------------------
+
+
+def proved(graph: Graph, hessian: LossHessian, found: Curvature, uses: Collection[int]) -> bool:
+    """Whether the Hessian by the outputs of some uses is the GGN matrix plus the residuals, along a random direction.
+
+    hessian: products with the Hessian of the total in what its losses receive.
+
+    Compared at those of the uses that have no other one below them, which everything above must pass.
+    """
+    covered = [use for use in graph.uses if use.index in uses]
+    below = {use.index: {u for u in found.walk.indices([use.edge]) if u != use.index} for use in covered}
+    edges = [use.edge for use in covered if not below[use.index] & set(uses)]
+    weight = torch.ones_like(graph.total) if graph.weight is None else graph.weight
+    with twice():
+        gradients = pull([graph.total], [weight], edges, create_graph=True)
+    reached = [(g, e) for g, e in zip(gradients, edges, strict=True) if g is not None]
+    if not reached:
+        return True
+    wanted = [e for _, e in reached]
+    generator = torch.Generator().manual_seed(0)
+    v = [torch.rand(g.shape, generator=generator).sub_(0.5).to(g) for g, _ in reached]
+    whole: list[Tensor | None] = [None] * len(wanted)
+    pairs = [(g, x) for (g, _), x in zip(reached, v, strict=True) if g.requires_grad]
+    if pairs:
+        with twice():
+            whole = pull([g for g, _ in pairs], [x for _, x in pairs], wanted)
+    mine = _gauss_newton(graph, hessian, found.residuals, wanted, v)
+    for h, m, x in zip(whole, mine, v, strict=True):
+        h, m = (torch.zeros_like(x) if y is None else y for y in (h, m))
+        gap, scale = (h - m).abs().max(), torch.maximum(h.abs().max(), m.abs().max())
+        if not bool(gap <= 1e4 * torch.finfo(x.dtype).eps * scale):  # NaN: not proved
+            return False
+    return True
+
+
+def _gauss_newton(
+    graph: Graph,
+    hessian: LossHessian,
+    residuals: Sequence[Residual],
+    inputs: Sequence[GradientEdge],
+    v: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The product of `J_f^T H_L J_f + sum_k J_k^T diag(r_k) J_k` with a direction at some edges."""
+    places = [loss.logits for loss in graph.losses] + [r.edge for r in residuals]
+    shapes = [loss.call.logits for loss in graph.losses] + [r.value for r in residuals]
+    dummies = [torch.zeros_like(x).requires_grad_() for x in shapes]
+    with twice():
+        pulled = pull(places, dummies, inputs, create_graph=True)
+        pairs = [(p, x) for p, x in zip(pulled, v, strict=True) if p is not None and p.requires_grad]
+        pushed = pull([p for p, _ in pairs], [x for _, x in pairs], dummies) if pairs else [None] * len(dummies)
+    kept = [torch.zeros_like(d) if x is None else x.detach() for d, x in zip(dummies, pushed, strict=True)]
+    sent = [x[0] for x in hessian([x[None] for x in kept[: len(graph.losses)]])]
+    sent += [r.value * x for r, x in zip(residuals, kept[len(sent) :], strict=True)]
+    return pull(places, sent, inputs)

@@ -1,0 +1,310 @@
+"""Where the samples lie in each use's output: measured by pulls, never guessed from sizes.
+
+Random cotangents are sent back from half of the samples' loss rows, then from the other half, for each bit
+of the samples' numbers, so that any two samples are told apart. The axis of a use's output that carries the
+samples is the one whose support follows: nonzero for the chosen samples at most, in all pulls. Where no axis
+does, the samples are mixed (batch norm in training, contrastive losses) and per-sample quantities do not
+exist. The result is remembered per model and sequence of calls.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
+
+from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
+from layerwise.graph.coverage import Graph
+from layerwise.graph.own_loss import Inside
+from layerwise.graph.separable import check_separate
+from layerwise.rows.base import Samples
+from layerwise.tape.pull import pull
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import LossUse, Use
+
+__all__ = ["Layout", "measure"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The number of samples and where they lie in each use's output and each loss's logits."""
+
+    n: int
+    uses: dict[int, Samples]
+    losses: list[Samples]
+
+
+# A memo of measurements, one entry per live model: nothing in it changes a result. A functional model lives as long
+# as its first tensor; the others are in the key.
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]] = weakref.WeakKeyDictionary()
+_FUNCTIONAL: MutableMapping[Tensor, dict[Any, Layout]] = WeakTensorKeyDictionary()
+_MEMO_LIMIT = 64
+
+
+def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | None = None) -> Layout:
+    """The layout of the samples in every use of the graph.
+
+    samples: their number N; by default dim 0 of the batch that the first use's input was made from.
+    Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
+    """
+    layout = _measure(tape, graph, model, samples)
+    at = len(graph.known)
+    for own in graph.own:  # at every batch: what a loss does with its samples may depend on their values
+        check_separate(Inside(graph, own), layout.losses[at : at + len(own.boundary)])
+        at += len(own.boundary)
+    return layout
+
+
+def _measure(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Layout:
+    key = _signature(tape, graph, model, samples)
+    memo = _memo(model)
+    if key in memo:
+        return memo[key]
+    n = samples if samples is not None else _count(graph)
+    layouts = [_measure_loss(tape, graph, loss, n) for loss in graph.losses]
+    layout, proved = _merge(graph, layouts, n)
+    if proved and _structural(graph, layout):
+        if len(memo) >= _MEMO_LIMIT:
+            memo.clear()
+        memo[key] = layout
+    return layout
+
+
+def _count(graph: Graph) -> int:
+    if graph.batch is None or graph.batch.dim() == 0:
+        raise BadInput("asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N")
+    return graph.batch.shape[0]
+
+
+def _memo(model: Any) -> dict[Any, Layout]:
+    """What is remembered of a model."""
+    if isinstance(model, nn.Module):
+        return _MEASURED.setdefault(model, {})
+    first = next(iter(model.values()), None) if isinstance(model, Mapping) else None
+    return {} if first is None else _FUNCTIONAL.setdefault(first, {})
+
+
+def _signature(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Any:
+    """Everything that a measurement depends on, but for the values that `_structural` rules out."""
+    state: tuple[Any, ...] = ()
+    if isinstance(model, nn.Module):
+        state = tuple(m.training for m in model.modules())
+    elif isinstance(model, Mapping):
+        state = tuple((name, WeakIdRef(p), p.shape, p.requires_grad) for name, p in model.items())
+    first = None if graph.batch is None else graph.batch.shape
+    logits = tuple((loss.call.name, loss.call.logits.shape) for loss in graph.losses)
+    return samples, first, state, logits, tuple(u.index for u in graph.uses), tuple(tape.calls), _wiring(graph)
+
+
+def _wiring(graph: Graph) -> tuple[Any, ...]:
+    """Which autograd node feeds which, from the losses down through the uses: the calls alone do not tell."""
+    inputs: dict[Any, list[Any]] = {}
+    for use in graph.uses:
+        inputs.setdefault(use.edge.node, []).extend((edge.node, edge.output_nr) for edge in use.inputs)
+    number: dict[Any, int] = {}
+    found: list[Any] = []
+    stack: list[Any] = [(loss.logits.node, loss.logits.output_nr) for loss in graph.losses]
+    while stack:
+        node, output = stack.pop()
+        if node is None:
+            continue
+        found += (number.get(node), output)
+        if node not in number:
+            number[node] = len(number)
+            below = inputs.get(node, node.next_functions)
+            found += (node.name(), len(below))
+            stack += below
+    return tuple(found)
+
+
+class Found(NamedTuple):
+    """A hypothesis on the rows of a loss, the axes it leaves for each use, and the uses it reached."""
+
+    rows: Samples
+    axes: dict[int, list[Samples]]
+    lit: set[int]
+
+
+# -- hypotheses ---------------------------------------------------------------------------------------
+
+
+def _hypotheses(loss: LossUse, n: int) -> list[Samples]:
+    """Every way in which the rows of a loss may belong to n samples, the most usual first."""
+    shape = loss.call.logits.shape
+    axes = [a for a in range(len(shape)) if a != loss.call.class_axis]
+    if not axes:
+        return [Samples(1, -1)] if n == 1 else []
+    exact = [Samples(n, a) for a in axes if shape[a] == n]
+    if exact and exact[0].axis == axes[0]:
+        # Rows on the leading axis; another axis of the same size is a rival only among positions.
+        positions = axes if loss.call.class_axis is not None else axes[:-1]
+        return [exact[0], *[s for s in exact[1:] if s.axis in positions]]
+    majors = (True, False) if n > 1 else (True,)  # of one sample there is one order
+    flat = [Samples(n, a, major) for a in axes if n and shape[a] % n == 0 and shape[a] > n for major in majors]
+    return exact + flat
+
+
+def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> Found:
+    """The rows of one loss and, for each use, the axes that carry its samples."""
+    hypotheses = _hypotheses(loss, n)
+    shape = tuple(loss.call.logits.shape)
+    if not hypotheses:
+        raise BadInput(
+            f"asked for per-sample quantities of {n} samples, but {loss.call.name} has outputs of shape {shape}, "
+            f"and no axis holds a multiple of {n} rows; pass samples=N where N is not the batch's dim 0"
+        )
+    passed: list[Found] = []
+    failed: Use | None = None
+    for hypothesis in hypotheses:
+        found, culprit = _test(graph, loss, hypothesis)
+        if culprit is None:
+            passed.append(found)
+        else:
+            failed = failed or culprit
+    if not passed:
+        assert failed is not None
+        raise SamplesMixed(_mixed_text(tape, failed, n))
+    if len(passed) > 1:
+        passed = _by_first_batch(graph, passed)
+    if len(passed) > 1:
+        raise AmbiguousSamples(
+            f"the {shape} outputs of {loss.call.name} can belong to {n} samples in {len(passed)} ways that this "
+            "batch cannot tell apart (number of samples equal to number of positions?); use a batch of another "
+            "size, or one whose first layer reads the batch as it is"
+        )
+    return passed[0]
+
+
+def _by_first_batch(graph: Graph, passed: list[Found]) -> list[Found]:
+    """Keep the hypotheses under which the first use carries samples where the batch does."""
+    first = graph.batch
+    if first is None:
+        return passed
+    for use in graph.uses:
+        for arg in use.call.args[:2]:
+            if not isinstance(arg, Tensor) or arg.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+                continue
+            axes = [a for a in range(arg.dim()) if arg.stride(a) == first.stride(0) and arg.shape[a] == first.shape[0]]
+            if len(axes) == 1:
+                return [f for f in passed if any(s.axis == axes[0] for s in f.axes[use.index])] or passed
+    return passed
+
+
+def _test(graph: Graph, loss: LossUse, rows: Samples) -> tuple[Found, Use | None]:
+    """The axes of each use that carry the samples under a hypothesis, and the first use that has none."""
+    generator = torch.Generator().manual_seed(0)
+    edges = [use.edge for use in graph.uses]
+    candidates = {use.index: _axes(use, rows.n) for use in graph.uses}
+    lit: set[int] = set()
+    for bit in range(max(rows.n - 1, 1).bit_length()):  # any two samples differ in some bit of their number
+        half = (torch.arange(rows.n) >> bit & 1).bool()
+        for chosen in (half, ~half):
+            cotangent = _masked_noise(loss, rows, chosen, generator)
+            for use, g in zip(graph.uses, pull([loss.logits], [cotangent], edges), strict=True):
+                support = None if g is None else g != 0
+                if support is None or not bool(support.any()):
+                    continue
+                lit.add(use.index)
+                where = chosen.to(support.device)
+                candidates[use.index] = [s for s in candidates[use.index] if _follows(support, s, where)]
+                if not candidates[use.index]:
+                    return Found(rows, candidates, lit), use
+    return Found(rows, candidates, lit), None
+
+
+def _structural(graph: Graph, layout: Layout) -> bool:
+    """Whether samples stay apart whatever the values of weights and activations: then a memo is safe.
+
+    A path that mixes samples may be multiplied by zero today (a branch that starts at zero) and not
+    tomorrow. NaN is not stopped by such a zero, so NaN cotangents reach all that the samples can reach.
+    """
+    edges = [use.edge for use in graph.uses]
+    chosen = torch.arange(layout.n)
+    for loss, rows in zip(graph.losses, layout.losses, strict=True):
+        for bit in range(max(layout.n - 1, 1).bit_length()):
+            half = (chosen >> bit & 1).bool()
+            for part in (half, ~half):
+                mask = _mask(loss, rows, part)
+                cotangent = torch.zeros_like(loss.call.logits).masked_fill_(mask, torch.nan)
+                try:
+                    with torch.autograd.set_detect_anomaly(False):
+                        pulled = pull([loss.logits], [cotangent], edges)
+                except (RuntimeError, ArithmeticError, ValueError):
+                    return False  # a derivative that checks its input
+                for use, g in zip(graph.uses, pulled, strict=True):
+                    if g is not None and not _follows(g != 0, layout.uses[use.index], part.to(g.device)):
+                        return False
+    return True
+
+
+def _axes(use: Use, n: int) -> list[Samples]:
+    """Every layout of n samples that the operation allows."""
+    shape = use.call.out_shape
+    allowed = [set(slot.axes) for slot in use.slots]
+    axes = sorted(set.intersection(*allowed)) if allowed else []
+    found = []
+    for a in axes:
+        if n and shape[a] % n == 0:
+            found += [Samples(n, a)] if shape[a] == n else [Samples(n, a, True), Samples(n, a, False)]
+    return sorted(found, key=lambda s: shape[s.axis] != n)
+
+
+def _masked_noise(loss: LossUse, rows: Samples, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    logits = loss.call.logits
+    noise = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits)
+    return noise * _mask(loss, rows, chosen)
+
+
+def _mask(loss: LossUse, rows: Samples, chosen: Tensor) -> Tensor:
+    """The logits of the chosen samples, broadcastable to the logits' shape."""
+    logits = loss.call.logits
+    if rows.axis < 0:
+        return chosen.any().to(logits.device)
+    repeats = logits.shape[rows.axis] // rows.n
+    mask = chosen[:, None].expand(-1, repeats) if rows.n_major else chosen[None].expand(repeats, -1)
+    shape = [1] * logits.dim()
+    shape[rows.axis] = -1
+    return mask.reshape(shape).to(logits.device)
+
+
+def _follows(support: Tensor, s: Samples, chosen: Tensor) -> bool:
+    """Whether the support lies within the chosen samples."""
+    parts = s.split(support, s.axis)
+    others = [a for a in range(parts.dim()) if a != s.axis]
+    per_sample = parts.any(dim=others) if others else parts
+    return not bool((per_sample & ~chosen).any())
+
+
+def _merge(graph: Graph, found: Sequence[Found], n: int) -> tuple[Layout, bool]:
+    """One layout for all losses, and whether a cotangent reached every use to prove it."""
+    uses: dict[int, Samples] = {}
+    proved = True
+    for use in graph.uses:
+        common = [s for s in _axes(use, n) if all(s in f.axes[use.index] for f in found)]
+        lit = any(use.index in f.lit for f in found)
+        if not common:
+            raise SamplesMixed(
+                f"no axis of the output {tuple(use.call.out_shape)} of {use} carries the {n} samples for all losses"
+            )
+        if len(common) > 1 and n > 1 and lit:
+            raise AmbiguousSamples(
+                f"the output {tuple(use.call.out_shape)} of {use} can carry {n} samples on several axes that this "
+                "batch cannot tell apart; use a batch of another size"
+            )
+        proved &= lit  # where no cotangent arrives the gradient is zero, wherever the samples lie
+        uses[use.index] = common[0]
+    return Layout(n, uses, [f.rows for f in found]), proved
+
+
+def _mixed_text(tape: Tape, use: Use, n: int) -> str:
+    norms = any(getattr(c, "__name__", "") in ("batch_norm", "instance_norm") for c in tape.calls)
+    hint = " (a batch norm runs in this model: in training mode it mixes samples; call model.eval())" if norms else ""
+    return (
+        f"asked for per-sample quantities of {n} samples, but no axis of the output {tuple(use.call.out_shape)} of "
+        f"{use} depends on one sample alone{hint}; a loss that compares samples has no per-sample gradient"
+    )

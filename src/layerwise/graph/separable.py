@@ -1,0 +1,206 @@
+"""Proof that a loss of the user's own is a sum over samples, on the autograd graph between it and its boundary.
+
+A total is a sum over samples where it is linear in numbers that depend on one sample each. So the graph is walked
+from the total down: calls that are linear in what depends on the boundary may mix samples, and every other call must
+give numbers of one sample each. Which sample a number depends on is measured: its derivative along a random
+direction, whose part in sample n is multiplied by a power of two that tells n, must be multiplied by that power.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from layerwise.errors import SamplesMixed, Undefined
+from layerwise.graph.own_loss import Inside
+from layerwise.graph.products import twice
+from layerwise.rows.base import Samples
+from layerwise.tape.pull import pull
+
+__all__ = ["check_separate"]
+
+_LEVELS = 8  # of the powers of two: one digit of a sample's number at a time
+_LINEAR = frozenset(
+    """Sum Mean Nansum Add Sub Neg View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Select Slice Index Stack Cat
+    Transpose Permute T Clone ToCopy Alias Where MaskedFill MaskedSelect IndexSelect Gather Unbind Split
+    SplitWithSizes Diagonal NllLoss NllLoss2D Repeat Flip Roll Cumsum ConstantPadNd AsStrided""".split()
+)
+_BILINEAR = frozenset("Mul Mm Bmm Mv Dot".split())  # linear where one factor alone depends on the boundary
+# Calls that add up, where they reduce, a function of the elements of their inputs, place by place.
+_SUMS = frozenset(
+    """MseLoss HuberLoss SmoothL1Loss BinaryCrossEntropy BinaryCrossEntropyWithLogits SoftMarginLoss""".split()
+)
+_ROW_SUMS = frozenset("MultiMarginLoss MultilabelMarginLoss".split())  # the same, row by row
+
+
+class _Probe(NamedTuple):
+    """Tensors of which the elements at one place must depend on one sample; rows: all elements of a row alike."""
+
+    name: str
+    edges: list[tuple[Any, int]]
+    rows: bool = False
+
+
+def check_separate(inside: Inside, samples: Sequence[Samples]) -> None:
+    """Raise SamplesMixed where a loss is no sum over samples, which lie in its boundary tensors as told."""
+    if samples[0].n < 2:
+        return
+    for probe in _probes(inside):
+        if not _separate(inside, samples, probe):
+            raise SamplesMixed(
+                f"asked for per-sample quantities of {samples[0].n} samples, but {inside.own.call.name} is no sum over "
+                f"samples: what {probe.name} gives in it depends on several of them (a loss that compares samples, a "
+                "function of a mean over the batch, batch statistics); quantities of the Hessian (DiagHessian, "
+                "Hessian) and products (GGN) need no samples"
+            )
+
+
+# -- the calls of a loss ------------------------------------------------------------------------------------
+
+
+def _probes(inside: Inside) -> Iterator[_Probe]:
+    """What must depend on one sample each, from the total down."""
+    ends = {(edge.node, edge.output_nr) for edge in inside.edges}
+    depends = _dependent(inside, ends)
+    start = inside.start.grad_fn if isinstance(inside.start, Tensor) else inside.start.node
+    first = inside.start.output_nr
+    seen: set[Any] = set()
+    stack: list[tuple[Any, int]] = [(start, first)]
+    while stack:
+        node, output = stack.pop()
+        if (node, output) in seen or (node, output) in ends or not depends.get(node):
+            continue
+        seen.add((node, output))
+        below = [edge for edge in node.next_functions if edge in ends or depends.get(edge[0])]
+        kind = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
+        if kind in _SUMS or kind in _ROW_SUMS:
+            yield _Probe(node.name(), below, kind in _ROW_SUMS)
+        elif not _is_linear(kind, node, below):
+            yield _Probe(node.name(), [(node, output)])
+        stack += below
+
+
+def _is_linear(kind: str, node: Any, below: Sequence[Any]) -> bool:
+    if kind == "Div":
+        return node.next_functions[1] not in below
+    return kind in _LINEAR or (kind in _BILINEAR and len(below) == 1)
+
+
+def _dependent(inside: Inside, ends: set[Any]) -> dict[Any, bool]:
+    """For every node of the loss, whether it depends on the boundary."""
+    found: dict[Any, bool] = {}
+    stack: list[Any] = [inside.start.grad_fn if isinstance(inside.start, Tensor) else inside.start.node]
+    while stack:
+        node = stack[-1]
+        if node in found:
+            stack.pop()
+            continue
+        below = [] if inside.ends_at(node) else [n for n in node.next_functions if n[0] is not None and n not in ends]
+        left = [n for n, _ in below if n not in found]
+        if left:
+            stack += left
+            continue
+        direct = not inside.ends_at(node) and any(n in ends for n in node.next_functions)
+        found[node] = direct or any(found[n] for n, _ in below)
+        stack.pop()
+    return found
+
+
+# -- measurement --------------------------------------------------------------------------------------------
+
+
+def _separate(inside: Inside, samples: Sequence[Samples], probe: _Probe) -> bool:
+    """Whether the elements of a probe depend on one sample each."""
+    generator = torch.Generator().manual_seed(0)
+    data = [node._input_metadata[output] for node, output in probe.edges]
+    r = [_noise(torch.Size(d.shape), d, generator).requires_grad_() for d in data]
+    try:
+        back = _send(inside, probe, r, create_graph=True)
+        return _owned(inside, samples, probe, r, back, generator)
+    except Undefined:  # without a second derivative: the call's result must carry the samples on an axis
+        return len(r) == 1 and any(_follows(inside, samples, probe, r[0].detach(), s) for s in _layouts(r[0], samples))
+
+
+def _send(inside: Inside, probe: _Probe, r: list[Tensor], create_graph: bool = False) -> list[Tensor | None]:
+    """J^T r at the boundary, J the derivative of what is probed."""
+    edges = [GradientEdge(node, output) for node, output in probe.edges]
+    with twice(), inside.alone():
+        return pull(edges, r, inside.edges, create_graph=create_graph)
+
+
+def _owned(
+    inside: Inside,
+    samples: Sequence[Samples],
+    probe: _Probe,
+    r: list[Tensor],
+    back: list[Tensor | None],
+    generator: torch.Generator,
+) -> bool:
+    """Whether J (m v) = m_n J v at every element, for some n of its own: J v is the derivative by r of v . (J^T r)."""
+    kept = [(g, s) for g, s in zip(back, samples, strict=True) if g is not None]
+    if not all(g.requires_grad for g, _ in kept):
+        raise Undefined("no second derivative")
+    v = [_noise(g.shape, g, generator) for g, _ in kept]
+    mix = [_noise(x.shape, x, generator) for x in r]
+
+    def along(directions: list[Tensor]) -> Tensor:
+        with twice(), inside.alone():
+            found = pull([g for g, _ in kept], directions, r)
+        moved = torch.stack([m * x for m, x in zip(mix, found, strict=True) if x is not None]).sum(0)
+        return moved.flatten(1).sum(1) if probe.rows and moved.dim() > 1 else moved
+
+    a = along(v)
+    for place in _places(samples[0].n):
+        b = along([x * _powers(g, s, place) for x, (g, s) in zip(v, kept, strict=True)])
+        power = (b / a).abs().log2().round().clamp(0, _LEVELS - 1).exp2()
+        if not bool(((b - power * a).abs() <= 64 * torch.finfo(a.dtype).eps * b.abs())[a != 0].all()):
+            return False
+        if bool((b[a == 0] != 0).any()):
+            return False
+    return True
+
+
+def _follows(inside: Inside, samples: Sequence[Samples], probe: _Probe, r: Tensor, own: Samples) -> bool:
+    """Whether J^T (m r) = m J^T r, with the samples on an axis of what is probed."""
+    plain = _send(inside, probe, [r])
+    for place in _places(own.n):
+        scaled = _send(inside, probe, [r * _powers(r, own, place)])
+        for a, b, s in zip(plain, scaled, samples, strict=True):
+            if a is None or b is None:
+                continue
+            wanted = a * _powers(a, s, place)
+            if not bool(((b - wanted).abs() <= 64 * torch.finfo(a.dtype).eps * wanted.abs()).all()):
+                return False
+    return True
+
+
+def _layouts(x: Tensor, samples: Sequence[Samples]) -> Iterator[Samples]:
+    n = samples[0].n
+    for axis, size in enumerate(x.shape):
+        if size and size % n == 0:
+            yield from [Samples(n, axis), Samples(n, axis, False)]
+
+
+def _places(n: int) -> Iterator[int]:
+    """1, 8, 64, ...: the values of the digits that tell n samples apart."""
+    place = 1
+    while place < n:
+        yield place
+        place *= _LEVELS
+
+
+def _powers(x: Tensor, s: Samples, place: int) -> Tensor:
+    """The power of two that tells one digit of each place's sample, broadcastable to `x`."""
+    owner = s.owner(x.shape[s.axis], x.device)
+    shape = [-1 if axis == s.axis else 1 for axis in range(x.dim())]
+    return (owner // place % _LEVELS).to(x.dtype).exp2().reshape(shape)
+
+
+def _noise(shape: torch.Size, like: Any, generator: torch.Generator) -> Tensor:
+    """Numbers away from zero, of either sign."""
+    x = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    return (x * (torch.randint(2, shape, generator=generator) * 2 - 1)).to(like.device, like.dtype)

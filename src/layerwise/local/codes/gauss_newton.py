@@ -1,0 +1,88 @@
+"""Codes from a quadratic model of the loss: a step that knows how far it may go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import NonFinite
+from layerwise.graph.cotangents import Exact
+from layerwise.graph.coverage import prove
+from layerwise.graph.heads import heads, resolved
+from layerwise.graph.samples import measure
+from layerwise.local.layers.record import Recorded
+from layerwise.operators.ridge import ridge
+from layerwise.rows.base import Samples
+from layerwise.tape.pull import pull
+from layerwise.tape.uses import Use
+
+__all__ = ["damped_cotangents", "pulled_roots"]
+
+
+def damped_cotangents(
+    recorded: Recorded, roots: Mapping[int, tuple[Tensor, Samples]], gamma: Callable[[str], float]
+) -> Recorded:
+    """The run with cotangents `−d/γ` of the Gauss-Newton displacements d, of each sample at each use on its own.
+
+        d = argmin g·d + ½ dᵀ S Sᵀ d + |d|²/2γ = −γ (g − S (I/γ + SᵀS)⁻¹ Sᵀ g)
+
+    roots: S as columns `[V, *out_shape]` with the place of the samples, by use index, with `S Sᵀ` the loss's Hessian
+    seen through the linearized net. gamma: γ of a layer's name, B/μ. Where curvature is small, d is `codes="jacobi"`'s.
+    Source: Schraudolph (2002) for the Gauss-Newton matrix; Woodbury's identity.
+    """
+    cotangents = dict(recorded.cotangents)
+    for layer in recorded.layers:
+        for part in layer.parts:
+            index = part.use.index
+            if index in roots:
+                columns, samples = roots[index]
+                cotangents[index] = _damped(cotangents[index], columns, samples, gamma(layer.name))
+    return Recorded(recorded.loss, recorded.tape, recorded.layers, cotangents, recorded.gradients)
+
+
+@torch.no_grad()
+def _damped(g: Tensor, columns: Tensor, samples: Samples, gamma: float) -> Tensor:
+    """The damped cotangent; NaN where there is no finite one, so that the step is refused."""
+    rows = _by_sample(g[None], samples)  # [N,1,F]
+    s = _by_sample(columns, samples)  # [N,V,F]
+    try:
+        part = ridge(s @ s.mT, rows @ s.mT, 1 / gamma)  # [N,1,V]
+    except NonFinite:
+        return torch.full_like(g, torch.nan)
+    return _from_sample(rows - part @ s, g, samples)
+
+
+def _by_sample(x: Tensor, samples: Samples) -> Tensor:
+    """`[V, *out_shape]` as `[N,V,F]`."""
+    return samples.split(x, samples.axis + 1).movedim(samples.axis + 1, 0).flatten(2)
+
+
+def _from_sample(x: Tensor, like: Tensor, samples: Samples) -> Tensor:
+    """`[N,1,F]` as `like` is laid out."""
+    shape = samples.split(like, samples.axis).movedim(samples.axis, 0).shape
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    samples.split(out, samples.axis).movedim(samples.axis, 0).copy_(x.view(shape))
+    return out
+
+
+def pulled_roots(model: Any, recorded: Recorded, loss: Tensor) -> dict[int, tuple[Tensor, Samples]]:
+    """The exact root of the loss's Hessian at each use of the layers, with the place of the samples there.
+
+    loss: with its graph. Raises UnknownLoss for a loss without a known Hessian root, SamplesMixed where batch
+    statistics tie the samples together.
+    """
+    graph, known = resolved(lambda without: prove(recorded.tape, loss, without=without), own_losses=False)
+    layout = measure(recorded.tape, graph, model)
+    uses: list[Use] = [part.use for layer in recorded.layers for part in layer.parts]
+    stacks: dict[int, list[Tensor]] = {use.index: [] for use in uses}
+    for head in heads(graph, known, layout):
+        chunk = max(1, Exact().count(head.likelihood, head.rows))
+        for stack in Exact().columns(head.likelihood, head.rows, chunk):
+            found = pull(head.edges, head.cotangents(stack), [use.edge for use in uses], batched=True)
+            for use, s in zip(uses, found, strict=True):
+                if s is not None:
+                    stacks[use.index].append(s)
+    return {use.index: (torch.cat(stacks[use.index]), layout.uses[use.index]) for use in uses if stacks[use.index]}

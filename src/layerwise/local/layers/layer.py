@@ -1,0 +1,307 @@
+"""The layers of a recorded run: weights that can be fitted to local targets, at all their uses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from layerwise import ops
+from layerwise.graph.coverage import Graph
+from layerwise.local.layers.kinds import Kind, Kinds, tensors_of
+from layerwise.local.transfer import IDENTITY, SIGMOID, SOFTMAX, Transfer, find, squared
+from layerwise.losses import Likelihood, LossCall, is_loss, likelihood
+from layerwise.ops import writes_first
+from layerwise.ops.base import Call, Slot
+from layerwise.tape.pull import pull
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import Use
+
+__all__ = ["Layer", "layers_of", "shaped"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that can be fitted to local targets: at each of its uses a linear map on rows, with a transfer function.
+
+    call: with the data it is to be fitted on. kind: the places of weight and bias in it. parameter: the weight itself;
+    names: of the weight and, where there is one to fit, of the bias. shifted: whether the output has further terms,
+    `z = W a + b + rest` (a frozen bias, an addend). transfer: the one known elementwise function that alone reads the
+    output, or the loss's link; else the identity. likelihood: of the loss call that alone reads the output, if one
+    does. value: the output, `[*out_shape]`, where it is at hand; after: the transfer function of it, likewise.
+    others: further uses of the same weight and bias, whose rows join these.
+    """
+
+    use: Use
+    call: Call
+    kind: Kind
+    names: tuple[str, ...]
+    shifted: bool
+    parameter: Tensor
+    transfer: Transfer
+    likelihood: Likelihood | None
+    value: Tensor | None = None
+    after: Tensor | None = None
+    others: tuple[Layer, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Layer, ...]:
+        """The uses, each as a layer by itself."""
+        return (self, *self.others)
+
+    @property
+    def name(self) -> str:
+        """The weight's parameter name."""
+        return self.names[0]
+
+    @cached_property
+    def _weight(self) -> Slot:
+        if self.call is self.use.call:
+            return self.use.slots[self.kind.weight]
+        return ops.slots(self.call, [d.tensor for d in self.use.used])[self.kind.weight]
+
+    def join(self, rows: Sequence[Tensor]) -> Tensor:
+        """Rows of the uses as rows of the layer; in turn where there are as many of each, so that slices are alike."""
+        if len(rows) == 1:
+            return rows[0]
+        even = all(len(x) == len(rows[0]) for x in rows)
+        return torch.stack(tuple(rows), 1).flatten(0, 1) if even else torch.cat(tuple(rows))
+
+    def matrix(self) -> Tensor:
+        """The weight as `[K,O,I]`, in the parameter's memory."""
+        return self.kind.view(
+            "matrix", self.parameter.detach(), lambda: self._weight.matrix(self._weight.used.detach())
+        )
+
+    def fold(self, w: Tensor) -> Tensor:
+        """Carry `[K,O,I]` to the shape of the parameter."""
+        if self.kind.whole:
+            return self.kind.view("fold", w, lambda: self._weight.fold(w))
+        # the call used a rearranged view of the parameter
+        out = torch.empty_like(self.parameter)
+        shaped(out, self.matrix()).copy_(w)
+        return out
+
+    @cached_property
+    def data(self) -> list[Tensor]:
+        """The tensors that the call reads besides its parameters."""
+        return [t for t in tensors_of(self.call) if not any(t is d.tensor for d in self.use.used)]
+
+    def input(self) -> Tensor:
+        """Input rows `[R,K,I]` of this use, int64 `[R]` for a table that is looked up."""
+        if len(self.data) == 1:
+            return self.kind.view("input", self.data[0], self._input, [d.tensor for d in self.use.used])
+        return self._input()
+
+    def _input(self) -> Tensor:
+        a = self._weight.input(None)
+        assert a is not None
+        return a.flatten(0, 1)
+
+    def rows(self, g: Tensor) -> Tensor:
+        """A tensor of the output's shape as rows `[R,K,O]`, of this use."""
+        return self.kind.view("rows", g, lambda: _rows(self._weight, g))
+
+    def output(self) -> Tensor:
+        """The output `[*out_shape]`; the call runs again where something has overwritten it."""
+        return self.again() if self.value is None else self.value
+
+    @torch.no_grad()
+    def again(self) -> Tensor:
+        """The call's output at the weights as they stand."""
+        args = self.call.args
+        if self.kind.elementwise:  # a norm writes on its running statistics
+            args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        elif writes_first(self.call.func):
+            args = (args[0].clone(), *args[1:])
+        out = self.call.func(*args, **self.call.kwargs)
+        return args[0] if out is None else out
+
+
+def shaped(t: Tensor, like: Tensor) -> Tensor:
+    """A tensor laid out as a parameter is, seen as `like` sees the parameter."""
+    return t.as_strided(like.shape, like.stride(), t.storage_offset())
+
+
+def layers_of(
+    tape: Tape,
+    graph: Graph,
+    ours: Callable[[Tensor], bool] = lambda p: True,
+    matrices: bool = False,
+    kinds: Kinds | None = None,
+) -> list[Layer]:
+    """The weights of ours that have a local problem, with all their uses; in the order of their first calls.
+
+    At each use the weight, or a rearranged view of it, is the same matrix on rows of data: of a product, a convolution,
+    a looked-up table, or each element by itself (a scale). A bias takes part where every use has it and none stands
+    elsewhere. Biases that stand alone, weights in two orientations and derived weights have no local problem.
+    matrices: only those that multiply rows of numbers, no tables and no scales. kinds: a memo for further batches.
+    """
+    kinds = Kinds() if kinds is None else kinds
+    count = Counter(name for use in graph.uses for name in use.names)
+    found: dict[str, list[tuple[Use, Kind]]] = {}
+    for use in graph.uses:
+        kind = kinds.of(use, ours, lambda use=use: _kind(tape, use, ours))  # type: ignore[misc]
+        if kind is not None:
+            found.setdefault(kind.names[0], []).append((use, kind))
+    layers = []
+    for name, uses in found.items():
+        first = uses[0][1]
+        if (matrices and (first.elementwise or first.indexed)) or len(uses) != count[name]:
+            continue
+        parts = _parts(tape, graph, uses, count)
+        if len(parts) == 1 or len({_geometry(part) for part in parts}) == 1:
+            layers.append(_joined(parts))
+    return layers
+
+
+def _kind(tape: Tape, use: Use, ours: Callable[[Tensor], bool]) -> Kind | None:
+    """One use as a weight on rows; None where it has none."""
+    weight: int | None = None
+    bias: int | None = None
+    if not all(len(d.names) == 1 and _rearranged(d.tensor, tape.parameters[next(iter(d.names))]) for d in use.used):
+        return None
+    params = [tape.parameters[name] for _, (name,) in use.used]
+    for place, (p, slot) in enumerate(zip(params, use.slots, strict=True)):
+        if not (slot.factored and slot.linear) or slot.aligned:
+            return None
+        if slot.bias and bias is None and slot.used is p:
+            bias = place
+        elif not slot.bias and weight is None and _rearranged(slot.used, p):
+            weight = place
+        else:
+            return None
+    if weight is None or not ours(params[weight]):
+        return None
+    if not _is_matrix(use, use.slots[weight], None if bias is None else use.slots[bias]):
+        return None
+    bias = None if bias is None or not ours(params[bias]) else bias
+    return Kind(use, weight, bias, use.slots[weight].used is params[weight])
+
+
+def _rearranged(used: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor is a parameter or a view of all of it, each element once."""
+    if used is parameter:
+        return True
+    same = used.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+    same &= used.storage_offset() == parameter.storage_offset() and used.dtype == parameter.dtype
+    dense = 1
+    for stride, n in sorted(zip(used.stride(), used.shape, strict=True)):
+        if n > 1:
+            same &= stride == dense
+            dense *= n
+    return same and dense == parameter.numel()
+
+
+def _geometry(part: Layer) -> tuple[torch.Size, tuple[int, ...]]:
+    matrix = part.matrix()
+    return matrix.shape, matrix.stride()
+
+
+def _parts(tape: Tape, graph: Graph, uses: Sequence[tuple[Use, Kind]], count: Mapping[str, int]) -> list[Layer]:
+    """The uses of a weight, each as a layer by itself; without the bias, where they do not all have the same."""
+    names, shared = uses[0][1].names, True
+    if len(names) > 1 or len(uses) > 1:
+        every = {kind.names for _, kind in uses}
+        shared = len(every) == 1 and all(count[name] == len(uses) for name in names)
+    parts = []
+    for use, kind in uses:
+        own = kind.names if shared else kind.names[:1]
+        shifted = kind.shifted or len(own) < len(kind.names)
+        transfer, likelihood = _read_by(tape, graph, use, kind)
+        fixed = use, use.call, kind, own, shifted, tape.parameters[names[0]]
+        parts.append(Layer(*fixed, transfer, likelihood, use.value, _after(use, transfer)))
+    return parts
+
+
+def _joined(parts: list[Layer]) -> Layer:
+    """All uses of a weight as one layer."""
+    if len(parts) == 1:
+        return parts[0]
+    transfer = parts[0].transfer
+    if any(part.transfer.name != transfer.name for part in parts):
+        transfer = squared(" and ".join(sorted({part.transfer.name for part in parts})))
+    return replace(parts[0], transfer=transfer, likelihood=None, others=tuple(parts[1:]))
+
+
+def _after(use: Use, transfer: Transfer) -> Tensor | None:
+    """`f(z)` as the model computed it, where the call that alone reads z is f and its result is at hand."""
+    return None if transfer.is_squared or is_loss(use.consumers[0][0]) else use.read
+
+
+def _is_matrix(use: Use, slot: Slot, bias: Slot | None) -> bool:
+    """Whether the rows are numbers and the parameter's matrix is a view of it, so that steps work in place."""
+    used = slot.used.detach()
+    tensors = tensors_of(use.call)
+    if any(t.dtype != used.dtype and (t.is_floating_point() or not slot.indexed) for t in tensors):
+        return False
+    matrix = slot.matrix(used)
+    fits = bias is None or bias.used.numel() == matrix.shape[0] * matrix.shape[1]
+    return fits and matrix.untyped_storage().data_ptr() == used.untyped_storage().data_ptr()
+
+
+_LINKS = {"identity": IDENTITY, "sigmoid": SIGMOID, "softmax": SOFTMAX}
+
+
+def _read_by(tape: Tape, graph: Graph, use: Use, kind: Kind) -> tuple[Transfer, Likelihood | None]:
+    """The transfer function of a use's output, and the likelihood of the loss call that reads it, if one does."""
+    if len(use.consumers) != 1:
+        return IDENTITY, None
+    func, args, kwargs = use.consumers[0]
+    if not is_loss(func):
+        transfer = find(func, (None, *args), kwargs)
+        if transfer is not None and transfer.name.startswith("softmax"):
+            transfer = _softmax(use, kind, func, args, kwargs)
+        return (IDENTITY if transfer is None else transfer), None
+    for loss in tape.losses:
+        if loss.logits.node is use.edge.node and loss.logits.output_nr == use.edge.output_nr:
+            c = _scale(graph.total, loss.value)
+            if c is None or loss.call.learned or not isinstance(loss.call, LossCall):
+                continue
+            found = likelihood(loss.call, loss.call.logits, c.detach())
+            if found.class_axis is not None and not _over_rows(use, kind, found.class_axis):
+                return squared(found.link), found
+            return _LINKS.get(found.link, squared(found.link)), found
+    return IDENTITY, None
+
+
+def _scale(total: Tensor, value: GradientEdge) -> Tensor | None:
+    """The derivative of the total by a loss's value; None where it does not depend on it."""
+    one = torch.ones_like(total, requires_grad=False)
+    if value.node is total.grad_fn and value.output_nr == total.output_nr:
+        return one
+    return pull([total], [one], [value])[0]
+
+
+def _softmax(use: Use, kind: Kind, func: Any, args: Any, kwargs: Any) -> Transfer:
+    """The transfer function of a softmax: its matching loss where it runs over the outputs of a row."""
+    z = torch.empty(use.call.out_shape, device="meta")
+    for axis in range(z.dim()):
+        if find(func, (z, *args), kwargs, axis=axis) is SOFTMAX:
+            return SOFTMAX if _over_rows(use, kind, axis) else squared(f"softmax(dim={axis})")
+    return squared("softmax")
+
+
+def _over_rows(use: Use, kind: Kind, axis: int) -> bool:
+    """Whether the axis of the output is that of the outputs of a row: marks along it come out along `o`."""
+    shape = use.call.out_shape
+    axis %= len(shape)
+
+    def marked() -> bool:
+        slot = use.slots[kind.weight]
+        marks = torch.arange(shape[axis], dtype=torch.float32, device=slot.used.device)
+        rows = _rows(slot, marks.view(-1, *(1,) * (len(shape) - 1 - axis)).expand(shape))
+        return rows.shape[1] == 1 and rows.shape[2] == len(marks) and bool((rows == marks).all())
+
+    return kind.once(("classes", axis, shape), marked)
+
+
+def _rows(slot: Slot, g: Tensor) -> Tensor:
+    """A tensor of the output's shape as rows `[R,K,O]`."""
+    return slot.output(g[None], None)[0].flatten(0, 1)

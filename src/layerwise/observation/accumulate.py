@@ -1,0 +1,241 @@
+"""`accumulate`: quantities of a whole data set, streamed over its batches."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _pop_mode_temporarily
+
+from layerwise.errors import BadInput
+from layerwise.observation.guards import check_finite
+from layerwise.observation.observe import observe
+from layerwise.observation.seen import Seen
+from layerwise.quantities.base import Quantity
+from layerwise.ranks.group import Ranks, check_same_model
+from layerwise.ranks.trainers import placements_of, unreduced, unwrapped
+from layerwise.tape.binding import Binding
+
+__all__ = ["accumulate"]
+
+_END = object()
+
+
+def accumulate(
+    model: nn.Module | Mapping[str, Tensor],
+    loss_fn: Callable[..., Tensor],
+    loader: Iterable[Any],
+    *quantities: Quantity,
+    samples: int | None = None,
+    scale: str = "loss",
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    distributed: bool = True,
+    group: Any = None,
+) -> Seen:
+    """Quantities of the loss of a whole data set, from one pass over its batches; from two for `EKFAC`.
+
+        seen = accumulate(model, F.cross_entropy, loader, Variance(), KFAC())
+        seen.variance["conv1.weight"], seen.grad["conv1.weight"]
+
+    The result is that of one `observe` over the whole set as one batch, up to rounding: a mean runs over all
+    samples, whatever the sizes of the batches. `.grad` of all parameters is afterwards what it was before, also
+    after an error; modes (`eval`, `train`) and buffers are left to the model. The memory is that of one batch, of
+    the results, and of a gradient; per-sample results grow with the data set.
+
+    loss_fn: of a module and batches `(x, y)` (a tuple or list of two), called as `loss_fn(model(x), y)`. For any
+    other batch, and for a functional model, called as `loss_fn(batch)`: it runs the model itself.
+    samples, scale, dtype: as for `observe`; samples is the number in every batch, by default dim 0 of the batch.
+    distributed: where torch.distributed was started, every rank of `group` (None: all) calls this with a loader of its
+    own share, and gets the results of all shares together, as `Seen.all_reduce` gives them. False: of its own alone.
+    An error on one rank is one on all. DDP's hooks rest meanwhile; under FSDP2 all ranks need as many batches.
+    progress: show a bar (with rich, where it is installed), or a line on standard error.
+    A quantity that needs a result of the whole set first (`EKFAC`, its eigenbasis) takes two passes, which start from
+    the same state of torch's random numbers; the loader must give the same batches twice, and the model runs twice.
+    Raises BadInput (no batch, batches whose losses have no union, a loader that cannot give its batches twice, or ranks
+    that disagree on the model or the quantities), RankFailed (an error on another rank), and what `observe` raises.
+    """
+    if group is not None and not distributed:
+        raise BadInput("accumulate got distributed=False and a process group; leave one of them out")
+    ranks = Ranks(group) if distributed else Ranks.alone()
+    if ranks.size > 1:
+        check_same_model(model, group)
+    own = partial(_pass, model, loss_fn, loader, ranks, samples=samples, scale=scale, dtype=dtype, progress=progress)
+
+    def run(asked: Sequence[Quantity]) -> Seen:
+        if ranks.size == 1:
+            return own(asked)
+        if placements_of(Binding(model).owners):  # its passes wait for other ranks themselves
+            return own(asked).all_reduce(group)
+        return ranks.together(lambda: own(asked)).all_reduce(group)
+
+    firsts = ranks.together(lambda: _firsts(quantities, loader))
+    if all(first is None for first in firsts):
+        return run(quantities)
+    return _in_two_passes(run, quantities, firsts, ranks)
+
+
+def _firsts(quantities: Sequence[Quantity], loader: Iterable[Any]) -> list[Quantity | None]:
+    """What the quantities need in a pass before their own; raises BadInput for a loader that gives its batches once."""
+    firsts = [q.first() if isinstance(q, Quantity) else None for q in quantities]
+    if isinstance(loader, Iterator) and any(first is not None for first in firsts):
+        names = ", ".join(repr(q) for q, first in zip(quantities, firsts, strict=True) if first is not None)
+        raise BadInput(
+            f"asked to accumulate {names} over an iterator ({type(loader).__name__}), which gives its batches once; "
+            "two passes need a list or a DataLoader (or ask for EKFAC(basis=...) with a basis of your own)"
+        )
+    return firsts
+
+
+def _in_two_passes(
+    run: Callable[[Sequence[Quantity]], Seen],
+    quantities: Sequence[Quantity],
+    firsts: Sequence[Quantity | None],
+    ranks: Ranks,
+) -> Seen:
+    """The quantities, some of them after those that need the whole set; `firsts` holds None for the others."""
+    before = [first for first in firsts if first is not None]
+    random = _Random(before)
+    earlier = run(before)
+    stands = [q if first is None else q.after(earlier[first]) for q, first in zip(quantities, firsts, strict=True)]
+    for stand, first in zip(stands, firsts, strict=True):
+        if first is not None:
+            stand.share(ranks)
+    random.restore()
+    seen = run(stands)
+    if (seen._count, seen._samples) != (earlier._count, earlier._samples):
+        raise BadInput(
+            f"the loader gave {earlier._count} batches of {earlier._samples} samples, then {seen._count} of "
+            f"{seen._samples}: the second pass must see the batches of the first"
+        )
+    seen._asked = list(quantities)
+    return seen
+
+
+class _Random:
+    """The state of torch's random numbers, and of the generators of some quantities."""
+
+    def __init__(self, quantities: Iterable[Quantity]) -> None:
+        own = [getattr(q.cotangent, "generator", None) for q in quantities]
+        self._own = [(generator, generator.get_state()) for generator in own if generator is not None]
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        """Go back to it."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        for generator, state in self._own:
+            generator.set_state(state)
+
+
+def _pass(
+    model: nn.Module | Mapping[str, Tensor],
+    loss_fn: Callable[..., Tensor],
+    loader: Iterable[Any],
+    ranks: Ranks,
+    quantities: Sequence[Quantity],
+    samples: int | None,
+    scale: str,
+    dtype: torch.dtype | None,
+    progress: bool,
+) -> Seen:
+    """One pass over the batches."""
+    parameters = Binding(model).owners
+    before = {name: p.grad for name, p in parameters.items()}
+    count = 0
+    try:
+        with (
+            observe(model, *quantities, samples=samples, scale=scale, dtype=dtype) as seen,
+            unreduced(model),
+        ):
+            batches = iter(_shown(loader) if progress else loader)
+            in_step = ranks.size > 1 and bool(placements_of(parameters))
+            if in_step:
+                batches = _in_step(batches, ranks)
+            while (batch := _next(batches)) is not _END:
+                for p in parameters.values():
+                    p.grad = None
+                loss = _loss(unwrapped(model), loss_fn, batch)
+                if in_step:
+                    with _pop_mode_temporarily():
+                        ranks.together(partial(check_finite, loss))
+                loss.backward()
+                count += 1
+    finally:
+        for name, p in parameters.items():
+            p.grad = before[name]
+    if not count:
+        raise BadInput(
+            "asked to accumulate over a loader that gave no batch; an iterator can be used up: make a new one"
+        )
+    return seen
+
+
+def _in_step(batches: Iterator[Any], ranks: Ranks) -> Iterator[Any]:
+    """The batches of ranks that must run together, since FSDP2 gathers parameters from all in every pass."""
+    count = 0
+    while True:
+        batch = ranks.together(lambda: next(batches, _END))
+        left = ranks.gather(batch is not _END)
+        if not all(left):
+            break
+        yield batch
+        count += 1
+    if any(left):
+        done = [str(rank) for rank, more in enumerate(left) if not more]
+        raise BadInput(
+            f"asked to accumulate over a model sharded by fully_shard, whose ranks run in step, but the loader of rank "
+            f"{', '.join(done)} ended after {count} batches and others went on; give all ranks as many batches"
+        )
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """The next batch, made outside the record: what a loader computes is data, however it comes about."""
+    with _pop_mode_temporarily():
+        return next(batches, _END)
+
+
+def _loss(model: Any, loss_fn: Callable[..., Tensor], batch: Any) -> Tensor:
+    if isinstance(model, nn.Module) and isinstance(batch, (tuple, list)) and len(batch) == 2:
+        x, y = batch
+        loss = loss_fn(model(x), y)
+    else:
+        loss = loss_fn(batch)
+    if not isinstance(loss, Tensor) or loss.dim():
+        seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise BadInput(f"accumulate's loss_fn must return a loss of one number, got {seen}")
+    return loss
+
+
+def _shown(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches, with a progress bar or line beside them."""
+    total = len(loader) if isinstance(loader, Sized) else None
+    try:
+        rich = importlib.import_module("rich.progress")
+    except ImportError:
+        yield from _lines(loader, total)
+        return
+    columns = rich.Progress.get_default_columns()
+    with rich.Progress(*columns, rich.MofNCompleteColumn(), console=_console()) as bar:
+        yield from bar.track(loader, total=total, description="accumulate")
+
+
+def _console() -> Any:
+    return importlib.import_module("rich.console").Console(stderr=True)
+
+
+def _lines(loader: Iterable[Any], total: int | None) -> Iterator[Any]:
+    """One line on standard error, rewritten after every batch."""
+    of = "" if total is None else f" of {total}"
+    for done, batch in enumerate(loader, 1):
+        yield batch
+        sys.stderr.write(f"\raccumulate: {done}{of} batches")
+        sys.stderr.flush()
+    sys.stderr.write("\n")

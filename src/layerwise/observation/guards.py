@@ -1,0 +1,116 @@
+"""The user's backward pass beside ours: its loss, what it did to `.grad`, and whether it sent what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import NonFinite, UncoveredUse, Undefined
+from layerwise.ranks.trainers import several
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import Use
+from layerwise.tensors import is_finite
+
+__all__ = ["Sent", "check_covered", "check_finite", "check_gradient", "kept", "restore", "snapshot"]
+
+
+class Sent:
+    """Cotangents that were sent before the user's backward pass, by two numbers each, to compare with its own."""
+
+    def __init__(self, cotangents: Sequence[tuple[Use, Tensor]] = ()) -> None:
+        self._sent = {use.index: _fingerprint(g) for use, g in cotangents}
+        self._arrived: dict[int, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sent)
+
+    def arrived(self, use: Use, g: Tensor) -> None:
+        """Note the cotangent of the user's own backward pass."""
+        if self._sent:
+            self._arrived[use.index] = _fingerprint(g)
+
+    def check(self) -> None:
+        """Raise Undefined where the user's backward pass had other cotangents."""
+        same = self._sent.keys() == self._arrived.keys()
+        if same and self._sent:
+            sent, arrived = (torch.stack([by[k] for k in self._sent]).cpu() for by in (self._sent, self._arrived))
+            scale = float(sent.abs().max())
+            same = torch.allclose(sent, arrived, rtol=1e-3, atol=1e-6 * scale)
+        if not same:
+            raise Undefined(
+                "asked for a quantity in two stages (ClippedGrad) of a model with derived weights, but the backward "
+                "pass sent other cotangents than the loss does: a hook changes gradients on their way; remove it"
+            )
+
+
+def _fingerprint(g: Tensor) -> Tensor:
+    return torch.stack([g.sum(dtype=torch.float64), g.abs().sum(dtype=torch.float64)])
+
+
+def check_finite(total: Tensor) -> None:
+    """Raise NonFinite for a loss of NaN or infinity."""
+    if not bool(torch.isfinite(total).all()):
+        raise NonFinite(
+            f"asked to observe a backward pass from a loss of {total.detach().tolist()}; nothing was computed. "
+            "Check the batch and the parameters for NaN and infinity"
+        )
+
+
+def check_gradient(gradient: Mapping[str, Tensor]) -> None:
+    """Raise NonFinite for a gradient of NaN or infinity under a finite loss: an infinite input times zero is NaN."""
+    for name, g in gradient.items():
+        if not is_finite(g):
+            raise NonFinite(
+                f"asked to observe a backward pass whose gradient of {name!r} holds NaN or infinity; .grad is as it "
+                "was. Check the batch and the parameters, or skip the batch"
+            )
+
+
+@contextmanager
+def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the `.grad` of activations that the user retains it for from our own pulls."""
+    before = [t.grad for t in tensors]
+    try:
+        yield
+    finally:
+        for t, grad in zip(tensors, before, strict=True):
+            t.grad = grad
+
+
+def snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:
+    """`.grad`, its version, and a copy, for `restore`."""
+    grad = p.grad
+    return grad, -1 if grad is None else grad._version, None if grad is None else grad.detach().clone()
+
+
+def check_covered(tape: Tape, before: Mapping[str, Any], arrived: Collection[str], covered: Collection[str]) -> None:
+    """A gradient that arrived, or a `.grad` that changed, where no use was recorded is an error.
+
+    Among several processes `.grad` changes by what the others send, so the arrivals alone count.
+    """
+    for name, p in tape.owners.items():
+        if name in covered:
+            continue
+        grad, version, _ = before[name]
+        same = p.grad is None or (p.grad is grad and p.grad._version == version)
+        if name not in arrived and (same or several()):
+            continue
+        raise UncoveredUse(
+            f"the backward pass changed the gradient of {name!r}, but no call with it was recorded: it ran inside "
+            "something the tape cannot see (reentrant checkpointing, another thread). Use "
+            "torch.utils.checkpoint with use_reentrant=False"
+        )
+
+
+def restore(tape: Tape, before: Mapping[str, Any]) -> None:
+    """Undo what a refused backward pass added to `.grad`."""
+    for name, p in tape.owners.items():
+        grad, version, old = before[name]
+        p.grad = grad
+        if grad is not None and grad._version != version:
+            with torch.no_grad():
+                grad.copy_(old)

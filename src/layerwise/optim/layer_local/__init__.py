@@ -1,0 +1,1 @@
+"""Layer-local optimizers: LocoProp, alternating minimization, and who solves the layers."""

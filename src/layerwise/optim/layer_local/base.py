@@ -1,0 +1,219 @@
+"""What the layer-local optimizers share: one recorded run a step, from which every layer is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput, NonFinite
+from layerwise.local.layers.kinds import Kinds
+from layerwise.local.layers.layer import Layer, shaped
+from layerwise.local.layers.overflow import unsafe
+from layerwise.local.layers.record import Recorded
+from layerwise.local.problem import Pull
+from layerwise.local.regularizers import Regularizer
+from layerwise.optim.base import NamedOptimizer
+from layerwise.optim.layer_local.choices import first_match
+from layerwise.optim.layer_local.jobs import Crew
+from layerwise.optim.layer_local.owners import described
+from layerwise.optim.layer_local.undo import Undo
+from layerwise.ranks.group import facts_of
+from layerwise.tape.uses import named_parameters_of
+
+__all__ = ["LayerLocal", "check_common"]
+
+
+class LayerLocal(NamedOptimizer[Recorded]):
+    """Base of optimizers that fit each layer to a local target from one run of the model.
+
+    A batch with NaN or infinity in its loss, activations or cotangents, or whose gradients overflow, changes no
+    parameter, no state and no buffer: it is counted in `skipped`, or raises NonFinite with `on_nonfinite="raise"`.
+    A closure that raises leaves everything as it was, too. A layer whose bias is in another group than its
+    weight takes rates from both, and the rest from the weight's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        params: Iterable[Any] | None,
+        defaults: dict[str, Any],
+        on_nonfinite: str,
+        crew: Crew,
+        choices: Mapping[str, Any],
+    ) -> None:
+        self._crew = crew
+        self._kinds = Kinds()
+        self._local: dict[Any, torch.optim.Optimizer] = {}
+        self._names: dict[int, str] = {}
+        self._averages: dict[str, Tensor] = {}
+        super().__init__(model, params, defaults, on_nonfinite)
+        crew.meet({
+            **facts_of(named_parameters_of(model)),
+            **{key: described(value) for key, value in {**choices, "on_nonfinite": on_nonfinite}.items()},
+            **self._settings(),
+        })  # fmt: skip
+
+    # -- what a method says ----------------------------------------------------------------------------
+
+    def _gamma(self, recorded: Recorded, name: str) -> float:
+        """γ of a parameter, by which its cotangents are multiplied."""
+        raise NotImplementedError
+
+    def _make(self, groups: list[dict[str, Any]], kind: Any) -> torch.optim.Optimizer:
+        """A new local optimizer of a kind on `{"params": ...}` groups."""
+        raise NotImplementedError
+
+    def _rates(self, group: Mapping[str, Any], owner: Tensor) -> tuple[Any, dict[str, Any]]:
+        """The kind of local optimizer that a layer with a weight `owner` has, and its settings from a group."""
+        raise NotImplementedError
+
+    def _patterns(self) -> Mapping[str, Mapping[str, Any]]:
+        """The numbers of parameter groups that parameters with matching names have of their own, by pattern."""
+        return {}
+
+    # -- groups ----------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; parameters that `layers` gives numbers of their own go into groups of their own."""
+        names = {id(p): name for name, p in named_parameters_of(self._model).items()}
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        patterns = self._patterns()
+        parts: dict[str | None, list[Any]] = {}
+        for p in params:
+            name = names.get(id(p[1] if isinstance(p, tuple) else p))
+            pattern = None if name is None else first_match(tuple(patterns), name)
+            if name is not None:
+                self._names[id(p[1] if isinstance(p, tuple) else p)] = name
+            parts.setdefault(pattern if pattern and patterns[pattern] else None, []).append(p)
+        for pattern, some in (parts or {None: params}).items():
+            own = {} if pattern is None else patterns[pattern]
+            super().add_param_group({**param_group, **own, "params": some})
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def _unsafe(self, run: Recorded) -> str | None:
+        return unsafe(run, lambda name: self._gamma(run, name))
+
+    def _agreed(self, run: Recorded, where: str | None) -> str | None:
+        return self._crew.agreed(where, run.loss, lambda: self._facts(run), self._tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        buffers = dict(self._model.named_buffers()) if isinstance(self._model, nn.Module) else {}
+        return {**named_parameters_of(self._model), **buffers}
+
+    def _facts(self, run: Recorded) -> dict[str, str]:
+        """What is the same in every process that takes this step with us."""
+        first = run.tape.first
+        return {
+            "the batch": "none" if first is None else f"{first.dtype} {tuple(first.shape)}",
+            "the layers": ", ".join(name for layer in run.layers for name in layer.names),
+            "the other parameters": ", ".join(run.gradients),
+            **self._settings(),
+        }
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            f"parameter group {number}": described(
+                {key: value for key, value in group.items() if key != "params"}
+            ) for number, group in enumerate(self.param_groups)
+        }  # fmt: skip
+
+    def _guarded(self, undo: Undo | None, move: Callable[[], None]) -> str | None:
+        """Move; or put everything back, and return the place that is not finite."""
+        try:
+            move()
+            where = None if undo is None else self._crew.anywhere(undo.spoiled())
+        except BaseException as error:
+            if undo is not None:
+                undo.put_back()
+            if undo is None or not isinstance(error, NonFinite):
+                raise
+            return f"a local problem ({error})"
+        if undo is not None and where is not None:
+            undo.put_back()
+        return where
+
+    @torch.no_grad()
+    def _pull(
+        self, recorded: Recorded, layer: Layer, term: Regularizer, gamma: float, averages: dict[str, Tensor]
+    ) -> Pull:
+        """A regularizer's term for a layer; new running averages go into `averages`."""
+        matrix = layer.matrix()
+        shape = matrix.shape[:2]
+        params = [recorded.tape.parameters[name].detach() for name in layer.names]
+        bias = params[1].view(shape) if len(params) > 1 else None
+        decay = getattr(term, "decay", None)
+        average = None
+        if decay is not None:
+            for name, p in zip(layer.names, params, strict=True):
+                old = self._averages.get(name)
+                averages[name] = p.clone() if old is None else decay * old + (1 - decay) * p
+            found = [averages[name] for name in layer.names]
+            average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
+        return term(matrix, bias, gamma, average)
+
+    def _group_of(self, recorded: Recorded, name: str) -> dict[str, Any]:
+        """The group of a parameter of ours."""
+        return self._group_at[id(recorded.tape.parameters[name])]
+
+    def _local_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
+        """The optimizer of a layer's parameters: kept from step to step, with our state and present settings."""
+        owner = self._group_at[id(params[0])]
+        kind, rates = self._rates(owner, params[0])
+        key = (kind, *map(id, params))
+        optimizer = self._local.get(key)
+        if optimizer is None:
+            optimizer = self._local[key] = self._make([{"params": [p]} for p in params], kind)
+        optimizer.state = self.state
+        for p, group in zip(params, optimizer.param_groups, strict=True):
+            mine = self._group_at[id(p)]
+            group.update(rates if mine is owner else self._rates(mine, params[0])[1])
+        return optimizer
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with the names of the parameters, the number of skipped batches, and running averages by name.
+
+        Over ranks all of them call it, and each gets the whole state, fetched from the layers' owners.
+        """
+        mine: Any = self.state
+        ours = {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
+        whole: Any = self._crew.whole(mine, ours)
+        self.state = whole
+        try:
+            return self.local_state_dict()
+        finally:
+            self.state = mine
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """As `state_dict`, without a message: over ranks it lacks the state of layers that others own."""
+        return {**super().state_dict(), "averages": dict(self._averages)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, parameters by name; goes on bitwise where it stopped.
+
+        Raises BadInput where the saved groups or averages are of other parameters than ours.
+        """
+        saved, params = state_dict.get("averages", {}), named_parameters_of(self._model)
+        wrong = [name for name, t in saved.items() if name not in params or t.shape != params[name].shape]
+        if wrong:
+            raise BadInput(f"the saved averages are of other parameters than ours: {', '.join(wrong[:5])}")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "averages"})
+        self._crew.loaded()
+        self._averages = {name: t.to(params[name], copy=True) for name, t in saved.items()}
+
+
+def check_common(method: str, group: Mapping[str, Any]) -> None:
+    """Raise BadInput for a learning rate, number of steps or number of rows that cannot be."""
+    rows, steps, lr = group["rows"], group["steps"], group["lr"]
+    counts = [steps] if rows in ("auto", "all") else [steps, rows]
+    if not (0 <= lr < float("inf") and all(isinstance(n, int) and n >= 1 for n in counts)):
+        raise BadInput(
+            f"{method} needs a finite lr ≥ 0, whole steps ≥ 1, and whole rows ≥ 1, 'all' or 'auto'; got lr={lr}, "
+            f"steps={steps}, rows={rows!r}"
+        )

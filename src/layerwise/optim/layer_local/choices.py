@@ -1,0 +1,144 @@
+"""What a user chose for each layer: loss, target, regularizers and solver, by patterns on parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from layerwise.errors import BadInput
+from layerwise.local.regularizers import Regularizer
+from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
+from layerwise.local.targets import GradientStep, Target
+from layerwise.local.transfer import Transfer
+
+__all__ = ["NUMBERS", "Choice", "Choices", "check_patterns", "first_match", "implied", "matches", "several"]
+
+NUMBERS = ("lr", "gamma", "steps", "rows", "decay", "momentum", "eps")
+VALUES = ("loss", "target", "regularizer", "solver")
+
+
+class Choice(NamedTuple):
+    """The values of one layer. transfer: in place of the one the tape found; None keeps that."""
+
+    transfer: Transfer | None = None
+    target: Target = GradientStep()
+    regularizers: tuple[Regularizer, ...] = ()
+    solver: Solver = LocalSteps()
+
+    def __repr__(self) -> str:
+        return f"Choice({self.target}, {self.regularizers}, {self.solver})"
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern is that of a parameter's name, or of the name of a module that holds it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def first_match(patterns: Sequence[str], name: str) -> str | None:
+    """The first pattern that a name matches."""
+    return next((pattern for pattern in patterns if matches(pattern, name)), None)
+
+
+def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str], names: Sequence[str]) -> None:
+    """Raise BadInput for settings by pattern with other keys, or with a pattern that no parameter's name matches."""
+    for pattern, settings in layers.items():
+        unknown = sorted(set(settings) - set(keys))
+        if unknown:
+            raise BadInput(f"layers[{pattern!r}] sets {', '.join(unknown)}; a layer has {', '.join(keys)}")
+        if not any(matches(pattern, name) for name in names):
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise BadInput(f"layers: the pattern {pattern!r} matches no parameter; they are {shown}")
+
+
+def several(method: str, regularizer: Any) -> tuple[Regularizer, ...]:
+    """One regularizer or a sequence of them, as a tuple. Raises BadInput for what is none."""
+    terms = tuple(regularizer) if isinstance(regularizer, Sequence) else (regularizer,)
+    form = "(weight, bias, gamma, average) -> Pull, or a sequence of such"
+    return tuple(_callable(method, "regularizer", t, form) for t in terms)
+
+
+class Choices:
+    """The choices of all layers: a default, and `layers`, a mapping of patterns to settings; the first match wins.
+
+    names: of the model's parameters. rates: the default rate of TFRMSProp, by loss. numbers: the settings of parameter
+    groups, by pattern. Raises BadInput for a value of the wrong kind, an unknown key,
+    or a pattern that no parameter matches.
+    """
+
+    def __init__(self, default: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], names: Sequence[str],
+                 rates: Mapping[str, float]) -> None:  # fmt: skip
+        self._default = _choice(Choice(), default)
+        self.patterns = tuple(layers)
+        self._by_pattern: dict[str, Choice] = {}
+        self.numbers: dict[str, dict[str, Any]] = {}
+        check_patterns(layers, (*NUMBERS, *VALUES), names)
+        for pattern, settings in layers.items():
+            choice = self._by_pattern[pattern] = _choice(self._default, settings)
+            self.numbers[pattern] = {**implied(choice, settings), **{k: settings[k] for k in NUMBERS if k in settings}}
+            loss, solver = settings.get("loss"), settings.get("solver")
+            if loss is None and getattr(solver, "squared_only", False):
+                loss = "squared"
+                self._by_pattern[pattern] = choice._replace(transfer=None)
+            if loss is not None:
+                self.numbers[pattern]["loss"] = loss if isinstance(loss, str) else "matching"
+            foreign = default_lr(choice.solver) is None and default_lr(self._default.solver) is not None
+            if foreign and settings.get("lr") is None:  # the default's rate is of another optimizer
+                self.numbers[pattern]["lr"] = rates[self.numbers[pattern].get("loss", "matching")]
+        self._known: dict[str, Choice] = {}
+
+    @property
+    def default(self) -> Choice:
+        """The choice of layers that no pattern matches."""
+        return self._default
+
+    def of(self, name: str) -> Choice:
+        """The choice for a weight's name."""
+        found = self._known.get(name)
+        if found is None:
+            pattern = first_match(self.patterns, name)
+            found = self._known[name] = self._default if pattern is None else self._by_pattern[pattern]
+        return found
+
+    def every(self) -> list[Choice]:
+        """The default and those of the patterns."""
+        return [self._default, *self._by_pattern.values()]
+
+
+def implied(choice: Choice, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that a given solver or target brings along."""
+    found: dict[str, Any] = {}
+    if settings.get("solver") is not None:
+        solver = choice.solver
+        if isinstance(solver, LocalSteps):
+            found |= {"steps": solver.steps, "rows": solver.rows}
+        if "lr" not in settings or settings["lr"] is None:
+            found |= {"lr": default_lr(solver)}
+    gamma = getattr(settings.get("target"), "gamma", None)
+    if gamma is not None:
+        found["gamma"] = gamma
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def _choice(base: Choice, settings: Mapping[str, Any]) -> Choice:
+    """A choice with the values that settings give."""
+    loss, target = settings.get("loss"), settings.get("target")
+    if isinstance(loss, Transfer):
+        base = base._replace(transfer=loss)
+    elif loss in ("matching", "squared"):
+        base = base._replace(transfer=None)
+    elif loss is not None:
+        raise BadInput(f'LocoProp\'s loss is "matching", "squared" or a transfer function of lw.local; got {loss!r}')
+    if target is not None:
+        base = base._replace(target=_callable("LocoProp", "target", target, "(z, g, transfer) -> target"))
+    if settings.get("regularizer") is not None:
+        base = base._replace(regularizers=several("LocoProp", settings["regularizer"]))
+    if settings.get("solver") is not None:
+        base = base._replace(solver=_callable("LocoProp", "solver", settings["solver"], "problem -> (ΔW, Δb)"))
+    return base
+
+
+def _callable(method: str, what: str, value: Any, form: str) -> Callable[..., Any]:
+    if not callable(value) or isinstance(value, type):
+        raise BadInput(f"{method}'s {what} is a value of lw.local or a function {form}; got {value!r}")
+    return value

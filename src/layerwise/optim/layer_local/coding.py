@@ -1,0 +1,148 @@
+"""Runs of a closure with codes: what each layer is fitted to, as cotangents of the relaxed objective.
+
+At every use with a code, `c + u − z` is `−γ` times the cotangent, with γ = B/μ: one form for all ways to move codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise.graph.coverage import prove
+from layerwise.local.codes.code_step import CodeStep, Terms, sweep
+from layerwise.local.codes.gauss_newton import damped_cotangents, pulled_roots
+from layerwise.local.layers.kinds import Kinds
+from layerwise.local.layers.layer import Layer, layers_of
+from layerwise.local.layers.record import Recorded, pulled
+from layerwise.local.problem import contract
+from layerwise.replay.coded import CodedModel
+from layerwise.replay.state import check_loss
+from layerwise.tape.tape import Tape
+from layerwise.tensors import dense, is_finite
+
+__all__ = ["coded_layers", "gauss_newton", "hidden_uses", "recorded_on_codes", "sparse", "swept", "weight_gradients"]
+
+Ours = Callable[[Tensor], bool]
+
+
+def gauss_newton(
+    model: nn.Module | Mapping[str, Tensor],
+    closure: Callable[[], Tensor],
+    ours: Ours,
+    gamma: Callable[[Any, str], float],
+    kinds: Kinds | None = None,
+) -> tuple[Recorded, Recorded]:
+    """A run with damped Gauss-Newton cotangents, and the same with those of the loss. A backward call is left out.
+
+    gamma: γ of a run and a layer's name. Raises as `pulled_roots`.
+    """
+    tape = Tape(model, lambda tape, total, weight, run: None, keep_outputs=True, crosses=True)
+    with tape, torch.enable_grad():
+        loss = closure()
+    check_loss(loss)
+    plain = pulled(tape, loss, ours, matrices=True, kinds=kinds)
+    if not plain.layers:
+        return plain, plain
+    return damped_cotangents(plain, pulled_roots(model, plain, loss), lambda name: gamma(plain, name)), plain
+
+
+@torch.no_grad()
+def weight_gradients(run: Recorded) -> dict[str, Tensor]:
+    """The gradients of the layers' weights, from the cotangents of a run."""
+    found = {}
+    for layer in run.layers:
+        g = layer.join([part.rows(run.cotangents[part.use.index]) for part in layer.parts])
+        size_in = layer.matrix().shape[-1]
+        found[layer.name] = layer.fold(contract(g, layer.join([part.input() for part in layer.parts]), size_in))
+    return found
+
+
+@torch.no_grad()
+def sparse(recorded: Recorded, gamma: Callable[[str], float], threshold: Callable[[Layer], float]) -> Recorded:
+    """The run with codes soft-thresholded: `c = S(z − γ g, λ/μ)`. threshold: λ/μ of a layer, 0 for none."""
+    cotangents = dict(recorded.cotangents)
+    for layer in recorded.layers:
+        if (most := threshold(layer)) > 0:
+            for part in layer.parts:
+                z, size = part.output(), gamma(layer.name)
+                code = F.softshrink(z - size * cotangents[part.use.index], most)
+                cotangents[part.use.index] = (z - code) / size
+    return dataclasses.replace(recorded, cotangents=cotangents)
+
+
+def hidden_uses(coded: CodedModel, layers: list[Layer]) -> dict[int, Layer]:
+    """The uses that carry codes, with their layers: those whose output another layer reads."""
+    every = {part.use.index: layer for layer in layers for part in layer.parts}
+    readers = coded.consumers(every)
+    return {i: layer for i, layer in every.items() if any(m in every for m in readers[i][0])}
+
+
+def swept(
+    coded: CodedModel, layers: list[Layer], terms: Terms, step: CodeStep, ours: Ours
+) -> tuple[Recorded, dict[int, Tensor]]:
+    """Move the codes from the layers' outputs, and record the layers on them; also the codes."""
+    start = {part.use.index: part.output() for layer in layers for part in layer.parts
+             if part.use.index in terms.coupling}  # fmt: skip
+    codes = sweep(coded, start, terms, step)
+    return recorded_on_codes(coded, layers, codes, terms, ours), codes
+
+
+def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> list[Layer]:
+    """The layers of a coded model's first run; none where its loss is not finite."""
+    graph = prove(coded.tape, coded.loss, None, need_loss=False)
+    return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if is_finite(coded.loss) else []
+
+
+def recorded_on_codes(
+    coded: CodedModel, layers: list[Layer], codes: Mapping[int, Tensor], terms: Terms, ours: Ours
+) -> Recorded:
+    """The layers with inputs made from the codes; cotangents and gradients are the relaxed objective's.
+
+    A layer's output depends on its own weights and the codes alone, so no cotangent crosses a block.
+    """
+    every = [part.use.index for layer in layers for part in layer.parts]
+    out = coded.piece(codes, every, True)
+    assert out.loss is not None
+    objective = out.loss
+    for i, code in codes.items():
+        if i not in out.predictions:  # a code from outside
+            continue
+        weight = terms.coupling[i] / terms.batch / 2
+        objective = objective + weight * (terms.aim(i, code) - out.predictions[i]).square().sum()
+    inside = {name for layer in layers for name in layer.names}
+    rest = {n: p for n, p in coded.tape.parameters.items() if n not in inside and ours(p)}
+    found = torch.autograd.grad(objective, [*(out.predictions[i] for i in every), *rest.values()], allow_unused=True)
+    cotangents = {i: g for i, g in zip(every, found, strict=False) if g is not None}
+    moved = []
+    for layer in layers:
+        if any(part.use.index in cotangents for part in layer.parts):
+            parts = [_moved(part, out.calls[part.use.index], out.predictions[part.use.index]) for part in layer.parts]
+            moved.append(dataclasses.replace(parts[0], others=tuple(parts[1:])))
+            for part in parts:
+                cotangents.setdefault(part.use.index, torch.zeros_like(out.predictions[part.use.index]))
+    gradients = {n: dense(g) for n, g in zip(rest, found[len(every) :], strict=True) if g is not None}
+    return Recorded(coded.loss.detach(), coded.tape, moved, cotangents, gradients)
+
+
+def _moved(part: Layer, given: tuple[Any, Any], value: Tensor) -> Layer:
+    """A use of a layer on other data."""
+    parameters = {id(d.tensor) for d in part.use.used}
+    args, kwargs = (_with_data(old, new, parameters) for old, new in zip(part.use.call[1:3], given, strict=True))
+    call = part.use.call._replace(args=args, kwargs=kwargs)
+    return dataclasses.replace(part, call=call, value=value.detach())
+
+
+def _with_data(old: Any, new: Any, keep: set[int]) -> Any:
+    """Arguments with new data, detached, and the old parameters: a run again makes views of them anew."""
+    if isinstance(old, Tensor):
+        return old if id(old) in keep else new.detach()
+    if isinstance(old, dict):
+        return {k: _with_data(v, new[k], keep) for k, v in old.items()}
+    if isinstance(old, (list, tuple)):
+        return type(old)(_with_data(v, w, keep) for v, w in zip(old, new, strict=True))
+    return new

@@ -1,0 +1,218 @@
+"""Layers owned by the ranks of a process group: each solves its own, and shares the new weights."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise import errors
+from layerwise.errors import BadInput, LayerwiseError
+from layerwise.optim.layer_local.jobs import Crew, Facts, Job, Rest, State
+from layerwise.optim.layer_local.workers import Workers, crew
+from layerwise.ranks.group import Ranks, values_digest
+
+__all__ = ["Owners", "Parallel", "all_or_none", "crew_over", "described", "digest"]
+
+Parallel = Any  # None, True, a process group, or Ranks
+_SMALL = 16  # numbers of a tensor on the CPU that travels as an object
+_APART = 1e-4  # of a loss: what kernels that add up in another order may make of one batch
+
+
+def crew_over(parallel: Parallel, workers: Workers) -> Crew:
+    """Those who solve the layers: workers here, or those of every rank. Raises BadInput as `crew` and `Ranks`."""
+    here = crew(workers)
+    if parallel is None or parallel is False:
+        return here
+    if isinstance(parallel, str | int | float) and parallel is not True:
+        raise BadInput(f"parallel is None, True (all ranks), or a process group; got {parallel!r}")
+    ranks = parallel if isinstance(parallel, Ranks) else Ranks(None if parallel is True else parallel)
+    return Owners(ranks, here)
+
+
+class Owners(Crew):
+    """Each rank solves the layers that it owns, by the crew it has at home; the bits are those of one process.
+
+    All ranks run the same closure on the same batch. Layers go to ranks longest first, each to the rank with the least
+    to do, when they are first met, and stay there with the state of their local optimizers. New weights are shared by
+    one message from each owner. Ranks that hold other models, settings, batches or losses are refused by name.
+    """
+
+    def __init__(self, ranks: Ranks, home: Crew) -> None:
+        self._ranks, self._home = ranks, home
+        self._owner: dict[str, int] = {}
+        self._load = [0.0] * ranks.size
+        self._steps = 0
+        self._met = False
+        self._device = torch.device("cpu")  # of the messages: where the losses are
+
+    # -- what must be alike ------------------------------------------------------------------------------------
+
+    def meet(self, facts: Facts) -> None:
+        """Refuse, by name, what differs between ranks."""
+        self._ranks.agree(facts)
+
+    def agreed(
+        self, where: str | None, loss: Tensor, facts: Callable[[], Facts], tensors: Callable[[], Mapping[str, Tensor]]
+    ) -> str | None:
+        """The place that forbids the step on any rank; else refuses ranks that were given different things.
+
+        One message of a few numbers: whether to skip, the loss, and a digest of the facts; at the first step and after
+        a load also of the values of parameters and buffers.
+        """
+        self._steps += 1
+        self._device = loss.device
+        self._ranks.doing = f"step {self._steps} of this run"
+        bad, value = where is not None, 0.0 if where is not None else float(loss)
+        marks = [0, 0] if bad else [_checksum(facts()), 0 if self._met else _checksum(digest(tensors()))]
+        said = [value, *map(float, marks)]
+        most = self._ranks.most([float(bad), *said, *(-x for x in said)], loss.device)
+        if most[0] > 0:
+            return self._ranks.first(where, loss.device)
+        high, low = most[1:4], [-x for x in most[4:]]
+        if high[1] != low[1]:
+            self._ranks.agree(facts())
+        if high[2] != low[2]:
+            self._ranks.agree(digest(tensors()))
+        self._met = True
+        if high[0] - low[0] > _APART * max(abs(high[0]), abs(low[0])):
+            losses = "; ".join(f"rank {r}: {x!r}" for r, x in enumerate(self._ranks.gather(value)))
+            raise BadInput(
+                f"the ranks have different losses at {self._ranks.doing} ({losses}). Layers are shared out, not "
+                "samples: give every rank the same batch, and the same random numbers if the model draws any"
+            )
+        return None
+
+    def anywhere(self, where: str | None) -> str | None:
+        """The place that forbids what was done, on the first rank that has one."""
+        return self._ranks.first(where, self._device)
+
+    # -- solving -----------------------------------------------------------------------------------------------
+
+    def run(self, jobs: Sequence[Job], rest: Sequence[Rest], state: State) -> None:
+        """Solve our own jobs, and take over the other ranks' results. An error of one rank is raised on all."""
+        every: list[Job | Rest] = [*jobs, *rest]
+        owners = self._assign(every, state)
+        me = self._ranks.rank
+        mine = [job for job, owner in zip(jobs, owners, strict=False) if owner == me]
+        ours = [job for job, owner in zip(rest, owners[len(jobs) :], strict=True) if owner == me]
+        try:
+            all_or_none(self._ranks, self._device, lambda: self._home.run(mine, ours, state))
+        except Exception:
+            self._met = False  # some may have moved what others did not
+            raise
+        for rank in range(self._ranks.size):
+            moved = [p for job, owner in zip(every, owners, strict=True) if owner == rank for p in job.params.values()]
+            if moved:
+                self._ranks.send_from(rank, moved)
+
+    def _assign(self, jobs: Sequence[Job | Rest], state: State) -> list[int]:
+        """The owner of each job. New ones go out longest first; state of parameters that are not ours is let go."""
+        new = {n: job.cost() for n, job in enumerate(jobs) if self._owner.keys().isdisjoint(job.params)}
+        moved: dict[str, tuple[Tensor, int]] = {}
+        for n in sorted(range(len(jobs)), key=lambda n: -new.get(n, math.inf)):
+            job = jobs[n]
+            known = next((self._owner[name] for name in job.params if name in self._owner), None)
+            owner = self._load.index(min(self._load)) if known is None else known
+            if known is None:
+                self._load[owner] += new[n]
+            for name, p in job.params.items():
+                if self._owner.setdefault(name, owner) != owner:  # fitted in another company than before
+                    moved[name] = p, owner
+        if moved:
+            full = self.whole(state, {name: p for name, (p, _) in moved.items()})
+            for name, (p, owner) in moved.items():
+                self._owner[name] = owner
+                if p in full:
+                    state[p] = full[p]
+        for job in jobs:
+            for name, p in job.params.items():
+                if self._owner[name] != self._ranks.rank:
+                    state.pop(p, None)
+        return [self._owner[next(iter(job.params))] for job in jobs]
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def whole(self, state: State, params: Mapping[str, Tensor]) -> State:
+        """The state of all parameters, fetched from their owners; that of parameters without one is everywhere."""
+        asked = {id(p) for p in params.values()}
+        full = {p: own for p, own in state.items() if id(p) not in asked}
+        me = self._ranks.rank
+        mine = {name: _packed(state[p]) for name, p in params.items() if self._owner.get(name) == me and p in state}
+        kept = self._ranks.gather(mine)
+        for name, p in params.items():
+            owner = self._owner.get(name)
+            if owner is None:
+                if p in state:
+                    full[p] = state[p]
+            elif name in kept[owner]:
+                full[p] = dict(state[p]) if owner == me else _unpacked(kept[owner][name], p.device)
+        for rank in range(self._ranks.size):
+            big = [
+                full[params[name]][key]
+                for name, found in kept[rank].items()
+                for key, value in found.items()
+                if isinstance(value, _Big)
+            ]
+            if big:
+                self._ranks.send_from(rank, big)
+        return full
+
+    def loaded(self) -> None:
+        """Values are compared anew at the next step."""
+        self._met = False
+
+
+def all_or_none(ranks: Ranks, device: torch.device, act: Callable[[], None]) -> None:
+    """Act on every rank; an error of one is raised on all: its own as it is, another rank's by type and text."""
+    _, failure, said = ranks.attempt(act, device)
+    rank = next((r for r, error in enumerate(said) if error is not None), None)
+    if rank is None:
+        return
+    if failure is not None and rank == ranks.rank:
+        raise failure
+    name, text = said[rank] or ("", "")
+    kind = getattr(errors, name, LayerwiseError)
+    raise kind(text) if kind is not LayerwiseError else LayerwiseError(f"rank {rank} raised {name}: {text}")
+
+
+class _Big:
+    """Stands for a tensor that travels by itself."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.shape, self.dtype = tuple(t.shape), t.dtype
+        self.strides = torch.empty_like(t, device="meta").stride()  # products have other bits in another layout
+
+
+def _packed(state: Mapping[str, Any]) -> dict[str, Any]:
+    def packed(value: Any) -> Any:
+        big = isinstance(value, Tensor) and (value.device.type != "cpu" or value.numel() > _SMALL)
+        return _Big(value) if big else value
+
+    return {key: packed(value) for key, value in state.items()}
+
+
+def _unpacked(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        key: torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device=device) if isinstance(v, _Big) else v
+        for key, v in state.items()
+    }
+
+
+def described(value: Any) -> str:
+    """A setting as text that is the same in every process that has it: without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def digest(params: Mapping[str, Tensor]) -> dict[str, str]:
+    """A checksum of each tensor's values, by name."""
+    return {name: f"values with checksum {values_digest(p)[:12]}" for name, p in params.items()}
+
+
+def _checksum(facts: Facts) -> int:
+    return zlib.crc32(repr(sorted(facts.items())).encode())

@@ -1,0 +1,202 @@
+"""All blocks of a preconditioner: averages with their inverses, updated as values and applied to gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.operators.kronecker import EigenBlock
+from layerwise.optim.second_order.averages import (
+    Average,
+    Block,
+    Inverse,
+    Measured,
+    average,
+    flat_layout,
+    invert,
+    layout_of,
+    load,
+    merge,
+    rebased,
+    save,
+    with_moments,
+)
+from layerwise.optim.second_order.curvature_kinds import curvature
+from layerwise.optim.second_order.team import Team
+
+__all__ = ["Blocks", "misfits"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Running averages, their inverses and their kinds of curvature, by block: a parameter, or a slice `w[0]` of one.
+
+    Never written on: what a batch changes is a new value, so that an old one is a state to go back to.
+    """
+
+    averages: dict[str, Average] = field(default_factory=dict)
+    inverses: dict[str, Inverse] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bases(self) -> dict[str, EigenBlock]:
+        """The eigenbases that second moments are kept in."""
+        return {name: held.eigen for name, held in self.averages.items() if held.eigen is not None}
+
+    # -- a batch -------------------------------------------------------------------------------------------
+
+    def averaged(
+        self, blocks: Mapping[str, Measured], kinds: Mapping[str, str], named: Mapping[str, Tensor], decay: float,
+        team: Team,
+    ) -> Blocks:  # fmt: skip
+        """With the blocks of a batch taken into the averages; an inverse outlives a change of form in no block."""
+        present = {name: held.block for name, held in self.averages.items()}
+        team.assign({**present, **{name: measured.block for name, measured in blocks.items()}})
+        new = {
+            name: self._average(name, team.held(name, measured.block), named, decay)
+            for name, measured in blocks.items()
+        }
+        averages = merge(self.averages, new | _moments(blocks, new, decay, team))
+        inverses = {
+            name: inverse for name, inverse in self.inverses.items()
+            if name in averages and (name not in new or new[name].batches > 1)
+        }  # fmt: skip
+        return Blocks(averages, inverses, {name: kinds.get(name) or self.kinds[name] for name in averages})
+
+    def _average(self, name: str, block: Block, named: Mapping[str, Tensor], decay: float) -> Average:
+        shape = named[block.parameter or name].shape
+        layout = flat_layout(shape) if block.form == "diagonal" else layout_of(block, shape)
+        return average(self.averages.get(name), block, layout, decay)
+
+    def inverted(
+        self, new: Mapping[str, Measured], due: bool, damping: Callable[[str], float], form: str, team: Team
+    ) -> Blocks:
+        """With the inverses that are due, that are missing, and those that follow every batch.
+
+        damping: λ of a parameter's name. form: of the kinds that leave it to the user.
+        """
+        averages, inverses = dict(self.averages), dict(self.inverses)
+        old = {n: held.block for n, held in averages.items() if due and held.eigen is not None and held.batches > 1}
+        for name, basis in team.eigenbases(old).items():
+            if basis is not None:
+                averages[name] = rebased(averages[name], basis)
+        wanted = {
+            name: held.block if held.eigen is None else held.eigen
+            for name, held in averages.items()
+            if due or name not in inverses or (curvature(self.kinds[name]).instant and name in new)
+        }
+        made = {}
+        for name, block in wanted.items():
+            if team.inverts(name, block):
+                much, its = damping(block.parameter or name), curvature(self.kinds[name]).form or form
+                made[name] = invert(name, block, much, its, inverses.get(name))
+        return replace(self, averages=averages, inverses=inverses | team.inverses(wanted, made, inverses))
+
+    @torch.no_grad()
+    def precondition(self, grads: Mapping[str, Tensor], team: Team) -> dict[str, Tensor]:
+        """Gradients by parameter name, multiplied by the inverses; those without one come back as they are."""
+        out = dict(grads)
+        for key, inverse in self.inverses.items():
+            block = inverse.block
+            if block is None or not team.holds(key):
+                continue
+            name = block.parameter or key
+            mine = {n: grads[n] for n in (name, block.bias) if n is not None and n in grads}
+            if not mine:
+                continue
+            like = block.like
+            values = {n: g.to(like.dtype) for n, g in mine.items()}
+            if name not in values:
+                values[name] = like.new_zeros(block.shape)
+            if block.bias is not None and block.bias not in values:
+                values[block.bias] = like.new_zeros(block.size[0] * block.size[1])
+            made = block.product(name, values)
+            if block.parameter is not None:  # a slice: what lies outside of it stays
+                made[name] = out[name].to(like.dtype) - block.fold(block.matrix(values[name])) + made[name]
+            out |= {n: made[n].reshape(g.shape).to(g.dtype) for n, g in mine.items()}
+        return team.updates(self.averages, out)
+
+    # -- what it says --------------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Blocks whose inverse needed more damping (`raised`), is an older one (`kept`) or the `identity`."""
+        held = self.inverses.values()
+        return {
+            "raised": sum(inverse.raised and inverse.block is not None and not inverse.kept for inverse in held),
+            "kept": sum(inverse.kept for inverse in held),
+            "identity": sum(inverse.block is None for inverse in held),
+        }
+
+    def describe(self, names: Sequence[str]) -> dict[str, str]:
+        """How the gradient of each parameter is treated."""
+        said: dict[str, str] = {}
+        for key, held in self.averages.items():
+            inverse, name = self.inverses.get(key), held.block.parameter or key
+            text = self.kinds[key] if held.block.form == "diagonal" else f"{self.kinds[key]} {list(held.block.size)}"
+            if inverse is not None and inverse.block is None:
+                text = f"plain gradient ({text} could not be inverted)"
+            elif inverse is not None and inverse.kept:
+                text += ", an earlier inverse"
+            elif inverse is not None and inverse.raised:
+                text += ", damping raised"
+            said[name] = f"{said[name]}; {text}" if name in said else text
+            if held.block.bias is not None:
+                said[held.block.bias] = f"in the block of {name}"
+        return {name: said.get(name, "plain gradient") for name in names}
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def state(self, team: Team) -> dict[str, Any]:
+        """Tensors, numbers and strings, by block; with several ranks a collective, which gives all of them all."""
+        return team.whole({
+            name: {**save(held, self.inverses.get(name)), "kind": self.kinds[name]}
+            for name, held in self.averages.items()
+        })  # fmt: skip
+
+    @staticmethod
+    def of(state: Mapping[str, Any], named: Mapping[str, Tensor], team: Team) -> Blocks:
+        """From what `state` gave, in tensors of its own on the parameters' devices."""
+        loaded = {name: load(its, named[its["parameter"] or name].device) for name, its in state.items()}
+        team.owners = {}
+        team.assign({name: held.block for name, (held, _) in loaded.items()})
+        loaded = {name: team.hold(name, *its) for name, its in loaded.items()}
+        return Blocks(
+            {name: held for name, (held, _) in loaded.items()},
+            {name: inverse for name, (_, inverse) in loaded.items() if inverse is not None},
+            {name: its["kind"] for name, its in state.items()},
+        )
+
+
+def _moments(
+    blocks: Mapping[str, Measured], new: Mapping[str, Average], decay: float, team: Team
+) -> dict[str, Average]:  # fmt: skip
+    """The averages that hold second moments, with those of a batch; without an eigenbasis there are none."""
+    held = {name: new[name] for name, measured in blocks.items() if measured.moments is not None}
+    bases: dict[str, EigenBlock | None] = {name: its.eigen for name, its in held.items()}
+    bases |= team.eigenbases({name: its.block for name, its in held.items() if its.eigen is None})
+    known = {name: basis for name, basis in bases.items() if basis is not None}
+    moments = team.added([_in(blocks[name], basis) for name, basis in known.items()])
+    return {
+        name: with_moments(held[name], basis, its, decay)
+        for (name, basis), its in zip(known.items(), moments, strict=True)
+    }
+
+
+def _in(measured: Measured, basis: EigenBlock) -> Tensor:
+    assert measured.moments is not None
+    return measured.moments(basis)
+
+
+def misfits(state: Mapping[str, Any], named: Mapping[str, Tensor]) -> list[str]:
+    """The blocks of a saved state that are those of no parameter."""
+    owners = {key: its["parameter"] or key for key, its in state.items()}
+    return [
+        key
+        for key, name in owners.items()
+        if name not in named or tuple(named[name].shape) != tuple(state[key]["shape"])
+    ]

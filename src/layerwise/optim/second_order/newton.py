@@ -1,0 +1,306 @@
+"""What the optimizers with curvature share: a preconditioned step, its length, momentum, and damping that adapts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput
+from layerwise.optim.base import NamedOptimizer
+from layerwise.optim.second_order.preconditioner import Preconditioner
+from layerwise.optim.second_order.trust import ExactGGN, best_step, bound, clip_factor, dot, levenberg_marquardt
+from layerwise.optim.second_order.watched_batch import Watched
+from layerwise.replay.rerun import Rerun
+from layerwise.replay.state import check_loss
+from layerwise.tape.pull import alone
+from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import dense, is_finite
+
+__all__ = ["Newton"]
+
+Values = dict[str, Tensor]
+Product = Callable[[Values], Values]
+
+
+@dataclass
+class _Run:
+    """One run of a closure: its loss, the gradients by name, what was watched, and how to run it again.
+
+    Of several ranks, loss and gradients become those of all their batches together.
+
+    adapts: whether the damping is adapted on this step.
+    """
+
+    loss: Tensor
+    gradients: Values
+    watched: Watched
+    rerun: Rerun | None
+    adapts: bool
+
+
+class Newton(NamedOptimizer[_Run]):
+    """Base of the optimizers that descend along a preconditioned gradient.
+
+    Groups have `lr`, `damping`, `momentum` and `weight_decay`; the damping is the state of the adaptive rule. lr:
+    None for 0.03, or 1 where the quadratic model chooses the step. kl_clip: "auto" for 3e-4, or 1 there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        params: Iterable[Any] | None,
+        preconditioner: Preconditioner,
+        lr: float | None,
+        momentum: float,
+        weight_decay: float,
+        kl_clip: float | Literal["auto"] | None,
+        step_size: str,
+        adapt_damping_every: int | None,
+        on_nonfinite: str,
+    ) -> None:
+        fixed = step_size == "lr"
+        if kl_clip == "auto":
+            kl_clip = 3e-4 if fixed else 1.0  # a batch may say little of a direction, and its model too much
+        if kl_clip is not None and not 0 < kl_clip < float("inf"):
+            raise BadInput(f"{type(self).__name__}'s kl_clip must be None or a finite number > 0, got {kl_clip!r}")
+        if step_size not in ("lr", "quadratic"):
+            raise BadInput(f'step_size must be "lr" or "quadratic", got {step_size!r}')
+        if adapt_damping_every is not None and (not isinstance(adapt_damping_every, int) or adapt_damping_every < 1):
+            raise BadInput(f"adapt_damping_every must be None or a whole number ≥ 1, got {adapt_damping_every!r}")
+        self.preconditioner = preconditioner
+        self.kl_clip, self.step_size, self.adapt_damping_every = kl_clip, step_size, adapt_damping_every
+        group = {
+            "lr": lr if lr is not None else 0.03 if fixed else 1.0, "damping": preconditioner.damping,
+            "momentum": momentum, "weight_decay": weight_decay,
+        }  # fmt: skip
+        super().__init__(model, params, group, on_nonfinite)
+        self.preconditioner.agree({
+            "kl_clip": kl_clip, "step_size": step_size, "adapt_damping_every": adapt_damping_every,
+            **{f"group {number}": sorted((key, value) for key, value in group.items() if key != "params")
+               for number, group in enumerate(self.param_groups)},
+        })  # fmt: skip
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        method = type(self).__name__
+        self.preconditioner.check()
+        lr, damping, momentum, decay = (group[key] for key in ("lr", "damping", "momentum", "weight_decay"))
+        if not (0 <= lr < float("inf") and 0 < damping < float("inf") and 0 <= momentum < 1):
+            raise BadInput(
+                f"{method} needs a finite lr ≥ 0 and damping > 0 and momentum in [0, 1); got lr={lr}, "
+                f"damping={damping}, momentum={momentum}"
+            )
+        if not 0 <= decay < float("inf"):
+            raise BadInput(f"{method} needs a finite weight_decay ≥ 0; got weight_decay={decay}")
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def _named(self) -> Values:
+        """Our parameters that require grad, by name, in the model's order."""
+        named = named_parameters_of(self._model)
+        return {name: p for name, p in named.items() if p.requires_grad and self._ours(p)}
+
+    def _run(self, closure: Callable[[], Tensor]) -> _Run:
+        every = self.adapt_damping_every
+        adapts = every is not None and (self.preconditioner.steps + 1) % every == 0
+        rerun = Rerun(self._model, closure) if self.step_size == "quadratic" or adapts else None
+        named = self._named()
+        before = {name: (p.grad, -1 if p.grad is None else p.grad._version) for name, p in named.items()}
+        with self.preconditioner.watch(named) as watched, torch.enable_grad():
+            loss = closure()
+            check_loss(loss)
+            with alone(loss.device.type):
+                found = _left_behind(named, before)
+                watched.in_grad = bool(found)
+                if not found and watched.bad is None:
+                    found = _gradients(loss, named, watched)
+        if not is_finite(loss) and watched.bad is None:
+            watched.bad = "the loss"
+        return _Run(loss.detach(), found, watched, rerun, adapts)
+
+    def _damping(self) -> Callable[[str], float]:
+        """λ of a parameter's name."""
+        named = named_parameters_of(self._model)
+        return lambda name: float(self._group_at[id(named[name])]["damping"])
+
+    def _unsafe(self, run: _Run) -> str | None:
+        return self.preconditioner.unsafe(run.watched, run.gradients, self._damping())
+
+    def _agreed(self, run: _Run, where: str | None) -> str | None:
+        joint = self.preconditioner.join(
+            run.watched, run.gradients, where, self._named(), self._damping(), run.loss
+        )  # fmt: skip
+        assert joint.loss is not None
+        run.gradients, run.loss = joint.gradients, joint.loss
+        return joint.where
+
+    @torch.no_grad()
+    def _move(self, run: _Run) -> str | None:
+        before = self.preconditioner.snapshot()
+        try:
+            self.preconditioner.advance(run.watched, self._damping())
+            directions = self.preconditioner.precondition(run.gradients)
+            named = self._named()
+            groups = {name: self._group_at[id(named[name])] for name in directions}
+            where: str | None = None
+            if run.rerun is None:
+                self._go(named, groups, run.gradients, directions)
+            else:
+                with run.rerun:
+                    where = self._go_carefully(named, groups, run, directions, run.rerun)
+        except BaseException:
+            self.preconditioner.restore(before)
+            raise
+        if where is not None:
+            self.preconditioner.restore(before)
+        return where
+
+    def _go(self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values) -> None:
+        """In place m ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m."""
+        factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip)
+        for name, d in directions.items():
+            p, group = named[name], groups[name]
+            buffer = self.state[p].get("momentum")
+            buffer = descend(p, d, buffer, factor, group["lr"], group["momentum"], group["weight_decay"])
+            self.state[p] = {"momentum": buffer}
+
+    def _go_carefully(
+        self, named: Values, groups: dict[str, dict[str, Any]], run: _Run, directions: Values, rerun: Rerun
+    ) -> str | None:
+        """The same step with the exact curvature at hand; a step to a loss that is not finite is taken back."""
+        rates, decays = _each(groups, "lr"), _each(groups, "weight_decay")
+        ggn = self._joint(ExactGGN(rerun), run.watched)
+        new = self._lengthened(named, groups, run.gradients, directions, ggn)
+        moves = {name: -rates[name] * (m + decays[name] * named[name]) for name, m in new.items()}
+        if not all(is_finite(move) for move in moves.values()):
+            return "the quadratic model of the step"
+        model = self._model_of(run.gradients, moves, ggn, _each(groups, "damping")) if run.adapts else None
+        del ggn
+        old = {name: named[name].clone() for name in moves}
+        for name, move in moves.items():
+            named[name].add_(move)
+        if model is not None:
+            try:
+                here = torch.tensor(rerun.loss(), dtype=torch.float64, device=run.loss.device)
+                after = float(self.preconditioner.total(run.watched, {"loss": here})["loss"])
+            except BaseException:
+                _write(named, old)
+                raise
+            if model < 0:  # otherwise there is no reduction to compare with
+                self._adapt((after - float(run.loss)) / model if math.isfinite(after) else math.nan)
+            if not math.isfinite(after):
+                _write(named, old)
+                return "the loss after the step"
+        for name, m in new.items():
+            self.state[named[name]] = {"momentum": m}
+        return None
+
+    def _adapt(self, ratio: float) -> None:
+        assert self.adapt_damping_every is not None
+        for group in self.param_groups:
+            group["damping"] = levenberg_marquardt(float(group["damping"]), ratio, self.adapt_damping_every)
+
+    def _joint(self, ggn: ExactGGN, watched: Watched) -> Product:
+        """Products with the exact GGN of all ranks' batches."""
+        return lambda direction: self.preconditioner.total(watched, ggn.times(direction))
+
+    def _lengthened(
+        self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values, ggn: Product
+    ) -> Values:
+        """New momentum buffers m: with a learning rate as in `_go`, else m ← α d + μ m of the best quadratic model."""
+        buffers = {name: self.state[named[name]].get("momentum") for name in directions}
+        betas = _each(groups, "momentum")
+        if self.step_size == "lr":
+            factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip)
+            return {
+                name: d * factor if (m := buffers[name]) is None or not betas[name] else m * betas[name] + d * factor
+                for name, d in directions.items()
+            }
+        last = {n: m for n, m in buffers.items() if m is not None and betas[n]}
+        last |= {n: torch.zeros_like(d) for n, d in directions.items() if n not in last}
+        tried = [directions, last] if dot(last, last) > 0 else [directions]
+        products = [ggn(d) for d in tried]
+        chosen = [-c for c in best_step(gradients, tried, products, _each(groups, "damping"))]
+        new = _combined(chosen, tried)
+        factor = bound(dot(new, _combined(chosen, products)), self.kl_clip)
+        return {name: m * factor for name, m in new.items()}
+
+    def _model_of(self, gradients: Values, moves: Values, ggn: Product, damping: Mapping[str, float]) -> float:
+        """The change of the loss that its damped quadratic model expects."""
+        return dot(moves, gradients) + (dot(moves, ggn(moves)) + dot(moves, moves, damping)) / 2
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, str]:
+        """How the gradient of each parameter is treated, by name."""
+        return self.preconditioner.describe()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Blocks whose inverse needed more damping, is an older one, or is the identity."""
+        return self.preconditioner.counters
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with names, the number of skipped batches, and the preconditioner's state."""
+        return {**super().state_dict(), "preconditioner": self.preconditioner.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, parameters by name, λ with the groups; goes on bitwise where it stopped.
+
+        Raises BadInput where the saved state is of other parameters than ours, or of another kind of curvature.
+        """
+        rest = {key: value for key, value in state_dict.items() if key != "preconditioner"}
+        self.preconditioner.check_state(state_dict["preconditioner"])
+        super().load_state_dict(rest)
+        self.preconditioner.load_state_dict(state_dict["preconditioner"])
+
+
+def _each(groups: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float]:
+    return {name: float(group[key]) for name, group in groups.items()}
+
+
+def _combined(coefficients: Sequence[float], values: Sequence[Values]) -> Values:
+    first, *rest = zip(coefficients, values, strict=True)
+    total = {name: first[0] * x for name, x in first[1].items()}
+    for c, v in rest:
+        total = {name: x + c * v[name] for name, x in total.items()}
+    return total
+
+
+def _write(named: Values, values: Values) -> None:
+    for name, value in values.items():
+        named[name].copy_(value)
+
+
+def _left_behind(named: Mapping[str, Tensor], before: Mapping[str, Any]) -> Values:
+    """The gradients, where the closure ran a backward pass: those in `.grad` if any of them changed."""
+    found = {name: p.grad for name, p in named.items() if p.grad is not None}
+    changed = any(g is not before[name][0] or g._version != before[name][1] for name, g in found.items())
+    return {name: dense(g.detach()) for name, g in found.items()} if changed else {}
+
+
+def _gradients(loss: Tensor, named: Mapping[str, Tensor], watched: Watched) -> Values:
+    """The gradients of the loss that the closure returned; none of them in `.grad`."""
+    if not loss.requires_grad:
+        raise BadInput("the closure's loss depends on no parameter; was it detached, or computed under no_grad?")
+    params = list(named.values())
+    if watched.backward is not None:
+        found = watched.backward(loss, params)
+    else:
+        found = list(torch.autograd.grad(loss, params, allow_unused=True))
+    return {name: dense(g) for name, g in zip(named, found, strict=True) if g is not None}
+
+
+def descend(
+    p: Tensor, d: Tensor, buffer: Tensor | None, factor: float, lr: float, momentum: float, weight_decay: float
+) -> Tensor:
+    """One step in place: m ← β m + ν d, p ← (1 - lr·weight_decay) p - lr m. Returns m, without momentum ν d."""
+    buffer = d * factor if buffer is None or not momentum else buffer.mul_(momentum).add_(d, alpha=factor)
+    if weight_decay:
+        p.mul_(1 - lr * weight_decay)
+    p.sub_(buffer, alpha=lr)
+    return buffer

@@ -1,0 +1,337 @@
+"""A preconditioner of any kind of curvature: watched batches give blocks, and their inverses precondition gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput, NonFinite
+from layerwise.optim.second_order.averages import FORMS
+from layerwise.optim.second_order.blocks import Blocks, misfits
+from layerwise.optim.second_order.curvature_kinds import curvature
+from layerwise.optim.second_order.data_parallel import DataParallel
+from layerwise.optim.second_order.joining import bad_curvature
+from layerwise.optim.second_order.measured import Request, remaining
+from layerwise.optim.second_order.shares import RankCost
+from layerwise.optim.second_order.team import Joint, Team
+from layerwise.optim.second_order.watched_batch import Watch, Watched, bad_gradient
+from layerwise.quantities.base import Quantity
+from layerwise.replay.state import seed_of
+from layerwise.tape.uses import first_bad_call, named_parameters_of
+from layerwise.tensors import dense
+
+__all__ = ["LARGEST_FACTOR", "Kind", "Preconditioner", "is_due"]
+
+LARGEST_FACTOR = 2**13  # a factor of this size takes 256 MiB in float32, and its inverse as much
+Kind = Literal[
+    "kfac", "kflr", "kfra", "ekfac", "foof", "diag-ggn", "diag-ggn-mc", "diag-hessian", "diag-hessian-mc"
+]  # fmt: skip
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether step 0, 1, 2, ... is a multiple of the period, or in the first period a power of two."""
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
+class Preconditioner:
+    """Turn gradients into approximate natural gradients, in front of any optimizer.
+
+    For each parameter W with a running average C of a block of curvature: `.grad ← (C + λI)⁻¹ .grad`.
+
+        pre = lw.optim.Preconditioner(model)
+        with pre.watch():
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+        pre.step(); opt.step()
+
+    Curvature is measured on steps 0, `update_factors_every`, 2 · `update_factors_every`, ...; other steps run the
+    plain backward pass, without a tape. Inverses are computed on steps 0, `update_inverses_every`, ..., and at once
+    for a parameter that has none yet. While weights change fast, both are due more often: before their first period is
+    over, on steps 1, 2, 4, 8, ..., so that what is held serves for no longer than the training has lasted.
+
+    kind: C. "kfac": Kronecker factors B ⊗ A from `samples` labels drawn from the model; "kflr": from the exact root;
+    "kfra": by the recursion over the batch average (a chain of layers); "ekfac": second moments in the eigenbasis of
+    K-FAC's factors, where the basis follows the inverses and the moments the factors; "foof": I ⊗ A; "diag-ggn",
+    "diag-ggn-mc": the GGN's diagonal, exact or from drawn labels; "diag-hessian", "diag-hessian-mc": the absolute
+    value of the Hessian's, exact or from products with random signs. Inverses of diagonals, and of moments in their
+    basis, follow the factors.
+    damping: λ, in the units of the GGN of the loss as written (foof: of A); damping_form: "pi"
+    (split between the factors by their traces), "factored" (split evenly) or "eigen" (exactly the formula), of kfac,
+    kflr and kfra; the others are exact. factor_decay: ρ of the running averages M_t = ρ M_{t-1} + (1-ρ) X_t, corrected
+    by 1/(1 - ρ^t). sharing, joint: as for `lw.KFAC`. seed: of the draws; torch's own generators are left alone.
+
+    Parameters that Kronecker factors do not suit have the diagonal of the GGN from drawn labels: those that reach
+    their uses derived (weight norm, LoRA), are used in overlapping forms or by calls without row form, or whose factors
+    would be larger than `largest_factor`. Where that cannot be measured either (train-mode batch norm mixes the
+    samples, and the parameter has no rows), or under "foof", they keep their gradient. Where batch norm mixes the
+    samples, "diag-ggn-mc" and "ekfac" square a draw for the whole batch, which has the same mean and more noise.
+    `describe()` tells. A block that cannot be inverted raises its own damping, then keeps its last inverse, and in the
+    end is the identity: `describe()` and `counters` say so.
+    A batch with NaN or infinity changes no factor and no counter but `skipped`: its gradients become None, which
+    optimizers pass over, or NonFinite is raised with `on_nonfinite="raise"`.
+    Raises BadInput; while watching, what `observe` raises.
+    Source: Martens and Grosse (2015); Grosse and Martens (2016); Botev, Ritter and Barber (2017) for "kflr", "kfra";
+    George et al. (2018) for "ekfac"; Benzing (2022) for "foof"; Dangel et al. (2020) for "diag-ggn"; Liu et al. (2023)
+    for draws squared as one; Yao et al. (2021) for "diag-hessian-mc".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        kind: Kind = "kfac",
+        *,
+        damping: float = 1e-2,
+        damping_form: Literal["pi", "factored", "eigen"] = "pi",
+        factor_decay: float = 0.95,
+        update_factors_every: int = 5,
+        update_inverses_every: int = 20,
+        samples: int = 1,
+        sharing: Literal["expand", "reduce"] = "expand",
+        joint: bool = True,
+        largest_factor: int = LARGEST_FACTOR,
+        seed: int = 0,
+        on_nonfinite: Literal["skip", "raise"] = "skip",
+        parallel: DataParallel | None = None,
+    ) -> None:
+        self._curvature = curvature(kind)
+        self.damping, self.factor_decay, self.damping_form = damping, factor_decay, damping_form
+        self.update_factors_every, self.update_inverses_every = update_factors_every, update_inverses_every
+        self._model, self._kind, self._seed = model, kind, seed
+        self._on_nonfinite = on_nonfinite
+        self._request = Request((), torch.Generator(), samples, sharing, joint, largest_factor)
+        self.blocks = Blocks()
+        self._left: frozenset[str] | None = None  # parameters without factors; None: not known yet
+        self._watched: Watched | None = None
+        self.steps = self.skipped = 0
+        self.check()
+        named_parameters_of(model)
+        self._ask(self._request, False)
+        self._team = Team(parallel, model)
+        self._team.check_kind(kind)
+        self.agree({
+            "kind": kind, "damping": damping, "damping_form": damping_form, "factor_decay": factor_decay,
+            "update_factors_every": update_factors_every, "update_inverses_every": update_inverses_every,
+            "samples": samples, "sharing": sharing, "joint": joint, "largest_factor": largest_factor, "seed": seed,
+            "on_nonfinite": on_nonfinite,
+        })  # fmt: skip
+
+    def agree(self, settings: Mapping[str, Any]) -> None:
+        """Raise BadInput on all ranks, by name, where their models or settings differ; a collective."""
+        self._team.agree(settings)
+
+    def check(self) -> None:
+        """Raise BadInput for settings that cannot be."""
+        if self.damping_form not in FORMS:
+            raise BadInput(f"damping_form must be one of {', '.join(FORMS)}; got {self.damping_form!r}")
+        if self._request.sharing == "reduce" and not self._curvature.reduces:
+            raise BadInput(f'sharing="reduce" is for kfac, kflr, kfra and foof; got kind={self._kind!r}')
+        if not (0 < self.damping < float("inf") and 0 <= self.factor_decay < 1):
+            raise BadInput(
+                f"a preconditioner needs a finite damping > 0 and factor_decay in [0, 1); got damping={self.damping}, "
+                f"factor_decay={self.factor_decay}"
+            )
+        counts = {
+            "update_factors_every": self.update_factors_every, "update_inverses_every": self.update_inverses_every,
+            "largest_factor": self._request.largest, "samples": self._request.samples,
+        }  # fmt: skip
+        for name, value in counts.items():
+            if not isinstance(value, int) or value < 1:
+                raise BadInput(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self._on_nonfinite not in ("skip", "raise"):
+            raise BadInput(f'on_nonfinite must be "skip" or "raise", got {self._on_nonfinite!r}')
+
+    # -- watching ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watch(self, names: Collection[str] | None = None) -> Iterator[Watched]:
+        """Measure the curvature in the backward pass inside, where it is due; else do nothing at all.
+
+        names: of the parameters to measure, default all that require grad. Several backward passes inside count
+        as one loss, as in `observe`. Leaving by an exception forgets the batch.
+        """
+        self._watched = None
+        watched = Watched(due=is_due(self.steps, self.update_factors_every))
+        if watched.due or self._team.size > 1:  # the ranks' terms are counted at every step
+            request = self._due(names) if watched.due else None
+            watch = Watch(
+                self._model, lambda whole: {} if request is None else self._ask(request, whole), watched,
+                self._on_nonfinite == "raise",
+            )  # fmt: skip
+            watched.backward = watch.backward
+            try:
+                with watch:
+                    yield watched
+                watched.backward = None
+                if watched.bad is None and watched.suspect is None:
+                    watched.found, watched.batch = watch.result()
+                    watched.left = None if request is None else request.left
+                    if self._team.size == 1:
+                        watched.finish()
+            except Exception as error:
+                self._team.fail(error)
+                raise
+            finally:
+                watched.backward = None
+        else:
+            yield watched
+        self._watched = watched
+
+    def _due(self, names: Collection[str] | None) -> Request:
+        named = named_parameters_of(self._model)
+        device = next((p.device for p in named.values()), torch.device("cpu"))
+        # a seed of its own for every step: nothing to save, and a resumed run draws the same labels
+        seed = seed_of(self._seed, self.steps)
+        if self._team.rank and not self._curvature.common:
+            seed = seed_of(seed, self._team.rank)
+        generator = torch.Generator(device).manual_seed(seed)
+        asked = set(named) if names is None else names
+        return replace(self._request, names=asked, generator=generator, bases=self.blocks.bases, left=set())
+
+    def _ask(self, request: Request, whole: bool) -> dict[str, Quantity]:
+        """The quantities by kind; nothing where a kind needs samples and the batch does not tell them apart."""
+        kind, rest = self._curvature, self._curvature.rest
+        if whole and not kind.whole and rest is None:
+            return {}
+        request = replace(request, whole=whole)
+        asked: dict[str, Quantity] = {
+            self._kind: kind.measure(request if kind.sampled else replace(request, samples=None))
+        }  # fmt: skip
+        if rest is not None and (self._left is None or self._left):
+            asked[rest] = remaining(curvature(rest).measure(request))
+        return asked
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Overwrite `.grad` with the preconditioned gradient; False where the batch was skipped."""
+        watched, self._watched = self._watched, None
+        if watched is None:
+            raise BadInput("pre.step() comes after a backward pass inside `with pre.watch()`, once for each")
+        self.check()
+
+        def much(name: str) -> float:
+            return self.damping
+
+        named = {n: p for n, p in named_parameters_of(self._model).items() if p.requires_grad}
+        own = {name: dense(p.grad) for name, p in named.items() if p.grad is not None}
+        joint = self.join(watched, own, self.unsafe(watched, own, much), named, much)
+        if joint.where is not None:
+            if self._on_nonfinite == "raise":
+                raise NonFinite(f"{joint.where} holds NaN or infinity, or overflows; the batch changed no factor")
+            self.skipped += 1
+            for p in named.values():
+                p.grad = None
+            return False
+        self.advance(watched, much)
+        for name, new in self.precondition(joint.gradients).items():
+            grad = named[name].grad
+            if grad is None or grad.is_sparse:
+                named[name].grad = new
+            else:
+                grad.copy_(new)
+        return True
+
+    def unsafe(self, watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
+        """The first place of a batch that forbids a step, or None."""
+        if watched.bad is not None:
+            return watched.bad
+        found = bad_gradient(grads, damping)
+        if found is not None:
+            return first_bad_call(watched.uses) or found
+        return watched.suspect if watched.suspect is not None else bad_curvature(watched)
+
+    def join(
+        self, watched: Watched, grads: Mapping[str, Tensor], where: str | None, named: Mapping[str, Tensor],
+        damping: Callable[[str], float], loss: Tensor | None = None,
+    ) -> Joint:  # fmt: skip
+        """The batch with those of all other ranks, or the place on one of them that forbids a step; a collective.
+
+        named: the parameters that may have a gradient.
+        """
+        joint = self._team.join(watched, grads, where, named, loss)
+        if joint.where is None and self._team.size > 1:
+            watched.finish()
+            joint = replace(joint, where=self.unsafe(watched, joint.gradients, damping))
+        return joint
+
+    def total(self, watched: Watched, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of this rank's batch that are linear in its loss, as those of all ranks' batches; a collective."""
+        return self._team.total(values, watched.weight)
+
+    @torch.no_grad()
+    def advance(self, watched: Watched, damping: Callable[[str], float]) -> None:
+        """Take the curvature of a batch that is safe, compute the inverses that are due, and count the step."""
+        blocks, new = self.blocks, watched.blocks
+        if watched.due:
+            blocks = blocks.averaged(
+                new, watched.kinds, named_parameters_of(self._model), self.factor_decay, self._team
+            )
+            self._left = frozenset(watched.left or ())
+        due = is_due(self.steps, self.update_inverses_every)
+        self.blocks = blocks.inverted(new, due, damping, self.damping_form, self._team)
+        self.steps += 1
+
+    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients by parameter name, preconditioned with the present inverses; others come back as they are."""
+        return self.blocks.precondition(grads, self._team)
+
+    # -- what it holds -------------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Blocks whose present inverse needed more damping (`raised`), is an older one (`kept`) or the `identity`."""
+        return self.blocks.counters
+
+    def describe(self) -> dict[str, str]:
+        """How the gradient of each parameter is treated, by name."""
+        return self.blocks.describe([n for n, p in named_parameters_of(self._model).items() if p.requires_grad])
+
+    def costs(self) -> list[RankCost]:
+        """What the curvature costs each rank: the blocks it owns, the memory it holds, its operations."""
+        return self._team.costs(self.blocks.averages, self.blocks.inverses)
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """All that `advance` changes."""
+        return self.blocks, self._left, self.steps, self._team.owners
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Go back to a snapshot."""
+        self.blocks, self._left, self.steps, self._team.owners = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages and inverses by parameter name, and counters: tensors, numbers and strings.
+
+        The same on any number of ranks; with `DataParallel(share="updates")` a collective, which gathers all blocks on
+        every rank's CPU.
+        """
+        left = None if self._left is None else sorted(self._left)
+        return {
+            "kind": self._kind, "damping": self.damping, "steps": self.steps, "skipped": self.skipped, "left": left,
+            "blocks": self.blocks.state(self._team),
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a saved state, λ with it; goes on bitwise where it stopped.
+
+        Raises BadInput for curvature of another kind, or of parameters that the model does not have.
+        """
+        self.check_state(state_dict)
+        named = named_parameters_of(self._model)
+        self.blocks, left = Blocks.of(state_dict["blocks"], named, self._team), state_dict["left"]
+        self._left = None if left is None else frozenset(left)
+        self.damping, self._watched = state_dict["damping"], None
+        self.steps, self.skipped = state_dict["steps"], state_dict["skipped"]
+
+    def check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise BadInput for a state that cannot be taken over."""
+        if state_dict["kind"] != self._kind:
+            raise BadInput(f"the saved factors are of kind {state_dict['kind']!r}, and ours {self._kind!r}")
+        wrong = misfits(state_dict["blocks"], named_parameters_of(self._model))
+        if wrong:
+            raise BadInput(f"the saved factors of {', '.join(wrong[:5])} fit no parameter of the model")

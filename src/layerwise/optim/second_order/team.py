@@ -1,0 +1,299 @@
+"""`Team`: the ranks that precondition together: joint sums, blocks with owners, inverses and updates sent around."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput
+from layerwise.operators.kronecker import EigenBlock
+from layerwise.optim.second_order import joining
+from layerwise.optim.second_order.averages import Average, Block, Inverse, eigenbasis, fields_of, names_of, with_fields
+from layerwise.optim.second_order.data_parallel import (
+    DataParallel,
+    Report,
+    facts_with_values,
+    heard,
+    ranks_of,
+    weights_of,
+)
+from layerwise.optim.second_order.shares import RankCost, assigned, inversion_cost, product_cost
+from layerwise.optim.second_order.watched_batch import Watched
+
+__all__ = ["Joint", "Team"]
+
+_LOSS = ""  # beside the names of parameters
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What the ranks' batches are together: the place that forbids a step, or gradients by name and a loss."""
+
+    where: str | None
+    gradients: dict[str, Tensor]
+    loss: Tensor | None = None
+
+
+class Team:
+    """What a preconditioner and its peers on other ranks say to each other; a team of one says nothing.
+
+    owners: the rank that inverts each block. What another rank alone holds is held as tensors on the meta device:
+    shapes without memory. Methods with several ranks are collectives, but `holds`, `held` and `costs`.
+    """
+
+    def __init__(self, parallel: DataParallel | None, model: nn.Module | Mapping[str, Tensor]) -> None:
+        self.ranks = ranks_of(parallel, model)
+        self.settings = parallel or DataParallel()
+        self.size, self.rank = self.ranks.size, self.ranks.rank
+        self.owners: dict[str, int] = {}
+        self._model = model
+
+    @property
+    def apart(self) -> bool:
+        """Whether a block is held by its owner alone."""
+        return self.size > 1 and self.settings.share == "updates"
+
+    def check_kind(self, kind: str) -> None:
+        """Raise BadInput for curvature that the ranks cannot measure together."""
+        if self.size > 1 and kind == "kfra":
+            raise BadInput(
+                'kind="kfra" averages over one batch from layer to layer, so the factors of several ranks do not join '
+                'to those of all; use kind="kfac" or "kflr"'
+            )
+        if self.apart and kind == "ekfac":
+            raise BadInput(
+                'kind="ekfac" measures in an eigenbasis, which every rank needs; use DataParallel(share="inverses"), '
+                'or kind="kfac"'
+            )
+
+    def agree(self, settings: Mapping[str, Any]) -> None:
+        """Raise BadInput on all ranks, by name, where their models or settings differ."""
+        if self.size > 1:
+            ours = {key: getattr(self.settings, key) for key in ("share", "gradients", "reduction")}
+            self.ranks.agree(facts_with_values(self._model, {**ours, **settings}))
+
+    # -- one batch -----------------------------------------------------------------------------------------
+
+    def fail(self, error: Exception) -> None:
+        """Tell the other ranks, which wait for this one's report, that there is none."""
+        if self.size > 1:
+            heard(self.ranks, Report(error=f"{type(error).__name__}: {str(error)[:500]}"))
+
+    def join(
+        self, watched: Watched, grads: Mapping[str, Tensor], where: str | None, named: Mapping[str, Tensor],
+        loss: Tensor | None = None,
+    ) -> Joint:  # fmt: skip
+        """Gradients and loss of all ranks' batches together; the sums that were watched become those, too.
+
+        named: the parameters in the model's order. Raises on all ranks where their batches have no union.
+        """
+        if self.size == 1:
+            return Joint(where, dict(grads), loss)
+        averaged = self.settings.says_averaged(self._model, watched.in_grad)
+        reports = heard(self.ranks, _report(watched, grads, where, averaged))
+        for rank, its in enumerate(reports):
+            if its.where is not None:
+                return Joint(f"rank {rank}: {its.where}", dict(grads), loss)
+        self.settings.check_gradients(reports)
+        weights = weights_of(reports, self.settings.reduction)
+        watched.weight = weight = weights[self.rank]
+        names = [name for name in named if any(name in its.names for its in reports)]
+        full = {name: grads[name] if name in grads else torch.zeros_like(named[name]) for name in names}
+        linear = ({} if averaged else full) | ({} if loss is None else {_LOSS: loss})
+        joint = self.total(linear, weight)
+        joint_loss = joint.pop(_LOSS, None)
+        watched.found = [joining.summed(self.ranks, found, weight) for found in watched.found]
+        watched.left = set().union(*(its.left for its in reports)) if watched.left is not None else None
+        return Joint(None, _from_average(full, weights) if averaged else joint, joint_loss)
+
+    def total(self, values: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+        """Values that are linear in the loss, over all ranks' batches; weight: of this rank's."""
+        if self.size == 1:
+            return dict(values)
+        return dict(zip(values, self.ranks.sum([v * weight for v in values.values()]), strict=True))
+
+    def added(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over ranks."""
+        return joining.added(self.ranks, tensors)
+
+    # -- blocks and their owners -----------------------------------------------------------------------------
+
+    def assign(self, blocks: Mapping[str, Block]) -> None:
+        """Give blocks that have no owner one, and forget those that are no more."""
+        self.owners = assigned(blocks, self.size, self.owners)
+
+    def holds(self, key: str) -> bool:
+        """Whether the values of a block are held here."""
+        return not self.apart or self.owners[key] == self.rank
+
+    def held(self, key: str, block: Block) -> Block:
+        """The block, or its shapes where another rank holds it."""
+        return block if self.holds(key) else _shapes(block)
+
+    def hold(self, key: str, held: Average, inverse: Inverse | None) -> tuple[Average, Inverse | None]:
+        """A loaded average and inverse, or their shapes where another rank holds them."""
+        if inverse is not None and inverse.block is not None:
+            inverse = inverse._replace(block=self.held(key, inverse.block))
+        return held._replace(block=self.held(key, held.block)), inverse
+
+    def inverts(self, key: str, block: Block) -> bool:
+        """Whether a block is inverted here: the owner's are, and those that take no time where all hold them."""
+        return self.owners[key] == self.rank or (not self.apart and isinstance(block, EigenBlock))
+
+    def eigenbases(self, blocks: Mapping[str, Any]) -> dict[str, EigenBlock | None]:
+        """The eigendecompositions of Kronecker blocks, None where there is none; each made by its owner."""
+        made = {key: eigenbasis(key, block) for key, block in blocks.items() if self.owners[key] == self.rank}
+        if self.size == 1 or not blocks:
+            return made
+        told = self._told({key: _Told.of(basis) for key, basis in made.items()})
+        found: dict[str, Any] = {key: told[key].block(blocks[key], made.get(key)) for key in blocks}
+        self._send({key: basis for key, basis in found.items() if basis is not None})
+        return found
+
+    def inverses(
+        self, blocks: Mapping[str, Block], made: Mapping[str, Inverse], last: Mapping[str, Inverse]
+    ) -> dict[str, Inverse]:
+        """The new inverses of some blocks, from those made here, by `inverts`, and elsewhere.
+
+        last: the inverses before, which an owner may have kept.
+        """
+        wanted = [key for key, block in blocks.items() if self.apart or not isinstance(block, EigenBlock)]
+        if self.size == 1 or not wanted:
+            return dict(made)
+        mine = {key: made[key] for key in wanted if self.owners[key] == self.rank}
+        told = self._told({key: _Told.of(its.block, its.raised, its.kept) for key, its in mine.items()})
+        found = dict(made)
+        for key in wanted:
+            its, before = told[key], last.get(key)
+            if its.kept:
+                assert before is not None
+                found[key] = before._replace(kept=True)
+            else:
+                here = made[key].block if key in mine else None
+                found[key] = Inverse(its.block(blocks[key], here, not self.holds(key)), its.raised)
+        if not self.apart:
+            new = {key: found[key] for key in wanted if not found[key].kept}
+            self._send({key: inverse.block for key, inverse in new.items() if inverse.block is not None})
+        return {key: found[key] for key in blocks}
+
+    def updates(self, averages: Mapping[str, Average], found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Preconditioned gradients by name, each from the owner of its block; those of no block stay."""
+        if not self.apart:
+            return found
+        owner_of = {name: self.owners[key] for key, held in averages.items() for name in names_of(key, held)}
+        out = {name: d.contiguous() if owner_of.get(name, self.rank) == self.rank else torch.empty_like(
+            d, memory_format=torch.contiguous_format) for name, d in found.items()}  # fmt: skip
+        for rank in range(self.size):
+            sent = [d for name, d in out.items() if owner_of.get(name) == rank]
+            if sent:
+                self.ranks.send_from(rank, sent)
+        return out
+
+    def _told(self, mine: Mapping[str, _Told]) -> dict[str, _Told]:
+        return {key: told for one in self.ranks.gather(dict(mine)) for key, told in one.items()}
+
+    def _send(self, blocks: Mapping[str, Block]) -> None:
+        """Overwrite blocks with their owners'."""
+        for rank in range(self.size):
+            mine = [fields_of(block) for key, block in blocks.items() if self.owners[key] == rank]
+            tensors = [t for fields in mine for t in fields.values() if t is not None]
+            if tensors:
+                self.ranks.send_from(rank, tensors)
+
+    # -- state and report ------------------------------------------------------------------------------------
+
+    def whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state by block with those that other ranks hold, on the CPU, from shapes here."""
+        if not self.apart:
+            return dict(state)
+        mine = {key: joining.on_cpu(its) for key, its in state.items() if self.holds(key)}
+        every = {key: its for one in self.ranks.gather(mine) for key, its in one.items()}
+        return {key: every[key] for key in state}
+
+    def costs(self, averages: Mapping[str, Average], inverses: Mapping[str, Inverse]) -> list[RankCost]:
+        """What each rank's blocks cost it."""
+        found = []
+        for rank in range(self.size):
+            own = [key for key in averages if self.owners[key] == rank]
+            here = own if self.apart else list(averages)
+            held = [averages[key] for key in here]
+            kept = [its.block for key in here if (its := inverses.get(key)) is not None and its.block is not None]
+            factors = [t for one in held for block in (one.block, one.eigen) if block is not None for t in _all(block)]
+            others = {id(t) for t in factors}
+            found.append(RankCost(
+                rank, tuple(own), _bytes(factors),
+                _bytes([t for block in kept for t in _all(block) if id(t) not in others]),
+                sum(inversion_cost(averages[key].block) for key in own), sum(map(product_cost, kept)),
+            ))  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What an owner says of a block it made: its class and the shapes of its fields, or None; flags of an inverse."""
+
+    fields: tuple[tuple[str, tuple[int, ...] | None, torch.dtype | None], ...] | None
+    raised: bool = False
+    kept: bool = False
+
+    @staticmethod
+    def of(block: Block | None, raised: bool = False, kept: bool = False) -> _Told:
+        if block is None or kept:
+            return _Told(None, raised, kept)
+        fields = fields_of(block).items()
+        return _Told(
+            tuple((k, None if t is None else tuple(t.shape), None if t is None else t.dtype) for k, t in fields),
+            raised,
+        )
+
+    def block(self, like: Block, made: Block | None, shapes_only: bool = False) -> Block | None:
+        """The block in contiguous memory: the one made here, or one to be overwritten."""
+        if self.fields is None:
+            return None
+        if made is not None:
+            return with_fields(made, {k: None if t is None else t.contiguous() for k, t in fields_of(made).items()})
+        device = "meta" if shapes_only else like.like.device
+        return with_fields(like, {
+            key: None if shape is None else torch.empty(shape, dtype=dtype, device=device)
+            for key, shape, dtype in self.fields
+        })  # fmt: skip
+
+
+def _report(watched: Watched, grads: Mapping[str, Tensor], where: str | None, averaged: bool) -> Report:
+    if where is not None:
+        return Report(where=where, averaged=averaged)
+    norms = torch.stack([n.double() for n in torch._foreach_norm(list(grads.values()))]).tolist() if grads else []
+    return Report(
+        batch=watched.batch, by_hand=watched.by_hand, averaged=averaged, names=tuple(grads),
+        norms=tuple(norms), left=tuple(sorted(watched.left or ())),
+        measured=tuple((f"{found.kind} of {name}", text) for found in watched.found
+                       for name, text in joining.described(found).items()),
+    )  # fmt: skip
+
+
+def _from_average(grads: dict[str, Tensor], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The gradients of the whole batch from the mean over ranks. Raises BadInput where the ranks do not count alike."""
+    if max(weights) - min(weights) > 1e-9 * max(weights):
+        raise BadInput(
+            "the ranks' gradients are averaged (by DistributedDataParallel), which is the gradient of the whole "
+            f"batch only where all ranks count alike; they count {', '.join(f'{w:.4g}' for w in weights)}. Give every "
+            "rank as many loss terms (drop_last=True), or use the plain model, whose gradients are weighed here"
+        )
+    factor = len(weights) * weights[0]
+    return grads if abs(factor - 1) <= 1e-9 else {name: g * factor for name, g in grads.items()}
+
+
+def _shapes(block: Block) -> Block:
+    return with_fields(block, {key: None if t is None else t.to("meta") for key, t in fields_of(block).items()})
+
+
+def _all(block: Block) -> list[Tensor]:
+    return [t for t in fields_of(block).values() if t is not None]
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())

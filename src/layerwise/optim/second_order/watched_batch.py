@@ -1,0 +1,177 @@
+"""One watched batch: an observation that survives NaN, and batches whose samples cannot be told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, Undefined
+from layerwise.graph.coverage import prove
+from layerwise.observation.observe import observe
+from layerwise.observation.seen import Seen
+from layerwise.observation.union import Batch
+from layerwise.optim.second_order.averages import Measured
+from layerwise.quantities.base import Context, Quantity, Union
+from layerwise.tape.pull import alone
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import Use, first_bad_call
+from layerwise.tensors import is_finite
+
+__all__ = ["NO_BATCH", "Found", "Watch", "Watched", "bad_gradient"]
+
+_UNTOLD = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # samples that are mixed, or hard to find
+
+
+NO_BATCH = Batch(0, None)
+
+
+class Found(NamedTuple):
+    """The sums by parameter from which a quantity finishes the blocks of one kind, and the batches they cover."""
+
+    kind: str
+    quantity: Quantity
+    values: dict[str, tuple[Any, ...]]
+    union: Union
+
+
+@dataclass
+class Watched:
+    """What a watched batch gave: measured blocks, where they are due, and the first place that was not finite.
+
+    found: the sums that the blocks are made of. batch: its samples and terms. weight: how much it counts in the loss
+    of all ranks' batches. in_grad: its gradients were read from `.grad`. by_hand: what was differentiated is no loss
+    call's own value. left: the parameters that no Kronecker factors fit, where that was asked. kinds: of each block.
+    suspect: what was not finite where no place is known, to be named where the gradients are.
+    """
+
+    blocks: dict[str, Measured] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    left: set[str] | None = None
+    bad: str | None = None
+    suspect: str | None = None
+    due: bool = False
+    found: list[Found] = field(default_factory=list)
+    batch: Batch = NO_BATCH
+    weight: float = 1.0
+    in_grad: bool = True
+    by_hand: bool = False
+    backward: Callable[[Tensor, Sequence[Tensor]], list[Tensor | None]] | None = None
+    uses: list[Use] = field(default_factory=list)
+
+    def finish(self) -> None:
+        """Make the blocks from their sums."""
+        for kind, quantity, values, union in self.found:
+            blocks = quantity.finish(values, union, Context({}))
+            self.blocks |= blocks
+            self.kinds |= dict.fromkeys(blocks, kind)
+        self.found = []
+
+
+class Watch(observe):
+    """An observation in which a loss that is not finite runs back as it would without.
+
+    ask: the quantities by kind; whether the samples of the batch can be told apart is its argument. Where a first
+    batch cannot be measured sample by sample, it is asked again for what can do without. keep: hold what the calls
+    read and gave until the batch is found good, to name the first bad one.
+    """
+
+    _keeps_inputs = True  # to name the call that made a gradient overflow
+
+    def __init__(self, model: Any, ask: Callable[[bool], Mapping[str, Quantity]], watched: Watched, keep: bool) -> None:
+        self._asked = ask(False)
+        super().__init__(model, *self._asked.values())
+        self._ask, self._watched, self._keep, self._passes = ask, watched, keep, 0
+        self._keeps_outputs = keep
+
+    def __enter__(self) -> Seen:
+        self._results = super().__enter__()
+        return self._results
+
+    def result(self) -> tuple[list[Found], Batch]:
+        """What was measured, by kind, and of which batch. Raises BadInput where no backward pass ran."""
+        seen = self._results
+        if not seen._count:
+            raise BadInput(
+                "this batch was watched to measure factors, but no backward pass ran; call loss.backward() "
+                "inside `with pre.watch()`"
+            )
+        batch = seen._batch()
+        found = [
+            Found(kind, quantity, seen._values_of(i), batch.union(self._scale))
+            for i, (kind, quantity) in enumerate(self._asked.items())
+        ]
+        return found, batch
+
+    def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
+        with alone(total.device.type):
+            finite = is_finite(total)
+            self._watched.by_hand |= weight is not None or not _is_loss(tape, total)
+            if self._keep or not finite:
+                self._watched.uses += prove(tape, total, weight).uses
+            if not finite:
+                self._watched.bad = first_bad_call(tape.uses) or "the loss"
+        if not finite:
+            return run()
+        uses = list(tape.uses)
+        self._ran = False
+
+        def once() -> Any:
+            self._ran = True
+            return run()
+
+        try:
+            return self._observed(tape, total, weight, once)
+        except NonFinite:
+            self._watched.bad = first_bad_call(self._watched.uses or uses)
+            if self._ran:  # a gradient; the observation has taken it out of `.grad`
+                self._watched.bad = self._watched.bad or "a gradient"
+                return None
+            self._watched.suspect = "the curvature"
+            return run()
+
+    def _observed(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
+        try:
+            out = super()._on_backward(tape, total, weight, run)
+        except _UNTOLD:
+            again = self._ask(True)
+            if self._ran or self._passes or not again:
+                raise
+            self._asked, self._quantities = again, tuple(again.values())
+            self._results = self._seen = Seen(self._quantities, self._scale, list(tape.parameters))
+            out = super()._on_backward(tape, total, weight, run)
+        self._passes += 1
+        return out
+
+    def backward(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of a loss that was computed here, none of them in `.grad`."""
+        assert self._tape is not None
+        found: list[Tensor | None] = [None for _ in inputs]
+
+        def run() -> None:
+            found[:] = torch.autograd.grad(loss, inputs, allow_unused=True)
+
+        self._on_backward(self._tape, loss, None, run)
+        return found
+
+
+def _is_loss(tape: Tape, total: Tensor) -> bool:
+    """Whether a total is the value of one loss call."""
+    edges = [loss.value for loss in tape.losses] + [own.value for own in tape.own if own.value is not None]
+    return any(edge.node is total.grad_fn for edge in edges)
+
+
+def bad_gradient(grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
+    """The first gradient whose norm under the largest preconditioner, `|g|² / λ`, is no number of its type."""
+    if not grads:
+        return None
+    tensors = [g if g.dtype is torch.float64 else g.float() for g in grads.values()]
+    device = tensors[0].device
+    norms = torch.stack([n.to(device, torch.float64) for n in torch._foreach_norm(tensors)]).tolist()
+    for name, g, norm in zip(grads, tensors, norms, strict=True):
+        if not norm * norm / damping(name) < torch.finfo(g.dtype).max:
+            return f"the gradient of {name}"
+    return None

@@ -1,0 +1,352 @@
+"""Hessian diagonals of parameters that are used once, from the GGN root and the residuals of elementwise functions.
+
+Where nothing but elementwise functions is curved above a use (`graph.residuals`), its diagonal is the GGN's plus
+
+    sum_k sum_j r_k[n,j] D_kj[n]²,      D_kj[n] the gradient of sample n for the cotangent e_j at the input of s_k,
+
+a signed second moment over unit columns j, each sent for all samples at once. What a residual at a use's output gives
+to that use needs no column, since e_j is then its output row. Below a matrix W, e_j becomes W[j]; through another
+elementwise function it stays a multiple of that element by element, so the next use takes `r W²` times squares; only
+uses further down are sent columns, and those start at W[j].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from layerwise.errors import NonFinite, Undefined, UnknownLoss
+from layerwise.graph.cotangents import Exact
+from layerwise.graph.coverage import Graph
+from layerwise.graph.heads import Head, heads, likelihoods, loss_hessian
+from layerwise.graph.probes import join, near, split
+from layerwise.graph.residuals import Curvature, Residual, curvature, powers, proved
+from layerwise.graph.samples import Layout
+from layerwise.ops.base import Slot
+from layerwise.quantities.hessian.unit_columns import Unit
+from layerwise.rows import contract, weighted
+from layerwise.rows.base import Rows, Samples
+from layerwise.rows.views import view_maps
+from layerwise.tape.pull import pull
+from layerwise.tape.uses import Use
+
+__all__ = ["Plan", "plan"]
+
+_STACK_ELEMENTS = 2**20  # of the cotangents of one stack of columns: they are read again while the cache holds them
+_PRODUCT = 2  # columns that take as long as one product with the Hessian
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Columns of a residual: at an edge, one for each row of `rows`, which all samples share (None: one-hot).
+
+    weights: r `[N,U]`. below: the uses that they are sent to.
+    """
+
+    edge: GradientEdge
+    shape: torch.Size
+    samples: Samples
+    weights: Tensor
+    rows: Tensor | None
+    below: frozenset[int]
+
+    def stacks(self, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Cotangents `[V, *shape]` and their weights `[V,N]`, for `elements` of all cotangents of one column."""
+        n = self.samples.n
+        alive = self.weights.any(0).nonzero().flatten()  # units of which all residuals are zero are not sent
+        for units in alive.split(max(1, _STACK_ELEMENTS // max(1, elements))):
+            if self.rows is not None:
+                sent = self.rows[units][:, None].expand(-1, n, -1)
+            else:
+                sent = self.weights.new_zeros(len(units), n, self.weights.shape[1])
+                sent[torch.arange(len(units), device=units.device), :, units] = 1
+            yield join(sent, self.samples, self.shape), self.weights[:, units].T.contiguous()
+
+    @property
+    def count(self) -> int:
+        """The number of columns."""
+        return int(self.weights.any(0).sum())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The uses whose diagonals come from columns of the root and of residuals, and what gives them.
+
+    exact: by use, the residuals that need no columns, `[*out_shape]`.
+    """
+
+    layout: Layout
+    heads: Sequence[Head]
+    units: Sequence[Unit]
+    exact: dict[int, Tensor]
+    sources: Sequence[_Source]
+
+    @property
+    def count(self) -> int:
+        """The number of columns."""
+        return _roots(self.heads) + sum(source.count for source in self.sources)
+
+    def diagonals(self, per_sample: bool) -> dict[str, tuple[Tensor, ...]]:
+        """`[*shape]`, or `[N, *shape]` of every sample's term, by name."""
+        slots: dict[int, list[tuple[str, Slot, Tensor]]] = {}
+        uses = {unit.use.index: unit.use for unit in self.units}
+        for unit in self.units:
+            slots.setdefault(unit.use.index, []).extend(unit.slots)
+        sums = {i: _Sum(uses[i], self.layout.uses[i], found, per_sample) for i, found in slots.items()}
+        for index, d in self.exact.items():
+            sums[index].flat += d
+        elements = sum(use.call.out_shape.numel() for use in uses.values())
+        for head in self.heads:
+            for stack in Exact().columns(head.likelihood, head.rows, max(1, _STACK_ELEMENTS // max(1, elements))):
+                _send(head.edges, head.cotangents(stack), None, list(sums.values()))
+        for source in self.sources:
+            below = [s for i, s in sums.items() if i in source.below]
+            elements = sum(s.flat.numel() for s in below) + source.shape.numel()
+            for stack, weights in source.stacks(elements):
+                _send([source.edge], [stack], weights, below)
+        return {name: value for s in sums.values() for name, value in s.finish().items()}
+
+
+class _Sum:
+    """The diagonals of one use's parameters, as columns arrive.
+
+    flat: sums for each element of the output, which meet the inputs' squares once, at the end.
+    """
+
+    def __init__(self, use: Use, samples: Samples, slots: list[tuple[str, Slot, Tensor]], per_sample: bool) -> None:
+        self.use, self.samples, self._slots, self._per_sample = use, samples, slots, per_sample
+        used = slots[0][1].used
+        self.flat = used.new_zeros(use.call.out_shape)
+        self._one_position = _positions(use, samples, slots) == 1
+        self._totals: list[Tensor | None] = [None] * len(slots)
+
+    def add(self, g: Tensor, weights: Tensor | None) -> None:
+        """Take cotangents `[V, *out_shape]` with weights `[V,N]`, None: all 1."""
+        if self._one_position:
+            weighted.add_squares(self.flat, g, None if weights is None else _along(weights, self.samples, g[0]))
+            return
+        for i, (_, slot, _) in enumerate(self._slots):
+            moment = (weighted.squares if self._per_sample else weighted.second_moment)(
+                slot.rows(g, self.samples), weights
+            )
+            total = self._totals[i]
+            self._totals[i] = moment if total is None else total + moment
+
+    def finish(self) -> dict[str, tuple[Tensor, ...]]:
+        """The diagonals by name."""
+        found: dict[str, tuple[Tensor, ...]] = {}
+        for (name, slot, p), total in zip(self._slots, self._totals, strict=True):
+            rows = slot.rows(self.flat[None], self.samples)
+            a = rows.a if rows.a is None or not rows.a.is_floating_point() else rows.a.square()
+            rows = Rows(a, rows.g, rows.size_in)
+            value = (contract.per_sample if self._per_sample else contract.total)(rows)[0]
+            maps = view_maps(slot.used, p)
+            assert maps is not None
+            found[name] = (maps[0](slot.fold(value if total is None else value + total)).to(p.dtype),)
+        return found
+
+
+def _send(
+    starts: Sequence[GradientEdge], stacks: Sequence[Tensor], weights: Tensor | None, sums: Sequence[_Sum]
+) -> None:
+    edges = [s.use.edge for s in sums]
+    if len(stacks[0]) == 1:
+        pulled = [None if g is None else g[None] for g in pull(starts, [stack[0] for stack in stacks], edges)]
+    else:
+        pulled = pull(starts, stacks, edges, batched=True)
+    for s, g in zip(sums, pulled, strict=True):
+        if g is not None:
+            s.add(g.detach(), weights)
+
+
+# -- which uses, and what gives them ------------------------------------------------------------------------
+
+
+def plan(graph: Graph, layout: Layout, units: Sequence[Unit]) -> tuple[Plan | None, list[Unit]]:
+    """The units that columns of residuals serve at less cost than products with the Hessian, and the others."""
+    try:
+        known = likelihoods(graph)
+        hessian, tops = loss_hessian(graph, known), heads(graph, known, layout)
+        for head in tops:
+            head.likelihood.root(0, 1)
+        found = curvature(graph)
+    except (Undefined, NonFinite, UnknownLoss):
+        return None, list(units)
+    exact, sources, blocked = _spread(graph, layout, found)
+    order = [use.index for node in found.walk.order for use in found.walk.use_at.get(node, ())]  # from the loss down
+    able = [i for i in order if i not in blocked and i not in found.other and _able(i, units, layout)]
+    roots = _roots(tops)
+    best, chosen = sum(unit.count for unit in units) * _PRODUCT, frozenset[int]()
+    for last in range(1, len(able) + 1):
+        these = frozenset(able[:last])
+        cost = roots + sum(s.count for s in sources if s.below & these)
+        cost += sum(unit.count for unit in units if unit.use.index not in these) * _PRODUCT
+        if cost < best:
+            best, chosen = cost, these
+    if not chosen or not proved(graph, hessian, found, chosen):
+        return None, list(units)
+    mine = [unit for unit in units if unit.use.index in chosen]
+    left = [unit for unit in units if unit.use.index not in chosen]
+    kept = [replace(s, below=s.below & chosen) for s in sources if s.below & chosen]
+    return Plan(layout, tops, mine, {i: d for i, d in exact.items() if i in chosen}, kept), left
+
+
+def _roots(tops: Sequence[Head]) -> int:
+    return sum(Exact().count(head.likelihood, head.rows) for head in tops)
+
+
+def _able(index: int, units: Sequence[Unit], layout: Layout) -> bool:
+    """Whether some parameters of a use take columns, and all rows of its output are elements of it, each once."""
+    slots = [slot for unit in units if unit.use.index == index for _, slot, _ in unit.slots]
+    use = next((unit.use for unit in units if unit.use.index == index), None)
+    if use is None:
+        return False
+    x = powers(slots[0].used.new_empty(1, *use.call.out_shape), index) + 1
+    for slot in slots:
+        rows = slot.output(x, layout.uses[index])
+        same = torch.equal(rows.square(), slot.output(x.square(), layout.uses[index]))
+        if not (same and rows.numel() == x.numel() and near(rows.sum()[None], x.sum()[None], torch.finfo(x.dtype).eps)):
+            return False
+    return True
+
+
+def _spread(graph: Graph, layout: Layout, found: Curvature) -> tuple[dict[int, Tensor], list[_Source], set[int]]:
+    """The residuals on their way down: what uses take without columns, the columns, and uses that neither can serve."""
+    at_use = {(use.edge.node, use.edge.output_nr): use for use in graph.uses}
+    waiting: dict[int, Tensor] = {}  # residuals at a use's output
+    extra: dict[int, Tensor] = {}  # diagonals of curvature that is not diagonal: good for this use, not further down
+    sources: list[_Source] = []
+    loose: list[Residual] = []
+    for residual in found.residuals:
+        use = at_use.get((residual.edge.node, residual.edge.output_nr))
+        if use is not None:
+            _add(waiting, use, residual.value)
+        elif not _through(residual.edge, residual.value, found.next_uses([residual.edge]), waiting):
+            loose.append(residual)
+    places = _places(graph, layout, loose)
+    blocked: set[int] = set()
+    for residual, samples in zip(loose, places, strict=True):
+        if samples is None:
+            blocked |= residual.below
+        else:
+            weights = split(residual.value[None], samples)[0]
+            sources.append(_Source(residual.edge, residual.value.shape, samples, weights, None, residual.below))
+    for use in [use for node in found.walk.order for use in found.walk.use_at.get(node, ())]:
+        if use.index not in waiting:
+            continue
+        d, samples = waiting[use.index], layout.uses[use.index]
+        inputs = found.walk.inputs(use)
+        below = frozenset(found.walk.indices(inputs))
+        following = found.next_uses(inputs)
+        if not below:
+            continue
+        matrix = _matrix(use, inputs, samples)
+        if matrix is None:
+            if not _through(use.edge, d, following, waiting):
+                weights = split(d[None], samples)[0]
+                sources.append(_Source(use.edge, use.call.out_shape, samples, weights, None, below))
+            continue
+        squares = d @ matrix.square()
+        for after in following:
+            factor = _factor(inputs[0], squares, after)
+            if factor is not None and after.call.out_shape == squares.shape:
+                _add(extra, after, squares * factor.square())
+                below -= {after.index}
+        if below:
+            sources.append(_Source(inputs[0], squares.shape, samples, d, matrix, below))
+    for use in graph.uses:
+        if use.index in extra:
+            _add(waiting, use, extra[use.index])
+    return waiting, sources, blocked
+
+
+def _add(totals: dict[int, Tensor], use: Use, value: Tensor) -> None:
+    totals[use.index] = totals[use.index] + value if use.index in totals else value
+
+
+def _through(edge: GradientEdge, d: Tensor, following: Sequence[Use], waiting: dict[int, Tensor]) -> bool:
+    """Carry a diagonal to the only use that follows, where what is between acts element by element."""
+    if len(following) != 1:
+        return False
+    factor = _factor(edge, d, following[0])
+    if factor is None:
+        return False
+    _add(waiting, following[0], d.reshape(factor.shape) * factor.square())
+    return True
+
+
+def _factor(edge: GradientEdge, like: Tensor, use: Use) -> Tensor | None:
+    """What comes back at a use's output for ones, where each element is multiplied by a number of its own."""
+    probe = powers(like, 3)
+    ones, back = (pull([edge], [x], [use.edge])[0] for x in (torch.ones_like(like), probe))
+    if ones is None or back is None or ones.numel() != like.numel():
+        return None
+    return ones if torch.equal(ones.flatten() * probe.flatten(), back.flatten()) else None
+
+
+def _matrix(use: Use, inputs: Sequence[GradientEdge], samples: Samples) -> Tensor | None:
+    """The matrix `[O,I]` with which a use maps rows `[N,I]`, one for each sample, to rows `[N,O]`; None for others."""
+    if len(inputs) != 1 or len(use.call.out_shape) != 2 or samples != Samples(use.call.out_shape[0], 0):
+        return None
+    for derived in use.used:
+        w = derived.tensor.detach()
+        for matrix in (w, w.mT) if w.dim() == 2 else ():
+            if matrix.shape[0] != use.call.out_shape[1]:
+                continue
+            x = torch.rand(use.call.out_shape, generator=torch.Generator().manual_seed(4)).to(w).sub_(0.5)
+            (back,) = pull([use.edge], [x], inputs)
+            if back is None or back.shape != (len(x), matrix.shape[1]):
+                return None
+            bound = x.norm(dim=1)[:, None] * matrix.norm(dim=0)  # Cauchy and Schwarz: rounding is far below
+            if bool(((back - x @ matrix).abs() <= 16 * torch.finfo(x.dtype).eps * bound).all()):
+                return matrix
+    return None
+
+
+# -- samples ------------------------------------------------------------------------------------------------
+
+
+def _positions(use: Use, samples: Samples, slots: Sequence[tuple[str, Slot, Tensor]]) -> int:
+    zero = slots[0][1].used.new_zeros(1).expand(1, *use.call.out_shape)
+    return max(slot.output(zero, samples).shape[2] for _, slot, _ in slots)
+
+
+def _along(weights: Tensor, samples: Samples, like: Tensor) -> Tensor:
+    """`[V,N]` as `[V, 1, ..., n·r, ..., 1]`, each place of the samples' axis with its owner's weight."""
+    if samples.axis < 0:
+        return weights.reshape(len(weights), *[1] * like.dim())
+    size = like.shape[samples.axis]
+    shape = [size if axis == samples.axis else 1 for axis in range(like.dim())]
+    return weights[:, samples.owner(size, weights.device)].reshape(len(weights), *shape)
+
+
+def _places(graph: Graph, layout: Layout, residuals: Sequence[Residual]) -> list[Samples | None]:
+    """Where the samples lie in each residual, None where that cannot be told.
+
+    Shown by a number for each sample: where the losses' cotangents are multiplied by it, so is what comes back.
+    """
+    if not residuals:
+        return []
+    generator = torch.Generator().manual_seed(5)
+    c = torch.rand(1, layout.n, generator=generator, dtype=torch.float64) + 0.5
+    edges = [loss.logits for loss in graph.losses]
+    plain = [torch.rand(loss.call.logits.shape, generator=generator) for loss in graph.losses]
+    plain = [x.to(loss.call.logits) for x, loss in zip(plain, graph.losses, strict=True)]
+    scaled = [x * _along(c.to(x), rows, x)[0] for x, rows in zip(plain, layout.losses, strict=True)]
+    wanted = [r.edge for r in residuals]
+    pairs = zip(pull(edges, plain, wanted), pull(edges, scaled, wanted), strict=True)
+    return [None if x is None or y is None else _place(x, y, c.to(x)) for x, y in pairs]
+
+
+def _place(x: Tensor, y: Tensor, c: Tensor) -> Samples | None:
+    n, epsilon = c.shape[1], torch.finfo(x.dtype).eps
+    for axis, size in enumerate(x.shape):
+        for n_major in (True, False) if size > n else (True,):
+            samples = Samples(n, axis, n_major)
+            if size % n == 0 and near(x * _along(c, samples, x)[0], y, epsilon):
+                return samples
+    return None

@@ -1,0 +1,202 @@
+"""Hessian diagonals of parameters that are used once, from second derivatives by the outputs of that use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerwise.graph.coverage import Graph
+from layerwise.graph.products import check_second, gradient_of, pull_stack, twice
+from layerwise.graph.samples import Layout
+from layerwise.ops.base import Slot
+from layerwise.rows.base import Rows, Samples
+from layerwise.rows.views import view_maps
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import Use
+
+__all__ = ["Unit", "plan"]
+
+_STACK_ELEMENTS = 2**22  # of columns sent through the graph together
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters of one use whose diagonals are read off the same columns.
+
+    by_output: columns are the outputs (t, k, o) of every sample at once; otherwise the elements (k, o, i) of the only
+    parameter, whose direction in the outputs is its input.
+    """
+
+    use: Use
+    samples: Samples
+    slots: Sequence[tuple[str, Slot, Tensor]]
+    by_output: bool
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters."""
+        return [name for name, _, _ in self.slots]
+
+    @property
+    def count(self) -> int:
+        """The number of columns, each one product with the Hessian."""
+        rows = _rows(self.slots[0][1], self.use, self.samples)
+        _, _, t, k, o = rows.g.shape
+        return k * o * (t if self.by_output else rows.size_in)
+
+    def diagonals(self, graph: Graph, per_sample: bool) -> dict[str, tuple[Tensor, ...]]:
+        """`[*shape]`, or `[N, *shape]` of every sample's term, by name."""
+        slot = self.slots[0][1]
+        rows = _rows(slot, self.use, self.samples)
+        _, n, t, k, o = rows.g.shape
+        inputs = [_rows(s, self.use, self.samples).a for _, s, _ in self.slots]
+        sizes = [_rows(s, self.use, self.samples).size_in for _, s, _ in self.slots]
+        lead = n if per_sample else 1
+        found = [rows.g.new_zeros(lead, k * o, size) for size in sizes]
+        gradient = gradient_of(graph, self.use.edge)
+        check_second([gradient], [self.use.edge])
+        if gradient is not None and gradient.requires_grad:
+            each = max(1, _STACK_ELEMENTS // max(1, n * t * max(k * o, *sizes)))
+            for start in range(0, self.count, each):
+                columns = torch.arange(start, min(start + each, self.count), device=rows.g.device)
+                self._add(found, gradient, columns, inputs, rows, per_sample)
+        return {
+            name: (self._finish(s, p, total.view(lead, k, o, -1), per_sample),)
+            for (name, s, p), total in zip(self.slots, found, strict=True)
+        }
+
+    def _add(
+        self,
+        found: Sequence[Tensor],
+        gradient: Tensor,
+        columns: Tensor,
+        inputs: Sequence[Tensor | None],
+        rows: Rows,
+        per_sample: bool,
+    ) -> None:
+        """Add what some columns give to the diagonals `[1 or N, k·o, I]`."""
+        _, n, t, k, o = rows.g.shape
+        each = t if self.by_output else rows.size_in
+        unit, place = columns // each, columns % each
+        at = torch.arange(len(columns), device=columns.device)
+        sent = rows.g.new_zeros(len(columns), n, t, k * o)
+        first = inputs[0]
+        if self.by_output:
+            sent[at, :, place, unit] = 1
+        elif first is None:
+            sent[at, :, :, unit] = 1
+        else:
+            sent[at, :, :, unit] = first[:, :, unit // o, place].permute(2, 0, 1).to(sent.dtype)
+        with twice():
+            (back,) = pull_stack(
+                [gradient], [_adjoint(self.slots[0][1], self.use, self.samples, sent, k, o)], [self.use.edge]
+            )
+        if back is None:
+            return
+        m = self.slots[0][1].output(back.detach(), self.samples).reshape(len(columns), n, t, k * o)[at, :, :, unit]
+        for total, a in zip(found, inputs, strict=True):
+            if not self.by_output:
+                values = m.sum(2) if a is None else (m * sent[at, :, :, unit]).sum(2)  # [v,n]
+                values = values.T if per_sample else values.sum(1)[None]
+                total[:, unit, place] = values
+                continue
+            values = _between(m, a, unit // o, place, total.shape[2])  # [v,n,i]
+            total.index_add_(1, unit, values.transpose(0, 1) if per_sample else values.sum(1)[None])
+
+    def _finish(self, slot: Slot, p: Tensor, diagonal: Tensor, per_sample: bool) -> Tensor:
+        maps = view_maps(slot.used, p)
+        assert maps is not None
+        result = maps[0](slot.fold(diagonal)).to(p.dtype)
+        return result if per_sample else result[0]
+
+
+def plan(tape: Tape, graph: Graph, layout: Layout | None, names: Sequence[str]) -> tuple[list[Unit], list[str]]:
+    """The parameters that unit columns serve, with what serves them, and the rest."""
+    if layout is None:
+        return [], list(names)
+    places: dict[str, list[tuple[Use, Slot | None]]] = {}
+    for use in graph.uses:
+        for derived, each in zip(use.used, use.slots, strict=True):
+            for name in derived.names:
+                places.setdefault(name, []).append((use, each if len(derived.names) == 1 else None))
+    by_use: dict[int, list[tuple[str, Slot, Tensor]]] = {}
+    rest = []
+    for name in names:
+        use, slot = places[name][0]
+        p, samples = tape.parameters[name], layout.uses[use.index]
+        if (
+            slot is None
+            or len(places[name]) > 1
+            or not (slot.factored and slot.linear)
+            or samples.axis in slot.aligned
+            or view_maps(slot.used, p) is None
+        ):
+            rest.append(name)
+        else:
+            by_use.setdefault(use.index, []).append((name, slot, p))
+    uses = {use.index: use for use in graph.uses}
+    units = []
+    for index, slots in by_use.items():
+        found, left = _units(uses[index], layout.uses[index], slots)
+        units += found
+        rest += left
+    return units, rest
+
+
+def _units(use: Use, samples: Samples, slots: list[tuple[str, Slot, Tensor]]) -> tuple[list[Unit], list[str]]:
+    """Columns for the parameters of one use: those of the outputs serve all slots that lay them out alike."""
+    units, left = [], []
+    waiting = sorted(slots, key=lambda s: -s[2].numel())
+    while waiting:
+        name, slot, p = waiting.pop(0)
+        rows = _rows(slot, use, samples)
+        index = rows.a is not None and not rows.a.is_floating_point()
+        by_output = rows.g.shape[2] <= rows.size_in
+        if index and not by_output:
+            left.append(name)
+            continue
+        mine = [(name, slot, p)]
+        if by_output:
+            like = [s for s in waiting if _same_rows(slot, s[1], use, samples)]
+            mine += like
+            waiting = [s for s in waiting if s not in like]
+        units.append(Unit(use, samples, mine, by_output))
+    return units, left
+
+
+def _rows(slot: Slot, use: Use, samples: Samples) -> Rows:
+    """The rows of a use with a cotangent of zero: its input, and the shape of its output."""
+    like = next(d.tensor for d in use.used)
+    return slot.rows(like.new_zeros(1).expand(1, *use.call.out_shape), samples)
+
+
+def _same_rows(one: Slot, other: Slot, use: Use, samples: Samples) -> bool:
+    """Whether two slots of one use lay its output out as the same rows."""
+    numbers = torch.arange(use.call.out_shape.numel(), dtype=torch.float64).reshape(1, *use.call.out_shape)
+    first, second = (s.output(numbers, samples) for s in (one, other))
+    return torch.equal(first, second)
+
+
+def _adjoint(slot: Slot, use: Use, samples: Samples, sent: Tensor, k: int, o: int) -> Tensor:
+    """The direction `[V, *out_shape]` in the output that a direction `[V,N,T,k·o]` of its rows makes."""
+    with torch.enable_grad():
+        probe = sent.new_zeros(len(sent), *use.call.out_shape).requires_grad_()
+        laid = slot.output(probe, samples)
+        (direction,) = torch.autograd.grad(laid, probe, sent.reshape(*sent.shape[:3], k, o))
+    return direction
+
+
+def _between(m: Tensor, a: Tensor | None, group: Tensor, place: Tensor, size: int) -> Tensor:
+    """`a[n,t,i] sum_u m[v,n,u] a[n,u,i]` at the column's position t = place, `[v,n,i]`."""
+    if a is None:
+        return m.sum(2, keepdim=True)
+    if not a.is_floating_point():  # the positions that hold the same index
+        same = a[:, place].T.unsqueeze(2) == a.unsqueeze(0)  # [v,n,u]
+        values = (m * same).sum(2)
+        return m.new_zeros(*values.shape, size).scatter_(2, a[:, place].T.unsqueeze(2), values.unsqueeze(2))
+    if a.shape[2] == 1:
+        return torch.einsum("vnu,nui->vni", m, a[:, :, 0].to(m.dtype)) * a[:, place, 0].transpose(0, 1)
+    return torch.einsum("vnu,nuvi->vni", m, a[:, :, group].to(m.dtype)) * a[:, place, group].transpose(0, 1)

@@ -1,0 +1,89 @@
+"""Chains: graphs in which every path from the loss to a use passes through all the uses above it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch.autograd.graph import GradientEdge
+
+from layerwise.errors import Undefined
+from layerwise.graph.coverage import Graph
+from layerwise.tape.uses import Use
+
+__all__ = ["Link", "chain", "same_edge"]
+
+
+class Link(NamedTuple):
+    """A use of a chain; below: the edge of its only data that leads on to the next use, None where there is no such."""
+
+    use: Use
+    below: GradientEdge | None
+
+
+def chain(graph: Graph) -> list[Link]:
+    """The uses from the loss down, after proof on the autograd graph that they are one chain.
+
+    Raises Undefined for several losses, a parameter that is used twice, or a path around a use.
+    """
+    if len(graph.losses) != 1:
+        names = ", ".join(loss.call.name for loss in graph.losses)
+        raise Undefined(
+            f"asked for a recursion down a chain, which starts at one loss, but the total is made of "
+            f"{len(graph.losses)}: {names}; observe them one at a time, or ask for KFLR"
+        )
+    _check_once(graph.uses)
+    at = {use.edge.node: use for use in graph.uses}
+    links: list[Link] = []
+    above: Any = graph.losses[0].call.name
+    found = _next_uses([graph.losses[0].logits], at)
+    while found:
+        if len(found) > 1:
+            raise Undefined(_bypassed(above, *sorted(found, key=lambda use: -use.index)[:2]))
+        (above,) = found
+        ways = {(edge.node, edge.output_nr): edge for edge in above.inputs}
+        leading = [edge for edge in ways.values() if _next_uses([edge], at)]
+        links.append(Link(above, leading[0] if len(leading) == 1 else None))
+        found = _next_uses(leading, at)
+    return links
+
+
+def same_edge(first: GradientEdge, second: GradientEdge) -> bool:
+    """Whether two edges belong to one tensor."""
+    return first.node is second.node and first.output_nr == second.output_nr
+
+
+def _check_once(uses: Sequence[Use]) -> None:
+    user: dict[str, Use] = {}
+    for use in uses:
+        for name in use.names:
+            if name in user:
+                raise Undefined(
+                    f"asked for a recursion down a chain, in which a parameter is used once, but {name!r} is used by "
+                    f"{user[name]} and by {use}; ask for KFLR, which joins the uses, or freeze the parameter"
+                )
+            user[name] = use
+
+
+def _next_uses(edges: Iterable[GradientEdge], at: dict[Any, Use]) -> list[Use]:
+    """The uses that are reached from some edges without passing through another one."""
+    seen: set[Any] = set()
+    stack: list[Any] = [edge.node for edge in edges]
+    found = []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in at:
+            found.append(at[node])
+            continue
+        stack += [child for child, _ in node.next_functions]
+    return found
+
+
+def _bypassed(above: Any, first: Use, second: Use) -> str:
+    return (
+        f"asked for a recursion down a chain of layers, but from {above} one path leads to {first} and another, around "
+        f"it, to {second} (a residual sum, branches, attention); ask for KFLR, which is defined on every graph"
+    )

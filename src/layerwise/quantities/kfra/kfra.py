@@ -1,0 +1,91 @@
+"""Kronecker factors from the recursion over the batch average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from layerwise.errors import Undefined
+from layerwise.gradient.parameter import ParameterGradient
+from layerwise.graph.cotangents import Averaged
+from layerwise.quantities.base import Union, positive
+from layerwise.quantities.kronecker.factors import KroneckerFactors, options
+from layerwise.rows.base import Rows
+
+__all__ = ["KFRA"]
+
+MAX_BYTES = 2**28
+
+
+class KFRA(KroneckerFactors):
+    """Kronecker-factored approximation of the GGN's diagonal blocks, from a recursion over the batch average.
+
+    For a chain of uses 1 to L with outputs z_l (one sample's values in a vector of D_l), H_n the Hessian in z_L of
+    sample n's term in the loss as written (with all that follows z_L by Gauss-Newton), and J_n = dz_{l+1}/dz_l:
+
+        G_L = sum_n H_n,    G_l = (1/N) sum_n J_n^T G_{l+1} J_n,
+
+    which for z_{l+1} = W f(z_l) is (W^T G_{l+1} W) * (1/N) sum_n d_n d_n^T with d_n = f'(z_l). B `[K,O,O]` are the
+    blocks of G_l over the outputs at one position, summed over positions, `sharing="expand"`; `"reduce"` sums those
+    over all pairs of positions. A `[K,I,I]`, biases and `joint` are as in `KFLR`, and so is the scale, that of the
+    loss: with Gbar_l the same recursion for the average Hessian of the samples' losses before reduction,
+    G_l = Gbar_l under a mean over the N samples, and G_l = N Gbar_l under a sum. Equal to `KFLR` at the last use, for
+    one sample, and wherever J_n is the same for all samples. The result is a `Kronecker` operator.
+
+    Forms are those of `KFAC`; from "gradients", D is that of every sample n from the columns of a root of G_l / N.
+
+    Between two uses there is one expectation, whatever lies between them. The average is over one batch, so a second
+    backward pass in one `observe` has no result in common with the first and is refused.
+    max_bytes: the largest block `[D_l, D_l]` to hold. Raises Undefined (no chain: a path around a use, a weight used
+    twice, several losses; a block over max_bytes; several batches), SamplesMixed, UnknownLoss, NonFinite,
+    BadInput.
+    Source: Botev, Ritter and Barber (2017), section 3.4; Dangel et al. (2020), table 1.
+    """
+
+    def __init__(self, sharing: str = "expand", joint: bool = False, max_bytes: int = MAX_BYTES) -> None:
+        positive("KFRA's max_bytes", max_bytes)
+        super().__init__(Averaged(max_bytes), sharing, joint)
+        self.max_bytes = max_bytes
+        self.needs_samples = True
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
+        """The sums of the factors of each matrix."""
+        if gradient.curvature is None:  # columns of the block's root
+            return super().compute(gradient)
+        if self.from_gradients(gradient):
+            raise Undefined(
+                f'asked for KFRA of {gradient.name!r} {tuple(gradient.shape)} with sharing="reduce", whose input '
+                'factor would be a dense matrix of its first axis; use sharing="expand", where it is diagonal'
+            )
+        (found,) = super().compute(gradient)
+        if not self.joint:  # there is one batch only, so the means are final, and made in place
+            for sums in found.sums:
+                sums.inputs.div_(sums.counts[0])
+                sums.counts.div_(sums.counts[0].clone())
+        return (found,)
+
+    def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
+        """The averaged blocks over the outputs, summed over positions."""
+        curvature = gradient.curvature
+        assert curvature is not None
+        return _over_positions(curvature, self.sharing).diagonal(dim1=0, dim2=2).movedim(2, 0).to(rows.g.dtype)
+
+    def check_union(self, seen: Union, batch: Union) -> None:
+        """Refuse a second batch."""
+        raise Undefined(
+            f"asked for KFRA of {seen.samples} samples and {batch.samples} further ones: its recursion averages over "
+            "one batch at every layer, so the factors of two batches do not join to those of both; observe each batch "
+            "on its own, or ask for KFLR, whose factors join"
+        )
+
+    def __repr__(self) -> str:
+        given = options(self) + ("" if self.max_bytes == MAX_BYTES else f", max_bytes={self.max_bytes}")
+        return f"KFRA({given[2:]})"
+
+
+def _over_positions(curvature: Tensor, sharing: str) -> Tensor:
+    """`[K,O,K,O]` from `[T,K,O,T,K,O]`: the sum over positions, each with itself or with all."""
+    if curvature.shape[0] == 1:
+        return curvature[0, :, :, 0]
+    return curvature.diagonal(dim1=0, dim2=3).sum(-1) if sharing == "expand" else curvature.sum((0, 3))

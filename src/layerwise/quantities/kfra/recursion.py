@@ -1,0 +1,267 @@
+"""The recursion of KFRA: one Hessian block for each use of a chain, averaged over the batch on its way down.
+
+    B_top = sum_n J_n^T H_n J_n                 at the output of the last use, H_n the loss Hessian of sample n
+    B_below = (1/N) sum_n J_n^T B J_n           J_n from the output of one use to that of the use before
+
+A use whose own map is the same for all samples (`J_n = W D_n`) is passed first, `W^T B W`, then what lies between the
+two uses; all of it is told by probes, so there is no rule for any layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import Undefined
+from layerwise.gradient.parameter import ParameterGradient
+from layerwise.gradient.parts import Part, parts_of
+from layerwise.graph.cotangents import Exact
+from layerwise.graph.coverage import Graph
+from layerwise.graph.heads import Head
+from layerwise.graph.probes import draws, join, near, split
+from layerwise.graph.products import pull_stack
+from layerwise.graph.samples import Layout
+from layerwise.losses import Likelihood
+from layerwise.ops.base import Slot
+from layerwise.quantities.kfra.chain import Link, chain, same_edge
+from layerwise.quantities.kfra.hessian_blocks import Send, congruence, probe, through, uniform
+from layerwise.rows import contract
+from layerwise.rows.base import Samples
+from layerwise.tape.pull import pull
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import Use
+
+__all__ = ["averaged"]
+
+_ELEMENTS = 2**22  # of a stack of columns of the loss Hessian
+_SMALL = 2**14  # a cotangent below this many elements is sent together with others
+
+
+class _Place(NamedTuple):
+    """A tensor of the graph: its edge, where its samples lie, its shape."""
+
+    edge: Any
+    samples: Samples
+    shape: torch.Size
+
+    @property
+    def size(self) -> int:
+        """D, the number of values of one sample."""
+        return self.shape.numel() // self.samples.n
+
+
+def averaged(
+    tape: Tape, graph: Graph, heads: Sequence[Head], layout: Layout, max_bytes: int
+) -> Iterator[ParameterGradient]:
+    """The parameters of a chain, from the loss down, with inputs and `curvature`, but zero cotangents.
+
+    Those without row form come with the columns of a root of the curvature instead, alike for all samples.
+    max_bytes: the largest block to hold. Raises Undefined, before any work, where the graph is no chain or a block
+    would be larger.
+    """
+    links = chain(graph)
+    places = [_Place(link.use.edge, layout.uses[link.use.index], link.use.call.out_shape) for link in links]
+    if heads[0].parts is not None:
+        raise Undefined(
+            f"asked for a recursion down a chain, but {heads[0].likelihood.call} couples the positions of a sample, or "
+            "several outputs; ask for KFLR"
+        )
+    likelihood = heads[0].likelihood
+    dtype = torch.promote_types(likelihood.logits.dtype, torch.float32)
+    _check_size(links, places, dtype, max_bytes)
+    for i, (link, place) in enumerate(zip(links, places, strict=True)):
+        if i == 0:
+            logits = _Place(graph.losses[0].logits, layout.losses[0], likelihood.logits.shape)
+            block = _at_top(likelihood, logits, place, dtype)
+        else:
+            block = _down(block, links[i - 1], places[i - 1], place)
+        yield from _gradients(tape, link.use, place, block)
+
+
+# -- refusals -----------------------------------------------------------------------------------------------
+
+
+def _check_size(links: Sequence[Link], places: Sequence[_Place], dtype: torch.dtype, most: int) -> None:
+    """Refuse blocks over a use's output, and over the input of one that has uses below it."""
+    for i, (link, place) in enumerate(zip(links, places, strict=True)):
+        inner = i + 1 < len(links)
+        size = max(place.size, _input_size(link.use, place.samples.n) if inner else 0)
+        needed = size * size * dtype.itemsize
+        if needed > most:
+            raise Undefined(
+                f"asked for the recursion's block of {link.use}, whose output {tuple(place.shape)} and input take a "
+                f"matrix of {size} x {size}, {needed} bytes, for each sample's values: more than max_bytes={most}. "
+                "Raise max_bytes, freeze the layers down to this one, or ask for KFLR, which needs no such block"
+            )
+
+
+def _input_size(use: Use, n: int) -> int:
+    """The most values of one sample in the data that a use reads."""
+    used = {id(derived.tensor) for derived in use.used}
+    arguments = [*use.call.args, *use.call.kwargs.values()]
+    data = [x for x in arguments if isinstance(x, Tensor) and id(x) not in used]
+    return max((x.numel() // n for x in data), default=0)
+
+
+# -- the recursion ------------------------------------------------------------------------------------------
+
+
+def _at_top(likelihood: Likelihood, logits: _Place, last: _Place, dtype: torch.dtype) -> Tensor:
+    """sum_n J_n^T H_n J_n at the output of the last use, `[D,D]`."""
+    likelihood.root(0, 1)  # refuses what has no root, as all Kronecker factors do
+    send = _between(logits, last, dtype)
+    like = likelihood.logits.new_empty(0, dtype=dtype)
+    seen = probe(send, logits.samples.n, logits.size, like)
+    if seen.kind == "gathered":
+        index = torch.arange(logits.size, device=like.device) if seen.sources is None else seen.sources
+        factor = like.new_ones(logits.samples.n, len(index)) if seen.factor is None else seen.factor
+        return _hessian(likelihood, logits, factor, index)
+    total = like.new_zeros(last.size, last.size)
+    for stack in Exact().columns(likelihood, logits.samples, max(1, _ELEMENTS // logits.shape.numel())):
+        back = send(split(stack.to(dtype), logits.samples))
+        total += contract.output_gram(back[:, :, None, None])[0]
+    return total
+
+
+def _hessian(likelihood: Likelihood, logits: _Place, factor: Tensor, index: Tensor) -> Tensor:
+    """sum_n d_n[i] H_n[index i, index j] d_n[j], a chunk of columns j at a time."""
+    n, size = factor.shape
+
+    def product(columns: Tensor) -> Tensor:
+        found = split(likelihood.hessian_product(join(columns, logits.samples, logits.shape)), logits.samples)
+        return (found[:, :, index] * factor).sum(1)
+
+    if likelihood.elementwise and len(index.unique()) == size:  # then different outputs do not meet
+        column = factor.new_zeros(1, n, logits.size)
+        column[0][:, index] = factor
+        return product(column)[0].diag()
+    result = factor.new_empty(size, size)
+    for j in torch.arange(size, device=index.device).split(max(1, _ELEMENTS // max(1, n * logits.size))):
+        columns = factor.new_zeros(len(j), n, logits.size)
+        columns[torch.arange(len(j), device=j.device), :, index[j]] = factor[:, j].T
+        result[j] = product(columns)
+    return result
+
+
+def _down(block: Tensor, link: Link, start: _Place, end: _Place) -> Tensor:
+    """(1/N) sum_n J_n^T B J_n from the output of a use to that of the one before it."""
+    passed = None if link.below is None else _own_map(block, link, start)
+    if passed is not None:
+        block, start = passed
+    return through(block, _between(start, end, block.dtype), start.samples.n, own=passed is not None)
+
+
+def _own_map(block: Tensor, link: Link, start: _Place) -> tuple[Tensor, _Place] | None:
+    """J^T B J at the input of a use whose J is the same for all samples, and that input; None for another use.
+
+    Shown by a column u_n r, u and r random: what comes back must be u_n J^T r, for samples along some axis. Where
+    the use holds a matrix W with W^T r = J^T r, it is J.
+    """
+    n, epsilon = start.samples.n, torch.finfo(block.dtype).eps
+    r, u = draws(1, start.size, block), draws(1, n, block).T.round().exp2()  # powers of two: products round alike
+    (back,) = pull([start.edge], [join((u * r)[None], start.samples, start.shape)[0]], [link.below])
+    if back is None:
+        return None
+    back = back.to(block.dtype)
+    for samples in _layouts(back.shape, start.samples):
+        rows = split(back[None], samples)[0] / u
+        if not near(rows[:1], rows, epsilon):
+            continue
+        middle = _Place(link.below, samples, back.shape)
+        for derived in link.use.used:
+            w = derived.tensor.detach().to(block.dtype)
+            for matrix in (w, w.mT) if w.dim() == 2 else ():
+                if matrix.shape == (start.size, middle.size) and near(r @ matrix, rows[:1], epsilon):
+                    return congruence(block, matrix), middle
+        return uniform(block, _between(start, middle, block.dtype), n), middle
+    return None
+
+
+def _layouts(shape: torch.Size, samples: Samples) -> Iterator[Samples]:
+    """Where the samples can lie in a tensor of a shape, first where they do in its neighbour."""
+    n = samples.n
+    if samples.axis < len(shape) and shape[samples.axis] % n == 0:
+        yield samples
+    for axis, size in enumerate(shape):
+        if size % n == 0:
+            yield from [Samples(n, axis), Samples(n, axis, False)]
+
+
+def _between(start: _Place, end: _Place, dtype: torch.dtype) -> Send:
+    """Cotangents of one place sent to another."""
+
+    def send(stack: Tensor) -> Tensor:
+        sent = join(stack, start.samples, start.shape)
+        if same_edge(start.edge, end.edge):
+            return split(sent, end.samples)
+        if len(sent) > 1 and sent[0].numel() < _SMALL:
+            (back,) = pull_stack([start.edge], [sent], [end.edge])
+        else:
+            rows = [pull([start.edge], [row], [end.edge])[0] for row in sent]
+            found = [row[None] for row in rows if row is not None]
+            back = found[0] if len(found) == 1 else torch.cat(found) if found else None
+        if back is None:
+            back = stack.new_zeros(len(stack), *end.shape)
+        return split(back.to(dtype), end.samples)
+
+    return send
+
+
+# -- the parameters of a use --------------------------------------------------------------------------------
+
+
+def _gradients(tape: Tape, use: Use, place: _Place, block: Tensor) -> Iterator[ParameterGradient]:
+    """The parameters of a use, each with the block laid out as its output rows, or with columns of its root."""
+    zero = block.new_zeros(()).expand(1, *place.shape)
+    parts: dict[str, list[Part]] = {}
+    for name, part in parts_of(tape, use, zero, place.samples):
+        parts.setdefault(name, []).append(part)
+    apart = {name for name, found in parts.items() if len(found) > 1 or found[0].rows is None}
+    for name, (part, *_) in parts.items():
+        if name in apart:
+            continue
+        assert part.slot is not None and part.rows is not None
+        rows = part.rows.g.shape[2:]
+        curvature = block
+        if not _keeps_order(part.slot, place):
+            curvature = through(block, _as_rows(part.slot, place, block.dtype), place.samples.n)
+        curvature = curvature.view(*rows, *rows)
+        yield ParameterGradient(name, tape.parameters[name].shape, [part], curvature=curvature)
+    if apart:
+        yield from _from_root(tape, use, place, block, apart)
+
+
+def _from_root(tape: Tape, use: Use, place: _Place, block: Tensor, names: set[str]) -> Iterator[ParameterGradient]:
+    """Parameters with cotangents `[V,N,D]`, alike for every sample, whose products sum to the block over v and n."""
+    n = place.samples.n
+    values, vectors = torch.linalg.eigh(block / n)
+    root = (vectors * values.clamp(min=0).sqrt()).T
+    column = 0
+    for some in root.split(max(1, _ELEMENTS // max(1, n * place.size))):
+        stack = join(some[:, None].expand(-1, n, -1), place.samples, place.shape)
+        parts: dict[str, list[Part]] = {}
+        for name, part in parts_of(tape, use, stack, place.samples):
+            if name in names:
+                parts.setdefault(name, []).append(part)
+        for name, found in parts.items():
+            yield ParameterGradient(name, tape.parameters[name].shape, found, column)
+        column += len(some)
+
+
+def _keeps_order(slot: Slot, place: _Place) -> bool:
+    """Whether a slot's rows are each sample's values as they lie: the same view of the same memory."""
+    memory = torch.empty(1, *place.shape, dtype=slot.used.dtype, device=slot.used.device)
+    ours, its = split(memory, place.samples), slot.output(memory, place.samples).flatten(2)
+    return ours.data_ptr() == its.data_ptr() and ours.shape == its.shape and ours.stride() == its.stride()
+
+
+def _as_rows(slot: Slot, place: _Place, dtype: torch.dtype) -> Send:
+    """Cotangents of a use's output laid out as a slot's rows: a map like any other, mostly a rearrangement."""
+
+    def send(stack: Tensor) -> Tensor:
+        return slot.output(join(stack, place.samples, place.shape), place.samples).flatten(2).to(dtype)
+
+    return send

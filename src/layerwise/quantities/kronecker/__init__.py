@@ -1,0 +1,1 @@
+"""Kronecker factors of a parameter's curvature: K-FAC, KFLR, EKFAC."""

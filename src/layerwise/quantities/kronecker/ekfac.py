@@ -1,0 +1,292 @@
+"""K-FAC's eigenbasis with the exact second moments of the gradients in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.gradient.parameter import ParameterGradient
+from layerwise.graph.cotangents import Cotangent, Exact, Sampled
+from layerwise.operators.kronecker import EigenBlock, EigenKronecker, Kronecker
+from layerwise.quantities.base import Context, Quantity, Union, positive
+from layerwise.quantities.kronecker.factor_sums import Factors, block_names, blocks_of
+from layerwise.quantities.kronecker.factors import KroneckerFactors
+from layerwise.ranks.group import Ranks, digest_of, values_digest
+from layerwise.ranks.sums import Kind
+from layerwise.rows import contract, gram
+from layerwise.rows.base import Rows
+from layerwise.rows.layout import same_places
+
+__all__ = ["EKFAC", "Gradients", "Kept", "Spectra", "held", "second_moment", "with_constant"]
+
+Gradients = Rows | Tensor  # of one matrix: rows, or the gradients themselves `[M,O,I]`
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Gradients held until more is known about them: terms of a sum, each weight times a quadratic function of them.
+
+    Adding joins the terms and multiplying scales their weights, so that it takes a tensor's place wherever values
+    of stacks and batches are summed. The memory is that of all rows, and grows with every batch.
+    """
+
+    terms: tuple[tuple[tuple[Gradients, ...], float], ...]
+
+    def __add__(self, other: Kept) -> Kept:
+        *before, (last, weight) = self.terms
+        (first, its), *after = other.terms
+        first = tuple(_sharing(mine, new) for mine, new in zip(last, first, strict=True))
+        return Kept((*before, (last, weight), (first, its), *after))
+
+    def __mul__(self, factor: float) -> Kept:
+        return Kept(tuple((found, weight * factor) for found, weight in self.terms))
+
+    def __truediv__(self, divisor: float) -> Kept:
+        return self * (1 / divisor)
+
+    def tensors(self) -> list[Tensor]:
+        """None: what is held stays where it is, until the basis is known."""
+        return []
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Kept:
+        """The same."""
+        return self
+
+    def described(self) -> Held:
+        """A rank without such gradients holds none."""
+        return Held()
+
+    def spectrum(self, i: int, block: EigenBlock) -> Tensor:
+        """`[K,O,I]`: sum of the squared gradients of the i-th matrix in the eigenbasis of a block."""
+        total = torch.zeros_like(block.spectrum)
+        for found, weight in self.terms:
+            total.add_(second_moment(found[i], block), alpha=weight)
+        return total
+
+
+class Held(NamedTuple):
+    """`Kept`, without the gradients."""
+
+    kinds: tuple[Kind, ...] = ()
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Kept:
+        """No gradients."""
+        return Kept(())
+
+
+def _sharing(held: Gradients, new: Gradients) -> Gradients:
+    """A further stack of the same batch with the inputs that are held already."""
+    if isinstance(held, Tensor) or isinstance(new, Tensor) or held.a is None or new.a is None:
+        return new
+    return Rows(held.a, new.g, new.size_in) if torch.equal(held.a, new.a) else new
+
+
+def second_moment(gradients: Gradients, block: EigenBlock) -> Tensor:
+    """`[K,O,I]`: sum of the squared per-sample gradients in the eigenbasis of a block, in its type."""
+    dtype = block.spectrum.dtype
+    if isinstance(gradients, Tensor):
+        return block.rotate(gradients[:, None].to(dtype)).square_().sum(0)
+    rows, g = with_constant(gradients, block), gradients.g.to(dtype)
+    if block.basis_out is not None:
+        g = (g.transpose(2, 3) @ block.basis_out).transpose(2, 3)
+    a = rows.a
+    if a is not None and block.basis_in is not None:
+        rows = rows if a.is_floating_point() else gram.written_out(rows)
+        assert rows.a is not None
+        a = (rows.a.to(dtype).transpose(1, 2) @ block.basis_in).transpose(1, 2)
+    return contract.second_moment(Rows(a, g, rows.size_in))
+
+
+def with_constant(rows: Rows, block: EigenBlock) -> Rows:
+    """The rows with a last input of 1, where a block holds a bias as that."""
+    if block.bias is None:
+        return rows
+    assert rows.a is not None
+    return Rows(torch.cat([rows.a, rows.a.new_ones(*rows.a.shape[:3], 1)], 3), rows.g, rows.size_in + 1)
+
+
+class EKFAC(KroneckerFactors):
+    """The GGN's diagonal in K-FAC's eigenbasis: a block approximation closer to the GGN than K-FAC's.
+
+    With B = Q_B diag(b) Q_B^T and A = Q_A diag(a) Q_A^T the factors of `KFAC` ("expand"), the block of a parameter
+    W[k,o,i] is (Q_B (x) Q_A) diag(S) (Q_B (x) Q_A)^T, with S[k,o,i] = sum over n, v of (Q_B^T D Q_A)^2, `[K,O,I]`,
+    in place of K-FAC's b a^T, and D the gradient of sample n from the sampled root v, summed over positions and
+    uses. Basis and S come from the same columns. `samples=None` takes all columns of the exact root: the basis is
+    KFLR's, and S the exact diagonal of the GGN in it. Forms are those of `KFAC`.
+    The result is an `EigenKronecker` operator, in the units of the GGN.
+
+    basis: a `Kronecker` or `EigenKronecker` whose eigenvectors are taken in place of the batch's own; S is then exact
+    in it (an eigenbasis kept over several steps).
+    Memory: the eigenbasis is known after the last backward pass only, so the rows of all parameters are held until
+    then, N·T·K·(I + V·O) numbers for each use (I counts a convolution's whole window), and more with every batch;
+    the gradients themselves, N·V·K·O·I, of parameters of the form "gradients". With a basis nothing is held, and
+    `accumulate` makes the basis in a first pass over the data.
+    Raises UnknownLoss, SamplesMixed, or BadInput (also for a basis that lacks a parameter or has it as other matrices).
+    Source: George et al. (2018), algorithm 1.
+    """
+
+    def __init__(
+        self,
+        samples: int | None = 1,
+        generator: torch.Generator | None = None,
+        basis: Kronecker | EigenKronecker | None = None,
+    ) -> None:
+        self.samples = positive("EKFAC's samples", samples)
+        self.generator = generator
+        super().__init__(Exact() if samples is None else Sampled(samples, generator), "expand", False)
+        self.needs_samples = True
+        if basis is not None and not isinstance(basis, Kronecker | EigenKronecker):
+            raise BadInput(f"EKFAC: basis is a {type(basis).__name__}; give a Kronecker or EigenKronecker operator")
+        self.basis = basis.eigh() if isinstance(basis, Kronecker) else basis
+        self.powers = (1, 1) if basis is None else (1,)
+
+    def first(self) -> Quantity | None:
+        """The factors, whose eigenvectors are the basis."""
+        return Basis(self.cotangent) if self.basis is None else None
+
+    def after(self, found: Kronecker) -> EKFAC:
+        """The second moments in the eigenbasis of the factors."""
+        return EKFAC(self.samples, self.generator, found)
+
+    def settle(self, values: Mapping[str, tuple[Any, ...]], after: Quantity) -> dict[str, tuple[Any, ...]]:
+        """The second moments in the eigenbasis of `after`, of the rows held here."""
+        assert isinstance(after, EKFAC) and after.basis is not None
+        found: dict[str, tuple[Any, ...]] = {}
+        for name, (its, kept) in values.items():
+            keys = tuple(block_names(name, its.laid))
+            found[name] = (Spectra(keys, tuple(kept.spectrum(i, after.basis.blocks[k]) for i, k in enumerate(keys))),)
+        return found
+
+    def share(self, ranks: Ranks) -> None:
+        """Give all ranks the bits of one basis: eigenvectors differ between machines where eigenvalues meet."""
+        assert self.basis is not None
+        blocks = self.basis.blocks
+        found = [q for n in sorted(blocks) for q in (blocks[n].basis_in, blocks[n].basis_out) if q is not None]
+        ranks.send_from(0, found)
+
+    def settings(self) -> dict[str, Any]:
+        """What ranks must agree on."""
+        return super().settings() | ({} if self.basis is None else {"basis": _fingerprint(self.basis)})
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
+        """What `KFAC` sums, and the rows; with a basis the second moments in it."""
+        if self.basis is None:
+            return *super().compute(gradient), Kept(((held(gradient), 1.0),))
+        blocks = self._basis_of(gradient)
+        if gradient.groups is not None:
+            each = zip(gradient.groups, blocks.values(), strict=True)
+            return (Spectra(tuple(blocks), tuple(second_moment(p.rows, b) for p, b in each if p.rows)),)
+        ((name, block),) = blocks.items()
+        total = torch.zeros_like(block.spectrum)
+        for chunk in gradient.chunks():
+            total += second_moment(gram.as_matrices(chunk, gradient.shape), block)
+        return (Spectra((name,), (total,)),)
+
+    def _basis_of(self, gradient: ParameterGradient) -> dict[str, EigenBlock]:
+        """The blocks of a parameter by name, in the order of its matrices."""
+        assert self.basis is not None
+        laid = gradient.laid()
+        names = block_names(gradient.name, laid)
+        blocks = self.basis.blocks
+        found = {name: blocks[name] for name in names if name in blocks and blocks[name].bias is None}
+        fits = len(found) == len(names) and all(
+            block.form == laid.form
+            and (block.like.dtype, block.like.device) == (gradient.like.dtype, gradient.like.device)
+            and block.shape == gradient.shape
+            and same_places(block.matrix, matrix.matrix, gradient.shape)
+            for block, matrix in zip(found.values(), laid.matrices, strict=True)
+        )
+        if not fits:
+            raise BadInput(
+                f"EKFAC: {gradient.name!r} {tuple(gradient.shape)}, {gradient.like.dtype}, has the form {laid.form!r} "
+                f"and blocks {names}, which the basis lacks, or has of another type, as other matrices or with a bias: "
+                f"{self.basis!r}"
+            )
+        return found
+
+    def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> EigenKronecker:
+        """The operator: both stages, now that all rows are known."""
+        if self.basis is not None:
+            spectra = {key: s for value in values.values() for key, s in zip(*value[0], strict=True)}
+            rest = {k: b for k, b in self.basis.blocks.items() if b.parameter in values and k not in spectra}
+            known = {key: replace(self.basis.blocks[key], spectrum=s) for key, s in spectra.items()}
+            return EigenKronecker(known | {k: replace(b, spectrum=b.spectrum * 0) for k, b in rest.items()})
+        factors: dict[str, Factors] = {name: value[0] for name, value in values.items()}
+        blocks = dict(Kronecker(blocks_of(factors, False)).eigh().blocks)
+        for name, (its, kept) in values.items():
+            for i, key in enumerate(block_names(name, its.laid)):
+                blocks[key] = replace(blocks[key], spectrum=kept.spectrum(i, blocks[key]))
+        return EigenKronecker(blocks)
+
+    def __repr__(self) -> str:
+        return f"EKFAC(samples={self.samples}{'' if self.basis is None else ', basis=...'})"
+
+
+class Basis(KroneckerFactors):
+    """The factors of `EKFAC`, from parameters laid out as it lays them out."""
+
+    def __init__(self, cotangent: Cotangent) -> None:
+        super().__init__(cotangent, "expand", False)
+        self.needs_samples = True
+
+
+def _fingerprint(basis: EigenKronecker) -> str:
+    """A short text that differs where the bits of a basis do."""
+    return digest_of({
+        f"{name} {side}": values_digest(q)
+        for name, block in basis.blocks.items()
+        for side, q in (("in", block.basis_in), ("out", block.basis_out))
+        if q is not None
+    })  # fmt: skip
+
+
+class Bands(NamedTuple):
+    """`Spectra` without their numbers."""
+
+    names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Spectra:
+        """The spectra with these numbers."""
+        return Spectra(self.names, tuple(tensors))
+
+
+class Spectra(NamedTuple):
+    """Second moments of the matrices of a parameter, by block; they add, and scale, as a tensor does."""
+
+    names: tuple[str, ...]
+    values: tuple[Tensor, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return list(self.values)
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Spectra:
+        """The same blocks with other numbers."""
+        return Spectra(self.names, tuple(tensors))
+
+    def described(self) -> Bands:
+        """The blocks."""
+        return Bands(self.names, tuple(Kind.of(t) for t in self.values))
+
+    def __add__(self, other: Spectra) -> Spectra:  # type: ignore[override]
+        return Spectra(self.names, tuple(a + b for a, b in zip(self.values, other.values, strict=True)))
+
+    def __mul__(self, factor: float) -> Spectra:  # type: ignore[override]
+        return Spectra(self.names, tuple(value * factor for value in self.values))
+
+    def __truediv__(self, divisor: float) -> Spectra:
+        return self * (1 / divisor)
+
+
+def held(gradient: ParameterGradient) -> tuple[Gradients, ...]:
+    """The gradients of each matrix, in memory of their own: the user may write to a batch's before they are read."""
+    if gradient.groups is None:
+        return (gram.as_matrices(gradient.per_sample(), gradient.shape),)
+    rows = [part.rows for part in gradient.groups if part.rows is not None]
+    return tuple(Rows(None if r.a is None else r.a.clone(), r.g, r.size_in) for r in rows)

@@ -1,0 +1,170 @@
+"""Sums over stacks and batches from which the Kronecker factors of a parameter are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import Undefined
+from layerwise.operators.kronecker import KroneckerBlock
+from layerwise.ranks.sums import Kind
+from layerwise.rows.layout import Laid, Places, rest_of
+
+__all__ = ["Factors", "Sums", "block_names", "blocks_of"]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one matrix of a parameter sums.
+
+    inputs: sum of a a^T, `[K,I,I]`, its diagonal `[K,I]`, or zero where it came with another stack; under "gradients"
+    sum of D^T D. mean: sum of a (for a joint bias), or zero. counts: by how much to divide the inputs (the number of
+    rows; under "gradients" the trace of D^T D), and the number of rows before they were reduced. outputs: `[K,O,O]`.
+    """
+
+    inputs: Tensor
+    mean: Tensor
+    counts: Tensor
+    outputs: Tensor
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.inputs + other.inputs,
+            self.mean + other.mean,
+            self.counts + other.counts,
+            self.outputs + other.outputs,
+        )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The sums of all matrices of a parameter; they add, and scale by squares of the loss, as a tensor does.
+
+    laid: its form and matrices, given with the first stack of each batch. Batches that lay the parameter out as
+    different matrices have no factors in common: Undefined.
+    """
+
+    name: str
+    shape: torch.Size
+    form: str
+    sums: tuple[Sums, ...]
+    laid: Laid | None
+
+    def __add__(self, other: Factors) -> Factors:
+        if self.laid is not None and other.laid is not None and not self.laid.same(other.laid, self.shape):
+            raise Undefined(
+                f"asked for Kronecker factors of {self.name!r} over two batches that use it as different matrices "
+                f"({self._described()} and {other._described()}); observe each batch on its own"
+            )
+        sums = tuple(a + b for a, b in zip(self.sums, other.sums, strict=True))
+        return replace(self, sums=sums, laid=self.laid or other.laid)
+
+    def __mul__(self, factor: float) -> Factors:
+        if self.form == "gradients":
+            scaled = [Sums(s.inputs * factor, s.mean, s.counts * factor, s.outputs * factor) for s in self.sums]
+        else:
+            scaled = [replace(s, outputs=s.outputs * factor) for s in self.sums]
+        return replace(self, sums=tuple(scaled))
+
+    def __truediv__(self, divisor: float) -> Factors:
+        return self * (1 / divisor)
+
+    def tensors(self) -> list[Tensor]:
+        """All that adds up."""
+        return [t for s in self.sums for t in (s.inputs, s.mean, s.counts, s.outputs)]
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Factors:
+        """The same with other sums."""
+        return replace(self, sums=_grouped(tensors))
+
+    def described(self) -> Empty:
+        """The form, and where the matrices lie."""
+        assert self.laid is not None
+        places = tuple(Places.of(matrix, self.shape) for matrix in self.laid.matrices)
+        kinds = tuple(Kind.of(t) for t in self.tensors())
+        return Empty(self.name, self.shape, self.form, kinds, self.laid.form, places)
+
+    def _described(self) -> str:
+        sizes = [list(s.outputs.shape[:2]) for s in self.sums]
+        return f"{self.form}, [K,O] = {', '.join(map(str, sizes))}"
+
+
+class Empty(NamedTuple):
+    """Factors without their sums."""
+
+    name: str
+    shape: torch.Size
+    form: str
+    kinds: tuple[Kind, ...]
+    laid: str
+    places: tuple[Places, ...]
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Factors:
+        """The factors with these sums."""
+        matrices = tuple(places.restored(self.shape) for places in self.places)
+        rest = rest_of(matrices, self.shape) if self.laid == "slices" else None
+        return Factors(self.name, self.shape, self.form, _grouped(tensors), Laid(self.laid, matrices, rest))
+
+
+def _grouped(tensors: Sequence[Tensor]) -> tuple[Sums, ...]:
+    return tuple(Sums(*tensors[i : i + 4]) for i in range(0, len(tensors), 4))
+
+
+def block_names(name: str, laid: Laid) -> list[str]:
+    """What the blocks of a parameter are called: as itself, or one after the other where they are slices."""
+    return [f"{name}[{i}]" for i in range(len(laid.matrices))] if laid.form == "slices" else [name]
+
+
+def blocks_of(values: Mapping[str, Factors], joint: bool) -> dict[str, KroneckerBlock]:
+    """The blocks of all parameters; joint: with a bias in the block of its weight."""
+    blocks: dict[str, KroneckerBlock] = {}
+    pairs = _pairs(values) if joint else {}
+    inside = set(pairs.values())
+    for name, factors in values.items():
+        laid, bias = factors.laid, pairs.get(name)
+        assert laid is not None
+        if name in inside:
+            continue
+        for key, matrix, sums in zip(block_names(name, laid), laid.matrices, factors.sums, strict=True):
+            a = None if matrix.bias else _divided(sums.inputs, float(sums.counts[0]))
+            if bias is not None:
+                a = _with_constant(sums.inputs / sums.counts[0], sums.mean / sums.counts[0])
+            parameter = name if key != name else None
+            blocks[key] = KroneckerBlock(a, sums.outputs, matrix.fold, matrix.matrix, bias, laid.form, parameter)
+        if laid.rest is not None:
+            maps, b = laid.rest, factors.sums[0].outputs
+            size = maps.matrix(torch.empty(factors.shape, device="meta")).shape[-1]
+            nothing = b.new_zeros(1, size), b.new_zeros(1, 1, 1)
+            blocks[f"{name}[rest]"] = KroneckerBlock(*nothing, maps.fold, maps.matrix, None, laid.form, name)
+    return blocks
+
+
+def _divided(total: Tensor, count: float) -> Tensor:
+    """The mean, without a copy where there is nothing to divide; of nothing it is zero."""
+    return total if count in (0, 1) else total / count
+
+
+def _pairs(values: Mapping[str, Factors]) -> dict[str, str]:
+    """Weights and their biases: those that met in every row of both."""
+    pairs: dict[str, str] = {}
+    for name, factors in values.items():
+        assert factors.laid is not None
+        bias = factors.laid.matrices[0].partner
+        sums = factors.sums[0]
+        if bias is None or bias not in values or not sums.mean.dim() or bias in pairs.values():
+            continue
+        its = values[bias]
+        if its.form == "rows" and bool(its.sums[0].counts[1] == sums.counts[1]):
+            pairs[name] = bias
+    return pairs
+
+
+def _with_constant(a: Tensor, mean: Tensor) -> Tensor:
+    """The mean of `(a, 1)(a, 1)^T`, `[K,I+1,I+1]`, from those of a a^T and a."""
+    top = torch.cat([a, mean[:, :, None]], 2)
+    bottom = torch.cat([mean, mean.new_ones(len(mean), 1)], 1)
+    return torch.cat([top, bottom[:, None]], 1)

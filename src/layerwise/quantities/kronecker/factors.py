@@ -1,0 +1,165 @@
+"""Kronecker factors of the generalized Gauss-Newton matrix's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.gradient.parameter import ParameterGradient
+from layerwise.graph.cotangents import Cotangent, Exact, Sampled
+from layerwise.operators.kronecker import Kronecker
+from layerwise.quantities.base import Context, Quantity, Union, positive
+from layerwise.quantities.kronecker.factor_sums import Factors, Sums, blocks_of
+from layerwise.rows import contract, layout
+from layerwise.rows.base import Rows
+
+__all__ = ["KFAC", "KFLR", "KroneckerFactors", "options"]
+
+SHARING = ("expand", "reduce")
+
+
+class KroneckerFactors(Quantity):
+    """What the Kronecker-factored quantities share: the factors of any root columns.
+
+    sharing: "expand" (each position counts as a sample of its own) or "reduce" (the positions of one sample
+    meet before they are squared). joint: a bias is a further input of its weight.
+    """
+
+    powers: tuple[float, ...] = (1,)
+
+    def __init__(self, cotangent: Cotangent, sharing: str, joint: bool) -> None:
+        if sharing not in SHARING:
+            raise BadInput(f'{type(self).__name__}: sharing must be "expand" or "reduce", got {sharing!r}')
+        self.cotangent = cotangent
+        self.sharing = sharing
+        self.joint = joint
+        self.needs_samples = sharing == "reduce"
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
+        """The sums of the factors of each matrix."""
+        groups, laid = gradient.groups, None
+        if groups is None or self.from_gradients(gradient):
+            laid = layout.dense_laid(gradient.shape)
+            sums: tuple[Sums, ...] = (_of_gradients(gradient),)
+        else:
+            if not gradient.column:
+                laid = gradient.laid(self.joint)
+            sums = tuple(self._of_rows(gradient, part.rows) for part in groups if part.rows)
+        form = laid.form if laid is not None else "rows"  # of further stacks, which are added to the first
+        return (Factors(gradient.name, gradient.shape, form, sums, laid),)
+
+    def from_gradients(self, gradient: ParameterGradient) -> bool:
+        """Whether rows are there, but an index of too many inputs to meet before it is squared."""
+        return self.sharing == "reduce" and any(_long(part.rows) for part in gradient.groups or ())
+
+    def _of_rows(self, gradient: ParameterGradient, rows: Rows) -> Sums:
+        size = rows.g.shape[1:3].numel()
+        if self.sharing == "reduce":
+            rows = _reduced(rows)
+        b = self.output_factor(gradient, rows)
+        counts = b.new_tensor([rows.g.shape[1] * rows.g.shape[2], size])
+        nothing = b.new_zeros(())
+        if gradient.column:  # the inputs are the same for every stack of cotangents
+            return Sums(nothing, nothing, counts.new_zeros(2), b)
+        mean = nothing
+        if self.joint and rows.kind == "float":
+            assert rows.a is not None
+            mean = rows.a.sum((0, 1))
+        return Sums(contract.input_gram(rows), mean, counts, b)
+
+    def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
+        """Sum of output products over the rows, `[K,O,O]`."""
+        return gradient.output_gram(rows.g)
+
+    def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> Any:
+        """The operator, with the maps of each parameter to its matrix."""
+        return Kronecker(blocks_of({name: value[0] for name, value in values.items()}, self.joint))
+
+
+class KFAC(KroneckerFactors):
+    """Kronecker-factored approximation of the GGN's diagonal blocks, from sampled labels.
+
+    For each parameter W[k,o,i], with s the sampled root at its outputs (it carries the loss's scale), B (x) A
+    approximates the block; A `[K,I,I]`, B `[K,O,O]`:
+    `sharing="expand"`: A[k] = mean over n, t of a a^T, B[k] = sum over n, t and draws of s s^T;
+    `sharing="reduce"`: A[k] = mean over n of abar abar^T, abar the mean of a over t, and
+    B[k] = sum over n and draws of (sum_t s)(sum_t s)^T.
+    A bias has A = 1; with `joint=True` it is the last input, constant 1, of the weight whose rows it is added to
+    (A is `[K,I+1,I+1]`), and keeps a block of its own where one of the two is used without the other. Further uses
+    of one parameter are further positions. The result is a `Kronecker` operator, whose `forms` say for each parameter
+    what its factors are made from:
+    "rows": as above. "slices": as above for each of the disjoint slices that its uses read, `w[0]`, `w[1]`, ...
+    "gradients", where it has no such matrix (a derived weight, a tied embedding): B = sum over n and draws of D D^T,
+    A = sum of D^T D / tr B, D the gradient of one sample and draw as a matrix [first axis, rest]; its trace is that of
+    the block. A side of more than 16384 has the diagonal of its factor.
+    Raises UnknownLoss, BadInput, SamplesMixed ("reduce" or "gradients"), or Undefined (batches of different forms).
+    Source: Martens and Grosse (2015), section 3; Grosse and Martens (2016); Eschenhagen et al. (2023); for gradients
+    Morwani et al. (2024), section 3.
+    """
+
+    def __init__(
+        self,
+        samples: int = 1,
+        generator: torch.Generator | None = None,
+        sharing: str = "expand",
+        joint: bool = False,
+    ) -> None:
+        if samples is None:
+            raise BadInput("KFAC's samples must be a whole number of at least 1, got None; KFLR has the exact root")
+        self.samples = positive("KFAC's samples", samples)
+        super().__init__(Sampled(samples, generator), sharing, joint)
+
+    def __repr__(self) -> str:
+        return f"KFAC(samples={self.samples}{options(self)})"
+
+
+class KFLR(KroneckerFactors):
+    """Kronecker-factored approximation of the GGN's diagonal blocks, from the exact root of the loss Hessian.
+
+    As `KFAC`, with the sum over draws replaced by the sum over all root columns v: its B is the expectation of
+    KFAC's, and A is the same. `[K,I,I]`, `[K,O,O]`; `(C-1)` columns for C classes and each loss term of a sample.
+    Exact for a linear layer of one sample and one position. The result is a `Kronecker` operator; forms as in `KFAC`.
+    Raises UnknownLoss, BadInput, SamplesMixed, or Undefined (a loss without a root, or batches of different forms).
+    Source: Botev, Ritter and Barber (2017); Dangel et al. (2020), table 1.
+    """
+
+    def __init__(self, sharing: str = "expand", joint: bool = False) -> None:
+        super().__init__(Exact(), sharing, joint)
+
+    def __repr__(self) -> str:
+        return f"KFLR({options(self)[2:]})"
+
+
+def options(quantity: KroneckerFactors) -> str:
+    """What was asked for besides the defaults, each with a comma in front."""
+    sharing = "" if quantity.sharing == "expand" else f", sharing={quantity.sharing!r}"
+    return sharing + (", joint=True" if quantity.joint else "")
+
+
+def _long(rows: Rows | None) -> bool:
+    """Whether an index would have a mean whose products no longer fit a dense matrix."""
+    return rows is not None and rows.kind == "index" and rows.size_in > layout.LONG_SIDE
+
+
+def _reduced(rows: Rows) -> Rows:
+    """One row for each sample: the mean of the inputs and the sum of the cotangents over the positions."""
+    a, g = rows.a, rows.g.sum(2, keepdim=True)
+    if a is None:
+        return Rows(None, g, 1)
+    if a.is_floating_point():
+        return Rows(a.mean(1, keepdim=True), g, rows.size_in)
+    mean = g.new_zeros(len(a), rows.size_in)
+    if a.shape[1]:
+        mean.scatter_add_(1, a, g.new_full(a.shape, 1 / a.shape[1]))
+    return Rows(mean[:, None, None], g, rows.size_in)
+
+
+def _of_gradients(gradient: ParameterGradient) -> Sums:
+    """The sums of D D^T and D^T D, with their common trace."""
+    outputs, inputs = gradient.dense_grams()
+    trace = outputs.diagonal(dim1=1, dim2=2).sum()
+    return Sums(inputs, trace.new_zeros(()), torch.stack([trace, torch.zeros_like(trace)]), outputs)

@@ -1,0 +1,86 @@
+"""State that a run of a closure changes: buffers, gradients and random generators, kept and put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput
+
+__all__ = ["Buffers", "Gradients", "RandomState", "check_loss", "seed_of"]
+
+
+class Buffers:
+    """The values of a model's buffers, to be put back: floating-point ones, and counters."""
+
+    def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        buffers = model.named_buffers() if isinstance(model, nn.Module) else ()
+        self._values = [(name, b, b.clone()) for name, b in buffers if b.is_floating_point() or not b.dim()]
+
+    @torch.no_grad()
+    def spoiled(self) -> str | None:
+        """The first buffer that holds NaN or infinity and did not before, by name."""
+        floats = [(name, b, value) for name, b, value in self._values if b.is_floating_point() and b.numel()]
+        if not floats:
+            return None
+        device = floats[0][1].device
+        finite = torch.stack([torch.isfinite(b).all().to(device) for _, b, _ in floats]).tolist()
+        for ok, (name, _, value) in zip(finite, floats, strict=True):
+            if not ok and bool(torch.isfinite(value).all()):
+                return name
+        return None
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write the values into the buffers that have changed."""
+        for _, buffer, value in self._values:
+            # batch norm does not count up its buffers' versions, so values are compared
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+class Gradients:
+    """The `.grad` of parameters, to be put back; values: also what they hold, which a backward pass would add to."""
+
+    def __init__(self, parameters: Iterable[Tensor], values: bool = True) -> None:
+        self._grads = [
+            (p, p.grad, None if p.grad is None or not values else p.grad.detach().clone()) for p in parameters
+        ]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The same tensors, with the same values where they were kept."""
+        for p, grad, value in self._grads:
+            p.grad = grad
+            if grad is not None and value is not None:
+                grad.copy_(value)
+
+
+def seed_of(seed: int, step: int) -> int:
+    """The generator's seed for the draws of a step; mixed, since CPU generators read the lower 32 bits alone."""
+    return random.Random(f"{seed} {step}").getrandbits(63)
+
+
+class RandomState:
+    """The states of the generators that a closure may draw from."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._python, self._cpu = random.getstate(), torch.get_rng_state()
+        self._devices = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"}
+
+    def put_back(self) -> None:
+        """Bring the generators back to the states."""
+        random.setstate(self._python)
+        torch.set_rng_state(self._cpu)
+        for device, state in self._devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+def check_loss(loss: object) -> None:
+    """Raise BadInput where a closure returned something else than a loss, a tensor of one element."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise BadInput(f"the closure must return the loss, a tensor of one element; got {seen}")

@@ -1,0 +1,209 @@
+"""Rows of several uses joined, cut by samples, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.rows.base import Rows, Windows
+
+__all__ = [
+    "CHUNK_BYTES",
+    "PIECE_BYTES",
+    "chunks",
+    "concat",
+    "dims",
+    "fill",
+    "flatten_samples",
+    "in_pieces",
+    "keys",
+    "merged_index",
+    "narrow",
+    "product",
+    "product_of",
+    "ranges",
+    "summed",
+]
+
+PIECE_BYTES = 2**21  # of windows laid out at once: they are read again while they are in the cache
+
+
+def concat(parts: Sequence[Rows]) -> Rows:
+    """Join several uses of one tensor into one, along the positions: their gradients add before any square.
+
+    Shapes: equal V, N, K, O and I, and inputs of one kind (constant, float or index); T adds up.
+    Raises: `BadInput` that says which of these differs; then add the uses' `per_sample` chunk by chunk.
+    """
+    if not parts:
+        raise BadInput("concat: no rows were given; pass the rows of at least one use.")
+    if len(parts) == 1:
+        return parts[0]
+    first = _signature(parts[0])
+    for part in parts[1:]:
+        for name, seen in _signature(part).items():
+            if seen != first[name]:
+                raise BadInput(
+                    f"concat: {name} is {first[name]} in one use and {seen} in another; only rows that "
+                    "agree can be joined. Add the uses' per-sample gradients instead."
+                )
+    g = torch.cat([part.g for part in parts], dim=2)
+    inputs = [part.a for part in parts if part.a is not None]
+    return Rows(torch.cat(inputs, dim=1) if inputs else None, g, parts[0].size_in)
+
+
+def narrow(rows: Rows, start: int, length: int) -> Rows:
+    """The rows of the samples `start` to `start + length`, without a copy."""
+    start, stop, _ = slice(start, start + length).indices(rows.g.shape[1])
+    if isinstance(rows, Windows) and not rows.laid_out:
+        return rows.narrow(start, stop - start)
+    a = None if rows.a is None else rows.a[start:stop]
+    return Rows(a, rows.g[:, start:stop], rows.size_in)
+
+
+def in_pieces(rows: Rows, times: int = 1) -> Iterator[Rows]:
+    """The rows as they are; where the input is not laid out, as many samples at a time as fit `PIECE_BYTES`."""
+    v, n, t, k, o, i = dims(rows)
+    step = max(1, times * PIECE_BYTES // max(1, t * k * i * rows.g.element_size()))
+    if rows.laid_out or n <= step:
+        yield rows
+        return
+    for start in range(0, n, step):
+        yield narrow(rows, start, step)
+
+
+def summed(function: Callable[[Rows], Tensor], times: int = 1) -> Callable[[Rows], Tensor]:
+    """A sum over samples, with an input that is not laid out taken in pieces."""
+
+    @wraps(function)
+    def over_pieces(rows: Rows) -> Tensor:
+        total: Tensor | None = None
+        for piece in in_pieces(rows, times):
+            value = function(piece)
+            total = value if total is None else total.add_(value)
+        assert total is not None
+        return total
+
+    return over_pieces
+
+
+def flatten_samples(rows: Rows) -> Rows:
+    """The same rows with every sample a position of a single one, N = 1, for sums that need no samples."""
+    v, n, t, k, o, i = dims(rows)
+    a = None if rows.a is None else rows.a.reshape(1, n * t, *rows.a.shape[2:])
+    return Rows(a, rows.g.reshape(v, 1, n * t, k, o), i)
+
+
+def _signature(rows: Rows) -> dict[str, object]:
+    v, n, _, k, o, i = dims(rows)
+    return {"kind": rows.kind, "V": v, "N": n, "K": k, "O": o, "size_in": i}
+
+
+def dims(rows: Rows) -> tuple[int, int, int, int, int, int]:
+    """V, N, T, K, O, I, after a check that the input and the cotangents agree on them."""
+    if not rows.laid_out:
+        return *rows.g.shape, rows.size_in
+    a, g, i = rows.a, rows.g, rows.size_in
+    if g.ndim == 5:
+        v, n, t, k, o = g.shape
+        if a is None:
+            fits = i == 1
+        elif a.is_floating_point():
+            fits = a.shape == (n, t, k, i)
+        else:
+            fits = k == 1 and a.shape == (n, t)
+        if fits:
+            return v, n, t, k, o, i
+    seen = "None" if a is None else f"{a.dtype} {tuple(a.shape)}"
+    raise BadInput(
+        f"rows: input {seen} with size_in {i} does not fit cotangents {tuple(g.shape)}; expected g "
+        "[V,N,T,K,O] with a float [N,T,K,I], int64 [N,T] (K = 1) or None (I = 1)."
+    )
+
+
+def keys(index: Tensor, size_in: int) -> Tensor:
+    """`n·I + index`: one number for each sample and input, `[N·T]`."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * size_in).flatten()
+
+
+def merged_index(index: Tensor, g: Tensor, size_in: int) -> tuple[Tensor, Iterator[Tensor]]:
+    """The keys that occur, each once, and for every cotangent its rows summed by key, `[key, O]`."""
+    found, place = torch.unique(keys(index, size_in), return_inverse=True)
+    shape = (len(found), g.shape[-1])
+    return found, (x.new_zeros(shape).index_add_(0, place, x.reshape(-1, shape[1])) for x in g.unbind(0))
+
+
+CHUNK_BYTES = 2**21  # scratch of one chunk: between one MiB and four all shapes were within 5 % of their best
+CHUNK_BYTES_DEVICE = 2**27  # on an accelerator launches cost more than memory
+
+
+def product(g: Tensor, a: Tensor, out: Tensor) -> Tensor:
+    """D `[N,K,O,I]` of one cotangent, into contiguous memory."""
+    n, t, k, i = a.shape
+    o = g.shape[-1]
+    if t == 1:
+        return torch.mul(g[:, 0, :, :, None], a[:, 0, :, None, :], out=out)
+    if o == i == 1:
+        torch.sum(g[..., 0] * a[..., 0], 1, out=out[..., 0, 0])
+        return out
+    left, right = g.permute(0, 2, 3, 1).reshape(n * k, o, t), a.transpose(1, 2).reshape(n * k, t, i)
+    torch.bmm(left, right, out=out.view(n * k, o, i))
+    return out
+
+
+def _laid_out(a: Tensor, g: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
+    v, n, t, k, o = g.shape
+    i = a.shape[-1]
+    each = k * (t + 1 if o == i == 1 else o * i) * g.element_size()
+    parts = list(ranges(n, each, g))
+    scratch = g.new_empty(max((high - low for low, high in parts), default=0), k, o, i)
+    for low, high in parts:
+        for w in range(v):
+            yield w, low, high, product(g[w, low:high], a[low:high], out=scratch[: high - low])
+
+
+def product_of(rows: Rows) -> Callable[[Tensor, int, int], Tensor] | None:
+    """The rows' own way to D, where they are not laid out and have one."""
+    return rows.product if isinstance(rows, Windows) and not rows.laid_out else None
+
+
+def chunks(rows: Rows) -> Iterator[tuple[int, int, int, Tensor]]:
+    """(v, first sample, end, D `[n,K,O,I]`) for all of D, by the rows' own product where they have one.
+
+    Each chunk may be written to, and lies in the memory of the last.
+    """
+    own = product_of(rows)
+    if own is None:
+        assert rows.a is not None
+        yield from _laid_out(rows.a, rows.g)
+        return
+    v, n, t, k, o, i = dims(rows)
+    for low, high in ranges(n, k * o * i * rows.g.element_size(), rows.g):
+        for w in range(v):
+            yield w, low, high, own(rows.g[w, low:high], low, high)
+
+
+def fill(d: Tensor, rows: Rows) -> None:
+    """Write D into `[V,N,K,O,I]`, by the rows' own product or from their input a piece at a time."""
+    if product_of(rows) is not None:
+        for w, low, high, part in chunks(rows):
+            d[w, low:high] = part
+        return
+    start = 0
+    for piece in in_pieces(rows):
+        stop = start + piece.g.shape[1]
+        assert piece.a is not None
+        for w in range(len(d)):
+            product(piece.g[w], piece.a, out=d[w, start:stop])
+        start = stop
+
+
+def ranges(n: int, each: int, like: Tensor) -> Iterator[tuple[int, int]]:
+    """Cut n things of `each` bytes into ranges that fit the chunk."""
+    budget = CHUNK_BYTES if like.device.type == "cpu" else CHUNK_BYTES_DEVICE
+    step = max(1, budget // max(1, each))
+    for low in range(0, n, step):
+        yield low, min(n, low + step)

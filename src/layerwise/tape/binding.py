@@ -1,0 +1,134 @@
+"""Parameters bound to their names, late: trainers replace them, before a forward pass or for the time of one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput, UnsupportedCall
+from layerwise.ranks.trainers import is_sharded, sharded_of
+from layerwise.tape.uses import named_parameters_of
+
+__all__ = ["Binding", "Leaves", "check_replaced", "check_sharded", "check_whole"]
+
+
+class Binding:
+    """The parameters of a model by name, looked up again where a call shows an unknown one.
+
+    parameters: those that calls use, of the ones to follow. owners: those that an optimizer holds, and `.grad` belongs
+    to: under FSDP2 the DTensors, of which the modules hold whole copies while they run. frozen: not followed.
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        named = named_parameters_of(model)
+        self._model = weakref.ref(model) if isinstance(model, nn.Module) else None
+        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self.frozen = [p for p in named.values() if not p.requires_grad]
+        sharded = sharded_of(model)
+        self.owners = {name: sharded.get(id(p), p) for name, p in self.parameters.items()}
+        self._foreign: dict[int, Tensor] = {}  # held, so that no other tensor takes their ids
+
+    def _named(self) -> dict[str, Tensor]:
+        model = None if self._model is None else self._model()
+        return {} if model is None else dict(model.named_parameters())
+
+    def again(self, unknown: Sequence[Tensor], remember: bool) -> dict[str, Tensor]:
+        """The parameters that took the place of others, by name, where an unknown one that a call shows is of them.
+
+        remember: whether the call makes something of those that are none of the model's, so that they stay so.
+        """
+        unknown = [p for p in unknown if id(p) not in self._foreign]
+        named = self._named() if unknown else {}
+        ids = set(map(id, named.values()))
+        if remember:
+            self._foreign |= {id(p): p for p in unknown if id(p) not in ids}
+        if not any(id(p) in ids for p in unknown):
+            return {}
+        known = {id(p) for p in (*self.parameters.values(), *self.frozen)}
+        return {name: p for name, p in named.items() if id(p) not in known and not is_sharded(p)}
+
+    def check_names(self) -> None:
+        """Refuse a parameter that was used before it became the model's, or that has taken the name of another."""
+        bound = {id(p): name for name, p in self.parameters.items()}
+        for name, p in self._named().items():
+            if id(p) in self._foreign:
+                raise BadInput(
+                    f"parameter {name!r} was used before it was made the model's, so that call was not recorded; give "
+                    "it to the model before the forward pass"
+                )
+            if bound.get(id(p), name) != name:
+                raise BadInput(
+                    f"parameter {name!r} was {bound[id(p)]!r} when the observation began; exchange parameters outside "
+                    "of it"
+                )
+
+    def hidden(self) -> dict[int, str]:
+        """The names of the parameters that replaced others and that no call has shown, by id."""
+        model = None if self._model is None else self._model()
+        at = {id(owner): name for name, owner in self.owners.items()}
+        found = {id(p): name for name, p in self._named().items() if p.requires_grad}
+        return found | {whole: at[id(owner)] for whole, owner in sharded_of(model).items() if id(owner) in at}
+
+    def bind(self, name: str, p: Tensor) -> Tensor | None:
+        """Give a name to another parameter; the one that had it before."""
+        old = self.parameters.pop(name, None)
+        if not p.requires_grad:
+            self.owners.pop(name, None)
+            self.frozen.append(p)
+            return old
+        self.parameters[name] = p
+        if not is_sharded(self.owners.get(name)):
+            self.owners[name] = p
+        return old
+
+
+class Leaves:
+    """The names of the parameters at the leaves of an autograd graph."""
+
+    def __init__(self, binding: Binding) -> None:
+        self._binding = binding
+        self._shown = {id(p): name for name, p in binding.parameters.items()}
+        self._hidden: dict[int, str] | None = None  # asked for where some leaf is unknown
+
+    def name(self, node: Any) -> str | None:
+        """The name of the followed parameter whose gradient a node accumulates."""
+        variable = getattr(node, "variable", None)
+        name = self._shown.get(id(variable))
+        if name is not None or type(variable) is not nn.Parameter:
+            return name
+        if self._hidden is None:
+            self._hidden = self._binding.hidden()
+        return self._hidden.get(id(variable))
+
+
+def check_sharded(owners: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of FSDP2, where the one who records does not keep them whole while they are read."""
+    for name, owner in owners.items():
+        if is_sharded(owner):
+            raise UnsupportedCall(
+                f"parameter {name!r} is sharded by fully_shard, and its whole copy is freed after the forward pass; "
+                "`observe` and `accumulate` follow such models, this does not: use a model that is not sharded, such "
+                "as the module under DistributedDataParallel"
+            )
+
+
+def check_replaced(name: str, pending: bool) -> None:
+    """Refuse a parameter that was replaced while calls with the old one wait for their backward pass."""
+    if pending:
+        raise BadInput(
+            f"parameter {name!r} was replaced by another one after a call with it had been recorded, and before the "
+            "backward pass; run each forward and its backward pass with the same parameters"
+        )
+
+
+def check_whole(name: str, tensor: Any) -> None:
+    """Refuse a call that computes with a DTensor itself."""
+    if is_sharded(tensor):
+        raise UnsupportedCall(
+            f"a call uses the parameter {name!r} as a DTensor, {tuple(tensor.placements)}, so that one sample's values "
+            "lie on several ranks (tensor parallelism); models under DistributedDataParallel or fully_shard are "
+            "followed, where every rank runs whole layers on samples of its own"
+        )

@@ -1,0 +1,129 @@
+"""The tape's record of losses: known calls, marked calls, and what the model's forward returned."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from layerwise import losses
+from layerwise.ranks.trainers import unwrapped
+from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of
+
+__all__ = ["LossRecord"]
+
+
+class _LogSoftmax(NamedTuple):
+    """A log-softmax: its output, and the logits that it was made from."""
+
+    output: weakref.ref[Tensor]
+    logits: Tensor
+    edge: GradientEdge
+    dim: int | None
+
+
+class LossRecord(TorchFunctionMode):
+    """What a tape knows of losses.
+
+    losses: the known calls. own: the marked ones. returned: the tensors that the model's forward returned, the boundary
+    of all other losses, seen by a hook on the model while the context is active; None where they are not asked for.
+    """
+
+    calls: list[Any]
+
+    def __init__(self, model: Any, own_losses: bool) -> None:
+        super().__init__()
+        self._model = weakref.ref(model) if own_losses and isinstance(model, nn.Module) else None
+        self._hook: Any = None
+        self.returned: list[LossUse] | None = [] if own_losses else None
+
+    def clear_losses(self) -> None:
+        """Forget all losses."""
+        self.losses: list[LossUse] = []
+        self.own: list[OwnUse] = []
+        self.returned = None if self.returned is None else []
+        self._log_softmax: dict[int, _LogSoftmax] = {}
+
+    def forget_losses(self, made: Iterable[LossUse]) -> None:
+        """Forget some losses, or tensors of a boundary."""
+        gone = set(map(id, made))
+        self.losses = [loss for loss in self.losses if id(loss) not in gone]
+        self.own = [own for own in self.own if not any(id(part) in gone for part in own.boundary)]
+        if self.returned is not None:
+            self.returned = [part for part in self.returned if id(part) not in gone]
+
+    def watch(self) -> None:
+        """Begin to note what the model returns."""
+        model = None if self._model is None else unwrapped(self._model())  # DDP's own output may be a view of it
+        if model is not None:
+            self._hook = model.register_forward_hook(self._forward_hook)
+
+    def unwatch(self) -> None:
+        """Leave the model as it was."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _sort(self, args: Any, kwargs: Any) -> tuple[list[Derived], list[Tensor], int]:
+        raise NotImplementedError
+
+    def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
+        raise NotImplementedError
+
+    def _log_softmax_call(self, func: Any, args: Any, kwargs: Any, logits: Tensor) -> Any:
+        """Run a log-softmax and remember its input, the logits of a loss on log-probabilities."""
+        edge = get_gradient_edge(logits)
+        out = func(*args, **kwargs)
+        self.calls.append(func)
+        self._note_data(func, args, kwargs, [logits], out)
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        self._log_softmax[id(out)] = _LogSoftmax(weakref.ref(out), logits.detach(), edge, dim)
+        return out
+
+    def _loss(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run and record a call that makes a loss."""
+        if type(func) is losses.OwnLoss:
+            return self._own_loss(func, args, kwargs)
+        logits = losses.logits_of(func, args, kwargs)
+        if not (isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()):
+            return func(*args, **kwargs)
+        source = self._log_softmax.get(id(logits))
+        if source is not None and source.output() is logits:
+            call = losses.bind(func, args, kwargs, source.logits, source.dim)
+            edge = source.edge if call.log_softmax else get_gradient_edge(logits)
+        else:
+            call, edge = losses.bind(func, args, kwargs), get_gradient_edge(logits)
+        losses.check(call)
+        used, data, _ = self._sort(args, kwargs)
+        out = func(*args, **kwargs)
+        self.calls.append(func)
+        self._note_data(func, args, kwargs, data, out)
+        if out.requires_grad:
+            call = dataclasses.replace(call, logits=call.logits.detach())
+            self.losses.append(LossUse(call, edge, get_gradient_edge(out)))
+        return out
+
+    def _own_loss(self, func: losses.OwnLoss, args: Any, kwargs: Any) -> Any:
+        """Run and record a call that the user marked as a loss."""
+        z = args[0] if args else next(iter(kwargs.values()), None)
+        parts = boundary_of(func.__name__, z, func.reduction) if torch.is_grad_enabled() else []
+        data = [x for x in losses.tensors_in((args, kwargs)) if x.requires_grad]
+        out = func(*args, **kwargs)
+        self.calls.append(func)
+        if data:
+            self._note_data(func, args, kwargs, data, out)
+        if isinstance(out, Tensor) and out.requires_grad and parts:
+            call = losses.OwnCall(func.__name__, parts[0].call.logits, func.reduction)
+            self.own.append(OwnUse(call, parts, get_gradient_edge(out)))
+        return out
+
+    def _forward_hook(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Note what the model's forward returned."""
+        if self.returned is not None and torch.is_grad_enabled():
+            self.returned += [part for part in boundary_of("the loss", out) if part.call.logits.dim()]

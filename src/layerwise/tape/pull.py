@@ -1,0 +1,171 @@
+"""Cotangents sent back through a recorded graph, by torch's own autograd.
+
+No derivative rule is written here or anywhere: `torch.autograd.grad` from the logits' edges to the edges
+of the uses knows every activation, pooling and residual sum.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from layerwise import tensors
+from layerwise.errors import BadInput
+from layerwise.tape.uses import Use
+
+__all__ = ["accumulated", "alone", "backward_arguments", "hooked", "pull", "silent", "stopped"]
+
+
+class _State(threading.local):
+    pulling = False
+
+
+_STATE = _State()  # whether this thread is inside a pull: hooks must not mistake it for the user's backward
+
+
+@contextmanager
+def _pulling() -> Iterator[None]:
+    before, _STATE.pulling = _STATE.pulling, True
+    try:
+        yield
+    finally:
+        _STATE.pulling = before
+
+
+def pull(
+    outputs: Sequence[Any],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Any],
+    batched: bool = False,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Vector-Jacobian products of `outputs` with `cotangents` at `inputs` (edges or tensors).
+
+    batched: each cotangent carries a leading axis V, and so does each result; they go one by one where a
+    checkpointed block draws random numbers again. The graph is kept. An input that no output depends on gives None.
+    """
+    try:
+        with _pulling():
+            return list(
+                torch.autograd.grad(
+                    list(outputs),
+                    list(inputs),
+                    list(cotangents),
+                    retain_graph=True,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
+            )
+    except RuntimeError as error:
+        if not batched or "random operations inside of vmap" not in str(error):
+            raise
+    rows = [
+        pull(outputs, [c[v] for c in cotangents], inputs, create_graph=create_graph) for v in range(len(cotangents[0]))
+    ]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+@contextmanager
+def alone(device: str) -> Iterator[None]:
+    """Run computations of our own: no torch-function mode of the user sees them, no autocast changes them."""
+    lowered = torch.is_autocast_enabled(device)
+    with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False) if lowered else nullcontext():
+        yield
+
+
+def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """A user's tensor hook that our own pulls do not call."""
+    return lambda g: None if _STATE.pulling else hook(g)
+
+
+@contextmanager
+def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Collect what a backward pass inside the context sends to each parameter's `.grad`, by name.
+
+    It is caught on its way: a difference of sums would be inexact, and a trainer's hooks may put something else into
+    `.grad`, such as the average over ranks. The memory is that of `.grad`, shared until somebody writes to it.
+    """
+    found: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[[Sequence[Tensor | None]], None]:
+        def hook(grads: Sequence[Tensor | None]) -> None:
+            (g,) = grads
+            if g is not None and not _STATE.pulling:
+                new = tensors.lazy_copy(g.detach())
+                found[name] = found[name] + new if name in found else new
+
+        return hook
+
+    nodes = [(name, get_gradient_edge(p).node) for name, p in parameters.items()]  # held: their owner is the graph
+    handles = []
+    try:
+        for name, node in nodes:
+            handles.append(node.register_prehook(hook_for(name)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Iterator[None]:
+    """Deliver each use's cotangent to `receive` while a backward pass runs inside the context.
+
+    The hooks sit on the autograd nodes, see only backward passes other than our own pulls, and are
+    removed on exit, also after an exception.
+    """
+    handles = []
+
+    def hook_for(use: Use) -> Callable[[Sequence[Tensor | None]], None]:
+        index = use.edge.output_nr
+
+        def hook(grads: Sequence[Tensor | None]) -> None:
+            g = grads[index]
+            if g is not None and not _STATE.pulling:
+                receive(use, g)
+
+        return hook
+
+    try:
+        for use in uses:
+            handles.append(use.edge.node.register_prehook(hook_for(use)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def stopped(nodes: Iterable[Any]) -> Iterator[None]:
+    """Let no cotangent pass certain nodes while pulls run inside the context; what arrives there can still be read."""
+
+    def zeros(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else torch.zeros_like(g) for g in grads)
+
+    handles = []
+    try:
+        for node in set(nodes):
+            handles.append(node.register_prehook(zeros))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def backward_arguments(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The tensor that a backward pass starts from and its weights."""
+    total = args[0] if args else kwargs.get("tensors", kwargs.get("self"))
+    weight = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
+    if isinstance(total, (list, tuple)):
+        if len(total) != 1:
+            raise BadInput(f"asked to observe a backward pass from {len(total)} tensors at once; add them up first")
+        total = total[0]
+        weight = weight[0] if isinstance(weight, (list, tuple)) else weight
+    return total, weight

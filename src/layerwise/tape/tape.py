@@ -1,0 +1,384 @@
+"""The tape: a record of every call in which a parameter meets data.
+
+`Tape` is a `TorchFunctionMode` around the user's own forward. It changes no value (but for the rounding of
+composite calls, attention and recurrent layers, which run as their parts), installs no hook and
+writes nothing onto modules or parameters. For each torch call that touches a parameter (or a tensor
+derived from parameters only) and some data it keeps a `Use`: the call with its data detached, and the
+gradient edge of its output, where cotangents can later be asked for.
+
+Tensors are of four kinds. *Parameter*: the model's, requiring grad. *Derived*: computed from parameters
+and constants only (`w.T`, a weight norm, LoRA's sum). *Constant*: buffers, frozen parameters, what
+deterministic factories make, 0-dim tensors that need no gradient. *Data*: everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+
+from layerwise import losses, ops
+from layerwise.errors import UnsupportedCall
+from layerwise.nn.hard import crossed, hard
+from layerwise.ops.base import Call
+from layerwise.tape.activation_checkpoints import standing_in
+from layerwise.tape.binding import Binding, Leaves, check_replaced, check_sharded, check_whole
+from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, assembles
+from layerwise.tape.loss_calls import LossRecord
+from layerwise.tape.pull import backward_arguments, silent
+from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
+
+__all__ = ["Tape"]
+
+
+_LISTS = (list, tuple)
+_SIMPLE = (int, str, type(None))  # what enters a signature; floats (rates, temperatures) may change freely
+
+
+class Tape(LossRecord):
+    """Record the parameter uses and the losses of everything that runs inside the context.
+
+    parameters: name -> tensor, those to follow (frozen ones count as constants), bound late.
+    constants: further tensors that carry no data (buffers).
+    on_backward: called as `on_backward(tape, total, weight, run)` instead of a backward pass that
+        the user starts inside the context; it must call `run()`.
+    keep_outputs: whether uses hold their outputs' values (local targets need them).
+    crosses: whether gradients cross functions without a derivative (`lw.nn.Hard`) by their rules.
+    whole: whether the handler keeps FSDP2's whole parameters in place while it reads what was recorded.
+    partial: whether the backward pass that runs was given `inputs`, and may leave parts of the graph out.
+    spent: nodes of forgotten uses whose graph was retained; another backward pass may come their way.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        on_backward: Callable[[Tape, Tensor, Tensor | None, Callable[[], Any]], Any] | None = None,
+        keep_outputs: bool = False,
+        own_losses: bool = False,
+        crosses: bool = False,
+    ) -> None:
+        super().__init__(model, own_losses)
+        self._keep_outputs, self._crosses = keep_outputs, crosses
+        self._binding = Binding(model)
+        self._constants = list(model.buffers()) if isinstance(model, nn.Module) else []
+        self._on_backward = on_backward
+        self._stance: contextlib.AbstractContextManager[Any] | None = None
+        self.whole, self.partial = False, False
+        self.spent: set[Any] = set()
+        self.clear()
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters to follow, by name."""
+        return self._binding.parameters
+
+    @property
+    def owners(self) -> dict[str, Tensor]:
+        """The tensors to whose `.grad` their gradients go: the same, or the DTensors of FSDP2."""
+        return self._binding.owners
+
+    def leaves(self) -> Leaves:
+        """The names of the parameters to follow, at the leaves of a graph."""
+        return Leaves(self._binding)
+
+    def clear(self) -> None:
+        """Forget everything recorded so far."""
+        self._recorded = 0
+        self.uses: list[Use] = []
+        self.clear_losses()
+        self.calls: list[Any] = []
+        self.first: Tensor | None = None
+        self._known: dict[int, Derived | Tensor] = {}
+        for name, p in self.parameters.items():
+            self._known[id(p)] = Derived(p, frozenset((name,)))
+        for c in (*self._binding.frozen, *self._constants):
+            self._known[id(c)] = c
+        self._outputs: dict[int, Use] = {}
+        self._batches: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._retained: list[weakref.ref[Tensor]] = []
+
+    def forget(self, uses: Iterable[Use], made: Iterable[LossUse]) -> None:
+        """Forget what a backward pass has used; everything, where no other forward is left."""
+        gone = set(map(id, uses))
+        left = [use for use in self.uses if id(use) not in gone]
+        if not left:
+            self.clear()
+            return
+        self.uses = left
+        self.forget_losses(made)
+        self.first = left[0].batch
+        self._outputs = {key: use for key, use in self._outputs.items() if id(use) not in gone}
+
+    def __enter__(self) -> Tape:
+        if not self.whole:
+            check_sharded(self.owners)
+        # A compiled model runs eagerly while it is recorded; nothing is compiled unless dynamo is loaded.
+        if "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
+        self.watch()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self.unwatch()
+        if self._stance is not None:
+            self._stance.__exit__(*exc)
+            self._stance = None
+
+    # -- the mode -----------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is hard and self._crosses:
+            func = crossed
+        if func in BACKWARD and self._on_backward is not None:
+            return self._backward(func, args, kwargs)
+        if losses.is_loss(func):
+            return self._loss(func, args, kwargs)
+        if func in GRADIENTS:
+            return self._gradients(func, args, kwargs)
+        used, data, tensors = self._sort(args, kwargs)
+        if data and torch.is_grad_enabled() and self._late(data):
+            used, data, tensors = self._sort(args, kwargs)
+        if used and data and torch.is_grad_enabled() and getattr(func, "__name__", "") != "__get__":
+            run = self._use if ops.decomposition(func) is None else self._decompose
+            return run(func, args, kwargs, used, data)
+        if func in LOG_SOFTMAX and data and data[0].requires_grad:
+            return self._log_softmax_call(func, args, kwargs, data[0])
+        out = func(*args, **kwargs)
+        if not isinstance(out, (Tensor, list, tuple)):
+            if data and out is None:
+                self._written(func, args)
+            return out
+        self.calls.append(func)
+        if not data:
+            if tensors or func not in DATA:
+                self._classify(func, out, used)
+        elif func in FACTORIES:
+            self._classify(func, out, [])
+        else:
+            self._note_data(func, args, kwargs, data, out)
+            self._written(func, args)
+        return out
+
+    def _sort(self, args: Any, kwargs: Any) -> tuple[list[Derived], list[Tensor], int]:
+        """The used tensors, the data tensors and the number of tensors among the arguments."""
+        known = self._known
+        used: list[Derived] = []
+        data: list[Tensor] = []
+        count = 0
+        calls = self.calls
+        if kwargs:
+            calls += kwargs
+            args = (*args, *kwargs.values())
+        for arg in args:
+            if isinstance(arg, Tensor):
+                count += 1
+                kind = known.get(id(arg))
+                if kind is None:
+                    if arg.dim() or arg.requires_grad:
+                        data.append(arg)
+                elif type(kind) is Derived:
+                    used.append(kind)
+            elif isinstance(arg, _LISTS):
+                u, d, c = self._sort(arg, None)
+                used += u
+                data += d
+                count += c
+            elif isinstance(arg, _SIMPLE):
+                calls.append(arg)
+            elif isinstance(arg, slice):
+                calls.append((arg.start, arg.stop, arg.step))
+        return used, data, count
+
+    def _late(self, data: list[Tensor]) -> bool:
+        """Whether some of what looks like data are parameters that have taken the place of others; bind these."""
+        unknown = [t for t in data if type(t) is Parameter and t.requires_grad]
+        new = self._binding.again(unknown, len(data) > 1) if unknown else {}
+        for name, p in new.items():
+            check_replaced(name, any(name in d.names for use in self.uses for d in use.used))
+            old = self._binding.bind(name, p)
+            self._known.pop(id(old), None)
+            self._known[id(p)] = Derived(p, frozenset((name,))) if p.requires_grad else p
+        return bool(new)
+
+    def _classify(self, func: Any, out: Any, used: list[Derived]) -> None:
+        """Results of calls without data: derived where they need grad, constants otherwise."""
+        names = frozenset().union(*(d.names for d in used)) if used else frozenset()
+        for tensor in _tensors(out):
+            if tensor.requires_grad:
+                if names and not tensor.is_leaf:  # fused in-place calls return the parameters themselves
+                    self._known[id(tensor)] = Derived(tensor, names)
+            else:
+                self._known[id(tensor)] = tensor
+
+    def _written(self, func: Any, args: Any) -> None:
+        """A constant that data is written into becomes data, with all its views."""
+        if not ops.writes_first(func):
+            return
+        target = args[0]
+        if not isinstance(target, Tensor) or id(target) not in self._known:
+            return
+        storage = target.untyped_storage().data_ptr()
+        for key, kind in list(self._known.items()):
+            if isinstance(kind, Tensor) and kind.untyped_storage().data_ptr() == storage:
+                del self._known[key]
+
+    def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
+        """Remember who consumes a use's output, and what the batches are that tensors were made from."""
+        if self._outputs:
+            for tensor in data:
+                use = self._outputs.get(id(tensor))
+                if use is not None and use.output() is tensor:
+                    use.read_by(func, args[1:], kwargs, out)
+                    if out is tensor:
+                        del self._outputs[id(tensor)]  # the object goes on, holding another value
+        if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):
+            self._note_places(args, kwargs)
+        if not assembles(func, args, kwargs):
+            for tensor in _tensors(out):  # a frozen recurrent layer returns several
+                self._note_batch(tensor, data)
+
+    def _note_places(self, args: Any, kwargs: Any) -> None:
+        """Enter the values of an index or a mask into the signature: they decide what meets what."""
+        for arg in (*args, *kwargs.values()):
+            for tensor in _tensors(arg):
+                if not tensor.is_floating_point():
+                    self.calls.append(hash(tensor.detach().cpu().numpy().tobytes()))
+
+    def _note_batch(self, out: Tensor, data: list[Tensor]) -> None:
+        """Remember the batch that a tensor was made from, by maps that keep the samples."""
+        parent = data[0]
+        if len(data) > 1 and out.dim():  # `mean - x`: the one that has the result's rows
+            rows, dims = out.shape[0], out.dim()
+            parent = next((d for d in data if d.dim() == dims and d.shape[0] == rows), parent)
+        if parent is not out:
+            self._batches[id(out)] = (weakref.ref(out), self._batch_of(parent))
+
+    def _batch_of(self, tensor: Tensor) -> Tensor:
+        """The batch that a tensor was made from: itself, where nothing is known."""
+        found = self._batches.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else tensor.detach()
+
+    def _use(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
+        """Run and record a call in which parameters meet data."""
+        self._refuse(ops.refused(func, args, kwargs), func, used)
+        for d in used:
+            check_whole(next(iter(d.names)), d.tensor)
+        if used[0].tensor.is_meta != data[0].is_meta:  # torch runs some calls across these two
+            raise bad_call(func, used, data)
+        batch = self._batch_of(data[0])
+        if self.first is None:
+            self.first = batch
+        self._note_data(func, args, kwargs, data, None)
+        inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
+        writes = ops.writes_first(func)
+        kept_args, kept_kwargs = self._keep(args, kwargs, clone=writes)
+        try:
+            out = func(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise bad_call(func, used, data, error) from error
+        result = args[0] if out is None and writes else out
+        if not isinstance(result, Tensor):
+            names = sorted(set().union(*(d.names for d in used)))
+            raise UnsupportedCall(
+                f"{describe_func(func)} uses the parameters {', '.join(names)} and returns "
+                f"{type(result).__name__}, not one tensor; write it with calls that return one tensor each"
+            )
+        self.calls.append(func)
+        self._known.pop(id(result), None)
+        if result.requires_grad:
+            call = Call(func, kept_args, kept_kwargs, result.shape)
+            use = Use(self._recorded, call, used, inputs, result, batch, self._keep_outputs)
+            self._batches[id(result)] = (use.output, batch)
+            self._recorded += 1
+            self.uses.append(use)
+            self._outputs[id(result)] = use
+            self.calls.append(result.shape)
+        return out
+
+    def _decompose(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
+        """Run a composite function as its parts, under this mode again, so that each is recorded.
+
+        Values and `.grad` are the composite's up to rounding.
+        """
+        self._refuse(ops.refused(func, args, kwargs), func, used)
+        return standing_in(func, lambda *a, **kw: self._parts(func, a, kw), args, kwargs)
+
+    def _parts(self, func: Any, args: Any, kwargs: Any) -> Any:
+        parts = ops.decomposition(func)
+        assert parts is not None
+        TorchFunctionMode.__enter__(self)  # the mode alone: recording has begun already
+        try:
+            return parts(*args, **kwargs)
+        finally:
+            TorchFunctionMode.__exit__(self, None, None, None)
+
+    def _refuse(self, reason: str | None, func: Any, used: list[Derived]) -> None:
+        if reason is not None:
+            names = sorted(set().union(*(d.names for d in used)))
+            raise UnsupportedCall(f"{describe_func(func)} uses the parameters {', '.join(names)}: {reason}")
+
+    def _keep(self, args: Any, kwargs: Any, clone: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments to hold: data detached (cloned where the call overwrites it), parameters as they are."""
+        kept = tuple(self._kept(arg, clone and i == 0) for i, arg in enumerate(args))
+        return kept, {key: self._kept(value) for key, value in kwargs.items()}
+
+    def _kept(self, arg: Any, clone: bool = False) -> Any:
+        """A method, since a function that calls itself by its name in here would hold all it sees in a cycle."""
+        if isinstance(arg, Tensor):
+            if type(self._known.get(id(arg))) is Derived:
+                return arg
+            return arg.detach().clone() if clone else arg.detach()
+        if isinstance(arg, _LISTS):
+            return type(arg)(self._kept(a) for a in arg)
+        return arg
+
+    def _gradients(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The user's own dealings with gradients: what they give is no data of the model's."""
+        if func is Tensor.retain_grad:
+            self._retained.append(weakref.ref(args[0]))
+        if func is Tensor.register_hook and len(args) > 1:
+            args = (args[0], silent(args[1]), *args[2:])
+        return func(*args, **kwargs)
+
+    def retained(self) -> list[Tensor]:
+        """The live activations that the user asked to retain their gradient."""
+        return [t for t in (ref() for ref in self._retained) if t is not None and not t.is_leaf]
+
+    def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Hand the user's backward pass to the handler."""
+        total, weight = backward_arguments(func, args, kwargs)
+        options = dict(zip(OPTIONS[func], args, strict=False)) | kwargs
+        self.partial = options.get("inputs") is not None
+        retain = options.get("retain_graph")
+        retain = options.get("create_graph") if retain is None else retain
+        nodes = [use.edge.node for use in self.uses] if retain else []
+        assert self._on_backward is not None
+        self._binding.check_names()
+        out = self._on_backward(self, total, weight, lambda: func(*args, **kwargs))
+        self.spent.update(nodes)
+        self.spent.difference_update(use.edge.node for use in self.uses)
+        return out
+
+
+def _tensors(out: Any) -> Iterable[Tensor]:
+    if isinstance(out, Tensor):
+        return (out,)
+    if isinstance(out, _LISTS):
+        return [t for t in out if isinstance(t, Tensor)]
+    return ()

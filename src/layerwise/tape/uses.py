@@ -1,0 +1,226 @@
+"""What the tape records: uses of parameters, and losses."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from layerwise import losses, ops
+from layerwise.errors import BadInput, SlowPath, Undefined
+from layerwise.ops.base import Call, Slot
+from layerwise.tensors import is_finite
+
+__all__ = [
+    "Derived",
+    "LossUse",
+    "OwnUse",
+    "Use",
+    "bad_call",
+    "boundary_of",
+    "describe_func",
+    "first_bad_call",
+    "named_parameters_of",
+]
+
+_INTERNAL = {"layerwise", "torch", "contextlib", "functools"}
+
+
+class Derived(NamedTuple):
+    """A tensor computed from parameters and constants only, and the parameters it depends on."""
+
+    tensor: Tensor
+    names: frozenset[str]
+
+
+class Use:
+    """One call in which parameters meet data.
+
+    call: function and arguments, data detached. used: the parameters and derived tensors among them.
+    edge: gradient edge of the output. inputs: gradient edges of the data arguments, taken before the call.
+    batch: the tensor that the data was made from by maps that keep the samples.
+    consumers: the calls that read the output, as (function, args, kwargs without tensors).
+    """
+
+    __slots__ = (
+        "_kept",
+        "_read",
+        "_released",
+        "_slots",
+        "batch",
+        "call",
+        "consumers",
+        "edge",
+        "index",
+        "inputs",
+        "output",
+        "used",
+    )
+
+    def __init__(
+        self,
+        index: int,
+        call: Call,
+        used: list[Derived],
+        inputs: list[GradientEdge],
+        output: Tensor,
+        batch: Tensor,
+        keep: bool,
+    ) -> None:
+        self.index = index
+        self.call = call
+        self.used = used
+        self.inputs = inputs
+        self.batch = batch
+        self.edge = get_gradient_edge(output)
+        self.output = weakref.ref(output)
+        self.consumers: list[Any] = []
+        self._slots: list[Slot] | None = None
+        self._released = False
+        self._kept = (output.detach(), output._version) if keep else None
+        self._read: tuple[Tensor, int] | None = None
+
+    @property
+    def value(self) -> Tensor | None:
+        """The output's value, where the tape keeps outputs and nothing has overwritten it since."""
+        return _unchanged(self._kept)
+
+    @property
+    def read(self) -> Tensor | None:
+        """What the first consumer made of the output, where it was kept and nothing has overwritten it since."""
+        return _unchanged(self._read)
+
+    def read_by(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note a call that reads the output; where outputs are kept, so is what autograd holds of the first result."""
+        if self._kept is not None and not self.consumers and isinstance(out, Tensor):
+            alike = out.shape == self.call.out_shape and out.dtype == self._kept[0].dtype
+            if alike and hasattr(type(out.grad_fn), "_saved_result"):
+                self._read = out.detach(), out._version
+        self.consumers.append((func, args, kwargs))
+
+    @property
+    def slots(self) -> list[Slot]:
+        """How each of `used` enters the call, described once."""
+        if self._released:
+            raise Undefined(
+                f"asked for a quantity at {self}, but an earlier backward pass through this forward was observed, or "
+                "failed while it was; run the forward again"
+            )
+        if self._slots is None:
+            self._slots = ops.slots(self.call, [d.tensor for d in self.used])
+            if not all(slot.factored for slot in self._slots):
+                warnings.warn(
+                    f"{describe_func(self.call.func)} of {', '.join(self.names)} has no row form: its per-sample "
+                    "gradients are exact, but take one vector-Jacobian product a sample",
+                    SlowPath,
+                    stacklevel=_callers_level(),
+                )
+        return self._slots
+
+    def release(self) -> None:
+        """Let go of the call's arguments, which nothing will read any more: autograd frees what it saved as it goes."""
+        self._released, self._slots, self._read = True, None, None
+        self.call = Call(self.call.func, (), {}, self.call.out_shape)
+        self.consumers.clear()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all parameters that this call depends on."""
+        return sorted(set().union(*(d.names for d in self.used)))
+
+    def __repr__(self) -> str:
+        return f"Use {self.index}: {describe_func(self.call.func)} of {', '.join(self.names)}"
+
+
+def _unchanged(kept: tuple[Tensor, int] | None) -> Tensor | None:
+    """A tensor of which the version was noted, if it still has that version."""
+    return kept[0] if kept is not None and kept[0]._version == kept[1] else None
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of a warning from the function that calls this, for it to name the user's line."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INTERNAL:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+class LossUse(NamedTuple):
+    """A call that makes a loss: its bound arguments, the edges of its logits and of its value."""
+
+    call: losses.LossCall | losses.OwnCall
+    logits: GradientEdge
+    value: GradientEdge
+
+
+class OwnUse(NamedTuple):
+    """A loss of the user's own, on the way from the total to tensors that the model made, its boundary.
+
+    boundary: each tensor as a `LossUse` whose value is itself. value: the edge of the marked call's value; None
+    where all that the total makes of the boundary, by other ways than known losses, is the loss.
+    bypassed: a use that feeds the loss past the model's output, so that the boundary is no choice of the user's.
+    """
+
+    call: losses.OwnCall
+    boundary: list[LossUse]
+    value: GradientEdge | None = None
+    bypassed: Use | None = None
+
+
+def boundary_of(name: str, value: Any, reduction: str | None = None) -> list[LossUse]:
+    """The tensors of some value that the model made, as the boundary of a loss."""
+    found: list[LossUse] = []
+    for z in losses.tensors_in(value):
+        if z.requires_grad and not z.is_leaf and z.is_floating_point():
+            edge = get_gradient_edge(z)
+            if any(part.logits[:2] == edge[:2] for part in found):
+                continue
+            found.append(LossUse(losses.OwnCall(name, z.detach(), reduction), edge, edge))
+    return found
+
+
+def describe_func(func: Any) -> str:
+    """A readable name of a torch function."""
+    return getattr(func, "__name__", None) or repr(func)
+
+
+def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a module, or of a functional model given as a mapping, by name."""
+    if isinstance(model, nn.Module):
+        return dict(model.named_parameters())
+    if isinstance(model, Mapping) and all(isinstance(p, Tensor) for p in model.values()):
+        return dict(model)
+    raise BadInput(
+        f"asked for the parameters of {type(model).__name__}; give an nn.Module, or a mapping of names to tensors"
+    )
+
+
+def bad_call(func: Any, used: list[Derived], data: list[Tensor], error: Exception | None = None) -> Exception:
+    """The error of a call that torch refuses, naming the parameters and what they met."""
+    names = sorted(set().union(*(d.names for d in used)))
+    ours, theirs = used[0].tensor, data[0]
+    seen = (
+        f"{describe_func(func)} of {', '.join(names)} (shape {tuple(ours.shape)}, {ours.dtype}, {ours.device}) with "
+        f"an input of shape {tuple(theirs.shape)}, {theirs.dtype}, {theirs.device}"
+    )
+    if ours.device != theirs.device:
+        return BadInput(f"{seen}: move the model or the batch, they lie on two devices")
+    return BadInput(f"{seen}: {str(error).splitlines()[0]}")
+
+
+def first_bad_call(uses: Iterable[Use]) -> str | None:
+    """The first call in order whose data or output holds NaN or infinity, by its parameters' names."""
+    for use in uses:
+        name = ", ".join(use.names)
+        for value in (*use.call.args, *use.call.kwargs.values()):
+            if isinstance(value, Tensor) and value.is_floating_point() and not is_finite(value):
+                known = next((d for d in use.used if d.tensor is value), None)
+                return f"the input of {name}" if known is None else ", ".join(sorted(known.names))
+        if use.value is not None and not is_finite(use.value):
+            return f"the output of {name}"
+    return None
