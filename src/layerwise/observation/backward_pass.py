@@ -13,7 +13,7 @@ from torch import Tensor
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, Undefined
 from layerwise.gradient.derived import carries, without_rows
 from layerwise.gradient.parameter import Gather, ParameterGradient
-from layerwise.gradient.parts import Part, parts_of
+from layerwise.gradient.parts import DensePart, LaterPart, Part, RowsPart, parts_of
 from layerwise.graph.cotangents import Averaged, Cotangent, Exact, Gradient, Sampled, Second
 from layerwise.graph.coverage import Graph
 from layerwise.graph.heads import Head, heads
@@ -225,7 +225,7 @@ class Pass:
         where = None if self.layout is None else self.layout.uses[use.index]
         flat = () if needs_samples else self._flat
         found = parts_of(self.tape, use, g, where, self._later, flat, lenient)
-        return [(name, part.to(self.dtype)) for name, part in found]
+        return found if self.dtype is None else [(name, part.to(self.dtype)) for name, part in found]
 
     # -- the gradient, streamed from the user's backward pass ----------------------------------------------
 
@@ -242,7 +242,7 @@ class Pass:
             return
         parts = self._parts(use, g, lenient=all(self.quantities[i].lenient for i in self.streams))
         if self._again:
-            self._held.append((use, g, parts if any(part.carried for _, part in parts) else []))
+            self._held.append((use, g, parts if any(_carried(part) for _, part in parts) else []))
         for gradient in self._gather.add(use, parts):
             for i in self.streams:
                 self._compute(i, gradient)
@@ -317,13 +317,19 @@ def _chunk_size(graph: Graph) -> int:
     return max(1, _COTANGENT_ELEMENTS // max(1, elements))
 
 
+def _carried(part: Part) -> bool:
+    """Whether a contribution came back through a graph of parameters, which a backward pass frees."""
+    return isinstance(part, LaterPart) or (isinstance(part, DensePart) and part.carried)
+
+
 def _own(t: Any, gradient: ParameterGradient) -> Any:
     """The tensor in memory of its own: the cotangent of one sample can become `.grad`, which is added to in place."""
     if not isinstance(t, Tensor):  # sums of its own, such as Kronecker factors
         return t
-    held = [part.dense if part.rows is None else part.rows.g for part in gradient.parts]
+    held = [part.rows.g for part in gradient.parts if isinstance(part, RowsPart)]
+    held += [part.values for part in gradient.parts if isinstance(part, DensePart)]
     storage = t.untyped_storage()._cdata  # not its data_ptr, which would end a lazy copy
-    shared = any(isinstance(g, Tensor) and g.untyped_storage()._cdata == storage for g in held)
+    shared = any(g.untyped_storage()._cdata == storage for g in held)
     return t.clone() if shared and t.numel() <= gradient.shape.numel() else t
 
 

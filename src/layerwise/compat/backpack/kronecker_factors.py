@@ -75,7 +75,7 @@ class Factors(Quantity):
 def _rows(gradient: ParameterGradient) -> tuple[Rows, Matrix]:
     """The rows of a parameter that is one matrix, and how it is that matrix."""
     laid = gradient.laid()
-    if laid.form != "rows" or gradient.joined is None or gradient.joined.rows is None:
+    if laid.form != "rows" or gradient.joined is None:
         uses = ", ".join(repr(part.use) for part in gradient.parts)
         raise Undefined(
             f"asked for Kronecker factors of {gradient.name!r}, which its uses do not read as one matrix: {uses}; take "

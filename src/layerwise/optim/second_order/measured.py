@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from layerwise.gradient.parameter import ParameterGradient
+from layerwise.gradient.parts import RowsPart
 from layerwise.graph.cotangents import Gradient, Sampled
 from layerwise.operators.kronecker import EigenBlock
 from layerwise.optim.second_order.averages import Measured, flat_layout
@@ -54,8 +55,6 @@ def _has_factors(gradient: ParameterGradient, request: Request) -> bool:
     if groups is None:
         return False
     for part in groups:
-        if part.rows is None or part.slot is None:
-            return False
         diagonal = part.rows.kind != "float" and request.sharing == "expand"  # an index: the factor holds counts
         inputs = 1 if part.rows.a is None or diagonal else part.rows.size_in
         if max(inputs, part.rows.g.shape[-1]) > request.largest:
@@ -130,13 +129,13 @@ class _EKFAC(_Factors, KFAC):
         moments = []
         for part, basis in zip(parts, bases, strict=True):
             rows = part.rows
-            if rows is None or basis is None or not _fits(rows, basis):
+            if basis is None or not _fits(rows, basis):
                 break
             moments.append(self._moments(rows, basis))
         if len(moments) == len(names):
             return factors, Spectra(tuple(names), tuple(moments))
         if self.request.whole:
-            return factors, _Totals(tuple(part.rows for part in parts if part.rows is not None))
+            return factors, _Totals(tuple(part.rows for part in parts))
         return factors, Kept(((held(gradient), 1.0),))
 
     def _moments(self, rows: Rows, basis: EigenBlock) -> Tensor:
@@ -200,7 +199,7 @@ class _Diagonal(Quantity):
 
     def covers(self, gradient: ParameterGradient) -> bool:
         """Whether the parameter is asked for, and can be."""
-        if self.request.whole and any(part.rows is None for part in gradient.parts):
+        if self.request.whole and not all(isinstance(part, RowsPart) for part in gradient.parts):
             return False
         unfit = self.unfit and _has_factors(gradient, self.request)
         return gradient.name in self.request.names and not unfit

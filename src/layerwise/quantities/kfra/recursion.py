@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
-from layerwise.gradient.parts import Part, parts_of
+from layerwise.gradient.parts import Part, RowsPart, parts_of
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
 from layerwise.graph.heads import Head
@@ -219,19 +219,19 @@ def _gradients(tape: Tape, use: Use, place: _Place, block: Tensor) -> Iterator[P
     parts: dict[str, list[Part]] = {}
     for name, part in parts_of(tape, use, zero, place.samples):
         parts.setdefault(name, []).append(part)
-    apart = {name for name, found in parts.items() if len(found) > 1 or found[0].rows is None}
-    for name, (part, *_) in parts.items():
-        if name in apart:
+    without_rows: set[str] = set()
+    for name, (part, *others) in parts.items():
+        if others or not isinstance(part, RowsPart):
+            without_rows.add(name)
             continue
-        assert part.slot is not None and part.rows is not None
         rows = part.rows.g.shape[2:]
         curvature = block
         if not _keeps_order(part.slot, place):
             curvature = through(block, _as_rows(part.slot, place, block.dtype), place.samples.n)
         curvature = curvature.view(*rows, *rows)
         yield ParameterGradient(name, tape.parameters[name].shape, [part], curvature=curvature)
-    if apart:
-        yield from _from_root(tape, use, place, block, apart)
+    if without_rows:
+        yield from _from_root(tape, use, place, block, without_rows)
 
 
 def _from_root(tape: Tape, use: Use, place: _Place, block: Tensor, names: set[str]) -> Iterator[ParameterGradient]:

@@ -180,7 +180,7 @@ class EKFAC(KroneckerFactors):
         blocks = self._basis_of(gradient)
         if gradient.groups is not None:
             each = zip(gradient.groups, blocks.values(), strict=True)
-            return (Spectra(tuple(blocks), tuple(second_moment(p.rows, b) for p, b in each if p.rows)),)
+            return (Spectra(tuple(blocks), tuple(second_moment(p.rows, b) for p, b in each)),)
         ((name, block),) = blocks.items()
         total = torch.zeros_like(block.spectrum)
         for chunk in gradient.chunks():
@@ -288,5 +288,5 @@ def held(gradient: ParameterGradient) -> tuple[Gradients, ...]:
     """The gradients of each matrix, in memory of their own: the user may write to a batch's before they are read."""
     if gradient.groups is None:
         return (gram.as_matrices(gradient.per_sample(), gradient.shape),)
-    rows = [part.rows for part in gradient.groups if part.rows is not None]
+    rows = [part.rows for part in gradient.groups]
     return tuple(Rows(None if r.a is None else r.a.clone(), r.g, r.size_in) for r in rows)
