@@ -21,7 +21,7 @@ from layerwise.rows.layout import FactorForm
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["Gather", "ParameterGradient"]
+__all__ = ["ParameterGradient", "PartCollector"]
 
 
 _CHUNK = 2**22  # elements of per-sample gradients held at once where uses have no common row form
@@ -34,7 +34,6 @@ class ParameterGradient:
     Second moments, norms and dots are computed once, for all quantities that ask for them.
 
     shared: results that other parameters of the same stack can use again (a weight and its bias).
-    curvature: for the cotangent `Averaged`, the Hessian by the output rows of one sample `[T,K,O,T,K,O]`.
     """
 
     name: str
@@ -42,16 +41,18 @@ class ParameterGradient:
     parts: Sequence[Part]
     column: int = 0
     shared: dict[Any, Any] = field(default_factory=dict)
-    curvature: Tensor | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def joined(self) -> RowsPart | None:
         """The parts as one pair of rows, or None where they have no common row form."""
+        if len(self.parts) == 1:
+            (first,) = self.parts
+            return first if isinstance(first, RowsPart) else None
         parts = self._row_parts
-        if parts is None or len(parts) == 1:
-            return parts[0] if parts else None
-        if len({part.rows.kind for part in parts}) > 1 or self._groups is None or len(self._groups) > 1:
+        if parts is None or len({part.rows.kind for part in parts}) > 1:
+            return None
+        if self._groups is None or len(self._groups) > 1:
             return None
         return joined_parts(parts)
 
@@ -251,7 +252,7 @@ class ParameterGradient:
         return self.parts[0].zeros(shape)
 
 
-class Gather:
+class PartCollector:
     """Collect the parts of every parameter's gradient, and give it out once all its uses have arrived."""
 
     def __init__(self, tape: Tape, uses: Iterable[Use]) -> None:

@@ -1,4 +1,4 @@
-"""The results of several ranks joined, as those of several backward passes are."""
+"""Sums of quantities over ranks, which join as several backward passes of one process do."""
 
 from __future__ import annotations
 

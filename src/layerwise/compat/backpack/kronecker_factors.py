@@ -8,12 +8,16 @@ from torch import Tensor
 
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
+from layerwise.graph.coverage import Graph
+from layerwise.graph.samples import Layout
 from layerwise.losses import Likelihood
-from layerwise.quantities.base import Context, Quantity, Union
+from layerwise.quantities import KFRA
+from layerwise.quantities.base import Context, Quantity, Union, sum_of_stacks
 from layerwise.quantities.kronecker.factors import KroneckerFactors
 from layerwise.rows import contract
 from layerwise.rows.base import Rows
 from layerwise.rows.layout import MatrixLayout
+from layerwise.tape.tape import Tape
 
 __all__ = ["Factors"]
 
@@ -43,6 +47,11 @@ class Factors(Quantity):
     def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
         """What the quantity checks."""
         self.of.check_size(columns, samples, sizes)
+
+    def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:
+        """The same, from the recursion of `KFRA`."""
+        assert isinstance(self.of, KFRA)
+        return sum_of_stacks(self, self.of.gradients(tape, graph, layout))
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """Sum of input products (a number for a bias), number of samples, sum of output products."""

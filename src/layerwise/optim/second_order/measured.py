@@ -66,7 +66,7 @@ def _has_factors(gradient: ParameterGradient, request: Request) -> bool:
 class _Factors(KroneckerFactors):
     """Kronecker factors of those parameters alone that have them, are asked for and are small enough."""
 
-    lenient = True
+    rows_only = True
     request: Request
 
     def covers(self, gradient: ParameterGradient) -> bool:
@@ -93,7 +93,7 @@ class _KFLR(_Factors, KFLR):
 
 
 class _KFRA(_Factors, KFRA):
-    lenient = False
+    rows_only = False
 
 
 class _FOOF(_Factors):
@@ -221,7 +221,7 @@ class _DiagHessian(_Diagonal, DiagHessian):
 class _WholeDiagonal(_Diagonal):
     """The GGN's diagonal from draws that are squared for all samples at once; unbiased, since draws are independent."""
 
-    lenient = True
+    rows_only = True
     needs_samples = False
     powers = (1,)
 

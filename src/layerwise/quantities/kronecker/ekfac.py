@@ -134,25 +134,25 @@ class EKFAC(KroneckerFactors):
         self.basis = basis.eigh() if isinstance(basis, Kronecker) else basis
         self.powers = (1, 1) if basis is None else (1,)
 
-    def first(self) -> Quantity | None:
+    def first_pass(self) -> Quantity | None:
         """The factors, whose eigenvectors are the basis."""
         return Basis(self.cotangent) if self.basis is None else None
 
-    def after(self, found: Kronecker) -> EKFAC:
+    def second_pass(self, result: Kronecker) -> EKFAC:
         """The second moments in the eigenbasis of the factors."""
-        return EKFAC(self.samples, self.generator, found)
+        return EKFAC(self.samples, self.generator, result)
 
-    def settle(self, values: Mapping[str, tuple[Any, ...]], after: Quantity) -> dict[str, tuple[Any, ...]]:
-        """The second moments in the eigenbasis of `after`, of the rows held here."""
-        assert isinstance(after, EKFAC) and after.basis is not None
+    def second_values(self, values: Mapping[str, tuple[Any, ...]], second: Quantity) -> dict[str, tuple[Any, ...]]:
+        """The second moments in the eigenbasis of `second`, of the rows held here."""
+        assert isinstance(second, EKFAC) and second.basis is not None
         found: dict[str, tuple[Any, ...]] = {}
         for name, (its, kept) in values.items():
             keys = tuple(block_names(name, its.laid))
-            found[name] = (Spectra(keys, tuple(kept.spectrum(i, after.basis.blocks[k]) for i, k in enumerate(keys))),)
+            found[name] = (Spectra(keys, tuple(kept.spectrum(i, second.basis.blocks[k]) for i, k in enumerate(keys))),)
         return found
 
-    def share(self, ranks: Ranks) -> None:
-        """Give all ranks the bits of one basis: eigenvectors differ between machines where eigenvalues meet."""
+    def broadcast(self, ranks: Ranks) -> None:
+        """Broadcast rank 0's eigenbasis: eigenvectors differ between machines where eigenvalues meet."""
         assert self.basis is not None
         blocks = self.basis.blocks
         found = [q for n in sorted(blocks) for q in (blocks[n].basis_in, blocks[n].basis_out) if q is not None]
