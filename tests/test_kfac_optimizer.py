@@ -410,7 +410,7 @@ def test_parameters_without_factors_have_the_diagonal_of_the_same_draws() -> Non
     x, y = words(0)
     before = values(model)
     grads = dict(zip(before, torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters())), strict=True))
-    with lw.observe(model, lw.DiagGGN(samples=1, generator=torch.Generator().manual_seed(seed_of(0, 0)))) as seen:
+    with lw.observe(model, lw.DiagGGN(draws=1, generator=torch.Generator().manual_seed(seed_of(0, 0)))) as seen:
         F.cross_entropy(model(x), y).backward()
     opt = KFAC(model, lr=0.1, damping=0.02, kl_clip=None)
     opt.step(lambda: F.cross_entropy(model(x), y))

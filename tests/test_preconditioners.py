@@ -141,7 +141,7 @@ def test_diagonals_equal_brute_force(kind: str, make: Callable[[], nn.Module]) -
 
 def draws_of(model: nn.Module, x: Tensor, y: Tensor, gen: torch.Generator) -> Tensor:
     """Roots [N,C] of the mean cross entropy from a drawn label a sample: the last bias's columns are they."""
-    with lw.observe(model, lw.SqrtGGN(samples=1, generator=gen)) as seen:
+    with lw.observe(model, lw.SqrtGGN(draws=1, generator=gen)) as seen:
         F.cross_entropy(model(x), y).backward()
     return seen.sqrt_ggn["2.bias"][0]
 
@@ -242,8 +242,8 @@ def matrices(instance: Any, kind: str) -> dict[tuple[str, ...], Tensor]:
         "foof": lambda: lw.KFLR(joint=True),
         "ekfac": lambda: lw.EKFAC(generator=generator()),
         "diag-ggn": lambda: lw.DiagGGN(),
-        "diag-ggn-mc": lambda: lw.DiagGGN(samples=1, generator=generator()),
-        "diag-hessian-mc": lambda: lw.DiagHessian(samples=1, generator=generator()),
+        "diag-ggn-mc": lambda: lw.DiagGGN(draws=1, generator=generator()),
+        "diag-hessian-mc": lambda: lw.DiagHessian(draws=1, generator=generator()),
     }[kind]()
     with lw.observe(instance.subject, quantity) as seen:
         instance.loss().backward()
