@@ -133,6 +133,13 @@ def test_docstrings_become_markdown() -> None:
     ]  # fmt: skip
 
 
+def test_a_list_of_arguments_becomes_paragraphs() -> None:
+    source = "Sum.\n\nArgs:\n    first: one,\n        and_more.\n    second, third: two.\n\n    x = a_n\n\nRaises X.\n"
+    assert as_markdown(source, ("first", "second", "third")).splitlines() == [
+        "Sum.", "", "**first**: one,", r"and\_more.", "", "**second, third**: two.", "", "    x = a_n", "", "Raises X.",
+    ]  # fmt: skip
+
+
 # -- links, pictures, inserts ---------------------------------------------------------------------------------------
 
 
