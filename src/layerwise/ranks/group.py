@@ -19,12 +19,10 @@ __all__ = [
     "digest_of",
     "facts_of",
     "first_difference",
-    "longest_first",
     "values_digest",
 ]
 
 Result = TypeVar("Result")
-Key = TypeVar("Key")
 
 _SIGNS = ("connection", "timed out", "timeout", "closed", "socket", "broken pipe")  # of a message that was not heard
 _LARGE = 2**16  # numbers of a tensor that is worth a message of its own
@@ -251,15 +249,3 @@ def first_difference(
         if len(set(texts.values())) > 1:
             return name, "; ".join(f"rank {rank}: {text[:length]}" for rank, text in texts.items())
     return None
-
-
-def longest_first(work: Mapping[Key, float], loads: list[float]) -> dict[Key, int]:
-    """A rank for each piece of work: the longest first, to the rank with the least to do so far; `loads` grow.
-
-    Source: Graham (1969), "Bounds on multiprocessing timing anomalies".
-    """
-    owner_of = {}
-    for key in sorted(work, key=lambda key: -work[key]):
-        owner_of[key] = rank = loads.index(min(loads))
-        loads[rank] += work[key]
-    return owner_of

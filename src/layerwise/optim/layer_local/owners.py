@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from layerwise.errors import BadInput, LayerwiseError
 from layerwise.optim.layer_local.jobs import Crew, Facts, Job, Rest, State
 from layerwise.optim.layer_local.workers import Workers, crew
 from layerwise.ranks.group import Ranks, values_digest
+from layerwise.ranks.ownership import assigned
 
 __all__ = ["Owners", "Parallel", "all_or_none", "crew_over", "described", "digest"]
 
@@ -46,7 +46,6 @@ class Owners(Crew):
     def __init__(self, ranks: Ranks, home: Crew) -> None:
         self._ranks, self._home = ranks, home
         self._owner: dict[str, int] = {}
-        self._load = [0.0] * ranks.size
         self._steps = 0
         self._met = False
         self._device = torch.device("cpu")  # of the messages: where the losses are
@@ -113,15 +112,13 @@ class Owners(Crew):
 
     def _assign(self, jobs: Sequence[Job | Rest], state: State) -> list[int]:
         """The owner of each job. New ones go out longest first; state of parameters that are not ours is let go."""
-        new = {n: job.cost() for n, job in enumerate(jobs) if self._owner.keys().isdisjoint(job.params)}
+        known = {n: owner for n, job in enumerate(jobs) if (owner := self._owner_of(job)) is not None}
+        costs = {n: job.cost() for n, job in enumerate(jobs)} if len(known) < len(jobs) else dict.fromkeys(known, 0.0)
         moved: dict[str, tuple[Tensor, int]] = {}
-        for n in sorted(range(len(jobs)), key=lambda n: -new.get(n, math.inf)):
-            job = jobs[n]
-            known = next((self._owner[name] for name in job.params if name in self._owner), None)
-            owner = self._load.index(min(self._load)) if known is None else known
-            if known is None:
-                self._load[owner] += new[n]
-            for name, p in job.params.items():
+        for n, new_owner in assigned(costs, self._ranks.size, known).items():
+            owner = self._owner_of(jobs[n])
+            owner = new_owner if owner is None else owner
+            for name, p in jobs[n].params.items():
                 if self._owner.setdefault(name, owner) != owner:  # fitted in another company than before
                     moved[name] = p, owner
         if moved:
@@ -135,6 +132,10 @@ class Owners(Crew):
                 if self._owner[name] != self._ranks.rank:
                     state.pop(p, None)
         return [self._owner[next(iter(job.params))] for job in jobs]
+
+    def _owner_of(self, job: Job | Rest) -> int | None:
+        """The rank that fitted the job, or shares one of its parameters, before."""
+        return next((self._owner[name] for name in job.params if name in self._owner), None)
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -157,7 +158,7 @@ class Owners(Crew):
                 full[params[name]][key]
                 for name, found in kept[rank].items()
                 for key, value in found.items()
-                if isinstance(value, _Big)
+                if isinstance(value, _TensorStub)
             ]
             if big:
                 self._ranks.send_from(rank, big)
@@ -181,8 +182,8 @@ def all_or_none(ranks: Ranks, device: torch.device, act: Callable[[], None]) -> 
     raise kind(text) if kind is not LayerwiseError else LayerwiseError(f"rank {rank} raised {name}: {text}")
 
 
-class _Big:
-    """Stands for a tensor that travels by itself."""
+class _TensorStub:
+    """Stands in a gathered state for a tensor that its owner broadcasts."""
 
     def __init__(self, t: Tensor) -> None:
         self.shape, self.dtype = tuple(t.shape), t.dtype
@@ -192,14 +193,14 @@ class _Big:
 def _packed(state: Mapping[str, Any]) -> dict[str, Any]:
     def packed(value: Any) -> Any:
         big = isinstance(value, Tensor) and (value.device.type != "cpu" or value.numel() > _SMALL)
-        return _Big(value) if big else value
+        return _TensorStub(value) if big else value
 
     return {key: packed(value) for key, value in state.items()}
 
 
 def _unpacked(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {
-        key: torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device=device) if isinstance(v, _Big) else v
+        key: torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device=device) if isinstance(v, _TensorStub) else v
         for key, v in state.items()
     }
 

@@ -14,7 +14,6 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
 from layerwise.optim.second_order.data_parallel import DataParallel
-from layerwise.optim.second_order.joining import bad_curvature
 from layerwise.optim.second_order.measured import KINDS, Request
 from layerwise.optim.second_order.settings import (
     Kind,
@@ -26,9 +25,8 @@ from layerwise.optim.second_order.settings import (
     spelled_out,
     values_of,
 )
-from layerwise.optim.second_order.shares import RankCost
-from layerwise.optim.second_order.team import Joint, Team
-from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, bad_gradient
+from layerwise.optim.second_order.team import Joint, RankCost, Team
+from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, bad_curvature, bad_gradient
 from layerwise.quantities.base import Quantity
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import first_bad_call, named_parameters_of

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.operators.kronecker import EigenBlock
-from layerwise.optim.second_order import joining
-from layerwise.optim.second_order.averages import Average, Block, Inverse, eigenbasis, fields_of, names_of, with_fields
+from layerwise.optim.second_order.averages import (
+    Average,
+    Block,
+    Inverse,
+    eigenbasis,
+    fields_of,
+    inversion_cost,
+    names_of,
+    product_cost,
+    with_fields,
+)
 from layerwise.optim.second_order.data_parallel import (
     DataParallel,
     Report,
@@ -21,12 +30,30 @@ from layerwise.optim.second_order.data_parallel import (
     ranks_of,
     weights_of,
 )
-from layerwise.optim.second_order.shares import RankCost, assigned, inversion_cost, product_cost
 from layerwise.optim.second_order.watched_batch import Watched
+from layerwise.ranks.ownership import assigned
+from layerwise.ranks.sums import TensorSpec, summed
 
 __all__ = ["Joint", "Team"]
 
 _LOSS = ""  # beside the names of parameters
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """What the curvature costs one rank.
+
+    blocks: those that it owns. factor_bytes, inverse_bytes: of all averages and inverses that it holds.
+    inversion_flops: `Σ K (I³ + O³)` of its own blocks, each time inverses are due. step_flops: `Σ 2 K O I (O + I)` of
+    the blocks that it multiplies a gradient by, every step.
+    """
+
+    rank: int
+    blocks: tuple[str, ...]
+    factor_bytes: int
+    inverse_bytes: int
+    inversion_flops: int
+    step_flops: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +133,7 @@ class Team:
         linear = ({} if averaged else full) | ({} if loss is None else {_LOSS: loss})
         joint = self.total(linear, weight)
         joint_loss = joint.pop(_LOSS, None)
-        watched.found = [joining.summed(self.ranks, found, weight) for found in watched.found]
+        watched.found = [found.all_reduced(self.ranks, weight) for found in watched.found]
         watched.left = set().union(*(its.left for its in reports)) if watched.left is not None else None
         return Joint(None, _from_average(full, weights) if averaged else joint, joint_loss)
 
@@ -118,13 +145,13 @@ class Team:
 
     def added(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over ranks."""
-        return joining.added(self.ranks, tensors)
+        return summed(self.ranks, tensors)
 
     # -- blocks and their owners -----------------------------------------------------------------------------
 
     def assign(self, blocks: Mapping[str, Block]) -> None:
         """Give blocks that have no owner one, and forget those that are no more."""
-        self.owners = assigned(blocks, self.size, self.owners)
+        self.owners = block_owners(blocks, self.size, self.owners)
 
     def holds(self, key: str) -> bool:
         """Whether the values of a block are held here."""
@@ -149,8 +176,8 @@ class Team:
         made = {key: eigenbasis(key, block) for key, block in blocks.items() if self.owners[key] == self.rank}
         if self.size == 1 or not blocks:
             return made
-        told = self._told({key: _Told.of(basis) for key, basis in made.items()})
-        found: dict[str, Any] = {key: told[key].block(blocks[key], made.get(key)) for key in blocks}
+        messages = self._gathered({key: _BlockMessage.of(basis) for key, basis in made.items()})
+        found: dict[str, Any] = {key: messages[key].block(blocks[key], made.get(key)) for key in blocks}
         self._send({key: basis for key, basis in found.items() if basis is not None})
         return found
 
@@ -165,10 +192,10 @@ class Team:
         if self.size == 1 or not wanted:
             return dict(made)
         mine = {key: made[key] for key in wanted if self.owners[key] == self.rank}
-        told = self._told({key: _Told.of(its.block, its.raised, its.kept) for key, its in mine.items()})
+        messages = self._gathered({key: _BlockMessage.of(its.block, its.raised, its.kept) for key, its in mine.items()})
         found = dict(made)
         for key in wanted:
-            its, before = told[key], last.get(key)
+            its, before = messages[key], last.get(key)
             if its.kept:
                 assert before is not None
                 found[key] = before._replace(kept=True)
@@ -193,8 +220,8 @@ class Team:
                 self.ranks.send_from(rank, sent)
         return out
 
-    def _told(self, mine: Mapping[str, _Told]) -> dict[str, _Told]:
-        return {key: told for one in self.ranks.gather(dict(mine)) for key, told in one.items()}
+    def _gathered(self, mine: Mapping[str, _BlockMessage]) -> dict[str, _BlockMessage]:
+        return {key: its for one in self.ranks.gather(dict(mine)) for key, its in one.items()}
 
     def _send(self, blocks: Mapping[str, Block]) -> None:
         """Overwrite blocks with their owners'."""
@@ -210,7 +237,7 @@ class Team:
         """A state by block with those that other ranks hold, on the CPU, from shapes here."""
         if not self.apart:
             return dict(state)
-        mine = {key: joining.on_cpu(its) for key, its in state.items() if self.holds(key)}
+        mine = {key: _on_cpu(its) for key, its in state.items() if self.holds(key)}
         every = {key: its for one in self.ranks.gather(mine) for key, its in one.items()}
         return {key: every[key] for key in state}
 
@@ -232,23 +259,19 @@ class Team:
         return found
 
 
-@dataclass(frozen=True)
-class _Told:
-    """What an owner says of a block it made: its class and the shapes of its fields, or None; flags of an inverse."""
+class _BlockMessage(NamedTuple):
+    """What an owner says of a block it made: the shapes of its fields, or None for no block; flags of an inverse."""
 
-    fields: tuple[tuple[str, tuple[int, ...] | None, torch.dtype | None], ...] | None
+    fields: dict[str, TensorSpec | None] | None
     raised: bool = False
     kept: bool = False
 
     @staticmethod
-    def of(block: Block | None, raised: bool = False, kept: bool = False) -> _Told:
+    def of(block: Block | None, raised: bool = False, kept: bool = False) -> _BlockMessage:
         if block is None or kept:
-            return _Told(None, raised, kept)
+            return _BlockMessage(None, raised, kept)
         fields = fields_of(block).items()
-        return _Told(
-            tuple((k, None if t is None else tuple(t.shape), None if t is None else t.dtype) for k, t in fields),
-            raised,
-        )
+        return _BlockMessage({key: None if t is None else TensorSpec.of(t) for key, t in fields}, raised)
 
     def block(self, like: Block, made: Block | None, shapes_only: bool = False) -> Block | None:
         """The block in contiguous memory: the one made here, or one to be overwritten."""
@@ -257,10 +280,21 @@ class _Told:
         if made is not None:
             return with_fields(made, {k: None if t is None else t.contiguous() for k, t in fields_of(made).items()})
         device = "meta" if shapes_only else like.like.device
-        return with_fields(like, {
-            key: None if shape is None else torch.empty(shape, dtype=dtype, device=device)
-            for key, shape, dtype in self.fields
-        })  # fmt: skip
+        empty = {k: s and torch.empty(s.shape, dtype=s.dtype, device=device) for k, s in self.fields.items()}
+        return with_fields(like, empty)
+
+
+def block_owners(blocks: Mapping[str, Block], size: int, owners: Mapping[str, int]) -> dict[str, int]:
+    """The owners of blocks among `size` ranks, by what their inversion costs; earlier owners keep theirs.
+
+    Slices of one parameter stay together, since they act on one gradient.
+    Source: Osawa et al. (2019) and Pauloski et al. (2021), "KAISA", section 3, for K-FAC's factors.
+    """
+    names, work = {key: block.parameter or key for key, block in blocks.items()}, dict[str, float]()
+    for key in sorted(blocks, key=names.__getitem__):
+        work[names[key]] = work.get(names[key], 0) + inversion_cost(blocks[key])
+    owner_of = assigned(work, size, {names[key]: rank for key, rank in owners.items() if key in blocks})
+    return {key: owner_of[name] for key, name in names.items()}
 
 
 def _report(watched: Watched, grads: Mapping[str, Tensor], where: str | None, averaged: bool) -> Report:
@@ -271,7 +305,7 @@ def _report(watched: Watched, grads: Mapping[str, Tensor], where: str | None, av
         batch=watched.batch, by_hand=watched.by_hand, averaged=averaged, names=tuple(grads),
         norms=tuple(norms), left=tuple(sorted(watched.left or ())),
         measured=tuple((f"{found.kind} of {name}", text) for found in watched.found
-                       for name, text in joining.described(found).items()),
+                       for name, text in found.described().items()),
     )  # fmt: skip
 
 
@@ -289,6 +323,13 @@ def _from_average(grads: dict[str, Tensor], weights: Sequence[float]) -> dict[st
 
 def _shapes(block: Block) -> Block:
     return with_fields(block, {key: None if t is None else t.to("meta") for key, t in fields_of(block).items()})
+
+
+def _on_cpu(state: Any) -> Any:
+    """A state with its tensors on the CPU."""
+    if isinstance(state, Mapping):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    return state.cpu() if isinstance(state, Tensor) else state
 
 
 def _all(block: Block) -> list[Tensor]:
