@@ -20,7 +20,7 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.kronecker import KroneckerBlock
 from layerwise.optim import DataParallel
 from layerwise.optim.second_order.averages import Inverse, invert
-from layerwise.optim.second_order.team import block_owners
+from layerwise.optim.second_order.exchange import block_owners
 from layerwise.replay.state import seed_of
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -105,10 +105,8 @@ class Owners(Crew):
         except Exception:
             self._met = False  # some may have moved what others did not
             raise
-        for rank in range(self._ranks.size):
-            moved = [p for job, owner in zip(every, owners, strict=True) if owner == rank for p in job.params.values()]
-            if moved:
-                self._ranks.send_from(rank, moved)
+        moved = [(owner, list(job.params.values())) for job, owner in zip(every, owners, strict=True)]
+        self._ranks.broadcast_owned(moved)
 
     def _assign(self, jobs: Sequence[Job | Rest], state: State) -> list[int]:
         """The owner of each job. New ones go out longest first; state of parameters that are not ours is let go."""
@@ -153,15 +151,13 @@ class Owners(Crew):
                     full[p] = state[p]
             elif name in kept[owner]:
                 full[p] = dict(state[p]) if owner == me else _unpacked(kept[owner][name], p.device)
-        for rank in range(self._ranks.size):
-            big = [
-                full[params[name]][key]
-                for name, found in kept[rank].items()
-                for key, value in found.items()
-                if isinstance(value, _TensorStub)
+        self._ranks.broadcast_owned(
+            [
+                (rank, [full[params[name]][key] for key, value in found.items() if isinstance(value, _TensorStub)])
+                for rank, states in enumerate(kept)
+                for name, found in states.items()
             ]
-            if big:
-                self._ranks.send_from(rank, big)
+        )
         return full
 
     def loaded(self) -> None:

@@ -1,4 +1,4 @@
-"""`Team`: the ranks that precondition together: joint sums, blocks with owners, inverses and updates sent around."""
+"""`RankExchange`: all-reduced sums of curvature, owners of blocks, and broadcasts of inverses or updates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from layerwise.optim.second_order.data_parallel import (
     DataParallel,
     Report,
     facts_with_values,
-    heard,
+    gather_reports,
     ranks_of,
     weights_of,
 )
@@ -34,7 +34,7 @@ from layerwise.optim.second_order.watched_batch import Watched
 from layerwise.ranks.ownership import assigned
 from layerwise.ranks.sums import TensorSpec, summed
 
-__all__ = ["Joint", "Team"]
+__all__ = ["JoinedBatch", "RankCost", "RankExchange", "block_owners"]
 
 _LOSS = ""  # beside the names of parameters
 
@@ -57,7 +57,7 @@ class RankCost:
 
 
 @dataclass(frozen=True)
-class Joint:
+class JoinedBatch:
     """What the ranks' batches are together: the place that forbids a step, or gradients by name and a loss."""
 
     where: str | None
@@ -65,8 +65,8 @@ class Joint:
     loss: Tensor | None = None
 
 
-class Team:
-    """What a preconditioner and its peers on other ranks say to each other; a team of one says nothing.
+class RankExchange:
+    """The messages between a preconditioner and those of the other ranks; with one rank there are none.
 
     owners: the rank that inverts each block. What another rank alone holds is held as tensors on the meta device:
     shapes without memory. Methods with several ranks are collectives, but `holds`, `held` and `costs`.
@@ -80,7 +80,7 @@ class Team:
         self._model = model
 
     @property
-    def apart(self) -> bool:
+    def owners_only(self) -> bool:
         """Whether a block is held by its owner alone."""
         return self.size > 1 and self.settings.share == "updates"
 
@@ -91,7 +91,7 @@ class Team:
                 'kind="kfra" averages over one batch from layer to layer, so the factors of several ranks do not join '
                 'to those of all; use kind="kfac" or "kflr"'
             )
-        if self.apart and kind == "ekfac":
+        if self.owners_only and kind == "ekfac":
             raise BadInput(
                 'kind="ekfac" measures in an eigenbasis, which every rank needs; use DataParallel(share="inverses"), '
                 'or kind="kfac"'
@@ -108,23 +108,23 @@ class Team:
     def fail(self, error: Exception) -> None:
         """Tell the other ranks, which wait for this one's report, that there is none."""
         if self.size > 1:
-            heard(self.ranks, Report(error=f"{type(error).__name__}: {str(error)[:500]}"))
+            gather_reports(self.ranks, Report(error=f"{type(error).__name__}: {str(error)[:500]}"))
 
     def join(
         self, watched: Watched, grads: Mapping[str, Tensor], where: str | None, named: Mapping[str, Tensor],
         loss: Tensor | None = None,
-    ) -> Joint:  # fmt: skip
+    ) -> JoinedBatch:  # fmt: skip
         """Gradients and loss of all ranks' batches together; the sums that were watched become those, too.
 
         named: the parameters in the model's order. Raises on all ranks where their batches have no union.
         """
         if self.size == 1:
-            return Joint(where, dict(grads), loss)
+            return JoinedBatch(where, dict(grads), loss)
         averaged = self.settings.says_averaged(self._model, watched.in_grad)
-        reports = heard(self.ranks, _report(watched, grads, where, averaged))
+        reports = gather_reports(self.ranks, _report(watched, grads, where, averaged))
         for rank, its in enumerate(reports):
             if its.where is not None:
-                return Joint(f"rank {rank}: {its.where}", dict(grads), loss)
+                return JoinedBatch(f"rank {rank}: {its.where}", dict(grads), loss)
         self.settings.check_gradients(reports)
         weights = weights_of(reports, self.settings.reduction)
         watched.weight = weight = weights[self.rank]
@@ -135,7 +135,7 @@ class Team:
         joint_loss = joint.pop(_LOSS, None)
         watched.found = [found.all_reduced(self.ranks, weight) for found in watched.found]
         watched.left = set().union(*(its.left for its in reports)) if watched.left is not None else None
-        return Joint(None, _from_average(full, weights) if averaged else joint, joint_loss)
+        return JoinedBatch(None, _from_average(full, weights) if averaged else joint, joint_loss)
 
     def total(self, values: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
         """Values that are linear in the loss, over all ranks' batches; weight: of this rank's."""
@@ -155,7 +155,7 @@ class Team:
 
     def holds(self, key: str) -> bool:
         """Whether the values of a block are held here."""
-        return not self.apart or self.owners[key] == self.rank
+        return not self.owners_only or self.owners[key] == self.rank
 
     def held(self, key: str, block: Block) -> Block:
         """The block, or its shapes where another rank holds it."""
@@ -169,7 +169,7 @@ class Team:
 
     def inverts(self, key: str, block: Block) -> bool:
         """Whether a block is inverted here: the owner's are, and those that take no time where all hold them."""
-        return self.owners[key] == self.rank or (not self.apart and isinstance(block, EigenBlock))
+        return self.owners[key] == self.rank or (not self.owners_only and isinstance(block, EigenBlock))
 
     def eigenbases(self, blocks: Mapping[str, Any]) -> dict[str, EigenBlock | None]:
         """The eigendecompositions of Kronecker blocks, None where there is none; each made by its owner."""
@@ -188,7 +188,7 @@ class Team:
 
         last: the inverses before, which an owner may have kept.
         """
-        wanted = [key for key, block in blocks.items() if self.apart or not isinstance(block, EigenBlock)]
+        wanted = [key for key, block in blocks.items() if self.owners_only or not isinstance(block, EigenBlock)]
         if self.size == 1 or not wanted:
             return dict(made)
         mine = {key: made[key] for key in wanted if self.owners[key] == self.rank}
@@ -202,43 +202,36 @@ class Team:
             else:
                 here = made[key].block if key in mine else None
                 found[key] = Inverse(its.block(blocks[key], here, not self.holds(key)), its.raised)
-        if not self.apart:
+        if not self.owners_only:
             new = {key: found[key] for key in wanted if not found[key].kept}
             self._send({key: inverse.block for key, inverse in new.items() if inverse.block is not None})
         return {key: found[key] for key in blocks}
 
     def updates(self, averages: Mapping[str, Average], found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Preconditioned gradients by name, each from the owner of its block; those of no block stay."""
-        if not self.apart:
+        if not self.owners_only:
             return found
         owner_of = {name: self.owners[key] for key, held in averages.items() for name in names_of(key, held)}
         out = {name: d.contiguous() if owner_of.get(name, self.rank) == self.rank else torch.empty_like(
             d, memory_format=torch.contiguous_format) for name, d in found.items()}  # fmt: skip
-        for rank in range(self.size):
-            sent = [d for name, d in out.items() if owner_of.get(name) == rank]
-            if sent:
-                self.ranks.send_from(rank, sent)
+        self.ranks.broadcast_owned([(owner_of[name], [d]) for name, d in out.items() if name in owner_of])
         return out
 
-    def _gathered(self, mine: Mapping[str, _BlockMessage]) -> dict[str, _BlockMessage]:
+    def _gathered(self, mine: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of all ranks."""
         return {key: its for one in self.ranks.gather(dict(mine)) for key, its in one.items()}
 
     def _send(self, blocks: Mapping[str, Block]) -> None:
         """Overwrite blocks with their owners'."""
-        for rank in range(self.size):
-            mine = [fields_of(block) for key, block in blocks.items() if self.owners[key] == rank]
-            tensors = [t for fields in mine for t in fields.values() if t is not None]
-            if tensors:
-                self.ranks.send_from(rank, tensors)
+        self.ranks.broadcast_owned([(self.owners[key], _all(block)) for key, block in blocks.items()])
 
     # -- state and report ------------------------------------------------------------------------------------
 
     def whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state by block with those that other ranks hold, on the CPU, from shapes here."""
-        if not self.apart:
+        if not self.owners_only:
             return dict(state)
-        mine = {key: _on_cpu(its) for key, its in state.items() if self.holds(key)}
-        every = {key: its for one in self.ranks.gather(mine) for key, its in one.items()}
+        every = self._gathered({key: _on_cpu(its) for key, its in state.items() if self.holds(key)})
         return {key: every[key] for key in state}
 
     def costs(self, averages: Mapping[str, Average], inverses: Mapping[str, Inverse]) -> list[RankCost]:
@@ -246,7 +239,7 @@ class Team:
         found = []
         for rank in range(self.size):
             own = [key for key in averages if self.owners[key] == rank]
-            here = own if self.apart else list(averages)
+            here = own if self.owners_only else list(averages)
             held = [averages[key] for key in here]
             kept = [its.block for key in here if (its := inverses.get(key)) is not None and its.block is not None]
             factors = [t for one in held for block in (one.block, one.eigen) if block is not None for t in _all(block)]
