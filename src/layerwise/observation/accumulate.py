@@ -19,6 +19,7 @@ from layerwise.observation.seen import Seen
 from layerwise.quantities.base import Quantity
 from layerwise.ranks.group import Ranks, check_same_model
 from layerwise.ranks.trainers import placements_of, unreduced, unwrapped
+from layerwise.replay.state import RandomState
 from layerwise.tape.binding import Binding
 
 __all__ = ["accumulate"]
@@ -100,13 +101,15 @@ def _in_two_passes(
 ) -> Seen:
     """The quantities, some of them after those that need the whole set; `firsts` holds None for the others."""
     before = [first for first in firsts if first is not None]
-    random = _Random(before)
+    own = [getattr(q.cotangent, "generator", None) for q in before]
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    random = RandomState([torch.device("cuda", n) for n in cuda], ("torch",), [g for g in own if g is not None])
     earlier = run(before)
     stands = [q if first is None else q.after(earlier[first]) for q, first in zip(quantities, firsts, strict=True)]
     for stand, first in zip(stands, firsts, strict=True):
         if first is not None:
             stand.share(ranks)
-    random.restore()
+    random.put_back()
     seen = run(stands)
     if (seen._count, seen._samples) != (earlier._count, earlier._samples):
         raise BadInput(
@@ -115,24 +118,6 @@ def _in_two_passes(
         )
     seen._asked = list(quantities)
     return seen
-
-
-class _Random:
-    """The state of torch's random numbers, and of the generators of some quantities."""
-
-    def __init__(self, quantities: Iterable[Quantity]) -> None:
-        own = [getattr(q.cotangent, "generator", None) for q in quantities]
-        self._own = [(generator, generator.get_state()) for generator in own if generator is not None]
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-
-    def restore(self) -> None:
-        """Go back to it."""
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
-        for generator, state in self._own:
-            generator.set_state(state)
 
 
 def _pass(
