@@ -16,7 +16,13 @@ def as_markdown(text: str, parameters: tuple[str, ...] = ()) -> str:
     names = "|".join(map(re.escape, parameters))
     listed = re.compile(rf"(?:{names})(?:, (?:{names}))*:(?= |$)") if names else None
     lines: list[str] = []
+    in_list = False
     for line in text.splitlines():
+        if line == "Args:":
+            in_list = True
+            continue
+        in_list &= line.startswith("    ")
+        line = line[4:] if in_list else line
         if line.startswith("    "):
             lines.append(line)
             continue

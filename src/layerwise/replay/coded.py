@@ -57,7 +57,7 @@ class CodedModel:
         proofs: dict[Any, bool] | None = None,
         entry: Tensor | None = None,
     ) -> None:
-        self._model, self._closure, self._entry = model, closure, entry
+        self._model, self._entry = model, entry
         self._proofs = proofs if proofs is not None else {}
         given: tuple[Tensor, ...] = () if entry is None else (entry.clone(),)  # which the closure may overwrite
         tape = CodedTape(model, {}, entry=given[0] if given else None)
@@ -98,7 +98,7 @@ class CodedModel:
         with self._rerun:
             self._rerun.rewind()
             with tape, torch.enable_grad(), _no_saved_tensor_hooks() if gradients else nullcontext():
-                loss = self._closure(*given)
+                loss = self._rerun.run(*given)
         seen, want = ([(u.call.func, u.call.out_shape) for u in t.uses] for t in (tape, self.tape))
         if seen != want:
             raise Undefined(

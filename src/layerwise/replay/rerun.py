@@ -39,16 +39,18 @@ class Rerun:
     def __exit__(self, *exc: object) -> None:
         self._now.put_back()
 
-    def rewind(self, buffers: bool = True) -> None:
-        """Bring generators, and buffers, to where they were before the first run."""
-        self._start.random.put_back()
-        if buffers:
-            self._start.buffers.put_back()
+    def rewind(self) -> None:
+        """Bring generators and buffers to where they were before the first run."""
+        self._start.put_back()
 
     def closure(self) -> Tensor:
-        """The closure once more."""
+        """The closure from where the first run began."""
         self.rewind()
-        return self._closure()
+        return self.run()
+
+    def run(self, *given: Tensor) -> Tensor:
+        """The closure from where everything stands."""
+        return self._closure(*given)
 
     def loss(self) -> float:
         """The loss at the present parameters. Graphs of earlier runs may no longer be differentiated."""

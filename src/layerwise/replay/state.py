@@ -118,13 +118,13 @@ class RunState:
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor], gradients: bool | str = False) -> None:
         parameters = list(named_parameters_of(model).values())
-        self.random, self.buffers = RandomState({p.device for p in parameters}), Buffers(model)
+        self._random, self._buffers = RandomState({p.device for p in parameters}), Buffers(model)
         self._gradients = Gradients(parameters, values=gradients == "values") if gradients else None
 
     def put_back(self) -> None:
         """Bring everything back."""
-        self.random.put_back()
-        self.buffers.put_back()
+        self._random.put_back()
+        self._buffers.put_back()
         if self._gradients is not None:
             self._gradients.put_back()
 
