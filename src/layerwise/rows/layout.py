@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -77,11 +77,7 @@ class MatrixLayout:
         bias: bool = False,
     ) -> MatrixLayout:  # fmt: skip
         """The layout of all elements in their own order; axes: the order that the axes of the matrix have there."""
-        size = shape if size is None else size
-        steps, step = [0] * len(size), 1
-        for axis in reversed(range(len(size)) if axes is None else axes):
-            steps[axis], step = step, step * size[axis]
-        return cls.strided(shape, size, steps, 0, bias)
+        return _whole(tuple(shape), tuple(shape if size is None else size), axes and tuple(axes), bias)
 
     @classmethod
     def at(cls, shape: Sequence[int], places: Tensor, bias: bool = False) -> MatrixLayout:
@@ -102,7 +98,7 @@ class MatrixLayout:
             return cls.whole(parameter.shape)
         if used._base is not parameter or used.dtype != parameter.dtype or used.layout is not torch.strided:
             return None
-        if not (_injective(used) and _injective(parameter)):
+        if not (_injective(used) and (parameter.is_contiguous() or _injective(parameter))):
             return None
         offset = int(used.storage_offset()) - int(parameter.storage_offset())
         if parameter.is_contiguous():
@@ -116,9 +112,9 @@ class MatrixLayout:
     def then(self, matrix: Callable[[Tensor], Tensor], bias: bool = False) -> MatrixLayout:
         """The layout of what a function of this view gives: elements of it in another arrangement."""
         if self.strides is not None:
-            memory = torch.empty(math.prod(self.shape), device="meta")
-            found = matrix(memory.as_strided(self.size, self.strides, self.offset))
-            if found._base is memory:
+            memory = torch.empty(self.size if self._in_order else math.prod(self.shape), device="meta")
+            found = matrix(memory if self._in_order else memory.as_strided(self.size, self.strides, self.offset))
+            if found is memory or found._base is memory:
                 return self.strided(self.shape, found.shape, found.stride(), int(found.storage_offset()), bias)
         return self.at(self.shape, matrix(self.places()), bias)
 
@@ -139,11 +135,18 @@ class MatrixLayout:
         axes = tuple(next(longest) if n > 1 else d for d, n in enumerate(self.size))
         return axes if MatrixLayout.whole(self.shape, self.size, axes).strides == steps else None
 
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether the matrix holds all elements in the parameter's own order."""
+        return self.axes == tuple(range(len(self.size)))
+
     def fold(self, w: Tensor) -> Tensor:
         """`[..., *size]` in the parameter's shape, `[..., *shape]`, zero outside the matrix; a view where it can be."""
+        if self._in_order and self.size == self.shape:
+            return w
         lead = w.shape[: w.dim() - len(self.size)]
         if self.axes is not None:
-            if not _ascending(self.axes):
+            if not self._in_order:
                 w = w.permute(*range(len(lead)), *(len(lead) + a for a in self.axes))
             return w.reshape((*lead, *self.shape))
         memory = w.new_zeros((*lead, math.prod(self.shape)))
@@ -157,7 +160,7 @@ class MatrixLayout:
     def matrix(self, p: Tensor) -> Tensor:
         """A tensor of the parameter's shape as the matrix; the left inverse of `fold`, and a view where it can be."""
         if self.axes is not None:
-            if _ascending(self.axes):
+            if self._in_order:
                 return p.reshape(self.size)
             back = [self.axes.index(i) for i in range(len(self.axes))]
             return p.reshape([self.size[a] for a in self.axes]).permute(back)
@@ -166,6 +169,16 @@ class MatrixLayout:
             assert self.index is not None
             return flat[self.index.on(p.device)]
         return flat.as_strided(self.size, self.strides, int(flat.storage_offset()) + self.offset)
+
+
+@lru_cache(maxsize=2**12)
+def _whole(
+    shape: tuple[int, ...], size: tuple[int, ...], axes: tuple[int, ...] | None, bias: bool
+) -> MatrixLayout:  # fmt: skip
+    steps, step = [0] * len(size), 1
+    for axis in reversed(range(len(size)) if axes is None else axes):
+        steps[axis], step = step, step * size[axis]
+    return MatrixLayout.strided(shape, size, steps, 0, bias)
 
 
 class FactorForm(NamedTuple):
@@ -230,7 +243,3 @@ def _injective(x: Tensor) -> bool:
             return False
         reach += stride * (size - 1)
     return True
-
-
-def _ascending(axes: tuple[int, ...]) -> bool:
-    return all(a == i for i, a in enumerate(axes))
