@@ -4,7 +4,7 @@ The output of each hidden layer gets a free value, a code c, and the objective o
 
     loss(W_L σ(c_{L-1}))  +  (1/N) Σ_l μ ½ ‖c_l − W_l σ(c_{l-1})‖²        (with the ½, μ is twice the paper's)
 
-No gradient crosses more than one layer. A step is the paper's encodeInput, updateCodes and updateWeights, in the library
+No gradient crosses two layers. A step is the paper's encodeInput, updateCodes and updateWeights, in the library
 `lw.AltMin(model, preset="published")`; its default moves all codes at once instead, by c = z − (N/μ) ∂loss/∂z.
 """
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerwise as lw
+from layerwise.program import seed_of
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*_from_scratch.py"))
@@ -74,7 +75,8 @@ def assert_moved(start: list[Tensor], end: list[Tensor]) -> None:
 
 
 def test_there_is_one_file_for_each_method() -> None:
-    assert SCRIPTS == ["altmin_from_scratch", "locoprop_from_scratch"]
+    methods = "altmin ggn_diagonal kfac locoprop per_sample".split()
+    assert [script.removesuffix("_from_scratch") for script in SCRIPTS] == methods
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -134,3 +136,58 @@ def test_altmin(seed: int) -> None:
         torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
     assert_moved(start, weights_of(model))
     assert_same([w.detach() for w in weights], weights_of(model))
+
+
+@seeds
+@pytest.mark.parametrize("kfac_seed", [0, 7])
+def test_kfac(seed: int, kfac_seed: int) -> None:
+    """The library draws its labels by a generator for each step, which is given to the file here."""
+    file, model = scratch("kfac"), net(seed)
+    opt = lw.optim.KFAC(
+        model, lr=0.1, momentum=0.0, kl_clip=None, update_factors_every=1, update_inverses_every=1, seed=kfac_seed
+    )
+    start = weights_of(model)
+    layers = [(w, w.new_zeros(w.shape[1], w.shape[1]), w.new_zeros(len(w), len(w))) for w in start]
+    for t in range(1, 6):
+        x, y = batch(10 * seed + t)
+        generator = torch.Generator().manual_seed(seed_of(kfac_seed, t - 1))
+        wanted = opt.step(lambda: F.cross_entropy(model(x), y))  # noqa: B023
+        layers, loss = file.step(layers, x, y, t, generator)
+        torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    assert opt.counters == {"raised": 0, "kept": 0, "identity": 0}
+    assert_moved(start, weights_of(model))
+    assert_same([w for w, _, _ in layers], weights_of(model))
+
+
+@seeds
+def test_per_sample_gradients(seed: int) -> None:
+    file, model = scratch("per_sample"), net(seed)
+    x, y = batch(seed)
+    with lw.observe(model, lw.PerSampleGrad(), lw.SquaredNorm(), lw.SecondMoment(), lw.Variance()) as seen:
+        F.cross_entropy(model(x), y).backward()
+    layers = file.step(weights_of(model), x, y)
+    assert_same([file.per_sample(a, g) for a, g in layers], joined(seen.per_sample_grad))
+    assert_same([file.second_moment(a, g) for a, g in layers], joined(seen.second_moment))
+    assert_same([file.variance(a, g) for a, g in layers], joined(seen.variance))
+    norms = [seen.squared_norm[f"{n}.weight"] + seen.squared_norm[f"{n}.bias"] for n in (0, 2, 4)]
+    assert_same([file.squared_norm(a, g) for a, g in layers], norms)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same([file.per_sample(a, g).sum(0) for a, g in layers], joined(gradients))
+
+
+@seeds
+def test_ggn_diagonal(seed: int) -> None:
+    file, model = scratch("ggn_diagonal"), net(seed)
+    x, y = batch(seed)
+    weights = weights_of(model)
+    inputs, outputs = file.forward(weights, x)
+    for quantity, columns in (
+        (lw.DiagGGN(), file.root(outputs[-1])),
+        (
+            lw.DiagGGN(samples=1, generator=torch.Generator().manual_seed(seed)),
+            file.drawn(outputs[-1], torch.Generator().manual_seed(seed)),
+        ),
+    ):
+        with lw.observe(model, quantity) as seen:
+            F.cross_entropy(model(x), y).backward()
+        assert_same(file.diagonal(weights, inputs, columns), joined(seen.diag_ggn))
