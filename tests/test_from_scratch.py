@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerwise as lw
+from book import execute, inserts
 from layerwise.program import seed_of
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -95,10 +97,28 @@ def test_a_file_is_short_and_reads_torch_alone(script: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_file_runs(script: str, tmp_path: Path) -> None:
-    path = FOLDER / f"{script}.py"
-    ran = subprocess.run([sys.executable, "-I", path], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the tensors are small, and threads would wait for each other
+    ran = subprocess.run(
+        [sys.executable, "-I", FOLDER / f"{script}.py"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False, timeout=250,
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert len(ran.stdout.splitlines()) >= 3 and "nan" not in ran.stdout and not ran.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_page_shows_a_file_whole_and_does_not_run_it(script: str) -> None:
+    path = f"examples/{script}.py"
+    shown = inserts.filled(f"# A page\n\n<!-- book: listing {path} -->\n\nText.\n", "page.md")
+    text = (FOLDER / f"{script}.py").read_text(encoding="utf-8")
+    assert shown == f'# A page\n\n```{{ .python title="{path}" }}\n{text}```\n\nText.\n'
+    assert execute.with_outputs(shown, "page.md") == shown
+
+
+@pytest.mark.parametrize("path", ["examples/nothing.py", "README.md", "../outside.py", ""])
+def test_a_listing_is_of_a_python_file_of_the_repository(path: str) -> None:
+    with pytest.raises(inserts.Unknown, match="listing of"):
+        inserts.filled(f"<!-- book: listing{' ' * bool(path)}{path} -->", "page.md")
 
 
 # The methods ---------------------------------------------------------------------------------------------------------
