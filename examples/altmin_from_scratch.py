@@ -1,8 +1,8 @@
-"""AltMin from scratch: Choromanska et al., "Beyond Backprop: Online Alternating Minimization" (2019), section 3.
+"""AltMin: Choromanska et al., "Beyond Backprop: Online Alternating Minimization with Auxiliary Variables" (2019).
 
-The output of each hidden layer gets a free value, a code c, and the objective of N samples is relaxed (with σ = tanh):
+The output of each hidden layer gets a free value, a code c. For N samples the relaxed objective (section 3) is
 
-    loss(W_L σ(c_{L-1}))  +  (1/N) Σ_l μ ½ ‖c_l − W_l σ(c_{l-1})‖²        (with the ½, μ is twice the paper's)
+    loss(W_L σ(c_{L-1}))  +  (1/N) Σ_l μ ½ ‖c_l − W_l σ(c_{l-1})‖²        (σ = tanh; with the ½, μ is twice the paper's)
 
 No gradient crosses two layers. A step is the paper's encodeInput, updateCodes and updateWeights, in the library
 `lw.AltMin(model, preset="published")`; its default moves all codes at once instead, by c = z − (N/μ) ∂loss/∂z.
@@ -37,7 +37,7 @@ def update_codes(weights, codes, labels, mu, steps=5, lr=0.3, momentum=0.9):
 
 
 def step(weights, optimizer, x, labels, mu=0.003):
-    """One minibatch; returns the loss before it."""
+    """One minibatch, and the loss before it. optimizer: Adam for AM-Adam, in the published settings with lr=8e-3."""
     codes = []
     for w in weights[:-1]:  # encodeInput
         codes.append(output(w, codes[-1].tanh() if codes else x).detach())
