@@ -11,7 +11,6 @@ rules these are, and that of alternating minimization, whose rules are in altmin
   that says nothing of the method stops the study instead.
 - Seconds are steps times the seconds a step of an interleaved run with Adam (step_time.py), never a run's own clock.
 
-To add a method: an entry in a study's methods.py, a plugin of a few lines in solvers/, and
-`python -m benchmarks.training --study <its name> declare`.
+To add a method: an entry in a study's methods.py, and `python -m benchmarks.training --study <its name> declare`.
 When a method's rule changes, raise its `revision`: its rows and times no longer count, and are made anew.
 """
