@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.distributed import kfac, layers, scaling
-from benchmarks.overhead.contenders import CONTENDERS
-from benchmarks.overhead.nets import NETS
-from benchmarks.overhead.report import best_peer, chart
-from benchmarks.overhead.report import slower as is_slower
+from benchmarks.speed.overhead.contenders import CONTENDERS
+from benchmarks.speed.overhead.nets import NETS
+from benchmarks.speed.overhead.report import best_peer, chart
+from benchmarks.speed.overhead.report import slower as is_slower
 from benchmarks.training import step_time
 from benchmarks.training.rows import FOLDER, read
 from benchmarks.training.study import STUDIES
@@ -180,8 +180,8 @@ def demo_tuning(_: str) -> str:
     seeds = ", ".join(map(str, found["seeds"]))
     table = _table(["method", "trials", "chosen", "train loss", "test loss"], rows)
     return (
-        f"{table}\n\n*`python -m benchmarks.tune_demo`: {found['epochs']} epochs, mean of seeds {seeds}. The demo "
-        "itself runs on other seeds.*"
+        f"{table}\n\n*`python -m benchmarks.training.tune_demo`: {found['epochs']} epochs, mean of seeds {seeds}. "
+        "The demo itself runs on other seeds.*"
     )
 
 
@@ -211,11 +211,11 @@ def study(name: str) -> str:
 
 
 def altmin(name: str) -> str:
-    """What a demonstration of `python -m benchmarks.altmin` saw, with its picture; or that it was not run."""
+    """What a demonstration of `python -m benchmarks.papers.altmin` saw, with its picture; or that it was not run."""
     path = RESULTS / "altmin" / f"{name}.json"
     if not path.is_file():
-        return f"*Not run yet: `python -m benchmarks.altmin {name}`.*"
+        return f"*Not run yet: `python -m benchmarks.papers.altmin {name}`.*"
     said = json.loads(path.read_text(encoding="utf-8"))["seen"]
     picture = path.with_suffix(".png")
     shown = f"\n\n![{name}](../../benchmarks/results/altmin/{picture.name})" if picture.is_file() else ""
-    return f"`python -m benchmarks.altmin {name}`: {said}{shown}"
+    return f"`python -m benchmarks.papers.altmin {name}`: {said}{shown}"

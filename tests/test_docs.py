@@ -190,7 +190,7 @@ def test_what_has_not_been_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "rows_of", lambda study: 0)
     assert "not run yet" in tables.study("altmin")
     monkeypatch.setattr(tables, "RESULTS", Path("nowhere"))
-    assert tables.altmin("depth") == "*Not run yet: `python -m benchmarks.altmin depth`.*"
+    assert tables.altmin("depth") == "*Not run yet: `python -m benchmarks.papers.altmin depth`.*"
 
 
 # -- the site -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import probe
 from benchmarks.training.figures import log_scale
 from benchmarks.training.methods import METHODS
 from benchmarks.training.problems import PROBLEMS
@@ -89,13 +90,9 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
     from quartile to quartile. What is over twice the start is beyond the edge. A method that has not been timed is in
     the left panels only.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     known = PROBLEMS[problem]
     rows = 2 if known.classes else 1
-    figure = Figure(figsize=(12, 4.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = probe.figure(12, 4.2 * rows)
     panels = figure.subplots(rows, 2, squeeze=False, sharey="row")
     kinds: list[tuple[str, str, Callable[[float], float]]] = [("train_curve", "train loss", float)]
     if known.classes:
@@ -129,7 +126,7 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
     figure.suptitle(known.title)
     panels[-1][0].set_xlabel("epochs")
     panels[-1][1].set_xlabel("seconds (steps x measured seconds a step)")
-    figure.savefig(path, dpi=110)
+    probe.save(figure, path)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 from benchopt import BaseSolver
 from benchopt.stopping_criterion import NoCriterion
 
+from benchmarks.probe import Peak
 from benchmarks.training import trials
-from benchmarks.training.memory import Peak
 from benchmarks.training.methods import METHODS
 from benchmarks.training.plan import Run, parse
 from benchmarks.training.problem import Split

@@ -1,6 +1,6 @@
 """What extended backprop costs, beside every peer that is installed: time, peak memory, values.
 
-    python -m benchmarks.overhead [--models mlp 3c3d] [--quantities norms] [--peers backpack] [--repeats 15]
+    python -m benchmarks.speed.overhead [--models mlp 3c3d] [--quantities norms] [--peers backpack] [--repeats 15]
 
 For each net and quantity, one cell: the plain gradient, ours and every peer that supports the cell run in one process
 on one thread, in alternating order; the figure is (gradient + quantity) / gradient, lower quartiles of CPU time over at

@@ -1,6 +1,6 @@
 """CPU time of a watched training step over that of a plain one, by measure.
 
-    python -m benchmarks.monitor_cost [--repeats 25] [--nets digits 3c3d] [--json FILE]
+    python -m benchmarks.speed.monitor_cost [--repeats 25] [--nets digits 3c3d] [--json FILE]
 
 A plain step is forward, backward and Adam, without the library. Each arm watches steps of a model and an optimizer of
 its own; all take turns on one batch of random data, the demo's digits autoencoder with 120 images and 3C3D with 128. A
@@ -9,11 +9,8 @@ figure is the lower quartile of an arm's CPU times over that of the plain step. 
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerwise as lw
-from benchmarks.overhead.nets import NETS
-from benchmarks.timing import interleaved
+from benchmarks import probe
+from benchmarks.speed.overhead.nets import NETS
 from layerwise.demo.problem import autoencoder, reconstruction_loss
 from layerwise.monitor import Measure, Monitor
 
@@ -84,23 +81,19 @@ def measured(make: Callable[[], nn.Module], loss: Callable[[nn.Module], Tensor],
     """Ratios to the plain step."""
     arms = {"plain": ordinary(make, loss, lambda model: nullcontext)}
     arms |= {name: ordinary(make, loss, watch(name)) for name in MEASURES}
-    times = interleaved(arms, repeats, warm_up=3)
+    times = probe.interleaved(arms, repeats, warm_up=3)
     return {name: seconds / times["plain"] for name, seconds in times.items()}
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--nets", nargs="+", default=["digits", "3c3d"])
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+    nets = ["digits", "3c3d"]
+    given = probe.parsed(probe.parser("benchmarks.speed.monitor_cost", __doc__, repeats=25, nets=nets, json=None))
     found = {name: measured(*problem, given.repeats) for name, problem in problems().items() if name in given.nets}
     for name, ratios in found.items():
         print(name, *(f"{arm}: {ratio:.2f}" for arm, ratio in ratios.items()), sep="\n  ")
     if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        probe.write(given.json, found)
 
 
 if __name__ == "__main__":

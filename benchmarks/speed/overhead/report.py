@@ -8,6 +8,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from benchmarks import probe
+
 from . import bounds
 from .contenders import CONTENDERS
 from .nets import NETS
@@ -30,11 +32,11 @@ def table(cells: Cells) -> str:
     present = _present(cells)
     head = ["net", "quantity", *(CONTENDERS[name].label for name in present), "extra / BackPACK's"]
     head += ["peak MB: ours / BackPACK / plain", "what bounds ours"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for net, quantity, cell in _ordered(cells):
         ratios = [_cell_text(cell["contenders"].get(name, {})) for name in present]
         lines.append([net, quantity, *ratios, _share(cell), _memory(cell), _bound(cell)])
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *_notes(cells)]) + "\n"
+    return "\n".join([probe.table(head, lines, numbers=False), "", *_notes(cells)]) + "\n"
 
 
 def _present(cells: Cells) -> list[str]:
@@ -156,14 +158,11 @@ def _list(items: Iterable[str]) -> str:
 
 def chart(cells: Cells, path: Path) -> None:
     """Write the picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 
     nets = [net for net in NETS if any(key.startswith(f"{net}/") for key in cells) and net != "mlp-sigmoid"]
-    figure, axes = plt.subplots(1, len(nets), figsize=(3.6 * len(nets), 7.5), squeeze=False, layout="constrained")
+    figure = probe.figure(3.6 * len(nets), 7.5, dpi=150)
+    axes = figure.subplots(1, len(nets), squeeze=False)
     for axis, net in zip(axes[0], nets, strict=True):
         rows = [(q, c) for n, q, c in _ordered(cells) if n == net and q != "empty observe"]
         place = 0.0
@@ -194,5 +193,4 @@ def chart(cells: Cells, path: Path) -> None:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(len(handles), 2 * len(nets)), fontsize=8, frameon=False
     )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    probe.save(figure, path)

@@ -1,6 +1,6 @@
 """Train the LocoProp paper's autoencoder on MNIST with the published settings, beside the authors' own curve.
 
-    python -m benchmarks.reproduce_locoprop [--epochs 4] [--seeds 0 1 2]
+    python -m benchmarks.papers.reproduce_locoprop [--epochs 4] [--seeds 0 1 2]
 
 Prints train and test loss after each epoch, the authors' values, and PASS or FAIL: the median train loss
 over the seeds has to lie within 4 % of theirs at epoch 2 and within 2 % from epoch 3. Writes the rows as JSON
@@ -9,10 +9,7 @@ and a plot. An interrupted run goes on after its last finished epoch when it is 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
 import platform
 import shutil
 import sys
@@ -29,10 +26,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import layerwise as lw
+from benchmarks import probe
+from benchmarks.autoencoder import SIZES, deep_autoencoder, mean_loss, reconstruction_loss
+from benchmarks.data import load
 from layerwise.errors import LayerwiseError
 
-from .autoencoder import SIZES, deep_autoencoder, mean_loss, reconstruction_loss
-from .data import load
 from .locoprop_curve import Row, plot, summary
 
 BATCH, WARM_UP, HORIZON = 1000, 5, 100
@@ -99,17 +97,10 @@ def _resume(folder: Path, seed: int, **parts: Any) -> list[Row]:
 
 def header(seeds: Sequence[int], epochs: int, source: str) -> dict[str, Any]:
     """What the rows depend on."""
+    here = probe.conditions()
     return {
-        "versions": {
-            "layerwise": lw.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "processor": platform.machine(),
-        },
+        "versions": {"layerwise": lw.__version__, "torch": here["torch"], "python": platform.python_version()},
+        "machine": {"cpus": here["cores"], "threads": torch.get_num_threads(), "processor": here["machine"]},
         "data": source,
         "model": "-".join(map(str, SIZES)),
         "optimizer": 'LocoProp(model, preset="published-M")',
@@ -121,13 +112,9 @@ def header(seeds: Sequence[int], epochs: int, source: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write header, summary and rows; the file is whole or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write header, summary and rows."""
     lines = [{k: v for k, v in asdict(row).items() if k != "error" or v} for row in rows]
-    draft = path.with_name(path.name + ".part")
-    body = {"header": head, "summary": summary(rows), "rows": lines}
-    draft.write_text(json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    probe.write(path, {"header": head, "summary": summary(rows), "rows": lines}, allow_nan=False)
 
 
 def report(rows: Sequence[Row]) -> bool:
@@ -156,10 +143,8 @@ def report(rows: Sequence[Row]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all seeds; 0 where the curve is followed, 1 where it is not, 2 where the run cannot start."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproduce_locoprop", description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reproduce_locoprop.json"))
+    parser = probe.parser("benchmarks.papers.reproduce_locoprop", __doc__, epochs=4, seeds=[0, 1, 2],
+                          out=probe.RESULTS / "reproduce_locoprop.json")  # fmt: skip
     parser.add_argument(
         "--checkpoints",
         type=Path,
@@ -182,22 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for row in train(seed, arguments.epochs, data.x_train, data.x_test, arguments.checkpoints):
                 own.append(row)
-                print(
-                    f"seed {seed}  epoch {row.epoch}  train {row.train_loss:.2f}  test {row.test_loss:.2f}  "
-                    f"{row.seconds:.0f} s",
-                    flush=True,
-                )
+                losses = f"train {row.train_loss:.2f}  test {row.test_loss:.2f}"
+                print(f"seed {seed}  epoch {row.epoch}  {losses}  {row.seconds:.0f} s", flush=True)
         except Exception as error:  # a failed seed is a row, never a missing one
-            own.append(
-                Row(
-                    seed,
-                    len(own),
-                    None,
-                    None,
-                    own[-1].seconds if own else 0.0,
-                    f"{type(error).__name__}: {error}",
-                )
-            )
+            seconds = own[-1].seconds if own else 0.0
+            own.append(Row(seed, len(own), None, None, seconds, f"{type(error).__name__}: {error}"))
         rows += own
         write_json(arguments.out, head, rows)
     plot(arguments.out.with_suffix(".png"), rows)

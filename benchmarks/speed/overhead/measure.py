@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.probe import interleaved
 from layerwise.errors import LayerwiseError
 
-from ..timing import interleaved
 from . import bounds
 from .contenders import CONTENDERS, Program, Unsupported, missing, ours
 from .nets import NETS, Problem

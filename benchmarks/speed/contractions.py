@@ -1,6 +1,6 @@
 """Times every contraction on the shapes that matter and prints a table: the form chosen, and the others.
 
-    python benchmarks/contractions.py [--repeats 9] [--only conv]
+    python -m benchmarks.speed.contractions [--repeats 9] [--only conv]
 
 One thread, CPU time in milliseconds, lower quartile of interleaved repeats. `chosen` is what the cost
 rule takes; the columns after it force one form. `einsum` builds all of D in fresh memory: the naive way.
@@ -8,15 +8,13 @@ rule takes; the columns after it force one form. `einsum` builds all of D in fre
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import lower_quartile
+from benchmarks import probe
 from layerwise import contract
 from layerwise.ops.base import Rows
 
@@ -132,26 +130,13 @@ def forms(function: str, rows: Rows) -> dict[str, Callable[[], object]]:
     return result
 
 
-def times(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Lower quartile of CPU time in ms, the candidates in alternating order."""
-    seen: dict[str, list[float]] = {name: [] for name in candidates}
-    for r in range(-1, repeats):
-        for name in list(candidates)[:: 1 if r % 2 else -1]:
-            start = time.process_time_ns()
-            candidates[name]()
-            if r >= 0:  # the first round warms up
-                seen[name].append((time.process_time_ns() - start) / 1e6)
-    return {name: lower_quartile(values) for name, values in seen.items()}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
+    """Print the table."""
+    parser = probe.parser("benchmarks.speed.contractions", __doc__, repeats=9)
     parser.add_argument("--only", default="", help="shapes whose name holds this text")
     parser.add_argument("--function", default="", help="functions whose name holds this text")
     parser.add_argument("--layout", choices=["nit", "int"], default="nit", help="memory order of the input")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = probe.parsed(parser)
     columns = ["chosen", "into out", "ghost", "direct", "pairs", "einsum"]
     print(f"{'shape':26} {'function':14}" + "".join(f"{name:>10}" for name in columns))
     for name, shape in SHAPES.items():
@@ -162,8 +147,8 @@ def main() -> None:
             d_bytes = 4 * shape[0] * shape[1] * shape[3] * shape[4] * shape[5]
             if options.function not in function or (function == "per_sample" and d_bytes > D_BYTES):
                 continue
-            seen = times(forms(function, rows), options.repeats)
-            cells = "".join(f"{seen[c]:10.3f}" if c in seen else f"{'-':>10}" for c in columns)
+            seen = probe.interleaved(forms(function, rows), options.repeats)
+            cells = "".join(f"{1e3 * seen[c]:10.3f}" if c in seen else f"{'-':>10}" for c in columns)
             print(f"{name:26} {function:14}{cells}", flush=True)
 
 

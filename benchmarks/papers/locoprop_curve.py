@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import probe
+
 __all__ = ["AUTHORS_TEST", "AUTHORS_TRAIN", "Row", "plot", "summary", "tolerance"]
 
 # Losses that the authors' program saved (full MNIST, one run): epoch -> nats an image. Epoch 0 is the start.
@@ -53,33 +55,23 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
         near = None
         if difference is not None and allowed is not None:
             near = abs(difference) <= allowed and not failed
-        lines.append(
-            {
-                "epoch": epoch,
-                "seeds": len(train_losses),
-                "median_train_loss": median,
-                "median_test_loss": statistics.median(test_losses),
-                "authors_train_loss": theirs,
-                "authors_test_loss": AUTHORS_TEST.get(epoch),
-                "relative_difference": difference,
-                "tolerance": allowed,
-                "pass": near,
-            }
-        )
+        lines.append({
+            "epoch": epoch, "seeds": len(train_losses), "median_train_loss": median,
+            "median_test_loss": statistics.median(test_losses), "authors_train_loss": theirs,
+            "authors_test_loss": AUTHORS_TEST.get(epoch), "relative_difference": difference, "tolerance": allowed,
+            "pass": near,
+        })  # fmt: skip
     return lines
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """Left: train loss by epoch beside the authors'. Right: the relative difference and what is allowed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     ours, theirs, band = "#D55E00", "#333333", "#dddddd"
     lines = [line for line in summary(rows) if line["authors_train_loss"] is not None]
     last = max(row.epoch for row in rows)
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = probe.figure(10, 4.2, dpi=150)
     left, right = figure.subplots(1, 2)
     for seed in sorted({row.seed for row in rows}):
         own = [r for r in rows if r.seed == seed and r.train_loss is not None]
@@ -114,4 +106,4 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         ax.set_xlabel("epochs")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    probe.save(figure, path)

@@ -1,6 +1,6 @@
 """How the optimizers' defaults were chosen: a grid of settings on small problems of several kinds.
 
-    python -m benchmarks.defaults [--methods LocoProp AltMin Adam] [--out benchmarks/results/defaults.json]
+    python -m benchmarks.training.defaults [--methods LocoProp AltMin Adam] [--out benchmarks/results/defaults.json]
 
 Prints the train loss after a few epochs with a constant rate, one seed, for every setting on every problem:
 scikit-learn's digits (a tanh autoencoder, ReLU and tanh classifiers, a small convolutional net), and one epoch of
@@ -10,14 +10,11 @@ not run again. Adam at several rates stands beside them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerwise as lw
+from benchmarks import data, probe
 from layerwise.demo.problem import autoencoder, digits, reconstruction_loss
-
-from . import data
 
 
 @dataclass(frozen=True)
@@ -152,13 +148,11 @@ def train(task: Task, make: Callable[[nn.Module], torch.optim.Optimizer]) -> flo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.defaults", description=__doc__.split("\n")[0])
+    parser = probe.parser("benchmarks.training.defaults", __doc__, out=probe.RESULTS / "defaults.json")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/defaults.json"))
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    arguments = probe.parsed(parser, argv)
     problems = tasks()
-    rows = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else []
+    rows = probe.read(arguments.out) if arguments.out.is_file() else []
     print(f"{'':62}" + "".join(f"{name:>15}" for name in problems))
     for method in arguments.methods:
         make, grid = METHODS[method]
@@ -169,8 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows = [r for r in rows if r is not row]
                 row = {"method": method, "settings": settings, "scores": scores}
                 rows.append(row)
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                probe.write(arguments.out, rows)
             said = f"{method} {settings or 'defaults'}"
             print(f"{said:62}" + "".join(f"{row['scores'][name]!s:>15}" for name in problems), flush=True)
     return 0

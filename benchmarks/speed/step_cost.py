@@ -1,6 +1,6 @@
 """CPU time and peak memory of a training step with each of our optimizers, against torch's Adam and RMSProp.
 
-    python -m benchmarks.step_cost [--threads 1] [--repeats 15] [--problem mnist|digits|mnist-2x100|3c3d|all]
+    python -m benchmarks.speed.step_cost [--threads 1] [--repeats 15] [--problem mnist|digits|mnist-2x100|3c3d|all]
                                    [--arms NAME ...] [--json FILE]
 
 Whole steps: forward, backward and update. Two autoencoders: the deep one of MNIST (random pixels, batch 1000,
@@ -18,24 +18,18 @@ from the costs of the three kinds of steps.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import multiprocessing
-import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import layerwise as lw
-from benchmarks import autoencoder
-from benchmarks.timing import interleaved
+from benchmarks import autoencoder, probe
 from benchmarks.training.altmin.nets import dense
 from benchmarks.training.curvature.nets import c3d3
-from benchmarks.training.memory import Peak
 from layerwise.demo import problem as digits
 
 Step = Callable[[], Any]
@@ -126,7 +120,7 @@ def arm_of(problem: str, name: str) -> Step:
 def peaks(problem: str, names: Sequence[str], threads: int) -> dict[str, float]:
     """Peak memory of training, in MB (10⁶ bytes), by arm; NaN where the kernel keeps none."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.step_cost"])
+    context.set_forkserver_preload(["benchmarks.speed.step_cost"])
     found = {}
     for name in names:
         with context.Pool(1) as pool:
@@ -138,7 +132,7 @@ def _peak(problem: str, name: str, threads: int) -> float:
     torch.set_num_threads(threads)
     arm_of("digits", name)()  # what is loaded late
     gc.collect()
-    peak = Peak()
+    peak = probe.Peak()
     step = arm_of(problem, name)
     for _ in range(3):
         step()
@@ -158,39 +152,34 @@ def report(problem: str, seconds: dict[str, float], memory: dict[str, float]) ->
     """Markdown: times and memory, and their ratios to those of the faster form of torch's optimizer."""
     torchs = [name for name in seconds if name.startswith(PROBLEMS[problem].base)]
     base = min(torchs, key=lambda name: seconds[name])
-    lines = [f"| {problem}: step | ms | MB | time / {base} | memory / {base} |", "|---|---:|---:|---:|---:|"]
+    rows = []
     for arm, time in (seconds | amortised(seconds)).items():
         held, share = "-", "-"
         if arm in memory:
             held, share = f"{memory[arm]:.0f}", f"{memory[arm] / memory[base]:.2f}"
-        lines.append(f"| {arm} | {1e3 * time:.1f} | {held} | {time / seconds[base]:.2f} | {share} |")
-    return "\n".join(lines)
+        rows.append([arm, f"{1e3 * time:.1f}", held, f"{time / seconds[base]:.2f}", share])
+    return probe.table([f"{problem}: step", "ms", "MB", f"time / {base}", f"memory / {base}"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
+    """Print the tables."""
+    parser = probe.parser("benchmarks.speed.step_cost", __doc__, threads=1, repeats=15, json=None)
     parser.add_argument("--problem", choices=[*PROBLEMS, "all"], default="all")
     parser.add_argument("--arms", nargs="+", choices=list(OURS), metavar="NAME",
                         help=f"beside torch's: {', '.join(OURS)}")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+    options = probe.parsed(parser, argv)
     result: dict[str, Any] = {
-        "torch": torch.__version__, "machine": platform.machine(), "threads": options.threads,
-        "repeats": options.repeats, "seconds": {}, "megabytes": {},
+        **probe.conditions(threads=options.threads, repeats=options.repeats), "seconds": {}, "megabytes": {},
     }  # fmt: skip
     print(f"threads {options.threads}, lower quartile of {options.repeats}, CPU time")
     for problem in PROBLEMS if options.problem == "all" else [options.problem]:
         names = [*TORCHS, *(options.arms or PROBLEMS[problem].arms)]
         memory = peaks(problem, names, options.threads)
-        seconds = interleaved({name: arm_of(problem, name) for name in names}, options.repeats, warm_up=2)
+        seconds = probe.interleaved({name: arm_of(problem, name) for name in names}, options.repeats, warm_up=2)
         result["seconds"][problem], result["megabytes"][problem] = seconds, memory
         print("\n" + report(problem, seconds, memory), flush=True)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        probe.write(options.json, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run the trials behind the settings of `layerwise demo` and show the best of each method.
 
-    python -m benchmarks.tune_demo [--methods Adam RMSProp ...] [--epochs N] [--seeds 101 102]
+    python -m benchmarks.training.tune_demo [--methods Adam RMSProp ...] [--epochs N] [--seeds 101 102]
 
 Every trial takes the demo's number of epochs, and the same seeds, which are not the demo's: they give other
 splits, initial weights and minibatches. The lowest mean train loss wins. Copy the winners to `CHOSEN` in
@@ -9,16 +9,12 @@ splits, initial weights and minibatches. The lowest mean train loss wins. Copy t
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks import probe
 from layerwise.demo import EPOCHS
 from layerwise.demo.methods import METHODS, TRIALS, Settings
 from layerwise.demo.problem import digits
@@ -47,14 +43,11 @@ def best(trials: Sequence[dict[str, Any]], method: str) -> Settings | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trials and print the winners."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_demo", description=__doc__.split("\n")[0])
+    parser = probe.parser("benchmarks.training.tune_demo", __doc__, epochs=EPOCHS, seeds=[101, 102],
+                          out=probe.RESULTS / "tune_demo.json")  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tune_demo.json"))
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    kept = json.loads(arguments.out.read_text(encoding="utf-8"))["trials"] if arguments.out.is_file() else []
+    arguments = probe.parsed(parser, argv)
+    kept = probe.read(arguments.out)["trials"] if arguments.out.is_file() else []
     lines = [line for line in kept if line["method"] not in arguments.methods]
     for method in arguments.methods:
         for settings in TRIALS[method]:
@@ -62,9 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines.append(line)
             print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
     chosen = {method: best(lines, method) for method in METHODS}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     body = {"epochs": arguments.epochs, "seeds": arguments.seeds, "chosen": chosen, "trials": lines}
-    arguments.out.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    probe.write(arguments.out, body)
     for method, winner in chosen.items():
         print(f"best of {method}: {winner}")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,22 +12,13 @@ from typing import Any
 import torch
 
 import layerwise
+from benchmarks import probe
 
 from .contenders import CONTENDERS, version_of
 
 __all__ = ["Store"]
 
-UNUSED = {
-    "local",
-    "optim",
-    "nn",
-    "compat",
-    "monitor",
-    "demo",
-    "cli.py",
-    "__main__.py",
-    "__init__.py",
-}  # not timed
+UNUSED = {"local", "optim", "nn", "compat", "monitor", "demo", "cli.py", "__main__.py", "__init__.py"}  # not timed
 
 STATISTIC = "(gradient + quantity) / gradient, lower quartiles of CPU time, interleaved in alternating order"
 
@@ -40,7 +30,7 @@ class Store:
         self.path = path
         self.versions = {name: version_of(name) for name in CONTENDERS} | {"torch": torch.__version__}
         self.stamp = _stamp(self.versions)
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not fresh else {}
+        found = probe.read(path) if path.exists() and not fresh else {}
         self.header: dict[str, Any] = found.get("header", {})
         self.cells: dict[str, dict[str, Any]] = found.get("cells", {})
 
@@ -65,10 +55,7 @@ class Store:
     def replace(self, net: str, quantity: str, cell: dict[str, Any]) -> None:
         """Put a cell in the place of the one before, and leave the header, which is of the times, as it was."""
         self.cells[f"{net}/{quantity}"] = cell
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps({"header": self.header, "cells": self.cells}, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, self.path)
+        probe.write(self.path, {"header": self.header, "cells": self.cells})
 
     def stale(self) -> list[str]:
         """Cells that were measured with other code or versions."""

@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks.overhead --help`."""
+"""The command line: `python -m benchmarks.speed.overhead --help`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import probe
+
 from . import __doc__ as description
 from . import memory, report
 from .contenders import CONTENDERS, missing
@@ -18,7 +20,7 @@ from .quantities import QUANTITIES
 from .store import Store
 
 INSTALL = "pip install --no-deps -r requirements/peers.txt"
-RESULTS = Path(__file__).parents[1] / "results" / "overhead.json"
+RESULTS = probe.RESULTS / "overhead.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,9 +81,7 @@ def _memory_again(store: Store, nets: Sequence[str], quantities: Sequence[str]) 
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.overhead", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = probe.parser("benchmarks.speed.overhead", description or "")
     parser.add_argument("--models", nargs="+", choices=list(NETS), default=list(NETS))
     parser.add_argument("--quantities", nargs="+", choices=list(QUANTITIES), default=list(QUANTITIES))
     parser.add_argument("--peers", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
@@ -91,7 +91,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="times alone")
     parser.add_argument("--memory", action="store_true", help="peaks of memory alone, of what was timed before")
     parser.add_argument("--report", action="store_true", help="measure nothing: write the table and the chart again")
-    return parser.parse_args(arguments)
+    return probe.parsed(parser, arguments)
 
 
 if __name__ == "__main__":

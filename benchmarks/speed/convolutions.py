@@ -1,6 +1,6 @@
 """Times the two ways to the per-sample gradients of a convolution, from windows and as a grouped convolution.
 
-    python -m benchmarks.convolutions [--repeats 9]
+    python -m benchmarks.speed.convolutions [--repeats 9]
 
 The layers of All-CNN-C, 3C3D and ResNet-8; float32, one thread, CPU time in milliseconds, lower quartile of
 interleaved repeats; `plain` is the gradient alone. The rule is `layerwise.costs.grouped_is_cheaper`.
@@ -8,7 +8,6 @@ interleaved repeats; `plain` is the gradient alone. The rule is `layerwise.costs
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import interleaved
+from benchmarks import probe
 from layerwise import contract, costs
 from layerwise.ops.base import Call, Rows, Samples, Windows
 from layerwise.ops.conv import ConvSlot, slots
@@ -57,10 +56,7 @@ def _contracted(function: Callable[[Rows], Tensor], rows: Callable[[bool], Rows]
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = probe.parsed(probe.parser("benchmarks.speed.convolutions", __doc__, repeats=9))
     titles = ("plain", "rows", "rows grouped", "moment", "moment grouped")
     print(f"{'N, I, O, size, kernel, stride, padding':40}{'rule':>9}" + "".join(f"{t:>16}" for t in titles))
     for layer in LAYERS:
@@ -72,7 +68,7 @@ def main() -> None:
             "moment": partial(_contracted, contract.second_moment, rows, False),
             "moment grouped": partial(_contracted, contract.second_moment, rows, True),
         }
-        low = interleaved(runs, options.repeats, warm_up=1)
+        low = probe.interleaved(runs, options.repeats)
         _, _, t, _, o = (found := rows(False)).g.shape
         rule = "grouped" if costs.grouped_is_cheaper(t, o, found.size_in) else "windows"
         print(f"{layer!s:40}{rule:>9}" + "".join(f"{1e3 * low[t]:16.2f}" for t in titles), flush=True)

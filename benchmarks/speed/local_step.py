@@ -1,6 +1,6 @@
 """CPU cost of LocoProp's local steps against ordinary training steps, on the MNIST deep autoencoder.
 
-    python benchmarks/local_step.py [--threads 1] [--repeats 9] [--batch 1000] [--steps 10]
+    python -m benchmarks.speed.local_step [--threads 1] [--repeats 9] [--batch 1000] [--steps 10]
 
 Random data of MNIST's shape; nothing is trained. Each arm runs a whole training step: forward, backward
 and update. The arms with local steps send their backward pass to the pre-activations alone, so they pay
@@ -10,22 +10,19 @@ interleaved in alternating order; a figure is the lower quartile of CPU time, an
 
 from __future__ import annotations
 
-import argparse
-import itertools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import probe
+from benchmarks.autoencoder import SIZES, deep_autoencoder
 from layerwise.local.problem import LocalProblem, target_m, target_s
 from layerwise.local.steps import Workspace, local_steps
 from layerwise.local.tf_rmsprop import TFRMSProp
 from layerwise.local.transfer import IDENTITY, SIGMOID, TANH
 
-from .timing import interleaved
-
-SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 TRANSFERS = (TANH, TANH, TANH, IDENTITY, TANH, TANH, TANH, SIGMOID)
 GAMMA = 10.0
 
@@ -34,10 +31,8 @@ class Net:
     """The autoencoder's weights and its plain forward pass, without a tape."""
 
     def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.weights = [torch.nn.init.xavier_uniform_(torch.empty(o, i)) for i, o in itertools.pairwise(SIZES)]
-        self.biases = [torch.empty(o).uniform_(-((3 / o) ** 0.5), (3 / o) ** 0.5) for o in SIZES[1:]]
-        self.params = [p.requires_grad_() for pair in zip(self.weights, self.biases, strict=True) for p in pair]
+        self.params = list(deep_autoencoder(0).parameters())
+        self.weights, self.biases = self.params[::2], self.params[1::2]
 
     def forward(self, x: Tensor, detach: bool = False) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Loss, the layers' inputs (and last f(z)), pre-activations; detach=True: no graph to the weights."""
@@ -80,17 +75,8 @@ def locoprop(net: Net, x: Tensor, matching: bool, steps: int, rows: int | None) 
     def step() -> None:
         loss, inputs, outputs = net.forward(x, detach=True)
         grads = torch.autograd.grad(loss, outputs)
-        layers = zip(
-            inputs[:-1],
-            outputs,
-            inputs[1:],
-            grads,
-            net.weights,
-            net.biases,
-            TRANSFERS,
-            optimizers,
-            strict=True,
-        )
+        own = (net.weights, net.biases, TRANSFERS, optimizers)
+        layers = zip(inputs[:-1], outputs, inputs[1:], grads, *own, strict=True)
         with torch.no_grad():
             for a, z, y, g, w, b, f, optimizer in layers:
                 target = target_m(z, g, GAMMA, f, y=y) if matching else target_s(z, g, GAMMA)
@@ -104,13 +90,9 @@ def locoprop(net: Net, x: Tensor, matching: bool, steps: int, rows: int | None) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--batch", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=10)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    """Print the table."""
+    made = probe.parser("benchmarks.speed.local_step", __doc__, threads=1, repeats=9, batch=1000, steps=10)
+    options = probe.parsed(made)
     x, t = torch.rand(options.batch, SIZES[0]), options.steps
     share = max(options.batch // t, 1)
     nets = [Net() for _ in range(8)]
@@ -125,12 +107,11 @@ def main() -> None:
         f"S, {t} steps, all rows (Gram)": locoprop(nets[6], x, False, t, None),
         f"S, {t} steps, {share} rows each": locoprop(nets[7], x, False, t, share),
     }  # fmt: skip
-    found = interleaved(arms, options.repeats)
+    found = probe.interleaved(arms, options.repeats)
     base = found["RMSProp (torch, foreach)"]
     print(f"batch {options.batch}, threads {options.threads}, lower quartile of {options.repeats}\n")
-    print("| training step | ms | RMSProp = 1 |\n|---|---:|---:|")
-    for name, seconds in found.items():
-        print(f"| {name} | {1e3 * seconds:.1f} | {seconds / base:.2f} |")
+    rows = [[name, f"{1e3 * seconds:.1f}", f"{seconds / base:.2f}"] for name, seconds in found.items()]
+    print(probe.table(["training step", "ms", "RMSProp = 1"], rows))
 
 
 if __name__ == "__main__":

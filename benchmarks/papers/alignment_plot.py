@@ -1,10 +1,12 @@
-"""Table and picture of `benchmarks.alignment`, from its JSON alone."""
+"""Table and picture of `benchmarks.papers.alignment`, from its JSON alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from benchmarks import probe
 
 __all__ = ["plot", "table"]
 
@@ -19,27 +21,25 @@ def table(body: dict[str, Any]) -> str:
     lines = []
     for state, curves in body["states"].items():
         head = ["local steps", "cosine with", *(f"T = {body['steps'][n]}" for n in shown)]
-        lines += [f"\n{state}: cosine (damping factor; cosine of the reference with the gradient)\n",
-                  "| " + " | ".join(head) + " |", "|---|---|" + "---|" * len(shown)]  # fmt: skip
+        rows = []
         for c in curves:
             cells = [f"{mean(c['mean'][n]):.2f}" for n in shown]
             if c["reference"] != "gradient":
                 cells = [f"{cell} ({c['factors'][n]:g}; {c['reference and gradient'][n]:.2f})"
                          for cell, n in zip(cells, shown, strict=True)]  # fmt: skip
-            lines.append("| " + " | ".join([c["solver"], c["reference"], *cells]) + " |")
+            rows.append([c["solver"], c["reference"], *cells])
+        lines.append(f"\n{state}: cosine (damping factor; cosine of the reference with the gradient)\n")
+        lines.append(probe.table(head, rows, numbers=False))
     return "\n".join(lines)
 
 
 def plot(path: Path, body: dict[str, Any]) -> None:
     """A row for each layer, a column for each reference; dotted at the first state, solid at the last."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     sizes = body["model"].split("-")
     references = list(dict.fromkeys(c["reference"] for curves in body["states"].values() for c in curves))
-    figure = Figure(figsize=(11, 11.5), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = probe.figure(11, 11.5, dpi=100)
     axes = figure.subplots(len(sizes) - 1, len(references), sharex=True, sharey=True)
     for number, curves in enumerate(body["states"].values()):
         for c in curves:
@@ -66,4 +66,4 @@ def plot(path: Path, body: dict[str, Any]) -> None:
     handles += [Line2D([], [], color="#333333", linestyle=":", label=dotted),
                 Line2D([], [], color="#333333", linestyle="-", label=solid)]  # fmt: skip
     figure.legend(handles=handles, loc="outside upper center", ncol=6, frameon=False, fontsize=9)
-    figure.savefig(path)
+    probe.save(figure, path)

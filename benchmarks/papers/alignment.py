@@ -1,6 +1,6 @@
 """How much LocoProp's T local steps look like a second-order update: cosines, layer by layer, against T.
 
-    python -m benchmarks.alignment [--seeds 0 1 2] [--batch 1000] [--out benchmarks/results/alignment.json]
+    python -m benchmarks.papers.alignment [--seeds 0 1 2] [--batch 1000] [--out benchmarks/results/alignment.json]
 
 A tanh autoencoder 196-100-50-16 and back on MNIST at 14 x 14 pixels, in float64, at its initial weights and after 300
 steps of Adam. One batch gives each layer's change `[ΔW, Δb]` by T local steps: with the matching (M) and the squared
@@ -22,11 +22,8 @@ Writes the curves, and the means by factor, as JSON, and a picture.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerwise as lw
+from benchmarks import probe
 from benchmarks.autoencoder import deep_autoencoder, reconstruction_loss
 from benchmarks.data import load
 from layerwise import local
@@ -243,13 +241,11 @@ def _short(values: Tensor) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write both files and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.alignment", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batch", type=int, default=1000)
-    parser.add_argument("--train-steps", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/alignment.json"))
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    arguments = probe.parsed(
+        probe.parser("benchmarks.papers.alignment", __doc__, seeds=[0, 1, 2], batch=1000, train_steps=300,
+                     out=probe.RESULTS / "alignment.json"),
+        argv,
+    )  # fmt: skip
     x = images(20_000)
     states = {"initial weights": 0, f"after {arguments.train_steps} steps of Adam": arguments.train_steps}
     body: dict[str, Any] = {
@@ -264,8 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found.append(cosines(model, batch))
             print(f"{state}, seed {seed}: done", file=sys.stderr, flush=True)
         body["states"][state] = curves(*zip(*found, strict=True))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(body, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    probe.write(arguments.out, body, indent=None, allow_nan=False)
     plot(arguments.out.with_suffix(".png"), body)
     print(table(body))
     print(f"wrote {arguments.out} and {arguments.out.with_suffix('.png')}")

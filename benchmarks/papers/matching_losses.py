@@ -1,6 +1,6 @@
 """Picture of the local losses that transfer functions induce, over prediction and target.
 
-    python -m benchmarks.matching_losses [--out benchmarks/results/matching_losses.png]
+    python -m benchmarks.papers.matching_losses [--out benchmarks/results/matching_losses.png]
 
 Each is the Bregman divergence `F(a) − F(b) − f(b)(a − b)` of the prediction a from the target b, both before the
 transfer function `f = F'`; the identity's is the squared loss. Source: Amid, Anil and Warmuth (2022), section 3.
@@ -8,7 +8,6 @@ transfer function `f = F'`; the identity's is the squared loss. Source: Amid, An
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import probe
 from layerwise import local
 
 __all__ = ["PANELS", "plot", "surface"]
@@ -37,12 +37,9 @@ def surface(transfer: local.Transfer, points: int = 201) -> tuple[Tensor, Tensor
 def plot(path: Path) -> None:
     """Surfaces above, the same as maps with contours below; one colour scale."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.6), dpi=110)
-    FigureCanvasAgg(figure)
+    figure = probe.figure(11, 7.6, layout=None)
     colours, norm = colormaps["viridis"], PowerNorm(0.4, 0, LEVELS[-1])
     maps: list[Any] = []
     for column, (name, transfer) in enumerate(PANELS.items()):
@@ -57,8 +54,7 @@ def plot(path: Path) -> None:
     maps[-1].text(-0.62, -1.65, "0 where both\nare negative", color="white", ha="center", fontsize=9)
     bar = figure.colorbar(image, cax=figure.add_axes((0.915, 0.075, 0.016, 0.86)), ticks=LEVELS, format="%g")
     bar.set_label("local loss  F(a) − F(b) − f(b)·(a − b)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    probe.save(figure, path, smooth=True)
 
 
 def _draw_surface(ax: Any, grid: Tensor, loss: Tensor, colours: Any, norm: Any) -> None:
@@ -86,9 +82,8 @@ def _draw_map(ax: Any, grid: Tensor, loss: Tensor, colours: Any, norm: Any) -> A
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the picture."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.matching_losses", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/matching_losses.png"))
-    out = parser.parse_args(argv).out
+    made = probe.parser("benchmarks.papers.matching_losses", __doc__, out=probe.RESULTS / "matching_losses.png")
+    out = probe.parsed(made, argv).out
     plot(out)
     print(f"wrote {out}")
     return 0

@@ -42,7 +42,7 @@ def available() -> bool:
 def peaks(net: str, quantity: str, names: Sequence[str]) -> dict[str, float]:
     """Bytes above idle by contender, and of the plain gradient; those that fail are left out."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.overhead.measure"])
+    context.set_forkserver_preload(["benchmarks.speed.overhead.measure"])
     found: dict[str, float] = {}
     for name in ("plain", *names):
         here, there = context.Pipe(duplex=False)

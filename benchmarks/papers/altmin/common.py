@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerwise as lw
+from benchmarks import probe
 from benchmarks.training.altmin.nets import dense
 from benchmarks.training.method import Stepping, stepping
 from benchmarks.training.problem import Split
@@ -22,7 +22,7 @@ from layerwise import local
 
 __all__ = [
     "METHODS", "Batch", "Demonstration", "accuracy", "batches", "held_out", "make", "mean", "mnist", "net", "picture",
-    "save", "split_of", "train", "why_not",
+    "rounded", "split_of", "train", "why_not",
 ]  # fmt: skip
 
 Settings = Mapping[str, Any]
@@ -128,40 +128,23 @@ def mean(values: Sequence[float]) -> float:
 # -- results ------------------------------------------------------------------------------------------------
 
 
-def save(result: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Write the figures, to six digits, as JSON; as they were written."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(f"{value:.6g}")
-        if isinstance(value, Mapping):
-            return {str(k): rounded(v) for k, v in value.items()}
-        return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept: dict[str, Any] = rounded(result)
-    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    return kept
+def rounded(value: Any) -> Any:
+    """The figures of a result to six digits, as JSON has them."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {str(k): rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager
-def _figure(path: Path, panels: int) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * panels, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+def picture(path: Path, panels: int = 1) -> Iterator[Any]:
+    """Axes to draw on, saved at the end."""
+    figure = probe.figure(6 * panels, 4.6)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     yield axes
     for one in axes:
         one.grid(alpha=0.3)
         if one.get_legend_handles_labels()[0]:
             one.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def picture(path: Path, panels: int = 1) -> AbstractContextManager[Any]:
-    """Axes to draw on, saved at the end."""
-    found: AbstractContextManager[Any] = _figure(path, panels)
-    return found
+    probe.save(figure, path)
