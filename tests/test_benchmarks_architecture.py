@@ -117,6 +117,13 @@ def test_the_library_imports_nothing_beside_it() -> None:
     assert not [path for path in (ROOT / "src").rglob("*.py") if beside.search(path.read_text(encoding="utf-8"))]
 
 
+def test_the_pages_read_the_benchmarks_through_one_face() -> None:
+    taken = {name for module in MODULES if module.startswith("book.") for name in imports(module)}
+    assert {name for name in taken if name.startswith("benchmarks")} == {"benchmarks.read"}
+    readers = [module for module in MODULES if "benchmarks.read" in imports(module)]
+    assert not [module for module in readers if module.startswith("benchmarks")]
+
+
 # -- results --------------------------------------------------------------------------------------------------------
 
 
