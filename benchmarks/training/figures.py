@@ -9,11 +9,9 @@ from typing import Any
 
 from benchmarks import probe
 
-from .summaries import median
+from .summaries import Row, median
 
 __all__ = ["log_scale", "seed_figure"]
-
-Row = Mapping[str, Any]
 
 
 def seed_figure(path: Path, title: str, final: Mapping[str, Sequence[Row]], step_seconds: Mapping[str, float]) -> None:

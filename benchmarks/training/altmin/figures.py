@@ -14,8 +14,6 @@ from benchmarks.training.summaries import Finals, median
 
 __all__ = ["MARKS", "accuracy_figure"]
 
-Row = Mapping[str, Any]
-
 MARKS = {"higgs-2x300": {"samples": 1050.0, "admm": 0.64}}  # the poster's
 FLOOR = 0.02  # %, where a test set without an error is drawn
 
