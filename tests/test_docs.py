@@ -24,6 +24,7 @@ import torch
 from browser import Browser, executable
 
 import layerwise as lw
+from benchmarks import probe, read
 from book import api, drawings, execute, inserts, pictures, tables
 from book.markup import as_markdown
 from layerwise import errors, ops
@@ -176,21 +177,21 @@ def test_an_unknown_insert_is_refused() -> None:
 
 
 def test_tables_have_the_files_numbers() -> None:
-    cell = tables._cells()["3c3d/variance"]["contenders"]
+    cell = read.overhead()["3c3d/variance"]["contenders"]
     assert f"3C3D {cell['ours']['ratio']:.2f} (" in tables.cost("variance")
     row = next(line for line in tables.overhead("3c3d").splitlines() if line.startswith("| variance"))
     assert f"| {cell['ours']['ratio']:.2f} | {cell['backpack']['ratio']:.2f} |" in row
     with pytest.raises(KeyError, match="price"):
         tables.cost("price")
-    found = next(s for s in tables._json("reproduce_locoprop.json")["summary"] if s["epoch"] == 3)
+    found = next(s for s in read.result("reproduce_locoprop")["summary"] if s["epoch"] == 3)
     assert f"| 3 | {found['authors_train_loss']:.2f} | {found['median_train_loss']:.2f} |" in tables.reproduction("")
 
 
 def test_what_has_not_been_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "rows_of", lambda study: 0)
+    monkeypatch.setattr(read, "runs", lambda study: {"mnist-2x100": 0})
     assert "not run yet" in tables.study("altmin")
-    monkeypatch.setattr(tables, "RESULTS", Path("nowhere"))
-    assert tables.altmin("depth") == "*Not run yet: `python -m benchmarks.altmin depth`.*"
+    monkeypatch.setattr(probe, "RESULTS", Path("nowhere"))
+    assert tables.altmin("depth") == "*Not run yet: `python -m benchmarks.papers.altmin depth`.*"
 
 
 # -- the site -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The overhead table's cells beside an earlier revision of the library: values compared, times interleaved in one process.
+"""The overhead table's cells beside an earlier revision: values compared, times interleaved in one process.
 
     python -m benchmarks.speed.against a4aeae2                        # the five nets, every quantity
     python -m benchmarks.speed.against HEAD~1 --nets mlp --quantities norms variance --repeats 30
@@ -96,19 +96,20 @@ def main() -> None:
     made.add_argument("revision", help="a commit, branch or tag of this repository")
     options = made.parse_args()
     quiet()
-    found = {"revision": options.revision, "conditions": conditions(repeats=options.repeats), "cells": []}
+    found: list[dict[str, Any]] = []
+    under = conditions(revision=options.revision, repeats=options.repeats)
     with tempfile.TemporaryDirectory() as folder:
         then = load(options.revision, Path(folder))
         for quantity in options.quantities:
             for net in options.nets:
                 if net in QUANTITIES[quantity].nets:
-                    found["cells"].append(cell(net, quantity, then, options.repeats))
-                    print("{quantity}, {net}: {ratio:.3f}, values same: {same}".format(**found["cells"][-1]), flush=True)
-    cells = found["cells"]
-    print(table(["quantity", *options.nets], grid(cells, options.nets)))
-    print(f"geometric mean {geometric_mean([c['ratio'] for c in cells]):.3f}, largest {max(c['ratio'] for c in cells):.3f}")
+                    found.append(cell(net, quantity, then, options.repeats))
+                    print("{quantity}, {net}: {ratio:.3f}, values same: {same}".format(**found[-1]), flush=True)
+    ratios = [each["ratio"] for each in found]
+    print(table(["quantity", *options.nets], grid(found, options.nets)))
+    print(f"geometric mean {geometric_mean(ratios):.3f}, largest {max(ratios):.3f}")
     if options.out:
-        write(options.out, found)
+        write(options.out, {"conditions": under, "cells": found})
 
 
 def grid(cells: list[dict[str, Any]], nets: list[str]) -> list[list[str]]:
