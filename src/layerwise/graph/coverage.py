@@ -8,7 +8,7 @@ call. Whatever reaches a parameter another way is an error that names the parame
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
+from layerwise.graph.walk import Node, by_node, children, edges, inputs, nodes
 from layerwise.losses import OwnCall
 from layerwise.tape.binding import Leaves
 from layerwise.tape.tape import Tape
@@ -71,8 +72,8 @@ def prove(
             "was the loss detached, or computed under no_grad?"
         )
     graph = known_losses(tape, total, without) if need_loss else Graph(total, None, [], [], [])
-    roots = [loss.logits.node for loss in graph.losses] if need_loss else [total.grad_fn]
-    reached = _walk_to_uses(roots, tape.leaves(), _by_node(tape.uses), tape.spent)
+    roots = [loss.logits for loss in graph.losses] if need_loss else [(total.grad_fn, 0)]
+    reached = _walk_to_uses(roots, tape.leaves(), by_node(tape.uses), tape.spent)
     return Graph(total, weight, sorted(reached, key=lambda u: u.index), graph.known, graph.own)
 
 
@@ -91,13 +92,6 @@ def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> 
     return Graph(total, None, [], walk.known, walk.own)
 
 
-def _by_node(uses: list[Use]) -> dict[Any, list[Use]]:
-    table: dict[Any, list[Use]] = {}
-    for use in uses:
-        table.setdefault(use.edge.node, []).append(use)
-    return table
-
-
 class _LossWalk:
     """The way from a total down to its losses.
 
@@ -108,9 +102,9 @@ class _LossWalk:
     def __init__(self, tape: Tape, without: Sequence[LossUse]) -> None:
         self._tape = tape
         self._leaves = tape.leaves()
-        self._use_at = _by_node(tape.uses)
+        self._use_at = by_node(tape.uses)
         dropped = set(map(id, without))
-        self._loss_at: dict[Any, list[LossUse]] = {}
+        self._loss_at: dict[Node, list[LossUse]] = {}
         for loss in tape.losses:
             # A call that learns from both sides has no likelihood, but may have a Hessian of its own.
             if id(loss) not in dropped and not (loss.call.learned and tape.returned is not None):
@@ -124,26 +118,18 @@ class _LossWalk:
         self.own: list[OwnUse] = []
         self.boundary: list[LossUse] = []
         self.loose: list[Use] = []
-        seen: set[Any] = set()
-        stack: list[Any] = [(total.grad_fn, total.output_nr)]
-        while stack:
-            node, output = stack.pop()
-            part = at.get((node, output))
-            key = (node, output) if part is not None else node
-            if node is None or key in seen:
-                continue
-            seen.add(key)
+        stops = dict.fromkeys((*self._loss_at, *self._own_at, *self._use_at), ())
+        for node, output in edges([(total.grad_fn, total.output_nr)], stops, at):
             if node in self._loss_at:
                 self.known += self._loss_at[node]
             elif node in self._own_at:
                 self.own.append(self._own_at[node])
-            elif part is not None:
-                self.boundary.append(part)
+            elif (node, output) in at:
+                self.boundary.append(at[node, output])
             elif node in self._use_at:
                 self._meet(self._use_at[node])
             else:
                 self._refuse_parameter(node)
-                stack += node.next_functions
         return not self.boundary and not self.loose
 
     def _meet(self, uses: list[Use]) -> None:
@@ -158,7 +144,7 @@ class _LossWalk:
             )
         self.loose += uses
 
-    def _refuse_parameter(self, node: Any) -> None:
+    def _refuse_parameter(self, node: Node) -> None:
         name = self._leaves.name(node)
         if name is None:
             return
@@ -170,20 +156,15 @@ class _LossWalk:
         """Prove that a marked call depends on the model through its first argument alone."""
         assert own.value is not None
         ends = {(part.logits.node, part.logits.output_nr) for part in own.boundary}
-        seen: set[Any] = set()
-        stack: list[Any] = [(own.value.node, own.value.output_nr)]
-        while stack:
-            node, output = stack.pop()
-            if node is None or (node, output) in ends or node in seen:
+        for node, output in edges([own.value], {}, ends):
+            if (node, output) in ends:
                 continue
-            seen.add(node)
             if node in self._use_at:
                 raise UnknownLoss(
                     f"{own.call.name} is marked as a loss, but it depends on {self._use_at[node][0]} by another way "
                     "than its first argument; hand all that it reads of the model over as that argument, in a tuple"
                 )
             self._refuse_parameter(node)
-            stack += node.next_functions
 
 
 def _rest(boundary: list[LossUse], loose: list[Use]) -> OwnUse:
@@ -197,20 +178,17 @@ def _rest(boundary: list[LossUse], loose: list[Use]) -> OwnUse:
     return OwnUse(call, parts, None, loose[0] if loose else None)
 
 
-def _walk_to_uses(roots: list[Any], leaves: Leaves, use_at: dict[Any, list[Use]], spent: Collection[Any]) -> list[Use]:
+def _walk_to_uses(
+    roots: Iterable[Any], leaves: Leaves, use_at: dict[Node, list[Use]], spent: Collection[Node]
+) -> list[Use]:
     """The uses below the roots, jumping from a use to its data; a parameter met on the way is an error."""
-    seen: set[Any] = set()
-    stack: list[tuple[Any, Any]] = [(node, None) for node in roots]
+    data = inputs(use_at)
     reached: list[Use] = []
-    while stack:
-        node, parent = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    passed: list[Node] = []
+    for node in nodes(roots, data):
         if node in use_at:
-            for use in use_at[node]:
-                reached.append(use)
-                stack += [(edge.node, node) for edge in use.inputs]
+            reached += use_at[node]
+            passed.append(node)
             continue
         if node in spent:
             raise Undefined(
@@ -224,9 +202,10 @@ def _walk_to_uses(roots: list[Any], leaves: Leaves, use_at: dict[Any, list[Use]]
             )
         name = leaves.name(node)
         if name is not None:
-            via = parent.name() if parent is not None else "the loss"
+            above = (n.name() for n in reversed(passed) if any(edge[0] is node for edge in children(n, data)))
+            via = next(above, "the loss")
             raise UncoveredUse(_uncovered(name, via, "a call that the tape cannot see passes it on"))
-        stack += [(child, node) for child, _ in node.next_functions]
+        passed.append(node)
     return reached
 
 

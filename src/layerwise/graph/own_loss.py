@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from layerwise.errors import UnknownLoss
 from layerwise.graph.coverage import Graph
 from layerwise.graph.products import pull_stack, twice
+from layerwise.graph.walk import Node
 from layerwise.tape.pull import pull, stopped
 from layerwise.tape.uses import OwnUse
 
@@ -54,16 +56,17 @@ def gradients(graph: Graph) -> list[Tensor | None]:
 class Inside:
     """The user's own loss between its start and its boundary.
 
-    edges: those of the boundary. start: what cotangents are sent from, with the cotangent.
+    edges: those of the boundary. start: the edge that cotangents are sent from. others: the nodes where other losses
+    begin.
     """
 
     def __init__(self, graph: Graph, own: OwnUse) -> None:
         self.own = own
         self.edges = [part.logits for part in own.boundary]
-        self._others = {loss.value.node for loss in graph.known}
-        self._others |= {other.value.node for other in graph.own if other.value is not None and other is not own}
+        self.others: set[Node] = {loss.value.node for loss in graph.known}
+        self.others |= {other.value.node for other in graph.own if other.value is not None and other is not own}
         if own.value is None:
-            self.start: Any = graph.total
+            self.start = get_gradient_edge(graph.total)
             self._c = graph.weight if graph.weight is not None else torch.ones_like(graph.total)
         else:
             self.start = own.value
@@ -75,14 +78,10 @@ class Inside:
             self._c = c.detach()
         self._gradient: list[Tensor] | None = None
 
-    def ends_at(self, node: Any) -> bool:
-        """Whether another loss begins at a node."""
-        return node in self._others
-
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Pulls inside the context see this loss only."""
-        with stopped(self._others | {edge.node for edge in self.edges}):
+        with stopped(self.others | {edge.node for edge in self.edges}):
             yield
 
     def gradient(self) -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
+from layerwise.graph.walk import nodes
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import LossUse
@@ -72,16 +73,9 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def _check_once(gradients: Sequence[Tensor | None]) -> None:
     """Refuse a graph with nodes that torch would pass over in silence: functions that say "once differentiable"."""
-    seen: set[Any] = set()
-    stack: list[Any] = [g.grad_fn for g in gradients if g is not None]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes((g.grad_fn, 0) for g in gradients if g is not None):
         if node.name().split("::")[-1] in ("Error", "DelayedError"):
             raise Undefined(_once("a function marked once_differentiable"))
-        stack += [child for child, _ in node.next_functions]
 
 
 def _once(what: object) -> str:

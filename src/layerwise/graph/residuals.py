@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.coverage import Graph
 from layerwise.graph.products import twice
+from layerwise.graph.walk import Node, by_node, children, distinct, finished, inputs, next_uses
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
@@ -57,7 +58,7 @@ class Curvature:
 
     def next_uses(self, edges: Sequence[GradientEdge]) -> list[Use]:
         """The uses reached from some edges without passing through another one."""
-        return self.walk.next_uses(edges)
+        return next_uses(edges, self.walk.use_at)
 
 
 def curvature(graph: Graph) -> Curvature:
@@ -76,7 +77,7 @@ def curvature(graph: Graph) -> Curvature:
             for index in walk.indices(edges):
                 other.setdefault(index, name)
         elif value is not None:
-            (edge,) = _distinct(edges)
+            (edge,) = distinct(edges)
             key = edge.node, edge.output_nr
             old = found.pop(key, None)  # two functions of one tensor: their second derivatives add
             value = value if old is None else old.value + value
@@ -88,51 +89,26 @@ class _Walk:
     """The nodes between losses and uses, in the order in which cotangents meet them, and their gradients."""
 
     def __init__(self, graph: Graph) -> None:
-        self.use_at: dict[Any, list[Use]] = {}
-        for use in graph.uses:
-            self.use_at.setdefault(use.edge.node, []).append(use)
-        self._reach: dict[Any, int] = {None: 0}  # a bit for every use
-        finished = self._visit([loss.logits.node for loss in graph.losses])
-        self.order = [node for node in reversed(finished) if self._reach[node]]
+        self.use_at = by_node(graph.uses)
+        self._below = inputs(self.use_at)
+        self._reach: dict[Node | None, int] = {None: 0}  # a bit for every use
+        for node in finished([loss.logits.node for loss in graph.losses], self._below):
+            self._reach[node] = sum(1 << use.index for use in self.use_at.get(node, ()))
+            for child, *_ in children(node, self._below):
+                self._reach[node] |= self._reach[child]
+        self.order = [node for node in reversed(self._reach) if node is not None and self._reach[node]]
         places = [(node, nr) for node in self.order for nr in range(len(node._input_metadata))]
         weight = torch.ones_like(graph.total) if graph.weight is None else graph.weight
         pulled = pull([graph.total], [weight], [GradientEdge(*place) for place in places])
         self.gradients = {place: None if g is None else g.detach() for place, g in zip(places, pulled, strict=True)}
 
-    def _visit(self, roots: Sequence[Any]) -> list[Any]:
-        """All nodes below the roots, each after those below it, with the uses that each reaches."""
-        finished: list[Any] = []
-        opened: set[Any] = set()
-        stack = [(root, False) for root in roots]
-        while stack:
-            node, done = stack.pop()
-            if node is None or (node in opened and not done):
-                continue
-            children = [edge.node for edge in self._children(node)]
-            if done:
-                own = sum(1 << use.index for use in self.use_at.get(node, ()))
-                for child in children:
-                    own |= self._reach[child]
-                self._reach[node] = own
-                finished.append(node)
-                continue
-            opened.add(node)
-            stack.append((node, True))
-            stack += [(child, False) for child in children]
-        return finished
-
-    def _children(self, node: Any) -> list[GradientEdge]:
-        if node in self.use_at:
-            return [edge for use in self.use_at[node] for edge in use.inputs]
-        return [GradientEdge(*edge) for edge in node.next_functions]
-
-    def live(self, node: Any) -> list[GradientEdge | None]:
+    def live(self, node: Node) -> list[GradientEdge | None]:
         """A node's data, in its order; None where no use is below."""
-        return [edge if self._reach[edge.node] else None for edge in self._children(node)]
+        return [GradientEdge(*edge) if self._reach[edge[0]] else None for edge in children(node, self._below)]
 
     def inputs(self, use: Use) -> list[GradientEdge]:
         """A use's data with other uses below it."""
-        return [edge for edge in _distinct(use.inputs) if self._reach[edge.node]]
+        return [edge for edge in distinct(use.inputs) if self._reach[edge.node]]
 
     def indices(self, edges: Sequence[GradientEdge | None]) -> list[int]:
         """The uses below some edges."""
@@ -140,22 +116,6 @@ class _Walk:
         for edge in edges:
             bits |= 0 if edge is None else self._reach[edge.node]
         return [i for i in range(bits.bit_length()) if bits >> i & 1]
-
-    def next_uses(self, edges: Sequence[GradientEdge]) -> list[Use]:
-        """The uses reached first."""
-        seen: set[Any] = set()
-        stack = [edge.node for edge in edges]
-        found: list[Use] = []
-        while stack:
-            node = stack.pop()
-            if node in seen or not self._reach.get(node):
-                continue
-            seen.add(node)
-            if node in self.use_at:
-                found += self.use_at[node]
-            else:
-                stack += [edge.node for edge in self._children(node)]
-        return found
 
 
 # -- one node -----------------------------------------------------------------------------------------------
@@ -176,7 +136,7 @@ def _of_node(node: Any, edges: Sequence[GradientEdge | None], walk: _Walk) -> tu
 
 def _of_uses(node: Any, edges: Sequence[GradientEdge | None], walk: _Walk) -> tuple[str, Tensor | None]:
     """The same of uses in their data: linear ones are flat, all others are curved otherwise."""
-    wanted = _distinct(edges)
+    wanted = distinct(edges)
     arrived = {use.edge.output_nr: (use.edge, walk.gradients[node, use.edge.output_nr]) for use in walk.use_at[node]}
     sent = [(edge, g) for edge, g in arrived.values() if g is not None]
     if not wanted or not sent:
@@ -190,7 +150,7 @@ def _of_uses(node: Any, edges: Sequence[GradientEdge | None], walk: _Walk) -> tu
 def _second(back: Sequence[Tensor | None], edges: Sequence[GradientEdge | None]) -> tuple[str, Tensor | None]:
     """The second derivatives M of a scalar by its arguments, from its gradient `back`: 0, diagonal or another."""
     pairs = [(b, e) for b, e in zip(back, edges, strict=True) if b is not None and e is not None and b.requires_grad]
-    wanted = _distinct(edges)
+    wanted = distinct(edges)
     if not pairs:
         return "flat", None
     signs = {(e.node, e.output_nr): powers(b, seed) for seed, (b, e) in enumerate(pairs)}
@@ -216,10 +176,6 @@ def powers(like: Tensor, seed: int) -> Tensor:
     steps = torch.arange(-_EXPONENTS, _EXPONENTS + 1, dtype=torch.float64).exp2()
     choice = torch.randint(2 * len(steps), like.shape, generator=torch.Generator().manual_seed(seed))
     return torch.cat([steps, -steps]).to(like.dtype)[choice].to(like.device)
-
-
-def _distinct(edges: Sequence[GradientEdge | None]) -> list[GradientEdge]:
-    return list({(e.node, e.output_nr): e for e in edges if e is not None}.values())
 
 
 # -- proof --------------------------------------------------------------------------------------------------

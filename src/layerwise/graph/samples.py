@@ -22,6 +22,7 @@ from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import Inside
 from layerwise.graph.separable import check_separate
+from layerwise.graph.walk import Node, by_node, inputs, nodes
 from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
@@ -103,22 +104,20 @@ def _signature(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Any
 
 def _wiring(graph: Graph) -> tuple[Any, ...]:
     """Which autograd node feeds which, from the losses down through the uses: the calls alone do not tell."""
-    inputs: dict[Any, list[Any]] = {}
-    for use in graph.uses:
-        inputs.setdefault(use.edge.node, []).extend((edge.node, edge.output_nr) for edge in use.inputs)
-    number: dict[Any, int] = {}
-    found: list[Any] = []
-    stack: list[Any] = [(loss.logits.node, loss.logits.output_nr) for loss in graph.losses]
-    while stack:
-        node, output = stack.pop()
-        if node is None:
-            continue
-        found += (number.get(node), output)
-        if node not in number:
-            number[node] = len(number)
-            below = inputs.get(node, node.next_functions)
-            found += (node.name(), len(below))
-            stack += below
+    roots = [loss.logits for loss in graph.losses]
+    below: dict[Node, Sequence[Any]] = {**inputs(by_node(graph.uses))}
+    number: dict[Node, int] = {}
+    found: list[Any] = [edge[1] for edge in roots]
+    for node in nodes(roots, below):
+        followed = below.get(node)
+        if followed is None:
+            below[node] = followed = node.next_functions  # the walk then need not ask for them again
+        found.append(node.name())
+        for edge in followed:
+            child = edge[0]
+            found.append(None if child is None else number.setdefault(child, len(number)))
+            if edge[1]:
+                found.append((edge[1],))
     return tuple(found)
 
 

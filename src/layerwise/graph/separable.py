@@ -17,7 +17,9 @@ from torch.autograd.graph import GradientEdge
 
 from layerwise.errors import SamplesMixed, Undefined
 from layerwise.graph.own_loss import Inside
+from layerwise.graph.probes import sample_axes
 from layerwise.graph.products import twice
+from layerwise.graph.walk import Edge, Node, children, edges, finished
 from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 
@@ -41,7 +43,7 @@ class _Probe(NamedTuple):
     """Tensors of which the elements at one place must depend on one sample; rows: all elements of a row alike."""
 
     name: str
-    edges: list[tuple[Any, int]]
+    edges: list[Edge]
     rows: bool = False
 
 
@@ -64,49 +66,30 @@ def check_separate(inside: Inside, samples: Sequence[Samples]) -> None:
 
 def _probes(inside: Inside) -> Iterator[_Probe]:
     """What must depend on one sample each, from the total down."""
-    ends = {(edge.node, edge.output_nr) for edge in inside.edges}
-    depends = _dependent(inside, ends)
-    start = inside.start.grad_fn if isinstance(inside.start, Tensor) else inside.start.node
-    first = inside.start.output_nr
-    seen: set[Any] = set()
-    stack: list[tuple[Any, int]] = [(start, first)]
-    while stack:
-        node, output = stack.pop()
-        if (node, output) in seen or (node, output) in ends or not depends.get(node):
+    ends: set[Edge] = {(edge.node, edge.output_nr) for edge in inside.edges}
+    below = _dependent(inside, ends)
+    for node, output in edges([inside.start], below, ends, by_output=True):
+        if (node, output) in ends or not below[node]:
             continue
-        seen.add((node, output))
-        below = [edge for edge in node.next_functions if edge in ends or depends.get(edge[0])]
         kind = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
         if kind in _SUMS or kind in _ROW_SUMS:
-            yield _Probe(node.name(), below, kind in _ROW_SUMS)
-        elif not _is_linear(kind, node, below):
+            yield _Probe(node.name(), below[node], kind in _ROW_SUMS)
+        elif not _is_linear(kind, node, below[node]):
             yield _Probe(node.name(), [(node, output)])
-        stack += below
 
 
-def _is_linear(kind: str, node: Any, below: Sequence[Any]) -> bool:
+def _is_linear(kind: str, node: Node, below: Sequence[Edge]) -> bool:
     if kind == "Div":
         return node.next_functions[1] not in below
     return kind in _LINEAR or (kind in _BILINEAR and len(below) == 1)
 
 
-def _dependent(inside: Inside, ends: set[Any]) -> dict[Any, bool]:
-    """For every node of the loss, whether it depends on the boundary."""
-    found: dict[Any, bool] = {}
-    stack: list[Any] = [inside.start.grad_fn if isinstance(inside.start, Tensor) else inside.start.node]
-    while stack:
-        node = stack[-1]
-        if node in found:
-            stack.pop()
-            continue
-        below = [] if inside.ends_at(node) else [n for n in node.next_functions if n[0] is not None and n not in ends]
-        left = [n for n, _ in below if n not in found]
-        if left:
-            stack += left
-            continue
-        direct = not inside.ends_at(node) and any(n in ends for n in node.next_functions)
-        found[node] = direct or any(found[n] for n, _ in below)
-        stack.pop()
+def _dependent(inside: Inside, ends: set[Edge]) -> dict[Node, list[Edge]]:
+    """For every node of the loss, those of its edges that depend on the boundary."""
+    found: dict[Node, list[Edge]] = {}
+    stops: dict[Node, tuple[()]] = dict.fromkeys(inside.others, ())
+    for node in finished([inside.start.node], stops, ends):
+        found[node] = [edge for edge in children(node, stops) if edge in ends or found.get(edge[0])]
     return found
 
 
@@ -122,7 +105,8 @@ def _separate(inside: Inside, samples: Sequence[Samples], probe: _Probe) -> bool
         back = _send(inside, probe, r, create_graph=True)
         return _owned(inside, samples, probe, r, back, generator)
     except Undefined:  # without a second derivative: the call's result must carry the samples on an axis
-        return len(r) == 1 and any(_follows(inside, samples, probe, r[0].detach(), s) for s in _layouts(r[0], samples))
+        places = sample_axes(r[0].shape, samples[0].n) if len(r) == 1 else ()
+        return any(_follows(inside, samples, probe, r[0].detach(), s) for s in places)
 
 
 def _send(inside: Inside, probe: _Probe, r: list[Tensor], create_graph: bool = False) -> list[Tensor | None]:
@@ -176,13 +160,6 @@ def _follows(inside: Inside, samples: Sequence[Samples], probe: _Probe, r: Tenso
             if not bool(((b - wanted).abs() <= 64 * torch.finfo(a.dtype).eps * wanted.abs()).all()):
                 return False
     return True
-
-
-def _layouts(x: Tensor, samples: Sequence[Samples]) -> Iterator[Samples]:
-    n = samples[0].n
-    for axis, size in enumerate(x.shape):
-        if size and size % n == 0:
-            yield from [Samples(n, axis), Samples(n, axis, False)]
 
 
 def _places(n: int) -> Iterator[int]:

@@ -23,7 +23,7 @@ from layerwise.errors import NonFinite, Undefined, UnknownLoss
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
 from layerwise.graph.heads import Head, heads, likelihoods, loss_hessian
-from layerwise.graph.probes import join, near, split
+from layerwise.graph.probes import join, matrix_among, near, split
 from layerwise.graph.residuals import Curvature, Residual, curvature, powers, proved
 from layerwise.graph.samples import Layout
 from layerwise.ops.base import Slot
@@ -244,7 +244,7 @@ def _spread(graph: Graph, layout: Layout, found: Curvature) -> tuple[dict[int, T
         following = found.next_uses(inputs)
         if not below:
             continue
-        matrix = _matrix(use, inputs, samples)
+        matrix = _matrix(use, d, inputs, samples)
         if matrix is None:
             if not _through(use.edge, d, following, waiting):
                 weights = split(d[None], samples)[0]
@@ -288,23 +288,15 @@ def _factor(edge: GradientEdge, like: Tensor, use: Use) -> Tensor | None:
     return ones if torch.equal(ones.flatten() * probe.flatten(), back.flatten()) else None
 
 
-def _matrix(use: Use, inputs: Sequence[GradientEdge], samples: Samples) -> Tensor | None:
+def _matrix(use: Use, like: Tensor, inputs: Sequence[GradientEdge], samples: Samples) -> Tensor | None:
     """The matrix `[O,I]` with which a use maps rows `[N,I]`, one for each sample, to rows `[N,O]`; None for others."""
     if len(inputs) != 1 or len(use.call.out_shape) != 2 or samples != Samples(use.call.out_shape[0], 0):
         return None
-    for derived in use.used:
-        w = derived.tensor.detach()
-        for matrix in (w, w.mT) if w.dim() == 2 else ():
-            if matrix.shape[0] != use.call.out_shape[1]:
-                continue
-            x = torch.rand(use.call.out_shape, generator=torch.Generator().manual_seed(4)).to(w).sub_(0.5)
-            (back,) = pull([use.edge], [x], inputs)
-            if back is None or back.shape != (len(x), matrix.shape[1]):
-                return None
-            bound = x.norm(dim=1)[:, None] * matrix.norm(dim=0)  # Cauchy and Schwarz: rounding is far below
-            if bool(((back - x @ matrix).abs() <= 16 * torch.finfo(x.dtype).eps * bound).all()):
-                return matrix
-    return None
+    x = torch.rand(use.call.out_shape, generator=torch.Generator().manual_seed(4)).to(like).sub_(0.5)
+    (back,) = pull([use.edge], [x], inputs)
+    if back is None or back.dim() != 2 or len(back) != len(x):
+        return None
+    return matrix_among((derived.tensor for derived in use.used), x, back)
 
 
 # -- samples ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from layerwise.gradient.parts import Part, parts_of
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
 from layerwise.graph.heads import Head
-from layerwise.graph.probes import draws, join, near, split
+from layerwise.graph.probes import draws, join, matrix_among, near, sample_axes, split
 from layerwise.graph.products import pull_stack
 from layerwise.graph.samples import Layout
 from layerwise.losses import Likelihood
@@ -166,28 +166,17 @@ def _own_map(block: Tensor, link: Link, start: _Place) -> tuple[Tensor, _Place] 
     if back is None:
         return None
     back = back.to(block.dtype)
-    for samples in _layouts(back.shape, start.samples):
+    neighbour = [start.samples] if start.samples.axis < back.dim() and back.shape[start.samples.axis] % n == 0 else []
+    for samples in (*neighbour, *sample_axes(back.shape, n)):
         rows = split(back[None], samples)[0] / u
         if not near(rows[:1], rows, epsilon):
             continue
         middle = _Place(link.below, samples, back.shape)
-        for derived in link.use.used:
-            w = derived.tensor.detach().to(block.dtype)
-            for matrix in (w, w.mT) if w.dim() == 2 else ():
-                if matrix.shape == (start.size, middle.size) and near(r @ matrix, rows[:1], epsilon):
-                    return congruence(block, matrix), middle
+        matrix = matrix_among((derived.tensor for derived in link.use.used), r, rows[:1])
+        if matrix is not None:
+            return congruence(block, matrix), middle
         return uniform(block, _between(start, middle, block.dtype), n), middle
     return None
-
-
-def _layouts(shape: torch.Size, samples: Samples) -> Iterator[Samples]:
-    """Where the samples can lie in a tensor of a shape, first where they do in its neighbour."""
-    n = samples.n
-    if samples.axis < len(shape) and shape[samples.axis] % n == 0:
-        yield samples
-    for axis, size in enumerate(shape):
-        if size % n == 0:
-            yield from [Samples(n, axis), Samples(n, axis, False)]
 
 
 def _between(start: _Place, end: _Place, dtype: torch.dtype) -> Send:
