@@ -1,9 +1,9 @@
 """Coverage, proved on the autograd graph: every path from the loss to a parameter passes a recorded use.
 
-The calls that were seen prove nothing: a custom autograd Function, a scripted block or another thread are
-invisible to a torch-function mode. So the graph itself is walked. From the total to the values of the known
-losses, from their logits to the outputs of uses, from each use on to the edges its data had before the
-call. Whatever reaches a parameter another way is an error that names the parameter and the node.
+The recorded calls prove nothing: a custom autograd Function, a scripted block or another thread are invisible to a
+torch-function mode. So the graph itself is walked: from the total to the values of the known losses, from their logits
+to the outputs of uses, from each use to the edges that its data had before the call. A path that reaches a parameter
+without passing a use is an error that names the parameter and the node.
 """
 
 from __future__ import annotations
@@ -40,8 +40,13 @@ class Graph:
 
     @property
     def losses(self) -> list[LossUse]:
-        """All that enters a loss: what the known ones receive, then the boundary of the user's own."""
+        """The inputs of all losses: the logits of the known ones, then the boundary of the user's own."""
         return [*self.known, *(part for own in self.own for part in own.boundary)]
+
+    @property
+    def seed(self) -> Tensor:
+        """The cotangent of the total: the weight of the backward pass, by default 1."""
+        return torch.ones_like(self.total) if self.weight is None else self.weight
 
     @property
     def batch(self) -> Tensor | None:
@@ -62,8 +67,8 @@ def prove(
 ) -> Graph:
     """The uses and losses that `total` depends on, after proof that they cover every parameter.
 
-    With `need_loss`, every path must also pass through a loss that the tape knows, or through what the model
-    returned where the tape kept that. without: losses to take as if they were not known.
+    With `need_loss`, every path must also pass through a known loss, or through the model's output where the tape
+    recorded it. without: losses to treat as unknown.
     Raises UncoveredUse, UnknownLoss, or Undefined (a parameter enters the loss directly).
     """
     if not total.requires_grad or total.grad_fn is None:
@@ -78,25 +83,25 @@ def prove(
 
 
 def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> Graph:
-    """The losses that `total` is made of, where every path to a parameter passes through one; no uses.
+    """The losses that `total` is made of, after proof that every path to a parameter passes one of them.
 
-    What is below the losses need not be known. Raises UnknownLoss, UncoveredUse or Undefined as `prove`.
+    Uses below the losses are not looked for. Raises UnknownLoss, UncoveredUse or Undefined as `prove`.
     """
     walk = _LossWalk(tape, without)
     if not walk.to_losses(total, ()) and tape.returned is not None:
         walk.to_losses(total, tape.returned)
-        walk.own.append(_rest(walk.boundary, walk.loose))
+        walk.own.append(_unexplained(walk.boundary, walk.bypassing))
     for own in walk.own:
         if own.value is not None:
-            walk.inside(own)
+            walk.check_first_argument(own)
     return Graph(total, None, [], walk.known, walk.own)
 
 
 class _LossWalk:
-    """The way from a total down to its losses.
+    """The walk from a total down to its losses.
 
-    known, own: the losses found; boundary: the tensors of the model's output that were met before a loss;
-    loose: the uses that were met before either.
+    known, own: the losses found. boundary: the tensors of the model's output met before a loss. bypassing: the uses
+    met before either.
     """
 
     def __init__(self, tape: Tape, without: Sequence[LossUse]) -> None:
@@ -106,18 +111,18 @@ class _LossWalk:
         dropped = set(map(id, without))
         self._loss_at: dict[Node, list[LossUse]] = {}
         for loss in tape.losses:
-            # A call that learns from both sides has no likelihood, but may have a Hessian of its own.
+            # A call whose target also requires grad has no likelihood; as a loss of the user's own it has a Hessian.
             if id(loss) not in dropped and not (loss.call.learned and tape.returned is not None):
                 self._loss_at.setdefault(loss.value.node, []).append(loss)
         self._own_at = {own.value.node: own for own in tape.own if own.value is not None}
 
     def to_losses(self, total: Tensor, outputs: Sequence[LossUse]) -> bool:
-        """Walk; whether every path ends at a loss. A parameter met on the way is an error."""
+        """Walk from the total; whether every path ends at a loss. A parameter met on the way is an error."""
         at = {(part.logits.node, part.logits.output_nr): part for part in outputs}
         self.known: list[LossUse] = []
         self.own: list[OwnUse] = []
         self.boundary: list[LossUse] = []
-        self.loose: list[Use] = []
+        self.bypassing: list[Use] = []
         stops = dict.fromkeys((*self._loss_at, *self._own_at, *self._use_at), ())
         for node, output in edges([(total.grad_fn, total.output_nr)], stops, at):
             if node in self._loss_at:
@@ -130,7 +135,7 @@ class _LossWalk:
                 self._meet(self._use_at[node])
             else:
                 self._refuse_parameter(node)
-        return not self.boundary and not self.loose
+        return not self.boundary and not self.bypassing
 
     def _meet(self, uses: list[Use]) -> None:
         if not uses[0].call.out_shape:
@@ -142,7 +147,7 @@ class _LossWalk:
                 "binary_cross_entropy_with_logits, ... (their modules do), times constants and summed, or mark it with "
                 "layerwise.as_loss(fn)(outputs, ...)"
             )
-        self.loose += uses
+        self.bypassing += uses
 
     def _refuse_parameter(self, node: Node) -> None:
         name = self._leaves.name(node)
@@ -152,7 +157,7 @@ class _LossWalk:
             raise UncoveredUse(_uncovered(name, "the loss", "no call with it was seen"))
         raise Undefined(_enters(name))
 
-    def inside(self, own: OwnUse) -> None:
+    def check_first_argument(self, own: OwnUse) -> None:
         """Prove that a marked call depends on the model through its first argument alone."""
         assert own.value is not None
         ends = {(part.logits.node, part.logits.output_nr) for part in own.boundary}
@@ -167,24 +172,24 @@ class _LossWalk:
             self._refuse_parameter(node)
 
 
-def _rest(boundary: list[LossUse], loose: list[Use]) -> OwnUse:
-    """What no known loss explains, as one loss of what the model returned, and of uses that go past it."""
+def _unexplained(boundary: list[LossUse], bypassing: list[Use]) -> OwnUse:
+    """The part of the total without a known loss, as one loss of the model's output and of uses that bypass it."""
     call = OwnCall("the loss", boundary[0].call.logits if boundary else torch.empty(0))
     parts = list(boundary)
-    for use in loose:
+    for use in bypassing:
         data = use.edge.node._input_metadata[use.edge.output_nr]
         logits = torch.zeros((), dtype=data.dtype, device=data.device).expand(use.call.out_shape)
         parts.append(LossUse(OwnCall("the loss", logits), use.edge, use.edge))
-    return OwnUse(call, parts, None, loose[0] if loose else None)
+    return OwnUse(call, parts, None, bypassing[0] if bypassing else None)
 
 
 def _walk_to_uses(
     roots: Iterable[Any], leaves: Leaves, use_at: dict[Node, list[Use]], spent: Collection[Node]
 ) -> list[Use]:
-    """The uses below the roots, jumping from a use to its data; a parameter met on the way is an error."""
+    """The uses below the roots, following the data of each use; a parameter met on the way is an error."""
     data = inputs(use_at)
     reached: list[Use] = []
-    passed: list[Node] = []
+    passed: list[Node] = []  # in the order of the walk, to name the node above an uncovered parameter
     for node in nodes(roots, data):
         if node in use_at:
             reached += use_at[node]

@@ -35,9 +35,9 @@ def nodes(roots: Iterable[Any], below: Below | None = None) -> Iterator[Node]:
 
 
 def edges(roots: Iterable[Any], below: Below, ends: Container[Any], by_output: bool = False) -> Iterator[Edge]:
-    """The edges of the same walk: the first to each node, or with `by_output` to each of its outputs.
+    """The edges (node, output number) below some edges, depth first: the first to each node, or to each output.
 
-    ends: edges that are not followed, each of them met once, whatever else leads to its node.
+    below: as for `nodes`. ends: edges that are not followed, each met once, whatever other edges lead to the node.
     """
     seen: set[Any] = set()
     stack = list(roots)
@@ -87,7 +87,7 @@ def by_node(uses: Iterable[Use]) -> dict[Node, list[Use]]:
 
 
 def inputs(use_at: Mapping[Node, Sequence[Use]]) -> dict[Node, list[GradientEdge]]:
-    """The data of the uses at each node: where a walk goes on that passes over their parameters."""
+    """The data edges of the uses at each node: `below` for a walk that leaves out their parameters."""
     return {node: [edge for use in uses for edge in use.inputs] for node, uses in use_at.items()}
 
 
