@@ -171,7 +171,7 @@ def test_no_file_name_twice() -> None:
 
 # `lw.KFAC` is the quantity, `lw.optim.KFAC` the optimizer that is made with it.
 SAME_CLASS_NAME = {
-    "Curvature", "Found", "KFAC", "Kind", "Layer", "Layout", "Newton", "Own", "Plan", "Step", "Watch",
+    "KFAC", "Kind", "Layer", "Newton", "Step", "Watch",
 }  # fmt: skip
 
 

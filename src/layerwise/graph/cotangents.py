@@ -1,8 +1,8 @@
-"""What is sent back through the graph: the gradient's own cotangent, or roots of the loss Hessian.
+"""Cotangents that quantities send back through the graph: the loss's own, or roots of the loss Hessian.
 
 For a loss L = sum_r w_r l_r(f_r) over loss terms r with outputs f, a root is a set of columns s with
-`sum_j s_rj s_rj^T = w_r H_r` for every term. Each column carries the terms of all samples at once, but of
-one position within the sample only: terms of one sample must not meet before they are squared.
+`sum_j s_rj s_rj^T = w_r H_r` for every term. Each column holds the terms of all samples at one position within the
+sample: terms of the same sample must not add before they are squared.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Exact:
 class Sampled:
     """Monte-Carlo columns from labels drawn from the model: unbiased, `draws` of them.
 
-    Terms are drawn independently, so all positions of a sample travel in one column.
+    Terms are drawn independently, so one column holds all positions of a sample.
     """
 
     draws: int
@@ -75,7 +75,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Second:
-    """None of our choice: the quantity differentiates the gradient itself, in `compute_graph`."""
+    """No cotangent is sent; the quantity works on the double-differentiable graph in `compute_graph`."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def positions(loss: Likelihood, rows: Samples) -> Tensor:
-    """Number of each logit's loss term within its sample, broadcastable to the logits' shape."""
+    """The number of each logit's loss term within the sample, broadcastable to the logits' shape."""
     shape = list(loss.logits.shape)
     position = torch.zeros([1] * len(shape), dtype=torch.long)
     for axis, size in enumerate(shape):

@@ -1,4 +1,4 @@
-"""Functions without a derivative: no gradient passes them, codes cross them by a rule."""
+"""Functions without a derivative: their gradient is zero, and codes pass them by a surrogate gradient."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sign(z: Tensor) -> Tensor:
 
 
 class _Hard(torch.autograd.Function):
-    """The function, with what a rule makes of a cotangent; without a rule, zero: the derivative almost everywhere."""
+    """The function, with the rule as its derivative; without a rule, zero: the derivative almost everywhere."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, function: Callable[[Tensor], Tensor], rule: Rule | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Crossing rules: how a wish for another output of a function without a derivative becomes a wish for its input.
+"""Surrogate gradients (straight-through and kin) of functions without a derivative, used within a block alone.
 
 A rule is any function `(z, h, g) -> dz` of the input, the output and the cotangent of the output, all of one shape.
-Those here are values, and travel to other processes.
+The classes of this module are values, which can be sent to other processes.
 """
 
 from __future__ import annotations

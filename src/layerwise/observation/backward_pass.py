@@ -16,9 +16,9 @@ from layerwise.gradient.parameter import Gather, ParameterGradient
 from layerwise.gradient.parts import Part, parts_of
 from layerwise.graph.cotangents import Averaged, Cotangent, Exact, Gradient, Sampled, Second
 from layerwise.graph.coverage import Graph
-from layerwise.graph.heads import Head, heads
-from layerwise.graph.samples import Layout, measure
-from layerwise.losses import Declared, Likelihood
+from layerwise.graph.loss_curvature import LossCurvature, loss_curvatures
+from layerwise.graph.samples import SampleLayout, measure
+from layerwise.losses import DeclaredLikelihood, Likelihood
 from layerwise.observation.guards import Sent
 from layerwise.observation.union import Batch, Values
 from layerwise.quantities.base import Quantity
@@ -48,11 +48,11 @@ class Pass:
     ) -> None:
         self.tape, self.graph, self.quantities, self.dtype = tape, graph, quantities, dtype
         self.likelihoods = known
-        self.layout: Layout | None = None
+        self.layout: SampleLayout | None = None
         self._flat: Collection[str] = ()  # parameters whose rows need no sample structure where none is asked for
         self._measured = model, samples
         n = self._samples(samples)
-        declared = [*known, *(Declared(own.call, n) for own in graph.own)]
+        declared = [*known, *(DeclaredLikelihood(own.call, n) for own in graph.own)]
         self._check_scale(scale, declared)
         for q in quantities:
             q.check_losses(declared)
@@ -177,7 +177,7 @@ class Pass:
             for use in self.graph.uses:
                 use.release()
 
-    def _known_layout(self) -> Layout | None:
+    def _known_layout(self) -> SampleLayout | None:
         """The samples' layout, or None where they cannot be told apart."""
         if self.layout is None:
             with suppress(SamplesMixed, AmbiguousSamples, BadInput):
@@ -194,10 +194,10 @@ class Pass:
                 quantity.check_size(count, self.batch.samples, sizes)
 
     @cached_property
-    def _heads(self) -> list[Head]:
-        return heads(self.graph, self.likelihoods, self.layout)
+    def _heads(self) -> list[LossCurvature]:
+        return loss_curvatures(self.graph, self.likelihoods, self.layout)
 
-    def _send(self, head: Head, stack: Tensor, indices: list[int], column: int) -> None:
+    def _send(self, head: LossCurvature, stack: Tensor, indices: list[int], column: int) -> None:
         uses = self.graph.uses
         edges = [use.edge for use in uses]
         if len(stack) == 1:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput
 from layerwise.graph.cotangents import Second
 from layerwise.graph.coverage import prove
-from layerwise.graph.heads import resolved
+from layerwise.graph.loss_curvature import resolved
 from layerwise.graph.products import SecondOrder
+from layerwise.graph.walk import nodes
 from layerwise.observation.backward_pass import Pass
 from layerwise.observation.guards import check_covered, check_finite, check_gradient, kept, restore, snapshot
 from layerwise.observation.seen import Seen
 from layerwise.quantities.base import Quantity, positive
-from layerwise.ranks.trainers import Still, kept_still
+from layerwise.ranks.trainers import GraphTrainers, whole_parameters
 from layerwise.tape.pull import accumulated, alone, hooked
 from layerwise.tape.tape import Tape
 
@@ -112,14 +113,20 @@ class observe:
         if total.is_meta:
             raise BadInput("asked to observe a backward pass from a loss on the meta device, which holds no numbers")
         seen._follow(tape.parameters, tape.owners)
-        with kept_still(self._model, total) as trainers:
+        with whole_parameters(self._model, nodes([(total.grad_fn, 0)])) as trainers:
             return self._observe(tape, total, weight, run, seen, trainers)
 
     def _observe(
-        self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any], seen: Seen, trainers: Still
+        self,
+        tape: Tape,
+        total: Tensor,
+        weight: Tensor | None,
+        run: Callable[[], Any],
+        seen: Seen,
+        trainers: GraphTrainers,
     ) -> Any:
         device = total.device.type
-        with alone(device), kept(tape.retained()), trainers.pulling():
+        with alone(device), kept(tape.retained()), trainers.paused():
             check_finite(total)
             own_losses = tape.returned is not None
             graph, known = resolved(lambda without: prove(tape, total, weight, without=without), own_losses)

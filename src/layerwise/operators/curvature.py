@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite, Undefined
 from layerwise.graph.coverage import Graph, known_losses, prove
-from layerwise.graph.heads import loss_hessian, resolved
+from layerwise.graph.loss_curvature import loss_hessian, resolved
 from layerwise.graph.products import GaussNewtonProducts, HessianProducts, Products, SecondOrder
-from layerwise.graph.residuals import curvature, proved
+from layerwise.graph.residuals import proved, residual_curvature
 from layerwise.losses import Likelihood
 from layerwise.operators.diagonal import check_names
 from layerwise.rows.views import view_maps
@@ -312,7 +312,7 @@ class PCH(CurvatureOperator):
         Raises: `Undefined` as the class.
         """
         _check_linear(tape, graph)
-        found = curvature(graph)
+        found = residual_curvature(graph)
         if found.other:
             index, what = next(iter(found.other.items()))
             use = next(use for use in graph.uses if use.index == index)

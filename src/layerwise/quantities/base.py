@@ -14,7 +14,7 @@ from layerwise.errors import BadInput, NoBackward
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import Cotangent, Gradient
 from layerwise.graph.coverage import Graph
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.losses import Likelihood
 from layerwise.ranks.group import Ranks
 from layerwise.tape.tape import Tape
@@ -104,7 +104,7 @@ class Quantity:
         simple = {key: v for key, v in vars(self).items() if isinstance(v, bool | int | float | str | None)}
         return {"repr": repr(self)} | simple
 
-    def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:
+    def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Tensor, ...]]:
         """The quantity's tensors by parameter, from a graph that can be differentiated twice (cotangent `Second`).
 
         layout: None where the samples cannot be told apart.

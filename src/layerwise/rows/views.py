@@ -75,7 +75,7 @@ def _strided(used: Tensor, parameter: Tensor) -> tuple[Map, Map] | None:
 
 
 def _injective(x: Tensor) -> bool:
-    """Whether no two places of a strided tensor share memory (each axis steps over all that lies within it)."""
+    """Whether no two elements of a strided tensor share memory (each axis steps over all smaller ones)."""
     reach = 0
     for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
         if stride <= reach:

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from layerwise import losses
 from layerwise.compat.backpack.read_tape import Record, record_at
+from layerwise.graph.walk import Node, nodes
 from layerwise.tape.uses import LossUse
 
 __all__ = ["read_losses"]
@@ -33,22 +34,18 @@ def read_losses(total: Tensor, known: Sequence[LossUse]) -> list[LossUse]:
 
     Cross entropy of class indices, NLL, MSE, BCE with logits, Huber and smooth L1. What else lies there stays unknown.
     """
-    stops = {loss.value.node for loss in known}
-    seen: set[Any] = set()
-    stack = [total.grad_fn]
+    stops: dict[Node, tuple[()]] = dict.fromkeys((loss.value.node for loss in known), ())
     found: list[LossUse] = []
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen or node in stops or _holds_uses(record_at(node)):
+    for node in nodes([(total.grad_fn, 0)], stops):
+        if node in stops:
             continue
-        seen.add(node)
-        loss = _read(node)
-        if loss is not None:
+        if _holds_uses(record_at(node)):
+            stops[node] = ()
+        elif (loss := _read(node)) is not None:
             assert isinstance(loss.call, losses.LossCall)
             losses.check(loss.call)
             found.append(loss)
-            continue
-        stack += [child for child, _ in node.next_functions]
+            stops[node] = ()
     return found
 
 

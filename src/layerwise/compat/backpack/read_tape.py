@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from layerwise.errors import BadInput
 from layerwise.graph.products import SecondOrder
+from layerwise.graph.walk import nodes
 from layerwise.tape.pull import silent
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Derived, LossUse, Use
@@ -196,22 +197,10 @@ def record_at(node: Any) -> Record | None:
     return found if isinstance(found, Record) else None
 
 
-def walk(total: Tensor) -> Iterator[Any]:
-    """All nodes of a tensor's graph."""
-    seen: set[Any] = set()
-    stack = [total.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            stack += [child for child, _ in node.next_functions]
-
-
 def records_of(total: Tensor) -> list[Record]:
     """The records that a tensor's graph owns, in the order in which they were made."""
     found: dict[int, tuple[int, Record]] = {}
-    for node in walk(total):
+    for node in nodes([(total.grad_fn, 0)]):
         record = record_at(node)
         if record is not None:
             found.setdefault(id(record), (node._sequence_nr(), record))

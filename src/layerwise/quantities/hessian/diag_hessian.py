@@ -22,7 +22,7 @@ from layerwise.graph.cotangents import Second, default_generator
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import gradients
 from layerwise.graph.products import HessianProducts, gradient_of, pull_stack, twice
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.quantities.base import Quantity, positive
 from layerwise.quantities.hessian import residual_columns
 from layerwise.quantities.hessian.residual_columns import Plan
@@ -67,7 +67,7 @@ class DiagHessian(Quantity):
         self.generator = generator
         self.per_sample = self.concatenate = self.needs_samples = per_sample
 
-    def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:
+    def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Tensor, ...]]:
         """`[*shape]` (or `[N, *shape]`) of every parameter of the graph."""
         names = [name for name in tape.parameters if name in set(graph.parameters())]
         parameters = [tape.parameters[name] for name in names]
@@ -99,7 +99,7 @@ class DiagHessian(Quantity):
         return ((total,) for total in totals)
 
     def _check_cost(
-        self, columns: Plan | None, plans: Sequence[Unit], rest: Sequence[str], tape: Tape, layout: Layout | None
+        self, columns: Plan | None, plans: Sequence[Unit], rest: Sequence[str], tape: Tape, layout: SampleLayout | None
     ) -> None:
         """Refuse more products than asked for, before the first."""
         counts = {", ".join(unit.names): unit.count for unit in plans}
@@ -130,14 +130,14 @@ def _signs(p: Tensor, generator: torch.Generator | None) -> Tensor:
 # -- one product for every element --------------------------------------------------------------------------
 
 
-def _by_element(graph: Graph, layout: Layout | None, p: Tensor) -> Tensor:
+def _by_element(graph: Graph, layout: SampleLayout | None, p: Tensor) -> Tensor:
     """The diagonal of one parameter of any graph, `[*shape]`; with a layout `[N, *shape]`, of every sample's term."""
     if layout is None:
         return _elements(gradient_of(graph, p), p)
     return torch.stack([_elements(g, p) for g in _sample_gradients(graph, layout, p)])
 
 
-def _sample_gradients(graph: Graph, layout: Layout, p: Tensor) -> Iterator[Tensor | None]:
+def _sample_gradients(graph: Graph, layout: SampleLayout, p: Tensor) -> Iterator[Tensor | None]:
     """The gradient of every sample's term, from the rows of the losses that are its own."""
     edges = [loss.logits for loss in graph.losses]
     found = gradients(graph)

@@ -22,10 +22,10 @@ from torch.autograd.graph import GradientEdge
 from layerwise.errors import NonFinite, Undefined, UnknownLoss
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
-from layerwise.graph.heads import Head, heads, likelihoods, loss_hessian
-from layerwise.graph.probes import join, near, split
-from layerwise.graph.residuals import Curvature, Residual, curvature, powers, proved
-from layerwise.graph.samples import Layout
+from layerwise.graph.loss_curvature import LossCurvature, likelihoods, loss_curvatures, loss_hessian
+from layerwise.graph.probes import join, matrix_among, near, split
+from layerwise.graph.residuals import Residual, ResidualCurvature, powers, proved, residual_curvature
+from layerwise.graph.samples import SampleLayout
 from layerwise.ops.base import Slot
 from layerwise.quantities.hessian.unit_columns import Unit
 from layerwise.rows import contract, weighted
@@ -79,8 +79,8 @@ class Plan:
     exact: by use, the residuals that need no columns, `[*out_shape]`.
     """
 
-    layout: Layout
-    heads: Sequence[Head]
+    layout: SampleLayout
+    curvatures: Sequence[LossCurvature]
     units: Sequence[Unit]
     exact: dict[int, Tensor]
     sources: Sequence[_Source]
@@ -88,7 +88,7 @@ class Plan:
     @property
     def count(self) -> int:
         """The number of columns."""
-        return _roots(self.heads) + sum(source.count for source in self.sources)
+        return _roots(self.curvatures) + sum(source.count for source in self.sources)
 
     def diagonals(self, per_sample: bool) -> dict[str, tuple[Tensor, ...]]:
         """`[*shape]`, or `[N, *shape]` of every sample's term, by name."""
@@ -100,9 +100,11 @@ class Plan:
         for index, d in self.exact.items():
             sums[index].flat += d
         elements = sum(use.call.out_shape.numel() for use in uses.values())
-        for head in self.heads:
-            for stack in Exact().columns(head.likelihood, head.rows, max(1, _STACK_ELEMENTS // max(1, elements))):
-                _send(head.edges, head.cotangents(stack), None, list(sums.values()))
+        for curvature in self.curvatures:
+            for stack in Exact().columns(
+                curvature.likelihood, curvature.rows, max(1, _STACK_ELEMENTS // max(1, elements))
+            ):
+                _send(curvature.edges, curvature.cotangents(stack), None, list(sums.values()))
         for source in self.sources:
             below = [s for i, s in sums.items() if i in source.below]
             elements = sum(s.flat.numel() for s in below) + source.shape.numel()
@@ -166,14 +168,14 @@ def _send(
 # -- which uses, and what gives them ------------------------------------------------------------------------
 
 
-def plan(graph: Graph, layout: Layout, units: Sequence[Unit]) -> tuple[Plan | None, list[Unit]]:
+def plan(graph: Graph, layout: SampleLayout, units: Sequence[Unit]) -> tuple[Plan | None, list[Unit]]:
     """The units that columns of residuals serve at less cost than products with the Hessian, and the others."""
     try:
         known = likelihoods(graph)
-        hessian, tops = loss_hessian(graph, known), heads(graph, known, layout)
-        for head in tops:
-            head.likelihood.root(0, 1)
-        found = curvature(graph)
+        hessian, tops = loss_hessian(graph, known), loss_curvatures(graph, known, layout)
+        for curvature in tops:
+            curvature.likelihood.root(0, 1)
+        found = residual_curvature(graph)
     except (Undefined, NonFinite, UnknownLoss):
         return None, list(units)
     exact, sources, blocked = _spread(graph, layout, found)
@@ -195,11 +197,11 @@ def plan(graph: Graph, layout: Layout, units: Sequence[Unit]) -> tuple[Plan | No
     return Plan(layout, tops, mine, {i: d for i, d in exact.items() if i in chosen}, kept), left
 
 
-def _roots(tops: Sequence[Head]) -> int:
-    return sum(Exact().count(head.likelihood, head.rows) for head in tops)
+def _roots(tops: Sequence[LossCurvature]) -> int:
+    return sum(Exact().count(curvature.likelihood, curvature.rows) for curvature in tops)
 
 
-def _able(index: int, units: Sequence[Unit], layout: Layout) -> bool:
+def _able(index: int, units: Sequence[Unit], layout: SampleLayout) -> bool:
     """Whether some parameters of a use take columns, and all rows of its output are elements of it, each once."""
     slots = [slot for unit in units if unit.use.index == index for _, slot, _ in unit.slots]
     use = next((unit.use for unit in units if unit.use.index == index), None)
@@ -214,8 +216,10 @@ def _able(index: int, units: Sequence[Unit], layout: Layout) -> bool:
     return True
 
 
-def _spread(graph: Graph, layout: Layout, found: Curvature) -> tuple[dict[int, Tensor], list[_Source], set[int]]:
-    """The residuals on their way down: what uses take without columns, the columns, and uses that neither can serve."""
+def _spread(
+    graph: Graph, layout: SampleLayout, found: ResidualCurvature
+) -> tuple[dict[int, Tensor], list[_Source], set[int]]:
+    """Residuals taken down the graph: by use, those that need no columns; the columns; the uses that neither serves."""
     at_use = {(use.edge.node, use.edge.output_nr): use for use in graph.uses}
     waiting: dict[int, Tensor] = {}  # residuals at a use's output
     extra: dict[int, Tensor] = {}  # diagonals of curvature that is not diagonal: good for this use, not further down
@@ -244,7 +248,7 @@ def _spread(graph: Graph, layout: Layout, found: Curvature) -> tuple[dict[int, T
         following = found.next_uses(inputs)
         if not below:
             continue
-        matrix = _matrix(use, inputs, samples)
+        matrix = _matrix(use, d, inputs, samples)
         if matrix is None:
             if not _through(use.edge, d, following, waiting):
                 weights = split(d[None], samples)[0]
@@ -288,23 +292,15 @@ def _factor(edge: GradientEdge, like: Tensor, use: Use) -> Tensor | None:
     return ones if torch.equal(ones.flatten() * probe.flatten(), back.flatten()) else None
 
 
-def _matrix(use: Use, inputs: Sequence[GradientEdge], samples: Samples) -> Tensor | None:
+def _matrix(use: Use, like: Tensor, inputs: Sequence[GradientEdge], samples: Samples) -> Tensor | None:
     """The matrix `[O,I]` with which a use maps rows `[N,I]`, one for each sample, to rows `[N,O]`; None for others."""
     if len(inputs) != 1 or len(use.call.out_shape) != 2 or samples != Samples(use.call.out_shape[0], 0):
         return None
-    for derived in use.used:
-        w = derived.tensor.detach()
-        for matrix in (w, w.mT) if w.dim() == 2 else ():
-            if matrix.shape[0] != use.call.out_shape[1]:
-                continue
-            x = torch.rand(use.call.out_shape, generator=torch.Generator().manual_seed(4)).to(w).sub_(0.5)
-            (back,) = pull([use.edge], [x], inputs)
-            if back is None or back.shape != (len(x), matrix.shape[1]):
-                return None
-            bound = x.norm(dim=1)[:, None] * matrix.norm(dim=0)  # Cauchy and Schwarz: rounding is far below
-            if bool(((back - x @ matrix).abs() <= 16 * torch.finfo(x.dtype).eps * bound).all()):
-                return matrix
-    return None
+    x = torch.rand(use.call.out_shape, generator=torch.Generator().manual_seed(4)).to(like).sub_(0.5)
+    (back,) = pull([use.edge], [x], inputs)
+    if back is None or back.dim() != 2 or len(back) != len(x):
+        return None
+    return matrix_among((derived.tensor for derived in use.used), x, back)
 
 
 # -- samples ------------------------------------------------------------------------------------------------
@@ -324,7 +320,7 @@ def _along(weights: Tensor, samples: Samples, like: Tensor) -> Tensor:
     return weights[:, samples.owner(size, weights.device)].reshape(len(weights), *shape)
 
 
-def _places(graph: Graph, layout: Layout, residuals: Sequence[Residual]) -> list[Samples | None]:
+def _places(graph: Graph, layout: SampleLayout, residuals: Sequence[Residual]) -> list[Samples | None]:
     """Where the samples lie in each residual, None where that cannot be told.
 
     Shown by a number for each sample: where the losses' cotangents are multiplied by it, so is what comes back.

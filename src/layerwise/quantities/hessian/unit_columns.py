@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.graph.coverage import Graph
 from layerwise.graph.products import check_second, gradient_of, pull_stack, twice
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.ops.base import Slot
 from layerwise.rows.base import Rows, Samples
 from layerwise.rows.views import view_maps
@@ -113,7 +113,7 @@ class Unit:
         return result if per_sample else result[0]
 
 
-def plan(tape: Tape, graph: Graph, layout: Layout | None, names: Sequence[str]) -> tuple[list[Unit], list[str]]:
+def plan(tape: Tape, graph: Graph, layout: SampleLayout | None, names: Sequence[str]) -> tuple[list[Unit], list[str]]:
     """The parameters that unit columns serve, with what serves them, and the rest."""
     if layout is None:
         return [], list(names)

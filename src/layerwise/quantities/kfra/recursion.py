@@ -20,10 +20,10 @@ from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part, parts_of
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
-from layerwise.graph.heads import Head
-from layerwise.graph.probes import draws, join, near, split
+from layerwise.graph.loss_curvature import LossCurvature
+from layerwise.graph.probes import draws, join, matrix_among, near, sample_axes, split
 from layerwise.graph.products import pull_stack
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.losses import Likelihood
 from layerwise.ops.base import Slot
 from layerwise.quantities.kfra.chain import Link, chain, same_edge
@@ -54,7 +54,7 @@ class _Place(NamedTuple):
 
 
 def averaged(
-    tape: Tape, graph: Graph, heads: Sequence[Head], layout: Layout, max_bytes: int
+    tape: Tape, graph: Graph, curvatures: Sequence[LossCurvature], layout: SampleLayout, max_bytes: int
 ) -> Iterator[ParameterGradient]:
     """The parameters of a chain, from the loss down, with inputs and `curvature`, but zero cotangents.
 
@@ -64,12 +64,12 @@ def averaged(
     """
     links = chain(graph)
     places = [_Place(link.use.edge, layout.uses[link.use.index], link.use.call.out_shape) for link in links]
-    if heads[0].parts is not None:
+    if curvatures[0].parts is not None:
         raise Undefined(
-            f"asked for a recursion down a chain, but {heads[0].likelihood.call} couples the positions of a sample, or "
-            "several outputs; ask for KFLR"
+            f"asked for a recursion down a chain, but {curvatures[0].likelihood.call} couples the positions of a "
+            "sample, or several outputs; ask for KFLR"
         )
-    likelihood = heads[0].likelihood
+    likelihood = curvatures[0].likelihood
     dtype = torch.promote_types(likelihood.logits.dtype, torch.float32)
     _check_size(links, places, dtype, max_bytes)
     for i, (link, place) in enumerate(zip(links, places, strict=True)):
@@ -148,7 +148,7 @@ def _hessian(likelihood: Likelihood, logits: _Place, factor: Tensor, index: Tens
 
 def _down(block: Tensor, link: Link, start: _Place, end: _Place) -> Tensor:
     """(1/N) sum_n J_n^T B J_n from the output of a use to that of the one before it."""
-    passed = None if link.below is None else _own_map(block, link, start)
+    passed = _own_map(block, link, start)
     if passed is not None:
         block, start = passed
     return through(block, _between(start, end, block.dtype), start.samples.n, own=passed is not None)
@@ -160,34 +160,25 @@ def _own_map(block: Tensor, link: Link, start: _Place) -> tuple[Tensor, _Place] 
     Shown by a column u_n r, u and r random: what comes back must be u_n J^T r, for samples along some axis. Where
     the use holds a matrix W with W^T r = J^T r, it is J.
     """
+    if link.below is None:
+        return None
     n, epsilon = start.samples.n, torch.finfo(block.dtype).eps
     r, u = draws(1, start.size, block), draws(1, n, block).T.round().exp2()  # powers of two: products round alike
     (back,) = pull([start.edge], [join((u * r)[None], start.samples, start.shape)[0]], [link.below])
     if back is None:
         return None
     back = back.to(block.dtype)
-    for samples in _layouts(back.shape, start.samples):
+    neighbour = [start.samples] if start.samples.axis < back.dim() and back.shape[start.samples.axis] % n == 0 else []
+    for samples in (*neighbour, *sample_axes(back.shape, n)):
         rows = split(back[None], samples)[0] / u
         if not near(rows[:1], rows, epsilon):
             continue
         middle = _Place(link.below, samples, back.shape)
-        for derived in link.use.used:
-            w = derived.tensor.detach().to(block.dtype)
-            for matrix in (w, w.mT) if w.dim() == 2 else ():
-                if matrix.shape == (start.size, middle.size) and near(r @ matrix, rows[:1], epsilon):
-                    return congruence(block, matrix), middle
+        matrix = matrix_among((derived.tensor for derived in link.use.used), r, rows[:1])
+        if matrix is not None:
+            return congruence(block, matrix), middle
         return uniform(block, _between(start, middle, block.dtype), n), middle
     return None
-
-
-def _layouts(shape: torch.Size, samples: Samples) -> Iterator[Samples]:
-    """Where the samples can lie in a tensor of a shape, first where they do in its neighbour."""
-    n = samples.n
-    if samples.axis < len(shape) and shape[samples.axis] % n == 0:
-        yield samples
-    for axis, size in enumerate(shape):
-        if size % n == 0:
-            yield from [Samples(n, axis), Samples(n, axis, False)]
 
 
 def _between(start: _Place, end: _Place, dtype: torch.dtype) -> Send:

@@ -15,9 +15,9 @@ from layerwise.compat.backpack.extensions.backprop_extension import BackpropExte
 from layerwise.errors import BadInput
 from layerwise.graph.cotangents import Second
 from layerwise.graph.coverage import Graph
-from layerwise.graph.heads import likelihoods, loss_hessian
+from layerwise.graph.loss_curvature import likelihoods, loss_hessian
 from layerwise.graph.products import GaussNewtonProducts, HessianProducts, Products
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.operators.curvature import PCH
 from layerwise.quantities.base import Context, Quantity, Union
 from layerwise.tape.tape import Tape
@@ -66,7 +66,7 @@ class BlockProducts(Quantity):
         self._field, self._make = field, make
         self._made: dict[str, BlockProduct] = {}
 
-    def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:
+    def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Tensor, ...]]:
         """Make the products; there are no tensors to show."""
         names = [name for name in tape.parameters if name in set(graph.parameters())]
         parameters = [tape.parameters[name] for name in names]
