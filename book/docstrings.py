@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
 from typing import Any
 
 import griffe
@@ -24,7 +26,24 @@ class AsMarkdown(griffe.Extension):
 
     def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         """Called for each class when all of its members are there."""
+        init = cls.members.get("__init__")
+        if init is not None and init.is_function and any("Unpack[" in str(p.annotation) for p in init.parameters):
+            _spell_out(cls, init)
         _rewrite(cls)
+
+
+def _spell_out(cls: Any, init: Any) -> None:
+    """Put the keywords that a constructor's signature shows at run time in the place of its `**words`."""
+    shown = inspect.signature(getattr(import_module(cls.module.path), cls.name)).parameters
+    own = [p for p in init.parameters if p.kind is not griffe.ParameterKind.var_keyword]
+    more = [
+        griffe.Parameter(
+            name, annotation=str(p.annotation), kind=griffe.ParameterKind.keyword_only, default=repr(p.default)
+        )
+        for name, p in shown.items()
+        if name not in {p.name for p in own}
+    ]
+    init.parameters = griffe.Parameters(*own, *more)
 
 
 def _rewrite(obj: Any) -> None:

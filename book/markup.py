@@ -12,12 +12,22 @@ HEADS = re.compile(r"(?:Raises|Source|Units|Memory)\b")
 
 
 def as_markdown(text: str, parameters: tuple[str, ...] = ()) -> str:
-    """Text with Markdown's characters escaped outside of code; a paragraph for each parameter, its name in bold."""
+    """Text with Markdown's characters escaped outside of code; a paragraph for each parameter, its name in bold.
+
+    Parameters may stand in the list of an `Args:` section, each with its further lines indented once more.
+    """
     names = "|".join(map(re.escape, parameters))
     listed = re.compile(rf"(?:{names})(?:, (?:{names}))*:(?= |$)") if names else None
     lines: list[str] = []
+    args = False
     for line in text.splitlines():
-        if line.startswith("    "):
+        if line == "Args:":
+            args = True
+            continue
+        args = args and line.startswith("    ")
+        if args:
+            line = line[4:].removeprefix("    ")
+        elif line.startswith("    "):
             lines.append(line)
             continue
         head = listed.match(line) if listed else None

@@ -128,7 +128,7 @@ _TABLE = [
     Column("DiagHessian per-sample", CURVATURE, check.diag_hessian_each, lambda t: lw.DiagHessian(per_sample=True)),
     Column(
         "DiagHessian sampled", CURVATURE, check.sampled_diag_hessian,
-        lambda t: lw.DiagHessian(samples=3, generator=_generator()), sampled=True, second=True, per_sample=False,
+        lambda t: lw.DiagHessian(draws=3, generator=_generator()), sampled=True, second=True, per_sample=False,
     ),
     Column(
         "KFAC expand", FACTORS, check.sampled_factors("expand"), lambda t: lw.KFAC(2, _generator()),

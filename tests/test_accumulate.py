@@ -61,7 +61,7 @@ QUANTITIES: dict[str, Callable[[], lw.Quantity]] = {
     "KFLR": quantities.KFLR,
     "KFLR reduce": lambda: quantities.KFLR(sharing="reduce"),
     "KFLR joint": lambda: quantities.KFLR(joint=True),
-    "EKFAC": lambda: lw.EKFAC(samples=None),
+    "EKFAC": lambda: lw.EKFAC(draws=None),
 }
 REFUSED = {"PairwiseDot", "ClippedGrad", "KFRA"}  # of several batches, for some losses; see their own tests
 SAMPLED = {"KFAC"}  # draws differ between one batch and several

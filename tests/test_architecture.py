@@ -171,7 +171,7 @@ def test_no_file_name_twice() -> None:
 
 # `lw.KFAC` is the quantity, `lw.optim.KFAC` the optimizer that is made with it.
 SAME_CLASS_NAME = {
-    "KFAC", "Kind", "Layer", "Newton", "Step", "Watch",
+    "KFAC", "Kind", "Layer", "Step", "Watch",
 }  # fmt: skip
 
 
@@ -254,10 +254,6 @@ MANY_PARAMETERS = {  # only to shrink; functions of torch keep torch's own signa
     "ops.recurrent._plain": 10,
     "optim.layer_local.altmin.AltMin.__init__": 27,
     "optim.layer_local.locoprop.LocoProp.__init__": 20,
-    "optim.second_order.diag_newton.DiagNewton.__init__": 16,
-    "optim.second_order.kfac.KFAC.__init__": 21,
-    "optim.second_order.newton.Newton.__init__": 10,
-    "optim.second_order.preconditioner.Preconditioner.__init__": 14,
 }
 
 

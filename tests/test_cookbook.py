@@ -255,7 +255,7 @@ def test_the_two_fishers() -> None:
     for name, value in true.items():
         assert_close(space["exact"][name], value)
         assert_close(space["empirical"][name], empirical[name].square().mean(0))
-    many = lw.accumulate(model, F.cross_entropy, [(x, y)], lw.FisherDiag("model", samples=2000)).fisher_diag
+    many = lw.accumulate(model, F.cross_entropy, [(x, y)], lw.FisherDiag("model", draws=2000)).fisher_diag
     assert abs(float(many.total / space["exact"].total) - 1) < 0.03
 
 

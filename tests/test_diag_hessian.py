@@ -130,7 +130,7 @@ def test_embedding_bag_has_an_exact_diagonal_though_torch_cannot_differentiate_i
         oracle.parameters(model), lambda: F.cross_entropy(head(F.embedding(x, bag.weight).sum(1).tanh()), y)
     )
     with pytest.raises(errors.Undefined, match="twice"):
-        _observed(model, lambda: F.cross_entropy(head(bag(x).tanh()), y), lw.DiagHessian(samples=1))
+        _observed(model, lambda: F.cross_entropy(head(bag(x).tanh()), y), lw.DiagHessian(draws=1))
     got = _observed(model, lambda: F.cross_entropy(head(bag(x).tanh()), y), lw.DiagHessian())
     oracle.assert_close(dict(got.diag_hessian), want)
 
@@ -153,7 +153,7 @@ def test_the_mean_over_all_signs_is_exact() -> None:
     draws = iter([torch.tensor(part) for signs in outcomes for part in (signs[:3], signs[3:])])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diag_hessian, "_signs", lambda parameter, generator: next(draws))
-        sampled = _observed(p, loss, lw.DiagHessian(samples=len(outcomes))).diag_hessian
+        sampled = _observed(p, loss, lw.DiagHessian(draws=len(outcomes))).diag_hessian
     oracle.assert_close(dict(sampled), dict(exact))
 
 
@@ -163,7 +163,7 @@ def test_draws_are_fixed_by_a_generator_and_approach_the_diagonal() -> None:
 
     def draw(k: int, seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
-        return _observed(model, loss, lw.DiagHessian(samples=k, generator=generator)).diag_hessian
+        return _observed(model, loss, lw.DiagHessian(draws=k, generator=generator)).diag_hessian
 
     one, same, other = draw(2, 0), draw(2, 0), draw(2, 1)
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -188,13 +188,13 @@ def test_the_cost_is_predicted_before_it_is_paid(act: nn.Module, cost: int) -> N
     loss = lambda: F.cross_entropy(model(x), y)  # noqa: E731
     _observed(model, loss, lw.DiagHessian(max_products=cost))
     model.zero_grad()
-    with pytest.raises(errors.Undefined, match=rf"takes {cost} columns or products.*samples=k"):
+    with pytest.raises(errors.Undefined, match=rf"takes {cost} columns or products.*draws=k"):
         _observed(model, loss, lw.DiagHessian(max_products=cost - 1))
     assert all(p.grad is None for p in model.parameters())
     _observed(model, loss, lw.DiagHessian(max_products=None))
 
 
-@pytest.mark.parametrize("options", [{"samples": 0}, {"samples": 2, "per_sample": True}, {"max_products": 0}], ids=str)
+@pytest.mark.parametrize("options", [{"draws": 0}, {"draws": 2, "per_sample": True}, {"max_products": 0}], ids=str)
 def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises(errors.BadInput):
         lw.DiagHessian(**options)
@@ -214,7 +214,7 @@ def test_operations_without_a_second_derivative_are_refused() -> None:
         def backward(ctx: Any, g: Tensor) -> Tensor:
             return g * ctx.saved_tensors[0].exp()
 
-    for quantity in (lw.DiagHessian(), lw.DiagHessian(samples=1)):
+    for quantity in (lw.DiagHessian(), lw.DiagHessian(draws=1)):
         with pytest.raises(errors.Undefined, match="twice"):
             _observed(model, lambda: F.cross_entropy(Once.apply(model(x)), y), quantity)
     assert all(p.grad is None for p in model.parameters())

@@ -135,11 +135,11 @@ CASES: dict[str, Settings] = {
     "quadratic, sums": {"settings": {"kind": "foof", "step_size": "quadratic", "momentum": 0.5}, "reduction": "sum"},
     "adaptive": {"settings": {"kind": "kflr", "adapt_damping_every": 1, "lr": 0.05}, "reduction": "sum"},
     "foof": {"settings": {"kind": "foof", **EVERY}, "model_name": "net"},
-    "kfac, drawn signs": {"settings": {"kind": "kfac", "samples": 2, **EVERY}, "model_name": "net", "outputs": 1},
+    "kfac, drawn signs": {"settings": {"kind": "kfac", "draws": 2, **EVERY}, "model_name": "net", "outputs": 1},
     "diagonals": {"settings": {"kind": "kfac", "largest_factor": 5, **EVERY}, "outputs": 1},
-    "ggn": {"settings": {"method": "DiagNewton", "curvature": "ggn", "update_every": 2}, "model_name": "net"},
-    "hessian": {"settings": {"method": "DiagNewton", "curvature": "hessian"}, "reduction": "sum"},
-    "hessian-mc": {"settings": {"method": "DiagNewton", "curvature": "hessian-mc", "samples": 2}, "model_name": "net"},
+    "ggn": {"settings": {"method": "DiagNewton", "draws": None, "update_every": 2}, "model_name": "net"},
+    "hessian": {"settings": {"method": "DiagNewton", "kind": "diag-hessian", "draws": None}, "reduction": "sum"},
+    "hessian, drawn": {"settings": {"method": "DiagNewton", "kind": "diag-hessian", "draws": 2}, "model_name": "net"},
 }  # fmt: skip
 # of factors of full rank: eigenvectors of a repeated eigenvalue are anybody's choice, and rounding's
 EKFAC: dict[str, Settings] = {
@@ -497,13 +497,13 @@ def disagreeing(rank: int, what: str) -> str:
     if what == "pre":
         return said(lambda: lw.optim.Preconditioner(model, "kfac", seed=rank, parallel=parallel))
     if what == "diag":
-        return said(lambda: lw.optim.DiagNewton(model, samples=1 + rank, parallel=parallel))
+        return said(lambda: lw.optim.DiagNewton(model, draws=1 + rank, parallel=parallel))
     return said(lambda: lw.optim.KFAC(model, parallel=parallel, **more))
 
 
 @pytest.mark.parametrize("what", ["5.weight", "1.bias", "3.weight", "share", "lr", "damping", "pre", "diag", "nothing"])
 def test_ranks_that_disagree_are_refused_at_the_start_by_name(what: str) -> None:
-    named = {"pre": "seed", "diag": "samples", "lr": "group 0"}.get(what, what)
+    named = {"pre": "seed", "diag": "draws", "lr": "group 0"}.get(what, what)
     for error in ranks(2)(disagreeing, what):
         assert error == "no error" if what == "nothing" else (named in error and "rank 1" in error)
 

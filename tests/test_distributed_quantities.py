@@ -70,12 +70,12 @@ REDUCED: dict[str, Callable[[], lw.Quantity]] = {
     "NoiseScale norms": lambda: lw.NoiseScale(snr=False),
     "DiagGGN": lw.DiagGGN,
     "DiagHessian": lw.DiagHessian,
-    "DiagHessian sampled": lambda: lw.DiagHessian(samples=2, generator=_generator()),
+    "DiagHessian sampled": lambda: lw.DiagHessian(draws=2, generator=_generator()),
     "FisherDiag data": lambda: lw.FisherDiag("data"),
     "KFLR": lw.KFLR,
     "KFLR reduce": lambda: lw.KFLR(sharing="reduce"),
     "KFLR joint": lambda: lw.KFLR(joint=True),
-    "EKFAC": lambda: lw.EKFAC(samples=None),
+    "EKFAC": lambda: lw.EKFAC(draws=None),
 }
 LOCAL: dict[str, Callable[[], lw.Quantity]] = {  # rows of the union, in its scale
     "PerSampleGrad": lw.PerSampleGrad,

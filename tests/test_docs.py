@@ -82,7 +82,7 @@ def test_a_block_of_a_missing_library_is_said_to_be_missing(monkeypatch: pytest.
 def test_every_error_has_its_section_and_says_what_to_do() -> None:
     sections = re.split(r"^## `(\w+)`$", text("reference/errors.md"), flags=re.MULTILINE)[1:]
     found = dict(zip(sections[::2], sections[1::2], strict=True))
-    assert set(found) == set(errors.__all__) - {"LayerwiseError"}
+    assert set(found) == set(errors.__all__) - {"LayerwiseError", "LayerwiseWarning"}
     assert all("**What to do.**" in section for section in found.values())
 
 
@@ -132,6 +132,13 @@ def test_docstrings_become_markdown() -> None:
     assert as_markdown(source, ("first", "second")).splitlines() == [
         r"Sum a\_n \* b\_n.", "", "    x = a_n * b_n", "",
         r"**first**: \<R\_j\>, `a_n * b`; **second**: as it. third: no.", "", "Raises X.",
+    ]  # fmt: skip
+
+
+def test_a_list_of_arguments_becomes_paragraphs() -> None:
+    source = "Sum.\n\nArgs:\n    first: one,\n        and_more.\n    second, third: two.\n\n    x = a_n\n\nRaises X.\n"
+    assert as_markdown(source, ("first", "second", "third")).splitlines() == [
+        "Sum.", "", "**first**: one,", r"and\_more.", "", "**second, third**: two.", "", "    x = a_n", "", "Raises X.",
     ]  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def test_the_true_fisher_is_the_mean_over_the_models_labels(reduction: str) -> N
 
 def test_the_true_fisher_shares_its_labels_with_the_sampled_ggn() -> None:
     model, (x, y) = _net(), _batch()
-    with lw.observe(model, FisherDiag(samples=2, generator=_generator())) as one:
+    with lw.observe(model, FisherDiag(draws=2, generator=_generator())) as one:
         F.cross_entropy(model(x), y).backward()
     with lw.observe(model, DiagGGN(2, _generator())) as other:
         F.cross_entropy(model(x), y).backward()
@@ -389,8 +389,8 @@ def test_one_seed_is_one_projection() -> None:
         lambda: Sketch(0),
         lambda: Sketch(None),  # type: ignore[arg-type]
         lambda: FisherDiag("true"),
-        lambda: FisherDiag(samples=0),
-        lambda: FisherDiag(samples=None),  # type: ignore[arg-type]
+        lambda: FisherDiag(draws=0),
+        lambda: FisherDiag(draws=None),  # type: ignore[arg-type]
         lambda: DiagGGN(0, per_sample=True),
     ],
 )

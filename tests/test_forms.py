@@ -466,5 +466,6 @@ def test_the_optimizer_has_factors_of_slices_and_a_diagonal_of_products() -> Non
     opt.step(lambda: F.cross_entropy(model(x), y))
     assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
     assert opt.describe() == {
-        "w": "kfac [1, 3, 4]", "v": "kfac [1, 3, 4]; kfac [1, 3, 4]", "a": "diag-ggn-mc", "b": "diag-ggn-mc",
+        "w": "kfac [1, 3, 4]", "v": "kfac [1, 3, 4]; kfac [1, 3, 4]",
+        "a": "diag-ggn (draws=1)", "b": "diag-ggn (draws=1)",
     }  # fmt: skip

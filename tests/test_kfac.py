@@ -61,7 +61,7 @@ def test_kfac_estimates_the_exact_factors(name: str, scale: float) -> None:
         return scale * F.cross_entropy(z, y)
 
     want = oracle.kfac_factors(model, lambda: model(x), loss_of)
-    kfac = KFAC(samples=DRAWS, generator=_generator())
+    kfac = KFAC(draws=DRAWS, generator=_generator())
     found = []
     for _ in range(REPEATS if scale == 1 else 5):
         with observe(model, kfac) as seen:
@@ -81,7 +81,7 @@ def test_kfac_estimates_the_exact_factors(name: str, scale: float) -> None:
 def test_kfac_of_squared_error(loss: str) -> None:
     instance = case("linear_alone", loss).make()
     want = oracle.kfac_factors(instance.model, instance.logits, instance.loss_of)
-    kfac, found = KFAC(samples=DRAWS, generator=_generator()), []
+    kfac, found = KFAC(draws=DRAWS, generator=_generator()), []
     for _ in range(REPEATS):
         with observe(instance.subject, kfac) as seen:
             instance.loss().backward()
@@ -93,7 +93,7 @@ def test_kfac_of_squared_error(loss: str) -> None:
 @pytest.mark.parametrize("problem", ["mlp_relu", "tokens_class_second", "seq_first_flat_square", "two_heads"])
 def test_sampled_diagonal_estimates_the_exact_one(problem: str) -> None:
     instance = case(problem).make()
-    sampled, exact = DiagGGN(samples=DRAWS // 4, generator=_generator()), DiagGGN()
+    sampled, exact = DiagGGN(draws=DRAWS // 4, generator=_generator()), DiagGGN()
     found = []
     for _ in range(REPEATS):
         with observe(instance.subject, sampled, exact) as seen:

@@ -303,7 +303,7 @@ def test_calls_out_of_order_are_refused() -> None:
      ({"damping": 0.0}, "damping"),
      ({"factor_decay": 1.0}, "factor_decay"), ({"update_factors_every": 0}, "update_factors_every"),
      ({"update_inverses_every": 2.5}, "update_inverses_every"), ({"largest_factor": 0}, "largest_factor"),
-     ({"samples": 0}, "samples"), ({"sharing": "some"}, "sharing"), ({"on_nonfinite": "ignore"}, "on_nonfinite")],
+     ({"draws": 0}, "draws"), ({"sharing": "some"}, "sharing"), ({"on_nonfinite": "ignore"}, "on_nonfinite")],
 )  # fmt: skip
 def test_settings_that_cannot_be(settings: dict[str, Any], text: str) -> None:
     for make in (Preconditioner, KFAC):
@@ -410,12 +410,12 @@ def test_parameters_without_factors_have_the_diagonal_of_the_same_draws() -> Non
     x, y = words(0)
     before = values(model)
     grads = dict(zip(before, torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters())), strict=True))
-    with lw.observe(model, lw.DiagGGN(samples=1, generator=torch.Generator().manual_seed(seed_of(0, 0)))) as seen:
+    with lw.observe(model, lw.DiagGGN(draws=1, generator=torch.Generator().manual_seed(seed_of(0, 0)))) as seen:
         F.cross_entropy(model(x), y).backward()
     opt = KFAC(model, lr=0.1, damping=0.02, kl_clip=None)
     opt.step(lambda: F.cross_entropy(model(x), y))
     said = opt.describe()
-    rest = {n for n, text in said.items() if text == "diag-ggn-mc"}
+    rest = {n for n, text in said.items() if text == "diag-ggn (draws=1)"}
     assert rest == {n for n in before if n.startswith("derived.parametrizations")}
     assert said["conv.weight"].startswith("kfac [2, 2, 5]") and said["conv.bias"] == "in the block of conv.weight"
     for name in before:
@@ -430,7 +430,7 @@ def test_factors_that_would_be_too_large_are_left_out(kind: str) -> None:
     opt = KFAC(model, kind=kind, largest_factor=4, joint=False)
     for step in range(2):
         opt.step(closure_of(model, step))
-        rest = {name for name, text in opt.describe().items() if text == "diag-ggn-mc"}
+        rest = {name for name, text in opt.describe().items() if text == "diag-ggn (draws=1)"}
         assert rest == {"0.weight", "0.bias", "2.weight"}
         assert opt.describe()["2.bias"].startswith(kind)
 

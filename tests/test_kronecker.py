@@ -239,7 +239,7 @@ def eigenvectors(operator: EigenKronecker, name: str) -> Tensor:
 @pytest.mark.parametrize("case", FIRST_LOSSES, ids=ids)
 def test_ekfac_is_the_exact_diagonal_in_the_factors_eigenbasis(case: Case) -> None:
     instance = case.make()
-    seen = watch(instance, EKFAC(samples=None), KFLR())
+    seen = watch(instance, EKFAC(draws=None), KFLR())
     used = trained(instance)
     ggn = blocks_of(oracle.ggn(used, instance.logits, instance.loss_of), used)
     assert seen.ekfac.blocks.keys() == used.keys()
@@ -261,7 +261,7 @@ def test_ekfac_is_the_exact_diagonal_in_the_factors_eigenbasis(case: Case) -> No
 
 def test_ekfac_inverse_solves() -> None:
     instance = case("conv2d").make()
-    seen = watch(instance, EKFAC(samples=None))
+    seen = watch(instance, EKFAC(draws=None))
     step = seen.ekfac.inverse(damping=1e-2) @ seen.grad
     for name, g in seen.grad.items():
         dense = seen.ekfac.to_dense(name)
@@ -476,7 +476,7 @@ def test_a_bias_that_is_not_its_weights_alone_keeps_its_block(forward: Callable)
 
 def test_bad_options_are_refused() -> None:
     for make in (
-        lambda: KFAC(sharing="mean"), lambda: KFLR("both"), lambda: KFAC(samples=None), lambda: EKFAC(0),
+        lambda: KFAC(sharing="mean"), lambda: KFLR("both"), lambda: KFAC(draws=None), lambda: EKFAC(0),
         lambda: SqrtGGN(max_elements=0), lambda: SqrtGGN(max_elements=None), lambda: SqrtGGN(0),
     ):  # fmt: skip
         with pytest.raises(errors.BadInput):

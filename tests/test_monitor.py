@@ -180,7 +180,7 @@ def test_sampled_curvature_is_that_of_the_same_draws(make: Callable[[], nn.Modul
     curvature = one_step(model, optimizer, [watching.curvature()], (x, y))
     model.load_state_dict(start.state_dict())
     largest = one_step(model, optimizer, [watching.largest_eigenvalue()], (x, y))
-    root = lw.SqrtGGN(samples=1, generator=torch.Generator().manual_seed(seed_of(0, 0)))
+    root = lw.SqrtGGN(draws=1, generator=torch.Generator().manual_seed(seed_of(0, 0)))
     with lw.observe(start, root) as seen:
         F.cross_entropy(start(x), y).backward()
     columns = {name: t.reshape(len(x), -1) for name, t in seen[root].items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +13,12 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from curvature_kinds import ASKED, KINDS
 from state_checks import same, through_a_file
 from torch import Tensor, nn
 
 import layerwise as lw
-from layerwise.errors import BadInput, NonFinite
+from layerwise.errors import BadInput, NonFinite, Renamed
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
 from layerwise.optim.second_order.averages import (
     Average,
@@ -29,12 +32,10 @@ from layerwise.optim.second_order.averages import (
     with_moments,
 )
 from layerwise.optim.second_order.blocks import Blocks
-from layerwise.optim.second_order.curvature_kinds import KINDS
 from layerwise.optim.second_order.team import Team
 from layerwise.optim.second_order.trust import best_step, levenberg_marquardt
 
 KFAC, DiagNewton, Preconditioner = lw.optim.KFAC, lw.optim.DiagNewton, lw.optim.Preconditioner
-CURVATURE = {"diag-ggn": "ggn", "diag-ggn-mc": "ggn-mc", "diag-hessian": "hessian", "diag-hessian-mc": "hessian-mc"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -83,9 +84,9 @@ def closure_of(model: nn.Module, step: int, scale: float = 1.0) -> Callable[[], 
 
 
 def optimizer(kind: str, model: nn.Module, *args: Any, **more: Any) -> Any:
-    if kind in CURVATURE:
+    if kind.startswith("diag"):
         every = more.pop("every", (3, 4))
-        return DiagNewton(model, *args, curvature=CURVATURE[kind], update_every=every[0], **more)
+        return DiagNewton(model, *args, **ASKED[kind], update_every=every[0], **more)
     factors, inverses = more.pop("every", (3, 4))
     return KFAC(model, *args, kind=kind, update_factors_every=factors, update_inverses_every=inverses, **more)
 
@@ -98,7 +99,7 @@ def state_of(model: nn.Module, *holders: Any) -> Any:
 
 
 OPTIONS: dict[str, Any] = {"step_size": "quadratic", "adapt_damping_every": 3, "damping": 1.0}
-RESUMED = [(kind, {}) for kind in KINDS] + [(kind, OPTIONS) for kind in ("kfac", "ekfac", "diag-ggn-mc")]
+RESUMED = [(kind, {}) for kind in KINDS] + [(kind, OPTIONS) for kind in ("kfac", "ekfac", "diag-ggn drawn")]
 
 
 @pytest.mark.parametrize(("kind", "options"), RESUMED, ids=[f"{k}{'-options' if o else ''}" for k, o in RESUMED])
@@ -144,7 +145,7 @@ def test_in_front_of_adamw_it_goes_on_bitwise(kind: str) -> None:
     model = model_for(kind)
 
     def make(model: nn.Module) -> tuple[Any, Any]:
-        pre = Preconditioner(model, kind, update_factors_every=2, update_inverses_every=3)
+        pre = Preconditioner(model, **ASKED[kind], update_factors_every=2, update_inverses_every=3)
         return pre, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
 
     def step(model: nn.Module, pre: Any, opt: Any, number: int) -> None:
@@ -173,15 +174,17 @@ def test_in_front_of_adamw_it_goes_on_bitwise(kind: str) -> None:
 
 def test_states_of_another_kind_are_refused() -> None:
     model = Chain()
-    state = Preconditioner(model, "diag-ggn-mc").state_dict()
-    with pytest.raises(BadInput, match="diag-ggn-mc"):
-        Preconditioner(model, "ekfac").load_state_dict(state)
+    state = Preconditioner(model, "diag-ggn", draws=2).state_dict()
+    Preconditioner(model, "diag-ggn", draws=1).load_state_dict(state)
+    for kind in ("ekfac", "diag-ggn", "diag-hessian"):
+        with pytest.raises(BadInput, match=r"of kind 'diag-ggn \(draws=2\)', and ours '" + kind):
+            Preconditioner(model, kind).load_state_dict(state)
     with pytest.raises(BadInput, match="kinds of curvature"):
         Preconditioner(model, "newton")
     with pytest.raises(BadInput, match="kfac, kflr"):
         KFAC(model, kind="diag-ggn")
-    with pytest.raises(BadInput, match="ggn-mc"):
-        DiagNewton(model, curvature="fisher")
+    with pytest.raises(BadInput, match="kinds are diag-ggn, diag-hessian; got kind='kfac'"):
+        DiagNewton(model, kind="kfac")
     for options in ({"step_size": "best"}, {"adapt_damping_every": 0}, {"kl_clip": -1.0}):
         for make in (KFAC, DiagNewton):
             with pytest.raises(BadInput, match=next(iter(options))):
@@ -365,7 +368,7 @@ def test_the_quadratic_step_and_the_damping_equal_brute_force(
     """θ ← θ + α Δ + μ δ₀ by the dense GGN, λ by the reduction ratio, over five steps."""
     model, mirror, every = net(), net(), 2
     opt = DiagNewton(
-        model, curvature="ggn", damping=0.5, momentum=momentum, weight_decay=0.02, step_size="quadratic", kl_clip=clip,
+        model, draws=None, damping=0.5, momentum=momentum, weight_decay=0.02, step_size="quadratic", kl_clip=clip,
         adapt_damping_every=every, update_every=1, decay=0.0,
     )  # fmt: skip
     damping, last = 0.5, None
@@ -606,5 +609,139 @@ def others() -> dict[str, float]:
 def test_every_kind_learns_with_its_defaults_faster_than_adam_and_sgd(
     net: str, kind: str, others: dict[str, float]
 ) -> None:
-    make = (lambda m: DiagNewton(m, curvature=CURVATURE[kind])) if kind in CURVATURE else (lambda m: KFAC(m, kind=kind))
-    assert trained(make, net) < 0.8 * others[net], others
+    make = DiagNewton if kind.startswith("diag") else KFAC
+    assert trained(lambda m: make(m, **ASKED[kind]), net) < 0.8 * others[net], others
+
+
+# Keywords, and the values whose fields they are -----------------------------------------------------------------
+
+Curvature, Schedule = lw.optim.Curvature, lw.optim.Schedule
+FACES = {"KFAC": KFAC, "DiagNewton": DiagNewton, "Preconditioner": Preconditioner}
+FIELDS: dict[str, tuple[str, str, Any]] = {  # keyword: the value that has it as a field, and another than the default
+    "kind": ("curvature", "kind", "ekfac"),
+    "draws": ("curvature", "draws", 3),
+    "sharing": ("curvature", "sharing", "reduce"),
+    "joint": ("curvature", "joint", False),
+    "largest_factor": ("curvature", "largest", 7),
+    "factor_decay": ("schedule", "decay", 0.5),
+    "update_factors_every": ("schedule", "factors", 2),
+    "update_inverses_every": ("schedule", "inverses", 9),
+}
+
+
+def preconditioner(made: Any) -> Any:
+    return getattr(made, "preconditioner", made)
+
+
+def set_up(made: Any) -> Any:
+    pre = preconditioner(made)
+    return pre.curvature, pre.schedule, pre.damping, pre.damping_form, pre.on_nonfinite
+
+
+@pytest.mark.parametrize("word", FIELDS)
+@pytest.mark.parametrize("face", ["KFAC", "Preconditioner"])
+def test_a_keyword_is_the_field_of_a_value(face: str, word: str) -> None:
+    owner, field, value = FIELDS[word]
+    make = FACES[face]
+    by_word, by_value = make(Chain(), **{word: value}), make(Chain(), **{owner: TYPES[owner](**{field: value})})
+    assert set_up(by_word) == set_up(by_value) != set_up(make(Chain()))
+    assert getattr(getattr(preconditioner(by_word), owner), field) == value
+    with pytest.raises(BadInput, match=f"{word}= is the field '{field}' of {owner}="):
+        make(Chain(), **{word: value, owner: TYPES[owner]()})
+    with pytest.raises(BadInput, match=r"takes a lw\.optim\.Curvature"):
+        make(Chain(), **{owner: value})
+
+
+TYPES = {"curvature": Curvature, "schedule": Schedule}
+
+
+def test_the_keywords_of_diagonals_are_fields_of_the_same_values() -> None:
+    made = DiagNewton(Chain(), kind="diag-hessian", draws=2, decay=0.5, update_every=3)
+    values = {"curvature": Curvature("diag-hessian", 2), "schedule": Schedule(3, decay=0.5)}
+    assert set_up(made) == set_up(DiagNewton(Chain(), **values)) == set_up(Preconditioner(Chain(), **values))
+    assert DiagNewton(Chain()).preconditioner.curvature == Curvature("diag-ggn", draws=1)
+    assert DiagNewton(Chain(), kind="diag-hessian").preconditioner.curvature == Curvature("diag-hessian", draws=1)
+
+
+def test_draws_of_a_kind_are_one_for_factors_and_none_for_diagonals() -> None:
+    assert {kind: Curvature(kind).draws for kind in ("kfac", "kflr", "foof", "diag-ggn", "diag-hessian")} == {
+        "kfac": 1, "kflr": 1, "foof": 1, "diag-ggn": None, "diag-hessian": None,
+    }  # fmt: skip
+    for bad in ({"kind": "newton"}, {"draws": None}, {"draws": 0}, {"kind": "diag-ggn", "draws": 0}, {"largest": 0},
+                {"kind": "ekfac", "sharing": "reduce"}):  # fmt: skip
+        with pytest.raises(BadInput):
+            Curvature(**bad)
+    for bad in ({"factors": 0}, {"inverses": 2.5}, {"decay": 1.0}):
+        with pytest.raises(BadInput):
+            Schedule(**bad)  # type: ignore[arg-type]
+
+
+def test_a_schedule_can_be_changed_by_its_keywords() -> None:
+    pre = Preconditioner(Chain())
+    pre.update_factors_every, pre.update_inverses_every, pre.factor_decay = 7, 8, 0.25
+    assert pre.schedule == Schedule(7, 8, 0.25) and pre.update_inverses_every == 8
+    with pytest.raises(BadInput, match="update_factors_every"):
+        pre.update_factors_every = 0
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_constructor_shows_its_keywords_and_takes_no_others(face: str) -> None:
+    make, shown = FACES[face], inspect.signature(FACES[face]).parameters
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in shown.values())
+    others = {"DiagNewton": {"kind", "draws", "decay", "update_every"}}.get(face, set(FIELDS))
+    assert shown.keys() >= others | {"curvature", "schedule", "damping", "seed", "on_nonfinite", "parallel"}
+    defaults = {
+        name: p.default for name, p in shown.items() if name not in ("model", "curvature", "schedule")
+    }  # fmt: skip
+    assert set_up(make(Chain(), **defaults)) == set_up(make(Chain()))
+    for word in ("sample", *({"joint", "damping_form"} if face == "DiagNewton" else {"update_every"})):
+        with pytest.raises(TypeError) as said:
+            make(Chain(), **{word: 1})
+        assert str(said.value) == f"{face}.__init__() got an unexpected keyword argument '{word}'"
+
+
+# Old words --------------------------------------------------------------------------------------------------
+
+OLD: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("KFAC", {"samples": 2}, {"draws": 2}),
+    ("KFAC", {"kind": "kflr", "samples": 2}, {"kind": "kflr", "draws": 2}),
+    ("DiagNewton", {"samples": 2}, {"draws": 2}),
+    ("DiagNewton", {"curvature": "ggn"}, {"draws": None}),
+    ("DiagNewton", {"curvature": "ggn", "samples": 3}, {"draws": None}),
+    ("DiagNewton", {"curvature": "ggn-mc", "samples": 3}, {"draws": 3}),
+    ("DiagNewton", {"curvature": "hessian"}, {"kind": "diag-hessian", "draws": None}),
+    ("DiagNewton", {"curvature": "hessian-mc"}, {"kind": "diag-hessian"}),
+    ("Preconditioner", {"samples": 2}, {"draws": 2}),
+    ("Preconditioner", {"kind": "diag-ggn-mc"}, {"kind": "diag-ggn", "draws": 1}),
+    ("Preconditioner", {"kind": "diag-ggn-mc", "samples": 4}, {"kind": "diag-ggn", "draws": 4}),
+    ("Preconditioner", {"kind": "diag-hessian-mc"}, {"kind": "diag-hessian", "draws": 1}),
+    ("Preconditioner", {"kind": "diag-ggn", "samples": 4}, {"kind": "diag-ggn"}),
+]
+
+
+@pytest.mark.parametrize(("face", "old", "new"), OLD, ids=[f"{face} {old}" for face, old, _ in OLD])
+def test_old_words_mean_what_they_did_and_warn(face: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    with pytest.warns(Renamed, match=rf"{face}\({re.escape(next(iter(old)))}=.* now: ") as said:
+        made = FACES[face](Chain(), **old)
+    assert len(said) == 1 and said[0].filename == __file__
+    assert set_up(made) == set_up(FACES[face](Chain(), **new))
+
+
+@pytest.mark.parametrize("kind", ["kfac", *(kind for kind in KINDS if kind.startswith("diag"))])
+def test_states_saved_with_old_words_load(kind: str) -> None:
+    model = Forms() if kind == "kfac" else Chain()
+    opt = optimizer(kind, model)
+    opt.step(closure_of(model, 0))
+    old = copy.deepcopy(opt.state_dict())
+    state = old["preconditioner"]
+    drawn = state.pop("draws")
+    if kind.startswith("diag") and drawn:
+        state["kind"] += "-mc"
+    for block in state["blocks"].values():
+        if block["kind"].startswith("diag") and drawn:
+            block["kind"] += "-mc"
+    other = optimizer(kind, copy.deepcopy(model))
+    other.load_state_dict(old)
+    assert same(other.state_dict(), opt.state_dict()) and other.describe() == opt.describe()
+    if kind == "kfac":
+        assert "diag-ggn (draws=1)" in other.describe().values()

@@ -404,7 +404,7 @@ def _live() -> int:
 def test_two_quantities_of_one_class_are_told_apart() -> None:
     x, y = _batch()
     model = _mlp()
-    exact, sampled = DiagGGN(), DiagGGN(samples=2)
+    exact, sampled = DiagGGN(), DiagGGN(draws=2)
     with observe(model, exact, sampled) as seen:
         F.cross_entropy(model(x), y).backward()
     with pytest.raises(AttributeError, match="2 observed quantities"):
@@ -447,10 +447,10 @@ def test_an_unknown_parameter_name_lists_the_known() -> None:
         lambda m: observe(m, Variance(), scale="x"),
         lambda m: observe(m, Variance(), samples=0),
         lambda m: observe(m, Variance(), samples="8"),
-        lambda m: DiagGGN(samples=0),
-        lambda m: DiagGGN(samples=1.5),
-        lambda m: KFAC(samples=0),
-        lambda m: KFAC(samples=None),
+        lambda m: DiagGGN(draws=0),
+        lambda m: DiagGGN(draws=1.5),
+        lambda m: KFAC(draws=0),
+        lambda m: KFAC(draws=None),
         lambda m: observe(3, Variance()).__enter__(),
         lambda m: observe(list(m.parameters()), Variance()).__enter__(),
     ],

@@ -60,7 +60,7 @@ OPTIMIZERS: dict[str, Make] = {
     ),
     "DiagNewton": lambda m, *a, **k: lw.optim.DiagNewton(m, *a, **{"update_every": 1, **k}),
     "DiagNewton hessian, adaptive": lambda m, *a, **k: lw.optim.DiagNewton(
-        m, *a, **{"curvature": "hessian-mc", "adapt_damping_every": 1, "update_every": 1, **k}
+        m, *a, **{"kind": "diag-hessian", "adapt_damping_every": 1, "update_every": 1, **k}
     ),
 }
 # Those that are meant to learn in a few epochs with their own defaults: the published settings warm up for five.

@@ -143,7 +143,7 @@ def _check(
     whole = oracle.ggn(params, outputs, lambda z: terms_of(z).sum())
     oracle.assert_close(lw.GGN(model, loss).to_dense(), whole)
     if not convex:
-        for quantity in (lw.DiagGGN(), lw.DiagGGN(samples=2), lw.KFLR(), lw.KFAC(), lw.SqrtGGN()):
+        for quantity in (lw.DiagGGN(), lw.DiagGGN(draws=2), lw.KFLR(), lw.KFAC(), lw.SqrtGGN()):
             with pytest.raises(errors.Undefined, match=r"not convex|zero everywhere"):
                 _observe(model, loss, quantity)
         return
@@ -213,7 +213,7 @@ def test_sampled_columns_are_unbiased(name: str) -> None:
     model, (x, y, t) = _net(), _batch()
     gen = torch.Generator().manual_seed(0)
     loss = lambda: TERMS[name].terms(model(x), y, t).mean()  # noqa: E731
-    exact, sampled = lw.DiagGGN(), lw.DiagGGN(samples=4000, generator=gen)
+    exact, sampled = lw.DiagGGN(), lw.DiagGGN(draws=4000, generator=gen)
     seen = _observe(model, loss, exact, sampled)
     for key in seen[exact]:
         error = (seen[sampled][key] - seen[exact][key]).abs().max() / seen[exact][key].abs().max()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,7 @@ SAMPLED: dict[str, tuple[Make, str]] = {  # and what its mean is
     "DiagGGN per sample": (lambda k, g: lw.DiagGGN(k, g, per_sample=True), "diag_ggn_each"),
     "FisherDiag": (lambda k, g: lw.FisherDiag("model", k, g), "diag_ggn"),
     "SqrtGGN": (lambda k, g: lw.SqrtGGN(k, g), "ggn"),
-    "DiagHessian": (lambda k, g: lw.DiagHessian(samples=k, generator=g), "diag_hessian"),
+    "DiagHessian": (lambda k, g: lw.DiagHessian(draws=k, generator=g), "diag_hessian"),
     "KFAC": (lambda k, g: lw.KFAC(k, g), "factors"),
     "KFAC reduce": (lambda k, g: lw.KFAC(k, g, "reduce"), "reduced"),
 }
@@ -159,3 +161,34 @@ def test_without_a_generator_the_global_seed_decides(name: str) -> None:
     torch.manual_seed(5)
     assert _same(one, _bits(name, None))
     assert not _same(one, other)
+
+
+OLD_WORD: dict[str, Callable[..., Any]] = {
+    "DiagGGN": lw.DiagGGN, "FisherDiag": lw.FisherDiag, "SqrtGGN": lw.SqrtGGN, "DiagHessian": lw.DiagHessian,
+    "KFAC": lw.KFAC, "EKFAC": lw.EKFAC, "curvature": lw.monitor.curvature,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD_WORD)
+def test_draws_still_go_by_their_old_word_with_a_warning(name: str) -> None:
+    make = OLD_WORD[name]
+    with pytest.warns(lw.errors.Renamed, match=rf"{name}\(draws=\) now") as said:
+        old = make(samples=3)
+    assert said[0].filename == __file__
+    if name != "curvature":
+        assert repr(old) == repr(make(draws=3)) and old.draws == 3
+    with pytest.raises(TypeError, match="both draws= and samples="):
+        make(samples=3, draws=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sample'"):
+        make(sample=3)
+    assert "draws" in inspect.signature(make).parameters and "samples" not in inspect.signature(make).parameters
+
+
+def test_all_warnings_of_the_library_are_silenced_by_their_base() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lw.errors.LayerwiseWarning)
+        for kind in (lw.errors.CutShort, lw.errors.LeftOut, lw.errors.Renamed, lw.errors.SlowPath,
+                     lw.errors.SquaredInstead):  # fmt: skip
+            warnings.warn("said", kind, stacklevel=1)
+        lw.KFAC(samples=1)  # type: ignore[call-arg]
+    assert issubclass(lw.errors.Renamed, FutureWarning)  # which Python shows to all

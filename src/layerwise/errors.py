@@ -1,4 +1,4 @@
-"""Typed errors: each names what was asked, what was seen, and what to do."""
+"""Typed errors: each names what was asked, what was seen, and what to do; and warnings."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ __all__ = [
     "BadInput",
     "CutShort",
     "LayerwiseError",
+    "LayerwiseWarning",
     "LeftOut",
     "NoBackward",
     "NonFinite",
     "RankFailed",
     "RankLost",
+    "Renamed",
     "SamplesMixed",
     "SlowPath",
     "SquaredInstead",
@@ -70,17 +72,25 @@ class NoBackward(LayerwiseError, AttributeError):
     """A result was asked for before any backward pass produced it."""
 
 
-class SlowPath(UserWarning):
+class LayerwiseWarning(UserWarning):
+    """Base class of every warning of layerwise: `warnings.simplefilter("ignore", LayerwiseWarning)` silences them."""
+
+
+class Renamed(LayerwiseWarning, FutureWarning):
+    """An argument, or one of its values, goes by another word now; the old one still works in this release."""
+
+
+class SlowPath(LayerwiseWarning):
     """A result is exact, but a call without row form makes it slow; said once for each call and parameters."""
 
 
-class SquaredInstead(UserWarning):
+class SquaredInstead(LayerwiseWarning):
     """A layer's transfer function has no matching loss, so LocoProp-M takes the squared one; said once a function."""
 
 
-class LeftOut(UserWarning):
+class LeftOut(LayerwiseWarning):
     """A measure of `lw.monitor` does not exist for this model, loss or batch; said once for each, with the reason."""
 
 
-class CutShort(UserWarning):
+class CutShort(LayerwiseWarning):
     """A checkpoint cannot be read, as of a run that ended while it was written; an older one serves instead."""

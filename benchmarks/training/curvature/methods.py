@@ -20,10 +20,10 @@ DEFAULT = 20  # the same by the library's defaults
 
 def _make(kind: str, model: nn.Module, params: Parameters, hyper: Mapping[str, Any]) -> Step:
     """K-FAC's optimizer with a kind of factors, or a diagonal one."""
-    asked: Any = kind.removeprefix("diag-")
+    asked: Any = kind.removesuffix("-mc")
     optimizer: lw.optim.KFAC | lw.optim.DiagNewton
     if kind.startswith("diag-"):
-        optimizer = lw.optim.DiagNewton(model, curvature=asked, **hyper)
+        optimizer = lw.optim.DiagNewton(model, kind=asked, draws=1 if kind.endswith("-mc") else None, **hyper)
     else:
         optimizer = lw.optim.KFAC(model, kind=asked, **hyper)
     return Stepping(optimizer.step, optimizer)

@@ -162,14 +162,14 @@ class LayerwiseGGN(LayerwiseInterface, GGNInterface):
 
     def full(self, x: Any, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         """The summed loss, and the matrix `[P,P]` from the columns of its root, `[V,N,P]` at once."""
-        quantity = SqrtGGN(samples=self._draws, max_elements=_ALL)
+        quantity = SqrtGGN(draws=self._draws, max_elements=_ALL)
         loss, seen = self._observed(x, y, quantity)
         root = self._flat(seen[quantity], 2).flatten(0, 1)
         return self.factor * loss, self.factor * (root.T @ root)
 
     def diag(self, x: Any, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         """The summed loss, and the diagonal `[P]`, without Jacobians."""
-        return self._diag(x, y, DiagGGN(samples=self._draws))
+        return self._diag(x, y, DiagGGN(draws=self._draws))
 
     def kron(self, x: Any, y: Tensor, N: int, kfac_approx: str = "expand") -> tuple[Tensor, Any]:
         """The summed loss, and the factors of `KFLR`, or of `KFAC` for sampled labels.
@@ -177,7 +177,7 @@ class LayerwiseGGN(LayerwiseInterface, GGNInterface):
         kfac_approx: the quantities' `sharing`, "expand" or "reduce". N: the size of the data set.
         """
         draws = self._draws
-        quantity = KFLR(sharing=kfac_approx) if draws is None else KFAC(samples=draws, sharing=kfac_approx)
+        quantity = KFLR(sharing=kfac_approx) if draws is None else KFAC(draws=draws, sharing=kfac_approx)
         return self._kron(x, y, N, quantity)
 
 

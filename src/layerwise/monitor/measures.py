@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerwise.monitor.reduced import GGNTrace, LargestEigenvalue
 from layerwise.quantities import NoiseScale, PairwiseDot, Quantity
+from layerwise.quantities.base import takes_draws
 
 __all__ = [
     "Measure",
@@ -181,14 +182,15 @@ def _cosine(dots: Tensor) -> Tensor:
     return (cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1))
 
 
-def curvature(samples: int | None = 1) -> Measure:
+@takes_draws
+def curvature(draws: int | None = 1) -> Measure:
     """The trace of the generalized Gauss-Newton matrix of L, by parameter and whole: `lw.DiagGGN`.
 
-    Σ_n tr J_nᵀ H_n J_n, loss per squared parameter unit; samples=k: from k sampled columns, without bias; None: exact.
+    Σ_n tr J_nᵀ H_n J_n, loss per squared parameter unit; draws=k: from k sampled columns, without bias; None: exact.
     Needs the samples told apart, and a loss with a root.
     Source: Dangel et al. (2020), eq. 19; Schneider, Dangel and Hennig (2021), instrument "HessTrace".
     """
-    return Measure("curvature", _with_total, lambda generator: [GGNTrace(samples, generator)])
+    return Measure("curvature", _with_total, lambda generator: [GGNTrace(draws, generator)])
 
 
 def largest_eigenvalue() -> Measure:

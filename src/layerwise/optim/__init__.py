@@ -1,4 +1,7 @@
-"""Optimizers: thin `torch.optim.Optimizer` classes over pure updates. Each takes `step(closure)`."""
+"""Optimizers: thin `torch.optim.Optimizer` classes over pure updates. Each takes `step(closure)`.
+
+All names here are of optimizers and what they are told: `lw.optim.KFAC` is the optimizer, `lw.KFAC` the quantity.
+"""
 
 from layerwise.optim.layer_local.altmin import AltMin
 from layerwise.optim.layer_local.locoprop import LocoProp
@@ -7,5 +10,8 @@ from layerwise.optim.second_order.data_parallel import DataParallel
 from layerwise.optim.second_order.diag_newton import DiagNewton
 from layerwise.optim.second_order.kfac import KFAC
 from layerwise.optim.second_order.preconditioner import Preconditioner
+from layerwise.optim.second_order.settings import Curvature, Schedule
 
-__all__ = ["KFAC", "AltMin", "DataParallel", "DiagNewton", "LocoProp", "Preconditioner", "Trace"]
+__all__ = [
+    "KFAC", "AltMin", "Curvature", "DataParallel", "DiagNewton", "LocoProp", "Preconditioner", "Schedule", "Trace",
+]  # fmt: skip

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import wraps
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from layerwise.errors import BadInput, NoBackward
+from layerwise.errors import BadInput, NoBackward, Renamed
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import Cotangent, Gradient
 from layerwise.graph.coverage import Graph
@@ -19,7 +21,10 @@ from layerwise.losses import Likelihood
 from layerwise.ranks.group import Ranks
 from layerwise.tape.tape import Tape
 
-__all__ = ["ByParameter", "Context", "Quantity", "Union", "positive"]
+__all__ = ["ByParameter", "Context", "Quantity", "Union", "positive", "takes_draws"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,26 @@ class ByParameter(Mapping[str, Tensor]):
 
 
 def positive(what: str, value: int | None) -> int | None:
-    """Check a number of samples: None or at least 1."""
+    """Check a count: None or at least 1."""
     if value is not None and (not isinstance(value, int) or value < 1):
         raise BadInput(f"{what} must be None or a whole number of at least 1, got {value!r}")
     return value
+
+
+def takes_draws(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function take `samples=`, the old word for the number of `draws`, with a warning."""
+
+    @wraps(function)
+    def called(*args: P.args, **given: P.kwargs) -> R:
+        if "samples" in given:
+            name = function.__qualname__.removesuffix(".__init__")
+            if "draws" in given:
+                raise TypeError(f"{name} got both draws= and samples=, the old word for it")
+            warnings.warn(
+                f"{name}(samples=) is {name}(draws=) now: samples are those of the batch. The next release takes the "
+                "old word no more", Renamed, stacklevel=2,
+            )  # fmt: skip
+            given["draws"] = given.pop("samples")
+        return function(*args, **given)
+
+    return called

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import Exact, Sampled
-from layerwise.quantities.base import Quantity, positive
+from layerwise.quantities.base import Quantity, positive, takes_draws
 
 __all__ = ["DiagGGN"]
 
@@ -16,7 +16,7 @@ class DiagGGN(Quantity):
     """The diagonal of the generalized Gauss-Newton matrix of the loss as written.
 
     diag(sum_n J_n^T H_n J_n), `[*shape]`, with J the Jacobian of the outputs and H the Hessian of the loss
-    with respect to them. `samples=None` sends all root columns back and is exact; `samples=k` sends k
+    with respect to them. `draws=None` sends all root columns back and is exact; `draws=k` sends k
     sampled ones and is unbiased (for a likelihood loss, the sampled Fisher's diagonal).
     `per_sample=True`: diag(J_n^T H_n J_n) for each sample, `[N, *shape]`, which sum to the former; memory N·P.
     Raises UnknownLoss, SamplesMixed, or Undefined (a loss without a root).
@@ -25,17 +25,18 @@ class DiagGGN(Quantity):
 
     powers = (1,)
 
+    @takes_draws
     def __init__(
-        self, samples: int | None = None, generator: torch.Generator | None = None, per_sample: bool = False
+        self, draws: int | None = None, generator: torch.Generator | None = None, per_sample: bool = False
     ) -> None:
-        self.samples = positive("DiagGGN's samples", samples)
+        self.draws = positive("DiagGGN's draws", draws)
         self.per_sample = self.concatenate = per_sample
-        self.cotangent = Exact() if samples is None else Sampled(samples, generator)
+        self.cotangent = Exact() if draws is None else Sampled(draws, generator)
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[*shape]`, or `[N, *shape]`."""
         return (gradient.squares() if self.per_sample else gradient.second_moment(),)
 
     def __repr__(self) -> str:
-        given = [f"samples={self.samples}"] if self.samples else []
+        given = [f"draws={self.draws}"] if self.draws else []
         return f"DiagGGN({', '.join([*given, *(['per_sample=True'] if self.per_sample else [])])})"

@@ -11,7 +11,7 @@ from layerwise.errors import BadInput, Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import Gradient, Sampled
 from layerwise.losses import Likelihood
-from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive
+from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive, takes_draws
 
 __all__ = ["FisherDiag"]
 
@@ -19,7 +19,7 @@ __all__ = ["FisherDiag"]
 class FisherDiag(Quantity):
     """The diagonal of the Fisher information, with labels from the model or from the data, `[*shape]`.
 
-    labels="model": the true Fisher, estimated from `samples` labels drawn from the model's predictive distribution
+    labels="model": the true Fisher, estimated from `draws` labels drawn from the model's predictive distribution
     at every loss term; unbiased. Its expectation is the GGN's diagonal, with the loss's weights: the mean over n of
     E[(d log p / d theta)²] for a mean loss, the sum for a sum; multiplying the loss by c multiplies it by c.
     labels="data": the empirical Fisher, with the labels of the batch, exact: N sum_n g_n² for a mean over N (the mean
@@ -31,13 +31,14 @@ class FisherDiag(Quantity):
     Source: Martens (2020); Kunstner, Balles and Hennig (2019), eq. 2 and 3.
     """
 
-    def __init__(self, labels: str = "model", samples: int = 1, generator: torch.Generator | None = None) -> None:
+    @takes_draws
+    def __init__(self, labels: str = "model", draws: int = 1, generator: torch.Generator | None = None) -> None:
         if labels not in ("model", "data"):
             raise BadInput(f'FisherDiag\'s labels must be "model" or "data", got {labels!r}')
-        if positive("FisherDiag's samples", samples) is None:
-            raise BadInput("FisherDiag's samples must be a whole number of at least 1, got None")
-        self.labels, self.samples = labels, samples
-        self.cotangent = Sampled(samples, generator) if labels == "model" else Gradient()
+        if positive("FisherDiag's draws", draws) is None:
+            raise BadInput("FisherDiag's draws must be a whole number of at least 1, got None")
+        self.labels, self.draws = labels, draws
+        self.cotangent = Sampled(draws, generator) if labels == "model" else Gradient()
         self.powers = (1,) if labels == "model" else (2,)
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
@@ -71,4 +72,4 @@ class FisherDiag(Quantity):
         return ByParameter({k: v[0] * factor if factor != 1 else v[0] for k, v in values.items()})
 
     def __repr__(self) -> str:
-        return f"FisherDiag(labels={self.labels!r}" + (f", samples={self.samples})" if self.labels == "model" else ")")
+        return f"FisherDiag(labels={self.labels!r}" + (f", draws={self.draws})" if self.labels == "model" else ")")

@@ -10,7 +10,7 @@ from torch import Tensor
 from layerwise.errors import BadInput, Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import Exact, Sampled
-from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive
+from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive, takes_draws
 
 __all__ = ["SqrtGGN"]
 
@@ -21,8 +21,8 @@ class SqrtGGN(Quantity):
     s[v,n] = J_n^T r[v,n], `[V,N,*shape]` per parameter, with r the columns of a root of the Hessian of sample n's
     loss term in the outputs and J_n their Jacobian. Over the parameters side by side, sum_{v,n} s s^T is the
     GGN of the loss as written, also across parameters; the Gram matrix of the same columns has its nonzero spectrum.
-    `samples=None` is exact: V = (C-1)·P for C classes and P loss terms a sample (P for an elementwise loss). With
-    `samples=k` there are V = k sampled columns and the sum is unbiased. Several losses put their columns one after
+    `draws=None` is exact: V = (C-1)·P for C classes and P loss terms a sample (P for an elementwise loss). With
+    `draws=k` there are V = k sampled columns and the sum is unbiased. Several losses put their columns one after
     the other. Batches join along N; where their V differ, missing columns are zero.
 
     Memory V·N·P for P parameters, twice that for a moment: a backward pass of more than `max_elements` numbers is
@@ -35,14 +35,15 @@ class SqrtGGN(Quantity):
     concatenate = True
     stacks = True
 
+    @takes_draws
     def __init__(
-        self, samples: int | None = None, generator: torch.Generator | None = None, max_elements: int = 2**28
+        self, draws: int | None = None, generator: torch.Generator | None = None, max_elements: int = 2**28
     ) -> None:
-        self.samples = positive("SqrtGGN's samples", samples)
+        self.draws = positive("SqrtGGN's draws", draws)
         if positive("SqrtGGN's max_elements", max_elements) is None:
             raise BadInput("SqrtGGN's max_elements must be a whole number of at least 1, got None")
         self.max_elements = max_elements
-        self.cotangent = Exact() if samples is None else Sampled(samples, generator)
+        self.cotangent = Exact() if draws is None else Sampled(draws, generator)
 
     def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
         """Refuse a root above the cap."""
@@ -65,4 +66,4 @@ class SqrtGGN(Quantity):
         return ByParameter({name: value[0].transpose(0, 1) for name, value in values.items()})
 
     def __repr__(self) -> str:
-        return f"SqrtGGN(samples={self.samples})" if self.samples else "SqrtGGN()"
+        return f"SqrtGGN(draws={self.draws})" if self.draws else "SqrtGGN()"

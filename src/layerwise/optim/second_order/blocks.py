@@ -25,7 +25,8 @@ from layerwise.optim.second_order.averages import (
     save,
     with_moments,
 )
-from layerwise.optim.second_order.curvature_kinds import curvature
+from layerwise.optim.second_order.measured import KINDS
+from layerwise.optim.second_order.settings import described
 from layerwise.optim.second_order.team import Team
 
 __all__ = ["Blocks", "misfits"]
@@ -87,12 +88,12 @@ class Blocks:
         wanted = {
             name: held.block if held.eigen is None else held.eigen
             for name, held in averages.items()
-            if due or name not in inverses or (curvature(self.kinds[name]).instant and name in new)
+            if due or name not in inverses or (KINDS[self.kinds[name]].instant and name in new)
         }
         made = {}
         for name, block in wanted.items():
             if team.inverts(name, block):
-                much, its = damping(block.parameter or name), curvature(self.kinds[name]).form or form
+                much, its = damping(block.parameter or name), KINDS[self.kinds[name]].form or form
                 made[name] = invert(name, block, much, its, inverses.get(name))
         return replace(self, averages=averages, inverses=inverses | team.inverses(wanted, made, inverses))
 
@@ -132,12 +133,13 @@ class Blocks:
             "identity": sum(inverse.block is None for inverse in held),
         }
 
-    def describe(self, names: Sequence[str]) -> dict[str, str]:
-        """How the gradient of each parameter is treated."""
+    def describe(self, names: Sequence[str], draws: int | None) -> dict[str, str]:
+        """How the gradient of each parameter is treated. draws: that the curvature is made of."""
         said: dict[str, str] = {}
         for key, held in self.averages.items():
             inverse, name = self.inverses.get(key), held.block.parameter or key
-            text = self.kinds[key] if held.block.form == "diagonal" else f"{self.kinds[key]} {list(held.block.size)}"
+            text = described(self.kinds[key], draws)
+            text += "" if held.block.form == "diagonal" else f" {list(held.block.size)}"
             if inverse is not None and inverse.block is None:
                 text = f"plain gradient ({text} could not be inverted)"
             elif inverse is not None and inverse.kept:

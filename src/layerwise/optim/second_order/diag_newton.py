@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput
-from layerwise.optim.second_order.data_parallel import DataParallel
-from layerwise.optim.second_order.newton import Newton
+from layerwise.optim.second_order.base import CurvatureOptimizer
 from layerwise.optim.second_order.preconditioner import Preconditioner
+from layerwise.optim.second_order.settings import (
+    DIAGONALS,
+    OF_DIAGONALS,
+    DiagonalWords,
+    in_present_words,
+    spelled_out,
+)
 
 __all__ = ["DiagNewton"]
 
-CURVATURES: dict[str, Any] = {
-    "ggn": "diag-ggn",
-    "ggn-mc": "diag-ggn-mc",
-    "hessian": "diag-hessian",
-    "hessian-mc": "diag-hessian-mc",
-}
 
-
-class DiagNewton(Newton):
-    """Descend along the gradient divided by the damped diagonal of the curvature.
+class DiagNewton(CurvatureOptimizer):
+    """The optimizer that descends along the gradient divided by the damped diagonal of the curvature.
 
         d = ν (|D| + λ)⁻¹ g,   m ← β m + d,   θ ← (1 - lr·weight_decay) θ - lr m
         ν = min(1, sqrt(κ / sum lr² g·(|D| + λ)⁻¹ g)),  κ = kl_clip (None: ν = 1)
@@ -31,53 +29,42 @@ class DiagNewton(Newton):
         opt = lw.optim.DiagNewton(model)
         loss = opt.step(lambda: F.cross_entropy(model(x), y))
 
-    D is the running average, corrected for its start, of the diagonal measured every `update_every` steps. curvature:
-    "ggn-mc", the GGN's diagonal from `samples` drawn labels; "ggn", exact; "hessian", the exact Hessian's (for small
-    models, see `lw.DiagHessian`); "hessian-mc", from `samples` products with random signs. The average of the Hessian's
-    is taken before its absolute value.
+    D is a running average, of the Hessian's diagonal before its absolute value is taken. The diagonals alone are the
+    quantities `lw.DiagGGN` and `lw.DiagHessian`. More on every argument: the page Second-order training of the docs.
 
-    The other arguments are those of `KFAC`; more on D in `Preconditioner`. Default, where not given: lr 0.03, and 1
-    with step_size="quadratic"; kl_clip "auto": 3e-4, and 1 with "quadratic".
-    Raises as `KFAC`; SamplesMixed where train-mode batch norm mixes the samples under "ggn"; Undefined where "hessian"
-    takes too many products.
-    Source: Dangel et al. (2020), section 4 ("ggn"); Becker and LeCun (1989) (the absolute value); Yao et al. (2021)
-    ("hessian-mc"); for the options those of `KFAC`.
+    Args:
+        model: an nn.Module, or a mapping of names to tensors.
+        params: as for any torch optimizer, default all; groups may have their own lr, damping, momentum, weight_decay.
+        kind: D, of "diag-ggn" or "diag-hessian".
+        draws: labels (or random signs) drawn for each sample; None: exact, for few classes, or a small model's Hessian.
+        lr, damping, momentum, weight_decay, kl_clip, step_size, adapt_damping_every: as for `KFAC`.
+        decay: ρ of the running average.
+        update_every: steps from one measured diagonal to the next.
+        seed, on_nonfinite, parallel: as for `Preconditioner`.
+        curvature, schedule: the values `Curvature` and `Schedule`, in place of the keywords for their fields.
+
+    Raises as `KFAC`; SamplesMixed where train-mode batch norm mixes the samples under the exact "diag-ggn"; Undefined
+    where the exact "diag-hessian" takes too many products.
+    Source: Dangel et al. (2020), section 4 ("diag-ggn"); Becker and LeCun (1989) (the absolute value); Yao et al.
+    (2021) ("diag-hessian" of draws); for the options those of `KFAC`.
     """
 
+    @spelled_out(DiagonalWords, like=Preconditioner, kind="diag-ggn", draws=1)
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
         params: Iterable[Any] | None = None,
         *,
-        curvature: Literal["ggn", "ggn-mc", "hessian", "hessian-mc"] = "ggn-mc",
         lr: float | None = None,
-        damping: float = 1e-2,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         kl_clip: float | Literal["auto"] | None = "auto",
         step_size: Literal["lr", "quadratic"] = "lr",
         adapt_damping_every: int | None = None,
-        decay: float = 0.95,
-        update_every: int = 5,
-        samples: int = 1,
-        seed: int = 0,
-        on_nonfinite: Literal["skip", "raise"] = "skip",
-        parallel: DataParallel | None = None,
+        **words: Unpack[DiagonalWords],
     ) -> None:
-        if curvature not in CURVATURES:
-            raise BadInput(f"DiagNewton's curvature is one of {', '.join(CURVATURES)}; got {curvature!r}")
-        preconditioner = Preconditioner(
-            model,
-            CURVATURES[curvature],
-            damping=damping,
-            factor_decay=decay,
-            update_factors_every=update_every,
-            samples=samples,
-            seed=seed,
-            on_nonfinite=on_nonfinite,
-            parallel=parallel,
-        )
-        super().__init__(
-            model, params, preconditioner, lr, momentum, weight_decay, kl_clip, step_size, adapt_damping_every,
-            on_nonfinite,
-        )  # fmt: skip
+        given = in_present_words(DiagNewton.__init__, words, DIAGONALS)
+        default: dict[str, Any] = {} if "curvature" in given else {"kind": "diag-ggn", "draws": 1}
+        asked = default | {OF_DIAGONALS.get(word, word): value for word, value in given.items()}
+        preconditioner = Preconditioner(model, **asked)
+        super().__init__(preconditioner, params, lr, momentum, weight_decay, kl_clip, step_size, adapt_damping_every)

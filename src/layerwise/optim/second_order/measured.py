@@ -5,7 +5,7 @@ Each result is a dict of `Measured` blocks by name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import Gradient, Sampled
 from layerwise.operators.kronecker import EigenBlock
 from layerwise.optim.second_order.averages import Measured, flat_layout
+from layerwise.optim.second_order.settings import Curvature
 from layerwise.quantities import KFAC, KFLR, KFRA, DiagGGN, DiagHessian
 from layerwise.quantities.base import Context, Quantity, Union
 from layerwise.quantities.kronecker.ekfac import Kept, Spectra, held, second_moment, with_constant
@@ -25,24 +26,20 @@ from layerwise.quantities.kronecker.factors import KroneckerFactors
 from layerwise.rows import contract
 from layerwise.rows.base import Rows
 
-__all__ = ["Request", "ekfac", "foof", "ggn_diagonal", "hessian_diagonal", "kfac", "kflr", "kfra", "remaining"]
+__all__ = ["KINDS", "CurvatureKind", "Request"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: of which parameters, with how many draws from which generator.
+    """What to measure: of which parameters, drawn from which generator, and how.
 
-    samples: None for the exact kinds. sharing, joint: of Kronecker factors; largest: the size of factor to keep.
     bases: present eigenbases, by block. whole: the samples cannot be told apart, so a draw for all of them is squared
     as one. left: filled with the names of the parameters asked for that are no blocks of the Kronecker kinds.
     """
 
     names: Collection[str]
     generator: torch.Generator
-    samples: int | None = 1
-    sharing: str = "expand"
-    joint: bool = True
-    largest: int = 2**13
+    curvature: Curvature
     bases: Mapping[str, EigenBlock] = field(default_factory=dict)
     whole: bool = False
     left: set[str] = field(default_factory=set)
@@ -56,9 +53,11 @@ def _has_factors(gradient: ParameterGradient, request: Request) -> bool:
     for part in groups:
         if part.rows is None or part.slot is None:
             return False
-        diagonal = part.rows.kind != "float" and request.sharing == "expand"  # an index: the factor holds counts
+        diagonal = (
+            part.rows.kind != "float" and request.curvature.sharing == "expand"
+        )  # an index: the factor holds counts
         inputs = 1 if part.rows.a is None or diagonal else part.rows.size_in
-        if max(inputs, part.rows.g.shape[-1]) > request.largest:
+        if max(inputs, part.rows.g.shape[-1]) > request.curvature.largest:
             return False
     return True
 
@@ -107,7 +106,7 @@ class _FOOF(_Factors):
         return rows.g.new_ones(rows.g.shape[3:])
 
     def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> dict[str, Measured]:
-        """As always, but batches do not add up their identities."""
+        """Like the base class, but B stays the identity instead of counting batches."""
         found = super().finish(values, union, context)
         for measured in found.values():
             measured.block.like.fill_(1)
@@ -225,8 +224,8 @@ class _WholeDiagonal(_Diagonal):
     needs_samples = False
     powers = (1,)
 
-    def __init__(self, samples: int, generator: torch.Generator) -> None:
-        self.cotangent = Sampled(samples, generator)
+    def __init__(self, draws: int, generator: torch.Generator) -> None:
+        self.cotangent = Sampled(draws, generator)
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[*shape]`."""
@@ -239,56 +238,63 @@ def diagonal(entries: Tensor) -> EigenBlock:
     return EigenBlock(None, None, layout.matrix(entries), layout.fold, layout.matrix, form="diagonal")
 
 
-# -- one function for each kind of curvature ------------------------------------------------------------------
+# -- the kinds ------------------------------------------------------------------------------------------------
 
 
-def kfac(request: Request) -> Quantity:
-    """Factors from drawn labels."""
-    return _with(_KFAC(request.samples or 1, request.generator, request.sharing, request.joint), request)
+@dataclass(frozen=True)
+class CurvatureKind:
+    """A kind of curvature: a row of `KINDS`. Averages, inverses, products, refusals and state are the same for all.
+
+    make: the quantity that gives its blocks. form: of their inverses (`invert`); None: as the user chose.
+    common: whether what is drawn belongs to the parameters (signs), so that all ranks draw the same; labels belong to
+    the samples. instant: whether inverses cost so little that they follow every new average, not the schedule.
+    whole: whether draws for a batch whose samples cannot be told apart may be measured as one.
+    rest: the kind for parameters without factors; None: no curvature.
+    """
+
+    make: Callable[[Request], Any]
+    form: str | None = None
+    common: bool = False
+    instant: bool = False
+    whole: bool = False
+    rest: str | None = None
+
+    def measure(self, request: Request, unfit: bool = False) -> Quantity:
+        """The quantity that is asked for; unfit: of a diagonal, for those parameters alone that have no factors."""
+        quantity: Quantity = self.make(request)
+        vars(quantity).update(request=request, **({"unfit": True} if unfit else {}))
+        return quantity
 
 
-def kflr(request: Request) -> Quantity:
-    """Factors from the exact root of the loss Hessian."""
-    return _with(_KFLR(request.sharing, request.joint), request)
+def _labels(request: Request) -> tuple[int, torch.Generator]:
+    return request.curvature.draws or 1, request.generator
 
 
-def kfra(request: Request) -> Quantity:
-    """Factors from the recursion over the batch average."""
-    return _with(_KFRA(request.sharing, request.joint), request)
+def _shared(request: Request) -> tuple[str, bool]:
+    return request.curvature.sharing, request.curvature.joint
 
 
-def foof(request: Request) -> Quantity:
-    """The input factor."""
-    return _with(_FOOF(request.sharing, request.joint), request)
-
-
-def ekfac(request: Request) -> Quantity:
-    """K-FAC's factors and the second moments in their eigenbasis."""
-    quantity = _EKFAC(request.samples or 1, request.generator, "expand", request.joint)
+def _ekfac(request: Request) -> Quantity:
+    quantity = _EKFAC(*_labels(request), "expand", request.curvature.joint)
     quantity.needs_samples = not request.whole
-    return _with(quantity, request)
-
-
-def ggn_diagonal(request: Request) -> Quantity:
-    """The GGN's diagonal: exact, or from drawn labels."""
-    if request.whole and request.samples is not None:
-        return _with(_WholeDiagonal(request.samples, request.generator), request)
-    return _with(_DiagGGN(request.samples, request.generator), request)
-
-
-def hessian_diagonal(request: Request) -> Quantity:
-    """The Hessian's diagonal: exact, or from products with random signs."""
-    return _with(_DiagHessian(request.samples, request.generator), request)
-
-
-def remaining(quantity: Quantity) -> Quantity:
-    """A diagonal of those parameters alone that have no Kronecker factors."""
-    assert isinstance(quantity, _Diagonal)
-    quantity.unfit = True
     return quantity
 
 
-def _with(quantity: Any, request: Request) -> Quantity:
-    quantity.request = request
-    checked: Quantity = quantity
-    return checked
+def _ggn_diagonal(request: Request) -> Quantity:
+    draws = request.curvature.draws
+    if request.whole and draws is not None:
+        return _WholeDiagonal(draws, request.generator)
+    return _DiagGGN(draws, request.generator)
+
+
+KINDS: dict[str, CurvatureKind] = {
+    "kfac": CurvatureKind(lambda request: _KFAC(*_labels(request), *_shared(request)), rest="diag-ggn"),
+    "kflr": CurvatureKind(lambda request: _KFLR(*_shared(request)), rest="diag-ggn"),
+    "kfra": CurvatureKind(lambda request: _KFRA(*_shared(request)), rest="diag-ggn"),
+    "ekfac": CurvatureKind(_ekfac, instant=True, whole=True, rest="diag-ggn"),
+    "foof": CurvatureKind(lambda request: _FOOF(*_shared(request)), form="input"),
+    "diag-ggn": CurvatureKind(_ggn_diagonal, instant=True, whole=True),
+    "diag-hessian": CurvatureKind(
+        lambda request: _DiagHessian(request.curvature.draws, request.generator), common=True, instant=True
+    ),
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
-from layerwise.optim.second_order.curvature_kinds import curvature
 from layerwise.optim.second_order.data_parallel import DataParallel
 from layerwise.optim.second_order.joining import bad_curvature
-from layerwise.optim.second_order.measured import Request, remaining
+from layerwise.optim.second_order.measured import KINDS, Request
+from layerwise.optim.second_order.settings import (
+    Kind,
+    ValueWords,
+    as_keywords,
+    described,
+    in_present_words,
+    present_state,
+    spelled_out,
+    values_of,
+)
 from layerwise.optim.second_order.shares import RankCost
 from layerwise.optim.second_order.team import Joint, Team
 from layerwise.optim.second_order.watched_batch import Watch, Watched, bad_gradient
@@ -25,12 +34,7 @@ from layerwise.replay.state import seed_of
 from layerwise.tape.uses import first_bad_call, named_parameters_of
 from layerwise.tensors import dense
 
-__all__ = ["LARGEST_FACTOR", "Kind", "Preconditioner", "is_due"]
-
-LARGEST_FACTOR = 2**13  # a factor of this size takes 256 MiB in float32, and its inverse as much
-Kind = Literal[
-    "kfac", "kflr", "kfra", "ekfac", "foof", "diag-ggn", "diag-ggn-mc", "diag-hessian", "diag-hessian-mc"
-]  # fmt: skip
+__all__ = ["Preconditioner", "is_due"]
 
 
 def is_due(step: int, every: int) -> bool:
@@ -38,10 +42,19 @@ def is_due(step: int, every: int) -> bool:
     return step % every == 0 or (step < every and step & (step - 1) == 0)
 
 
+def _field(value: str, name: str) -> Any:
+    """The field of a value that an object holds, to read and to write."""
+
+    def write(self: Any, new: Any) -> None:
+        setattr(self, value, replace(getattr(self, value), **{name: new}))
+
+    return property(lambda self: getattr(getattr(self, value), name), write)
+
+
 class Preconditioner:
     """Turn gradients into approximate natural gradients, in front of any optimizer.
 
-    For each parameter W with a running average C of a block of curvature: `.grad ← (C + λI)⁻¹ .grad`.
+    For each parameter W, with C a running average of its block of curvature, `.grad ← (C + λI)⁻¹ .grad`.
 
         pre = lw.optim.Preconditioner(model)
         with pre.watch():
@@ -49,61 +62,56 @@ class Preconditioner:
             loss.backward()
         pre.step(); opt.step()
 
-    Curvature is measured on steps 0, `update_factors_every`, 2 · `update_factors_every`, ...; other steps run the
-    plain backward pass, without a tape. Inverses are computed on steps 0, `update_inverses_every`, ..., and at once
-    for a parameter that has none yet. While weights change fast, both are due more often: before their first period is
-    over, on steps 1, 2, 4, 8, ..., so that what is held serves for no longer than the training has lasted.
+    More on every argument, and on parameters without factors: the page Second-order training of the docs.
 
-    kind: C. "kfac": Kronecker factors B ⊗ A from `samples` labels drawn from the model; "kflr": from the exact root;
-    "kfra": by the recursion over the batch average (a chain of layers); "ekfac": second moments in the eigenbasis of
-    K-FAC's factors, where the basis follows the inverses and the moments the factors; "foof": I ⊗ A; "diag-ggn",
-    "diag-ggn-mc": the GGN's diagonal, exact or from drawn labels; "diag-hessian", "diag-hessian-mc": the absolute
-    value of the Hessian's, exact or from products with random signs. Inverses of diagonals, and of moments in their
-    basis, follow the factors.
-    damping: λ, in the units of the GGN of the loss as written (foof: of A); damping_form: "pi"
-    (split between the factors by their traces), "factored" (split evenly) or "eigen" (exactly the formula), of kfac,
-    kflr and kfra; the others are exact. factor_decay: ρ of the running averages M_t = ρ M_{t-1} + (1-ρ) X_t, corrected
-    by 1/(1 - ρ^t). sharing, joint: as for `lw.KFAC`. seed: of the draws; torch's own generators are left alone.
+    Args:
+        model: an nn.Module, or a mapping of names to tensors.
+        kind: C. "kfac" (default): factors B ⊗ A from drawn labels; "kflr": from the exact root; "kfra": by recursion.
+            "ekfac": second moments in the eigenbasis of K-FAC's factors; "foof": I ⊗ A.
+            "diag-ggn", "diag-hessian": the GGN's diagonal, the absolute value of the Hessian's.
+        draws: labels (or signs) drawn for each sample; default 1, and None, which is exact, for the diagonals.
+        damping: λ, in the units of the GGN of the loss as written (foof: of A).
+        damping_form: of kfac, kflr, kfra: "pi", split by the factors' traces; "factored", evenly; "eigen", exact.
+        factor_decay: ρ of the running averages M_t = ρ M_{t-1} + (1-ρ) X_t, corrected by 1/(1 - ρ^t).
+        update_factors_every: steps from one measured batch to the next; diagonals are inverted as often.
+        update_inverses_every: steps from one inversion of Kronecker factors to the next.
+        sharing, joint: as for `lw.KFAC`.
+        largest_factor: a parameter with a larger factor has the diagonal of the GGN from the draws in its place.
+        seed: of the draws; torch's own generators are left alone.
+        on_nonfinite: of a batch with NaN or infinity: "skip" and count it, gradients None; or "raise" NonFinite.
+        parallel: a `DataParallel`, for several processes.
+        curvature, schedule: the values `Curvature` and `Schedule`, in place of the keywords for their fields.
 
-    Parameters that Kronecker factors do not suit have the diagonal of the GGN from drawn labels: those that reach
-    their uses derived (weight norm, LoRA), are used in overlapping forms or by calls without row form, or whose factors
-    would be larger than `largest_factor`. Where that cannot be measured either (train-mode batch norm mixes the
-    samples, and the parameter has no rows), or under "foof", they keep their gradient. Where batch norm mixes the
-    samples, "diag-ggn-mc" and "ekfac" square a draw for the whole batch, which has the same mean and more noise.
-    `describe()` tells. A block that cannot be inverted raises its own damping, then keeps its last inverse, and in the
-    end is the identity: `describe()` and `counters` say so.
-    A batch with NaN or infinity changes no factor and no counter but `skipped`: its gradients become None, which
-    optimizers pass over, or NonFinite is raised with `on_nonfinite="raise"`.
+    `describe()` and `counters` tell what each parameter has, and which blocks could not be inverted.
     Raises BadInput; while watching, what `observe` raises.
     Source: Martens and Grosse (2015); Grosse and Martens (2016); Botev, Ritter and Barber (2017) for "kflr", "kfra";
     George et al. (2018) for "ekfac"; Benzing (2022) for "foof"; Dangel et al. (2020) for "diag-ggn"; Liu et al. (2023)
-    for draws squared as one; Yao et al. (2021) for "diag-hessian-mc".
+    for draws squared as one; Yao et al. (2021) for draws of "diag-hessian".
     """
 
+    factor_decay = _field("schedule", "decay")
+    update_factors_every = _field("schedule", "factors")
+    update_inverses_every = _field("schedule", "inverses")
+
+    @spelled_out(ValueWords)
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
-        kind: Kind = "kfac",
+        kind: Kind | None = None,
         *,
         damping: float = 1e-2,
         damping_form: Literal["pi", "factored", "eigen"] = "pi",
-        factor_decay: float = 0.95,
-        update_factors_every: int = 5,
-        update_inverses_every: int = 20,
-        samples: int = 1,
-        sharing: Literal["expand", "reduce"] = "expand",
-        joint: bool = True,
-        largest_factor: int = LARGEST_FACTOR,
         seed: int = 0,
         on_nonfinite: Literal["skip", "raise"] = "skip",
         parallel: DataParallel | None = None,
+        **words: Unpack[ValueWords],
     ) -> None:
-        self._curvature = curvature(kind)
-        self.damping, self.factor_decay, self.damping_form = damping, factor_decay, damping_form
-        self.update_factors_every, self.update_inverses_every = update_factors_every, update_inverses_every
-        self._model, self._kind, self._seed = model, kind, seed
-        self._on_nonfinite = on_nonfinite
-        self._request = Request((), torch.Generator(), samples, sharing, joint, largest_factor)
+        given = {**words} if kind is None else {**words, "kind": kind}
+        self.curvature, self.schedule = values_of(in_present_words(Preconditioner.__init__, given))
+        self.damping, self.damping_form = damping, damping_form
+        self.model, self.on_nonfinite, self._seed = model, on_nonfinite, seed
+        self._kind = KINDS[self.curvature.kind]
+        self._request = Request((), torch.Generator(), self.curvature)
         self.blocks = Blocks()
         self._left: frozenset[str] | None = None  # parameters without factors; None: not known yet
         self._watched: Watched | None = None
@@ -112,12 +120,10 @@ class Preconditioner:
         named_parameters_of(model)
         self._ask(self._request, False)
         self._team = Team(parallel, model)
-        self._team.check_kind(kind)
+        self._team.check_kind(self.curvature.kind)
         self.agree({
-            "kind": kind, "damping": damping, "damping_form": damping_form, "factor_decay": factor_decay,
-            "update_factors_every": update_factors_every, "update_inverses_every": update_inverses_every,
-            "samples": samples, "sharing": sharing, "joint": joint, "largest_factor": largest_factor, "seed": seed,
-            "on_nonfinite": on_nonfinite,
+            "damping": damping, "damping_form": damping_form, "seed": seed, "on_nonfinite": on_nonfinite,
+            **as_keywords(self.curvature, self.schedule),
         })  # fmt: skip
 
     def agree(self, settings: Mapping[str, Any]) -> None:
@@ -128,22 +134,10 @@ class Preconditioner:
         """Raise BadInput for settings that cannot be."""
         if self.damping_form not in FORMS:
             raise BadInput(f"damping_form must be one of {', '.join(FORMS)}; got {self.damping_form!r}")
-        if self._request.sharing == "reduce" and not self._curvature.reduces:
-            raise BadInput(f'sharing="reduce" is for kfac, kflr, kfra and foof; got kind={self._kind!r}')
-        if not (0 < self.damping < float("inf") and 0 <= self.factor_decay < 1):
-            raise BadInput(
-                f"a preconditioner needs a finite damping > 0 and factor_decay in [0, 1); got damping={self.damping}, "
-                f"factor_decay={self.factor_decay}"
-            )
-        counts = {
-            "update_factors_every": self.update_factors_every, "update_inverses_every": self.update_inverses_every,
-            "largest_factor": self._request.largest, "samples": self._request.samples,
-        }  # fmt: skip
-        for name, value in counts.items():
-            if not isinstance(value, int) or value < 1:
-                raise BadInput(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self._on_nonfinite not in ("skip", "raise"):
-            raise BadInput(f'on_nonfinite must be "skip" or "raise", got {self._on_nonfinite!r}')
+        if not 0 < self.damping < float("inf"):
+            raise BadInput(f"a preconditioner needs a finite damping > 0; got damping={self.damping}")
+        if self.on_nonfinite not in ("skip", "raise"):
+            raise BadInput(f'on_nonfinite must be "skip" or "raise", got {self.on_nonfinite!r}')
 
     # -- watching ------------------------------------------------------------------------------------------
 
@@ -159,8 +153,8 @@ class Preconditioner:
         if watched.due or self._team.size > 1:  # the ranks' terms are counted at every step
             request = self._due(names) if watched.due else None
             watch = Watch(
-                self._model, lambda whole: {} if request is None else self._ask(request, whole), watched,
-                self._on_nonfinite == "raise",
+                self.model, lambda whole: {} if request is None else self._ask(request, whole), watched,
+                self.on_nonfinite == "raise",
             )  # fmt: skip
             watched.backward = watch.backward
             try:
@@ -182,11 +176,11 @@ class Preconditioner:
         self._watched = watched
 
     def _due(self, names: Collection[str] | None) -> Request:
-        named = named_parameters_of(self._model)
+        named = named_parameters_of(self.model)
         device = next((p.device for p in named.values()), torch.device("cpu"))
         # a seed of its own for every step: nothing to save, and a resumed run draws the same labels
         seed = seed_of(self._seed, self.steps)
-        if self._team.rank and not self._curvature.common:
+        if self._team.rank and not self._kind.common:
             seed = seed_of(seed, self._team.rank)
         generator = torch.Generator(device).manual_seed(seed)
         asked = set(named) if names is None else names
@@ -194,15 +188,13 @@ class Preconditioner:
 
     def _ask(self, request: Request, whole: bool) -> dict[str, Quantity]:
         """The quantities by kind; nothing where a kind needs samples and the batch does not tell them apart."""
-        kind, rest = self._curvature, self._curvature.rest
-        if whole and not kind.whole and rest is None:
+        kind, rest = self._kind, self._kind.rest
+        if whole and rest is None and not (kind.whole and self.curvature.draws):
             return {}
         request = replace(request, whole=whole)
-        asked: dict[str, Quantity] = {
-            self._kind: kind.measure(request if kind.sampled else replace(request, samples=None))
-        }  # fmt: skip
+        asked: dict[str, Quantity] = {self.curvature.kind: kind.measure(request)}
         if rest is not None and (self._left is None or self._left):
-            asked[rest] = remaining(curvature(rest).measure(request))
+            asked[rest] = KINDS[rest].measure(request, unfit=True)
         return asked
 
     # -- a step --------------------------------------------------------------------------------------------
@@ -218,11 +210,11 @@ class Preconditioner:
         def much(name: str) -> float:
             return self.damping
 
-        named = {n: p for n, p in named_parameters_of(self._model).items() if p.requires_grad}
+        named = {n: p for n, p in named_parameters_of(self.model).items() if p.requires_grad}
         own = {name: dense(p.grad) for name, p in named.items() if p.grad is not None}
         joint = self.join(watched, own, self.unsafe(watched, own, much), named, much)
         if joint.where is not None:
-            if self._on_nonfinite == "raise":
+            if self.on_nonfinite == "raise":
                 raise NonFinite(f"{joint.where} holds NaN or infinity, or overflows; the batch changed no factor")
             self.skipped += 1
             for p in named.values():
@@ -269,9 +261,7 @@ class Preconditioner:
         """Take the curvature of a batch that is safe, compute the inverses that are due, and count the step."""
         blocks, new = self.blocks, watched.blocks
         if watched.due:
-            blocks = blocks.averaged(
-                new, watched.kinds, named_parameters_of(self._model), self.factor_decay, self._team
-            )
+            blocks = blocks.averaged(new, watched.kinds, named_parameters_of(self.model), self.factor_decay, self._team)
             self._left = frozenset(watched.left or ())
         due = is_due(self.steps, self.update_inverses_every)
         self.blocks = blocks.inverted(new, due, damping, self.damping_form, self._team)
@@ -290,7 +280,8 @@ class Preconditioner:
 
     def describe(self) -> dict[str, str]:
         """How the gradient of each parameter is treated, by name."""
-        return self.blocks.describe([n for n, p in named_parameters_of(self._model).items() if p.requires_grad])
+        names = [n for n, p in named_parameters_of(self.model).items() if p.requires_grad]
+        return self.blocks.describe(names, self.curvature.draws)
 
     def costs(self) -> list[RankCost]:
         """What the curvature costs each rank: the blocks it owns, the memory it holds, its operations."""
@@ -312,8 +303,8 @@ class Preconditioner:
         """
         left = None if self._left is None else sorted(self._left)
         return {
-            "kind": self._kind, "damping": self.damping, "steps": self.steps, "skipped": self.skipped, "left": left,
-            "blocks": self.blocks.state(self._team),
+            "kind": self.curvature.kind, "draws": self.curvature.draws, "damping": self.damping, "steps": self.steps,
+            "skipped": self.skipped, "left": left, "blocks": self.blocks.state(self._team),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -321,17 +312,20 @@ class Preconditioner:
 
         Raises BadInput for curvature of another kind, or of parameters that the model does not have.
         """
-        self.check_state(state_dict)
-        named = named_parameters_of(self._model)
+        state_dict = self.check_state(state_dict)
+        named = named_parameters_of(self.model)
         self.blocks, left = Blocks.of(state_dict["blocks"], named, self._team), state_dict["left"]
         self._left = None if left is None else frozenset(left)
         self.damping, self._watched = state_dict["damping"], None
         self.steps, self.skipped = state_dict["steps"], state_dict["skipped"]
 
-    def check_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise BadInput for a state that cannot be taken over."""
-        if state_dict["kind"] != self._kind:
-            raise BadInput(f"the saved factors are of kind {state_dict['kind']!r}, and ours {self._kind!r}")
-        wrong = misfits(state_dict["blocks"], named_parameters_of(self._model))
+    def check_state(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The state in present words. Raises BadInput for one that cannot be taken over."""
+        state_dict, ours = present_state(state_dict), self.curvature
+        theirs = described(state_dict["kind"], state_dict["draws"])
+        if (state_dict["kind"], state_dict["draws"] is None) != (ours.kind, ours.draws is None):
+            raise BadInput(f"the saved factors are of kind {theirs!r}, and ours {described(ours.kind, ours.draws)!r}")
+        wrong = misfits(state_dict["blocks"], named_parameters_of(self.model))
         if wrong:
             raise BadInput(f"the saved factors of {', '.join(wrong[:5])} fit no parameter of the model")
+        return state_dict

@@ -23,7 +23,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import gradients
 from layerwise.graph.products import HessianProducts, gradient_of, pull_stack, twice
 from layerwise.graph.samples import SampleLayout
-from layerwise.quantities.base import Quantity, positive
+from layerwise.quantities.base import Quantity, positive, takes_draws
 from layerwise.quantities.hessian import residual_columns
 from layerwise.quantities.hessian.residual_columns import Plan
 from layerwise.quantities.hessian.unit_columns import Unit, plan
@@ -39,10 +39,10 @@ _STACK_ELEMENTS = 2**22  # of columns sent through the graph together
 class DiagHessian(Quantity):
     """The diagonal of the Hessian of the loss as written.
 
-    diag(d²L / dtheta²), `[*shape]`; `per_sample=True`: of every sample's term, `[N, *shape]`. `samples=None` is
+    diag(d²L / dtheta²), `[*shape]`; `per_sample=True`: of every sample's term, `[N, *shape]`. `draws=None` is
     exact. Where elementwise functions alone are curved, it sends the columns of the exact GGN and one for each of their
     units (but none for the lowest two such layers); otherwise it takes as many products with the Hessian as there are
-    outputs or elements, whichever is less. More than `max_products` of both are refused. `samples=k` is sampled: the
+    outputs or elements, whichever is less. More than `max_products` of both are refused. `draws=k` is sampled: the
     unbiased mean of k draws of z * (H z), with random signs z. Attention then runs by its formula, since fused kernels
     have no second derivative.
     Units: loss over parameter units squared. Raises UnknownLoss, NonFinite, Undefined (no second derivative, or
@@ -53,17 +53,18 @@ class DiagHessian(Quantity):
     powers = (1,)
     cotangent = Second()
 
+    @takes_draws
     def __init__(
         self,
-        samples: int | None = None,
+        draws: int | None = None,
         generator: torch.Generator | None = None,
         per_sample: bool = False,
         max_products: int | None = 10_000,
     ) -> None:
-        self.samples = positive("DiagHessian's samples", samples)
+        self.draws = positive("DiagHessian's draws", draws)
         self.max_products = positive("DiagHessian's max_products", max_products)
-        if per_sample and samples is not None:
-            raise BadInput("DiagHessian of every sample is exact only: give per_sample=True, or samples=k, not both")
+        if per_sample and draws is not None:
+            raise BadInput("DiagHessian of every sample is exact only: give per_sample=True, or draws=k, not both")
         self.generator = generator
         self.per_sample = self.concatenate = self.needs_samples = per_sample
 
@@ -71,7 +72,7 @@ class DiagHessian(Quantity):
         """`[*shape]` (or `[N, *shape]`) of every parameter of the graph."""
         names = [name for name in tape.parameters if name in set(graph.parameters())]
         parameters = [tape.parameters[name] for name in names]
-        if self.samples is not None:
+        if self.draws is not None:
             hessian = HessianProducts.of(graph.total, graph.weight, parameters)
             return dict(zip(names, self._sampled(hessian, parameters), strict=True))
         plans, rest = plan(tape, graph, layout, names)
@@ -90,12 +91,12 @@ class DiagHessian(Quantity):
 
     def _sampled(self, hessian: HessianProducts, parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         totals = [torch.zeros_like(p) for p in parameters]
-        assert self.samples is not None
-        for _ in range(self.samples):
+        assert self.draws is not None
+        for _ in range(self.draws):
             signs = [_signs(p, self.generator) for p in parameters]
             products = hessian.apply([s.unsqueeze(0) for s in signs], range(len(signs)))
             for total, s, h in zip(totals, signs, products, strict=True):
-                total += s * h[0] / self.samples
+                total += s * h[0] / self.draws
         return ((total,) for total in totals)
 
     def _check_cost(
@@ -113,12 +114,12 @@ class DiagHessian(Quantity):
             raise Undefined(
                 f"asked for the exact Hessian diagonal, which takes {total} columns or products with the Hessian here, "
                 f"each as long as one or two backward passes, more than max_products={self.max_products}; {most} alone "
-                f"takes {counts[most]}. Raise max_products, freeze that layer, or take DiagHessian(samples=k)"
+                f"takes {counts[most]}. Raise max_products, freeze that layer, or take DiagHessian(draws=k)"
             )
 
     def __repr__(self) -> str:
-        if self.samples is not None:
-            return f"DiagHessian(samples={self.samples})"
+        if self.draws is not None:
+            return f"DiagHessian(draws={self.draws})"
         return "DiagHessian(per_sample=True)" if self.per_sample else "DiagHessian()"
 
 

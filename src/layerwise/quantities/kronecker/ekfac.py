@@ -13,7 +13,7 @@ from layerwise.errors import BadInput
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import Cotangent, Exact, Sampled
 from layerwise.operators.kronecker import EigenBlock, EigenKronecker, Kronecker
-from layerwise.quantities.base import Context, Quantity, Union, positive
+from layerwise.quantities.base import Context, Quantity, Union, positive, takes_draws
 from layerwise.quantities.kronecker.factor_sums import Factors, block_names, blocks_of
 from layerwise.quantities.kronecker.factors import KroneckerFactors
 from layerwise.ranks.group import Ranks, digest_of, values_digest
@@ -116,7 +116,7 @@ class EKFAC(KroneckerFactors):
     With B = Q_B diag(b) Q_B^T and A = Q_A diag(a) Q_A^T the factors of `KFAC` ("expand"), the block of a parameter
     W[k,o,i] is (Q_B (x) Q_A) diag(S) (Q_B (x) Q_A)^T, with S[k,o,i] = sum over n, v of (Q_B^T D Q_A)^2, `[K,O,I]`,
     in place of K-FAC's b a^T, and D the gradient of sample n from the sampled root v, summed over positions and
-    uses. Basis and S come from the same columns. `samples=None` takes all columns of the exact root: the basis is
+    uses. Basis and S come from the same columns. `draws=None` takes all columns of the exact root: the basis is
     KFLR's, and S the exact diagonal of the GGN in it. Forms are those of `KFAC`.
     The result is an `EigenKronecker` operator, in the units of the GGN.
 
@@ -130,15 +130,16 @@ class EKFAC(KroneckerFactors):
     Source: George et al. (2018), algorithm 1.
     """
 
+    @takes_draws
     def __init__(
         self,
-        samples: int | None = 1,
+        draws: int | None = 1,
         generator: torch.Generator | None = None,
         basis: Kronecker | EigenKronecker | None = None,
     ) -> None:
-        self.samples = positive("EKFAC's samples", samples)
+        self.draws = positive("EKFAC's draws", draws)
         self.generator = generator
-        super().__init__(Exact() if samples is None else Sampled(samples, generator), "expand", False)
+        super().__init__(Exact() if draws is None else Sampled(draws, generator), "expand", False)
         self.needs_samples = True
         if basis is not None and not isinstance(basis, Kronecker | EigenKronecker):
             raise BadInput(f"EKFAC: basis is a {type(basis).__name__}; give a Kronecker or EigenKronecker operator")
@@ -151,7 +152,7 @@ class EKFAC(KroneckerFactors):
 
     def after(self, found: Kronecker) -> EKFAC:
         """The second moments in the eigenbasis of the factors."""
-        return EKFAC(self.samples, self.generator, found)
+        return EKFAC(self.draws, self.generator, found)
 
     def settle(self, values: Mapping[str, tuple[Any, ...]], after: Quantity) -> dict[str, tuple[Any, ...]]:
         """The second moments in the eigenbasis of `after`, of the rows held here."""
@@ -224,7 +225,7 @@ class EKFAC(KroneckerFactors):
         return EigenKronecker(blocks)
 
     def __repr__(self) -> str:
-        return f"EKFAC(samples={self.samples}{'' if self.basis is None else ', basis=...'})"
+        return f"EKFAC(draws={self.draws}{'' if self.basis is None else ', basis=...'})"
 
 
 class Basis(KroneckerFactors):

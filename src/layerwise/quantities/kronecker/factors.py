@@ -12,7 +12,7 @@ from layerwise.errors import BadInput
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import Cotangent, Exact, Sampled
 from layerwise.operators.kronecker import Kronecker
-from layerwise.quantities.base import Context, Quantity, Union, positive
+from layerwise.quantities.base import Context, Quantity, Union, positive, takes_draws
 from layerwise.quantities.kronecker.factor_sums import Factors, Sums, blocks_of
 from layerwise.rows import contract, layout
 from layerwise.rows.base import Rows
@@ -101,20 +101,21 @@ class KFAC(KroneckerFactors):
     Morwani et al. (2024), section 3.
     """
 
+    @takes_draws
     def __init__(
         self,
-        samples: int = 1,
+        draws: int = 1,
         generator: torch.Generator | None = None,
         sharing: str = "expand",
         joint: bool = False,
     ) -> None:
-        if samples is None:
-            raise BadInput("KFAC's samples must be a whole number of at least 1, got None; KFLR has the exact root")
-        self.samples = positive("KFAC's samples", samples)
-        super().__init__(Sampled(samples, generator), sharing, joint)
+        if draws is None:
+            raise BadInput("KFAC's draws must be a whole number of at least 1, got None; KFLR has the exact root")
+        self.draws = positive("KFAC's draws", draws)
+        super().__init__(Sampled(draws, generator), sharing, joint)
 
     def __repr__(self) -> str:
-        return f"KFAC(samples={self.samples}{options(self)})"
+        return f"KFAC(draws={self.draws}{options(self)})"
 
 
 class KFLR(KroneckerFactors):

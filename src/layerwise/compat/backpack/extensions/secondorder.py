@@ -70,7 +70,7 @@ class DiagGGNMC(_Sampled):
         super().__init__(mc_samples, "diag_ggn_mc")
 
     def quantity(self) -> Quantity:
-        """`DiagGGN(samples)`."""
+        """`DiagGGN(draws)`."""
         return quantities.DiagGGN(self._mc_samples)
 
 
@@ -81,7 +81,7 @@ class BatchDiagGGNMC(_Sampled):
         super().__init__(mc_samples, "diag_ggn_mc_batch")
 
     def quantity(self) -> Quantity:
-        """`DiagGGN(samples, per_sample=True)`."""
+        """`DiagGGN(draws, per_sample=True)`."""
         return quantities.DiagGGN(self._mc_samples, per_sample=True)
 
 
@@ -114,7 +114,7 @@ class SqrtGGNMC(_Sampled):
         super().__init__(mc_samples, "sqrt_ggn_mc", subsampling)
 
     def quantity(self) -> Quantity:
-        """`SqrtGGN(samples)`."""
+        """`SqrtGGN(draws)`."""
         q = _SqrtGGN(self._mc_samples, max_elements=sys.maxsize)
         q.index = self._subsampling
         return q

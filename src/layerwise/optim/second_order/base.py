@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.optim.base import NamedOptimizer
@@ -21,7 +21,7 @@ from layerwise.tape.pull import alone
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import dense, is_finite
 
-__all__ = ["Newton"]
+__all__ = ["CurvatureOptimizer"]
 
 Values = dict[str, Tensor]
 Product = Callable[[Values], Values]
@@ -43,7 +43,7 @@ class _Run:
     adapts: bool
 
 
-class Newton(NamedOptimizer[_Run]):
+class CurvatureOptimizer(NamedOptimizer[_Run]):
     """Base of the optimizers that descend along a preconditioned gradient.
 
     Groups have `lr`, `damping`, `momentum` and `weight_decay`; the damping is the state of the adaptive rule. lr:
@@ -52,16 +52,14 @@ class Newton(NamedOptimizer[_Run]):
 
     def __init__(
         self,
-        model: nn.Module | Mapping[str, Tensor],
-        params: Iterable[Any] | None,
         preconditioner: Preconditioner,
+        params: Iterable[Any] | None,
         lr: float | None,
         momentum: float,
         weight_decay: float,
         kl_clip: float | Literal["auto"] | None,
         step_size: str,
         adapt_damping_every: int | None,
-        on_nonfinite: str,
     ) -> None:
         fixed = step_size == "lr"
         if kl_clip == "auto":
@@ -78,7 +76,7 @@ class Newton(NamedOptimizer[_Run]):
             "lr": lr if lr is not None else 0.03 if fixed else 1.0, "damping": preconditioner.damping,
             "momentum": momentum, "weight_decay": weight_decay,
         }  # fmt: skip
-        super().__init__(model, params, group, on_nonfinite)
+        super().__init__(preconditioner.model, params, group, preconditioner.on_nonfinite)
         self.preconditioner.agree({
             "kl_clip": kl_clip, "step_size": step_size, "adapt_damping_every": adapt_damping_every,
             **{f"group {number}": sorted((key, value) for key, value in group.items() if key != "params")

@@ -1,0 +1,243 @@
+"""What the second-order optimizers are told: which curvature, how often it is measured, and the keywords for both."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, TypeVar, get_args
+
+from layerwise.errors import BadInput, Renamed
+from layerwise.optim.second_order.data_parallel import DataParallel
+
+__all__ = [
+    "DIAGONALS", "FACTORS", "OF_DIAGONALS", "Curvature", "DiagonalWords", "Kind", "KroneckerWords", "Schedule",
+    "ValueWords", "as_keywords", "described", "in_present_words", "present_state", "spelled_out", "values_of",
+]  # fmt: skip
+
+Kind = Literal["kfac", "kflr", "kfra", "ekfac", "foof", "diag-ggn", "diag-hessian"]
+Sharing = Literal["expand", "reduce"]
+DIAGONALS = ("diag-ggn", "diag-hessian")
+FACTORS = tuple(kind for kind in get_args(Kind) if kind not in DIAGONALS)
+_BY_KIND: Any = "by kind"
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Which curvature to measure, for `lw.optim.KFAC`, `DiagNewton` and `Preconditioner`.
+
+    kind: of the blocks, by the name of the quantity that measures them: `lw.KFAC`, ..., `lw.DiagGGN`, `lw.DiagHessian`.
+    draws: labels (or signs) drawn for each sample; None: a diagonal is exact. Default: None for a diagonal, else 1.
+    sharing: of the positions of a sample, as for `lw.KFAC`.
+    joint: whether a weight and its bias have one block.
+    largest: the size of the largest factor (2¹³ takes 256 MiB in float32, and its inverse as much).
+    Raises BadInput.
+    """
+
+    kind: Kind = "kfac"
+    draws: int | None = _BY_KIND
+    sharing: Sharing = "expand"
+    joint: bool = True
+    largest: int = 2**13
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise BadInput(f"the kinds of curvature are {', '.join(get_args(Kind))}; got kind={self.kind!r}")
+        if self.draws is _BY_KIND:
+            object.__setattr__(self, "draws", None if self.kind in DIAGONALS else 1)
+        if self.sharing == "reduce" and self.kind not in ("kfac", "kflr", "kfra", "foof"):
+            raise BadInput(f'sharing="reduce" is for kfac, kflr, kfra and foof; got kind={self.kind!r}')
+        _check_counts(largest_factor=self.largest)
+        if self.draws is not None or self.kind not in DIAGONALS:
+            _check_counts(draws=self.draws)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often curvature is measured and inverted, and how long it is remembered.
+
+    factors: steps from one measured batch to the next. inverses: steps from one inversion to the next.
+    decay: ρ of the running averages M_t = ρ M_{t-1} + (1-ρ) X_t, corrected by 1/(1 - ρ^t).
+    In the first period steps 1, 2, 4, 8, ... are due too. Raises BadInput.
+    """
+
+    factors: int = 5
+    inverses: int = 20
+    decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check_counts(update_factors_every=self.factors, update_inverses_every=self.inverses)
+        if not 0 <= self.decay < 1:
+            raise BadInput(f"a preconditioner needs factor_decay in [0, 1); got factor_decay={self.decay}")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise BadInput(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+# -- keywords for the fields of the values ------------------------------------------------------------------------
+
+_FIELDS = {  # keyword: the argument whose field it is, and the field
+    "kind": ("curvature", "kind"),
+    "draws": ("curvature", "draws"),
+    "sharing": ("curvature", "sharing"),
+    "joint": ("curvature", "joint"),
+    "largest_factor": ("curvature", "largest"),
+    "factor_decay": ("schedule", "decay"),
+    "update_factors_every": ("schedule", "factors"),
+    "update_inverses_every": ("schedule", "inverses"),
+}
+OF_DIAGONALS = {"decay": "factor_decay", "update_every": "update_factors_every"}  # DiagNewton's own keywords
+
+
+class ValueWords(TypedDict, total=False):
+    """`Curvature` and `Schedule`, or their fields but the kind as keywords. samples: the old word for draws."""
+
+    curvature: Curvature | None
+    schedule: Schedule | None
+    draws: int | None
+    sharing: Sharing
+    joint: bool
+    largest_factor: int
+    factor_decay: float
+    update_factors_every: int
+    update_inverses_every: int
+    samples: int
+
+
+class KroneckerWords(ValueWords, total=False):
+    """What `lw.optim.KFAC` hands on to its preconditioner."""
+
+    kind: Kind
+    damping: float
+    damping_form: Literal["pi", "factored", "eigen"]
+    seed: int
+    on_nonfinite: Literal["skip", "raise"]
+    parallel: DataParallel | None
+
+
+class DiagonalWords(TypedDict, total=False):
+    """What `lw.optim.DiagNewton` hands on to its preconditioner. samples, curvature's strings: old words."""
+
+    curvature: Curvature | str | None
+    schedule: Schedule | None
+    kind: Kind
+    draws: int | None
+    decay: float
+    update_every: int
+    damping: float
+    seed: int
+    on_nonfinite: Literal["skip", "raise"]
+    parallel: DataParallel | None
+    samples: int
+
+
+def values_of(words: Mapping[str, Any]) -> tuple[Curvature, Schedule]:
+    """The two values, given as such or by keywords. Raises BadInput for a value beside a keyword for its field."""
+    fields: dict[str, dict[str, Any]] = {"curvature": {}, "schedule": {}}
+    for word, (owner, name) in _FIELDS.items():
+        if word in words:
+            fields[owner][name] = words[word]
+            if owner in words:
+                raise BadInput(f"{word}= is the field {name!r} of {owner}=, which is given too: give one of the two")
+    curvature = words["curvature"] if "curvature" in words else Curvature(**fields["curvature"])
+    schedule = words["schedule"] if "schedule" in words else Schedule(**fields["schedule"])
+    if not isinstance(curvature, Curvature) or not isinstance(schedule, Schedule):
+        raise BadInput(
+            f"curvature= takes a lw.optim.Curvature, and schedule= a lw.optim.Schedule (a kind alone is kind=); got "
+            f"{curvature!r} and {schedule!r}"
+        )
+    return curvature, schedule
+
+
+def as_keywords(curvature: Curvature, schedule: Schedule) -> dict[str, Any]:
+    """The fields of both values by keyword."""
+    values = {"curvature": curvature, "schedule": schedule}
+    return {word: getattr(values[owner], name) for word, (owner, name) in _FIELDS.items()}
+
+
+def spelled_out(words: type, like: Callable[..., Any] | None = None, **defaults: Any) -> Callable[[F], F]:
+    """Give a constructor with `**words` the signature of all its keywords, for `inspect.signature` and `help`.
+
+    Defaults are those of the values and of `like`, or given here.
+    """
+    known: dict[str, Any] = {"curvature": None, "schedule": None} | as_keywords(Curvature(), Schedule())
+    known |= {} if like is None else {name: p.default for name, p in inspect.signature(like).parameters.items()}
+    known |= {word: known[name] for word, name in OF_DIAGONALS.items()} | defaults
+
+    def spelled(init: F) -> F:
+        signature = inspect.signature(init)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        own = [p.replace(default=known["kind"]) if p.name == "kind" else p for p in own]
+        more = [
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=known[n], annotation=hint.__forward_arg__)
+            for n, hint in words.__annotations__.items() if n != "samples"
+        ]  # fmt: skip
+        init.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return init
+
+    return spelled
+
+
+# -- old words ------------------------------------------------------------------------------------------------------
+
+
+_OLD = {  # whose values: kinds with the names of today, and whether they are drawn
+    "kind": {"diag-ggn-mc": ("diag-ggn", True), "diag-hessian-mc": ("diag-hessian", True)},
+    "curvature": {  # of DiagNewton
+        "ggn": ("diag-ggn", False), "ggn-mc": ("diag-ggn", True),
+        "hessian": ("diag-hessian", False), "hessian-mc": ("diag-hessian", True),
+    },
+}  # fmt: skip
+
+
+def in_present_words(
+    init: Callable[..., None], words: Mapping[str, Any], kinds: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The keywords of a constructor without those of older releases, which are translated with a warning.
+
+    Raises TypeError for a keyword that it does not have, and BadInput for a kind that is none of `kinds`.
+    """
+    owner = init.__qualname__.split(".")[0]
+    for word in words.keys() - {"samples"} - inspect.signature(init).parameters.keys():
+        raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument {word!r}")
+    now = {word: value for word, value in words.items() if value is not None or word not in ("curvature", "schedule")}
+    old = {word: now.pop(word) for word in _OLD if isinstance(now.get(word), str) and now[word] in _OLD[word]}
+    samples = {"samples": now.pop("samples")} if "samples" in now else {}
+    for word, value in old.items():
+        now["kind"], drawn = _OLD[word][value]
+        now["draws"] = samples.get("samples", 1) if drawn else None
+    old |= samples
+    if samples and (owner == "DiagNewton" or now.get("kind") not in DIAGONALS):  # those of a preconditioner were exact
+        now.setdefault("draws", samples["samples"])
+    if old:
+        new = {word: value for word, value in now.items() if word in ("kind", "draws")}
+        warnings.warn(
+            f"{owner}({_written(old)}) is {owner}({_written(new)}) now: samples are those of the batch, and kinds have "
+            "the names of the quantities. The next release takes the old words no more", Renamed, stacklevel=3,
+        )  # fmt: skip
+    kind = now["curvature"].kind if isinstance(now.get("curvature"), Curvature) else now.get("kind")
+    if kinds is not None and kind is not None and kind not in kinds:
+        raise BadInput(f"{owner}'s kinds are {', '.join(kinds)}; got kind={kind!r}")
+    return now
+
+
+def _written(words: Mapping[str, Any]) -> str:
+    return ", ".join(f"{word}={value!r}" for word, value in words.items())
+
+
+def present_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a preconditioner in present words; in older ones a kind ends in "-mc" where a diagonal is drawn."""
+    blocks = {name: {**its, "kind": its["kind"].removesuffix("-mc")} for name, its in state["blocks"].items()}
+    draws = state.get("draws", None if state["kind"] in DIAGONALS else 1)
+    return {**state, "kind": state["kind"].removesuffix("-mc"), "draws": draws, "blocks": blocks}
+
+
+def described(kind: str, draws: int | None) -> str:
+    """A kind, and for a diagonal how many draws it is made of; without, it is exact."""
+    return kind if draws is None or kind not in DIAGONALS else f"{kind} (draws={draws})"
