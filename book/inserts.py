@@ -1,9 +1,10 @@
-"""What pages take from the results in the repository: `<!-- book: name argument -->` becomes a table or a list."""
+"""What pages take from elsewhere in the repository: `<!-- book: name argument -->` becomes a table, a list or code."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from book import studies, tables
 
@@ -14,6 +15,17 @@ MARK = re.compile(r"^<!-- book: (?P<name>[\w-]+)(?: (?P<argument>[^>]+?))? -->$"
 
 class Unknown(Exception):
     """A page asks for an insert that does not exist."""
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def example(name: str) -> str:
+    """A program of examples/ in full. It is shown, not run: its own test runs it."""
+    path = EXAMPLES / f"{name}.py"
+    if not path.is_file():
+        raise Unknown(f"there is no examples/{name}.py")
+    return f'```{{ .python title="examples/{path.name}" }}\n{path.read_text(encoding="utf-8").rstrip()}\n```'
 
 
 INSERTS: dict[str, Callable[[str], str]] = {
@@ -28,6 +40,7 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "study": tables.study,
     "summary": studies.summary,
     "altmin": tables.altmin,
+    "example": example,
 }
 
 
