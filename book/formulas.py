@@ -16,12 +16,15 @@ MARKED = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<kind>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>', flags=re.DOTALL
 )
 CHARACTERS = (
-    (0x20, 0x7E), (0xA0, 0xFF), (0x300, 0x308), (0x391, 0x3F6), (0x2010, 0x2037), (0x2061, 0x2064), (0x2102, 0x213B),
-    (0x2190, 0x21FF), (0x2200, 0x22FF), (0x2308, 0x230B), (0x27E8, 0x27E9), (0x1D400, 0x1D503), (0x1D6A8, 0x1D71B),
+    (0x20, 0x7E), (0xA0, 0xFF), (0x2C6, 0x2DC), (0x300, 0x308), (0x391, 0x3F6), (0x2010, 0x2037), (0x2061, 0x2064),
+    (0x2102, 0x213B), (0x2190, 0x21FF), (0x2200, 0x22FF), (0x2308, 0x230B), (0x27E8, 0x27E9), (0x1D400, 0x1D503),
+    (0x1D6A8, 0x1D71B),
 )  # fmt: skip
 TIGHT = ("&#x02016;", "&#x0007C;", "&#x0002F;", "&#x02202;")  # norms and bars, a slash, a derivative's d
 OPENING = r"(?:&#x00028;|\(|\[|&#x0005B;|&#x027E8;|&#x0003D;|&#x02190;|,|&#x0002C;)"
-NAMED = r"<mi>(?:cosh|cos|exp|log|max|min|tr|diag|vec|mean|atan|median)</mi>"
+NAMED = r"(?<!<msub>)(?<!<msup>)(?<!<msubsup>)<mi>(?:arctan|cosh|cos|exp|log|max|min|tr|diag|vec|mean|median)</mi>"
+SPACE = '<mspace width="0.17em"></mspace>'
+ACCENTS = {"&#x0005E;": "&#x002C6;", "&#x000AF;": "&#x0203E;"}  # a hat that does not lie on the letter, a visible bar
 
 
 class Unclear(Exception):
@@ -47,9 +50,15 @@ def mathml(tex: str, display: bool = False) -> str:
     # a minus after an opening bracket, an equals sign or a comma is one of sign
     signed = r'\1<mo form="prefix" lspace="0" rspace="0">&#x02212;</mo>'
     found = re.sub(rf"(<mo[^>]*>{OPENING}</mo>)<mo>&#x02212;</mo>", signed, found)
-    found = re.sub(rf"({NAMED})(?=<m(?:i|n|sub|sup|subsup|row|frac)>)", r'\1<mspace width="0.17em"></mspace>', found)
-    found = re.sub(r"<m([io])>&#x02032;</m[io]>", r'<mo mathsize="150%">&#x02032;</mo>', found)
-    return found.replace("&#x0005E;", "&#x00302;")  # the hat that lies on top of a letter
+    behind = rf"{NAMED}|<msub><mi>(?:log|mean)</mi><m[in]>\w+</m[in]></msub>"
+    found = re.sub(rf"({behind})(?=<m(?:i|n|sub|sup|subsup|row|frac)>)", rf"\1{SPACE}", found)
+    found = re.sub(rf"(?<=</mi>|</mn>)(?={NAMED})|(?<=&#x00029;</mo>)(?={NAMED})", SPACE, found)
+    # a prime has its own height, and needs no raising
+    prime = r'<mrow>\1<mo lspace="0" rspace="0">&#x02032;</mo></mrow>'
+    found = re.sub(r"<msup>(<mi>[^<]*</mi>)<m[io]>&#x02032;</m[io]></msup>", prime, found)
+    for wrong, right in ACCENTS.items():
+        found = found.replace(wrong, right)
+    return found.replace("<mo>&#x0221E;</mo>", "<mi>&#x0221E;</mi>")
 
 
 def typeset(page: str) -> str:
