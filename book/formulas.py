@@ -13,7 +13,9 @@ from latex2mathml.converter import convert
 __all__ = ["Unclear", "mathml", "typeset", "write_font"]
 
 MARKED = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<kind>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>', flags=re.DOTALL
+    r'(?P<before>[(\[]?)<(?P<tag>span|div) class="arithmatex">\s*\\(?P<kind>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>'
+    r"(?P<after>[.,;:)\]]*)",
+    flags=re.DOTALL,
 )
 CHARACTERS = (
     (0x20, 0x7E), (0xA0, 0xFF), (0x2C6, 0x2DC), (0x300, 0x308), (0x391, 0x3F6), (0x2010, 0x2037), (0x2061, 0x2064),
@@ -66,7 +68,10 @@ def typeset(page: str) -> str:
 
     def formula(match: re.Match[str]) -> str:
         made = mathml(html.unescape(match["tex"]), display=match["kind"] == "[")
-        return f'<div class="formula">{made}</div>' if match["kind"] == "[" else made
+        if match["kind"] == "[":
+            return f'<div class="formula">{made}</div>'
+        before, after = match["before"], match["after"]  # signs that no line may begin or end with
+        return f'<span class="whole">{before}{made}{after}</span>' if before or after else made
 
     return MARKED.sub(formula, page)
 

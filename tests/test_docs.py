@@ -267,6 +267,8 @@ def test_formulas_become_mathml() -> None:
     made = formulas.typeset(page + '<div class="arithmatex">\n\\[\nx\n\\]\n</div>')
     assert "arithmatex" not in made and made.count("<math ") == 2 and made.count('display="block"') == 1
     assert made.count('stretchy="false" lspace="0" rspace="0">&#x02016;') == 2 and "&#x0003C;" in made
+    kept = formulas.typeset("(" + page[3:-4] + "), where")
+    assert kept.startswith('<span class="whole">(<math') and kept.endswith("</math>),</span> where")
     assert "<mi>tr</mi><mspace" in formulas.mathml(r"\mathrm{tr} A")
     assert 'form="prefix"' in formulas.mathml("(-x)") and 'form="prefix"' not in formulas.mathml("(a - x)")
     with pytest.raises(formulas.Unclear, match=r"\\unheard"):
