@@ -4,7 +4,7 @@ The generalized Gauss-Newton matrix of a loss L = Σ_n ℓ_n(f(x_n)) is Σ_n J_n
 output f(x_n) by the parameters, and H_n the Hessian of ℓ_n by the output. Where H_n = S_n S_nᵀ, the diagonal sums the
 squares of J_nᵀ S_n, which is what backprop gives for S_n's columns in place of the gradient of ℓ_n (equation 19).
 
-In the library: `lw.observe(model, lw.DiagGGN())`, and with a drawn column for S_n `lw.DiagGGN(samples=1)`.
+In the library: `lw.observe(model, lw.DiagGGN())`, and with a drawn column for S_n `lw.DiagGGN(draws=1)`.
 """
 
 import torch

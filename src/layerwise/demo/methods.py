@@ -2,7 +2,7 @@
 
 All are used alike, `opt.step(closure)`, under one learning rate schedule. Our methods run with their
 defaults (`{}`). For the baselines `CHOSEN` holds the best of eight `TRIALS`, judged by the train loss
-after the demo's own number of epochs, on other seeds than the demo's: `python -m benchmarks.tune_demo`.
+after the demo's own number of epochs, on other seeds than the demo's: `python -m benchmarks.training.tune_demo`.
 """
 
 from __future__ import annotations
