@@ -204,7 +204,7 @@ def test_ggn_diagonal(seed: int) -> None:
     for quantity, columns in (
         (lw.DiagGGN(), file.root(outputs[-1])),
         (
-            lw.DiagGGN(samples=1, generator=torch.Generator().manual_seed(seed)),
+            lw.DiagGGN(draws=1, generator=torch.Generator().manual_seed(seed)),
             file.drawn(outputs[-1], torch.Generator().manual_seed(seed)),
         ),
     ):
