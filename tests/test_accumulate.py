@@ -210,7 +210,7 @@ def test_memory_does_not_grow_with_the_data() -> None:
             counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
             yield x.clone(), y.clone()
 
-    makes = [make for make in QUANTITIES.values() if make().concatenate is False and make().first() is None]
+    makes = [make for make in QUANTITIES.values() if make().concatenate is False and make().first_pass() is None]
     gc.collect()
     gc.disable()
     try:

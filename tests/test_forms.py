@@ -144,8 +144,9 @@ def _chunked() -> nn.Module:
 def test_slices_have_the_factors_of_separate_layers(sharing: str) -> None:
     model, x, y = _chunked(), torch.randn(5, 4, 4), torch.randint(3, (5,))
     apart = _Apart(model.w, model.b, model.top)
-    seen = watch(model, x, y, KFLR(sharing), KFLR(sharing, joint=True))
-    one, joint = (seen[q] for q in seen._quantities)
+    quantities = KFLR(sharing), KFLR(sharing, joint=True)
+    seen = watch(model, x, y, *quantities)
+    one, joint = (seen[q] for q in quantities)
     want = oracle.kfac_factors(apart, lambda: apart(x), lambda z: F.cross_entropy(z, y), sharing=sharing)
     names = {"w[0]": "q.weight", "w[1]": "k.weight", "top": "top.weight"}
     for i in (0, 1):

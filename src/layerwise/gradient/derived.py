@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from layerwise.ops.base import Slot
-from layerwise.rows import contract, layout
-from layerwise.rows.base import Rows
+from layerwise.rows import layout
 from layerwise.rows.views import Map, view_maps
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["Later", "carries", "carry", "hollow", "maps", "without_rows"]
+__all__ = ["carries", "carry", "hollow", "maps", "without_rows"]
 
 
 def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -38,44 +36,6 @@ def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]
         value = flat.new_zeros(len(flat), *leaf.shape) if value is None else value
         found.append(value.to(leaf.dtype).unflatten(0, dense.shape[:2]))
     return found
-
-
-@dataclass(frozen=True)
-class Later:
-    """The gradients of one leaf, carried a few samples at a time as they are read, while the graph lives.
-
-    rows: of the derived tensor `slot.used`; dtype: of what is read, by default the leaf's.
-    """
-
-    slot: Slot
-    rows: Rows
-    leaf: Tensor
-    dtype: torch.dtype | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        """`[V,N,*leaf.shape]`."""
-        return torch.Size((*self.rows.g.shape[:2], *self.leaf.shape))
-
-    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
-        """Those of the columns `where[0]` and the samples `where[1]`."""
-        columns, samples = where
-        start, stop, _ = samples.indices(self.shape[1])
-        rows = self.rows.sent(self.rows.g[columns])
-        some = self.slot.fold(contract.per_sample(contract.narrow(rows, start, stop - start)))
-        (value,) = carry(self.slot.used, some, [self.leaf])
-        return value.to(self.dtype)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def to(self, dtype: torch.dtype) -> Later:
-        """The same in another type."""
-        return replace(self, dtype=dtype)
-
-    def new_zeros(self, shape: Sequence[int]) -> Tensor:
-        """Zeros of the type that is read."""
-        return torch.zeros(tuple(shape), dtype=self.dtype or self.leaf.dtype, device=self.leaf.device)
 
 
 def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:

@@ -7,7 +7,7 @@ per-sample gradients otherwise: those of a derived tensor are carried back to it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from layerwise import tensors
-from layerwise.gradient.derived import Later
-from layerwise.gradient.parts import Part, bias_of, joined_parts
+from layerwise.gradient.parts import LaterPart, Part, RowsPart, bias_of, joined_parts
 from layerwise.rows import contract, gram, layout, project
 from layerwise.rows.layout import Laid
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["Gather", "ParameterGradient"]
+__all__ = ["ParameterGradient", "PartCollector"]
 
 
 _CHUNK = 2**22  # elements of per-sample gradients held at once where uses have no common row form
@@ -35,7 +34,6 @@ class ParameterGradient:
     Second moments, norms and dots are computed once, for all quantities that ask for them.
 
     shared: results that other parameters of the same stack can use again (a weight and its bias).
-    curvature: for the cotangent `Averaged`, the Hessian by the output rows of one sample `[T,K,O,T,K,O]`.
     """
 
     name: str
@@ -43,83 +41,84 @@ class ParameterGradient:
     parts: Sequence[Part]
     column: int = 0
     shared: dict[Any, Any] = field(default_factory=dict)
-    curvature: Tensor | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
-    def joined(self) -> Part | None:
+    def joined(self) -> RowsPart | None:
         """The parts as one pair of rows, or None where they have no common row form."""
-        first = self.parts[0]
         if len(self.parts) == 1:
-            return first if first.rows is not None else None
-        rows = [p.rows for p in self.parts if p.rows is not None]
-        kinds = {r.kind for r in rows}
-        if len(rows) < len(self.parts) or len(kinds) > 1 or self._groups is None or len(self._groups) > 1:
+            (first,) = self.parts
+            return first if isinstance(first, RowsPart) else None
+        parts = self._row_parts
+        if parts is None or len({part.rows.kind for part in parts}) > 1:
             return None
-        return joined_parts(self.parts)
+        if self._groups is None or len(self._groups) > 1:
+            return None
+        return joined_parts(parts)
+
+    @cached_property
+    def _row_parts(self) -> list[RowsPart] | None:
+        """The parts, where all of them are rows."""
+        found = [part for part in self.parts if isinstance(part, RowsPart)]
+        return found if len(found) == len(self.parts) else None
 
     @cached_property
     def _groups(self) -> list[list[int]] | None:
         """The numbers of parts that lay the parameter out alike, where those that do not share no element of it."""
-        matrices = [p.matrix for p in self.parts if p.matrix is not None]
-        return layout.grouped(matrices, self.shape) if len(matrices) == len(self.parts) else None
+        return None if self._row_parts is None else layout.grouped([p.matrix for p in self._row_parts], self.shape)
 
     @cached_property
-    def groups(self) -> list[Part] | None:
+    def groups(self) -> list[RowsPart] | None:
         """The parts as one pair of rows for each matrix, of the parameter or of disjoint slices; None otherwise."""
         if self.joined is not None:
             return [self.joined]
-        if self._groups is None:
+        parts = self._row_parts
+        if parts is None or self._groups is None:
             return None
-        return [joined_parts([self.parts[i] for i in group]) for group in self._groups]
+        return [joined_parts([parts[i] for i in group]) for group in self._groups]
 
     def laid(self, partner: bool = False) -> Laid:
         """How the parameter has Kronecker factors; partner: look for the bias of its uses as well."""
         if self.groups is None:
             return layout.dense_laid(self.shape)
-        found = tuple(part.without_data() for part in self.groups)
-        if sum(part.slot.used.numel() for part in self.groups if part.slot is not None) < self.shape.numel():
+        found = tuple(part.layout() for part in self.groups)
+        if sum(part.slot.used.numel() for part in self.groups) < self.shape.numel():
             return Laid("slices", found, layout.rest_of(found, self.shape))
         if len(found) > 1:
             return Laid("slices", found)
         if partner:
-            names = {bias_of(part) for part in self.parts}
+            names = {bias_of(part) for part in self._row_parts or ()}
             found = (found[0]._replace(partner=names.pop() if len(names) == 1 else None),)
         return Laid("rows", found)
 
+    @property
+    def _fewest(self) -> Sequence[Part]:
+        """The parts, joined where they can be."""
+        return self.parts if self.joined is None else [self.joined]
+
     def per_sample(self, start: int = 0, stop: int | None = None) -> Tensor:
         """`[V,n,*shape]`: the gradient of each sample from `start` to `stop`, summed over uses."""
-        parts = [self.joined] if self.joined is not None else self.parts
         total: Tensor | None = None
-        for part in parts:
-            if part.rows is None:
-                assert part.dense is not None
-                value = part.dense[:, start:stop]
-            else:
-                assert part.fold is not None
-                length = len(range(part.samples)[start:stop])
-                value = part.fold(contract.per_sample(contract.narrow(part.rows, start, length)))
+        for part in self._fewest:
+            value = part.per_sample(start, stop)
             total = value if total is None else total + value
         assert total is not None
         return total
 
     def chunks(self) -> Iterator[Tensor]:
         """`per_sample` a few samples at a time, and one cotangent where they are large: `[N, P]` is never held."""
-        held = self.parts[0].dense if self.parts[0].rows is None else self.parts[0].rows.g
-        assert held is not None
-        for gradient in self._columns() if len(held) * self.shape.numel() > _CHUNK else [self]:
+        for gradient in self._columns() if self.parts[0].size[0] * self.shape.numel() > _CHUNK else [self]:
             yield from gradient._in_chunks()
 
     def _in_chunks(self) -> Iterator[Tensor]:
         """`per_sample` a few samples at a time, so that `[N, P]` is never held."""
-        n, each = self.parts[0].samples, self._each()
+        n, each = self.parts[0].size[1], self._each()
         for start in range(0, n, each):
             yield self.per_sample(start, start + each)
 
     def total(self) -> Tensor:
         """`[V,*shape]`: the gradient, summed over samples and uses."""
-        part = self.joined
-        if part is not None and part.rows is not None and part.fold is not None:
+        if (part := self.joined) is not None:
             return part.fold(contract.total(part.rows))
         return sum((g.sum(1) for g in self._in_chunks()), self._zeros(()))
 
@@ -130,7 +129,7 @@ class ParameterGradient:
     def _held_rows(self) -> Tensor | None:
         """All per-sample gradients, where they are at hand and squares of them are not had for less."""
         part, held = self.joined, self._kept.get("rows")
-        if held is None or part is None or part.rows is None:
+        if held is None or part is None:
             return held
         return held if contract.squares_need_rows(part.rows) else None
 
@@ -147,8 +146,7 @@ class ParameterGradient:
     def _second_moment(self) -> Tensor:
         if (held := self._held_rows()) is not None:
             return contract.sum_of_squares(held.flatten(0, 1))
-        part = self.joined
-        if part is not None and part.rows is not None and part.fold is not None:
+        if (part := self.joined) is not None:
             return part.fold(contract.second_moment(part.rows))
         return sum((g.square().sum((0, 1)) for g in self._in_chunks()), self._zeros(self.shape))
 
@@ -172,8 +170,7 @@ class ParameterGradient:
             return self._kept["dots"].diagonal(dim1=1, dim2=2).clone()
         if (held := self._held_rows()) is not None:
             return torch.linalg.vector_norm(held.reshape(*held.shape[:2], -1), dim=2).square_()
-        part = self.joined
-        if part is not None and part.rows is not None:
+        if (part := self.joined) is not None:
             return contract.squared_norm(part.rows)
         norms = [g.reshape(*g.shape[:2], -1).square().sum(2) for g in self._in_chunks()]
         return torch.cat(norms, 1) if norms else self._zeros((1, 0))
@@ -189,27 +186,17 @@ class ParameterGradient:
         for column in self._columns():
             value = column.per_sample()[0]
             total = value.square() if total is None else total.addcmul_(value, value)
-        return self._zeros((self.parts[0].samples, *self.shape)) if total is None else total
+        return self._zeros((self.parts[0].size[1], *self.shape)) if total is None else total
 
     def _columns(self) -> Iterator[ParameterGradient]:
         """The same gradient for each cotangent alone."""
-
-        def alone(part: Part, v: int) -> Part:
-            if part.rows is None:
-                assert part.dense is not None
-                return replace(part, dense=part.dense[v : v + 1, :])
-            return replace(part, rows=part.rows.sent(part.rows.g[v : v + 1]))
-
-        parts = [self.joined] if self.joined is not None else self.parts
-        held = parts[0].dense if parts[0].rows is None else parts[0].rows.g
-        assert held is not None
-        for v in range(len(held)):
-            yield ParameterGradient(self.name, self.shape, [alone(p, v) for p in parts], self.column + v)
+        parts = self._fewest
+        for v in range(parts[0].size[0]):
+            yield ParameterGradient(self.name, self.shape, [part.column(v) for part in parts], self.column + v)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """`[*shape]`: sum over v and n of the per-sample gradient times `weights` `[V,N]`."""
-        part = self.joined
-        if part is not None and part.rows is not None and part.fold is not None:
+        if (part := self.joined) is not None:
             return part.fold(contract.weighted_sum(part.rows, weights))
         total, start = self._zeros(self.shape), 0
         for g in self._in_chunks():
@@ -226,10 +213,9 @@ class ParameterGradient:
         if (held := self._held_rows()) is not None:
             flat = held.reshape(*held.shape[:2], -1)
             return flat @ flat.mT
-        part = self.joined
-        if part is not None and part.rows is not None:
+        if (part := self.joined) is not None:
             return contract.pairwise_dot(part.rows)
-        n, each = self.parts[0].samples, self._each()
+        n, each = self.parts[0].size[1], self._each()
         blocks = [slice(low, min(n, low + each)) for low in range(0, n, each)]
         result: Tensor | None = None
         for p, here in enumerate(blocks):
@@ -247,8 +233,7 @@ class ParameterGradient:
 
         left: `[J,R]`; right: `[J,C]`. The parameter's elements count in its own order, whatever the layout of its uses.
         """
-        part = self.joined
-        if part is not None and part.rows is not None and part.matrix is not None:
+        if (part := self.joined) is not None:
             factors = project.in_layout(left, right, part.matrix, self.shape)
             if factors is not None:
                 return project.project_rows(part.rows, *factors)
@@ -262,17 +247,14 @@ class ParameterGradient:
 
     def _each(self) -> int:
         """How many samples' gradients are held at once."""
-        through = [p.dense.slot.used.numel() for p in self.parts if isinstance(p.dense, Later)]
+        through = [part.slot.used.numel() for part in self.parts if isinstance(part, LaterPart)]
         return max(1, _CHUNK // max(1, self.shape.numel(), *through))
 
     def _zeros(self, shape: Sequence[int]) -> Tensor:
-        first = self.parts[0]
-        like = first.dense if first.rows is None else first.rows.g
-        assert like is not None
-        return like.new_zeros(shape)
+        return self.parts[0].zeros(shape)
 
 
-class Gather:
+class PartCollector:
     """Collect the parts of every parameter's gradient, and give it out once all its uses have arrived."""
 
     def __init__(self, tape: Tape, uses: Iterable[Use]) -> None:

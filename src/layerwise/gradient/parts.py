@@ -1,14 +1,15 @@
-"""What one use contributes to a parameter's gradient."""
+"""What one use contributes to a parameter's gradient: rows, per-sample gradients, or a recipe to make them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from layerwise.gradient.derived import Later, carry, hollow, maps
+from layerwise.gradient.derived import carry, hollow, maps
 from layerwise.ops.base import Slot
 from layerwise.rows import contract, gram
 from layerwise.rows.base import Rows, Samples
@@ -17,48 +18,144 @@ from layerwise.rows.views import Map, view_maps
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["Part", "bias_of", "joined_parts", "parts_of"]
+__all__ = ["DensePart", "LaterPart", "Part", "RowsPart", "bias_of", "joined_parts", "parts_of"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one use gives to one parameter: rows with maps to the parameter's shape, or per-sample gradients.
-
-    fold: `[..., K,O,I]` -> `[..., *shape]`; matrix: its inverse. dense: `[V,N,*shape]`, or made as it is read.
-    carried: whether it came back through a graph of parameters, which a backward pass frees.
-    """
+    """What one use contributes to a parameter's gradient; of this class itself: a contribution without numbers."""
 
     use: Use
-    slot: Slot | None = None
-    rows: Rows | None = None
-    fold: Map | None = None
-    matrix: Map | None = None
-    dense: Tensor | Later | None = None
-    view: tuple[Map, Map] | None = None
-    carried: bool = False
-
-    def without_data(self) -> Matrix:
-        """The maps to the parameter's shape and back, free of the batch and of the graph."""
-        assert self.slot is not None and self.rows is not None and self.view is not None
-        return Matrix(*maps(hollow(self.slot), self.view), self.slot.bias)
-
-    def to(self, dtype: torch.dtype | None) -> Part:
-        """The same part with its numbers in another type; None: as they are."""
-        if dtype is None:
-            return self
-        dense = None if self.dense is None else self.dense.to(dtype)
-        if self.rows is None:
-            return replace(self, dense=dense)
-        a = self.rows.a
-        a = a.to(dtype) if a is not None and a.is_floating_point() else a
-        return replace(self, rows=Rows(a, self.rows.g.to(dtype), self.rows.size_in), dense=dense)
 
     @property
-    def samples(self) -> int:
-        """N."""
-        held = self.dense if self.rows is None else self.rows.g
-        assert held is not None
-        return held.shape[1]
+    def size(self) -> torch.Size:
+        """(V, N)."""
+        raise NotImplementedError
+
+    def per_sample(self, start: int, stop: int | None) -> Tensor:
+        """`[V,n,*shape]`: the gradients of the samples from `start` to `stop`."""
+        raise NotImplementedError
+
+    def column(self, v: int) -> Part:
+        """The contribution to the v-th cotangent alone."""
+        raise NotImplementedError
+
+    def zeros(self, shape: Sequence[int]) -> Tensor:
+        """Zeros of the type and on the device of the gradient."""
+        raise NotImplementedError
+
+    def to(self, dtype: torch.dtype) -> Part:
+        """The same contribution with its numbers in another type."""
+        return self
+
+
+@dataclass(frozen=True)
+class _OfSlot(Part):
+    """The rows of one slot of a use."""
+
+    slot: Slot
+    rows: Rows
+
+    @property
+    def size(self) -> torch.Size:
+        """(V, N)."""
+        return self.rows.g.shape[:2]
+
+    def column(self, v: int) -> Self:
+        """The contribution to the v-th cotangent alone."""
+        return replace(self, rows=self.rows.sent(self.rows.g[v : v + 1]))
+
+    def _folded(self, start: int, stop: int | None) -> Tensor:
+        """`[V,n,*used.shape]`: the gradients of the tensor that the slot reads."""
+        length = len(range(self.size[1])[start:stop])
+        return self.slot.fold(contract.per_sample(contract.narrow(self.rows, start, length)))
+
+
+@dataclass(frozen=True)
+class RowsPart(_OfSlot):
+    """Rows of the parameter itself; view: maps from the tensor that the slot reads to the parameter and back."""
+
+    view: tuple[Map, Map]
+
+    @property
+    def fold(self) -> Map:
+        """`[..., K,O,I]` to `[..., *shape]`."""
+        return maps(self.slot, self.view)[0]
+
+    @property
+    def matrix(self) -> Map:
+        """`[..., *shape]` to `[..., K,O,I]`."""
+        return maps(self.slot, self.view)[1]
+
+    def layout(self) -> Matrix:
+        """The maps to the parameter's shape and back, free of the batch and of the graph."""
+        return Matrix(*maps(hollow(self.slot), self.view), self.slot.bias)
+
+    def per_sample(self, start: int, stop: int | None) -> Tensor:
+        """`[V,n,*shape]`: the gradients of the samples from `start` to `stop`."""
+        return self.view[0](self._folded(start, stop))
+
+    def zeros(self, shape: Sequence[int]) -> Tensor:
+        """Zeros of the type and on the device of the gradient."""
+        return self.rows.g.new_zeros(shape)
+
+    def to(self, dtype: torch.dtype) -> RowsPart:
+        """The same contribution with its numbers in another type."""
+        a = self.rows.a
+        a = a.to(dtype) if a is not None and a.is_floating_point() else a
+        return replace(self, rows=Rows(a, self.rows.g.to(dtype), self.rows.size_in))
+
+
+@dataclass(frozen=True)
+class DensePart(Part):
+    """Per-sample gradients `[V,N,*shape]`; carried: whether they came back through a graph of parameters."""
+
+    values: Tensor
+    carried: bool
+
+    @property
+    def size(self) -> torch.Size:
+        """(V, N)."""
+        return self.values.shape[:2]
+
+    def per_sample(self, start: int, stop: int | None) -> Tensor:
+        """`[V,n,*shape]`: the gradients of the samples from `start` to `stop`."""
+        return self.values[:, start:stop]
+
+    def column(self, v: int) -> DensePart:
+        """The contribution to the v-th cotangent alone."""
+        return replace(self, values=self.values[v : v + 1])
+
+    def zeros(self, shape: Sequence[int]) -> Tensor:
+        """Zeros of the type and on the device of the gradient."""
+        return self.values.new_zeros(shape)
+
+    def to(self, dtype: torch.dtype) -> DensePart:
+        """The same contribution with its numbers in another type."""
+        return replace(self, values=self.values.to(dtype))
+
+
+@dataclass(frozen=True)
+class LaterPart(_OfSlot):
+    """Rows of a derived tensor, carried back to a leaf a few samples at a time as they are read, while the graph lives.
+
+    dtype: of what is read.
+    """
+
+    leaf: Tensor
+    dtype: torch.dtype
+
+    def per_sample(self, start: int, stop: int | None) -> Tensor:
+        """`[V,n,*shape]`: the gradients of the samples from `start` to `stop`."""
+        return carry(self.slot.used, self._folded(start, stop), [self.leaf])[0].to(self.dtype)
+
+    def zeros(self, shape: Sequence[int]) -> Tensor:
+        """Zeros of the type and on the device of the gradient."""
+        return self.leaf.new_zeros(shape, dtype=self.dtype)
+
+    def to(self, dtype: torch.dtype) -> LaterPart:
+        """The same contribution with its numbers in another type."""
+        return replace(self, dtype=dtype)
 
 
 def parts_of(
@@ -67,46 +164,47 @@ def parts_of(
     g: Tensor,
     samples: Samples | None,
     later: bool = False,
-    flat: Collection[str] = (),
-    lenient: bool = False,
+    unstructured: Collection[str] = (),
+    rows_only: bool = False,
 ) -> list[tuple[str, Part]]:
     """The parts that a stack of cotangents `[V, *out_shape]` of one use gives to each parameter.
 
     later: carry what came through a derived tensor only as it is read, while its graph lives.
-    flat: parameters that have rows and of which no per-sample structure is asked (Kronecker factors).
-    lenient: what is neither flat nor has rows becomes a part without data. samples: None where all are flat or lenient.
+    unstructured: parameters that have rows and of which no per-sample structure is asked (Kronecker factors).
+    rows_only: what is not unstructured and has no rows becomes a part without numbers. samples: None where no parameter
+    needs per-sample structure.
     """
     found: list[tuple[str, Part]] = []
     for derived, slot in zip(use.used, use.slots, strict=True):
         if len(derived.names) == 1:
             (name,) = derived.names
-            where = None if name in flat else samples
+            where = None if name in unstructured else samples
             view = view_maps(slot.used, tape.parameters[name])
             if view is not None and slot.factored and (where is None or where.axis not in slot.aligned):
-                found.append((name, Part(use, slot, slot.rows(g, where), *maps(slot, view), view=view)))
+                found.append((name, RowsPart(use, slot, slot.rows(g, where), view)))
                 continue
-        if lenient:
+        if rows_only:
             found += [(name, Part(use)) for name in sorted(derived.names)]
             continue
         assert samples is not None
         leaves = {name: tape.parameters[name] for name in sorted(derived.names)}
         if later and slot.factored and samples.axis not in slot.aligned and not slot.used.is_leaf:
             rows = slot.rows(g, samples)
-            found += [(name, Part(use, dense=Later(slot, rows, leaf), carried=True)) for name, leaf in leaves.items()]
+            found += [(name, LaterPart(use, slot, rows, leaf, leaf.dtype)) for name, leaf in leaves.items()]
             continue
         dense = slot.dense(g, samples)
         carried = not slot.used.is_leaf
         values = carry(slot.used, dense, list(leaves.values())) if carried else [dense]
-        found += [(name, Part(use, dense=v, carried=carried)) for name, v in zip(leaves, values, strict=True)]
+        found += [(name, DensePart(use, v, carried)) for name, v in zip(leaves, values, strict=True)]
     return found
 
 
-def bias_of(part: Part) -> str | None:
+def bias_of(part: RowsPart) -> str | None:
     """The parameter that a use adds to each output row of a weight: `Z = W A + b`; None where there is none.
 
     Proved on the numbers of the output's places: both slots must lay them out as the same rows.
     """
-    if part.slot is None or part.rows is None or part.slot.bias:
+    if part.slot.bias:
         return None
     places = torch.arange(part.use.call.out_shape.numel(), device=part.rows.g.device)
     places = places.to(part.rows.g.dtype).reshape(1, *part.use.call.out_shape)
@@ -122,12 +220,11 @@ def bias_of(part: Part) -> str | None:
     return None
 
 
-def joined_parts(parts: Sequence[Part]) -> Part:
+def joined_parts(parts: Sequence[RowsPart]) -> RowsPart:
     """Parts of one layout as one pair of rows; inputs of several kinds are written out."""
-    first = parts[0]
-    rows = [part.rows for part in parts if part.rows is not None]
+    rows = [part.rows for part in parts]
     if len({r.g.shape[1] for r in rows}) > 1:  # rows without sample structure: all are positions
         rows = [contract.flatten_samples(r) for r in rows]
     if len({r.kind for r in rows}) > 1:
         rows = [gram.written_out(r) for r in rows]
-    return Part(first.use, first.slot, contract.concat(rows), first.fold, first.matrix, view=first.view)
+    return replace(parts[0], rows=contract.concat(rows))

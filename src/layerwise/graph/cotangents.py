@@ -7,26 +7,80 @@ sample: terms of the same sample must not add before they are squared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from layerwise.graph.loss_curvature import LossCurvature
 from layerwise.losses import Likelihood
 from layerwise.rows.base import Samples
 
-__all__ = ["Averaged", "Cotangent", "Exact", "Gradient", "Sampled", "Second", "default_generator", "positions"]
+__all__ = [
+    "Columns",
+    "Cotangent",
+    "Exact",
+    "Gradient",
+    "InGraph",
+    "Sampled",
+    "Second",
+    "default_generator",
+    "positions",
+]
+
+
+class Cotangent:
+    """What is sent back for a quantity: the user's own backward pass, columns before it, or nothing.
+
+    streamed: it is the cotangent of the user's backward pass. in_graph: nothing is sent; `Quantity.compute_graph` works
+    on the graph by itself. twice: that graph must be differentiable twice.
+    """
+
+    streamed: ClassVar[bool] = False
+    in_graph: ClassVar[bool] = False
+    twice: ClassVar[bool] = False
+
+    def needs_layout(self, own_losses: bool) -> bool:
+        """Whether samples must be told apart to make the columns; own_losses: whether a loss is the user's own."""
+        return False
 
 
 @dataclass(frozen=True)
-class Gradient:
+class Gradient(Cotangent):
     """The cotangent of the loss itself, streamed from the user's own backward pass."""
 
+    streamed = True
+
+
+class Columns(Cotangent):
+    """Columns of a root of the loss Hessian, sent before the user's backward pass."""
+
+    def count(self, loss: Likelihood, rows: Samples) -> int:
+        """The number of columns of one loss."""
+        raise NotImplementedError
+
+    def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
+        """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
+        raise NotImplementedError
+
+    def stacks(self, curvatures: Sequence[LossCurvature], chunk: int) -> Iterator[tuple[int, LossCurvature, Tensor]]:
+        """All columns, one curvature after another: the number of the first, its curvature, and a stack of them."""
+        column = 0
+        for curvature in curvatures:
+            for stack in self.columns(curvature.likelihood, curvature.rows, chunk):
+                yield column, curvature, stack
+                column += len(stack)
+
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(Columns):
     """All columns of the exact root: `(C-1)·P` for C classes and P loss terms a sample."""
+
+    def needs_layout(self, own_losses: bool) -> bool:
+        """Always: a column holds one position of each sample."""
+        return True
 
     def count(self, loss: Likelihood, rows: Samples) -> int:
         """The number of columns of one loss."""
@@ -54,7 +108,7 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(Columns):
     """Monte-Carlo columns from labels drawn from the model: unbiased, `draws` of them.
 
     Terms are drawn independently, so one column holds all positions of a sample.
@@ -62,6 +116,10 @@ class Sampled:
 
     draws: int
     generator: torch.Generator | None = None
+
+    def needs_layout(self, own_losses: bool) -> bool:
+        """For losses of the user's own, whose Hessian has blocks by sample."""
+        return own_losses
 
     def count(self, loss: Likelihood, rows: Samples) -> int:
         """The number of columns of one loss."""
@@ -74,18 +132,17 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class Second:
-    """No cotangent is sent; the quantity works on the double-differentiable graph in `compute_graph`."""
+class InGraph(Cotangent):
+    """No cotangent is sent; the quantity sends its own through the graph in `compute_graph`."""
+
+    in_graph = True
 
 
 @dataclass(frozen=True)
-class Averaged:
-    """Hessian blocks of a chain's uses, averaged over the batch from each use to the next, of at most `max_bytes`."""
+class Second(InGraph):
+    """No cotangent is sent; the quantity works on the double-differentiable graph in `compute_graph`."""
 
-    max_bytes: int
-
-
-Cotangent = Gradient | Exact | Sampled | Second | Averaged
+    twice = True
 
 
 def default_generator(device: torch.device) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""One watched step: backward passes observed in groups of quantities, none of which can stand in their way."""
+"""One watched step: its backward passes run whether or not the groups of quantities that observe them are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import BadInput, LayerwiseError, UnsupportedCall
-from layerwise.observation.observe import observe
+from layerwise.observation.engine import Observation
 from layerwise.observation.seen import Seen
 from layerwise.quantities import Quantity
 from layerwise.replay.state import Buffers, Gradients, RandomState
@@ -38,44 +38,43 @@ class _Tape(Tape):
         return func(*args, **(kwargs or {}))
 
 
-class Group(observe):
+class Group:
     """Observe quantities together; where they are refused, the backward pass runs as it would without.
 
     seen: their results. refusal: the error that refused them all, or None.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor], quantities: Sequence[Quantity]) -> None:
-        super().__init__(model, *quantities)
-        self.seen: Seen | None = None
+        self._observation = Observation(model, quantities)
+        self._tape = _Tape(model, self._on_backward, own_losses=True)
         self._refusal: LayerwiseError | None = None
-        self._own: _Tape | None = None
+        self.seen = Seen(self._observation.restart())
 
     @property
     def refusal(self) -> LayerwiseError | None:
         """Why there are no results."""
-        return self._refusal or (self._own.refusal if self._own is not None else None)
+        return self._refusal or self._tape.refusal
 
     def __enter__(self) -> Seen:
-        self.seen = super().__enter__()
+        self.seen = Seen(self._observation.start(self._tape))
         return self.seen
 
-    def _new_tape(self) -> Tape:
-        self._own = _Tape(self._model, self._on_backward, own_losses=True)
-        return self._own
+    def __exit__(self, *exc: Any) -> None:
+        self._observation.stop(*exc)
 
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         if self.refusal is not None:
             return run()
         once = _Once(run, tape.parameters.values())
         try:
-            return super()._on_backward(tape, total, weight, once)
+            return self._observation.run(tape, total, weight, once)
         except LayerwiseError as error:
             self._refusal = error
             return once.finished()
 
 
 class _Once:
-    """A backward pass that runs once, and whose gradients come back after an observation has taken them out."""
+    """A backward pass that runs once; its gradients are put back where an observation has rolled them back."""
 
     def __init__(self, run: Callable[[], Any], parameters: Iterable[Tensor]) -> None:
         self._run, self._parameters = run, list(parameters)
@@ -136,9 +135,9 @@ def _unseen(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class Watch:
-    """Observe one step in groups of quantities.
+    """Observe one step of training in groups of quantities.
 
-    before: the trainable parameters at the start. Then, from the passes: loss (None without one), gradient.
+    before: a copy of the trainable parameters at the start. From the backward passes: loss (or None), gradient.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor], groups: Sequence[Sequence[Quantity]]) -> None:
@@ -151,21 +150,21 @@ class Watch:
 
     @property
     def loss(self) -> Tensor | None:
-        """Of all passes together."""
+        """The sum of the losses of all backward passes, or None."""
         return self._passes.loss
 
     @property
     def gradient(self) -> Mapping[str, Tensor]:
-        """What the passes added to `.grad`."""
+        """What the backward passes added to `.grad`, by parameter."""
         return self._passes.gradient
 
     @property
     def refusal(self) -> LayerwiseError | None:
-        """Of a backward pass of several tensors."""
+        """The error of a backward pass from several tensors, which cannot be observed, or None."""
         return self._passes.refusal
 
     def after(self) -> dict[str, Tensor]:
-        """The parameters now."""
+        """A copy of the trainable parameters now."""
         return values_of(self._parameters)
 
     def __enter__(self) -> Watch:
@@ -194,5 +193,5 @@ class Watch:
 
 
 def values_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, detached."""
+    """Detached copies of the parameters."""
     return {name: p.detach().clone() for name, p in parameters.items()}

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import _pop_mode_temporarily
 
 from layerwise.errors import BadInput
+from layerwise.observation.backward_pass import Settings
+from layerwise.observation.engine import Observation
 from layerwise.observation.guards import check_finite
-from layerwise.observation.observe import observe
+from layerwise.observation.results import Results
 from layerwise.observation.seen import Seen
 from layerwise.quantities.base import Quantity
 from layerwise.ranks.group import Ranks, check_same_model
@@ -65,24 +67,26 @@ def accumulate(
     ranks = Ranks(group) if distributed else Ranks.alone()
     if ranks.size > 1:
         check_same_model(model, group)
-    own = partial(_pass, model, loss_fn, loader, ranks, samples=samples, scale=scale, dtype=dtype, progress=progress)
+    settings = Settings(samples, scale, dtype)
+    one_pass = partial(_pass, model, loss_fn, lambda: iter(_shown(loader) if progress else loader), ranks, settings)
 
-    def run(asked: Sequence[Quantity]) -> Seen:
+    def run(asked: Sequence[Quantity]) -> Results:
         if ranks.size == 1:
-            return own(asked)
-        if placements_of(Binding(model).owners):  # its passes wait for other ranks themselves
-            return own(asked).all_reduce(group)
-        return ranks.together(lambda: own(asked)).all_reduce(group)
+            return one_pass(asked)
+        waits = bool(placements_of(Binding(model).owners))  # the passes wait for other ranks themselves
+        results = one_pass(asked) if waits else ranks.together(lambda: one_pass(asked))
+        results.all_reduce(group)
+        return results
 
     firsts = ranks.together(lambda: _firsts(quantities, loader))
     if all(first is None for first in firsts):
-        return run(quantities)
-    return _in_two_passes(run, quantities, firsts, ranks)
+        return Seen(run(quantities))
+    return Seen(_in_two_passes(run, quantities, firsts, ranks))
 
 
 def _firsts(quantities: Sequence[Quantity], loader: Iterable[Any]) -> list[Quantity | None]:
     """What the quantities need in a pass before their own; raises BadInput for a loader that gives its batches once."""
-    firsts = [q.first() if isinstance(q, Quantity) else None for q in quantities]
+    firsts = [q.first_pass() if isinstance(q, Quantity) else None for q in quantities]
     if isinstance(loader, Iterator) and any(first is not None for first in firsts):
         names = ", ".join(repr(q) for q, first in zip(quantities, firsts, strict=True) if first is not None)
         raise BadInput(
@@ -93,28 +97,33 @@ def _firsts(quantities: Sequence[Quantity], loader: Iterable[Any]) -> list[Quant
 
 
 def _in_two_passes(
-    run: Callable[[Sequence[Quantity]], Seen],
+    run: Callable[[Sequence[Quantity]], Results],
     quantities: Sequence[Quantity],
     firsts: Sequence[Quantity | None],
     ranks: Ranks,
-) -> Seen:
-    """The quantities, some of them after those that need the whole set; `firsts` holds None for the others."""
+) -> Results:
+    """Two passes over the data: first what some quantities need of the whole set, then all quantities.
+
+    firsts: what each quantity needs, or None.
+    """
     before = [first for first in firsts if first is not None]
     random = _Random(before)
     earlier = run(before)
-    stands = [q if first is None else q.after(earlier[first]) for q, first in zip(quantities, firsts, strict=True)]
-    for stand, first in zip(stands, firsts, strict=True):
+    made = iter([earlier.result(i) for i in range(len(before))])
+    seconds = [q if first is None else q.second_pass(next(made)) for q, first in zip(quantities, firsts, strict=True)]
+    for second, first in zip(seconds, firsts, strict=True):
         if first is not None:
-            stand.share(ranks)
+            second.broadcast(ranks)
     random.restore()
-    seen = run(stands)
-    if (seen._count, seen._samples) != (earlier._count, earlier._samples):
+    results = run(seconds)
+    old, new = earlier.batch.samples, results.batch.samples
+    if (results.count, new) != (earlier.count, old):
         raise BadInput(
-            f"the loader gave {earlier._count} batches of {earlier._samples} samples, then {seen._count} of "
-            f"{seen._samples}: the second pass must see the batches of the first"
+            f"the loader gave {earlier.count} batches of {old} samples, then {results.count} of "
+            f"{new}: the second pass must see the batches of the first"
         )
-    seen._asked = list(quantities)
-    return seen
+    results.asked = tuple(quantities)
+    return results
 
 
 class _Random:
@@ -138,24 +147,18 @@ class _Random:
 def _pass(
     model: nn.Module | Mapping[str, Tensor],
     loss_fn: Callable[..., Tensor],
-    loader: Iterable[Any],
+    start: Callable[[], Iterator[Any]],
     ranks: Ranks,
+    settings: Settings,
     quantities: Sequence[Quantity],
-    samples: int | None,
-    scale: str,
-    dtype: torch.dtype | None,
-    progress: bool,
-) -> Seen:
-    """One pass over the batches."""
+) -> Results:
+    """One pass over the batches that `start` gives."""
     parameters = Binding(model).owners
     before = {name: p.grad for name, p in parameters.items()}
     count = 0
     try:
-        with (
-            observe(model, *quantities, samples=samples, scale=scale, dtype=dtype) as seen,
-            unreduced(model),
-        ):
-            batches = iter(_shown(loader) if progress else loader)
+        with Observation(model, quantities, settings) as results, unreduced(model):
+            batches = start()
             in_step = ranks.size > 1 and bool(placements_of(parameters))
             if in_step:
                 batches = _in_step(batches, ranks)
@@ -175,7 +178,7 @@ def _pass(
         raise BadInput(
             "asked to accumulate over a loader that gave no batch; an iterator can be used up: make a new one"
         )
-    return seen
+    return results
 
 
 def _in_step(batches: Iterator[Any], ranks: Ranks) -> Iterator[Any]:

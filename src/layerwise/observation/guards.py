@@ -1,4 +1,4 @@
-"""The user's backward pass beside ours: its loss, what it did to `.grad`, and whether it sent what was expected."""
+"""Checks around the user's backward pass: finite loss and gradient, `.grad` of covered parameters only, rollback."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 from layerwise.tensors import is_finite
 
-__all__ = ["Sent", "check_covered", "check_finite", "check_gradient", "kept", "restore", "snapshot"]
+__all__ = [
+    "Fingerprints",
+    "check_covered",
+    "check_finite",
+    "check_gradient",
+    "retained_grads_preserved",
+    "rollback",
+    "snapshot",
+]
 
 
-class Sent:
-    """Cotangents that were sent before the user's backward pass, by two numbers each, to compare with its own."""
+class Fingerprints:
+    """Two numbers of each cotangent pulled before the user's backward pass, to compare with those of its own."""
 
     def __init__(self, cotangents: Sequence[tuple[Use, Tensor]] = ()) -> None:
         self._sent = {use.index: _fingerprint(g) for use, g in cotangents}
@@ -28,7 +36,7 @@ class Sent:
     def __bool__(self) -> bool:
         return bool(self._sent)
 
-    def arrived(self, use: Use, g: Tensor) -> None:
+    def compare(self, use: Use, g: Tensor) -> None:
         """Note the cotangent of the user's own backward pass."""
         if self._sent:
             self._arrived[use.index] = _fingerprint(g)
@@ -71,8 +79,8 @@ def check_gradient(gradient: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the `.grad` of activations that the user retains it for from our own pulls."""
+def retained_grads_preserved(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put back the `.grad` of activations (`retain_grad()`) that vector-Jacobian products inside the context fill."""
     before = [t.grad for t in tensors]
     try:
         yield
@@ -82,7 +90,7 @@ def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:
-    """`.grad`, its version, and a copy, for `restore`."""
+    """`.grad`, its version, and a copy, for `rollback`."""
     grad = p.grad
     return grad, -1 if grad is None else grad._version, None if grad is None else grad.detach().clone()
 
@@ -106,7 +114,7 @@ def check_covered(tape: Tape, before: Mapping[str, Any], arrived: Collection[str
         )
 
 
-def restore(tape: Tape, before: Mapping[str, Any]) -> None:
+def rollback(tape: Tape, before: Mapping[str, Any]) -> None:
     """Undo what a refused backward pass added to `.grad`."""
     for name, p in tape.owners.items():
         grad, version, old = before[name]

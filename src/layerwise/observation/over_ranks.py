@@ -1,4 +1,4 @@
-"""The results of several ranks joined, as those of several backward passes are."""
+"""Sums of quantities over ranks, which join as several backward passes of one process do."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Table(NamedTuple):
     stacks: bool = False
 
 
-class Own(NamedTuple):
-    """A value of single samples: its shape and type."""
+class PerSample(NamedTuple):
+    """Shape and type of a value of single samples, which stays on its rank."""
 
     kind: Kind
 
@@ -66,7 +66,7 @@ def _completed(ranks: Ranks, tables: Sequence[Table], samples: int) -> list[Tabl
     """The tables with the parameters of all ranks."""
     mine = {
         (table.label, name): tuple(
-            Own(Kind.of(value)) if own else describe(value)
+            PerSample(Kind.of(value)) if own else describe(value)
             for value, own in zip(values, table.concatenate, strict=True)
         )
         for table in tables
@@ -86,7 +86,7 @@ def _completed(ranks: Ranks, tables: Sequence[Table], samples: int) -> list[Tabl
 
 def _text(found: Sequence[Any], stacks: bool) -> str:
     """What must agree: of a value of single samples all but their number, and the number of columns."""
-    return repr([(x.kind.shape[1 + stacks :], x.kind.dtype) if isinstance(x, Own) else x for x in found])
+    return repr([(x.kind.shape[1 + stacks :], x.kind.dtype) if isinstance(x, PerSample) else x for x in found])
 
 
 def _filled(table: Table, everything: Mapping[tuple[str, str], Sequence[Any]], samples: int) -> Values:
@@ -97,7 +97,7 @@ def _filled(table: Table, everything: Mapping[tuple[str, str], Sequence[Any]], s
         if label == table.label and name not in values:
             values[name] = tuple(
                 _no_samples(x.kind, samples, columns, like.device)
-                if isinstance(x, Own)
+                if isinstance(x, PerSample)
                 else rebuild(x, None, like.device)
                 for x in found
             )

@@ -1,4 +1,4 @@
-"""Values of several batches joined as those of the union's loss."""
+"""Union of batches: how values of several batches join to those of the loss over all their samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.errors import BadInput, NoBackward, Undefined
 from layerwise.quantities.base import Quantity, Union
 
-__all__ = ["Batch", "Joined", "Values", "check_join", "in_proportion", "union_of", "weighed"]
+__all__ = ["Batch", "UnionValues", "Values", "check_join", "in_proportion", "union_of", "weighed"]
 
 Values = dict[str, tuple[Any, ...]]
 
@@ -21,26 +21,26 @@ Values = dict[str, tuple[Any, ...]]
 class Batch:
     """One backward pass: its samples, and the denominators of its losses' means (None for sums).
 
-    untold: the name of a loss that does not say whether it is a mean.
+    unknown_reduction: the name of a loss that does not say whether it is a mean.
     """
 
     samples: int
     terms: tuple[float, ...] | None
-    untold: str | None = None
+    unknown_reduction: str | None = None
 
     def __add__(self, other: Batch) -> Batch:
-        """Both together, where `check_join` finds that they join."""
+        """Union of two compatible batches (see `check_join`)."""
         both = self.terms is not None and other.terms is not None
         terms = tuple(a + b for a, b in zip(self.terms or (), other.terms or (), strict=True)) if both else None
-        return Batch(self.samples + other.samples, terms, self.untold or other.untold)
+        return Batch(self.samples + other.samples, terms, self.unknown_reduction or other.unknown_reduction)
 
     def union(self, scale: str) -> Union:
         """The batch as a union of one."""
         return Union(self.samples, self.terms is not None, scale, 1.0 if self.terms is None else self.terms[0])
 
 
-class Joined:
-    """Values of several batches as those of the union's loss, in memory that does not grow with them.
+class UnionValues:
+    """Values of one quantity over several batches, as those of the union's loss, in memory that does not grow.
 
     The union of mean losses weighs batch b by terms_b / sum(terms), so a value of power p is joined as
     `sum_b terms_b^p value_b / (sum terms)^p`. Sum losses just add. Per-sample values concatenate.
@@ -146,10 +146,10 @@ def _aligned(parts: list[Tensor]) -> list[Tensor]:
 
 def check_join(old: Batch, batch: Batch, quantities: Sequence[Quantity], scale: str) -> None:
     """Raise BadInput where two batches have no loss in common, Undefined where a quantity of both does not exist."""
-    untold = old.untold or batch.untold
-    if untold is not None:
+    unknown = old.unknown_reduction or batch.unknown_reduction
+    if unknown is not None:
         raise BadInput(
-            f"asked to join two backward passes, but whether {untold} is a mean or a sum is not said; mark it: "
+            f"asked to join two backward passes, but whether {unknown} is a mean or a sum is not said; mark it: "
             'lw.as_loss(fn, reduction="mean") or "sum", or observe each batch in a context of its own'
         )
     if not in_proportion(old.terms, batch.terms):
@@ -161,16 +161,16 @@ def check_join(old: Batch, batch: Batch, quantities: Sequence[Quantity], scale: 
         quantity.check_union(old.union(scale), batch.union(scale))
 
 
-def union_of(told: Sequence[tuple[int, Batch]], quantities: Sequence[Quantity], scale: str) -> Batch:
+def union_of(reports: Sequence[tuple[int, Batch]], quantities: Sequence[Quantity], scale: str) -> Batch:
     """The union of all ranks' batches; raises on all of them alike where there is none."""
-    idle = [str(rank) for rank, (count, _) in enumerate(told) if not count]
+    idle = [str(rank) for rank, (count, _) in enumerate(reports) if not count]
     if idle:
         raise NoBackward(
-            f"asked to join the results of {len(told)} ranks, but no backward pass has finished inside `observe` on "
+            f"asked to join the results of {len(reports)} ranks, but no backward pass has finished inside `observe` on "
             f"rank {', '.join(idle)}; every rank must run at least one"
         )
-    union = told[0][1]
-    for rank, (_, batch) in enumerate(told[1:], 1):
+    union = reports[0][1]
+    for rank, (_, batch) in enumerate(reports[1:], 1):
         try:
             check_join(union, batch, quantities, scale)
         except (BadInput, Undefined) as error:

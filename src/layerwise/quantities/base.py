@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar, ParamSpec, TypeVar
@@ -21,7 +21,7 @@ from layerwise.losses import Likelihood
 from layerwise.ranks.group import Ranks
 from layerwise.tape.tape import Tape
 
-__all__ = ["ByParameter", "Context", "Quantity", "Union", "positive", "takes_draws"]
+__all__ = ["ByParameter", "Context", "Quantity", "Union", "positive", "sum_of_stacks", "takes_draws"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,12 +55,12 @@ class Quantity:
     concatenate: results of several batches are concatenated along samples instead of added; one answer, or one
         for each tensor.
     stacks: results of several stacks of cotangents are concatenated along dim 1 instead of added.
-    leads: whether it is computed before the others, which can read their values off its contraction.
+    computed_first: whether it comes before the other quantities, which can read their values off its contraction.
     revisits: whether a quantity of the gradient has a second stage in each batch: `compute` sees every parameter,
         `survey` the values of all, and `revisit` sees every parameter once more and gives the final tensors. Between
         the stages the cotangents of all uses are held beside the inputs that the tape holds anyway, and the
         per-sample gradients of parameters that reach their uses through a derived tensor.
-    lenient: whether uses without row form may be handed over as parts without data; `covers` then tells them.
+    rows_only: whether uses without row form may be handed over as parts without numbers, which `covers` refuses.
     """
 
     cotangent: Cotangent = Gradient()
@@ -68,9 +68,9 @@ class Quantity:
     powers: tuple[float, ...] = (2,)
     concatenate: bool | tuple[bool, ...] = False
     stacks: ClassVar[bool] = False
-    leads: ClassVar[bool] = False
+    computed_first: ClassVar[bool] = False
     revisits: ClassVar[bool] = False
-    lenient: ClassVar[bool] = False
+    rows_only: ClassVar[bool] = False
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
         """Raise Undefined where the quantity does not exist for these losses; called before anything is sent."""
@@ -89,20 +89,20 @@ class Quantity:
         """The quantity's tensors for one parameter and one stack of cotangents."""
         raise NotImplementedError
 
-    def first(self) -> Quantity | None:
-        """What `accumulate` computes in a pass over the data before this quantity, or None."""
+    def first_pass(self) -> Quantity | None:
+        """The quantity that a two-pass quantity needs over all data first (the factors of a basis), or None."""
         return None
 
-    def after(self, found: Any) -> Quantity:
-        """The quantity of the second pass, from the result of `first` over all data."""
+    def second_pass(self, result: Any) -> Quantity:
+        """The quantity of the second pass over the data, from the result of `first_pass` over all data."""
         raise NotImplementedError
 
-    def settle(self, values: Mapping[str, tuple[Any, ...]], after: Quantity) -> dict[str, tuple[Any, ...]]:
-        """The values of `after`, which `self.after` made, from those of this quantity over the same batches."""
+    def second_values(self, values: Mapping[str, tuple[Any, ...]], second: Quantity) -> dict[str, tuple[Any, ...]]:
+        """Values of the second-pass quantity `second`, recomputed from values of this one over the same batches."""
         raise NotImplementedError
 
-    def share(self, ranks: Ranks) -> None:
-        """Give all ranks the bits of what `after` made."""
+    def broadcast(self, ranks: Ranks) -> None:
+        """Broadcast rank 0's second-pass state (eigenbasis), so that all ranks use identical numbers."""
 
     def settings(self) -> dict[str, Any]:
         """What ranks must agree on for their values to add up: its repr, and numbers among the attributes."""
@@ -110,7 +110,7 @@ class Quantity:
         return {"repr": repr(self)} | simple
 
     def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Tensor, ...]]:
-        """The quantity's tensors by parameter, from a graph that can be differentiated twice (cotangent `Second`).
+        """The quantity's tensors by parameter, from the graph itself (cotangents `Second`, `InGraph`).
 
         layout: None where the samples cannot be told apart.
         """
@@ -170,6 +170,16 @@ class ByParameter(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {tuple(v.shape)}" for name, v in self._values.items())
         return f"ByParameter({shapes})"
+
+
+def sum_of_stacks(quantity: Quantity, gradients: Iterable[ParameterGradient]) -> dict[str, tuple[Any, ...]]:
+    """A quantity's values by parameter, summed over the gradients of several stacks of cotangents."""
+    values: dict[str, tuple[Any, ...]] = {}
+    for gradient in gradients:
+        if quantity.covers(gradient):
+            new, old = quantity.compute(gradient), values.get(gradient.name)
+            values[gradient.name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
+    return values
 
 
 def positive(what: str, value: int | None) -> int | None:

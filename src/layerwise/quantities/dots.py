@@ -25,7 +25,7 @@ class PairwiseDot(Quantity):
     Source: Schneider, Dangel and Hennig (2021).
     """
 
-    leads = True  # its diagonal holds the norms
+    computed_first = True  # its diagonal holds the norms
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N,N]`."""

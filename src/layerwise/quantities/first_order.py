@@ -31,7 +31,7 @@ class PerSampleGrad(Quantity):
 
     powers = (1,)
     concatenate = True
-    leads = True  # squares are read off it
+    computed_first = True  # squares are read off it
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, *shape]`."""

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
-from layerwise.compat.backpack.custom_module.branching import Parallel, _Branch
+from layerwise.compat.backpack.custom_module.branching import Branch, Parallel
 from layerwise.compat.backpack.custom_module.reduce_tuple import ReduceTuple
 from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension
 from layerwise.compat.backpack.read_losses import read_losses
 from layerwise.compat.backpack.read_tape import Joined, Record, Stack, records_of, silenced
 from layerwise.errors import BadInput, UncoveredUse, Undefined
-from layerwise.observation.observe import observe
+from layerwise.observation.engine import Observation
+from layerwise.observation.seen import Seen
 from layerwise.tape.calls import BACKWARD, OPTIONS
 from layerwise.tape.pull import backward_arguments
 
@@ -24,7 +25,7 @@ __all__ = ["backpack"]
 _NO_OPERATION = (
     nn.Sequential,
     Parallel,
-    _Branch,
+    Branch,
     ReduceTuple,
     GraphModule,
 )  # containers: the extension hook passes them over
@@ -131,7 +132,9 @@ class backpack(TorchFunctionMode):
             return run()
         tape.with_losses(read_losses(total, tape.losses))
         quantities = [ext.quantity() for ext in self.exts]
-        out, seen = observe(_model(records, tape), *quantities).through(tape, total, weight, run)
+        observation = Observation(_model(records, tape), quantities)
+        seen = Seen(observation.restart())
+        out = observation.run(tape, total, weight, run)
         for ext, quantity in zip(self.exts, quantities, strict=True):
             if self.debug:
                 print(f"[DEBUG] Running extension {ext!r}")  # noqa: T201

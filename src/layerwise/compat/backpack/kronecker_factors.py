@@ -9,12 +9,16 @@ from torch import Tensor
 
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
+from layerwise.graph.coverage import Graph
+from layerwise.graph.samples import SampleLayout
 from layerwise.losses import Likelihood
-from layerwise.quantities.base import Context, Quantity, Union
+from layerwise.quantities import KFRA
+from layerwise.quantities.base import Context, Quantity, Union, sum_of_stacks
 from layerwise.quantities.kronecker.factors import KroneckerFactors
 from layerwise.rows import contract
 from layerwise.rows.base import Rows
 from layerwise.rows.layout import Matrix
+from layerwise.tape.tape import Tape
 
 __all__ = ["Factors"]
 
@@ -44,6 +48,11 @@ class Factors(Quantity):
     def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
         """What the quantity checks."""
         self.of.check_size(columns, samples, sizes)
+
+    def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Tensor, ...]]:
+        """The same, from the recursion of `KFRA`."""
+        assert isinstance(self.of, KFRA)
+        return sum_of_stacks(self, self.of.gradients(tape, graph, layout))
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """Sum of input products (a number for a bias), number of samples, sum of output products."""
@@ -75,7 +84,7 @@ class Factors(Quantity):
 def _rows(gradient: ParameterGradient) -> tuple[Rows, Matrix]:
     """The rows of a parameter that is one matrix, and how it is that matrix."""
     laid = gradient.laid()
-    if laid.form != "rows" or gradient.joined is None or gradient.joined.rows is None:
+    if laid.form != "rows" or gradient.joined is None:
         uses = ", ".join(repr(part.use) for part in gradient.parts)
         raise Undefined(
             f"asked for Kronecker factors of {gradient.name!r}, which its uses do not read as one matrix: {uses}; take "

@@ -172,7 +172,7 @@ def weights_of(reports: Sequence[Report], reduction: str) -> list[float]:
         return _shares([float(its.batch.samples) for its in reports])
     if reduction == "sum":
         return [1.0] * len(reports)
-    untold = next((its.batch.untold for its in reports if its.batch.untold is not None), None)
+    untold = next((its.batch.unknown_reduction for its in reports if its.batch.unknown_reduction is not None), None)
     if untold is not None:
         raise BadInput(
             f"asked to join the batches of several ranks, but whether {untold} is a mean or a sum is not said; mark "

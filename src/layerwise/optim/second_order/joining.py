@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.observation.union import weighed
-from layerwise.optim.second_order.watched_batch import Found, Watched
+from layerwise.optim.second_order.watched_batch import MeasuredSums, Watched
 from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.group import Ranks
 from layerwise.ranks.sums import describe, tensors_of
@@ -24,7 +24,7 @@ _SUMMED = (Tensor, Factors)  # second moments are added later, where all ranks h
 _MESSAGE = 2**26  # bytes sent at once, which are held twice meanwhile
 
 
-def summed(ranks: Ranks, found: Found, weight: float) -> Found:
+def summed(ranks: Ranks, found: MeasuredSums, weight: float) -> MeasuredSums:
     """The sums of all ranks' batches, of which this one has a weight in the whole loss.
 
     As for several batches of one process (`layerwise.observation.union`): a value of power p scales by `weight^p`.
@@ -72,7 +72,7 @@ def bad_curvature(watched: Watched) -> str | None:
     return None
 
 
-def described(found: Found) -> dict[str, str]:
+def described(found: MeasuredSums) -> dict[str, str]:
     """By parameter, the shapes and the places of its sums, which must be those of all ranks."""
     return {
         name: ", ".join(repr(describe(part)) for part in value if isinstance(part, _SUMMED))

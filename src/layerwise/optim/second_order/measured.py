@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from layerwise.gradient.parameter import ParameterGradient
+from layerwise.gradient.parts import RowsPart
 from layerwise.graph.cotangents import Gradient, Sampled
 from layerwise.operators.kronecker import EigenBlock
 from layerwise.optim.second_order.averages import Measured, flat_layout
@@ -51,11 +52,7 @@ def _has_factors(gradient: ParameterGradient, request: Request) -> bool:
     if groups is None:
         return False
     for part in groups:
-        if part.rows is None or part.slot is None:
-            return False
-        diagonal = (
-            part.rows.kind != "float" and request.curvature.sharing == "expand"
-        )  # an index: the factor holds counts
+        diagonal = part.rows.kind != "float" and request.curvature.sharing == "expand"  # an index: counts
         inputs = 1 if part.rows.a is None or diagonal else part.rows.size_in
         if max(inputs, part.rows.g.shape[-1]) > request.curvature.largest:
             return False
@@ -65,7 +62,7 @@ def _has_factors(gradient: ParameterGradient, request: Request) -> bool:
 class _Factors(KroneckerFactors):
     """Kronecker factors of those parameters alone that have them, are asked for and are small enough."""
 
-    lenient = True
+    rows_only = True
     request: Request
 
     def covers(self, gradient: ParameterGradient) -> bool:
@@ -92,7 +89,7 @@ class _KFLR(_Factors, KFLR):
 
 
 class _KFRA(_Factors, KFRA):
-    lenient = False
+    rows_only = False
 
 
 class _FOOF(_Factors):
@@ -129,13 +126,13 @@ class _EKFAC(_Factors, KFAC):
         moments = []
         for part, basis in zip(parts, bases, strict=True):
             rows = part.rows
-            if rows is None or basis is None or not _fits(rows, basis):
+            if basis is None or not _fits(rows, basis):
                 break
             moments.append(self._moments(rows, basis))
         if len(moments) == len(names):
             return factors, Spectra(tuple(names), tuple(moments))
         if self.request.whole:
-            return factors, _Totals(tuple(part.rows for part in parts if part.rows is not None))
+            return factors, _Totals(tuple(part.rows for part in parts))
         return factors, Kept(((held(gradient), 1.0),))
 
     def _moments(self, rows: Rows, basis: EigenBlock) -> Tensor:
@@ -199,7 +196,7 @@ class _Diagonal(Quantity):
 
     def covers(self, gradient: ParameterGradient) -> bool:
         """Whether the parameter is asked for, and can be."""
-        if self.request.whole and any(part.rows is None for part in gradient.parts):
+        if self.request.whole and not all(isinstance(part, RowsPart) for part in gradient.parts):
             return False
         unfit = self.unfit and _has_factors(gradient, self.request)
         return gradient.name in self.request.names and not unfit
@@ -220,7 +217,7 @@ class _DiagHessian(_Diagonal, DiagHessian):
 class _WholeDiagonal(_Diagonal):
     """The GGN's diagonal from draws that are squared for all samples at once; unbiased, since draws are independent."""
 
-    lenient = True
+    rows_only = True
     needs_samples = False
     powers = (1,)
 

@@ -28,7 +28,7 @@ from layerwise.optim.second_order.settings import (
 )
 from layerwise.optim.second_order.shares import RankCost
 from layerwise.optim.second_order.team import Joint, Team
-from layerwise.optim.second_order.watched_batch import Watch, Watched, bad_gradient
+from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, bad_gradient
 from layerwise.quantities.base import Quantity
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import first_bad_call, named_parameters_of
@@ -152,7 +152,7 @@ class Preconditioner:
         watched = Watched(due=is_due(self.steps, self.update_factors_every))
         if watched.due or self._team.size > 1:  # the ranks' terms are counted at every step
             request = self._due(names) if watched.due else None
-            watch = Watch(
+            watch = CurvatureWatch(
                 self.model, lambda whole: {} if request is None else self._ask(request, whole), watched,
                 self.on_nonfinite == "raise",
             )  # fmt: skip

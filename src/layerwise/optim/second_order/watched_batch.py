@@ -1,4 +1,4 @@
-"""One watched batch: an observation that survives NaN, and batches whose samples cannot be told apart."""
+"""One watched batch: its curvature is measured, and a loss that is not finite is noted instead of raised."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, Undefined
 from layerwise.graph.coverage import prove
-from layerwise.observation.observe import observe
-from layerwise.observation.seen import Seen
+from layerwise.observation.engine import Observation
 from layerwise.observation.union import Batch
 from layerwise.optim.second_order.averages import Measured
 from layerwise.quantities.base import Context, Quantity, Union
@@ -21,15 +20,15 @@ from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use, first_bad_call
 from layerwise.tensors import is_finite
 
-__all__ = ["NO_BATCH", "Found", "Watch", "Watched", "bad_gradient"]
+__all__ = ["NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "bad_gradient"]
 
-_UNTOLD = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # samples that are mixed, or hard to find
+_NO_SAMPLES = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # where samples are mixed, or hard to find
 
 
 NO_BATCH = Batch(0, None)
 
 
-class Found(NamedTuple):
+class MeasuredSums(NamedTuple):
     """The sums by parameter from which a quantity finishes the blocks of one kind, and the batches they cover."""
 
     kind: str
@@ -54,7 +53,7 @@ class Watched:
     bad: str | None = None
     suspect: str | None = None
     due: bool = False
-    found: list[Found] = field(default_factory=list)
+    found: list[MeasuredSums] = field(default_factory=list)
     batch: Batch = NO_BATCH
     weight: float = 1.0
     in_grad: bool = True
@@ -71,40 +70,42 @@ class Watched:
         self.found = []
 
 
-class Watch(observe):
-    """An observation in which a loss that is not finite runs back as it would without.
+class CurvatureWatch:
+    """Observe backward passes; one from a loss that is not finite runs as it would without.
 
     ask: the quantities by kind; whether the samples of the batch can be told apart is its argument. Where a first
     batch cannot be measured sample by sample, it is asked again for what can do without. keep: hold what the calls
     read and gave until the batch is found good, to name the first bad one.
     """
 
-    _keeps_inputs = True  # to name the call that made a gradient overflow
-
     def __init__(self, model: Any, ask: Callable[[bool], Mapping[str, Quantity]], watched: Watched, keep: bool) -> None:
         self._asked = ask(False)
-        super().__init__(model, *self._asked.values())
-        self._ask, self._watched, self._keep, self._passes = ask, watched, keep, 0
-        self._keeps_outputs = keep
+        self._model, self._ask, self._watched, self._keep = model, ask, watched, keep
+        # what uses hold is read afterwards, to name the call that made a gradient overflow
+        self._observation = Observation(model, tuple(self._asked.values()), keeps_inputs=True)
 
-    def __enter__(self) -> Seen:
-        self._results = super().__enter__()
-        return self._results
+    def __enter__(self) -> None:
+        self._tape = Tape(self._model, self._on_backward, self._keep, own_losses=True)
+        self._tape.whole = True
+        self._results = self._observation.start(self._tape)
 
-    def result(self) -> tuple[list[Found], Batch]:
+    def __exit__(self, *exc: Any) -> None:
+        self._observation.stop(*exc)
+
+    def result(self) -> tuple[list[MeasuredSums], Batch]:
         """What was measured, by kind, and of which batch. Raises BadInput where no backward pass ran."""
-        seen = self._results
-        if not seen._count:
+        results = self._results
+        if not results.count:
             raise BadInput(
                 "this batch was watched to measure factors, but no backward pass ran; call loss.backward() "
                 "inside `with pre.watch()`"
             )
-        batch = seen._batch()
+        union = results.batch.union("loss")
         found = [
-            Found(kind, quantity, seen._values_of(i), batch.union(self._scale))
+            MeasuredSums(kind, quantity, results.values_of(i), union)
             for i, (kind, quantity) in enumerate(self._asked.items())
         ]
-        return found, batch
+        return found, results.batch
 
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         with alone(total.device.type):
@@ -135,20 +136,17 @@ class Watch(observe):
 
     def _observed(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         try:
-            out = super()._on_backward(tape, total, weight, run)
-        except _UNTOLD:
-            again = self._ask(True)
-            if self._ran or self._passes or not again:
+            return self._observation.run(tape, total, weight, run)
+        except _NO_SAMPLES:
+            whole = self._ask(True)
+            if self._ran or self._results.count or not whole:
                 raise
-            self._asked, self._quantities = again, tuple(again.values())
-            self._results = self._seen = Seen(self._quantities, self._scale, list(tape.parameters))
-            out = super()._on_backward(tape, total, weight, run)
-        self._passes += 1
-        return out
+            self._asked = whole
+            self._results = self._observation.restart(tuple(whole.values()))
+            return self._observation.run(tape, total, weight, run)
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of a loss that was computed here, none of them in `.grad`."""
-        assert self._tape is not None
         found: list[Tensor | None] = [None for _ in inputs]
 
         def run() -> None:

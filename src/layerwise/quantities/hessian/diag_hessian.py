@@ -25,7 +25,7 @@ from layerwise.graph.products import HessianProducts, gradient_of, pull_stack, t
 from layerwise.graph.samples import SampleLayout
 from layerwise.quantities.base import Quantity, positive, takes_draws
 from layerwise.quantities.hessian import residual_columns
-from layerwise.quantities.hessian.residual_columns import Plan
+from layerwise.quantities.hessian.residual_columns import ResidualPlan
 from layerwise.quantities.hessian.unit_columns import Unit, plan
 from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
@@ -76,7 +76,7 @@ class DiagHessian(Quantity):
             hessian = HessianProducts.of(graph.total, graph.weight, parameters)
             return dict(zip(names, self._sampled(hessian, parameters), strict=True))
         plans, rest = plan(tape, graph, layout, names)
-        columns: Plan | None = None
+        columns: ResidualPlan | None = None
         if layout is not None and plans:
             columns, plans = residual_columns.plan(graph, layout, plans)
         self._check_cost(columns, plans, rest, tape, layout)
@@ -100,7 +100,12 @@ class DiagHessian(Quantity):
         return ((total,) for total in totals)
 
     def _check_cost(
-        self, columns: Plan | None, plans: Sequence[Unit], rest: Sequence[str], tape: Tape, layout: SampleLayout | None
+        self,
+        columns: ResidualPlan | None,
+        plans: Sequence[Unit],
+        rest: Sequence[str],
+        tape: Tape,
+        layout: SampleLayout | None,
     ) -> None:
         """Refuse more products than asked for, before the first."""
         counts = {", ".join(unit.names): unit.count for unit in plans}

@@ -34,7 +34,7 @@ from layerwise.rows.views import view_maps
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
-__all__ = ["Plan", "plan"]
+__all__ = ["ResidualPlan", "plan"]
 
 _STACK_ELEMENTS = 2**20  # of the cotangents of one stack of columns: they are read again while the cache holds them
 _PRODUCT = 2  # columns that take as long as one product with the Hessian
@@ -73,7 +73,7 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResidualPlan:
     """The uses whose diagonals come from columns of the root and of residuals, and what gives them.
 
     exact: by use, the residuals that need no columns, `[*out_shape]`.
@@ -168,7 +168,7 @@ def _send(
 # -- which uses, and what gives them ------------------------------------------------------------------------
 
 
-def plan(graph: Graph, layout: SampleLayout, units: Sequence[Unit]) -> tuple[Plan | None, list[Unit]]:
+def plan(graph: Graph, layout: SampleLayout, units: Sequence[Unit]) -> tuple[ResidualPlan | None, list[Unit]]:
     """The units that columns of residuals serve at less cost than products with the Hessian, and the others."""
     try:
         known = likelihoods(graph)
@@ -194,7 +194,7 @@ def plan(graph: Graph, layout: SampleLayout, units: Sequence[Unit]) -> tuple[Pla
     mine = [unit for unit in units if unit.use.index in chosen]
     left = [unit for unit in units if unit.use.index not in chosen]
     kept = [replace(s, below=s.below & chosen) for s in sources if s.below & chosen]
-    return Plan(layout, tops, mine, {i: d for i, d in exact.items() if i in chosen}, kept), left
+    return ResidualPlan(layout, tops, mine, {i: d for i, d in exact.items() if i in chosen}, kept), left
 
 
 def _roots(tops: Sequence[LossCurvature]) -> int:

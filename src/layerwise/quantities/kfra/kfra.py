@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
-from layerwise.graph.cotangents import Averaged
-from layerwise.quantities.base import Union, positive
+from layerwise.graph.cotangents import InGraph
+from layerwise.graph.coverage import Graph
+from layerwise.graph.samples import SampleLayout
+from layerwise.quantities.base import Union, positive, sum_of_stacks
+from layerwise.quantities.kfra.recursion import AveragedGradient, averaged
 from layerwise.quantities.kronecker.factors import KroneckerFactors, options
 from layerwise.rows.base import Rows
+from layerwise.tape.tape import Tape
 
 __all__ = ["KFRA"]
 
@@ -45,13 +50,22 @@ class KFRA(KroneckerFactors):
 
     def __init__(self, sharing: str = "expand", joint: bool = False, max_bytes: int = MAX_BYTES) -> None:
         positive("KFRA's max_bytes", max_bytes)
-        super().__init__(Averaged(max_bytes), sharing, joint)
+        super().__init__(InGraph(), sharing, joint)
         self.max_bytes = max_bytes
         self.needs_samples = True
 
+    def gradients(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> Iterator[ParameterGradient]:
+        """The parameters with their averaged blocks, or with the columns of a block's root."""
+        assert layout is not None  # needs_samples
+        return averaged(tape, graph, layout, self.max_bytes)
+
+    def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Any, ...]]:
+        """The sums of the factors of each parameter."""
+        return sum_of_stacks(self, self.gradients(tape, graph, layout))
+
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
         """The sums of the factors of each matrix."""
-        if gradient.curvature is None:  # columns of the block's root
+        if not isinstance(gradient, AveragedGradient):  # columns of the block's root
             return super().compute(gradient)
         if self.from_gradients(gradient):
             raise Undefined(
@@ -67,9 +81,9 @@ class KFRA(KroneckerFactors):
 
     def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
         """The averaged blocks over the outputs, summed over positions."""
-        curvature = gradient.curvature
-        assert curvature is not None
-        return _over_positions(curvature, self.sharing).diagonal(dim1=0, dim2=2).movedim(2, 0).to(rows.g.dtype)
+        if not isinstance(gradient, AveragedGradient):
+            return super().output_factor(gradient, rows)
+        return _over_positions(gradient.curvature, self.sharing).diagonal(dim1=0, dim2=2).movedim(2, 0).to(rows.g.dtype)
 
     def check_union(self, seen: Union, batch: Union) -> None:
         """Refuse a second batch."""

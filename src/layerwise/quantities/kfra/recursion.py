@@ -10,6 +10,7 @@ two uses; all of it is told by probes, so there is no rule for any layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
-from layerwise.gradient.parts import Part, parts_of
+from layerwise.gradient.parts import Part, RowsPart, parts_of
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
-from layerwise.graph.loss_curvature import LossCurvature
+from layerwise.graph.loss_curvature import likelihoods, loss_curvatures
 from layerwise.graph.probes import draws, join, matrix_among, near, sample_axes, split
 from layerwise.graph.products import pull_stack
 from layerwise.graph.samples import SampleLayout
@@ -34,7 +35,7 @@ from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["averaged"]
+__all__ = ["AveragedGradient", "averaged"]
 
 _ELEMENTS = 2**22  # of a stack of columns of the loss Hessian
 _SMALL = 2**14  # a cotangent below this many elements is sent together with others
@@ -53,23 +54,29 @@ class _Place(NamedTuple):
         return self.shape.numel() // self.samples.n
 
 
-def averaged(
-    tape: Tape, graph: Graph, curvatures: Sequence[LossCurvature], layout: SampleLayout, max_bytes: int
-) -> Iterator[ParameterGradient]:
-    """The parameters of a chain, from the loss down, with inputs and `curvature`, but zero cotangents.
+@dataclass(frozen=True, kw_only=True)
+class AveragedGradient(ParameterGradient):
+    """Zero cotangents with the averaged Hessian by the output rows of one sample, `[T,K,O,T,K,O]`."""
+
+    curvature: Tensor
+
+
+def averaged(tape: Tape, graph: Graph, layout: SampleLayout, max_bytes: int) -> Iterator[ParameterGradient]:
+    """The parameters of a chain, from the loss down, as `AveragedGradient`.
 
     Those without row form come with the columns of a root of the curvature instead, alike for all samples.
     max_bytes: the largest block to hold. Raises Undefined, before any work, where the graph is no chain or a block
     would be larger.
     """
+    (top, *_) = loss_curvatures(graph, likelihoods(graph), layout)
     links = chain(graph)
     places = [_Place(link.use.edge, layout.uses[link.use.index], link.use.call.out_shape) for link in links]
-    if curvatures[0].parts is not None:
+    if top.parts is not None:
         raise Undefined(
-            f"asked for a recursion down a chain, but {curvatures[0].likelihood.call} couples the positions of a "
-            "sample, or several outputs; ask for KFLR"
+            f"asked for a recursion down a chain, but {top.likelihood.call} couples the positions of a sample, or "
+            "several outputs; ask for KFLR"
         )
-    likelihood = curvatures[0].likelihood
+    likelihood = top.likelihood
     dtype = torch.promote_types(likelihood.logits.dtype, torch.float32)
     _check_size(links, places, dtype, max_bytes)
     for i, (link, place) in enumerate(zip(links, places, strict=True)):
@@ -210,19 +217,19 @@ def _gradients(tape: Tape, use: Use, place: _Place, block: Tensor) -> Iterator[P
     parts: dict[str, list[Part]] = {}
     for name, part in parts_of(tape, use, zero, place.samples):
         parts.setdefault(name, []).append(part)
-    apart = {name for name, found in parts.items() if len(found) > 1 or found[0].rows is None}
-    for name, (part, *_) in parts.items():
-        if name in apart:
+    without_rows: set[str] = set()
+    for name, (part, *others) in parts.items():
+        if others or not isinstance(part, RowsPart):
+            without_rows.add(name)
             continue
-        assert part.slot is not None and part.rows is not None
         rows = part.rows.g.shape[2:]
         curvature = block
         if not _keeps_order(part.slot, place):
             curvature = through(block, _as_rows(part.slot, place, block.dtype), place.samples.n)
         curvature = curvature.view(*rows, *rows)
-        yield ParameterGradient(name, tape.parameters[name].shape, [part], curvature=curvature)
-    if apart:
-        yield from _from_root(tape, use, place, block, apart)
+        yield AveragedGradient(name, tape.parameters[name].shape, [part], curvature=curvature)
+    if without_rows:
+        yield from _from_root(tape, use, place, block, without_rows)
 
 
 def _from_root(tape: Tape, use: Use, place: _Place, block: Tensor, names: set[str]) -> Iterator[ParameterGradient]:

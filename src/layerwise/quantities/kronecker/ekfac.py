@@ -58,7 +58,7 @@ class Kept:
         return self
 
     def described(self) -> Held:
-        """A rank without such gradients holds none."""
+        """Placeholder for a rank whose batch did not use the parameter: contributes zero."""
         return Held()
 
     def spectrum(self, i: int, block: EigenBlock) -> Tensor:
@@ -70,7 +70,7 @@ class Kept:
 
 
 class Held(NamedTuple):
-    """`Kept`, without the gradients."""
+    """Placeholder for the `Kept` gradients of another rank: none."""
 
     kinds: tuple[Kind, ...] = ()
 
@@ -146,25 +146,25 @@ class EKFAC(KroneckerFactors):
         self.basis = basis.eigh() if isinstance(basis, Kronecker) else basis
         self.powers = (1, 1) if basis is None else (1,)
 
-    def first(self) -> Quantity | None:
+    def first_pass(self) -> Quantity | None:
         """The factors, whose eigenvectors are the basis."""
         return Basis(self.cotangent) if self.basis is None else None
 
-    def after(self, found: Kronecker) -> EKFAC:
+    def second_pass(self, result: Kronecker) -> EKFAC:
         """The second moments in the eigenbasis of the factors."""
-        return EKFAC(self.draws, self.generator, found)
+        return EKFAC(self.draws, self.generator, result)
 
-    def settle(self, values: Mapping[str, tuple[Any, ...]], after: Quantity) -> dict[str, tuple[Any, ...]]:
-        """The second moments in the eigenbasis of `after`, of the rows held here."""
-        assert isinstance(after, EKFAC) and after.basis is not None
+    def second_values(self, values: Mapping[str, tuple[Any, ...]], second: Quantity) -> dict[str, tuple[Any, ...]]:
+        """The second moments in the eigenbasis of `second`, of the rows held here."""
+        assert isinstance(second, EKFAC) and second.basis is not None
         found: dict[str, tuple[Any, ...]] = {}
         for name, (its, kept) in values.items():
             keys = tuple(block_names(name, its.laid))
-            found[name] = (Spectra(keys, tuple(kept.spectrum(i, after.basis.blocks[k]) for i, k in enumerate(keys))),)
+            found[name] = (Spectra(keys, tuple(kept.spectrum(i, second.basis.blocks[k]) for i, k in enumerate(keys))),)
         return found
 
-    def share(self, ranks: Ranks) -> None:
-        """Give all ranks the bits of one basis: eigenvectors differ between machines where eigenvalues meet."""
+    def broadcast(self, ranks: Ranks) -> None:
+        """Broadcast rank 0's eigenbasis: eigenvectors differ between machines where eigenvalues meet."""
         assert self.basis is not None
         blocks = self.basis.blocks
         found = [q for n in sorted(blocks) for q in (blocks[n].basis_in, blocks[n].basis_out) if q is not None]
@@ -181,7 +181,7 @@ class EKFAC(KroneckerFactors):
         blocks = self._basis_of(gradient)
         if gradient.groups is not None:
             each = zip(gradient.groups, blocks.values(), strict=True)
-            return (Spectra(tuple(blocks), tuple(second_moment(p.rows, b) for p, b in each if p.rows)),)
+            return (Spectra(tuple(blocks), tuple(second_moment(p.rows, b) for p, b in each)),)
         ((name, block),) = blocks.items()
         total = torch.zeros_like(block.spectrum)
         for chunk in gradient.chunks():
@@ -289,5 +289,5 @@ def held(gradient: ParameterGradient) -> tuple[Gradients, ...]:
     """The gradients of each matrix, in memory of their own: the user may write to a batch's before they are read."""
     if gradient.groups is None:
         return (gram.as_matrices(gradient.per_sample(), gradient.shape),)
-    rows = [part.rows for part in gradient.groups if part.rows is not None]
+    rows = [part.rows for part in gradient.groups]
     return tuple(Rows(None if r.a is None else r.a.clone(), r.g, r.size_in) for r in rows)

@@ -48,7 +48,7 @@ class KroneckerFactors(Quantity):
         else:
             if not gradient.column:
                 laid = gradient.laid(self.joint)
-            sums = tuple(self._of_rows(gradient, part.rows) for part in groups if part.rows)
+            sums = tuple(self._of_rows(gradient, part.rows) for part in groups)
         form = laid.form if laid is not None else "rows"  # of further stacks, which are added to the first
         return (Factors(gradient.name, gradient.shape, form, sums, laid),)
 
@@ -141,9 +141,9 @@ def options(quantity: KroneckerFactors) -> str:
     return sharing + (", joint=True" if quantity.joint else "")
 
 
-def _long(rows: Rows | None) -> bool:
+def _long(rows: Rows) -> bool:
     """Whether an index would have a mean whose products no longer fit a dense matrix."""
-    return rows is not None and rows.kind == "index" and rows.size_in > layout.LONG_SIDE
+    return rows.kind == "index" and rows.size_in > layout.LONG_SIDE
 
 
 def _reduced(rows: Rows) -> Rows:

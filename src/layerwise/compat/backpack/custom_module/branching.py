@@ -14,7 +14,7 @@ from layerwise.errors import BadInput
 __all__ = ["ActiveIdentity", "Parallel", "SumModule"]
 
 
-class _Branch(nn.ModuleDict):
+class Branch(nn.ModuleDict):
     """Several modules of one input, named as in `nn.Sequential`; returns the tuple of their outputs."""
 
     def __init__(self, *args: Any) -> None:
@@ -44,7 +44,7 @@ class Parallel(nn.Module):
 
     def __init__(self, *args: Any, merge_module: nn.Module | None = None) -> None:
         super().__init__()
-        self.branch = _Branch(*args)
+        self.branch = Branch(*args)
         self.merge = SumModule() if merge_module is None else merge_module
 
     def forward(self, input: Tensor) -> Tensor:

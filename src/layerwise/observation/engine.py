@@ -1,0 +1,146 @@
+"""The engine of an observation: runs the user's backward pass with everything that it is observed with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput
+from layerwise.graph.coverage import prove
+from layerwise.graph.loss_curvature import resolved
+from layerwise.graph.products import SecondOrder
+from layerwise.observation.backward_pass import BackwardPass, Settings
+from layerwise.observation.guards import (
+    check_covered,
+    check_finite,
+    check_gradient,
+    retained_grads_preserved,
+    rollback,
+    snapshot,
+)
+from layerwise.observation.results import Results
+from layerwise.observation.root_columns import send_roots
+from layerwise.observation.stream import Stream
+from layerwise.quantities.base import Quantity, positive
+from layerwise.ranks.trainers import GraphTrainers, whole_parameters
+from layerwise.tape.pull import accumulated, alone, hooked
+from layerwise.tape.tape import Tape
+
+__all__ = ["Observation"]
+
+
+class Observation:
+    """Quantities of backward passes through recorded forwards, added to its `Results`.
+
+    As a context it records on a tape of its own and gives the results; `start` takes a tape of the caller's, whose
+    handler then calls `run`. keeps_inputs: whether what uses hold is read after the user's backward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        quantities: Sequence[Quantity],
+        settings: Settings = Settings(),  # noqa: B008
+        keeps_inputs: bool = False,
+    ) -> None:
+        for q in quantities:
+            if not isinstance(q, Quantity):
+                hint = " (an instance, not the class)" if isinstance(q, type) else ""
+                raise BadInput(f"asked to observe {q!r}; give quantities such as Variance(){hint}")
+        if settings.scale not in ("loss", "sample"):
+            raise BadInput(f'scale must be "loss" or "sample", got {settings.scale!r}')
+        dtype = settings.dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise BadInput(f"dtype must be a floating-point type such as torch.float32, or None, got {dtype!r}")
+        positive("observe's samples", settings.samples)
+        self._model, self._settings, self._keeps_inputs = model, settings, keeps_inputs
+        self._quantities = quantities
+        self._results: Results | None = None
+        self._tape: Tape | None = None
+        self._second_order: SecondOrder | None = None
+
+    def restart(self, quantities: Sequence[Quantity] | None = None) -> Results:
+        """Observe these quantities (None: the same) from now on, with results of their own, empty at first."""
+        self._quantities = self._quantities if quantities is None else quantities
+        self._results = Results(self._quantities, self._settings.scale)
+        return self._results
+
+    def __enter__(self) -> Results:
+        tape = Tape(self._model, self.run, own_losses=True)
+        tape.whole = True
+        return self.start(tape)
+
+    def __exit__(self, *exc: Any) -> None:
+        self.stop(*exc)
+
+    def start(self, tape: Tape) -> Results:
+        """Record on a tape until `stop`; the results are empty at first."""
+        if self._tape is not None:
+            raise BadInput("this observe() is active already; make another one to observe inside it")
+        self._tape = tape
+        results = self.restart()
+        results.follow(tape.parameters, tape.owners)
+        tape.__enter__()
+        if any(q.cotangent.twice for q in self._quantities):
+            self._second_order = SecondOrder()
+            self._second_order.__enter__()
+        return results
+
+    def stop(self, *exc: Any) -> None:
+        """End the record; the results live on with whoever holds them."""
+        assert self._tape is not None
+        tape, self._tape, self._results = self._tape, None, None
+        if self._second_order is not None:
+            self._second_order.__exit__(*exc)
+            self._second_order = None
+        tape.__exit__(*exc)
+        tape.clear()
+
+    def run(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
+        """Run the user's backward pass from `total` (times `weight`) and observe it; the result of `run`."""
+        if total.is_meta:
+            raise BadInput("asked to observe a backward pass from a loss on the meta device, which holds no numbers")
+        results = self._results
+        assert results is not None
+        results.follow(tape.parameters, tape.owners)
+        with whole_parameters(self._model, total) as trainers:
+            return self._run(tape, total, weight, run, results, trainers)
+
+    def _run(
+        self,
+        tape: Tape,
+        total: Tensor,
+        weight: Tensor | None,
+        run: Callable[[], Any],
+        results: Results,
+        trainers: GraphTrainers,
+    ) -> Any:
+        device = total.device.type
+        with alone(device), retained_grads_preserved(tape.retained()), trainers.paused():
+            check_finite(total)
+            own_losses = tape.returned is not None
+            graph, known = resolved(lambda without: prove(tape, total, weight, without=without), own_losses)
+            observed = BackwardPass(tape, graph, known, results.quantities, self._model, self._settings)
+            results.check(observed.batch)
+            send_roots(observed)
+            stream = Stream(observed, self._keeps_inputs)
+        before = {name: snapshot(p) for name, p in tape.owners.items()}
+        covered = graph.parameters()
+        stream.release()
+        try:
+            with hooked(stream.awaited(), stream.receive), accumulated(tape.parameters) as arrived:
+                out = run()
+            with alone(device):
+                check_covered(tape, before, arrived, covered)
+                gradient = {name: arrived[name] for name in covered if name in arrived}
+                check_gradient(gradient)
+                stream.finish(gradient)
+                results.add(observed.batch, observed.values, {name: (g,) for name, g in gradient.items()})
+        except BaseException:
+            rollback(tape, before)
+            raise
+        tape.forget(graph.uses, graph.losses)
+        return out

@@ -1,0 +1,175 @@
+"""Quantities of the gradient, computed from the cotangents of the user's own backward pass while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import Undefined
+from layerwise.gradient.derived import carries
+from layerwise.gradient.parameter import ParameterGradient, PartCollector
+from layerwise.gradient.parts import DensePart, LaterPart, Part, RowsPart
+from layerwise.observation.backward_pass import BackwardPass
+from layerwise.observation.guards import Fingerprints
+from layerwise.tape.pull import alone, pull
+from layerwise.tape.uses import Use
+
+__all__ = ["SecondStage", "Stream"]
+
+
+class Stream:
+    """Contract every parameter's gradient as soon as the cotangents of all its uses have arrived.
+
+    keeps_inputs: whether what uses hold is read after the user's backward pass.
+    """
+
+    def __init__(self, observed: BackwardPass, keeps_inputs: bool) -> None:
+        self._observed, self._keeps_inputs = observed, keeps_inputs
+        quantities = observed.quantities
+        self._indices = sorted(observed.streamed, key=lambda i: not quantities[i].computed_first)
+        self._second = SecondStage(observed, [i for i in self._indices if quantities[i].revisits])
+        self._fingerprints = Fingerprints()
+        if self._second.must_come_first():
+            self._fingerprints = self._second.run_both()
+            self._indices = [i for i in self._indices if i not in self._second.indices]
+            self._second = SecondStage(observed, [])
+        self._rows_only = all(quantities[i].rows_only for i in self._indices)
+        self._collector = PartCollector(observed.tape, observed.graph.uses)
+        self._received: set[int] = set()
+
+    def awaited(self) -> list[Use]:
+        """The uses whose cotangents are wanted from the user's backward pass."""
+        return self._observed.graph.uses if self._indices or self._fingerprints else []
+
+    def release(self) -> None:
+        """Let go of what uses hold, where nothing will read it: the user's backward pass wants the memory."""
+        if not (self._indices or self._keeps_inputs):
+            for use in self._observed.graph.uses:
+                use.release()
+
+    def receive(self, use: Use, g: Tensor) -> None:
+        """Take the cotangent of one use; a parameter whose uses have all arrived is contracted at once."""
+        with alone(g.device.type):
+            self._receive(use, g)
+
+    def _receive(self, use: Use, g: Tensor) -> None:
+        self._received.add(use.index)
+        g = g.detach()[None]
+        self._fingerprints.compare(use, g)
+        if not self._indices:
+            return
+        parts = self._observed.parts(use, g, rows_only=self._rows_only)
+        self._second.hold(use, g, parts)
+        for gradient in self._collector.add(use, parts):
+            _compute(self._observed, self._indices, gradient)
+            if not (self._second.indices or self._keeps_inputs):
+                for part in gradient.parts:
+                    if self._collector.complete(part.use):
+                        part.use.release()
+
+    def finish(self, reached: Collection[str]) -> None:
+        """Complete the values: a use that received no cotangent counts as zero, or is refused.
+
+        reached: the parameters that the backward pass gave a gradient.
+        """
+        self._fingerprints.check()
+        if not self._indices:
+            return
+        for gradient in self._collector.rest():  # some of its uses received no cotangent: they contribute nothing
+            _compute(self._observed, self._indices, gradient)
+        values, graph = self._observed.values, self._observed.graph
+        if self._observed.tape.partial:  # `inputs=` asks for the gradients of some parameters alone
+            for i in self._indices:
+                values[i] = {name: v for name, v in values[i].items() if name in reached}
+        else:
+            missing = [use for use in graph.uses if use.index not in self._received]
+            unseen = {name for use in missing for name in use.names} - set(values[self._indices[0]])
+            if unseen:
+                raise Undefined(
+                    f"the backward pass never reached {missing[0]}, so nothing was recorded for "
+                    f"{', '.join(sorted(unseen))}: something between it and the loss passes no gradient on"
+                )
+        self._second.run()
+
+
+class SecondStage:
+    """Two-stage quantities (ClippedGrad): after `compute` of all parameters, `revisit` sees every gradient once more.
+
+    indices: their numbers.
+    """
+
+    def __init__(self, observed: BackwardPass, indices: Sequence[int]) -> None:
+        self._observed, self.indices = observed, indices
+        self._held: list[tuple[Use, Tensor, list[tuple[str, Part]]]] = []
+
+    def hold(self, use: Use, g: Tensor, parts: list[tuple[str, Part]]) -> None:
+        """Keep a cotangent, and its parts where they came back through a graph that the backward pass frees."""
+        if self.indices:
+            self._held.append((use, g, parts if any(_carried(part) for _, part in parts) else []))
+
+    def must_come_first(self) -> bool:
+        """Whether both stages must run before the user's backward pass, which frees the graph of derived weights."""
+        tape, uses = self._observed.tape, self._observed.graph.uses
+        return bool(self.indices) and not tape.partial and any(carries(tape, use) for use in uses)
+
+    def run_both(self) -> Fingerprints:
+        """Run both stages on cotangents pulled before the user's backward pass; what to compare its own with."""
+        graph = self._observed.graph
+        weight = torch.ones_like(graph.total) if graph.weight is None else graph.weight
+        pulled = pull([graph.total], [weight], [use.edge for use in graph.uses])
+        self._held = [(use, g.detach()[None], []) for use, g in zip(graph.uses, pulled, strict=True) if g is not None]
+        del pulled
+        fingerprints = Fingerprints([(use, g) for use, g, _ in self._held])
+        for gradient in self._gradients(list(self._held), later=True):
+            _compute(self._observed, self.indices, gradient)
+        self.run(later=True)
+        return fingerprints
+
+    def run(self, later: bool = False) -> None:
+        """Run the second stage on the held cotangents, which are let go on the way."""
+        if not self.indices:
+            return
+        observed = self._observed
+        first = {i: observed.values[i] for i in self.indices}
+        surveys = {i: observed.quantities[i].survey(first[i], observed.union) for i in self.indices}
+        for gradient in self._gradients(self._held, later):
+            for i in self.indices:
+                if gradient.name in first[i]:
+                    observed.values[i][gradient.name] = observed.quantities[i].revisit(gradient, surveys[i])
+
+    def _gradients(
+        self, held: list[tuple[Use, Tensor, list[tuple[str, Part]]]], later: bool
+    ) -> Iterator[ParameterGradient]:
+        collector = PartCollector(self._observed.tape, self._observed.graph.uses)
+        held.reverse()
+        while held:
+            use, g, parts = held.pop()
+            yield from collector.add(use, parts or self._observed.parts(use, g, later=later))
+        yield from collector.rest()
+
+
+def _compute(observed: BackwardPass, indices: Sequence[int], gradient: ParameterGradient) -> None:
+    for i in indices:
+        quantity = observed.quantities[i]
+        if quantity.covers(gradient):
+            observed.add(i, gradient, tuple([_unshared(t, gradient) for t in quantity.compute(gradient)]))
+
+
+def _carried(part: Part) -> bool:
+    """Whether a contribution came back through a graph of parameters, which a backward pass frees."""
+    return isinstance(part, LaterPart) or (isinstance(part, DensePart) and part.carried)
+
+
+def _unshared(t: Any, gradient: ParameterGradient) -> Any:
+    """The tensor in memory of its own: the cotangent of one sample can become `.grad`, which is added to in place."""
+    if not isinstance(t, Tensor):  # a value of several tensors, such as Kronecker factors
+        return t
+    storage = t.untyped_storage()._cdata  # not its data_ptr, which would end a lazy copy
+    for part in gradient.parts:
+        g = part.rows.g if isinstance(part, RowsPart) else part.values if isinstance(part, DensePart) else None
+        if g is not None and g.untyped_storage()._cdata == storage and t.numel() <= gradient.shape.numel():
+            return t.clone()
+    return t
