@@ -19,7 +19,7 @@ from layerwise import errors
 from layerwise.operators import EigenKronecker, Kronecker, KroneckerBlock
 from layerwise.quantities import EKFAC, KFAC, KFLR, PerSampleGrad, Quantity, SecondMoment, SqrtGGN
 from layerwise.rows import layout as layouts
-from layerwise.rows.views import view_maps
+from layerwise.rows.layout import MatrixLayout
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -68,15 +68,14 @@ def test_maps_of_a_view(name: str, order: str) -> None:
         used = VIEWS[name](p)
     except RuntimeError:
         pytest.skip("torch has no such view")
-    maps = view_maps(used, p)
-    assert maps is not None
-    to_parameter, from_parameter = maps
+    layout = MatrixLayout.of_view(used, p)
+    assert layout is not None
     w, other = torch.randn(2, 3, *used.shape), torch.randn(6, 4)
     want = torch.stack([torch.autograd.grad(used, p, g, retain_graph=True)[0] for g in w.flatten(0, 1)])
-    assert torch.equal(to_parameter(w), want.view(2, 3, 6, 4))
-    assert torch.equal(from_parameter(other), VIEWS[name](other.clone()))
-    assert torch.equal(from_parameter(to_parameter(w[0, 0])), w[0, 0])
-    assert to_parameter(w.to("meta")).shape == (2, 3, 6, 4)
+    assert torch.equal(layout.fold(w), want.view(2, 3, 6, 4))
+    assert torch.equal(layout.matrix(other), VIEWS[name](other.clone()))
+    assert torch.equal(layout.matrix(layout.fold(w[0, 0])), w[0, 0])
+    assert layout.fold(w.to("meta")).shape == (2, 3, 6, 4)
 
 
 def test_bad_blocks_are_refused() -> None:
@@ -90,11 +89,11 @@ def test_bad_blocks_are_refused() -> None:
 
 def test_what_shows_an_element_twice_is_no_view() -> None:
     p = nn.Parameter(torch.randn(6))
-    assert view_maps(p.unfold(0, 3, 1), p) is None
-    assert view_maps(p.expand(2, 6), p) is None
-    assert view_maps(p * 1, p) is None
+    assert MatrixLayout.of_view(p.unfold(0, 3, 1), p) is None
+    assert MatrixLayout.of_view(p.expand(2, 6), p) is None
+    assert MatrixLayout.of_view(p * 1, p) is None
     q = nn.Parameter(torch.randn(6))
-    assert view_maps(p[:2], q) is None
+    assert MatrixLayout.of_view(p[:2], q) is None
 
 
 @pytest.mark.parametrize("name", ["chunk", "columns", "steps", "turned slice", "permuted blocks"])
@@ -419,7 +418,7 @@ def test_a_basis_that_does_not_fit_is_refused() -> None:
     kflr = watch(model, x, y, KFLR()).kflr
     joint = watch(model, x, y, KFLR(joint=True)).kflr
     turned = {
-        n: KroneckerBlock(b.B, b.A, lambda w: w.mT.squeeze(-3), lambda p: p.t()[None]) if n == "0.weight" else b
+        n: KroneckerBlock(b.B, b.A, MatrixLayout.whole((3, 4), (1, 4, 3), (0, 2, 1))) if n == "0.weight" else b
         for n, b in kflr.blocks.items()
     }
     single = Kronecker({n: replace(b, B=b.B.float(), A=None if b.A is None else b.A.float())

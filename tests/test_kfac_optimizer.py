@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,9 +21,10 @@ from zoo import Case, cases
 import layerwise as lw
 from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.kronecker import KroneckerBlock
-from layerwise.optim.second_order.averages import Average, Layout, average, invert, layout_of, load, merge, save
+from layerwise.optim.second_order.averages import Average, average, invert, load, merge, save
 from layerwise.optim.second_order.preconditioner import is_due
 from layerwise.replay.state import seed_of
+from layerwise.rows.layout import MatrixLayout
 
 KFAC, Preconditioner = lw.optim.KFAC, lw.optim.Preconditioner
 
@@ -141,7 +144,7 @@ def test_sampled_factors_are_those_of_the_quantity_with_the_same_draws() -> None
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (6, 4), (3, 2, 2, 2)])
 @pytest.mark.parametrize("order", ["own", "transposed", "shuffled"])
-def test_a_layout_repeats_the_maps_of_a_block(shape: tuple[int, ...], order: str) -> None:
+def test_a_layout_repeats_the_function_that_it_was_read_off(shape: tuple[int, ...], order: str) -> None:
     numel = math.prod(shape)
     size = (2, 3, numel // 6)
     places = torch.randperm(numel, generator=torch.Generator().manual_seed(0))
@@ -151,8 +154,9 @@ def test_a_layout_repeats_the_maps_of_a_block(shape: tuple[int, ...], order: str
             return p.reshape(size)
         return p.reshape(numel // 6, 2, 3).permute(1, 2, 0) if order == "transposed" else p.flatten()[places].view(size)
 
-    block = KroneckerBlock(torch.zeros(2, size[2], size[2]), torch.zeros(2, 3, 3), matrix=matrix)
-    layout = layout_of(block, torch.Size(shape))
+    layout = MatrixLayout.whole(shape).then(matrix)
+    assert layout == MatrixLayout.at(shape, matrix(torch.arange(numel).view(shape)))
+    assert layout == pickle.loads(pickle.dumps(layout)) != MatrixLayout.whole(shape, (1, numel, 1))
     assert (layout.index is not None) == (order == "shuffled")
     p = torch.randn(shape)
     assert torch.equal(layout.matrix(p), matrix(p))
@@ -162,18 +166,39 @@ def test_a_layout_repeats_the_maps_of_a_block(shape: tuple[int, ...], order: str
     assert layout.fold(torch.empty(size, device="meta")).shape == p.shape
 
 
+@pytest.mark.parametrize("size", [(1, 2, 3), (2, 3, 2), (1, 2, 2)])
+def test_a_layout_is_saved_as_axes_or_as_places(size: tuple[int, int, int]) -> None:
+    """States hold axes of a whole parameter, else each element's place, and a layout read from either is the same."""
+    k, o, i = size
+    places = torch.arange(12).view(4, 3)
+    axes, index = (None, places.t()[:2, :i][None].contiguous()) if k == 1 else ((0, 2, 1), None)
+    state = {
+        "A": torch.eye(i).repeat(k, 1, 1), "B": torch.eye(o).repeat(k, 1, 1), "bias": None, "parameter": None,
+        "form": "rows", "batches": 3, "shape": [4, 3], "size": list(size), "index": index,
+        "axes": None if axes is None else list(axes), "inverse": None, "eigen": None,
+    }  # fmt: skip
+    held, _ = load(state, torch.device("cpu"))
+    assert held.block.layout == MatrixLayout.whole((4, 3)).then(
+        lambda p: p.t()[:2, :i][None] if k == 1 else p.reshape(k, i, o).mT
+    )
+    assert average(held, held.block, 0.9).batches == 4
+    again = save(held, None)
+    assert same(again, state) and again.keys() == state.keys()
+
+
 def test_averages_begin_anew_where_a_block_changes_and_leave_no_parameter_twice() -> None:
-    layout = Layout((3, 2), (1, 3, 2), (0, 1, 2))
-    apart = KroneckerBlock(torch.ones(1, 2, 2), torch.ones(1, 3, 3))
-    joint = KroneckerBlock(torch.ones(1, 3, 3), torch.ones(1, 3, 3), bias="b")
-    lone = Average(KroneckerBlock(None, torch.ones(1, 3, 3)), Layout((3,), (1, 3, 1), (0, 1, 2)))
-    first = average(None, apart, layout, 0.9)
-    assert average(first, apart, layout, 0.9).batches == 2
-    assert average(first, joint, layout, 0.9).batches == 1
-    assert average(first, apart, Layout((3, 2), (1, 3, 2), (0, 2, 1)), 0.9).batches == 1
+    layout = MatrixLayout.whole((3, 2), (1, 3, 2))
+    apart = KroneckerBlock(torch.ones(1, 2, 2), torch.ones(1, 3, 3), layout)
+    joint = KroneckerBlock(torch.ones(1, 3, 3), torch.ones(1, 3, 3), layout, bias="b")
+    lone = Average(KroneckerBlock(None, torch.ones(1, 3, 3), MatrixLayout.whole((3,), (1, 3, 1))))
+    first = average(None, apart, 0.9)
+    assert average(first, apart, 0.9).batches == 2
+    assert average(first, joint, 0.9).batches == 1
+    turned = replace(apart, layout=MatrixLayout.whole((3, 2), (1, 3, 2), (0, 2, 1)))
+    assert average(first, turned, 0.9).batches == 1
     old = {"w": first, "b": lone, "other": lone}
-    assert set(merge(old, {"w": average(None, joint, layout, 0.9)})) == {"w", "other"}
-    assert set(merge({"w": average(None, joint, layout, 0.9)}, {"b": lone})) == {"b"}
+    assert set(merge(old, {"w": average(None, joint, 0.9)})) == {"w", "other"}
+    assert set(merge({"w": average(None, joint, 0.9)}, {"b": lone})) == {"b"}
 
 
 def test_every_seed_and_step_has_draws_of_its_own() -> None:
@@ -532,11 +557,11 @@ def test_bad_factors_never_raise_and_never_give_nan(form: str) -> None:
 
 
 def test_a_factor_of_nan_is_the_identity_in_the_end() -> None:
-    block = KroneckerBlock(torch.full((1, 2, 2), float("nan")), torch.eye(2)[None])
+    layout = MatrixLayout.whole((2, 2), (1, 2, 2))
+    block = KroneckerBlock(torch.full((1, 2, 2), float("nan")), torch.eye(2)[None], layout)
     for form in ("pi", "factored", "eigen"):
         assert invert("w", block, 1e-3, form) == (None, True, False)
-    layout = Layout((2, 2), (1, 2, 2), (0, 1, 2))
-    held, inverse = load(save(Average(block, layout), invert("w", block, 1.0, "pi")), torch.device("cpu"))
+    held, inverse = load(save(Average(block), invert("w", block, 1.0, "pi")), torch.device("cpu"))
     assert inverse == (None, True, False) and held.batches == 1
     model = net()
     pre = Preconditioner(model)

@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -23,10 +24,8 @@ from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
 from layerwise.optim.second_order.averages import (
     Average,
     Inverse,
-    Layout,
     average,
     eigenbasis,
-    flat_layout,
     invert,
     rebased,
     with_moments,
@@ -34,6 +33,7 @@ from layerwise.optim.second_order.averages import (
 from layerwise.optim.second_order.blocks import Blocks
 from layerwise.optim.second_order.team import Team
 from layerwise.optim.second_order.trust import best_step, levenberg_marquardt
+from layerwise.rows.layout import MatrixLayout
 
 KFAC, DiagNewton, Preconditioner = lw.optim.KFAC, lw.optim.DiagNewton, lw.optim.Preconditioner
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -261,7 +261,7 @@ def test_ten_thousand_bad_factors(form: str) -> None:
             if basis is None:
                 counts["identity"] += 1
                 continue
-            held = Average(block, Layout((o, i), (1, o, i), (0, 1, 2)), 2)
+            held = Average(replace(block, layout=MatrixLayout.whole((o, i), (1, o, i))), 2)
             held = rebased(with_moments(held, basis, (10.0 * basis.spectrum).square(), 0.9), basis)
             assert held.eigen is not None
             block = held.eigen
@@ -294,10 +294,9 @@ def test_bad_diagonals_keep_the_last_inverse(bad: float) -> None:
 
 def test_an_eigenbasis_that_fails_keeps_the_one_before() -> None:
     a, b = torch.diag(torch.tensor([2.0, 1.0]))[None], torch.eye(3)[None]
-    layout = flat_layout(torch.Size((6,)))
     basis = eigenbasis("w", KroneckerBlock(a, b))
     assert basis is not None
-    held = with_moments(Average(KroneckerBlock(a, b), layout), basis, basis.spectrum + 1, 0.9)
+    held = with_moments(Average(KroneckerBlock(a, b)), basis, basis.spectrum + 1, 0.9)
     spoiled = held._replace(block=KroneckerBlock(a * math.nan, b), batches=2)
     team = Team(None, {})
     team.assign({"w": held.block})
@@ -308,7 +307,7 @@ def test_an_eigenbasis_that_fails_keeps_the_one_before() -> None:
     assert kept.eigen is held.eigen and turned.eigen is not held.eigen
     assert held.eigen is not None and turned.eigen is not None
     assert torch.allclose(turned.eigen.spectrum.sum(), held.eigen.spectrum.sum())  # a trace
-    anew = average(held, KroneckerBlock(torch.ones(1, 4, 4), b), layout, 0.9)
+    anew = average(held, KroneckerBlock(torch.ones(1, 4, 4), b), 0.9)
     assert anew.eigen is None and anew.batches == 1
 
 

@@ -22,6 +22,7 @@ from layerwise.operators import (
     ridge,
 )
 from layerwise.operators import kronecker as kronecker_module
+from layerwise.rows.layout import MatrixLayout
 
 F64 = torch.float64
 
@@ -227,47 +228,35 @@ def test_coordinate_descent_leaves_dead_columns() -> None:
 # --- Kronecker ------------------------------------------------------------------------------------
 
 
-def transposed_fold(w: Tensor) -> Tensor:
-    """As a transposed grouped convolution stores its weight: `[k·i, o]`."""
-    return w.mT.flatten(-3, -2)
-
-
 def operator(rank: int | None = None) -> tuple[Kronecker, dict[str, Tensor]]:
     """A block of each kind, and a random vector."""
     blocks = {
         "linear": KroneckerBlock(
             random_psd(1, 4, seed=1, rank=rank),
             random_psd(1, 3, seed=2, rank=rank),
-            lambda w: w.squeeze(-3),
-            lambda w: w[None],
+            MatrixLayout.whole((3, 4), (1, 3, 4)),
         ),
         "transposed": KroneckerBlock(
             random_psd(2, 3, seed=3, rank=rank),
             random_psd(2, 2, seed=4, rank=rank),
-            transposed_fold,
-            lambda w: w.view(2, 3, 2).mT,
+            MatrixLayout.whole((6, 2), (2, 2, 3), (0, 2, 1)),  # as a transposed grouped convolution: `[k·i, o]`
         ),
-        "bias": KroneckerBlock(
-            None, random_psd(2, 3, seed=5, rank=rank), lambda w: w.flatten(-3), lambda w: w.view(2, 3, 1)
-        ),
+        "bias": KroneckerBlock(None, random_psd(2, 3, seed=5, rank=rank), MatrixLayout.whole((6,), (2, 3, 1))),
         "embedding": KroneckerBlock(
             torch.tensor([[3.0, 0.0, 1.0, 2.0]], dtype=F64),
             random_psd(1, 2, seed=6, rank=rank),
-            lambda w: w.squeeze(-3).mT,
-            lambda w: w.mT[None],
+            MatrixLayout.whole((4, 2), (1, 2, 4), (0, 2, 1)),
         ),
         "joint": KroneckerBlock(
             random_psd(2, 4, seed=7, rank=rank),
             random_psd(2, 2, seed=8, rank=rank),
-            lambda w: w.flatten(-3, -2),
-            lambda w: w.view(2, 2, 3),
+            MatrixLayout.whole((4, 3), (2, 2, 3)),
             bias="joint.bias",
         ),
         "scale": KroneckerBlock(
             random_psd(5, 1, seed=9),
             random_psd(5, 1, seed=10),
-            lambda w: w.flatten(-3),
-            lambda w: w.view(5, 1, 1),
+            MatrixLayout.whole((5,), (5, 1, 1)),
         ),
     }
     shapes = {"linear": (3, 4), "transposed": (6, 2), "bias": (6,), "embedding": (4, 2), "joint": (4, 3)}
@@ -379,7 +368,9 @@ def test_inverse_of_bad_factors_is_finite(dtype: torch.dtype) -> None:
     for number in range(400):
         a, _ = bad_factor(number, dtype)
         b, _ = bad_factor(number + 3, dtype)
-        op = Kronecker({"w": KroneckerBlock(a[None], b[None], lambda w: w[0], lambda w: w[None])})
+        op = Kronecker(
+            {"w": KroneckerBlock(a[None], b[None], MatrixLayout.whole((len(b), len(a)), (1, len(b), len(a))))}
+        )
         v = {"w": torch.randn(len(b), len(a), generator=gen(number), dtype=dtype)}
         for damping in (1e-4, 1.0):
             for inv in (op.inverse(damping), op.inverse(damping, exact=True)):
@@ -424,7 +415,7 @@ def test_blocks_that_contradict_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_free_spectrum_in_a_kronecker_eigenbasis() -> None:
     block = operator()[0].eigh().blocks["linear"]
     spectrum = torch.rand(1, 3, 4, generator=gen(0), dtype=F64)
-    op = EigenKronecker({"w": EigenBlock(block.basis_in, block.basis_out, spectrum, block.fold, block.matrix)})
+    op = EigenKronecker({"w": EigenBlock(block.basis_in, block.basis_out, spectrum, block.layout)})
     basis = torch.kron(block.basis_out[0], block.basis_in[0])
     close(op.to_dense("w"), basis @ torch.diag(spectrum.flatten()) @ basis.T)
     w = torch.randn(1, 3, 4, dtype=F64, generator=gen(1))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from copy import copy
 
 import torch
 from torch import Tensor
 
 from layerwise.ops.base import Slot
-from layerwise.rows import layout
-from layerwise.rows.views import Map, view_maps
+from layerwise.rows.layout import MatrixLayout, grouped
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["carries", "carry", "hollow", "maps", "without_rows"]
+__all__ = ["carries", "carry", "without_rows"]
 
 
 def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -41,21 +39,18 @@ def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]
 def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:
     """The parameters that some use reads through a derived tensor or without row form, or uses as several matrices."""
     found: set[str] = set()
-    places: dict[str, list[Slot]] = {}
+    layouts: dict[str, list[tuple[MatrixLayout, Slot]]] = {}
     for use in uses:
         for derived, slot in zip(use.used, use.slots, strict=True):
             name = next(iter(derived.names))
-            if len(derived.names) > 1 or not slot.factored or view_maps(slot.used, tape.parameters[name]) is None:
+            view = MatrixLayout.of_view(slot.used, tape.parameters[name])
+            if len(derived.names) > 1 or not slot.factored or view is None:
                 found |= derived.names
             else:
-                places.setdefault(name, []).append(slot)
-    for name, slots in places.items():
-        if len(slots) > 1 and name not in found:
-            p = tape.parameters[name]
-            views = [(slot, view_maps(slot.used, p)) for slot in slots]
-            matrices = [maps(slot, view)[1] for slot, view in views if view is not None]
-            if layout.grouped(matrices, p.shape) is None:
-                found.add(name)
+                layouts.setdefault(name, []).append((view, slot))
+    for name, views in layouts.items():
+        if len(views) > 1 and name not in found and grouped([v.then(slot.matrix) for v, slot in views]) is None:
+            found.add(name)
     return found
 
 
@@ -63,23 +58,6 @@ def carries(tape: Tape, use: Use) -> bool:
     """Whether some gradient of a use goes back to its parameter through a graph."""
     return any(
         not slot.used.is_leaf
-        and (len(d.names) > 1 or view_maps(slot.used, tape.parameters[next(iter(d.names))]) is None)
+        and (len(d.names) > 1 or MatrixLayout.of_view(slot.used, tape.parameters[next(iter(d.names))]) is None)
         for d, slot in zip(use.used, use.slots, strict=True)
     )
-
-
-def maps(slot: Slot, view: tuple[Map, Map]) -> tuple[Map, Map]:
-    """Maps from a slot's matrix to the parameter and back; view: those from the used tensor."""
-    to_parameter, from_parameter = view
-    return lambda w: to_parameter(slot.fold(w)), lambda p: slot.matrix(from_parameter(p))
-
-
-def hollow(slot: Slot) -> Slot:
-    """A copy of a slot that keeps shapes alone, for `fold` and `matrix`."""
-    empty = copy(slot)
-    for key, value in vars(slot).items():
-        if isinstance(value, Tensor):
-            setattr(empty, key, torch.empty(value.shape, device="meta"))
-        elif callable(value) or (isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value)):
-            setattr(empty, key, None)
-    return empty

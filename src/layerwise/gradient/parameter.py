@@ -7,7 +7,7 @@ per-sample gradients otherwise: those of a derived tensor are carried back to it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from layerwise import tensors
 from layerwise.gradient.parts import LaterPart, Part, RowsPart, bias_of, joined_parts
 from layerwise.rows import contract, gram, layout, project
-from layerwise.rows.layout import Laid
+from layerwise.rows.layout import FactorForm
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
@@ -65,7 +65,7 @@ class ParameterGradient:
     @cached_property
     def _groups(self) -> list[list[int]] | None:
         """The numbers of parts that lay the parameter out alike, where those that do not share no element of it."""
-        return None if self._row_parts is None else layout.grouped([p.matrix for p in self._row_parts], self.shape)
+        return None if self._row_parts is None else layout.grouped([part.layout() for part in self._row_parts])
 
     @cached_property
     def groups(self) -> list[RowsPart] | None:
@@ -77,19 +77,17 @@ class ParameterGradient:
             return None
         return [joined_parts([parts[i] for i in group]) for group in self._groups]
 
-    def laid(self, partner: bool = False) -> Laid:
+    def laid(self, partner: bool = False) -> FactorForm:
         """How the parameter has Kronecker factors; partner: look for the bias of its uses as well."""
         if self.groups is None:
-            return layout.dense_laid(self.shape)
+            return FactorForm("gradients", (layout.dense_layout(self.shape),))
         found = tuple(part.layout() for part in self.groups)
-        if sum(part.slot.used.numel() for part in self.groups) < self.shape.numel():
-            return Laid("slices", found, layout.rest_of(found, self.shape))
-        if len(found) > 1:
-            return Laid("slices", found)
+        if len(found) > 1 or self.groups[0].slot.used.numel() < self.shape.numel():
+            return FactorForm("slices", found)
         if partner:
             names = {bias_of(part) for part in self._row_parts or ()}
-            found = (found[0]._replace(partner=names.pop() if len(names) == 1 else None),)
-        return Laid("rows", found)
+            found = (replace(found[0], partner=names.pop() if len(names) == 1 else None),)
+        return FactorForm("rows", found)
 
     @property
     def _fewest(self) -> Sequence[Part]:
@@ -158,7 +156,7 @@ class ParameterGradient:
         return self.shared[key][1]
 
     def dense_grams(self) -> tuple[Tensor, Tensor]:
-        """Sums over v and n of D D^T, `[1,O,O]`, and D^T D, `[1,I,I]` or its diagonal, D as `layout.dense_matrix`."""
+        """Sums over v and n of D D^T, `[1,O,O]`, and D^T D, `[1,I,I]` or its diagonal, D as `layout.dense_layout`."""
         return gram.dense_grams(self.chunks(), self.shape, self.like)
 
     def squared_norm(self) -> Tensor:
@@ -234,7 +232,7 @@ class ParameterGradient:
         left: `[J,R]`; right: `[J,C]`. The parameter's elements count in its own order, whatever the layout of its uses.
         """
         if (part := self.joined) is not None:
-            factors = project.in_layout(left, right, part.matrix, self.shape)
+            factors = project.in_layout(left, right, part.layout())
             if factors is not None:
                 return project.project_rows(part.rows, *factors)
         chunks = [project.project_vectors(g.reshape(*g.shape[:2], -1), left, right) for g in self._in_chunks()]

@@ -9,12 +9,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from layerwise.gradient.derived import carry, hollow, maps
+from layerwise.gradient.derived import carry
 from layerwise.ops.base import Slot
 from layerwise.rows import contract, gram
 from layerwise.rows.base import Rows, Samples
-from layerwise.rows.layout import Matrix
-from layerwise.rows.views import Map, view_maps
+from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
@@ -73,27 +72,21 @@ class _OfSlot(Part):
 
 @dataclass(frozen=True)
 class RowsPart(_OfSlot):
-    """Rows of the parameter itself; view: maps from the tensor that the slot reads to the parameter and back."""
+    """Rows of the parameter itself; view: where the tensor that the slot reads lies in the parameter."""
 
-    view: tuple[Map, Map]
+    view: MatrixLayout
 
-    @property
-    def fold(self) -> Map:
+    def fold(self, w: Tensor) -> Tensor:
         """`[..., K,O,I]` to `[..., *shape]`."""
-        return maps(self.slot, self.view)[0]
+        return self.view.fold(self.slot.fold(w))
 
-    @property
-    def matrix(self) -> Map:
-        """`[..., *shape]` to `[..., K,O,I]`."""
-        return maps(self.slot, self.view)[1]
-
-    def layout(self) -> Matrix:
-        """The maps to the parameter's shape and back, free of the batch and of the graph."""
-        return Matrix(*maps(hollow(self.slot), self.view), self.slot.bias)
+    def layout(self) -> MatrixLayout:
+        """Where the rows' matrix lies in the parameter."""
+        return self.view.then(self.slot.matrix, self.slot.bias)
 
     def per_sample(self, start: int, stop: int | None) -> Tensor:
         """`[V,n,*shape]`: the gradients of the samples from `start` to `stop`."""
-        return self.view[0](self._folded(start, stop))
+        return self.view.fold(self._folded(start, stop))
 
     def zeros(self, shape: Sequence[int]) -> Tensor:
         """Zeros of the type and on the device of the gradient."""
@@ -179,7 +172,7 @@ def parts_of(
         if len(derived.names) == 1:
             (name,) = derived.names
             where = None if name in unstructured else samples
-            view = view_maps(slot.used, tape.parameters[name])
+            view = MatrixLayout.of_view(slot.used, tape.parameters[name])
             if view is not None and slot.factored and (where is None or where.axis not in slot.aligned):
                 found.append((name, RowsPart(use, slot, slot.rows(g, where), view)))
                 continue

@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.quantities.base import ByParameter
 from layerwise.ranks.group import Ranks, digest_of, first_difference
-from layerwise.ranks.sums import Kind, describe, rebuild, tensors_of
+from layerwise.ranks.sums import TensorSpec, describe, tensors_of, zeros_like
 from layerwise.ranks.trainers import Placements
 
 __all__ = ["Table", "placed", "sum_tables"]
@@ -34,9 +34,9 @@ class Table(NamedTuple):
 
 
 class PerSample(NamedTuple):
-    """Shape and type of a value of single samples, which stays on its rank."""
+    """A value of single samples, which stays on its rank: its shape and type."""
 
-    kind: Kind
+    spec: TensorSpec
 
 
 def sum_tables(ranks: Ranks, tables: Sequence[Table], samples: int) -> list[Values]:
@@ -66,7 +66,7 @@ def _completed(ranks: Ranks, tables: Sequence[Table], samples: int) -> list[Tabl
     """The tables with the parameters of all ranks."""
     mine = {
         (table.label, name): tuple(
-            PerSample(Kind.of(value)) if own else describe(value)
+            PerSample(TensorSpec.of(value)) if own else describe(value)
             for value, own in zip(values, table.concatenate, strict=True)
         )
         for table in tables
@@ -86,7 +86,7 @@ def _completed(ranks: Ranks, tables: Sequence[Table], samples: int) -> list[Tabl
 
 def _text(found: Sequence[Any], stacks: bool) -> str:
     """What must agree: of a value of single samples all but their number, and the number of columns."""
-    return repr([(x.kind.shape[1 + stacks :], x.kind.dtype) if isinstance(x, PerSample) else x for x in found])
+    return repr([(x.spec.shape[1 + stacks :], x.spec.dtype) if isinstance(x, PerSample) else x for x in found])
 
 
 def _filled(table: Table, everything: Mapping[tuple[str, str], Sequence[Any]], samples: int) -> Values:
@@ -96,18 +96,18 @@ def _filled(table: Table, everything: Mapping[tuple[str, str], Sequence[Any]], s
     for (label, name), found in everything.items():
         if label == table.label and name not in values:
             values[name] = tuple(
-                _no_samples(x.kind, samples, columns, like.device)
+                _no_samples(x.spec, samples, columns, like.device)
                 if isinstance(x, PerSample)
-                else rebuild(x, None, like.device)
+                else zeros_like(x, like.device)
                 for x in found
             )
     return values
 
 
-def _no_samples(kind: Kind, samples: int, columns: int | None, device: torch.device) -> Tensor:
+def _no_samples(spec: TensorSpec, samples: int, columns: int | None, device: torch.device) -> Tensor:
     """Zero for every sample of a rank that did not use the parameter."""
-    rest = kind.shape[1:] if columns is None else (columns, *kind.shape[2:])
-    return torch.zeros((samples, *rest), dtype=kind.dtype, device=device)
+    rest = spec.shape[1:] if columns is None else (columns, *spec.shape[2:])
+    return torch.zeros((samples, *rest), dtype=spec.dtype, device=device)
 
 
 def placed(result: Any, placements: Placements) -> Any:

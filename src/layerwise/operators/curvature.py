@@ -20,7 +20,7 @@ from layerwise.graph.products import GaussNewtonProducts, HessianProducts, Produ
 from layerwise.graph.residuals import proved, residual_curvature
 from layerwise.losses import Likelihood
 from layerwise.operators.diagonal import check_names
-from layerwise.rows.views import view_maps
+from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.tape import Tape
 
 __all__ = ["GGN", "PCH", "CurvatureOperator", "Hessian"]
@@ -336,7 +336,7 @@ def _check_linear(tape: Tape, graph: Graph) -> None:
     for use in graph.uses:
         for derived, slot in zip(use.used, use.slots, strict=True):
             names = sorted(derived.names)
-            mapped = len(names) == 1 and view_maps(slot.used, tape.parameters[names[0]]) is not None
+            mapped = len(names) == 1 and MatrixLayout.of_view(slot.used, tape.parameters[names[0]]) is not None
             if not (mapped and slot.linear and slot.factored):
                 raise Undefined(
                     f"PCH: asked for the residuals of elementwise functions, but {use} is not known to be linear in "

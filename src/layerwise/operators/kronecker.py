@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Generic, TypeVar
@@ -15,28 +15,24 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.diagonal import check_damping, check_names, reciprocal, sum_parts
 from layerwise.operators.ridge import inverse
+from layerwise.rows.layout import MatrixLayout
 
 __all__ = ["EigenBlock", "EigenKronecker", "Kronecker", "KroneckerBlock"]
 
 DENSE_BYTES = 2**32  # `to_dense` refuses to build more
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
 class _Block:
     """One block of a matrix, acting on one parameter (and perhaps its bias), or a slice of it, laid out as `[K,O,I]`.
 
-    fold: carries `[..., K,O,I]` to `[..., *parameter.shape]`, zero outside the slice. matrix: its inverse.
+    layout: where that matrix lies in the parameter; None where it is the parameter.
     bias: the name of a second parameter `[K·O]` that is the last of the I inputs, or None.
     form: what the factors were made from: "rows" (inputs and cotangents), "slices" (the same, of one of several
     disjoint slices of the parameter) or "gradients" (of single samples). parameter: its name where that of the block
     is another.
     """
 
-    fold: Callable[[Tensor], Tensor]
-    matrix: Callable[[Tensor], Tensor]
+    layout: MatrixLayout | None
     bias: str | None
     form: str
     parameter: str | None
@@ -54,7 +50,15 @@ class _Block:
     def shape(self) -> torch.Size:
         """The shape of the parameter that the block belongs to."""
         k, o, i = self.size
-        return self.fold(torch.empty(k, o, i - (self.bias is not None), device="meta")).shape
+        return torch.Size(self.layout.shape if self.layout else (k, o, i - (self.bias is not None)))
+
+    def fold(self, w: Tensor) -> Tensor:
+        """`[..., K,O,I]` in the parameter's shape, `[..., *shape]`, zero outside the slice."""
+        return self.layout.fold(w) if self.layout else w
+
+    def matrix(self, p: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as `[K,O,I]`; the left inverse of `fold`."""
+        return self.layout.matrix(p) if self.layout else p
 
     def product(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The block's product with the parameter's tensor, and its bias's."""
@@ -119,8 +123,7 @@ class KroneckerBlock(_Block):
 
     A: Tensor | None
     B: Tensor
-    fold: Callable[[Tensor], Tensor] = _same
-    matrix: Callable[[Tensor], Tensor] = _same
+    layout: MatrixLayout | None = None
     bias: str | None = None
     form: str = "rows"
     parameter: str | None = None
@@ -180,8 +183,7 @@ class KroneckerBlock(_Block):
         b, basis_out = _eigh(name, self.B)
         a, basis_in = _eigh(name, self.input_factor)
         spectrum = b.clamp(min=0)[:, :, None] * a.clamp(min=0)[:, None, :]
-        rest = self.fold, self.matrix, self.bias, self.form, self.parameter
-        return EigenBlock(basis_in, basis_out, spectrum, *rest)
+        return EigenBlock(basis_in, basis_out, spectrum, self.layout, self.bias, self.form, self.parameter)
 
     def inverse(self, name: str, damping: float, balanced: bool = True) -> KroneckerBlock:
         """The block with both factors damped by Martens and Grosse's split (π = 1 unless balanced), then inverted."""
@@ -206,8 +208,7 @@ class EigenBlock(_Block):
     basis_in: Tensor | None
     basis_out: Tensor | None
     spectrum: Tensor
-    fold: Callable[[Tensor], Tensor] = _same
-    matrix: Callable[[Tensor], Tensor] = _same
+    layout: MatrixLayout | None = None
     bias: str | None = None
     form: str = "rows"
     parameter: str | None = None

@@ -8,29 +8,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["Described", "Kind", "Sum", "describe", "rebuild", "tensors_of"]
-
-Described = Any  # picklable; its repr differs where two values have no sum
+__all__ = ["Sum", "TensorSpec", "describe", "tensors_of", "zeros_like"]
 
 
-@runtime_checkable
-class Sum(Protocol):
-    """A value made of several tensors. Adding two adds theirs."""
-
-    def tensors(self) -> list[Tensor]:
-        """Those that add up over ranks, in a fixed order."""
-        ...
-
-    def replaced(self, tensors: Sequence[Tensor]) -> Any:
-        """The same with other tensors in their place."""
-        ...
-
-    def described(self) -> Described:
-        """Everything else, to be sent to a rank that has no such value; it has `rebuild(tensors)` and `kinds`."""
-        ...
-
-
-class Kind(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor's shape and type."""
 
     shape: tuple[int, ...]
@@ -40,33 +21,39 @@ class Kind(NamedTuple):
         return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
     @classmethod
-    def of(cls, t: Tensor) -> Kind:
-        """That of a tensor."""
+    def of(cls, t: Tensor) -> TensorSpec:
+        """The shape and type of a tensor."""
         return cls(tuple(t.shape), t.dtype)
 
 
-class Plain(NamedTuple):
-    """A tensor as a value."""
+@runtime_checkable
+class Sum(Protocol):
+    """A value made of several tensors. Adding two values adds their tensors."""
 
-    kinds: tuple[Kind, ...]
+    def tensors(self) -> list[Any]:
+        """The tensors that add up over ranks, in a fixed order."""
+        ...
 
-    def rebuild(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensor itself."""
-        return tensors[0]
+    def replaced(self, tensors: Sequence[Any]) -> Any:
+        """The same value with other tensors in their place."""
+        ...
 
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of a value."""
-    return [value] if isinstance(value, Tensor) else value.tensors()
-
-
-def describe(value: Any) -> Described:
-    """A value without its numbers."""
-    return Plain((Kind.of(value),)) if isinstance(value, Tensor) else value.described()
+    def described(self) -> Any:
+        """The value with a `TensorSpec` for each tensor: picklable, and its repr differs where two have no sum."""
+        ...
 
 
-def rebuild(described: Described, tensors: Sequence[Tensor] | None = None, device: Any = None) -> Any:
-    """A value from its description, and its tensors or zeros."""
-    if tensors is None:
-        tensors = [torch.zeros(kind.shape, dtype=kind.dtype, device=device) for kind in described.kinds]
-    return described.rebuild(tensors)
+def tensors_of(value: Any) -> list[Any]:
+    """The tensors of a value, or the specs of a described one."""
+    return [value] if isinstance(value, Tensor | TensorSpec) else value.tensors()
+
+
+def describe(value: Any) -> Any:
+    """A value without its numbers, to be sent to a rank that has no such value."""
+    return TensorSpec.of(value) if isinstance(value, Tensor) else value.described()
+
+
+def zeros_like(described: Any, device: torch.device) -> Any:
+    """A value of zeros from its description."""
+    zeros = [torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in tensors_of(described)]
+    return zeros[0] if isinstance(described, TensorSpec) else described.replaced(zeros)

@@ -15,9 +15,9 @@ __all__ = ["as_matrices", "dense_grams", "written_out"]
 
 @torch.no_grad()
 def dense_grams(chunks: Iterable[Tensor], shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of D D^T and D^T D over gradients `[..., *shape]` that come in chunks, D as `layouts.dense_matrix`.
+    """Sums of D D^T and D^T D over gradients `[..., *shape]` that come in chunks, D as `layout.dense_layout`.
 
-    Shapes: returns `[1,O,O]`, and `[1,I,I]` or, for I over `layouts.LONG_SIDE`, its diagonal `[1,I]`.
+    Shapes: returns `[1,O,O]`, and `[1,I,I]` or, for I over `layout.LONG_SIDE`, its diagonal `[1,I]`.
     """
     o, i, _ = dense_sides(shape)
     output = like.new_zeros(o, o)

@@ -1,170 +1,207 @@
-"""How the tensor that a use reads is a matrix, and where that matrix lies in its parameter."""
+"""`MatrixLayout`: where the elements of a matrix `[K,O,I]` lie in a parameter, as numbers."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerwise.rows.views import Map
-
-__all__ = [
-    "LONG_SIDE",
-    "Laid",
-    "Matrix",
-    "Places",
-    "dense_laid",
-    "dense_matrix",
-    "dense_sides",
-    "grouped",
-    "rest_of",
-    "same_places",
-]
+__all__ = ["LONG_SIDE", "FactorForm", "MatrixLayout", "dense_layout", "dense_sides", "grouped", "rest_of"]
 
 LONG_SIDE = 2**14  # of a matrix of per-sample gradients, beyond which its factor is a diagonal
 
 
-class Matrix(NamedTuple):
-    """How a parameter, or a slice of it, is a matrix `[K,O,I]`. Holds no data.
-
-    fold: `[..., K,O,I]` to `[..., *shape]`, zero outside the slice; matrix: its left inverse.
-    bias: where its inputs are the constant 1. partner: the bias that all its uses add to its rows, where known.
-    """
-
-    fold: Map
-    matrix: Map
-    bias: bool
-    partner: str | None = None
-
-
-class Laid(NamedTuple):
-    """How a parameter's gradient gives Kronecker factors, one pair for each of its matrices.
-
-    form: "rows", the inputs and cotangents of its uses as one matrix; "slices", those of uses that read disjoint
-    slices of it; "gradients", the gradients of single samples. rest: the elements that no use reads, or None.
-    """
-
-    form: str
-    matrices: tuple[Matrix, ...]
-    rest: Matrix | None = None
-
-    def same(self, other: Laid, shape: torch.Size) -> bool:
-        """Whether both have the same form and the same matrices."""
-        if self.form != other.form or len(self.matrices) != len(other.matrices):
-            return False
-        pairs = zip(self.matrices, other.matrices, strict=True)
-        return all(same_places(one.matrix, two.matrix, shape) for one, two in pairs)
-
-
-@dataclass(frozen=True)
-class Indices:
-    """A long row of places, with a short repr that differs where they do."""
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """A long index, equal by value; its repr is short and differs where two indices do."""
 
     values: Tensor
+    copies: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Tensor:
+        """The index on a device, copied there once."""
+        if device == self.values.device:
+            return self.values
+        if device not in self.copies:
+            self.copies[device] = self.values.to(device)
+        return self.copies[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"values": self.values, "copies": {}}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Places) and torch.equal(self.values, other.values)
+
+    def __hash__(self) -> int:
+        return hash(self.values.shape)
 
     def __repr__(self) -> str:
         return hashlib.sha256(self.values.numpy().tobytes()).hexdigest()
 
 
-class Places(NamedTuple):
-    """A `Matrix` as the places of its elements in the parameter, which can be sent to another process.
+@dataclass(frozen=True)
+class MatrixLayout:
+    """How a parameter, or a slice of it, is a matrix `[K,O,I]` (or a view of other axes): a value, which holds no data.
 
-    shape: [K,O,I]; view: strides and offset, where it is a view of contiguous memory; flat: else the places.
+    shape: of the parameter; size: of the matrix. strides, offset: its steps through the parameter's elements in their
+    own order, 0 along an axis of size 1; or index: the element at each place, int64 of that size, on the CPU.
+    bias: the inputs are the constant 1. partner: the bias that all uses add to their rows, where known. Neither of the
+    two counts in `==`.
     """
 
     shape: tuple[int, ...]
-    view: tuple[tuple[int, ...], int] | None
-    flat: Indices | None
-    bias: bool
-    partner: str | None
+    size: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    offset: int = 0
+    index: _Places | None = None
+    bias: bool = field(default=False, compare=False)
+    partner: str | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, matrix: Matrix, shape: torch.Size) -> Places:
-        """Those of a matrix of a parameter of some shape."""
-        found = _as_view(matrix.matrix, shape)
-        if found is not None:
-            return cls(tuple(found[0]), (tuple(found[1]), int(found[2])), None, matrix.bias, matrix.partner)
-        places = matrix.matrix(torch.arange(shape.numel()).reshape(shape))
-        return cls(tuple(places.shape), None, Indices(places.flatten()), matrix.bias, matrix.partner)
+    def strided(
+        cls, shape: Sequence[int], size: Sequence[int], strides: Sequence[int], offset: int = 0, bias: bool = False
+    ) -> MatrixLayout:
+        """The layout of a view with strides and an offset, of a contiguous parameter."""
+        steps = tuple(s if n > 1 else 0 for s, n in zip(strides, size, strict=True))
+        return cls(tuple(shape), tuple(size), steps if 0 not in size else (0,) * len(steps), offset, None, bias)
 
-    def restored(self, shape: torch.Size) -> Matrix:
-        """The matrix of a parameter of that shape."""
-        if self.flat is not None:
-            places = self.flat.values
+    @classmethod
+    def whole(
+        cls, shape: Sequence[int], size: Sequence[int] | None = None, axes: Sequence[int] | None = None,
+        bias: bool = False,
+    ) -> MatrixLayout:  # fmt: skip
+        """The layout of all elements in their own order; axes: the order that the axes of the matrix have there."""
+        size = shape if size is None else size
+        steps, step = [0] * len(size), 1
+        for axis in reversed(range(len(size)) if axes is None else axes):
+            steps[axis], step = step, step * size[axis]
+        return cls.strided(shape, size, steps, 0, bias)
+
+    @classmethod
+    def at(cls, shape: Sequence[int], places: Tensor, bias: bool = False) -> MatrixLayout:
+        """The layout of the elements at given places (int64), as strides where it has such."""
+        size, total = tuple(places.shape), math.prod(shape)
+        if places.numel():
+            first = int(places.flatten()[0])
+            steps = [int(places.select(d, 1).flatten()[0]) - first if n > 1 else 0 for d, n in enumerate(size)]
+            last = first + sum((n - 1) * step for n, step in zip(size, steps, strict=True))
+            if min(steps, default=0) >= 0 and last < total and _stepped(total, size, steps, first).equal(places):
+                return cls.strided(shape, size, steps, first, bias)
+        return cls(tuple(shape), size, None, 0, _Places(places.contiguous().cpu()), bias)
+
+    @classmethod
+    def of_view(cls, used: Tensor, parameter: Tensor) -> MatrixLayout | None:
+        """The layout of a strided view of a parameter; None where `used` is none, or shows an element twice."""
+        if used is parameter:
+            return cls.whole(parameter.shape)
+        if used._base is not parameter or used.dtype != parameter.dtype or used.layout is not torch.strided:
+            return None
+        if not (_injective(used) and _injective(parameter)):
+            return None
+        offset = int(used.storage_offset()) - int(parameter.storage_offset())
+        if parameter.is_contiguous():
+            return cls.strided(parameter.shape, used.shape, used.stride(), offset)
+        memory = torch.zeros(1 + sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)),
+                             dtype=torch.int64)  # fmt: skip
+        elements = torch.arange(parameter.numel()).reshape(parameter.shape)
+        memory.as_strided(parameter.shape, parameter.stride()).copy_(elements)
+        return cls.at(parameter.shape, memory.as_strided(used.shape, used.stride(), offset))
+
+    def then(self, matrix: Callable[[Tensor], Tensor], bias: bool = False) -> MatrixLayout:
+        """The layout of what a function of this view gives: elements of it in another arrangement."""
+        if self.strides is not None:
+            memory = torch.empty(math.prod(self.shape), device="meta")
+            found = matrix(memory.as_strided(self.size, self.strides, self.offset))
+            if found._base is memory:
+                return self.strided(self.shape, found.shape, found.stride(), int(found.storage_offset()), bias)
+        return self.at(self.shape, matrix(self.places()), bias)
+
+    def places(self) -> Tensor:
+        """The element at each place of the matrix, int64, on the CPU."""
+        if self.index is not None:
+            return self.index.values
+        assert self.strides is not None
+        return _stepped(math.prod(self.shape), self.size, self.strides, self.offset)
+
+    @cached_property
+    def axes(self) -> tuple[int, ...] | None:
+        """The order that the matrix's axes have in the parameter; None where it is no rearrangement of all elements."""
+        if self.strides is None or math.prod(self.size) != math.prod(self.shape):
+            return None
+        steps = self.strides
+        longest = iter(sorted((d for d, n in enumerate(self.size) if n > 1), key=lambda d: -steps[d]))
+        axes = tuple(next(longest) if n > 1 else d for d, n in enumerate(self.size))
+        return axes if MatrixLayout.whole(self.shape, self.size, axes).strides == steps else None
+
+    def fold(self, w: Tensor) -> Tensor:
+        """`[..., *size]` in the parameter's shape, `[..., *shape]`, zero outside the matrix; a view where it can be."""
+        lead = w.shape[: w.dim() - len(self.size)]
+        if self.axes is not None:
+            if not _ascending(self.axes):
+                w = w.permute(*range(len(lead)), *(len(lead) + a for a in self.axes))
+            return w.reshape((*lead, *self.shape))
+        memory = w.new_zeros((*lead, math.prod(self.shape)))
+        if self.strides is None:
+            assert self.index is not None
+            memory.index_copy_(-1, self.index.on(w.device).flatten(), w.flatten(len(lead)))
         else:
-            assert self.view is not None
-            places = torch.arange(shape.numel()).as_strided(self.shape, *self.view).flatten()
-        return _at(places, self.shape, shape)._replace(bias=self.bias, partner=self.partner)
+            memory.as_strided(w.shape, (*memory.stride()[:-1], *self.strides), self.offset).copy_(w)
+        return memory.view((*lead, *self.shape))
+
+    def matrix(self, p: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as the matrix; the left inverse of `fold`, and a view where it can be."""
+        if self.axes is not None:
+            if _ascending(self.axes):
+                return p.reshape(self.size)
+            back = [self.axes.index(i) for i in range(len(self.axes))]
+            return p.reshape([self.size[a] for a in self.axes]).permute(back)
+        flat = p.reshape(-1)
+        if self.strides is None:
+            assert self.index is not None
+            return flat[self.index.on(p.device)]
+        return flat.as_strided(self.size, self.strides, int(flat.storage_offset()) + self.offset)
 
 
-# -- matrices -----------------------------------------------------------------------------------------------
+class FactorForm(NamedTuple):
+    """How a parameter's gradient gives Kronecker factors, one pair for each of its matrices.
+
+    form: "rows", the inputs and cotangents of its uses as one matrix; "slices", those of uses that read disjoint
+    slices of it; "gradients", the gradients of single samples.
+    """
+
+    form: str
+    matrices: tuple[MatrixLayout, ...]
 
 
-def grouped(matrices: Sequence[Map], shape: torch.Size) -> list[list[int]] | None:
-    """Which of several maps `matrix` of a parameter are the same; None where two that differ share an element."""
-    if len(matrices) == 1:
-        return [[0]]
-    elements = torch.arange(shape.numel()).reshape(shape)
-    places = [matrix(elements) for matrix in matrices]
-    groups: list[list[int]] = []
-    for i, mine in enumerate(places):
-        for group in groups:
-            if torch.equal(places[group[0]], mine):
-                group.append(i)
-                break
-        else:
-            groups.append([i])
+def grouped(layouts: Sequence[MatrixLayout]) -> list[list[int]] | None:
+    """Which of several layouts of a parameter are the same; None where two that differ share an element."""
+    groups: dict[MatrixLayout, list[int]] = {}
+    for i, layout in enumerate(layouts):
+        groups.setdefault(layout, []).append(i)
     if len(groups) > 1:
-        shown = torch.cat([places[group[0]].flatten() for group in groups])
+        shown = torch.cat([layout.places().flatten() for layout in groups])
         if len(shown.unique()) < len(shown):
             return None
-    return groups
+    return list(groups.values())
 
 
-def same_places(one: Map, other: Map, shape: torch.Size) -> bool:
-    """Whether two maps `matrix` of a parameter are the same."""
-    mine, its = _as_view(one, shape), _as_view(other, shape)
-    if mine is not None and mine == its:
-        return True
-    elements = torch.arange(shape.numel()).reshape(shape)
-    return torch.equal(one(elements), other(elements))
-
-
-def _as_view(matrix: Map, shape: torch.Size) -> tuple[Any, ...] | None:
-    """Shape, strides and offset of a map's result where that is a view of what it gets."""
-    memory = torch.empty(shape, device="meta")
-    found = matrix(memory)
-    return (found.shape, found.stride(), found.storage_offset()) if found._base is memory else None
-
-
-def rest_of(matrices: Sequence[Matrix], shape: torch.Size) -> Matrix | None:
-    """The elements of a parameter that stand in none of the matrices, as `[1,1,I]`; None where there are none."""
-    elements = torch.arange(shape.numel()).reshape(shape)
-    missing = torch.ones(shape.numel(), dtype=torch.bool)
-    for matrix in matrices:
-        missing[matrix.matrix(elements).flatten()] = False
-    if not missing.any():
-        return None
-    index = missing.nonzero()[:, 0]
-    return _at(index, (1, 1, len(index)), shape)
-
-
-def _at(index: Tensor, laid: Sequence[int], shape: torch.Size) -> Matrix:
-    """The matrix of the elements at some flat places of a parameter."""
-
-    def fold(w: Tensor) -> Tensor:
-        lead, places = w.shape[:-3], index.to(w.device)
-        return w.new_zeros(*lead, shape.numel()).index_copy_(-1, places, w.flatten(-3)).view((*lead, *shape))
-
-    return Matrix(fold, lambda p: p.reshape(-1)[index.to(p.device)].view(*laid), False)
+def rest_of(layouts: Sequence[MatrixLayout]) -> MatrixLayout | None:
+    """The elements of a parameter that stand in none of the layouts, as `[1,1,I]`; None where there are none."""
+    shape = layouts[0].shape
+    missing = torch.ones(math.prod(shape), dtype=torch.bool)
+    for layout in layouts:
+        missing[layout.places().flatten()] = False
+    return MatrixLayout.at(shape, missing.nonzero()[:, 0].view(1, 1, -1)) if missing.any() else None
 
 
 def dense_sides(shape: torch.Size) -> tuple[int, int, bool]:
-    """(O, I, turned) of `dense_matrix`: whether I runs over the first axis."""
+    """(O, I, turned) of `dense_layout`: whether I runs over the first axis."""
     rows = shape[0] if shape else 1
     columns = shape[1:].numel() if shape else 1
     if rows > max(columns, LONG_SIDE):
@@ -172,21 +209,28 @@ def dense_sides(shape: torch.Size) -> tuple[int, int, bool]:
     return rows, columns, False
 
 
-def dense_matrix(shape: torch.Size) -> Matrix:
+def dense_layout(shape: torch.Size) -> MatrixLayout:
     """A parameter as one matrix `[1,O,I]`, the first axis by the rest; a vector is a column.
 
     A matrix with a side over `LONG_SIDE` has the longer one for I.
     """
     o, i, turned = dense_sides(shape)
-    if turned:
-        return Matrix(
-            lambda w: w.transpose(-1, -2).reshape((*w.shape[:-3], *shape)),
-            lambda p: p.reshape(1, i, o).transpose(1, 2),
-            False,
-        )
-    return Matrix(lambda w: w.reshape((*w.shape[:-3], *shape)), lambda p: p.reshape(1, o, i), i == 1)
+    return MatrixLayout.whole(shape, (1, o, i), (0, 2, 1) if turned else None, i == 1)
 
 
-def dense_laid(shape: torch.Size) -> Laid:
-    """The form of a parameter whose factors are made from the gradients of single samples."""
-    return Laid("gradients", (dense_matrix(shape),))
+def _stepped(total: int, size: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+    return torch.arange(total).as_strided(size, strides, offset)
+
+
+def _injective(x: Tensor) -> bool:
+    """Whether no two places of a strided tensor share memory (each axis steps over all that lies within it)."""
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
+
+
+def _ascending(axes: tuple[int, ...]) -> bool:
+    return all(a == i for i, a in enumerate(axes))

@@ -8,13 +8,14 @@ two thin matrix products.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from layerwise.rows.base import Rows
 from layerwise.rows.cost import TRAFFIC
+from layerwise.rows.layout import MatrixLayout
 from layerwise.rows.pieces import dims, ranges
 
 __all__ = ["in_layout", "project_rows", "project_vectors", "signs"]
@@ -35,14 +36,12 @@ def signs(name: str, shape: Sequence[int], count: int, seed: int, like: Tensor) 
     return left.to(like), right.to(like)
 
 
-def in_layout(
-    left: Tensor, right: Tensor, matrix: Callable[[Tensor], Tensor], shape: torch.Size
-) -> tuple[Tensor, Tensor] | None:
+def in_layout(left: Tensor, right: Tensor, layout: MatrixLayout) -> tuple[Tensor, Tensor] | None:
     """The same rank-one matrices as factors `[J,K,O]` and `[J,K,I]` of the layout `[K,O,I]` of a parameter's uses.
 
-    matrix: `[*shape] -> [K,O,I]`. None where they do not factor in that layout.
+    None where they do not factor in that layout.
     """
-    place = matrix(torch.arange(shape.numel()).reshape(shape))
+    place = layout.places()
     row, column = place // right.shape[1], place % right.shape[1]
     for out, into, outer, inner in ((row, column, left, right), (column, row, right, left)):
         if bool((out == out[:, :, :1]).all()) and bool((into == into[:, :1]).all()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from layerwise.errors import Undefined
@@ -17,7 +16,7 @@ from layerwise.quantities.base import Context, Quantity, Union, sum_of_stacks
 from layerwise.quantities.kronecker.factors import KroneckerFactors
 from layerwise.rows import contract
 from layerwise.rows.base import Rows
-from layerwise.rows.layout import Matrix
+from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.tape import Tape
 
 __all__ = ["Factors"]
@@ -68,7 +67,7 @@ class Factors(Quantity):
         nothing = b.new_zeros(())
         if gradient.column:  # the inputs are the same for every stack of cotangents
             return nothing, nothing, b
-        inputs = nothing if layout.bias else _in_memory_order(contract.input_gram(rows)[0], len(b[0]), layout)
+        inputs = nothing if layout.bias else _in_memory_order(contract.input_gram(rows)[0], layout)
         return inputs, b.new_tensor(rows.g.shape[1]), b
 
     def finish(
@@ -81,7 +80,7 @@ class Factors(Quantity):
         return f"Factors({self.of!r})"
 
 
-def _rows(gradient: ParameterGradient) -> tuple[Rows, Matrix]:
+def _rows(gradient: ParameterGradient) -> tuple[Rows, MatrixLayout]:
     """The rows of a parameter that is one matrix, and how it is that matrix."""
     laid = gradient.laid()
     if laid.form != "rows" or gradient.joined is None:
@@ -93,12 +92,11 @@ def _rows(gradient: ParameterGradient) -> tuple[Rows, Matrix]:
     return gradient.joined.rows, laid.matrices[0]
 
 
-def _in_memory_order(a: Tensor, size_out: int, layout: Matrix) -> Tensor:
+def _in_memory_order(a: Tensor, layout: MatrixLayout) -> Tensor:
     """Sums of input products with the inputs in the order of the parameter's memory."""
     if a.dim() == 1:  # of an index: its diagonal
         a = a.diag()
-    shape = layout.fold(torch.empty(1, size_out, len(a), device="meta")).shape
-    places = layout.matrix(torch.arange(shape.numel()).reshape(shape))[0, 0]  # of the inputs of the first output
+    places = layout.places()[0, 0]  # of the inputs of the first output
     if bool((places.diff() > 0).all()):
         return a
     order = places.argsort().to(a.device)

@@ -6,10 +6,8 @@ diagonal. One average and one ladder of inverses serve them all.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import permutations
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +17,18 @@ from layerwise.errors import LayerwiseError
 from layerwise.operators.diagonal import reciprocal
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
 from layerwise.operators.ridge import inverse
+from layerwise.rows.layout import MatrixLayout
 
 __all__ = [
     "FORMS",
     "Average",
     "Block",
     "Inverse",
-    "Layout",
     "Measured",
     "average",
     "eigenbasis",
     "fields_of",
-    "flat_layout",
     "invert",
-    "layout_of",
     "load",
     "merge",
     "names_of",
@@ -48,65 +44,6 @@ FORMS = ("pi", "factored", "eigen")
 # A factor that its damping leaves unusable is tried with more; 10³ times is an almost plain gradient.
 _RAISES = (1.0, 10.0, 100.0, 1000.0)
 _SLACK = 2.0  # rounding may bring an inverse this far above 1 / damping
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a parameter's elements stand in its matrix `[K,O,I]`, as numbers that can be saved.
-
-    axes: the parameter, reshaped to the matrix's axes in this order; or index: the element at each place, not all of
-    them where the matrix is a slice.
-    """
-
-    shape: tuple[int, ...]
-    size: tuple[int, int, int]
-    axes: tuple[int, ...] | None
-    index: Tensor | None = None
-
-    def matrix(self, p: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as `[K,O,I]`."""
-        if self.axes is not None:
-            return p.reshape([self.size[a] for a in self.axes]).permute(_inverse(self.axes))
-        assert self.index is not None
-        return p.reshape(-1)[self.index.to(p.device)]
-
-    def fold(self, w: Tensor) -> Tensor:
-        """`[..., K,O,I]` in the parameter's shape: the inverse of `matrix`."""
-        lead = w.shape[:-3]
-        if w.is_meta:
-            return w.new_empty((*lead, *self.shape))
-        if self.axes is not None:
-            w = w.permute(*range(len(lead)), *(len(lead) + a for a in self.axes))
-        else:
-            assert self.index is not None
-            places = self.index.flatten().to(w.device)
-            w = w.new_zeros((*lead, math.prod(self.shape))).index_copy_(-1, places, w.flatten(-3))
-        return w.reshape((*lead, *self.shape))
-
-    def same(self, other: Layout) -> bool:
-        """Whether both lay a parameter out alike."""
-        plain = (self.shape, self.size, self.axes) == (other.shape, other.size, other.axes)
-        return plain and (self.index is None or (other.index is not None and torch.equal(self.index, other.index)))
-
-
-def layout_of(block: Block, shape: torch.Size) -> Layout:
-    """The layout of a block's parameter, read off the numbers of its elements."""
-    elements = torch.arange(shape.numel())
-    found = block.matrix(elements.reshape(shape))
-    size = (found.shape[0], found.shape[1], found.shape[2])
-    for axes in permutations(range(3)) if found.numel() == len(elements) else ():
-        if torch.equal(elements.reshape([size[a] for a in axes]).permute(_inverse(axes)), found):
-            return Layout(tuple(shape), size, axes)
-    return Layout(tuple(shape), size, None, found.contiguous())
-
-
-def _inverse(axes: tuple[int, ...]) -> list[int]:
-    return [axes.index(i) for i in range(len(axes))]
-
-
-def flat_layout(shape: torch.Size) -> Layout:
-    """A parameter as one row of elements, `[1,1,P]`."""
-    return Layout(tuple(shape), (1, 1, shape.numel()), (0, 1, 2))
 
 
 class Measured(NamedTuple):
@@ -127,25 +64,24 @@ class Average(NamedTuple):
     """
 
     block: Block
-    layout: Layout
     batches: int = 1
     eigen: EigenBlock | None = None
 
 
-def average(old: Average | None, block: Block, layout: Layout, decay: float) -> Average:
+def average(old: Average | None, block: Block, decay: float) -> Average:
     """The exponential moving average with bias correction, one batch further.
 
     S_t = ρ S_{t-1} + (1-ρ) X_t from S_0 = 0, divided by 1 - ρ^t; kept in the equal form
     M_t = M_{t-1} + (1-ρ)/(1-ρ^t) (X_t - M_{t-1}). Begins anew where the block has changed its form.
     Source: Martens and Grosse (2015), section 5; the correction is Adam's (Kingma and Ba, 2015, section 3).
     """
-    new = _replaced(block, {key: _widened(t) for key, t in fields_of(block).items()}, layout)
-    if old is None or not _same_form(old, new, layout):
-        return Average(new, layout)
+    new = with_fields(block, {key: _widened(t) for key, t in fields_of(block).items()})
+    if old is None or not _same_form(old.block, new):
+        return Average(new)
     batches = old.batches + 1
     weight, its = _weight(decay, batches), fields_of(new)
     joined = {key: None if t is None else t.lerp(its[key], weight) for key, t in fields_of(old.block).items()}
-    return old._replace(block=_replaced(old.block, joined, layout), batches=batches)
+    return old._replace(block=with_fields(old.block, joined), batches=batches)
 
 
 def with_moments(held: Average, basis: EigenBlock, moments: Tensor, decay: float) -> Average:
@@ -212,13 +148,9 @@ def fields_of(block: Block) -> dict[str, Any]:
 def with_fields(block: Block, tensors: Mapping[str, Any]) -> Block:
     """A block of the form that has these fields, in the place of another."""
     kind: Any = EigenBlock if "spectrum" in tensors else KroneckerBlock
-    rest = {key: getattr(block, key) for key in ("fold", "matrix", "bias", "form", "parameter")}
+    rest = {key: getattr(block, key) for key in ("layout", "bias", "form", "parameter")}
     made: Block = kind(**tensors, **rest)
     return made
-
-
-def _replaced(block: Block, tensors: Mapping[str, Any], layout: Layout) -> Any:
-    return replace(block, **tensors, fold=layout.fold, matrix=layout.matrix)
 
 
 def _widened(factor: Any) -> Any:
@@ -226,11 +158,9 @@ def _widened(factor: Any) -> Any:
     return factor.float() if factor is not None and factor.dtype in (torch.float16, torch.bfloat16) else factor
 
 
-def _same_form(old: Average, new: Block, layout: Layout) -> bool:
-    one, two = (
-        {key: None if t is None else (t.shape, t.dtype) for key, t in fields_of(b).items()} for b in (old.block, new)
-    )
-    return one == two and old.block.bias == new.bias and old.layout.same(layout)
+def _same_form(old: Block, new: Block) -> bool:
+    one, two = ({key: None if t is None else (t.shape, t.dtype) for key, t in fields_of(b).items()} for b in (old, new))
+    return one == two and old.bias == new.bias and old.layout == new.layout
 
 
 # --- inverses -------------------------------------------------------------------------------------
@@ -302,10 +232,12 @@ def _largest(x: Tensor) -> Tensor:
 
 def save(held: Average, inverse: Inverse | None) -> dict[str, Any]:
     """A block's state as numbers, strings and tensors."""
-    block, layout = held.block, held.layout
+    block, layout = held.block, held.block.layout
+    assert layout is not None
+    index = layout.places().clone(memory_format=torch.contiguous_format) if layout.axes is None else None
     state: dict[str, Any] = {
         **fields_of(block), "bias": block.bias, "parameter": block.parameter, "form": block.form,
-        "batches": held.batches, "shape": list(layout.shape), "size": list(layout.size), "index": layout.index,
+        "batches": held.batches, "shape": list(layout.shape), "size": list(layout.size), "index": index,
         "axes": None if layout.axes is None else list(layout.axes), "inverse": None,
         "eigen": None if held.eigen is None else fields_of(held.eigen),
     }  # fmt: skip
@@ -318,9 +250,8 @@ def save(held: Average, inverse: Inverse | None) -> dict[str, Any]:
 def load(state: Mapping[str, Any], device: torch.device) -> tuple[Average, Inverse | None]:
     """What `save` gave, on a device, in tensors of its own."""
     axes, size = state["axes"], state["size"]
-    layout = Layout(
-        tuple(state["shape"]), (size[0], size[1], size[2]), None if axes is None else tuple(axes), state["index"]
-    )
+    shape = state["shape"]
+    layout = MatrixLayout.at(shape, state["index"]) if axes is None else MatrixLayout.whole(shape, size, axes)
 
     def block(source: Mapping[str, Any]) -> Any:
         tensors = {key: source[key] for key in _TENSORS if key in source}
@@ -329,9 +260,9 @@ def load(state: Mapping[str, Any], device: torch.device) -> tuple[Average, Inver
         kind: Any = EigenBlock if "spectrum" in tensors else KroneckerBlock
         return kind(
             **{key: None if t is None else t.to(device, copy=True) for key, t in tensors.items()},
-            **{key: state[key] for key in ("bias", "parameter", "form")}, fold=layout.fold, matrix=layout.matrix,
+            **{key: state[key] for key in ("bias", "parameter", "form")}, layout=layout,
         )  # fmt: skip
 
     eigen, saved = state["eigen"], state["inverse"]
-    held = Average(block(state), layout, state["batches"], None if eigen is None else block(eigen))
+    held = Average(block(state), state["batches"], None if eigen is None else block(eigen))
     return held, None if saved is None else Inverse(block(saved), saved["raised"], saved["kept"])

@@ -12,13 +12,10 @@ from torch import Tensor
 from layerwise.operators.kronecker import EigenBlock
 from layerwise.optim.second_order.averages import (
     Average,
-    Block,
     Inverse,
     Measured,
     average,
-    flat_layout,
     invert,
-    layout_of,
     load,
     merge,
     rebased,
@@ -50,15 +47,12 @@ class Blocks:
 
     # -- a batch -------------------------------------------------------------------------------------------
 
-    def averaged(
-        self, blocks: Mapping[str, Measured], kinds: Mapping[str, str], named: Mapping[str, Tensor], decay: float,
-        team: Team,
-    ) -> Blocks:  # fmt: skip
+    def averaged(self, blocks: Mapping[str, Measured], kinds: Mapping[str, str], decay: float, team: Team) -> Blocks:
         """With the blocks of a batch taken into the averages; an inverse outlives a change of form in no block."""
         present = {name: held.block for name, held in self.averages.items()}
         team.assign({**present, **{name: measured.block for name, measured in blocks.items()}})
         new = {
-            name: self._average(name, team.held(name, measured.block), named, decay)
+            name: average(self.averages.get(name), team.held(name, measured.block), decay)
             for name, measured in blocks.items()
         }
         averages = merge(self.averages, new | _moments(blocks, new, decay, team))
@@ -67,11 +61,6 @@ class Blocks:
             if name in averages and (name not in new or new[name].batches > 1)
         }  # fmt: skip
         return Blocks(averages, inverses, {name: kinds.get(name) or self.kinds[name] for name in averages})
-
-    def _average(self, name: str, block: Block, named: Mapping[str, Tensor], decay: float) -> Average:
-        shape = named[block.parameter or name].shape
-        layout = flat_layout(shape) if block.form == "diagonal" else layout_of(block, shape)
-        return average(self.averages.get(name), block, layout, decay)
 
     def inverted(
         self, new: Mapping[str, Measured], due: bool, damping: Callable[[str], float], form: str, team: Team

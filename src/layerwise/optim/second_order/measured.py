@@ -17,7 +17,7 @@ from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import RowsPart
 from layerwise.graph.cotangents import Gradient, Sampled
 from layerwise.operators.kronecker import EigenBlock
-from layerwise.optim.second_order.averages import Measured, flat_layout
+from layerwise.optim.second_order.averages import Measured
 from layerwise.optim.second_order.settings import Curvature
 from layerwise.quantities import KFAC, KFLR, KFRA, DiagGGN, DiagHessian
 from layerwise.quantities.base import Context, Quantity, Union
@@ -26,6 +26,7 @@ from layerwise.quantities.kronecker.factor_sums import block_names, blocks_of
 from layerwise.quantities.kronecker.factors import KroneckerFactors
 from layerwise.rows import contract
 from layerwise.rows.base import Rows
+from layerwise.rows.layout import MatrixLayout
 
 __all__ = ["KINDS", "CurvatureKind", "Request"]
 
@@ -231,8 +232,8 @@ class _WholeDiagonal(_Diagonal):
 
 def diagonal(entries: Tensor) -> EigenBlock:
     """A diagonal `[*shape]` as a block without eigenvectors."""
-    layout = flat_layout(entries.shape)
-    return EigenBlock(None, None, layout.matrix(entries), layout.fold, layout.matrix, form="diagonal")
+    layout = MatrixLayout.whole(entries.shape, (1, 1, entries.numel()))
+    return EigenBlock(None, None, layout.matrix(entries), layout, form="diagonal")
 
 
 # -- the kinds ------------------------------------------------------------------------------------------------

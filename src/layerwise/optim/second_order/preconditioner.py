@@ -261,7 +261,7 @@ class Preconditioner:
         """Take the curvature of a batch that is safe, compute the inverses that are due, and count the step."""
         blocks, new = self.blocks, watched.blocks
         if watched.due:
-            blocks = blocks.averaged(new, watched.kinds, named_parameters_of(self.model), self.factor_decay, self._team)
+            blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self._team)
             self._left = frozenset(watched.left or ())
         due = is_due(self.steps, self.update_inverses_every)
         self.blocks = blocks.inverted(new, due, damping, self.damping_form, self._team)

@@ -30,7 +30,7 @@ from layerwise.ops.base import Slot
 from layerwise.quantities.hessian.unit_columns import Unit
 from layerwise.rows import contract, weighted
 from layerwise.rows.base import Rows, Samples
-from layerwise.rows.views import view_maps
+from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
@@ -146,9 +146,9 @@ class _Sum:
             a = rows.a if rows.a is None or not rows.a.is_floating_point() else rows.a.square()
             rows = Rows(a, rows.g, rows.size_in)
             value = (contract.per_sample if self._per_sample else contract.total)(rows)[0]
-            maps = view_maps(slot.used, p)
-            assert maps is not None
-            found[name] = (maps[0](slot.fold(value if total is None else value + total)).to(p.dtype),)
+            view = MatrixLayout.of_view(slot.used, p)
+            assert view is not None
+            found[name] = (view.fold(slot.fold(value if total is None else value + total)).to(p.dtype),)
         return found
 
 

@@ -13,7 +13,7 @@ from layerwise.graph.products import check_second, gradient_of, pull_stack, twic
 from layerwise.graph.samples import SampleLayout
 from layerwise.ops.base import Slot
 from layerwise.rows.base import Rows, Samples
-from layerwise.rows.views import view_maps
+from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
@@ -107,9 +107,9 @@ class Unit:
             total.index_add_(1, unit, values.transpose(0, 1) if per_sample else values.sum(1)[None])
 
     def _finish(self, slot: Slot, p: Tensor, diagonal: Tensor, per_sample: bool) -> Tensor:
-        maps = view_maps(slot.used, p)
-        assert maps is not None
-        result = maps[0](slot.fold(diagonal)).to(p.dtype)
+        view = MatrixLayout.of_view(slot.used, p)
+        assert view is not None
+        result = view.fold(slot.fold(diagonal)).to(p.dtype)
         return result if per_sample else result[0]
 
 
@@ -132,7 +132,7 @@ def plan(tape: Tape, graph: Graph, layout: SampleLayout | None, names: Sequence[
             or len(places[name]) > 1
             or not (slot.factored and slot.linear)
             or samples.axis in slot.aligned
-            or view_maps(slot.used, p) is None
+            or MatrixLayout.of_view(slot.used, p) is None
         ):
             rest.append(name)
         else:

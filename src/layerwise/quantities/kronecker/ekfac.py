@@ -17,10 +17,9 @@ from layerwise.quantities.base import Context, Quantity, Union, positive, takes_
 from layerwise.quantities.kronecker.factor_sums import Factors, block_names, blocks_of
 from layerwise.quantities.kronecker.factors import KroneckerFactors
 from layerwise.ranks.group import Ranks, digest_of, values_digest
-from layerwise.ranks.sums import Kind
+from layerwise.ranks.sums import TensorSpec
 from layerwise.rows import contract, gram
 from layerwise.rows.base import Rows
-from layerwise.rows.layout import same_places
 
 __all__ = ["EKFAC", "Gradients", "Kept", "Spectra", "held", "second_moment", "with_constant"]
 
@@ -57,9 +56,9 @@ class Kept:
         """The same."""
         return self
 
-    def described(self) -> Held:
+    def described(self) -> Kept:
         """Placeholder for a rank whose batch did not use the parameter: contributes zero."""
-        return Held()
+        return Kept(())
 
     def spectrum(self, i: int, block: EigenBlock) -> Tensor:
         """`[K,O,I]`: sum of the squared gradients of the i-th matrix in the eigenbasis of a block."""
@@ -67,16 +66,6 @@ class Kept:
         for found, weight in self.terms:
             total.add_(second_moment(found[i], block), alpha=weight)
         return total
-
-
-class Held(NamedTuple):
-    """Placeholder for the `Kept` gradients of another rank: none."""
-
-    kinds: tuple[Kind, ...] = ()
-
-    def rebuild(self, tensors: Sequence[Tensor]) -> Kept:
-        """No gradients."""
-        return Kept(())
 
 
 def _sharing(held: Gradients, new: Gradients) -> Gradients:
@@ -199,7 +188,7 @@ class EKFAC(KroneckerFactors):
             block.form == laid.form
             and (block.like.dtype, block.like.device) == (gradient.like.dtype, gradient.like.device)
             and block.shape == gradient.shape
-            and same_places(block.matrix, matrix.matrix, gradient.shape)
+            and block.layout == matrix
             for block, matrix in zip(found.values(), laid.matrices, strict=True)
         )
         if not fits:
@@ -246,17 +235,6 @@ def _fingerprint(basis: EigenKronecker) -> str:
     })  # fmt: skip
 
 
-class Bands(NamedTuple):
-    """`Spectra` without their numbers."""
-
-    names: tuple[str, ...]
-    kinds: tuple[Kind, ...]
-
-    def rebuild(self, tensors: Sequence[Tensor]) -> Spectra:
-        """The spectra with these numbers."""
-        return Spectra(self.names, tuple(tensors))
-
-
 class Spectra(NamedTuple):
     """Second moments of the matrices of a parameter, by block; they add, and scale, as a tensor does."""
 
@@ -267,13 +245,13 @@ class Spectra(NamedTuple):
         """All of them."""
         return list(self.values)
 
-    def replaced(self, tensors: Sequence[Tensor]) -> Spectra:
+    def replaced(self, tensors: Sequence[Any]) -> Spectra:
         """The same blocks with other numbers."""
         return Spectra(self.names, tuple(tensors))
 
-    def described(self) -> Bands:
-        """The blocks."""
-        return Bands(self.names, tuple(Kind.of(t) for t in self.values))
+    def described(self) -> Spectra:
+        """The blocks, and the shapes of their moments."""
+        return self.replaced([TensorSpec.of(t) for t in self.values])
 
     def __add__(self, other: Spectra) -> Spectra:  # type: ignore[override]
         return Spectra(self.names, tuple(a + b for a, b in zip(self.values, other.values, strict=True)))

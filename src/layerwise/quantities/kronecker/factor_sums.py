@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import Undefined
 from layerwise.operators.kronecker import KroneckerBlock
-from layerwise.ranks.sums import Kind
-from layerwise.rows.layout import Laid, Places, rest_of
+from layerwise.ranks.sums import TensorSpec
+from layerwise.rows.layout import FactorForm, rest_of
 
 __all__ = ["Factors", "Sums", "block_names", "blocks_of"]
 
@@ -52,10 +52,10 @@ class Factors:
     shape: torch.Size
     form: str
     sums: tuple[Sums, ...]
-    laid: Laid | None
+    laid: FactorForm | None
 
     def __add__(self, other: Factors) -> Factors:
-        if self.laid is not None and other.laid is not None and not self.laid.same(other.laid, self.shape):
+        if self.laid is not None and other.laid is not None and self.laid != other.laid:
             raise Undefined(
                 f"asked for Kronecker factors of {self.name!r} over two batches that use it as different matrices "
                 f"({self._described()} and {other._described()}); observe each batch on its own"
@@ -77,44 +77,20 @@ class Factors:
         """All that adds up."""
         return [t for s in self.sums for t in (s.inputs, s.mean, s.counts, s.outputs)]
 
-    def replaced(self, tensors: Sequence[Tensor]) -> Factors:
+    def replaced(self, tensors: Sequence[Any]) -> Factors:
         """The same with other sums."""
-        return replace(self, sums=_grouped(tensors))
+        return replace(self, sums=tuple(Sums(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)))
 
-    def described(self) -> Empty:
-        """The form, and where the matrices lie."""
-        assert self.laid is not None
-        places = tuple(Places.of(matrix, self.shape) for matrix in self.laid.matrices)
-        kinds = tuple(Kind.of(t) for t in self.tensors())
-        return Empty(self.name, self.shape, self.form, kinds, self.laid.form, places)
+    def described(self) -> Factors:
+        """The form, where the matrices lie, and the shapes of the sums."""
+        return self.replaced([TensorSpec.of(t) for t in self.tensors()])
 
     def _described(self) -> str:
         sizes = [list(s.outputs.shape[:2]) for s in self.sums]
         return f"{self.form}, [K,O] = {', '.join(map(str, sizes))}"
 
 
-class Empty(NamedTuple):
-    """Factors without their sums."""
-
-    name: str
-    shape: torch.Size
-    form: str
-    kinds: tuple[Kind, ...]
-    laid: str
-    places: tuple[Places, ...]
-
-    def rebuild(self, tensors: Sequence[Tensor]) -> Factors:
-        """The factors with these sums."""
-        matrices = tuple(places.restored(self.shape) for places in self.places)
-        rest = rest_of(matrices, self.shape) if self.laid == "slices" else None
-        return Factors(self.name, self.shape, self.form, _grouped(tensors), Laid(self.laid, matrices, rest))
-
-
-def _grouped(tensors: Sequence[Tensor]) -> tuple[Sums, ...]:
-    return tuple(Sums(*tensors[i : i + 4]) for i in range(0, len(tensors), 4))
-
-
-def block_names(name: str, laid: Laid) -> list[str]:
+def block_names(name: str, laid: FactorForm) -> list[str]:
     """What the blocks of a parameter are called: as itself, or one after the other where they are slices."""
     return [f"{name}[{i}]" for i in range(len(laid.matrices))] if laid.form == "slices" else [name]
 
@@ -134,12 +110,12 @@ def blocks_of(values: Mapping[str, Factors], joint: bool) -> dict[str, Kronecker
             if bias is not None:
                 a = _with_constant(sums.inputs / sums.counts[0], sums.mean / sums.counts[0])
             parameter = name if key != name else None
-            blocks[key] = KroneckerBlock(a, sums.outputs, matrix.fold, matrix.matrix, bias, laid.form, parameter)
-        if laid.rest is not None:
-            maps, b = laid.rest, factors.sums[0].outputs
-            size = maps.matrix(torch.empty(factors.shape, device="meta")).shape[-1]
-            nothing = b.new_zeros(1, size), b.new_zeros(1, 1, 1)
-            blocks[f"{name}[rest]"] = KroneckerBlock(*nothing, maps.fold, maps.matrix, None, laid.form, name)
+            blocks[key] = KroneckerBlock(a, sums.outputs, matrix, bias, laid.form, parameter)
+        rest = rest_of(laid.matrices) if laid.form == "slices" else None
+        if rest is not None:
+            b = factors.sums[0].outputs
+            nothing = b.new_zeros(1, rest.size[-1]), b.new_zeros(1, 1, 1)
+            blocks[f"{name}[rest]"] = KroneckerBlock(*nothing, rest, None, laid.form, name)
     return blocks
 
 

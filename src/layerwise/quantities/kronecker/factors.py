@@ -43,7 +43,7 @@ class KroneckerFactors(Quantity):
         """The sums of the factors of each matrix."""
         groups, laid = gradient.groups, None
         if groups is None or self.from_gradients(gradient):
-            laid = layout.dense_laid(gradient.shape)
+            laid = layout.FactorForm("gradients", (layout.dense_layout(gradient.shape),))
             sums: tuple[Sums, ...] = (_of_gradients(gradient),)
         else:
             if not gradient.column:
