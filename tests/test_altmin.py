@@ -499,7 +499,9 @@ def test_the_published_preset() -> None:
         "betas": (0.9, 0.999),
         "eps": 1e-8,
     }
-    assert opt._codes == "sweep" and opt._code_step == CodeStep(steps=5, lr=0.3, momentum=0.9, nesterov=True, prox=0.0)
+    assert opt._fitter.codes == "sweep" and opt._fitter.code_step == CodeStep(
+        steps=5, lr=0.3, momentum=0.9, nesterov=True, prox=0.0
+    )
 
 
 @pytest.mark.parametrize(

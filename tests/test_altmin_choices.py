@@ -293,7 +293,7 @@ def test_refit_moves_the_output_layer_alone() -> None:
     losses = [opt.refit(closure_of(net, x, y) for _ in range(20)) for _ in range(3)]
     assert losses[2] < losses[0]
     moved = [not torch.equal(p, q) for p, q in zip(before, net.parameters(), strict=True)]
-    assert moved == [False, False, True, True] and opt._trace is not None and opt._trace.steps == [0]
+    assert moved == [False, False, True, True] and opt._fitter.trace is not None and opt._fitter.trace.steps == [0]
     with pytest.raises(BadInput, match="logits"):
         opt.refit([lambda: net(x).abs().pow(1.5).mean()])
     with pytest.raises(BadInput, match="closure"):

@@ -14,11 +14,11 @@ from local_cases import biases, each, groups
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import LocalProblem, local_gradient, local_loss, predict, target_m, target_s
+from layerwise.local.problem import LocalProblem, local_gradient, local_loss, predict, target_m
 from layerwise.local.solvers import steps as solvers
 from layerwise.local.solvers import tf_rmsprop
 from layerwise.local.solvers.closed import prox_step, spectral_step
-from layerwise.local.solvers.steps import Workspace, linear_floor, local_steps, row_slices
+from layerwise.local.solvers.steps import Owned, StepPlan, Workspace, linear_floor, local_steps, row_slices
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp, tf_rmsprop_update
 from layerwise.local.transfer import IDENTITY, RELU, SOFTMAX, TANH, Transfer
 
@@ -76,12 +76,17 @@ def oracle_steps(
     return w.detach(), None if b is None else b.detach()
 
 
+def target_s(z: Tensor, g: Tensor, gamma: float) -> Tensor:
+    """LocoProp-S's targets before the transfer function."""
+    return z - gamma * g
+
+
 def run_steps(
     problem: LocalProblem, make: Callable[..., torch.optim.Optimizer], steps: int, **options
 ) -> tuple[Tensor, Tensor | None]:  # type: ignore[no-untyped-def]
     problem = copy.deepcopy(problem)
     params = [problem.weight] if problem.bias is None else [problem.weight, problem.bias]
-    local_steps(problem, make(params), steps, **options)
+    local_steps(problem, make(params), StepPlan(steps, **options))
     return problem.weight, problem.bias
 
 
@@ -166,7 +171,7 @@ def drift(target: Tensor) -> list[float]:
     problem = LocalProblem(one, 0.1 * one, None, target, TANH)
     optimizer, sizes = torch.optim.SGD([problem.weight], lr=0.1), []
     for _ in range(4):
-        local_steps(problem, optimizer, 1000, schedule=lambda t, steps: 1.0)
+        local_steps(problem, optimizer, StepPlan(1000, schedule=lambda t, steps: 1.0))
         sizes.append(float(problem.weight))
     return sizes
 
@@ -184,7 +189,7 @@ def test_a_tanh_target_of_1_2_drifts_for_ever_unless_clipped_or_held() -> None:
         close(clipped, one)
         assert drift(clipped)[-1] < 4  # logarithmic: about ½ log(4 · 0.1 · 4000) = 3.7
     held = LocalProblem(one, 0.1 * one, None, target, TANH, prox=5.0)
-    local_steps(held, torch.optim.SGD([held.weight], lr=0.1), 4000)
+    local_steps(held, torch.optim.SGD([held.weight], lr=0.1), StepPlan(4000))
     start = LocalProblem(one, 0.1 * one, None, target, TANH, prox=5.0)
     assert float(local_gradient(start, held.weight)[0].abs()) < 1e-12 and float(held.weight) < 2
 
@@ -321,7 +326,7 @@ def test_a_parameter_of_another_shape_moves_through_its_view() -> None:
     )
     weight.grad = torch.ones_like(weight)
     optimizer = tf([weight, bias])
-    local_steps(viewed, optimizer, 4, weight=weight, bias=bias, fold=lambda x: x.permute(2, 0, 1))
+    local_steps(viewed, optimizer, StepPlan(4), Owned(weight, bias, lambda x: x.permute(2, 0, 1)))
     close(weight.detach().permute(1, 2, 0), wanted[0])
     close(bias.detach().view(3, 5), wanted[1])
     assert torch.equal(weight.grad, torch.ones_like(weight)) and bias.grad is None
@@ -334,7 +339,7 @@ def test_one_optimizer_and_workspace_may_serve_several_layers() -> None:
     optimizer = tf([t for p in problems for t in (p.weight, p.bias)])
     workspace = Workspace()
     for p in problems:
-        local_steps(p, optimizer, 4, workspace=workspace)
+        local_steps(p, optimizer, StepPlan(4), workspace=workspace)
     for p, (w, b) in zip(problems, wanted, strict=True):
         assert torch.equal(p.weight, w) and torch.equal(p.bias, b)
 
@@ -349,7 +354,7 @@ def test_a_failing_step_puts_rates_and_gradients_back() -> None:
         return 0.5
 
     with pytest.raises(RuntimeError, match="broken"):
-        local_steps(problem, optimizer, 3, schedule=broken)
+        local_steps(problem, optimizer, StepPlan(3, schedule=broken))
     assert optimizer.param_groups[0]["lr"] == 2e-3 and problem.weight.grad is None
 
 
@@ -357,10 +362,10 @@ def test_copies_and_impossible_numbers_are_refused() -> None:
     problem = problem_of(TANH)
     other = problem.weight.clone()
     with pytest.raises(BadInput, match="share no memory"):
-        local_steps(problem, sgd([other]), weight=other)
+        local_steps(problem, sgd([other]), StepPlan(), Owned(other, problem.bias))
     for options in ({"steps": 0}, {"rows": 0}):
         with pytest.raises(BadInput, match="steps ≥ 1 and rows ≥ 1"):
-            local_steps(problem, sgd([problem.weight]), **options)
+            local_steps(problem, sgd([problem.weight]), StepPlan(**options))
 
 
 def test_rate_schedule_is_the_published_one() -> None:

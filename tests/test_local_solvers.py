@@ -19,7 +19,7 @@ from layerwise.errors import BadInput
 from layerwise.local import transfer as tr
 from layerwise.local.problem import LocalProblem, Pull, local_gradient, local_loss, predict, target_m
 from layerwise.local.solvers.closed import largest_curvature, prox_step, spectral_step
-from layerwise.local.solvers.steps import local_steps
+from layerwise.local.solvers.steps import Owned, StepPlan, local_steps
 from layerwise.local.targets import fill_in
 from layerwise.local.transfer import IDENTITY, RELU, SOFTMAX, TANH, Transfer
 
@@ -374,8 +374,8 @@ def test_one_optimizer_serves_a_table_in_place() -> None:
     bias = torch.nn.Parameter(problem.bias.flatten())  # type: ignore[union-attr]
     live = replace(problem, weight=stored.detach().t().unsqueeze(0), bias=bias.detach().view(1, -1))
     wanted = moved(problem, local.LocalSteps(4, torch.optim.Adam, "all")(problem, 1e-2))
-    local_steps(live, torch.optim.Adam([stored, bias], lr=1e-2), 4, weight=stored, bias=bias,
-                fold=lambda w: w[0].t())  # fmt: skip
+    owned = Owned(stored, bias, lambda w: w[0].t())
+    local_steps(live, torch.optim.Adam([stored, bias], lr=1e-2), StepPlan(4), owned)
     close(live.weight, wanted[0])
     close(live.bias, wanted[1])  # type: ignore[arg-type]
     assert not torch.equal(live.weight, start)

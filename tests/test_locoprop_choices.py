@@ -422,13 +422,13 @@ def test_identity_processes_give_the_same_bits() -> None:
                      CHOICES["newton"], CHOICES["exact"], CHOICES["user"], CHOICES["grad"]):  # fmt: skip
         one, two = Net(), Net()
         here, away = lw.LocoProp(one, **settings), lw.LocoProp(two, **settings, workers=("process", 2))
-        pool = away._crew = away._crew if pool is None else pool
+        pool = away._executor = away._executor if pool is None else pool
         found = zip(steps(one, here), steps(two, away), strict=True)
         assert all(torch.equal(a, b) for a, b in found), settings
     net = mlp(5, 3)
     before = params_of(net)
     opt = lw.LocoProp(net, solver=lambda problem: (problem.weight, problem.bias), workers=("process", 1))
-    opt._crew = pool  # type: ignore[assignment]
+    opt._executor = pool  # type: ignore[assignment]
     with pytest.raises(BadInput, match="pickled"):
         opt.step(closure_of(net))
     assert same(params_of(net), before)

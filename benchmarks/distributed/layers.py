@@ -56,10 +56,10 @@ class Timed:
         self.x = torch.rand(batch, SIZES[0], generator=torch.Generator().manual_seed(0))
         self.seconds: Seconds = {"solve": [], "share": [], "step": [], "cpu": [], "cpu solve": []}
         self._solve = self._whole = self._cpu = self._busy = 0.0
-        crew = self.optimizer._crew
-        home = crew._home if parallel else crew
+        executor = self.optimizer._executor
+        home = executor._home if parallel else executor
         self._watch(home, "_solve", "_solve", "_busy")
-        self._watch(crew, "run", "_whole", "_cpu")
+        self._watch(executor, "run", "_whole", "_cpu")
 
     def _watch(self, what: Any, method: str, clock: str, cpu: str) -> None:
         act = getattr(what, method)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks import probe
 from benchmarks.autoencoder import SIZES, deep_autoencoder
-from layerwise.local.problem import LocalProblem, target_m, target_s
-from layerwise.local.solvers.steps import Workspace, local_steps
+from layerwise.local.problem import LocalProblem, target_m
+from layerwise.local.solvers.steps import Owned, StepPlan, Workspace, local_steps
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 from layerwise.local.transfer import IDENTITY, SIGMOID, TANH
 
@@ -79,12 +79,12 @@ def locoprop(net: Net, x: Tensor, matching: bool, steps: int, rows: int | None) 
         layers = zip(inputs[:-1], outputs, inputs[1:], grads, *own, strict=True)
         with torch.no_grad():
             for a, z, y, g, w, b, f, optimizer in layers:
-                target = target_m(z, g, GAMMA, f, y=y) if matching else target_s(z, g, GAMMA)
+                target = target_m(z, g, GAMMA, f, y=y) if matching else torch.add(z, g, alpha=-GAMMA)
                 problem = LocalProblem(
                     a.detach().unsqueeze(1), w.detach().unsqueeze(0), b.detach().unsqueeze(0),
                     target.unsqueeze(1), f if matching else IDENTITY, g=g.unsqueeze(1), gamma=GAMMA,
                 )  # fmt: skip
-                local_steps(problem, optimizer, steps, rows=rows, weight=w, bias=b, workspace=workspace)
+                local_steps(problem, optimizer, StepPlan(steps, rows), Owned(w, b), workspace)
 
     return step
 

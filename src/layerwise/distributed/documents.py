@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
+from layerwise.replay.state import put_random_states, random_states
 from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["document", "flat", "nested", "put_into_model", "put_into_optimizer", "restore_random", "template"]
@@ -169,11 +168,12 @@ def _with_names(optimizer: torch.optim.Optimizer, model: Model) -> tuple[dict[st
 # Random numbers ---------------------------------------------------------------------------------------------------
 
 
+def _generators() -> tuple[str, ...]:
+    return ("python", "numpy", "torch", *(["device"] if torch.accelerator.is_available() else []))
+
+
 def _random() -> tuple[dict[str, Any]]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.accelerator.is_available():
-        state["device"] = torch.get_device_module().get_rng_state()
-    return (state,)
+    return (random_states(_generators()),)
 
 
 def restore_random(saved: Mapping[str, tuple[dict[str, Any]]], rank: int) -> None:
@@ -185,8 +185,4 @@ def restore_random(saved: Mapping[str, tuple[dict[str, Any]]], rank: int) -> Non
         state = states[0]
     else:
         return
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "device" in state and torch.accelerator.is_available():
-        torch.get_device_module().set_rng_state(state["device"])
+    put_random_states({kind: state[kind] for kind in _generators() if kind in state})

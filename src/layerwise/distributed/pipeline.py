@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
-from layerwise.local.codes.code_step import Terms, sweep
+from layerwise.local.codes.code_step import sweep
 from layerwise.local.layers.layer import Layer
+from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded
-from layerwise.optim.layer_local.altmin import AltMin
+from layerwise.optim.layer_local.base import Fitting, LayerLocal
 from layerwise.optim.layer_local.choices import first_match
+from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, repeated, settings_of, with_coupling
 from layerwise.optim.layer_local.coding import coded_layers, hidden_uses, recorded_on_codes
-from layerwise.optim.layer_local.jobs import Crew, Facts, Job, Rest, State
+from layerwise.optim.layer_local.executors import Executor, Facts, GradientJob, LayerJob, State, executor_of
 from layerwise.optim.layer_local.owners import all_or_none, described
-from layerwise.optim.layer_local.undo import Undo
-from layerwise.optim.layer_local.workers import crew
+from layerwise.optim.layer_local.snapshot import Snapshot
+from layerwise.optim.layer_local.updates import check_group
 from layerwise.ranks.group import Ranks
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.program import ENTRY
+from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import is_finite
 
@@ -34,7 +38,7 @@ _REFUSED = {"parallel": "ranks are stages here", "trace": "it compares with the 
             "multipliers": "they pass between stages"}  # fmt: skip
 
 
-class Pipeline(AltMin):
+class Pipeline(LayerLocal):
     """`AltMin(codes="sweep")` of a model in stages, one for each rank in order, with the bits of one process.
 
         stage = lw.distributed.split(model, world_size)[rank]
@@ -74,11 +78,13 @@ class Pipeline(AltMin):
         self._stages.agree({key: described(value) for key, value in settings.items()})
         names = list(named_parameters_of(stage))
         settings["layers"] = self._patterns_here(settings.get("layers") or {}, names)
-        super().__init__(stage, params, **settings)
-        self._crew: _Stages = _Stages(self._stages, crew(settings.get("workers")))
-        fallible = any(update.solver is not None or update.regularizers for update in self._updates.every())
+        workers, on_nonfinite = settings.pop("workers", None), settings.pop("on_nonfinite", "skip")
+        self._fitter = fitter = CodeFitter(settings_of(settings), names)
+        self._turns = _Stages(self._stages, executor_of(workers))
+        self._proofs: dict[Any, bool] = {}
+        super().__init__(stage, params, fitter.defaults, on_nonfinite, self._turns, {}, fitter.updates.numbers)
+        fallible = any(update.solver is not None or update.regularizers for update in fitter.updates.every())
         self._fallible = self._stages.any(fallible, self._device)
-        self._samples = 0
 
     @property
     def _first(self) -> bool:
@@ -105,6 +111,13 @@ class Pipeline(AltMin):
             raise BadInput(f"no parameter of any stage matches {', '.join(map(repr, idle))}")
         return {k: v for k, v in layers.items() if any(first_match((k,), name) for name in names)}
 
+    def _check(self, group: Mapping[str, Any]) -> None:
+        check_group(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As AltMin's."""
+        super().add_param_group(with_coupling(param_group))
+
     # -- a step ------------------------------------------------------------------------------------------------
 
     def step(  # type: ignore[override]
@@ -117,57 +130,65 @@ class Pipeline(AltMin):
         """
         if (self._first and inputs is None) or (self._last and loss is None):
             raise BadInput("the first stage's step takes the inputs, and the last one's the loss of the outputs")
-        return super().step(_Batch(inputs, loss))  # type: ignore[arg-type]
+        once = partial(self._guarded, _no_closure, partial(self._attempt_on, _Batch(inputs, loss)))
+        return repeated(self, self._fitter, self._model, once)
 
     def refit(self, closures: Iterable[Any]) -> float:
         """Not in stages: raises BadInput."""
         raise BadInput("refit moves the last stage alone: load its checkpoint into a whole model with AltMin")
 
-    def _run(self, batch: Any) -> Recorded:
-        self._crew.begin()
+    def _attempt_on(self, batch: _Batch, closure: Any, buffers: Buffers) -> tuple[Tensor, str | None]:
+        """Record the stage with the codes of all, and fit its layers; all stages go back where one must."""
+        run = self._record(batch)
+        fitting = self._fitting(run)
+        where = self._agreed(run, unsafe(run, partial(self._fitter.gamma, fitting)) or buffers.spoiled())
+        if where is not None:
+            return run.loss, where
+        where = self._fitter.fit(fitting, Coded(run), run.layers, self._snapshot(fitting), self._executor)
+        if where is None:
+            self._averages |= fitting.new_averages
+        return run.loss, where
+
+    def _record(self, batch: _Batch) -> Recorded:
+        """Pass the outputs up and the codes down, and record the stage's layers on them."""
+        self._turns.begin()
         below = None if self._first else self._receive_up()
         entry = None if below is None else below.value
         outputs: list[Tensor] = []
 
-        def closure(x: Tensor = batch.inputs) -> Tensor:
+        def closure(x: Tensor | None = batch.inputs) -> Tensor:
             out = self._model(x) if isinstance(self._model, nn.Module) else None
             if not isinstance(out, Tensor):
                 raise BadInput("a stage is a module that gives one tensor")
             outputs.append(out)
-            found: Tensor = batch.loss(out) if self._last else (out * 0).sum()
-            return found
+            return batch.loss(out) if self._last and batch.loss is not None else (out * 0).sum()
 
         coded = CodedModel(self._model, closure, self._proofs, entry)
-        self._samples = coded.samples if below is None else below.samples
-        if coded.samples != self._samples:
-            raise BadInput(f"dim 0 is the samples' at every cut; {self._samples} came in, and here are {coded.samples}")
+        samples = coded.samples if below is None else below.samples
+        if coded.samples != samples:
+            raise BadInput(f"dim 0 is the samples' at every cut; {samples} came in, and here are {coded.samples}")
         layers = coded_layers(coded, self._ours, self._kinds)
         hidden = hidden_uses(coded, layers)
-        given = {} if self._last else self._given(coded, layers, hidden, outputs[0])
+        given = {} if self._last else self._given(coded, layers, hidden, outputs[0], samples)
         if not layers or not all(map(is_finite, given.values())):
             if entry is not None:
                 self._stages.send(self._stages.rank - 1, [torch.full_like(entry, float("nan"))])
             return Recorded(coded.loss.detach() * float("nan"), coded.tape, [], {}, {})
-        terms = self._terms(hidden, below)
+        groups = {i: self._group_at[id(layer.parameter)] for i, layer in hidden.items()}
+        if below is not None:
+            groups[ENTRY] = {"coupling": below.coupling, "code_l1": below.sparsity}
+        terms = self._fitter.terms(groups, samples)
         start = {i: part.output() for layer in layers for part in layer.parts
                  if (i := part.use.index) in terms.coupling and i not in given}  # fmt: skip
         if entry is not None:
             start[ENTRY] = entry
-        codes = sweep(coded, start, terms, self._code_step, given)
+        codes = sweep(coded, start, terms, self._fitter.code_step, given)
         if entry is not None:
             self._stages.send(self._stages.rank - 1, [codes[ENTRY]])
         return recorded_on_codes(coded, layers, codes, terms, self._ours)
 
-    def _terms(self, hidden: Mapping[int, Layer], below: _Below | None) -> Terms:
-        groups = {i: self._group_at[id(layer.parameter)] for i, layer in hidden.items()}
-        coupling = {i: float(group["coupling"]) for i, group in groups.items()}
-        sparsity = {i: float(group["code_l1"]) for i, group in groups.items()}
-        if below is not None:
-            coupling[ENTRY], sparsity[ENTRY] = below.coupling, below.sparsity
-        return Terms(coupling, self._batch(self._samples), sparsity)
-
     def _given(
-        self, coded: CodedModel, layers: Sequence[Layer], hidden: dict[int, Layer], out: Tensor
+        self, coded: CodedModel, layers: Sequence[Layer], hidden: dict[int, Layer], out: Tensor, samples: int
     ) -> dict[int, Tensor]:
         """Send the output up, and receive the code of the layer that made it, which joins the hidden ones."""
         index = coded.use_behind(out)
@@ -186,7 +207,7 @@ class Pipeline(AltMin):
         if out.dtype not in _TYPES or out.dim() > _MOST_AXES:
             raise BadInput(f"what passes between stages is floating-point with ≤ {_MOST_AXES} axes; got {out.dtype}")
         shape = [out.dim(), *out.shape, *[0] * (_MOST_AXES - out.dim())]
-        header = [*numbers, float(self._samples), float(_TYPES.index(out.dtype)), *map(float, shape)]
+        header = [*numbers, float(samples), float(_TYPES.index(out.dtype)), *map(float, shape)]
         code = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         above = self._stages.rank + 1
         self._stages.send(above, [torch.tensor(header, dtype=torch.float64, device=out.device), out])
@@ -202,14 +223,28 @@ class Pipeline(AltMin):
         self._stages.receive(self._stages.rank - 1, [value])
         return _Below(value, coupling, sparsity, int(samples))
 
-    def _undo(self, run: Recorded, layers: list[Layer]) -> Undo | None:
-        own = super()._undo(run, layers)
+    def _snapshot(self, fitting: Fitting) -> Snapshot | None:
+        """Copies to go back to, where a solution here or in another stage may not be finite."""
+        layers = fitting.run.layers
+        own = self._fitter.snapshot(fitting, layers)
         if own is not None and not self._fallible:
             raise BadInput("weights= and regularizer= were changed after the Pipeline was made: make a new one")
-        if own is None and self._fallible:  # another stage may have to go back
-            names = [name for layer in layers for name in layer.names] + list(run.gradients)
-            own = Undo(((name, run.tape.parameters[name]) for name in names), self.state)
-        return own
+        return fitting.snapshot(layers) if own is None and self._fallible else own
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """As AltMin's, of this stage."""
+        return {**super().local_state_dict(), **self._fitter.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As AltMin's, of this stage."""
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "stale"})
+        self._fitter.restore(state_dict, self._model)
+
+
+def _no_closure() -> Tensor:
+    raise BadInput("a stage takes inputs and a loss, not a closure")
 
 
 @dataclass(frozen=True)
@@ -228,10 +263,10 @@ class _Below:
     samples: int
 
 
-class _Stages(Crew):
+class _Stages(Executor):
     """Each stage solves its own layers, and all go on or go back together."""
 
-    def __init__(self, ranks: Ranks, home: Crew) -> None:
+    def __init__(self, ranks: Ranks, home: Executor) -> None:
         self._ranks, self._home, self._steps = ranks, home, 0
         self._device = torch.device("cpu")
 
@@ -240,7 +275,7 @@ class _Stages(Crew):
         self._steps += 1
         self._ranks.doing = f"step {self._steps} of this run"
 
-    def run(self, jobs: Sequence[Job], rest: Sequence[Rest], state: State) -> None:
+    def run(self, jobs: Sequence[LayerJob], rest: Sequence[GradientJob], state: State) -> None:
         """Solve the stage's jobs; an error of one stage is raised on all."""
         all_or_none(self._ranks, self._device, lambda: self._home.run(jobs, rest, state))
 
@@ -255,5 +290,5 @@ class _Stages(Crew):
         return self.anywhere(where)
 
     def anywhere(self, where: str | None) -> str | None:
-        """The place that forbids what was done in any stage."""
+        """The first tensor that is not finite after the step in any stage, or None."""
         return self._ranks.first(where, self._device)

@@ -21,7 +21,7 @@ from layerwise.local.transfer import IDENTITY, Transfer
 
 __all__ = [
     "Clip", "LocalProblem", "Pull", "contract", "lean", "local_gradient", "local_loss", "predict", "product",
-    "target_m", "target_s",
+    "target_m",
 ]  # fmt: skip
 
 Clip = Literal["range", "bounded"] | None
@@ -102,17 +102,12 @@ class LocalProblem:
             raise BadInput(f"the proximal term ‖W − W₀‖²/2η needs η > 0, or None for no term: got {self.prox}")
 
 
-def target_s(z: Tensor, g: Tensor, gamma: float) -> Tensor:
-    """LocoProp-S's targets before the transfer function, `z − γ g`; all shapes `[R,K,O]`."""
-    return torch.add(z, g, alpha=-gamma)
-
-
 def target_m(
     z: Tensor, g: Tensor, gamma: float, transfer: Transfer, clip: Clip = None, y: Tensor | None = None
 ) -> Tensor:
-    """LocoProp-M's targets after the transfer function, `f(z) − γ g`; all shapes `[R,K,O]`.
+    """LocoProp-M's targets after the transfer function, `f(z) − γ g`; of the identity, LocoProp-S's `z − γ g`.
 
-    y: `f(z)`, where the forward pass has it already. Raises BadInput for an unknown clip.
+    All shapes `[R,K,O]`. y: `f(z)`, where the forward pass has it already. Raises BadInput for an unknown clip.
     A target outside the closed range of f leaves the local problem unbounded below: a tanh unit with
     target 1.2 pulls with at least 0.2 for ever. Clipping is off by default all the same, because it
     also weakens the first local gradient below γ·backprop, and a few small steps cannot drift far. The

@@ -14,7 +14,7 @@ from layerwise.errors import BadInput, LayerwiseError, UnsupportedCall
 from layerwise.observation.engine import Observation
 from layerwise.observation.seen import Seen
 from layerwise.quantities import Quantity
-from layerwise.replay.state import Buffers, Gradients, RandomState
+from layerwise.replay.state import Gradients, RunState
 from layerwise.tape.calls import BACKWARD
 from layerwise.tape.pull import accumulated, backward_arguments
 from layerwise.tape.tape import Tape
@@ -178,18 +178,10 @@ class Watch:
 
     def run(self, closure: Callable[[], Tensor]) -> None:
         """Observe one run of a closure, and leave gradients, buffers and random numbers as they were."""
-        devices = {p.device for p in self._parameters.values()}
-        random, buffers = RandomState(devices), Buffers(self._model)
-        gradients = Gradients(self._parameters.values())
-        try:
-            with torch.enable_grad(), self:
-                total = closure()
-                if self.loss is None and isinstance(total, Tensor) and total.requires_grad:
-                    total.backward()
-        finally:
-            random.put_back()
-            buffers.put_back()
-            gradients.put_back()
+        with RunState(self._model, gradients="values"), torch.enable_grad(), self:
+            total = closure()
+            if self.loss is None and isinstance(total, Tensor) and total.requires_grad:
+                total.backward()
 
 
 def values_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

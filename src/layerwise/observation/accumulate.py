@@ -21,6 +21,7 @@ from layerwise.observation.seen import Seen
 from layerwise.quantities.base import Quantity
 from layerwise.ranks.group import Ranks, check_same_model
 from layerwise.ranks.trainers import placements_of, unreduced, unwrapped
+from layerwise.replay.state import RandomState
 from layerwise.tape.binding import Binding
 
 __all__ = ["accumulate"]
@@ -107,14 +108,16 @@ def _in_two_passes(
     firsts: what each quantity needs, or None.
     """
     before = [first for first in firsts if first is not None]
-    random = _Random(before)
+    own = [getattr(q.cotangent, "generator", None) for q in before]
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    random = RandomState([torch.device("cuda", n) for n in cuda], ("torch",), [g for g in own if g is not None])
     earlier = run(before)
     made = iter([earlier.result(i) for i in range(len(before))])
     seconds = [q if first is None else q.second_pass(next(made)) for q, first in zip(quantities, firsts, strict=True)]
     for second, first in zip(seconds, firsts, strict=True):
         if first is not None:
             second.broadcast(ranks)
-    random.restore()
+    random.put_back()
     results = run(seconds)
     old, new = earlier.batch.samples, results.batch.samples
     if (results.count, new) != (earlier.count, old):
@@ -124,24 +127,6 @@ def _in_two_passes(
         )
     results.asked = tuple(quantities)
     return results
-
-
-class _Random:
-    """The state of torch's random numbers, and of the generators of some quantities."""
-
-    def __init__(self, quantities: Iterable[Quantity]) -> None:
-        own = [getattr(q.cotangent, "generator", None) for q in quantities]
-        self._own = [(generator, generator.get_state()) for generator in own if generator is not None]
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-
-    def restore(self) -> None:
-        """Go back to it."""
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
-        for generator, state in self._own:
-            generator.set_state(state)
 
 
 def _pass(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,13 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["Closure", "NamedOptimizer"]
+__all__ = ["Attempt", "Closure", "NamedOptimizer"]
 
 Closure = Callable[[], Tensor]
+Attempt = Callable[[Closure, Buffers], tuple[Tensor, str | None]]
 
 
-class _Run(Protocol):
-    @property
-    def loss(self) -> Tensor:
-        """The loss, detached."""
-
-
-R = TypeVar("R", bound=_Run)
-
-
-class NamedOptimizer(torch.optim.Optimizer, Generic[R]):
+class NamedOptimizer(torch.optim.Optimizer):
     """Base of optimizers that know their parameters by name and move them from one run of a closure.
 
     A batch with NaN or infinity changes no parameter, no state and no buffer: it is counted in `skipped`, or raises
@@ -58,26 +50,21 @@ class NamedOptimizer(torch.optim.Optimizer, Generic[R]):
         """Raise BadInput for settings that cannot be."""
         raise NotImplementedError
 
-    def _run(self, closure: Closure) -> R:
-        """Run the closure and keep what the step needs of it."""
-        raise NotImplementedError
+    def _attempt(self, closure: Closure, buffers: Buffers) -> tuple[Tensor, str | None]:
+        """Run the closure and move the parameters; returns the loss before, and None.
 
-    def _unsafe(self, run: R) -> str | None:
-        """The first place that forbids a step, or None."""
-        raise NotImplementedError
-
-    def _agreed(self, run: R, where: str | None) -> str | None:
-        """The place that forbids a step, here or in any process that takes it with us."""
-        return where
-
-    def _move(self, run: R) -> str | None:
-        """Move the parameters; or none of them, and return the place that forbids it."""
+        Or move none of them, and return the place that forbids it in place of None. buffers: as before the run.
+        """
         raise NotImplementedError
 
     # -- a step --------------------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Run the closure, move every parameter, and return the loss before the step."""
+        return self._guarded(closure, self._attempt)
+
+    def _guarded(self, closure: Closure | None, attempt: Attempt) -> Tensor:
+        """Attempt a step; where it is forbidden or fails, nothing has changed. Returns the loss."""
         if closure is None:
             raise BadInput(
                 f"{type(self).__name__}.step needs a closure that runs the model and returns the loss: "
@@ -88,8 +75,7 @@ class NamedOptimizer(torch.optim.Optimizer, Generic[R]):
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
         buffers = Buffers(self._model)
         try:
-            run = self._run(closure)
-            where = self._agreed(run, self._unsafe(run) or buffers.spoiled()) or self._move(run)
+            loss, where = attempt(closure, buffers)
             if where is not None and self._on_nonfinite == "raise":
                 raise NonFinite(
                     f"{where} holds NaN or infinity, or overflows; the batch changed no parameter. Look at the batch, "
@@ -101,7 +87,7 @@ class NamedOptimizer(torch.optim.Optimizer, Generic[R]):
         if where is not None:
             buffers.put_back()
             self.skipped += 1
-        return run.loss
+        return loss
 
     def _ours(self, p: Tensor) -> bool:
         """Whether a parameter is in one of our groups."""

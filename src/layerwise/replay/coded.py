@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from layerwise.errors import Undefined
 from layerwise.ops import writes_first
 from layerwise.replay.program import ENTRY, CodedTape, Ref
-from layerwise.replay.state import Buffers, RandomState, check_loss
+from layerwise.replay.rerun import Rerun
+from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.uses import Use
 
 __all__ = ["CodedModel", "Outputs", "check_loss"]
@@ -56,12 +57,11 @@ class CodedModel:
         proofs: dict[Any, bool] | None = None,
         entry: Tensor | None = None,
     ) -> None:
-        self._model, self._closure, self._entry = model, closure, entry
+        self._model, self._entry = model, entry
         self._proofs = proofs if proofs is not None else {}
         given: tuple[Tensor, ...] = () if entry is None else (entry.clone(),)  # which the closure may overwrite
         tape = CodedTape(model, {}, entry=given[0] if given else None)
-        self._devices = {p.device for p in tape.parameters.values()}
-        self._before = RandomState(self._devices), Buffers(model)
+        self._rerun = Rerun(model, closure, gradients=False)
         with tape, torch.enable_grad():
             self.loss = closure(*given)
         check_loss(self.loss)
@@ -94,16 +94,11 @@ class CodedModel:
         codes, and where it is checkpointed: a recomputed block would not know its codes.
         """
         tape = CodedTape(self._model, codes, self.tape.statistics)
-        here = RandomState(self._devices), Buffers(self._model)
         given = () if self._entry is None else (codes.get(ENTRY, self._entry).clone(),)
-        try:
-            for state in self._before:
-                state.put_back()
+        with self._rerun:
+            self._rerun.rewind()
             with tape, torch.enable_grad(), _no_saved_tensor_hooks() if gradients else nullcontext():
-                loss = self._closure(*given)
-        finally:
-            for state in here:
-                state.put_back()
+                loss = self._rerun.run(*given)
         seen, want = ([(u.call.func, u.call.out_shape) for u in t.uses] for t in (tape, self.tape))
         if seen != want:
             raise Undefined(

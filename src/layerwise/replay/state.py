@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
+from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["Buffers", "Gradients", "RandomState", "check_loss", "seed_of"]
+__all__ = [
+    "Buffers", "Gradients", "RandomState", "RunState", "check_loss", "put_random_states", "random_states", "seed_of",
+]  # fmt: skip
+
+_GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "python": (random.getstate, random.setstate),
+    "numpy": (np.random.get_state, np.random.set_state),
+    "torch": (torch.get_rng_state, torch.set_rng_state),
+    "device": (
+        lambda: torch.get_device_module().get_rng_state(),
+        lambda state: torch.get_device_module().set_rng_state(state),
+    ),
+}
 
 
 class Buffers:
@@ -64,19 +79,60 @@ def seed_of(seed: int, step: int) -> int:
     return random.Random(f"{seed} {step}").getrandbits(63)
 
 
-class RandomState:
-    """The states of the generators that a closure may draw from."""
+def random_states(kinds: Iterable[str]) -> dict[str, Any]:
+    """The states of the process's generators, by kind: "python", "numpy", "torch", and "device" of the accelerator."""
+    return {kind: _GENERATORS[kind][0]() for kind in kinds}
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._python, self._cpu = random.getstate(), torch.get_rng_state()
+
+def put_random_states(states: Mapping[str, Any]) -> None:
+    """Bring the process's generators to states, by kind."""
+    for kind, state in states.items():
+        _GENERATORS[kind][1](state)
+
+
+class RandomState:
+    """The states of generators: those of the process by kind, of devices, and further ones."""
+
+    def __init__(
+        self, devices: Iterable[torch.device] = (), kinds: Iterable[str] = ("python", "torch"),
+        generators: Iterable[torch.Generator] = (),
+    ) -> None:  # fmt: skip
+        self._process = random_states(kinds)
         self._devices = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"}
+        self._further = [(generator, generator.get_state()) for generator in generators]
 
     def put_back(self) -> None:
         """Bring the generators back to the states."""
-        random.setstate(self._python)
-        torch.set_rng_state(self._cpu)
+        put_random_states(self._process)
         for device, state in self._devices.items():
             torch.get_device_module(device).set_rng_state(state, device)
+        for generator, state in self._further:
+            generator.set_state(state)
+
+
+class RunState:
+    """All that a run of a closure changes, to be put back: generators, buffers and, if asked, the parameters' `.grad`.
+
+    gradients: False; True for the tensors in `.grad`; "values" also for what they hold. As a context: put back at exit.
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, Tensor], gradients: bool | str = False) -> None:
+        parameters = list(named_parameters_of(model).values())
+        self._random, self._buffers = RandomState({p.device for p in parameters}), Buffers(model)
+        self._gradients = Gradients(parameters, values=gradients == "values") if gradients else None
+
+    def put_back(self) -> None:
+        """Bring everything back."""
+        self._random.put_back()
+        self._buffers.put_back()
+        if self._gradients is not None:
+            self._gradients.put_back()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.put_back()
 
 
 def check_loss(loss: object) -> None:

@@ -14,10 +14,10 @@ from layerwise.errors import BadInput
 from layerwise.local.layers.layer import shaped
 from layerwise.local.problem import LocalProblem
 from layerwise.local.solvers.memory import Memory
-from layerwise.local.solvers.steps import Workspace, local_steps
+from layerwise.local.solvers.steps import Owned, StepPlan, Workspace, local_steps
 from layerwise.local.solvers.values import LocalSteps, Solver
 
-__all__ = ["Away", "Task", "solve"]
+__all__ = ["Task", "pickled", "solve", "solve_pickled", "take_result"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Task:
     """A problem with the parameters that its weights are views of, and their optimizer.
 
     params: the weight and, if it is fitted, the bias. rates: their groups' `lr`, by which a closed form's update is
-    multiplied. optimizer: of the local steps, None for another solver. fold: from `[K,O,I]` to the weight's shape.
+    multiplied. optimizer: of the local steps, None for another solver; kind: what makes one, from groups and `lr=`.
+    fold: from `[K,O,I]` to the weight's shape.
     scale: multiplies the objective of local steps. state: that of a `Memory`, kept from batch to batch. l1: λ of
     a term λ|W|₁ beside `scale` times the problem, by soft thresholds: of lr·λ after each local step, or in a
     `Memory`'s columns.
@@ -40,6 +41,7 @@ class Task:
     scale: float = 1.0
     state: dict[str, Any] | None = None
     l1: float = 0.0
+    kind: Any = None
 
 
 @torch.no_grad()
@@ -48,20 +50,9 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
     problem, solver, params = task.problem, task.solver, task.params
     if isinstance(solver, LocalSteps):
         assert task.optimizer is not None
-        local_steps(
-            problem,
-            task.optimizer,
-            solver.steps,
-            rows=solver.share(problem),
-            form=solver.form,
-            schedule=solver.rule,
-            weight=params[0],
-            bias=params[1] if len(params) > 1 else None,
-            fold=task.fold,
-            workspace=workspace,
-            scale=task.scale,
-            l1=task.l1,
-        )
+        plan = StepPlan(solver.steps, solver.share(problem), solver.form, solver.rule, task.scale, task.l1)
+        owned = Owned(params[0], params[1] if len(params) > 1 else None, task.fold)
+        local_steps(problem, task.optimizer, plan, owned, workspace)
         if solver.state == "fresh":
             for p in params:
                 task.optimizer.state.pop(p, None)
@@ -82,74 +73,70 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
             part.add_(moved, alpha=rate)
 
 
-class Away:
-    """A task that travels: made from a task as bytes, run elsewhere, and its result put into the task's parameters."""
+def pickled(task: Task) -> bytes:
+    """A task as bytes, for `solve_pickled` in another process. Raises BadInput for what cannot be pickled."""
+    problem, weight = task.problem, task.problem.weight
+    groups = [] if task.optimizer is None else [
+        {k: v for k, v in group.items() if k != "params"} for group in task.optimizer.param_groups
+    ]  # fmt: skip
+    state = [] if task.optimizer is None else [dict(task.optimizer.state.get(p, {})) for p in task.params]
+    zero = weight.new_zeros(())
+    bias = None if problem.bias is None else zero.expand(problem.bias.shape)
+    bare = replace(problem, weight=zero.expand(weight.shape), bias=bias)
+    content = {
+        "problem": bare, "solver": task.solver, "params": [p.detach() for p in task.params], "rates": task.rates,
+        "groups": groups, "state": state, "kind": task.kind, "layout": (tuple(weight.shape), weight.stride()),
+        "scale": task.scale, "memory": task.state, "l1": task.l1,
+    }  # fmt: skip
+    try:
+        return pickle.dumps(content)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise BadInput(
+            "layers are solved in other processes only with solvers, schedules, optimizers and transfer functions "
+            f"that can be pickled (no lambdas): {error}. "
+            "Name them at the top of a module, or use workers=n for threads"
+        ) from error
 
-    def __init__(self, task: Task, kind: Any) -> None:
-        problem, weight = task.problem, task.problem.weight
-        groups = [] if task.optimizer is None else [
-            {k: v for k, v in group.items() if k != "params"} for group in task.optimizer.param_groups
-        ]  # fmt: skip
-        state = [] if task.optimizer is None else [dict(task.optimizer.state.get(p, {})) for p in task.params]
-        zero = weight.new_zeros(())
-        bias = None if problem.bias is None else zero.expand(problem.bias.shape)
-        bare = replace(problem, weight=zero.expand(weight.shape), bias=bias)
-        content = {
-            "problem": bare, "solver": task.solver, "params": [p.detach() for p in task.params], "rates": task.rates,
-            "groups": groups, "state": state, "kind": kind, "layout": (tuple(weight.shape), weight.stride()),
-            "scale": task.scale, "memory": task.state, "l1": task.l1,
-        }  # fmt: skip
-        try:
-            self.content = pickle.dumps(content)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise BadInput(
-                "layers are solved in other processes only with solvers, schedules, optimizers and transfer functions "
-                f"that can be pickled (no lambdas): {error}. "
-                "Name them at the top of a module, or use workers=n for threads"
-            ) from error
 
-    @staticmethod
-    def run(content: bytes) -> bytes:
-        """Solve the travelled task; the parameters and their state, as bytes."""
-        found = pickle.loads(content)
-        params: list[Tensor] = found["params"]
-        shape, stride = found["layout"]
-        view = params[0].as_strided(shape, stride, params[0].storage_offset())
-        problem: LocalProblem = found["problem"]
-        bias = params[1].view(problem.bias.shape) if problem.bias is not None else None
-        optimizer = None
-        if isinstance(found["solver"], LocalSteps):
-            optimizer = found["kind"]([{"params": [p]} for p in params], lr=0.0)
-            for p, group, given, state in zip(
-                params, optimizer.param_groups, found["groups"], found["state"], strict=True
-            ):
-                group.update(given)
-                if state:
-                    optimizer.state[p] = state
+def solve_pickled(content: bytes) -> bytes:
+    """Solve a pickled task; the parameters and their state, as bytes for `take_result`."""
+    found = pickle.loads(content)
+    params: list[Tensor] = found["params"]
+    shape, stride = found["layout"]
+    view = params[0].as_strided(shape, stride, params[0].storage_offset())
+    problem: LocalProblem = found["problem"]
+    bias = params[1].view(problem.bias.shape) if problem.bias is not None else None
+    optimizer = None
+    if isinstance(found["solver"], LocalSteps):
+        optimizer = found["kind"]([{"params": [p]} for p in params], lr=0.0)
+        for p, group, given, state in zip(params, optimizer.param_groups, found["groups"], found["state"], strict=True):
+            group.update(given)
+            if state:
+                optimizer.state[p] = state
 
-        def fold(w: Tensor) -> Tensor:
-            out = torch.empty_like(params[0])
-            shaped(out, view).copy_(w)
-            return out
+    def fold(w: Tensor) -> Tensor:
+        out = torch.empty_like(params[0])
+        shaped(out, view).copy_(w)
+        return out
 
-        problem = replace(problem, weight=view, bias=bias)
-        more = found["scale"], found["memory"], found["l1"]
-        solve(Task(problem, found["solver"], params, found["rates"], optimizer, fold, *more))
-        states = [] if optimizer is None else [dict(optimizer.state.get(p, {})) for p in params]
-        return pickle.dumps((params, states, found["memory"]))
+    problem = replace(problem, weight=view, bias=bias)
+    more = found["scale"], found["memory"], found["l1"]
+    solve(Task(problem, found["solver"], params, found["rates"], optimizer, fold, *more))
+    states = [] if optimizer is None else [dict(optimizer.state.get(p, {})) for p in params]
+    return pickle.dumps((params, states, found["memory"]))
 
-    @staticmethod
-    @torch.no_grad()
-    def take(task: Task, result: bytes) -> None:
-        """Put a result into the task's parameters and their state."""
-        params, states, memory = pickle.loads(result)
-        for p, new in zip(task.params, params, strict=True):
-            p.copy_(new)
-        if task.state is not None:
-            task.state.update(memory)
-        if task.optimizer is not None:
-            for p, state in zip(task.params, states, strict=True):
-                if state:
-                    task.optimizer.state[p] = state
-                else:
-                    task.optimizer.state.pop(p, None)
+
+@torch.no_grad()
+def take_result(task: Task, result: bytes) -> None:
+    """Put a result of `solve_pickled` into the task's parameters and their state."""
+    params, states, memory = pickle.loads(result)
+    for p, new in zip(task.params, params, strict=True):
+        p.copy_(new)
+    if task.state is not None:
+        task.state.update(memory)
+    if task.optimizer is not None:
+        for p, state in zip(task.params, states, strict=True):
+            if state:
+                task.optimizer.state[p] = state
+            else:
+                task.optimizer.state.pop(p, None)

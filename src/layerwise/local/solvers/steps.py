@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, contract, lean, predict
 
 __all__ = [
-    "Schedule", "Workspace", "constant", "linear_floor", "linear_steps", "local_steps", "row_slices",
+    "Owned", "Schedule", "StepPlan", "Workspace", "constant", "linear_floor", "linear_steps", "local_steps",
+    "row_slices",
 ]  # fmt: skip
 
 _MOST_VIEWS = 256
@@ -80,64 +81,80 @@ def row_slices(total: int, rows: int, step: int, offset: int = 0) -> list[tuple[
     return [(low, high)] if high <= total else [(low, total), (0, high - total)]
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """T local steps of an optimizer.
+
+    steps: T. rows: None for all R rows at every step, or the number of rows each step takes for itself (`row_slices`,
+    with a random offset from `generator` if given), its gradient multiplied by R/rows; R or more means all. With
+    rows = R/T all T steps cost 4/6 of an ordinary training step.
+    form: "plain" runs rows through the layer; "gram", for the squared loss on all rows alone, takes
+    `g_t = γG + (W_t − W₀)AᵀA`, the same steps up to rounding; "auto" the one with fewer operations.
+    schedule: multiplies the optimizer's rates at step t of T. scale: multiplies the whole objective; 1/γ makes the
+    first gradient backprop's own. l1: λ of a term λ|W|₁ beside it, by a soft threshold of the step's rate times λ after
+    each step (proximal gradient; with momentum or Adam, a heuristic). Raises BadInput for rows or steps below 1.
+    """
+
+    steps: int = 10
+    rows: int | None = None
+    form: Form = "auto"
+    schedule: Schedule = linear_floor
+    scale: float = 1.0
+    l1: float = 0.0
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.rows is not None and self.rows < 1):
+            raise BadInput(
+                f"local_steps needs steps ≥ 1 and rows ≥ 1 (or None): got steps={self.steps}, rows={self.rows}"
+            )
+
+
+class Owned(NamedTuple):
+    """The parameters in their own shapes, of which a problem's `weight` and `bias` are views.
+
+    fold: carries a gradient `[K,O,I]` to the shape of the weight; None for a reshape.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    fold: Callable[[Tensor], Tensor] | None = None
+
+
 @torch.no_grad()
 def local_steps(
     problem: LocalProblem,
     optimizer: torch.optim.Optimizer,
-    steps: int = 10,
-    *,
-    rows: int | None = None,
-    form: Form = "auto",
-    schedule: Schedule = linear_floor,
-    scale: float = 1.0,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    fold: Callable[[Tensor], Tensor] | None = None,
-    generator: torch.Generator | None = None,
+    plan: StepPlan,
+    owned: Owned | None = None,
     workspace: Workspace | None = None,
-    l1: float = 0.0,
 ) -> None:
     """Take T steps of an optimizer on one layer's local problem, in place.
 
-    The optimizer owns `weight` and `bias`, the parameters in their own shapes, of which `problem.weight`
-    and `problem.bias` are views (the default: these tensors themselves). `fold` carries a gradient `[K,O,I]`
-    to the shape of `weight`; default, a reshape. The optimizer's state lives on from batch to batch. It may
-    own other parameters if their `.grad` is None. Its rates are multiplied by `schedule(t, T)` and, as the
-    `.grad`s, put back at the end.
-
-    rows: None for all R rows at every step, or the number of rows each step takes for itself
-    (`row_slices`, with a random offset from `generator` if given), its gradient multiplied by R/rows;
-    R or more means all. With rows = R/T all T steps cost 4/6 of an ordinary training step.
-    scale: multiplies the whole objective; 1/γ makes the first gradient backprop's own. l1: λ of a term λ|W|₁ beside
-    it, by a soft threshold of the step's rate times λ after each step (proximal gradient; with momentum or Adam, a
-    heuristic).
-    form: "plain" runs rows through the layer; "gram", for the squared loss on all rows alone, takes
-    `g_t = γG + (W_t − W₀)AᵀA`, the same steps up to rounding; "auto" the one with fewer operations.
-    Raises BadInput for an impossible form, rows or steps below 1, or tensors that share no memory.
+    The optimizer owns the parameters, by default the problem's weight and bias themselves; its state lives on from
+    batch to batch. It may own other parameters if their `.grad` is None. Its rates, and the `.grad`s, are put back at
+    the end. Raises BadInput for an impossible form, or tensors that share no memory.
     """
-    if steps < 1 or (rows is not None and rows < 1):
-        raise BadInput(f"local_steps needs steps ≥ 1 and rows ≥ 1 (or None): got steps={steps}, rows={rows}")
-    weight = problem.weight if weight is None else weight
-    bias = problem.bias if bias is None else bias
+    weight, bias, fold = owned or Owned(problem.weight, problem.bias)
     _check_shared("weight", weight, problem.weight)
     _check_shared("bias", bias, problem.bias)
-    total = problem.a.shape[0]
-    rows = total if rows is None else min(rows, total)
+    total, steps = problem.a.shape[0], plan.steps
+    rows = total if plan.rows is None else min(plan.rows, total)
     workspace = Workspace() if workspace is None else workspace
-    layer: _Layer | _Table = (_Table if problem.indexed else _Layer)(problem, workspace, scale)
-    if isinstance(layer, _Layer) and _use_gram(problem, form, rows, steps):
+    layer: _Layer | _Table = (_Table if problem.indexed else _Layer)(problem, workspace, plan.scale)
+    if isinstance(layer, _Layer) and _use_gram(problem, plan.form, rows, steps):
         gradients = layer.gram(steps)
     else:
         offset = 0
-        if generator is not None and rows < total:
-            offset = int(torch.randint(total, (), generator=generator, device=generator.device))
+        if plan.generator is not None and rows < total:
+            offset = int(torch.randint(total, (), generator=plan.generator, device=plan.generator.device))
         gradients = layer.plain(steps, rows, offset)
     grad_w = layer.dw.reshape(weight.shape) if fold is None else fold(layer.dw)
     grad_b = None if bias is None else layer.db.view(bias.shape)  # type: ignore[union-attr]
     # a view of the scratch serves all steps; torch's fused optimizers need it contiguous as the weight is
     serves = grad_w.untyped_storage().data_ptr() == layer.dw.untyped_storage().data_ptr()
     serves &= grad_w.is_contiguous() or not weight.is_contiguous()
-    with _stepping(optimizer, [weight] if bias is None else [weight, bias], steps, schedule) as step:
+    with _stepping(optimizer, [weight] if bias is None else [weight, bias], steps, plan.schedule) as step:
         weight.grad = grad_w
         if bias is not None:
             bias.grad = grad_b
@@ -145,8 +162,8 @@ def local_steps(
             if not serves and fold is not None:
                 weight.grad = fold(layer.dw).contiguous()
             step(t)
-            if l1:
-                weight.copy_(F.softshrink(weight, l1 * optimizer.param_groups[0]["lr"]))
+            if plan.l1:
+                weight.copy_(F.softshrink(weight, plan.l1 * optimizer.param_groups[0]["lr"]))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ def tf_rmsprop_update(
     mean_square = decay * mean_square + (1 - decay) * grad.square()
     momentum_buffer = momentum * momentum_buffer + lr * grad / (mean_square + eps).sqrt()
     return param - momentum_buffer, mean_square, momentum_buffer
+
+
+class _Numbers(NamedTuple):
+    """The settings of a parameter group."""
+
+    lr: float
+    decay: float
+    momentum: float
+    eps: float
 
 
 class TFRMSProp(torch.optim.Optimizer):
@@ -102,13 +111,11 @@ class TFRMSProp(torch.optim.Optimizer):
 
         def advance() -> None:
             for group, some in found:
-                self._move(some, group["lr"], group["decay"], group["momentum"], group["eps"])
+                self._move(some, _Numbers(group["lr"], group["decay"], group["momentum"], group["eps"]))
 
         return advance
 
-    def _move(
-        self, some: list[tuple[Tensor, Tensor, Tensor]], lr: float, decay: float, momentum: float, eps: float
-    ) -> None:
+    def _move(self, some: list[tuple[Tensor, Tensor, Tensor]], numbers: _Numbers) -> None:
         whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for p, mean_square, momentum_buffer in some:
             assert p.grad is not None
@@ -116,13 +123,13 @@ class TFRMSProp(torch.optim.Optimizer):
             if p.device.type != "cpu":
                 whole.append(tensors)
             elif p.numel() <= SLICE:
-                _update(*tensors, self._root(p), lr, decay, momentum, eps)
+                _update(*tensors, self._root(p), numbers)
             elif _sliceable(tensors):
-                _update_in_slices(*tensors, self._root(p), lr, decay, momentum, eps)
+                _update_in_slices(*tensors, self._root(p), numbers)
             else:
                 whole.append(tensors)
         if whole:
-            _update_foreach(whole, lr, decay, momentum, eps)
+            _update_foreach(whole, numbers)
 
 
 def _sliceable(tensors: tuple[Tensor, ...]) -> bool:
@@ -141,18 +148,17 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _update_in_slices(
-    param: Tensor, grad: Tensor, mean_square: Tensor, momentum_buffer: Tensor, root: Tensor,
-    lr: float, decay: float, momentum: float, eps: float,
-) -> None:  # fmt: skip
+    param: Tensor, grad: Tensor, mean_square: Tensor, momentum_buffer: Tensor, root: Tensor, numbers: _Numbers
+) -> None:
     pieces = (_flat(t).split(SLICE) for t in (param, grad, mean_square, momentum_buffer))
     for w, g, ms, m in zip(*pieces, strict=True):
-        _update(w, g, ms, m, root[: w.numel()], lr, decay, momentum, eps)
+        _update(w, g, ms, m, root[: w.numel()], numbers)
 
 
 def _update(
-    param: Tensor, grad: Tensor, mean_square: Tensor, momentum_buffer: Tensor, root: Tensor,
-    lr: float, decay: float, momentum: float, eps: float,
-) -> None:  # fmt: skip
+    param: Tensor, grad: Tensor, mean_square: Tensor, momentum_buffer: Tensor, root: Tensor, numbers: _Numbers
+) -> None:
+    lr, decay, momentum, eps = numbers
     mean_square.mul_(_scalar(decay)).addcmul_(grad, grad, value=1 - decay)
     torch.add(mean_square, _scalar(eps), out=root).rsqrt_()  # a product costs less than a division
     momentum_buffer.mul_(_scalar(momentum)).addcmul_(grad, root, value=lr)
@@ -165,9 +171,8 @@ def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def _update_foreach(
-    tensors: list[tuple[Tensor, Tensor, Tensor, Tensor]], lr: float, decay: float, momentum: float, eps: float
-) -> None:
+def _update_foreach(tensors: list[tuple[Tensor, Tensor, Tensor, Tensor]], numbers: _Numbers) -> None:
+    lr, decay, momentum, eps = numbers
     params, grads, squares, buffers = (list(column) for column in zip(*tensors, strict=True))
     torch._foreach_mul_(squares, decay)
     torch._foreach_addcmul_(squares, grads, grads, value=1 - decay)

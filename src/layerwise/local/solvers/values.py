@@ -17,7 +17,7 @@ from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem
 from layerwise.local.solvers.closed import Side, largest_curvature, prox_step, spectral_step
 from layerwise.local.solvers.descent import anderson, conjugate_gradient, newton
-from layerwise.local.solvers.steps import Form, Schedule, constant, linear_floor, local_steps
+from layerwise.local.solvers.steps import Form, Schedule, StepPlan, constant, linear_floor, local_steps
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 
 __all__ = [
@@ -41,7 +41,7 @@ class LocalSteps:
     rows: rows for each step, a number, "all", or "auto" for R/T, rounded up, and at least 100 (or R) with the squared
     loss; all with form="gram". schedule: what the local rate is multiplied by at step t of T, "linear_floor"
     (`max(1 − t/T, 1/4)`), "constant" or a function of both. state: "persistent" from batch to batch, or "fresh" at
-    each. form: as in `local_steps`.
+    each. form: as in `StepPlan`.
     Raises BadInput for settings that cannot be.
     """
 
@@ -88,7 +88,7 @@ class LocalSteps:
         params = [p for p in (problem.weight, problem.bias) if p is not None]
         optimizer = self.optimizer([{"params": [p]} for p in params], lr=_own_lr(self.optimizer) if lr is None else lr)
         rows = self.share(problem)
-        local_steps(problem, optimizer, self.steps, rows=rows, form=self.form, schedule=self.rule)
+        local_steps(problem, optimizer, StepPlan(self.steps, rows, self.form, self.rule))
         moved = [new - old for new, old in zip(params, (start.weight, start.bias), strict=False) if old is not None]
         return moved[0], moved[1] if len(moved) > 1 else None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,28 +13,119 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, NonFinite
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, shaped
-from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded
 from layerwise.local.problem import Pull
 from layerwise.local.regularizers import Regularizer
 from layerwise.optim.base import NamedOptimizer
 from layerwise.optim.layer_local.choices import first_match
-from layerwise.optim.layer_local.jobs import Crew
+from layerwise.optim.layer_local.executors import Executor, GradientJob, State
 from layerwise.optim.layer_local.owners import described
-from layerwise.optim.layer_local.undo import Undo
+from layerwise.optim.layer_local.snapshot import Snapshot
 from layerwise.ranks.group import facts_of
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["LayerLocal", "check_common"]
+__all__ = ["Fitting", "LayerLocal", "check_common", "solved"]
+
+Rates = Callable[[Mapping[str, Any]], tuple[Any, dict[str, Any]]]
 
 
-class LayerLocal(NamedOptimizer[Recorded]):
+@dataclass
+class Fitting:
+    """The layers of a recorded run being fitted: the parameters' groups and state, and what lasts from step to step.
+
+    groups: by id of the parameter. optimizers: the layers' own, by kind and parameters. averages: the running averages
+    of parameters before the step, by name; new_averages: after it.
+    """
+
+    run: Recorded
+    groups: Mapping[int, dict[str, Any]]
+    state: State
+    optimizers: dict[Any, torch.optim.Optimizer]
+    averages: Mapping[str, Tensor]
+    new_averages: dict[str, Tensor] = field(default_factory=dict)
+
+    def params(self, layer: Layer) -> list[Tensor]:
+        """A layer's weight and, if it is fitted, its bias."""
+        return [self.run.tape.parameters[name] for name in layer.names]
+
+    def group(self, name: str) -> dict[str, Any]:
+        """The group of a parameter of ours."""
+        return self.groups[id(self.run.tape.parameters[name])]
+
+    def local_optimizer(self, params: list[Tensor], rates: Rates) -> tuple[Any, torch.optim.Optimizer]:
+        """The optimizer of a layer's parameters, kept from step to step, with our state and present settings.
+
+        Also its kind, which makes another one. rates: the kind and its settings from a parameter group.
+        """
+        owner = self.groups[id(params[0])]
+        kind, settings = rates(owner)
+        key = (kind, *map(id, params))
+        optimizer = self.optimizers.get(key)
+        if optimizer is None:
+            optimizer = self.optimizers[key] = kind([{"params": [p]} for p in params], lr=0.0)
+        optimizer.state = self.state
+        for p, group in zip(params, optimizer.param_groups, strict=True):
+            mine = self.groups[id(p)]
+            group.update(settings if mine is owner else rates(mine)[1])
+        return kind, optimizer
+
+    @torch.no_grad()
+    def pull(self, layer: Layer, term: Regularizer, gamma: float) -> Pull:
+        """A regularizer's term for a layer; moves the running averages that it asks for."""
+        matrix = layer.matrix()
+        shape = matrix.shape[:2]
+        params = [p.detach() for p in self.params(layer)]
+        bias = params[1].view(shape) if len(params) > 1 else None
+        decay = getattr(term, "decay", None)
+        average = None
+        if decay is not None:
+            for name, p in zip(layer.names, params, strict=True):
+                old = self.averages.get(name)
+                self.new_averages[name] = p.clone() if old is None else decay * old + (1 - decay) * p
+            found = [self.new_averages[name] for name in layer.names]
+            average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
+        return term(matrix, bias, gamma, average)
+
+    def snapshot(self, layers: Sequence[Layer], replaced: Collection[str] = ()) -> Snapshot:
+        """Of the layers' parameters and of those without a layer, with their state. replaced: as of a `Snapshot`."""
+        names = [name for layer in layers for name in layer.names] + list(self.run.gradients)
+        return Snapshot(((name, self.run.tape.parameters[name]) for name in names), self.state, replaced)
+
+    def gradient_jobs(self, move: Callable[[str, Tensor, Tensor], None]) -> list[GradientJob]:
+        """A job for each parameter outside the layers. move: by its name, itself and its gradient."""
+        params = self.run.tape.parameters
+        return [GradientJob({name: params[name]}, g.numel, partial(move, name, params[name], g))
+                for name, g in self.run.gradients.items()]  # fmt: skip
+
+
+def solved(solve: Callable[[], None], snapshot: Snapshot | None, executor: Executor) -> str | None:
+    """Solve, and return None; or put everything back, and return the place that is not finite.
+
+    snapshot: to go back to, where a finite batch may have a solution that is not finite.
+    """
+    try:
+        solve()
+        where = None if snapshot is None else executor.anywhere(snapshot.spoiled())
+    except BaseException as error:
+        if snapshot is not None:
+            snapshot.put_back()
+        if snapshot is None or not isinstance(error, NonFinite):
+            raise
+        return f"a local problem ({error})"
+    if snapshot is not None and where is not None:
+        snapshot.put_back()
+    return where
+
+
+class LayerLocal(NamedOptimizer):
     """Base of optimizers that fit each layer to a local target from one run of the model.
 
     A batch with NaN or infinity in its loss, activations or cotangents, or whose gradients overflow, changes no
     parameter, no state and no buffer: it is counted in `skipped`, or raises NonFinite with `on_nonfinite="raise"`.
     A closure that raises leaves everything as it was, too. A layer whose bias is in another group than its
     weight takes rates from both, and the rest from the weight's.
+    executor: who solves the layers. choices: settings that all processes must have alike. patterns: the numbers that
+    parameters with matching names have in groups of their own.
     """
 
     def __init__(
@@ -41,38 +134,22 @@ class LayerLocal(NamedOptimizer[Recorded]):
         params: Iterable[Any] | None,
         defaults: dict[str, Any],
         on_nonfinite: str,
-        crew: Crew,
+        executor: Executor,
         choices: Mapping[str, Any],
+        patterns: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        self._crew = crew
+        self._executor = executor
+        self._patterns = patterns
         self._kinds = Kinds()
         self._local: dict[Any, torch.optim.Optimizer] = {}
         self._names: dict[int, str] = {}
         self._averages: dict[str, Tensor] = {}
         super().__init__(model, params, defaults, on_nonfinite)
-        crew.meet({
+        executor.meet({
             **facts_of(named_parameters_of(model)),
             **{key: described(value) for key, value in {**choices, "on_nonfinite": on_nonfinite}.items()},
             **self._settings(),
         })  # fmt: skip
-
-    # -- what a method says ----------------------------------------------------------------------------
-
-    def _gamma(self, recorded: Recorded, name: str) -> float:
-        """γ of a parameter, by which its cotangents are multiplied."""
-        raise NotImplementedError
-
-    def _make(self, groups: list[dict[str, Any]], kind: Any) -> torch.optim.Optimizer:
-        """A new local optimizer of a kind on `{"params": ...}` groups."""
-        raise NotImplementedError
-
-    def _rates(self, group: Mapping[str, Any], owner: Tensor) -> tuple[Any, dict[str, Any]]:
-        """The kind of local optimizer that a layer with a weight `owner` has, and its settings from a group."""
-        raise NotImplementedError
-
-    def _patterns(self) -> Mapping[str, Mapping[str, Any]]:
-        """The numbers of parameter groups that parameters with matching names have of their own, by pattern."""
-        return {}
 
     # -- groups ----------------------------------------------------------------------------------------------
 
@@ -81,7 +158,7 @@ class LayerLocal(NamedOptimizer[Recorded]):
         names = {id(p): name for name, p in named_parameters_of(self._model).items()}
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
-        patterns = self._patterns()
+        patterns = self._patterns
         parts: dict[str | None, list[Any]] = {}
         for p in params:
             name = names.get(id(p[1] if isinstance(p, tuple) else p))
@@ -95,11 +172,13 @@ class LayerLocal(NamedOptimizer[Recorded]):
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def _unsafe(self, run: Recorded) -> str | None:
-        return unsafe(run, lambda name: self._gamma(run, name))
+    def _fitting(self, run: Recorded) -> Fitting:
+        """What fitting the layers of a run reads and writes."""
+        return Fitting(run, self._group_at, self.state, self._local, self._averages)
 
     def _agreed(self, run: Recorded, where: str | None) -> str | None:
-        return self._crew.agreed(where, run.loss, lambda: self._facts(run), self._tensors)
+        """The place that forbids a step, here or in any process that takes it with us."""
+        return self._executor.agreed(where, run.loss, lambda: self._facts(run), self._tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
         buffers = dict(self._model.named_buffers()) if isinstance(self._model, nn.Module) else {}
@@ -122,58 +201,6 @@ class LayerLocal(NamedOptimizer[Recorded]):
             ) for number, group in enumerate(self.param_groups)
         }  # fmt: skip
 
-    def _guarded(self, undo: Undo | None, move: Callable[[], None]) -> str | None:
-        """Move; or put everything back, and return the place that is not finite."""
-        try:
-            move()
-            where = None if undo is None else self._crew.anywhere(undo.spoiled())
-        except BaseException as error:
-            if undo is not None:
-                undo.put_back()
-            if undo is None or not isinstance(error, NonFinite):
-                raise
-            return f"a local problem ({error})"
-        if undo is not None and where is not None:
-            undo.put_back()
-        return where
-
-    @torch.no_grad()
-    def _pull(
-        self, recorded: Recorded, layer: Layer, term: Regularizer, gamma: float, averages: dict[str, Tensor]
-    ) -> Pull:
-        """A regularizer's term for a layer; new running averages go into `averages`."""
-        matrix = layer.matrix()
-        shape = matrix.shape[:2]
-        params = [recorded.tape.parameters[name].detach() for name in layer.names]
-        bias = params[1].view(shape) if len(params) > 1 else None
-        decay = getattr(term, "decay", None)
-        average = None
-        if decay is not None:
-            for name, p in zip(layer.names, params, strict=True):
-                old = self._averages.get(name)
-                averages[name] = p.clone() if old is None else decay * old + (1 - decay) * p
-            found = [averages[name] for name in layer.names]
-            average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
-        return term(matrix, bias, gamma, average)
-
-    def _group_of(self, recorded: Recorded, name: str) -> dict[str, Any]:
-        """The group of a parameter of ours."""
-        return self._group_at[id(recorded.tape.parameters[name])]
-
-    def _local_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
-        """The optimizer of a layer's parameters: kept from step to step, with our state and present settings."""
-        owner = self._group_at[id(params[0])]
-        kind, rates = self._rates(owner, params[0])
-        key = (kind, *map(id, params))
-        optimizer = self._local.get(key)
-        if optimizer is None:
-            optimizer = self._local[key] = self._make([{"params": [p]} for p in params], kind)
-        optimizer.state = self.state
-        for p, group in zip(params, optimizer.param_groups, strict=True):
-            mine = self._group_at[id(p)]
-            group.update(rates if mine is owner else self._rates(mine, params[0])[1])
-        return optimizer
-
     # -- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,7 +210,7 @@ class LayerLocal(NamedOptimizer[Recorded]):
         """
         mine: Any = self.state
         ours = {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
-        whole: Any = self._crew.whole(mine, ours)
+        whole: Any = self._executor.whole(mine, ours)
         self.state = whole
         try:
             return self.local_state_dict()
@@ -204,7 +231,7 @@ class LayerLocal(NamedOptimizer[Recorded]):
         if wrong:
             raise BadInput(f"the saved averages are of other parameters than ours: {', '.join(wrong[:5])}")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "averages"})
-        self._crew.loaded()
+        self._executor.loaded()
         self._averages = {name: t.to(params[name], copy=True) for name, t in saved.items()}
 
 

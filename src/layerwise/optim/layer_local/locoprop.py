@@ -11,10 +11,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput, NonFinite, SquaredInstead
-from layerwise.local.layers.layer import Layer
-from layerwise.local.layers.record import Recorded, problem_of, record
-from layerwise.local.problem import LocalProblem, Pull
+from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
+from layerwise.graph.coverage import prove
+from layerwise.local.layers.layer import Layer, layers_of
+from layerwise.local.layers.overflow import unsafe
+from layerwise.local.layers.record import problem_of, record
+from layerwise.local.problem import LocalProblem, Pull, predict
 from layerwise.local.regularizers import Elastic, Proximal, Regularizer, WeightDecay
 from layerwise.local.solvers.run import Task, solve
 from layerwise.local.solvers.steps import Workspace, linear_steps
@@ -22,14 +24,13 @@ from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, Solver, name_of
 from layerwise.local.targets import GradientStep, Target, factor, fill_in
 from layerwise.local.transfer import IDENTITY, Transfer
-from layerwise.optim.layer_local.base import LayerLocal, check_common
+from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, solved
 from layerwise.optim.layer_local.choices import Choice, Choices, implied
-from layerwise.optim.layer_local.jobs import Job, Rest, operations
-from layerwise.optim.layer_local.owners import Parallel, crew_over
-from layerwise.optim.layer_local.sweeps import Sweep
-from layerwise.optim.layer_local.undo import Undo
-from layerwise.optim.layer_local.workers import Workers
-from layerwise.replay.state import Buffers, RandomState
+from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
+from layerwise.optim.layer_local.owners import Parallel, executor_over
+from layerwise.replay.rerun import Rerun
+from layerwise.replay.state import Buffers
+from layerwise.tape.tape import Tape
 from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["LocoProp"]
@@ -53,15 +54,6 @@ _REST = LocalSteps()  # what parameters without a local problem take where the s
 _ORDERS = ("together", "output_to_input", "input_to_output")
 
 
-class _Plan(NamedTuple):
-    """A layer with everything its problem is made of."""
-
-    layer: Layer
-    transfer: Transfer
-    choice: Choice
-    pulls: tuple[Pull, ...]
-
-
 class LocoProp(LayerLocal):
     """Fit each layer `z = W a + b` to its own target, all layers at once.
 
@@ -69,45 +61,34 @@ class LocoProp(LayerLocal):
         squared (S):   target y = z - γ g,      min_W  sum_r ½ |W a_r - y_r|²        + R(W)
 
     with g = dL/dz from one run of the model and f = F' the layer's transfer function, both found by the tape.
-    The first local gradient is γ times backprop's. By default T local steps of TFRMSProp follow, with rate
-    `lr·max(1 - t/T, 1/4)`; its state lives on from batch to batch.
 
         opt = LocoProp(model)
         loss = opt.step(lambda: F.cross_entropy(model(x), y))
 
-    model: an nn.Module, or a mapping of names to tensors. params: as for any torch optimizer, with names
-    (`model.named_parameters()` or groups of it); default all.
+    Args:
+        model: an nn.Module, or a mapping of names to tensors.
+        params: as for any torch optimizer, with names (`model.named_parameters()` or groups of it); default all.
+        lr: default 5e-5 with the matching loss, 1e-5 with the squared one; with a solver, the optimizer's own, or 1.
+        loss: "matching", "squared", or a transfer function of `lw.local` whose matching loss is taken.
+        target: `GradientStep` (default), `Mirror`, or a function `(z, g, transfer) -> y`.
+        regularizer: None, `Proximal`, `WeightDecay`, `Elastic`, a function, or several.
+        solver: `LocalSteps` (default), another solver of `lw.local`, or a function `problem -> (ΔW, Δb)`.
+        layers: settings by pattern on parameter or module names, `{"encoder.*": {"lr": 1e-4}}`; the first match wins.
+        order: "together", or one layer after another: "output_to_input", "input_to_output".
+        write: "weights", or "grad" to put `W_old − W_new` into `.grad` for an outer optimizer.
+        workers: None, n threads, or ("process", n): how many layers are solved at once, with the same bits.
+        parallel: True or a process group: ranks with the same batch share the layers, with the same bits.
+        gamma: γ, against the gradient of the loss as written; default 10.
+        steps: T local steps, default 10, at the rate `lr·max(1 - t/T, 1/4)`.
+        rows: rows of each local step, a number, "auto" for R/T, or "all".
+        decay: of TFRMSProp's mean square.
+        momentum: of TFRMSProp; default 0.99 with the matching loss, 0.999 with the squared one.
+        eps: of TFRMSProp.
+        preset: "M" or "S" for these defaults, "published-M" or "published-S" for the published settings.
+        on_nonfinite: "skip" a batch with NaN or infinity and count it in `skipped`, or "raise" NonFinite.
 
-    Three values and a solver, from `lw.local`, each also by layer:
-    loss: "matching", "squared", or a transfer function whose matching loss is taken in place of the found one's. A
-    function without a matching loss (GELU, SiLU) is treated as S, with a `SquaredInstead` warning, once.
-    target: `GradientStep` (default), `Mirror`, or a function `(z, g, transfer) -> y`. regularizer: None, `Proximal`,
-    `WeightDecay`, `Elastic`, a function, or several. solver: `LocalSteps` (default), `ProximalSolve`,
-    `ConjugateGradient`, `Spectral`, `Anderson`, `Newton`, or a function `problem -> (ΔW, Δb)`, whose update is
-    multiplied by lr, then 1 by default. layers: `{"encoder.*": {"loss": "squared", "lr": 1e-4}}`, patterns (fnmatch)
-    on the names of parameters or of modules that hold them; the first match wins; parameters with numbers of their own
-    get a
-    parameter group of their own.
-
-    order: "together"; or "output_to_input" or "input_to_output", where layers are solved in turn for the same fixed
-    targets, and each reads its inputs anew from a run of the closure (same random numbers and buffers) through the
-    layers already moved. On a chain the first of the two equals "together". write: "weights", or "grad" to leave the
-    weights and put `W_old − W_new` into `.grad` for any outer optimizer (None on a skipped batch). workers: None, n or
-    ("thread", n), or ("process", n): how many layers are solved at once, with the same bits; processes are spawned, so
-    a script needs its `if __name__ == "__main__":`. parallel: True (all ranks of `torch.distributed`) or a process
-    group: every rank runs the closure on the same batch, solves the layers it owns and shares their weights, with the
-    same bits (docs/distributed.md).
-
-    The default solver's settings in short: lr and momentum (5e-5 and 0.99 with the matching loss, the published 1e-5
-    and 0.999 with the squared one); gamma: γ, against the gradient of the loss as written; steps: T; rows: as in
-    `LocalSteps`; decay and eps of TFRMSProp. preset: "M" or "S" for these defaults, "published-M" or "published-S" for
-    exactly the published settings; other arguments override it.
-
-    Weights with one orientation have a local problem, at all their uses together: of linear and convolution layers,
-    embeddings, norms and other scales, attention and recurrent projections, shared layers. The other parameters (lone
-    biases, transposed convolutions, weights tied to their transpose, derived weights) take T steps along γ times their
-    gradient; with a solver without local steps, ten of TFRMSProp at 5e-5 times lr. `describe()` says which.
-    Raises BadInput, UncoveredUse; NonFinite with `on_nonfinite="raise"` (default: skip the batch, count it).
+    More of each choice, and of which parameters have a local problem: the LocoProp page. `describe()` says it of yours.
+    Raises BadInput, UncoveredUse; NonFinite with `on_nonfinite="raise"`.
     Source: Amid, Anil and Warmuth, "LocoProp: Enhancing BackProp via Local Loss Optimization" (2022), section 3.
     """
 
@@ -147,30 +128,21 @@ class LocoProp(LayerLocal):
         if order != "together" and not (workers is None and parallel is None):
             asked = f"workers={workers!r}, parallel={parallel!r}"
             raise BadInput(f"layers in turn (order={order!r}) cannot be solved at once ({asked})")
-        self._said: set[str] = set()
+        self._warned: set[str] = set()  # functions without a matching loss
         self._last: list[tuple[tuple[str, ...], str]] | None = None
         kind = loss if isinstance(loss, str) else "squared" if getattr(solver, "squared_only", False) else "matching"
         chosen = dict(_PRESETS[preset] if preset else _DEFAULTS.get(kind, _DEFAULTS["matching"]))
         if isinstance(loss, str) or preset is None:
             chosen["loss"] = kind
         chosen |= implied(self._choices.default, {**values, "lr": lr})
-        given = {
-            "lr": lr,
-            "gamma": gamma,
-            "steps": steps,
-            "rows": rows,
-            "decay": decay,
-            "momentum": momentum,
-            "eps": eps,
-        }
+        given = {"lr": lr, "gamma": gamma, "steps": steps, "rows": rows, "decay": decay, "momentum": momentum,
+                 "eps": eps}  # fmt: skip
         chosen |= {k: v for k, v in given.items() if v is not None}
         said = {**values, "layers": layers, "order": order, "write": write}
-        super().__init__(model, params, chosen, on_nonfinite, crew_over(parallel, workers), said)
+        executor = executor_over(parallel, workers)
+        super().__init__(model, params, chosen, on_nonfinite, executor, said, self._choices.numbers)
 
     # -- groups ------------------------------------------------------------------------------------------------
-
-    def _patterns(self) -> Mapping[str, Mapping[str, Any]]:
-        return self._choices.numbers
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common("LocoProp", group)
@@ -194,150 +166,66 @@ class LocoProp(LayerLocal):
             self.zero_grad()
         return loss
 
-    def _run(self, closure: Callable[[], Tensor]) -> Recorded:
-        if self._order != "together":
-            devices = {p.device for group in self.param_groups for p in group["params"]}
-            self._sweep = Sweep(self._model, closure, self._ours, RandomState(devices), Buffers(self._model),
-                                self._kinds)  # fmt: skip
-        return record(self._model, closure, self._ours, kinds=self._kinds)
-
-    def _gamma(self, recorded: Recorded, name: str) -> float:
-        gamma = float(self._group_of(recorded, name)["gamma"])
-        return factor(self._choices.of(name).target, gamma, recorded.samples)
-
-    def _move(self, run: Recorded) -> str | None:
-        recorded = run
-        averages: dict[str, Tensor] = {}
-        plans = [self._plan(recorded, layer, averages) for layer in recorded.layers]
-        undo = self._undo(recorded, plans)
-        where = self._guarded(undo, lambda: self._solve(recorded, plans))
+    def _attempt(self, closure: Callable[[], Tensor], buffers: Buffers) -> tuple[Tensor, str | None]:
+        """Record a run, make the layers' problems, solve them; go back where a solution is not finite."""
+        together = self._order == "together"
+        rerun = None if together else Rerun(self._model, closure, gradients=False)
+        run = record(self._model, closure, self._ours, kinds=self._kinds)
+        fitting, choices = self._fitting(run), self._choices
+        where = self._agreed(run, unsafe(run, lambda name: _gamma(fitting, choices, name)) or buffers.spoiled())
         if where is not None:
-            return where
-        self._averages |= averages
-        if undo is not None and self._write == "grad":
-            self.zero_grad()
-            undo.to_gradients()
-        steps = [int(self._group_of(recorded, plan.layer.name)["steps"]) for plan in plans]
-        self._last = [(plan.layer.names, _form(plan, count)) for plan, count in zip(plans, steps, strict=True)]
-        self._last += [((name,), "no local problem: steps along its gradient") for name in recorded.gradients]
-        return None
+            return run.loss, where
 
-    def _solve(self, recorded: Recorded, plans: list[_Plan]) -> None:
-        """Move every parameter."""
-        if self._order == "together":
-            jobs = [self._job(recorded, plan) for plan in plans]
-        else:
-            jobs = []
-            problems = [self._problem(recorded, plan) for plan in plans]
-            turns = range(len(plans)) if self._order == "input_to_output" else range(len(plans) - 1, -1, -1)
-            for count, n in enumerate(turns):
-                problem = self._sweep.refreshed(problems[n], plans[n].layer) if count else problems[n]
-                solve(self._task(recorded, plans[n], problem)[0], self._workspace)
-        parameters = recorded.tape.parameters
-        rest = [Rest({name: parameters[name]}, g.numel, partial(self._step_along, recorded, name, g))
-                for name, g in recorded.gradients.items()]  # fmt: skip
-        self._crew.run(jobs, rest, self.state)
+        plans = [_plan(fitting, choices, layer) for layer in run.layers]
+        _warn_of_stand_ins(plans, self._warned)
 
-    def _job(self, recorded: Recorded, plan: _Plan) -> Job:
-        params = {name: recorded.tape.parameters[name] for name in plan.layer.names}
-        group = self._group_of(recorded, plan.layer.name)
-        return Job(params, lambda: operations(self._solver_of(plan, group), plan.layer),
-                   lambda: self._task(recorded, plan, self._problem(recorded, plan)))  # fmt: skip
+        def solve_all() -> None:
+            if rerun is not None:
+                self._solve_in_turn(fitting, plans, rerun)
+            jobs = [_job(fitting, plan) for plan in plans] if together else []
+            self._executor.run(jobs, fitting.gradient_jobs(partial(_step_along, fitting, choices)), self.state)
 
-    def _plan(self, recorded: Recorded, layer: Layer, averages: dict[str, Tensor]) -> _Plan:
-        """What a layer's problem is made of; new running averages go into `averages`."""
-        choice, group = self._choices.of(layer.name), self._group_of(recorded, layer.name)
-        transfer = choice.transfer
-        if transfer is None:
-            transfer = layer.transfer if group["loss"] == "matching" else IDENTITY
-            if transfer.stand_in:
-                self._say(layer)
-        if getattr(choice.solver, "squared_only", False) and not transfer.is_squared:
-            raise BadInput(
-                f"{name_of(choice.solver)} solves the squared loss, and {layer.name} has {transfer.name}'s matching "
-                'loss: choose loss="squared" for it, or Newton, Anderson or LocalSteps'
-            )
-        gamma = self._gamma(recorded, layer.name)
-        return _Plan(layer, transfer, choice, tuple(
-            self._pull(recorded, layer, term, gamma, averages) for term in choice.regularizers
-        ))  # fmt: skip
+        every = [*(plan.choice for plan in plans), *choices.every()]
+        safe = together and self._write == "weights" and all(map(_is_safe, every))
+        snapshot = None if safe else fitting.snapshot(run.layers)
+        where = solved(solve_all, snapshot, self._executor)
+        if where is None:
+            self._averages |= fitting.new_averages
+            if snapshot is not None and self._write == "grad":
+                self.zero_grad()
+                snapshot.to_gradients()
+            self._last = [(plan.layer.names, _form(plan)) for plan in plans]
+            self._last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
+        return run.loss, where
 
-    def _say(self, layer: Layer) -> None:
-        """Warn once of a function that has no matching loss."""
-        f = layer.transfer
-        if f.name not in self._said:
-            self._said.add(f.name)
-            why = "has no tabulated matching loss" if f.monotone else "is not monotone and has no matching loss"
-            warnings.warn(
-                f"{f.name}, behind {layer.name}, {why}: such layers take the squared loss before it (LocoProp-S)",
-                SquaredInstead,
-                stacklevel=6,
-            )
+    def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
+        """Solve one layer after another; all but the first read their inputs anew."""
+        problems = [_problem(fitting, plan) for plan in plans]
+        turns = range(len(plans)) if self._order == "input_to_output" else range(len(plans) - 1, -1, -1)
+        for count, n in enumerate(turns):
+            layer, problem = plans[n].layer, problems[n]
+            if count:
+                problem = _refreshed(problem, layer, self._run_again(layer, rerun))
+            solve(_task(fitting, plans[n], problem), self._workspace)
 
-    def _problem(self, recorded: Recorded, plan: _Plan) -> LocalProblem:
-        layer, target = plan.layer, plan.choice.target
-        gamma = self._gamma(recorded, layer.name)
-        plain = isinstance(target, GradientStep) and target.clip is None
-        made = (
-            None if plain else fill_in(target, float(self._group_of(recorded, layer.name)["gamma"]), recorded.samples)
+    def _run_again(self, layer: Layer, rerun: Rerun) -> Layer:
+        """The layer in another run, without the backward pass that the closure may start."""
+        with rerun:
+            rerun.rewind()
+            tape = Tape(self._model, lambda tape, total, weight, run: None, keep_outputs=True)
+            with tape, torch.enable_grad():
+                loss = rerun.run()
+            found = layers_of(tape, prove(tape, loss, None, need_loss=False), self._ours, kinds=self._kinds)
+        wanted = [part.use.index for part in layer.parts]
+        for other in found:
+            if other.names == layer.names and [part.use.index for part in other.parts] == wanted:
+                return other
+        raise Undefined(
+            f"run again for order='output_to_input' or 'input_to_output', the closure made other calls with "
+            f'{layer.name}: use order="together"'
         )
-        problem = problem_of(recorded, layer, gamma, plan.transfer, made, plan.pulls)
-        if not plain and not bool(torch.isfinite(problem.target).all()):
-            raise NonFinite(f"the target of {layer.name} holds NaN or infinity")
-        return problem
 
-    def _task(self, recorded: Recorded, plan: _Plan, problem: LocalProblem) -> tuple[Task, Callable[[], Any]]:
-        """A layer's task, and what tells the kind of its local optimizer."""
-        params = [recorded.tape.parameters[name] for name in plan.layer.names]
-        groups = [self._group_at[id(p)] for p in params]
-        solver = self._solver_of(plan, groups[0])
-        optimizer = self._local_optimizer(params) if isinstance(solver, LocalSteps) else None
-        rates = [float(group["lr"]) for group in groups]
-        task = Task(problem, solver, params, rates, optimizer, plan.layer.fold)
-        return task, lambda: self._rates(groups[0], params[0])[0]
-
-    def _solver_of(self, plan: _Plan, group: Mapping[str, Any]) -> Solver:
-        """A layer's solver, with the numbers of its group."""
-        solver = plan.choice.solver
-        if isinstance(solver, LocalSteps) and (solver.steps, solver.rows) != (group["steps"], group["rows"]):
-            solver = replace(solver, steps=group["steps"], rows=group["rows"])
-        return solver
-
-    def _step_along(self, recorded: Recorded, name: str, g: Tensor) -> None:
-        """T steps on the linear local loss `γ g·w`."""
-        p = recorded.tape.parameters[name]
-        solver, group = self._choices.of(name).solver, self._group_at[id(p)]
-        solver = solver if isinstance(solver, LocalSteps) else _REST
-        optimizer = self._local_optimizer([p])
-        linear_steps(p, self._gamma(recorded, name) * g, optimizer, group["steps"], schedule=solver.rule)
-        if solver.state == "fresh":
-            self.state.pop(p, None)
-
-    def _undo(self, recorded: Recorded, plans: list[_Plan]) -> Undo | None:
-        """Copies to go back to, where the weights are to stay or a solution may turn out not finite."""
-        choices = [plan.choice for plan in plans]
-        safe = all(_safe(choice) for choice in choices) and all(_safe(choice) for choice in self._choices.every())
-        if safe and self._write == "weights" and self._order == "together":
-            return None
-        names = [name for plan in plans for name in plan.layer.names] + list(recorded.gradients)
-        return Undo(((name, recorded.tape.parameters[name]) for name in names), self.state)
-
-    # -- local optimizers --------------------------------------------------------------------------------------
-
-    def _rates(self, group: Mapping[str, Any], owner: Tensor) -> tuple[Any, dict[str, Any]]:
-        solver = self._choices.of(self._names[id(owner)]).solver
-        if isinstance(solver, LocalSteps) and solver.optimizer is not TFRMSProp:
-            return solver.optimizer, {"lr": group["lr"]}
-        rates = {key: group[key] for key in ("lr", "decay", "momentum", "eps")}
-        if not isinstance(solver, LocalSteps):
-            rates["lr"] = _DEFAULTS["matching"]["lr"] * group["lr"]
-        return TFRMSProp, rates
-
-    def _make(self, groups: list[dict[str, Any]], kind: Any) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = kind(groups, lr=0.0)
-        return optimizer
-
-    # -- what it did, and its state ------------------------------------------------------------------------------
+    # -- what it did -------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, str]:
         """How each parameter moved in the last step that was not skipped, by name. Raises BadInput before the first."""
@@ -350,18 +238,141 @@ class LocoProp(LayerLocal):
         return found
 
 
-def _safe(choice: Choice) -> bool:
+# Problems -----------------------------------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """A layer with everything its problem is made of, and the group of its weight."""
+
+    layer: Layer
+    group: Mapping[str, Any]
+    choice: Choice
+    gamma: float
+    transfer: Transfer
+    pulls: tuple[Pull, ...]
+
+    @property
+    def solver(self) -> Solver:
+        """The layer's solver, with the numbers of its group."""
+        solver, steps, rows = self.choice.solver, self.group["steps"], self.group["rows"]
+        if isinstance(solver, LocalSteps) and (solver.steps, solver.rows) != (steps, rows):
+            return replace(solver, steps=steps, rows=rows)
+        return solver
+
+
+def _gamma(fitting: Fitting, choices: Choices, name: str) -> float:
+    """γ of a parameter, by which its cotangents are multiplied."""
+    return factor(choices.of(name).target, float(fitting.group(name)["gamma"]), fitting.run.samples)
+
+
+def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
+    """What a layer's problem is made of. Raises BadInput for a solver of the squared loss with another one."""
+    choice, group, gamma = choices.of(layer.name), fitting.group(layer.name), _gamma(fitting, choices, layer.name)
+    transfer = choice.transfer
+    if transfer is None:
+        transfer = layer.transfer if group["loss"] == "matching" else IDENTITY
+    if getattr(choice.solver, "squared_only", False) and not transfer.is_squared:
+        raise BadInput(
+            f"{name_of(choice.solver)} solves the squared loss, and {layer.name} has {transfer.name}'s matching "
+            'loss: choose loss="squared" for it, or Newton, Anderson or LocalSteps'
+        )
+    pulls = tuple(fitting.pull(layer, term, gamma) for term in choice.regularizers)
+    return _Plan(layer, group, choice, gamma, transfer, pulls)
+
+
+def _warn_of_stand_ins(plans: list[_Plan], warned: set[str]) -> None:
+    """Warn, once for each, of functions that have no matching loss."""
+    for plan in plans:
+        f = plan.transfer
+        if plan.choice.transfer is None and f.stand_in and f.name not in warned:
+            warned.add(f.name)
+            why = "has no tabulated matching loss" if f.monotone else "is not monotone and has no matching loss"
+            warnings.warn(
+                f"{f.name}, behind {plan.layer.name}, {why}: such layers take the squared loss before it (LocoProp-S)",
+                SquaredInstead,
+                stacklevel=7,
+            )
+
+
+def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
+    """A layer's local problem. Raises NonFinite where a target of the user's is not finite."""
+    target, samples = plan.choice.target, fitting.run.samples
+    plain = isinstance(target, GradientStep) and target.clip is None
+    made = None if plain else fill_in(target, float(plan.group["gamma"]), samples)
+    problem = problem_of(fitting.run, plan.layer, plan.gamma, plan.transfer, made, plan.pulls)
+    if not plain and not bool(torch.isfinite(problem.target).all()):
+        raise NonFinite(f"the target of {plan.layer.name} holds NaN or infinity")
+    return problem
+
+
+def _refreshed(problem: LocalProblem, layer: Layer, now: Layer) -> LocalProblem:
+    """The problem with the inputs `a` (and terms `rest`) of a later run; itself where they are the same.
+
+    now: the layer in that run. Targets stay those of the first. Raises Undefined for another number of rows.
+    """
+    a = now.join([part.input() for part in now.parts])
+    rest = None
+    if a.shape != problem.a.shape:
+        raise Undefined(f"run again, the closure gave {layer.name} {len(a)} rows, and {len(problem.a)} at first")
+    if problem.rest is not None:
+        z = now.join([part.rows(part.output()) for part in now.parts])
+        rest = z - predict(replace(problem, a=a, rest=None, g=None))
+    same = torch.equal(a, problem.a) and (rest is None or torch.equal(rest, problem.rest))  # type: ignore[arg-type]
+    return problem if same else replace(problem, a=a, rest=rest, g=None)
+
+
+# Solving ------------------------------------------------------------------------------------------------------------
+
+
+def _job(fitting: Fitting, plan: _Plan) -> LayerJob:
+    """A layer to be fitted."""
+    params = dict(zip(plan.layer.names, fitting.params(plan.layer), strict=True))
+    return LayerJob(params, lambda: operations(plan.solver, plan.layer),
+                    lambda: _task(fitting, plan, _problem(fitting, plan)))  # fmt: skip
+
+
+def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
+    """A layer's problem with its solver and, for local steps, its optimizer."""
+    params, solver = fitting.params(plan.layer), plan.solver
+    kind = optimizer = None
+    if isinstance(solver, LocalSteps):
+        kind, optimizer = fitting.local_optimizer(params, partial(_rates, solver))
+    rates = [float(fitting.group(name)["lr"]) for name in plan.layer.names]
+    return Task(problem, solver, params, rates, optimizer, plan.layer.fold, kind=kind)
+
+
+def _step_along(fitting: Fitting, choices: Choices, name: str, p: Tensor, g: Tensor) -> None:
+    """T steps on the linear local loss `γ g·w`, for a parameter without a local problem."""
+    solver = choices.of(name).solver
+    steps = solver if isinstance(solver, LocalSteps) else _REST
+    _, optimizer = fitting.local_optimizer([p], partial(_rates, solver))
+    linear_steps(p, _gamma(fitting, choices, name) * g, optimizer, fitting.group(name)["steps"], schedule=steps.rule)
+    if steps.state == "fresh":
+        fitting.state.pop(p, None)
+
+
+def _rates(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The kind of local optimizer that goes with a solver, and its settings from a parameter group."""
+    if isinstance(solver, LocalSteps) and solver.optimizer is not TFRMSProp:
+        return solver.optimizer, {"lr": group["lr"]}
+    rates = {key: group[key] for key in ("lr", "decay", "momentum", "eps")}
+    if not isinstance(solver, LocalSteps):
+        rates["lr"] = _DEFAULTS["matching"]["lr"] * group["lr"]
+    return TFRMSProp, rates
+
+
+def _is_safe(choice: Choice) -> bool:
     """Whether a finite batch gives a finite step, so that there is nothing to go back from."""
     steps = isinstance(choice.solver, LocalSteps) and choice.solver.optimizer is TFRMSProp
     plain = isinstance(choice.target, GradientStep) and choice.target.clip is None and choice.transfer is None
     return steps and plain and all(isinstance(term, Proximal | WeightDecay | Elastic) for term in choice.regularizers)
 
 
-def _form(plan: _Plan, steps: int) -> str:
+def _form(plan: _Plan) -> str:
     """A layer's loss and solver in words."""
-    transfer, solver = plan.transfer, plan.choice.solver
+    transfer, solver = plan.transfer, plan.solver
     loss = f"matching loss of {transfer.name}"
     if transfer.is_squared:
         loss = f"squared loss ({transfer.name} has no matching loss)" if transfer.stand_in else "squared loss"
     uses = f", {len(plan.layer.parts)} uses together" if plan.layer.others else ""
-    return f"{loss}, {name_of(replace(solver, steps=steps) if isinstance(solver, LocalSteps) else solver)}{uses}"
+    return f"{loss}, {name_of(solver)}{uses}"

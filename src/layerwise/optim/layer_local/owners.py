@@ -13,20 +13,27 @@ from torch import Tensor
 
 from layerwise import errors
 from layerwise.errors import BadInput, LayerwiseError
-from layerwise.optim.layer_local.jobs import Crew, Facts, Job, Rest, State
-from layerwise.optim.layer_local.workers import Workers, crew
+from layerwise.optim.layer_local.executors import (
+    Executor,
+    Facts,
+    GradientJob,
+    LayerJob,
+    State,
+    Workers,
+    executor_of,
+)
 from layerwise.ranks.group import Ranks, values_digest
 
-__all__ = ["Owners", "Parallel", "all_or_none", "crew_over", "described", "digest"]
+__all__ = ["Owners", "Parallel", "all_or_none", "described", "digest", "executor_over"]
 
 Parallel = Any  # None, True, a process group, or Ranks
 _SMALL = 16  # numbers of a tensor on the CPU that travels as an object
 _APART = 1e-4  # of a loss: what kernels that add up in another order may make of one batch
 
 
-def crew_over(parallel: Parallel, workers: Workers) -> Crew:
-    """Those who solve the layers: workers here, or those of every rank. Raises BadInput as `crew` and `Ranks`."""
-    here = crew(workers)
+def executor_over(parallel: Parallel, workers: Workers) -> Executor:
+    """Who solves the layers: workers here, or those of every rank. Raises BadInput as `executor_of` and `Ranks`."""
+    here = executor_of(workers)
     if parallel is None or parallel is False:
         return here
     if isinstance(parallel, str | int | float) and parallel is not True:
@@ -35,15 +42,15 @@ def crew_over(parallel: Parallel, workers: Workers) -> Crew:
     return Owners(ranks, here)
 
 
-class Owners(Crew):
-    """Each rank solves the layers that it owns, by the crew it has at home; the bits are those of one process.
+class Owners(Executor):
+    """Each rank solves the layers that it owns, by its own local executor; the bits are those of one process.
 
     All ranks run the same closure on the same batch. Layers go to ranks longest first, each to the rank with the least
     to do, when they are first met, and stay there with the state of their local optimizers. New weights are shared by
     one message from each owner. Ranks that hold other models, settings, batches or losses are refused by name.
     """
 
-    def __init__(self, ranks: Ranks, home: Crew) -> None:
+    def __init__(self, ranks: Ranks, home: Executor) -> None:
         self._ranks, self._home = ranks, home
         self._owner: dict[str, int] = {}
         self._load = [0.0] * ranks.size
@@ -89,14 +96,14 @@ class Owners(Crew):
         return None
 
     def anywhere(self, where: str | None) -> str | None:
-        """The place that forbids what was done, on the first rank that has one."""
+        """The first tensor that is not finite after the step, on the first rank that has one."""
         return self._ranks.first(where, self._device)
 
     # -- solving -----------------------------------------------------------------------------------------------
 
-    def run(self, jobs: Sequence[Job], rest: Sequence[Rest], state: State) -> None:
+    def run(self, jobs: Sequence[LayerJob], rest: Sequence[GradientJob], state: State) -> None:
         """Solve our own jobs, and take over the other ranks' results. An error of one rank is raised on all."""
-        every: list[Job | Rest] = [*jobs, *rest]
+        every: list[LayerJob | GradientJob] = [*jobs, *rest]
         owners = self._assign(every, state)
         me = self._ranks.rank
         mine = [job for job, owner in zip(jobs, owners, strict=False) if owner == me]
@@ -111,7 +118,7 @@ class Owners(Crew):
             if moved:
                 self._ranks.send_from(rank, moved)
 
-    def _assign(self, jobs: Sequence[Job | Rest], state: State) -> list[int]:
+    def _assign(self, jobs: Sequence[LayerJob | GradientJob], state: State) -> list[int]:
         """The owner of each job. New ones go out longest first; state of parameters that are not ours is let go."""
         new = {n: job.cost() for n, job in enumerate(jobs) if self._owner.keys().isdisjoint(job.params)}
         moved: dict[str, tuple[Tensor, int]] = {}

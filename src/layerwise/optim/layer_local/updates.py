@@ -95,7 +95,7 @@ def rate_of(update: Update) -> float:
 
 
 def rates_of(update: Update, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The kind of local optimizer that goes with an update, and its settings from a parameter group."""
+    """The class of local optimizer that goes with an update, and its settings from a parameter group."""
     if update.kind == "sgd":
         momentum = group["momentum"]
         return torch.optim.SGD, {"lr": group["lr"], "momentum": momentum, "nesterov": momentum > 0}
@@ -158,11 +158,16 @@ def check_run(codes: Any, repeats: Any, multipliers: bool, schedule: str, stalen
         )
 
 
+_FUSED: dict[Any, Any] = {
+    torch.optim.Adam: partial(FusedAdam, fused=True), torch.optim.SGD: partial(FusedSGD, fused=True),
+}  # fmt: skip
+
+
 def fused(kind: Any, params: Sequence[Tensor]) -> Any:
     """The kind in its fused form: torch's kernels read memory in order whatever the strides; gradients are so, too."""
-    ours = {torch.optim.Adam: FusedAdam, torch.optim.SGD: FusedSGD}.get(kind)
+    ours = _FUSED.get(kind)
     able = ours is not None and all(p.device.type == "cpu" and p.is_contiguous() for p in params)
-    return partial(ours, fused=True) if ours is not None and able else kind
+    return ours if able else kind
 
 
 @cache

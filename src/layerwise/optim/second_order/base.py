@@ -16,7 +16,7 @@ from layerwise.optim.second_order.preconditioner import Preconditioner
 from layerwise.optim.second_order.trust import ExactGGN, best_step, bound, clip_factor, dot, levenberg_marquardt
 from layerwise.optim.second_order.watched_batch import Watched
 from layerwise.replay.rerun import Rerun
-from layerwise.replay.state import check_loss
+from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.pull import alone
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import dense, is_finite
@@ -43,7 +43,7 @@ class _Run:
     adapts: bool
 
 
-class CurvatureOptimizer(NamedOptimizer[_Run]):
+class CurvatureOptimizer(NamedOptimizer):
     """Base of the optimizers that descend along a preconditioned gradient.
 
     Groups have `lr`, `damping`, `momentum` and `weight_decay`; the damping is the state of the adaptive rule. lr:
@@ -101,6 +101,11 @@ class CurvatureOptimizer(NamedOptimizer[_Run]):
         """Our parameters that require grad, by name, in the model's order."""
         named = named_parameters_of(self._model)
         return {name: p for name, p in named.items() if p.requires_grad and self._ours(p)}
+
+    def _attempt(self, closure: Callable[[], Tensor], buffers: Buffers) -> tuple[Tensor, str | None]:
+        run = self._run(closure)
+        where = self._agreed(run, self._unsafe(run) or buffers.spoiled()) or self._move(run)
+        return run.loss, where
 
     def _run(self, closure: Callable[[], Tensor]) -> _Run:
         every = self.adapt_damping_every

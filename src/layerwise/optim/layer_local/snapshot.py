@@ -1,4 +1,4 @@
-"""The parameters and their state before a step: to be put back, or to be told apart from what came of them."""
+"""Snapshot of parameters and optimizer state before a step: restores them, or writes old − new into `.grad`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from layerwise.tensors import is_finite
 
-__all__ = ["Undo"]
+__all__ = ["Snapshot"]
 
 
-class Undo:
+class Snapshot:
     """Copies of named parameters, and of an optimizer's state of them.
 
     replaced: names of parameters whose state is replaced, never written on, and found finite by those who do; it is

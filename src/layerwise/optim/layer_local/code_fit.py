@@ -1,0 +1,291 @@
+"""Layers fitted to codes: what alternating minimization does after the codes of a run are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput
+from layerwise.local.codes.code_step import CodeStep, Terms
+from layerwise.local.codes.coupling import Coupling
+from layerwise.local.layers.layer import Layer
+from layerwise.local.layers.record import Recorded, problem_of
+from layerwise.local.problem import LocalProblem, predict
+from layerwise.local.solvers.memory import Memory
+from layerwise.local.solvers.run import Task
+from layerwise.local.solvers.steps import constant, linear_steps
+from layerwise.local.solvers.values import LocalSteps, Solver
+from layerwise.local.transfer import IDENTITY
+from layerwise.optim.base import NamedOptimizer
+from layerwise.optim.layer_local.base import Fitting, solved
+from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
+from layerwise.optim.layer_local.snapshot import Snapshot
+from layerwise.optim.layer_local.stale import Stale
+from layerwise.optim.layer_local.updates import DEFAULTS, Update, Updates, check_run, fused, rate_of, rates_of, share
+from layerwise.replay.state import RandomState, RunState
+from layerwise.tape.uses import named_parameters_of
+
+__all__ = ["CodeFitter", "Coded", "Settings", "repeated", "settings_of", "with_coupling"]
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
+}
+_NUMBERS = ("codes", "lr", "coupling", "steps", "rows", "betas", "eps", "momentum", "l1", "code_l1", "normalise")
+_ALIKE = ("weights", "codes", "layers", "code_step", "repeats", "regularizer", "multipliers", "schedule", "staleness",
+          "reduction")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keywords of `AltMin` as one value; None where it has a default that depends on others."""
+
+    codes: Any = None
+    weights: Any = None
+    lr: float | None = None
+    coupling: float | Coupling | None = None
+    steps: int | None = None
+    rows: Any = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    l1: float | None = None
+    code_l1: float | None = None
+    normalise: bool | None = None
+    regularizer: Any = None
+    layers: Mapping[str, Mapping[str, Any]] | None = None
+    code_step: CodeStep | None = None
+    repeats: int = 1
+    multipliers: bool = False
+    schedule: str = "together"
+    staleness: int | None = None
+    trace: Any = None
+    reduction: str = "mean"
+    preset: str | None = None
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Keywords of `AltMin` as a value. Raises TypeError as it does for one that it does not have."""
+    unknown = [key for key in given if key not in {field.name for field in fields(Settings)}]
+    if unknown:
+        raise TypeError(f"AltMin.__init__() got an unexpected keyword argument {unknown[0]!r}")
+    return Settings(**given)
+
+
+def with_coupling(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of a parameter group, those of a `Coupling` in place of it."""
+    coupling = group.get("coupling")
+    return {**group, **(coupling.numbers() if isinstance(coupling, Coupling) else {})}
+
+
+class Coded(NamedTuple):
+    """A run with codes: at every use with one, the cotangent is `−1/γ` times what the code moved by, γ = B/μ.
+
+    codes: those of a sweep, by use index. slopes: the gradients of the layers' weights by backpropagation.
+    """
+
+    run: Recorded
+    codes: Mapping[int, Tensor] = {}
+    slopes: Callable[[], Mapping[str, Tensor]] = dict
+
+
+class CodeFitter:
+    """Fits layers to their codes, for `AltMin` and for a stage of a `Pipeline`.
+
+    defaults: the numbers of a parameter group. said: the settings that all processes must have alike. Raises BadInput
+    for settings that cannot be.
+    """
+
+    def __init__(self, settings: Settings, names: Sequence[str]) -> None:
+        if settings.preset is not None and settings.preset not in _PRESETS:
+            raise BadInput(f"AltMin knows the presets {', '.join(_PRESETS)}; got {settings.preset!r}")
+        if settings.reduction not in ("mean", "sum"):
+            raise BadInput(f'AltMin\'s reduction is "mean" or "sum"; got {settings.reduction!r}')
+        preset = dict(_PRESETS[settings.preset]) if settings.preset else {}
+        weights = preset.pop("weights", "adam") if settings.weights is None else settings.weights
+        self.updates = Updates(weights, settings.regularizer, settings.layers or {}, names)
+        kind = self.updates.default.kind
+        given = {key: value for key in _NUMBERS if (value := getattr(settings, key)) is not None}
+        chosen = {**DEFAULTS[kind], "lr": rate_of(self.updates.default), "weights": kind, **preset, **given}
+        self.codes = chosen.pop("codes")
+        self.defaults = with_coupling(chosen)
+        self.said = {key: getattr(settings, key) for key in _ALIKE} | {"codes": self.codes}
+        check_run(self.codes, settings.repeats, settings.multipliers, settings.schedule, settings.staleness)
+        self.code_step = settings.code_step if settings.code_step is not None else CodeStep()
+        self.repeats, self.trace, self._reduction = settings.repeats, settings.trace, settings.reduction
+        self.multipliers: dict[int, Tensor] | None = {} if settings.multipliers else None
+        staleness = 2 if settings.staleness is None else settings.staleness
+        self.stale = Stale(staleness) if settings.schedule == "async" else None
+
+    # -- the numbers of the objective --------------------------------------------------------------------------
+
+    def gamma(self, fitting: Fitting, name: str) -> float:
+        """γ = B/μ of a parameter, by which its cotangents are multiplied."""
+        return self._batch(fitting.run.samples) / float(fitting.group(name)["coupling"])
+
+    def threshold(self, fitting: Fitting, layer: Layer) -> float:
+        """λ/μ of a layer's code; 0 where there is none."""
+        group = fitting.group(layer.name)
+        return 0.0 if layer.likelihood is not None else float(group["code_l1"] / group["coupling"])
+
+    def terms(self, groups: Mapping[int, Mapping[str, Any]], samples: int) -> Terms:
+        """The numbers of the relaxed objective for codes at some uses, from the groups of their layers' weights."""
+        coupling = {i: float(group["coupling"]) for i, group in groups.items()}
+        sparsity = {i: float(group["code_l1"]) for i, group in groups.items()}
+        return Terms(coupling, self._batch(samples), sparsity, self.multipliers)
+
+    def _batch(self, samples: int) -> float:
+        return float(samples) if self._reduction == "mean" else 1.0
+
+    def _update(self, fitting: Fitting, layer: Layer) -> Update:
+        return self.updates.of(layer.name, fitting.group(layer.name))
+
+    # -- problems, solved or taken back ------------------------------------------------------------------------
+
+    def fit(
+        self, fitting: Fitting, coded: Coded, layers: Sequence[Layer], snapshot: Snapshot | None, executor: Executor,
+        refit: bool = False,
+    ) -> str | None:  # fmt: skip
+        """Fit layers to their codes; or move nothing, and return the place that is not finite.
+
+        snapshot: to go back to. refit: whether these layers alone move, and nothing is noted.
+        """
+        stale = None if refit else self.stale
+        trace = self.trace if self.trace is not None and self.trace.due() and not refit else None
+        made: dict[str, LocalProblem] = {}
+        if stale is not None or trace is not None:
+            made = {layer.name: self._problem(fitting, layer)() for layer in layers}
+            made = made if stale is None else stale.exchange(made)
+        if trace is not None:
+            before = {layer.name: layer.parameter.detach().clone() for layer in layers}
+            outputs = {name: predict(problem) for name, problem in made.items()}
+
+        def solve_all() -> None:
+            jobs = [self._job(fitting, layer, partial(made.__getitem__, layer.name) if made else
+                              self._problem(fitting, layer)) for layer in layers]  # fmt: skip
+            rest = [] if refit else fitting.gradient_jobs(partial(self._step_along, fitting))
+            executor.run(jobs, rest, fitting.state)
+
+        where = solved(solve_all, snapshot, executor)
+        if where is not None:
+            if stale is not None:
+                stale.forget()
+            return where
+        self._raise_multipliers(layers, coded.codes)
+        if trace is not None:
+            has_code = {layer.name: layer.likelihood is None or not self._steps(fitting, layer) for layer in layers}
+            after = {layer.name: layer.parameter.detach() for layer in layers}
+            trace.note(before, after, coded.slopes(), {n: (made[n], outputs[n], has_code[n]) for n in made})
+        if self.trace is not None and not refit:
+            self.trace.passed()
+        return None
+
+    def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:
+        """Makes the local problem of a layer; its gradient times 1/γ is that of the relaxed objective.
+
+        A hidden layer has γ = B/μ and the squared loss; the layer that makes a loss's logits has the loss itself,
+        which is its matching loss with γ = 1/w for terms of one weight w.
+        """
+        gamma, transfer = self.gamma(fitting, layer.name), IDENTITY
+        if self._steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
+            weight = layer.likelihood.uniform_weight()
+            if weight:
+                gamma, transfer = 1 / weight, layer.transfer
+        pulls = tuple(fitting.pull(layer, term, gamma) for term in self._update(fitting, layer).regularizers)
+        return partial(problem_of, fitting.run, layer, gamma, transfer, pulls=pulls)
+
+    def _steps(self, fitting: Fitting, layer: Layer) -> bool:
+        """Whether a layer takes local steps, which fit an output layer to the loss itself."""
+        solver = self._update(fitting, layer).solver
+        return solver is None or isinstance(solver, LocalSteps)
+
+    def _job(self, fitting: Fitting, layer: Layer, problem: Callable[[], LocalProblem]) -> LayerJob:
+        """A layer to be fitted."""
+
+        def cost() -> float:
+            group, solver = fitting.group(layer.name), self._update(fitting, layer).solver
+            return operations(LocalSteps(group["steps"], rows=group["rows"]) if solver is None else solver, layer)
+
+        params = dict(zip(layer.names, fitting.params(layer), strict=True))
+        return LayerJob(params, cost, lambda: self._task(fitting, layer, problem()))
+
+    def _task(self, fitting: Fitting, layer: Layer, problem: LocalProblem) -> Task:
+        """A layer's problem with its solver and, for local steps, its optimizer."""
+        params, groups = fitting.params(layer), [fitting.group(name) for name in layer.names]
+        group, scale = groups[0], 1 / problem.gamma
+        solver: Solver | None = self._update(fitting, layer).solver
+        kind = optimizer = state = None
+        if solver is None:
+            solver = share(group["steps"], group["rows"], problem.a.shape[0])
+        if isinstance(solver, LocalSteps):
+            kind, optimizer = fitting.local_optimizer(params, partial(self._rates, layer.name, params))
+            scale *= fitting.run.samples / problem.a.shape[0] if group["normalise"] else 1.0
+        elif isinstance(solver, Memory):
+            state = fitting.state[params[0]]
+        rates = [float(g["lr"]) for g in groups]
+        return Task(problem, solver, params, rates, optimizer, layer.fold, scale, state, float(group["l1"]), kind)
+
+    def _step_along(self, fitting: Fitting, name: str, p: Tensor, g: Tensor) -> None:
+        """T steps along the gradient, for a parameter without a code."""
+        _, optimizer = fitting.local_optimizer([p], partial(self._rates, name, [p]))
+        linear_steps(p, g, optimizer, fitting.group(name)["steps"], schedule=constant)
+
+    def _rates(self, name: str, params: Sequence[Tensor], group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The kind of local optimizer that a layer has, and its settings from a group."""
+        kind, settings = rates_of(self.updates.of(name, group), group)
+        return fused(kind, params), settings
+
+    def snapshot(self, fitting: Fitting, layers: Sequence[Layer]) -> Snapshot | None:
+        """Copies to go back to, where a finite batch may have a solution that is not finite."""
+        updates = {layer.name: self._update(fitting, layer) for layer in layers}
+        if all(update.solver is None and not update.regularizers for update in updates.values()):
+            return None
+        return fitting.snapshot(layers, {name for name, update in updates.items() if isinstance(update.solver, Memory)})
+
+    @torch.no_grad()
+    def _raise_multipliers(self, layers: Sequence[Layer], codes: Mapping[int, Tensor]) -> None:
+        """`u ← u + c − W a`, with the weights after their update."""
+        if self.multipliers is None:
+            return
+        for part in (part for layer in layers for part in layer.parts if part.use.index in codes):
+            index = part.use.index
+            gap = codes[index] - part.again()
+            old = self.multipliers.get(index)
+            self.multipliers[index] = gap if old is None else old + gap
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What stale layers have heard, for `state_dict`."""
+        return {} if self.stale is None else {"stale": self.stale.state()}
+
+    def restore(self, state_dict: Mapping[str, Any], model: nn.Module | Mapping[str, Tensor]) -> None:
+        """From `state_dict`."""
+        if self.stale is not None and "stale" in state_dict:
+            self.stale.restore(state_dict["stale"], named_parameters_of(model))
+
+
+def repeated(
+    optimizer: NamedOptimizer, fitter: CodeFitter, model: nn.Module | Mapping[str, Tensor], once: Callable[[], Tensor]
+) -> Tensor:
+    """The step `once`, repeated on its minibatch with the same random numbers; then μ grows. Returns the first loss."""
+    skipped = optimizer.skipped
+    fitter.multipliers = None if fitter.multipliers is None else {}
+    devices = {p.device for p in named_parameters_of(model).values()}
+    random = RandomState(devices) if fitter.repeats > 1 else None
+    loss = once()
+    if random is not None and optimizer.skipped == skipped:
+        with RunState(model):  # afterwards as after one run: batch statistics advance once a minibatch
+            for _ in range(fitter.repeats - 1):
+                random.put_back()
+                once()
+                if optimizer.skipped > skipped:
+                    break
+    if optimizer.skipped == skipped:
+        for group in optimizer.param_groups:
+            Coupling.advance(group)
+    return loss
