@@ -273,7 +273,7 @@ def test_a_killed_rank_ends_the_others_with_a_clear_message() -> None:
 
 
 def test_an_ordinary_runtime_error_stays_one() -> None:
-    with pytest.raises(RuntimeError, match="shape") as found, lw.ranks.Ranks()._heard():  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="shape") as found, lw.ranks.Ranks()._delivery():  # type: ignore[attr-defined]
         raise RuntimeError("a wrong shape")
     assert not isinstance(found.value, RankLost)
 

@@ -20,7 +20,7 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.kronecker import KroneckerBlock
 from layerwise.optim import DataParallel
 from layerwise.optim.second_order.averages import Inverse, invert
-from layerwise.optim.second_order.shares import assigned
+from layerwise.optim.second_order.exchange import block_owners
 from layerwise.replay.state import seed_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -602,6 +602,6 @@ def test_the_longest_inversion_goes_to_the_rank_with_the_least_work() -> None:
         return KroneckerBlock(torch.zeros(1, size, size), torch.zeros(1, size, size), parameter=parameter)
 
     blocks = {"a": block(4), "b": block(6), "c[0]": block(5, "c"), "c[1]": block(1, "c"), "d": block(5)}
-    assert assigned(blocks, 2, {}) == {"a": 0, "b": 0, "c[0]": 1, "c[1]": 1, "d": 1}
-    assert assigned(blocks, 1, {}) == dict.fromkeys(blocks, 0)
-    assert assigned(blocks, 2, {"b": 1, "gone": 0}) == {"a": 1, "b": 1, "c[0]": 0, "c[1]": 0, "d": 0}
+    assert block_owners(blocks, 2, {}) == {"a": 0, "b": 0, "c[0]": 1, "c[1]": 1, "d": 1}
+    assert block_owners(blocks, 1, {}) == dict.fromkeys(blocks, 0)
+    assert block_owners(blocks, 2, {"b": 1, "gone": 0}) == {"a": 1, "b": 1, "c[0]": 0, "c[1]": 0, "d": 0}

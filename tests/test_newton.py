@@ -31,7 +31,7 @@ from layerwise.optim.second_order.averages import (
     with_moments,
 )
 from layerwise.optim.second_order.blocks import Blocks
-from layerwise.optim.second_order.team import Team
+from layerwise.optim.second_order.exchange import RankExchange
 from layerwise.optim.second_order.trust import best_step, levenberg_marquardt
 from layerwise.rows.layout import MatrixLayout
 
@@ -298,10 +298,10 @@ def test_an_eigenbasis_that_fails_keeps_the_one_before() -> None:
     assert basis is not None
     held = with_moments(Average(KroneckerBlock(a, b)), basis, basis.spectrum + 1, 0.9)
     spoiled = held._replace(block=KroneckerBlock(a * math.nan, b), batches=2)
-    team = Team(None, {})
-    team.assign({"w": held.block})
+    exchange = RankExchange(None, {})
+    exchange.assign({"w": held.block})
     kept, turned = (
-        Blocks({"w": its}, {}, {"w": "ekfac"}).inverted({}, True, lambda name: 0.1, "pi", team).averages["w"]
+        Blocks({"w": its}, {}, {"w": "ekfac"}).inverted({}, True, lambda name: 0.1, "pi", exchange).averages["w"]
         for its in (spoiled, held._replace(batches=2))
     )
     assert kept.eigen is held.eigen and turned.eigen is not held.eigen

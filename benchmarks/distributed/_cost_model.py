@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from layerwise.ranks.group import longest_first
+from layerwise.ranks.ownership import assigned
 
 __all__ = [
     "CLUSTER",
@@ -58,7 +58,7 @@ def operations(part: str, net: Layers, batch: int) -> list[float]:
 def owned(work: Sequence[float], ranks: int) -> list[list[int]]:
     """The items of each rank, shared out as the library does."""
     held: list[list[int]] = [[] for _ in range(ranks)]
-    for n, rank in longest_first(dict(enumerate(work)), [0.0] * ranks).items():
+    for n, rank in assigned(dict(enumerate(work)), ranks, {}).items():
         held[rank].append(n)
     return held
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.quantities.base import ByParameter
 from layerwise.ranks.group import Ranks, digest_of, first_difference
-from layerwise.ranks.sums import TensorSpec, describe, tensors_of, zeros_like
+from layerwise.ranks.sums import TensorSpec, all_reduced, describe, tensors_of, zeros_like
 from layerwise.ranks.trainers import Placements
 
 __all__ = ["Table", "placed", "sum_tables"]
@@ -40,7 +40,7 @@ class PerSample(NamedTuple):
 
 
 def sum_tables(ranks: Ranks, tables: Sequence[Table], samples: int) -> list[Values]:
-    """The tables with every value that adds up summed over ranks, in one message for each type.
+    """The tables with every value that adds up summed over ranks.
 
     A parameter that a rank lacks counts as zero there, for its `samples` too. Raises BadInput on all ranks, by name,
     where they hold different kinds of values for one parameter.
@@ -53,12 +53,9 @@ def sum_tables(ranks: Ranks, tables: Sequence[Table], samples: int) -> list[Valu
         for place, value in enumerate(table.values[name])
         if not table.concatenate[place]
     ]
-    each = [tensors_of(value) for _, _, _, value in held]
-    sums = iter(ranks.sum([t for tensors in each for t in tensors]))
     out: list[dict[str, list[Any]]] = [{name: list(v) for name, v in table.values.items()} for table in tables]
-    for (number, name, place, value), tensors in zip(held, each, strict=True):
-        total = [next(sums) for _ in tensors]
-        out[number][name][place] = total[0] if isinstance(value, Tensor) else value.replaced(total)
+    for (number, name, place, _), total in zip(held, all_reduced(ranks, [x for *_, x in held]), strict=True):
+        out[number][name][place] = total
     return [{name: tuple(values[name]) for name in sorted(values)} for values in out]
 
 

@@ -19,12 +19,10 @@ __all__ = [
     "digest_of",
     "facts_of",
     "first_difference",
-    "longest_first",
     "values_digest",
 ]
 
 Result = TypeVar("Result")
-Key = TypeVar("Key")
 
 _SIGNS = ("connection", "timed out", "timeout", "closed", "socket", "broken pipe")  # of a message that was not heard
 _LARGE = 2**16  # numbers of a tensor that is worth a message of its own
@@ -64,7 +62,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._heard():
+        with self._delivery():
             dist.all_gather_object(found, value, group=self.group)
         return found
 
@@ -78,7 +76,7 @@ class Ranks:
             kinds.setdefault((t.dtype, t.device), []).append(i)
         for members in kinds.values():
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in members])
-            with self._heard():
+            with self._delivery():
                 dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensors[i].numel() for i in members])
             for i, part in zip(members, parts, strict=True):
@@ -96,12 +94,12 @@ class Ranks:
                 kinds.setdefault((t.dtype, t.device), []).append(t)
                 continue
             buffer = t.detach().contiguous()  # large ones as they lie, without a copy where they are contiguous
-            with self._heard():
+            with self._delivery():
                 work = dist.broadcast(buffer, group=self.group, group_src=source, async_op=True)
             sent.append((work, buffer, t))
         for members in kinds.values():
             flat = torch.cat([t.detach().reshape(-1) for t in members])
-            with self._heard():
+            with self._delivery():
                 dist.broadcast(flat, group=self.group, group_src=source)
             if source == self.rank:
                 continue
@@ -109,22 +107,29 @@ class Ranks:
                 for t, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
                     t.copy_(part.view(t.shape))
         for work, buffer, t in sent:
-            with self._heard():
+            with self._delivery():
                 work.wait()
             if source != self.rank and not t.is_contiguous():
                 with torch.no_grad():
                     t.copy_(buffer)
 
+    def broadcast_owned(self, owned: Sequence[tuple[int, Sequence[Tensor]]]) -> None:
+        """Overwrite tensors with those of their owners, given by rank: one broadcast for each owner that has any."""
+        for rank in range(self.size):
+            tensors = [t for owner, held in owned if owner == rank for t in held]
+            if tensors:
+                self.send_from(rank, tensors)
+
     def send(self, to: int, tensors: Sequence[Tensor]) -> None:
         """Send tensors to one rank, which receives them."""
         for t in tensors:
-            with self._heard():
+            with self._delivery():
                 dist.send(t.detach().contiguous(), group=self.group, group_dst=to)
 
     def receive(self, source: int, tensors: Sequence[Tensor]) -> None:
         """Overwrite contiguous tensors with those that one rank sends."""
         for t in tensors:
-            with self._heard():
+            with self._delivery():
                 dist.recv(t, group=self.group, group_src=source)
 
     def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
@@ -138,7 +143,7 @@ class Ranks:
         if self.size == 1:
             return list(numbers)
         said = torch.tensor(numbers, dtype=torch.float64, device=device)
-        with self._heard():
+        with self._delivery():
             dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
         found: list[float] = said.tolist()
         return found
@@ -195,7 +200,7 @@ class Ranks:
         return next(found for found in self.gather(text) if found is not None)
 
     @contextmanager
-    def _heard(self) -> Iterator[None]:
+    def _delivery(self) -> Iterator[None]:
         """Around a message: RankLost where it did not arrive."""
         try:
             yield
@@ -251,15 +256,3 @@ def first_difference(
         if len(set(texts.values())) > 1:
             return name, "; ".join(f"rank {rank}: {text[:length]}" for rank, text in texts.items())
     return None
-
-
-def longest_first(work: Mapping[Key, float], loads: list[float]) -> dict[Key, int]:
-    """A rank for each piece of work: the longest first, to the rank with the least to do so far; `loads` grow.
-
-    Source: Graham (1969), "Bounds on multiprocessing timing anomalies".
-    """
-    owner_of = {}
-    for key in sorted(work, key=lambda key: -work[key]):
-        owner_of[key] = rank = loads.index(min(loads))
-        loads[rank] += work[key]
-    return owner_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from layerwise.optim.layer_local.executors import (
     executor_of,
 )
 from layerwise.ranks.group import Ranks, values_digest
+from layerwise.ranks.ownership import assigned
 
 __all__ = ["Owners", "Parallel", "all_or_none", "described", "digest", "executor_over"]
 
@@ -53,7 +53,6 @@ class Owners(Executor):
     def __init__(self, ranks: Ranks, home: Executor) -> None:
         self._ranks, self._home = ranks, home
         self._owner: dict[str, int] = {}
-        self._load = [0.0] * ranks.size
         self._steps = 0
         self._met = False
         self._device = torch.device("cpu")  # of the messages: where the losses are
@@ -113,22 +112,18 @@ class Owners(Executor):
         except Exception:
             self._met = False  # some may have moved what others did not
             raise
-        for rank in range(self._ranks.size):
-            moved = [p for job, owner in zip(every, owners, strict=True) if owner == rank for p in job.params.values()]
-            if moved:
-                self._ranks.send_from(rank, moved)
+        moved = [(owner, list(job.params.values())) for job, owner in zip(every, owners, strict=True)]
+        self._ranks.broadcast_owned(moved)
 
     def _assign(self, jobs: Sequence[LayerJob | GradientJob], state: State) -> list[int]:
         """The owner of each job. New ones go out longest first; state of parameters that are not ours is let go."""
-        new = {n: job.cost() for n, job in enumerate(jobs) if self._owner.keys().isdisjoint(job.params)}
+        known = {n: owner for n, job in enumerate(jobs) if (owner := self._owner_of(job)) is not None}
+        costs = {n: job.cost() for n, job in enumerate(jobs)} if len(known) < len(jobs) else dict.fromkeys(known, 0.0)
         moved: dict[str, tuple[Tensor, int]] = {}
-        for n in sorted(range(len(jobs)), key=lambda n: -new.get(n, math.inf)):
-            job = jobs[n]
-            known = next((self._owner[name] for name in job.params if name in self._owner), None)
-            owner = self._load.index(min(self._load)) if known is None else known
-            if known is None:
-                self._load[owner] += new[n]
-            for name, p in job.params.items():
+        for n, new_owner in assigned(costs, self._ranks.size, known).items():
+            owner = self._owner_of(jobs[n])
+            owner = new_owner if owner is None else owner
+            for name, p in jobs[n].params.items():
                 if self._owner.setdefault(name, owner) != owner:  # fitted in another company than before
                     moved[name] = p, owner
         if moved:
@@ -142,6 +137,10 @@ class Owners(Executor):
                 if self._owner[name] != self._ranks.rank:
                     state.pop(p, None)
         return [self._owner[next(iter(job.params))] for job in jobs]
+
+    def _owner_of(self, job: Job | Rest) -> int | None:
+        """The rank that fitted the job, or shares one of its parameters, before."""
+        return next((self._owner[name] for name in job.params if name in self._owner), None)
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -159,15 +158,13 @@ class Owners(Executor):
                     full[p] = state[p]
             elif name in kept[owner]:
                 full[p] = dict(state[p]) if owner == me else _unpacked(kept[owner][name], p.device)
-        for rank in range(self._ranks.size):
-            big = [
-                full[params[name]][key]
-                for name, found in kept[rank].items()
-                for key, value in found.items()
-                if isinstance(value, _Big)
+        self._ranks.broadcast_owned(
+            [
+                (rank, [full[params[name]][key] for key, value in found.items() if isinstance(value, _TensorStub)])
+                for rank, states in enumerate(kept)
+                for name, found in states.items()
             ]
-            if big:
-                self._ranks.send_from(rank, big)
+        )
         return full
 
     def loaded(self) -> None:
@@ -188,8 +185,8 @@ def all_or_none(ranks: Ranks, device: torch.device, act: Callable[[], None]) -> 
     raise kind(text) if kind is not LayerwiseError else LayerwiseError(f"rank {rank} raised {name}: {text}")
 
 
-class _Big:
-    """Stands for a tensor that travels by itself."""
+class _TensorStub:
+    """Stands in a gathered state for a tensor that its owner broadcasts."""
 
     def __init__(self, t: Tensor) -> None:
         self.shape, self.dtype = tuple(t.shape), t.dtype
@@ -199,14 +196,14 @@ class _Big:
 def _packed(state: Mapping[str, Any]) -> dict[str, Any]:
     def packed(value: Any) -> Any:
         big = isinstance(value, Tensor) and (value.device.type != "cpu" or value.numel() > _SMALL)
-        return _Big(value) if big else value
+        return _TensorStub(value) if big else value
 
     return {key: packed(value) for key, value in state.items()}
 
 
 def _unpacked(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {
-        key: torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device=device) if isinstance(v, _Big) else v
+        key: torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device=device) if isinstance(v, _TensorStub) else v
         for key, v in state.items()
     }
 

@@ -28,10 +28,12 @@ __all__ = [
     "average",
     "eigenbasis",
     "fields_of",
+    "inversion_cost",
     "invert",
     "load",
     "merge",
     "names_of",
+    "product_cost",
     "rebased",
     "save",
     "with_fields",
@@ -225,6 +227,29 @@ def _largest(x: Tensor) -> Tensor:
     low, high = x.flatten(1).aminmax(dim=1)
     spoiled = ~(torch.isfinite(low) & torch.isfinite(high)) | (diagonal.amin(-1) < 0)
     return diagonal.amax(-1).masked_fill(spoiled, float("nan"))
+
+
+# --- costs -------------------------------------------------------------------------------------------
+
+
+def inversion_cost(block: Block) -> int:
+    """`K (I³ + O³)` for a pair of factors, counting a diagonal factor, and a diagonal block, by its elements."""
+    groups, size_out, size_in = block.size
+    if block.form == "diagonal":
+        return groups * size_out * size_in
+    return groups * (_cube(size_out, block, "B", "basis_out") + _cube(size_in, block, "A", "basis_in"))
+
+
+def _cube(size: int, block: Block, *fields: str) -> int:
+    factor = next((getattr(block, field) for field in fields if hasattr(block, field)), None)
+    return size if factor is None or factor.ndim == 2 else size**3
+
+
+def product_cost(block: Block) -> int:
+    """`2 K O I (O + I)`: the block's product with a gradient; a diagonal's is its elements."""
+    groups, size_out, size_in = block.size
+    each = 1 if block.form == "diagonal" else 2 * (size_out + size_in)
+    return groups * size_out * size_in * each
 
 
 # --- state ----------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from layerwise.optim.second_order.averages import (
     save,
     with_moments,
 )
+from layerwise.optim.second_order.exchange import RankExchange
 from layerwise.optim.second_order.measured import KINDS
 from layerwise.optim.second_order.settings import described
-from layerwise.optim.second_order.team import Team
 
 __all__ = ["Blocks", "misfits"]
 
@@ -47,15 +47,17 @@ class Blocks:
 
     # -- a batch -------------------------------------------------------------------------------------------
 
-    def averaged(self, blocks: Mapping[str, Measured], kinds: Mapping[str, str], decay: float, team: Team) -> Blocks:
+    def averaged(
+        self, blocks: Mapping[str, Measured], kinds: Mapping[str, str], decay: float, exchange: RankExchange
+    ) -> Blocks:
         """With the blocks of a batch taken into the averages; an inverse outlives a change of form in no block."""
         present = {name: held.block for name, held in self.averages.items()}
-        team.assign({**present, **{name: measured.block for name, measured in blocks.items()}})
+        exchange.assign({**present, **{name: measured.block for name, measured in blocks.items()}})
         new = {
-            name: average(self.averages.get(name), team.held(name, measured.block), decay)
+            name: average(self.averages.get(name), exchange.held(name, measured.block), decay)
             for name, measured in blocks.items()
         }
-        averages = merge(self.averages, new | _moments(blocks, new, decay, team))
+        averages = merge(self.averages, new | _moments(blocks, new, decay, exchange))
         inverses = {
             name: inverse for name, inverse in self.inverses.items()
             if name in averages and (name not in new or new[name].batches > 1)
@@ -63,7 +65,7 @@ class Blocks:
         return Blocks(averages, inverses, {name: kinds.get(name) or self.kinds[name] for name in averages})
 
     def inverted(
-        self, new: Mapping[str, Measured], due: bool, damping: Callable[[str], float], form: str, team: Team
+        self, new: Mapping[str, Measured], due: bool, damping: Callable[[str], float], form: str, exchange: RankExchange
     ) -> Blocks:
         """With the inverses that are due, that are missing, and those that follow every batch.
 
@@ -71,7 +73,7 @@ class Blocks:
         """
         averages, inverses = dict(self.averages), dict(self.inverses)
         old = {n: held.block for n, held in averages.items() if due and held.eigen is not None and held.batches > 1}
-        for name, basis in team.eigenbases(old).items():
+        for name, basis in exchange.eigenbases(old).items():
             if basis is not None:
                 averages[name] = rebased(averages[name], basis)
         wanted = {
@@ -81,18 +83,18 @@ class Blocks:
         }
         made = {}
         for name, block in wanted.items():
-            if team.inverts(name, block):
+            if exchange.inverts(name, block):
                 much, its = damping(block.parameter or name), KINDS[self.kinds[name]].form or form
                 made[name] = invert(name, block, much, its, inverses.get(name))
-        return replace(self, averages=averages, inverses=inverses | team.inverses(wanted, made, inverses))
+        return replace(self, averages=averages, inverses=inverses | exchange.inverses(wanted, made, inverses))
 
     @torch.no_grad()
-    def precondition(self, grads: Mapping[str, Tensor], team: Team) -> dict[str, Tensor]:
+    def precondition(self, grads: Mapping[str, Tensor], exchange: RankExchange) -> dict[str, Tensor]:
         """Gradients by parameter name, multiplied by the inverses; those without one come back as they are."""
         out = dict(grads)
         for key, inverse in self.inverses.items():
             block = inverse.block
-            if block is None or not team.holds(key):
+            if block is None or not exchange.holds(key):
                 continue
             name = block.parameter or key
             mine = {n: grads[n] for n in (name, block.bias) if n is not None and n in grads}
@@ -108,7 +110,7 @@ class Blocks:
             if block.parameter is not None:  # a slice: what lies outside of it stays
                 made[name] = out[name].to(like.dtype) - block.fold(block.matrix(values[name])) + made[name]
             out |= {n: made[n].reshape(g.shape).to(g.dtype) for n, g in mine.items()}
-        return team.updates(self.averages, out)
+        return exchange.updates(self.averages, out)
 
     # -- what it says --------------------------------------------------------------------------------------
 
@@ -142,20 +144,20 @@ class Blocks:
 
     # -- state ---------------------------------------------------------------------------------------------
 
-    def state(self, team: Team) -> dict[str, Any]:
+    def state(self, exchange: RankExchange) -> dict[str, Any]:
         """Tensors, numbers and strings, by block; with several ranks a collective, which gives all of them all."""
-        return team.whole({
+        return exchange.whole({
             name: {**save(held, self.inverses.get(name)), "kind": self.kinds[name]}
             for name, held in self.averages.items()
         })  # fmt: skip
 
     @staticmethod
-    def of(state: Mapping[str, Any], named: Mapping[str, Tensor], team: Team) -> Blocks:
+    def of(state: Mapping[str, Any], named: Mapping[str, Tensor], exchange: RankExchange) -> Blocks:
         """From what `state` gave, in tensors of its own on the parameters' devices."""
         loaded = {name: load(its, named[its["parameter"] or name].device) for name, its in state.items()}
-        team.owners = {}
-        team.assign({name: held.block for name, (held, _) in loaded.items()})
-        loaded = {name: team.hold(name, *its) for name, its in loaded.items()}
+        exchange.owners = {}
+        exchange.assign({name: held.block for name, (held, _) in loaded.items()})
+        loaded = {name: exchange.hold(name, *its) for name, its in loaded.items()}
         return Blocks(
             {name: held for name, (held, _) in loaded.items()},
             {name: inverse for name, (_, inverse) in loaded.items() if inverse is not None},
@@ -164,14 +166,14 @@ class Blocks:
 
 
 def _moments(
-    blocks: Mapping[str, Measured], new: Mapping[str, Average], decay: float, team: Team
+    blocks: Mapping[str, Measured], new: Mapping[str, Average], decay: float, exchange: RankExchange
 ) -> dict[str, Average]:  # fmt: skip
     """The averages that hold second moments, with those of a batch; without an eigenbasis there are none."""
     held = {name: new[name] for name, measured in blocks.items() if measured.moments is not None}
     bases: dict[str, EigenBlock | None] = {name: its.eigen for name, its in held.items()}
-    bases |= team.eigenbases({name: its.block for name, its in held.items() if its.eigen is None})
+    bases |= exchange.eigenbases({name: its.block for name, its in held.items() if its.eigen is None})
     known = {name: basis for name, basis in bases.items() if basis is not None}
-    moments = team.added([_in(blocks[name], basis) for name, basis in known.items()])
+    moments = exchange.added([_in(blocks[name], basis) for name, basis in known.items()])
     return {
         name: with_moments(held[name], basis, its, decay)
         for (name, basis), its in zip(known.items(), moments, strict=True)

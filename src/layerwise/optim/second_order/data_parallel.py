@@ -16,7 +16,7 @@ from layerwise.ranks.group import Ranks, facts_of, first_difference, values_dige
 from layerwise.ranks.trainers import is_sharded
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["DataParallel", "Report", "facts_with_values", "heard", "ranks_of", "weights_of"]
+__all__ = ["DataParallel", "Report", "facts_with_values", "gather_reports", "ranks_of", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Report:
     left: tuple[str, ...] = ()
 
 
-def heard(ranks: Ranks, report: Report) -> list[Report]:
+def gather_reports(ranks: Ranks, report: Report) -> list[Report]:
     """The reports of all ranks. Raises RankFailed where another one failed, and Undefined by `_check_measured`."""
     reports: list[Report] = ranks.gather(report)
     failed = [f"rank {rank}: {its.error}" for rank, its in enumerate(reports) if its.error is not None]

@@ -21,7 +21,7 @@ from layerwise.optim.second_order.averages import Measured
 from layerwise.optim.second_order.settings import Curvature
 from layerwise.quantities import KFAC, KFLR, KFRA, DiagGGN, DiagHessian
 from layerwise.quantities.base import Context, Quantity, Union
-from layerwise.quantities.kronecker.ekfac import Kept, Spectra, held, second_moment, with_constant
+from layerwise.quantities.kronecker.ekfac import HeldRows, Spectra, held_rows, second_moment, with_constant
 from layerwise.quantities.kronecker.factor_sums import block_names, blocks_of
 from layerwise.quantities.kronecker.factors import KroneckerFactors
 from layerwise.rows import contract
@@ -53,7 +53,8 @@ def _has_factors(gradient: ParameterGradient, request: Request) -> bool:
     if groups is None:
         return False
     for part in groups:
-        diagonal = part.rows.kind != "float" and request.curvature.sharing == "expand"  # an index: counts
+        # an index: the factor holds counts
+        diagonal = part.rows.kind != "float" and request.curvature.sharing == "expand"
         inputs = 1 if part.rows.a is None or diagonal else part.rows.size_in
         if max(inputs, part.rows.g.shape[-1]) > request.curvature.largest:
             return False
@@ -134,7 +135,7 @@ class _EKFAC(_Factors, KFAC):
             return factors, Spectra(tuple(names), tuple(moments))
         if self.request.whole:
             return factors, _Totals(tuple(part.rows for part in parts))
-        return factors, Kept(((held(gradient), 1.0),))
+        return factors, HeldRows(((held_rows(gradient), 1.0),))
 
     def _moments(self, rows: Rows, basis: EigenBlock) -> Tensor:
         return _whole_moment(rows, basis) if self.request.whole else second_moment(rows, basis)
@@ -150,7 +151,7 @@ class _EKFAC(_Factors, KFAC):
         return found
 
 
-def _spectrum(moments: Spectra | Kept | _Totals, i: int, basis: EigenBlock) -> Tensor:
+def _spectrum(moments: Spectra | HeldRows | _Totals, i: int, basis: EigenBlock) -> Tensor:
     """The i-th matrix's second moments: known in the basis already, or made now that there is one."""
     return moments.values[i] if isinstance(moments, Spectra) else moments.spectrum(i, basis)
 

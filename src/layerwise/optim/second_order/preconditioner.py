@@ -14,7 +14,7 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
 from layerwise.optim.second_order.data_parallel import DataParallel
-from layerwise.optim.second_order.joining import bad_curvature
+from layerwise.optim.second_order.exchange import JoinedBatch, RankCost, RankExchange
 from layerwise.optim.second_order.measured import KINDS, Request
 from layerwise.optim.second_order.settings import (
     Kind,
@@ -26,9 +26,7 @@ from layerwise.optim.second_order.settings import (
     spelled_out,
     values_of,
 )
-from layerwise.optim.second_order.shares import RankCost
-from layerwise.optim.second_order.team import Joint, Team
-from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, bad_gradient
+from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, bad_curvature, bad_gradient
 from layerwise.quantities.base import Quantity
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import first_bad_call, named_parameters_of
@@ -119,8 +117,8 @@ class Preconditioner:
         self.check()
         named_parameters_of(model)
         self._ask(self._request, False)
-        self._team = Team(parallel, model)
-        self._team.check_kind(self.curvature.kind)
+        self._exchange = RankExchange(parallel, model)
+        self._exchange.check_kind(self.curvature.kind)
         self.agree({
             "damping": damping, "damping_form": damping_form, "seed": seed, "on_nonfinite": on_nonfinite,
             **as_keywords(self.curvature, self.schedule),
@@ -128,7 +126,7 @@ class Preconditioner:
 
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Raise BadInput on all ranks, by name, where their models or settings differ; a collective."""
-        self._team.agree(settings)
+        self._exchange.agree(settings)
 
     def check(self) -> None:
         """Raise BadInput for settings that cannot be."""
@@ -150,7 +148,7 @@ class Preconditioner:
         """
         self._watched = None
         watched = Watched(due=is_due(self.steps, self.update_factors_every))
-        if watched.due or self._team.size > 1:  # the ranks' terms are counted at every step
+        if watched.due or self._exchange.size > 1:  # the ranks' terms are counted at every step
             request = self._due(names) if watched.due else None
             watch = CurvatureWatch(
                 self.model, lambda whole: {} if request is None else self._ask(request, whole), watched,
@@ -164,10 +162,10 @@ class Preconditioner:
                 if watched.bad is None and watched.suspect is None:
                     watched.found, watched.batch = watch.result()
                     watched.left = None if request is None else request.left
-                    if self._team.size == 1:
+                    if self._exchange.size == 1:
                         watched.finish()
             except Exception as error:
-                self._team.fail(error)
+                self._exchange.fail(error)
                 raise
             finally:
                 watched.backward = None
@@ -180,8 +178,8 @@ class Preconditioner:
         device = next((p.device for p in named.values()), torch.device("cpu"))
         # a seed of its own for every step: nothing to save, and a resumed run draws the same labels
         seed = seed_of(self._seed, self.steps)
-        if self._team.rank and not self._kind.common:
-            seed = seed_of(seed, self._team.rank)
+        if self._exchange.rank and not self._kind.common:
+            seed = seed_of(seed, self._exchange.rank)
         generator = torch.Generator(device).manual_seed(seed)
         asked = set(named) if names is None else names
         return replace(self._request, names=asked, generator=generator, bases=self.blocks.bases, left=set())
@@ -241,35 +239,35 @@ class Preconditioner:
     def join(
         self, watched: Watched, grads: Mapping[str, Tensor], where: str | None, named: Mapping[str, Tensor],
         damping: Callable[[str], float], loss: Tensor | None = None,
-    ) -> Joint:  # fmt: skip
+    ) -> JoinedBatch:  # fmt: skip
         """The batch with those of all other ranks, or the place on one of them that forbids a step; a collective.
 
         named: the parameters that may have a gradient.
         """
-        joint = self._team.join(watched, grads, where, named, loss)
-        if joint.where is None and self._team.size > 1:
+        joint = self._exchange.join(watched, grads, where, named, loss)
+        if joint.where is None and self._exchange.size > 1:
             watched.finish()
             joint = replace(joint, where=self.unsafe(watched, joint.gradients, damping))
         return joint
 
     def total(self, watched: Watched, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of this rank's batch that are linear in its loss, as those of all ranks' batches; a collective."""
-        return self._team.total(values, watched.weight)
+        return self._exchange.total(values, watched.weight)
 
     @torch.no_grad()
     def advance(self, watched: Watched, damping: Callable[[str], float]) -> None:
         """Take the curvature of a batch that is safe, compute the inverses that are due, and count the step."""
         blocks, new = self.blocks, watched.blocks
         if watched.due:
-            blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self._team)
+            blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self._exchange)
             self._left = frozenset(watched.left or ())
         due = is_due(self.steps, self.update_inverses_every)
-        self.blocks = blocks.inverted(new, due, damping, self.damping_form, self._team)
+        self.blocks = blocks.inverted(new, due, damping, self.damping_form, self._exchange)
         self.steps += 1
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients by parameter name, preconditioned with the present inverses; others come back as they are."""
-        return self.blocks.precondition(grads, self._team)
+        return self.blocks.precondition(grads, self._exchange)
 
     # -- what it holds -------------------------------------------------------------------------------------
 
@@ -285,15 +283,15 @@ class Preconditioner:
 
     def costs(self) -> list[RankCost]:
         """What the curvature costs each rank: the blocks it owns, the memory it holds, its operations."""
-        return self._team.costs(self.blocks.averages, self.blocks.inverses)
+        return self._exchange.costs(self.blocks.averages, self.blocks.inverses)
 
     def snapshot(self) -> tuple[Any, ...]:
         """All that `advance` changes."""
-        return self.blocks, self._left, self.steps, self._team.owners
+        return self.blocks, self._left, self.steps, self._exchange.owners
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Go back to a snapshot."""
-        self.blocks, self._left, self.steps, self._team.owners = state
+        self.blocks, self._left, self.steps, self._exchange.owners = state
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and inverses by parameter name, and counters: tensors, numbers and strings.
@@ -304,7 +302,7 @@ class Preconditioner:
         left = None if self._left is None else sorted(self._left)
         return {
             "kind": self.curvature.kind, "draws": self.curvature.draws, "damping": self.damping, "steps": self.steps,
-            "skipped": self.skipped, "left": left, "blocks": self.blocks.state(self._team),
+            "skipped": self.skipped, "left": left, "blocks": self.blocks.state(self._exchange),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -314,7 +312,7 @@ class Preconditioner:
         """
         state_dict = self.check_state(state_dict)
         named = named_parameters_of(self.model)
-        self.blocks, left = Blocks.of(state_dict["blocks"], named, self._team), state_dict["left"]
+        self.blocks, left = Blocks.of(state_dict["blocks"], named, self._exchange), state_dict["left"]
         self._left = None if left is None else frozenset(left)
         self.damping, self._watched = state_dict["damping"], None
         self.steps, self.skipped = state_dict["steps"], state_dict["skipped"]

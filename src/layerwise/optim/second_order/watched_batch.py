@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor
 from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.observation.engine import Observation
-from layerwise.observation.union import Batch
+from layerwise.observation.union import Batch, weighed
 from layerwise.optim.second_order.averages import Measured
 from layerwise.quantities.base import Context, Quantity, Union
+from layerwise.quantities.kronecker.factor_sums import Factors
+from layerwise.ranks.group import Ranks
+from layerwise.ranks.sums import all_reduced, describe, tensors_of
 from layerwise.tape.pull import alone
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use, first_bad_call
 from layerwise.tensors import is_finite
 
-__all__ = ["NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "bad_gradient"]
+__all__ = ["NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "bad_curvature", "bad_gradient"]
 
 _NO_SAMPLES = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # where samples are mixed, or hard to find
 
@@ -35,6 +39,29 @@ class MeasuredSums(NamedTuple):
     quantity: Quantity
     values: dict[str, tuple[Any, ...]]
     union: Union
+
+    def parts(self, name: str) -> list[Tensor | Factors]:
+        """The sums of a parameter that add up over ranks; second moments are added later, all in one eigenbasis."""
+        return [part for part in self.values[name] if isinstance(part, Tensor | Factors)]
+
+    def described(self) -> dict[str, str]:
+        """By parameter, the shapes and the places of its sums, which must be those of all ranks."""
+        return {name: ", ".join(repr(describe(part)) for part in self.parts(name)) for name in self.values}
+
+    def all_reduced(self, ranks: Ranks, weight: float) -> MeasuredSums:
+        """The sums of all ranks' batches, of which this one has a weight in the whole loss.
+
+        As for several batches of one process (`layerwise.observation.union`): a value of power p scales by `weight^p`.
+        Gradients that wait for an eigenbasis are scaled alone.
+        """
+        powers = self.quantity.powers
+        scaled = self._replace(values={name: weighed(value, powers, weight) for name, value in self.values.items()})
+        totals = iter(all_reduced(ranks, [part for name in self.values for part in scaled.parts(name)]))
+        values = {
+            name: tuple(next(totals) if isinstance(part, Tensor | Factors) else part for part in value)
+            for name, value in scaled.values.items()
+        }
+        return self._replace(values=values, union=replace(self.union, samples=0, terms=1.0))  # which nothing here reads
 
 
 @dataclass
@@ -172,4 +199,22 @@ def bad_gradient(grads: Mapping[str, Tensor], damping: Callable[[str], float]) -
     for name, g, norm in zip(grads, tensors, norms, strict=True):
         if not norm * norm / damping(name) < torch.finfo(g.dtype).max:
             return f"the gradient of {name}"
+    return None
+
+
+def bad_curvature(watched: Watched) -> str | None:
+    """The first block, or where they are not finished yet the first sum, that holds NaN or infinity."""
+    places = [
+        ("the curvature" if measured.block.form == "diagonal" else "a Kronecker factor", name, x)
+        for name, measured in watched.blocks.items() for x in measured.tensors()
+    ]  # fmt: skip
+    for found in watched.found:
+        for name, value in found.values.items():
+            what = "a Kronecker factor" if isinstance(value[0], Factors) else "the curvature"
+            places += [(what, name, t) for part in found.parts(name) for t in tensors_of(part)]
+    # a norm may overflow where no entry does, but is read in a tenth of the time
+    norms = torch._foreach_norm([x for *_, x in places]) if places else []
+    for (what, name, x), norm in zip(places, norms, strict=True):
+        if not math.isfinite(norm) and not is_finite(x):
+            return first_bad_call(watched.uses) or f"{what} of {name}"
     return None

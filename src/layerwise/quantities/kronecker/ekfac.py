@@ -21,13 +21,13 @@ from layerwise.ranks.sums import TensorSpec
 from layerwise.rows import contract, gram
 from layerwise.rows.base import Rows
 
-__all__ = ["EKFAC", "Gradients", "Kept", "Spectra", "held", "second_moment", "with_constant"]
+__all__ = ["EKFAC", "Gradients", "HeldRows", "Spectra", "held_rows", "second_moment", "with_constant"]
 
 Gradients = Rows | Tensor  # of one matrix: rows, or the gradients themselves `[M,O,I]`
 
 
 @dataclass(frozen=True)
-class Kept:
+class HeldRows:
     """Gradients held until more is known about them: terms of a sum, each weight times a quadratic function of them.
 
     Adding joins the terms and multiplying scales their weights, so that it takes a tensor's place wherever values
@@ -36,29 +36,29 @@ class Kept:
 
     terms: tuple[tuple[tuple[Gradients, ...], float], ...]
 
-    def __add__(self, other: Kept) -> Kept:
+    def __add__(self, other: HeldRows) -> HeldRows:
         *before, (last, weight) = self.terms
         (first, its), *after = other.terms
         first = tuple(_sharing(mine, new) for mine, new in zip(last, first, strict=True))
-        return Kept((*before, (last, weight), (first, its), *after))
+        return HeldRows((*before, (last, weight), (first, its), *after))
 
-    def __mul__(self, factor: float) -> Kept:
-        return Kept(tuple((found, weight * factor) for found, weight in self.terms))
+    def __mul__(self, factor: float) -> HeldRows:
+        return HeldRows(tuple((found, weight * factor) for found, weight in self.terms))
 
-    def __truediv__(self, divisor: float) -> Kept:
+    def __truediv__(self, divisor: float) -> HeldRows:
         return self * (1 / divisor)
 
     def tensors(self) -> list[Tensor]:
         """None: what is held stays where it is, until the basis is known."""
         return []
 
-    def replaced(self, tensors: Sequence[Tensor]) -> Kept:
+    def replaced(self, tensors: Sequence[Tensor]) -> HeldRows:
         """The same."""
         return self
 
-    def described(self) -> Kept:
+    def described(self) -> HeldRows:
         """Placeholder for a rank whose batch did not use the parameter: contributes zero."""
-        return Kept(())
+        return HeldRows(())
 
     def spectrum(self, i: int, block: EigenBlock) -> Tensor:
         """`[K,O,I]`: sum of the squared gradients of the i-th matrix in the eigenbasis of a block."""
@@ -166,7 +166,7 @@ class EKFAC(KroneckerFactors):
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
         """What `KFAC` sums, and the rows; with a basis the second moments in it."""
         if self.basis is None:
-            return *super().compute(gradient), Kept(((held(gradient), 1.0),))
+            return *super().compute(gradient), HeldRows(((held_rows(gradient), 1.0),))
         blocks = self._basis_of(gradient)
         if gradient.groups is not None:
             each = zip(gradient.groups, blocks.values(), strict=True)
@@ -263,7 +263,7 @@ class Spectra(NamedTuple):
         return self * (1 / divisor)
 
 
-def held(gradient: ParameterGradient) -> tuple[Gradients, ...]:
+def held_rows(gradient: ParameterGradient) -> tuple[Gradients, ...]:
     """The gradients of each matrix, in memory of their own: the user may write to a batch's before they are read."""
     if gradient.groups is None:
         return (gram.as_matrices(gradient.per_sample(), gradient.shape),)

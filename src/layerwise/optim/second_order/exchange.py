@@ -1,36 +1,63 @@
-"""`Team`: the ranks that precondition together: joint sums, blocks with owners, inverses and updates sent around."""
+"""`RankExchange`: all-reduced sums of curvature, owners of blocks, and broadcasts of inverses or updates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.operators.kronecker import EigenBlock
-from layerwise.optim.second_order import joining
-from layerwise.optim.second_order.averages import Average, Block, Inverse, eigenbasis, fields_of, names_of, with_fields
+from layerwise.optim.second_order.averages import (
+    Average,
+    Block,
+    Inverse,
+    eigenbasis,
+    fields_of,
+    inversion_cost,
+    names_of,
+    product_cost,
+    with_fields,
+)
 from layerwise.optim.second_order.data_parallel import (
     DataParallel,
     Report,
     facts_with_values,
-    heard,
+    gather_reports,
     ranks_of,
     weights_of,
 )
-from layerwise.optim.second_order.shares import RankCost, assigned, inversion_cost, product_cost
 from layerwise.optim.second_order.watched_batch import Watched
+from layerwise.ranks.ownership import assigned
+from layerwise.ranks.sums import TensorSpec, summed
 
-__all__ = ["Joint", "Team"]
+__all__ = ["JoinedBatch", "RankCost", "RankExchange", "block_owners"]
 
 _LOSS = ""  # beside the names of parameters
 
 
 @dataclass(frozen=True)
-class Joint:
+class RankCost:
+    """What the curvature costs one rank.
+
+    blocks: those that it owns. factor_bytes, inverse_bytes: of all averages and inverses that it holds.
+    inversion_flops: `Σ K (I³ + O³)` of its own blocks, each time inverses are due. step_flops: `Σ 2 K O I (O + I)` of
+    the blocks that it multiplies a gradient by, every step.
+    """
+
+    rank: int
+    blocks: tuple[str, ...]
+    factor_bytes: int
+    inverse_bytes: int
+    inversion_flops: int
+    step_flops: int
+
+
+@dataclass(frozen=True)
+class JoinedBatch:
     """What the ranks' batches are together: the place that forbids a step, or gradients by name and a loss."""
 
     where: str | None
@@ -38,8 +65,8 @@ class Joint:
     loss: Tensor | None = None
 
 
-class Team:
-    """What a preconditioner and its peers on other ranks say to each other; a team of one says nothing.
+class RankExchange:
+    """The messages between a preconditioner and those of the other ranks; with one rank there are none.
 
     owners: the rank that inverts each block. What another rank alone holds is held as tensors on the meta device:
     shapes without memory. Methods with several ranks are collectives, but `holds`, `held` and `costs`.
@@ -53,7 +80,7 @@ class Team:
         self._model = model
 
     @property
-    def apart(self) -> bool:
+    def owners_only(self) -> bool:
         """Whether a block is held by its owner alone."""
         return self.size > 1 and self.settings.share == "updates"
 
@@ -64,7 +91,7 @@ class Team:
                 'kind="kfra" averages over one batch from layer to layer, so the factors of several ranks do not join '
                 'to those of all; use kind="kfac" or "kflr"'
             )
-        if self.apart and kind == "ekfac":
+        if self.owners_only and kind == "ekfac":
             raise BadInput(
                 'kind="ekfac" measures in an eigenbasis, which every rank needs; use DataParallel(share="inverses"), '
                 'or kind="kfac"'
@@ -81,23 +108,23 @@ class Team:
     def fail(self, error: Exception) -> None:
         """Tell the other ranks, which wait for this one's report, that there is none."""
         if self.size > 1:
-            heard(self.ranks, Report(error=f"{type(error).__name__}: {str(error)[:500]}"))
+            gather_reports(self.ranks, Report(error=f"{type(error).__name__}: {str(error)[:500]}"))
 
     def join(
         self, watched: Watched, grads: Mapping[str, Tensor], where: str | None, named: Mapping[str, Tensor],
         loss: Tensor | None = None,
-    ) -> Joint:  # fmt: skip
+    ) -> JoinedBatch:  # fmt: skip
         """Gradients and loss of all ranks' batches together; the sums that were watched become those, too.
 
         named: the parameters in the model's order. Raises on all ranks where their batches have no union.
         """
         if self.size == 1:
-            return Joint(where, dict(grads), loss)
+            return JoinedBatch(where, dict(grads), loss)
         averaged = self.settings.says_averaged(self._model, watched.in_grad)
-        reports = heard(self.ranks, _report(watched, grads, where, averaged))
+        reports = gather_reports(self.ranks, _report(watched, grads, where, averaged))
         for rank, its in enumerate(reports):
             if its.where is not None:
-                return Joint(f"rank {rank}: {its.where}", dict(grads), loss)
+                return JoinedBatch(f"rank {rank}: {its.where}", dict(grads), loss)
         self.settings.check_gradients(reports)
         weights = weights_of(reports, self.settings.reduction)
         watched.weight = weight = weights[self.rank]
@@ -106,9 +133,9 @@ class Team:
         linear = ({} if averaged else full) | ({} if loss is None else {_LOSS: loss})
         joint = self.total(linear, weight)
         joint_loss = joint.pop(_LOSS, None)
-        watched.found = [joining.summed(self.ranks, found, weight) for found in watched.found]
+        watched.found = [found.all_reduced(self.ranks, weight) for found in watched.found]
         watched.left = set().union(*(its.left for its in reports)) if watched.left is not None else None
-        return Joint(None, _from_average(full, weights) if averaged else joint, joint_loss)
+        return JoinedBatch(None, _from_average(full, weights) if averaged else joint, joint_loss)
 
     def total(self, values: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
         """Values that are linear in the loss, over all ranks' batches; weight: of this rank's."""
@@ -118,17 +145,17 @@ class Team:
 
     def added(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over ranks."""
-        return joining.added(self.ranks, tensors)
+        return summed(self.ranks, tensors)
 
     # -- blocks and their owners -----------------------------------------------------------------------------
 
     def assign(self, blocks: Mapping[str, Block]) -> None:
         """Give blocks that have no owner one, and forget those that are no more."""
-        self.owners = assigned(blocks, self.size, self.owners)
+        self.owners = block_owners(blocks, self.size, self.owners)
 
     def holds(self, key: str) -> bool:
         """Whether the values of a block are held here."""
-        return not self.apart or self.owners[key] == self.rank
+        return not self.owners_only or self.owners[key] == self.rank
 
     def held(self, key: str, block: Block) -> Block:
         """The block, or its shapes where another rank holds it."""
@@ -142,15 +169,15 @@ class Team:
 
     def inverts(self, key: str, block: Block) -> bool:
         """Whether a block is inverted here: the owner's are, and those that take no time where all hold them."""
-        return self.owners[key] == self.rank or (not self.apart and isinstance(block, EigenBlock))
+        return self.owners[key] == self.rank or (not self.owners_only and isinstance(block, EigenBlock))
 
     def eigenbases(self, blocks: Mapping[str, Any]) -> dict[str, EigenBlock | None]:
         """The eigendecompositions of Kronecker blocks, None where there is none; each made by its owner."""
         made = {key: eigenbasis(key, block) for key, block in blocks.items() if self.owners[key] == self.rank}
         if self.size == 1 or not blocks:
             return made
-        told = self._told({key: _Told.of(basis) for key, basis in made.items()})
-        found: dict[str, Any] = {key: told[key].block(blocks[key], made.get(key)) for key in blocks}
+        messages = self._gathered({key: _BlockMessage.of(basis) for key, basis in made.items()})
+        found: dict[str, Any] = {key: messages[key].block(blocks[key], made.get(key)) for key in blocks}
         self._send({key: basis for key, basis in found.items() if basis is not None})
         return found
 
@@ -161,57 +188,50 @@ class Team:
 
         last: the inverses before, which an owner may have kept.
         """
-        wanted = [key for key, block in blocks.items() if self.apart or not isinstance(block, EigenBlock)]
+        wanted = [key for key, block in blocks.items() if self.owners_only or not isinstance(block, EigenBlock)]
         if self.size == 1 or not wanted:
             return dict(made)
         mine = {key: made[key] for key in wanted if self.owners[key] == self.rank}
-        told = self._told({key: _Told.of(its.block, its.raised, its.kept) for key, its in mine.items()})
+        messages = self._gathered({key: _BlockMessage.of(its.block, its.raised, its.kept) for key, its in mine.items()})
         found = dict(made)
         for key in wanted:
-            its, before = told[key], last.get(key)
+            its, before = messages[key], last.get(key)
             if its.kept:
                 assert before is not None
                 found[key] = before._replace(kept=True)
             else:
                 here = made[key].block if key in mine else None
                 found[key] = Inverse(its.block(blocks[key], here, not self.holds(key)), its.raised)
-        if not self.apart:
+        if not self.owners_only:
             new = {key: found[key] for key in wanted if not found[key].kept}
             self._send({key: inverse.block for key, inverse in new.items() if inverse.block is not None})
         return {key: found[key] for key in blocks}
 
     def updates(self, averages: Mapping[str, Average], found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Preconditioned gradients by name, each from the owner of its block; those of no block stay."""
-        if not self.apart:
+        if not self.owners_only:
             return found
         owner_of = {name: self.owners[key] for key, held in averages.items() for name in names_of(key, held)}
         out = {name: d.contiguous() if owner_of.get(name, self.rank) == self.rank else torch.empty_like(
             d, memory_format=torch.contiguous_format) for name, d in found.items()}  # fmt: skip
-        for rank in range(self.size):
-            sent = [d for name, d in out.items() if owner_of.get(name) == rank]
-            if sent:
-                self.ranks.send_from(rank, sent)
+        self.ranks.broadcast_owned([(owner_of[name], [d]) for name, d in out.items() if name in owner_of])
         return out
 
-    def _told(self, mine: Mapping[str, _Told]) -> dict[str, _Told]:
-        return {key: told for one in self.ranks.gather(dict(mine)) for key, told in one.items()}
+    def _gathered(self, mine: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of all ranks."""
+        return {key: its for one in self.ranks.gather(dict(mine)) for key, its in one.items()}
 
     def _send(self, blocks: Mapping[str, Block]) -> None:
         """Overwrite blocks with their owners'."""
-        for rank in range(self.size):
-            mine = [fields_of(block) for key, block in blocks.items() if self.owners[key] == rank]
-            tensors = [t for fields in mine for t in fields.values() if t is not None]
-            if tensors:
-                self.ranks.send_from(rank, tensors)
+        self.ranks.broadcast_owned([(self.owners[key], _all(block)) for key, block in blocks.items()])
 
     # -- state and report ------------------------------------------------------------------------------------
 
     def whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state by block with those that other ranks hold, on the CPU, from shapes here."""
-        if not self.apart:
+        if not self.owners_only:
             return dict(state)
-        mine = {key: joining.on_cpu(its) for key, its in state.items() if self.holds(key)}
-        every = {key: its for one in self.ranks.gather(mine) for key, its in one.items()}
+        every = self._gathered({key: _on_cpu(its) for key, its in state.items() if self.holds(key)})
         return {key: every[key] for key in state}
 
     def costs(self, averages: Mapping[str, Average], inverses: Mapping[str, Inverse]) -> list[RankCost]:
@@ -219,7 +239,7 @@ class Team:
         found = []
         for rank in range(self.size):
             own = [key for key in averages if self.owners[key] == rank]
-            here = own if self.apart else list(averages)
+            here = own if self.owners_only else list(averages)
             held = [averages[key] for key in here]
             kept = [its.block for key in here if (its := inverses.get(key)) is not None and its.block is not None]
             factors = [t for one in held for block in (one.block, one.eigen) if block is not None for t in _all(block)]
@@ -232,23 +252,19 @@ class Team:
         return found
 
 
-@dataclass(frozen=True)
-class _Told:
-    """What an owner says of a block it made: its class and the shapes of its fields, or None; flags of an inverse."""
+class _BlockMessage(NamedTuple):
+    """What an owner says of a block it made: the shapes of its fields, or None for no block; flags of an inverse."""
 
-    fields: tuple[tuple[str, tuple[int, ...] | None, torch.dtype | None], ...] | None
+    fields: dict[str, TensorSpec | None] | None
     raised: bool = False
     kept: bool = False
 
     @staticmethod
-    def of(block: Block | None, raised: bool = False, kept: bool = False) -> _Told:
+    def of(block: Block | None, raised: bool = False, kept: bool = False) -> _BlockMessage:
         if block is None or kept:
-            return _Told(None, raised, kept)
+            return _BlockMessage(None, raised, kept)
         fields = fields_of(block).items()
-        return _Told(
-            tuple((k, None if t is None else tuple(t.shape), None if t is None else t.dtype) for k, t in fields),
-            raised,
-        )
+        return _BlockMessage({key: None if t is None else TensorSpec.of(t) for key, t in fields}, raised)
 
     def block(self, like: Block, made: Block | None, shapes_only: bool = False) -> Block | None:
         """The block in contiguous memory: the one made here, or one to be overwritten."""
@@ -257,10 +273,21 @@ class _Told:
         if made is not None:
             return with_fields(made, {k: None if t is None else t.contiguous() for k, t in fields_of(made).items()})
         device = "meta" if shapes_only else like.like.device
-        return with_fields(like, {
-            key: None if shape is None else torch.empty(shape, dtype=dtype, device=device)
-            for key, shape, dtype in self.fields
-        })  # fmt: skip
+        empty = {k: s and torch.empty(s.shape, dtype=s.dtype, device=device) for k, s in self.fields.items()}
+        return with_fields(like, empty)
+
+
+def block_owners(blocks: Mapping[str, Block], size: int, owners: Mapping[str, int]) -> dict[str, int]:
+    """The owners of blocks among `size` ranks, by what their inversion costs; earlier owners keep theirs.
+
+    Slices of one parameter stay together, since they act on one gradient.
+    Source: Osawa et al. (2019) and Pauloski et al. (2021), "KAISA", section 3, for K-FAC's factors.
+    """
+    names, work = {key: block.parameter or key for key, block in blocks.items()}, dict[str, float]()
+    for key in sorted(blocks, key=names.__getitem__):
+        work[names[key]] = work.get(names[key], 0) + inversion_cost(blocks[key])
+    owner_of = assigned(work, size, {names[key]: rank for key, rank in owners.items() if key in blocks})
+    return {key: owner_of[name] for key, name in names.items()}
 
 
 def _report(watched: Watched, grads: Mapping[str, Tensor], where: str | None, averaged: bool) -> Report:
@@ -271,7 +298,7 @@ def _report(watched: Watched, grads: Mapping[str, Tensor], where: str | None, av
         batch=watched.batch, by_hand=watched.by_hand, averaged=averaged, names=tuple(grads),
         norms=tuple(norms), left=tuple(sorted(watched.left or ())),
         measured=tuple((f"{found.kind} of {name}", text) for found in watched.found
-                       for name, text in joining.described(found).items()),
+                       for name, text in found.described().items()),
     )  # fmt: skip
 
 
@@ -289,6 +316,13 @@ def _from_average(grads: dict[str, Tensor], weights: Sequence[float]) -> dict[st
 
 def _shapes(block: Block) -> Block:
     return with_fields(block, {key: None if t is None else t.to("meta") for key, t in fields_of(block).items()})
+
+
+def _on_cpu(state: Any) -> Any:
+    """A state with its tensors on the CPU."""
+    if isinstance(state, Mapping):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    return state.cpu() if isinstance(state, Tensor) else state
 
 
 def _all(block: Block) -> list[Tensor]:
