@@ -221,13 +221,6 @@ def test_the_api_has_every_public_name_once() -> None:
             assert all(f"`{name}`" in written for name in api.values(module))
 
 
-def test_a_list_of_arguments_becomes_paragraphs() -> None:
-    source = "Sum.\n\nArgs:\n    first: a_n.\n    second: b.\n\nMore.\n\n    code\n"
-    assert as_markdown(source, ("first", "second")).splitlines() == [
-        "Sum.", "", r"**first**: a\_n.", "", "**second**: b.", "", "More.", "", "    code",
-    ]  # fmt: skip
-
-
 def test_docstrings_become_markdown() -> None:
     source = "Sum a_n * b_n.\n\n    x = a_n * b_n\n\nfirst: <R_j>, `a_n * b`; second: as it. third: no.\nRaises X.\n"
     assert as_markdown(source, ("first", "second")).splitlines() == [

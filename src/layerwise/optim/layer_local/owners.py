@@ -138,7 +138,7 @@ class Owners(Executor):
                     state.pop(p, None)
         return [self._owner[next(iter(job.params))] for job in jobs]
 
-    def _owner_of(self, job: Job | Rest) -> int | None:
+    def _owner_of(self, job: LayerJob | GradientJob) -> int | None:
         """The rank that fitted the job, or shares one of its parameters, before."""
         return next((self._owner[name] for name in job.params if name in self._owner), None)
 
