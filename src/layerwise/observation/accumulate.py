@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import _pop_mode_temporarily
 
 from layerwise.errors import BadInput
-from layerwise.observation.backward_pass import Settings
+from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
 from layerwise.observation.guards import check_finite
 from layerwise.observation.results import Results
@@ -68,7 +68,7 @@ def accumulate(
     ranks = Ranks(group) if distributed else Ranks.alone()
     if ranks.size > 1:
         check_same_model(model, group)
-    settings = Settings(samples, scale, dtype)
+    settings = PassSettings(samples, scale, dtype)
     one_pass = partial(_pass, model, loss_fn, lambda: iter(_shown(loader) if progress else loader), ranks, settings)
 
     def run(asked: Sequence[Quantity]) -> Results:
@@ -134,7 +134,7 @@ def _pass(
     loss_fn: Callable[..., Tensor],
     start: Callable[[], Iterator[Any]],
     ranks: Ranks,
-    settings: Settings,
+    settings: PassSettings,
     quantities: Sequence[Quantity],
 ) -> Results:
     """One pass over the batches that `start` gives."""

@@ -22,10 +22,10 @@ from layerwise.quantities.base import Quantity
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["BackwardPass", "Settings"]
+__all__ = ["BackwardPass", "PassSettings"]
 
 
-class Settings(NamedTuple):
+class PassSettings(NamedTuple):
     """How to observe: the number of samples (None: dim 0 of the batch), the scale, and the type of all results."""
 
     samples: int | None = None
@@ -46,7 +46,7 @@ class BackwardPass:
         known: Sequence[Likelihood],
         quantities: Sequence[Quantity],
         model: Any,
-        settings: Settings,
+        settings: PassSettings,
     ) -> None:
         self.tape, self.graph, self.quantities = tape, graph, quantities
         self.layout: SampleLayout | None = None

@@ -12,7 +12,7 @@ from layerwise.errors import BadInput
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import resolved
 from layerwise.graph.products import SecondOrder
-from layerwise.observation.backward_pass import BackwardPass, Settings
+from layerwise.observation.backward_pass import BackwardPass, PassSettings
 from layerwise.observation.guards import (
     check_covered,
     check_finite,
@@ -43,7 +43,7 @@ class Observation:
         self,
         model: nn.Module | Mapping[str, Tensor],
         quantities: Sequence[Quantity],
-        settings: Settings = Settings(),  # noqa: B008
+        settings: PassSettings = PassSettings(),  # noqa: B008
         keeps_inputs: bool = False,
     ) -> None:
         for q in quantities:

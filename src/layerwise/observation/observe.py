@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.observation.backward_pass import Settings
+from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
 from layerwise.observation.seen import Seen
 from layerwise.quantities.base import Quantity
@@ -43,7 +43,7 @@ class observe:
         scale: str = "loss",
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._observation = Observation(model, quantities, Settings(samples, scale, dtype))
+        self._observation = Observation(model, quantities, PassSettings(samples, scale, dtype))
 
     def __enter__(self) -> Seen:
         return Seen(self._observation.__enter__())
