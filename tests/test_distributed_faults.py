@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 import layerwise as lw
 from layerwise.errors import BadInput, CutShort, RankLost
+from layerwise.ranks.group import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "restart.py"
@@ -273,7 +274,7 @@ def test_a_killed_rank_ends_the_others_with_a_clear_message() -> None:
 
 
 def test_an_ordinary_runtime_error_stays_one() -> None:
-    with pytest.raises(RuntimeError, match="shape") as found, lw.ranks.Ranks()._delivery():  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="shape") as found, Ranks()._delivery():  # type: ignore[attr-defined]
         raise RuntimeError("a wrong shape")
     assert not isinstance(found.value, RankLost)
 

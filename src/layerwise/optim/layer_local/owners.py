@@ -24,7 +24,7 @@ from layerwise.optim.layer_local.executors import (
 from layerwise.ranks.group import Ranks, values_digest
 from layerwise.ranks.ownership import assigned
 
-__all__ = ["Owners", "Parallel", "all_or_none", "described", "digest", "executor_over"]
+__all__ = ["Parallel", "RankExecutor", "all_or_none", "described", "digest", "executor_over"]
 
 Parallel = Any  # None, True, a process group, or Ranks
 _SMALL = 16  # numbers of a tensor on the CPU that travels as an object
@@ -39,15 +39,15 @@ def executor_over(parallel: Parallel, workers: Workers) -> Executor:
     if isinstance(parallel, str | int | float) and parallel is not True:
         raise BadInput(f"parallel is None, True (all ranks), or a process group; got {parallel!r}")
     ranks = parallel if isinstance(parallel, Ranks) else Ranks(None if parallel is True else parallel)
-    return Owners(ranks, here)
+    return RankExecutor(ranks, here)
 
 
-class Owners(Executor):
+class RankExecutor(Executor):
     """Each rank solves the layers that it owns, by its own local executor; the bits are those of one process.
 
     All ranks run the same closure on the same batch. Layers go to ranks longest first, each to the rank with the least
-    to do, when they are first met, and stay there with the state of their local optimizers. New weights are shared by
-    one message from each owner. Ranks that hold other models, settings, batches or losses are refused by name.
+    to do, when they are first met, and stay there with the state of their local optimizers. Owners broadcast the new
+    weights. Ranks that hold other models, settings, batches or losses are refused by name.
     """
 
     def __init__(self, ranks: Ranks, home: Executor) -> None:
