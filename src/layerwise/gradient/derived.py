@@ -1,4 +1,4 @@
-"""Parameters without rows of their own; gradients of a derived tensor (a weight norm, LoRA's sum), carried back."""
+"""Parameters used through a derived tensor (weight norm, LoRA's sum), and their gradients by the chain rule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["carries", "carry", "without_rows"]
 
 
 def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients `[V,N,*used.shape]` of `used` as those of the leaves it came from, `[V,N,*leaf.shape]` each."""
+    """Vector-Jacobian products of gradients `[V,N,*used.shape]` to the leaves of `used`, `[V,N,*leaf.shape]` each."""
     flat = dense.flatten(0, 1)
     carried: Sequence[Tensor | None]
     try:
@@ -37,7 +37,7 @@ def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]
 
 
 def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:
-    """The parameters that some use reads through a derived tensor or without row form, or uses as several matrices."""
+    """Names of parameters that some use reads through a derived tensor, without row form, or as several matrices."""
     found: set[str] = set()
     layouts: dict[str, list[tuple[MatrixLayout, Slot]]] = {}
     for use in uses:
@@ -55,7 +55,7 @@ def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:
 
 
 def carries(tape: Tape, use: Use) -> bool:
-    """Whether some gradient of a use goes back to its parameter through a graph."""
+    """Whether a use reads a derived tensor, so that its gradient reaches the parameter only through autograd."""
     return any(
         not slot.used.is_leaf
         and (len(d.names) > 1 or MatrixLayout.of_view(slot.used, tape.parameters[next(iter(d.names))]) is None)
