@@ -156,7 +156,7 @@ class ParameterGradient:
         return self.shared[key][1]
 
     def dense_grams(self) -> tuple[Tensor, Tensor]:
-        """Sums over v, n of D D^T `[1,O,O]` and D^T D `[1,I,I]` (or its diagonal), D laid out by `layout.dense_layout`."""
+        """Sums over v, n of D D^T `[1,O,O]` and D^T D `[1,I,I]` (or its diagonal), D as by `layout.dense_layout`."""
         return gram.dense_grams(self.chunks(), self.shape, self.like)
 
     def squared_norm(self) -> Tensor:
