@@ -79,7 +79,7 @@ def _line(name: str, curve: Curve, x: Axis, y: Axis, place: float | None) -> str
         marks.append(f'<path class="mark {kind}" transform="translate({_px(x.at(step))} {at})" d="{_MARKS[kind]}"/>')
     joined = list(zip(pieces, [*pieces[1:], "M"], strict=False))
     line = "".join(p for p, after in joined if p[0] == "L" or after[0] == "L")
-    dots = "".join(f"{p}h0" for p, after in joined if p[0] == after[0] == "M")  # isolated points, drawn by round line caps
+    dots = "".join(f"{p}h0" for p, after in joined if p[0] == after[0] == "M")  # isolated points: round line caps
     kind = "whole" if not name else "bias" if name.rpartition(".")[2].startswith("bias") else "weight"
     style = "" if place is None else f' style="--d:{place:.3f}"'
     drawn = [f'<path class="{what}" d="{d}"/>' for what, d in (("line", line), ("dot", dots)) if d]

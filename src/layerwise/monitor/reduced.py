@@ -22,7 +22,7 @@ class GGNTrace(DiagGGN):
     Several backward passes add up, as their gradients do: the trace is that of the sum of the losses as written.
     """
 
-    powers = (0,)  # not rescaled with the loss
+    powers = (0,)  # batches are added without reweighting
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """The sum over v and n of the squared norms of the root columns' gradients."""
