@@ -91,7 +91,7 @@ class LayerwiseInterface(CurvatureInterface):
         return columns.reshape(*selected.shape, columns.shape[-1]), f
 
     def _loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """laplace's loss; a sample may have class labels at several positions."""
+        """The loss of laplace; a sample may have class labels at several positions."""
         if self.likelihood == "classification":
             f, y = f.flatten(0, -2), y.flatten()
         return self.lossfunc(f, y)
