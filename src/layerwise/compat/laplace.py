@@ -118,11 +118,11 @@ class LayerwiseInterface(CurvatureInterface):
         """Concatenate `[*lead, *shape]` by name to `[*lead, P]` in laplace's order; zeros for unused parameters."""
         like = next(iter(values.values()))
         front = like.shape[:lead]
-        found = [
+        columns = [
             values[name].reshape(*front, -1) if name in values else like.new_zeros(*front, p.numel())
             for name, p in self.params_dict.items()
         ]
-        return self._subnetwork(torch.cat(found, -1))
+        return self._subnetwork(torch.cat(columns, -1))
 
     def _subnetwork(self, flat: Tensor) -> Tensor:
         """The subnetwork's elements of the last axis."""
@@ -237,8 +237,8 @@ def _factors(operator: Kronecker, name: str, p: Tensor, share: float) -> list[Te
         return [operator.to_dense(name) if blocks else p.new_zeros(p.numel(), p.numel())]
     if not blocks:
         return [p.new_zeros(len(p), len(p)), p.new_zeros(p[0].numel(), p[0].numel())]
-    found = _product(next(iter(blocks.values())), p, share) if len(blocks) == 1 else None
-    if found is None:
+    factors = _product(next(iter(blocks.values())), p, share) if len(blocks) == 1 else None
+    if factors is None:
         layout = ", ".join(
             f"{key}: {block.size.numel()} elements as {tuple(block.size)}" for key, block in blocks.items()
         )
@@ -247,7 +247,7 @@ def _factors(operator: Kronecker, name: str, p: Tensor, share: float) -> list[Te
             f"{tuple(p.shape)} has blocks [groups, out, in] of another kind ({layout}); freeze it "
             '(requires_grad_(False)), or take hessian_structure="diag" or "full"'
         )
-    return found
+    return factors
 
 
 def _product(block: KroneckerBlock, p: Tensor, share: float) -> list[Tensor] | None:

@@ -22,8 +22,8 @@ _NOT_SETTINGS = ("params", "param_names")
 
 def document(model: Model, optimizer: torch.optim.Optimizer | None, step: int, extra: Any, rank: int) -> dict[str, Any]:
     """This rank's part of a run as a nested dict."""
-    found = {"step": step, "extra": (extra,), "model": _tensors(model), "random": {str(rank): _random()}}
-    return found if optimizer is None else {**found, "optimizer": _by_name(optimizer, model)}
+    content = {"step": step, "extra": (extra,), "model": _tensors(model), "random": {str(rank): _random()}}
+    return content if optimizer is None else {**content, "optimizer": _by_name(optimizer, model)}
 
 
 # Keys -------------------------------------------------------------------------------------------------------------
@@ -69,30 +69,30 @@ def template(sizes: Sizes, model: Model, names: Iterable[str]) -> dict[str, Any]
 
     Raises BadInput, by name, where the checkpoint lacks a tensor of the model or has it in another shape.
     """
-    ours, params = _tensors(model), named_parameters_of(model)
+    tensors, params = _tensors(model), named_parameters_of(model)
     ways = {key: [step[1:] for step in json.loads(key)] for key in sizes}
     settings = {way[2] for way in ways.values() if way[:2] == ["optimizer", "settings"]}
     stored = {way[1]: sizes[key] for key, way in ways.items() if way[0] == "model"}
-    strangers = (settings | stored.keys()) - set(names) - ours.keys()
-    for name, t in ours.items():
+    strangers = (settings | stored.keys()) - set(names) - tensors.keys()
+    for name, t in tensors.items():
         if name not in stored:
             raise BadInput(f"the checkpoint has no {name!r}; it holds {', '.join(sorted(stored)[:5])}, ...")
         size = stored[name]
         if isinstance(t, Tensor) and (size is None or size[0] != tuple(t.shape)):
             raise BadInput(f"{name!r} has the shape {size and size[0]} in the checkpoint, and {tuple(t.shape)} here")
-    found: dict[str, Any] = {}
+    wanted: dict[str, Any] = {}
     for key, way in ways.items():
         if any(step in strangers for step in way):
             continue
         size = sizes[key]
-        like = ours.get(way[1]) if way[0] == "model" else params.get(way[2]) if len(way) > 2 else None
+        like = tensors.get(way[1]) if way[0] == "model" else params.get(way[2]) if len(way) > 2 else None
         if size is None:
-            found[key] = None
+            wanted[key] = None
         elif isinstance(like, Tensor) and tuple(like.shape) == size[0]:
-            found[key] = torch.empty_like(like.detach(), dtype=size[1])  # a shard where the parameter is one
+            wanted[key] = torch.empty_like(like.detach(), dtype=size[1])  # a shard where the parameter is one
         else:
-            found[key] = torch.empty(size[0], dtype=size[1])
-    return found
+            wanted[key] = torch.empty(size[0], dtype=size[1])
+    return wanted
 
 
 # Model and optimizer ----------------------------------------------------------------------------------------------
@@ -157,8 +157,8 @@ def _with_names(optimizer: torch.optim.Optimizer, model: Model) -> tuple[dict[st
     saved: dict[str, Any] = getattr(optimizer, "local_state_dict", optimizer.state_dict)()
     names = {id(p): name for name, p in named_parameters_of(model).items()}
     name_of = {}
-    for group, held in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        for number, p in zip(group["params"], held["params"], strict=True):
+    for group, group_here in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        for number, p in zip(group["params"], group_here["params"], strict=True):
             if id(p) not in names:
                 raise BadInput("the optimizer holds a parameter that the model does not have")
             name_of[number] = names[id(p)]

@@ -29,29 +29,29 @@ def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]
             torch.stack([torch.zeros_like(p) if g is None else g for g in column])
             for p, column in zip(leaves, columns, strict=True)
         ]
-    found = []
+    gradients = []
     for leaf, value in zip(leaves, carried, strict=True):
         value = flat.new_zeros(len(flat), *leaf.shape) if value is None else value
-        found.append(value.to(leaf.dtype).unflatten(0, dense.shape[:2]))
-    return found
+        gradients.append(value.to(leaf.dtype).unflatten(0, dense.shape[:2]))
+    return gradients
 
 
 def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:
     """Names of parameters that some use reads through a derived tensor, without row form, or as several matrices."""
-    found: set[str] = set()
+    names: set[str] = set()
     layouts: dict[str, list[tuple[MatrixLayout, Slot]]] = {}
     for use in uses:
         for derived, slot in zip(use.used, use.slots, strict=True):
             name = next(iter(derived.names))
             view = MatrixLayout.of_view(slot.used, tape.parameters[name])
             if len(derived.names) > 1 or not slot.factored or view is None:
-                found |= derived.names
+                names |= derived.names
             else:
                 layouts.setdefault(name, []).append((view, slot))
     for name, views in layouts.items():
-        if len(views) > 1 and name not in found and grouped([v.then(slot.matrix) for v, slot in views]) is None:
-            found.add(name)
-    return found
+        if len(views) > 1 and name not in names and grouped([v.then(slot.matrix) for v, slot in views]) is None:
+            names.add(name)
+    return names
 
 
 def carries(tape: Tape, use: Use) -> bool:

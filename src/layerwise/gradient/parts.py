@@ -167,29 +167,29 @@ def parts_of(
     unstructured: names of parameters with rows that need no per-sample structure (Kronecker factors).
     rows_only: return a `Part` without numbers where a parameter has no rows.
     """
-    found: list[tuple[str, Part]] = []
+    parts: list[tuple[str, Part]] = []
     for derived, slot in zip(use.used, use.slots, strict=True):
         if len(derived.names) == 1:
             (name,) = derived.names
             where = None if name in unstructured else samples
             view = MatrixLayout.of_view(slot.used, tape.parameters[name])
             if view is not None and slot.factored and (where is None or where.axis not in slot.aligned):
-                found.append((name, RowsPart(use, slot, slot.rows(g, where), view)))
+                parts.append((name, RowsPart(use, slot, slot.rows(g, where), view)))
                 continue
         if rows_only:
-            found += [(name, Part(use)) for name in sorted(derived.names)]
+            parts += [(name, Part(use)) for name in sorted(derived.names)]
             continue
         assert samples is not None
         leaves = {name: tape.parameters[name] for name in sorted(derived.names)}
         if later and slot.factored and samples.axis not in slot.aligned and not slot.used.is_leaf:
             rows = slot.rows(g, samples)
-            found += [(name, LaterPart(use, slot, rows, leaf, leaf.dtype)) for name, leaf in leaves.items()]
+            parts += [(name, LaterPart(use, slot, rows, leaf, leaf.dtype)) for name, leaf in leaves.items()]
             continue
         dense = slot.dense(g, samples)
         carried = not slot.used.is_leaf
         values = carry(slot.used, dense, list(leaves.values())) if carried else [dense]
-        found += [(name, DensePart(use, v, carried)) for name, v in zip(leaves, values, strict=True)]
-    return found
+        parts += [(name, DensePart(use, v, carried)) for name, v in zip(leaves, values, strict=True)]
+    return parts
 
 
 def bias_of(part: RowsPart) -> str | None:

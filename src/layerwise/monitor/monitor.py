@@ -33,7 +33,7 @@ class Monitor:
 
     For an optimizer that takes a closure, such as `lw.LocoProp` and `lw.AltMin`, pass the closure to the monitor too:
     `with monitor.step(closure): opt.step(closure)`. A measured step then runs the closure once more, before the
-    optimizer, and restores gradients, floating-point buffers and random states. Without a closure, the step's own
+    optimizer, and restores gradients, floating-point and scalar buffers, and random states. Without it, the step's own
     backward passes are observed, all of them (gradient accumulation) until the parameters change.
     Other steps run as without a monitor. Parameters, `.grad` and torch's random numbers are the same as without it (up
     to rounding where attention or a recurrent layer is decomposed).
@@ -180,7 +180,7 @@ def _floats(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     for key, value in values.items():
         if isinstance(value, Tensor):
             kinds.setdefault((value.device, value.dtype), []).append(key)
-    found: dict[str, float] = {}
+    floats: dict[str, float] = {}
     for keys in kinds.values():
-        found |= zip(keys, torch.stack([values[key].detach().reshape(()) for key in keys]).tolist(), strict=True)  # type: ignore[union-attr]
-    return {key: found[key] if key in found else float(value) for key, value in values.items()}
+        floats |= zip(keys, torch.stack([values[key].detach().reshape(()) for key in keys]).tolist(), strict=True)  # type: ignore[union-attr]
+    return {key: floats[key] if key in floats else float(value) for key, value in values.items()}

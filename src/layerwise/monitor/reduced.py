@@ -59,8 +59,8 @@ class LargestEigenvalue(Quantity):
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
         """The largest eigenvalues by parameter."""
         grams = {name: v[0] for name, v in values.items()}
-        found = {name: _largest(gram) for name, gram in grams.items()}
-        return ByParameter(found, _largest(torch.stack(list(grams.values())).sum(0)) if grams else None)
+        eigenvalues = {name: _largest(gram) for name, gram in grams.items()}
+        return ByParameter(eigenvalues, _largest(torch.stack(list(grams.values())).sum(0)) if grams else None)
 
 
 def _largest(gram: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Quantity:
         """Raise Undefined where a further batch cannot be joined with those observed so far."""
 
     def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
-        """Raise, before any work, where the result would not fit in memory; sizes: the elements of each parameter."""
+        """Raise, before any work, for a too large result; columns: V, samples: N, sizes: elements by name."""
 
     def covers(self, gradient: ParameterGradient) -> bool:
         """Whether the parameter gets a result; must be the same for all stacks of cotangents of one batch."""

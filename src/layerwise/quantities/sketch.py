@@ -54,11 +54,11 @@ class Sketch(Quantity):
 
         (S v)_j as with `matrix`, without forming it: for a direction to compare with the samples' gradients.
         """
-        found = {}
+        sketches = {}
         for name, v in vector.items():
             left, right = project.signs(name, v.shape, self.dim, self._seed, v)
-            found[name] = project.project_vectors(v.reshape(1, 1, -1), left, right)[0, 0] / self.dim**0.5
-        return ByParameter(found, sum(found.values()) if found else None)
+            sketches[name] = project.project_vectors(v.reshape(1, 1, -1), left, right)[0, 0] / self.dim**0.5
+        return ByParameter(sketches, sum(sketches.values()) if sketches else None)
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, dim]`."""

@@ -224,19 +224,19 @@ class CodedModel:
             later = [u.index for u in self.uses]
             return {i: ([j for j in later if j > i], True) for i in coded}
         feeds: dict[int | None, set[int]] = {self._slot_of_use[ENTRY]: {ENTRY}} if ENTRY in coded else {}
-        found: dict[int, list[int]] = {i: [] for i in coded}
+        readers: dict[int, list[int]] = {i: [] for i in coded}
         for step in self._program:
             origin: set[int] = set().union(*(feeds.get(r, set()) for r in step.reads))
             if step.use is not None:
                 for i in origin:
-                    found[i].append(step.use)
+                    readers[i].append(step.use)
             for slot in step.outputs:
                 if slot is not None:
                     feeds[slot] = {step.use} if step.use in coded else set(origin)
             if step.writes is not None:
                 feeds[step.writes] = feeds.get(step.writes, set()) | origin
         at_loss = feeds.get(self._loss_slot, set()) if self._loss_slot is not None else set()
-        return {i: (found[i], i in at_loss) for i in coded}
+        return {i: (readers[i], i in at_loss) for i in coded}
 
     def reads_directly(self, use: int, code: int, func: Any) -> bool:
         """Whether a use is a call of `func` whose only data is its first argument, the code at another use.

@@ -141,7 +141,7 @@ class _Sum:
 
     def finish(self) -> dict[str, tuple[Tensor, ...]]:
         """The diagonals by parameter name."""
-        found: dict[str, tuple[Tensor, ...]] = {}
+        diagonals: dict[str, tuple[Tensor, ...]] = {}
         for (name, slot, p), total in zip(self._slots, self._totals, strict=True):
             rows = slot.rows(self.flat[None], self.samples)
             a = rows.a if rows.a is None or not rows.a.is_floating_point() else rows.a.square()
@@ -149,8 +149,8 @@ class _Sum:
             value = (contract.per_sample if self._per_sample else contract.total)(rows)[0]
             view = MatrixLayout.of_view(slot.used, p)
             assert view is not None
-            found[name] = (view.fold(slot.fold(value if total is None else value + total)).to(p.dtype),)
-        return found
+            diagonals[name] = (view.fold(slot.fold(value if total is None else value + total)).to(p.dtype),)
+        return diagonals
 
 
 def _send(
@@ -176,21 +176,22 @@ def plan(graph: Graph, layout: SampleLayout, units: Sequence[Unit]) -> tuple[Res
         hessian, tops = loss_hessian(graph, known), loss_curvatures(graph, known, layout)
         for curvature in tops:
             curvature.likelihood.root(0, 1)
-        found = residual_curvature(graph)
+        residuals = residual_curvature(graph)
     except (Undefined, NonFinite, UnknownLoss):
         return None, list(units)
-    exact, sources, blocked = _spread(graph, layout, found)
-    order = [use.index for node in found.walk.order for use in found.walk.use_at.get(node, ())]  # from the loss down
-    able = [i for i in order if i not in blocked and i not in found.other and _able(i, units, layout)]
+    exact, sources, blocked = _spread(graph, layout, residuals)
+    walk = residuals.walk
+    order = [use.index for node in walk.order for use in walk.use_at.get(node, ())]  # from the loss down
+    eligible = [i for i in order if i not in blocked and i not in residuals.other and _able(i, units, layout)]
     roots = _roots(tops)
     best, chosen = sum(unit.count for unit in units) * _PRODUCT, frozenset[int]()
-    for last in range(1, len(able) + 1):
-        these = frozenset(able[:last])
+    for last in range(1, len(eligible) + 1):
+        these = frozenset(eligible[:last])
         cost = roots + sum(s.count for s in sources if s.below & these)
         cost += sum(unit.count for unit in units if unit.use.index not in these) * _PRODUCT
         if cost < best:
             best, chosen = cost, these
-    if not chosen or not proved(graph, hessian, found, chosen):
+    if not chosen or not proved(graph, hessian, residuals, chosen):
         return None, list(units)
     mine = [unit for unit in units if unit.use.index in chosen]
     left = [unit for unit in units if unit.use.index not in chosen]
@@ -225,16 +226,16 @@ def _spread(
     waiting: dict[int, Tensor] = {}  # residuals at a use's output
     extra: dict[int, Tensor] = {}  # diagonals of full curvature: exact for this use, not for uses below it
     sources: list[_Source] = []
-    loose: list[Residual] = []
+    unplaced: list[Residual] = []
     for residual in found.residuals:
         use = at_use.get((residual.edge.node, residual.edge.output_nr))
         if use is not None:
             _add(waiting, use, residual.value)
         elif not _through(residual.edge, residual.value, found.next_uses([residual.edge]), waiting):
-            loose.append(residual)
-    places = _places(graph, layout, loose)
+            unplaced.append(residual)
+    places = _places(graph, layout, unplaced)
     blocked: set[int] = set()
-    for residual, samples in zip(loose, places, strict=True):
+    for residual, samples in zip(unplaced, places, strict=True):
         if samples is None:
             blocked |= residual.below
         else:

@@ -37,14 +37,14 @@ def chain(graph: Graph) -> list[Link]:
     at = {use.edge.node: [use] for use in graph.uses}
     links: list[Link] = []
     above: Any = graph.losses[0].call.name
-    found = next_uses([graph.losses[0].logits], at)
-    while found:
-        if len(found) > 1:
-            raise Undefined(_bypassed(above, *sorted(found, key=lambda use: -use.index)[:2]))
-        (above,) = found
+    following = next_uses([graph.losses[0].logits], at)
+    while following:
+        if len(following) > 1:
+            raise Undefined(_bypassed(above, *sorted(following, key=lambda use: -use.index)[:2]))
+        (above,) = following
         leading = [edge for edge in distinct(above.inputs) if next_uses([edge], at)]
         links.append(Link(above, leading[0] if len(leading) == 1 else None))
-        found = next_uses(leading, at)
+        following = next_uses(leading, at)
     return links
 
 

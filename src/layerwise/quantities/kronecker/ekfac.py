@@ -68,11 +68,11 @@ class Kept:
         return total
 
 
-def _sharing(held: Gradients, new: Gradients) -> Gradients:
+def _sharing(stored: Gradients, new: Gradients) -> Gradients:
     """The new gradients, sharing the stored input tensor where both inputs are equal."""
-    if isinstance(held, Tensor) or isinstance(new, Tensor) or held.a is None or new.a is None:
+    if isinstance(stored, Tensor) or isinstance(new, Tensor) or stored.a is None or new.a is None:
         return new
-    return Rows(held.a, new.g, new.size_in) if torch.equal(held.a, new.a) else new
+    return Rows(stored.a, new.g, new.size_in) if torch.equal(stored.a, new.a) else new
 
 
 def second_moment(gradients: Gradients, block: EigenBlock) -> Tensor:
@@ -146,18 +146,19 @@ class EKFAC(KroneckerFactors):
     def second_values(self, values: Mapping[str, tuple[Any, ...]], second: Quantity) -> dict[str, tuple[Any, ...]]:
         """The second moments of the stored rows in the eigenbasis of `second`."""
         assert isinstance(second, EKFAC) and second.basis is not None
-        found: dict[str, tuple[Any, ...]] = {}
+        spectra: dict[str, tuple[Any, ...]] = {}
         for name, (its, kept) in values.items():
             keys = tuple(block_names(name, its.laid))
-            found[name] = (Spectra(keys, tuple(kept.spectrum(i, second.basis.blocks[k]) for i, k in enumerate(keys))),)
-        return found
+            moments = tuple(kept.spectrum(i, second.basis.blocks[key]) for i, key in enumerate(keys))
+            spectra[name] = (Spectra(keys, moments),)
+        return spectra
 
     def broadcast(self, ranks: Ranks) -> None:
         """Broadcast rank 0's eigenbasis: eigenvectors of (nearly) equal eigenvalues differ between machines."""
         assert self.basis is not None
         blocks = self.basis.blocks
-        found = [q for n in sorted(blocks) for q in (blocks[n].basis_in, blocks[n].basis_out) if q is not None]
-        ranks.send_from(0, found)
+        eigenvectors = [q for n in sorted(blocks) for q in (blocks[n].basis_in, blocks[n].basis_out) if q is not None]
+        ranks.send_from(0, eigenvectors)
 
     def settings(self) -> dict[str, Any]:
         """What ranks must agree on, the basis included."""
@@ -183,13 +184,13 @@ class EKFAC(KroneckerFactors):
         laid = gradient.laid()
         names = block_names(gradient.name, laid)
         blocks = self.basis.blocks
-        found = {name: blocks[name] for name in names if name in blocks and blocks[name].bias is None}
-        fits = len(found) == len(names) and all(
+        matching = {name: blocks[name] for name in names if name in blocks and blocks[name].bias is None}
+        fits = len(matching) == len(names) and all(
             block.form == laid.form
             and (block.like.dtype, block.like.device) == (gradient.like.dtype, gradient.like.device)
             and block.shape == gradient.shape
             and block.layout == matrix
-            for block, matrix in zip(found.values(), laid.matrices, strict=True)
+            for block, matrix in zip(matching.values(), laid.matrices, strict=True)
         )
         if not fits:
             raise BadInput(
@@ -197,7 +198,7 @@ class EKFAC(KroneckerFactors):
                 f"and blocks {names}, which the basis lacks, or has of another type, as other matrices or with a bias: "
                 f"{self.basis!r}"
             )
-        return found
+        return matching
 
     def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> EigenKronecker:
         """The operator: the eigenbasis of the summed factors, and the second moments in it."""
