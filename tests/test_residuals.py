@@ -74,14 +74,14 @@ def _diagonal(model: Any, loss: Callable[[], Tensor], samples: int | None = None
 def forced(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Columns of residuals wherever they are right, however many; the names that they served."""
     served: list[Sequence[str]] = []
-    diagonals = residual_columns.Plan.diagonals
+    diagonals = residual_columns.ResidualPlan.diagonals
 
     def spy(plan: Any, per_sample: bool) -> Any:
         served.append([name for unit in plan.units for name in unit.names])
         return diagonals(plan, per_sample)
 
     monkeypatch.setattr(residual_columns, "_PRODUCT", 10**9)
-    monkeypatch.setattr(residual_columns.Plan, "diagonals", spy)
+    monkeypatch.setattr(residual_columns.ResidualPlan, "diagonals", spy)
     return served
 
 

@@ -1,4 +1,4 @@
-"""Quantities: functions of what came in and what came back at each use of a parameter."""
+"""Quantities: functions of the inputs and the output cotangents at each use of a parameter."""
 
 from layerwise.graph.cotangents import Exact, Gradient, Sampled, Second
 from layerwise.quantities.base import ByParameter, Quantity

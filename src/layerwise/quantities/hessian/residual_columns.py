@@ -1,13 +1,14 @@
 """Hessian diagonals of parameters that are used once, from the GGN root and the residuals of elementwise functions.
 
-Where nothing but elementwise functions is curved above a use (`graph.residuals`), its diagonal is the GGN's plus
+Where elementwise functions s_k are the only nonlinearity between a use and the losses (`graph.residuals`), the diagonal
+is the GGN's plus
 
     sum_k sum_j r_k[n,j] D_kj[n]²,      D_kj[n] the gradient of sample n for the cotangent e_j at the input of s_k,
 
-a signed second moment over unit columns j, each sent for all samples at once. What a residual at a use's output gives
-to that use needs no column, since e_j is then its output row. Below a matrix W, e_j becomes W[j]; through another
-elementwise function it stays a multiple of that element by element, so the next use takes `r W²` times squares; only
-uses further down are sent columns, and those start at W[j].
+a signed second moment over unit vectors e_j, each backpropagated for all samples at once. A residual at a use's own
+output needs no backpropagation for that use. Below a matrix W, e_j becomes row W[j]; an elementwise function in between
+multiplies that row element by element, so the next use gets `r W²` times squared derivatives. Only uses further down
+need columns, which start as rows W[j].
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from layerwise.tape.uses import Use
 
 __all__ = ["ResidualPlan", "plan"]
 
-_STACK_ELEMENTS = 2**20  # of the cotangents of one stack of columns: they are read again while the cache holds them
-_PRODUCT = 2  # columns that take as long as one product with the Hessian
+_STACK_ELEMENTS = 2**20  # elements of one stack of columns: small enough to stay in the cache
+_PRODUCT = 2  # cost of one Hessian-vector product, in columns
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Columns of a residual: at an edge, one for each row of `rows`, which all samples share (None: one-hot).
+    """Columns of a residual, backpropagated from `edge`: the rows of `rows`, the same for all samples (None: one-hot).
 
-    weights: r `[N,U]`. below: the uses that they are sent to.
+    weights: r `[N,U]`. below: indices of the uses that receive the columns.
     """
 
     edge: GradientEdge
@@ -55,9 +56,9 @@ class _Source:
     below: frozenset[int]
 
     def stacks(self, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Cotangents `[V, *shape]` and their weights `[V,N]`, for `elements` of all cotangents of one column."""
+        """Yield cotangents `[V, *shape]` and their weights `[V,N]`; elements: how many one column needs in memory."""
         n = self.samples.n
-        alive = self.weights.any(0).nonzero().flatten()  # units of which all residuals are zero are not sent
+        alive = self.weights.any(0).nonzero().flatten()  # units whose residuals are all zero are left out
         for units in alive.split(max(1, _STACK_ELEMENTS // max(1, elements))):
             if self.rows is not None:
                 sent = self.rows[units][:, None].expand(-1, n, -1)
@@ -74,7 +75,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class ResidualPlan:
-    """The uses whose diagonals come from columns of the root and of residuals, and what gives them.
+    """The uses whose diagonals come from columns of the GGN root and of residuals, and these columns.
 
     exact: by use, the residuals that need no columns, `[*out_shape]`.
     """
@@ -91,7 +92,7 @@ class ResidualPlan:
         return _roots(self.curvatures) + sum(source.count for source in self.sources)
 
     def diagonals(self, per_sample: bool) -> dict[str, tuple[Tensor, ...]]:
-        """`[*shape]`, or `[N, *shape]` of every sample's term, by name."""
+        """The diagonals by parameter name, `[*shape]`, or per sample `[N, *shape]`."""
         slots: dict[int, list[tuple[str, Slot, Tensor]]] = {}
         uses = {unit.use.index: unit.use for unit in self.units}
         for unit in self.units:
@@ -114,9 +115,9 @@ class ResidualPlan:
 
 
 class _Sum:
-    """The diagonals of one use's parameters, as columns arrive.
+    """Accumulates the diagonals of one use's parameters over columns.
 
-    flat: sums for each element of the output, which meet the inputs' squares once, at the end.
+    flat: sums for each element of the output, multiplied by the squared inputs once, at the end.
     """
 
     def __init__(self, use: Use, samples: Samples, slots: list[tuple[str, Slot, Tensor]], per_sample: bool) -> None:
@@ -127,7 +128,7 @@ class _Sum:
         self._totals: list[Tensor | None] = [None] * len(slots)
 
     def add(self, g: Tensor, weights: Tensor | None) -> None:
-        """Take cotangents `[V, *out_shape]` with weights `[V,N]`, None: all 1."""
+        """Add cotangents `[V, *out_shape]` with weights `[V,N]` (None: all 1)."""
         if self._one_position:
             weighted.add_squares(self.flat, g, None if weights is None else _along(weights, self.samples, g[0]))
             return
@@ -139,8 +140,8 @@ class _Sum:
             self._totals[i] = moment if total is None else total + moment
 
     def finish(self) -> dict[str, tuple[Tensor, ...]]:
-        """The diagonals by name."""
-        found: dict[str, tuple[Tensor, ...]] = {}
+        """The diagonals by parameter name."""
+        diagonals: dict[str, tuple[Tensor, ...]] = {}
         for (name, slot, p), total in zip(self._slots, self._totals, strict=True):
             rows = slot.rows(self.flat[None], self.samples)
             a = rows.a if rows.a is None or not rows.a.is_floating_point() else rows.a.square()
@@ -148,8 +149,8 @@ class _Sum:
             value = (contract.per_sample if self._per_sample else contract.total)(rows)[0]
             view = MatrixLayout.of_view(slot.used, p)
             assert view is not None
-            found[name] = (view.fold(slot.fold(value if total is None else value + total)).to(p.dtype),)
-        return found
+            diagonals[name] = (view.fold(slot.fold(value if total is None else value + total)).to(p.dtype),)
+        return diagonals
 
 
 def _send(
@@ -165,31 +166,32 @@ def _send(
             s.add(g.detach(), weights)
 
 
-# -- which uses, and what gives them ------------------------------------------------------------------------
+# -- which uses take columns, and which -------------------------------------------------------------------------
 
 
 def plan(graph: Graph, layout: SampleLayout, units: Sequence[Unit]) -> tuple[ResidualPlan | None, list[Unit]]:
-    """The units that columns of residuals serve at less cost than products with the Hessian, and the others."""
+    """Split units into those for which residual columns cost less than Hessian-vector products, and the others."""
     try:
         known = likelihoods(graph)
         hessian, tops = loss_hessian(graph, known), loss_curvatures(graph, known, layout)
         for curvature in tops:
             curvature.likelihood.root(0, 1)
-        found = residual_curvature(graph)
+        residuals = residual_curvature(graph)
     except (Undefined, NonFinite, UnknownLoss):
         return None, list(units)
-    exact, sources, blocked = _spread(graph, layout, found)
-    order = [use.index for node in found.walk.order for use in found.walk.use_at.get(node, ())]  # from the loss down
-    able = [i for i in order if i not in blocked and i not in found.other and _able(i, units, layout)]
+    exact, sources, blocked = _spread(graph, layout, residuals)
+    walk = residuals.walk
+    order = [use.index for node in walk.order for use in walk.use_at.get(node, ())]  # from the loss down
+    eligible = [i for i in order if i not in blocked and i not in residuals.other and _able(i, units, layout)]
     roots = _roots(tops)
     best, chosen = sum(unit.count for unit in units) * _PRODUCT, frozenset[int]()
-    for last in range(1, len(able) + 1):
-        these = frozenset(able[:last])
+    for last in range(1, len(eligible) + 1):
+        these = frozenset(eligible[:last])
         cost = roots + sum(s.count for s in sources if s.below & these)
         cost += sum(unit.count for unit in units if unit.use.index not in these) * _PRODUCT
         if cost < best:
             best, chosen = cost, these
-    if not chosen or not proved(graph, hessian, found, chosen):
+    if not chosen or not proved(graph, hessian, residuals, chosen):
         return None, list(units)
     mine = [unit for unit in units if unit.use.index in chosen]
     left = [unit for unit in units if unit.use.index not in chosen]
@@ -202,7 +204,7 @@ def _roots(tops: Sequence[LossCurvature]) -> int:
 
 
 def _able(index: int, units: Sequence[Unit], layout: SampleLayout) -> bool:
-    """Whether some parameters of a use take columns, and all rows of its output are elements of it, each once."""
+    """Whether a use has units, and each slot's output rows are its output's elements, each exactly once."""
     slots = [slot for unit in units if unit.use.index == index for _, slot, _ in unit.slots]
     use = next((unit.use for unit in units if unit.use.index == index), None)
     if use is None:
@@ -219,21 +221,21 @@ def _able(index: int, units: Sequence[Unit], layout: SampleLayout) -> bool:
 def _spread(
     graph: Graph, layout: SampleLayout, found: ResidualCurvature
 ) -> tuple[dict[int, Tensor], list[_Source], set[int]]:
-    """Residuals taken down the graph: by use, those that need no columns; the columns; the uses that neither serves."""
+    """Backpropagate residuals: by use, those that need no columns; the columns; uses that neither can serve."""
     at_use = {(use.edge.node, use.edge.output_nr): use for use in graph.uses}
     waiting: dict[int, Tensor] = {}  # residuals at a use's output
-    extra: dict[int, Tensor] = {}  # diagonals of curvature that is not diagonal: good for this use, not further down
+    extra: dict[int, Tensor] = {}  # diagonals of full curvature: exact for this use, not for uses below it
     sources: list[_Source] = []
-    loose: list[Residual] = []
+    unplaced: list[Residual] = []
     for residual in found.residuals:
         use = at_use.get((residual.edge.node, residual.edge.output_nr))
         if use is not None:
             _add(waiting, use, residual.value)
         elif not _through(residual.edge, residual.value, found.next_uses([residual.edge]), waiting):
-            loose.append(residual)
-    places = _places(graph, layout, loose)
+            unplaced.append(residual)
+    places = _places(graph, layout, unplaced)
     blocked: set[int] = set()
-    for residual, samples in zip(loose, places, strict=True):
+    for residual, samples in zip(unplaced, places, strict=True):
         if samples is None:
             blocked |= residual.below
         else:
@@ -273,7 +275,7 @@ def _add(totals: dict[int, Tensor], use: Use, value: Tensor) -> None:
 
 
 def _through(edge: GradientEdge, d: Tensor, following: Sequence[Use], waiting: dict[int, Tensor]) -> bool:
-    """Carry a diagonal to the only use that follows, where what is between acts element by element."""
+    """Add a diagonal to the only following use; False where the map in between is not elementwise."""
     if len(following) != 1:
         return False
     factor = _factor(edge, d, following[0])
@@ -284,7 +286,7 @@ def _through(edge: GradientEdge, d: Tensor, following: Sequence[Use], waiting: d
 
 
 def _factor(edge: GradientEdge, like: Tensor, use: Use) -> Tensor | None:
-    """What comes back at a use's output for ones, where each element is multiplied by a number of its own."""
+    """The factors of an elementwise map from a use's output to `edge`: its VJP of ones; None for another map."""
     probe = powers(like, 3)
     ones, back = (pull([edge], [x], [use.edge])[0] for x in (torch.ones_like(like), probe))
     if ones is None or back is None or ones.numel() != like.numel():
@@ -293,7 +295,7 @@ def _factor(edge: GradientEdge, like: Tensor, use: Use) -> Tensor | None:
 
 
 def _matrix(use: Use, like: Tensor, inputs: Sequence[GradientEdge], samples: Samples) -> Tensor | None:
-    """The matrix `[O,I]` with which a use maps rows `[N,I]`, one for each sample, to rows `[N,O]`; None for others."""
+    """The matrix `[O,I]` of a use that maps one row `[I]` per sample to one row `[O]`; None for other uses."""
     if len(inputs) != 1 or len(use.call.out_shape) != 2 or samples != Samples(use.call.out_shape[0], 0):
         return None
     x = torch.rand(use.call.out_shape, generator=torch.Generator().manual_seed(4)).to(like).sub_(0.5)
@@ -312,7 +314,7 @@ def _positions(use: Use, samples: Samples, slots: Sequence[tuple[str, Slot, Tens
 
 
 def _along(weights: Tensor, samples: Samples, like: Tensor) -> Tensor:
-    """`[V,N]` as `[V, 1, ..., n·r, ..., 1]`, each place of the samples' axis with its owner's weight."""
+    """Weights `[V,N]` broadcast along the samples' axis, `[V, 1, ..., n·r, ..., 1]`."""
     if samples.axis < 0:
         return weights.reshape(len(weights), *[1] * like.dim())
     size = like.shape[samples.axis]
@@ -321,9 +323,9 @@ def _along(weights: Tensor, samples: Samples, like: Tensor) -> Tensor:
 
 
 def _places(graph: Graph, layout: SampleLayout, residuals: Sequence[Residual]) -> list[Samples | None]:
-    """Where the samples lie in each residual, None where that cannot be told.
+    """Where the samples lie in each residual, None where no such axis is found.
 
-    Shown by a number for each sample: where the losses' cotangents are multiplied by it, so is what comes back.
+    Proved by scaling: losses' cotangents times one number per sample must give a VJP times the same numbers.
     """
     if not residuals:
         return []

@@ -1,4 +1,4 @@
-"""Chains: graphs in which every path from the loss to a use passes through all the uses above it."""
+"""Chains: graphs in which every path from the loss to a use passes through all uses closer to the loss."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Link", "chain", "same_edge"]
 
 
 class Link(NamedTuple):
-    """A use of a chain; below: the edge of its only data that leads on to the next use, None where there is no such."""
+    """A use of a chain; below: the edge of the input that leads to the next use, None unless exactly one does."""
 
     use: Use
     below: GradientEdge | None
 
 
 def chain(graph: Graph) -> list[Link]:
-    """The uses from the loss down, after proof on the autograd graph that they are one chain.
+    """The uses from the loss down, proved on the autograd graph to be one chain.
 
     Raises Undefined for several losses, a parameter that is used twice, or a path around a use.
     """
@@ -37,19 +37,19 @@ def chain(graph: Graph) -> list[Link]:
     at = {use.edge.node: [use] for use in graph.uses}
     links: list[Link] = []
     above: Any = graph.losses[0].call.name
-    found = next_uses([graph.losses[0].logits], at)
-    while found:
-        if len(found) > 1:
-            raise Undefined(_bypassed(above, *sorted(found, key=lambda use: -use.index)[:2]))
-        (above,) = found
+    following = next_uses([graph.losses[0].logits], at)
+    while following:
+        if len(following) > 1:
+            raise Undefined(_bypassed(above, *sorted(following, key=lambda use: -use.index)[:2]))
+        (above,) = following
         leading = [edge for edge in distinct(above.inputs) if next_uses([edge], at)]
         links.append(Link(above, leading[0] if len(leading) == 1 else None))
-        found = next_uses(leading, at)
+        following = next_uses(leading, at)
     return links
 
 
 def same_edge(first: GradientEdge, second: GradientEdge) -> bool:
-    """Whether two edges belong to one tensor."""
+    """Whether two gradient edges belong to one tensor."""
     return first.node is second.node and first.output_nr == second.output_nr
 
 
