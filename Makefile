@@ -58,10 +58,10 @@ docs: $(INSTALLED)  ## Build the documentation into site/, every page run; open 
 	@echo "site/index.html"
 
 reproduce-locoprop: $(INSTALLED)  ## Train the LocoProp paper's autoencoder on MNIST beside the authors' curve
-	$(BIN)/python -m benchmarks.reproduce_locoprop
+	$(BIN)/python -m benchmarks.papers.reproduce_locoprop
 
 overhead: $(INSTALLED)  ## Measure costs beside the peers that are installed (hours; goes on where it stopped)
-	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.speed.overhead
 
 benchmarks: $(INSTALLED)  ## Install what benchmarks/training needs (Benchopt, pytorch_optimizer); show its estimate
 	$(BIN)/python -m pip install --quiet -r requirements/benchmarks.txt -c requirements/lock.txt

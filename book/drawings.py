@@ -47,7 +47,7 @@ def tape() -> Sketch:
     for x in (174, 416):
         d.arrow([(x, 246), (x, 290)], "")
     d.box(62, 292, 466, 62, "quantity = function of (a, g)\none contraction, the same for every layer", "", 14)
-    d.text(548, 208, "no hook, no wrapper, no copy", "soft", 13, "start")
+    d.text(548, 208, "no wrapper and no copy", "soft", 13, "start")
     d.text(548, 228, "of the model; when the context", "soft", 13, "start")
     d.text(548, 248, "ends, nothing is left on it", "soft", 13, "start")
     d.arrow([(528, 323), (600, 323)])

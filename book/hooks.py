@@ -9,13 +9,14 @@ import torch
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
-from book import api, execute, inserts, pictures, studies, tables
+from book import api, execute, formulas, inserts, pictures, studies, tables
+from book.markup import with_whole_heads
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages of the API and of the studies, and copies of pictures that pages take from elsewhere."""
+    """Add the pages of the API and of the studies, copies of pictures from elsewhere, and the font of formulas."""
     docs = Path(config.docs_dir)
     for path, text in [*api.pages(), *studies.pages()]:
         files.append(File.generated(config, path, content=text))
@@ -29,6 +30,9 @@ def on_files(files: Files, config: Any) -> Files:
         if not picture.is_relative_to(ROOT):
             raise PluginError(f"a page takes a picture from outside of the repository: {picture.name}")
         files.append(File.generated(config, f"{pictures.COPIES}/{picture.name}", abs_src_path=str(picture)))
+    font = studies.folder() / "formulas.woff"
+    formulas.write_font(font)
+    files.append(File.generated(config, "stylesheets/formulas.woff", abs_src_path=str(font)))
     return files
 
 
@@ -44,3 +48,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         raise PluginError(str(error)) from error
     markdown = pictures.with_pipes(pictures.with_outside(markdown, name))
     return pictures.with_drawings(markdown, name, Path(config.docs_dir))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Typeset the formulas, and keep the heads of tables whole."""
+    try:
+        return with_whole_heads(formulas.typeset(html))
+    except formulas.Unclear as error:
+        raise PluginError(f"{page.file.src_uri}: {error}") from error

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["as_markdown"]
+__all__ = ["as_markdown", "with_whole_heads"]
 
 MARKUP = re.compile(r"([*_<>|\[\]])")
 SPANS = re.compile(r"(`[^`]*`|\*\*[^*]+\*\*)")
+COMPOUND = re.compile(r"(?<![\w-])\w+(?:-\w+)+(?![^<]*>)")
 HEADS = re.compile(r"(?:Raises|Source|Units|Memory)\b")
 
 
@@ -57,3 +58,12 @@ def _plain(text: str, listed: re.Pattern[str] | None) -> str:
 
 def _escaped(text: str) -> str:
     return MARKUP.sub(r"\\\1", text)
+
+
+def with_whole_heads(page: str) -> str:
+    """The HTML of a page in which names with hyphens do not break in the heads of tables."""
+
+    def head(match: re.Match[str]) -> str:
+        return COMPOUND.sub(r'<span class="whole">\g<0></span>', match[0])
+
+    return re.sub(r"<th\b[^>]*>.*?</th>", head, page, flags=re.DOTALL)

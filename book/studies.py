@@ -8,19 +8,14 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from benchmarks.training import report
-from benchmarks.training.rows import FOLDER, Rows
-from benchmarks.training.study import STUDIES, Study
+from benchmarks import read
+from benchmarks.read import STUDIES, Study
 
-__all__ = ["PAGES", "figures", "folder", "pages", "rows_of", "summary"]
+__all__ = ["PAGES", "figures", "folder", "pages", "summary"]
 
 OPEN, CLOSE = '<div class="numbers" markdown="1">\n\n', "\n</div>\n"  # as `tables.numbers`
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = {f"study-{name.replace('_', '-')}": name for name in STUDIES}
-
-
-def rows_of(study: Study) -> int:
-    """How many finished runs of a study are in the repository."""
-    return sum(len(Rows(FOLDER).load(problem)) for problem in study.methods)
 
 
 @cache
@@ -36,8 +31,7 @@ def folder() -> Path:
 @cache
 def _written(name: str) -> str:
     """The report of a study, its figures in a folder of its own."""
-    study = STUDIES[name]
-    text = report.write(Rows(FOLDER), list(study.methods), folder=folder() / name)
+    text = read.study_report(name, folder() / name)
     text = re.sub(r"(?:^\|.*\n)+", lambda table: f"{OPEN}{table[0]}{CLOSE}", text, flags=re.MULTILINE)
     return text.replace("](", f"](files/{name}-")  # figures are the report's only links
 
@@ -53,14 +47,15 @@ def _page(study: Study) -> str:
     how = (
         f"Made from the rows in `benchmarks/training/rows` when this page was built. Runs: "
         f"`python -m benchmarks.training{option} tune`, `final`, `step-time`; every method has the same number of "
-        f"declared trials (`{study.trials.relative_to(FOLDER.parent.parent.parent)}`), and each run is one row."
+        f"declared trials (`{study.trials.relative_to(ROOT)}`), and each run is one row."
     )
-    held = rows_of(study)
+    runs = read.runs(study.name)
+    held = sum(runs.values())
     if not held:
         problems = ", ".join(f"`{problem}`" for problem in study.methods)
         none = f"**Not run yet.** No row of this study is in the repository. Its problems: {problems}."
         return f"# {study.title}\n\n{none}\n\n{how}\n"
-    waiting = [problem for problem in study.methods if not Rows(FOLDER).load(problem)]
+    waiting = [problem for problem, count in runs.items() if not count]
     said = f"{held} runs so far." + (f" Not run yet: {', '.join(f'`{p}`' for p in waiting)}." if waiting else "")
     head, _, rest = _written(study.name).partition("\n\n")
     return f"{head}\n\n{said}\n\n{how}\n\n{rest}"
@@ -75,8 +70,8 @@ def summary(name: str) -> str:
 
 def figures() -> Iterator[tuple[str, Path]]:
     """`(path in docs/, picture)` of every figure of a report."""
-    for name, study in STUDIES.items():
-        if rows_of(study):
+    for name in STUDIES:
+        if any(read.runs(name).values()):
             _written(name)
             for picture in sorted((folder() / name).glob("*.png")):
                 yield f"results/files/{name}-{picture.name}", picture

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.distributed import kfac, layers, scaling
-from benchmarks.overhead.contenders import CONTENDERS
-from benchmarks.overhead.nets import NETS
-from benchmarks.overhead.report import best_peer, chart
-from benchmarks.overhead.report import slower as is_slower
-from benchmarks.training import step_time
-from benchmarks.training.rows import FOLDER, read
-from benchmarks.training.study import STUDIES
-from book.studies import rows_of
+from benchmarks import read
+from benchmarks.read import LIBRARIES, NETS, STUDIES, best_peer
 
 __all__ = [
     "altmin",
@@ -34,16 +25,10 @@ __all__ = [
 ]
 
 CHARTS = ("mlp", "3c3d", "all-cnn-c", "resnet8", "transformer")
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 NAMES = {
     "mlp": "MLP", "mlp-sigmoid": "sigmoid MLP", "3c3d": "3C3D", "all-cnn-c": "All-CNN-C", "resnet8": "ResNet-8",
     "transformer": "transformer",
 }  # fmt: skip
-
-
-@cache
-def _json(name: str) -> Any:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -54,10 +39,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def numbers(table: str) -> str:
     """A table of numbers, whose lines do not break: on a small screen it scrolls."""
     return f'<div class="numbers" markdown="1">\n\n{table}\n\n</div>'
-
-
-def _cells() -> Mapping[str, Mapping[str, Any]]:
-    return _json("overhead.json")["cells"]
 
 
 def _ratio(cell: Mapping[str, Any], who: str) -> str:
@@ -71,11 +52,11 @@ def cost(quantity: str) -> str:
     """One line: (gradient + quantity) / gradient on every net where it was measured, beside the fastest peer."""
     said = []
     for net in NETS:
-        cell = _cells().get(f"{net}/{quantity}")
+        cell = read.overhead().get(f"{net}/{quantity}")
         if cell is None or "ratio" not in cell["contenders"].get("ours", {}):
             continue
         peer = best_peer(cell)
-        beside = f" ({CONTENDERS[peer[0]].label} {peer[1]:.2f})" if peer else ""
+        beside = f" ({LIBRARIES[peer[0]]} {peer[1]:.2f})" if peer else ""
         said.append(f"{NAMES[net]} {_ratio(cell, 'ours')}{beside}")
     if not said:
         raise KeyError(f"no cell of benchmarks/results/overhead.json measures {quantity!r}")
@@ -85,11 +66,9 @@ def cost(quantity: str) -> str:
 def overhead(net: str) -> str:
     """All quantities on one net: a chart, and time of every library and peak memory."""
     shown = ("ours", "backpack", "vmap", "opacus", "curvlinops")
-    head = ["quantity", *(CONTENDERS[name].label for name in shown), "MB: ours", "BackPACK", "gradient"]
+    head = ["quantity", *(LIBRARIES[name] for name in shown), "MB: ours", "BackPACK", "gradient"]
     rows = []
-    for name, cell in _cells().items():
-        if not name.startswith(f"{net}/"):
-            continue
+    for name, cell in read.overhead(net).items():
         peak = cell.get("peak bytes", {})
         memory = [f"{peak[who] / 1e6:.0f}" if who in peak else "-" for who in ("ours", "backpack", "plain")]
         rows.append([name.split("/", 1)[1], *(_ratio(cell, who) for who in shown), *memory])
@@ -102,18 +81,16 @@ def charts(folder: Path) -> Iterator[tuple[str, Path]]:
     """`(path in docs/, picture)` of the chart of every net."""
     for net in CHARTS:
         picture = folder / f"overhead-{net}.png"
-        chart({name: cell for name, cell in _cells().items() if name.startswith(f"{net}/")}, picture)
+        read.chart(read.overhead(net), picture)
         yield f"results/files/{picture.name}", picture
 
 
 def overhead_machine(_: str) -> str:
     """Where and how the costs were measured."""
-    header = _json("overhead.json")["header"]
-    batches = ", ".join(f"{NAMES[net]} {_cells()[f'{net}/empty observe']['batch']}" for net in NETS
-                        if f"{net}/empty observe" in _cells())  # fmt: skip
-    versions = ", ".join(
-        f"{CONTENDERS[k].label if k in CONTENDERS else k} {v}" for k, v in header["versions"].items() if v
-    )
+    header, cells = read.result("overhead")["header"], read.overhead()
+    batches = ", ".join(f"{NAMES[net]} {cells[f'{net}/empty observe']['batch']}" for net in NETS
+                        if f"{net}/empty observe" in cells)  # fmt: skip
+    versions = ", ".join(f"{LIBRARIES.get(k, k)} {v}" for k, v in header["versions"].items() if v)
     return (
         f"*Machine: {header['machine']}, {header['threads']} thread, no GPU. {header['statistic'].capitalize()}. "
         f"Batches: {batches}. Versions: {versions}. Command: `make overhead`.*"
@@ -123,13 +100,14 @@ def overhead_machine(_: str) -> str:
 def slower(_: str) -> str:
     """Every cell in which the fastest peer is ahead of ours by more than 10 %."""
     rows = []
-    for name, cell in _cells().items():
+    for name, cell in read.overhead().items():
         peer = best_peer(cell)
-        if peer is not None and is_slower(cell):
+        if peer is not None and read.slower(cell):
             net, quantity = name.split("/", 1)
-            rows.append([NAMES[net], quantity, _ratio(cell, "ours"), f"{peer[1]:.2f}", CONTENDERS[peer[0]].label])
+            rows.append([NAMES[net], quantity, _ratio(cell, "ours"), f"{peer[1]:.2f}", LIBRARIES[peer[0]]])
     judged = sum(
-        best_peer(cell) is not None and "ratio" in cell["contenders"].get("ours", {}) for cell in _cells().values()
+        best_peer(cell) is not None and "ratio" in cell["contenders"].get("ours", {})
+        for cell in read.overhead().values()
     )
     table = _table(["net", "quantity", "ours", "fastest peer", "which"], rows)
     return f"{table}\n\n*{len(rows)} of {judged} cells that a peer has at all.*"
@@ -137,18 +115,16 @@ def slower(_: str) -> str:
 
 def ranks(name: str) -> str:
     """The report of a benchmark over ranks: layers, kfac, or scaling."""
-    found = _json(f"distributed_{name}.json")
+    found = read.result(f"distributed_{name}")
     head = f"{found['cores']} cores, load {found['load']:.1f} before the start, {found['repeats']} repeats.\n\n"
-    if name == "layers":
-        text = layers.report(found["layers"], found["stages"], found["ranks"])
-    else:
-        text = kfac.report(found["arms"]) if name == "kfac" else scaling.report(found)
-    return head + "\n\n".join(numbers(part) if part.startswith("|") else part for part in text.split("\n\n"))
+    return head + "\n\n".join(
+        numbers(part) if part.startswith("|") else part for part in read.ranks(name).split("\n\n")
+    )
 
 
 def reproduction(_: str) -> str:
     """The authors' saved curve of LocoProp-M beside ours, by epoch."""
-    found = _json("reproduce_locoprop.json")
+    found = read.result("reproduce_locoprop")
     rows = [
         [s["epoch"], f"{s['authors_train_loss']:.2f}", f"{s['median_train_loss']:.2f}",
          f"{100 * s['relative_difference']:+.1f} %", _or_dash(s["authors_test_loss"]), f"{s['median_test_loss']:.2f}"]
@@ -170,7 +146,7 @@ def _or_dash(value: float | None) -> str:
 
 def demo_tuning(_: str) -> str:
     """The demo's tuning: losses of the chosen settings on the tuning seeds."""
-    found = _json("tune_demo.json")
+    found = read.result("tune_demo")
     rows = []
     for method, settings in found["chosen"].items():
         trials = [t for t in found["trials"] if t["method"] == method]
@@ -180,19 +156,18 @@ def demo_tuning(_: str) -> str:
     seeds = ", ".join(map(str, found["seeds"]))
     table = _table(["method", "trials", "chosen", "train loss", "test loss"], rows)
     return (
-        f"{table}\n\n*`python -m benchmarks.tune_demo`: {found['epochs']} epochs, mean of seeds {seeds}. The demo "
-        "itself runs on other seeds.*"
+        f"{table}\n\n*`python -m benchmarks.training.tune_demo`: {found['epochs']} epochs, mean of seeds {seeds}. "
+        "The demo itself runs on other seeds.*"
     )
 
 
 def step_times(problems: str) -> str:
     """Seconds a step over Adam's, by problem, each from an interleaved run with Adam."""
-    last: dict[str, Mapping[str, Any]] = {row["problem"]: row for row in read(FOLDER / "step_time.jsonl")}
-    wanted = [p for p in (problems.split() or last) if p in last]
-    found = {p: step_time.measured(p)[0] for p in wanted}
-    methods = list(dict.fromkeys(m for p in wanted for m in found[p]))
-    rows = [[m, *(f"{found[p][m] / found[p]['adam']:.2f}" if m in found[p] else "-" for p in wanted)] for m in methods]
-    threads = {last[p]["threads"] for p in wanted}
+    timed = read.step_times()
+    wanted = {problem: timed[problem] for problem in (problems.split() or timed) if problem in timed}
+    methods = list(dict.fromkeys(method for over, _ in wanted.values() for method in over))
+    rows = [[m, *(f"{over[m]:.2f}" if m in over else "-" for over, _ in wanted.values())] for m in methods]
+    threads = {each for _, each in wanted.values()}
     return (
         f"{_table(['method', *wanted], rows)}\n\n*`python -m benchmarks.training step-time`; Adam is 1; -100, "
         f"-250: smaller batches. {'/'.join(map(str, sorted(threads)))} thread, a CPU.*"
@@ -201,21 +176,20 @@ def step_times(problems: str) -> str:
 
 def study(name: str) -> str:
     """A sentence on how much of a study is in the repository."""
-    held, page = rows_of(STUDIES[name]), f"../results/study-{name}.md"
+    held, page = sum(read.runs(name).values()), f"../results/study-{name}.md"
     title = STUDIES[name].title
     if not held:
         return f"[{title}]({page}): **not run yet**; no row of it is in the repository."
-    done = sum(any(r["phase"] == "final" for r in read(FOLDER / f"{p}.jsonl")) for p in STUDIES[name].methods)
     count = len(STUDIES[name].methods)
-    return f"[{title}]({page}): {held} runs so far; final runs exist for {done} of its {count} problems."
+    return f"[{title}]({page}): {held} runs so far; final runs exist for {read.finals(name)} of its {count} problems."
 
 
 def altmin(name: str) -> str:
-    """What a demonstration of `python -m benchmarks.altmin` saw, with its picture; or that it was not run."""
-    path = RESULTS / "altmin" / f"{name}.json"
-    if not path.is_file():
-        return f"*Not run yet: `python -m benchmarks.altmin {name}`.*"
-    said = json.loads(path.read_text(encoding="utf-8"))["seen"]
-    picture = path.with_suffix(".png")
-    shown = f"\n\n![{name}](../../benchmarks/results/altmin/{picture.name})" if picture.is_file() else ""
-    return f"`python -m benchmarks.altmin {name}`: {said}{shown}"
+    """What a demonstration of `python -m benchmarks.papers.altmin` saw, with its picture; or that it was not run."""
+    command = f"`python -m benchmarks.papers.altmin {name}`"
+    try:
+        said = read.result(f"altmin/{name}")["seen"]
+    except FileNotFoundError:
+        return f"*Not run yet: {command}.*"
+    shown = f"\n\n![{name}](../../benchmarks/results/altmin/{name}.png)" if read.picture(f"altmin/{name}") else ""
+    return f"{command}: {said}{shown}"

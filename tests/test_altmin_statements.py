@@ -1,4 +1,4 @@
-"""The demonstrations of benchmarks/altmin: each small, and what they measure against what is known."""
+"""The demonstrations of benchmarks/papers/altmin: each small, and what they measure against what is known."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks import data
-from benchmarks.altmin import common, continual, depth, initialization, theory
-from benchmarks.altmin.__main__ import DEMONSTRATIONS, main
+from benchmarks.papers.altmin import common, continual, depth, initialization, theory
+from benchmarks.papers.altmin.__main__ import DEMONSTRATIONS, main
 from benchmarks.training.problem import Split
 
 needs_mnist = pytest.mark.skipif(not data.available("mnist"), reason="no data")

@@ -171,7 +171,7 @@ def test_no_file_name_twice() -> None:
 
 # `lw.KFAC` is the quantity, `lw.optim.KFAC` the optimizer that is made with it.
 SAME_CLASS_NAME = {
-    "Curvature", "KFAC", "Layer", "Step",
+    "KFAC", "Layer", "Step",
 }  # fmt: skip
 
 

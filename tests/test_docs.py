@@ -5,6 +5,7 @@ The walk needs MkDocs (`requirements/docs.txt`) and Chromium, and is slow; all e
 
 from __future__ import annotations
 
+import ast
 import functools
 import http.server
 import importlib.util
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import threading
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +26,11 @@ import torch
 from browser import Browser, executable
 
 import layerwise as lw
+from benchmarks import probe, read
 from book import api, drawings, execute, inserts, pictures, tables
-from book.markup import as_markdown
-from layerwise import errors, ops
+from book.markup import as_markdown, with_whole_heads
+from layerwise import errors
+from layerwise.ops.registry import BUILD
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -36,6 +40,22 @@ RUN = [page for page in PAGES if page.startswith(("methods/", "extending/", "ref
 
 def text(page: str) -> str:
     return (DOCS / page).read_text(encoding="utf-8")
+
+
+def spans(markdown: str) -> list[str]:
+    """The inline code of a page, and its blocks that are shown without being run (```py)."""
+    shown = re.findall(r"^```py\n(.*?)^```$", markdown, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    return shown + re.findall(r"`([^`\n]+)`", prose)
+
+
+def prose_and_formulas(markdown: str) -> tuple[str, list[str]]:
+    """A page without its code, comments and formulas; and the formulas."""
+    plain = re.sub(r"^```.*?^```$|<!--.*?-->", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    plain = re.sub(r"`[^`\n]+`", "", plain)
+    formulas = r"\$\$\n(.*?)\n\$\$|\$(\S|\S[^$]*?\S)\$"
+    found = [block or line for block, line in re.findall(formulas, plain, flags=re.DOTALL)]
+    return re.sub(formulas, "", plain, flags=re.DOTALL), found
 
 
 # -- code -----------------------------------------------------------------------------------------------------------
@@ -51,7 +71,7 @@ def test_what_a_page_registers_is_known_to_it_alone() -> None:
     shown = execute.with_outputs(text("extending/layer.md"), "layer.md")
     assert re.search(r"before\.kfac\.forms:\s+weight: gradients", shown)
     assert re.search(r"after\.kfac\.forms:\s+weight: rows", shown)
-    assert not ops.is_known(torch.inner)
+    assert torch.inner not in BUILD
 
 
 def test_a_block_that_fails_fails_the_page() -> None:
@@ -100,7 +120,83 @@ def test_every_quantity_and_optimizer_has_its_method() -> None:
         if isinstance(value, type) and issubclass(value, lw.Quantity) and value is not lw.Quantity:
             assert f"`{name}`" in methods, name
     for name in (*lw.optim.__all__, *lw.nn.__all__):
-        assert re.search(rf"\b{name}\b", methods + text("altmin.md")), name
+        assert re.search(rf"\b{name}\b", methods), name
+
+
+SEEN = typing.get_type_hints(lw.observe.__enter__)["return"]
+GRADIENT = typing.get_type_hints(lw.Quantity.compute)["gradient"]
+
+
+def quantity_names(page: str) -> set[str]:
+    """What `seen.` may be followed by: the library's quantities, those that the page defines, and `Seen`'s own."""
+    classes = [name for name in lw.__all__ if isinstance(getattr(lw, name), type)]
+    classes = [name for name in classes if issubclass(getattr(lw, name), lw.Quantity)]
+    defined = re.findall(r"^class (\w+)\(lw\.Quantity\)", page, flags=re.MULTILINE)
+    made = [object.__new__(getattr(lw, name)).name for name in classes]
+    return {*made, *(type(name, (lw.Quantity,), {})().name for name in defined), *dir(SEEN)}
+
+
+def without_meaning(markdown: str) -> list[str]:
+    """The names in a page's inline code, of the library, `gradient` or `seen`, that do not exist."""
+    found = []
+    for span in spans(markdown):
+        for dotted in re.findall(r"(?<![\w.])lw((?:\.\w+)+)", span):
+            value: Any = lw
+            for name in dotted[1:].split("."):
+                if not hasattr(value, name):
+                    found.append(f"lw{dotted}")
+                    break
+                value = getattr(value, name)
+        found += [f"gradient.{n}" for n in re.findall(r"\bgradient\.(\w+)\(", span) if not hasattr(GRADIENT, n)]
+        names = re.findall(r"\bseen\.(\w+)", span)
+        found += [f"seen.{n}" for n in names if n not in quantity_names(markdown)] if names else []
+        found += [f"{span}: {keyword}=" for keyword in unknown_keywords(span)]
+    return found
+
+
+def unknown_keywords(span: str) -> list[str]:
+    """The keywords of calls `lw.X(keyword=...)` that X does not take."""
+    try:
+        tree = ast.parse(span)
+    except SyntaxError:
+        return []
+    found = []
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and (path := ast.unparse(call.func)).startswith("lw."):
+            value: Any = functools.reduce(lambda at, name: getattr(at, name, None), path.split(".")[1:], lw)
+            if isinstance(value, type) or inspect.isfunction(value):
+                known = inspect.signature(value).parameters
+                open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+                found += [str(k.arg) for k in call.keywords if k.arg and k.arg not in known and not open_ended]
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, "../README.md"])
+def test_names_in_the_text_exist(page: str) -> None:
+    assert without_meaning(text(page)) == []
+
+
+def test_a_name_that_does_not_exist_is_found() -> None:
+    page = "`gradient.dots()`, `lw.optim.Kfac(model)`, `seen.varianze`, `lw.Sketch(dims=3)`, `seen.kfac`\n"
+    wrong = ["gradient.dots", "lw.optim.Kfac", "seen.varianze", "lw.Sketch(dims=3): dims="]
+    assert without_meaning(page) == wrong
+    assert without_meaning("```py\nlw.distributed.save_all()\n```\n") == ["lw.distributed.save_all"]
+    assert without_meaning("class OwnThing(lw.Quantity):\n\n`seen.own_thing`, `seen.grad`\n") == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_read_well_as_plain_markdown(page: str) -> None:
+    """Dollars mark formulas; no formula has what GitHub's Markdown changes before it typesets."""
+    prose, found = prose_and_formulas(text(page))
+    assert "$" not in prose
+    for formula in found:
+        assert not re.search(r"\\[^A-Za-z]|\||\\operatorname", formula), formula
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_are_not_set_as_code(page: str) -> None:
+    maths = "Σ√ᵀ‖⟨⊗∂∇⁻∘"
+    assert [span for span in spans(text(page)) if set(span) & set(maths)] == []
 
 
 @pytest.mark.parametrize("module", [module for _, modules in api.PAGES.values() for module in modules])
@@ -166,6 +262,46 @@ def test_drawings_go_into_the_page() -> None:
     assert "<style>" not in shown and "![x](images/curves.png)" in shown
 
 
+def test_a_program_is_inserted_in_full_and_not_run() -> None:
+    shown = inserts.filled("<!-- book: listing examples/noise_scale.py -->", "x.md")
+    source = (ROOT / "examples" / "noise_scale.py").read_text(encoding="utf-8")
+    assert source.rstrip() in shown and execute.with_outputs(shown + "\n", "x.md") == shown + "\n"
+    with pytest.raises(inserts.Unknown, match="no Python file"):
+        inserts.filled("<!-- book: listing examples/nothing.py -->", "x.md")
+
+
+def test_formulas_become_mathml() -> None:
+    formulas = pytest.importorskip("book.formulas", reason="latex2mathml is not installed: `make docs` installs it")
+    page = '<p><span class="arithmatex">\\(\\lVert a &lt; b \\rVert\\)</span></p>'
+    made = formulas.typeset(page + '<div class="arithmatex">\n\\[\nx\n\\]\n</div>')
+    assert "arithmatex" not in made and made.count("<math ") == 2 and made.count('display="block"') == 1
+    assert made.count('stretchy="false" lspace="0" rspace="0">&#x02016;') == 2 and "&#x0003C;" in made
+    kept = formulas.typeset("(" + page[3:-4] + "), where")
+    assert kept.startswith('<span class="whole">(<math') and kept.endswith("</math>),</span> where")
+    assert "<mi>tr</mi><mspace" in formulas.mathml(r"\mathrm{tr} A")
+    assert 'form="prefix"' in formulas.mathml("(-x)") and 'form="prefix"' not in formulas.mathml("(a - x)")
+    with pytest.raises(formulas.Unclear, match=r"\\unheard"):
+        formulas.mathml(r"\unheard x")
+
+
+def test_the_font_has_the_characters_and_the_table_of_mathematics(tmp_path: Path) -> None:
+    formulas = pytest.importorskip("book.formulas", reason="latex2mathml is not installed: `make docs` installs it")
+    pytest.importorskip("ziamath", reason="ziamath is not installed: `make docs` installs it")
+    from fontTools.ttLib import TTFont
+
+    formulas.write_font(tmp_path / "math.woff")
+    font = TTFont(tmp_path / "math.woff")
+    assert "MATH" in font and {ord(c) for c in "x=∂∇Σ‖⊗⟨"} <= set(font.getBestCmap())
+    assert {0x1D465, 0x1D6FE} <= set(font.getBestCmap())  # an italic x and γ, as identifiers are drawn
+    assert (tmp_path / "math.woff").stat().st_size < 250_000
+
+
+def test_heads_of_tables_keep_names_with_hyphens_whole() -> None:
+    page = '<tr><th align="left">mnist-2x100, test</th><th data-x="a-b">no</th></tr><td>a-b</td>'
+    whole = page.replace("mnist-2x100", '<span class="whole">mnist-2x100</span>')
+    assert with_whole_heads(page) == whole
+
+
 def test_pictures_from_elsewhere_are_copied() -> None:
     page = "![losses](../../benchmarks/results/matching_losses.png)\n"
     assert pictures.outside(page, "methods/x.md") == ["../benchmarks/results/matching_losses.png"]
@@ -183,21 +319,21 @@ def test_an_unknown_insert_is_refused() -> None:
 
 
 def test_tables_have_the_files_numbers() -> None:
-    cell = tables._cells()["3c3d/variance"]["contenders"]
+    cell = read.overhead()["3c3d/variance"]["contenders"]
     assert f"3C3D {cell['ours']['ratio']:.2f} (" in tables.cost("variance")
     row = next(line for line in tables.overhead("3c3d").splitlines() if line.startswith("| variance"))
     assert f"| {cell['ours']['ratio']:.2f} | {cell['backpack']['ratio']:.2f} |" in row
     with pytest.raises(KeyError, match="price"):
         tables.cost("price")
-    found = next(s for s in tables._json("reproduce_locoprop.json")["summary"] if s["epoch"] == 3)
+    found = next(s for s in read.result("reproduce_locoprop")["summary"] if s["epoch"] == 3)
     assert f"| 3 | {found['authors_train_loss']:.2f} | {found['median_train_loss']:.2f} |" in tables.reproduction("")
 
 
 def test_what_has_not_been_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "rows_of", lambda study: 0)
+    monkeypatch.setattr(read, "runs", lambda study: {"mnist-2x100": 0})
     assert "not run yet" in tables.study("altmin")
-    monkeypatch.setattr(tables, "RESULTS", Path("nowhere"))
-    assert tables.altmin("depth") == "*Not run yet: `python -m benchmarks.altmin depth`.*"
+    monkeypatch.setattr(probe, "RESULTS", Path("nowhere"))
+    assert tables.altmin("depth") == "*Not run yet: `python -m benchmarks.papers.altmin depth`.*"
 
 
 # -- the site -------------------------------------------------------------------------------------------------------
@@ -213,6 +349,24 @@ DIM = """[...document.querySelectorAll('.drawing text, .md-typeset p, .md-typese
     const style = getComputedStyle(e), paper = light(getComputedStyle(document.body).backgroundColor);
     return Math.abs(light(e.matches('text') ? style.fill : style.color) - paper) < 0.25;
 }).length"""
+SCROLLING = """[...document.querySelectorAll('.md-typeset pre > code')].filter(e => e.scrollWidth > e.clientWidth + 1)
+    .map(e => e.textContent.split('\\n').reduce((a, b) => b.length > a.length ? b : a))"""
+BROKEN_HEADS = """[...document.querySelectorAll('.md-typeset th')].flatMap(head => {
+    const walk = document.createTreeWalker(head, NodeFilter.SHOW_TEXT), broken = [];
+    for (let node = walk.nextNode(); node; node = walk.nextNode())
+        for (const word of node.parentElement.closest('math') ? [] : node.data.matchAll(/\\S+/g)) {
+            const range = document.createRange();
+            range.setStart(node, word.index);
+            range.setEnd(node, word.index + word[0].length);
+            if (new Set([...range.getClientRects()].map(box => Math.round(box.top))).size > 1) broken.push(word[0]);
+        }
+    return broken;
+})"""
+NOT_TYPESET = """[...document.querySelectorAll('.md-typeset')].flatMap(part => {
+    const copy = part.cloneNode(true);
+    copy.querySelectorAll('pre, code').forEach(e => e.remove());
+    return copy.textContent.match(/[$]\\S{0,20}|\\\\\\w+/g) || [];
+})"""
 
 
 @contextmanager
@@ -250,7 +404,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[s
 
 
 def complaints(browser: Browser, address: str, page: str) -> list[str]:
-    """What is wrong with a page: errors, requests to another host, pictures that are missing, width, faint text."""
+    """What is wrong with a page: errors, requests to another host, pictures that are missing, width, faint text,
+    formulas that are not typeset, heads of tables that break within a word, and on a desktop, code that scrolls.
+    """
     browser.errors.clear()
     browser.requests.clear()
     browser.open(address + page)
@@ -264,6 +420,10 @@ def complaints(browser: Browser, address: str, page: str) -> list[str]:
         found.append("wider than the screen")
     if faint := browser.run(DIM):
         found.append(f"{faint} texts that are hard to see")
+    found += [f"a formula that is not typeset: {formula}" for formula in browser.run(NOT_TYPESET)]
+    found += [f"a head that breaks: {word}" for word in browser.run(BROKEN_HEADS)]
+    if browser.run("innerWidth > 1200"):
+        found += [f"code that scrolls: {line}" for line in browser.run(SCROLLING)]
     return found
 
 
@@ -283,8 +443,11 @@ def test_walk(site: tuple[str, list[str]], width: int, dark: bool) -> None:
 
 BAD = """<html><head><link rel="icon" href="data:,"></head><body style="background: #fff">
 <script>console.error("oh")</script><img src="missing.png"><img src="http://127.0.0.2:9/elsewhere.png">
-<div class="md-typeset"><p style="color: #eee">faint</p><p style="width: 5000px; background: #ddd">wide</p></div>
-</body></html>"""
+<div class="md-typeset"><p style="color: #eee">faint</p><p style="width: 5000px; background: #ddd">wide</p>
+<p>$x_n$ and \\frac12, but not <code>$HOME</code></p>
+<table><tr><th style="width: 3em; max-width: 3em; overflow-wrap: break-word">preconditioner of it</th></tr></table>
+<pre style="width: 600px"><code style="display: block; overflow: auto">x = 1\n{line}</code></pre></div>
+</body></html>""".replace("{line}", "y" * 200)
 
 
 @pytest.mark.slow
@@ -299,6 +462,9 @@ def test_the_walk_notices(tmp_path: Path) -> None:
         for kind in ("error: oh", "error: 404", "another host: http://127.0.0.2:9/", "missing picture", "wider than"):
             assert kind in found
         assert "1 texts that are hard to see" in found
+        assert found.count("not typeset: ") == 2 and "not typeset: $x_n$" in found
+        assert found.count("a head that breaks: ") == 1 and "a head that breaks: preconditioner" in found
+        assert f"code that scrolls: {'y' * 200}" in found
         assert complaints(browser, address, "good.html") == []
 
 

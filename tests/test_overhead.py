@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.overhead import __main__ as command
-from benchmarks.overhead import bounds, contenders, measure, memory, report
-from benchmarks.overhead.nets import NETS, Net
-from benchmarks.overhead.quantities import QUANTITIES
+from benchmarks.speed.overhead import __main__ as command
+from benchmarks.speed.overhead import bounds, contenders, measure, memory, report
+from benchmarks.speed.overhead.nets import NETS, Net
+from benchmarks.speed.overhead.quantities import QUANTITIES
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 import layerwise as lw
-from benchmarks import alignment, matching_losses, step_cost
 from benchmarks.autoencoder import deep_autoencoder, reconstruction_loss
+from benchmarks.papers import alignment, matching_losses
+from benchmarks.speed import step_cost
 from layerwise import local
 from layerwise.local.layers.record import problem_of, record
 

@@ -18,10 +18,10 @@ from zoo import Case, cases
 
 import layerwise as lw
 from layerwise.graph.coverage import Graph, prove
-from layerwise.graph.heads import likelihoods, loss_hessian
+from layerwise.graph.loss_curvature import likelihoods, loss_hessian
 from layerwise.graph.products import SecondOrder
-from layerwise.graph.residuals import Curvature, curvature, proved
-from layerwise.graph.samples import Layout
+from layerwise.graph.residuals import ResidualCurvature, proved, residual_curvature
+from layerwise.graph.samples import SampleLayout
 from layerwise.quantities.hessian import residual_columns
 from layerwise.rows import weighted as signed
 from layerwise.rows.base import Rows, Samples
@@ -56,12 +56,12 @@ def _net(act: Callable[..., Tensor], *sizes: int) -> tuple[nn.Module, Callable[[
     return model, lambda: F.cross_entropy(model(x), y)
 
 
-def _walked(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Graph, Curvature]:
+def _walked(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Graph, ResidualCurvature]:
     tape = Tape(model, lambda *_: None)
     with tape, SecondOrder():
         total = loss()
     graph = prove(tape, total)
-    return graph, curvature(graph)
+    return graph, residual_curvature(graph)
 
 
 def _diagonal(model: Any, loss: Callable[[], Tensor], samples: int | None = None, **options: Any) -> dict[str, Tensor]:
@@ -74,14 +74,14 @@ def _diagonal(model: Any, loss: Callable[[], Tensor], samples: int | None = None
 def forced(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Columns of residuals wherever they are right, however many; the names that they served."""
     served: list[Sequence[str]] = []
-    diagonals = residual_columns.Plan.diagonals
+    diagonals = residual_columns.ResidualPlan.diagonals
 
     def spy(plan: Any, per_sample: bool) -> Any:
         served.append([name for unit in plan.units for name in unit.names])
         return diagonals(plan, per_sample)
 
     monkeypatch.setattr(residual_columns, "_PRODUCT", 10**9)
-    monkeypatch.setattr(residual_columns.Plan, "diagonals", spy)
+    monkeypatch.setattr(residual_columns.ResidualPlan, "diagonals", spy)
     return served
 
 
@@ -241,13 +241,13 @@ def test_the_proof_fails_where_a_residual_is_missing_wrong_or_nan() -> None:
 
 def test_a_failed_proof_leaves_the_other_way(monkeypatch: pytest.MonkeyPatch, forced: list[Any]) -> None:
     model, loss = _net(torch.sigmoid)
-    walk = residual_columns.curvature
+    walk = residual_columns.residual_curvature
 
-    def partial(graph: Graph) -> Curvature:
+    def partial(graph: Graph) -> ResidualCurvature:
         found = walk(graph)
         return replace(found, residuals=found.residuals[:1])
 
-    monkeypatch.setattr(residual_columns, "curvature", partial)
+    monkeypatch.setattr(residual_columns, "residual_curvature", partial)
     _check(model, loss)
     assert not forced
 
@@ -439,8 +439,8 @@ def test_rows_must_be_the_elements_of_the_output(lay: Callable[[Tensor], Tensor]
     use = SimpleNamespace(index=0, call=SimpleNamespace(out_shape=torch.Size([2, 3])))
     slot = SimpleNamespace(used=torch.zeros(3, 4), output=lambda g, samples: lay(g))
     unit: Any = SimpleNamespace(use=use, slots=[("w", slot, None)])
-    assert residual_columns._able(0, [unit], Layout(2, {0: Samples(2, 0)}, [])) is able
-    assert not residual_columns._able(1, [unit], Layout(2, {0: Samples(2, 0)}, []))
+    assert residual_columns._able(0, [unit], SampleLayout(2, {0: Samples(2, 0)}, [])) is able
+    assert not residual_columns._able(1, [unit], SampleLayout(2, {0: Samples(2, 0)}, []))
 
 
 def test_what_is_free_sends_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,12 +81,15 @@ def test_ranges(r: Range, middle: float) -> None:
     assert r.at(0) == pytest.approx(r.low) and r.at(0.5) == pytest.approx(middle) and r.at(1) == pytest.approx(r.high)
 
 
-def test_trials_have_plugins() -> None:
-    here = Path(runner.__file__).parent
-    for folder, names in (("solvers", METHODS), ("datasets", PROBLEMS)):
-        assert {p.stem for p in (here / folder).glob("*.py")} == {n.replace("-", "_") for n in names}
-        for name in names:
-            assert f'    name = "{name}"\n' in (here / folder / f"{name.replace('-', '_')}.py").read_text("utf-8")
+@pytest.mark.parametrize(("kind", "names"), [("solver", METHODS), ("dataset", PROBLEMS)])
+def test_one_plugin_takes_every_method_and_one_every_problem(kind: str, names: dict[str, Any]) -> None:
+    (plugin,) = (Path(runner.__file__).parent / f"{kind}s").glob("*.py")
+    assert f'"{plugin.stem}": list({"METHODS" if kind == "solver" else "PROBLEMS"})' in plugin.read_text("utf-8")
+    if importlib.util.find_spec("benchopt") is not None:
+        from benchopt.benchmark import Benchmark
+
+        (found,) = getattr(Benchmark(plugin.parents[1]), f"get_{kind}s")()
+        assert found.parameters[plugin.stem] == list(names)
 
 
 # Keys and rows

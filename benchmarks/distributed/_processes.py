@@ -1,12 +1,9 @@
-"""A function run by all processes of a group of their own, one thread each, and what its figures are kept with."""
+"""A function run by all processes of a group of their own, one thread each, and how a report of it begins."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import pickle
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["conditions", "headline", "keep", "together"]
+__all__ = ["headline", "together"]
 
 
 def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -34,24 +31,10 @@ def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(size)]
 
 
-def conditions(**options: Any) -> dict[str, Any]:
-    """What figures are measured under; to be asked before the start, since measuring is a load itself."""
-    return {
-        "torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count() or 1,
-        "load": os.getloadavg()[0], **options,
-    }  # fmt: skip
-
-
 def headline(under: Mapping[str, Any]) -> str:
     """What a report begins with: the conditions that are not in its tables."""
     measured = f"{under['cores']} cores, load {under['load']:.1f} before the start"
     return f"{under['ranks']} ranks, one thread each, {measured}\n"
-
-
-def keep(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result, replacing the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _result(folder: str, rank: int) -> Path:

@@ -14,25 +14,22 @@ own; Linux only). "every 10 and 100": the mean step with factors every 10 and in
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import layerwise as lw
-from benchmarks import autoencoder
-from benchmarks.distributed._processes import conditions, headline, keep, together
-from benchmarks.timing import lower_quartile
-from benchmarks.training.memory import Peak
+from benchmarks import autoencoder, probe
+from benchmarks.distributed._processes import headline, together
+from benchmarks.probe import Peak, conditions, lower_quartile
 
 __all__ = ["main"]
 
-RESULT = Path(__file__).parents[1] / "results" / "distributed_kfac.json"
+RESULT = probe.RESULTS / "distributed_kfac.json"
 SHARES = ("inverses", "updates")
 ALONE = "one process"
 NEVER = 10**9
@@ -121,29 +118,20 @@ def summary(found: list[dict[str, Any]], memory: Mapping[str, list[float]]) -> d
 def report(arms: Mapping[str, Any]) -> str:
     """Markdown: CPU milliseconds of each kind of step with the ratio to one process, and megabytes of each rank."""
     kinds = [*PERIODS, "every 10 and 100"]
-    heads = " | ".join(f"{kind}, ms (ratio)" for kind in kinds)
-    lines = [
-        f"| arm | {heads} | wall ratio | factors + inverses, MB | peak, MB |",
-        "|---|" + "---:|" * (len(kinds) + 3),
-    ]
+    head = ["arm", *(f"{kind}, ms (ratio)" for kind in kinds), "wall ratio", "factors + inverses, MB", "peak, MB"]
+    rows = []
     for name, arm in arms.items():
         cells = [f"{1e3 * arm['cpu_s'][k]:.0f} ({arm['cpu_over_one_process'][k]:.2f})" for k in kinds]
-        held = ", ".join(
-            f"{its['factor_bytes'] / 1e6:.0f} + {its['inverse_bytes'] / 1e6:.0f}" for its in arm["ranks"]
-        )  # fmt: skip
+        held = ", ".join(f"{r['factor_bytes'] / 1e6:.0f} + {r['inverse_bytes'] / 1e6:.0f}" for r in arm["ranks"])
         peaks = ", ".join(f"{mb:.0f}" for mb in arm["peak_mb"])
         wall = arm["wall_over_one_process"]["every 10 and 100"]
-        lines.append(f"| {name} | {' | '.join(cells)} | {wall:.2f} | {held} | {peaks} |")
-    return "\n".join(lines)
+        rows.append([name, *cells, f"{wall:.2f}", held, peaks])
+    return probe.table(head, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.distributed kfac", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=1000)
-    parser.add_argument("--json", type=Path, default=RESULT)
-    options = parser.parse_args(argv)
+    made = probe.parser("benchmarks.distributed kfac", __doc__, ranks=2, repeats=7, batch=1000, json=RESULT)
+    options = probe.parsed(made, argv)
     memory = {name: together(options.ranks, peak, options.batch, name) for name in SHARES}
     memory[ALONE] = together(1, peak, options.batch, ALONE)
     under = conditions(ranks=options.ranks, repeats=options.repeats, batch=options.batch)
@@ -151,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {**under, "arms": summary(found, memory)}
     print(headline(under))
     print(report(result["arms"]))
-    keep(options.json, result)
+    probe.write(options.json, result)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ over three steps above what the process held before (Linux), and the step's time
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import layerwise as lw
+from benchmarks import probe
 from benchmarks.autoencoder import SIZES, deep_autoencoder, reconstruction_loss
-from benchmarks.distributed._processes import conditions, headline, keep, together
-from benchmarks.timing import lower_quartile
-from benchmarks.training.memory import Peak
+from benchmarks.distributed._processes import headline, together
+from benchmarks.probe import Peak, conditions, lower_quartile
 from layerwise.ranks.group import Ranks
 
-RESULT = Path(__file__).parents[1] / "results" / "distributed_layers.json"
+RESULT = probe.RESULTS / "distributed_layers.json"
 ARMS: dict[str, Callable[..., Any]] = {
     "LocoProp": lambda model, parallel: lw.LocoProp(model, parallel=parallel),
     "LocoProp, all rows": lambda model, parallel: lw.LocoProp(model, preset="published-M", parallel=parallel),
@@ -189,21 +187,17 @@ def report(rows: list[dict[str, Any]], stages: dict[str, list[dict[str, Any]]], 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.distributed layers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--batch", type=int, default=1000)
+    parser = probe.parser("benchmarks.distributed layers", __doc__, ranks=2, repeats=9, batch=1000, json=RESULT)
     parser.add_argument("--methods", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--json", type=Path, default=RESULT)
-    options = parser.parse_args(argv)
+    options = probe.parsed(parser, argv)
     under = conditions(ranks=options.ranks, repeats=options.repeats, batch=options.batch)
     rows = rows_of(options.methods, options.ranks, options.batch, options.repeats)
     stages = {str(n): together(n, staged, options.batch, options.repeats) for n in options.stages}
     result = {**under, "layers": rows, "stages": stages}
     print(headline(under))
     print(report(rows, stages, options.ranks))
-    keep(options.json, result)
+    probe.write(options.json, result)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ operations. Where there are more processes than cores, each computes that much s
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Mapping
 from itertools import pairwise
@@ -27,9 +25,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import probe
 from benchmarks.autoencoder import SIZES, reconstruction_loss
 from benchmarks.distributed import kfac, layers
-from benchmarks.distributed._cost_model import (
+from benchmarks.distributed._cost_model import (  # fmt: skip
     CLUSTER,
     OPERATIONS,
     RANKS,
@@ -42,12 +41,12 @@ from benchmarks.distributed._cost_model import (
     predicted,
     worth,
 )
-from benchmarks.distributed._processes import conditions, keep, together
-from benchmarks.timing import lower_quartile
+from benchmarks.distributed._processes import together
+from benchmarks.probe import conditions, lower_quartile
 
 __all__ = ["main"]
 
-RESULT = Path(__file__).parents[1] / "results" / "distributed_scaling.json"
+RESULT = probe.RESULTS / "distributed_scaling.json"
 IN_A_ROW = 8  # broadcasts that are timed together
 SIZES_SENT = [4**k for k in range(6, 13)]  # bytes: 4 KB to 16 MB
 
@@ -192,13 +191,8 @@ def report(result: Mapping[str, Any]) -> str:
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Time of a step over that of one rank, by ranks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = curves(result)
-    figure, axes = pyplot.subplots(1, len(found), figsize=(10, 4), sharey=True, constrained_layout=True)
+    found, figure = curves(result), probe.figure(10, 4)
+    axes = figure.subplots(1, len(found), sharey=True)
     for axis, (title, ways) in zip(axes, found.items(), strict=True):
         axis.plot(RANKS, [1 / p for p in RANKS], color="0.7", linestyle=":", label="ideal")
         for way, times in ways.items():
@@ -209,20 +203,16 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axis.title.set_size(9)
     axes[0].set_ylabel("step / step of one rank")
     axes[0].legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    probe.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.distributed scaling", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=1000)
-    parser.add_argument("--json", type=Path, default=RESULT)
+    parser = probe.parser("benchmarks.distributed scaling", __doc__, repeats=7, batch=1000, json=RESULT)
     parser.add_argument("--only-report", action="store_true", help="from the file, without measuring")
-    options = parser.parse_args(argv)
+    options = probe.parsed(parser, argv)
     if not options.only_report:
-        keep(options.json, measured(options.repeats, options.batch))
-    result = json.loads(options.json.read_text(encoding="utf-8"))
+        probe.write(options.json, measured(options.repeats, options.batch))
+    result = probe.read(options.json)
     draw(result, options.json.with_suffix(".png"))
     print(report(result))
 

@@ -7,20 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .summaries import median
+from benchmarks import probe
+
+from .summaries import Row, median
 
 __all__ = ["log_scale", "seed_figure"]
-
-Row = Mapping[str, Any]
 
 
 def seed_figure(path: Path, title: str, final: Mapping[str, Sequence[Row]], step_seconds: Mapping[str, float]) -> None:
     """Draw the finals; a method that has not been timed is in the left panel only."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = probe.figure(12, 5)
     by_epoch, by_second = figure.subplots(1, 2, sharey=True)
     ends = {method: median([float(r["train_loss"]) for r in rows]) for method, rows in final.items()}
     starts = [r["train_curve"][0] for rows in final.values() for r in rows if r["train_curve"]]
@@ -53,7 +49,7 @@ def seed_figure(path: Path, title: str, final: Mapping[str, Sequence[Row]], step
         log_scale(axes)
     if starts:
         by_epoch.set_ylim(top=1.05 * max(starts))
-    figure.savefig(path, dpi=110)
+    probe.save(figure, path)
 
 
 def log_scale(axes: Any, way: str = "y") -> None:

@@ -9,17 +9,18 @@ end the command, and the same command goes on where it stopped.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .plan import Run
-from .runner import HERE, execute
 
 __all__ = ["spread"]
 
+Row = dict[str, Any]
 
-def spread(runs: Iterable[Run], config: Path, threads: int, limit: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+
+def spread(runs: Iterable[Run], config: Path, perform: Callable[[Run], Row]) -> Iterator[tuple[Run, Row]]:
     """Perform runs on the pool that a file configures; each with its row, as they end."""
     # a run has a process of its own, which dask's workers may not start while they are daemons
     os.environ.setdefault("DASK_DISTRIBUTED__WORKER__DAEMON", "False")
@@ -29,10 +30,10 @@ def spread(runs: Iterable[Run], config: Path, threads: int, limit: int) -> Itera
     settings = check_parallel_config(str(config), None)
     if settings["backend"] != "submitit":
         settings.setdefault("batch_size", 1)  # a run is long, and a lost worker should lose one
-    asked = ({"run": run, "threads": threads, "limit": limit} for run in runs)
-    for run, row, _ in parallel_run(Benchmark(HERE), _one, asked, settings):
+    asked = ({"run": run, "perform": perform} for run in runs)
+    for run, row, _ in parallel_run(Benchmark(Path(__file__).parent), _one, asked, settings):
         yield run, row
 
 
-def _one(run: Run, threads: int, limit: int) -> tuple[Run, dict[str, Any]]:
-    return run, execute(run, threads, limit)
+def _one(run: Run, perform: Callable[[Run], Row]) -> tuple[Run, Row]:
+    return run, perform(run)

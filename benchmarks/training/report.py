@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.probe import table
+
 from . import step_time
 from .locoprop.ablations import ablations
 from .methods import METHODS
@@ -14,11 +16,11 @@ from .plan import Run, best, methods_of, tuning
 from .problems import PROBLEMS
 from .rows import Rows
 from .study import study_of
-from .summaries import Finals, epochs_to, interval, median, number, target
+from .summaries import Finals, Row, epochs_to, interval, median, memory, number, seeds, target
+from .trials import POINTS
 
 __all__ = ["ablation_table", "finals_of", "problem_table", "tuning_table", "write"]
 
-Row = Mapping[str, Any]
 Parts = Callable[[str, Mapping[Any, Row], Finals, Mapping[str, float], Path], list[str]]
 
 
@@ -54,59 +56,54 @@ def problem_table(problem: str, final: Finals, step_seconds: Mapping[str, float]
     baselines = [m for m in final if METHODS[m].first_order]
     name, level = target(final, baselines)
     adam = step_seconds.get(step_time.REFERENCE, math.nan)
-    lines = [
-        f"Target: train loss {number(level)}, the final median of {name or 'no first-order method yet'}.",
-        "",
-        "| method | trial | batch | seeds | train loss [95 %] | test loss [95 %] | epochs to target | "
-        "seconds to target | step / Adam's at its batch | MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    said = f"Target: train loss {number(level)}, the final median of {name or 'no first-order method yet'}."
+    head = (
+        "method", "trial", "batch", "seeds", "train loss [95 %]", "test loss [95 %]", "epochs to target",
+        "seconds to target", "step / Adam's at its batch", "MB",
+    )  # fmt: skip
+    rows = []
     for method, mine in final.items():
         first = mine[0]
         epochs = median([epochs_to(r, level) for r in mine]) if math.isfinite(level) else math.nan
-        memory = [m for r in mine if math.isfinite(m := float(r["clock"].get("memory_mb", "nan")))]
-        lines.append(
-            f"| {method} | {first['trial']} | {first['configuration']['batch']} | {_seeds(mine)} "
-            f"| {_spread([r['train_loss'] for r in mine])} | {_spread([r['test_loss'] for r in mine])} "
-            f"| {number(epochs)} | {number(epochs * seconds_per_epoch(first, step_seconds))} "
-            f"| {number(step_seconds.get(method, math.nan) / adam)} | {number(median(memory))} |"
-        )
-    return "\n".join(lines)
+        rows.append([
+            method, first["trial"], first["configuration"]["batch"], seeds(mine),
+            *(_spread([r[loss] for r in mine]) for loss in ("train_loss", "test_loss")), number(epochs),
+            number(epochs * seconds_per_epoch(first, step_seconds)),
+            number(step_seconds.get(method, math.nan) / adam), memory(mine),
+        ])  # fmt: skip
+    return f"{said}\n\n{table(head, rows, numbers=False)}"
 
 
 def tuning_table(problem: str, rows: Mapping[Any, Row]) -> str:
     """Every trial's train loss by method, the best in bold, failures as infinite."""
-    lines = ["| method | " + " | ".join(map(str, range(8))) + " |", "|---" * 9 + "|"]
+    lines = []
     for method in methods_of(problem, METHODS):
         runs = tuning(problem, method)
         losses = [float(rows[r.key()]["train_loss"]) if r.key() in rows else math.nan for r in runs]
-        if all(map(math.isnan, losses)):
-            continue
-        low = min((v for v in losses if math.isfinite(v)), default=math.nan)
-        cells = [f"**{number(v)}**" if v == low else number(v) for v in losses]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        if not all(map(math.isnan, losses)):
+            low = min((v for v in losses if math.isfinite(v)), default=math.nan)
+            lines.append([method, *(f"**{number(v)}**" if v == low else number(v) for v in losses)])
+    return table(["method", *map(str, range(POINTS))], lines, numbers=False)
 
 
 def ablation_table(rows: Mapping[Any, Row]) -> str:
     """The best trial's train loss after tuning, by ablation and method, with how many trials failed."""
-    lines = ["| ablation | method | trial | train loss | test loss | failed |", "|---|---|---|---|---|---|"]
+    lines: list[list[Any]] = []
     for name, by_method in ablations().items():
         for method, runs in by_method.items():
             done = [rows[r.key()] for r in runs if r.key() in rows]
             if len(done) < len(runs):
                 if done:
-                    lines.append(f"| {name} | {method} | {len(done)} of {len(runs)} trials run | | | |")
+                    lines.append([name, method, f"{len(done)} of {len(runs)} trials run", *3 * [""]])
                 continue
             trial = best(runs, rows)
             failed = sum(r["status"] == "failed" for r in done)
             if trial is None:
-                lines.append(f"| {name} | {method} | - | inf | inf | {failed} |")
+                lines.append([name, method, "-", "inf", "inf", failed])
                 continue
             row = rows[runs[trial].key()]
-            losses = f"{number(row['train_loss'])} | {number(row['test_loss'])}"
-            lines.append(f"| {name} | {method} | {trial} | {losses} | {failed} |")
-    return "\n".join(lines)
+            lines.append([name, method, trial, number(row["train_loss"]), number(row["test_loss"]), failed])
+    return table(("ablation", "method", "trial", "train loss", "test loss", "failed"), lines, numbers=False)
 
 
 def write(rows: Rows, problems: Sequence[str], times: Path = step_time.FILE, folder: Path | None = None) -> str:
@@ -242,11 +239,6 @@ def _of_curves(
 
 
 _PARTS: dict[str, Parts] = {"locoprop": _of_loss, "altmin": _of_accuracy, "second-order": _of_curves}
-
-
-def _seeds(mine: Sequence[Row]) -> str:
-    failed = sum(r["status"] == "failed" for r in mine)
-    return f"{len(mine)}" + (f" ({failed} failed)" if failed else "")
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -17,10 +17,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from . import pool
 from .plan import Run
 from .rows import Rows, row_of
 
@@ -52,8 +54,6 @@ def perform(
 
     parallel: the configuration of a pool to spread them over.
     """
-    from .pool import spread
-
     counts = [0, 0, 0]
 
     def missing() -> Iterator[Run]:
@@ -68,11 +68,9 @@ def perform(
             elif run.key() not in rows.load(run.problem):
                 yield run
 
-    for run, row in (
-        ((run, execute(run, threads, limit)) for run in missing())
-        if parallel is None
-        else spread(missing(), parallel, threads, limit)
-    ):
+    performed = partial(execute, threads=threads, limit=limit)
+    done = ((run, performed(run)) for run in missing())
+    for run, row in done if parallel is None else pool.spread(missing(), parallel, performed):
         rows.add(row)
         counts[0] += 1
         counts[1] += row["status"] == "failed"
@@ -95,7 +93,7 @@ def execute(run: Run, threads: int = 1, limit: int = LIMIT) -> dict[str, Any]:
     if reason:
         raise Unavailable(reason)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.training.runner", "benchmarks.training.plugin", "benchopt.runner"])
+    context.set_forkserver_preload(["benchmarks.training.runner", "benchmarks.training.train", "benchopt.runner"])
     ours, theirs = context.Pipe(duplex=False)
     start = time.perf_counter()
     child = context.Process(target=_child, args=(theirs, run, threads, limit))
@@ -164,9 +162,11 @@ def _through_benchopt(run: Run) -> list[Mapping[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = run_benchmark(
             HERE,
-            solver_names=[{run.method: {"trial": [run.trial], "change": [run.change]}}],
-            dataset_names=[{run.problem: {"rows": [run.rows], "shape": [run.shape], "validation": [run.validation]}}],
-            objective_filters=[{"training": {"epochs": [run.epochs], "seed": [run.seed], "early": [run.early]}}],
+            solver_names=_only("method", method=run.method, trial=run.trial, change=run.change),
+            dataset_names=_only(
+                "problem", problem=run.problem, rows=run.rows, shape=run.shape, validation=run.validation
+            ),
+            objective_filters=_only("training", epochs=run.epochs, seed=run.seed, early=run.early),
             max_runs=run.epochs + 1 + (run.early + 1 if run.early else 0),
             plot_result=False,
             no_cache=True,  # the rows are the cache: they outlive the machine
@@ -175,6 +175,11 @@ def _through_benchopt(run: Run) -> list[Mapping[str, Any]]:
         )
         found: list[Mapping[str, Any]] = pd.read_parquet(path).to_dict("records")
     return found
+
+
+def _only(plugin: str, **parameters: Any) -> list[dict[str, dict[str, list[Any]]]]:
+    """One value of each parameter of a plugin, as Benchopt asks for it."""
+    return [{plugin: {name: [value] for name, value in parameters.items()}}]
 
 
 def curve_of(points: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[float, float]], str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import interleaved
+from benchmarks.probe import interleaved
 
 from . import trials
 from .methods import METHODS

@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 
+from benchmarks.probe import table
+
 from .methods import METHODS
 
-__all__ = ["Finals", "by_problem", "epochs_to", "interval", "median", "number", "target"]
+__all__ = [
+    "Finals", "Row", "by_problem", "epochs_to", "interval", "median", "memory", "number", "seeds", "target",
+]  # fmt: skip
 
 RESAMPLES = 10_000
 
-Finals = Mapping[str, Sequence[Mapping[str, Any]]]  # rows by method
+Row = Mapping[str, Any]
+Finals = Mapping[str, Sequence[Row]]  # rows by method
 
 
 def interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
@@ -46,7 +51,7 @@ def number(value: float, digits: int = 4) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}g}"
 
 
-def epochs_to(row: Mapping[str, Any], level: float) -> float:
+def epochs_to(row: Row, level: float) -> float:
     """The first epoch, between two by straight line, at which the train loss is at most `level`; else infinity.
 
     A failed run is never there.
@@ -73,8 +78,19 @@ def target(final: Finals, baselines: Iterable[str]) -> tuple[str, float]:
 
 def by_problem(finals: Mapping[str, Finals], cell: Callable[[str, str], str]) -> str:
     """A row for each method that has final runs, a column for each problem, `cell(problem, method)`, as Markdown."""
-    lines = ["| method | " + " | ".join(finals) + " |", "|---" * (1 + len(finals)) + "|"]
-    for method in (m for m in METHODS if any(m in final for final in finals.values())):
-        cells = (cell(problem, method) if method in final else "" for problem, final in finals.items())
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        [method, *(cell(problem, method) if method in final else "" for problem, final in finals.items())]
+        for method in METHODS if any(method in final for final in finals.values())
+    ]  # fmt: skip
+    return table(["method", *finals], rows, numbers=False)
+
+
+def seeds(rows: Sequence[Row]) -> str:
+    """How many seeds ran, and how many of them failed."""
+    failed = sum(r["status"] == "failed" for r in rows)
+    return f"{len(rows)}" + (f" ({failed} failed)" if failed else "")
+
+
+def memory(rows: Sequence[Row]) -> str:
+    """Median of the peaks in MB."""
+    return number(median([mb for r in rows if math.isfinite(mb := float(r["clock"].get("memory_mb", "nan")))]))

@@ -1,8 +1,8 @@
-"""Memory of results: fresh, in large pages where the system gives them, or shared until somebody writes to it.
+"""Helpers for plain tensors: finiteness, uninitialised memory in huge pages, copy on write, sparse to dense.
 
-Per-sample gradients are bound by page faults, not by arithmetic: on Linux a tensor of 400 MB touches 100,000
-small pages for the first time. Asking for large pages (`madvise`, transparent huge pages) is only a hint; where
-it is not taken, memory is as it always is. Nothing is kept: the memory goes back when the tensor does.
+Per-sample gradients are bound by page faults, not by arithmetic: on Linux a tensor of 400 MB touches 100,000 small
+pages for the first time. Asking for transparent huge pages (`madvise`) is only a hint, without which memory is
+allocated as always. Nothing is cached: the memory is freed with the tensor.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["dense", "empty", "is_finite", "lazy_copy"]
 def is_finite(x: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     x = x.detach()
-    # neither is lost in a sum, which costs a tenth; a sum may overflow by itself
+    # NaN and infinity survive a sum, which costs a tenth; a sum of finite numbers may overflow
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
-_LARGE = 2**23  # bytes from which the hint pays; a large page has 2**21
+_LARGE = 2**23  # bytes from which the hint pays; a huge page has 2**21
 _PAGE = 4096
 _MADV_HUGEPAGE = 14
 
@@ -55,13 +55,13 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def lazy_copy(tensor: Tensor) -> Tensor:
-    """The tensor's present values: shared memory, copied by torch when either side is written to."""
+    """A copy on write: memory is shared until torch copies it when either tensor is written to."""
     try:
         return torch._lazy_clone(tensor)
-    except RuntimeError:  # a kind of memory that cannot be shared this way
+    except RuntimeError:  # memory without copy on write
         return tensor.clone()
 
 
 def dense(g: Tensor) -> Tensor:
-    """A gradient that may be sparse, as a dense tensor."""
+    """A possibly sparse gradient as a dense tensor."""
     return g.to_dense() if g.is_sparse else g

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.probe import table
 from benchmarks.training.problems import PROBLEMS
 
 __all__ = ["AIMS", "aims_of", "aims_table"]
@@ -25,12 +26,12 @@ def aims_of(problem: str, method: str) -> dict[int, float]:
 
 def aims_table(finals: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
     """Mean and range over seeds beside each aim, as Markdown; "-" where a run has ended before."""
-    lines = ["| problem | method | after epoch | aim | mean over seeds [range] |", "|---|---|---|---|---|"]
+    lines = []
     for problem, final in finals.items():
         for method, rows in final.items():
             for epoch, aim in aims_of(problem, method).items():
                 found = [100 * r["accuracy_curve"][epoch] for r in rows if len(r["accuracy_curve"]) > epoch]
                 whole = len(found) == len(rows)
                 said = f"{sum(found) / len(found):.2f} [{min(found):.2f}, {max(found):.2f}]" if whole else "-"
-                lines.append(f"| {problem} | {method} | {epoch} | {aim:g} | {said} |")
-    return "\n".join(lines)
+                lines.append([problem, method, epoch, f"{aim:g}", said])
+    return table(("problem", "method", "after epoch", "aim", "mean over seeds [range]"), lines, numbers=False)

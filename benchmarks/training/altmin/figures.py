@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import probe
 from benchmarks.training.figures import log_scale
 from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.summaries import Finals, median
 
 __all__ = ["MARKS", "accuracy_figure"]
-
-Row = Mapping[str, Any]
 
 MARKS = {"higgs-2x300": {"samples": 1050.0, "admm": 0.64}}  # the poster's
 FLOOR = 0.02  # %, where a test set without an error is drawn
@@ -24,12 +23,8 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
 
     Of one epoch the right panel has the error at its end, a dot a seed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     known = PROBLEMS[problem]
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = probe.figure(12, 5)
     first, later = figure.subplots(1, 2)
     ends = {m: median([_error(r["test_accuracy"]) for r in rows]) for m, rows in final.items()}
     order = sorted(final, key=ends.__getitem__)
@@ -58,7 +53,7 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
     for axes in (first, later):
         _scale(axes, "x" if one and axes is later else "y")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    probe.save(figure, path)
 
 
 def _scale(axes: Any, way: str) -> None:

@@ -6,21 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.probe import table
 from benchmarks.training.plan import Run, methods_of, tuning
 from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.study import study_of
-from benchmarks.training.summaries import Finals, by_problem, interval, median, number
+from benchmarks.training.summaries import Finals, Row, by_problem, interval, median, number, seeds
+from benchmarks.training.trials import POINTS
 
-__all__ = [
-    "EARLY",
-    "accuracy_table",
-    "epoch_cost",
-    "summary_table",
-    "tuning_table",
-    "unavailable",
-]
-
-Row = Mapping[str, Any]
+__all__ = ["EARLY", "accuracy_table", "epoch_cost", "summary_table", "tuning_table", "unavailable"]
 
 EARLY = (10, 50, 100)  # minibatches that the table has
 REFERENCE = "adam"
@@ -36,28 +29,23 @@ def epoch_cost(problem: str, configuration: Mapping[str, Any], method: str, seco
 def accuracy_table(problem: str, final: Finals, seconds: Mapping[str, float]) -> str:
     """Accuracy in percent on test rows after the first minibatches, an epoch and all of them, as Markdown."""
     points = [e for e in EARLY if e <= PROBLEMS[problem].early]
-    lines = [
-        "| method | trial | batch | seeds | " + "".join(f"after {e} | " for e in points)
-        + "epoch 1 [95 %] | last epoch [95 %] | test loss | step / Adam's | epoch / Adam's |",
-        "|---" * (9 + len(points)) + "|",
-    ]  # fmt: skip
+    head = (
+        "method", "trial", "batch", "seeds", *(f"after {e}" for e in points), "epoch 1 [95 %]", "last epoch [95 %]",
+        "test loss", "step / Adam's", "epoch / Adam's",
+    )  # fmt: skip
+    lines = []
     step = seconds.get(REFERENCE, math.nan)
     for method, rows in final.items():
         kept = rows[0]["configuration"]
-        failed = sum(r["status"] == "failed" for r in rows)
-        early = [
-            _percent(median([r["early_curve"][e] for r in rows if len(r["early_curve"]) > e])) for e in points
-        ]  # fmt: skip
+        early = [_percent(median([r["early_curve"][e] for r in rows if len(r["early_curve"]) > e])) for e in points]
         first = [r["accuracy_curve"][1] if len(r["accuracy_curve"]) > 1 else -math.inf for r in rows]
-        cells = [
-            PROBLEMS[problem].label(method), str(rows[0]["trial"]), str(kept["batch"]),
-            f"{len(rows)}" + (f" ({failed} failed)" if failed else ""), *early, _spread(first),
+        lines.append([
+            PROBLEMS[problem].label(method), rows[0]["trial"], kept["batch"], seeds(rows), *early, _spread(first),
             _spread([r["test_accuracy"] for r in rows]), number(median([r["test_loss"] for r in rows]), 3),
             number(seconds.get(method, math.nan) / step, 3),
             number(epoch_cost(problem, kept, method, seconds), 3),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return table(head, lines, numbers=False)
 
 
 def summary_table(finals: Mapping[str, Finals]) -> str:
@@ -75,17 +63,15 @@ def summary_table(finals: Mapping[str, Finals]) -> str:
 
 def tuning_table(problem: str, rows: Mapping[Any, Row]) -> str:
     """Accuracy in percent on the rows held out of the training rows, by method and trial, the best in bold."""
-    lines: list[str] = []
+    lines: list[list[str]] = []
     for method in methods_of(problem):
         runs = tuning(problem, method)
         found = [float(rows[r.key()]["test_accuracy"]) if r.key() in rows else math.nan for r in runs]
-        if all(map(math.isnan, found)):
-            continue
-        lines = lines or ["| method | " + " | ".join(str(r.trial) for r in runs) + " |", "|---" * (1 + len(runs)) + "|"]
-        high = max((v for v in found if math.isfinite(v)), default=math.nan)
-        cells = [f"**{_percent(v)}**" if v == high else _percent(v) for v in found]
-        lines.append(f"| {PROBLEMS[problem].label(method)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        if not all(map(math.isnan, found)):
+            high = max((v for v in found if math.isfinite(v)), default=math.nan)
+            cells = (f"**{_percent(v)}**" if v == high else _percent(v) for v in found)
+            lines.append([PROBLEMS[problem].label(method), *cells])
+    return table(["method", *map(str, range(POINTS))], lines, numbers=False) if lines else ""
 
 
 def unavailable(problem: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.overhead import nets
+from benchmarks.speed.overhead import nets
 from benchmarks.training.altmin.nets import Model, seeded
 
 __all__ = ["all_cnn_c", "c2d2", "c3d3", "logistic"]

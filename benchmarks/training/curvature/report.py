@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from benchmarks import probe
 from benchmarks.training.figures import log_scale
 from benchmarks.training.methods import METHODS
 from benchmarks.training.problems import PROBLEMS
-from benchmarks.training.summaries import Finals, by_problem, epochs_to, median, number, target
+from benchmarks.training.summaries import Finals, by_problem, epochs_to, median, memory, number, seeds, target
 
 __all__ = ["curves_figure", "curves_table", "fit_table", "generalization_table", "quartiles"]
 
-Row = Mapping[str, Any]
+LOSSES = ("train_loss", "test_loss")
 REFERENCE = "adam"
 
 
@@ -64,24 +64,16 @@ def generalization_table(finals: Mapping[str, Finals]) -> str:
 def curves_table(problem: str, final: Finals, seconds: Mapping[str, float]) -> str:
     """Losses and accuracy at the end, median and quartiles over seeds, and what a step costs, as Markdown."""
     classes = PROBLEMS[problem].classes
-    lines = [
-        "| method | trial | seeds | train loss [quartiles] | test loss [quartiles] | "
-        + ("accuracy, % [quartiles] | " if classes else "") + "step / Adam's | MB |",
-        "|---" * (8 if classes else 7) + "|",
-    ]  # fmt: skip
+    accuracy = ["accuracy, % [quartiles]"] if classes else []
+    head = ["method", "trial", "seeds", "train loss [quartiles]", "test loss [quartiles]", *accuracy]
+    lines = []
     step = seconds.get(REFERENCE, math.nan)
     for method, rows in final.items():
-        failed = sum(r["status"] == "failed" for r in rows)
-        memory = [m for r in rows if math.isfinite(m := float(r["clock"].get("memory_mb", "nan")))]
-        cells = [
-            method, str(rows[0]["trial"]), f"{len(rows)}" + (f" ({failed} failed)" if failed else ""),
-            _spread([r["train_loss"] for r in rows]), _spread([r["test_loss"] for r in rows]),
-        ]  # fmt: skip
+        cells = [method, rows[0]["trial"], seeds(rows), *(_spread([r[of] for r in rows]) for of in LOSSES)]
         if classes:
             cells.append(_spread([100 * r["test_accuracy"] for r in rows]))
-        cells += [number(seconds.get(method, math.nan) / step), number(median(memory))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, number(seconds.get(method, math.nan) / step), memory(rows)])
+    return probe.table([*head, "step / Adam's", "MB"], lines, numbers=False)
 
 
 def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str, float]) -> None:
@@ -89,13 +81,9 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
     from quartile to quartile. What is over twice the start is beyond the edge. A method that has not been timed is in
     the left panels only.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     known = PROBLEMS[problem]
     rows = 2 if known.classes else 1
-    figure = Figure(figsize=(12, 4.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = probe.figure(12, 4.2 * rows)
     panels = figure.subplots(rows, 2, squeeze=False, sharey="row")
     kinds: list[tuple[str, str, Callable[[float], float]]] = [("train_curve", "train loss", float)]
     if known.classes:
@@ -129,7 +117,7 @@ def curves_figure(path: Path, problem: str, final: Finals, seconds: Mapping[str,
     figure.suptitle(known.title)
     panels[-1][0].set_xlabel("epochs")
     panels[-1][1].set_xlabel("seconds (steps x measured seconds a step)")
-    figure.savefig(path, dpi=110)
+    probe.save(figure, path)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -1,1 +1,1 @@
-"""Other libraries' names over ours, so that a script moves by changing an import."""
+"""Interfaces of other libraries over this one, so that a script can switch by changing an import."""

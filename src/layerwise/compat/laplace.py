@@ -1,4 +1,4 @@
-"""Curvature backends for laplace-torch over the quantities of this library: `Laplace(..., backend=LayerwiseGGN)`.
+"""Curvature backends for laplace-torch by layerwise's quantities: `Laplace(..., backend=LayerwiseGGN)`.
 
 Importing this module imports laplace; nothing else in the library does.
 """
@@ -31,22 +31,22 @@ except ImportError as error:
 
 __all__ = ["LayerwiseEF", "LayerwiseGGN", "LayerwiseHessian", "LayerwiseInterface"]
 
-_ALL = 2**62  # laplace asks for dense Jacobians and matrices: their size is its user's choice
+_ALL = 2**62  # laplace needs dense Jacobians: their size is its user's choice
 
 
 class LayerwiseInterface(CurvatureInterface):
-    """What the backends share: one pass of the model, observed by its trainable parameters alone.
+    """Base of the backends: one forward and backward pass, observed for the trainable parameters.
 
-    Nothing is written onto the model, `.grad` included. Any model that `observe` covers will do: weights may be tied,
-    frozen, derived (a weight norm) or unused, whose curvature is zero. Errors are those of `observe`.
+    Nothing is written onto the model, `.grad` included. Any model that `observe` covers is allowed: weights may be
+    tied, frozen, derived (a weight norm) or unused (with zero curvature). Errors are those of `observe`.
     Results follow laplace's conventions: parameters flattened one after the other, losses and curvature summed over
     the batch and multiplied by `factor` (1/2 for regression, whose loss is the squared error).
     """
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
-        """The Jacobians of the outputs by the parameters, `[N,C,P]`, and the outputs `[N,C]`, from one forward pass.
+        """The Jacobians of the outputs in the parameters, `[N,C,P]`, and the outputs `[N,C]`, from one forward pass.
 
-        enable_backprop: so that both can be differentiated by x; laplace's own computation by torch.func then.
+        enable_backprop: return results that can be differentiated in x, by laplace's own torch.func computation.
         """
         if enable_backprop:
             return super().jacobians(x, enable_backprop=True)
@@ -57,7 +57,7 @@ class LayerwiseInterface(CurvatureInterface):
     ) -> tuple[Tensor, Tensor]:
         """The Jacobians of some outputs of each sample, `[N,S,P]`, and all outputs `[N,C]`; outputs: `[N]` or `[N,S]`.
 
-        Columns of the others are never made. Raises ValueError for selectors of another batch size.
+        Other outputs are not differentiated. Raises ValueError for selectors of another batch size.
         """
         if enable_backprop:
             return super().selected_output_jacobians(x, outputs, enable_backprop=True)
@@ -77,7 +77,7 @@ class LayerwiseInterface(CurvatureInterface):
         return self._flat(seen[quantity]), loss
 
     def _jacobians(self, x: Any, chosen: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """The root columns of `½ ‖chosen(f)‖²`, whose Hessian is the identity, are the rows of the Jacobian."""
+        """Jacobian rows and outputs, from the GGN root of `½ ‖chosen(f)‖²`, whose Hessian is the identity."""
         quantity, kept = SqrtGGN(max_elements=_ALL), []
 
         def loss(f: Tensor) -> Tensor:
@@ -91,17 +91,17 @@ class LayerwiseInterface(CurvatureInterface):
         return columns.reshape(*selected.shape, columns.shape[-1]), f
 
     def _loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """The loss of laplace; classes may stand at several positions of a sample."""
+        """The loss of laplace; a sample may have class labels at several positions."""
         if self.likelihood == "classification":
             f, y = f.flatten(0, -2), y.flatten()
         return self.lossfunc(f, y)
 
     def _observed(self, x: Any, y: Tensor, *quantities: Quantity) -> tuple[Tensor, Seen]:
-        """The summed loss of the batch, and what was seen."""
+        """The summed loss of the batch, and the observed results."""
         return self._pass(x, lambda f: self._loss(f, y), *quantities)
 
     def _pass(self, x: Any, loss_of: Callable[[Tensor], Tensor], *quantities: Quantity) -> tuple[Tensor, Seen]:
-        """One forward pass and what is sent back; `.grad` is left alone."""
+        """One observed forward and backward pass; `.grad` is restored."""
         samples = len(x[self.dict_key_x] if isinstance(x, Mapping) else x)
         gradients = Gradients(self.params, values=False)
         try:
@@ -115,17 +115,17 @@ class LayerwiseInterface(CurvatureInterface):
         return loss.detach(), seen
 
     def _flat(self, values: Mapping[str, Tensor], lead: int = 1) -> Tensor:
-        """`[*lead, P]` from `[*lead, *shape]` by name: laplace's order, zeros for parameters that are not used."""
+        """Concatenate `[*lead, *shape]` by name to `[*lead, P]` in laplace's order; zeros for unused parameters."""
         like = next(iter(values.values()))
         front = like.shape[:lead]
-        found = [
+        columns = [
             values[name].reshape(*front, -1) if name in values else like.new_zeros(*front, p.numel())
             for name, p in self.params_dict.items()
         ]
-        return self._subnetwork(torch.cat(found, -1))
+        return self._subnetwork(torch.cat(columns, -1))
 
     def _subnetwork(self, flat: Tensor) -> Tensor:
-        """The elements that laplace asked for, of the last axis."""
+        """The subnetwork's elements of the last axis."""
         return flat if self.subnetwork_indices is None else flat[..., self.subnetwork_indices]
 
     def _diag(self, x: Any, y: Tensor, quantity: Quantity) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ class LayerwiseInterface(CurvatureInterface):
         return self.factor * loss, self.factor * self._flat(seen[quantity], 0)
 
     def _kron(self, x: Any, y: Tensor, data: int, quantity: Quantity) -> tuple[Tensor, Any]:
-        """Batches are added factor by factor: means over a batch (A) are weighed by its share M/N, sums (B) are not."""
+        """The loss and factors, which laplace sums over batches: A, a mean, is weighted by M/N, B is a sum."""
         if self.subnetwork_indices is not None:
             raise Undefined(
                 "asked for Kronecker factors of a subnetwork, which cut through the factors; freeze parameters as a "
@@ -151,7 +151,7 @@ class LayerwiseGGN(LayerwiseInterface, GGNInterface):
 
         la = Laplace(model, "classification", hessian_structure="kron", backend=LayerwiseGGN)
 
-    backend_kwargs: `stochastic=True` takes labels drawn from the model, `num_samples` of them (the true Fisher).
+    backend_kwargs: `stochastic=True` draws `num_samples` labels from the model (the true Fisher).
     Raises: Undefined, where laplace's `Kron` cannot hold a parameter's factors (groups, slices).
     Source: Daxberger et al. (2021), "Laplace redux"; quantities `DiagGGN`, `SqrtGGN`, `KFLR` and `KFAC`.
     """
@@ -161,7 +161,7 @@ class LayerwiseGGN(LayerwiseInterface, GGNInterface):
         return self.num_samples if self.stochastic else None
 
     def full(self, x: Any, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        """The summed loss, and the matrix `[P,P]` from the columns of its root, `[V,N,P]` at once."""
+        """The summed loss, and the matrix `[P,P]`, from its root `[V,N,P]` in memory at once."""
         quantity = SqrtGGN(draws=self._draws, max_elements=_ALL)
         loss, seen = self._observed(x, y, quantity)
         root = self._flat(seen[quantity], 2).flatten(0, 1)
@@ -182,19 +182,19 @@ class LayerwiseGGN(LayerwiseInterface, GGNInterface):
 
 
 class LayerwiseEF(LayerwiseInterface, EFInterface):
-    """The empirical Fisher (labels of the data), for laplace; `full` is laplace's own, from our per-sample gradients.
+    """The empirical Fisher (labels of the data), for laplace; laplace computes `full` from our per-sample gradients.
 
-    For regression laplace multiplies squared gradients of the squared error by 1/2, where those of a Gaussian's
-    log-likelihood would have 1/4; these results follow laplace.
+    For regression laplace multiplies squared gradients of the squared error by 1/2, where a Gaussian log-likelihood
+    needs 1/4; these results follow laplace.
     Raises: as `LayerwiseGGN`. Source: Kunstner, Balles and Hennig (2019), eq. 3; quantity `SecondMoment`.
     """
 
     def diag(self, x: Any, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        """The summed loss, and the diagonal `[P]`, without `[N,P]`."""
+        """The summed loss, and the diagonal `[P]`, without per-sample gradients `[N,P]`."""
         return self._diag(x, y, SecondMoment())
 
     def kron(self, x: Any, y: Tensor, N: int, kfac_approx: str = "expand") -> tuple[Tensor, Any]:
-        """The summed loss, and Kronecker factors whose B sums products of the gradients at the outputs."""
+        """The summed loss, and Kronecker factors with B the sum of g g^T of the gradients g at the outputs."""
         return self._kron(x, y, N, _EmpiricalFactors(Gradient(), kfac_approx, joint=False))
 
 
@@ -222,13 +222,13 @@ class LayerwiseHessian(LayerwiseInterface):
 
 
 class _EmpiricalFactors(KroneckerFactors):
-    """Kronecker factors from the gradients of the loss itself."""
+    """Kronecker factors from the gradients of the loss itself (the empirical Fisher)."""
 
     powers = (2,)
 
 
 def _factors(operator: Kronecker, name: str, p: Tensor, share: float) -> list[Tensor]:
-    """The factors of one parameter: one matrix for one axis, a product of first axis and rest for more.
+    """The factors of one parameter: one matrix for a vector, otherwise two, of the first axis and of the rest.
 
     share: M/N, which multiplies the factor that is a mean over the batch.
     """
@@ -237,8 +237,8 @@ def _factors(operator: Kronecker, name: str, p: Tensor, share: float) -> list[Te
         return [operator.to_dense(name) if blocks else p.new_zeros(p.numel(), p.numel())]
     if not blocks:
         return [p.new_zeros(len(p), len(p)), p.new_zeros(p[0].numel(), p[0].numel())]
-    found = _product(next(iter(blocks.values())), p, share) if len(blocks) == 1 else None
-    if found is None:
+    factors = _product(next(iter(blocks.values())), p, share) if len(blocks) == 1 else None
+    if factors is None:
         layout = ", ".join(
             f"{key}: {block.size.numel()} elements as {tuple(block.size)}" for key, block in blocks.items()
         )
@@ -247,11 +247,11 @@ def _factors(operator: Kronecker, name: str, p: Tensor, share: float) -> list[Te
             f"{tuple(p.shape)} has blocks [groups, out, in] of another kind ({layout}); freeze it "
             '(requires_grad_(False)), or take hessian_structure="diag" or "full"'
         )
-    return found
+    return factors
 
 
 def _product(block: KroneckerBlock, p: Tensor, share: float) -> list[Tensor] | None:
-    """The two factors of a block in the order of the parameter's axes, or None where it has no such two."""
+    """The two factors of a block in the order of the parameter's axes, or None if it has groups or another layout."""
     if len(block.B) > 1:
         return None
     places = block.matrix(torch.arange(p.numel()).reshape(p.shape))[0]

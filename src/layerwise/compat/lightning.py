@@ -29,10 +29,10 @@ class MonitorCallback(Callback):
 
         trainer = lightning.Trainer(callbacks=[MonitorCallback(every=50)])
 
-    A step is everything from its first batch to the optimizer's move, with all batches of `accumulate_grad_batches`.
-    Steps count from the start of the fit; they are in the checkpoint. log: as for `Monitor`; by default the trainer's
-    loggers' `log_metrics`. measures, every, seed: as for `Monitor`, which see. Parameters have the names that they have
-    in the LightningModule. Raises BadInput where the trainer has neither a logger nor `log`.
+    A step runs from its first batch to the optimizer's step, with all batches of `accumulate_grad_batches`.
+    Steps count from the start of the fit, and the count is saved in checkpoints. log: as for `Monitor`; by default the
+    trainer's loggers' `log_metrics`. measures, every, seed: as for `Monitor`. Parameter names are those of the
+    LightningModule. Raises BadInput where the trainer has neither a logger nor `log`.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class MonitorCallback(Callback):
 
     @property
     def monitor(self) -> Monitor | None:
-        """The monitor of the present fit."""
+        """The monitor of the present fit, or None."""
         return self._monitor
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the monitor."""
+        """Create the monitor."""
         loggers = list(trainer.loggers)
         if self._log is None and not loggers:
             raise BadInput("asked to monitor a fit whose trainer has no logger; give MonitorCallback(log=...)")
@@ -65,24 +65,24 @@ class MonitorCallback(Callback):
             self._monitor.load_state_dict(self._saved)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Begin to watch, with a step's first batch."""
+        """Start observing at the first batch of a step."""
         if self._open is None and self._monitor is not None:
             self._started = trainer.global_step
             self._open = self._monitor.step()
             self._open.__enter__()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End where the optimizer has moved."""
+        """Stop observing once the optimizer has stepped."""
         if self._open is not None and trainer.global_step > self._started:
             opened, self._open = self._open, None
             opened.__exit__(None, None, None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Forget a step that failed."""
+        """Discard a step that failed."""
         self._forget(exception)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Forget a step that was not finished."""
+        """Discard an unfinished step."""
         self._forget(_Unfinished())
 
     def _forget(self, exception: BaseException) -> None:
@@ -96,11 +96,11 @@ class MonitorCallback(Callback):
                 raise
 
     def state_dict(self) -> dict[str, Any]:
-        """The monitor's."""
+        """The state of the monitor."""
         return self._monitor.state_dict() if self._monitor is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state."""
+        """Keep a saved state for the next fit."""
         self._saved = dict(state_dict) or None
 
 

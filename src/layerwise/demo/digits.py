@@ -1,4 +1,4 @@
-"""The demo's problem: compress scikit-learn's 8x8 digits through 16 numbers and draw them again."""
+"""The demo's problem: an autoencoder of scikit-learn's 8x8 digits with a 16-dimensional bottleneck."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N_TRAIN = 1440
 
 @dataclass(frozen=True)
 class Problem:
-    """Images as rows: `x_train` `[N, 64]` and `x_test` `[M, 64]`, pixels in [0, 1]."""
+    """The data, one image a row: `x_train` `[N, 64]` and `x_test` `[M, 64]`, pixels in [0, 1]."""
 
     x_train: Tensor
     x_test: Tensor
@@ -42,7 +42,7 @@ def _entropy(x: Tensor) -> float:
 
 
 def digits(seed: int) -> Problem:
-    """The 1,797 digits of `sklearn.datasets.load_digits` over 16, split at random by `seed`: 1,440 and 357.
+    """The 1,797 digits of `sklearn.datasets.load_digits`, divided by 16, split at random by `seed`: 1,440 and 357.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (UCI, 1998), test part.
     """

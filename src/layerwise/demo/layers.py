@@ -1,4 +1,4 @@
-"""What one observed batch says about each layer: gradient noise, curvature, size of the next update."""
+"""Measures of each layer on one batch: gradient noise, curvature, size of the next update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Layer", "observed_layers"]
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer at one batch of N samples, weight and bias together.
+    """The measures of one layer (weight and bias together) on one batch of N samples.
 
     noise: `N² Σ V / ‖G‖²`, V the variance over samples and G the batch gradient: the batch size at
         which noise and signal are equally large (McCandlish et al., 2018, eq. 2.9).

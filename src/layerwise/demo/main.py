@@ -1,4 +1,4 @@
-"""The demo from start to end; imported only when the extras are known to be there."""
+"""The demo from start to end; imported only after the extras are known to be installed."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def _compare(out: Path, seed: int, epochs: int, seconds_limit: float) -> bool:
 
 
 def _observed(problem: Problem, seed: int) -> tuple[dict[str, list[Layer]], dict[str, str]]:
-    """The layers under each observed method, and the errors of those where that failed."""
+    """The layer measures for each observed method, and the errors of failed ones."""
     layers, errors = {}, {}
     for method in OBSERVED:
         try:
             layers[method] = observed_layers(problem, method, CHOSEN[method], seed=seed)
-        except Exception as error:  # told at the end; the other results stand
+        except Exception as error:  # reported at the end; the other results are valid
             errors[f"layers of {method}"] = f"{type(error).__name__}: {error}"
     return layers, errors

@@ -1,8 +1,8 @@
 """The methods that the demo compares: name -> settings -> optimizer.
 
-All are used alike, `opt.step(closure)`, under one learning rate schedule. Our methods run with their
+All run by `opt.step(closure)`, under one learning rate schedule. Our methods run with their
 defaults (`{}`). For the baselines `CHOSEN` holds the best of eight `TRIALS`, judged by the train loss
-after the demo's own number of epochs, on other seeds than the demo's: `python -m benchmarks.tune_demo`.
+after the demo's own number of epochs, on other seeds than the demo's: `python -m benchmarks.training.tune_demo`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Method:
-    """make(model, **settings) -> optimizer; backward: whether the closure has to call `loss.backward()`."""
+    """A method; make: (model, **settings) -> optimizer; backward: whether the closure calls `loss.backward()`."""
 
     make: Callable[..., torch.optim.Optimizer]
     backward: bool = False

@@ -17,7 +17,7 @@ from .train import Row
 
 __all__ = ["COLOURS", "curves", "layers"]
 
-# Okabe and Ito's palette: told apart with any colour vision; ours warm and green, baselines blue.
+# Okabe and Ito's palette for any colour vision; ours warm and green, baselines blue.
 COLOURS = {
     "LocoProp-M": "#D55E00",
     "LocoProp-S": "#E69F00",
@@ -43,7 +43,7 @@ def _figure(width: float, height: float, columns: int) -> tuple[Figure, list[Axe
 
 
 def _plain_log(axis: Any) -> None:
-    """A log axis with plain numbers at 1, 2, 5, and at more places where the data span little."""
+    """Format a log axis with plain numbers at 1, 2, 5 times powers of ten, more for a small range."""
     low, high = axis.get_view_interval()
     subs = (1.0, 2.0, 5.0) if high > 8 * low else (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(subs=subs, numticks=20))
@@ -51,8 +51,8 @@ def _plain_log(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _apart(wanted: Sequence[float], gap: float) -> list[float]:
-    """Positions, from high to low, pushed apart until neighbours are `gap` apart."""
+def _spread_out(wanted: Sequence[float], gap: float) -> list[float]:
+    """Positions from high to low, moved until neighbours are at least `gap` apart."""
     placed = list(wanted)
     for _ in range(200):
         for k in range(len(placed) - 1):
@@ -66,7 +66,7 @@ def _label_ends(ax: Axes, ends: Mapping[str, float]) -> None:
     to_axes = ax.transData + ax.transAxes.inverted()
     names = sorted(ends, key=lambda name: -ends[name])
     heights = [float(to_axes.transform((1, ends[name]))[1]) for name in names]
-    placed = _apart(heights, 0.06)
+    placed = _spread_out(heights, 0.06)
     lift = max(0.0, 0.02 - min(placed, default=1.0))  # none below the panel
     for name, y in zip(names, placed, strict=True):
         ax.text(
@@ -82,7 +82,7 @@ def _label_ends(ax: Axes, ends: Mapping[str, float]) -> None:
 
 
 def curves(path: Path, rows: Sequence[Row], floor_train: float, floor_test: float) -> None:
-    """Loss by epoch and by second, above the lowest possible, on a log axis: train thick, test dotted."""
+    """Plot the loss by epoch and by second, above the lowest possible, on a log axis: train thick, test dotted."""
     figure, axes = _figure(11, 4.6, 2)
     ends: dict[str, float] = {}
     for method, colour in COLOURS.items():
@@ -93,7 +93,7 @@ def curves(path: Path, rows: Sequence[Row], floor_train: float, floor_test: floa
             continue
         ends[method] = train[-1]
         by: list[list[float]] = [[row.epoch for row in own], [row.seconds for row in own]]
-        for ax, xs, skip in zip(axes, by, (0, 1), strict=True):  # second 0 has no place on a log axis
+        for ax, xs, skip in zip(axes, by, (0, 1), strict=True):  # second 0 cannot be shown on a log axis
             shown = slice(skip, len(train))
             ax.plot(xs[shown], test[shown], color=colour, linewidth=1.1, linestyle=DOTTED)
             ax.plot(xs[shown], train[shown], color=colour, linewidth=2.2, markevery=[-1], marker="o", markersize=5)
@@ -125,7 +125,7 @@ def curves(path: Path, rows: Sequence[Row], floor_train: float, floor_test: floa
 
 
 def layers(path: Path, observed: Mapping[str, Sequence[Layer]]) -> None:
-    """Gradient noise, curvature and update size by layer, a series for each method that was observed."""
+    """Plot gradient noise, curvature and update size by layer, one series for each observed method."""
     figure, axes = _figure(11, 4.2, 3)
     panels = (
         ("noise", "gradient noise", "batch size at which\nnoise equals signal"),

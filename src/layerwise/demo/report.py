@@ -28,7 +28,7 @@ def header(
     epochs: int,
     stopped_early: bool,
 ) -> dict[str, Any]:
-    """Everything that the rows depend on: versions, machine, seed, settings and how they were tuned."""
+    """The settings behind the rows: versions, machine, seed, settings and how they were tuned."""
     packages = ("torch", "numpy", "scikit-learn")
     return {
         "versions": {
@@ -54,7 +54,7 @@ def header(
 
 
 def write_json(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write `{"header": ..., "rows": [...]}`; the file is whole or absent, never cut short."""
+    """Write `{"header": ..., "rows": [...]}`; the file is complete or absent."""
     lines = [{k: v for k, v in asdict(row).items() if k != "error" or v} for row in rows]
     body = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
     text = ",\n".join("  " + json.dumps(line, ensure_ascii=False, allow_nan=False) for line in lines)
@@ -70,7 +70,7 @@ def final_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def table(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """Cells of the closing table: a first line of headings, then a line a method."""
+    """The cells of the final table: a header, then one row for each method."""
     lines: list[tuple[str, ...]] = [("method", "epochs", "train loss", "test loss", "seconds", "step / Adam")]
     for row in final_rows(rows):
         ratio = f"{ratios[row.method]:.2f}" if row.method in ratios else "-"

@@ -1,4 +1,4 @@
-"""What the demo shows while it runs: live bars on a terminal, a few plain lines elsewhere."""
+"""Progress of the demo: live bars on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["show_table", "watched"]
 
 
 def watched(rows: Iterable[Row], methods: Sequence[str], epochs: int, console: Console) -> Iterator[Row]:
-    """Pass `rows` on and show how far each method is."""
+    """Yield `rows` unchanged, and show the progress of each method."""
     return _bars(rows, methods, epochs, console) if console.is_terminal else _lines(rows, methods, epochs, console)
 
 
@@ -52,7 +52,7 @@ def _lines(rows: Iterable[Row], methods: Sequence[str], epochs: int, console: Co
 
 
 def show_table(lines: Sequence[tuple[str, ...]], console: Console) -> None:
-    """Print the closing table; numbers to the right."""
+    """Print the final table, numbers right-aligned."""
     first, *others = lines
     table = Table()
     for column, name in enumerate(first):

@@ -1,4 +1,4 @@
-"""Train all methods side by side: same initial weights, same minibatches, epochs in turn."""
+"""Train all methods side by side: same initial weights, same mini-batches, alternating epochs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH = 120
 
 @dataclass(frozen=True)
 class Row:
-    """One method after one epoch: losses in nats an image, seconds spent in its own steps so far."""
+    """One method after one epoch: losses in nats an image, total seconds in its own steps."""
 
     method: str
     epoch: int
@@ -33,13 +33,13 @@ class Row:
 
 
 def minibatches(x: Tensor, seed: int, epoch: int) -> list[Tensor]:
-    """The minibatches of an epoch, in an order that depends on `seed` and `epoch` alone."""
+    """The mini-batches of an epoch, in an order that depends only on `seed` and `epoch`."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     return [x[index] for index in torch.randperm(len(x), generator=generator).split(BATCH)]
 
 
 def schedule(epoch: int, epochs: int) -> float:
-    """Factor of the learning rate in epoch 1, 2, ..., `epochs`: 1 for the first half, then linear to 0."""
+    """The factor of the learning rate in epoch 1, 2, ..., `epochs`: 1 for the first half, then linear to 0."""
     return min(1.0, 2 * (epochs + 1 - epoch) / (epochs + 1))
 
 
@@ -56,7 +56,7 @@ class Run:
 
     @contextmanager
     def own_random_numbers(self) -> Iterator[None]:
-        """What one method draws must not depend on which others run beside it."""
+        """Context with the method's own random state, so that its draws do not depend on the other methods."""
         outside = torch.get_rng_state()
         torch.set_rng_state(self.random_state)
         try:
@@ -66,7 +66,7 @@ class Run:
             torch.set_rng_state(outside)
 
     def step(self, x: Tensor) -> None:
-        """One minibatch."""
+        """One optimizer step on a mini-batch."""
 
         def closure() -> Tensor:
             loss = reconstruction_loss(self.model, x)
@@ -89,7 +89,7 @@ class Run:
             self.seconds += time.perf_counter() - start
 
     def row(self, problem: Problem, epoch: int) -> Row:
-        """The losses on the whole train and test part; a loss that is not finite is an error."""
+        """The losses on the whole training and test sets; a loss that is not finite is an error."""
         with torch.no_grad():
             train = float(reconstruction_loss(self.model, problem.x_train))
             test = float(reconstruction_loss(self.model, problem.x_test))
@@ -99,7 +99,7 @@ class Run:
 
 
 def failed(method: str, epoch: int, error: Exception | str, seconds: float = 0.0) -> Row:
-    """The row of a method that cannot go on."""
+    """The row of a method that failed."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     return Row(method, epoch, None, None, seconds, text)
 
@@ -114,8 +114,8 @@ def train(
 ) -> Iterator[Row]:
     """Yield a row per method and epoch, beginning with epoch 0, the common start.
 
-    Epochs go round robin, and each round begins with another method, so that noise of the machine
-    falls on all alike. A method that raises yields one row with `error` and takes no further part.
+    Epochs alternate between methods, and each round begins with another method, so that timing noise of
+    the machine affects all equally. A method that raises yields one row with `error` and takes no further part.
     All stop after the round in which `seconds_limit` (wall-clock) runs out.
     """
     start, runs = time.perf_counter(), []
@@ -143,9 +143,9 @@ def train(
 def step_seconds(
     problem: Problem, settings: Mapping[str, Settings], *, seed: int, rounds: int = 40, warm_up: int = 5
 ) -> dict[str, list[float]]:
-    """Seconds of single steps, the methods taking turns on the same minibatch.
+    """Seconds of single steps, with methods alternating on the same mini-batch.
 
-    Every method starts afresh; one that fails is left out.
+    Every method starts from the initial weights; one that fails is left out.
     """
     runs: list[Run] = []
     times: dict[str, list[float]] = {}
@@ -153,7 +153,7 @@ def step_seconds(
         try:
             runs.append(Run(method, chosen, seed))
             times[method] = []
-        except Exception:  # its error is in the rows of `train`
+        except Exception:  # the error is in the rows of `train`
             continue
     batches = minibatches(problem.x_train, seed, 0)
     for turn in range(warm_up + rounds):
@@ -182,6 +182,6 @@ def relative_to(times: Mapping[str, Sequence[float]], reference: str) -> dict[st
 
 
 def _turned(runs: Sequence[Run], turn: int) -> list[Run]:
-    """The runs in an order that begins with another one each time."""
+    """The runs, rotated by `turn`."""
     first = turn % len(runs) if runs else 0
     return [*runs[first:], *runs[:first]]

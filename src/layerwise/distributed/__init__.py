@@ -1,4 +1,4 @@
-"""Beyond one process, on `torch.distributed`: agreement, gradient noise between ranks, checkpoints, stages."""
+"""Training on several processes with `torch.distributed`: gradient noise between ranks, checkpoints, pipelines."""
 
 from layerwise.distributed.checkpoints import Loaded, load, save
 from layerwise.distributed.pipeline import Pipeline

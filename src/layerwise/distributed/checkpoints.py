@@ -1,6 +1,6 @@
-"""Checkpoints that a run starts again from, on the same number of processes or another.
+"""Checkpoints from which a run resumes, on the same or another number of processes.
 
-On `torch.distributed.checkpoint`: each rank writes what it holds, under names alone, and reads what it needs.
+Uses `torch.distributed.checkpoint`: each rank writes its own tensors under parameter names, and reads what it needs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Model = nn.Module | Mapping[str, Tensor]
 
 
 class Loaded(NamedTuple):
-    """What a run goes on with: the number of the step after which it was saved (0: nothing was), and `extra`."""
+    """The result of `load`: the number of finished steps (0: no checkpoint was found), and `extra`."""
 
     step: int
     extra: Any = None
@@ -52,7 +52,7 @@ def save(
     keep: int = 2,
     group: Any = None,
 ) -> Path:
-    """Write a checkpoint: model, optimizer, random numbers of every rank, the step, and `extra`; returns its folder.
+    """Write a checkpoint: model, optimizer, random states of all ranks, the step, and `extra`; returns its folder.
 
         start = lw.distributed.load("run", model, opt)
         for step in range(start.step, 1000):
@@ -61,11 +61,11 @@ def save(
                 lw.distributed.save("run", step + 1, model, opt)
 
     Everything is stored under parameter names, so that another number of ranks, or one process, can load it. Each rank
-    writes what it holds: its shards (DTensors), the local optimizers of the layers that it owns, its stage of a model.
-    All ranks of the group call it, with a folder that all can reach. A checkpoint shows up under its name when it is
-    complete: one that is cut short leaves the one before. keep: how many stay, the newest.
-    extra: what else belongs to the run, picklable and the same on all ranks (the state of a scheduler or a sampler).
-    Raises BadInput for a step or a number to keep that cannot be, RankLost where a rank is gone.
+    writes its own part: shards (DTensors), the local optimizers of the layers that it owns, its stage of a model.
+    A collective: all ranks of the group call it, with a folder that all can access. A checkpoint gets its final name
+    only when complete, so an interrupted `save` leaves the previous one intact. keep: how many of the newest to keep.
+    extra: further state of the run, picklable and the same on all ranks (that of a scheduler or a sampler).
+    Raises BadInput for an invalid step or number to keep, RankLost where a rank is gone.
     """
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save as write
@@ -83,7 +83,7 @@ def save(
     content = flat(document(model, optimizer, step, extra, ranks.rank))
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     alone = not (dist.is_available() and dist.is_initialized())
-    with _no_word_of_one_process():
+    with _no_single_process_warning():
         write(content, checkpoint_id=part, planner=planner, process_group=group, no_dist=alone)
     ranks.gather(None)
     if ranks.rank == 0:
@@ -99,11 +99,11 @@ def save(
 def load(
     folder: str | os.PathLike[str], model: Model, optimizer: torch.optim.Optimizer | None = None, *, group: Any = None
 ) -> Loaded:
-    """Go on from the newest checkpoint of a folder that can be read on all ranks; `Loaded(0)` where there is none.
+    """Resume from the newest checkpoint of a folder that all ranks can read; returns `Loaded(0)` if there is none.
 
-    Model, optimizer and random numbers are as they were. On more ranks than there were, random numbers that all ranks
-    had in common go to all; otherwise further ranks keep their own. One that cannot be read is passed over with a
-    `CutShort` warning. Raises BadInput where none can be read, or where one is of another model.
+    Restores model, optimizer and random states. If there are more ranks than at the time of saving, additional ranks
+    get the random states that all ranks had in common, or else keep their own. An unreadable checkpoint is skipped with
+    a `CutShort` warning. Raises BadInput where none can be read, or for a checkpoint of another model.
     """
     ranks = Ranks(group)
     ranks.doing = "loading a checkpoint"
@@ -125,14 +125,14 @@ def load(
 
 
 def _found(folder: str | os.PathLike[str]) -> list[Path]:
-    """Complete checkpoints, the newest first."""
+    """The folders of complete checkpoints, the newest first."""
     return sorted(Path(folder).glob("step-*"), reverse=True)
 
 
 def _read(
     path: Path, model: Model, optimizer: torch.optim.Optimizer | None
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """What a checkpoint holds for us; or None, and why it cannot be read."""
+    """This rank's part of a checkpoint and None, or None and the reason why it cannot be read."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -148,7 +148,7 @@ def _read(
         }
         wanted = template(sizes, model, _names(model))
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with _no_word_of_one_process():
+        with _no_single_process_warning():
             read(wanted, storage_reader=reader, planner=planner, no_dist=True)
     except BadInput:
         raise
@@ -162,15 +162,15 @@ def _names(model: Model) -> Iterable[str]:
 
 
 @contextmanager
-def _no_word_of_one_process() -> Iterator[None]:
-    """Without torch's warning that it takes one process for all: reading by each rank for itself is what we ask for."""
+def _no_single_process_warning() -> Iterator[None]:
+    """Silence torch's warning about loading in a single process: each rank reads for itself on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         yield
 
 
 def _sync(folder: Path) -> None:
-    """Make a new name in a folder last through a power cut, where the system can."""
+    """Flush a folder to disk, so that a rename inside survives a power cut, where the system supports it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""A run as a document under names: flat keys for storage, and back into a model and an optimizer."""
+"""Conversion of a run (model, optimizer, random states) to a flat dict for storage, and back."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from layerwise.tape.uses import named_parameters_of
 __all__ = ["document", "flat", "nested", "put_into_model", "put_into_optimizer", "restore_random", "template"]
 
 Model = nn.Module | Mapping[str, Tensor]
-Sizes = Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]  # of what is stored under a key; None: an object
+Sizes = Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]  # by key: shape and dtype of a tensor; None: an object
 _NOT_SETTINGS = ("params", "param_names")
 
 
 def document(model: Model, optimizer: torch.optim.Optimizer | None, step: int, extra: Any, rank: int) -> dict[str, Any]:
-    """All that this rank holds of a run."""
-    found = {"step": step, "extra": (extra,), "model": _tensors(model), "random": {str(rank): _random()}}
-    return found if optimizer is None else {**found, "optimizer": _by_name(optimizer, model)}
+    """This rank's part of a run as a nested dict."""
+    content = {"step": step, "extra": (extra,), "model": _tensors(model), "random": {str(rank): _random()}}
+    return content if optimizer is None else {**content, "optimizer": _by_name(optimizer, model)}
 
 
 # Keys -------------------------------------------------------------------------------------------------------------
 
 
 def flat(value: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Nested dicts and lists as one dict, with a key for each leaf that tells its way and the kinds of its steps."""
+    """Flatten nested dicts and lists to one dict; the key of a leaf is its path, with the type of each step."""
     if isinstance(value, dict) and value and all(isinstance(key, (str, int)) for key in value):
         steps = [("k" if isinstance(key, int) else "s") + str(key) for key in value]
         parts = zip(steps, value.values(), strict=True)
     elif isinstance(value, list) and value:
         parts = zip([f"i{n}" for n in range(len(value))], value, strict=True)
     elif type(value) is Tensor and path[:1] != ("smodel",) and not value.is_contiguous():
-        # stored in the order of its memory: products of it have other bits in another layout
+        # stored with its strides' order: another memory layout would change the rounding of its products
         order = sorted(range(value.dim()), key=lambda d: -value.stride()[d])
         return {json.dumps((*path, "t" + ",".join(map(str, order)))): value.permute(order)}
     else:
@@ -51,7 +51,7 @@ def nested(leaves: Mapping[str, Any]) -> Any:
         return leaves["[]"]
     groups: dict[str, dict[str, Any]] = {}
     for key, leaf in leaves.items():
-        if key == "[]":  # empty on one rank, and not on another
+        if key == "[]":  # a container that is empty on one rank only
             continue
         step, *rest = json.loads(key)
         groups.setdefault(step, {})[json.dumps(rest)] = leaf
@@ -65,34 +65,34 @@ def nested(leaves: Mapping[str, Any]) -> Any:
 
 
 def template(sizes: Sizes, model: Model, names: Iterable[str]) -> dict[str, Any]:
-    """What to read of a checkpoint: keys with room for their tensors; nothing of parameters that are not ours.
+    """The keys to read from a checkpoint, with empty tensors for them; without parameters that `names` lacks.
 
-    Raises BadInput, by name, where it lacks a tensor of the model or has it in another shape.
+    Raises BadInput, by name, where the checkpoint lacks a tensor of the model or has it in another shape.
     """
-    ours, params = _tensors(model), named_parameters_of(model)
+    tensors, params = _tensors(model), named_parameters_of(model)
     ways = {key: [step[1:] for step in json.loads(key)] for key in sizes}
     settings = {way[2] for way in ways.values() if way[:2] == ["optimizer", "settings"]}
     stored = {way[1]: sizes[key] for key, way in ways.items() if way[0] == "model"}
-    strangers = (settings | stored.keys()) - set(names) - ours.keys()
-    for name, t in ours.items():
+    strangers = (settings | stored.keys()) - set(names) - tensors.keys()
+    for name, t in tensors.items():
         if name not in stored:
             raise BadInput(f"the checkpoint has no {name!r}; it holds {', '.join(sorted(stored)[:5])}, ...")
         size = stored[name]
         if isinstance(t, Tensor) and (size is None or size[0] != tuple(t.shape)):
             raise BadInput(f"{name!r} has the shape {size and size[0]} in the checkpoint, and {tuple(t.shape)} here")
-    found: dict[str, Any] = {}
+    wanted: dict[str, Any] = {}
     for key, way in ways.items():
         if any(step in strangers for step in way):
             continue
         size = sizes[key]
-        like = ours.get(way[1]) if way[0] == "model" else params.get(way[2]) if len(way) > 2 else None
+        like = tensors.get(way[1]) if way[0] == "model" else params.get(way[2]) if len(way) > 2 else None
         if size is None:
-            found[key] = None
+            wanted[key] = None
         elif isinstance(like, Tensor) and tuple(like.shape) == size[0]:
-            found[key] = torch.empty_like(like.detach(), dtype=size[1])  # a shard where the parameter is one
+            wanted[key] = torch.empty_like(like.detach(), dtype=size[1])  # a shard where the parameter is one
         else:
-            found[key] = torch.empty(size[0], dtype=size[1])
-    return found
+            wanted[key] = torch.empty(size[0], dtype=size[1])
+    return wanted
 
 
 # Model and optimizer ----------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def _tensors(model: Model) -> dict[str, Any]:
 
 @torch.no_grad()
 def put_into_model(model: Model, content: Mapping[str, Any]) -> None:
-    """Overwrite a model's tensors."""
+    """Overwrite a model's tensors with saved ones."""
     if isinstance(model, nn.Module):
         model.load_state_dict({name: content[name] for name in model.state_dict()})
     else:
@@ -113,7 +113,7 @@ def put_into_model(model: Model, content: Mapping[str, Any]) -> None:
 
 
 def _by_name(optimizer: torch.optim.Optimizer, model: Model) -> dict[str, Any]:
-    """An optimizer's state and settings by parameter name, and the other entries of its `state_dict` as they are."""
+    """An optimizer's state and settings by parameter name, and the other entries of its `state_dict` unchanged."""
     saved, name_of = _with_names(optimizer, model)
     settings: dict[str, Any] = {}
     for group in saved["param_groups"]:
@@ -128,7 +128,7 @@ def _by_name(optimizer: torch.optim.Optimizer, model: Model) -> dict[str, Any]:
 
 
 def put_into_optimizer(optimizer: torch.optim.Optimizer, model: Model, content: Mapping[str, Any] | None) -> None:
-    """Hand an optimizer its saved state. Raises BadInput, by name, for parameters that had no optimizer or another."""
+    """Load an optimizer's saved state. Raises BadInput, by name, for missing parameters or conflicting settings."""
     if content is None:
         raise BadInput("the checkpoint was saved without an optimizer")
     saved, name_of = _with_names(optimizer, model)
@@ -140,9 +140,9 @@ def put_into_optimizer(optimizer: torch.optim.Optimizer, model: Model, content: 
         if missing:
             raise BadInput(f"the checkpoint's optimizer did not have {', '.join(missing[:5])}")
         own = settings[names[0]][0]
-        apart = [name for name in names if repr(settings[name][0]) != repr(own)]
-        if apart:
-            raise BadInput(f"{names[0]} and {apart[0]} are in one parameter group here, and had different settings")
+        different = [name for name in names if repr(settings[name][0]) != repr(own)]
+        if different:
+            raise BadInput(f"{names[0]} and {different[0]} are in one parameter group here, and had different settings")
         groups.append({**group, **own})
     numbers = {name: number for number, name in name_of.items()}
     optimizer.load_state_dict({
@@ -153,12 +153,12 @@ def put_into_optimizer(optimizer: torch.optim.Optimizer, model: Model, content: 
 
 
 def _with_names(optimizer: torch.optim.Optimizer, model: Model) -> tuple[dict[str, Any], dict[int, str]]:
-    """What an optimizer saves, as far as this rank holds it, and the names behind its numbers."""
+    """An optimizer's `state_dict`, this rank's part of it, and the parameter names for its parameter numbers."""
     saved: dict[str, Any] = getattr(optimizer, "local_state_dict", optimizer.state_dict)()
     names = {id(p): name for name, p in named_parameters_of(model).items()}
     name_of = {}
-    for group, held in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        for number, p in zip(group["params"], held["params"], strict=True):
+    for group, group_here in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        for number, p in zip(group["params"], group_here["params"], strict=True):
             if id(p) not in names:
                 raise BadInput("the optimizer holds a parameter that the model does not have")
             name_of[number] = names[id(p)]
@@ -177,7 +177,7 @@ def _random() -> tuple[dict[str, Any]]:
 
 
 def restore_random(saved: Mapping[str, tuple[dict[str, Any]]], rank: int) -> None:
-    """Bring the generators back to where this rank's were; a further rank's to where all were, or leave them."""
+    """Restore this rank's random states; an additional rank gets those that all ranks shared, or keeps its own."""
     states = [saved[key][0] for key in sorted(saved, key=int)]
     if str(rank) in saved:
         state = saved[str(rank)][0]

@@ -1,4 +1,4 @@
-"""Alternating minimization in stages: each process holds its own layers only, and no gradient passes between them."""
+"""Pipeline-parallel alternating minimization: each process holds only its own layers, and sends no gradients."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ _REFUSED = {"parallel": "ranks are stages here", "trace": "it compares with the 
 
 
 class Pipeline(LayerLocal):
-    """`AltMin(codes="sweep")` of a model in stages, one for each rank in order, with the bits of one process.
+    """`AltMin(codes="sweep")` of a model in stages, one per rank in order; bitwise equal to a single process.
 
         stage = lw.distributed.split(model, world_size)[rank]
         opt = lw.distributed.Pipeline(stage, weights="adam")
         loss = opt.step(x, lambda out: F.cross_entropy(out, y))
 
-    stage: this rank's part of the model, which takes one tensor and ends (but for the last) with the output of a
-    layer that moves. Parameter names must differ between stages; those of `split` and `Stage` are the whole model's.
-    group: a process group, default all ranks. Other settings: AltMin's, the same on all ranks; patterns in `layers` are
-    those for the whole model.
+    stage: this rank's part of the model, which takes one tensor; all but the last must end with the output of a trained
+    layer. Parameter names must differ between stages; `split` and `Stage` keep those of the whole model.
+    group: a process group, default all ranks. Other settings: AltMin's, the same on all ranks; patterns in `layers`
+    refer to the whole model.
 
-    In a step each stage receives the output of the layer below and sends its own up; the code of that layer below then
-    moves on this side of the cut, where the block that reads it is, and is sent down. So activations pass up and codes
-    down, each through one block, and there is no backward pass over stages. All agree whether to skip the batch, then
-    each updates its own weights at once. A stage has memory for its own parameters, state and activations alone.
-    `state_dict` and checkpoints hold a stage's part, under names: `lw.distributed.save` joins them, and `load` gives
-    them to another number of stages, or to a whole model with AltMin. schedule="async" is that of AltMin.
+    In a step each stage receives the output of the stage before it and sends its own to the next. The code of a
+    received output is updated on the receiving stage, whose block reads it, and is sent back. So activations pass
+    forward and codes backward, each over one cut, and no backward pass spans stages. All stages agree whether to skip
+    the batch, then update their own weights in parallel. A stage needs memory only for its own parameters, state and
+    activations. `state_dict` and checkpoints hold a stage's part by name: `lw.distributed.save` combines them, and
+    `load` works on another number of stages, or on a whole model with AltMin. schedule="async" is that of AltMin.
 
-    `torch.distributed.pipelining` is not used: its schedules interleave forward with global backward passes, and pass
-    gradients down where codes are wanted; point-to-point messages of the group serve. Models that draw random numbers
-    draw them from each stage's own generator, so they differ from one process's.
+    Point-to-point messages of the group are used, not `torch.distributed.pipelining`, whose schedules send gradients of
+    a global backward pass. A model that draws random numbers uses each stage's own generator, so results then differ
+    from those of a single process.
     Raises BadInput, by name, where ranks disagree, for multipliers, a trace, other codes and `refit`; RankLost.
-    LocoProp has no such form: its targets need dL/dz at every layer, which only a global backward pass gives (it would
-    send the activation up and the cotangent down at each cut): `LocoProp(parallel=)` shares its solves.
+    LocoProp has no pipeline: its targets need dL/dz at every layer, which takes a global backward pass;
+    `LocoProp(parallel=)` distributes its layer solves instead.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Pipeline(LayerLocal):
         return found
 
     def _patterns_here(self, layers: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        """The patterns that match a parameter of this stage. Raises BadInput for one that matches in none."""
+        """The patterns that match a parameter of this stage. Raises BadInput for a pattern that matches in no stage."""
         every: list[list[str]] = self._stages.gather(list(names))
         flat = [name for stage in every for name in stage]
         twice = sorted({name for name in flat if flat.count(name) > 1})
@@ -115,7 +115,7 @@ class Pipeline(LayerLocal):
         check_group(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As AltMin's."""
+        """As `AltMin.add_param_group`."""
         super().add_param_group(with_coupling(param_group))
 
     # -- a step ------------------------------------------------------------------------------------------------
@@ -123,10 +123,10 @@ class Pipeline(LayerLocal):
     def step(  # type: ignore[override]
         self, inputs: Tensor | None = None, loss: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Pass a batch up and codes down, move this stage's weights, and return the loss before the step on all ranks.
+        """Run one step: forward the batch, return codes, update this stage's weights; returns the loss before the step.
 
-        inputs: the batch, which the first stage reads. loss: from the model's output to the loss, which the last stage
-        calls. The other stages need neither. Raises BadInput where one is missing.
+        inputs: the batch, needed by the first stage. loss: the function from the model's output to the loss, needed by
+        the last stage. All ranks get the loss. Raises BadInput where one is missing.
         """
         if (self._first and inputs is None) or (self._last and loss is None):
             raise BadInput("the first stage's step takes the inputs, and the last one's the loss of the outputs")
@@ -134,11 +134,11 @@ class Pipeline(LayerLocal):
         return repeated(self, self._fitter, self._model, once)
 
     def refit(self, closures: Iterable[Any]) -> float:
-        """Not in stages: raises BadInput."""
+        """Raises BadInput: stages cannot refit."""
         raise BadInput("refit moves the last stage alone: load its checkpoint into a whole model with AltMin")
 
     def _attempt_on(self, batch: _Batch, closure: Any, buffers: Buffers) -> tuple[Tensor, str | None]:
-        """Record the stage with the codes of all, and fit its layers; all stages go back where one must."""
+        """Record the stage with all codes, and fit its layers; if one stage fails, all roll back."""
         run = self._record(batch)
         fitting = self._fitting(run)
         where = self._agreed(run, unsafe(run, partial(self._fitter.gamma, fitting)) or buffers.spoiled())
@@ -150,7 +150,7 @@ class Pipeline(LayerLocal):
         return run.loss, where
 
     def _record(self, batch: _Batch) -> Recorded:
-        """Pass the outputs up and the codes down, and record the stage's layers on them."""
+        """Exchange outputs and codes with the neighbouring stages, and record this stage's layers on the codes."""
         self._turns.begin()
         below = None if self._first else self._receive_up()
         entry = None if below is None else below.value
@@ -190,7 +190,7 @@ class Pipeline(LayerLocal):
     def _given(
         self, coded: CodedModel, layers: Sequence[Layer], hidden: dict[int, Layer], out: Tensor, samples: int
     ) -> dict[int, Tensor]:
-        """Send the output up, and receive the code of the layer that made it, which joins the hidden ones."""
+        """Send the output to the next stage, and receive its code; adds its layer to the `hidden` ones."""
         index = coded.use_behind(out)
         found = next((layer for layer in layers if index in {part.use.index for part in layer.parts}), None)
         if layers and (index is None or found is None):
@@ -224,7 +224,7 @@ class Pipeline(LayerLocal):
         return _Below(value, coupling, sparsity, int(samples))
 
     def _snapshot(self, fitting: Fitting) -> Snapshot | None:
-        """Copies to go back to, where a solution here or in another stage may not be finite."""
+        """A snapshot for rollback, where a solution of any stage may not be finite; otherwise None."""
         layers = fitting.run.layers
         own = self._fitter.snapshot(fitting, layers)
         if own is not None and not self._fallible:
@@ -234,11 +234,11 @@ class Pipeline(LayerLocal):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def local_state_dict(self) -> dict[str, Any]:
-        """As AltMin's, of this stage."""
+        """As `AltMin.local_state_dict`, for this stage."""
         return {**super().local_state_dict(), **self._fitter.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As AltMin's, of this stage."""
+        """As `AltMin.load_state_dict`, for this stage."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "stale"})
         self._fitter.restore(state_dict, self._model)
 
@@ -255,7 +255,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Below:
-    """What a stage hears from below: a layer's output, its μ and λ, and the number of samples."""
+    """The message from the previous stage: its output, the coupling μ and code penalty λ, and the batch size."""
 
     value: Tensor
     coupling: float
@@ -264,14 +264,14 @@ class _Below:
 
 
 class _Stages(Executor):
-    """Each stage solves its own layers, and all go on or go back together."""
+    """An executor for stages: each solves its own layers, and all commit or roll back together."""
 
     def __init__(self, ranks: Ranks, home: Executor) -> None:
         self._ranks, self._home, self._steps = ranks, home, 0
         self._device = torch.device("cpu")
 
     def begin(self) -> None:
-        """Count a step."""
+        """Count a step, for error messages."""
         self._steps += 1
         self._ranks.doing = f"step {self._steps} of this run"
 
@@ -282,7 +282,7 @@ class _Stages(Executor):
     def agreed(
         self, where: str | None, loss: Tensor, facts: Callable[[], Facts], tensors: Callable[[], Mapping[str, Tensor]]
     ) -> str | None:
-        """The place that forbids the step in any stage; all stages take over the last one's loss."""
+        """The first reason in any stage to skip the step, or None; broadcasts the last stage's loss into `loss`."""
         self._device = loss.device
         value = loss.detach().double().reshape(())
         self._ranks.send_from(self._ranks.size - 1, [value])
@@ -290,5 +290,5 @@ class _Stages(Executor):
         return self.anywhere(where)
 
     def anywhere(self, where: str | None) -> str | None:
-        """The first tensor that is not finite after the step in any stage, or None."""
+        """The first non-finite tensor after the step in any stage, or None."""
         return self._ranks.first(where, self._device)

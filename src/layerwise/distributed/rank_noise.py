@@ -1,4 +1,4 @@
-"""The gradient noise scale from the ranks' own gradients against their mean, at no extra pass."""
+"""The gradient noise scale from the gradients of single ranks and their mean, without an extra pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Gradient = Mapping[str, Tensor] | Iterable[Tensor]
 
 
 class NoiseEstimate(NamedTuple):
-    """noise: tr(Sigma), of the samples' gradients; signal: |G|²; both unbiased, so either may come out negative."""
+    """Unbiased estimates, which may be negative; noise: tr(Sigma) of per-sample gradients; signal: |G|²."""
 
     noise: float
     signal: float
@@ -33,14 +33,14 @@ def noise_of_ranks(own: Gradient, mean: Gradient, samples: int, group: Any = Non
     """The simple gradient noise scale from R ranks' own gradients g_r, and their mean over ranks, g = sum_r g_r / R.
 
     own: g_r, the gradient of a mean loss over this rank's `samples`, n_r of them, before any reduction: `seen.grad` of
-    an `observe`. mean: what DDP or FSDP2 puts into `.grad`, by name or in any order, None left out. With
+    an `observe`. mean: the `.grad` from DDP or FSDP2, by name or in any order, without None. With
     B_small = R / sum_r (1/n_r), B_big = R B_small, and small the mean over ranks of |g_r|²,
 
         |G|² = (B_big |g|² - B_small small) / (B_big - B_small),    tr(Sigma) = (small - |g|²) / (1/B_small - 1/B_big),
 
-    unbiased whatever the ranks' numbers of samples, which must be drawn independently. One message of four numbers. A
-    collective: all ranks of `group` call it, and all get the same.
-    Raises, on all ranks: Undefined (a single rank, whose noise cannot be told from its signal), BadInput (no samples).
+    unbiased for any numbers of samples, if samples are drawn independently. A collective with one message of four
+    numbers: all ranks of `group` call it, and all get the same result.
+    Raises, on all ranks: Undefined (a single rank cannot separate noise and signal), BadInput (no samples).
     Source: McCandlish et al. (2018), eq. A.2 and A.3; the harmonic mean for uneven batches.
     """
     ranks = Ranks(group)
@@ -60,13 +60,13 @@ def noise_of_ranks(own: Gradient, mean: Gradient, samples: int, group: Any = Non
 
 
 def _estimate(small: float, big: float, inverse: float, size: int) -> NoiseEstimate:
-    """inverse: 1 / B_small."""
+    """The formulas of `noise_of_ranks`; inverse: 1 / B_small."""
     noise = (small - big) / (inverse - inverse / size)
     return NoiseEstimate(noise, (size * big - small) / (size - 1))
 
 
 def _squared(gradient: Gradient) -> tuple[float, torch.device]:
-    """The squared norm in float64, of DTensors that of the whole, and where the numbers are."""
+    """The squared norm in float64 (of the whole tensor for DTensors), and its device."""
     tensors = gradient.values() if isinstance(gradient, Mapping) else gradient
     total, device = 0.0, torch.device("cpu")
     for g in tensors:
@@ -80,7 +80,7 @@ def _squared(gradient: Gradient) -> tuple[float, torch.device]:
 
 
 class RankNoise:
-    """A running gradient noise scale of a training loop on several ranks, without an extra pass.
+    """A running average of the gradient noise scale over training steps on several ranks, without an extra pass.
 
         noise = RankNoise(decay=0.99)
         for x, y in loader:
@@ -89,8 +89,9 @@ class RankNoise:
             noise.update(seen.grad, (p.grad for p in model.parameters()), len(x))
         noise.scale
 
-    tr(Sigma) and |G|² are averaged apart, since their ratio is biased: over all steps, each with weight 1
-    (`decay=None`), or with weights that fall by `decay` a step, debiased. Raises BadInput, and as `noise_of_ranks`.
+    tr(Sigma) and |G|² are averaged separately, since their ratio is biased: over all steps with equal weights
+    (`decay=None`), or by a bias-corrected exponential moving average with `decay`.
+    Raises BadInput, and the errors of `noise_of_ranks`.
     Source: McCandlish et al. (2018), appendix A.1.
     """
 
@@ -101,7 +102,7 @@ class RankNoise:
         self._noise = self._signal = self._weight = 0.0
 
     def update(self, own: Gradient, mean: Gradient, samples: int) -> NoiseEstimate:
-        """Take one step; its own estimate. Arguments as of `noise_of_ranks`."""
+        """Add one step, and return its own estimate. Arguments as for `noise_of_ranks`."""
         found = noise_of_ranks(own, mean, samples, self._group)
         keep, new = (1.0, 1.0) if self.decay is None else (self.decay, 1 - self.decay)
         self._noise = keep * self._noise + new * found.noise
@@ -111,20 +112,20 @@ class RankNoise:
 
     @property
     def average(self) -> NoiseEstimate:
-        """The averages so far; raises NoBackward before the first step."""
+        """The running averages; raises NoBackward before the first step."""
         if not self._weight:
             raise NoBackward("asked for the average of RankNoise, but no step was taken; call update() first")
         return NoiseEstimate(self._noise / self._weight, self._signal / self._weight)
 
     @property
     def scale(self) -> float:
-        """The averages' ratio, in samples."""
+        """The ratio of the running averages, in samples."""
         return self.average.scale
 
     def state_dict(self) -> dict[str, float]:
-        """The sums, to go on from."""
+        """The running sums, to resume from."""
         return {"noise": self._noise, "signal": self._signal, "weight": self._weight}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from saved sums."""
+        """Resume from saved sums."""
         self._noise, self._signal, self._weight = state["noise"], state["signal"], state["weight"]

@@ -1,4 +1,4 @@
-"""A chain of modules cut into stages, each with the names that its parameters have in the whole model."""
+"""Cutting a chain of modules into pipeline stages, which keep the parameter names of the whole model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class Stage(nn.Module):
-    """Modules applied in turn, under the (dotted) names that they have in the whole model.
+    """A sequence of modules that keep their (dotted) names in the whole model.
 
     parts: by name, in order: `{"features.0": nn.Conv2d(...), "features.1": nn.ReLU()}`.
     """
@@ -33,22 +33,22 @@ class Stage(nn.Module):
             home.add_module(last, part)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The parts' output."""
+        """The output of the last module."""
         for name in self._order:
             x = self.get_submodule(name)(x)
         return x
 
 
 def split(model: nn.Sequential, stages: int, cuts: Sequence[str] | None = None) -> list[Stage]:
-    """Cut a chain into stages, with the model's own modules and names.
+    """Cut a chain of modules into stages, which share the model's modules and names.
 
         stage = lw.distributed.split(model, world_size)[rank]
-        del model  # the other stages' memory
+        del model  # frees the other stages' memory
 
-    A stage ends right after a linear or convolution layer, so that what passes between stages is that layer's output;
-    the functions that follow it begin the next stage. cuts: the names of the layers that end a stage, but for the last
-    one; by default those for which the largest stage has the fewest parameters. Sequential modules inside are taken
-    apart. Raises BadInput where the model is no chain, has too few layers, or has a parameter in two stages.
+    A stage ends right after a linear or convolution layer, whose output is sent to the next stage; the functions after
+    that layer belong to the next stage. cuts: the names of the layers that end a stage, without the last stage; by
+    default those for which the largest stage has the fewest parameters. Nested Sequential modules are flattened.
+    Raises BadInput where the model is no chain, has too few layers, or has a parameter in two stages.
     """
     if not isinstance(model, nn.Sequential):
         raise BadInput(f"split cuts an nn.Sequential; got {type(model).__name__}: make Stages of its modules instead")
@@ -87,7 +87,7 @@ def _flat(model: nn.Sequential, before: str) -> dict[str, nn.Module]:
 
 
 def _balanced(sizes: Sequence[int], allowed: Sequence[int], stages: int) -> list[int]:
-    """Where to cut, so that the largest stage is smallest: by dynamic programming over the places allowed."""
+    """The cuts that minimize the size of the largest stage, by dynamic programming over the allowed positions."""
     total = [0]
     for size in sizes:
         total.append(total[-1] + size)

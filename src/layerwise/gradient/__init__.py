@@ -1,1 +1,1 @@
-"""One parameter's gradient over all its uses, as rows."""
+"""The per-sample gradient of one parameter over all its uses, as rows (inputs and output cotangents)."""

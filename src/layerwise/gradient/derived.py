@@ -1,4 +1,4 @@
-"""Parameters without rows of their own; gradients of a derived tensor (a weight norm, LoRA's sum), carried back."""
+"""Parameters used through a derived tensor (weight norm, LoRA's sum), and their gradients by the chain rule."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["carries", "carry", "without_rows"]
+__all__ = ["has_derived_gradient", "leaf_gradients", "without_rows"]
 
 
-def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients `[V,N,*used.shape]` of `used` as those of the leaves it came from, `[V,N,*leaf.shape]` each."""
+def leaf_gradients(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Vector-Jacobian products of gradients `[V,N,*used.shape]` to the leaves of `used`, `[V,N,*leaf.shape]` each."""
     flat = dense.flatten(0, 1)
     carried: Sequence[Tensor | None]
     try:
@@ -29,33 +29,33 @@ def carry(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]
             torch.stack([torch.zeros_like(p) if g is None else g for g in column])
             for p, column in zip(leaves, columns, strict=True)
         ]
-    found = []
+    gradients = []
     for leaf, value in zip(leaves, carried, strict=True):
         value = flat.new_zeros(len(flat), *leaf.shape) if value is None else value
-        found.append(value.to(leaf.dtype).unflatten(0, dense.shape[:2]))
-    return found
+        gradients.append(value.to(leaf.dtype).unflatten(0, dense.shape[:2]))
+    return gradients
 
 
 def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:
-    """The parameters that some use reads through a derived tensor or without row form, or uses as several matrices."""
-    found: set[str] = set()
+    """Names of parameters that some use reads through a derived tensor, without row form, or as several matrices."""
+    names: set[str] = set()
     layouts: dict[str, list[tuple[MatrixLayout, Slot]]] = {}
     for use in uses:
         for derived, slot in zip(use.used, use.slots, strict=True):
             name = next(iter(derived.names))
             view = MatrixLayout.of_view(slot.used, tape.parameters[name])
             if len(derived.names) > 1 or not slot.factored or view is None:
-                found |= derived.names
+                names |= derived.names
             else:
                 layouts.setdefault(name, []).append((view, slot))
     for name, views in layouts.items():
-        if len(views) > 1 and name not in found and grouped([v.then(slot.matrix) for v, slot in views]) is None:
-            found.add(name)
-    return found
+        if len(views) > 1 and name not in names and grouped([v.then(slot.matrix) for v, slot in views]) is None:
+            names.add(name)
+    return names
 
 
-def carries(tape: Tape, use: Use) -> bool:
-    """Whether some gradient of a use goes back to its parameter through a graph."""
+def has_derived_gradient(tape: Tape, use: Use) -> bool:
+    """Whether a use reads a derived tensor, so that its gradient reaches the parameter only through autograd."""
     return any(
         not slot.used.is_leaf
         and (len(d.names) > 1 or MatrixLayout.of_view(slot.used, tape.parameters[next(iter(d.names))]) is None)

@@ -1,7 +1,7 @@
-"""The gradient of one parameter as parts, one for each use, joined before anything is squared.
+"""The per-sample gradient of one parameter as parts, one for each use, summed before anything is squared.
 
-A part is a pair of rows where the used tensor is the parameter itself (or a transposed view of it), and
-per-sample gradients otherwise: those of a derived tensor are carried back to its parameters by its vjp.
+A part holds rows (inputs and output cotangents) where the used tensor is the parameter or a transposed view of it, and
+per-sample gradients otherwise: a derived tensor's gradients reach its parameters by a vector-Jacobian product.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from layerwise.tape.uses import Use
 __all__ = ["ParameterGradient", "PartCollector"]
 
 
-_CHUNK = 2**22  # elements of per-sample gradients held at once where uses have no common row form
+_CHUNK = 2**22  # elements of per-sample gradients in memory at once where uses have no common row form
 
 
 @dataclass(frozen=True)
 class ParameterGradient:
-    """All parts of one parameter's gradient for a stack of V cotangents; `column` numbers the first.
+    """The gradient of one parameter for a stack of V cotangents; column: the index of the first among all stacks.
 
-    Second moments, norms and dots are computed once, for all quantities that ask for them.
+    Second moments, norms and inner products are cached for all quantities that ask for them.
 
-    shared: results that other parameters of the same stack can use again (a weight and its bias).
+    shared: a cache for results that other parameters of the same stack can reuse (a weight and its bias).
     """
 
     name: str
@@ -58,18 +58,18 @@ class ParameterGradient:
 
     @cached_property
     def _row_parts(self) -> list[RowsPart] | None:
-        """The parts, where all of them are rows."""
+        """The parts, or None unless all of them are rows."""
         found = [part for part in self.parts if isinstance(part, RowsPart)]
         return found if len(found) == len(self.parts) else None
 
     @cached_property
     def _groups(self) -> list[list[int]] | None:
-        """The numbers of parts that lay the parameter out alike, where those that do not share no element of it."""
+        """Indices of parts grouped by layout, or None where different layouts share an element of the parameter."""
         return None if self._row_parts is None else layout.grouped([part.layout() for part in self._row_parts])
 
     @cached_property
     def groups(self) -> list[RowsPart] | None:
-        """The parts as one pair of rows for each matrix, of the parameter or of disjoint slices; None otherwise."""
+        """One pair of rows for the parameter, or for each of its disjoint slices; None where neither exists."""
         if self.joined is not None:
             return [self.joined]
         parts = self._row_parts
@@ -78,7 +78,7 @@ class ParameterGradient:
         return [joined_parts([parts[i] for i in group]) for group in self._groups]
 
     def laid(self, partner: bool = False) -> FactorForm:
-        """How the parameter has Kronecker factors; partner: look for the bias of its uses as well."""
+        """The form of the Kronecker factors and the matrix layouts; partner: find the bias of its uses as well."""
         if self.groups is None:
             return FactorForm("gradients", (layout.dense_layout(self.shape),))
         found = tuple(part.layout() for part in self.groups)
@@ -91,7 +91,7 @@ class ParameterGradient:
 
     @property
     def _fewest(self) -> Sequence[Part]:
-        """The parts, joined where they can be."""
+        """The joined part alone where there is one, otherwise all parts."""
         return self.parts if self.joined is None else [self.joined]
 
     def per_sample(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -104,12 +104,12 @@ class ParameterGradient:
         return total
 
     def chunks(self) -> Iterator[Tensor]:
-        """`per_sample` a few samples at a time, and one cotangent where they are large: `[N, P]` is never held."""
+        """Yield `per_sample` for a few samples at a time, if large for one cotangent at a time; never `[N, P]`."""
         for gradient in self._columns() if self.parts[0].size[0] * self.shape.numel() > _CHUNK else [self]:
             yield from gradient._in_chunks()
 
     def _in_chunks(self) -> Iterator[Tensor]:
-        """`per_sample` a few samples at a time, so that `[N, P]` is never held."""
+        """Yield `per_sample` for a few samples at a time, so that memory never holds `[N, P]`."""
         n, each = self.parts[0].size[1], self._each()
         for start in range(0, n, each):
             yield self.per_sample(start, start + each)
@@ -121,11 +121,11 @@ class ParameterGradient:
         return sum((g.sum(1) for g in self._in_chunks()), self._zeros(()))
 
     def rows(self) -> Tensor:
-        """`per_sample()` of all samples, for every quantity that asks; squares are then read off it."""
+        """`per_sample()` of all samples, cached; second moments and norms then reuse it."""
         return self._once("rows", self.per_sample)
 
     def _held_rows(self) -> Tensor | None:
-        """All per-sample gradients, where they are at hand and squares of them are not had for less."""
+        """The cached per-sample gradients, unless there are none or their squares are cheaper from rows."""
         part, held = self.joined, self._kept.get("rows")
         if held is None or part is None:
             return held
@@ -136,7 +136,7 @@ class ParameterGradient:
         return self._once("second moment", self._second_moment)
 
     def _once(self, what: str, compute: Callable[[], Tensor]) -> Tensor:
-        """A result for every quantity that asks: its values are shared until one of them is written to."""
+        """A cached result, as a copy-on-write copy for every caller."""
         if what not in self._kept:
             self._kept[what] = compute()
         return tensors.lazy_copy(self._kept[what])
@@ -149,18 +149,18 @@ class ParameterGradient:
         return sum((g.square().sum((0, 1)) for g in self._in_chunks()), self._zeros(self.shape))
 
     def output_gram(self, g: Tensor) -> Tensor:
-        """`[K,O,O]` of the joined rows' cotangents; computed once for a weight and its bias."""
+        """The Gram matrix `[K,O,O]` of the rows' cotangents g; cached for a weight and its bias."""
         key = g.data_ptr(), g.shape, g.stride()
         if key not in self.shared:
-            self.shared[key] = g, contract.output_gram(g)  # g is held, so that its address stays its own
+            self.shared[key] = g, contract.output_gram(g)  # keeps g alive, so that its address stays unique
         return self.shared[key][1]
 
     def dense_grams(self) -> tuple[Tensor, Tensor]:
-        """Sums over v and n of D D^T, `[1,O,O]`, and D^T D, `[1,I,I]` or its diagonal, D as `layout.dense_layout`."""
+        """Sums over v, n of D D^T `[1,O,O]` and D^T D `[1,I,I]` (or its diagonal), D as by `layout.dense_layout`."""
         return gram.dense_grams(self.chunks(), self.shape, self.like)
 
     def squared_norm(self) -> Tensor:
-        """`[V,N]`: squared norm of each per-sample gradient; the diagonal of the dots where those are known."""
+        """`[V,N]`: squared norm of each per-sample gradient; the diagonal of `pairwise_dot` where that is cached."""
         return self._once("squared norm", self._squared_norm)
 
     def _squared_norm(self) -> Tensor:
@@ -175,7 +175,7 @@ class ParameterGradient:
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the type and on the device of the gradient."""
+        """A scalar with the dtype and device of the gradient."""
         return self._zeros(())
 
     def squares(self) -> Tensor:
@@ -187,7 +187,7 @@ class ParameterGradient:
         return self._zeros((self.parts[0].size[1], *self.shape)) if total is None else total
 
     def _columns(self) -> Iterator[ParameterGradient]:
-        """The same gradient for each cotangent alone."""
+        """Yield the gradient for each single cotangent."""
         parts = self._fewest
         for v in range(parts[0].size[0]):
             yield ParameterGradient(self.name, self.shape, [part.column(v) for part in parts], self.column + v)
@@ -229,7 +229,7 @@ class ParameterGradient:
     def sketch(self, left: Tensor, right: Tensor) -> Tensor:
         """`[V,N,J]`: inner products with the rank-one matrices `left[j] right[j]^T` of shape `[R,C]`, R·C = numel.
 
-        left: `[J,R]`; right: `[J,C]`. The parameter's elements count in its own order, whatever the layout of its uses.
+        left: `[J,R]`; right: `[J,C]`. Elements are in the parameter's own order, whatever the layout of its uses.
         """
         if (part := self.joined) is not None:
             factors = project.in_layout(left, right, part.layout())
@@ -244,7 +244,7 @@ class ParameterGradient:
         return g.reshape(*g.shape[:2], -1)
 
     def _each(self) -> int:
-        """How many samples' gradients are held at once."""
+        """The number of samples whose gradients are computed at once."""
         through = [part.slot.used.numel() for part in self.parts if isinstance(part, LaterPart)]
         return max(1, _CHUNK // max(1, self.shape.numel(), *through))
 
@@ -253,7 +253,7 @@ class ParameterGradient:
 
 
 class PartCollector:
-    """Collect the parts of every parameter's gradient, and give it out once all its uses have arrived."""
+    """Collects the parts of every parameter's gradient, and returns the gradient once all its uses have parts."""
 
     def __init__(self, tape: Tape, uses: Iterable[Use]) -> None:
         self._tape = tape
@@ -264,7 +264,7 @@ class PartCollector:
                 self._expected.setdefault(name, set()).add(use.index)
 
     def add(self, use: Use, parts: Iterable[tuple[str, Part]]) -> Iterator[ParameterGradient]:
-        """Take the parts of one use; the gradients that it completes."""
+        """Add the parts of one use, and yield the gradients that are now complete."""
         for name, part in parts:
             self._waiting.setdefault(name, []).append(part)
         for name in use.names:
@@ -273,11 +273,11 @@ class PartCollector:
                 yield self._take(name)
 
     def complete(self, use: Use) -> bool:
-        """Whether the gradients of all parameters of a use were given out."""
+        """Whether the gradients of all parameters of a use have been returned."""
         return not any(self._expected[name] for name in use.names)
 
     def rest(self) -> Iterator[ParameterGradient]:
-        """The gradients of which some use never arrived."""
+        """Yield the incomplete gradients, of which some use had no cotangent."""
         for name in list(self._waiting):
             yield self._take(name)
 

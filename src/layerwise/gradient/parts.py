@@ -1,4 +1,4 @@
-"""What one use contributes to a parameter's gradient: rows, per-sample gradients, or a recipe to make them."""
+"""The contribution of one use to a parameter's gradient: rows, per-sample gradients, or gradients on demand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from layerwise.gradient.derived import carry
+from layerwise.gradient.derived import leaf_gradients
 from layerwise.ops.base import Slot
 from layerwise.rows import contract, gram
 from layerwise.rows.base import Rows, Samples
@@ -22,7 +22,7 @@ __all__ = ["DensePart", "LaterPart", "Part", "RowsPart", "bias_of", "joined_part
 
 @dataclass(frozen=True)
 class Part:
-    """What one use contributes to a parameter's gradient; of this class itself: a contribution without numbers."""
+    """The contribution of one use to a parameter's gradient; an instance of this base class holds no numbers."""
 
     use: Use
 
@@ -50,7 +50,7 @@ class Part:
 
 @dataclass(frozen=True)
 class _OfSlot(Part):
-    """The rows of one slot of a use."""
+    """A contribution as the rows of one slot of a use."""
 
     slot: Slot
     rows: Rows
@@ -65,23 +65,23 @@ class _OfSlot(Part):
         return replace(self, rows=self.rows.sent(self.rows.g[v : v + 1]))
 
     def _folded(self, start: int, stop: int | None) -> Tensor:
-        """`[V,n,*used.shape]`: the gradients of the tensor that the slot reads."""
+        """`[V,n,*used.shape]`: per-sample gradients of the tensor that the slot reads."""
         length = len(range(self.size[1])[start:stop])
         return self.slot.fold(contract.per_sample(contract.narrow(self.rows, start, length)))
 
 
 @dataclass(frozen=True)
 class RowsPart(_OfSlot):
-    """Rows of the parameter itself; view: where the tensor that the slot reads lies in the parameter."""
+    """Rows of the parameter itself; view: the layout in the parameter of the tensor that the slot reads."""
 
     view: MatrixLayout
 
     def fold(self, w: Tensor) -> Tensor:
-        """`[..., K,O,I]` to `[..., *shape]`."""
+        """Reshape `[..., K,O,I]` to the parameter, `[..., *shape]`."""
         return self.view.fold(self.slot.fold(w))
 
     def layout(self) -> MatrixLayout:
-        """Where the rows' matrix lies in the parameter."""
+        """The layout of the rows' matrix in the parameter."""
         return self.view.then(self.slot.matrix, self.slot.bias)
 
     def per_sample(self, start: int, stop: int | None) -> Tensor:
@@ -101,7 +101,7 @@ class RowsPart(_OfSlot):
 
 @dataclass(frozen=True)
 class DensePart(Part):
-    """Per-sample gradients `[V,N,*shape]`; carried: whether they came back through a graph of parameters."""
+    """Per-sample gradients `[V,N,*shape]`; carried: whether they came through a derived tensor by autograd."""
 
     values: Tensor
     carried: bool
@@ -130,9 +130,9 @@ class DensePart(Part):
 
 @dataclass(frozen=True)
 class LaterPart(_OfSlot):
-    """Rows of a derived tensor, carried back to a leaf a few samples at a time as they are read, while the graph lives.
+    """Rows of a derived tensor, backpropagated to a leaf on demand, a few samples at a time, while the graph is alive.
 
-    dtype: of what is read.
+    dtype: of the gradients read.
     """
 
     leaf: Tensor
@@ -140,7 +140,7 @@ class LaterPart(_OfSlot):
 
     def per_sample(self, start: int, stop: int | None) -> Tensor:
         """`[V,n,*shape]`: the gradients of the samples from `start` to `stop`."""
-        return carry(self.slot.used, self._folded(start, stop), [self.leaf])[0].to(self.dtype)
+        return leaf_gradients(self.slot.used, self._folded(start, stop), [self.leaf])[0].to(self.dtype)
 
     def zeros(self, shape: Sequence[int]) -> Tensor:
         """Zeros of the type and on the device of the gradient."""
@@ -160,42 +160,42 @@ def parts_of(
     unstructured: Collection[str] = (),
     rows_only: bool = False,
 ) -> list[tuple[str, Part]]:
-    """The parts that a stack of cotangents `[V, *out_shape]` of one use gives to each parameter.
+    """The parts of each parameter's gradient from a stack of cotangents `[V, *out_shape]` of one use.
 
-    later: carry what came through a derived tensor only as it is read, while its graph lives.
-    unstructured: parameters that have rows and of which no per-sample structure is asked (Kronecker factors).
-    rows_only: what is not unstructured and has no rows becomes a part without numbers. samples: None where no parameter
-    needs per-sample structure.
+    samples: where the samples lie in the output; None where no parameter needs per-sample structure.
+    later: return a `LaterPart` for derived tensors, to backpropagate on demand.
+    unstructured: names of parameters with rows that need no per-sample structure (Kronecker factors).
+    rows_only: return a `Part` without numbers where a parameter has no rows.
     """
-    found: list[tuple[str, Part]] = []
+    parts: list[tuple[str, Part]] = []
     for derived, slot in zip(use.used, use.slots, strict=True):
         if len(derived.names) == 1:
             (name,) = derived.names
             where = None if name in unstructured else samples
             view = MatrixLayout.of_view(slot.used, tape.parameters[name])
             if view is not None and slot.factored and (where is None or where.axis not in slot.aligned):
-                found.append((name, RowsPart(use, slot, slot.rows(g, where), view)))
+                parts.append((name, RowsPart(use, slot, slot.rows(g, where), view)))
                 continue
         if rows_only:
-            found += [(name, Part(use)) for name in sorted(derived.names)]
+            parts += [(name, Part(use)) for name in sorted(derived.names)]
             continue
         assert samples is not None
         leaves = {name: tape.parameters[name] for name in sorted(derived.names)}
         if later and slot.factored and samples.axis not in slot.aligned and not slot.used.is_leaf:
             rows = slot.rows(g, samples)
-            found += [(name, LaterPart(use, slot, rows, leaf, leaf.dtype)) for name, leaf in leaves.items()]
+            parts += [(name, LaterPart(use, slot, rows, leaf, leaf.dtype)) for name, leaf in leaves.items()]
             continue
         dense = slot.dense(g, samples)
         carried = not slot.used.is_leaf
-        values = carry(slot.used, dense, list(leaves.values())) if carried else [dense]
-        found += [(name, DensePart(use, v, carried)) for name, v in zip(leaves, values, strict=True)]
-    return found
+        values = leaf_gradients(slot.used, dense, list(leaves.values())) if carried else [dense]
+        parts += [(name, DensePart(use, v, carried)) for name, v in zip(leaves, values, strict=True)]
+    return parts
 
 
 def bias_of(part: RowsPart) -> str | None:
     """The parameter that a use adds to each output row of a weight: `Z = W A + b`; None where there is none.
 
-    Proved on the numbers of the output's places: both slots must lay them out as the same rows.
+    Proved by numbering the output's elements: both slots must arrange them into the same rows.
     """
     if part.slot.bias:
         return None
@@ -214,7 +214,7 @@ def bias_of(part: RowsPart) -> str | None:
 
 
 def joined_parts(parts: Sequence[RowsPart]) -> RowsPart:
-    """Parts of one layout as one pair of rows; inputs of several kinds are written out."""
+    """Parts of one layout concatenated to one pair of rows; inputs of different kinds become dense."""
     rows = [part.rows for part in parts]
     if len({r.g.shape[1] for r in rows}) > 1:  # rows without sample structure: all are positions
         rows = [contract.flatten_samples(r) for r in rows]

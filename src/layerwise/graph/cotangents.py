@@ -1,8 +1,8 @@
-"""What is sent back through the graph: the gradient's own cotangent, or roots of the loss Hessian.
+"""Cotangents that quantities send back through the graph: the loss's own, or roots of the loss Hessian.
 
 For a loss L = sum_r w_r l_r(f_r) over loss terms r with outputs f, a root is a set of columns s with
-`sum_j s_rj s_rj^T = w_r H_r` for every term. Each column carries the terms of all samples at once, but of
-one position within the sample only: terms of one sample must not meet before they are squared.
+`sum_j s_rj s_rj^T = w_r H_r` for every term. Each column holds the terms of all samples at one position within the
+sample: terms of the same sample must not add before they are squared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from layerwise.graph.heads import Head
+from layerwise.graph.loss_curvature import LossCurvature
 from layerwise.losses import Likelihood
 from layerwise.rows.base import Samples
 
@@ -65,12 +65,12 @@ class Columns(Cotangent):
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
         raise NotImplementedError
 
-    def stacks(self, heads: Sequence[Head], chunk: int) -> Iterator[tuple[int, Head, Tensor]]:
-        """All columns, one head after the other: the number of the first one, its head, and a stack of them."""
+    def stacks(self, curvatures: Sequence[LossCurvature], chunk: int) -> Iterator[tuple[int, LossCurvature, Tensor]]:
+        """All columns, one curvature after another: the number of the first, its curvature, and a stack of them."""
         column = 0
-        for head in heads:
-            for stack in self.columns(head.likelihood, head.rows, chunk):
-                yield column, head, stack
+        for curvature in curvatures:
+            for stack in self.columns(curvature.likelihood, curvature.rows, chunk):
+                yield column, curvature, stack
                 column += len(stack)
 
 
@@ -111,7 +111,7 @@ class Exact(Columns):
 class Sampled(Columns):
     """Monte-Carlo columns from labels drawn from the model: unbiased, `draws` of them.
 
-    Terms are drawn independently, so all positions of a sample travel in one column.
+    Terms are drawn independently, so one column holds all positions of a sample.
     """
 
     draws: int
@@ -153,7 +153,7 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def positions(loss: Likelihood, rows: Samples) -> Tensor:
-    """Number of each logit's loss term within its sample, broadcastable to the logits' shape."""
+    """The number of each logit's loss term within the sample, broadcastable to the logits' shape."""
     shape = list(loss.logits.shape)
     position = torch.zeros([1] * len(shape), dtype=torch.long)
     for axis, size in enumerate(shape):

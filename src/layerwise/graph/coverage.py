@@ -1,14 +1,14 @@
 """Coverage, proved on the autograd graph: every path from the loss to a parameter passes a recorded use.
 
-The calls that were seen prove nothing: a custom autograd Function, a scripted block or another thread are
-invisible to a torch-function mode. So the graph itself is walked. From the total to the values of the known
-losses, from their logits to the outputs of uses, from each use on to the edges its data had before the
-call. Whatever reaches a parameter another way is an error that names the parameter and the node.
+The recorded calls prove nothing: a custom autograd Function, a scripted block or another thread are invisible to a
+torch-function mode. So the graph itself is walked: from the total to the values of the known losses, from their logits
+to the outputs of uses, from each use to the edges that its data had before the call. A path that reaches a parameter
+without passing a use is an error that names the parameter and the node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
+from layerwise.graph.walk import Node, by_node, children, edges, inputs, nodes
 from layerwise.losses import OwnCall
 from layerwise.tape.binding import Leaves
 from layerwise.tape.tape import Tape
@@ -39,8 +40,13 @@ class Graph:
 
     @property
     def losses(self) -> list[LossUse]:
-        """All that enters a loss: what the known ones receive, then the boundary of the user's own."""
+        """The inputs of all losses: the logits of the known ones, then the boundary of the user's own."""
         return [*self.known, *(part for own in self.own for part in own.boundary)]
+
+    @property
+    def seed(self) -> Tensor:
+        """The cotangent of the total: the weight of the backward pass, by default 1."""
+        return torch.ones_like(self.total) if self.weight is None else self.weight
 
     @property
     def batch(self) -> Tensor | None:
@@ -61,8 +67,8 @@ def prove(
 ) -> Graph:
     """The uses and losses that `total` depends on, after proof that they cover every parameter.
 
-    With `need_loss`, every path must also pass through a loss that the tape knows, or through what the model
-    returned where the tape kept that. without: losses to take as if they were not known.
+    With `need_loss`, every path must also pass through a known loss, or through the model's output where the tape
+    recorded it. without: losses to treat as unknown.
     Raises UncoveredUse, UnknownLoss, or Undefined (a parameter enters the loss directly).
     """
     if not total.requires_grad or total.grad_fn is None:
@@ -71,80 +77,65 @@ def prove(
             "was the loss detached, or computed under no_grad?"
         )
     graph = known_losses(tape, total, without) if need_loss else Graph(total, None, [], [], [])
-    roots = [loss.logits.node for loss in graph.losses] if need_loss else [total.grad_fn]
-    reached = _walk_to_uses(roots, tape.leaves(), _by_node(tape.uses), tape.spent)
+    roots = [loss.logits for loss in graph.losses] if need_loss else [(total.grad_fn, 0)]
+    reached = _walk_to_uses(roots, tape.leaves(), by_node(tape.uses), tape.spent)
     return Graph(total, weight, sorted(reached, key=lambda u: u.index), graph.known, graph.own)
 
 
 def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> Graph:
-    """The losses that `total` is made of, where every path to a parameter passes through one; no uses.
+    """The losses that `total` is made of, after proof that every path to a parameter passes one of them.
 
-    What is below the losses need not be known. Raises UnknownLoss, UncoveredUse or Undefined as `prove`.
+    Uses below the losses are not looked for. Raises UnknownLoss, UncoveredUse or Undefined as `prove`.
     """
     walk = _LossWalk(tape, without)
     if not walk.to_losses(total, ()) and tape.returned is not None:
         walk.to_losses(total, tape.returned)
-        walk.own.append(_rest(walk.boundary, walk.loose))
+        walk.own.append(_unexplained(walk.boundary, walk.bypassing))
     for own in walk.own:
         if own.value is not None:
-            walk.inside(own)
+            walk.check_first_argument(own)
     return Graph(total, None, [], walk.known, walk.own)
 
 
-def _by_node(uses: list[Use]) -> dict[Any, list[Use]]:
-    table: dict[Any, list[Use]] = {}
-    for use in uses:
-        table.setdefault(use.edge.node, []).append(use)
-    return table
-
-
 class _LossWalk:
-    """The way from a total down to its losses.
+    """The walk from a total down to its losses.
 
-    known, own: the losses found; boundary: the tensors of the model's output that were met before a loss;
-    loose: the uses that were met before either.
+    known, own: the losses found. boundary: the tensors of the model's output met before a loss. bypassing: the uses
+    met before either.
     """
 
     def __init__(self, tape: Tape, without: Sequence[LossUse]) -> None:
         self._tape = tape
         self._leaves = tape.leaves()
-        self._use_at = _by_node(tape.uses)
+        self._use_at = by_node(tape.uses)
         dropped = set(map(id, without))
-        self._loss_at: dict[Any, list[LossUse]] = {}
+        self._loss_at: dict[Node, list[LossUse]] = {}
         for loss in tape.losses:
-            # A call that learns from both sides has no likelihood, but may have a Hessian of its own.
+            # A call whose target also requires grad has no likelihood; as a loss of the user's own it has a Hessian.
             if id(loss) not in dropped and not (loss.call.learned and tape.returned is not None):
                 self._loss_at.setdefault(loss.value.node, []).append(loss)
         self._own_at = {own.value.node: own for own in tape.own if own.value is not None}
 
     def to_losses(self, total: Tensor, outputs: Sequence[LossUse]) -> bool:
-        """Walk; whether every path ends at a loss. A parameter met on the way is an error."""
+        """Walk from the total; whether every path ends at a loss. A parameter met on the way is an error."""
         at = {(part.logits.node, part.logits.output_nr): part for part in outputs}
         self.known: list[LossUse] = []
         self.own: list[OwnUse] = []
         self.boundary: list[LossUse] = []
-        self.loose: list[Use] = []
-        seen: set[Any] = set()
-        stack: list[Any] = [(total.grad_fn, total.output_nr)]
-        while stack:
-            node, output = stack.pop()
-            part = at.get((node, output))
-            key = (node, output) if part is not None else node
-            if node is None or key in seen:
-                continue
-            seen.add(key)
+        self.bypassing: list[Use] = []
+        stops = dict.fromkeys((*self._loss_at, *self._own_at, *self._use_at), ())
+        for node, output in edges([(total.grad_fn, total.output_nr)], stops, at):
             if node in self._loss_at:
                 self.known += self._loss_at[node]
             elif node in self._own_at:
                 self.own.append(self._own_at[node])
-            elif part is not None:
-                self.boundary.append(part)
+            elif (node, output) in at:
+                self.boundary.append(at[node, output])
             elif node in self._use_at:
                 self._meet(self._use_at[node])
             else:
                 self._refuse_parameter(node)
-                stack += node.next_functions
-        return not self.boundary and not self.loose
+        return not self.boundary and not self.bypassing
 
     def _meet(self, uses: list[Use]) -> None:
         if not uses[0].call.out_shape:
@@ -156,9 +147,9 @@ class _LossWalk:
                 "binary_cross_entropy_with_logits, ... (their modules do), times constants and summed, or mark it with "
                 "layerwise.as_loss(fn)(outputs, ...)"
             )
-        self.loose += uses
+        self.bypassing += uses
 
-    def _refuse_parameter(self, node: Any) -> None:
+    def _refuse_parameter(self, node: Node) -> None:
         name = self._leaves.name(node)
         if name is None:
             return
@@ -166,51 +157,43 @@ class _LossWalk:
             raise UncoveredUse(_uncovered(name, "the loss", "no call with it was seen"))
         raise Undefined(_enters(name))
 
-    def inside(self, own: OwnUse) -> None:
+    def check_first_argument(self, own: OwnUse) -> None:
         """Prove that a marked call depends on the model through its first argument alone."""
         assert own.value is not None
         ends = {(part.logits.node, part.logits.output_nr) for part in own.boundary}
-        seen: set[Any] = set()
-        stack: list[Any] = [(own.value.node, own.value.output_nr)]
-        while stack:
-            node, output = stack.pop()
-            if node is None or (node, output) in ends or node in seen:
+        for node, output in edges([own.value], {}, ends):
+            if (node, output) in ends:
                 continue
-            seen.add(node)
             if node in self._use_at:
                 raise UnknownLoss(
                     f"{own.call.name} is marked as a loss, but it depends on {self._use_at[node][0]} by another way "
                     "than its first argument; hand all that it reads of the model over as that argument, in a tuple"
                 )
             self._refuse_parameter(node)
-            stack += node.next_functions
 
 
-def _rest(boundary: list[LossUse], loose: list[Use]) -> OwnUse:
-    """What no known loss explains, as one loss of what the model returned, and of uses that go past it."""
+def _unexplained(boundary: list[LossUse], bypassing: list[Use]) -> OwnUse:
+    """The part of the total without a known loss, as one loss of the model's output and of uses that bypass it."""
     call = OwnCall("the loss", boundary[0].call.logits if boundary else torch.empty(0))
     parts = list(boundary)
-    for use in loose:
+    for use in bypassing:
         data = use.edge.node._input_metadata[use.edge.output_nr]
         logits = torch.zeros((), dtype=data.dtype, device=data.device).expand(use.call.out_shape)
         parts.append(LossUse(OwnCall("the loss", logits), use.edge, use.edge))
-    return OwnUse(call, parts, None, loose[0] if loose else None)
+    return OwnUse(call, parts, None, bypassing[0] if bypassing else None)
 
 
-def _walk_to_uses(roots: list[Any], leaves: Leaves, use_at: dict[Any, list[Use]], spent: Collection[Any]) -> list[Use]:
-    """The uses below the roots, jumping from a use to its data; a parameter met on the way is an error."""
-    seen: set[Any] = set()
-    stack: list[tuple[Any, Any]] = [(node, None) for node in roots]
+def _walk_to_uses(
+    roots: Iterable[Any], leaves: Leaves, use_at: dict[Node, list[Use]], spent: Collection[Node]
+) -> list[Use]:
+    """The uses below the roots, following the data of each use; a parameter met on the way is an error."""
+    data = inputs(use_at)
     reached: list[Use] = []
-    while stack:
-        node, parent = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    passed: list[Node] = []  # in the order of the walk, to name the node above an uncovered parameter
+    for node in nodes(roots, data):
         if node in use_at:
-            for use in use_at[node]:
-                reached.append(use)
-                stack += [(edge.node, node) for edge in use.inputs]
+            reached += use_at[node]
+            passed.append(node)
             continue
         if node in spent:
             raise Undefined(
@@ -224,9 +207,10 @@ def _walk_to_uses(roots: list[Any], leaves: Leaves, use_at: dict[Any, list[Use]]
             )
         name = leaves.name(node)
         if name is not None:
-            via = parent.name() if parent is not None else "the loss"
+            above = (n.name() for n in reversed(passed) if any(edge[0] is node for edge in children(n, data)))
+            via = next(above, "the loss")
             raise UncoveredUse(_uncovered(name, via, "a call that the tape cannot see passes it on"))
-        stack += [(child, node) for child, _ in node.next_functions]
+        passed.append(node)
     return reached
 
 

@@ -1,39 +1,39 @@
-"""The user's own loss as a function of its boundary: gradients and Hessian products, with nothing else in them.
+"""The partial derivatives of a loss of the user's own in its boundary tensors: gradients and Hessian products.
 
 Cotangents travel from the total (or a marked call's value) to the boundary and stop at known losses, at other marked
-calls and at the boundary itself, so that what comes out are partial derivatives of this loss alone, also where one
-boundary tensor was made from another.
+calls and at the boundary itself. So the results are partial derivatives of this loss alone, also where one boundary
+tensor was made from another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise.errors import UnknownLoss
 from layerwise.graph.coverage import Graph
 from layerwise.graph.products import pull_stack, twice
+from layerwise.graph.walk import Node
 from layerwise.tape.pull import pull, stopped
 from layerwise.tape.uses import OwnUse
 
-__all__ = ["Inside", "gradients", "not_linear", "scales"]
+__all__ = ["OwnLossGraph", "gradients", "not_linear", "scales"]
 
 
-def scales(graph: Graph, values: Sequence[Any]) -> list[Tensor | None]:
-    """What the total gives each of some loss values as weight, `dL/dl`; they require grad where L is not linear."""
+def scales(graph: Graph, values: Sequence[GradientEdge]) -> list[Tensor | None]:
+    """The weights `dL/dl` of loss values l in the total L; a weight requires grad where L is not linear in l."""
     if not values:
         return []
-    weight = graph.weight if graph.weight is not None else torch.ones_like(graph.total)
     with torch.enable_grad():
-        return pull([graph.total], [weight], values, create_graph=True)
+        return pull([graph.total], [graph.seed], values, create_graph=True)
 
 
 def not_linear(name: str) -> str:
-    """The text of the error for a total that is not linear in a loss."""
+    """The error text for a total that is not linear in a loss."""
     return (
         f"the total is not linear in its {name} (a power, a product of losses, or a learned weight), so it is no sum "
         "over samples; observe the loss itself, times constants"
@@ -41,30 +41,30 @@ def not_linear(name: str) -> str:
 
 
 def gradients(graph: Graph) -> list[Tensor | None]:
-    """The gradient of each loss alone at what it receives, in the order of `graph.losses`, to be differentiated."""
+    """The gradient of each loss in the tensor that it receives, differentiable, in the order of `graph.losses`."""
     found: list[Tensor | None] = []
     for loss, c in zip(graph.known, scales(graph, [loss.value for loss in graph.known]), strict=True):
         with twice():
             found += [None] if c is None else pull([loss.value], [c], [loss.logits], create_graph=True)
     for own in graph.own:
-        found += Inside(graph, own).gradient()
+        found += OwnLossGraph(graph, own).gradient()
     return found
 
 
-class Inside:
-    """The user's own loss between its start and its boundary.
+class OwnLossGraph:
+    """The part of the graph that computes a loss of the user's own from its boundary tensors.
 
-    edges: those of the boundary. start: what cotangents are sent from, with the cotangent.
+    edges: of the boundary. start: the edge that cotangents are sent from. others: the nodes where other losses begin.
     """
 
     def __init__(self, graph: Graph, own: OwnUse) -> None:
         self.own = own
         self.edges = [part.logits for part in own.boundary]
-        self._others = {loss.value.node for loss in graph.known}
-        self._others |= {other.value.node for other in graph.own if other.value is not None and other is not own}
+        self.others: set[Node] = {loss.value.node for loss in graph.known}
+        self.others |= {other.value.node for other in graph.own if other.value is not None and other is not own}
         if own.value is None:
-            self.start: Any = graph.total
-            self._c = graph.weight if graph.weight is not None else torch.ones_like(graph.total)
+            self.start = get_gradient_edge(graph.total)
+            self._c = graph.seed
         else:
             self.start = own.value
             (c,) = scales(graph, [own.value])
@@ -75,18 +75,14 @@ class Inside:
             self._c = c.detach()
         self._gradient: list[Tensor] | None = None
 
-    def ends_at(self, node: Any) -> bool:
-        """Whether another loss begins at a node."""
-        return node in self._others
-
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Pulls inside the context see this loss only."""
-        with stopped(self._others | {edge.node for edge in self.edges}):
+        """Vector-Jacobian products inside the context are of this loss only."""
+        with stopped(self.others | {edge.node for edge in self.edges}):
             yield
 
     def gradient(self) -> list[Tensor]:
-        """Its gradient at every boundary tensor, itself to be differentiated.
+        """The loss's gradient in every boundary tensor, differentiable.
 
         Raises Undefined where a second derivative is missing.
         """
@@ -98,7 +94,7 @@ class Inside:
         return self._gradient
 
     def product(self, stacks: Sequence[Tensor]) -> list[Tensor]:
-        """Its Hessian times a stack of directions, `[V, *shape]` for each boundary tensor."""
+        """The loss's Hessian times a stack of directions, `[V, *shape]` for each boundary tensor."""
         pairs = [(g, v) for g, v in zip(self.gradient(), stacks, strict=True) if g.requires_grad]
         found: list[Tensor | None] = [None] * len(stacks)
         if pairs:

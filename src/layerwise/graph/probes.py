@@ -1,7 +1,8 @@
-"""Random and signed probes of a linear map, and stacks of columns cut by samples."""
+"""Probes of a linear map by random vectors, and stacks of columns cut by samples."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from layerwise.rows.base import Samples
 
-__all__ = ["draws", "join", "largest", "near", "split"]
+__all__ = ["draws", "join", "largest", "matrix_among", "near", "sample_axes", "split"]
 
 
 def split(x: Tensor, samples: Samples) -> Tensor:
@@ -29,6 +30,25 @@ def join(x: Tensor, samples: Samples, shape: torch.Size) -> Tensor:
     if not samples.n_major:
         x = x.transpose(axis + 1, axis + 2)
     return x.reshape(len(x), *shape)
+
+
+def sample_axes(shape: Sequence[int], n: int) -> Iterator[Samples]:
+    """Every way in which n samples may lie on an axis of a tensor."""
+    for axis, size in enumerate(shape):
+        if size and size % n == 0:
+            yield from (Samples(n, axis), Samples(n, axis, False))
+
+
+def matrix_among(tensors: Iterable[Tensor], r: Tensor, back: Tensor) -> Tensor | None:
+    """The matrix W `[O,I]`, one of the tensors or its transpose, with `r W = back` up to rounding: `[R,O]`, `[R,I]`."""
+    for w in tensors:
+        w = w.detach().to(r.dtype)
+        for matrix in (w, w.mT) if w.dim() == 2 else ():
+            if matrix.shape == (r.shape[1], back.shape[1]):
+                bound = r.norm(dim=1)[:, None] * matrix.norm(dim=0)  # Cauchy and Schwarz: rounding is far below
+                if bool(((back - r @ matrix).abs() <= 16 * torch.finfo(r.dtype).eps * bound).all()):
+                    return matrix
+    return None
 
 
 def draws(count: int, size: int, like: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Products of curvature matrices with stacks of directions, by second reverse passes through a kept graph.
+"""Products of curvature matrices with stacks of directions, by double backward passes through a retained graph.
 
-A direction is one tensor for each parameter; a stack of V of them carries a leading axis. Batched reverse
-passes are used where they are right: torch's batched second derivatives of some operations are not (group
-norm), so every batch is compared with one pass along a random combination of its directions.
+A direction is one tensor for each parameter; a stack of V directions has a leading axis. Torch's batched second
+derivatives are wrong for some operations (group norm), so every batched pass is compared with one pass along a random
+combination of its directions, and replaced by single passes where the two differ.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
+from layerwise.graph.walk import nodes
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import LossUse
@@ -35,6 +37,7 @@ __all__ = [
     "twice",
 ]
 
+Place = Tensor | GradientEdge  # where a reverse pass starts or ends
 _NO_SECOND = re.compile(
     r"derivative for .* is not implemented|once_differentiable|use_reentrant=True|double.?backward", re.IGNORECASE
 )
@@ -71,17 +74,10 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _check_once(gradients: Sequence[Tensor | None]) -> None:
-    """Refuse a graph with nodes that torch would pass over in silence: functions that say "once differentiable"."""
-    seen: set[Any] = set()
-    stack: list[Any] = [g.grad_fn for g in gradients if g is not None]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    """Refuse a graph with functions marked `once_differentiable`, which torch may drop without an error."""
+    for node in nodes((g.grad_fn, 0) for g in gradients if g is not None):
         if node.name().split("::")[-1] in ("Error", "DelayedError"):
             raise Undefined(_once("a function marked once_differentiable"))
-        stack += [child for child, _ in node.next_functions]
 
 
 def _once(what: object) -> str:
@@ -103,8 +99,8 @@ def twice() -> Iterator[None]:
         raise Undefined(_once(error)) from error
 
 
-def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Any]) -> None:
-    """Refuse second derivatives that torch lacks or gets wrong; an asymmetric Hessian betrays the latter.
+def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Place]) -> None:
+    """Refuse second derivatives that torch lacks or gets wrong; the latter show as an asymmetric Hessian.
 
     gradients: of one scalar by `inputs`, tensors or edges. Raises Undefined or NonFinite.
     """
@@ -135,15 +131,14 @@ def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Any]) -> N
         )
 
 
-def gradient_of(graph: Graph, wanted: Any) -> Tensor | None:
-    """The gradient of a graph's total by a tensor or an edge, itself to be differentiated."""
-    weight = torch.ones_like(graph.total) if graph.weight is None else graph.weight
+def gradient_of(graph: Graph, wanted: Place) -> Tensor | None:
+    """The gradient of a graph's total by a tensor or an edge, differentiable."""
     with twice():
-        return pull([graph.total], [weight], [wanted], create_graph=True)[0]
+        return pull([graph.total], [graph.seed], [wanted], create_graph=True)[0]
 
 
-def pull_stack(outputs: Sequence[Any], stacks: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor | None]:
-    """`pull` of V cotangents at once: `[V, *output]` each, giving `[V, *input]` each, or None without a path."""
+def pull_stack(outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Sequence[Place]) -> list[Tensor | None]:
+    """`pull` of V cotangents at once, `[V, *output]` to `[V, *input]` each; None for an input without a path."""
     count = len(stacks[0])
     if count > 2:  # below that the check costs as much as it saves
         with contextlib.suppress(RuntimeError):  # an operation without a batching rule
@@ -185,13 +180,13 @@ class HessianProducts:
     H v = d/dtheta (v . dL/dtheta). Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
 
-    def __init__(self, gradients: Sequence[Tensor | None], parameters: Sequence[Any]) -> None:
+    def __init__(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
         self._gradients = gradients
         self._parameters = parameters
 
     @classmethod
-    def of(cls, total: Tensor, weight: Tensor | None, parameters: Sequence[Any]) -> HessianProducts:
-        """Those of `total` (times `weight`); raises Undefined where a second derivative is missing."""
+    def of(cls, total: Tensor, weight: Tensor | None, parameters: Sequence[Tensor]) -> HessianProducts:
+        """Products with the Hessian of `total` (times `weight`); raises Undefined without a second derivative."""
         weight = torch.ones_like(total) if weight is None else weight
         with twice():
             gradients = pull([total], [weight], parameters, create_graph=True)
@@ -209,12 +204,12 @@ class HessianProducts:
 
 
 class GaussNewtonProducts:
-    """Products with the generalized Gauss-Newton matrix, from the Hessian of the total in what the losses receive.
+    """Products with the generalized Gauss-Newton matrix, from the Hessian of the total in the losses' inputs.
 
     hessian: its product with stacks of directions, one `[V, *logits]` for each of the losses.
 
     G v = J^T H_L J v. J v is the derivative by u of v . (J^T u), so two reverse passes give it for any forward.
-    diagonals: edges and tensors d there, each of which adds J^T diag(d) J v, J the Jacobian of what is at the edge.
+    diagonals: pairs of an edge and a tensor d, each of which adds J^T diag(d) J v, J the Jacobian of the edge's tensor.
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
 
@@ -223,7 +218,7 @@ class GaussNewtonProducts:
         losses: Sequence[LossUse],
         hessian: Callable[[Sequence[Tensor]], list[Tensor]],
         parameters: Sequence[Tensor],
-        diagonals: Sequence[tuple[Any, Tensor]] = (),
+        diagonals: Sequence[tuple[Place, Tensor]] = (),
     ) -> None:
         self._edges = [*(loss.logits for loss in losses), *(edge for edge, _ in diagonals)]
         self._hessian = hessian
@@ -250,7 +245,7 @@ class GaussNewtonProducts:
 
 
 def _rows(
-    pairs: Sequence[tuple[Any, Tensor]], inputs: Sequence[Tensor], directions: Sequence[Tensor | None]
+    pairs: Sequence[tuple[Place, Tensor]], inputs: Sequence[Tensor], directions: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """`pull_stack` of (output, stack) pairs, zeros without a path."""
     count = next(len(d) for d in directions if d is not None)

@@ -1,20 +1,20 @@
-"""The curvature of what lies between losses and uses, where it is that of elementwise functions.
+"""The residuals of the Hessian beyond the Gauss-Newton matrix, where only elementwise functions are curved.
 
-With z the output of some uses, the parameters of all others held,
+With z the output of some uses, the parameters of all others fixed,
 
     d²L/dz² = J_f^T H_L J_f + sum_k J_k^T diag(r_k) J_k,      r_k = g_k s_k''(x_k)
 
 the generalized Gauss-Newton matrix, and a residual for each elementwise function s_k, J_k the Jacobian of its input x_k
-and g_k the gradient at its output. Which nodes of the autograd graph are curved, and how, is told by differentiating
-each node's own backward function: there is no rule for any activation. A node that is curved in another way (a
-product of two activations, a softmax, a norm) is named, with the uses below it.
+and g_k the gradient at its output. Whether and how a node of the autograd graph is curved is measured by
+differentiating the node's own backward function: there is no rule for any activation. A node that is curved in another
+way (a product of two activations, a softmax, a norm) is listed by name, with the uses below it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,20 +22,21 @@ from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.coverage import Graph
 from layerwise.graph.products import twice
+from layerwise.graph.walk import Edge, Node, by_node, children, distinct, finished, inputs, next_uses
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
-__all__ = ["Curvature", "Residual", "curvature", "powers", "proved"]
+__all__ = ["Residual", "ResidualCurvature", "powers", "proved", "residual_curvature"]
 
 LossHessian = Callable[[Sequence[Tensor]], list[Tensor]]
 
-_EXPONENTS = 12  # of the powers of two in probes: their products round alike
+_EXPONENTS = 12  # probes are powers of two up to this exponent: products with them round like those with one
 
 
 class Residual(NamedTuple):
-    """A diagonal of second derivatives at a place of the graph.
+    """The second derivatives r of elementwise functions, at an edge of the graph.
 
-    edge: of the input of elementwise functions. value: r, of its shape. below: the indices of the uses that it reaches.
+    edge: of the functions' input. value: r, of the input's shape. below: the indices of the uses below the edge.
     """
 
     edge: GradientEdge
@@ -44,11 +45,11 @@ class Residual(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Curvature:
-    """What a graph holds between its losses and its uses.
+class ResidualCurvature:
+    """The curvature between the losses of a graph and its uses.
 
-    residuals: in the order in which cotangents meet them. other: by the index of a use, what is curved above it in
-    another way. next: by an edge (node, number), the uses that are reached first from there.
+    residuals: in the order in which cotangents meet them. other: by the index of a use, the name of a node above the
+    use that is curved in another way.
     """
 
     residuals: Sequence[Residual]
@@ -56,17 +57,17 @@ class Curvature:
     walk: _Walk
 
     def next_uses(self, edges: Sequence[GradientEdge]) -> list[Use]:
-        """The uses reached from some edges without passing through another one."""
-        return self.walk.next_uses(edges)
+        """The uses nearest to some edges: those that are reached without passing through another one."""
+        return next_uses(edges, self.walk.use_at)
 
 
-def curvature(graph: Graph) -> Curvature:
-    """The residuals of a graph, and the uses that have another curvature above them.
+def residual_curvature(graph: Graph) -> ResidualCurvature:
+    """The residuals of a graph, and the uses with nodes above them that are curved in another way.
 
     Raises Undefined where an operation has no second derivative.
     """
     walk = _Walk(graph)
-    found: dict[tuple[Any, int], Residual] = {}
+    found: dict[Edge, Residual] = {}
     other: dict[int, str] = {}
     for node in walk.order:
         edges = walk.live(node)
@@ -76,93 +77,51 @@ def curvature(graph: Graph) -> Curvature:
             for index in walk.indices(edges):
                 other.setdefault(index, name)
         elif value is not None:
-            (edge,) = _distinct(edges)
+            (edge,) = distinct(edges)
             key = edge.node, edge.output_nr
             old = found.pop(key, None)  # two functions of one tensor: their second derivatives add
             value = value if old is None else old.value + value
             found[key] = Residual(edge, value, frozenset(walk.indices([edge])))
-    return Curvature(list(found.values()), other, walk)
+    return ResidualCurvature(list(found.values()), other, walk)
 
 
 class _Walk:
     """The nodes between losses and uses, in the order in which cotangents meet them, and their gradients."""
 
     def __init__(self, graph: Graph) -> None:
-        self.use_at: dict[Any, list[Use]] = {}
-        for use in graph.uses:
-            self.use_at.setdefault(use.edge.node, []).append(use)
-        self._reach: dict[Any, int] = {None: 0}  # a bit for every use
-        finished = self._visit([loss.logits.node for loss in graph.losses])
-        self.order = [node for node in reversed(finished) if self._reach[node]]
+        self.use_at = by_node(graph.uses)
+        self._below = inputs(self.use_at)
+        self._reach: dict[Node | None, int] = {None: 0}  # the uses below each node, one bit each
+        for node in finished([loss.logits.node for loss in graph.losses], self._below):
+            self._reach[node] = sum(1 << use.index for use in self.use_at.get(node, ()))
+            for child, *_ in children(node, self._below):
+                self._reach[node] |= self._reach[child]
+        self.order = [node for node in reversed(self._reach) if node is not None and self._reach[node]]
         places = [(node, nr) for node in self.order for nr in range(len(node._input_metadata))]
-        weight = torch.ones_like(graph.total) if graph.weight is None else graph.weight
-        pulled = pull([graph.total], [weight], [GradientEdge(*place) for place in places])
+        pulled = pull([graph.total], [graph.seed], [GradientEdge(*place) for place in places])
         self.gradients = {place: None if g is None else g.detach() for place, g in zip(places, pulled, strict=True)}
 
-    def _visit(self, roots: Sequence[Any]) -> list[Any]:
-        """All nodes below the roots, each after those below it, with the uses that each reaches."""
-        finished: list[Any] = []
-        opened: set[Any] = set()
-        stack = [(root, False) for root in roots]
-        while stack:
-            node, done = stack.pop()
-            if node is None or (node in opened and not done):
-                continue
-            children = [edge.node for edge in self._children(node)]
-            if done:
-                own = sum(1 << use.index for use in self.use_at.get(node, ()))
-                for child in children:
-                    own |= self._reach[child]
-                self._reach[node] = own
-                finished.append(node)
-                continue
-            opened.add(node)
-            stack.append((node, True))
-            stack += [(child, False) for child in children]
-        return finished
-
-    def _children(self, node: Any) -> list[GradientEdge]:
-        if node in self.use_at:
-            return [edge for use in self.use_at[node] for edge in use.inputs]
-        return [GradientEdge(*edge) for edge in node.next_functions]
-
-    def live(self, node: Any) -> list[GradientEdge | None]:
-        """A node's data, in its order; None where no use is below."""
-        return [edge if self._reach[edge.node] else None for edge in self._children(node)]
+    def live(self, node: Node) -> list[GradientEdge | None]:
+        """The edges of a node's data, in the node's order; None where no use is below."""
+        return [GradientEdge(*edge) if self._reach[edge[0]] else None for edge in children(node, self._below)]
 
     def inputs(self, use: Use) -> list[GradientEdge]:
-        """A use's data with other uses below it."""
-        return [edge for edge in _distinct(use.inputs) if self._reach[edge.node]]
+        """The edges of a use's data that have other uses below them."""
+        return [edge for edge in distinct(use.inputs) if self._reach[edge.node]]
 
     def indices(self, edges: Sequence[GradientEdge | None]) -> list[int]:
-        """The uses below some edges."""
+        """The indices of the uses below some edges."""
         bits = 0
         for edge in edges:
             bits |= 0 if edge is None else self._reach[edge.node]
         return [i for i in range(bits.bit_length()) if bits >> i & 1]
 
-    def next_uses(self, edges: Sequence[GradientEdge]) -> list[Use]:
-        """The uses reached first."""
-        seen: set[Any] = set()
-        stack = [edge.node for edge in edges]
-        found: list[Use] = []
-        while stack:
-            node = stack.pop()
-            if node in seen or not self._reach.get(node):
-                continue
-            seen.add(node)
-            if node in self.use_at:
-                found += self.use_at[node]
-            else:
-                stack += [edge.node for edge in self._children(node)]
-        return found
-
 
 # -- one node -----------------------------------------------------------------------------------------------
 
 
-def _of_node(node: Any, edges: Sequence[GradientEdge | None], walk: _Walk) -> tuple[str, Tensor | None]:
-    """Whether a node is flat, elementwise (with its second derivative times the gradient) or curved otherwise."""
+def _of_node(node: Node, edges: Sequence[GradientEdge | None], walk: _Walk) -> tuple[str, Tensor | None]:
+    """A node's kind: flat, elementwise (with its second derivative times the gradient) or other."""
     gradients = [walk.gradients[node, nr] for nr in range(len(node._input_metadata))]
     if all(g is None for g in gradients):
         return "flat", None
@@ -174,9 +133,9 @@ def _of_node(node: Any, edges: Sequence[GradientEdge | None], walk: _Walk) -> tu
     return _second(list(back), edges)
 
 
-def _of_uses(node: Any, edges: Sequence[GradientEdge | None], walk: _Walk) -> tuple[str, Tensor | None]:
-    """The same of uses in their data: linear ones are flat, all others are curved otherwise."""
-    wanted = _distinct(edges)
+def _of_uses(node: Node, edges: Sequence[GradientEdge | None], walk: _Walk) -> tuple[str, Tensor | None]:
+    """The kind of a node of uses, as a function of their data: linear uses are flat, all others other."""
+    wanted = distinct(edges)
     arrived = {use.edge.output_nr: (use.edge, walk.gradients[node, use.edge.output_nr]) for use in walk.use_at[node]}
     sent = [(edge, g) for edge, g in arrived.values() if g is not None]
     if not wanted or not sent:
@@ -188,9 +147,9 @@ def _of_uses(node: Any, edges: Sequence[GradientEdge | None], walk: _Walk) -> tu
 
 
 def _second(back: Sequence[Tensor | None], edges: Sequence[GradientEdge | None]) -> tuple[str, Tensor | None]:
-    """The second derivatives M of a scalar by its arguments, from its gradient `back`: 0, diagonal or another."""
+    """The kind of a matrix M of second derivatives (zero, diagonal, other), from the gradient `back`; its diagonal."""
     pairs = [(b, e) for b, e in zip(back, edges, strict=True) if b is not None and e is not None and b.requires_grad]
-    wanted = _distinct(edges)
+    wanted = distinct(edges)
     if not pairs:
         return "flat", None
     signs = {(e.node, e.output_nr): powers(b, seed) for seed, (b, e) in enumerate(pairs)}
@@ -218,26 +177,21 @@ def powers(like: Tensor, seed: int) -> Tensor:
     return torch.cat([steps, -steps]).to(like.dtype)[choice].to(like.device)
 
 
-def _distinct(edges: Sequence[GradientEdge | None]) -> list[GradientEdge]:
-    return list({(e.node, e.output_nr): e for e in edges if e is not None}.values())
-
-
 # -- proof --------------------------------------------------------------------------------------------------
 
 
-def proved(graph: Graph, hessian: LossHessian, found: Curvature, uses: Collection[int]) -> bool:
+def proved(graph: Graph, hessian: LossHessian, found: ResidualCurvature, uses: Collection[int]) -> bool:
     """Whether the Hessian by the outputs of some uses is the GGN matrix plus the residuals, along a random direction.
 
     hessian: products with the Hessian of the total in what its losses receive.
 
-    Compared at those of the uses that have no other one below them, which everything above must pass.
+    The comparison is made at the uses that have no other one of `uses` below them: all curvature above acts there.
     """
     covered = [use for use in graph.uses if use.index in uses]
     below = {use.index: {u for u in found.walk.indices([use.edge]) if u != use.index} for use in covered}
     edges = [use.edge for use in covered if not below[use.index] & set(uses)]
-    weight = torch.ones_like(graph.total) if graph.weight is None else graph.weight
     with twice():
-        gradients = pull([graph.total], [weight], edges, create_graph=True)
+        gradients = pull([graph.total], [graph.seed], edges, create_graph=True)
     reached = [(g, e) for g, e in zip(gradients, edges, strict=True) if g is not None]
     if not reached:
         return True

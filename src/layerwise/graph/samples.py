@@ -1,16 +1,16 @@
-"""Where the samples lie in each use's output: measured by pulls, never guessed from sizes.
+"""The samples' axis in each use's output: measured by vector-Jacobian products, never guessed from sizes.
 
-Random cotangents are sent back from half of the samples' loss rows, then from the other half, for each bit
-of the samples' numbers, so that any two samples are told apart. The axis of a use's output that carries the
-samples is the one whose support follows: nonzero for the chosen samples at most, in all pulls. Where no axis
-does, the samples are mixed (batch norm in training, contrastive losses) and per-sample quantities do not
-exist. The result is remembered per model and sequence of calls.
+Random cotangents are sent back from half of the samples' loss rows, then from the other half, for each bit of the
+samples' numbers, so that any two samples are separated at least once. The axis of a use's output that carries the
+samples is the one along which, in every product, only indices of the chosen samples are nonzero. Where there is no
+such axis, samples are mixed (batch norm in training, contrastive losses) and per-sample quantities do not exist. The
+result is cached per model and sequence of calls.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,47 +20,48 @@ from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
-from layerwise.graph.own_loss import Inside
-from layerwise.graph.separable import check_separate
+from layerwise.graph.own_loss import OwnLossGraph
+from layerwise.graph.separable import check_sum_over_samples
+from layerwise.graph.walk import Node, by_node, inputs, nodes
 from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["Layout", "measure"]
+__all__ = ["SampleLayout", "measure"]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The number of samples and where they lie in each use's output and each loss's logits."""
+class SampleLayout:
+    """The number of samples N, and their axis in each use's output and each loss's logits."""
 
     n: int
     uses: dict[int, Samples]
     losses: list[Samples]
 
 
-# A memo of measurements, one entry per live model: nothing in it changes a result. A functional model lives as long
-# as its first tensor; the others are in the key.
-_MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[Any, Layout]] = weakref.WeakKeyDictionary()
-_FUNCTIONAL: MutableMapping[Tensor, dict[Any, Layout]] = WeakTensorKeyDictionary()
+# A cache of measurements, one entry per live model: nothing in it changes a result. The entry of a functional model
+# lives as long as the model's first tensor; the other tensors are in the key.
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[Any, SampleLayout]] = weakref.WeakKeyDictionary()
+_FUNCTIONAL: MutableMapping[Tensor, dict[Any, SampleLayout]] = WeakTensorKeyDictionary()
 _MEMO_LIMIT = 64
 
 
-def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | None = None) -> Layout:
-    """The layout of the samples in every use of the graph.
+def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | None = None) -> SampleLayout:
+    """The samples' axis in every use and loss of the graph.
 
-    samples: their number N; by default dim 0 of the batch that the first use's input was made from.
+    samples: the number N; by default dim 0 of the batch that the first use's input was made from.
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
     layout = _measure(tape, graph, model, samples)
     at = len(graph.known)
     for own in graph.own:  # at every batch: what a loss does with its samples may depend on their values
-        check_separate(Inside(graph, own), layout.losses[at : at + len(own.boundary)])
+        check_sum_over_samples(OwnLossGraph(graph, own), layout.losses[at : at + len(own.boundary)])
         at += len(own.boundary)
     return layout
 
 
-def _measure(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Layout:
+def _measure(tape: Tape, graph: Graph, model: Any, samples: int | None) -> SampleLayout:
     key = _signature(tape, graph, model, samples)
     memo = _memo(model)
     if key in memo:
@@ -81,8 +82,8 @@ def _count(graph: Graph) -> int:
     return graph.batch.shape[0]
 
 
-def _memo(model: Any) -> dict[Any, Layout]:
-    """What is remembered of a model."""
+def _memo(model: Any) -> dict[Any, SampleLayout]:
+    """The cached measurements of a model."""
     if isinstance(model, nn.Module):
         return _MEASURED.setdefault(model, {})
     first = next(iter(model.values()), None) if isinstance(model, Mapping) else None
@@ -90,7 +91,7 @@ def _memo(model: Any) -> dict[Any, Layout]:
 
 
 def _signature(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Any:
-    """Everything that a measurement depends on, but for the values that `_structural` rules out."""
+    """The cache key: all that a measurement depends on, other than values, whose influence `_structural` rules out."""
     state: tuple[Any, ...] = ()
     if isinstance(model, nn.Module):
         state = tuple(m.training for m in model.modules())
@@ -102,39 +103,37 @@ def _signature(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Any
 
 
 def _wiring(graph: Graph) -> tuple[Any, ...]:
-    """Which autograd node feeds which, from the losses down through the uses: the calls alone do not tell."""
-    inputs: dict[Any, list[Any]] = {}
-    for use in graph.uses:
-        inputs.setdefault(use.edge.node, []).extend((edge.node, edge.output_nr) for edge in use.inputs)
-    number: dict[Any, int] = {}
-    found: list[Any] = []
-    stack: list[Any] = [(loss.logits.node, loss.logits.output_nr) for loss in graph.losses]
-    while stack:
-        node, output = stack.pop()
-        if node is None:
-            continue
-        found += (number.get(node), output)
-        if node not in number:
-            number[node] = len(number)
-            below = inputs.get(node, node.next_functions)
-            found += (node.name(), len(below))
-            stack += below
+    """Which autograd node feeds which, from the losses down through the uses; the sequence of calls leaves it open."""
+    roots = [loss.logits for loss in graph.losses]
+    below: dict[Node, Sequence[Any]] = {**inputs(by_node(graph.uses))}
+    number: dict[Node, int] = {}
+    found: list[Any] = [edge[1] for edge in roots]
+    for node in nodes(roots, below):
+        followed = below.get(node)
+        if followed is None:
+            below[node] = followed = node.next_functions  # the walk then need not ask for them again
+        found.append(node.name())
+        for edge in followed:
+            child = edge[0]
+            found.append(None if child is None else number.setdefault(child, len(number)))
+            if edge[1]:
+                found.append((edge[1],))
     return tuple(found)
 
 
-class Found(NamedTuple):
-    """A hypothesis on the rows of a loss, the axes it leaves for each use, and the uses it reached."""
+class _Candidates(NamedTuple):
+    """A hypothesis on the samples' axis of a loss, the axes left for each use, and the uses reached by a cotangent."""
 
     rows: Samples
     axes: dict[int, list[Samples]]
-    lit: set[int]
+    reached: set[int]
 
 
 # -- hypotheses ---------------------------------------------------------------------------------------
 
 
 def _hypotheses(loss: LossUse, n: int) -> list[Samples]:
-    """Every way in which the rows of a loss may belong to n samples, the most usual first."""
+    """Every axis and order in which the rows of a loss may belong to n samples, the most usual first."""
     shape = loss.call.logits.shape
     axes = [a for a in range(len(shape)) if a != loss.call.class_axis]
     if not axes:
@@ -149,8 +148,8 @@ def _hypotheses(loss: LossUse, n: int) -> list[Samples]:
     return exact + flat
 
 
-def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> Found:
-    """The rows of one loss and, for each use, the axes that carry its samples."""
+def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidates:
+    """The samples' axis of one loss and, for each use, the axes that carry its samples."""
     hypotheses = _hypotheses(loss, n)
     shape = tuple(loss.call.logits.shape)
     if not hypotheses:
@@ -158,7 +157,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> Found:
             f"asked for per-sample quantities of {n} samples, but {loss.call.name} has outputs of shape {shape}, "
             f"and no axis holds a multiple of {n} rows; pass samples=N where N is not the batch's dim 0"
         )
-    passed: list[Found] = []
+    passed: list[_Candidates] = []
     failed: Use | None = None
     for hypothesis in hypotheses:
         found, culprit = _test(graph, loss, hypothesis)
@@ -180,7 +179,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> Found:
     return passed[0]
 
 
-def _by_first_batch(graph: Graph, passed: list[Found]) -> list[Found]:
+def _by_first_batch(graph: Graph, passed: list[_Candidates]) -> list[_Candidates]:
     """Keep the hypotheses under which the first use carries samples where the batch does."""
     first = graph.batch
     if first is None:
@@ -195,55 +194,56 @@ def _by_first_batch(graph: Graph, passed: list[Found]) -> list[Found]:
     return passed
 
 
-def _test(graph: Graph, loss: LossUse, rows: Samples) -> tuple[Found, Use | None]:
-    """The axes of each use that carry the samples under a hypothesis, and the first use that has none."""
+def _test(graph: Graph, loss: LossUse, rows: Samples) -> tuple[_Candidates, Use | None]:
+    """The axes of each use that carry the samples under a hypothesis, and the first use without such an axis."""
     generator = torch.Generator().manual_seed(0)
     edges = [use.edge for use in graph.uses]
     candidates = {use.index: _axes(use, rows.n) for use in graph.uses}
-    lit: set[int] = set()
-    for bit in range(max(rows.n - 1, 1).bit_length()):  # any two samples differ in some bit of their number
-        half = (torch.arange(rows.n) >> bit & 1).bool()
-        for chosen in (half, ~half):
-            cotangent = _masked_noise(loss, rows, chosen, generator)
-            for use, g in zip(graph.uses, pull([loss.logits], [cotangent], edges), strict=True):
-                support = None if g is None else g != 0
-                if support is None or not bool(support.any()):
-                    continue
-                lit.add(use.index)
-                where = chosen.to(support.device)
-                candidates[use.index] = [s for s in candidates[use.index] if _follows(support, s, where)]
-                if not candidates[use.index]:
-                    return Found(rows, candidates, lit), use
-    return Found(rows, candidates, lit), None
+    reached: set[int] = set()
+    for chosen in _halves(rows.n):
+        cotangent = _masked_noise(loss, rows, chosen, generator)
+        for use, g in zip(graph.uses, pull([loss.logits], [cotangent], edges), strict=True):
+            support = None if g is None else g != 0
+            if support is None or not bool(support.any()):
+                continue
+            reached.add(use.index)
+            where = chosen.to(support.device)
+            candidates[use.index] = [s for s in candidates[use.index] if _follows(support, s, where)]
+            if not candidates[use.index]:
+                return _Candidates(rows, candidates, reached), use
+    return _Candidates(rows, candidates, reached), None
 
 
-def _structural(graph: Graph, layout: Layout) -> bool:
-    """Whether samples stay apart whatever the values of weights and activations: then a memo is safe.
+def _structural(graph: Graph, layout: SampleLayout) -> bool:
+    """Whether no values of weights and activations could mix samples: then the measurement may be cached.
 
-    A path that mixes samples may be multiplied by zero today (a branch that starts at zero) and not
-    tomorrow. NaN is not stopped by such a zero, so NaN cotangents reach all that the samples can reach.
+    A path that mixes samples may be multiplied by zero now (a branch that starts at zero) and by another number later.
+    Zero times NaN is NaN, so NaN cotangents reach everything that a sample can reach.
     """
     edges = [use.edge for use in graph.uses]
-    chosen = torch.arange(layout.n)
     for loss, rows in zip(graph.losses, layout.losses, strict=True):
-        for bit in range(max(layout.n - 1, 1).bit_length()):
-            half = (chosen >> bit & 1).bool()
-            for part in (half, ~half):
-                mask = _mask(loss, rows, part)
-                cotangent = torch.zeros_like(loss.call.logits).masked_fill_(mask, torch.nan)
-                try:
-                    with torch.autograd.set_detect_anomaly(False):
-                        pulled = pull([loss.logits], [cotangent], edges)
-                except (RuntimeError, ArithmeticError, ValueError):
-                    return False  # a derivative that checks its input
-                for use, g in zip(graph.uses, pulled, strict=True):
-                    if g is not None and not _follows(g != 0, layout.uses[use.index], part.to(g.device)):
-                        return False
+        for chosen in _halves(layout.n):
+            cotangent = torch.zeros_like(loss.call.logits).masked_fill_(_mask(loss, rows, chosen), torch.nan)
+            try:
+                with torch.autograd.set_detect_anomaly(False):
+                    pulled = pull([loss.logits], [cotangent], edges)
+            except (RuntimeError, ArithmeticError, ValueError):
+                return False  # a derivative that checks its input
+            for use, g in zip(graph.uses, pulled, strict=True):
+                if g is not None and not _follows(g != 0, layout.uses[use.index], chosen.to(g.device)):
+                    return False
     return True
 
 
+def _halves(n: int) -> Iterator[Tensor]:
+    """Masks of half of n samples and of the others, for each bit of their numbers: any two differ in some bit."""
+    for bit in range(max(n - 1, 1).bit_length()):
+        half = (torch.arange(n) >> bit & 1).bool()
+        yield from (half, ~half)
+
+
 def _axes(use: Use, n: int) -> list[Samples]:
-    """Every layout of n samples that the operation allows."""
+    """Every axis and order of n samples in a use's output that the operation allows."""
     shape = use.call.out_shape
     allowed = [set(slot.axes) for slot in use.slots]
     axes = sorted(set.intersection(*allowed)) if allowed else []
@@ -261,7 +261,7 @@ def _masked_noise(loss: LossUse, rows: Samples, chosen: Tensor, generator: torch
 
 
 def _mask(loss: LossUse, rows: Samples, chosen: Tensor) -> Tensor:
-    """The logits of the chosen samples, broadcastable to the logits' shape."""
+    """True at the chosen samples' logits, broadcastable to the logits' shape."""
     logits = loss.call.logits
     if rows.axis < 0:
         return chosen.any().to(logits.device)
@@ -273,32 +273,32 @@ def _mask(loss: LossUse, rows: Samples, chosen: Tensor) -> Tensor:
 
 
 def _follows(support: Tensor, s: Samples, chosen: Tensor) -> bool:
-    """Whether the support lies within the chosen samples."""
+    """Whether the support holds indices of the chosen samples only, with the samples at `s`."""
     parts = s.split(support, s.axis)
     others = [a for a in range(parts.dim()) if a != s.axis]
     per_sample = parts.any(dim=others) if others else parts
     return not bool((per_sample & ~chosen).any())
 
 
-def _merge(graph: Graph, found: Sequence[Found], n: int) -> tuple[Layout, bool]:
-    """One layout for all losses, and whether a cotangent reached every use to prove it."""
+def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLayout, bool]:
+    """The samples' axes common to all losses, and whether a cotangent reached every use and so proved them."""
     uses: dict[int, Samples] = {}
     proved = True
     for use in graph.uses:
         common = [s for s in _axes(use, n) if all(s in f.axes[use.index] for f in found)]
-        lit = any(use.index in f.lit for f in found)
+        reached = any(use.index in f.reached for f in found)
         if not common:
             raise SamplesMixed(
                 f"no axis of the output {tuple(use.call.out_shape)} of {use} carries the {n} samples for all losses"
             )
-        if len(common) > 1 and n > 1 and lit:
+        if len(common) > 1 and n > 1 and reached:
             raise AmbiguousSamples(
                 f"the output {tuple(use.call.out_shape)} of {use} can carry {n} samples on several axes that this "
                 "batch cannot tell apart; use a batch of another size"
             )
-        proved &= lit  # where no cotangent arrives the gradient is zero, wherever the samples lie
+        proved &= reached  # where no cotangent arrives the gradient is zero, wherever the samples lie
         uses[use.index] = common[0]
-    return Layout(n, uses, [f.rows for f in found]), proved
+    return SampleLayout(n, uses, [f.rows for f in found]), proved
 
 
 def _mixed_text(tape: Tape, use: Use, n: int) -> str:

@@ -2,8 +2,8 @@
 
 A total is a sum over samples where it is linear in numbers that depend on one sample each. So the graph is walked
 from the total down: calls that are linear in what depends on the boundary may mix samples, and every other call must
-give numbers of one sample each. Which sample a number depends on is measured: its derivative along a random
-direction, whose part in sample n is multiplied by a power of two that tells n, must be multiplied by that power.
+give numbers of one sample each. Which sample a number depends on is measured: where the part of a random direction in
+sample n is multiplied by a power of two that encodes n, the number's derivative must be multiplied by that power.
 """
 
 from __future__ import annotations
@@ -16,131 +16,115 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise.errors import SamplesMixed, Undefined
-from layerwise.graph.own_loss import Inside
+from layerwise.graph.own_loss import OwnLossGraph
+from layerwise.graph.probes import sample_axes
 from layerwise.graph.products import twice
+from layerwise.graph.walk import Edge, Node, children, edges, finished
 from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 
-__all__ = ["check_separate"]
+__all__ = ["check_sum_over_samples"]
 
-_LEVELS = 8  # of the powers of two: one digit of a sample's number at a time
+_LEVELS = 8  # powers of two in use: each measurement reads one octal digit of the samples' numbers
 _LINEAR = frozenset(
     """Sum Mean Nansum Add Sub Neg View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Select Slice Index Stack Cat
     Transpose Permute T Clone ToCopy Alias Where MaskedFill MaskedSelect IndexSelect Gather Unbind Split
     SplitWithSizes Diagonal NllLoss NllLoss2D Repeat Flip Roll Cumsum ConstantPadNd AsStrided""".split()
 )
 _BILINEAR = frozenset("Mul Mm Bmm Mv Dot".split())  # linear where one factor alone depends on the boundary
-# Calls that add up, where they reduce, a function of the elements of their inputs, place by place.
+# Elementwise losses: where they reduce, they add up a function of single elements of their inputs.
 _SUMS = frozenset(
     """MseLoss HuberLoss SmoothL1Loss BinaryCrossEntropy BinaryCrossEntropyWithLogits SoftMarginLoss""".split()
 )
-_ROW_SUMS = frozenset("MultiMarginLoss MultilabelMarginLoss".split())  # the same, row by row
+_ROW_SUMS = frozenset("MultiMarginLoss MultilabelMarginLoss".split())  # losses that add up a function of single rows
 
 
 class _Probe(NamedTuple):
-    """Tensors of which the elements at one place must depend on one sample; rows: all elements of a row alike."""
+    """Tensors whose elements at the same index must depend on one sample; rows: all elements of the same row."""
 
     name: str
-    edges: list[tuple[Any, int]]
+    edges: list[Edge]
     rows: bool = False
 
 
-def check_separate(inside: Inside, samples: Sequence[Samples]) -> None:
-    """Raise SamplesMixed where a loss is no sum over samples, which lie in its boundary tensors as told."""
+def check_sum_over_samples(own_loss: OwnLossGraph, samples: Sequence[Samples]) -> None:
+    """Raise SamplesMixed where a loss is no sum over samples; samples: their axis in each boundary tensor."""
     if samples[0].n < 2:
         return
-    for probe in _probes(inside):
-        if not _separate(inside, samples, probe):
+    for probe in _probes(own_loss):
+        if not _one_sample_each(own_loss, samples, probe):
             raise SamplesMixed(
-                f"asked for per-sample quantities of {samples[0].n} samples, but {inside.own.call.name} is no sum over "
-                f"samples: what {probe.name} gives in it depends on several of them (a loss that compares samples, a "
-                "function of a mean over the batch, batch statistics); quantities of the Hessian (DiagHessian, "
-                "Hessian) and products (GGN) need no samples"
+                f"asked for per-sample quantities of {samples[0].n} samples, but {own_loss.own.call.name} is no sum "
+                f"over samples: what {probe.name} gives in it depends on several of them (a loss that compares "
+                "samples, a function of a mean over the batch, batch statistics); quantities of the Hessian "
+                "(DiagHessian, Hessian) and products (GGN) need no samples"
             )
 
 
 # -- the calls of a loss ------------------------------------------------------------------------------------
 
 
-def _probes(inside: Inside) -> Iterator[_Probe]:
-    """What must depend on one sample each, from the total down."""
-    ends = {(edge.node, edge.output_nr) for edge in inside.edges}
-    depends = _dependent(inside, ends)
-    start = inside.start.grad_fn if isinstance(inside.start, Tensor) else inside.start.node
-    first = inside.start.output_nr
-    seen: set[Any] = set()
-    stack: list[tuple[Any, int]] = [(start, first)]
-    while stack:
-        node, output = stack.pop()
-        if (node, output) in seen or (node, output) in ends or not depends.get(node):
+def _probes(own_loss: OwnLossGraph) -> Iterator[_Probe]:
+    """The tensors whose elements must depend on one sample each, from the total down."""
+    ends: set[Edge] = {(edge.node, edge.output_nr) for edge in own_loss.edges}
+    below = _dependent(own_loss, ends)
+    for node, output in edges([own_loss.start], below, ends, by_output=True):
+        if (node, output) in ends or not below[node]:
             continue
-        seen.add((node, output))
-        below = [edge for edge in node.next_functions if edge in ends or depends.get(edge[0])]
         kind = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
         if kind in _SUMS or kind in _ROW_SUMS:
-            yield _Probe(node.name(), below, kind in _ROW_SUMS)
-        elif not _is_linear(kind, node, below):
+            yield _Probe(node.name(), below[node], kind in _ROW_SUMS)
+        elif not _is_linear(kind, node, below[node]):
             yield _Probe(node.name(), [(node, output)])
-        stack += below
 
 
-def _is_linear(kind: str, node: Any, below: Sequence[Any]) -> bool:
+def _is_linear(kind: str, node: Node, below: Sequence[Edge]) -> bool:
     if kind == "Div":
         return node.next_functions[1] not in below
     return kind in _LINEAR or (kind in _BILINEAR and len(below) == 1)
 
 
-def _dependent(inside: Inside, ends: set[Any]) -> dict[Any, bool]:
-    """For every node of the loss, whether it depends on the boundary."""
-    found: dict[Any, bool] = {}
-    stack: list[Any] = [inside.start.grad_fn if isinstance(inside.start, Tensor) else inside.start.node]
-    while stack:
-        node = stack[-1]
-        if node in found:
-            stack.pop()
-            continue
-        below = [] if inside.ends_at(node) else [n for n in node.next_functions if n[0] is not None and n not in ends]
-        left = [n for n, _ in below if n not in found]
-        if left:
-            stack += left
-            continue
-        direct = not inside.ends_at(node) and any(n in ends for n in node.next_functions)
-        found[node] = direct or any(found[n] for n, _ in below)
-        stack.pop()
+def _dependent(own_loss: OwnLossGraph, ends: set[Edge]) -> dict[Node, list[Edge]]:
+    """The edges of every node of the loss that depend on the boundary."""
+    found: dict[Node, list[Edge]] = {}
+    stops: dict[Node, tuple[()]] = dict.fromkeys(own_loss.others, ())
+    for node in finished([own_loss.start.node], stops, ends):
+        found[node] = [edge for edge in children(node, stops) if edge in ends or found.get(edge[0])]
     return found
 
 
 # -- measurement --------------------------------------------------------------------------------------------
 
 
-def _separate(inside: Inside, samples: Sequence[Samples], probe: _Probe) -> bool:
+def _one_sample_each(own_loss: OwnLossGraph, samples: Sequence[Samples], probe: _Probe) -> bool:
     """Whether the elements of a probe depend on one sample each."""
     generator = torch.Generator().manual_seed(0)
     data = [node._input_metadata[output] for node, output in probe.edges]
     r = [_noise(torch.Size(d.shape), d, generator).requires_grad_() for d in data]
     try:
-        back = _send(inside, probe, r, create_graph=True)
-        return _owned(inside, samples, probe, r, back, generator)
+        back = _send(own_loss, probe, r, create_graph=True)
+        return _scale_with_samples(own_loss, samples, probe, r, back, generator)
     except Undefined:  # without a second derivative: the call's result must carry the samples on an axis
-        return len(r) == 1 and any(_follows(inside, samples, probe, r[0].detach(), s) for s in _layouts(r[0], samples))
+        axes = sample_axes(r[0].shape, samples[0].n) if len(r) == 1 else ()
+        return any(_follows(own_loss, samples, probe, r[0].detach(), s) for s in axes)
 
 
-def _send(inside: Inside, probe: _Probe, r: list[Tensor], create_graph: bool = False) -> list[Tensor | None]:
-    """J^T r at the boundary, J the derivative of what is probed."""
-    edges = [GradientEdge(node, output) for node, output in probe.edges]
-    with twice(), inside.alone():
-        return pull(edges, r, inside.edges, create_graph=create_graph)
+def _send(own_loss: OwnLossGraph, probe: _Probe, r: list[Tensor], create_graph: bool = False) -> list[Tensor | None]:
+    """J^T r at the boundary, J the Jacobian of the probed tensors."""
+    starts = [GradientEdge(node, output) for node, output in probe.edges]
+    with twice(), own_loss.alone():
+        return pull(starts, r, own_loss.edges, create_graph=create_graph)
 
 
-def _owned(
-    inside: Inside,
+def _scale_with_samples(
+    own_loss: OwnLossGraph,
     samples: Sequence[Samples],
     probe: _Probe,
     r: list[Tensor],
     back: list[Tensor | None],
     generator: torch.Generator,
 ) -> bool:
-    """Whether J (m v) = m_n J v at every element, for some n of its own: J v is the derivative by r of v . (J^T r)."""
+    """Whether each element of J (m v) is m_n times that of J v for one sample n; J v is d/dr of v . (J^T r)."""
     kept = [(g, s) for g, s in zip(back, samples, strict=True) if g is not None]
     if not all(g.requires_grad for g, _ in kept):
         raise Undefined("no second derivative")
@@ -148,14 +132,14 @@ def _owned(
     mix = [_noise(x.shape, x, generator) for x in r]
 
     def along(directions: list[Tensor]) -> Tensor:
-        with twice(), inside.alone():
+        with twice(), own_loss.alone():
             found = pull([g for g, _ in kept], directions, r)
         moved = torch.stack([m * x for m, x in zip(mix, found, strict=True) if x is not None]).sum(0)
         return moved.flatten(1).sum(1) if probe.rows and moved.dim() > 1 else moved
 
     a = along(v)
-    for place in _places(samples[0].n):
-        b = along([x * _powers(g, s, place) for x, (g, s) in zip(v, kept, strict=True)])
+    for digit in _digits(samples[0].n):
+        b = along([x * _powers(g, s, digit) for x, (g, s) in zip(v, kept, strict=True)])
         power = (b / a).abs().log2().round().clamp(0, _LEVELS - 1).exp2()
         if not bool(((b - power * a).abs() <= 64 * torch.finfo(a.dtype).eps * b.abs())[a != 0].all()):
             return False
@@ -164,29 +148,22 @@ def _owned(
     return True
 
 
-def _follows(inside: Inside, samples: Sequence[Samples], probe: _Probe, r: Tensor, own: Samples) -> bool:
-    """Whether J^T (m r) = m J^T r, with the samples on an axis of what is probed."""
-    plain = _send(inside, probe, [r])
-    for place in _places(own.n):
-        scaled = _send(inside, probe, [r * _powers(r, own, place)])
+def _follows(own_loss: OwnLossGraph, samples: Sequence[Samples], probe: _Probe, r: Tensor, own: Samples) -> bool:
+    """Whether J^T (m r) = m J^T r, with the samples on an axis of the probed tensor."""
+    plain = _send(own_loss, probe, [r])
+    for digit in _digits(own.n):
+        scaled = _send(own_loss, probe, [r * _powers(r, own, digit)])
         for a, b, s in zip(plain, scaled, samples, strict=True):
             if a is None or b is None:
                 continue
-            wanted = a * _powers(a, s, place)
+            wanted = a * _powers(a, s, digit)
             if not bool(((b - wanted).abs() <= 64 * torch.finfo(a.dtype).eps * wanted.abs()).all()):
                 return False
     return True
 
 
-def _layouts(x: Tensor, samples: Sequence[Samples]) -> Iterator[Samples]:
-    n = samples[0].n
-    for axis, size in enumerate(x.shape):
-        if size and size % n == 0:
-            yield from [Samples(n, axis), Samples(n, axis, False)]
-
-
-def _places(n: int) -> Iterator[int]:
-    """1, 8, 64, ...: the values of the digits that tell n samples apart."""
+def _digits(n: int) -> Iterator[int]:
+    """1, 8, 64, ...: the values of the octal digits of n samples' numbers."""
     place = 1
     while place < n:
         yield place
@@ -194,13 +171,13 @@ def _places(n: int) -> Iterator[int]:
 
 
 def _powers(x: Tensor, s: Samples, place: int) -> Tensor:
-    """The power of two that tells one digit of each place's sample, broadcastable to `x`."""
+    """2^d at each index, d one octal digit of its sample's number, broadcastable to `x`."""
     owner = s.owner(x.shape[s.axis], x.device)
     shape = [-1 if axis == s.axis else 1 for axis in range(x.dim())]
     return (owner // place % _LEVELS).to(x.dtype).exp2().reshape(shape)
 
 
 def _noise(shape: torch.Size, like: Any, generator: torch.Generator) -> Tensor:
-    """Numbers away from zero, of either sign."""
+    """Random numbers of either sign and of magnitude 0.5 to 1.5."""
     x = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
     return (x * (torch.randint(2, shape, generator=generator) * 2 - 1)).to(like.device, like.dtype)

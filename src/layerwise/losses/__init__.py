@@ -6,14 +6,14 @@ from .base import Likelihood
 from .call import LossCall, bind, check, is_loss, logits_of
 from .likelihood import likelihood, scale_to_union
 from .mark import OwnCall, OwnLoss, as_loss, tensors_in
-from .own import Declared, Own
+from .own import DeclaredLikelihood, OwnLikelihood
 
 __all__ = [
-    "Declared",
+    "DeclaredLikelihood",
     "Likelihood",
     "LossCall",
-    "Own",
     "OwnCall",
+    "OwnLikelihood",
     "OwnLoss",
     "as_loss",
     "bind",

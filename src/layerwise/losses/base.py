@@ -26,7 +26,7 @@ class Likelihood:
     columns: number of root columns, `C - 1` for classes, 1 for an elementwise loss, 0 where there is no root.
     terms: the denominator of the mean reduction: loss terms that count (rows or elements), or the sum of
         their weights where torch divides by it. The same number for `sum` and `none`.
-    mean: True where the call's reduction is the mean; None where a loss of the user's own does not tell.
+    mean: True where the call's reduction is the mean; None for a loss of the user's own without a given reduction.
     link: the transfer function that belongs to the loss: "softmax", "sigmoid", "exp" or "identity".
     canonical: True where the Hessian is the Fisher information of the model's predictive distribution, so
         that `sample` draws labels; False where `sample` draws signs for the exact root instead.

@@ -1,4 +1,4 @@
-"""Which torch calls make a loss, and what their arguments say."""
+"""Which torch calls make a loss, and the meaning of their arguments."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LossCall:
     reduction: "mean", "sum" or "none".
     options: the call's other arguments, tensors detached.
     class_axis: the axis of the classes in `logits`; None for an elementwise loss.
-    log_softmax: True where `logits` are what went into `log_softmax`, not the call's own input.
+    log_softmax: True where `logits` are the input of `log_softmax`, not that of the call.
     learned: names of the arguments besides the prediction that require grad; not empty: no likelihood.
     """
 
@@ -202,7 +202,7 @@ def check(call: LossCall) -> None:
 
 
 def _normalises(class_axis: int | None, logits: Tensor, z: Tensor | None, dim: int | None) -> bool:
-    """True where `z` is what `log_softmax` normalised over the classes of this call."""
+    """True where `log_softmax` normalised `z` over the classes of this call."""
     if class_axis is None or z is None or z.shape != logits.shape:
         return False
     return dim is None or dim % z.dim() == class_axis

@@ -1,4 +1,4 @@
-"""The mark on a loss of the user's own."""
+"""`as_loss`: marks a function of the user's own as a loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OwnLoss:
         self.__name__ = getattr(func, "__name__", None) or type(func).__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function's own value; a record that is being made sees the call."""
+        """The function's value; an active tape records the call."""
         tensors = list(tensors_in((args, kwargs)))
         if has_torch_function(tensors):
             return handle_torch_function(self, tensors, *args, **kwargs)
@@ -43,8 +43,8 @@ def as_loss(func: Callable[..., Tensor], reduction: str | None = None) -> OwnLos
 
     Its Hessian in that argument (a tensor, or tensors in tuples, lists and mappings) is then that of the loss,
     taken by differentiating twice. Without the mark, the output of the observed module is that argument.
-    reduction: "mean" where the loss is a mean over the samples, "sum" where it is a sum over them. None: not
-    told; then quantities of one batch with `scale="loss"` alone are defined.
+    reduction: "mean" where the loss is a mean over the samples, "sum" where it is a sum over them. None: unknown;
+    then quantities of one batch with `scale="loss"` alone are defined.
     Values and gradients are those of `func`; outside of `observe` the mark does nothing. Raises: `BadInput`.
     """
     if not callable(func):
@@ -68,7 +68,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class OwnCall:
-    """What is known of a loss of the user's own, in the words of `LossCall`.
+    """A call of a loss of the user's own, with the attributes of `LossCall`.
 
     logits: one of the tensors that it depends on, or zeros of its shape.
     """

@@ -1,4 +1,4 @@
-"""Losses of the user's own: their likelihood, from blocks of the loss Hessian."""
+"""The likelihood of a loss of the user's own, from blocks of its Hessian."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..errors import NonFinite, Undefined
 from .base import Likelihood, _wide
 from .mark import OwnCall
 
-__all__ = ["Declared", "Own"]
+__all__ = ["DeclaredLikelihood", "OwnLikelihood"]
 
-_MOST_ELEMENTS = 2**27  # of the blocks of a loss Hessian that are held at once
-_STACK_ELEMENTS = 2**22  # of the columns sent through the loss together
+_MOST_ELEMENTS = 2**27  # of the blocks of a loss Hessian in memory at once
+_STACK_ELEMENTS = 2**22  # of the columns multiplied by the loss Hessian at once
 
 
-class Declared(Likelihood):
-    """What a loss of the user's own says of itself before it is differentiated: its name and its reduction.
+class DeclaredLikelihood(Likelihood):
+    """A loss of the user's own before it is differentiated: its name, its reduction and the number of its terms.
 
-    mean: None where it is not told.
+    mean: None where `as_loss` was given no reduction.
     """
 
     def __init__(self, call: OwnCall, samples: int) -> None:
@@ -32,7 +32,7 @@ class Declared(Likelihood):
         self.mean = None if call.reduction is None else call.reduction == "mean"
 
 
-class Own(Likelihood):
+class OwnLikelihood(Likelihood):
     """A loss known by products with its Hessian, whose blocks lie along one axis of its outputs.
 
     Roots are eigenvectors times roots of eigenvalues of the blocks; they exist where the loss is convex in the
@@ -116,7 +116,7 @@ class Own(Likelihood):
         return f"{self.call}: its Hessian holds NaN or infinity; look at the model's output and the loss"
 
     def _check(self, values: Tensor, size: int) -> float:
-        """Refuse curvatures without real roots; what counts as zero among them."""
+        """Raise where curvatures have no real roots; the size up to which one counts as zero."""
         low, high = (float(x) for x in torch.aminmax(values))
         if not math.isfinite(low) or not math.isfinite(high):
             raise NonFinite(self._not_finite)

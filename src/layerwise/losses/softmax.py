@@ -104,7 +104,7 @@ class Softmax(Likelihood):
         # C - 1 columns. With k the likeliest class no entry suffers cancellation, however sure the model is.
         k, u, reflected = self._pivot
         j = torch.arange(start, stop, device=k.device).reshape([-1] + [1] * k.dim())
-        # The class k has no column: where j = k, the last class stands.
+        # Class k has no column: at j = k is the column of the last class.
         j = torch.where(j == k, self.columns, j)
         f = self._sqrt_weight * u.expand(j.shape[0], *u.shape).gather(self._axis + 1, j)
         return (f * reflected).scatter_add_(self._axis + 1, j, f)

@@ -1,6 +1,6 @@
-"""Watching training: numbers of every k-th step, by parameter, through any callable.
+"""Monitoring of training: measures of every k-th step, by parameter, logged through any callable.
 
-Other steps run as they would without; nothing is written onto the model. `docs/monitor.md` shows it.
+Other steps run unchanged, and nothing is written onto the model. See `docs/monitor.md`.
 """
 
 from layerwise.monitor.measures import (

@@ -1,4 +1,4 @@
-"""Axes: what range they show, where their ticks stand, and how numbers are written on them."""
+"""Chart axes: range, tick positions and number formats."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 __all__ = ["Axis", "axis_for", "linear_ticks", "log_ticks", "number"]
 
-_DECADES = 10  # the most that a log axis shows: far smaller values are outliers
-_SPREAD = 20  # the ratio of largest to smallest value from which an axis is logarithmic
+_DECADES = 10  # the largest range of a log axis: smaller values are outliers
+_SPREAD = 20  # an axis is logarithmic if largest / smallest value is at least this
 
 
 class Axis(NamedTuple):
-    """From values in [low, high] to positions in [start, end]."""
+    """A map from values in [low, high] to positions in [start, end]."""
 
     low: float
     high: float
@@ -25,20 +25,20 @@ class Axis(NamedTuple):
         """The position of a value."""
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         value = math.log10(value) if self.log else value
-        part = (value / 2 - low / 2) / (high / 2 - low / 2)  # halves, whose difference is always a number
+        part = (value / 2 - low / 2) / (high / 2 - low / 2)  # halved, so that the difference cannot overflow
         return self.start + (self.end - self.start) * part
 
     def shows(self, value: float) -> bool:
-        """Whether it lies on the axis."""
+        """Whether the value lies on the axis."""
         return math.isfinite(value) and self.low <= value <= self.high
 
     def ticks(self) -> list[float]:
-        """Round values on the axis."""
+        """The tick values, round numbers on the axis."""
         return log_ticks(self.low, self.high) if self.log else linear_ticks(self.low, self.high)
 
 
 def axis_for(values: Sequence[float], start: float, end: float, linear: bool = False) -> Axis:
-    """An axis for finite values: logarithmic where all are positive and spread widely, unless `linear`."""
+    """An axis for finite values: logarithmic if all are positive and spread widely, unless `linear`."""
     if not values:
         return Axis(0.0, 1.0, False, start, end)
     low, high = min(values), max(values)
@@ -49,7 +49,7 @@ def axis_for(values: Sequence[float], start: float, end: float, linear: bool = F
         room = (high / low) ** 0.04
         return Axis(low / room, high * room, True, start, end)
     room = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
-    if not math.isfinite(room):  # values near the largest there is
+    if not math.isfinite(room):  # values near the largest float
         return Axis(low, high, False, start, end)
     return Axis(0.0 if low == 0 else low - room, high + room, False, start, end)
 
@@ -65,7 +65,7 @@ def linear_ticks(low: float, high: float, most: int = 8) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Powers of ten; with 2 and 5 between them where there are few."""
+    """Powers of ten; also 2 and 5 times these where there are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     digits = (1, 2, 5) if math.log10(high) - math.log10(low) <= 2 else (1,)
     ticks = [d * 10.0**power for power in range(first, last + 1) for d in digits]
@@ -74,7 +74,7 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number as a person writes it: 0.012, 1,250, 3.2e-7, ∞, NaN."""
+    """A number as short text: 0.012, 1,250, 3.2e-7, ∞, NaN."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):

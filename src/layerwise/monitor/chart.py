@@ -1,4 +1,4 @@
-"""One chart as SVG: a line for each parameter, the whole model's thicker, marks where a value is no number."""
+"""One chart as SVG: a line for each parameter, a thicker one for the whole model, marks for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["HEIGHT", "WIDTH", "chart"]
 
 WIDTH, HEIGHT = 460, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 38
-_POINTS = 8000  # in all lines of a chart
-_MANY = 30  # lines from which they are thin
+_POINTS = 8000  # the most points in all lines of a chart together
+_MANY = 30  # charts with at least this many lines draw them thin
 _MARKS = {"nan": "M-3-3L3 3M-3 3L3-3", "above": "M-4 3L0-4L4 3Z", "below": "M-4-3L0 4L4-3Z"}
 
 
 def chart(
     curves: Mapping[str, Curve], parameters: Sequence[str], label: str, linear: bool = False, tick: str = "step"
 ) -> str:
-    """The SVG element of some curves by parameter, "" for the whole model.
+    """The SVG element of curves by parameter name, "" for the whole model.
 
-    parameters: all of the page's, in order: a line's colour is its place among them. linear: never a log axis.
+    parameters: all names of the page, in order: a line's position among them sets its colour. linear: no log axis.
     """
     most = max(60, _POINTS // max(1, len(curves)))
     thin = {name: thinned(curve, most) for name, curve in curves.items()}
@@ -32,7 +32,7 @@ def chart(
     x = Axis(steps[0], max(steps[-1], steps[0] + 1), False, LEFT, WIDTH - RIGHT)
     y = axis_for([v for curve in thin.values() for v in curve.finite], HEIGHT - BOTTOM, TOP, linear)
     places = {name: place / max(1, len(parameters) - 1) for place, name in enumerate(parameters)}
-    order = sorted(thin, key=lambda name: (name == "", places.get(name, 0.0)))  # the whole model's on top
+    order = sorted(thin, key=lambda name: (name == "", places.get(name, 0.0)))  # the whole model's line is drawn last
     lines = "".join(_line(name, thin[name], x, y, places.get(name)) for name in order)
     data = {"steps": steps, "x": [x.low, x.high, x.start, x.end], "y": [y.low, y.high, y.start, y.end], "log": y.log}
     many = " many" if len(thin) > _MANY else ""
@@ -64,7 +64,7 @@ def _grid(x: Axis, y: Axis, tick: str) -> str:
 
 
 def _line(name: str, curve: Curve, x: Axis, y: Axis, place: float | None) -> str:
-    """A group with the line, in pieces where values cannot be shown, and the marks in their places."""
+    """An SVG group of one line, interrupted where values cannot be shown, with marks at these steps."""
     pieces: list[str] = []
     marks: list[str] = []
     pen_down = False
@@ -79,7 +79,7 @@ def _line(name: str, curve: Curve, x: Axis, y: Axis, place: float | None) -> str
         marks.append(f'<path class="mark {kind}" transform="translate({_px(x.at(step))} {at})" d="{_MARKS[kind]}"/>')
     joined = list(zip(pieces, [*pieces[1:], "M"], strict=False))
     line = "".join(p for p, after in joined if p[0] == "L" or after[0] == "L")
-    dots = "".join(f"{p}h0" for p, after in joined if p[0] == after[0] == "M")  # points by themselves: round ends
+    dots = "".join(f"{p}h0" for p, after in joined if p[0] == after[0] == "M")  # isolated points: round line caps
     kind = "whole" if not name else "bias" if name.rpartition(".")[2].startswith("bias") else "weight"
     style = "" if place is None else f' style="--d:{place:.3f}"'
     drawn = [f'<path class="{what}" d="{d}"/>' for what, d in (("line", line), ("dot", dots)) if d]

@@ -1,4 +1,4 @@
-"""What can be measured at a step: each measure is one pure function of what was seen, to numbers by parameter."""
+"""Measures of a training step: each is a pure function from the observed step to numbers by parameter."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ WHOLE = ""  # the name of the whole model's number
 
 @dataclass(frozen=True)
 class Step:
-    """One step as the measures see it.
+    """The input of a measure: one training step.
 
-    L is the sum of what backward was called on in the step, one number or several (gradient accumulation).
-    number: of the step, from 0. loss: L, 0-dim. gradient: what was added to each `.grad`, before anyone clipped it.
-    before, after: the parameters at the step's start and end. All by name, `[*shape]`; nothing requires grad.
+    L is the sum of all losses whose backward ran in the step, one or several (gradient accumulation).
+    number: of the step, from 0. loss: L, 0-dim. gradient: what was added to each `.grad`, before any clipping.
+    before, after: the parameters at the step's start and end. All by parameter name, `[*shape]`, detached.
     """
 
     number: int
@@ -57,8 +57,8 @@ class Measure:
 
     name: of the series; a number of a parameter is logged as "name/parameter", that of the whole model as "name".
     of: `(step, *results) -> {parameter name: number}`, numbers as floats or 0-dim tensors, the whole model's under
-    the name ""; results are those of the quantities, in order. quantities: makes them anew for each step, from a
-    generator for draws, which is seeded by the step's number.
+    the name ""; results are those of the quantities, in order. quantities: a function that makes new quantities for
+    each step, from a generator seeded by the step's number.
 
         weight_norm = Measure("weight_norm", lambda step: {n: p.norm() for n, p in step.after.items()})
     """
@@ -72,7 +72,7 @@ class Measure:
 
 
 def loss() -> Measure:
-    """L, in units of the loss."""
+    """The loss L, in its own units."""
     return Measure("loss", lambda step: {WHOLE: step.loss})
 
 
@@ -84,7 +84,7 @@ def gradient_norm() -> Measure:
 def update_size() -> Measure:
     """The relative size of the step, ‖θ_after − θ_before‖ / ‖θ_before‖, by parameter and whole; no unit.
 
-    Infinite for a parameter that left zero, NaN for one that stayed there.
+    Infinite for a parameter that was zero and moved, NaN for one that was zero and stayed so.
     """
 
     def of(step: Step) -> dict[str, Tensor]:
@@ -97,8 +97,8 @@ def update_size() -> Measure:
 def update_cosine() -> Measure:
     """The cosine of the step with steepest descent, ⟨Δθ, −g⟩ / (‖Δθ‖ ‖g‖) with g = ∂L/∂θ, by parameter and whole.
 
-    1 for plain gradient descent; how far an optimizer, a preconditioner or a layer's local problem turns away from
-    the global gradient. NaN where either is zero.
+    1 for plain gradient descent; smaller the more an optimizer, a preconditioner or a layer-local problem turns the
+    step away from the gradient. NaN where either is zero.
     """
 
     def of(step: Step) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ def _moves(step: Step) -> dict[str, Tensor]:
 
 
 def _norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By name, and of all together."""
+    """Euclidean norms by name, and under "" that of all tensors together."""
     if not tensors:
         return {}
     norms = {name: torch.linalg.vector_norm(t) for name, t in tensors.items()}
@@ -135,7 +135,7 @@ def _sum(numbers: Mapping[str, Tensor]) -> Tensor:
 def noise_scale() -> Measure:
     """The simple gradient noise scale tr Σ / |G|², by parameter and whole, in samples: `lw.NoiseScale`.
 
-    Infinite where the batch is too small to see the gradient. Needs the samples told apart.
+    Infinite where the batch is too small to estimate |G|². Needs per-sample gradients.
     Source: McCandlish et al. (2018), eq. 2.9.
     """
     return Measure("noise_scale", _with_total, lambda generator: [NoiseScale(snr=False)])
@@ -144,9 +144,9 @@ def noise_scale() -> Measure:
 def signal_to_noise() -> Measure:
     """The median over a parameter's elements of h² / s²: squared mean over variance of the samples' gradients.
 
-    By parameter, and over all elements; no unit; about 0.45/N where there is noise alone. Elements are those of
-    `lw.NoiseScale().snr`. Needs the samples told apart.
-    Source: Mahsereci et al. (2017), who stop training where elements fall to 1/N in the mean.
+    By parameter, and over all elements; no unit; about 0.45/N for pure noise. The elements are those of
+    `lw.NoiseScale().snr`. Needs per-sample gradients.
+    Source: Mahsereci et al. (2017), who stop training when the mean over elements falls to 1/N.
     """
 
     def of(step: Step, noise: Any) -> dict[str, Tensor]:
@@ -159,10 +159,10 @@ def signal_to_noise() -> Measure:
 
 
 def alignment() -> Measure:
-    """The mean cosine of two samples' gradients in the batch, by parameter and whole: `lw.PairwiseDot`.
+    """The mean cosine between the gradients of two samples of the batch, by parameter and whole: `lw.PairwiseDot`.
 
-    mean over n ≠ m of ⟨g_n, g_m⟩ / (‖g_n‖ ‖g_m‖), in [−1/(N−1), 1]; 0 for a pair with a zero gradient. Needs the
-    samples told apart, one backward pass in the step, N ≥ 2 (NaN below), and memory N² for each parameter.
+    mean over n ≠ m of ⟨g_n, g_m⟩ / (‖g_n‖ ‖g_m‖), in [−1/(N−1), 1]; 0 for a pair with a zero gradient. Needs
+    per-sample gradients, one backward pass in the step, N ≥ 2 (NaN for N = 1), and memory N² for each parameter.
     Source: Fort et al. (2019), stiffness measured by the cosine.
     """
 
@@ -186,19 +186,19 @@ def _cosine(dots: Tensor) -> Tensor:
 def curvature(draws: int | None = 1) -> Measure:
     """The trace of the generalized Gauss-Newton matrix of L, by parameter and whole: `lw.DiagGGN`.
 
-    Σ_n tr J_nᵀ H_n J_n, loss per squared parameter unit; draws=k: from k sampled columns, without bias; None: exact.
-    Needs the samples told apart, and a loss with a root.
+    Σ_n tr J_nᵀ H_n J_n, loss per squared parameter unit; draws=k: unbiased, from k sampled columns; None: exact.
+    Needs per-sample gradients, and a loss whose Hessian has a root.
     Source: Dangel et al. (2020), eq. 19; Schneider, Dangel and Hennig (2021), instrument "HessTrace".
     """
     return Measure("curvature", _with_total, lambda generator: [GGNTrace(draws, generator)])
 
 
 def largest_eigenvalue() -> Measure:
-    """The largest eigenvalue of the sampled generalized Gauss-Newton matrix of L, by parameter's block and whole.
+    """The largest eigenvalue of the sampled generalized Gauss-Newton matrix of L, by diagonal block and whole.
 
-    λ_max of Σ_n s_n s_nᵀ with s_n sample n's gradient from one sampled column, taken off the Gram matrix `[N,N]` of
-    the s_n. Sampled, and too large in the mean: the largest eigenvalue is convex in the matrix, most so for small N.
-    Needs the samples told apart, one loss call and one backward pass in the step.
+    λ_max of Σ_n s_n s_nᵀ with s_n sample n's gradient from one sampled column, computed from the Gram matrix
+    `[N,N]` of the s_n. The estimate is biased upwards, mostly for small N, since λ_max is convex in the matrix.
+    Needs per-sample gradients, one loss call and one backward pass in the step.
     Source: Dangel, Tatzel and Hennig (2022), ViViT.
     """
     return Measure("largest_eigenvalue", _with_total, lambda generator: [LargestEigenvalue(generator)])

@@ -1,4 +1,4 @@
-"""`Monitor`: numbers of every k-th step of a training, handed to any callable."""
+"""`Monitor`: measures of every k-th step of a training, logged through any callable."""
 
 from __future__ import annotations
 
@@ -31,22 +31,21 @@ class Monitor:
                 loss = F.cross_entropy(model(x), y)
                 opt.zero_grad(); loss.backward(); opt.step()
 
-    An optimizer that takes a closure, as `lw.LocoProp` and `lw.AltMin` do, is given it inside as ever, and the monitor
-    beside: `with monitor.step(closure): opt.step(closure)`. A step that is due then runs the closure once more, before
-    the optimizer does, and puts back gradients, floating-point buffers and random numbers. Otherwise the step's own
-    backward passes are observed; all of them count, as in gradient accumulation, while the parameters stand still.
-    Other steps run as without a monitor. Parameters, `.grad` and torch's random numbers are what they would have been,
-    where attention or a recurrent layer is followed up to rounding.
+    For an optimizer that takes a closure, such as `lw.LocoProp` and `lw.AltMin`, pass the closure to the monitor too:
+    `with monitor.step(closure): opt.step(closure)`. A measured step then runs the closure once more, before the
+    optimizer, and restores gradients, floating-point and scalar buffers, and random states. Without it, the step's own
+    backward passes are observed, all of them (gradient accumulation) until the parameters change.
+    Other steps run as without a monitor. Parameters, `.grad` and torch's random numbers are the same as without it (up
+    to rounding where attention or a recurrent layer is decomposed).
 
     model: as for `observe`. log: called as `log(step, record)`, record a flat dict {"step": 10, "loss": 0.7,
     "noise_scale": 31.0, "noise_scale/0.weight": 28.5, ...}. measures: default `measures.default()`. every: k; steps
-    0, k, 2k, ... are due. seed: of the draws, a generator for each measure
-    and step.
+    0, k, 2k, ... are measured. seed: of the random draws, with a new generator for each measure and step.
 
-    A measure that does not exist for the model, the loss or the batch, a typed error elsewhere, is left out of the
-    record; the reason is logged once as "left_out/name", warned of (`LeftOut`), and kept in `left_out`. It is tried
-    again at every step that is due. Where the loss or a gradient is not finite, measures of the batch are NaN.
-    Raises BadInput, also for a due step without a backward pass.
+    A measure that the model, the loss or the batch does not allow is left out of the record instead of raising; the
+    reason is logged once as "left_out/name", warned about (`LeftOut`), and kept in `left_out`. The measure is tried
+    again at every measured step. Where the loss or a gradient is not finite, measures of the batch are NaN.
+    Raises BadInput, also for a measured step without a backward pass.
     """
 
     def __init__(
@@ -75,19 +74,19 @@ class Monitor:
             raise BadInput(f"Monitor logs through a callable log(step, record), got {log!r}")
         named_parameters_of(model)
         self._model, self._log, self._every, self._seed = model, log, every, seed
-        self._apart = set(names)  # measures that were refused, or not tried yet: they are observed by themselves
+        self._apart = set(names)  # measures that failed or were not tried yet: each is observed alone
         self.left_out: dict[str, str] = {}
         self._said: set[tuple[str, type]] = set()
         self.steps = 0
 
     @property
     def due(self) -> bool:
-        """Whether the coming step is measured."""
+        """Whether the next step is measured."""
         return self.steps % self._every == 0
 
     @contextmanager
     def step(self, closure: Callable[[], Tensor] | None = None) -> Iterator[None]:
-        """Watch one step of training: forward, backward and the optimizer's step."""
+        """Context around one training step: forward, backward and the optimizer's step."""
         if not self.due:
             yield
             self.steps += 1
@@ -105,20 +104,20 @@ class Monitor:
         self._log(int(record["step"]), record)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps so far, and which measures are observed by themselves."""
+        """The number of steps so far, and which measures are observed alone."""
         return {"steps": self.steps, "apart": sorted(self._apart)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state, bitwise with the same measures."""
+        """Resume from a saved state; with the same measures, the records are bitwise the same."""
         self.steps = int(state_dict["steps"])
         self._apart = {m.name for m in self._measures if m.name in state_dict["apart"]}
 
     # -- a step that is due -----------------------------------------------------------------------------------
 
     def _groups(self) -> list[list[tuple[Measure, list[Quantity]]]]:
-        """Measures with their quantities of this step: those that work together, and each other one by itself."""
+        """Measures with their quantities for this step: one group that is observed together, and groups of one."""
         device = next((p.device for p in named_parameters_of(self._model).values()), torch.device("cpu"))
-        seed = seed_of(self._seed, self.steps)  # nothing to save, and a resumed run draws the same
+        seed = seed_of(self._seed, self.steps)  # needs no saved state, and a resumed run draws the same numbers
         made = [(m, list(m.quantities(torch.Generator(device).manual_seed(seed)))) for m in self._measures]
         asking = [(m, found) for m, found in made if found]
         together = [(m, found) for m, found in asking if m.name not in self._apart]
@@ -165,7 +164,7 @@ class Monitor:
 def _measured(
     measure: Measure, step: Step, group: Group | None, quantities: Sequence[Quantity]
 ) -> Mapping[str, Tensor | float]:
-    """A measure's numbers; raises what refused its quantities."""
+    """A measure's numbers; raises the error that its quantities raised."""
     with torch.no_grad():
         if group is None:
             return measure.of(step)
@@ -176,12 +175,12 @@ def _measured(
 
 
 def _floats(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """The numbers in Python, with one transfer for each device and type."""
+    """The numbers as Python floats, with one transfer for each device and dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for key, value in values.items():
         if isinstance(value, Tensor):
             kinds.setdefault((value.device, value.dtype), []).append(key)
-    found: dict[str, float] = {}
+    floats: dict[str, float] = {}
     for keys in kinds.values():
-        found |= zip(keys, torch.stack([values[key].detach().reshape(()) for key in keys]).tolist(), strict=True)  # type: ignore[union-attr]
-    return {key: found[key] if key in found else float(value) for key, value in values.items()}
+        floats |= zip(keys, torch.stack([values[key].detach().reshape(()) for key in keys]).tolist(), strict=True)  # type: ignore[union-attr]
+    return {key: floats[key] if key in floats else float(value) for key, value in values.items()}

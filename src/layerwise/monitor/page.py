@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs no other file and no network."""
+"""A report of a run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["page"]
 
 
 class _Title(NamedTuple):
-    """What a chart says above it; linear: its axis is never logarithmic."""
+    """The heading of a chart; linear: its axis is never logarithmic."""
 
     title: str
     unit: str
@@ -37,15 +37,15 @@ TITLES = {
     "alignment": _Title("Alignment within the batch", "mean cosine of two samples' gradients, no unit", True),
     "gradient_norm": _Title("Gradient norm", "‖∂L/∂θ‖, loss / parameter unit"),
 }
-_ROWS = 200  # of the table by step
+_ROWS = 200  # the most rows of the table by step
 
 
 def page(records: Sequence[Mapping[str, Any]], title: str = "Training run") -> str:
     """The HTML of a run's records: a chart for each measure, a line for each parameter, and tables of the numbers.
 
-    Values that no axis can show are marked: NaN by a cross at the bottom, infinity by a triangle at the top, zero on a
-    logarithmic axis by one at the bottom. Long curves are thinned to their extremes.
-    Raises BadInput without a record.
+    Values that no axis can show get marks: NaN a cross at the bottom, infinity a triangle at the top, zero on a
+    logarithmic axis a triangle at the bottom. Long curves are thinned to their extremes.
+    Raises BadInput for no records.
     """
     if not records:
         raise BadInput("asked for a page of a run without a record; a monitor logs its first one at step 0")
@@ -85,7 +85,7 @@ def _asset(name: str) -> str:
 
 
 def _parameters(measures: Mapping[str, Mapping[str, Curve]]) -> list[str]:
-    """The names of all parameters; in the order of the measure that has most of them, the model's."""
+    """The names of all parameters, in model order: that of the measure with the most parameters."""
     by_size = sorted(measures.values(), key=len, reverse=True)
     return [name for curves in by_size for name in curves]
 
@@ -95,7 +95,7 @@ def _about(measure: str) -> _Title:
 
 
 def _tiles(measures: Mapping[str, Mapping[str, Curve]], order: Sequence[str]) -> str:
-    """The last number of the whole model in each measure."""
+    """Tiles with the last number of the whole model for each measure."""
     tiles = [
         f"<div><dt>{escape(_about(name).title)}</dt><dd>{number(measures[name][''].values[-1])}</dd></div>"
         for name in order
@@ -105,7 +105,7 @@ def _tiles(measures: Mapping[str, Mapping[str, Curve]], order: Sequence[str]) ->
 
 
 def _left_out(records: Sequence[Mapping[str, Any]]) -> str:
-    """Which measures are missing, and why."""
+    """A list of the measures that were left out, and why."""
     reasons = {k: (r["step"], str(v)) for r in records for k, v in r.items() if k.startswith(LEFT_OUT)}
     items = "".join(
         f"<li><b>{escape(_about(name.removeprefix(LEFT_OUT)).title)}</b>, step {step}: {escape(why)}</li>"
@@ -147,7 +147,7 @@ def _card(measure: str, curves: Mapping[str, Curve], parameters: Sequence[str]) 
 
 
 def _latest(measures: Mapping[str, Mapping[str, Curve]], order: Sequence[str], parameters: Sequence[str]) -> str:
-    """The last numbers of every parameter."""
+    """A table of the last numbers of every parameter."""
     shown = [name for name in order if any(measures[name])]
     if not shown:
         return ""
@@ -159,7 +159,7 @@ def _latest(measures: Mapping[str, Mapping[str, Curve]], order: Sequence[str], p
 
 
 def _steps(records: Sequence[Mapping[str, Any]], measures: Mapping[str, Mapping[str, Curve]]) -> str:
-    """The whole model's numbers by step."""
+    """A table of the whole model's numbers by step."""
     names = [name for name, curves in measures.items() if "" in curves]
     every = math.ceil(len(records) / _ROWS)
     shown = [record for i, record in enumerate(records) if i % every == 0 or i == len(records) - 1]

@@ -1,4 +1,4 @@
-"""Where records go: a list in memory, or a file with one JSON object a line that survives being cut short."""
+"""Destinations for records: a list in memory, or a JSON-lines file that stays readable after a crash."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from layerwise.monitor.series import LEFT_OUT
 
 __all__ = ["History", "JSONLines", "Record", "read"]
 
-Record = dict[str, Any]  # numbers by name, and reasons why some are missing
+Record = dict[str, Any]  # numbers by name, and reasons for missing measures
 
 
 class History:
-    """Records in memory, in the order of their steps; a callable to log through.
+    """A callable that keeps records in memory, in the order of their steps.
 
-    A step that does not come after the last one starts anew from there: what was logged from it on is dropped, as when
-    a run goes on from a checkpoint. records: `[{"step": 0, "loss": 2.3, "noise_scale/0.weight": 31.0, ...}, ...]`.
+    A record whose step is not after the last one drops all records from that step on, as when a run resumes from a
+    checkpoint. records: `[{"step": 0, "loss": 2.3, "noise_scale/0.weight": 31.0, ...}, ...]`.
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -30,7 +30,7 @@ class History:
             self(int(record["step"]), record)
 
     def __call__(self, step: int, record: Mapping[str, Any]) -> None:
-        """Take a record."""
+        """Append a record."""
         while self.records and self.records[-1]["step"] >= step:
             self.records.pop()
         self.records.append({**record, "step": step})
@@ -40,18 +40,18 @@ class History:
 
     @property
     def names(self) -> list[str]:
-        """The names of all numbers, as they came."""
+        """The names of all numbers, in order of first appearance."""
         names = dict.fromkeys(key for record in self.records for key in record)
         return [name for name in names if name != "step" and not name.startswith(LEFT_OUT)]
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Why measures are missing, by name."""
+        """The reasons for missing measures, by name."""
         found = {k: str(v) for record in self.records for k, v in record.items() if k.startswith(LEFT_OUT)}
         return {key.removeprefix(LEFT_OUT): why for key, why in found.items()}
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """The steps and values of one number. Raises BadInput for one that was never logged."""
+        """The steps and values of one number. Raises BadInput for a name that was never logged."""
         if name not in self.names:
             raise BadInput(f"asked for {name!r}, which was not logged; there are: {', '.join(self.names) or 'none'}")
         found = [(record["step"], record[name]) for record in self.records if name in record]
@@ -77,19 +77,19 @@ class History:
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
 
     def write(self, path: str | Path) -> None:
-        """All records into a new file of JSON lines, which `read` takes."""
+        """Write all records to a new JSON-lines file, for `read`."""
         Path(path).write_text("".join(_line(record) for record in self.records), encoding="utf-8")
 
     def html(self, path: str | Path, title: str = "Training run") -> None:
-        """A page of the run that needs no other file and no network."""
+        """Write a self-contained HTML report of the run."""
         Path(path).write_text(page(self.records, title), encoding="utf-8")
 
 
 class JSONLines:
     """A callable that appends each record to a file as one line of JSON, at once.
 
-    An existing file is gone on with, as after a crash: a last line that was cut short is removed, and `read` drops
-    what a resumed run logs again. NaN and infinities, which JSON does not have, are the strings "nan", "inf", "-inf".
+    An existing file is continued, as after a crash: an incomplete last line is removed, and `read` drops the records
+    that a resumed run logs again. NaN and infinities, which JSON does not have, are the strings "nan", "inf", "-inf".
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,9 +106,9 @@ class JSONLines:
 
 
 def read(path: str | Path) -> History:
-    """The records of a file of JSON lines; a last line that was cut short is passed over.
+    """Read the records of a JSON-lines file; an incomplete last line is ignored.
 
-    Raises BadInput for any other line that is no record.
+    Raises BadInput for any other line that is not a record.
     """
     content = Path(path).read_bytes()
     records = []
@@ -123,7 +123,7 @@ def read(path: str | Path) -> History:
 
 
 def _whole_lines(content: bytes) -> int:
-    """Up to where the lines are complete."""
+    """The length of the complete lines, in bytes."""
     return content.rfind(b"\n") + 1
 
 

@@ -1,4 +1,4 @@
-"""Curvature in one number for each parameter, computed without holding anything of the parameter's shape."""
+"""Curvature as one number for each parameter, without tensors of the parameter's shape."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class GGNTrace(DiagGGN):
     Several backward passes add up, as their gradients do: the trace is that of the sum of the losses as written.
     """
 
-    powers = (0,)  # no weights of a union
+    powers = (0,)  # batches are added without reweighting
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
-        """The sum over v and n of the squared norms of the roots' gradients."""
+        """The sum over v and n of the squared norms of the root columns' gradients."""
         return (gradient.squared_norm().sum(),)
 
 
 class LargestEigenvalue(Quantity):
-    """The largest eigenvalue of each parameter's block of the sampled GGN, from its root's Gram matrix, 0-dim each.
+    """The largest eigenvalue of each parameter's block of the sampled GGN, from its Gram matrix, 0-dim each.
 
-    `.total` is that of the whole matrix, from the sum of the Gram matrices.
+    `.total` is the largest eigenvalue of the whole matrix, from the sum of the Gram matrices.
     """
 
     powers = (1,)
@@ -50,17 +50,17 @@ class LargestEigenvalue(Quantity):
         return (gradient.pairwise_dot()[0],)
 
     def check_union(self, seen: Union, batch: Union) -> None:
-        """Refuse a second batch."""
+        """Raise Undefined for a second batch."""
         raise Undefined(
             f"asked for the largest eigenvalue of the sampled GGN of {seen.samples} samples and {batch.samples} more "
             "from a further backward pass: the products between the two batches' roots are not available"
         )
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
-        """Keyed by parameter."""
+        """The largest eigenvalues by parameter."""
         grams = {name: v[0] for name, v in values.items()}
-        found = {name: _largest(gram) for name, gram in grams.items()}
-        return ByParameter(found, _largest(torch.stack(list(grams.values())).sum(0)) if grams else None)
+        eigenvalues = {name: _largest(gram) for name, gram in grams.items()}
+        return ByParameter(eigenvalues, _largest(torch.stack(list(grams.values())).sum(0)) if grams else None)
 
 
 def _largest(gram: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From records to curves: numbers by measure and parameter, in as few points as a picture can show."""
+"""Curves from records: numbers by measure and parameter, thinned to the resolution of a chart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["LEFT_OUT", "Curve", "by_measure", "thinned"]
 
-LEFT_OUT = "left_out/"  # what the keys of reasons begin with
+LEFT_OUT = "left_out/"  # the prefix of keys whose values are reasons
 
 
 class Curve(NamedTuple):
@@ -19,7 +19,7 @@ class Curve(NamedTuple):
 
     @property
     def finite(self) -> list[float]:
-        """The values that are numbers."""
+        """The finite values."""
         return [value for value in self.values if math.isfinite(value)]
 
 
@@ -38,7 +38,7 @@ def by_measure(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curv
 
 
 def thinned(curve: Curve, most: int) -> Curve:
-    """A curve of about `most` points that looks the same: the extremes of each stretch, and what is no number."""
+    """A curve of about `most` points that looks the same: the extremes of each interval, NaN and infinity."""
     count = len(curve.steps)
     if count <= most:
         return curve

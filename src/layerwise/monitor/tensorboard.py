@@ -1,4 +1,4 @@
-"""Records to TensorBoard."""
+"""Logging of records to TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["TensorBoard"]
 
 
 class TensorBoard:
-    """A callable that hands each number to a writer's `add_scalar(name, value, step)`, and reasons to `add_text`.
+    """A callable that passes each number to a writer's `add_scalar(name, value, step)`, and reasons to `add_text`.
 
-    writer: a `torch.utils.tensorboard.SummaryWriter`, anything with its methods, or a folder for one of its own.
-    Raises BadInput where the folder is given and tensorboard is not installed.
+    writer: a `torch.utils.tensorboard.SummaryWriter`, an object with its methods, or a folder for a new one.
+    Raises BadInput for a folder where tensorboard is not installed.
     """
 
     def __init__(self, writer: Any) -> None:

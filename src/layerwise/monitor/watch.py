@@ -1,4 +1,4 @@
-"""One watched step: its backward passes run whether or not the groups of quantities that observe them are refused."""
+"""Observation of one training step that never makes it fail: refused quantities do not stop its backward passes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Group", "Watch"]
 
 
 class _Tape(Tape):
-    """A tape that stops recording at a call it does not decompose, where others refuse it."""
+    """A tape that stops recording at an unsupported call, where other tapes raise."""
 
     refusal: LayerwiseError | None = None
 
@@ -33,15 +33,15 @@ class _Tape(Tape):
         if self.refusal is None:
             try:
                 return super().__torch_function__(func, types, args, kwargs)
-            except UnsupportedCall as error:  # nothing has run yet
+            except UnsupportedCall as error:  # raised before the call ran
                 self.refusal = error
         return func(*args, **(kwargs or {}))
 
 
 class Group:
-    """Observe quantities together; where they are refused, the backward pass runs as it would without.
+    """Observe quantities together; where they raise a typed error, the backward pass runs without them.
 
-    seen: their results. refusal: the error that refused them all, or None.
+    seen: their results. refusal: the error that they raised, or None.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor], quantities: Sequence[Quantity]) -> None:
@@ -52,7 +52,7 @@ class Group:
 
     @property
     def refusal(self) -> LayerwiseError | None:
-        """Why there are no results."""
+        """The error because of which there are no results, or None."""
         return self._refusal or self._tape.refusal
 
     def __enter__(self) -> Seen:
@@ -74,7 +74,7 @@ class Group:
 
 
 class _Once:
-    """A backward pass that runs once; its gradients are put back where an observation has rolled them back."""
+    """A backward pass that runs once; its gradients are restored if a failed observation has rolled them back."""
 
     def __init__(self, run: Callable[[], Any], parameters: Iterable[Tensor]) -> None:
         self._run, self._parameters = run, list(parameters)
@@ -87,7 +87,7 @@ class _Once:
         return self._out
 
     def finished(self) -> Any:
-        """Run it, or put back what it gave."""
+        """Run the backward pass, or restore its gradients if it has run; returns its result."""
         if self._after is None:
             return self()
         self._after.put_back()
@@ -95,7 +95,7 @@ class _Once:
 
 
 class _Passes(TorchFunctionMode):
-    """Add up the losses of the backward passes from the parameters as they are, and what these add to `.grad`."""
+    """Sums the losses of all backward passes, and what they add to `.grad`, until the parameters change."""
 
     def __init__(self, parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _Passes(TorchFunctionMode):
         except BadInput as error:
             self.refusal = error
             return _unseen(func, args, kwargs)
-        if self.loss is not None and self._moved():  # a line search, a second optimizer: another step's gradient
+        if self.loss is not None and self._moved():  # gradient at other parameters (line search, second optimizer)
             return _unseen(func, args, kwargs)
         with accumulated(self._parameters) as found:
             out = func(*args, **kwargs)
@@ -137,7 +137,7 @@ def _unseen(func: Any, args: Any, kwargs: Any) -> Any:
 class Watch:
     """Observe one step of training in groups of quantities.
 
-    before: a copy of the trainable parameters at the start. From the backward passes: loss (or None), gradient.
+    before: a copy of the trainable parameters at the start. loss (or None), gradient: sums over the backward passes.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor], groups: Sequence[Sequence[Quantity]]) -> None:
@@ -164,7 +164,7 @@ class Watch:
         return self._passes.refusal
 
     def after(self) -> dict[str, Tensor]:
-        """A copy of the trainable parameters now."""
+        """A copy of the present trainable parameters."""
         return values_of(self._parameters)
 
     def __enter__(self) -> Watch:
@@ -177,7 +177,7 @@ class Watch:
         self._stack.__exit__(*exc)
 
     def run(self, closure: Callable[[], Tensor]) -> None:
-        """Observe one run of a closure, and leave gradients, buffers and random numbers as they were."""
+        """Observe one run of a closure, and restore gradients, buffers and random states."""
         with RunState(self._model, gradients="values"), torch.enable_grad(), self:
             total = closure()
             if self.loss is None and isinstance(total, Tensor) and total.requires_grad:

@@ -1,4 +1,4 @@
-"""Activations without a derivative: signs and others that codes cross by a rule of their own."""
+"""Activations without a derivative, such as signs, and their surrogate gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions without a derivative: no gradient passes them, codes cross them by a rule."""
+"""Functions without a useful derivative: gradient zero, or a surrogate gradient inside `AltMin` and `crossing`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sign(z: Tensor) -> Tensor:
 
 
 class _Hard(torch.autograd.Function):
-    """The function, with what a rule makes of a cotangent; without a rule, zero: the derivative almost everywhere."""
+    """The function, with a surrogate gradient `rule` as its backward; without a rule its backward is zero."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, function: Callable[[Tensor], Tensor], rule: Rule | None) -> Tensor:
@@ -43,27 +43,27 @@ class _Hard(torch.autograd.Function):
 
 
 def hard(z: Tensor, function: Callable[[Tensor], Tensor] = sign, rule: Rule = StraightThrough()) -> Tensor:  # noqa: B008
-    """An elementwise function without a derivative; its gradient is zero, save where codes cross it.
+    """Apply an elementwise function without a derivative; its gradient is zero, unless surrogate gradients are in use.
 
-    function: of a tensor, keeps shape and type. rule: how codes cross it, see `Hard`. Raises BadInput for a function
-    that keeps neither.
+    function: of a tensor, keeps shape and dtype. rule: the surrogate gradient, see `Hard`. Raises BadInput for a
+    function that changes shape or dtype.
     """
-    if has_torch_function_unary(z):  # modes, too: some answer with `crossed`
+    if has_torch_function_unary(z):  # also true under function modes, some of which call `crossed`
         return handle_torch_function(hard, (z,), z, function, rule)
     return _Hard.apply(z, function, None)
 
 
 def crossed(z: Tensor, function: Callable[[Tensor], Tensor] = sign, rule: Rule = StraightThrough()) -> Tensor:  # noqa: B008
-    """`hard`, with the rule in place of a derivative."""
+    """`hard`, with the surrogate gradient `rule` as its backward."""
     if has_torch_function_unary(z):
         return handle_torch_function(crossed, (z,), z, function, rule)
     return _Hard.apply(z, function, rule)
 
 
 class crossing(TorchFunctionMode):
-    """Inside, gradients cross every `Hard` function by its rule: backpropagation with straight-through estimators.
+    """Context in which every `Hard` function backpropagates its surrogate gradient (straight-through estimation).
 
-    `AltMin` crosses by itself, and needs none of this; it makes the usual baseline.
+    This gives the usual baseline; `AltMin` uses surrogate gradients by itself and does not need it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,14 +71,14 @@ class crossing(TorchFunctionMode):
 
 
 class Hard(nn.Module):
-    """An elementwise activation without a derivative, and the rule by which codes cross it.
+    """An elementwise activation without a useful derivative, and its surrogate gradient.
 
-    Backpropagation's gradient is zero below it, as the function's own derivative is: nothing is pretended. `AltMin`
-    moves the code before it by the rule, within the block between two codes.
+    Plain backpropagation gets its true derivative, zero. `AltMin` updates the code before it by the surrogate gradient,
+    only within the block between two codes.
 
         Quantize = lambda: lw.nn.Hard(torch.round, lw.nn.StraightThrough(4.0))
 
-    function: of a tensor, keeps shape and type. rule: `StraightThrough` (default), `Smooth`, `Hinge`, or a function
+    function: of a tensor, keeps shape and dtype. rule: `StraightThrough` (default), `Smooth`, `Hinge`, or a function
     `(z, h, g) -> dz` of input, output and the output's cotangent. Raises BadInput for what is no function.
     """
 
@@ -99,7 +99,7 @@ class Hard(nn.Module):
 
 
 class Sign(Hard):
-    """±1, with sign(0) = −1: neurons that fire or do not. rule: as for `Hard`."""
+    """±1, with sign(0) = −1: neurons that fire or do not. rule: surrogate gradient, as for `Hard`."""
 
     def __init__(self, rule: Rule | None = None) -> None:
         super().__init__(sign, rule)

@@ -1,7 +1,7 @@
-"""Crossing rules: how a wish for another output of a function without a derivative becomes a wish for its input.
+"""Surrogate gradients (straight-through and variants) of functions without a derivative.
 
 A rule is any function `(z, h, g) -> dz` of the input, the output and the cotangent of the output, all of one shape.
-Those here are values, and travel to other processes.
+The classes of this module are picklable, so that they can be sent to other processes.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Smooth:
 class Hinge:
     """The gradient of `|g| max(0, margin − z s)`, with `s = −sign(g)` the side that lowers `g·h`.
 
-    It is g wherever z is not yet `margin` deep on the side asked for, so that, other than with `StraightThrough`, an
-    input far on the wrong side comes back.
+    It is g wherever z is not yet beyond `margin` on the wanted side. Unlike with `StraightThrough`, an input far on the
+    wrong side therefore still moves back.
     """
 
     margin: float = 1.0

@@ -14,9 +14,9 @@ from layerwise.gradient.derived import without_rows
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part, parts_of
 from layerwise.graph.coverage import Graph
-from layerwise.graph.heads import Head, heads
-from layerwise.graph.samples import Layout, measure
-from layerwise.losses import Declared, Likelihood
+from layerwise.graph.loss_curvature import LossCurvature, loss_curvatures
+from layerwise.graph.samples import SampleLayout, measure
+from layerwise.losses import DeclaredLikelihood, Likelihood
 from layerwise.observation.union import Batch, Values
 from layerwise.quantities.base import Quantity
 from layerwise.tape.tape import Tape
@@ -49,10 +49,10 @@ class BackwardPass:
         settings: PassSettings,
     ) -> None:
         self.tape, self.graph, self.quantities = tape, graph, quantities
-        self.layout: Layout | None = None
+        self.layout: SampleLayout | None = None
         self._likelihoods, self._model, self._settings = known, model, settings
         self._unstructured: Collection[str] = ()  # parameters whose rows need no sample structure where none is asked
-        declared = [*known, *(Declared(own.call, self._samples()) for own in graph.own)]
+        declared = [*known, *(DeclaredLikelihood(own.call, self._samples()) for own in graph.own)]
         _check_scale(settings.scale, graph, declared)
         for q in quantities:
             q.check_losses(declared)
@@ -87,7 +87,7 @@ class BackwardPass:
         batch = self.graph.batch
         return batch.shape[0] if batch is not None and batch.dim() else 1
 
-    def known_layout(self) -> Layout | None:
+    def known_layout(self) -> SampleLayout | None:
         """The samples' layout, or None where they cannot be told apart."""
         if self.layout is None:
             with suppress(SamplesMixed, AmbiguousSamples, BadInput):
@@ -95,9 +95,9 @@ class BackwardPass:
         return self.layout
 
     @cached_property
-    def heads(self) -> list[Head]:
+    def curvatures(self) -> list[LossCurvature]:
         """Where curvature enters the graph."""
-        return heads(self.graph, self._likelihoods, self.layout)
+        return loss_curvatures(self.graph, self._likelihoods, self.layout)
 
     def parts(
         self, use: Use, g: torch.Tensor, needs_samples: bool = True, rows_only: bool = False, later: bool = False

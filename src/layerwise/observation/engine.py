@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.graph.coverage import prove
-from layerwise.graph.heads import resolved
+from layerwise.graph.loss_curvature import resolved
 from layerwise.graph.products import SecondOrder
 from layerwise.observation.backward_pass import BackwardPass, PassSettings
 from layerwise.observation.guards import (
@@ -25,7 +25,7 @@ from layerwise.observation.results import Results
 from layerwise.observation.root_columns import send_roots
 from layerwise.observation.stream import Stream
 from layerwise.quantities.base import Quantity, positive
-from layerwise.ranks.trainers import Still, kept_still
+from layerwise.ranks.trainers import GraphTrainers, whole_parameters
 from layerwise.tape.pull import accumulated, alone, hooked
 from layerwise.tape.tape import Tape
 
@@ -106,7 +106,7 @@ class Observation:
         results = self._results
         assert results is not None
         results.follow(tape.parameters, tape.owners)
-        with kept_still(self._model, total) as trainers:
+        with whole_parameters(self._model, total) as trainers:
             return self._run(tape, total, weight, run, results, trainers)
 
     def _run(
@@ -116,10 +116,10 @@ class Observation:
         weight: Tensor | None,
         run: Callable[[], Any],
         results: Results,
-        trainers: Still,
+        trainers: GraphTrainers,
     ) -> Any:
         device = total.device.type
-        with alone(device), retained_grads_preserved(tape.retained()), trainers.pulling():
+        with alone(device), retained_grads_preserved(tape.retained()), trainers.paused():
             check_finite(total)
             own_losses = tape.returned is not None
             graph, known = resolved(lambda without: prove(tape, total, weight, without=without), own_losses)

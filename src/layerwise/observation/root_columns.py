@@ -11,7 +11,7 @@ from torch import Tensor
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part
 from layerwise.graph.coverage import Graph
-from layerwise.graph.heads import Head
+from layerwise.graph.loss_curvature import LossCurvature
 from layerwise.observation.backward_pass import BackwardPass
 from layerwise.quantities.base import Quantity
 from layerwise.tape.pull import pull
@@ -36,8 +36,8 @@ def send_roots(observed: BackwardPass) -> None:
         _check_size(observed, cotangent, indices)
         chunk = _chunk_size(observed.graph)
         stacks: Stacks = {}
-        for column, head, stack in cotangent.stacks(observed.heads, chunk):
-            _contract(observed, indices, _pulled(head, stack, observed.graph.uses), column, stacks)
+        for column, curvature, stack in cotangent.stacks(observed.curvatures, chunk):
+            _contract(observed, indices, _pulled(curvature, stack, observed.graph.uses), column, stacks)
         for i, name in list(stacks):
             found = stacks.pop((i, name))
             observed.values[i][name] = tuple(torch.cat(t, 1) for t in zip(*found, strict=True))
@@ -54,21 +54,21 @@ def _check_size(observed: BackwardPass, cotangent: Any, indices: Sequence[int]) 
     quantities = [observed.quantities[i] for i in indices]
     asked = [q for q in quantities if type(q).check_size is not Quantity.check_size]
     if asked:
-        count = sum(cotangent.count(head.likelihood, head.rows) for head in observed.heads)
+        count = sum(cotangent.count(curvature.likelihood, curvature.rows) for curvature in observed.curvatures)
         sizes = {name: observed.tape.parameters[name].numel() for name in observed.graph.parameters()}
         for quantity in asked:
             quantity.check_size(count, observed.batch.samples, sizes)
 
 
-def _pulled(head: Head, stack: Tensor, uses: Sequence[Use]) -> list[Tensor]:
+def _pulled(curvature: LossCurvature, stack: Tensor, uses: Sequence[Use]) -> list[Tensor]:
     """Vector-Jacobian products `[V, *out_shape]` of a stack of columns at each use."""
     edges = [use.edge for use in uses]
     pulled: list[Tensor | None]
     if len(stack) == 1:
-        sent = [x[0] for x in head.cotangents(stack)]
-        pulled = [None if g is None else g[None] for g in pull(head.edges, sent, edges)]
+        sent = [x[0] for x in curvature.cotangents(stack)]
+        pulled = [None if g is None else g[None] for g in pull(curvature.edges, sent, edges)]
     else:
-        pulled = pull(head.edges, head.cotangents(stack), edges, batched=True)
+        pulled = pull(curvature.edges, curvature.cotangents(stack), edges, batched=True)
     return [
         stack.new_zeros(len(stack), *use.call.out_shape) if g is None else g
         for use, g in zip(uses, pulled, strict=True)

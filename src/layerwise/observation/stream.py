@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import Undefined
-from layerwise.gradient.derived import carries
+from layerwise.gradient.derived import has_derived_gradient
 from layerwise.gradient.parameter import ParameterGradient, PartCollector
 from layerwise.gradient.parts import DensePart, LaterPart, Part, RowsPart
 from layerwise.observation.backward_pass import BackwardPass
@@ -113,7 +113,7 @@ class SecondStage:
     def must_come_first(self) -> bool:
         """Whether both stages must run before the user's backward pass, which frees the graph of derived weights."""
         tape, uses = self._observed.tape, self._observed.graph.uses
-        return bool(self.indices) and not tape.partial and any(carries(tape, use) for use in uses)
+        return bool(self.indices) and not tape.partial and any(has_derived_gradient(tape, use) for use in uses)
 
     def run_both(self) -> Fingerprints:
         """Run both stages on cotangents pulled before the user's backward pass; what to compare its own with."""

@@ -1,4 +1,4 @@
-"""Results as matrices, and the linear algebra under them."""
+"""Results as matrices (Kronecker, diagonal, GGN, Hessian), and damped solvers."""
 
 from __future__ import annotations
 

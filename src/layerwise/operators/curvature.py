@@ -1,7 +1,7 @@
-"""Curvature matrices of a model's loss as operators: known by their products, never built unless asked.
+"""Curvature matrices of a model's loss as matrix-free operators: matrix-vector products without building the matrix.
 
-The closure runs once, when the operator is made; its graph is kept, so products are those of the parameters
-as they were then. Attention runs by its formula, since torch's fused kernels have no second derivative.
+The closure runs once, in the constructor, and its graph is kept, so products refer to the parameters at that time.
+Attention runs unfused, since torch's fused kernels have no second derivative.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite, Undefined
 from layerwise.graph.coverage import Graph, known_losses, prove
-from layerwise.graph.heads import loss_hessian, resolved
+from layerwise.graph.loss_curvature import loss_hessian, resolved
 from layerwise.graph.products import GaussNewtonProducts, HessianProducts, Products, SecondOrder
-from layerwise.graph.residuals import curvature, proved
+from layerwise.graph.residuals import proved, residual_curvature
 from layerwise.losses import Likelihood
 from layerwise.operators.diagonal import check_names
 from layerwise.rows.layout import MatrixLayout
@@ -25,14 +25,14 @@ from layerwise.tape.tape import Tape
 
 __all__ = ["GGN", "PCH", "CurvatureOperator", "Hessian"]
 
-_STACK_ELEMENTS = 2**22  # of directions sent through the graph together
+_STACK_ELEMENTS = 2**22  # elements of directions that are multiplied at once
 _DENSE_BYTES = 2**32
 
 
 class CurvatureOperator:
     """Base of `GGN`, `Hessian` and `PCH`: a symmetric matrix over all trainable parameters of a model.
 
-    names: the parameters, in the model's order, flattened one after the other in the flat form.
+    names: the parameters in the model's order; the flat form concatenates them, flattened.
     shape: `(P, P)` for P parameter elements.
     """
 
@@ -96,7 +96,7 @@ class CurvatureOperator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that holds all parameters: that of flat results."""
+        """The dtype of flat results, to which all parameter dtypes promote."""
         found = [p.dtype for p in self._parameters.values()]
         result = found[0]
         for dtype in found[1:]:
@@ -165,7 +165,7 @@ class CurvatureOperator:
         return {name: (rows[name][0] if single else rows[name]) for name in other}
 
     def _apply(self, stack: list[Tensor]) -> list[Tensor]:
-        """The product with a stack of directions `[m, *shape]`, a few at a time."""
+        """The product with a stack of directions `[m, *shape]`, computed a few directions at a time."""
         if self._state != [_state(p) for p in self._parameters.values()]:
             raise BadInput(f"{self._asked} @: the parameters have changed since it was made; make the operator again")
         count = len(stack[0])
@@ -190,7 +190,7 @@ class CurvatureOperator:
     # -- other forms -----------------------------------------------------------------------------------
 
     def to_dense(self) -> Tensor:
-        """The matrix, `[P, P]` in the flat order, by P products.
+        """The dense matrix, `[P, P]` in the flat order, from P products.
 
         Raises: `BadInput` for a matrix of more than 4 GiB.
         """
@@ -220,15 +220,15 @@ class CurvatureOperator:
 
 
 def _state(p: Tensor) -> tuple[Any, ...]:
-    """What changes with a parameter's values."""
+    """A fingerprint that changes whenever the parameter is written to."""
     return p.data_ptr(), p._version, p.dtype, p.device
 
 
 class Hessian(CurvatureOperator):
     """The Hessian of the loss that a closure returns.
 
-    H = d²L / dtheta², `[P, P]`; `blocks="parameter"`: only its diagonal blocks, one for each parameter. Any graph
-    that torch can differentiate twice will do, whatever the loss and however it uses the parameters.
+    H = d²L / dtheta², `[P, P]`; `blocks="parameter"`: only its diagonal blocks, one for each parameter. The loss may
+    be any function that torch can differentiate twice.
 
         H = lw.Hessian(model, lambda: F.cross_entropy(model(x), y))
         H @ v
@@ -246,11 +246,11 @@ class Hessian(CurvatureOperator):
 class GGN(CurvatureOperator):
     """The generalized Gauss-Newton matrix of the loss that a closure returns.
 
-    G = J^T H_L J, `[P, P]`, with J the Jacobian of what the losses receive by the parameters, and H_L the Hessian of
-    the total loss in it, all weights included; `blocks="parameter"`: only its diagonal blocks. For likelihood
-    losses it is the Fisher matrix. A loss that is made of no known calls is a function of what the model returned, or
-    of the first argument of a call marked by `as_loss`, and need neither be convex nor a sum over samples; the model
-    and the loss may be anything that torch can differentiate twice.
+    G = J^T H_L J, `[P, P]`, with J the Jacobian of the losses' inputs in the parameters, and H_L the Hessian of the
+    total loss in these inputs, all weights included; `blocks="parameter"`: only its diagonal blocks. For likelihood
+    losses it is the Fisher matrix. A custom loss is taken as a function of the model's output, or of the first argument
+    of a call marked by `as_loss`; it need neither be convex nor a sum over samples. The model and the loss may be any
+    functions that torch can differentiate twice.
 
         G = lw.GGN(model, lambda: F.cross_entropy(model(x), y))
         G @ v
@@ -267,19 +267,19 @@ class GGN(CurvatureOperator):
 
 
 class PCH(CurvatureOperator):
-    """The positive-curvature Hessian of the loss that a closure returns: positive semi-definite where G is.
+    """The positive-curvature Hessian (PCH) of the loss that a closure returns: positive semi-definite where G is.
 
     G + sum_k J_k^T diag(mod(r_k)) J_k, `[P, P]`, with G the generalized Gauss-Newton matrix, J_k the Jacobian of the
-    input x_k of the elementwise function s_k by the parameters, r_k = g_k s_k''(x_k), g_k the gradient at its output.
-    With r itself, the blocks of parameters that are used once (`blocks="parameter"`) would be those of the Hessian.
+    input x_k of the elementwise function s_k in the parameters, r_k = g_k s_k''(x_k), g_k the gradient at its output.
+    With r in place of mod(r), the blocks of parameters that are used once would be those of the Hessian.
     modify: "abs" takes |r|, "clip" max(r, 0).
 
         P = lw.PCH(model, lambda: F.cross_entropy(model(x), y), modify="clip")
         P @ v
 
     The closure runs once, with attention by its formula (fused kernels have no second derivative). Units: as `Hessian`.
-    Raises: `Undefined` where something else than elementwise functions is curved (a product of activations, a softmax,
-    a norm, a parametrization), naming it; the errors of `GGN`; `UncoveredUse`.
+    Raises: `Undefined`, by name, for any other nonlinearity than elementwise functions (a product of activations, a
+    softmax, a norm, a parametrization); the errors of `GGN`; `UncoveredUse`.
     Source: Chen, Chou and Chang (2018), "BDA-PCH: block-diagonal approximation of positive-curvature Hessian".
     """
 
@@ -307,12 +307,12 @@ class PCH(CurvatureOperator):
         parameters: Sequence[Tensor],
         modify: Literal["abs", "clip"] = "abs",
     ) -> Products:
-        """Products with the matrix over some parameters, from a recorded graph that can be differentiated twice.
+        """The matrix-vector products for some parameters, from a recorded graph that can be differentiated twice.
 
         Raises: `Undefined` as the class.
         """
         _check_linear(tape, graph)
-        found = curvature(graph)
+        found = residual_curvature(graph)
         if found.other:
             index, what = next(iter(found.other.items()))
             use = next(use for use in graph.uses if use.index == index)
@@ -332,7 +332,7 @@ class PCH(CurvatureOperator):
 
 
 def _check_linear(tape: Tape, graph: Graph) -> None:
-    """Refuse parameters that the outputs of their uses are not linear in."""
+    """Raise Undefined for uses whose output is not linear in the parameter."""
     for use in graph.uses:
         for derived, slot in zip(use.used, use.slots, strict=True):
             names = sorted(derived.names)

@@ -13,11 +13,11 @@ __all__ = ["Diagonal", "check_damping", "check_names", "reciprocal", "sum_parts"
 
 
 class Diagonal:
-    """A matrix with the given diagonal, in the shapes of the parameters.
+    """A diagonal matrix over named parameters, stored in their shapes.
 
     (D v)[p] = d[p] v[p] for each parameter element p.
 
-    Shapes: `entries[name]` has the parameter's shape, and so have the tensors it multiplies.
+    Shapes: `entries[name]` and the tensors that it multiplies have the parameter's shape.
     Raises: `BadInput` where names or shapes of a product do not fit.
     """
 
@@ -43,8 +43,8 @@ class Diagonal:
     def inverse(self, damping: float = 0.0) -> Diagonal:
         """The inverse of the damped matrix, `1 / (d + damping)`; zero where `d + damping` is zero.
 
-        Units: damping has those of the diagonal. Raises: `BadInput` for a negative damping; `NonFinite`
-        where the diagonal holds NaN or infinity, or `1 / (d + damping)` is beyond the range of its type.
+        Units: damping has the units of the diagonal. Raises: `BadInput` for a negative damping; `NonFinite`
+        where the diagonal has NaN or infinity, or `1 / (d + damping)` is beyond the range of its type.
         """
         check_damping("Diagonal.inverse", damping)
         return Diagonal({name: reciprocal(name, entry + damping) for name, entry in self.entries.items()})
@@ -69,12 +69,12 @@ class Diagonal:
         return torch.diag(self[name].flatten())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Diagonal:
-        """The diagonal matrix whose entries are a function of these."""
+        """The diagonal matrix with `function` applied to each entry tensor."""
         return Diagonal({name: function(entry) for name, entry in self.entries.items()})
 
 
 def reciprocal(name: str, x: Tensor) -> Tensor:
-    """Elementwise `1 / x`, zero where x is zero; refuses a result that is not finite."""
+    """Elementwise `1 / x`, zero where x is zero; raises NonFinite for a result that is not finite."""
     result = torch.where(x == 0, torch.zeros_like(x), 1 / x)
     if not (torch.isfinite(result).all() and torch.isfinite(x).all()):
         raise NonFinite(
@@ -84,13 +84,13 @@ def reciprocal(name: str, x: Tensor) -> Tensor:
 
 
 def check_damping(asked: str, damping: float) -> None:
-    """Refuse a damping that is negative or not finite."""
+    """Raise BadInput for a damping that is negative or not finite."""
     if not 0 <= damping < float("inf"):
         raise BadInput(f"{asked}: damping is {damping}; it must be a finite number that is not negative.")
 
 
 def check_names(asked: str, known: Iterable[str], seen: Iterable[str], whole: bool = True) -> None:
-    """Refuse names that the operator lacks and, for a `whole` argument, names that the argument lacks."""
+    """Raise BadInput for names that the operator lacks and, if `whole`, for names that the argument lacks."""
     known, seen = list(known), list(seen)
     extra = [name for name in seen if name not in known]
     missing = [name for name in known if name not in seen] if whole else []
@@ -101,6 +101,6 @@ def check_names(asked: str, known: Iterable[str], seen: Iterable[str], whole: bo
 
 
 def sum_parts(parts: Iterable[Tensor]) -> Tensor:
-    """Sum of scalars that may live on different devices; zero without any."""
+    """Sum of scalars that may be on different devices; zero for none."""
     total = list(parts)
     return torch.stack([part.to(total[0].device) for part in total]).sum() if total else torch.zeros(())

@@ -19,17 +19,17 @@ from layerwise.rows.layout import MatrixLayout
 
 __all__ = ["EigenBlock", "EigenKronecker", "Kronecker", "KroneckerBlock"]
 
-DENSE_BYTES = 2**32  # `to_dense` refuses to build more
+DENSE_BYTES = 2**32  # the largest matrix that `to_dense` builds
 
 
 class _Block:
-    """One block of a matrix, acting on one parameter (and perhaps its bias), or a slice of it, laid out as `[K,O,I]`.
+    """One diagonal block, for a parameter (or a slice of it, or it and its bias) reshaped to `[K,O,I]`.
 
-    layout: where that matrix lies in the parameter; None where it is the parameter.
+    layout: where `[K,O,I]` lies in the parameter; None where the parameter itself has this shape.
     bias: the name of a second parameter `[K·O]` that is the last of the I inputs, or None.
-    form: what the factors were made from: "rows" (inputs and cotangents), "slices" (the same, of one of several
-    disjoint slices of the parameter) or "gradients" (of single samples). parameter: its name where that of the block
-    is another.
+    form: the source of the factors: "rows" (inputs and cotangents), "slices" (the same, for one of several disjoint
+    slices of the parameter) or "gradients" (per-sample gradients). parameter: the parameter's name where the block's
+    name differs.
     """
 
     layout: MatrixLayout | None
@@ -53,25 +53,25 @@ class _Block:
         return torch.Size(self.layout.shape if self.layout else (k, o, i - (self.bias is not None)))
 
     def fold(self, w: Tensor) -> Tensor:
-        """`[..., K,O,I]` in the parameter's shape, `[..., *shape]`, zero outside the slice."""
+        """Reshape `[..., K,O,I]` to the parameter, `[..., *shape]`, with zeros outside the slice."""
         return self.layout.fold(w) if self.layout else w
 
     def matrix(self, p: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as `[K,O,I]`; the left inverse of `fold`."""
+        """Reshape a tensor of the parameter's shape to `[K,O,I]`; the left inverse of `fold`."""
         return self.layout.matrix(p) if self.layout else p
 
     def product(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The block's product with the parameter's tensor, and its bias's."""
+        """The block's product with the tensors of the parameter and its bias."""
         w = self.gather(name, values)
         return self.scatter(name, self.apply(w.to(self.like.dtype)).to(w.dtype))
 
     def gather(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
-        """The parameter's tensor, and its bias's, as `[K,O,I]`."""
+        """The tensors of the parameter and its bias, concatenated to `[K,O,I]`."""
         w, b = self.apart(name, values)
         return w if b is None else torch.cat([w, b], -1)
 
     def apart(self, name: str, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The parameter's tensor as `[K,O,I]`, or `[K,O,I-1]` and its bias's as `[K,O,1]`."""
+        """The parameter's tensor as `[K,O,I]`, or `[K,O,I-1]` and the bias's tensor as `[K,O,1]`."""
         k, o, _ = self.size
         if values[name].shape != self.shape:
             raise BadInput(f"Kronecker @: {name!r} is {tuple(values[name].shape)}, its block {tuple(self.shape)}.")
@@ -83,7 +83,7 @@ class _Block:
         return w, values[self.bias].reshape(k, o, 1)
 
     def scatter(self, name: str, w: Tensor) -> dict[str, Tensor]:
-        """`[..., K,O,I]` as tensors in the parameters' shapes; the inverse of `gather`."""
+        """Split `[..., K,O,I]` into tensors of the parameters' shapes; the inverse of `gather`."""
         if self.bias is None:
             return {name: self.fold(w)}
         return {name: self.fold(w[..., :-1]), self.bias: w[..., -1].flatten(-2)}
@@ -118,7 +118,7 @@ class KroneckerBlock(_Block):
 
     A: input factor `[K,I,I]`; `[K,I]` where it is diagonal; None where it is 1 (a bias, I = 1).
     B: output factor `[K,O,O]`; `[K,O]` where it is diagonal. Both symmetric positive semidefinite.
-    The rest as in `_Block`.
+    Other fields: as in `_Block`.
     """
 
     A: Tensor | None
@@ -162,9 +162,9 @@ class KroneckerBlock(_Block):
         return self.B[:, :, None] * w if self.B.ndim == 2 else self.B @ w
 
     def product(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The block's product with the parameter's tensor, and its bias's.
+        """The block's product with the tensors of the parameter and its bias.
 
-        Matrix products of 1001 columns take a third longer than of 1000, so the bias's column goes its own way.
+        The bias column is multiplied separately: matrix products with 1001 columns take a third longer than with 1000.
         """
         w, b = self.apart(name, values)
         if b is None or self.bias is None or self.A is None or self.A.ndim == 2:
@@ -179,14 +179,14 @@ class KroneckerBlock(_Block):
         return (_trace(self.B) * _trace(self.input_factor)).sum()
 
     def eigh(self, name: str) -> EigenBlock:
-        """Eigenvectors of both factors and the products of their eigenvalues, none below zero."""
+        """Eigenvectors of both factors, and the products of their eigenvalues, clamped at zero."""
         b, basis_out = _eigh(name, self.B)
         a, basis_in = _eigh(name, self.input_factor)
         spectrum = b.clamp(min=0)[:, :, None] * a.clamp(min=0)[:, None, :]
         return EigenBlock(basis_in, basis_out, spectrum, self.layout, self.bias, self.form, self.parameter)
 
     def inverse(self, name: str, damping: float, balanced: bool = True) -> KroneckerBlock:
-        """The block with both factors damped by Martens and Grosse's split (π = 1 unless balanced), then inverted."""
+        """The inverse of the block with both factors damped, split as by Martens and Grosse (π = 1 unless balanced)."""
         a, i, o = self.input_factor, self.size[2], self.size[1]
         trace_a, trace_b = _trace(a) / i, _trace(self.B) / o
         usable = (trace_a > 0) & (trace_b > 0)
@@ -201,8 +201,8 @@ class KroneckerBlock(_Block):
 class EigenBlock(_Block):
     """One parameter's block in a Kronecker eigenbasis: `Q_B ((Q_Bᵀ W Q_A) ∘ spectrum) Q_Aᵀ`.
 
-    basis_in: Q_A `[K,I,I]`, basis_out: Q_B `[K,O,O]`; None for the identity. spectrum: `[K,O,I]`, free of any
-    product form, so that EKFAC's second moments in the eigenbasis fit too. The rest as in `KroneckerBlock`.
+    basis_in: Q_A `[K,I,I]`, basis_out: Q_B `[K,O,O]`; None for the identity. spectrum: `[K,O,I]`, not
+    necessarily a product, such as EKFAC's second moments in the eigenbasis. Other fields: as in `KroneckerBlock`.
     """
 
     basis_in: Tensor | None
@@ -224,12 +224,12 @@ class EigenBlock(_Block):
         return self.spectrum
 
     def rotate(self, w: Tensor) -> Tensor:
-        """`[..., K,O,I]` in the eigenbasis: Q_Bᵀ W Q_A."""
+        """Rotate `[..., K,O,I]` into the eigenbasis: Q_Bᵀ W Q_A."""
         w = w if self.basis_out is None else self.basis_out.mT @ w
         return w if self.basis_in is None else w @ self.basis_in
 
     def rotate_back(self, w: Tensor) -> Tensor:
-        """From the eigenbasis: Q_B W Q_Aᵀ; the inverse of `rotate`."""
+        """Rotate back from the eigenbasis: Q_B W Q_Aᵀ; the inverse of `rotate`."""
         w = w if self.basis_out is None else self.basis_out @ w
         return w if self.basis_in is None else w @ self.basis_in.mT
 
@@ -242,7 +242,7 @@ AnyBlock = TypeVar("AnyBlock", KroneckerBlock, EigenBlock)
 
 
 class _BlockDiagonal(Generic[AnyBlock]):
-    """A block for each parameter (and its bias), or for each of its slices; zero between them."""
+    """A block-diagonal matrix with a block for each parameter (and its bias), or for each of its slices."""
 
     def __init__(self, blocks: Mapping[str, AnyBlock]) -> None:
         self.blocks: dict[str, AnyBlock] = dict(blocks)
@@ -265,7 +265,7 @@ class _BlockDiagonal(Generic[AnyBlock]):
         return {name: block.form for key, block in self.blocks.items() for name in _owners(key, block)}
 
     def names(self) -> Iterator[str]:
-        """The names of all parameters, each once, those of biases inside other blocks among them."""
+        """The names of all parameters, each once, including biases inside the blocks of their weights."""
         yield from self.forms
 
     def __matmul__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -279,7 +279,7 @@ class _BlockDiagonal(Generic[AnyBlock]):
     def to_dense(self, name: str) -> Tensor:
         """The block of one parameter (followed by its bias where the block holds one) as a matrix.
 
-        Shapes: `[p, p]` in the order of `parameter.flatten()`; of slices the sum of their blocks.
+        Shapes: `[p, p]` in the order of `parameter.flatten()`; for slices the sum of their blocks.
         Raises: `BadInput` for an unknown name or a block of more than 4 GiB.
         """
         owned = [(block.parameter or key, block) for key, block in self.blocks.items()]
@@ -288,7 +288,7 @@ class _BlockDiagonal(Generic[AnyBlock]):
 
 
 class Kronecker(_BlockDiagonal[KroneckerBlock]):
-    """A block-diagonal matrix of Kronecker products, as K-FAC, KFLR and KFRA make it.
+    """A block-diagonal matrix of Kronecker products, the result of K-FAC, KFLR and KFRA.
 
     Block of a parameter: for each group k, `B_k ⊗ A_k` acts on `W[k,o,i]` as `B W A`.
 
@@ -299,7 +299,7 @@ class Kronecker(_BlockDiagonal[KroneckerBlock]):
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
-        """The factors (A, B) of each block, (B,) alone where A is the constant 1; `w[0]`, `w[1]` are slices of `w`."""
+        """The factors (A, B) of each block, or (B,) where A is the constant 1; `w[0]`, `w[1]` are slices of `w`."""
         return {n: (b.B,) if b.A is None else (b.A, b.B) for n, b in self.blocks.items()}
 
     def inverse(self, damping: float = 0.0, exact: bool = False) -> Kronecker | EigenKronecker:
@@ -309,8 +309,8 @@ class Kronecker(_BlockDiagonal[KroneckerBlock]):
         `π = √((tr A / I) / (tr B / O))` for each group. With `exact=True` it is `(B ⊗ A + λI)⁻¹` from the
         eigendecompositions of the factors.
 
-        Units: λ, the damping, has those of the matrix.
-        Raises: `BadInput` for a negative damping; `NonFinite` where a factor holds NaN or infinity.
+        Units: λ, the damping, has the units of the matrix.
+        Raises: `BadInput` for a negative damping; `NonFinite` where a factor has NaN or infinity.
         Source: Martens and Grosse 2015, section 6.3; George et al. 2018 for the eigenbasis.
         """
         check_damping("Kronecker.inverse", damping)
@@ -319,7 +319,7 @@ class Kronecker(_BlockDiagonal[KroneckerBlock]):
         return Kronecker({name: block.inverse(name, damping) for name, block in self.blocks.items()})
 
     def eigh(self) -> EigenKronecker:
-        """The same matrix by eigenvectors and eigenvalues; eigenvalues below zero (rounding) become zero."""
+        """The eigendecomposition of the same matrix; eigenvalues below zero (rounding) become zero."""
         return EigenKronecker({name: block.eigh(name) for name, block in self.blocks.items()})
 
     def trace(self) -> Tensor:
@@ -332,7 +332,7 @@ class Kronecker(_BlockDiagonal[KroneckerBlock]):
 
 
 class EigenKronecker(_BlockDiagonal[EigenBlock]):
-    """A block-diagonal matrix with Kronecker-factored eigenvectors and free eigenvalues.
+    """A block-diagonal matrix with Kronecker-factored eigenvectors and arbitrary eigenvalues.
 
     Block of a parameter: `(Q_B ⊗ Q_A) diag(spectrum) (Q_B ⊗ Q_A)ᵀ` for each group.
 
@@ -365,7 +365,7 @@ class EigenKronecker(_BlockDiagonal[EigenBlock]):
 
 
 def _owners(key: str, block: _Block) -> tuple[str, ...]:
-    """The parameters that a block acts on."""
+    """The names of the parameters that a block acts on."""
     name = block.parameter or key
     return (name,) if block.bias is None else (name, block.bias)
 
@@ -375,12 +375,12 @@ def _damped(name: str, x: Tensor, damping: Tensor) -> Tensor:
 
 
 def _trace(x: Tensor) -> Tensor:
-    """Trace for each group, of `[K,I,I]` or of a diagonal `[K,I]`."""
+    """The trace for each group, of matrices `[K,I,I]` or diagonals `[K,I]`."""
     return x.sum(-1) if x.ndim == 2 else x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _eigh(name: str, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues and eigenvectors (None: the identity) of a symmetric factor, in float64 where its own type fails."""
+    """Eigenvalues and eigenvectors (None: the identity) of a symmetric factor, in float64 where its own dtype fails."""
     if not torch.isfinite(factor).all():
         raise NonFinite(f"Kronecker: a factor of {name!r} {tuple(factor.shape)} holds NaN or infinity.")
     if factor.ndim == 2:

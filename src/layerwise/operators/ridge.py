@@ -1,7 +1,7 @@
-"""Damped least squares by a ladder of solvers that ends in a finite result or a typed error.
+"""Damped least squares by a sequence of ever more robust solvers, ending in a finite result or a typed error.
 
-One function serves the exact local problem of LocoProp-S, the preconditioner of FOOF and the running
-moments of AM-mem: all three are `W (A + damping I) = B` with a positive semidefinite `A`.
+One function serves the exact local problem of LocoProp-S, the preconditioner of FOOF and the running moments of AM-mem:
+all three solve `W (A + damping I) = B` with a positive semidefinite `A`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from layerwise.tensors import is_finite
 
 __all__ = ["coordinate_descent", "inverse", "ridge"]
 
-JITTERS = (1.0, 10.0, 100.0)  # times `floor`: no more than forming A in this precision already cost
+JITTERS = (1.0, 10.0, 100.0)  # times `floor`: at the size of the rounding errors in A itself
 
 
 def ridge(A: Tensor, B: Tensor, damping: float | Tensor = 0.0) -> Tensor:
@@ -23,15 +23,15 @@ def ridge(A: Tensor, B: Tensor, damping: float | Tensor = 0.0) -> Tensor:
 
     W (A + damping I) = B, that is `argmin_W ½ tr(W A Wᵀ) − tr(W Bᵀ) + ½ damping |W|²`.
 
-    The symmetric part of A is used. Cholesky is tried first; where it fails, with jitter on the diagonal
-    of `i · eps · largest eigenvalue` and a hundred times that at most; where that fails too, by
-    the eigendecomposition in float64, its spectrum clamped from below at the same size. Where
-    `A + damping I` is zero the answer is the one of least norm, W = 0.
+    The symmetric part of A is used. Cholesky is tried first; where it fails, Cholesky with a diagonal jitter of 1, 10
+    and 100 times `i · eps · largest eigenvalue`; where that fails too, the eigendecomposition in float64, with its
+    spectrum clamped from below at the same size. Where `A + damping I` is zero, the solution is that of least norm,
+    W = 0.
 
     Shapes: A `[..., i, i]`, B `[..., o, i]`, damping a number or `[...]`; returns `[..., o, i]`.
-    Units: damping has those of A.
-    Raises: `NonFinite` where A, B or the damping hold NaN or infinity, or where the solution is beyond
-    the range of its type; `BadInput` for shapes or types that do not fit, or a negative damping.
+    Units: damping has the units of A.
+    Raises: `NonFinite` where A, B or the damping have NaN or infinity, or where the solution is beyond
+    the range of its dtype; `BadInput` for shapes or types that do not fit, or a negative damping.
     Source: Hoerl and Kennard 1970; as a layer's update, Benzing 2022, "Gradient descent on
     neurons and its link to approximate second-order optimization" (FOOF).
     """
@@ -46,7 +46,7 @@ def ridge(A: Tensor, B: Tensor, damping: float | Tensor = 0.0) -> Tensor:
 
 
 def inverse(A: Tensor, damping: float | Tensor = 0.0) -> Tensor:
-    """Invert a damped positive semidefinite matrix on the ladder of `ridge`.
+    """Invert a damped positive semidefinite matrix by the solvers of `ridge`.
 
     (A + damping I)⁻¹, exactly symmetric; the zero matrix where `A + damping I` is zero.
 
@@ -59,12 +59,12 @@ def inverse(A: Tensor, damping: float | Tensor = 0.0) -> Tensor:
 def coordinate_descent(
     W: Tensor, A: Tensor, B: Tensor, sweeps: int = 1, damping: float | Tensor = 0.0, l1: float | Tensor = 0.0
 ) -> Tensor:
-    """Improve W by exact minimization over one column after the other.
+    """Improve W by coordinate descent: exact minimization over one column after the other.
 
-    w_j += (b_j − W a_j) / A_jj with `A + damping I` for A, over all columns, `sweeps` times; converges to
-    `ridge(A, B, damping)`. A column whose A_jj is zero stays as it is. l1: λ of a term λ|W|₁ beside `ridge`'s
-    objective, a number or `[i]`, one for each column: the new w_j is then soft-thresholded at λ/A_jj, the exact
-    minimum over the column still.
+    w_j += (b_j − W a_j) / A_jj for all columns j, `sweeps` times, where A includes the damping; converges to
+    `ridge(A, B, damping)`. Columns with A_jj = 0 do not change. l1: λ of a term λ|W|₁ added to `ridge`'s objective, a
+    number or `[i]`, one for each column: w_j is then soft-thresholded at λ/A_jj, which is still the exact minimum over
+    the column.
 
     Shapes: W and B `[..., o, i]`, A `[..., i, i]`; returns a new `[..., o, i]`.
     Raises: as `ridge`; `BadInput` for a negative l1.
@@ -122,14 +122,14 @@ def _symmetric(A: Tensor) -> Tensor:
 
 
 def _floor(A: Tensor) -> Tensor:
-    """The size of the rounding errors of a finite A, `[...]`."""
+    """The size of the rounding errors of a finite A, i · eps · (bound on the largest eigenvalue), `[...]`."""
     i, most = A.shape[-1], torch.finfo(A.dtype).max
     largest = _symmetric(A).abs().sum(-1).amax(-1) if i else A.new_zeros(A.shape[:-2])
     return i * torch.finfo(A.dtype).eps * largest.clamp(max=most)
 
 
 def _solve(name: str, A: Tensor, B: Tensor | None, damping: float | Tensor) -> Tensor:
-    """`B (A + damping I)⁻¹`, or the inverse itself without B, each matrix of the batch on its own ladder."""
+    """`B (A + damping I)⁻¹`, or the inverse for B = None; each matrix of the batch falls back by itself."""
     with torch.no_grad():
         damped = _damped(name, A, damping)
         batch = damped.shape[:-2]
@@ -152,7 +152,7 @@ def _cholesky(damped: Tensor, B: Tensor | None) -> tuple[Tensor, Tensor]:
     """The solutions, and for each matrix whether it was positive definite and its solution finite."""
     factor, info = torch.linalg.cholesky_ex(damped)
     if B is None:
-        if bool(info.any()):  # a factor that broke off may have a zero pivot, which cholesky_inverse refuses
+        if bool(info.any()):  # a failed factor may have a zero pivot, for which cholesky_inverse raises
             eye = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
             factor = torch.where((info == 0)[..., None, None], factor, eye)
         result = torch.cholesky_inverse(factor)
@@ -164,14 +164,14 @@ def _cholesky(damped: Tensor, B: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _last_rungs(name: str, damped: Tensor, B: Tensor | None, floor: float) -> Tensor:
-    """Jitter, then the clamped spectrum, for one matrix that Cholesky refused."""
+    """The fallbacks for one matrix that is not positive definite: jitter, then the clamped spectrum."""
     eye = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
     for jitter in JITTERS:
         if floor > 0:
             result, good = _cholesky(damped + jitter * floor * eye, B)
             if good:
                 return result
-    scale = float(damped.abs().max())  # far from the ends of the range before it is decomposed
+    scale = float(damped.abs().max())  # rescales, so that the decomposition neither overflows nor underflows
     if scale == 0:
         return torch.zeros_like(damped if B is None else B)
     try:

@@ -29,7 +29,6 @@ __all__ = [
     "Slot",
     "bind",
     "decomposition",
-    "is_known",
     "refused",
     "register",
     "slots",
@@ -43,7 +42,7 @@ _INFERENCE = {getattr(torch, name, None) for name in ("_native_multi_head_attent
 def slots(call: Call, used: Sequence[Tensor]) -> list[Slot]:
     """One slot for each tensor that a call uses.
 
-    A call, or a place in a call, that no family describes gets an `OpaqueSlot`: exact, but slow.
+    A call, or an argument of it, that no family describes gets an `OpaqueSlot`: exact, but slow.
     For a call that writes its first argument, the data in `call` must be the values before it.
 
     Raises `UnsupportedCall` where the call overwrites one of the tensors in `used`.
@@ -58,11 +57,6 @@ def slots(call: Call, used: Sequence[Tensor]) -> list[Slot]:
         return [OpaqueSlot(call, u) for u in used]
     known = zip(used, build(call, used), strict=True)
     return [OpaqueSlot(call, u) if slot is None else slot for u, slot in known]
-
-
-def is_known(func: Callable[..., Any]) -> bool:
-    """Whether some family describes a torch function (single places in it may still be opaque)."""
-    return func in BUILD
 
 
 def refused(func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> str | None:

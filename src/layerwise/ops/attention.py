@@ -1,4 +1,4 @@
-"""Multi-head attention as the calls it is made of, samples first.
+"""Multi-head attention decomposed into plain calls, with samples first.
 
 For heads `h` of width d, queries at positions t and keys at positions s of one sample,
 
@@ -112,7 +112,7 @@ def _project(query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Tenso
 def _extended(
     k: Tensor, v: Tensor, bias_k: Tensor | None, bias_v: Tensor | None, zero: bool
 ) -> tuple[Tensor, Tensor, int]:
-    """Keys and values with the learned position and the position of zeros behind the others, and how many these are."""
+    """Keys and values with the learned position and the position of zeros appended, and the number of both."""
     extra = []
     lead = k.shape[:-2]
     if bias_k is not None and bias_v is not None:
@@ -134,7 +134,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _softmax(scores: Tensor, masks: list[Tensor], zero_if_all_masked: bool) -> Tensor:
-    """Attention weights; a query that may attend to nothing has weights 0, or NaN, as in torch's two ways."""
+    """Attention weights; a query without keys has weights 0 or NaN, as in torch's two kernels."""
     for mask in masks:
         scores = scores + mask
     if not masks or not zero_if_all_masked:

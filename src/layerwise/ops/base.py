@@ -36,10 +36,10 @@ class Slot:
     """How one tensor enters one call. Subclasses live in `ops/`, one file per family.
 
     used: the tensor that gradients are of, shape `used.shape`: a parameter or derived from
-        parameters. Where the call received an `expand` of such a tensor, it is the tensor before.
+        parameters. Where the call received an `expand` of such a tensor, `used` is the tensor that was expanded.
     axes: the output axes that may carry samples (feature axes are excluded by the operation).
     aligned: those of `axes` along which the tensor itself varies, each with the tensor's own axis:
-        place j of the tensor then belongs to one sample, and only `dense` is defined.
+        each index j of it then belongs to one sample, and only `dense` is defined.
     bias: True where the input rows are the constant 1.
     elementwise: True where O = I = 1 (each element of `used` meets its own output elements).
     linear: True where the rows do not depend on `used`: Z = W A, plus terms without `used`.
@@ -82,7 +82,7 @@ class Slot:
         axis = self.aligned.get(samples.axis)
         if axis is None:
             return self.fold(gradients(self.rows(g, samples)))
-        # the tensor's own places belong to samples: one gradient, each place shown to its owner only
+        # each index of the tensor's own axis belongs to one sample, which alone has a gradient there
         whole = self.fold(gradients(self.rows(g, None)).sum(1)).unsqueeze(1)
         owner = samples.owner(self.used.shape[axis], whole.device)
         mine = owner == torch.arange(samples.n, device=whole.device).unsqueeze(1)

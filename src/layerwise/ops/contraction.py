@@ -30,8 +30,8 @@ from layerwise.rows.base import Samples
 __all__ = ["FUNCTIONS", "ContractionSlot", "described", "slots"]
 
 
-class Plan(NamedTuple):
-    """The letters of one operand by kind, and what they mean for the output's axes."""
+class _LetterKinds(NamedTuple):
+    """The letters of one operand by kind, and the output's axes that may carry samples."""
 
     p: Letters
     k: Letters
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(used: Letters, others: tuple[Letters, ...], out: Letters, batch: int) -> Plan:
+def _letter_kinds(used: Letters, others: tuple[Letters, ...], out: Letters, batch: int) -> _LetterKinds:
     rest = frozenset().union(*others)
     p = tuple(x for x in out if x not in used)
     k = tuple(x for x in used if x in out and x in rest)
@@ -50,7 +50,7 @@ def _plan(used: Letters, others: tuple[Letters, ...], out: Letters, batch: int) 
     # a plain output letter is a feature; only torch's own batch axes can be a weight per sample
     aligned = {a: used.index(x) for a, x in enumerate(out) if x in k or (x in o and x < batch)}
     axes = tuple(a for a, x in enumerate(out) if x in p or a in aligned)
-    return Plan(p, k, tuple(x for x in used if x >= 0 and x not in out), o, axes, aligned)
+    return _LetterKinds(p, k, tuple(x for x in used if x >= 0 and x not in out), o, axes, aligned)
 
 
 class ContractionSlot(Slot):
@@ -68,8 +68,8 @@ class ContractionSlot(Slot):
         alpha: float,
     ) -> None:
         self.used = used
-        self.plan = plan = _plan(letters, other_letters, out, batch)
-        self.axes, self.aligned = plan.axes, plan.aligned
+        self._kinds = kinds = _letter_kinds(letters, other_letters, out, batch)
+        self.axes, self.aligned = kinds.axes, kinds.aligned
         self._letters, self._others, self._other_letters = letters, others, other_letters
         self._out, self._out_shape, self._alpha = out, out_shape, alpha
 
@@ -78,8 +78,8 @@ class ContractionSlot(Slot):
         return [self.used.shape[self._letters.index(x)] for x in letters]
 
     def _positions(self, samples: Samples | None) -> Letters:
-        """The position letters, that of the samples (or the first) in front."""
-        p = self.plan.p
+        """The position letters, with the samples' letter (or the first) in front."""
+        p = self._kinds.p
         if samples is None:
             return p
         lead = self._out[samples.axis]
@@ -109,31 +109,31 @@ class ContractionSlot(Slot):
 
     def input(self, samples: Samples | None) -> Tensor:
         """Input rows `[N,T,K,I]`: a view of the other operand where there is one and its axes allow it."""
-        plan, p = self.plan, self._positions(samples)
-        a = self._gather(p + plan.k + plan.i)
-        return _as_rows(a, 0, len(p), samples, *_products(self._sizes(plan.k), self._sizes(plan.i)))
+        kinds, p = self._kinds, self._positions(samples)
+        a = self._gather(p + kinds.k + kinds.i)
+        return _as_rows(a, 0, len(p), samples, *_products(self._sizes(kinds.k), self._sizes(kinds.i)))
 
     def output(self, g: Tensor, samples: Samples | None) -> Tensor:
         """Cotangent rows `[V,N,T,K,O]`, a view where the axes allow it."""
-        plan, p = self.plan, self._positions(samples)
-        want = p + plan.k + plan.o
+        kinds, p = self._kinds, self._positions(samples)
+        want = p + kinds.k + kinds.o
         g = g.to(self.used.dtype)
         if want != self._out:
             g = g.permute([0, *(1 + self._out.index(x) for x in want)])
-        return _as_rows(g, 1, len(p), samples, *_products(self._sizes(plan.k), self._sizes(plan.o)))
+        return _as_rows(g, 1, len(p), samples, *_products(self._sizes(kinds.k), self._sizes(kinds.o)))
 
     def matrix(self, used: Tensor) -> Tensor:
         """The operand as `[K,O,I]`, each a product of its letters in the operand's order."""
-        plan = self.plan
-        order = [self._letters.index(x) for x in plan.k + plan.o + plan.i]
+        kinds = self._kinds
+        order = [self._letters.index(x) for x in kinds.k + kinds.o + kinds.i]
         order += [a for a, x in enumerate(self._letters) if x < 0]  # broadcast axes, of size 1
-        shape = _products(self._sizes(plan.k), self._sizes(plan.o), self._sizes(plan.i))
+        shape = _products(self._sizes(kinds.k), self._sizes(kinds.o), self._sizes(kinds.i))
         return used.permute(order).reshape(shape)
 
     def fold(self, w: Tensor) -> Tensor:
         """Carry `[..., K,O,I]` back to the operand's axes."""
-        plan = self.plan
-        lead, want = w.ndim - 3, plan.k + plan.o + plan.i
+        kinds = self._kinds
+        lead, want = w.ndim - 3, kinds.k + kinds.o + kinds.i
         w = w.reshape((*w.shape[:lead], *self._sizes(want)))
         w = w.permute([*range(lead), *(lead + want.index(x) for x in self._letters if x >= 0)])
         return w.reshape((*w.shape[:lead], *self.used.shape))

@@ -192,7 +192,7 @@ FUNCTIONS: dict[Callable[..., Any], tuple[int, bool]] = {
 
 
 def slots(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
-    """The slots of a convolution's kernel and bias; None for a tensor in another place."""
+    """The slots of a convolution's kernel and bias; None for any other tensor."""
     dims, transposed = FUNCTIONS[call.func]
     if transposed:
         bound = bind(call, _TRANSPOSED, (None, None, None, 1, 0, 0, 1, 1))

@@ -1,7 +1,7 @@
-"""Tensors that meet the output element by element: biases, bare parameters, parts of a `cat`.
+"""Tensors that enter the output element by element: biases, bare parameters, parts of a `cat`.
 
 The output is `Z = used * A + rest` with `used` broadcast; `A` is the derivative of the call by the
-broadcast tensor. Its axes are K where `used` varies, positions where it is repeated; O = I = 1.
+broadcast tensor. The output's axes are K where `used` varies, positions where it is repeated; O = I = 1.
 """
 
 from __future__ import annotations
@@ -273,5 +273,5 @@ def slots(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
 
 
 def one_by_one(build: Callable[[Call, Tensor], Slot | None], call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
-    """The slot that `build` makes of each tensor; None for one that is no plain strided tensor."""
+    """The slot that `build` makes for each tensor; None for a tensor that is not dense, strided and real."""
     return [build(call, u) if plain(u) else None for u in used]

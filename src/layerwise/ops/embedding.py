@@ -18,7 +18,7 @@ __all__ = ["FUNCTIONS", "BagSlot", "EmbeddingSlot", "slots"]
 
 
 class EmbeddingSlot(Slot):
-    """Rows of a table chosen by an index: the input is the place of the 1 in a one-hot row."""
+    """Rows of a table chosen by an index: the input row is one-hot, given as the index of its 1."""
 
     indexed = True
 
@@ -144,6 +144,6 @@ FUNCTIONS: dict[Callable[..., Any], Callable[[Call, Tensor], Slot | None]] = {
 
 
 def slots(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
-    """The slots of tables looked up by a call; None for a tensor in another place."""
+    """The slots of tables looked up by a call; None for any other tensor."""
     build = FUNCTIONS[call.func]
     return [build(call, u) if plain(u) else None for u in used]

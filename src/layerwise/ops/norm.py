@@ -39,7 +39,7 @@ _DEFAULTS = {"training": False, "use_input_stats": True, "momentum": 0.1, "eps":
 
 
 def _normalised(kind: str, v: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """The input of a norm as its scale meets it. Running statistics are read, never written."""
+    """The normalised input that the scale multiplies. Running statistics are read, never written."""
     x = v["input"].detach().to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         if kind == "layer":
@@ -96,5 +96,5 @@ FUNCTIONS: dict[Callable[..., Any], Callable[[Call, Tensor], Slot | None]] = {
 
 
 def slots(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
-    """The slots of a norm's weight and bias or a PReLU's slopes; None for a tensor in another place."""
+    """The slots of a norm's weight and bias or a PReLU's slopes; None for any other tensor."""
     return one_by_one(FUNCTIONS[call.func], call, used)

@@ -16,13 +16,13 @@ from layerwise.rows.base import Samples
 
 __all__ = ["OpaqueSlot"]
 
-_CHUNK = 2**24  # elements of the cotangents sent back together
+_CHUNK = 2**24  # elements of the cotangents of one batched product
 
 
 class OpaqueSlot(Slot):
-    """Any call: only `dense` is defined, by running the call again and sending back one sample at a time.
+    """Any call: only `dense` is defined, by running the call again with one vector-Jacobian product a sample.
 
-    dense[v,n] = (d out / d used)^T (g[v] where the place belongs to sample n, else 0)
+    dense[v,n] = (d out / d used)^T (g[v] at the indices of sample n, 0 elsewhere)
 
     The sum over n is compared with the product of a second run, so that a call which is random or
     whose batched derivative is wrong raises `Undefined` instead of returning numbers.
@@ -76,7 +76,7 @@ class OpaqueSlot(Slot):
         return torch.cat(parts).reshape(len(g), n, *leaf.shape)
 
     def _run(self) -> tuple[Tensor, Tensor]:
-        """The call again on detached copies: its output, and the leaf in the place of `used`."""
+        """Run the call again on detached copies: its output, and the leaf that replaces `used`."""
         call, dtype = self._call, self.used.dtype
         leaf = self.used.detach().requires_grad_()
 
@@ -137,7 +137,7 @@ def _pull(out: Tensor, leaf: Tensor, cotangents: Tensor, batched: bool) -> Tenso
 
 
 def _agrees(rows: Tensor, weights: Tensor, whole: Tensor) -> bool:
-    """Whether the rows sum to the whole gradient; not judged where it is infinite or NaN anyway."""
+    """Whether the rows sum to the whole gradient; True where that is not finite."""
     if not bool(torch.isfinite(whole).all()):
         return True
     error = torch.einsum("v,vn...->...", weights, rows) - whole
@@ -148,7 +148,7 @@ def _agrees(rows: Tensor, weights: Tensor, whole: Tensor) -> bool:
 
 @contextmanager
 def _isolated(used: Tensor) -> Iterator[None]:
-    """Leave the caller's random state, autocast and warnings out of a repeated call."""
+    """Run a repeated call without effect on, or of, the caller's random state, autocast and warnings."""
     devices = [used.device] if used.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),

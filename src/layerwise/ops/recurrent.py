@@ -1,13 +1,13 @@
-"""Recurrent layers and cells as the calls they are made of, one step after the other.
+"""Recurrent layers and cells decomposed into plain calls, one step after the other.
 
 With x_t the input, h the state before the step, σ the logistic function:
 
     RNN    h' = f(W x_t + b + U h + d),                      f = tanh or ReLU
     LSTM   i, f, g, o = W x_t + b + U h + d,                 c' = σ(f) c + σ(i) tanh(g),   h' = σ(o) tanh(c')
            and h' := P h' with a projection
-    GRU    r, z, n  of W x_t + b and of U h + d apart,       n = tanh(n_x + σ(r) n_h),     h' = n + σ(z) (h - n)
+    GRU    r, z, n  of W x_t + b and of U h + d each,        n = tanh(n_x + σ(r) n_h),     h' = n + σ(z) (h - n)
 
-W meets all steps in one call; U meets each step in a call of its own, which gives as many uses of it.
+W enters one call with all steps; U enters one call a step, so it has as many uses as there are steps.
 Sources: Hochreiter and Schmidhuber, 1997; Sak et al., 2014 (projection); Cho et al., 2014; in torch's form.
 """
 
@@ -72,7 +72,7 @@ _STEPS: dict[str, Step] = {
 
 
 def _start(state: State, gates: Tensor) -> State:
-    """The first state, marked as belonging to the samples: zeros are no data, but the steps that read them are."""
+    """The first state as data of the samples: zeros by themselves count as a constant."""
     return tuple(h if h.requires_grad else h.expand_as(gates[..., : h.shape[-1]]) for h in state)
 
 
@@ -178,7 +178,7 @@ def _direction(step: Step, x: Tensor, start: State, w: Weights, time: int, backw
 
 
 def _dropped(x: Tensor, p: float, time: int) -> Tensor:
-    """Dropout with the draws that torch makes, which go through the steps first."""
+    """Dropout with torch's own draws, whose order is steps first."""
     return F.dropout(x.transpose(0, time).contiguous(), p).transpose(0, time) if time else F.dropout(x, p)
 
 

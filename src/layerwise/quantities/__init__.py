@@ -1,5 +1,6 @@
-"""Quantities: functions of what came in and what came back at each use of a parameter."""
+"""Quantities: functions of the inputs and the output cotangents at each use of a parameter."""
 
+from layerwise.graph.cotangents import Exact, Gradient, Sampled, Second
 from layerwise.quantities.base import ByParameter, Quantity
 from layerwise.quantities.clipped import ClippedGrad
 from layerwise.quantities.diag_ggn import DiagGGN
@@ -23,11 +24,15 @@ __all__ = [
     "ClippedGrad",
     "DiagGGN",
     "DiagHessian",
+    "Exact",
     "FisherDiag",
+    "Gradient",
     "NoiseScale",
     "PairwiseDot",
     "PerSampleGrad",
     "Quantity",
+    "Sampled",
+    "Second",
     "SecondMoment",
     "Sketch",
     "SqrtGGN",

@@ -1,4 +1,4 @@
-"""What a quantity is: a cotangent to send back, a function of a parameter's gradient, and how batches join."""
+"""The base of quantities: a cotangent to backpropagate, a function of a parameter's gradient, a sum over batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layerwise.errors import BadInput, NoBackward, Renamed
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import Cotangent, Gradient
 from layerwise.graph.coverage import Graph
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.losses import Likelihood
 from layerwise.ranks.group import Ranks
 from layerwise.tape.tape import Tape
@@ -29,9 +29,9 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Union:
-    """The batches that a result covers: their samples, whether their losses are means, and the scale asked for.
+    """The batches that a result covers: number of samples, whether their losses are means, and the scale asked for.
 
-    terms: the denominator of the mean (of the first one, where several are added), or 1.
+    terms: the denominator of the mean loss (of the first one, where several losses are added), or 1.
     """
 
     samples: int
@@ -42,25 +42,25 @@ class Union:
 
 @dataclass(frozen=True)
 class Context:
-    """What `finish` may read besides its values: the gradient."""
+    """What `finish` may read besides its values: the gradient of the loss by parameter."""
 
     gradient: Mapping[str, Tensor]
 
 
 class Quantity:
-    """Base of all quantities; a new one is a subclass with `compute`, and `finish` where it is not a sum.
+    """Base of all quantities: a subclass defines `compute`, and `finish` where the result is not a plain sum.
 
-    cotangent: what is sent back. needs_samples: whether the samples must be told apart.
+    cotangent: what is backpropagated from the loss. needs_samples: whether per-sample gradients are needed.
     powers: for each tensor that `compute` returns, how it scales with the loss (gradient 1, square 2).
-    concatenate: results of several batches are concatenated along samples instead of added; one answer, or one
-        for each tensor.
+    concatenate: results of several batches are concatenated along samples instead of added; one bool for all
+        tensors, or one for each.
     stacks: results of several stacks of cotangents are concatenated along dim 1 instead of added.
-    computed_first: whether it comes before the other quantities, which can read their values off its contraction.
-    revisits: whether a quantity of the gradient has a second stage in each batch: `compute` sees every parameter,
-        `survey` the values of all, and `revisit` sees every parameter once more and gives the final tensors. Between
-        the stages the cotangents of all uses are held beside the inputs that the tape holds anyway, and the
-        per-sample gradients of parameters that reach their uses through a derived tensor.
-    rows_only: whether uses without row form may be handed over as parts without numbers, which `covers` refuses.
+    computed_first: whether it is computed before other quantities, because they can reuse its contraction.
+    revisits: whether the quantity has a second stage in each batch: `compute` gets every parameter, `survey` the
+        values of all, and `revisit` gets every parameter again and returns the final tensors. Between the stages
+        memory holds the cotangents of all uses beside the recorded inputs, and the per-sample gradients of
+        parameters that reach their uses through a derived tensor.
+    rows_only: whether uses without row form may be passed as parts without numbers, which `covers` refuses.
     """
 
     cotangent: Cotangent = Gradient()
@@ -73,16 +73,16 @@ class Quantity:
     rows_only: ClassVar[bool] = False
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
-        """Raise Undefined where the quantity does not exist for these losses; called before anything is sent."""
+        """Raise Undefined where the quantity does not exist for these losses; called before backpropagation."""
 
     def check_union(self, seen: Union, batch: Union) -> None:
-        """Raise Undefined where the batches seen so far and a further one have no result in common."""
+        """Raise Undefined where a further batch cannot be joined with those observed so far."""
 
     def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
-        """Refuse, before any work, what would not fit: called with V, N and the elements of each parameter."""
+        """Raise, before any work, for a too large result; columns: V, samples: N, sizes: elements by name."""
 
     def covers(self, gradient: ParameterGradient) -> bool:
-        """Whether the parameter is to have a result; the same for all stacks of one batch."""
+        """Whether the parameter gets a result; must be the same for all stacks of cotangents of one batch."""
         return True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
@@ -105,14 +105,14 @@ class Quantity:
         """Broadcast rank 0's second-pass state (eigenbasis), so that all ranks use identical numbers."""
 
     def settings(self) -> dict[str, Any]:
-        """What ranks must agree on for their values to add up: its repr, and numbers among the attributes."""
+        """What ranks must agree on before their values are added: the repr, and all plain attributes."""
         simple = {key: v for key, v in vars(self).items() if isinstance(v, bool | int | float | str | None)}
         return {"repr": repr(self)} | simple
 
-    def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:
-        """The quantity's tensors by parameter, from the graph itself (cotangents `Second`, `InGraph`).
+    def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Tensor, ...]]:
+        """The quantity's tensors by parameter, computed on the autograd graph (cotangents `Second`, `InGraph`).
 
-        layout: None where the samples cannot be told apart.
+        layout: where samples lie in each tensor; None where samples are mixed.
         """
         raise NotImplementedError
 
@@ -130,7 +130,7 @@ class Quantity:
 
     @property
     def name(self) -> str:
-        """The attribute under which the result is found: the class name in snake case."""
+        """The attribute of `Seen` that holds the result: the class name in snake case."""
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__)
         return words.lower()
 
@@ -139,7 +139,7 @@ class Quantity:
 
 
 class ByParameter(Mapping[str, Tensor]):
-    """Results keyed by parameter name, as in `model.named_parameters()`; `.total` where it is defined."""
+    """Results by parameter name, as in `model.named_parameters()`; `.total` for the whole model, where defined."""
 
     def __init__(self, values: Mapping[str, Tensor], total: Tensor | None = None) -> None:
         self._values = dict(values)
@@ -183,14 +183,14 @@ def sum_of_stacks(quantity: Quantity, gradients: Iterable[ParameterGradient]) ->
 
 
 def positive(what: str, value: int | None) -> int | None:
-    """Check a count: None or at least 1."""
+    """Return the count if it is None or a whole number of at least 1; raise BadInput otherwise."""
     if value is not None and (not isinstance(value, int) or value < 1):
         raise BadInput(f"{what} must be None or a whole number of at least 1, got {value!r}")
     return value
 
 
 def takes_draws(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function take `samples=`, the old word for the number of `draws`, with a warning."""
+    """Decorator: accept `samples=`, the deprecated name of `draws=`, with a warning."""
 
     @wraps(function)
     def called(*args: P.args, **given: P.kwargs) -> R:

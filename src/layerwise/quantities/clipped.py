@@ -25,23 +25,23 @@ class Clipped(ByParameter):
 
 
 class ClippedGrad(Quantity):
-    """The gradient with every sample's part clipped to a norm over all parameters together (ghost clipping).
+    """The sum of per-sample gradients, each clipped to a norm over all parameters together (ghost clipping).
 
     sum_n w_n g_n, `[*shape]` per parameter, in the units of `.grad`, with w_n = min(1, C / |g_n|), C = `max_norm` and
     |g_n| over all observed parameters. With `scale="sample"` the norm is that of the sample's own loss, |N g_n| for
     a mean over N, which is what private training clips; the sum is then the mean of the clipped gradients.
     `.norms`, `[N]`, are the norms that were compared with C.
 
-    Two stages: the norms of all parameters come first, the weighted sums after them. Between the stages the
-    cotangents of all uses are held beside the layers' inputs, the memory of the activations once more, and no
-    `[N,P]`. Where parameters reach their uses through a derived tensor (a weight norm, LoRA), both stages come
-    before the backward pass, which frees the graph to carry them back: one more pass, a few samples at a time; a
-    hook that changes gradients on their way is refused then.
+    Two stages: first the norms over all parameters, then the weighted sums. Between them memory holds the
+    cotangents of all uses beside the layers' inputs, about the size of the activations, and never `[N,P]`. Where
+    parameters reach their uses through a derived tensor (a weight norm, LoRA), both stages run before the user's
+    backward pass, since it frees the graph that they need: one more backward pass, a few samples at a time; a
+    hook that changes gradients is then refused.
     Several backward passes: a sum loss, or a mean with `scale="sample"` and equally many loss terms a sample in
-    every batch; elsewhere what is clipped would depend on batches to come.
+    every batch; for other losses the clipped gradients would depend on later batches.
 
-    This clips and no more. A private gradient needs noise scaled to C added to the sum, and an accountant of the
-    privacy spent over all steps.
+    Clipping alone is not private: DP-SGD also adds noise scaled to C to the sum, and accounts for the privacy spent
+    over all steps.
     Raises SamplesMixed, NonFinite (a norm), BadInput, or Undefined (batches that have no common scale).
     Source: Li et al. (2022), section 4 (ghost clipping); Abadi et al. (2016), algorithm 1.
     """
@@ -76,7 +76,7 @@ class ClippedGrad(Quantity):
         return (gradient.squared_norm()[0],)
 
     def survey(self, values: Mapping[str, tuple[Tensor, ...]], batch: Union) -> Any:
-        """The weights `[N]`, and the squared norms of each parameter in the scale of the clipping."""
+        """The clipping weights w_n `[N]`, and the squared norms by parameter, in the scale that is compared with C."""
         factor = sample_factor(batch) ** 2
         squares = {name: square * factor for name, (square,) in values.items()}
         if not squares:
@@ -95,7 +95,7 @@ class ClippedGrad(Quantity):
         return gradient.weighted_sum(weights[None]), squares[gradient.name]
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> Clipped:
-        """Keyed by parameter, with the norms over all of them."""
+        """The clipped gradients by parameter, with the norms over all parameters."""
         squares = [square for _, square in values.values()]
         norms = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(union.samples)
         return Clipped({name: value for name, (value, _) in values.items()}, norms)

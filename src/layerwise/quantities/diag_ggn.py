@@ -16,9 +16,9 @@ class DiagGGN(Quantity):
     """The diagonal of the generalized Gauss-Newton matrix of the loss as written.
 
     diag(sum_n J_n^T H_n J_n), `[*shape]`, with J the Jacobian of the outputs and H the Hessian of the loss
-    with respect to them. `draws=None` sends all root columns back and is exact; `draws=k` sends k
-    sampled ones and is unbiased (for a likelihood loss, the sampled Fisher's diagonal).
-    `per_sample=True`: diag(J_n^T H_n J_n) for each sample, `[N, *shape]`, which sum to the former; memory N·P.
+    with respect to them. `draws=None` backpropagates all columns of a root of H and is exact; `draws=k` takes k
+    sampled columns and is unbiased (for a likelihood loss, the sampled Fisher's diagonal).
+    `per_sample=True`: diag(J_n^T H_n J_n) for each sample, `[N, *shape]`, whose sum is the diagonal; memory N·P.
     Raises UnknownLoss, SamplesMixed, or Undefined (a loss without a root).
     Source: Schraudolph (2002); Dangel et al. (2020), eq. 19.
     """

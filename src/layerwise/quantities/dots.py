@@ -19,13 +19,13 @@ class PairwiseDot(Quantity):
 
     G[n,m] = <g_n, g_m>, `[N,N]`, symmetric and positive semidefinite, squared loss per squared parameter unit; the
     diagonal is `SquaredNorm`. `scale="sample"`: N² <g_n, g_m> for a mean loss. Memory N² for each parameter, and a
-    few samples' gradients; `[N,P]` is not held. One batch at a time: the products of samples of two batches need the
+    few samples' gradients, never `[N,P]`. One batch at a time: the products of samples of two batches need the
     gradients of both, so a second backward pass in one context is refused.
     Raises SamplesMixed, or Undefined (a second backward pass).
     Source: Schneider, Dangel and Hennig (2021).
     """
 
-    computed_first = True  # its diagonal holds the norms
+    computed_first = True  # SquaredNorm reads the norms off the diagonal
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N,N]`."""
@@ -39,7 +39,7 @@ class PairwiseDot(Quantity):
         )
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
-        """Keyed by parameter; the total is the Gram matrix of whole gradients, `[N,N]`."""
+        """The Gram matrices by parameter; the total is the Gram matrix of whole gradients, `[N,N]`."""
         factor = sample_factor(union) ** 2
         dots = {k: v[0] * factor if factor != 1 else v[0] for k, v in values.items()}
         return ByParameter(dots, sum(dots.values()) if dots else None)  # type: ignore[arg-type]

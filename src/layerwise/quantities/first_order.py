@@ -17,7 +17,7 @@ __all__ = ["PerSampleGrad", "SecondMoment", "SquaredNorm", "Variance", "sample_f
 
 
 def sample_factor(union: Union) -> float:
-    """What turns g_n into the gradient of the sample's own loss: N for a mean, or 1."""
+    """The factor from g_n to the gradient that the scale asks for: N for a mean loss under "sample", 1 otherwise."""
     return union.samples if union.scale == "sample" and union.mean else 1.0
 
 
@@ -31,7 +31,7 @@ class PerSampleGrad(Quantity):
 
     powers = (1,)
     concatenate = True
-    computed_first = True  # squares are read off it
+    computed_first = True  # other quantities square these gradients
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, *shape]`."""
@@ -58,7 +58,7 @@ class SquaredNorm(Quantity):
         return (gradient.squared_norm()[0],)
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
-        """Keyed by parameter; the total is the squared norm over all parameters, `[N]`."""
+        """The norms by parameter; the total is the squared norm over all parameters, `[N]`."""
         factor = sample_factor(union) ** 2
         norms = {k: v[0] * factor if factor != 1 else v[0] for k, v in values.items()}
         total = sum(norms.values()) if norms else None
@@ -90,7 +90,7 @@ class Variance(Quantity):
     """
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
-        """Second moment, `[*shape]`; the mean is read off `.grad`."""
+        """Second moment, `[*shape]`; the mean is taken from `.grad`."""
         return (gradient.second_moment(),)
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
@@ -98,7 +98,7 @@ class Variance(Quantity):
         result = {}
         for name, (moment,) in values.items():
             total = context.gradient[name]
-            factor = sample_factor(union)  # in one new tensor: fresh memory costs more than arithmetic
+            factor = sample_factor(union)  # in one new tensor: allocating costs more than arithmetic
             variance = moment * (factor**2 / union.samples)
             variance.addcmul_(total, total, value=-((factor / union.samples) ** 2)).clamp_(min=0)
             result[name] = variance if union.samples > 1 else variance.zero_()

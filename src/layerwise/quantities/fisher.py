@@ -24,7 +24,7 @@ class FisherDiag(Quantity):
     E[(d log p / d theta)²] for a mean loss, the sum for a sum; multiplying the loss by c multiplies it by c.
     labels="data": the empirical Fisher, with the labels of the batch, exact: N sum_n g_n² for a mean over N (the mean
     of squared gradients of the samples' own losses), sum_n g_n² for a sum; multiplying the loss by c multiplies it
-    by c². A sample's loss terms are added before they are squared. It is no estimate of the former.
+    by c². The gradients of a sample's loss terms are added before squaring. It does not estimate the true Fisher.
     `scale` changes neither.
     Raises SamplesMixed, UnknownLoss, or Undefined: for labels="model" where the loss is no negative log-likelihood,
     for labels="data" where a mean and a sum are added.
@@ -42,7 +42,7 @@ class FisherDiag(Quantity):
         self.powers = (1,) if labels == "model" else (2,)
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
-        """Labels can be drawn from likelihoods alone; a sample's own loss is none where a mean and a sum are added."""
+        """Raise Undefined for losses that are no likelihoods (labels="model") or mix means and sums (labels="data")."""
         if self.labels == "data" and len({loss.mean for loss in losses}) > 1:
             raise Undefined(
                 f"asked for the empirical Fisher's diagonal of a total that adds a mean and a sum "
@@ -67,7 +67,7 @@ class FisherDiag(Quantity):
         return (gradient.second_moment(),)
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
-        """Keyed by parameter."""
+        """The diagonals by parameter."""
         factor = union.samples if self.labels == "data" and union.mean else 1
         return ByParameter({k: v[0] * factor if factor != 1 else v[0] for k, v in values.items()})
 

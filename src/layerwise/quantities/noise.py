@@ -15,9 +15,9 @@ __all__ = ["Noise", "NoiseScale"]
 
 
 class Noise(ByParameter):
-    """Noise scales by parameter, and the estimates they are made of.
+    """Noise scales by parameter, and the estimates of noise and signal behind them.
 
-    noise: tr(Sigma), 0-dim each; signal: |G|², 0-dim each; snr: elementwise, `[*shape]`. All have `.total`, but `snr`.
+    noise: tr(Sigma), 0-dim each; signal: |G|², 0-dim each; snr: elementwise, `[*shape]`. All but `snr` have `.total`.
     """
 
     def __init__(self, noise: Mapping[str, Tensor], signal: Mapping[str, Tensor], snr: Mapping[str, Tensor] | None):
@@ -35,10 +35,10 @@ class Noise(ByParameter):
 
 
 class NoiseScale(Quantity):
-    """The simple gradient noise scale, tr(Sigma) / |G|², per parameter and whole (`.total`), in samples.
+    """The simple gradient noise scale, tr(Sigma) / |G|², per parameter and for the whole model (`.total`), in samples.
 
     With h_n the gradient of sample n's own loss (N g_n where there is a mean over N, g_n for sums, whatever
-    `scale`), h their mean, and m = sum_n |h_n|² / N, both terms are estimated without bias from the batches together:
+    `scale`), h their mean, and m = sum_n |h_n|² / N, both terms are estimated without bias from all batches together:
 
         `.noise`   tr(Sigma) = (m - |h|²) N / (N - 1)          `.signal`   |G|² = (N |h|² - m) / (N - 1)
 
@@ -48,8 +48,8 @@ class NoiseScale(Quantity):
 
         `.snr`     h² / s², `[*shape]`, s² = sum_n (h_n - h)² / (N - 1),
 
-    at least 0, about 1/N in the mean where there is noise alone, infinite where the samples agree exactly, and 0
-    where all their gradients are 0. `snr=False` needs the norms alone and is cheaper. tr(Sigma) and s² suffer
+    at least 0, about 1/N on average for pure noise, infinite where the samples agree exactly, and 0
+    where all their gradients are 0. `snr=False` needs only the norms and is cheaper. tr(Sigma) and s² suffer
     cancellation where the samples agree. Computed without holding `[N, P]`.
     Raises SamplesMixed, or Undefined for a single sample.
     Source: McCandlish et al. (2018), eq. 2.9 and appendix A.1 (small batch 1, big batch N).
@@ -59,11 +59,11 @@ class NoiseScale(Quantity):
         self.snr = snr
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
-        """Second moment `[*shape]`, or its sum over the elements; the mean is read off `.grad`."""
+        """Second moment `[*shape]`, or its sum over the elements for `snr=False`; the mean is taken from `.grad`."""
         return (gradient.second_moment() if self.snr else gradient.squared_norm()[0].sum(),)
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> Noise:
-        """The estimates, from the moments of the union."""
+        """The estimates, from the moments over all batches."""
         n = union.samples
         if n < 2:
             raise Undefined(

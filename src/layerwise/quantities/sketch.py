@@ -20,17 +20,17 @@ class Sketch(Quantity):
     """A linear random projection of every sample's gradient that keeps inner products on average.
 
     (S g)_j = sum_p <R_jp, g_p> / sqrt(dim), `[N, dim]` per parameter p, and `.total` for the whole gradient, with
-    R_jp a random sign matrix of rank one: R[r,c] = u_r v_c over the first axis of the parameter and all others
-    together (a plain sign vector for a parameter of one axis). E <S g, S h> = <g, h>, per parameter and whole, with
+    R_jp a random sign matrix of rank one: R[r,c] = u_r v_c with r the first axis of the parameter and c all others
+    flattened (a sign vector for a parameter of one axis). E <S g, S h> = <g, h>, per parameter and in total, with
 
         Var <S g, S h> <= (9 |g|² |h|² - <g, h>²) / dim,
 
-    so that relative errors are about 3 / sqrt(dim) at most (a matrix of independent signs would give 1.4 for |g|²).
-    Rank one is what lets a layer's rows be projected without its gradients: `[N,P]` is never held.
+    so relative errors are at most about 3 / sqrt(dim) (a matrix of independent signs would give 1.4 for |g|²).
+    Rank one lets a layer's inputs and cotangents be projected without forming its gradients `[N,P]`.
 
-    The seed is drawn from `generator` once, here: all batches of one `Sketch`, and of another one whose generator
-    is in the same state, are projected alike. `matrix` gives the projection itself.
-    `scale="sample"`: of N g_n for a mean loss. Raises SamplesMixed, or BadInput.
+    The constructor draws the seed from `generator`: all batches of one `Sketch`, and of another one whose generator
+    is in the same state, share one projection. `matrix` returns the projection itself.
+    `scale="sample"`: the projection of N g_n for a mean loss. Raises SamplesMixed, or BadInput.
     Source: Achlioptas (2003), theorem 1.1 (signs). The bound: the fourth moment of u^T D v is at most 9 |D|^4.
     """
 
@@ -45,20 +45,20 @@ class Sketch(Quantity):
         self._seed = int(torch.randint(2**62, (), generator=generator, device=device))
 
     def matrix(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """The projection of one parameter, `[dim, *shape]`, in the type and on the device of `like`."""
+        """The projection matrix of one parameter, `[dim, *shape]`, in the type and on the device of `like`."""
         left, right = project.signs(name, shape, self.dim, self._seed, like)
         return torch.einsum("jr,jc->jrc", left, right).reshape(self.dim, *shape) / self.dim**0.5
 
     def project(self, vector: Mapping[str, Tensor]) -> ByParameter:
-        """The sketch of one vector that is given by parameter, `[dim]` for each, and `.total` of the whole.
+        """The sketch of one vector given as tensors by parameter: `[dim]` for each, and `.total` for the whole vector.
 
-        (S v)_j, what `matrix` gives, without the matrix: for a direction to compare with the samples' gradients.
+        (S v)_j as with `matrix`, without forming it: for a direction to compare with the samples' gradients.
         """
-        found = {}
+        sketches = {}
         for name, v in vector.items():
             left, right = project.signs(name, v.shape, self.dim, self._seed, v)
-            found[name] = project.project_vectors(v.reshape(1, 1, -1), left, right)[0, 0] / self.dim**0.5
-        return ByParameter(found, sum(found.values()) if found else None)
+            sketches[name] = project.project_vectors(v.reshape(1, 1, -1), left, right)[0, 0] / self.dim**0.5
+        return ByParameter(sketches, sum(sketches.values()) if sketches else None)
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, dim]`."""
@@ -66,7 +66,7 @@ class Sketch(Quantity):
         return (gradient.sketch(left, right)[0] / self.dim**0.5,)
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:
-        """Keyed by parameter; the total is the sketch of the whole gradient, `[N, dim]`."""
+        """The sketches by parameter; the total is the sketch of the whole gradient, `[N, dim]`."""
         factor = sample_factor(union)
         sketches = {k: v[0] * factor if factor != 1 else v[0] for k, v in values.items()}
         return ByParameter(sketches, sum(sketches.values()) if sketches else None)  # type: ignore[arg-type]

@@ -16,17 +16,17 @@ __all__ = ["SqrtGGN"]
 
 
 class SqrtGGN(Quantity):
-    """The root of the generalized Gauss-Newton matrix: its columns, kept apart. Heavy on memory.
+    """The columns of a root of the generalized Gauss-Newton matrix. Heavy on memory.
 
     s[v,n] = J_n^T r[v,n], `[V,N,*shape]` per parameter, with r the columns of a root of the Hessian of sample n's
-    loss term in the outputs and J_n their Jacobian. Over the parameters side by side, sum_{v,n} s s^T is the
-    GGN of the loss as written, also across parameters; the Gram matrix of the same columns has its nonzero spectrum.
+    loss term in the outputs and J_n their Jacobian. With all parameters concatenated, sum_{v,n} s s^T is the
+    GGN of the loss as written, cross-parameter blocks included; the columns' Gram matrix has its nonzero spectrum.
     `draws=None` is exact: V = (C-1)·P for C classes and P loss terms a sample (P for an elementwise loss). With
-    `draws=k` there are V = k sampled columns and the sum is unbiased. Several losses put their columns one after
-    the other. Batches join along N; where their V differ, missing columns are zero.
+    `draws=k` there are V = k sampled columns and the sum is unbiased. Columns of several losses are
+    concatenated. Batches are concatenated along N; where their V differ, missing columns are zero.
 
-    Memory V·N·P for P parameters, twice that for a moment: a backward pass of more than `max_elements` numbers is
-    refused before it is pulled. Units: square root of the loss per parameter unit.
+    Memory V·N·P for P parameters, twice that at its peak: a backward pass of more than `max_elements` numbers is
+    refused before it runs. Units: square root of the loss per parameter unit.
     Raises UnknownLoss, SamplesMixed, BadInput, or Undefined (a loss without a root, or above `max_elements`).
     Source: Dangel, Kunstner and Hennig (2020); Dangel, Tatzel and Hennig (2022).
     """
@@ -46,7 +46,7 @@ class SqrtGGN(Quantity):
         self.cotangent = Exact() if draws is None else Sampled(draws, generator)
 
     def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
-        """Refuse a root above the cap."""
+        """Raise Undefined for a root of more than `max_elements` numbers."""
         p = sum(sizes.values())
         if columns * samples * p > self.max_elements:
             largest = max(sizes, key=lambda name: sizes[name])

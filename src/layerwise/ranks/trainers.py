@@ -1,9 +1,9 @@
-"""What torch's trainers of several processes, DDP and FSDP2, do around a model, and how an observation lives with it.
+"""Torch's wrappers for training on several processes, DDP and FSDP2, kept from acting on vector-Jacobian products.
 
-DDP averages `.grad` from hooks on the gradient accumulators, which our own pulls never reach; its output may pass an
-autograd node that starts an iteration's reduction. FSDP2 (`fully_shard`) keeps each parameter as a DTensor, puts whole
-parameters into the modules while they run, and frees them by autograd nodes and hooks. Both act on any backward pass
-through the graph, so they are held still while pulls run.
+DDP averages `.grad` from hooks on the gradient accumulators, which the library's own vector-Jacobian products never
+reach; DDP's output may pass an autograd node that starts an iteration's reduction. FSDP2 (`fully_shard`) keeps each
+parameter as a DTensor, puts whole parameters into the modules while they run, and frees them by autograd nodes and
+hooks. Both act on any backward pass through the graph, so they are paused while those products are computed.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
+    "GraphTrainers",
     "Placements",
-    "Still",
     "is_sharded",
-    "kept_still",
     "placements_of",
     "several",
     "sharded_of",
     "unreduced",
     "unwrapped",
+    "whole_parameters",
 ]
 
 Placements = Mapping[str, Tensor]  # parameters as DTensors
 
 
 def several() -> bool:
-    """Whether there are other processes that may take part in a backward pass."""
+    """Whether torch.distributed runs with more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -43,13 +44,13 @@ def unwrapped(model: Any) -> Any:
 
 
 def unreduced(model: Any) -> AbstractContextManager[None]:
-    """Let a DDP module's backward passes send nothing, for gradients that nobody will keep."""
+    """Keep a DDP module from reducing the gradients of backward passes inside the context."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has made one has imported it
+    module = sys.modules.get("torch.distributed.tensor")  # imported wherever a DTensor exists
     return module is not None and isinstance(tensor, module.DTensor)
 
 
@@ -70,7 +71,7 @@ def _groups(model: Any) -> list[Any]:
 
 
 def sharded_of(model: Any) -> dict[int, Tensor]:
-    """The DTensor that stands for each whole parameter that FSDP2 has made so far, by the id of the latter."""
+    """The DTensor of each whole parameter that FSDP2 has made so far, by the id of the whole parameter."""
     return {
         id(p._unsharded_param): p.sharded_param
         for group in _groups(model)
@@ -80,29 +81,32 @@ def sharded_of(model: Any) -> dict[int, Tensor]:
 
 
 def placements_of(owners: Mapping[str, Tensor]) -> Placements:
-    """Those of the parameters that are DTensors."""
+    """The parameters that are DTensors, by name."""
     return {name: p for name, p in owners.items() if is_sharded(p)}
 
 
-# -- pulls --------------------------------------------------------------------------------------------------
+# -- one graph ----------------------------------------------------------------------------------------------
 
 
-class Still:
-    """The parts of trainers that lie in one graph: FSDP2's groups and the DDP modules that a sink belongs to."""
+class GraphTrainers:
+    """FSDP2's groups and DDP modules (of static graphs) that act on one autograd graph.
 
-    def __init__(self, model: Any, total: Tensor) -> None:
-        nodes = list(_nodes(total)) if dist.is_available() and dist.is_initialized() else []
+    nodes: of the graph; read only where several processes run.
+    """
+
+    def __init__(self, model: Any, nodes: Iterable[Node]) -> None:
+        found: list[Any] = list(nodes) if dist.is_available() and dist.is_initialized() else []
         own = {id(group): group for group in _groups(model)}
-        for node in nodes:
+        for node in found:
             if node.name() == "RegisterPostBackwardFunctionBackward":
                 own.setdefault(id(node.param_group), node.param_group)
         self.groups = list(own.values())
-        sinks = [node.ddp_weakref() for node in nodes if node.name() == "_DDPSinkBackward"]
+        sinks = [node.ddp_weakref() for node in found if node.name() == "_DDPSinkBackward"]
         self._sinks = [ddp for ddp in sinks if ddp is not None and ddp.static_graph]
 
     @contextmanager
-    def pulling(self) -> Iterator[None]:
-        """Hold all of them still: nothing is reduced, freed or begun by what runs inside the context."""
+    def paused(self) -> Iterator[None]:
+        """Backward passes inside the context start no reduction and free no parameter."""
         begun = [(ddp, ddp._static_graph_delay_allreduce_enqueued) for ddp in self._sinks]
         try:
             for group in self.groups:
@@ -124,28 +128,18 @@ def _nothing(*args: Any) -> None:
 
 
 @contextmanager
-def kept_still(model: Any, total: Tensor) -> Iterator[Still]:
-    """Keep FSDP2's parameters whole until all that was recorded with them has been read; then free them as it would."""
-    still = Still(model, total)
-    frees = [group for group in still.groups if group.reshard_after_backward]
+def whole_parameters(model: Any, nodes: Iterable[Node]) -> Iterator[GraphTrainers]:
+    """Keep FSDP2's parameters whole inside the context, and reshard them at its end, as FSDP2 would have done.
+
+    nodes: of the autograd graph of the backward pass that runs inside.
+    """
+    trainers = GraphTrainers(model, nodes)
+    frees = [group for group in trainers.groups if group.reshard_after_backward]
     try:
         for group in frees:
             group.reshard_after_backward = False
-        yield still
+        yield trainers
     finally:
         for group in frees:
             group.reshard_after_backward = True
             group.reshard()
-
-
-def _nodes(total: Tensor) -> Iterable[Any]:
-    """All nodes of a graph."""
-    seen: set[Any] = set()
-    stack: list[Any] = [total.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack += [child for child, _ in node.next_functions]

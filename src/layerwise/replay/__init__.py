@@ -1,1 +1,1 @@
-"""A closure run again: from the same state, or with codes in place of outputs."""
+"""Running a closure again: from the same state, or with codes (given activations) in place of outputs."""

@@ -1,12 +1,11 @@
-"""Run a model with given codes in place of the outputs of some uses, wholly or piece by piece.
+"""Run a model with given codes (activations) in place of the outputs of some uses, as a whole or in pieces.
 
-The general way is *substitution*: the closure runs again under a tape that returns the given code at each
-use. The fast way is *replay*: the calls recorded between the uses run again, and of those only the ones
-that the wanted outputs depend on, so that one block costs one block. Replay serves a graph only after its
-outputs equalled those of substitution bitwise for codes drawn at random; closures that draw random numbers
-or read values of tensors always take substitution. Every run starts from the random state and the buffers of
-the first one, and leaves them as the first one did; a backward pass that the closure starts is left out.
-What a custom autograd Function does inside is seen, but not its backward: it takes substitution as well.
+The general way is *substitution*: the closure runs again under a tape that returns the given code at each use. The
+fast way is *replay*: of the recorded calls, only those that the wanted outputs depend on run again, so that a block
+costs only its own calls. A graph is replayed only after its outputs equalled those of substitution bitwise for random
+codes; closures that draw random numbers or read values of tensors always use substitution. Every run starts from the
+random state and the buffers of the first run, and leaves them as the first run did; backward passes of the closure are
+skipped. A custom autograd Function also takes substitution, since its backward is not among the recorded calls.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from layerwise.tape.uses import Use
 
 __all__ = ["CodedModel", "Outputs", "check_loss"]
 
-_MOST_PROOFS = 256  # of graphs that differ, in shapes say; then the memo starts again
+_MOST_PROOFS = 256  # the memo is cleared at this many different graphs (in shapes, say)
 
 
 @dataclass
 class Outputs:
-    """What a run with codes gives: the loss, each use's own output and its data arguments (detached)."""
+    """The result of a run with codes: the loss, each use's own output, and the arguments of its call."""
 
     loss: Tensor | None = None
     predictions: dict[int, Tensor] = field(default_factory=dict)
@@ -44,10 +43,10 @@ class CodedModel:
     """A model and a closure, run with codes in place of the outputs of some uses.
 
     uses: the uses of the first run, in call order; loss: its value, with its graph.
-    `piece` gives the outputs of some uses, and the loss, for given codes, at the cost of the calls between.
-    proofs: a memo of which graphs replay as substitution does, kept by the caller from step to step.
-    entry: where the program is a part of a larger one, what enters it; the closure is then called with it, and it may
-    have a code at the index `ENTRY`.
+    `piece` computes the outputs of some uses, and the loss, for given codes, from only the calls they depend on.
+    proofs: a memo of the graphs for which replay equals substitution, kept by the caller from step to step.
+    entry: the input tensor where the model is a part of a larger one (a pipeline stage); the closure is then called
+    with it, and it may have a code at the index `ENTRY`.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class CodedModel:
     ) -> None:
         self._model, self._entry = model, entry
         self._proofs = proofs if proofs is not None else {}
-        given: tuple[Tensor, ...] = () if entry is None else (entry.clone(),)  # which the closure may overwrite
+        given: tuple[Tensor, ...] = () if entry is None else (entry.clone(),)  # the closure may overwrite it
         tape = CodedTape(model, {}, entry=given[0] if given else None)
         self._rerun = Rerun(model, closure, gradients=False)
         with tape, torch.enable_grad():
@@ -76,12 +75,12 @@ class CodedModel:
 
     @property
     def samples(self) -> int:
-        """Dim 0 of the batch."""
+        """The batch size, dim 0."""
         first = self.tape.first
         return first.shape[0] if first is not None and first.dim() else 1
 
     def use_behind(self, t: Tensor) -> int | None:
-        """The use whose output a tensor of the first run is."""
+        """The index of the use whose output is this tensor of the first run."""
         slot = self.tape.slot_of(t)
         return next((i for i, s in self._slot_of_use.items() if s == slot and s is not None and i != ENTRY), None)
 
@@ -90,8 +89,8 @@ class CodedModel:
     def substitute(self, codes: Mapping[int, Tensor], gradients: bool = True) -> Outputs:
         """Run the closure again with codes at the given uses, from the first run's random state.
 
-        gradients: whether the outputs will be differentiated. Raises Undefined where the path depends on the
-        codes, and where it is checkpointed: a recomputed block would not know its codes.
+        gradients: whether the outputs will be differentiated. Raises Undefined where control flow depends on the
+        codes, or where a block is activation-checkpointed: its recomputation would not use the codes.
         """
         tape = CodedTape(self._model, codes, self.tape.statistics)
         given = () if self._entry is None else (codes.get(ENTRY, self._entry).clone(),)
@@ -110,7 +109,7 @@ class CodedModel:
     # -- replay -----------------------------------------------------------------------------------------
 
     def replays(self, coded: Iterable[int]) -> bool:
-        """Whether the recorded calls are proved to give what substitution gives, with codes at these uses."""
+        """Whether replay is proved to equal substitution, with codes at these uses."""
         if self.tape.random or self.tape.reads_values or self.tape.hidden_backward or self._loss_slot is None:
             return False
         coded = frozenset(coded)
@@ -122,7 +121,7 @@ class CodedModel:
         return self._proofs[key]
 
     def _agrees(self, coded: frozenset[int]) -> bool:
-        """Whether replay gives bitwise what substitution gives, whole and in pieces, for random codes."""
+        """Whether replay equals substitution bitwise for random codes, as a whole and in pieces."""
         generator = torch.Generator().manual_seed(0)
         codes = {}
         for i in coded:
@@ -132,7 +131,7 @@ class CodedModel:
         try:
             want = self.substitute(codes)
             slopes = self._slopes(codes, want)
-        except Undefined:  # checkpointed: values are the whole proof
+        except Undefined:  # checkpointed: only values can be compared
             try:
                 want = self.substitute(codes, gradients=False)
             except Undefined:
@@ -155,7 +154,7 @@ class CodedModel:
         return True
 
     def _slopes(self, codes: Mapping[int, Tensor], run: Outputs) -> list[Tensor]:
-        """The gradient of a random sum of all outputs by each code."""
+        """The gradient of a random linear combination of all outputs in each code."""
         generator = torch.Generator().manual_seed(1)
         outputs = [t for t in (run.loss, *run.predictions.values()) if t is not None and t.requires_grad]
         weights = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
@@ -202,7 +201,7 @@ class CodedModel:
         return outputs
 
     def _slice(self, coded: frozenset[int], wanted: frozenset[int], loss: bool) -> list[int]:
-        """The steps that the wanted outputs depend on, in order; codes cut the dependence."""
+        """Indices of the recorded steps that the wanted outputs depend on, in order; a code ends the dependence."""
         key = (coded, wanted, loss)
         if key not in self._slices:
             need: set[int] = {self._loss_slot} if loss and self._loss_slot is not None else set()
@@ -214,33 +213,33 @@ class CodedModel:
                     need |= step.reads
                     kept.append(k)
                 elif needed:
-                    kept.append(k)  # of a coded use only the code is needed
+                    kept.append(k)  # a coded use: its code is used, not its inputs
             self._slices[key] = kept[::-1]
         return self._slices[key]
 
     def consumers(self, coded: Iterable[int]) -> dict[int, tuple[list[int], bool]]:
-        """For each coded use: the uses that read its code through no other code, and whether the loss does."""
+        """For each coded use: the uses that depend on its code through no other code, and whether the loss does."""
         coded = frozenset(coded)
         if not self.replays(coded):
             later = [u.index for u in self.uses]
             return {i: ([j for j in later if j > i], True) for i in coded}
         feeds: dict[int | None, set[int]] = {self._slot_of_use[ENTRY]: {ENTRY}} if ENTRY in coded else {}
-        found: dict[int, list[int]] = {i: [] for i in coded}
+        readers: dict[int, list[int]] = {i: [] for i in coded}
         for step in self._program:
             origin: set[int] = set().union(*(feeds.get(r, set()) for r in step.reads))
             if step.use is not None:
                 for i in origin:
-                    found[i].append(step.use)
+                    readers[i].append(step.use)
             for slot in step.outputs:
                 if slot is not None:
                     feeds[slot] = {step.use} if step.use in coded else set(origin)
             if step.writes is not None:
                 feeds[step.writes] = feeds.get(step.writes, set()) | origin
         at_loss = feeds.get(self._loss_slot, set()) if self._loss_slot is not None else set()
-        return {i: (found[i], i in at_loss) for i in coded}
+        return {i: (readers[i], i in at_loss) for i in coded}
 
     def reads_directly(self, use: int, code: int, func: Any) -> bool:
-        """Whether a use is a call of `func` whose first argument is the code at another use, and nothing else is data.
+        """Whether a use is a call of `func` whose only data is its first argument, the code at another use.
 
         Proved on the recorded calls: False where the model does not replay.
         """
@@ -278,7 +277,7 @@ def _same(x: Tensor | None, y: Tensor | None) -> bool:
 
 
 def _near(x: Tensor, y: Tensor) -> bool:
-    """Whether two gradients are the same but for the order of sums."""
+    """Whether two gradients are equal up to the rounding of a different summation order."""
     most = float(y.nan_to_num().abs().max()) if y.numel() else 0.0
     return bool((((x - y).abs() <= 1e-2 * most) | (x.isnan() & y.isnan()) | (x == y)).all())
 

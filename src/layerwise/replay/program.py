@@ -1,7 +1,6 @@
-"""One run of a closure as a program: the calls it made, with codes in place of the outputs of some uses.
+"""One run of a closure recorded as a program: a list of its calls, which can run again piece by piece.
 
-A program can run again piece by piece. What a run may have changed besides is kept here, to be put back: the
-generators that it drew from, the model's buffers; a backward pass that the closure starts is left out.
+The tape of this module records the program, and returns codes in place of the outputs of chosen uses.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from layerwise.tape.tape import Tape
 
 __all__ = ["ENTRY", "CodedTape", "Ref", "Step"]
 
-ENTRY = -1  # the index of what enters a program from outside, among those of its uses
+ENTRY = -1  # the index of the input of a partial model, among the indices of its uses
 _RANDOM_METHODS = {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "bernoulli"}
 _READS_VALUES = {
     "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "allclose", "is_nonzero",
@@ -28,21 +27,21 @@ _READS_VALUES = {
 
 
 def _draws(name: str, args: Any, kwargs: Any) -> bool:
-    """Whether a random call draws: dropout that is switched off does not."""
+    """Whether a call of a random function draws numbers: dropout in eval mode does not."""
     if "dropout" not in name:
         return True
     return bool(kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)))
 
 
 class Ref(NamedTuple):
-    """Stands for a tensor that the recorded calls made."""
+    """A placeholder in recorded arguments for a tensor that an earlier recorded call made."""
 
     slot: int
 
 
 @dataclass
 class Step:
-    """One recorded call: arguments with `Ref`s, where its results go, and the use it is, if any."""
+    """One recorded call: its arguments with `Ref`s, the slots of its results, and its use, if it is one."""
 
     func: Any
     args: tuple[Any, ...]
@@ -52,13 +51,13 @@ class Step:
     reads: set[int]
     writes: int | None = None  # the slot that an in-place call overwrites
     use: int | None = None
-    grad: bool = True  # whether gradients were recorded
+    grad: bool = True  # whether grad mode was enabled
 
 
 class CodedTape(Tape):
     """A tape that returns codes at chosen uses, records a program, and freezes batch-norm statistics.
 
-    entry: a tensor from outside that may have a code as well, at the index `ENTRY`.
+    entry: the input tensor of a partial model, which may have a code at the index `ENTRY`.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class CodedTape(Tape):
         self.random = False
         self.reads_values = False
         self.hidden_backward = False
-        self._slots: dict[int, tuple[Tensor, int, bool]] = {}  # by id: the tensor, its slot, whether it needed grad
+        self._slots: dict[int, tuple[Tensor, int, bool]] = {}  # by id: the tensor, its slot, whether it required grad
         self._given = statistics
         self.statistics: list[Any] = [] if statistics is None else statistics
         self._norms = 0
@@ -113,29 +112,29 @@ class CodedTape(Tape):
         return out
 
     def _decompose(self, func: Any, args: Any, kwargs: Any, used: Any, data: Any) -> Any:
-        if self.codes:  # other values than the call's, which nobody differentiates inside a checkpoint
+        if self.codes:  # codes replace values, and a checkpoint is not differentiated here
             out = self._parts(func, args, kwargs)
         else:
             out = super()._decompose(func, args, kwargs, used, data)
-        self._parts_noted = True  # by the calls inside, which are steps of their own
+        self._parts_noted = True  # the calls inside are recorded as steps of their own
         return out
 
     def _substituted(self, use: int, args: Any, out: Any) -> Any:
-        """What the closure goes on with after a use: its code, or its output; the prediction is kept from it."""
+        """The result of a use for the closure: a copy of its code or output, so that the prediction cannot change."""
         code = self.codes.get(use)
-        if args and out is args[0]:  # in place: the closure may go on with the tensor that it gave
+        if args and out is args[0]:  # in place: the closure may continue with its own tensor
             self.predictions[use] = out.clone()
             return out if code is None else out.copy_(code)
         return (out if code is None else code).clone()
 
     def _frozen(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """A norm's arguments for further runs: the batch statistics of the first one, which they do not advance."""
+        """A norm's arguments for later runs: the first run's batch statistics, and no update of the running ones."""
         flag = "training" if func is F.batch_norm else "use_input_stats"
         names = ("input", "running_mean", "running_var", "weight", "bias", flag, "momentum", "eps")
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
         if not bound.get(flag, func is F.instance_norm):
             return args, kwargs
-        if func is F.instance_norm:  # statistics of each sample alone: only the running ones stand still
+        if func is F.instance_norm:  # normalizes each sample alone: only the running statistics must not change
             return (bound.pop("input"),), {**bound, "running_mean": None, "running_var": None}
         if self._given is None:
             x = bound["input"].detach()
@@ -158,7 +157,7 @@ class CodedTape(Tape):
         return self._next
 
     def _note_step(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Record the call if it makes tensors, or writes on one."""
+        """Record the call if it returns tensors or writes into one."""
         reads: set[int] = set()
         in_place = out is None and getattr(func, "__name__", "") == "__setitem__"
         result = args[0] if in_place else out
@@ -186,7 +185,7 @@ class CodedTape(Tape):
             entry = self._slots.get(id(value))
             if entry is None or entry[0] is not value:
                 return value
-            # made by calls inside a custom Function, under no_grad, and then given that Function's backward
+            # made inside a custom Function, under no_grad, and then attached to that Function's backward
             self.hidden_backward |= value.requires_grad and not entry[2]
             reads.add(entry[1])
             return Ref(entry[1])

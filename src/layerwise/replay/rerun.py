@@ -1,4 +1,4 @@
-"""The closure of a step once more, as it ran: with codes, for inputs after a step, for its loss or its curvature."""
+"""Runs a step's closure again from the same random state: with codes, or for the loss or curvature after a step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Rerun"]
 
 
 class Rerun:
-    """Runs a closure as it ran the first time, from the same random numbers and buffers, and leaves no trace.
+    """Runs a closure again with the random numbers and buffers of its first run, and restores all state at exit.
 
-    Made before the first run; entered after it. At the exit generators and buffers are as at the entry. A
-    backward pass that the closure starts is left out by the tapes that record it. gradients: whether `.grad` is empty
-    inside, and as at the entry afterwards.
+    Construct it before the first run, and enter it after that run. Leaving it restores generators and buffers to their
+    state at entry. The tapes that record the closure skip its backward passes. gradients: whether `.grad` is None
+    inside and restored at exit.
     """
 
     def __init__(
@@ -40,20 +40,20 @@ class Rerun:
         self._now.put_back()
 
     def rewind(self) -> None:
-        """Bring generators and buffers to where they were before the first run."""
+        """Restore generators and buffers to their state before the first run."""
         self._start.put_back()
 
     def closure(self) -> Tensor:
-        """The closure from where the first run began."""
+        """Run the closure from the state before the first run."""
         self.rewind()
         return self.run()
 
     def run(self, *given: Tensor) -> Tensor:
-        """The closure from where everything stands."""
+        """Run the closure from the present state."""
         return self._closure(*given)
 
     def loss(self) -> float:
-        """The loss at the present parameters. Graphs of earlier runs may no longer be differentiated."""
+        """The loss at the present parameters. Graphs of earlier runs can no longer be backpropagated through."""
         with torch.enable_grad(), Tape(self.model, lambda *backward: None):
             loss = self.closure()
         check_loss(loss)

@@ -1,4 +1,4 @@
-"""State that a run of a closure changes: buffers, gradients and random generators, kept and put back."""
+"""Snapshots of what a run of a closure changes: buffers, gradients and random generators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
 
 
 class Buffers:
-    """The values of a model's buffers, to be put back: floating-point ones, and counters."""
+    """Snapshot of a model's buffers: floating-point ones, and scalars (counters)."""
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         buffers = model.named_buffers() if isinstance(model, nn.Module) else ()
@@ -37,7 +37,7 @@ class Buffers:
 
     @torch.no_grad()
     def spoiled(self) -> str | None:
-        """The first buffer that holds NaN or infinity and did not before, by name."""
+        """The name of the first buffer that holds NaN or infinity now and did not in the snapshot, or None."""
         floats = [(name, b, value) for name, b, value in self._values if b.is_floating_point() and b.numel()]
         if not floats:
             return None
@@ -50,15 +50,15 @@ class Buffers:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Write the values into the buffers that have changed."""
+        """Restore the buffers that have changed."""
         for _, buffer, value in self._values:
-            # batch norm does not count up its buffers' versions, so values are compared
+            # batch norm does not increase `_version` of its buffers, so values are compared
             if not torch.equal(buffer, value):
                 buffer.copy_(value)
 
 
 class Gradients:
-    """The `.grad` of parameters, to be put back; values: also what they hold, which a backward pass would add to."""
+    """Snapshot of the `.grad` of parameters; values: copy their contents too, since a backward pass adds to them."""
 
     def __init__(self, parameters: Iterable[Tensor], values: bool = True) -> None:
         self._grads = [
@@ -67,7 +67,7 @@ class Gradients:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """The same tensors, with the same values where they were kept."""
+        """Restore the same `.grad` tensors, and their contents where copied."""
         for p, grad, value in self._grads:
             p.grad = grad
             if grad is not None and value is not None:
@@ -75,7 +75,7 @@ class Gradients:
 
 
 def seed_of(seed: int, step: int) -> int:
-    """The generator's seed for the draws of a step; mixed, since CPU generators read the lower 32 bits alone."""
+    """A seed for the draws of one step; hashed, since CPU generators use only the lower 32 bits."""
     return random.Random(f"{seed} {step}").getrandbits(63)
 
 
@@ -85,13 +85,13 @@ def random_states(kinds: Iterable[str]) -> dict[str, Any]:
 
 
 def put_random_states(states: Mapping[str, Any]) -> None:
-    """Bring the process's generators to states, by kind."""
+    """Set the process's generators to the given states, by kind."""
     for kind, state in states.items():
         _GENERATORS[kind][1](state)
 
 
 class RandomState:
-    """The states of generators: those of the process by kind, of devices, and further ones."""
+    """Snapshot of generator states: the process's by kind, those of devices, and the given generators."""
 
     def __init__(
         self, devices: Iterable[torch.device] = (), kinds: Iterable[str] = ("python", "torch"),
@@ -102,7 +102,7 @@ class RandomState:
         self._further = [(generator, generator.get_state()) for generator in generators]
 
     def put_back(self) -> None:
-        """Bring the generators back to the states."""
+        """Restore the generators."""
         put_random_states(self._process)
         for device, state in self._devices.items():
             torch.get_device_module(device).set_rng_state(state, device)
@@ -111,9 +111,9 @@ class RandomState:
 
 
 class RunState:
-    """All that a run of a closure changes, to be put back: generators, buffers and, if asked, the parameters' `.grad`.
+    """Snapshot of all that a run of a closure changes: generators, buffers and, if asked, the parameters' `.grad`.
 
-    gradients: False; True for the tensors in `.grad`; "values" also for what they hold. As a context: put back at exit.
+    gradients: False; True for the tensors in `.grad`; "values" for their contents too. As a context: restores at exit.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor], gradients: bool | str = False) -> None:
@@ -122,7 +122,7 @@ class RunState:
         self._gradients = Gradients(parameters, values=gradients == "values") if gradients else None
 
     def put_back(self) -> None:
-        """Bring everything back."""
+        """Restore everything."""
         self._random.put_back()
         self._buffers.put_back()
         if self._gradients is not None:
@@ -136,7 +136,7 @@ class RunState:
 
 
 def check_loss(loss: object) -> None:
-    """Raise BadInput where a closure returned something else than a loss, a tensor of one element."""
+    """Raise BadInput unless a closure returned a loss, a tensor of one element."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise BadInput(f"the closure must return the loss, a tensor of one element; got {seen}")

@@ -51,7 +51,7 @@ class Rows:
 
     @property
     def laid_out(self) -> bool:
-        """Whether the input is in memory as rows; where it is not, reading `a` puts it there."""
+        """Whether the input is in memory as rows; where it is not, the first read of `a` copies it."""
         return True
 
     @property
@@ -65,7 +65,7 @@ class Rows:
 
 
 class Windows(Rows):
-    """Rows whose float input is a larger copy of something small, laid out when and as far as it is read.
+    """Rows whose float input is a larger copy of a smaller tensor (windows), made when and as far as it is read.
 
     make: the input rows `[n,T,K,I]` of the samples from one number to another.
     product: `D[n,K,O,I]` of one cotangent `[n,T,K,O]` of these samples, without their rows; None where there is no
@@ -89,7 +89,7 @@ class Windows(Rows):
 
     @cached_property
     def a(self) -> Tensor:
-        """All input rows; kept from then on."""
+        """All input rows; cached from the first read on."""
         return self.make(0, self.g.shape[1])
 
     @property

@@ -36,6 +36,6 @@ def grouped_is_cheaper(t: int, o: int, i: int) -> bool:
     The windows are a copy of `t·i` numbers for `t·o·i` multiply-adds, and products with few rows are slow; torch's
     kernel is slow where there are many channels and few places. Float32 on a CPU, on the convolutions of All-CNN-C,
     3C3D and ResNet-8: 0.5 to 1.2 times the windows' time by this rule, 0.8 to 2 times against it
-    (`python -m benchmarks.convolutions`).
+    (`python -m benchmarks.speed.convolutions`).
     """
     return t >= 256 and o * i <= 100_000

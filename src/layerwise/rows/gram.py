@@ -1,4 +1,4 @@
-"""Gram matrices of per-sample gradients themselves, for parameters whose uses have no common rows."""
+"""Gram matrices of per-sample gradients, for parameters whose uses have no common rows."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def in_pieces(rows: Rows, times: int = 1) -> Iterator[Rows]:
 
 
 def summed(function: Callable[[Rows], Tensor], times: int = 1) -> Callable[[Rows], Tensor]:
-    """A sum over samples, with an input that is not laid out taken in pieces."""
+    """Decorate a sum over samples: an input that is not laid out is read in pieces."""
 
     @wraps(function)
     def over_pieces(rows: Rows) -> Tensor:
@@ -166,7 +166,7 @@ def _laid_out(a: Tensor, g: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
 
 
 def product_of(rows: Rows) -> Callable[[Tensor, int, int], Tensor] | None:
-    """The rows' own way to D, where they are not laid out and have one."""
+    """The `product` of windows that are not laid out; None for other rows."""
     return rows.product if isinstance(rows, Windows) and not rows.laid_out else None
 
 

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from layerwise.rows.base import Rows
+from layerwise.rows.cost import TRAFFIC
 from layerwise.rows.layout import MatrixLayout
 from layerwise.rows.pieces import dims, ranges
 
 __all__ = ["in_layout", "project_rows", "project_vectors", "signs"]
-
-TRAFFIC = 12  # writing and rereading one number costs as much as this many multiply-adds
 
 
 def signs(name: str, shape: Sequence[int], count: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Second moments of per-sample gradients whose cotangents count with weights of either sign."""
+"""Second moments of per-sample gradients, with one weight of either sign for each cotangent and sample."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Calls that run otherwise than they were written, inside activation checkpoints.
+"""Replacements of composite calls inside activation checkpoints (`torch.utils.checkpoint`).
 
-A checkpointed block runs again in the backward pass, outside every mode, and `torch.utils.checkpoint` hands out what
-that run saves by counting. So the call as written runs as well, first and for the count alone. The one that stands
-in for it follows with the same random draws and keeps what it saves itself.
+A checkpointed block runs again in the backward pass, outside every torch-function mode, and the checkpoint matches the
+tensors saved by both runs by counting them. So the original call runs as well, first, for the count alone. Its
+replacement follows with the same random draws, and its saved tensors bypass the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.overrides import _pop_mode_temporarily
 from torch.utils import _python_dispatch
 
 from layerwise.errors import UnsupportedCall
+from layerwise.losses import tensors_in
 
 __all__ = ["standing_in"]
 
@@ -27,10 +28,10 @@ _MODULE = "torch.utils.checkpoint"
 def standing_in(
     written: Callable[..., Any], parts: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Run `parts` in the place of `written`, whose values it has up to rounding.
+    """Run `parts` in place of `written`, with the same values up to rounding.
 
-    Raises UnsupportedCall inside a checkpoint where a second run would not be that of the first: it saves by a
-    policy of its own, or the two calls draw different random numbers.
+    Raises UnsupportedCall inside a checkpoint with a policy of what to save, and where the two calls draw different
+    random numbers.
     """
     if not _checkpointed():
         return parts(*args, **kwargs)
@@ -40,13 +41,13 @@ def standing_in(
             f"{name} inside a checkpoint with a policy of what to save (create_selective_checkpoint_contexts), which "
             "counts the calls that it hides; checkpoint this block without a policy while it is observed"
         )
-    devices = {t.device for t in _tensors((args, kwargs)) if t.device.type == "cuda"}
+    devices = {t.device for t in tensors_in((args, kwargs)) if t.device.type == "cuda"}
     with torch.random.fork_rng(devices), _no_modes():
         first = written(*args, **kwargs)
     with saved_tensors_hooks(Tensor.detach, _same):  # detached: a tensor with its node inside that node would never go
         out = parts(*args, **kwargs)
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        if not all(_agree(a, b) for a, b in zip(_tensors(first), _tensors(out), strict=True)):
+        if not all(_agree(a, b) for a, b in zip(tensors_in(first), tensors_in(out), strict=True)):
             raise UnsupportedCall(
                 f"{name} inside a checkpoint draws random numbers that its parts do not (dropout of a fused kernel?), "
                 "so the backward pass would see other ones; run it without dropout, or without checkpointing"
@@ -55,14 +56,14 @@ def standing_in(
 
 
 def _checkpointed() -> bool:
-    """Whether what is saved for the backward pass goes to a checkpoint now."""
+    """Whether tensors saved for the backward pass go to a checkpoint now."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and getattr(hooks[0], "__module__", "") == _MODULE
 
 
 @contextmanager
 def _no_modes() -> Iterator[None]:
-    """Outside every torch-function mode, where a backward pass runs."""
+    """Leave every torch-function mode, as in a backward pass."""
     with ExitStack() as stack:
         for _ in range(torch._C._len_torch_function_stack()):
             stack.enter_context(_pop_mode_temporarily())
@@ -74,9 +75,9 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two results differ by rounding at most, and are laid out alike, since random calls draw in that order.
+    """Whether two results differ by rounding at most and have the same strides, the order in which random calls draw.
 
-    Other draws differ by as much as the values.
+    Where the draws differ, the difference is as large as the values.
     """
     if not a.numel():
         return True
@@ -85,15 +86,3 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     scale = float(a.abs().nan_to_num(0.0).max())
     tolerance = torch.finfo(a.dtype).eps ** 0.25
     return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True).all())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors of nested arguments or results."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from _tensors(v)
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _tensors(v)

@@ -1,4 +1,7 @@
-"""Parameters bound to their names, late: trainers replace them, before a forward pass or for the time of one."""
+"""Maps parameter names to the tensors now in the model.
+
+They are looked up again during a run, because FSDP2 and other trainers replace the tensor objects.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from layerwise.errors import BadInput, UnsupportedCall
 from layerwise.ranks.trainers import is_sharded, sharded_of
@@ -16,10 +20,10 @@ __all__ = ["Binding", "Leaves", "check_replaced", "check_sharded", "check_whole"
 
 
 class Binding:
-    """The parameters of a model by name, looked up again where a call shows an unknown one.
+    """The parameters of a model by name, looked up again where a call uses an unknown `nn.Parameter`.
 
-    parameters: those that calls use, of the ones to follow. owners: those that an optimizer holds, and `.grad` belongs
-    to: under FSDP2 the DTensors, of which the modules hold whole copies while they run. frozen: not followed.
+    parameters: the followed tensors, as calls use them. owners: the tensors that an optimizer has and whose `.grad` is
+    set: under FSDP2 the DTensors, of which the modules have whole copies while they run. frozen: not followed.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
@@ -29,16 +33,17 @@ class Binding:
         self.frozen = [p for p in named.values() if not p.requires_grad]
         sharded = sharded_of(model)
         self.owners = {name: sharded.get(id(p), p) for name, p in self.parameters.items()}
-        self._foreign: dict[int, Tensor] = {}  # held, so that no other tensor takes their ids
+        self._foreign: dict[int, Tensor] = {}  # not the model's; kept, so that no other tensor takes their ids
 
     def _named(self) -> dict[str, Tensor]:
         model = None if self._model is None else self._model()
         return {} if model is None else dict(model.named_parameters())
 
     def again(self, unknown: Sequence[Tensor], remember: bool) -> dict[str, Tensor]:
-        """The parameters that took the place of others, by name, where an unknown one that a call shows is of them.
+        """The parameters that replaced others of the model, by name; empty where none of `unknown` is among them.
 
-        remember: whether the call makes something of those that are none of the model's, so that they stay so.
+        unknown: parameters that a call uses. remember: whether to note those that are not the model's, because the call
+        computes with them: they may not become the model's later.
         """
         unknown = [p for p in unknown if id(p) not in self._foreign]
         named = self._named() if unknown else {}
@@ -66,14 +71,14 @@ class Binding:
                 )
 
     def hidden(self) -> dict[int, str]:
-        """The names of the parameters that replaced others and that no call has shown, by id."""
+        """The names of the parameters that replaced others and that no recorded call used, by id."""
         model = None if self._model is None else self._model()
         at = {id(owner): name for name, owner in self.owners.items()}
         found = {id(p): name for name, p in self._named().items() if p.requires_grad}
         return found | {whole: at[id(owner)] for whole, owner in sharded_of(model).items() if id(owner) in at}
 
     def bind(self, name: str, p: Tensor) -> Tensor | None:
-        """Give a name to another parameter; the one that had it before."""
+        """Bind a name to another parameter; returns the parameter that had the name before."""
         old = self.parameters.pop(name, None)
         if not p.requires_grad:
             self.owners.pop(name, None)
@@ -91,9 +96,9 @@ class Leaves:
     def __init__(self, binding: Binding) -> None:
         self._binding = binding
         self._shown = {id(p): name for name, p in binding.parameters.items()}
-        self._hidden: dict[int, str] | None = None  # asked for where some leaf is unknown
+        self._hidden: dict[int, str] | None = None  # looked up at the first unknown leaf
 
-    def name(self, node: Any) -> str | None:
+    def name(self, node: Node) -> str | None:
         """The name of the followed parameter whose gradient a node accumulates."""
         variable = getattr(node, "variable", None)
         name = self._shown.get(id(variable))
@@ -105,7 +110,7 @@ class Leaves:
 
 
 def check_sharded(owners: Mapping[str, Tensor]) -> None:
-    """Refuse parameters of FSDP2, where the one who records does not keep them whole while they are read."""
+    """Refuse parameters of FSDP2, for tapes whose handler does not keep them whole."""
     for name, owner in owners.items():
         if is_sharded(owner):
             raise UnsupportedCall(

@@ -1,4 +1,4 @@
-"""Kinds of torch calls that the tape tells apart."""
+"""The kinds of torch calls between which the tape distinguishes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "assembles",
 ]
 
-# The calls that run a backward pass, with the names of their arguments.
+# The calls that run a backward pass, with their argument names.
 OPTIONS = {
     Tensor.backward: ("self", "gradient", "retain_graph", "create_graph", "inputs"),
     torch.autograd.backward: ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs"),
@@ -43,34 +43,34 @@ _RANDOM_NAMES = """rand randn randint randperm normal bernoulli multinomial pois
 RANDOM = {getattr(torch, name) for name in _RANDOM_NAMES.split()} | {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
 }  # fmt: skip
-# What these return is data even where no argument is.
+# Calls whose results are data even where no argument is.
 DATA = RANDOM | {torch.tensor, torch.as_tensor, torch.from_numpy}
 _ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | {
     getattr(owner, name)
     for owner in (torch, Tensor)
     for name in "index_select narrow gather take take_along_dim masked_select".split()
 }
-# Calls that take a tensor apart along an axis, and where that axis stands among their arguments.
+# Calls that split a tensor along an axis, with the position of that axis among their arguments.
 _SPLIT = {
     getattr(owner, name): place
     for owner in (torch, Tensor)
     for name, place in (("split", 2), ("chunk", 2), ("tensor_split", 2), ("unbind", 1))
 }
-# Calls that move places according to the values of an index or a mask.
+# Calls that move elements according to the values of an index or a mask.
 GATHER = {Tensor.__getitem__} | {
     getattr(owner, name)
     for owner in (torch, Tensor)
     for name in """where gather take take_along_dim index_select masked_select index_add index_copy index_put
         scatter scatter_add scatter_reduce masked_scatter""".split()
 }
-CHOICE = {torch.where, Tensor.where}  # matters where both sides are activations
+CHOICE = {torch.where, Tensor.where}  # of these the mask's values count where both sides are activations
 LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
 
 
 def assembles(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call chooses or gathers samples: what it returns is a batch, whatever it was taken from.
+    """Whether a call selects or collects samples, so that its result is a new batch.
 
-    Taking a tensor apart along an axis other than the first leaves the samples as they are.
+    A split along an axis other than the first leaves the samples as they are.
     """
     place = _SPLIT.get(func)
     if place is None:

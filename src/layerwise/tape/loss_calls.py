@@ -1,4 +1,4 @@
-"""The tape's record of losses: known calls, marked calls, and what the model's forward returned."""
+"""The tape's record of losses: known calls, marked calls, and the tensors that the model's forward returned."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from layerwise import losses
 from layerwise.ranks.trainers import unwrapped
@@ -20,7 +21,7 @@ __all__ = ["LossRecord"]
 
 
 class _LogSoftmax(NamedTuple):
-    """A log-softmax: its output, and the logits that it was made from."""
+    """A recorded log-softmax: its output and its input, the logits."""
 
     output: weakref.ref[Tensor]
     logits: Tensor
@@ -29,10 +30,11 @@ class _LogSoftmax(NamedTuple):
 
 
 class LossRecord(TorchFunctionMode):
-    """What a tape knows of losses.
+    """The part of a tape that records losses.
 
     losses: the known calls. own: the marked ones. returned: the tensors that the model's forward returned, the boundary
-    of all other losses, seen by a hook on the model while the context is active; None where they are not asked for.
+    of all other losses, recorded by a forward hook that is on the model while the context is active; None without
+    `own_losses`.
     """
 
     calls: list[Any]
@@ -40,7 +42,7 @@ class LossRecord(TorchFunctionMode):
     def __init__(self, model: Any, own_losses: bool) -> None:
         super().__init__()
         self._model = weakref.ref(model) if own_losses and isinstance(model, nn.Module) else None
-        self._hook: Any = None
+        self._hook: RemovableHandle | None = None
         self.returned: list[LossUse] | None = [] if own_losses else None
 
     def clear_losses(self) -> None:
@@ -59,13 +61,13 @@ class LossRecord(TorchFunctionMode):
             self.returned = [part for part in self.returned if id(part) not in gone]
 
     def watch(self) -> None:
-        """Begin to note what the model returns."""
+        """Register the forward hook that records the tensors that the model returns."""
         model = None if self._model is None else unwrapped(self._model())  # DDP's own output may be a view of it
         if model is not None:
             self._hook = model.register_forward_hook(self._forward_hook)
 
     def unwatch(self) -> None:
-        """Leave the model as it was."""
+        """Remove the forward hook."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -77,7 +79,7 @@ class LossRecord(TorchFunctionMode):
         raise NotImplementedError
 
     def _log_softmax_call(self, func: Any, args: Any, kwargs: Any, logits: Tensor) -> Any:
-        """Run a log-softmax and remember its input, the logits of a loss on log-probabilities."""
+        """Run a log-softmax and record its input, the logits of a loss of log-probabilities."""
         edge = get_gradient_edge(logits)
         out = func(*args, **kwargs)
         self.calls.append(func)
@@ -124,6 +126,6 @@ class LossRecord(TorchFunctionMode):
         return out
 
     def _forward_hook(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Note what the model's forward returned."""
+        """Record the tensors that the model's forward returned."""
         if self.returned is not None and torch.is_grad_enabled():
             self.returned += [part for part in boundary_of("the loss", out) if part.call.logits.dim()]

@@ -1,7 +1,7 @@
-"""Cotangents sent back through a recorded graph, by torch's own autograd.
+"""Vector-Jacobian products through a recorded graph, by torch's own autograd.
 
-No derivative rule is written here or anywhere: `torch.autograd.grad` from the logits' edges to the edges
-of the uses knows every activation, pooling and residual sum.
+No derivative rule is written here or anywhere: `torch.autograd.grad` from the logits' edges to the edges of the uses
+knows every activation, pooling and residual sum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from layerwise import tensors
 from layerwise.errors import BadInput
@@ -26,7 +26,7 @@ class _State(threading.local):
     pulling = False
 
 
-_STATE = _State()  # whether this thread is inside a pull: hooks must not mistake it for the user's backward
+_STATE = _State()  # whether this thread is inside `pull`: hooks must not mistake that for the user's backward pass
 
 
 @contextmanager
@@ -39,23 +39,23 @@ def _pulling() -> Iterator[None]:
 
 
 def pull(
-    outputs: Sequence[Any],
+    outputs: Sequence[Tensor | GradientEdge],
     cotangents: Sequence[Tensor],
-    inputs: Sequence[Any],
+    inputs: Sequence[Tensor | GradientEdge],
     batched: bool = False,
     create_graph: bool = False,
 ) -> list[Tensor | None]:
     """Vector-Jacobian products of `outputs` with `cotangents` at `inputs` (edges or tensors).
 
-    batched: each cotangent carries a leading axis V, and so does each result; they go one by one where a
-    checkpointed block draws random numbers again. The graph is kept. An input that no output depends on gives None.
+    batched: each cotangent has a leading axis V, and so does each result; where a checkpointed block draws random
+    numbers again, they are computed one by one. The graph is retained. An input that no output depends on gives None.
     """
     try:
         with _pulling():
             return list(
                 torch.autograd.grad(
-                    list(outputs),
-                    list(inputs),
+                    list[Any](outputs),
+                    list[Any](inputs),
                     list(cotangents),
                     retain_graph=True,
                     create_graph=create_graph,
@@ -74,23 +74,23 @@ def pull(
 
 @contextmanager
 def alone(device: str) -> Iterator[None]:
-    """Run computations of our own: no torch-function mode of the user sees them, no autocast changes them."""
+    """Run the library's own computations outside the user's torch-function modes and without autocast."""
     lowered = torch.is_autocast_enabled(device)
     with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False) if lowered else nullcontext():
         yield
 
 
 def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """A user's tensor hook that our own pulls do not call."""
+    """A user's tensor hook that runs in the user's backward passes but not inside `pull`."""
     return lambda g: None if _STATE.pulling else hook(g)
 
 
 @contextmanager
 def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Collect what a backward pass inside the context sends to each parameter's `.grad`, by name.
+    """Collect the gradients that a backward pass inside the context adds to each parameter's `.grad`, by name.
 
-    It is caught on its way: a difference of sums would be inexact, and a trainer's hooks may put something else into
-    `.grad`, such as the average over ranks. The memory is that of `.grad`, shared until somebody writes to it.
+    They are read by node pre-hooks: a difference of `.grad` would be inexact, and a trainer's hooks may put something
+    else into it, such as the average over ranks. Memory is shared with `.grad` until either is written to.
     """
     found: dict[str, Tensor] = {}
 
@@ -103,7 +103,7 @@ def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]
 
         return hook
 
-    nodes = [(name, get_gradient_edge(p).node) for name, p in parameters.items()]  # held: their owner is the graph
+    nodes = [(name, get_gradient_edge(p).node) for name, p in parameters.items()]  # the list keeps them alive
     handles = []
     try:
         for name, node in nodes:
@@ -118,8 +118,8 @@ def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]
 def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Iterator[None]:
     """Deliver each use's cotangent to `receive` while a backward pass runs inside the context.
 
-    The hooks sit on the autograd nodes, see only backward passes other than our own pulls, and are
-    removed on exit, also after an exception.
+    The hooks sit on the autograd nodes, ignore the products of `pull`, and are removed on exit, also after an
+    exception.
     """
     handles = []
 
@@ -143,8 +143,8 @@ def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Itera
 
 
 @contextmanager
-def stopped(nodes: Iterable[Any]) -> Iterator[None]:
-    """Let no cotangent pass certain nodes while pulls run inside the context; what arrives there can still be read."""
+def stopped(nodes: Iterable[Node]) -> Iterator[None]:
+    """Inside the context, `pull` sends zeros past certain nodes; the cotangents that arrive there can still be read."""
 
     def zeros(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         return tuple(None if g is None else torch.zeros_like(g) for g in grads)

@@ -1,14 +1,16 @@
-"""The tape: a record of every call in which a parameter meets data.
+"""The tape: a record of every call of a parameter with data.
 
-`Tape` is a `TorchFunctionMode` around the user's own forward. It changes no value (but for the rounding of
-composite calls, attention and recurrent layers, which run as their parts), installs no hook and
-writes nothing onto modules or parameters. For each torch call that touches a parameter (or a tensor
-derived from parameters only) and some data it keeps a `Use`: the call with its data detached, and the
-gradient edge of its output, where cotangents can later be asked for.
+`Tape` is a `TorchFunctionMode` around the user's own forward. It changes no value (but for the rounding of composite
+calls, attention and recurrent layers, which run as their parts) and writes nothing onto modules or parameters. With
+`own_losses`, as under `observe`, the model has a forward hook while the context is active, which records the tensors
+that the model returns; the hook is removed at the end of the context. No other hook is registered in the forward pass.
 
-Tensors are of four kinds. *Parameter*: the model's, requiring grad. *Derived*: computed from parameters
-and constants only (`w.T`, a weight norm, LoRA's sum). *Constant*: buffers, frozen parameters, what
-deterministic factories make, 0-dim tensors that need no gradient. *Data*: everything else.
+For each torch call that touches a parameter (or a tensor derived from parameters only) and some data, the tape keeps a
+`Use`: the call with its data detached, and the gradient edge of its output, where cotangents can be read later.
+
+Tensors are of four kinds. *Parameter*: the model's, requiring grad. *Derived*: computed from parameters and constants
+only (`w.T`, a weight norm, LoRA's sum). *Constant*: buffers, frozen parameters, results of deterministic factories,
+0-dim tensors that need no gradient. *Data*: everything else.
 """
 
 from __future__ import annotations
@@ -40,21 +42,22 @@ __all__ = ["Tape"]
 
 
 _LISTS = (list, tuple)
-_SIMPLE = (int, str, type(None))  # what enters a signature; floats (rates, temperatures) may change freely
+_SIMPLE = (int, str, type(None))  # arguments that enter the signature of a run; floats (rates, temperatures) may change
 
 
 class Tape(LossRecord):
     """Record the parameter uses and the losses of everything that runs inside the context.
 
-    parameters: name -> tensor, those to follow (frozen ones count as constants), bound late.
-    constants: further tensors that carry no data (buffers).
+    model: its parameters that require grad are followed (frozen ones count as constants); names are looked up again
+        during the run, see `Binding`.
     on_backward: called as `on_backward(tape, total, weight, run)` instead of a backward pass that
         the user starts inside the context; it must call `run()`.
-    keep_outputs: whether uses hold their outputs' values (local targets need them).
-    crosses: whether gradients cross functions without a derivative (`lw.nn.Hard`) by their rules.
-    whole: whether the handler keeps FSDP2's whole parameters in place while it reads what was recorded.
-    partial: whether the backward pass that runs was given `inputs`, and may leave parts of the graph out.
-    spent: nodes of forgotten uses whose graph was retained; another backward pass may come their way.
+    keep_outputs: whether uses keep their outputs' values (local targets need them).
+    own_losses: whether to record the tensors that the model returns, the boundary of losses without a known likelihood.
+    crosses: whether functions without a derivative (`lw.nn.Hard`) pass on their surrogate gradients.
+    whole: whether the handler keeps FSDP2's whole parameters in place while it reads the record.
+    partial: whether the running backward pass was given `inputs`, and may leave out parts of the graph.
+    spent: nodes of forgotten uses whose graph was retained, so that another backward pass may run through them.
     """
 
     def __init__(
@@ -84,11 +87,11 @@ class Tape(LossRecord):
 
     @property
     def owners(self) -> dict[str, Tensor]:
-        """The tensors to whose `.grad` their gradients go: the same, or the DTensors of FSDP2."""
+        """The tensors whose `.grad` receives the gradients: the parameters themselves, or FSDP2's DTensors."""
         return self._binding.owners
 
     def leaves(self) -> Leaves:
-        """The names of the parameters to follow, at the leaves of a graph."""
+        """Looks up the names of the followed parameters at the leaves of a graph."""
         return Leaves(self._binding)
 
     def clear(self) -> None:
@@ -108,7 +111,7 @@ class Tape(LossRecord):
         self._retained: list[weakref.ref[Tensor]] = []
 
     def forget(self, uses: Iterable[Use], made: Iterable[LossUse]) -> None:
-        """Forget what a backward pass has used; everything, where no other forward is left."""
+        """Forget the uses and losses of one backward pass; everything, where no other forward is left."""
         gone = set(map(id, uses))
         left = [use for use in self.uses if id(use) not in gone]
         if not left:
@@ -204,7 +207,7 @@ class Tape(LossRecord):
         return used, data, count
 
     def _late(self, data: list[Tensor]) -> bool:
-        """Whether some of what looks like data are parameters that have taken the place of others; bind these."""
+        """Bind the parameters among the data that replaced others of the model; whether there were any."""
         unknown = [t for t in data if type(t) is Parameter and t.requires_grad]
         new = self._binding.again(unknown, len(data) > 1) if unknown else {}
         for name, p in new.items():
@@ -215,7 +218,7 @@ class Tape(LossRecord):
         return bool(new)
 
     def _classify(self, func: Any, out: Any, used: list[Derived]) -> None:
-        """Results of calls without data: derived where they need grad, constants otherwise."""
+        """Note the results of a call without data: derived where they need grad, constants otherwise."""
         names = frozenset().union(*(d.names for d in used)) if used else frozenset()
         for tensor in _tensors(out):
             if tensor.requires_grad:
@@ -225,7 +228,7 @@ class Tape(LossRecord):
                 self._known[id(tensor)] = tensor
 
     def _written(self, func: Any, args: Any) -> None:
-        """A constant that data is written into becomes data, with all its views."""
+        """Where a call writes data into a constant, make the constant and all its views data."""
         if not ops.writes_first(func):
             return
         target = args[0]
@@ -237,14 +240,14 @@ class Tape(LossRecord):
                 del self._known[key]
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
-        """Remember who consumes a use's output, and what the batches are that tensors were made from."""
+        """Note the calls that read a use's output, and the batch that each result was made from."""
         if self._outputs:
             for tensor in data:
                 use = self._outputs.get(id(tensor))
                 if use is not None and use.output() is tensor:
                     use.read_by(func, args[1:], kwargs, out)
                     if out is tensor:
-                        del self._outputs[id(tensor)]  # the object goes on, holding another value
+                        del self._outputs[id(tensor)]  # overwritten in place: it holds another value from now on
         if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):
             self._note_places(args, kwargs)
         if not assembles(func, args, kwargs):
@@ -252,28 +255,28 @@ class Tape(LossRecord):
                 self._note_batch(tensor, data)
 
     def _note_places(self, args: Any, kwargs: Any) -> None:
-        """Enter the values of an index or a mask into the signature: they decide what meets what."""
+        """Enter the values of an index or a mask into the signature: they decide which elements are combined."""
         for arg in (*args, *kwargs.values()):
             for tensor in _tensors(arg):
                 if not tensor.is_floating_point():
                     self.calls.append(hash(tensor.detach().cpu().numpy().tobytes()))
 
     def _note_batch(self, out: Tensor, data: list[Tensor]) -> None:
-        """Remember the batch that a tensor was made from, by maps that keep the samples."""
+        """Note the batch that a tensor was made from by maps that keep the samples."""
         parent = data[0]
-        if len(data) > 1 and out.dim():  # `mean - x`: the one that has the result's rows
+        if len(data) > 1 and out.dim():  # `mean - x`: the argument with as many rows as the result
             rows, dims = out.shape[0], out.dim()
             parent = next((d for d in data if d.dim() == dims and d.shape[0] == rows), parent)
         if parent is not out:
             self._batches[id(out)] = (weakref.ref(out), self._batch_of(parent))
 
     def _batch_of(self, tensor: Tensor) -> Tensor:
-        """The batch that a tensor was made from: itself, where nothing is known."""
+        """The batch that a tensor was made from; the tensor itself where none was noted."""
         found = self._batches.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else tensor.detach()
 
     def _use(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
-        """Run and record a call in which parameters meet data."""
+        """Run and record a call of parameters with data."""
         self._refuse(ops.refused(func, args, kwargs), func, used)
         for d in used:
             check_whole(next(iter(d.names)), d.tensor)
@@ -312,7 +315,7 @@ class Tape(LossRecord):
         return out
 
     def _decompose(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
-        """Run a composite function as its parts, under this mode again, so that each is recorded.
+        """Run a composite function as its parts under this mode, so that each part is recorded.
 
         Values and `.grad` are the composite's up to rounding.
         """
@@ -334,12 +337,12 @@ class Tape(LossRecord):
             raise UnsupportedCall(f"{describe_func(func)} uses the parameters {', '.join(names)}: {reason}")
 
     def _keep(self, args: Any, kwargs: Any, clone: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments to hold: data detached (cloned where the call overwrites it), parameters as they are."""
+        """The arguments to keep: data detached (cloned where the call overwrites it), parameters themselves."""
         kept = tuple(self._kept(arg, clone and i == 0) for i, arg in enumerate(args))
         return kept, {key: self._kept(value) for key, value in kwargs.items()}
 
     def _kept(self, arg: Any, clone: bool = False) -> Any:
-        """A method, since a function that calls itself by its name in here would hold all it sees in a cycle."""
+        """One argument to keep. A method: a nested recursive function would keep its variables in a reference cycle."""
         if isinstance(arg, Tensor):
             if type(self._known.get(id(arg))) is Derived:
                 return arg
@@ -349,7 +352,7 @@ class Tape(LossRecord):
         return arg
 
     def _gradients(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The user's own dealings with gradients: what they give is no data of the model's."""
+        """Run the user's own gradient calls, whose results are no data of the model."""
         if func is Tensor.retain_grad:
             self._retained.append(weakref.ref(args[0]))
         if func is Tensor.register_hook and len(args) > 1:
@@ -357,7 +360,7 @@ class Tape(LossRecord):
         return func(*args, **kwargs)
 
     def retained(self) -> list[Tensor]:
-        """The live activations that the user asked to retain their gradient."""
+        """The live activations with `retain_grad`."""
         return [t for t in (ref() for ref in self._retained) if t is not None and not t.is_leaf]
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:

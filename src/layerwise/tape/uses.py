@@ -1,4 +1,4 @@
-"""What the tape records: uses of parameters, and losses."""
+"""The entries of a tape: uses of parameters, and losses."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Derived(NamedTuple):
 
 
 class Use:
-    """One call in which parameters meet data.
+    """One call of parameters with data.
 
     call: function and arguments, data detached. used: the parameters and derived tensors among them.
-    edge: gradient edge of the output. inputs: gradient edges of the data arguments, taken before the call.
+    edge: gradient edge of the output. inputs: gradient edges of the data arguments, read before the call.
     batch: the tensor that the data was made from by maps that keep the samples.
     consumers: the calls that read the output, as (function, args, kwargs without tensors).
     """
@@ -87,16 +87,16 @@ class Use:
 
     @property
     def value(self) -> Tensor | None:
-        """The output's value, where the tape keeps outputs and nothing has overwritten it since."""
+        """The output's value; None where the tape keeps no outputs or the output was overwritten since."""
         return _unchanged(self._kept)
 
     @property
     def read(self) -> Tensor | None:
-        """What the first consumer made of the output, where it was kept and nothing has overwritten it since."""
+        """The result of the first call that reads the output; None where it was not kept or was overwritten since."""
         return _unchanged(self._read)
 
     def read_by(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note a call that reads the output; where outputs are kept, so is what autograd holds of the first result."""
+        """Note a call that reads the output; where outputs are kept, so is the first result that autograd saves."""
         if self._kept is not None and not self.consumers and isinstance(out, Tensor):
             alike = out.shape == self.call.out_shape and out.dtype == self._kept[0].dtype
             if alike and hasattr(type(out.grad_fn), "_saved_result"):
@@ -105,7 +105,7 @@ class Use:
 
     @property
     def slots(self) -> list[Slot]:
-        """How each of `used` enters the call, described once."""
+        """One `Slot` for each of `used`, built at the first access and cached."""
         if self._released:
             raise Undefined(
                 f"asked for a quantity at {self}, but an earlier backward pass through this forward was observed, or "
@@ -123,7 +123,7 @@ class Use:
         return self._slots
 
     def release(self) -> None:
-        """Let go of the call's arguments, which nothing will read any more: autograd frees what it saved as it goes."""
+        """Drop the call's arguments, which are not read any more, so that autograd's own freeing takes effect."""
         self._released, self._slots, self._read = True, None, None
         self.call = Call(self.call.func, (), {}, self.call.out_shape)
         self.consumers.clear()
@@ -138,7 +138,7 @@ class Use:
 
 
 def _unchanged(kept: tuple[Tensor, int] | None) -> Tensor | None:
-    """A tensor of which the version was noted, if it still has that version."""
+    """The tensor of a pair (tensor, version) if it still has that version."""
     return kept[0] if kept is not None and kept[0]._version == kept[1] else None
 
 
@@ -159,11 +159,11 @@ class LossUse(NamedTuple):
 
 
 class OwnUse(NamedTuple):
-    """A loss of the user's own, on the way from the total to tensors that the model made, its boundary.
+    """A loss of the user's own: the part of the graph between the total and tensors of the model, its boundary.
 
     boundary: each tensor as a `LossUse` whose value is itself. value: the edge of the marked call's value; None
-    where all that the total makes of the boundary, by other ways than known losses, is the loss.
-    bypassed: a use that feeds the loss past the model's output, so that the boundary is no choice of the user's.
+    where the loss is the total itself, less its known and marked losses.
+    bypassed: a use that feeds the loss past the model's output, so that the boundary is not what the model returned.
     """
 
     call: losses.OwnCall
@@ -173,7 +173,7 @@ class OwnUse(NamedTuple):
 
 
 def boundary_of(name: str, value: Any, reduction: str | None = None) -> list[LossUse]:
-    """The tensors of some value that the model made, as the boundary of a loss."""
+    """The differentiable tensors in a value that the model made, as the boundary of a loss."""
     found: list[LossUse] = []
     for z in losses.tensors_in(value):
         if z.requires_grad and not z.is_leaf and z.is_floating_point():
@@ -201,7 +201,7 @@ def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Te
 
 
 def bad_call(func: Any, used: list[Derived], data: list[Tensor], error: Exception | None = None) -> Exception:
-    """The error of a call that torch refuses, naming the parameters and what they met."""
+    """The error for a call that torch refuses, naming the parameters and the data."""
     names = sorted(set().union(*(d.names for d in used)))
     ours, theirs = used[0].tensor, data[0]
     seen = (

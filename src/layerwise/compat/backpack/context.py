@@ -1,4 +1,4 @@
-"""The context in which backward passes through extended models are observed."""
+"""The `backpack` context, which computes extensions in backward passes through extended models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NO_OPERATION = (
     Branch,
     ReduceTuple,
     GraphModule,
-)  # containers: the extension hook passes them over
+)  # containers, for which the extension hook is not called
 
 
 class backpack(TorchFunctionMode):
@@ -38,11 +38,11 @@ class backpack(TorchFunctionMode):
             loss.backward()
         model[0].weight.grad_batch
 
-    The forward may run before or inside. Each backward pass writes the fields anew. `.grad` is what it would have been.
+    The forward may run before or inside. Each backward pass overwrites the fields. `.grad` is the same as without.
 
     extension_hook: called with every extended module that ran, the loss first, once all fields are written.
-    debug: print what runs. retain_graph: accepted and not needed; what counts is `backward(retain_graph=...)`.
-    Inside another `backpack` context, this one alone is active.
+    debug: print what runs. retain_graph: accepted without effect; use `backward(retain_graph=...)`.
+    Of nested `backpack` contexts, only the innermost is active.
     Raises BadInput for anything but instances of extensions. In a backward pass: UncoveredUse (no extended module
     in the graph, or its forward ran under `disable()`), UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput;
     then no field is written and `.grad` is as before.
@@ -65,11 +65,11 @@ class backpack(TorchFunctionMode):
         self.debug = debug
         self.retain_graph = retain_graph
         self._outer: list[list[backpack]] = []
-        self._inside = 0  # contexts that are active inside this one
+        self._inside = 0  # number of contexts entered inside this one
 
     @property
     def second_order(self) -> bool:
-        """Whether a forward that runs inside is to be differentiated twice."""
+        """Whether a forward in this context must be recorded for double differentiation."""
         return any(ext.second_order for ext in self.exts)
 
     def __enter__(self) -> Self:
@@ -155,6 +155,6 @@ class backpack(TorchFunctionMode):
 
 
 def _model(records: Sequence[Record], tape: Joined) -> nn.Module | Mapping[str, Tensor]:
-    """The module, where all uses are those of one: the layout of the samples is remembered by it."""
+    """The extended module, if there is only one, otherwise the parameters: the key of cached sample layouts."""
     roots = [record.root() for record in records if record.uses]
     return roots[0] if len(roots) == 1 and roots[0] is not None else tape.parameters

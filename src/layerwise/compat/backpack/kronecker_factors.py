@@ -1,4 +1,4 @@
-"""Kronecker factors in BackPACK's convention, of any of our Kronecker-factored quantities."""
+"""Kronecker factors in BackPACK's convention, from a Kronecker-factored quantity of layerwise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.coverage import Graph
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.losses import Likelihood
 from layerwise.quantities import KFRA
 from layerwise.quantities.base import Context, Quantity, Union, sum_of_stacks
@@ -23,12 +23,12 @@ __all__ = ["Factors"]
 
 
 class Factors(Quantity):
-    """Lists `[B, A]` of weights and `[B]` of biases.
+    """Kronecker factors as lists: `[B, A]` for weights and `[B]` for biases.
 
     A = (1/N) sum_{n,t} a a^T, with a sum over the positions t where `layerwise` takes their mean. B is that of the
-    quantity `of` with `sharing="reduce"`, where positions of one sample meet before they are squared. The order of A
-    is that of the inputs of one output in the parameter's memory; so `B (x) A` is the block of the parameter with its
-    output axis first, which is another order for transposed convolutions and embeddings.
+    quantity `of` with `sharing="reduce"`, which sums a sample's positions before squaring. A is in the memory order of
+    one output's inputs, so `B (x) A` is the block of the parameter with its output axis first; for transposed
+    convolutions and embeddings this differs from the parameter's own order.
     Raises Undefined for a weight with groups, or with an element for each output (its block is no Kronecker product),
     and for a parameter whose uses do not read it as one matrix.
     """
@@ -41,20 +41,20 @@ class Factors(Quantity):
         self.cotangent = of.cotangent
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
-        """What the quantity checks."""
+        """As the quantity `of`."""
         self.of.check_losses(losses)
 
     def check_size(self, columns: int, samples: int, sizes: Mapping[str, int]) -> None:
-        """What the quantity checks."""
+        """As the quantity `of`."""
         self.of.check_size(columns, samples, sizes)
 
-    def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:
-        """The same, from the recursion of `KFRA`."""
+    def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Tensor, ...]]:
+        """The sums of `compute`, from the recursion of `KFRA`."""
         assert isinstance(self.of, KFRA)
         return sum_of_stacks(self, self.of.gradients(tape, graph, layout))
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
-        """Sum of input products (a number for a bias), number of samples, sum of output products."""
+        """Sum of a a^T (a scalar for a bias), number of samples, sum of output products."""
         rows, layout = _rows(gradient)
         k = rows.g.shape[3]
         if k > 1:
@@ -81,7 +81,7 @@ class Factors(Quantity):
 
 
 def _rows(gradient: ParameterGradient) -> tuple[Rows, MatrixLayout]:
-    """The rows of a parameter that is one matrix, and how it is that matrix."""
+    """The rows of a parameter that is used as one matrix, and the layout of the matrix in it."""
     laid = gradient.laid()
     if laid.form != "rows" or gradient.joined is None:
         uses = ", ".join(repr(part.use) for part in gradient.parts)
@@ -93,10 +93,10 @@ def _rows(gradient: ParameterGradient) -> tuple[Rows, MatrixLayout]:
 
 
 def _in_memory_order(a: Tensor, layout: MatrixLayout) -> Tensor:
-    """Sums of input products with the inputs in the order of the parameter's memory."""
-    if a.dim() == 1:  # of an index: its diagonal
+    """Sums of a a^T with the inputs permuted to the memory order of the parameter."""
+    if a.dim() == 1:  # an index has a diagonal factor
         a = a.diag()
-    places = layout.places()[0, 0]  # of the inputs of the first output
+    places = layout.places()[0, 0]  # memory positions of the first output's inputs
     if bool((places.diff() > 0).all()):
         return a
     order = places.argsort().to(a.device)

@@ -1,4 +1,4 @@
-"""Losses read from the autograd graph, where they were computed by a function outside of every record."""
+"""Recognition of losses from autograd nodes, for losses computed outside of extended modules."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch.autograd.graph import GradientEdge
 
 from layerwise import losses
 from layerwise.compat.backpack.read_tape import Record, record_at
+from layerwise.graph.walk import Node, nodes
 from layerwise.tape.uses import LossUse
 
 __all__ = ["read_losses"]
 
 _REDUCTIONS = ("none", "mean", "sum")
-# The node of an elementwise loss: the function that made it, and the arguments that the node keeps.
+# By autograd node of an elementwise loss: its function, and the arguments that the node saves.
 _ELEMENTWISE: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "MseLossBackward0": (F.mse_loss, ()),
     "BinaryCrossEntropyWithLogitsBackward0": (F.binary_cross_entropy_with_logits, ("weight", "pos_weight")),
@@ -29,26 +30,22 @@ _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 
 def read_losses(total: Tensor, known: Sequence[LossUse]) -> list[LossUse]:
-    """The losses on the way from `total` to the records that hold uses, besides those that are known.
+    """The losses between `total` and the recorded uses, besides the known ones.
 
-    Cross entropy of class indices, NLL, MSE, BCE with logits, Huber and smooth L1. What else lies there stays unknown.
+    Cross entropy of class indices, NLL, MSE, BCE with logits, Huber and smooth L1. Other losses stay unknown.
     """
-    stops = {loss.value.node for loss in known}
-    seen: set[Any] = set()
-    stack = [total.grad_fn]
+    stops: dict[Node, tuple[()]] = dict.fromkeys((loss.value.node for loss in known), ())
     found: list[LossUse] = []
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen or node in stops or _holds_uses(record_at(node)):
+    for node in nodes([(total.grad_fn, 0)], stops):
+        if node in stops:
             continue
-        seen.add(node)
-        loss = _read(node)
-        if loss is not None:
+        if _holds_uses(record_at(node)):
+            stops[node] = ()
+        elif (loss := _read(node)) is not None:
             assert isinstance(loss.call, losses.LossCall)
             losses.check(loss.call)
             found.append(loss)
-            continue
-        stack += [child for child, _ in node.next_functions]
+            stops[node] = ()
     return found
 
 
@@ -65,7 +62,7 @@ def _read(node: Any) -> LossUse | None:
         return None
     func, options = _ELEMENTWISE[name]
     given = {option: getattr(node, f"_saved_{option}") for option in options}
-    edge = _input(node) or _input(node, 1)  # the prediction may be the second, where the two may be exchanged
+    edge = _input(node) or _input(node, 1)  # symmetric losses: the prediction may be the second argument
     if edge is None:
         return None
     call = losses.bind(func, (node._saved_self, node._saved_target), {**given, "reduction": _reduction(node)})
@@ -74,13 +71,13 @@ def _read(node: Any) -> LossUse | None:
 
 
 def _classes(node: Any) -> LossUse | None:
-    """Negative log-likelihood, with the log-softmax before it where there is one."""
+    """The loss of an NLL node, including a log-softmax before it."""
     scores, target, edge = node._saved_self.detach(), node._saved_target, _input(node)
     if edge is None:
         return None
     below: Any = edge.node
     reshaped = below.name() in _VIEWS
-    if reshaped:  # positions on several axes are brought to two
+    if reshaped:  # several position axes were flattened
         below = below.next_functions[0][0]
     softmax = below is not None and below.name() == "LogSoftmaxBackward0"
     if reshaped and (not softmax or _reduction(node) == "none"):
@@ -98,7 +95,7 @@ def _classes(node: Any) -> LossUse | None:
         return None
     if reshaped:
         target = target.reshape(scores.shape[0], *scores.shape[2:])
-    # the softmax of log-probabilities is that of the logits
+    # log-probabilities have the same softmax as the logits
     call = losses.bind(F.nll_loss, (scores, target), options, scores, dim)
     return LossUse(call, edge if call.log_softmax else GradientEdge(*node.next_functions[0]), GradientEdge(node, 0))
 
@@ -115,5 +112,5 @@ def _reduction(node: Any) -> str:
 
 
 def _signed(value: int) -> int:
-    """A number that the node shows without its sign."""
+    """A saved int64 that the node exposes as uint64."""
     return value - 2**64 if value >= 2**63 else value

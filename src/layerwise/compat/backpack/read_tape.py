@@ -1,9 +1,9 @@
-"""Records of extended models: made by module hooks in the forward, owned by the graph, found again from the loss.
+"""Recordings of extended models: made by module hooks in the forward, owned by the graph, found from the loss.
 
-BackPACK's users run the forward wherever they like and enter a context for the backward pass alone. So `extend`
-hooks a model, and while the outermost extended module runs, a tape is active. When it returns, its outputs pass
-through an identity node of the autograd graph that holds the record. Nothing else does: the record lies upstream
-of its owner, so both die with the graph, whether or not a backward pass comes.
+BackPACK's users may run the forward anywhere, and enter a context only for the backward pass. So `extend` hooks a
+model, and a tape is active while the outermost extended module runs. The module's outputs then pass through an identity
+node of the autograd graph, the only owner of the record. The record does not refer to this node, so both are freed with
+the graph, whether or not a backward pass runs.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from torch.utils._pytree import tree_map_only
 
 from layerwise.errors import BadInput
 from layerwise.graph.products import SecondOrder
+from layerwise.graph.walk import nodes
 from layerwise.tape.pull import silent
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Derived, LossUse, Use
 
 __all__ = ["Joined", "Record", "Stack", "below_marks", "disable", "extend", "records_of", "silenced"]
 
-Stack = torch.overrides._get_current_function_mode_stack  # the modes of this thread, the innermost last
+Stack = torch.overrides._get_current_function_mode_stack  # this thread's function modes, the innermost last
 
 
 class disable(TorchFunctionMode):
-    """Run extended models without a record, for a plain gradient at a plain price.
+    """Context in which extended models record nothing, for plain gradients without overhead.
 
     A backward pass inside `backpack(...)` from a forward that ran here raises UncoveredUse.
     """
@@ -49,7 +50,7 @@ class disable(TorchFunctionMode):
 class Record(Tape):
     """What one call of an extended module recorded.
 
-    root: that module. modules: weak references to all extended modules that ran, in the order of their calls.
+    root: that module. modules: weak references to all extended modules that ran, in call order.
     freed: whether a backward pass has freed the graph.
     """
 
@@ -68,27 +69,27 @@ class Record(Tape):
         self.modules.append(weakref.ref(module))
 
     def leave(self, module: nn.Module) -> bool:
-        """A module's forward ends; whether it was the outermost."""
+        """A module's forward ends; returns whether it was the outermost."""
         if self._open and self._open[-1] is module:
             self._open.pop()
         return not self._open
 
     def start(self, second_order: bool) -> None:
-        """Begin to record; second_order: so that the graph can be differentiated twice."""
+        """Start recording; second_order: record a graph that can be differentiated twice."""
         self.__enter__()
         if second_order:
             self._second = SecondOrder()
             self._second.__enter__()
 
     def stop(self) -> None:
-        """End the record."""
+        """Stop recording."""
         if self._second is not None:
             self._second.__exit__(None, None, None)
             self._second = None
         self.__exit__(None, None, None)
 
     def given(self, output: Any) -> Any:
-        """The output, whose graph owns this record from now on."""
+        """The output through an identity node that owns this record from now on."""
 
         def mark(t: Tensor) -> Tensor:
             if not t.requires_grad:
@@ -100,7 +101,7 @@ class Record(Tape):
         return tree_map_only(Tensor, mark, output) if self.uses or self.losses else output
 
     def retained(self) -> list[Tensor]:
-        """The live activations that the user asked to retain their gradient, outputs among them."""
+        """The live activations with `retain_grad()`, outputs included."""
         return super().retained() + [t for t in self.outputs() if t.retains_grad]
 
     def outputs(self) -> list[Tensor]:
@@ -108,13 +109,13 @@ class Record(Tape):
         return [t for t in (ref() for ref in self._outputs_given) if t is not None]
 
     def free(self) -> None:
-        """Let go of everything recorded; the graph is used up."""
+        """Free everything recorded, since the graph has been freed."""
         self.clear()
         self.freed = True
 
 
 class _Mark(torch.autograd.Function):
-    """The identity; its node in the graph holds the record of what came before."""
+    """The identity; its node in the graph owns a record."""
 
     @staticmethod
     def forward(x: Tensor, record: Record) -> Tensor:
@@ -133,9 +134,9 @@ class _Mark(torch.autograd.Function):
 
 
 def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) -> nn.Module:
-    """Hook a module and all its children, so that what runs in their forward is recorded; returns the module.
+    """Hook a module and all its children, so that their forward is recorded; returns the module.
 
-    use_converter: has no effect, since any module that is written in torch calls can be recorded as it is.
+    use_converter: has no effect, since modules written in torch calls need no conversion.
     A module may be extended again, copied and pickled. Raises BadInput for anything but a module.
     """
     if not isinstance(module, nn.Module):
@@ -150,7 +151,7 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
 
 
 def _before(module: nn.Module, args: Any) -> None:
-    """Begin a record, unless one is being made or none is wanted."""
+    """Start a record, unless one is in progress or recording is disabled."""
     record = _recording()
     if record is None:
         if not _wanted():
@@ -161,7 +162,7 @@ def _before(module: nn.Module, args: Any) -> None:
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> Any:
-    """End the record where its outermost module ends, also by an exception (then there is no output)."""
+    """Stop the record when its outermost module ends, also by an exception (then there is no output)."""
     record = _recording()
     if record is None or not record.leave(module):
         return None
@@ -170,19 +171,19 @@ def _after(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _recording() -> Record | None:
-    """The record being made in this thread."""
+    """The record in progress in this thread, or None."""
     if torch.compiler.is_compiling():
         return None
     return next((mode for mode in reversed(Stack()) if isinstance(mode, Record)), None)
 
 
 def _wanted() -> bool:
-    """Whether a forward that starts here may see a backward pass of the user's."""
+    """Whether a forward that starts here should be recorded."""
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and disable.should_store_io()
-        and torch._C._current_graph_task_id() == -1  # a checkpoint runs its block again inside a backward pass
+        and torch._C._current_graph_task_id() == -1  # not a checkpoint's recomputation inside a backward pass
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
@@ -191,27 +192,15 @@ def _wanted() -> bool:
 
 
 def record_at(node: Any) -> Record | None:
-    """The record that a node of the graph owns."""
+    """The record that a node of the graph owns, or None."""
     found = getattr(node, "layerwise_record", None)
     return found if isinstance(found, Record) else None
 
 
-def walk(total: Tensor) -> Iterator[Any]:
-    """All nodes of a tensor's graph."""
-    seen: set[Any] = set()
-    stack = [total.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            stack += [child for child, _ in node.next_functions]
-
-
 def records_of(total: Tensor) -> list[Record]:
-    """The records that a tensor's graph owns, in the order in which they were made."""
+    """The records that nodes of a tensor's graph own, in the order of creation."""
     found: dict[int, tuple[int, Record]] = {}
-    for node in walk(total):
+    for node in nodes([(total.grad_fn, 0)]):
         record = record_at(node)
         if record is not None:
             found.setdefault(id(record), (node._sequence_nr(), record))
@@ -219,7 +208,7 @@ def records_of(total: Tensor) -> list[Record]:
 
 
 def below_marks(edge: GradientEdge) -> GradientEdge:
-    """The edge below the identity nodes: pulls that start there run no hook of the user's on a model's output."""
+    """The edge below the identity nodes, from which a VJP runs no user hooks on a model's output."""
     while record_at(edge.node) is not None:
         child, number = edge.node.next_functions[0]
         assert child is not None
@@ -229,7 +218,7 @@ def below_marks(edge: GradientEdge) -> GradientEdge:
 
 @contextmanager
 def silenced(records: Sequence[Record]) -> Iterator[None]:
-    """Keep our own pulls from the hooks that the user registered on the outputs of models."""
+    """Context in which vector-Jacobian products do not run user hooks on the models' outputs."""
     tables = [t._backward_hooks for record in records for t in record.outputs() if t._backward_hooks]
     before = [dict(table) for table in tables]
     for table in tables:
@@ -242,7 +231,7 @@ def silenced(records: Sequence[Record]) -> Iterator[None]:
 
 
 class Joined(Tape):
-    """Several records of one graph as a single tape: each parameter has one name, the uses one order."""
+    """Several records of one graph as a single tape, with unique parameter names and one order of uses."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._records = records
@@ -262,16 +251,16 @@ class Joined(Tape):
         self.calls = [call for record in records for call in record.calls]
 
     def retained(self) -> list[Tensor]:
-        """The live activations that the user asked to retain their gradient."""
+        """The live activations with `retain_grad()`."""
         return [t for record in self._records for t in record.retained()]
 
     def with_losses(self, losses: Sequence[LossUse]) -> None:
-        """Take losses that were found in other ways."""
+        """Add losses that were recognized on the graph."""
         self.losses = [*self.losses, *(loss._replace(logits=below_marks(loss.logits)) for loss in losses)]
 
 
 def _renamed(use: Use, record: Record, names: dict[int, str]) -> Use:
-    """A copy of a use, whose index and names are those of the joined tape."""
+    """A copy of a use with the parameter names of the joined tape."""
     used = copy.copy(use)
     new = {name: names[id(p)] for name, p in record.parameters.items()}
     used.used = [Derived(d.tensor, frozenset(new[name] for name in d.names)) for d in use.used]

@@ -18,7 +18,7 @@ __all__ = ["ByClass"]
 
 @dataclass(frozen=True)
 class ByClass(Exact):
-    """All columns of the exact root with one for each class, `C·P` for P loss terms a sample, classes first."""
+    """All columns of the exact root, one for each class and loss term of a sample, `C·P`, classes first."""
 
     def count(self, loss: Likelihood, rows: Samples) -> int:
         """The number of columns of one loss."""

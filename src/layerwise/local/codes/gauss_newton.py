@@ -11,7 +11,7 @@ from torch import Tensor
 from layerwise.errors import NonFinite
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import prove
-from layerwise.graph.heads import heads, resolved
+from layerwise.graph.loss_curvature import loss_curvatures, resolved
 from layerwise.graph.samples import measure
 from layerwise.local.layers.record import Recorded
 from layerwise.operators.ridge import ridge
@@ -78,7 +78,7 @@ def pulled_roots(model: Any, recorded: Recorded, loss: Tensor) -> dict[int, tupl
     layout = measure(recorded.tape, graph, model)
     uses: list[Use] = [part.use for layer in recorded.layers for part in layer.parts]
     stacks: dict[int, list[Tensor]] = {use.index: [] for use in uses}
-    for head in heads(graph, known, layout):
+    for head in loss_curvatures(graph, known, layout):
         chunk = max(1, Exact().count(head.likelihood, head.rows))
         for stack in Exact().columns(head.likelihood, head.rows, chunk):
             found = pull(head.edges, head.cotangents(stack), [use.edge for use in uses], batched=True)

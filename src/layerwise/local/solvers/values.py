@@ -27,7 +27,7 @@ __all__ = [
 
 Update = tuple[Tensor, Tensor | None]
 Solver = Callable[[LocalProblem], Update]
-# Squared losses lose by fewer rows a step, where those few would cost hardly less (benchmarks/defaults.py).
+# Squared losses lose by fewer rows a step, where those few would cost hardly less (benchmarks/training/defaults.py).
 _FEWEST = 100
 _SCHEDULES: dict[str, Schedule] = {"linear_floor": linear_floor, "constant": constant}
 

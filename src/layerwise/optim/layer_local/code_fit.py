@@ -275,8 +275,9 @@ def repeated(
     """The step `once`, repeated on its minibatch with the same random numbers; then μ grows. Returns the first loss."""
     skipped = optimizer.skipped
     fitter.multipliers = None if fitter.multipliers is None else {}
-    devices = {p.device for p in named_parameters_of(model).values()}
-    random = RandomState(devices) if fitter.repeats > 1 else None
+    random = None
+    if fitter.repeats > 1:
+        random = RandomState({p.device for p in named_parameters_of(model).values()})
     loss = once()
     if random is not None and optimizer.skipped == skipped:
         with RunState(model):  # afterwards as after one run: batch statistics advance once a minibatch

@@ -39,7 +39,7 @@ _PUBLISHED: dict[str, Any] = {
     "lr": 1e-5, "gamma": 10.0, "steps": 10, "rows": "all", "decay": 0.9, "momentum": 0.999, "eps": 1e-5,
 }  # fmt: skip
 # The published rate over 1 − momentum is 1e-2. With matching losses a shorter memory and half of that learn well from
-# the first batches, on small and large problems alike (benchmarks/defaults.py); squared losses keep the long one.
+# the first batches, on problems small and large (benchmarks/training/defaults.py); squared losses keep the long one.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "matching": {**_PUBLISHED, "lr": 5e-5, "momentum": 0.99, "rows": "auto", "loss": "matching"},
     "squared": {**_PUBLISHED, "rows": "auto", "loss": "squared"},

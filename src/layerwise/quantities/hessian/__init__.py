@@ -1,1 +1,1 @@
-"""The diagonal of the Hessian, by columns of its root, of residuals, or of units."""
+"""The diagonal of the Hessian: from GGN and residual columns, from Hessian products per layer, or sampled."""

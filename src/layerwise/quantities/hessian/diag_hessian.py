@@ -1,13 +1,13 @@
-"""The diagonal of the Hessian, exact by columns of curvature or by products with it, or sampled.
+"""The diagonal of the Hessian: exact from columns of a root or from Hessian-vector products, or sampled.
 
-Above a use where elementwise functions alone are curved, columns of the loss Hessian's root and of their residuals give
-the diagonal (`residual_columns`). Any other parameter W that is used once, in a linear map Z = W A whose input does not
-depend on it, has the Hessian by the outputs Z between inputs: with M[n,t,u,o] = d²L / dZ[n,t,o] dZ[n,u,o],
+Where only elementwise functions lie nonlinearly between a use and the losses, columns of the loss Hessian's root and of
+those functions' residuals give the diagonal (`residual_columns`). For any other parameter W that is used once, in a
+linear map Z = W A whose input does not depend on W, with M[n,t,u,o] = d²L / dZ[n,t,o] dZ[n,u,o],
 
     diag[o,i] = sum_n sum_{t,u} A[n,t,i] M[n,t,u,o] A[n,u,i].
 
-Samples do not meet in the loss, so one column serves all of them: a product for every output (t, o), or for
-every element (o, i) where there are fewer. All else takes a product for every element.
+Samples are independent in the loss, so one direction serves all of them: one Hessian-vector product for every output
+(t, o), or for every element (o, i) where there are fewer. All other parameters take one product for every element.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from layerwise.graph.cotangents import Second, default_generator
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import gradients
 from layerwise.graph.products import HessianProducts, gradient_of, pull_stack, twice
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.quantities.base import Quantity, positive, takes_draws
 from layerwise.quantities.hessian import residual_columns
 from layerwise.quantities.hessian.residual_columns import ResidualPlan
@@ -33,20 +33,19 @@ from layerwise.tape.tape import Tape
 
 __all__ = ["DiagHessian"]
 
-_STACK_ELEMENTS = 2**22  # of columns sent through the graph together
+_STACK_ELEMENTS = 2**22  # elements of columns that are backpropagated together
 
 
 class DiagHessian(Quantity):
     """The diagonal of the Hessian of the loss as written.
 
     diag(d²L / dtheta²), `[*shape]`; `per_sample=True`: of every sample's term, `[N, *shape]`. `draws=None` is
-    exact. Where elementwise functions alone are curved, it sends the columns of the exact GGN and one for each of their
-    units (but none for the lowest two such layers); otherwise it takes as many products with the Hessian as there are
-    outputs or elements, whichever is less. More than `max_products` of both are refused. `draws=k` is sampled: the
-    unbiased mean of k draws of z * (H z), with random signs z. Attention then runs by its formula, since fused kernels
-    have no second derivative.
-    Units: loss over parameter units squared. Raises UnknownLoss, NonFinite, Undefined (no second derivative, or
-    too many products), BadInput.
+    exact. Where elementwise functions are the only nonlinearity, it backpropagates the exact GGN's columns and one
+    for each unit of those functions (none for the lowest two such layers); otherwise it takes one Hessian-vector
+    product for each output or each element, whichever are fewer. More than `max_products` of both are refused.
+    `draws=k` is sampled: the unbiased mean of k draws of z * (H z), with random signs z. Attention runs unfused, since
+    fused kernels have no second derivative. Units: loss over parameter units squared.
+    Raises UnknownLoss, NonFinite, Undefined (no second derivative, or too many products), BadInput.
     Source: Dangel et al. (2020), table 1; sampled: Bekas, Kokiopoulou and Saad (2007), eq. 1.
     """
 
@@ -68,7 +67,7 @@ class DiagHessian(Quantity):
         self.generator = generator
         self.per_sample = self.concatenate = self.needs_samples = per_sample
 
-    def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:
+    def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Tensor, ...]]:
         """`[*shape]` (or `[N, *shape]`) of every parameter of the graph."""
         names = [name for name in tape.parameters if name in set(graph.parameters())]
         parameters = [tape.parameters[name] for name in names]
@@ -80,7 +79,7 @@ class DiagHessian(Quantity):
         if layout is not None and plans:
             columns, plans = residual_columns.plan(graph, layout, plans)
         self._check_cost(columns, plans, rest, tape, layout)
-        if rest:  # refuses wrong second derivatives, as every unit does for its own
+        if rest:  # refuses wrong second derivatives, as `Unit.diagonals` does
             HessianProducts.of(graph.total, graph.weight, [tape.parameters[name] for name in rest])
         values = {} if columns is None else columns.diagonals(self.per_sample)
         for unit in plans:
@@ -105,9 +104,9 @@ class DiagHessian(Quantity):
         plans: Sequence[Unit],
         rest: Sequence[str],
         tape: Tape,
-        layout: Layout | None,
+        layout: SampleLayout | None,
     ) -> None:
-        """Refuse more products than asked for, before the first."""
+        """Raise Undefined, before any product, where more than `max_products` are needed."""
         counts = {", ".join(unit.names): unit.count for unit in plans}
         if columns is not None:
             counts[", ".join(name for unit in columns.units for name in unit.names)] = columns.count
@@ -136,15 +135,15 @@ def _signs(p: Tensor, generator: torch.Generator | None) -> Tensor:
 # -- one product for every element --------------------------------------------------------------------------
 
 
-def _by_element(graph: Graph, layout: Layout | None, p: Tensor) -> Tensor:
-    """The diagonal of one parameter of any graph, `[*shape]`; with a layout `[N, *shape]`, of every sample's term."""
+def _by_element(graph: Graph, layout: SampleLayout | None, p: Tensor) -> Tensor:
+    """The diagonal of one parameter by one product per element, `[*shape]`; with a layout per sample, `[N, *shape]`."""
     if layout is None:
         return _elements(gradient_of(graph, p), p)
     return torch.stack([_elements(g, p) for g in _sample_gradients(graph, layout, p)])
 
 
-def _sample_gradients(graph: Graph, layout: Layout, p: Tensor) -> Iterator[Tensor | None]:
-    """The gradient of every sample's term, from the rows of the losses that are its own."""
+def _sample_gradients(graph: Graph, layout: SampleLayout, p: Tensor) -> Iterator[Tensor | None]:
+    """The gradient of every sample's loss term, by masking the cotangents of all other samples at the losses."""
     edges = [loss.logits for loss in graph.losses]
     found = gradients(graph)
     kept = [(e, g, rows) for e, g, rows in zip(edges, found, layout.losses, strict=True) if g is not None]

@@ -1,13 +1,14 @@
 """Hessian diagonals of parameters that are used once, from the GGN root and the residuals of elementwise functions.
 
-Where nothing but elementwise functions is curved above a use (`graph.residuals`), its diagonal is the GGN's plus
+Where elementwise functions s_k are the only nonlinearity between a use and the losses (`graph.residuals`), the diagonal
+is the GGN's plus
 
     sum_k sum_j r_k[n,j] D_kj[n]²,      D_kj[n] the gradient of sample n for the cotangent e_j at the input of s_k,
 
-a signed second moment over unit columns j, each sent for all samples at once. What a residual at a use's output gives
-to that use needs no column, since e_j is then its output row. Below a matrix W, e_j becomes W[j]; through another
-elementwise function it stays a multiple of that element by element, so the next use takes `r W²` times squares; only
-uses further down are sent columns, and those start at W[j].
+a signed second moment over unit vectors e_j, each backpropagated for all samples at once. A residual at a use's own
+output needs no backpropagation for that use. Below a matrix W, e_j becomes row W[j]; an elementwise function in between
+multiplies that row element by element, so the next use gets `r W²` times squared derivatives. Only uses further down
+need columns, which start as rows W[j].
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from torch.autograd.graph import GradientEdge
 from layerwise.errors import NonFinite, Undefined, UnknownLoss
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
-from layerwise.graph.heads import Head, heads, likelihoods, loss_hessian
-from layerwise.graph.probes import join, near, split
-from layerwise.graph.residuals import Curvature, Residual, curvature, powers, proved
-from layerwise.graph.samples import Layout
+from layerwise.graph.loss_curvature import LossCurvature, likelihoods, loss_curvatures, loss_hessian
+from layerwise.graph.probes import join, matrix_among, near, split
+from layerwise.graph.residuals import Residual, ResidualCurvature, powers, proved, residual_curvature
+from layerwise.graph.samples import SampleLayout
 from layerwise.ops.base import Slot
 from layerwise.quantities.hessian.unit_columns import Unit
 from layerwise.rows import contract, weighted
@@ -36,15 +37,15 @@ from layerwise.tape.uses import Use
 
 __all__ = ["ResidualPlan", "plan"]
 
-_STACK_ELEMENTS = 2**20  # of the cotangents of one stack of columns: they are read again while the cache holds them
-_PRODUCT = 2  # columns that take as long as one product with the Hessian
+_STACK_ELEMENTS = 2**20  # elements of one stack of columns: small enough to stay in the cache
+_PRODUCT = 2  # cost of one Hessian-vector product, in columns
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Columns of a residual: at an edge, one for each row of `rows`, which all samples share (None: one-hot).
+    """Columns of a residual, backpropagated from `edge`: the rows of `rows`, the same for all samples (None: one-hot).
 
-    weights: r `[N,U]`. below: the uses that they are sent to.
+    weights: r `[N,U]`. below: indices of the uses that receive the columns.
     """
 
     edge: GradientEdge
@@ -55,9 +56,9 @@ class _Source:
     below: frozenset[int]
 
     def stacks(self, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Cotangents `[V, *shape]` and their weights `[V,N]`, for `elements` of all cotangents of one column."""
+        """Yield cotangents `[V, *shape]` and their weights `[V,N]`; elements: how many one column needs in memory."""
         n = self.samples.n
-        alive = self.weights.any(0).nonzero().flatten()  # units of which all residuals are zero are not sent
+        alive = self.weights.any(0).nonzero().flatten()  # units whose residuals are all zero are left out
         for units in alive.split(max(1, _STACK_ELEMENTS // max(1, elements))):
             if self.rows is not None:
                 sent = self.rows[units][:, None].expand(-1, n, -1)
@@ -74,13 +75,13 @@ class _Source:
 
 @dataclass(frozen=True)
 class ResidualPlan:
-    """The uses whose diagonals come from columns of the root and of residuals, and what gives them.
+    """The uses whose diagonals come from columns of the GGN root and of residuals, and these columns.
 
     exact: by use, the residuals that need no columns, `[*out_shape]`.
     """
 
-    layout: Layout
-    heads: Sequence[Head]
+    layout: SampleLayout
+    curvatures: Sequence[LossCurvature]
     units: Sequence[Unit]
     exact: dict[int, Tensor]
     sources: Sequence[_Source]
@@ -88,10 +89,10 @@ class ResidualPlan:
     @property
     def count(self) -> int:
         """The number of columns."""
-        return _roots(self.heads) + sum(source.count for source in self.sources)
+        return _roots(self.curvatures) + sum(source.count for source in self.sources)
 
     def diagonals(self, per_sample: bool) -> dict[str, tuple[Tensor, ...]]:
-        """`[*shape]`, or `[N, *shape]` of every sample's term, by name."""
+        """The diagonals by parameter name, `[*shape]`, or per sample `[N, *shape]`."""
         slots: dict[int, list[tuple[str, Slot, Tensor]]] = {}
         uses = {unit.use.index: unit.use for unit in self.units}
         for unit in self.units:
@@ -100,9 +101,11 @@ class ResidualPlan:
         for index, d in self.exact.items():
             sums[index].flat += d
         elements = sum(use.call.out_shape.numel() for use in uses.values())
-        for head in self.heads:
-            for stack in Exact().columns(head.likelihood, head.rows, max(1, _STACK_ELEMENTS // max(1, elements))):
-                _send(head.edges, head.cotangents(stack), None, list(sums.values()))
+        for curvature in self.curvatures:
+            for stack in Exact().columns(
+                curvature.likelihood, curvature.rows, max(1, _STACK_ELEMENTS // max(1, elements))
+            ):
+                _send(curvature.edges, curvature.cotangents(stack), None, list(sums.values()))
         for source in self.sources:
             below = [s for i, s in sums.items() if i in source.below]
             elements = sum(s.flat.numel() for s in below) + source.shape.numel()
@@ -112,9 +115,9 @@ class ResidualPlan:
 
 
 class _Sum:
-    """The diagonals of one use's parameters, as columns arrive.
+    """Accumulates the diagonals of one use's parameters over columns.
 
-    flat: sums for each element of the output, which meet the inputs' squares once, at the end.
+    flat: sums for each element of the output, multiplied by the squared inputs once, at the end.
     """
 
     def __init__(self, use: Use, samples: Samples, slots: list[tuple[str, Slot, Tensor]], per_sample: bool) -> None:
@@ -125,7 +128,7 @@ class _Sum:
         self._totals: list[Tensor | None] = [None] * len(slots)
 
     def add(self, g: Tensor, weights: Tensor | None) -> None:
-        """Take cotangents `[V, *out_shape]` with weights `[V,N]`, None: all 1."""
+        """Add cotangents `[V, *out_shape]` with weights `[V,N]` (None: all 1)."""
         if self._one_position:
             weighted.add_squares(self.flat, g, None if weights is None else _along(weights, self.samples, g[0]))
             return
@@ -137,8 +140,8 @@ class _Sum:
             self._totals[i] = moment if total is None else total + moment
 
     def finish(self) -> dict[str, tuple[Tensor, ...]]:
-        """The diagonals by name."""
-        found: dict[str, tuple[Tensor, ...]] = {}
+        """The diagonals by parameter name."""
+        diagonals: dict[str, tuple[Tensor, ...]] = {}
         for (name, slot, p), total in zip(self._slots, self._totals, strict=True):
             rows = slot.rows(self.flat[None], self.samples)
             a = rows.a if rows.a is None or not rows.a.is_floating_point() else rows.a.square()
@@ -146,8 +149,8 @@ class _Sum:
             value = (contract.per_sample if self._per_sample else contract.total)(rows)[0]
             view = MatrixLayout.of_view(slot.used, p)
             assert view is not None
-            found[name] = (view.fold(slot.fold(value if total is None else value + total)).to(p.dtype),)
-        return found
+            diagonals[name] = (view.fold(slot.fold(value if total is None else value + total)).to(p.dtype),)
+        return diagonals
 
 
 def _send(
@@ -163,31 +166,32 @@ def _send(
             s.add(g.detach(), weights)
 
 
-# -- which uses, and what gives them ------------------------------------------------------------------------
+# -- which uses take columns, and which -------------------------------------------------------------------------
 
 
-def plan(graph: Graph, layout: Layout, units: Sequence[Unit]) -> tuple[ResidualPlan | None, list[Unit]]:
-    """The units that columns of residuals serve at less cost than products with the Hessian, and the others."""
+def plan(graph: Graph, layout: SampleLayout, units: Sequence[Unit]) -> tuple[ResidualPlan | None, list[Unit]]:
+    """Split units into those for which residual columns cost less than Hessian-vector products, and the others."""
     try:
         known = likelihoods(graph)
-        hessian, tops = loss_hessian(graph, known), heads(graph, known, layout)
-        for head in tops:
-            head.likelihood.root(0, 1)
-        found = curvature(graph)
+        hessian, tops = loss_hessian(graph, known), loss_curvatures(graph, known, layout)
+        for curvature in tops:
+            curvature.likelihood.root(0, 1)
+        residuals = residual_curvature(graph)
     except (Undefined, NonFinite, UnknownLoss):
         return None, list(units)
-    exact, sources, blocked = _spread(graph, layout, found)
-    order = [use.index for node in found.walk.order for use in found.walk.use_at.get(node, ())]  # from the loss down
-    able = [i for i in order if i not in blocked and i not in found.other and _able(i, units, layout)]
+    exact, sources, blocked = _spread(graph, layout, residuals)
+    walk = residuals.walk
+    order = [use.index for node in walk.order for use in walk.use_at.get(node, ())]  # from the loss down
+    eligible = [i for i in order if i not in blocked and i not in residuals.other and _able(i, units, layout)]
     roots = _roots(tops)
     best, chosen = sum(unit.count for unit in units) * _PRODUCT, frozenset[int]()
-    for last in range(1, len(able) + 1):
-        these = frozenset(able[:last])
+    for last in range(1, len(eligible) + 1):
+        these = frozenset(eligible[:last])
         cost = roots + sum(s.count for s in sources if s.below & these)
         cost += sum(unit.count for unit in units if unit.use.index not in these) * _PRODUCT
         if cost < best:
             best, chosen = cost, these
-    if not chosen or not proved(graph, hessian, found, chosen):
+    if not chosen or not proved(graph, hessian, residuals, chosen):
         return None, list(units)
     mine = [unit for unit in units if unit.use.index in chosen]
     left = [unit for unit in units if unit.use.index not in chosen]
@@ -195,12 +199,12 @@ def plan(graph: Graph, layout: Layout, units: Sequence[Unit]) -> tuple[ResidualP
     return ResidualPlan(layout, tops, mine, {i: d for i, d in exact.items() if i in chosen}, kept), left
 
 
-def _roots(tops: Sequence[Head]) -> int:
-    return sum(Exact().count(head.likelihood, head.rows) for head in tops)
+def _roots(tops: Sequence[LossCurvature]) -> int:
+    return sum(Exact().count(curvature.likelihood, curvature.rows) for curvature in tops)
 
 
-def _able(index: int, units: Sequence[Unit], layout: Layout) -> bool:
-    """Whether some parameters of a use take columns, and all rows of its output are elements of it, each once."""
+def _able(index: int, units: Sequence[Unit], layout: SampleLayout) -> bool:
+    """Whether a use has units, and each slot's output rows are its output's elements, each exactly once."""
     slots = [slot for unit in units if unit.use.index == index for _, slot, _ in unit.slots]
     use = next((unit.use for unit in units if unit.use.index == index), None)
     if use is None:
@@ -214,22 +218,24 @@ def _able(index: int, units: Sequence[Unit], layout: Layout) -> bool:
     return True
 
 
-def _spread(graph: Graph, layout: Layout, found: Curvature) -> tuple[dict[int, Tensor], list[_Source], set[int]]:
-    """The residuals on their way down: what uses take without columns, the columns, and uses that neither can serve."""
+def _spread(
+    graph: Graph, layout: SampleLayout, found: ResidualCurvature
+) -> tuple[dict[int, Tensor], list[_Source], set[int]]:
+    """Backpropagate residuals: by use, those that need no columns; the columns; uses that neither can serve."""
     at_use = {(use.edge.node, use.edge.output_nr): use for use in graph.uses}
     waiting: dict[int, Tensor] = {}  # residuals at a use's output
-    extra: dict[int, Tensor] = {}  # diagonals of curvature that is not diagonal: good for this use, not further down
+    extra: dict[int, Tensor] = {}  # diagonals of full curvature: exact for this use, not for uses below it
     sources: list[_Source] = []
-    loose: list[Residual] = []
+    unplaced: list[Residual] = []
     for residual in found.residuals:
         use = at_use.get((residual.edge.node, residual.edge.output_nr))
         if use is not None:
             _add(waiting, use, residual.value)
         elif not _through(residual.edge, residual.value, found.next_uses([residual.edge]), waiting):
-            loose.append(residual)
-    places = _places(graph, layout, loose)
+            unplaced.append(residual)
+    places = _places(graph, layout, unplaced)
     blocked: set[int] = set()
-    for residual, samples in zip(loose, places, strict=True):
+    for residual, samples in zip(unplaced, places, strict=True):
         if samples is None:
             blocked |= residual.below
         else:
@@ -244,7 +250,7 @@ def _spread(graph: Graph, layout: Layout, found: Curvature) -> tuple[dict[int, T
         following = found.next_uses(inputs)
         if not below:
             continue
-        matrix = _matrix(use, inputs, samples)
+        matrix = _matrix(use, d, inputs, samples)
         if matrix is None:
             if not _through(use.edge, d, following, waiting):
                 weights = split(d[None], samples)[0]
@@ -269,7 +275,7 @@ def _add(totals: dict[int, Tensor], use: Use, value: Tensor) -> None:
 
 
 def _through(edge: GradientEdge, d: Tensor, following: Sequence[Use], waiting: dict[int, Tensor]) -> bool:
-    """Carry a diagonal to the only use that follows, where what is between acts element by element."""
+    """Add a diagonal to the only following use; False where the map in between is not elementwise."""
     if len(following) != 1:
         return False
     factor = _factor(edge, d, following[0])
@@ -280,7 +286,7 @@ def _through(edge: GradientEdge, d: Tensor, following: Sequence[Use], waiting: d
 
 
 def _factor(edge: GradientEdge, like: Tensor, use: Use) -> Tensor | None:
-    """What comes back at a use's output for ones, where each element is multiplied by a number of its own."""
+    """The factors of an elementwise map from a use's output to `edge`: its VJP of ones; None for another map."""
     probe = powers(like, 3)
     ones, back = (pull([edge], [x], [use.edge])[0] for x in (torch.ones_like(like), probe))
     if ones is None or back is None or ones.numel() != like.numel():
@@ -288,23 +294,15 @@ def _factor(edge: GradientEdge, like: Tensor, use: Use) -> Tensor | None:
     return ones if torch.equal(ones.flatten() * probe.flatten(), back.flatten()) else None
 
 
-def _matrix(use: Use, inputs: Sequence[GradientEdge], samples: Samples) -> Tensor | None:
-    """The matrix `[O,I]` with which a use maps rows `[N,I]`, one for each sample, to rows `[N,O]`; None for others."""
+def _matrix(use: Use, like: Tensor, inputs: Sequence[GradientEdge], samples: Samples) -> Tensor | None:
+    """The matrix `[O,I]` of a use that maps one row `[I]` per sample to one row `[O]`; None for other uses."""
     if len(inputs) != 1 or len(use.call.out_shape) != 2 or samples != Samples(use.call.out_shape[0], 0):
         return None
-    for derived in use.used:
-        w = derived.tensor.detach()
-        for matrix in (w, w.mT) if w.dim() == 2 else ():
-            if matrix.shape[0] != use.call.out_shape[1]:
-                continue
-            x = torch.rand(use.call.out_shape, generator=torch.Generator().manual_seed(4)).to(w).sub_(0.5)
-            (back,) = pull([use.edge], [x], inputs)
-            if back is None or back.shape != (len(x), matrix.shape[1]):
-                return None
-            bound = x.norm(dim=1)[:, None] * matrix.norm(dim=0)  # Cauchy and Schwarz: rounding is far below
-            if bool(((back - x @ matrix).abs() <= 16 * torch.finfo(x.dtype).eps * bound).all()):
-                return matrix
-    return None
+    x = torch.rand(use.call.out_shape, generator=torch.Generator().manual_seed(4)).to(like).sub_(0.5)
+    (back,) = pull([use.edge], [x], inputs)
+    if back is None or back.dim() != 2 or len(back) != len(x):
+        return None
+    return matrix_among((derived.tensor for derived in use.used), x, back)
 
 
 # -- samples ------------------------------------------------------------------------------------------------
@@ -316,7 +314,7 @@ def _positions(use: Use, samples: Samples, slots: Sequence[tuple[str, Slot, Tens
 
 
 def _along(weights: Tensor, samples: Samples, like: Tensor) -> Tensor:
-    """`[V,N]` as `[V, 1, ..., n·r, ..., 1]`, each place of the samples' axis with its owner's weight."""
+    """Weights `[V,N]` broadcast along the samples' axis, `[V, 1, ..., n·r, ..., 1]`."""
     if samples.axis < 0:
         return weights.reshape(len(weights), *[1] * like.dim())
     size = like.shape[samples.axis]
@@ -324,10 +322,10 @@ def _along(weights: Tensor, samples: Samples, like: Tensor) -> Tensor:
     return weights[:, samples.owner(size, weights.device)].reshape(len(weights), *shape)
 
 
-def _places(graph: Graph, layout: Layout, residuals: Sequence[Residual]) -> list[Samples | None]:
-    """Where the samples lie in each residual, None where that cannot be told.
+def _places(graph: Graph, layout: SampleLayout, residuals: Sequence[Residual]) -> list[Samples | None]:
+    """Where the samples lie in each residual, None where no such axis is found.
 
-    Shown by a number for each sample: where the losses' cotangents are multiplied by it, so is what comes back.
+    Proved by scaling: losses' cotangents times one number per sample must give a VJP times the same numbers.
     """
     if not residuals:
         return []

@@ -1,4 +1,4 @@
-"""Hessian diagonals of parameters that are used once, from second derivatives by the outputs of that use."""
+"""Hessian diagonals of parameters that are used once, from second derivatives in the outputs of that use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.graph.coverage import Graph
 from layerwise.graph.products import check_second, gradient_of, pull_stack, twice
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.ops.base import Slot
 from layerwise.rows.base import Rows, Samples
 from layerwise.rows.layout import MatrixLayout
@@ -19,15 +19,15 @@ from layerwise.tape.uses import Use
 
 __all__ = ["Unit", "plan"]
 
-_STACK_ELEMENTS = 2**22  # of columns sent through the graph together
+_STACK_ELEMENTS = 2**22  # elements of columns that are backpropagated together
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters of one use whose diagonals are read off the same columns.
+    """Parameters of one use whose diagonals come from the same Hessian-vector products.
 
-    by_output: columns are the outputs (t, k, o) of every sample at once; otherwise the elements (k, o, i) of the only
-    parameter, whose direction in the outputs is its input.
+    by_output: one direction per output (t, k, o), for all samples at once; otherwise one per element (k, o, i) of the
+    only parameter, whose direction in the output space is its input.
     """
 
     use: Use
@@ -37,18 +37,18 @@ class Unit:
 
     @property
     def names(self) -> list[str]:
-        """The parameters."""
+        """The names of the parameters."""
         return [name for name, _, _ in self.slots]
 
     @property
     def count(self) -> int:
-        """The number of columns, each one product with the Hessian."""
+        """The number of directions, each one Hessian-vector product."""
         rows = _rows(self.slots[0][1], self.use, self.samples)
         _, _, t, k, o = rows.g.shape
         return k * o * (t if self.by_output else rows.size_in)
 
     def diagonals(self, graph: Graph, per_sample: bool) -> dict[str, tuple[Tensor, ...]]:
-        """`[*shape]`, or `[N, *shape]` of every sample's term, by name."""
+        """The diagonals by parameter name, `[*shape]`, or per sample `[N, *shape]`."""
         slot = self.slots[0][1]
         rows = _rows(slot, self.use, self.samples)
         _, n, t, k, o = rows.g.shape
@@ -77,7 +77,7 @@ class Unit:
         rows: Rows,
         per_sample: bool,
     ) -> None:
-        """Add what some columns give to the diagonals `[1 or N, k·o, I]`."""
+        """Add the contribution of some columns to the diagonals `[1 or N, k·o, I]`."""
         _, n, t, k, o = rows.g.shape
         each = t if self.by_output else rows.size_in
         unit, place = columns // each, columns % each
@@ -113,8 +113,8 @@ class Unit:
         return result if per_sample else result[0]
 
 
-def plan(tape: Tape, graph: Graph, layout: Layout | None, names: Sequence[str]) -> tuple[list[Unit], list[str]]:
-    """The parameters that unit columns serve, with what serves them, and the rest."""
+def plan(tape: Tape, graph: Graph, layout: SampleLayout | None, names: Sequence[str]) -> tuple[list[Unit], list[str]]:
+    """The units for parameters that have output directions, and the names of the other parameters."""
     if layout is None:
         return [], list(names)
     places: dict[str, list[tuple[Use, Slot | None]]] = {}
@@ -147,7 +147,7 @@ def plan(tape: Tape, graph: Graph, layout: Layout | None, names: Sequence[str]) 
 
 
 def _units(use: Use, samples: Samples, slots: list[tuple[str, Slot, Tensor]]) -> tuple[list[Unit], list[str]]:
-    """Columns for the parameters of one use: those of the outputs serve all slots that lay them out alike."""
+    """The units of one use: slots with the same output rows share one unit; also the names that fit none."""
     units, left = [], []
     waiting = sorted(slots, key=lambda s: -s[2].numel())
     while waiting:
@@ -168,20 +168,20 @@ def _units(use: Use, samples: Samples, slots: list[tuple[str, Slot, Tensor]]) ->
 
 
 def _rows(slot: Slot, use: Use, samples: Samples) -> Rows:
-    """The rows of a use with a cotangent of zero: its input, and the shape of its output."""
+    """The rows of a use for a zero cotangent: its input, and the shape of its output rows."""
     like = next(d.tensor for d in use.used)
     return slot.rows(like.new_zeros(1).expand(1, *use.call.out_shape), samples)
 
 
 def _same_rows(one: Slot, other: Slot, use: Use, samples: Samples) -> bool:
-    """Whether two slots of one use lay its output out as the same rows."""
+    """Whether two slots of one use rearrange its output into the same rows."""
     numbers = torch.arange(use.call.out_shape.numel(), dtype=torch.float64).reshape(1, *use.call.out_shape)
     first, second = (s.output(numbers, samples) for s in (one, other))
     return torch.equal(first, second)
 
 
 def _adjoint(slot: Slot, use: Use, samples: Samples, sent: Tensor, k: int, o: int) -> Tensor:
-    """The direction `[V, *out_shape]` in the output that a direction `[V,N,T,k·o]` of its rows makes."""
+    """A direction `[V,N,T,k·o]` in the rows as a direction `[V, *out_shape]` in the output."""
     with torch.enable_grad():
         probe = sent.new_zeros(len(sent), *use.call.out_shape).requires_grad_()
         laid = slot.output(probe, samples)
@@ -190,10 +190,10 @@ def _adjoint(slot: Slot, use: Use, samples: Samples, sent: Tensor, k: int, o: in
 
 
 def _between(m: Tensor, a: Tensor | None, group: Tensor, place: Tensor, size: int) -> Tensor:
-    """`a[n,t,i] sum_u m[v,n,u] a[n,u,i]` at the column's position t = place, `[v,n,i]`."""
+    """`a[n,t,i] sum_u m[v,n,u] a[n,u,i]` at t = place, the position of column v, `[v,n,i]`."""
     if a is None:
         return m.sum(2, keepdim=True)
-    if not a.is_floating_point():  # the positions that hold the same index
+    if not a.is_floating_point():  # embedding: only positions with the same index count
         same = a[:, place].T.unsqueeze(2) == a.unsqueeze(0)  # [v,n,u]
         values = (m * same).sum(2)
         return m.new_zeros(*values.shape, size).scatter_(2, a[:, place].T.unsqueeze(2), values.unsqueeze(2))

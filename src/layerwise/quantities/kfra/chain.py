@@ -1,28 +1,29 @@
-"""Chains: graphs in which every path from the loss to a use passes through all the uses above it."""
+"""Chains: graphs in which every path from the loss to a use passes through all uses closer to the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch.autograd.graph import GradientEdge
 
 from layerwise.errors import Undefined
 from layerwise.graph.coverage import Graph
+from layerwise.graph.walk import distinct, next_uses
 from layerwise.tape.uses import Use
 
 __all__ = ["Link", "chain", "same_edge"]
 
 
 class Link(NamedTuple):
-    """A use of a chain; below: the edge of its only data that leads on to the next use, None where there is no such."""
+    """A use of a chain; below: the edge of the input that leads to the next use, None unless exactly one does."""
 
     use: Use
     below: GradientEdge | None
 
 
 def chain(graph: Graph) -> list[Link]:
-    """The uses from the loss down, after proof on the autograd graph that they are one chain.
+    """The uses from the loss down, proved on the autograd graph to be one chain.
 
     Raises Undefined for several losses, a parameter that is used twice, or a path around a use.
     """
@@ -33,23 +34,22 @@ def chain(graph: Graph) -> list[Link]:
             f"{len(graph.losses)}: {names}; observe them one at a time, or ask for KFLR"
         )
     _check_once(graph.uses)
-    at = {use.edge.node: use for use in graph.uses}
+    at = {use.edge.node: [use] for use in graph.uses}
     links: list[Link] = []
     above: Any = graph.losses[0].call.name
-    found = _next_uses([graph.losses[0].logits], at)
-    while found:
-        if len(found) > 1:
-            raise Undefined(_bypassed(above, *sorted(found, key=lambda use: -use.index)[:2]))
-        (above,) = found
-        ways = {(edge.node, edge.output_nr): edge for edge in above.inputs}
-        leading = [edge for edge in ways.values() if _next_uses([edge], at)]
+    following = next_uses([graph.losses[0].logits], at)
+    while following:
+        if len(following) > 1:
+            raise Undefined(_bypassed(above, *sorted(following, key=lambda use: -use.index)[:2]))
+        (above,) = following
+        leading = [edge for edge in distinct(above.inputs) if next_uses([edge], at)]
         links.append(Link(above, leading[0] if len(leading) == 1 else None))
-        found = _next_uses(leading, at)
+        following = next_uses(leading, at)
     return links
 
 
 def same_edge(first: GradientEdge, second: GradientEdge) -> bool:
-    """Whether two edges belong to one tensor."""
+    """Whether two gradient edges belong to one tensor."""
     return first.node is second.node and first.output_nr == second.output_nr
 
 
@@ -63,23 +63,6 @@ def _check_once(uses: Sequence[Use]) -> None:
                     f"{user[name]} and by {use}; ask for KFLR, which joins the uses, or freeze the parameter"
                 )
             user[name] = use
-
-
-def _next_uses(edges: Iterable[GradientEdge], at: dict[Any, Use]) -> list[Use]:
-    """The uses that are reached from some edges without passing through another one."""
-    seen: set[Any] = set()
-    stack: list[Any] = [edge.node for edge in edges]
-    found = []
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in at:
-            found.append(at[node])
-            continue
-        stack += [child for child, _ in node.next_functions]
-    return found
 
 
 def _bypassed(above: Any, first: Use, second: Use) -> str:

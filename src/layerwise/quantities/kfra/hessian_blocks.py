@@ -4,10 +4,10 @@ For a matrix B over the outputs of a map and the samples' Jacobians J_n of it, `
 
     (1/N) sum_n J_n^T B J_n
 
-from the vector-Jacobian product alone. Probes tell which of three kinds the map is, whatever made it:
+from vector-Jacobian products alone. Probe vectors decide which of three kinds the map is:
 *gathered*, J_n^T c = d_n * c[index] (activations, dropout, reshapes, pooling without overlap), so that the result is
-B[index, index] * (1/N) sum_n d_n d_n^T; *uniform*, the same J for all samples, whose columns then travel N at a time;
-anything else, through which root columns of B are sent for every sample.
+B[index, index] * (1/N) sum_n d_n d_n^T; *uniform*, the same J for all samples, so that one VJP serves N
+columns; *other*: a root's columns of B are backpropagated for every sample.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ __all__ = ["Probe", "Send", "congruence", "draws", "near", "probe", "through", "
 Send = Callable[[Tensor], Tensor]
 """A vector-Jacobian product, sample by sample: `[V,N,D] -> [V,N,E]`."""
 
-_ELEMENTS = 2**22  # of a stack of columns sent together
-_PANEL = 256  # columns of a symmetric product that are made at once
+_ELEMENTS = 2**22  # elements of columns that are backpropagated together
+_PANEL = 256  # columns of a symmetric product that are computed at once
 
 
 class Probe(NamedTuple):
-    """What probes of a map `[N,D] -> [N,E]` showed.
+    """The kind of a map's vector-Jacobian product `[N,D] -> [N,E]`, as probe vectors show it.
 
-    kind: "gathered", "uniform" or "other". Where gathered, factor: d `[N,E]`, what comes back for ones; None where all
-    are 1. sources: the index `[E]`; None where it counts up.
+    kind: "gathered", "uniform" or "other". factor: d `[N,E]` of a gathered map, its VJP of ones; None where all are 1.
+    sources: the index `[E]` of a gathered map; None for the identity, arange(E).
     """
 
     kind: str
@@ -51,9 +51,9 @@ class Probe(NamedTuple):
 
 
 def probe(send: Send, n: int, size: int, like: Tensor) -> Probe:
-    """Send a random column, then ones, then the numbers of the D = `size` places, until the map is known.
+    """Find a map's kind from the VJP of a random vector, then of ones, then of the numbers 0 to D - 1, D = `size`.
 
-    The maps that agree on a normal draw without being equal have probability zero.
+    Different maps agree on a normal draw with probability zero.
     """
     epsilon = torch.finfo(like.dtype).eps
     random = draws(1, size, like)[0]
@@ -72,11 +72,11 @@ def probe(send: Send, n: int, size: int, like: Tensor) -> Probe:
 
 
 def _sources(send: Send, factor: Tensor, size: int, epsilon: float) -> Tensor:
-    """Of which place each one's value is a multiple, `[E]`, where there is only one."""
-    base = max(2, int(0.02 / epsilon))  # the places are numbered in digits that survive rounding
+    """The index `[E]` of the one cotangent element that each element of the VJP is a multiple of."""
+    base = max(2, int(0.02 / epsilon))  # indices are sent in digits that survive rounding
     digits = _digits(size, base).to(factor)
     back = send(digits[:, None].expand(-1, len(factor), -1))
-    best = factor.abs().argmax(0, keepdim=True)  # the sample in which each place feels most
+    best = factor.abs().argmax(0, keepdim=True)  # the sample with the largest derivative
     ratio = (back.gather(1, best.expand(len(back), 1, -1)) / factor.gather(0, best))[:, 0]
     ratio = ratio.nan_to_num(0, 0, 0).round().clamp(0, base - 1).long()
     index = sum((digit * base**j for j, digit in enumerate(ratio)), ratio.new_zeros(ratio.shape[1]))
@@ -97,7 +97,7 @@ def _digits(size: int, base: int) -> Tensor:
 
 
 def through(block: Tensor, send: Send, n: int, own: bool = False) -> Tensor:
-    """(1/N) sum_n J_n^T B J_n, `[E,E]`, of a block B `[D,D]`; may be B itself. own: B's memory may be written to."""
+    """(1/N) sum_n J_n^T B J_n, `[E,E]`, of a block B `[D,D]`; may return B itself. own: B may be overwritten."""
     seen = probe(send, n, len(block), block)
     if seen.kind == "uniform":
         return uniform(block, send, n)
@@ -111,7 +111,7 @@ def through(block: Tensor, send: Send, n: int, own: bool = False) -> Tensor:
 
 
 def uniform(block: Tensor, send: Send, n: int) -> Tensor:
-    """J^T B J where all samples have the same J: N columns are sent at a time, one in each sample's place."""
+    """J^T B J where all samples have the same J: one VJP takes N columns, one in place of each sample."""
     half = _columns(block, send, n)
     result = _columns(half.T, send, n)
     return (result + result.T).div_(2)
@@ -141,7 +141,7 @@ def _by_roots(block: Tensor, send: Send, n: int) -> Tensor:
 
 
 def _scale(block: Tensor, d: Tensor) -> Tensor:
-    """B * d^T d of a symmetric B, in its memory, d `[N,D]`: half of it is computed, the rest mirrored."""
+    """B * d^T d of a symmetric B in place, d `[N,D]`: one triangle is computed, then mirrored."""
     for low, high in _panels(len(block)):
         upper = block[low:high, low:]
         upper.mul_(d[:, low:high].T @ d[:, low:])
@@ -150,7 +150,7 @@ def _scale(block: Tensor, d: Tensor) -> Tensor:
 
 
 def congruence(block: Tensor, w: Tensor) -> Tensor:
-    """W^T B W of a symmetric B: half of it is computed, the rest mirrored."""
+    """W^T B W of a symmetric B: one triangle is computed, then mirrored."""
     half = block @ w
     result = w.new_empty(w.shape[1], w.shape[1])
     for low, high in _panels(w.shape[1]):

@@ -1,4 +1,4 @@
-"""Kronecker factors from the recursion over the batch average."""
+"""Kronecker factors from a recursion of the batch-averaged Hessian (KFRA)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import InGraph
 from layerwise.graph.coverage import Graph
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.quantities.base import Union, positive, sum_of_stacks
 from layerwise.quantities.kfra.recursion import AveragedGradient, averaged
 from layerwise.quantities.kronecker.factors import KroneckerFactors, options
@@ -26,23 +26,23 @@ MAX_BYTES = 2**28
 class KFRA(KroneckerFactors):
     """Kronecker-factored approximation of the GGN's diagonal blocks, from a recursion over the batch average.
 
-    For a chain of uses 1 to L with outputs z_l (one sample's values in a vector of D_l), H_n the Hessian in z_L of
-    sample n's term in the loss as written (with all that follows z_L by Gauss-Newton), and J_n = dz_{l+1}/dz_l:
+    For a chain of uses 1 to L with outputs z_l (D_l values per sample), H_n the Gauss-Newton Hessian in z_L of
+    sample n's term in the loss as written, and J_n = dz_{l+1}/dz_l:
 
         G_L = sum_n H_n,    G_l = (1/N) sum_n J_n^T G_{l+1} J_n,
 
     which for z_{l+1} = W f(z_l) is (W^T G_{l+1} W) * (1/N) sum_n d_n d_n^T with d_n = f'(z_l). B `[K,O,O]` are the
-    blocks of G_l over the outputs at one position, summed over positions, `sharing="expand"`; `"reduce"` sums those
-    over all pairs of positions. A `[K,I,I]`, biases and `joint` are as in `KFLR`, and so is the scale, that of the
-    loss: with Gbar_l the same recursion for the average Hessian of the samples' losses before reduction,
+    blocks of G_l over the outputs at one position, summed over positions, `sharing="expand"`; `"reduce"` sums the
+    blocks over all pairs of positions. A `[K,I,I]`, biases, `joint` and the scale (that of the loss) are as in `KFLR`:
+    with Gbar_l the same recursion for the average Hessian of the samples' losses before reduction,
     G_l = Gbar_l under a mean over the N samples, and G_l = N Gbar_l under a sum. Equal to `KFLR` at the last use, for
     one sample, and wherever J_n is the same for all samples. The result is a `Kronecker` operator.
 
-    Forms are those of `KFAC`; from "gradients", D is that of every sample n from the columns of a root of G_l / N.
+    Forms are those of `KFAC`; for "gradients", D are per-sample gradients from the columns of a root of G_l / N.
 
-    Between two uses there is one expectation, whatever lies between them. The average is over one batch, so a second
-    backward pass in one `observe` has no result in common with the first and is refused.
-    max_bytes: the largest block `[D_l, D_l]` to hold. Raises Undefined (no chain: a path around a use, a weight used
+    One average over the batch is taken between two uses, whatever lies between them. Averages of two batches cannot be
+    combined, so a second backward pass in one `observe` is refused.
+    max_bytes: the largest block `[D_l, D_l]` allowed. Raises Undefined (no chain: a path around a use, a weight used
     twice, several losses; a block over max_bytes; several batches), SamplesMixed, UnknownLoss, NonFinite,
     BadInput.
     Source: Botev, Ritter and Barber (2017), section 3.4; Dangel et al. (2020), table 1.
@@ -54,12 +54,12 @@ class KFRA(KroneckerFactors):
         self.max_bytes = max_bytes
         self.needs_samples = True
 
-    def gradients(self, tape: Tape, graph: Graph, layout: Layout | None) -> Iterator[ParameterGradient]:
+    def gradients(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> Iterator[ParameterGradient]:
         """The parameters with their averaged blocks, or with the columns of a block's root."""
         assert layout is not None  # needs_samples
         return averaged(tape, graph, layout, self.max_bytes)
 
-    def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Any, ...]]:
+    def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Any, ...]]:
         """The sums of the factors of each parameter."""
         return sum_of_stacks(self, self.gradients(tape, graph, layout))
 
@@ -73,7 +73,7 @@ class KFRA(KroneckerFactors):
                 'factor would be a dense matrix of its first axis; use sharing="expand", where it is diagonal'
             )
         (found,) = super().compute(gradient)
-        if not self.joint:  # there is one batch only, so the means are final, and made in place
+        if not self.joint:  # a single batch: its means are final and computed in place
             for sums in found.sums:
                 sums.inputs.div_(sums.counts[0])
                 sums.counts.div_(sums.counts[0].clone())
@@ -99,7 +99,7 @@ class KFRA(KroneckerFactors):
 
 
 def _over_positions(curvature: Tensor, sharing: str) -> Tensor:
-    """`[K,O,K,O]` from `[T,K,O,T,K,O]`: the sum over positions, each with itself or with all."""
+    """`[K,O,K,O]` from `[T,K,O,T,K,O]`: the sum over equal positions ("expand") or over all pairs ("reduce")."""
     if curvature.shape[0] == 1:
         return curvature[0, :, :, 0]
     return curvature.diagonal(dim1=0, dim2=3).sum(-1) if sharing == "expand" else curvature.sum((0, 3))

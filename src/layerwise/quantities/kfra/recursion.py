@@ -3,8 +3,8 @@
     B_top = sum_n J_n^T H_n J_n                 at the output of the last use, H_n the loss Hessian of sample n
     B_below = (1/N) sum_n J_n^T B J_n           J_n from the output of one use to that of the use before
 
-A use whose own map is the same for all samples (`J_n = W D_n`) is passed first, `W^T B W`, then what lies between the
-two uses; all of it is told by probes, so there is no rule for any layer.
+Where a use's own map is the same for all samples (`J_n = W D_n`), B is first multiplied to `W^T B W`, then passed
+through the functions between the two uses. Probe vectors find the kind of each map, so no layer needs a rule.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part, RowsPart, parts_of
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
-from layerwise.graph.heads import heads, likelihoods
-from layerwise.graph.probes import draws, join, near, split
+from layerwise.graph.loss_curvature import likelihoods, loss_curvatures
+from layerwise.graph.probes import draws, join, matrix_among, near, sample_axes, split
 from layerwise.graph.products import pull_stack
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.losses import Likelihood
 from layerwise.ops.base import Slot
 from layerwise.quantities.kfra.chain import Link, chain, same_edge
@@ -37,8 +37,8 @@ from layerwise.tape.uses import Use
 
 __all__ = ["AveragedGradient", "averaged"]
 
-_ELEMENTS = 2**22  # of a stack of columns of the loss Hessian
-_SMALL = 2**14  # a cotangent below this many elements is sent together with others
+_ELEMENTS = 2**22  # elements of columns of the loss Hessian that are backpropagated together
+_SMALL = 2**14  # cotangents below this many elements are backpropagated as a batch
 
 
 class _Place(NamedTuple):
@@ -56,19 +56,19 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AveragedGradient(ParameterGradient):
-    """Zero cotangents with the averaged Hessian by the output rows of one sample, `[T,K,O,T,K,O]`."""
+    """A gradient with zero cotangents, and the averaged Hessian in the output rows of one sample, `[T,K,O,T,K,O]`."""
 
     curvature: Tensor
 
 
-def averaged(tape: Tape, graph: Graph, layout: Layout, max_bytes: int) -> Iterator[ParameterGradient]:
-    """The parameters of a chain, from the loss down, as `AveragedGradient`.
+def averaged(tape: Tape, graph: Graph, layout: SampleLayout, max_bytes: int) -> Iterator[ParameterGradient]:
+    """Yield the parameters of a chain, from the loss down, as `AveragedGradient`.
 
-    Those without row form come with the columns of a root of the curvature instead, alike for all samples.
-    max_bytes: the largest block to hold. Raises Undefined, before any work, where the graph is no chain or a block
+    Parameters without row form get columns of a root of the Hessian instead, the same for all samples.
+    max_bytes: the largest block allowed. Raises Undefined, before any work, where the graph is no chain or a block
     would be larger.
     """
-    (top, *_) = heads(graph, likelihoods(graph), layout)
+    (top, *_) = loss_curvatures(graph, likelihoods(graph), layout)
     links = chain(graph)
     places = [_Place(link.use.edge, layout.uses[link.use.index], link.use.call.out_shape) for link in links]
     if top.parts is not None:
@@ -92,7 +92,7 @@ def averaged(tape: Tape, graph: Graph, layout: Layout, max_bytes: int) -> Iterat
 
 
 def _check_size(links: Sequence[Link], places: Sequence[_Place], dtype: torch.dtype, most: int) -> None:
-    """Refuse blocks over a use's output, and over the input of one that has uses below it."""
+    """Raise Undefined for too large blocks at a use's output, or at the input of a use that has others below it."""
     for i, (link, place) in enumerate(zip(links, places, strict=True)):
         inner = i + 1 < len(links)
         size = max(place.size, _input_size(link.use, place.samples.n) if inner else 0)
@@ -106,7 +106,7 @@ def _check_size(links: Sequence[Link], places: Sequence[_Place], dtype: torch.dt
 
 
 def _input_size(use: Use, n: int) -> int:
-    """The most values of one sample in the data that a use reads."""
+    """The number of values per sample in the largest input of a use."""
     used = {id(derived.tensor) for derived in use.used}
     arguments = [*use.call.args, *use.call.kwargs.values()]
     data = [x for x in arguments if isinstance(x, Tensor) and id(x) not in used]
@@ -118,7 +118,7 @@ def _input_size(use: Use, n: int) -> int:
 
 def _at_top(likelihood: Likelihood, logits: _Place, last: _Place, dtype: torch.dtype) -> Tensor:
     """sum_n J_n^T H_n J_n at the output of the last use, `[D,D]`."""
-    likelihood.root(0, 1)  # refuses what has no root, as all Kronecker factors do
+    likelihood.root(0, 1)  # raises for a loss without a root, as all Kronecker factors do
     send = _between(logits, last, dtype)
     like = likelihood.logits.new_empty(0, dtype=dtype)
     seen = probe(send, logits.samples.n, logits.size, like)
@@ -134,14 +134,14 @@ def _at_top(likelihood: Likelihood, logits: _Place, last: _Place, dtype: torch.d
 
 
 def _hessian(likelihood: Likelihood, logits: _Place, factor: Tensor, index: Tensor) -> Tensor:
-    """sum_n d_n[i] H_n[index i, index j] d_n[j], a chunk of columns j at a time."""
+    """sum_n d_n[i] H_n[index[i], index[j]] d_n[j], computed a few columns j at a time."""
     n, size = factor.shape
 
     def product(columns: Tensor) -> Tensor:
         found = split(likelihood.hessian_product(join(columns, logits.samples, logits.shape)), logits.samples)
         return (found[:, :, index] * factor).sum(1)
 
-    if likelihood.elementwise and len(index.unique()) == size:  # then different outputs do not meet
+    if likelihood.elementwise and len(index.unique()) == size:  # then H is diagonal
         column = factor.new_zeros(1, n, logits.size)
         column[0][:, index] = factor
         return product(column)[0].diag()
@@ -154,51 +154,42 @@ def _hessian(likelihood: Likelihood, logits: _Place, factor: Tensor, index: Tens
 
 
 def _down(block: Tensor, link: Link, start: _Place, end: _Place) -> Tensor:
-    """(1/N) sum_n J_n^T B J_n from the output of a use to that of the one before it."""
-    passed = None if link.below is None else _own_map(block, link, start)
+    """(1/N) sum_n J_n^T B J_n from the output of a use to the output of the use before it."""
+    passed = _own_map(block, link, start)
     if passed is not None:
         block, start = passed
     return through(block, _between(start, end, block.dtype), start.samples.n, own=passed is not None)
 
 
 def _own_map(block: Tensor, link: Link, start: _Place) -> tuple[Tensor, _Place] | None:
-    """J^T B J at the input of a use whose J is the same for all samples, and that input; None for another use.
+    """J^T B J at the input of a use whose Jacobian J is the same for all samples, and that input; None for another use.
 
-    Shown by a column u_n r, u and r random: what comes back must be u_n J^T r, for samples along some axis. Where
-    the use holds a matrix W with W^T r = J^T r, it is J.
+    Proved by a cotangent u_n r with random u and r: its VJP must be u_n J^T r, for samples along some axis. A used
+    matrix W with W^T r = J^T r is taken as J.
     """
+    if link.below is None:
+        return None
     n, epsilon = start.samples.n, torch.finfo(block.dtype).eps
     r, u = draws(1, start.size, block), draws(1, n, block).T.round().exp2()  # powers of two: products round alike
     (back,) = pull([start.edge], [join((u * r)[None], start.samples, start.shape)[0]], [link.below])
     if back is None:
         return None
     back = back.to(block.dtype)
-    for samples in _layouts(back.shape, start.samples):
+    neighbour = [start.samples] if start.samples.axis < back.dim() and back.shape[start.samples.axis] % n == 0 else []
+    for samples in (*neighbour, *sample_axes(back.shape, n)):
         rows = split(back[None], samples)[0] / u
         if not near(rows[:1], rows, epsilon):
             continue
         middle = _Place(link.below, samples, back.shape)
-        for derived in link.use.used:
-            w = derived.tensor.detach().to(block.dtype)
-            for matrix in (w, w.mT) if w.dim() == 2 else ():
-                if matrix.shape == (start.size, middle.size) and near(r @ matrix, rows[:1], epsilon):
-                    return congruence(block, matrix), middle
+        matrix = matrix_among((derived.tensor for derived in link.use.used), r, rows[:1])
+        if matrix is not None:
+            return congruence(block, matrix), middle
         return uniform(block, _between(start, middle, block.dtype), n), middle
     return None
 
 
-def _layouts(shape: torch.Size, samples: Samples) -> Iterator[Samples]:
-    """Where the samples can lie in a tensor of a shape, first where they do in its neighbour."""
-    n = samples.n
-    if samples.axis < len(shape) and shape[samples.axis] % n == 0:
-        yield samples
-    for axis, size in enumerate(shape):
-        if size % n == 0:
-            yield from [Samples(n, axis), Samples(n, axis, False)]
-
-
 def _between(start: _Place, end: _Place, dtype: torch.dtype) -> Send:
-    """Cotangents of one place sent to another."""
+    """The vector-Jacobian product from the tensor `start` to the tensor `end`."""
 
     def send(stack: Tensor) -> Tensor:
         sent = join(stack, start.samples, start.shape)
@@ -221,7 +212,7 @@ def _between(start: _Place, end: _Place, dtype: torch.dtype) -> Send:
 
 
 def _gradients(tape: Tape, use: Use, place: _Place, block: Tensor) -> Iterator[ParameterGradient]:
-    """The parameters of a use, each with the block laid out as its output rows, or with columns of its root."""
+    """Yield a use's parameters, with the block in the order of their output rows, or with columns of its root."""
     zero = block.new_zeros(()).expand(1, *place.shape)
     parts: dict[str, list[Part]] = {}
     for name, part in parts_of(tape, use, zero, place.samples):
@@ -242,7 +233,7 @@ def _gradients(tape: Tape, use: Use, place: _Place, block: Tensor) -> Iterator[P
 
 
 def _from_root(tape: Tape, use: Use, place: _Place, block: Tensor, names: set[str]) -> Iterator[ParameterGradient]:
-    """Parameters with cotangents `[V,N,D]`, alike for every sample, whose products sum to the block over v and n."""
+    """Yield parameters with cotangents `[V,N,D]`, equal for all samples, whose outer products sum to the block."""
     n = place.samples.n
     values, vectors = torch.linalg.eigh(block / n)
     root = (vectors * values.clamp(min=0).sqrt()).T
@@ -259,14 +250,14 @@ def _from_root(tape: Tape, use: Use, place: _Place, block: Tensor, names: set[st
 
 
 def _keeps_order(slot: Slot, place: _Place) -> bool:
-    """Whether a slot's rows are each sample's values as they lie: the same view of the same memory."""
+    """Whether a slot's rows keep the order of each sample's values: the same view of the same memory."""
     memory = torch.empty(1, *place.shape, dtype=slot.used.dtype, device=slot.used.device)
     ours, its = split(memory, place.samples), slot.output(memory, place.samples).flatten(2)
     return ours.data_ptr() == its.data_ptr() and ours.shape == its.shape and ours.stride() == its.stride()
 
 
 def _as_rows(slot: Slot, place: _Place, dtype: torch.dtype) -> Send:
-    """Cotangents of a use's output laid out as a slot's rows: a map like any other, mostly a rearrangement."""
+    """The map from cotangents of a use's output to a slot's rows, mostly a rearrangement."""
 
     def send(stack: Tensor) -> Tensor:
         return slot.output(join(stack, place.samples, place.shape), place.samples).flatten(2).to(dtype)

@@ -1,4 +1,4 @@
-"""K-FAC's eigenbasis with the exact second moments of the gradients in it."""
+"""EKFAC: K-FAC's eigenbasis with the exact second moments of the gradients in that basis."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from layerwise.rows.base import Rows
 
 __all__ = ["EKFAC", "Gradients", "HeldRows", "Spectra", "held_rows", "second_moment", "with_constant"]
 
-Gradients = Rows | Tensor  # of one matrix: rows, or the gradients themselves `[M,O,I]`
+Gradients = Rows | Tensor  # of one matrix: rows, or dense gradients `[M,O,I]`
 
 
 @dataclass(frozen=True)
 class HeldRows:
-    """Gradients held until more is known about them: terms of a sum, each weight times a quadratic function of them.
+    """Gradients stored until the eigenbasis is known: terms of a weighted sum of second moments.
 
-    Adding joins the terms and multiplying scales their weights, so that it takes a tensor's place wherever values
-    of stacks and batches are summed. The memory is that of all rows, and grows with every batch.
+    `+` concatenates the terms and `*` scales their weights, so that it can replace a tensor wherever values of
+    stacks and batches are summed. Memory is that of all rows, and grows with every batch.
     """
 
     terms: tuple[tuple[tuple[Gradients, ...], float], ...]
@@ -49,7 +49,7 @@ class HeldRows:
         return self * (1 / divisor)
 
     def tensors(self) -> list[Tensor]:
-        """None: what is held stays where it is, until the basis is known."""
+        """No tensors to sum over ranks: each rank keeps its gradients until the basis is known."""
         return []
 
     def replaced(self, tensors: Sequence[Tensor]) -> HeldRows:
@@ -61,22 +61,22 @@ class HeldRows:
         return HeldRows(())
 
     def spectrum(self, i: int, block: EigenBlock) -> Tensor:
-        """`[K,O,I]`: sum of the squared gradients of the i-th matrix in the eigenbasis of a block."""
+        """`[K,O,I]`: sum of the squared gradients of the i-th matrix in the eigenbasis of `block`."""
         total = torch.zeros_like(block.spectrum)
         for found, weight in self.terms:
             total.add_(second_moment(found[i], block), alpha=weight)
         return total
 
 
-def _sharing(held: Gradients, new: Gradients) -> Gradients:
-    """A further stack of the same batch with the inputs that are held already."""
-    if isinstance(held, Tensor) or isinstance(new, Tensor) or held.a is None or new.a is None:
+def _sharing(stored: Gradients, new: Gradients) -> Gradients:
+    """The new gradients, sharing the stored input tensor where both inputs are equal."""
+    if isinstance(stored, Tensor) or isinstance(new, Tensor) or stored.a is None or new.a is None:
         return new
-    return Rows(held.a, new.g, new.size_in) if torch.equal(held.a, new.a) else new
+    return Rows(stored.a, new.g, new.size_in) if torch.equal(stored.a, new.a) else new
 
 
 def second_moment(gradients: Gradients, block: EigenBlock) -> Tensor:
-    """`[K,O,I]`: sum of the squared per-sample gradients in the eigenbasis of a block, in its type."""
+    """`[K,O,I]`: sum of the squared per-sample gradients in the eigenbasis of `block`, in its dtype."""
     dtype = block.spectrum.dtype
     if isinstance(gradients, Tensor):
         return block.rotate(gradients[:, None].to(dtype)).square_().sum(0)
@@ -92,7 +92,7 @@ def second_moment(gradients: Gradients, block: EigenBlock) -> Tensor:
 
 
 def with_constant(rows: Rows, block: EigenBlock) -> Rows:
-    """The rows with a last input of 1, where a block holds a bias as that."""
+    """The rows, with a last input of 1 where the block includes a bias."""
     if block.bias is None:
         return rows
     assert rows.a is not None
@@ -104,18 +104,18 @@ class EKFAC(KroneckerFactors):
 
     With B = Q_B diag(b) Q_B^T and A = Q_A diag(a) Q_A^T the factors of `KFAC` ("expand"), the block of a parameter
     W[k,o,i] is (Q_B (x) Q_A) diag(S) (Q_B (x) Q_A)^T, with S[k,o,i] = sum over n, v of (Q_B^T D Q_A)^2, `[K,O,I]`,
-    in place of K-FAC's b a^T, and D the gradient of sample n from the sampled root v, summed over positions and
-    uses. Basis and S come from the same columns. `draws=None` takes all columns of the exact root: the basis is
-    KFLR's, and S the exact diagonal of the GGN in it. Forms are those of `KFAC`.
+    in place of K-FAC's b a^T, and D the gradient of sample n from the sampled root column v, summed over positions
+    and uses. Basis and S come from the same columns. `draws=None` takes all columns of the exact root: the basis is
+    KFLR's, and S the exact diagonal of the GGN in that basis. Forms are those of `KFAC`.
     The result is an `EigenKronecker` operator, in the units of the GGN.
 
-    basis: a `Kronecker` or `EigenKronecker` whose eigenvectors are taken in place of the batch's own; S is then exact
-    in it (an eigenbasis kept over several steps).
-    Memory: the eigenbasis is known after the last backward pass only, so the rows of all parameters are held until
+    basis: a `Kronecker` or `EigenKronecker` whose eigenvectors are used instead of the batch's own (an eigenbasis
+    kept over several steps); S is exact in that basis.
+    Memory: the eigenbasis is known only after the last backward pass, so the rows of all parameters are stored until
     then, N·T·K·(I + V·O) numbers for each use (I counts a convolution's whole window), and more with every batch;
-    the gradients themselves, N·V·K·O·I, of parameters of the form "gradients". With a basis nothing is held, and
-    `accumulate` makes the basis in a first pass over the data.
-    Raises UnknownLoss, SamplesMixed, or BadInput (also for a basis that lacks a parameter or has it as other matrices).
+    for parameters of the form "gradients", the N·V·K·O·I gradients themselves. With a given basis nothing is stored;
+    `accumulate` computes the basis in a first pass over the data.
+    Raises UnknownLoss, SamplesMixed, or BadInput (also for a basis that lacks a parameter or has it in another layout).
     Source: George et al. (2018), algorithm 1.
     """
 
@@ -136,35 +136,36 @@ class EKFAC(KroneckerFactors):
         self.powers = (1, 1) if basis is None else (1,)
 
     def first_pass(self) -> Quantity | None:
-        """The factors, whose eigenvectors are the basis."""
+        """The quantity of the Kronecker factors, whose eigenvectors are the basis."""
         return Basis(self.cotangent) if self.basis is None else None
 
     def second_pass(self, result: Kronecker) -> EKFAC:
-        """The second moments in the eigenbasis of the factors."""
+        """EKFAC in the eigenbasis of the given factors."""
         return EKFAC(self.draws, self.generator, result)
 
     def second_values(self, values: Mapping[str, tuple[Any, ...]], second: Quantity) -> dict[str, tuple[Any, ...]]:
-        """The second moments in the eigenbasis of `second`, of the rows held here."""
+        """The second moments of the stored rows in the eigenbasis of `second`."""
         assert isinstance(second, EKFAC) and second.basis is not None
-        found: dict[str, tuple[Any, ...]] = {}
+        spectra: dict[str, tuple[Any, ...]] = {}
         for name, (its, kept) in values.items():
             keys = tuple(block_names(name, its.laid))
-            found[name] = (Spectra(keys, tuple(kept.spectrum(i, second.basis.blocks[k]) for i, k in enumerate(keys))),)
-        return found
+            moments = tuple(kept.spectrum(i, second.basis.blocks[key]) for i, key in enumerate(keys))
+            spectra[name] = (Spectra(keys, moments),)
+        return spectra
 
     def broadcast(self, ranks: Ranks) -> None:
-        """Broadcast rank 0's eigenbasis: eigenvectors differ between machines where eigenvalues meet."""
+        """Broadcast rank 0's eigenbasis: eigenvectors of (nearly) equal eigenvalues differ between machines."""
         assert self.basis is not None
         blocks = self.basis.blocks
-        found = [q for n in sorted(blocks) for q in (blocks[n].basis_in, blocks[n].basis_out) if q is not None]
-        ranks.send_from(0, found)
+        eigenvectors = [q for n in sorted(blocks) for q in (blocks[n].basis_in, blocks[n].basis_out) if q is not None]
+        ranks.send_from(0, eigenvectors)
 
     def settings(self) -> dict[str, Any]:
-        """What ranks must agree on."""
+        """What ranks must agree on, the basis included."""
         return super().settings() | ({} if self.basis is None else {"basis": _fingerprint(self.basis)})
 
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
-        """What `KFAC` sums, and the rows; with a basis the second moments in it."""
+        """`KFAC`'s sums and the rows; with a given basis, the second moments in it."""
         if self.basis is None:
             return *super().compute(gradient), HeldRows(((held_rows(gradient), 1.0),))
         blocks = self._basis_of(gradient)
@@ -178,18 +179,18 @@ class EKFAC(KroneckerFactors):
         return (Spectra((name,), (total,)),)
 
     def _basis_of(self, gradient: ParameterGradient) -> dict[str, EigenBlock]:
-        """The blocks of a parameter by name, in the order of its matrices."""
+        """The basis's blocks of a parameter by name, in the order of its matrices."""
         assert self.basis is not None
         laid = gradient.laid()
         names = block_names(gradient.name, laid)
         blocks = self.basis.blocks
-        found = {name: blocks[name] for name in names if name in blocks and blocks[name].bias is None}
-        fits = len(found) == len(names) and all(
+        matching = {name: blocks[name] for name in names if name in blocks and blocks[name].bias is None}
+        fits = len(matching) == len(names) and all(
             block.form == laid.form
             and (block.like.dtype, block.like.device) == (gradient.like.dtype, gradient.like.device)
             and block.shape == gradient.shape
             and block.layout == matrix
-            for block, matrix in zip(found.values(), laid.matrices, strict=True)
+            for block, matrix in zip(matching.values(), laid.matrices, strict=True)
         )
         if not fits:
             raise BadInput(
@@ -197,10 +198,10 @@ class EKFAC(KroneckerFactors):
                 f"and blocks {names}, which the basis lacks, or has of another type, as other matrices or with a bias: "
                 f"{self.basis!r}"
             )
-        return found
+        return matching
 
     def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> EigenKronecker:
-        """The operator: both stages, now that all rows are known."""
+        """The operator: the eigenbasis of the summed factors, and the second moments in it."""
         if self.basis is not None:
             spectra = {key: s for value in values.values() for key, s in zip(*value[0], strict=True)}
             rest = {k: b for k, b in self.basis.blocks.items() if b.parameter in values and k not in spectra}
@@ -218,7 +219,7 @@ class EKFAC(KroneckerFactors):
 
 
 class Basis(KroneckerFactors):
-    """The factors of `EKFAC`, from parameters laid out as it lays them out."""
+    """The first pass of `EKFAC`: Kronecker factors, with parameters in the layout that `EKFAC` uses."""
 
     def __init__(self, cotangent: Cotangent) -> None:
         super().__init__(cotangent, "expand", False)
@@ -226,7 +227,7 @@ class Basis(KroneckerFactors):
 
 
 def _fingerprint(basis: EigenKronecker) -> str:
-    """A short text that differs where the bits of a basis do."""
+    """A hash of the bits of a basis."""
     return digest_of({
         f"{name} {side}": values_digest(q)
         for name, block in basis.blocks.items()
@@ -236,21 +237,21 @@ def _fingerprint(basis: EigenKronecker) -> str:
 
 
 class Spectra(NamedTuple):
-    """Second moments of the matrices of a parameter, by block; they add, and scale, as a tensor does."""
+    """Second moments of a parameter's matrices, by block; supports `+`, `*` and `/` like a tensor."""
 
     names: tuple[str, ...]
     values: tuple[Tensor, ...]
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
+        """The second moments."""
         return list(self.values)
 
     def replaced(self, tensors: Sequence[Any]) -> Spectra:
-        """The same blocks with other numbers."""
+        """The same blocks with other tensors."""
         return Spectra(self.names, tuple(tensors))
 
     def described(self) -> Spectra:
-        """The blocks, and the shapes of their moments."""
+        """The same blocks with `TensorSpec`s in place of tensors."""
         return self.replaced([TensorSpec.of(t) for t in self.values])
 
     def __add__(self, other: Spectra) -> Spectra:  # type: ignore[override]
@@ -264,7 +265,7 @@ class Spectra(NamedTuple):
 
 
 def held_rows(gradient: ParameterGradient) -> tuple[Gradients, ...]:
-    """The gradients of each matrix, in memory of their own: the user may write to a batch's before they are read."""
+    """Copies of the gradients of each matrix, since the user may overwrite the batch's tensors before they are read."""
     if gradient.groups is None:
         return (gram.as_matrices(gradient.per_sample(), gradient.shape),)
     rows = [part.rows for part in gradient.groups]

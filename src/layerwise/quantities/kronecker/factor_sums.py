@@ -1,4 +1,4 @@
-"""Sums over stacks and batches from which the Kronecker factors of a parameter are made."""
+"""Sums over stacks of cotangents and batches, from which Kronecker factors are computed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Factors", "Sums", "block_names", "blocks_of"]
 
 @dataclass(frozen=True)
 class Sums:
-    """What one matrix of a parameter sums.
+    """The sums for one matrix of a parameter.
 
-    inputs: sum of a a^T, `[K,I,I]`, its diagonal `[K,I]`, or zero where it came with another stack; under "gradients"
-    sum of D^T D. mean: sum of a (for a joint bias), or zero. counts: by how much to divide the inputs (the number of
-    rows; under "gradients" the trace of D^T D), and the number of rows before they were reduced. outputs: `[K,O,O]`.
+    inputs: sum of a a^T, `[K,I,I]`, its diagonal `[K,I]`, or zero where an earlier stack of the batch has it; for the
+    form "gradients" sum of D^T D. mean: sum of a (for a joint bias), or zero. counts: the divisor of inputs (number of
+    rows; for "gradients" the trace of D^T D), and the number of rows before reduction. outputs: `[K,O,O]`.
     """
 
     inputs: Tensor
@@ -42,10 +42,10 @@ class Sums:
 
 @dataclass(frozen=True)
 class Factors:
-    """The sums of all matrices of a parameter; they add, and scale by squares of the loss, as a tensor does.
+    """The sums for all matrices of a parameter; supports `+`, `*` and `/` like a tensor, scaling with the squared loss.
 
-    laid: its form and matrices, given with the first stack of each batch. Batches that lay the parameter out as
-    different matrices have no factors in common: Undefined.
+    laid: form and matrices of the parameter, given with the first stack of each batch. Adding batches that read the
+    parameter as different matrices raises Undefined.
     """
 
     name: str
@@ -74,15 +74,15 @@ class Factors:
         return self * (1 / divisor)
 
     def tensors(self) -> list[Tensor]:
-        """All that adds up."""
+        """All tensors that are summed."""
         return [t for s in self.sums for t in (s.inputs, s.mean, s.counts, s.outputs)]
 
     def replaced(self, tensors: Sequence[Any]) -> Factors:
-        """The same with other sums."""
+        """The same form and matrices with other sums."""
         return replace(self, sums=tuple(Sums(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)))
 
     def described(self) -> Factors:
-        """The form, where the matrices lie, and the shapes of the sums."""
+        """The same form and matrices with `TensorSpec`s in place of the sums."""
         return self.replaced([TensorSpec.of(t) for t in self.tensors()])
 
     def _described(self) -> str:
@@ -91,12 +91,12 @@ class Factors:
 
 
 def block_names(name: str, laid: FactorForm) -> list[str]:
-    """What the blocks of a parameter are called: as itself, or one after the other where they are slices."""
+    """The names of a parameter's blocks: its own name, or `name[0]`, `name[1]`, ... for slices."""
     return [f"{name}[{i}]" for i in range(len(laid.matrices))] if laid.form == "slices" else [name]
 
 
 def blocks_of(values: Mapping[str, Factors], joint: bool) -> dict[str, KroneckerBlock]:
-    """The blocks of all parameters; joint: with a bias in the block of its weight."""
+    """The blocks of all parameters by name; joint: put a bias into the block of its weight."""
     blocks: dict[str, KroneckerBlock] = {}
     pairs = _pairs(values) if joint else {}
     inside = set(pairs.values())
@@ -120,12 +120,12 @@ def blocks_of(values: Mapping[str, Factors], joint: bool) -> dict[str, Kronecker
 
 
 def _divided(total: Tensor, count: float) -> Tensor:
-    """The mean, without a copy where there is nothing to divide; of nothing it is zero."""
+    """`total / count`, without a copy for a count of 1; `total` (zero) for a count of 0."""
     return total if count in (0, 1) else total / count
 
 
 def _pairs(values: Mapping[str, Factors]) -> dict[str, str]:
-    """Weights and their biases: those that met in every row of both."""
+    """Pairs of a weight and its bias that share every row."""
     pairs: dict[str, str] = {}
     for name, factors in values.items():
         assert factors.laid is not None
@@ -140,7 +140,7 @@ def _pairs(values: Mapping[str, Factors]) -> dict[str, str]:
 
 
 def _with_constant(a: Tensor, mean: Tensor) -> Tensor:
-    """The mean of `(a, 1)(a, 1)^T`, `[K,I+1,I+1]`, from those of a a^T and a."""
+    """The mean of `(a, 1)(a, 1)^T`, `[K,I+1,I+1]`, from the means of a a^T and a."""
     top = torch.cat([a, mean[:, :, None]], 2)
     bottom = torch.cat([mean, mean.new_ones(len(mean), 1)], 1)
     return torch.cat([top, bottom[:, None]], 1)

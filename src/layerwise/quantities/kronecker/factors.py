@@ -1,4 +1,4 @@
-"""Kronecker factors of the generalized Gauss-Newton matrix's blocks."""
+"""Kronecker factors of the diagonal blocks of the generalized Gauss-Newton matrix: `KFAC` and `KFLR`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SHARING = ("expand", "reduce")
 
 
 class KroneckerFactors(Quantity):
-    """What the Kronecker-factored quantities share: the factors of any root columns.
+    """Base of the Kronecker-factored quantities: factors from any columns of a GGN root.
 
-    sharing: "expand" (each position counts as a sample of its own) or "reduce" (the positions of one sample
-    meet before they are squared). joint: a bias is a further input of its weight.
+    sharing: "expand" (each position counts as a sample of its own) or "reduce" (a sample's positions are combined
+    before squaring). joint: a bias is a further input of its weight.
     """
 
     powers: tuple[float, ...] = (1,)
@@ -49,11 +49,11 @@ class KroneckerFactors(Quantity):
             if not gradient.column:
                 laid = gradient.laid(self.joint)
             sums = tuple(self._of_rows(gradient, part.rows) for part in groups)
-        form = laid.form if laid is not None else "rows"  # of further stacks, which are added to the first
+        form = laid.form if laid is not None else "rows"  # None for further stacks, which are added to the first
         return (Factors(gradient.name, gradient.shape, form, sums, laid),)
 
     def from_gradients(self, gradient: ParameterGradient) -> bool:
-        """Whether rows are there, but an index of too many inputs to meet before it is squared."""
+        """Whether the factors must come from dense gradients: "reduce" of an index over too many inputs."""
         return self.sharing == "reduce" and any(_long(part.rows) for part in gradient.groups or ())
 
     def _of_rows(self, gradient: ParameterGradient, rows: Rows) -> Sums:
@@ -76,26 +76,26 @@ class KroneckerFactors(Quantity):
         return gradient.output_gram(rows.g)
 
     def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> Any:
-        """The operator, with the maps of each parameter to its matrix."""
+        """The operator."""
         return Kronecker(blocks_of({name: value[0] for name, value in values.items()}, self.joint))
 
 
 class KFAC(KroneckerFactors):
     """Kronecker-factored approximation of the GGN's diagonal blocks, from sampled labels.
 
-    For each parameter W[k,o,i], with s the sampled root at its outputs (it carries the loss's scale), B (x) A
+    For each parameter W[k,o,i], with s the sampled root column at its outputs, in the loss's scale, B (x) A
     approximates the block; A `[K,I,I]`, B `[K,O,O]`:
     `sharing="expand"`: A[k] = mean over n, t of a a^T, B[k] = sum over n, t and draws of s s^T;
     `sharing="reduce"`: A[k] = mean over n of abar abar^T, abar the mean of a over t, and
     B[k] = sum over n and draws of (sum_t s)(sum_t s)^T.
     A bias has A = 1; with `joint=True` it is the last input, constant 1, of the weight whose rows it is added to
-    (A is `[K,I+1,I+1]`), and keeps a block of its own where one of the two is used without the other. Further uses
-    of one parameter are further positions. The result is a `Kronecker` operator, whose `forms` say for each parameter
-    what its factors are made from:
+    (A is `[K,I+1,I+1]`), or keeps its own block where weight or bias is used without the other. Further uses of one
+    parameter count as further positions. The result is a `Kronecker` operator, whose `forms` name for each parameter
+    the source of its factors:
     "rows": as above. "slices": as above for each of the disjoint slices that its uses read, `w[0]`, `w[1]`, ...
-    "gradients", where it has no such matrix (a derived weight, a tied embedding): B = sum over n and draws of D D^T,
-    A = sum of D^T D / tr B, D the gradient of one sample and draw as a matrix [first axis, rest]; its trace is that of
-    the block. A side of more than 16384 has the diagonal of its factor.
+    "gradients", for a parameter without rows (a derived weight, a tied embedding): B = sum over n and draws of D D^T,
+    A = sum of D^T D / tr B, D the gradient of one sample and draw as a matrix [first axis, rest]; B (x) A has the
+    trace of the block. A factor of more than 16384 rows is reduced to its diagonal.
     Raises UnknownLoss, BadInput, SamplesMixed ("reduce" or "gradients"), or Undefined (batches of different forms).
     Source: Martens and Grosse (2015), section 3; Grosse and Martens (2016); Eschenhagen et al. (2023); for gradients
     Morwani et al. (2024), section 3.
@@ -136,13 +136,13 @@ class KFLR(KroneckerFactors):
 
 
 def options(quantity: KroneckerFactors) -> str:
-    """What was asked for besides the defaults, each with a comma in front."""
+    """The arguments that differ from their defaults, as text for `repr`, each after a comma."""
     sharing = "" if quantity.sharing == "expand" else f", sharing={quantity.sharing!r}"
     return sharing + (", joint=True" if quantity.joint else "")
 
 
 def _long(rows: Rows) -> bool:
-    """Whether an index would have a mean whose products no longer fit a dense matrix."""
+    """Whether the inputs are an index with too many classes for a dense input factor."""
     return rows.kind == "index" and rows.size_in > layout.LONG_SIDE
 
 

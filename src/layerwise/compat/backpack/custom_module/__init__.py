@@ -1,1 +1,1 @@
-"""Modules for operations that BackPACK needs as modules; here the plain torch calls would do."""
+"""Modules for operations that BackPACK needs as modules; layerwise also supports the plain torch calls."""

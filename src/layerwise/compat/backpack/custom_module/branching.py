@@ -1,4 +1,4 @@
-"""Branches and their merging as modules."""
+"""Parallel branches and their sum as modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ActiveIdentity", "Parallel", "SumModule"]
 
 
 class Branch(nn.ModuleDict):
-    """Several modules of one input, named as in `nn.Sequential`; returns the tuple of their outputs."""
+    """Apply several modules, named as in `nn.Sequential`, to one input; returns the tuple of outputs."""
 
     def __init__(self, *args: Any) -> None:
         named = args[0] if len(args) == 1 and isinstance(args[0], OrderedDict) else None
@@ -37,7 +37,7 @@ class SumModule(nn.Module):
 
 
 class Parallel(nn.Module):
-    """Modules side by side on one input, merged by `merge_module`, by default `SumModule()`.
+    """Apply several modules to one input, and merge their outputs by `merge_module`, by default `SumModule()`.
 
     args: the modules, or one OrderedDict of them. They are children of `.branch`, named as in `nn.Sequential`.
     """
@@ -53,7 +53,7 @@ class Parallel(nn.Module):
 
 
 class ActiveIdentity(nn.Module):
-    """The identity, as older releases named it."""
+    """The identity, under its name in older BackPACK releases."""
 
     def forward(self, input: Tensor) -> Tensor:
         """The input itself."""

@@ -10,7 +10,7 @@ __all__ = ["Permute"]
 
 
 class Permute(nn.Module):
-    """Permute the axes of a batch, whose first axis stays where it is.
+    """Permute the axes of a batch; the first axis stays first.
 
     dims: the new order of the axes; with `init_transpose=True` the two axes to exchange.
     """

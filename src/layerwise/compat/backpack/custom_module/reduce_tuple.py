@@ -1,4 +1,4 @@
-"""The choice of one output of a module that returns several."""
+"""Selection of one output of a module that returns several, as a module."""
 
 from __future__ import annotations
 

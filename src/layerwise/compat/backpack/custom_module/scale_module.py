@@ -19,5 +19,5 @@ class ScaleModule(nn.Module):
         self.weight = weight
 
     def forward(self, input: Tensor) -> Tensor:
-        """The multiple."""
+        """The scaled input."""
         return input * self.weight

@@ -1,4 +1,4 @@
-"""BackPACK's extensions: each names one of our quantities and the field that its result is written to."""
+"""BackPACK's extensions: each pairs a layerwise quantity with the parameter attribute for its result."""
 
 from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension
 from layerwise.compat.backpack.extensions.curvmatprod import GGNMP, HMP, PCHMP

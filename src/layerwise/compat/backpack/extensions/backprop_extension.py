@@ -1,4 +1,4 @@
-"""What an extension is: a quantity of ours, and the field on parameters for its result."""
+"""The base of extensions: a layerwise quantity, and the parameter attribute (field) for its result."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["BackpropExtension", "Subsampled"]
 class BackpropExtension:
     """Base of the extensions.
 
-    savefield: the attribute of a parameter that holds its result. subsampling: the samples to which a result with
-    a sample axis is confined, as indices; None: all of them.
+    savefield: the attribute of a parameter that holds its result. subsampling: the indices of the
+    samples that a result with a sample axis contains; None: all of them.
     """
 
     second_order = False  # whether the graph is differentiated twice
@@ -29,18 +29,18 @@ class BackpropExtension:
         self._subsampling = None if subsampling is None else list(subsampling)
 
     def get_subsampling(self) -> list[int] | None:
-        """The samples that the result is confined to, or None for all."""
+        """The indices of the samples in the result, or None for all."""
         return self._subsampling
 
     def set_module_extension(self, module: Any, extension: Any, overwrite: bool = False) -> None:
-        """Refused: no layer needs a rule of its own here, and a rule that is given would not be called."""
+        """Raises Undefined: layers need no module extensions here, and a given one would never be called."""
         raise Undefined(
             f"asked to register a rule for {module} in {type(self).__name__}, but quantities are computed from the "
             "torch calls that a module makes, for any module: leave the registration out"
         )
 
     def quantity(self) -> Quantity:
-        """What to observe; its result holds the fields by parameter name."""
+        """The quantity to observe; its result maps parameter names to fields."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -48,7 +48,7 @@ class BackpropExtension:
 
 
 class Subsampled:
-    """Mixed into a quantity whose values begin with an axis of samples: only some of them are kept."""
+    """Mixin for quantities whose values begin with a sample axis: keeps only some samples."""
 
     index: list[int] | None = None
 

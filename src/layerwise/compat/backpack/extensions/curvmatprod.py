@@ -1,6 +1,6 @@
 """Extensions whose field is a function: products with a parameter's block of a curvature matrix.
 
-The graph is kept after the backward pass, for as long as the field is; `del` the field to let it go.
+The field keeps the graph alive after the backward pass; `del` the field to free it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from layerwise.compat.backpack.extensions.backprop_extension import BackpropExte
 from layerwise.errors import BadInput
 from layerwise.graph.cotangents import Second
 from layerwise.graph.coverage import Graph
-from layerwise.graph.heads import likelihoods, loss_hessian
+from layerwise.graph.loss_curvature import likelihoods, loss_hessian
 from layerwise.graph.products import GaussNewtonProducts, HessianProducts, Products
-from layerwise.graph.samples import Layout
+from layerwise.graph.samples import SampleLayout
 from layerwise.operators.curvature import PCH
 from layerwise.quantities.base import Context, Quantity, Union
 from layerwise.tape.tape import Tape
@@ -56,7 +56,7 @@ def _versions(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 
 class BlockProducts(Quantity):
-    """A `BlockProduct` for each parameter, from a function that makes the products of the graph with parameters."""
+    """A quantity whose results are `BlockProduct`s, from a function that makes a graph's products."""
 
     cotangent = Second()
     needs_samples = False
@@ -66,8 +66,8 @@ class BlockProducts(Quantity):
         self._field, self._make = field, make
         self._made: dict[str, BlockProduct] = {}
 
-    def compute_graph(self, tape: Tape, graph: Graph, layout: Layout | None) -> dict[str, tuple[Tensor, ...]]:
-        """Make the products; there are no tensors to show."""
+    def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Tensor, ...]]:
+        """Make the products, which are not tensors."""
         names = [name for name in tape.parameters if name in set(graph.parameters())]
         parameters = [tape.parameters[name] for name in names]
         made = self._make(tape, graph, parameters)
@@ -77,7 +77,7 @@ class BlockProducts(Quantity):
     def finish(
         self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context
     ) -> dict[str, BlockProduct]:
-        """The functions by parameter name."""
+        """The `BlockProduct`s by parameter name."""
         return self._made
 
 
@@ -86,7 +86,7 @@ class _CurvatureProducts(BackpropExtension):
     second_order = True
 
     def quantity(self) -> Quantity:
-        """The products as functions."""
+        """The `BlockProducts` of this matrix."""
         return BlockProducts(self.savefield, self._make)
 
     def _make(self, tape: Tape, graph: Graph, parameters: Sequence[Tensor]) -> Products:
@@ -116,8 +116,8 @@ class GGNMP(_CurvatureProducts):
 class PCHMP(_CurvatureProducts):
     """Products with the positive-curvature Hessian's block, in `pchmp`; see `layerwise.PCH`.
 
-    modify: what becomes of negative residuals, "clip" (zero) or "abs". Raises BadInput for another. In a backward
-    pass: Undefined where something else than elementwise functions is curved.
+    modify: the treatment of negative residuals, "clip" (zero) or "abs"; BadInput for another. A backward pass raises
+    Undefined for any other nonlinearity than elementwise functions.
     """
 
     def __init__(self, savefield: str = "pchmp", modify: Literal["abs", "clip"] = "clip") -> None:
@@ -127,7 +127,7 @@ class PCHMP(_CurvatureProducts):
         self._modify: Literal["abs", "clip"] = modify
 
     def get_modification_mode(self) -> str:
-        """What becomes of negative residuals."""
+        """The treatment of negative residuals."""
         return self._modify
 
     def _make(self, tape: Tape, graph: Graph, parameters: Sequence[Tensor]) -> Products:

@@ -1,6 +1,6 @@
-"""Extensions on the gradients of single samples. g_n is that of the sample's term in the loss as written.
+"""Extensions for per-sample gradients g_n, of sample n's term in the loss as written.
 
-For a mean over N samples g_n carries the 1/N, and the g_n sum to `.grad`.
+For a mean over N samples g_n includes the factor 1/N; the g_n sum to `.grad`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class _PerSampleGrad(Subsampled, quantities.PerSampleGrad):
 class BatchGrad(BackpropExtension):
     """The gradient g_n of every sample's term, in `grad_batch`, `[N, *shape]`; see `layerwise.PerSampleGrad`.
 
-    subsampling: indices of the samples wanted; N is then their number.
+    subsampling: indices of the samples to compute; N is then their number.
     """
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         super().__init__("grad_batch", subsampling)
 
     def quantity(self) -> Quantity:
-        """`PerSampleGrad`, confined."""
+        """`PerSampleGrad` of the selected samples."""
         q = _PerSampleGrad()
         q.index = self._subsampling
         return q

@@ -1,4 +1,4 @@
-"""Extensions on the Hessian of the loss and its generalized Gauss-Newton matrix (GGN)."""
+"""Extensions for the Hessian of the loss and its generalized Gauss-Newton matrix (GGN)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class BatchDiagGGNExact(BackpropExtension):
 
 
 class _Sampled(BackpropExtension):
-    """An extension on labels drawn from the model."""
+    """Base of extensions that draw labels from the model (Monte Carlo)."""
 
     def __init__(self, mc_samples: int, savefield: str, subsampling: Sequence[int] | None = None) -> None:
         super().__init__(savefield, subsampling)
@@ -93,8 +93,8 @@ class _SqrtGGN(Subsampled, quantities.SqrtGGN):
 class SqrtGGNExact(BackpropExtension):
     """The root of the GGN, in `sqrt_ggn_exact`, `[V, N, *shape]`; see `layerwise.SqrtGGN`.
 
-    For classes V = C·P, one column s_c = sqrt(w p_c)(e_c - p) for each of C classes, and for each of P loss terms of
-    a sample within it; for an elementwise loss V = P.
+    For classification V = C·P, one column s_c = sqrt(w p_c)(e_c - p) for each of C classes and P loss terms of a
+    sample, classes first; for an elementwise loss V = P.
     """
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
@@ -157,30 +157,30 @@ class KFAC(_Sampled):
         super().__init__(mc_samples, "kfac")
 
     def quantity(self) -> Quantity:
-        """The factors in this convention, with the roots of `layerwise.KFAC`."""
+        """The factors in BackPACK's convention, with the root of `layerwise.KFAC`."""
         return Factors(quantities.KFAC(self._mc_samples, sharing="reduce"))
 
 
 class KFLR(BackpropExtension):
-    """Kronecker factors from the exact root, in `kflr`, in the form of `KFAC`."""
+    """Kronecker factors from the exact root, in `kflr`, as lists like those of `KFAC`."""
 
     def __init__(self) -> None:
         super().__init__("kflr")
 
     def quantity(self) -> Quantity:
-        """The factors in this convention, with the roots of `layerwise.KFLR`."""
+        """The factors in BackPACK's convention, with the root of `layerwise.KFLR`."""
         return Factors(quantities.KFLR(sharing="reduce"))
 
 
 class KFRA(BackpropExtension):
-    """Kronecker factors from the recursion over the batch average, in `kfra`, in the form of `KFAC`.
+    """Kronecker factors from the batch-averaged recursion, in `kfra`, as lists like those of `KFAC`.
 
-    See `layerwise.KFRA`, for chains of layers; here without a limit on the size of its blocks.
+    See `layerwise.KFRA`, for chains of layers; here block sizes are not limited.
     """
 
     def __init__(self) -> None:
         super().__init__("kfra")
 
     def quantity(self) -> Quantity:
-        """The factors in this convention, with the recursion of `layerwise.KFRA`."""
+        """The factors in BackPACK's convention, with the recursion of `layerwise.KFRA`."""
         return Factors(quantities.KFRA(sharing="reduce", max_bytes=sys.maxsize))

@@ -21,7 +21,7 @@ def ggn_vector_product(loss: Tensor, output: Tensor, model: nn.Module, v: Sequen
 def ggn_vector_product_from_plist(
     loss: Tensor, output: Tensor, plist: Sequence[Tensor], v: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """J^T H J v, with J the Jacobian of `output` by the tensors of `plist` and H the Hessian of `loss` in `output`.
+    """J^T H J v, with J the Jacobian of `output` in the tensors of `plist` and H the Hessian of `loss` in `output`.
 
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """

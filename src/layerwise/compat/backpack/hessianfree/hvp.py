@@ -17,7 +17,7 @@ def hessian_vector_product(
 ) -> tuple[Tensor, ...]:
     """H v for the Hessian H of a scalar `f`, as a tuple shaped like `params`.
 
-    grad_params: the gradient of `f`, where it was computed already with `create_graph=True`.
+    grad_params: the gradient of `f`, if it was computed before with `create_graph=True`.
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
     if grad_params is None:

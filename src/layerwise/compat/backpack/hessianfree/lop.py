@@ -13,7 +13,7 @@ __all__ = ["L_op", "transposed_jacobian_vector_product"]
 def L_op(ys: Any, xs: Any, ws: Any, retain_graph: bool = True, detach: bool = True) -> tuple[Tensor, ...]:
     """J^T w for J = dy/dx, as a tuple shaped like `xs`; zeros where y does not depend on an x.
 
-    detach: whether the result is cut from the graph.
+    detach: whether to detach the result from the graph.
     """
     found = torch.autograd.grad(
         ys, xs, grad_outputs=ws, create_graph=True, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
@@ -24,5 +24,5 @@ def L_op(ys: Any, xs: Any, ws: Any, retain_graph: bool = True, detach: bool = Tr
 def transposed_jacobian_vector_product(
     f: Any, x: Any, v: Any, retain_graph: bool = True, detach: bool = True
 ) -> tuple[Tensor, ...]:
-    """`L_op` by its long name."""
+    """The same as `L_op`."""
     return L_op(f, x, v, retain_graph=retain_graph, detach=detach)

@@ -13,9 +13,9 @@ __all__ = ["R_op", "jacobian_vector_product"]
 
 
 def R_op(ys: Any, xs: Any, vs: Any, retain_graph: bool = True, detach: bool = True) -> tuple[Tensor, ...]:
-    """J v for J = dy/dx, as a tuple shaped like `ys`, by two reverse passes: the derivative by w of v · J^T w.
+    """J v for J = dy/dx, as a tuple shaped like `ys`, by two reverse passes: the derivative in w of v · J^T w.
 
-    detach: whether the result is cut from the graph.
+    detach: whether to detach the result from the graph.
     """
     outputs = ys if isinstance(ys, (tuple, list)) else (ys,)
     ws = [torch.zeros_like(y, requires_grad=True) for y in outputs]
@@ -26,5 +26,5 @@ def R_op(ys: Any, xs: Any, vs: Any, retain_graph: bool = True, detach: bool = Tr
 def jacobian_vector_product(
     f: Any, x: Any, v: Any, retain_graph: bool = True, detach: bool = True
 ) -> tuple[Tensor, ...]:
-    """`R_op` by its long name."""
+    """The same as `R_op`."""
     return R_op(f, x, v, retain_graph=retain_graph, detach=detach)

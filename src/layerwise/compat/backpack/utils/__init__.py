@@ -1,1 +1,1 @@
-"""Helpers that scripts import."""
+"""BackPACK's helper functions."""

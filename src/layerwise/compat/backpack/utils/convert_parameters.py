@@ -1,4 +1,4 @@
-"""Between one vector and a list of parameters."""
+"""Conversion of one vector to a list of parameter shapes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["vector_to_parameter_list"]
 
 
 def vector_to_parameter_list(vec: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Views of a vector, shaped like the parameters one after the other; the parameters stay as they are.
+    """Split a vector into views shaped like the parameters; the parameters do not change.
 
-    Raises TypeError where `vec` is no tensor.
+    Raises TypeError if `vec` is not a tensor.
     """
     if not isinstance(vec, Tensor):
         raise TypeError(f"vector_to_parameter_list takes a tensor, got {type(vec).__name__}")

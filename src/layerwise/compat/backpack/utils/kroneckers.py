@@ -1,4 +1,4 @@
-"""Kronecker products of factors `[A, B, ...]`: as a matrix, times vectors, and their inverses."""
+"""Kronecker products of factors `[A, B, ...]`: dense, times vectors, and inverted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
     "two_kfacs_to_mat",
 ]
 
-_SMALLEST = 1e-8  # of an eigenvalue's modulus, for its inverse
+_SMALLEST = 1e-8  # lower bound of |eigenvalue| before inversion
 
 
 def two_kfacs_to_mat(A: Tensor, B: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A choice of samples."""
+"""Selection of samples."""
 
 from __future__ import annotations
 

@@ -1,9 +1,0 @@
-"""The method adam."""
-
-from benchmarks.training.plugin import TrainingSolver
-
-
-class Solver(TrainingSolver):
-    """See `adam` in benchmarks/training/methods.py."""
-
-    name = "adam"

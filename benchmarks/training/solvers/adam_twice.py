@@ -1,9 +1,0 @@
-"""The method adam-twice."""
-
-from benchmarks.training.plugin import TrainingSolver
-
-
-class Solver(TrainingSolver):
-    """See `adam-twice` in benchmarks/training/methods.py."""
-
-    name = "adam-twice"

@@ -1,9 +1,0 @@
-"""The method admm."""
-
-from benchmarks.training.plugin import TrainingSolver
-
-
-class Solver(TrainingSolver):
-    """See `admm` in benchmarks/training/methods.py."""
-
-    name = "admm"

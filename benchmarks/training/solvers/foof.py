@@ -1,9 +1,0 @@
-"""The method foof."""
-
-from benchmarks.training.plugin import TrainingSolver
-
-
-class Solver(TrainingSolver):
-    """See `foof` in benchmarks/training/methods.py."""
-
-    name = "foof"

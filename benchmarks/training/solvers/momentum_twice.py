@@ -1,9 +1,0 @@
-"""The method momentum-twice."""
-
-from benchmarks.training.plugin import TrainingSolver
-
-
-class Solver(TrainingSolver):
-    """See `momentum-twice` in benchmarks/training/methods.py."""
-
-    name = "momentum-twice"

@@ -1,9 +1,0 @@
-"""The method sgd."""
-
-from benchmarks.training.plugin import TrainingSolver
-
-
-class Solver(TrainingSolver):
-    """See `sgd` in benchmarks/training/methods.py."""
-
-    name = "sgd"

@@ -1,9 +1,0 @@
-"""The method soap."""
-
-from benchmarks.training.plugin import TrainingSolver
-
-
-class Solver(TrainingSolver):
-    """See `soap` in benchmarks/training/methods.py."""
-
-    name = "soap"
