@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from layerwise.program import seed_of
+from layerwise.replay.state import seed_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 

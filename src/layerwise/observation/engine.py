@@ -12,6 +12,7 @@ from layerwise.errors import BadInput
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import resolved
 from layerwise.graph.products import SecondOrder
+from layerwise.graph.walk import nodes
 from layerwise.observation.backward_pass import BackwardPass, PassSettings
 from layerwise.observation.guards import (
     check_covered,
@@ -106,7 +107,7 @@ class Observation:
         results = self._results
         assert results is not None
         results.follow(tape.parameters, tape.owners)
-        with whole_parameters(self._model, total) as trainers:
+        with whole_parameters(self._model, nodes([(total.grad_fn, 0)])) as trainers:
             return self._run(tape, total, weight, run, results, trainers)
 
     def _run(
