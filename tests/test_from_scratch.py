@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from layerwise.replay.state import seed_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerwise as lw
 from book import execute, inserts
+from layerwise.replay.state import seed_of
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*_from_scratch.py"))
