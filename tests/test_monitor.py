@@ -23,6 +23,7 @@ from layerwise import monitor as watching
 from layerwise.errors import BadInput, LeftOut
 from layerwise.monitor import History, Measure, Monitor
 from layerwise.monitor import monitor as module
+from layerwise.monitor.watch import Group
 from layerwise.replay.state import seed_of
 
 Named = dict[str, Tensor]
@@ -698,3 +699,18 @@ def test_loops_of_the_documentation(which: int) -> None:
     for measure in ("gradient_norm", "update_size", "update_cosine", "noise_scale", "alignment", "curvature"):
         assert names | {""} == set(numbers(history.records[2], measure))
     assert 0 < history.series("update_cosine")[1][0] <= 1
+
+
+def test_a_group_is_freed_without_the_garbage_collector() -> None:
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randint(2, (4,))
+    gc.collect()
+    gc.disable()  # what only the collector frees is held by a cycle
+    try:
+        group = Group(model, [lw.SquaredNorm()])
+        with group:
+            F.cross_entropy(model(x), y).backward()
+        freed = weakref.ref(group)
+        del group
+        assert freed() is None
+    finally:
+        gc.enable()

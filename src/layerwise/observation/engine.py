@@ -98,7 +98,7 @@ class Observation:
             self._second_order.__exit__(*exc)
             self._second_order = None
         tape.__exit__(*exc)
-        tape.clear()
+        tape.close()
 
     def run(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         """Run the user's backward pass from `total` (times `weight`) and observe it; the result of `run`."""

@@ -94,6 +94,11 @@ class Tape(LossRecord):
         """Looks up the names of the followed parameters at the leaves of a graph."""
         return Leaves(self._binding)
 
+    def close(self) -> None:
+        """Forget the record and the handler of backward passes, whose owner may hold this tape: no cycle is left."""
+        self.clear()
+        self._on_backward = None
+
     def clear(self) -> None:
         """Forget everything recorded so far."""
         self._recorded = 0

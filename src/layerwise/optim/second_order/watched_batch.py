@@ -118,7 +118,6 @@ class CurvatureWatch:
 
     def __exit__(self, *exc: Any) -> None:
         self._observation.stop(*exc)
-        del self._tape  # the tape holds this object's method
 
     def result(self) -> tuple[list[MeasuredSums], Batch]:
         """What was measured, by kind, and of which batch. Raises BadInput where no backward pass ran."""
