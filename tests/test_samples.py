@@ -232,7 +232,7 @@ def _then_mixed(model: nn.Module, change: Callable[[nn.Module], None], first_ok:
 
 
 def _then_moved(model: nn.Module, change: Callable[[nn.Module], None]) -> None:
-    """The same program keeps samples in their rows, and after a change loss term n reads another row: no sample less."""
+    """The same program keeps samples in their rows, and after a change loss term n reads another row: none is lost."""
     x, y = torch.randn(4, 4), torch.randint(3, (4,))
     for _ in range(2):
         _check(
