@@ -51,7 +51,7 @@ def check_sum_over_samples(own_loss: OwnLossGraph, samples: Sequence[Samples | R
     """Raise SamplesMixed where a loss is no sum over samples; samples: where they lie in each boundary tensor."""
     if samples[0].n < 2:
         return
-    for probe in loss_terms(own_loss):
+    for probe in _probes(own_loss):
         if not _one_sample_each(own_loss, samples, probe):
             raise SamplesMixed(
                 f"asked for per-sample quantities of {samples[0].n} samples, but {own_loss.own.call.name} is no sum "
@@ -64,18 +64,26 @@ def check_sum_over_samples(own_loss: OwnLossGraph, samples: Sequence[Samples | R
 # -- the calls of a loss ------------------------------------------------------------------------------------
 
 
-def loss_terms(own_loss: OwnLossGraph) -> Iterator[TermProbe]:
-    """The tensors whose elements must depend on one sample each, from the total down."""
+def loss_terms(own_loss: OwnLossGraph) -> list[TermProbe]:
+    """The terms that a loss adds up: the first tensors from the total down that it is not linear in what they read."""
+    return list(_probes(own_loss, whole=False))
+
+
+def _probes(own_loss: OwnLossGraph, whole: bool = True) -> Iterator[TermProbe]:
+    """The tensors whose elements must depend on one sample each, from the total down; whole: those below others too."""
     ends: set[Edge] = {(edge.node, edge.output_nr) for edge in own_loss.edges}
-    below = _dependent(own_loss, ends)
+    dependent = _dependent(own_loss, ends)
+    below: dict[Node, Sequence[Edge]] = dict(dependent)
     for node, output in edges([own_loss.start], below, ends, by_output=True):
-        if (node, output) in ends or not below[node]:
+        if (node, output) in ends or not dependent[node]:
             continue
         kind = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
-        if kind in _SUMS or kind in _ROW_SUMS:
-            yield TermProbe(node.name(), below[node], kind in _ROW_SUMS)
-        elif not _is_linear(kind, node, below[node]):
-            yield TermProbe(node.name(), [(node, output)])
+        sums = kind in _SUMS or kind in _ROW_SUMS
+        if not sums and _is_linear(kind, node, dependent[node]):
+            continue
+        if not whole:
+            below[node] = ()
+        yield TermProbe(node.name(), dependent[node] if sums else [(node, output)], kind in _ROW_SUMS)
 
 
 def _is_linear(kind: str, node: Node, below: Sequence[Edge]) -> bool:

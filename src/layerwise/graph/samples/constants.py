@@ -100,11 +100,11 @@ class _Region(NamedTuple):
 
 
 def shared_uses(
-    graph: Graph, roots: Sequence[Root], n: int, mixed: Mapping[int, Use], where: Mapping[int, Where]
+    graph: Graph, roots: Sequence[Root], n: int, mixed: Mapping[int, Use]
 ) -> tuple[list[SharedUse], dict[int, Where]] | None:
     """What stands in for the uses whose outputs answer for several samples; None where some of them mix samples.
 
-    roots: the losses' numbered terms. where: of the other uses.
+    roots: the losses' numbered terms.
     """
     apart = [use for use in graph.uses if use.index not in mixed]
     if not _other_sources(mixed.values(), apart) or not _fed_by(mixed, apart):
@@ -122,7 +122,8 @@ def shared_uses(
         if not members:
             continue
         edge = GradientEdge(node, output)
-        if not all(_position_of(edge, numbers, use, n, stops) for use in members):
+        places_of = {use.index: _position_of(edge, numbers, use, n, stops) for use in members}
+        if not all(places_of[use.index] or _alike(use, members, places_of) for use in members):
             return None
         use = SharedUse(first + len(found), edge, members, stops)
         found.append(use)
@@ -132,10 +133,10 @@ def shared_uses(
 
 
 def _other_sources(mixed: Any, apart: Sequence[Use]) -> bool:
-    """Whether what the shared uses read was made of other tensors than what carries the samples."""
+    """Whether what the shared uses read was made of other tensors than what is known to carry the samples."""
     carrying = {s for use in apart if use.origin is not None for s in sources(use.origin[0])}
     own = {s for use in mixed if use.origin is not None for s in sources(use.origin[0])}
-    return bool(carrying) and not carrying & own
+    return not carrying & own
 
 
 def _fed_by(mixed: Mapping[int, Use], apart: Sequence[Use]) -> bool:
@@ -216,9 +217,22 @@ def _position_of(edge: GradientEdge, numbers: Tensor, use: Use, n: int, stops: C
             (found,) = element_numbers([Root(edge, like, owners)], size, [use.edge])
         if found is not None and not bool((found == MIXED).any()):
             index = [a for a in free_axes(use) if use.call.out_shape[a] % n == 0]
-            if all(_varies(found, a) for a in index):
+            if index and all(_varies(found, a) for a in index):
                 return True
     return False
+
+
+def _alike(use: Use, others: Sequence[Use], proved: Mapping[int, bool]) -> bool:
+    """Whether the rows of a use are those of another one, of the same tensor, whose rows hold no samples."""
+    if use.origin is None or not use.call.out_shape:
+        return False
+    mine = set(sources(use.origin[0]))
+    rows = use.call.out_shape[0]
+    return any(
+        proved[other.index] and set(sources(other.origin[0])) == mine and other.call.out_shape[:1] == (rows,)
+        for other in others
+        if other.origin is not None
+    )
 
 
 def _varies(numbers: Tensor, axis: int) -> bool:

@@ -11,12 +11,10 @@ from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from layerwise.errors import AmbiguousSamples, BadInput, LayerwiseError, SamplesMixed
 from layerwise.graph.coverage import Graph, prove
-from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples import readings
-from layerwise.graph.samples.rows import by_rows, one_sample_a_row
+from layerwise.graph.samples.rows import by_rows, check_losses, one_sample_a_row
 from layerwise.graph.samples.sample_axes import by_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
-from layerwise.graph.separable import check_sum_over_samples
 from layerwise.graph.walk import Node, by_node, inputs, nodes
 from layerwise.tape.tape import Tape
 
@@ -46,6 +44,13 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
         return _first_that_holds(tape, graph, readings.candidates(graph), None)
     try:
         return _checked(graph, _on_axes(tape, graph, model, n, samples))
+    except AmbiguousSamples as error:
+        if not graph.own:
+            raise
+        try:  # the terms of a loss of the user's own may say which rows are a sample
+            return by_rows(graph, n)
+        except _REFUSALS:
+            raise error from None
     except (SamplesMixed, BadInput) as error:
         others = [n] if samples is not None else readings.candidates(graph)
         try:
@@ -99,11 +104,11 @@ def _first_that_holds(
 
 
 def _checked(graph: Graph, layout: SampleLayout) -> SampleLayout:
-    """The layout, after proof that every loss of the user's own is a sum over its samples."""
-    at = len(graph.known)
-    for own in graph.own:  # at every batch: what a loss does with its samples may depend on their values
-        check_sum_over_samples(OwnLossGraph(graph, own), layout.losses[at : at + len(own.boundary)])
-        at += len(own.boundary)
+    """The layout, after proof that every loss of the user's own is a sum over its samples.
+
+    At every batch: what a loss does with its samples may depend on their values.
+    """
+    check_losses(graph, layout)
     return layout
 
 

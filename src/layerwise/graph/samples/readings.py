@@ -104,9 +104,10 @@ def candidates(graph: Graph) -> list[int]:
     first = first_count(graph)
     found = [x for x in lead if len(same) == 1 and x in rows]
     found += [x for x in labels if x in rows]
+    found += rows
     found += [x for x in lead if len(same) == 1 and x in labels]
     found += [] if first is None else [first]
-    found += [*rows, sum(rows), *labels, *(lead if len(same) == 1 else ()), sum(lead), *_own_terms(graph)]
+    found += [sum(rows), *labels, *(lead if len(same) == 1 else ()), sum(lead), *_own_terms(graph)]
     found = list(dict.fromkeys(x for x in found if x > 0))
     return [x for x in found if x > 1] or found
 

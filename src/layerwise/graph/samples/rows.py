@@ -21,12 +21,12 @@ from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, 
 from layerwise.graph.samples.readings import origin_rows
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
-from layerwise.graph.separable import loss_terms
+from layerwise.graph.separable import check_sum_over_samples, loss_terms
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.origins import Origin, Source, sources
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["by_rows", "one_sample_a_row"]
+__all__ = ["by_rows", "check_losses", "one_sample_a_row"]
 
 
 def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> SampleLayout:
@@ -38,6 +38,7 @@ def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> SampleLayout:
     for losses in _numberings(graph, n, given):
         try:
             layout = _layout(graph, n, losses)
+            check_losses(graph, layout)
         except SamplesMixed as error:
             refusal = refusal or error
             continue
@@ -53,6 +54,14 @@ def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> SampleLayout:
     )
 
 
+def check_losses(graph: Graph, layout: SampleLayout) -> None:
+    """Prove that every loss of the user's own is a sum over the samples. Raises SamplesMixed."""
+    at = len(graph.known)
+    for own in graph.own:
+        check_sum_over_samples(OwnLossGraph(graph, own), layout.losses[at : at + len(own.boundary)])
+        at += len(own.boundary)
+
+
 def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
     roots = [_root(loss, where) for loss, where in zip(graph.losses, losses, strict=True)]
     edges = [use.edge for use in graph.uses]
@@ -62,18 +71,20 @@ def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
         elements = [_joined(a, b) for a, b in zip(elements, found, strict=True)]
     uses: dict[int, Where] = {}
     mixed: dict[int, Use] = {}
+    partly: Use | None = None
     for use, number in zip(graph.uses, elements, strict=True):
         shape = use.call.out_shape
         rows = torch.full([1] * len(shape), NONE) if number is None else row_numbers(use, number)
         if bool((rows == MIXED).any()):
             mixed[use.index] = use
+            partly = use if bool((rows >= 0).any()) else partly
         else:
             uses[use.index] = RowNumbers(n, rows)
     if not mixed:
         return SampleLayout(n, uses, list(losses))
-    shared = shared_uses(graph, roots, n, mixed, uses)
+    shared = None if partly is not None else shared_uses(graph, roots, n, mixed)
     if shared is None:
-        use = next(iter(mixed.values()))
+        use = partly or next(iter(mixed.values()))
         raise SamplesMixed(
             f"asked for per-sample quantities of {n} samples, but rows of the output {tuple(use.call.out_shape)} of "
             f"{use} answer for the loss terms of several samples"
@@ -250,7 +261,8 @@ def _by_terms(own_loss: OwnLossGraph, n: int, given: Tensor | None) -> list[Wher
 
 def _term_owners(shape: torch.Size, n: int, given: Tensor | None) -> Tensor | None:
     if given is not None:
-        return given if given.shape == shape else None
+        fits = given.shape == shape[: given.dim()]
+        return given.reshape(*given.shape, *[1] * (len(shape) - given.dim())) if fits else None
     axis = next((a for a, size in enumerate(shape) if size == n), None)
     return None if axis is None else Samples(n, axis).owners(shape)
 
@@ -265,6 +277,10 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
     """The user's numbers: of every loss's terms, of those that a loss of their own adds up, or of the batch's rows."""
     given = given.detach().long()
     known = [_fitted(loss, given, n) for loss in graph.known]
+    sizes = [_count(loss) for loss in graph.known]
+    if len(sizes) > 1 and sum(sizes) == given.numel():  # the terms of all losses, one loss after another
+        parts = given.flatten().split(sizes)
+        known = [_fitted(loss, part, n) for loss, part in zip(graph.known, parts, strict=True)]
     own: list[Where | None] = []
     for o in graph.own:
         own += _by_terms(OwnLossGraph(graph, o), n, given)
@@ -282,6 +298,12 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
                 RowNumbers(n, given.to(where.owners(shape).device)[where.owners(shape)])
                 for where, shape in zip((w for w in found if w is not None), shapes, strict=True)
             ]
+
+
+def _count(loss: LossUse) -> int:
+    """The number of terms of a loss."""
+    logits = loss.call.logits
+    return torch.Size(size for a, size in enumerate(logits.shape) if a != loss.call.class_axis).numel()
 
 
 def _fitted(loss: LossUse, given: Tensor, n: int) -> RowNumbers | None:
