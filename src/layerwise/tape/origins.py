@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerwise.tape.calls import assembles
 
-__all__ = ["Moved", "Origin", "Origins", "Source", "numbers", "sources"]
+__all__ = ["Moved", "Origin", "Origins", "Source", "numbers", "settle", "sources"]
 
 _MOVE_NAMES = """__getitem__ index_select narrow select gather take take_along_dim masked_select split chunk
     tensor_split unbind split_with_sizes view reshape flatten unflatten ravel squeeze unsqueeze permute transpose
@@ -32,11 +32,12 @@ class Source:
     shape: torch.Size
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Moved:
     """The result of a call that moves elements; each data tensor among its arguments is an `Origin`.
 
-    place: the number of the result where the call returns several.
+    place: the number of the result where the call returns several. drawn: whether rows were drawn by whole numbers, so
+    that they may be a batch of their own; it is one where nothing else was made of the same tensor (`settle`).
     """
 
     func: Callable[..., Any]
@@ -44,6 +45,8 @@ class Moved:
     kwargs: Mapping[str, Any]
     place: int | None
     shape: torch.Size
+    drawn: bool = False
+    own: bool = False
 
 
 Origin = Source | Moved
@@ -95,14 +98,12 @@ class Origins:
         table = not any(x is data for x in (first if isinstance(first, (list, tuple)) else [first]))
         drawn = not table and _draws(func, args)
         parents: Any = None
-        if not (table or drawn):  # else `first` is a constant, looked up by data
+        if not table:  # else `first` is a constant, looked up by data
             parents = self.of(first)[1] if isinstance(first, Tensor) else [self.of(x)[1] for x in first]
         others = dict(kwargs) if args else dict(list(kwargs.items())[1:])
         for i, x in enumerate(results):
-            if drawn:
-                origin = Source(x.shape)
-            elif not table:
-                origin = Moved(func, (parents, *args[1:]), others, i if several else None, x.shape)
+            if not table:
+                origin = Moved(func, (parents, *args[1:]), others, i if several else None, x.shape, drawn)
             self.set(x, x.detach() if collects else kept, origin)
 
 
@@ -116,16 +117,37 @@ def _draws(func: Any, args: Any) -> bool:
     return isinstance(index, list) and all(type(i) is int for i in index)
 
 
-def sources(origin: Origin) -> list[Source]:
+def settle(origins: Sequence[Origin]) -> None:
+    """Decide which drawn rows are batches of their own: those of a tensor that nothing else of these was made of."""
+    draws: dict[Origin, set[Origin | None]] = {}  # by the tensor drawn from: the draws, and None for another use of it
+    for origin in origins:
+        path = [origin]
+        while isinstance(path[-1], Moved) and not isinstance(path[-1].args[0], list):
+            path.append(path[-1].args[0])
+        drawn = [x for x in path if isinstance(x, Moved) and x.drawn]
+        for x in drawn:
+            x.own = False
+        draws.setdefault(path[-1], set()).add(drawn[-1] if drawn else None)
+    for found in draws.values():
+        for draw in found if len(found) == 1 else ():
+            if isinstance(draw, Moved):
+                draw.own = True
+
+
+def sources(origin: Origin) -> list[Origin]:
     """The tensors that data was made of, each once."""
-    if isinstance(origin, Source):
+    if isinstance(origin, Source) or origin.own:
         return [origin]
-    first = origin.args[0]
-    parents = first if isinstance(first, list) else [first]
+    parents = _parents(origin)
     return list(dict.fromkeys(source for parent in parents for source in sources(parent)))
 
 
-def numbers(origin: Origin, offsets: Mapping[Source, int]) -> Tensor | None:
+def _parents(origin: Moved) -> list[Origin]:
+    first = origin.args[0]
+    return first if isinstance(first, list) else [first]
+
+
+def numbers(origin: Origin, offsets: Mapping[Origin, int]) -> Tensor | None:
     """The number along dim 0 of the source that each element comes from, plus the source's offset; int64.
 
     None where the moves cannot be run on integers.
@@ -137,10 +159,10 @@ def numbers(origin: Origin, offsets: Mapping[Source, int]) -> Tensor | None:
         return None
 
 
-def _run(origin: Origin, offsets: Mapping[Source, int], done: dict[int, Tensor]) -> Tensor:
+def _run(origin: Origin, offsets: Mapping[Origin, int], done: dict[int, Tensor]) -> Tensor:
     if id(origin) in done:
         return done[id(origin)]
-    if isinstance(origin, Source):
+    if isinstance(origin, Source) or origin.own:
         size = origin.shape[0] if origin.shape else 1
         lead = torch.arange(size) + offsets[origin]
         found = lead.reshape(-1, *(1,) * (len(origin.shape) - 1)).expand(origin.shape) if origin.shape else lead[0]

@@ -7,7 +7,7 @@ there the vector-Jacobian products are taken again, one for each sample.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,26 +110,30 @@ def shared_uses(
     if not _other_sources(mixed.values(), apart) or not _fed_by(mixed, apart):
         return None
     region = _region(roots, n, mixed)
-    found: list[SharedUse] = []
-    places: dict[int, Where] = {}
+    fronts = list(_fronts(region, mixed))
+    holds_none = dict.fromkeys(mixed, True)
+    for edge, numbers, members, stops in fronts:
+        for use in members:
+            holds_none[use.index] &= _position_of(edge, numbers, use, n, stops)
+    if not all(holds_none[use.index] or _alike(use, mixed.values(), holds_none) for use in mixed.values()):
+        return None
     first = max(use.index for use in graph.uses) + 1
+    found = [SharedUse(first + i, edge, members, stops) for i, (edge, _, members, stops) in enumerate(fronts)]
+    places: dict[int, Where] = {first + i: RowNumbers(n, front[1]) for i, front in enumerate(fronts)}
+    reached = {member.index for _, _, members, _ in fronts for member in members}
+    return (found, places) if reached == set(mixed) else None
+
+
+def _fronts(region: _Region, mixed: Mapping[int, Use]) -> Iterator[tuple[GradientEdge, Tensor, list[Use], set[Node]]]:
+    """The edges where the samples are apart above uses that all share: edge, numbers, these uses, and where to stop."""
     for (node, output), numbers in region.at.items():
         below = [child for child, _ in node.next_functions if child is not None]
         if node in region.mixed or not any(child in region.mixed for child in below):
             continue
         stops = _stops(node, region)
         members = [use for use in mixed.values() if _reaches(node, use, stops)]
-        if not members:
-            continue
-        edge = GradientEdge(node, output)
-        places_of = {use.index: _position_of(edge, numbers, use, n, stops) for use in members}
-        if not all(places_of[use.index] or _alike(use, members, places_of) for use in members):
-            return None
-        use = SharedUse(first + len(found), edge, members, stops)
-        found.append(use)
-        places[use.index] = RowNumbers(n, numbers)
-    reached = {member.index for use in found for member in use._members}
-    return (found, places) if reached == set(mixed) else None
+        if members:
+            yield GradientEdge(node, output), numbers, members, stops
 
 
 def _other_sources(mixed: Any, apart: Sequence[Use]) -> bool:
@@ -222,7 +226,7 @@ def _position_of(edge: GradientEdge, numbers: Tensor, use: Use, n: int, stops: C
     return False
 
 
-def _alike(use: Use, others: Sequence[Use], proved: Mapping[int, bool]) -> bool:
+def _alike(use: Use, others: Iterable[Use], proved: Mapping[int, bool]) -> bool:
     """Whether the rows of a use are those of another one, of the same tensor, whose rows hold no samples."""
     if use.origin is None or not use.call.out_shape:
         return False

@@ -16,6 +16,7 @@ from layerwise.graph.samples.rows import by_rows, check_losses, one_sample_a_row
 from layerwise.graph.samples.sample_axes import by_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
 from layerwise.graph.walk import Node, by_node, inputs, nodes
+from layerwise.tape.origins import settle
 from layerwise.tape.tape import Tape
 
 __all__ = ["count", "measure"]
@@ -35,6 +36,7 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     targets and the losses say.
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
+    settle([pair[0] for pair in (*(u.origin for u in graph.uses), *(loss.target for loss in graph.losses)) if pair])
     if isinstance(samples, Tensor):
         return _checked(graph, by_rows(graph, int(samples.max()) + 1 if samples.numel() else 0, samples))
     if samples is None and readings.contradictory(graph):
@@ -55,7 +57,9 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
         others = [n] if samples is not None else readings.candidates(graph)
         try:
             return _first_that_holds(tape, graph, others, error, n)
-        except (SamplesMixed, BadInput):
+        except SamplesMixed as refusal:
+            raise (refusal if isinstance(error, BadInput) else error) from None
+        except BadInput:
             raise error from None
 
 
@@ -89,7 +93,8 @@ def _first_that_holds(
             try:
                 layout = _checked(graph, attempt())
             except _REFUSALS as refusal:
-                error = error or refusal
+                worse = isinstance(error, BadInput) and isinstance(refusal, SamplesMixed)
+                error = refusal if error is None or worse else error
                 continue
             if one_sample_a_row(graph, layout):
                 return layout

@@ -61,7 +61,7 @@ def row_of(origin: Origin, shape: torch.Size) -> Tensor | None:
 
     The rows of several sources are numbered one after another.
     """
-    offsets: dict[Source, int] = {}
+    offsets: dict[Origin, int] = {}
     total = 0
     for source in sources(origin):
         offsets[source] = total
@@ -73,7 +73,7 @@ def row_of(origin: Origin, shape: torch.Size) -> Tensor | None:
     return flat[:, 0] if flat.numel() and bool((flat == flat[:, :1]).all()) else None
 
 
-def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Source, int]) -> Tensor | None:
+def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Origin, int]) -> Tensor | None:
     """The row of its source for each element of the data, of size 1 along the axes where it does not vary.
 
     None where it is open.
@@ -125,7 +125,7 @@ def _own_terms(graph: Graph) -> list[int]:
 
 def _distinct_rows(origins: Iterable[tuple[Origin, torch.Size] | None]) -> list[int]:
     """For each source of some data, how many of its rows were used."""
-    used: dict[Source, set[int]] = {}
+    used: dict[Origin, set[int]] = {}
     for pair in origins:
         if pair is None:
             continue

@@ -23,7 +23,7 @@ from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.separable import check_sum_over_samples, loss_terms
 from layerwise.rows.base import RowNumbers, Samples
-from layerwise.tape.origins import Origin, Source, sources
+from layerwise.tape.origins import Origin, sources
 from layerwise.tape.uses import LossUse, Use
 
 __all__ = ["by_rows", "check_losses", "one_sample_a_row"]
@@ -323,7 +323,7 @@ def _fitted(loss: LossUse, given: Tensor, n: int) -> RowNumbers | None:
 
 def one_sample_a_row(graph: Graph, layout: SampleLayout) -> bool:
     """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample."""
-    owner: dict[Source, dict[int, int]] = {}
+    owner: dict[Origin, dict[int, int]] = {}
     for use in graph.uses:
         where = layout.uses.get(use.index)
         if use.origin is None or where is None or use.index in layout.replaced:

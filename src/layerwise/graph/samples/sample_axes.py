@@ -218,5 +218,6 @@ def mixed_text(tape: Tape, use: Use, n: int) -> str:
     hint = " (a batch norm runs in this model: in training mode it mixes samples; call model.eval())" if norms else ""
     return (
         f"asked for per-sample quantities of {n} samples, but no axis of the output {tuple(use.call.out_shape)} of "
-        f"{use} depends on one sample alone{hint}; a loss that compares samples has no per-sample gradient"
+        f"{use} depends on one sample alone{hint}: batch statistics and losses that compare samples have no per-sample "
+        "gradients; where a sample is several rows, pass samples= a tensor with the sample number of each loss term"
     )
