@@ -11,7 +11,7 @@ import oracle
 import torch
 from oracle_rows import EVERY, bias_rows, input_rows, output_rows
 from quantity_checks import Drawn, Truth, refusal_says_enough
-from quantity_table import COLUMNS, Cell, Column
+from quantity_table import Cell, Column
 from torch import Tensor, nn
 from zoo.scattered import Refusal, Scattered
 
@@ -56,8 +56,8 @@ class ScatteredTruth(Truth):
 
     @property
     def factor(self) -> int:
-        """From g_n to the gradient of a sample's own loss."""
-        return 1 if self.program.reduction == "sum" else self.instance.n
+        """From g_n to the gradient of a sample's own loss; a loss of the user's own counts as a sum."""
+        return 1 if self.program.reduction == "sum" or self.program.own else self.instance.n
 
     @cached_property
     def owners(self) -> Tensor:
@@ -66,6 +66,15 @@ class ScatteredTruth(Truth):
         masks = torch.stack([pull(term, [leaf])[0] != 0 for term in self.instance.terms_of(shaped)])
         assert self.program.refused or bool((masks.sum(0) <= 1).all())
         return masks.to(torch.float64)
+
+    def flat_roots(self, drawn: Drawn) -> Tensor:
+        """Drawn columns `[V,D]`; of a loss of the user's own the root itself, whose signs alone are drawn."""
+        if not self.program.own:
+            return super().flat_roots(drawn)
+        hessians = [mask[:, None] * self.loss_hessian * mask for mask in self.owners]
+        assert all(int(torch.linalg.matrix_rank(h)) <= 1 for h in hessians), "the draws do not square to the exact"
+        values, vectors = torch.linalg.eigh(self.loss_hessian)
+        return (vectors * values.clamp(min=0).sqrt()).T
 
     # Rows of layers ----------------------------------------------------------------------------
 
@@ -184,13 +193,13 @@ def refusals(truth: ScatteredTruth, column: Column) -> tuple[list[Refusal], bool
     """The errors that a cell may raise, and whether it must."""
     program, name = truth.program, column.name
     may, must = [program.may_refuse] if program.may_refuse else [], False
-    if program.refused and column.per_sample:
+    if program.refused and (column.per_sample or (program.own and name.startswith(ROOTS))):
         may, must = [program.refused], True
     if program.own and name == "FisherDiag model":
         may, must = [*may, NO_LIKELIHOOD], True
     if name == "FisherDiag data" and (program.own or program.reduction is None):
         may.append(NO_REDUCTION)
-    if name.startswith(ROOTS) and program.own and no_root(truth):
+    if name.startswith(ROOTS) and program.own and not must and no_root(truth):
         may, must = [*may, NO_ROOT], True
     if not program.twice and (column.second or name.startswith("DiagHessian")):
         may, must = [*may, NOT_TWICE], True
@@ -250,7 +259,16 @@ def compare(truth: ScatteredTruth, column: Column, result: Any, drawn: Drawn) ->
                 as_sum.__dict__["grads"] = {name: g / truth.factor**0.5 for name, g in truth.grads.items()}
             column.check(as_sum, result, drawn)
         return
-    column.check(truth, result, drawn)
+    if column.name == "SqrtGGN sampled":
+        same_squares(truth, result, drawn)
+    else:
+        column.check(truth, result, drawn)
 
 
-assert "FisherDiag data" in COLUMNS and "NoiseScale" in COLUMNS
+def same_squares(truth: ScatteredTruth, got: Any, drawn: Drawn) -> None:
+    """SᵀS of drawn columns, in whatever order they lie."""
+    assert all(got[name].shape[1:] == (truth.instance.n, *p.shape) for name, p in truth.params.items())
+    s = truth.flat(got, lead=2).flatten(0, 1).to(torch.float64)
+    columns = truth.flat_roots(drawn)
+    c = torch.cat([torch.stack([(column * mask) @ truth.jacobian for mask in truth.owners]) for column in columns])
+    oracle.assert_close(s.T @ s, c.T @ c, rel=truth.rel)

@@ -82,7 +82,7 @@ def shared_row():
 
 
 @program(
-    _rows, lambda m, b: m(b.x)[:, 0], samples=lambda b: 4, own=True, convex=False,
+    _rows, lambda m, b: m(b.x)[:, 0], samples=lambda b: 4, own=True,
     call=lambda z, b: F.softplus(z - z.roll(1)).mean(), elements=lambda z, b: (1 + (z - z.roll(1)).exp()).log() / 4,
     refused=_refused("every sample is compared with the next"),
 )  # fmt: skip

@@ -42,7 +42,10 @@ def _compared(gen: Generator) -> Batch:
 
 
 def _scores() -> nn.Module:
-    return Apply(lambda m, x: m.head(m.inner(x).tanh())[..., 0], inner=nn.Linear(4, 5), head=nn.Linear(5, 1))
+    """A log probability for each row."""
+    return Apply(
+        lambda m, x: F.logsigmoid(m.head(m.inner(x).tanh())[..., 0]), inner=nn.Linear(4, 5), head=nn.Linear(5, 1)
+    )
 
 
 def _tower() -> nn.Module:
@@ -98,7 +101,7 @@ def pairs_in_two_calls():
 
 
 @program(
-    _pairs, lambda m, b: m(torch.cat([b.chosen, b.rejected])), samples=lambda b: N, own=True, convex=False,
+    _pairs, lambda m, b: m(torch.cat([b.chosen, b.rejected])), samples=lambda b: N, own=True,
     call=lambda z, b: F.margin_ranking_loss(z[:N], z[N:], torch.ones(N, dtype=z.dtype), margin=1.0),
     elements=lambda z, b: (1 + z[N:] - z[:N]).clamp(min=0) / N,
 )  # fmt: skip
@@ -113,7 +116,7 @@ def _triplet_terms(z: Tensor, b: Batch) -> Tensor:
 
 
 @program(
-    _triplets, lambda m, b: m(torch.cat([b.anchor, b.near, b.other])), samples=lambda b: N, own=True, convex=False,
+    _triplets, lambda m, b: m(torch.cat([b.anchor, b.near, b.other])), samples=lambda b: N, own=True,
     call=lambda z, b: F.softplus(
         1 + (z[:N] - z[N : 2 * N]).square().sum(1) - (z[:N] - z[2 * N :]).square().sum(1)
     ).mean(),
@@ -129,7 +132,7 @@ def _log_likelihood(z: Tensor, follow: Tensor) -> Tensor:
 
 
 @program(
-    _sentences, samples=lambda b: N, own=True, convex=False,
+    _sentences, samples=lambda b: N, own=True,
     call=lambda z, b: -F.logsigmoid(0.5 * torch.sub(*_log_likelihood(z, b.follow).chunk(2))).mean(),
     elements=lambda z, b: _logistic(*(0.5 * _log_likelihood(z, b.follow)).chunk(2)),
 )  # fmt: skip
