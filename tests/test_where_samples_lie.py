@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
@@ -114,3 +116,64 @@ def test_nothing_said_is_right_or_asks(program: Scattered) -> None:
         return
     if program.name != "sorted_for_the_head":  # two orders of the same samples: that of the batch, or of the loss
         oracle.assert_close(got, truth_of(program).grads, program.rel)
+
+
+@by_program([program for program in SCATTERED if program.kind in (4, 6) and program.may_refuse is None])
+def test_numbers_that_are_not_so_are_refused(program: Scattered) -> None:
+    """Terms of one sample said to be of several that share rows, or numbers of no such loss: nothing has changed."""
+    made = program.instance()
+    number = made.data.number
+    terms = len(program.elements(made.logits(), made.data))
+    for wrong in (number[:-1], number.to(torch.float64), torch.cat([number, number[:1]])):
+        with pytest.raises(errors.BadInput, match="samples"), lw.observe(made.model, lw.SquaredNorm(), samples=wrong):
+            made.loss().backward()
+        assert all(p.grad is None for p in made.params.values())
+    if terms > made.n:  # a sample's terms told apart, which depend on the same rows
+        with pytest.raises(errors.SamplesMixed), lw.observe(made.model, lw.SquaredNorm(), samples=torch.arange(terms)):
+            made.loss().backward()
+        assert all(p.grad is None for p in made.params.values())
+
+
+@by_program([program for program in SCATTERED if program.kind in (2, 3, 4) and program.may_refuse is None])
+def test_a_count_that_is_not_so_is_refused(program: Scattered) -> None:
+    """One sample more than there are: the error repeats what was said."""
+    made = program.instance()
+    said = made.n + 1
+    with pytest.raises(errors.LayerwiseError, match=f"{said}"), lw.observe(made.model, lw.SquaredNorm(), samples=said):
+        made.loss().backward()
+    assert all(p.grad is None for p in made.params.values())
+
+
+# Several batches --------------------------------------------------------------------------------
+
+UNITED = [p for p in SCATTERED if p.reduction is not None and p.may_refuse is None and not p.own]
+
+
+@by_program(UNITED)
+def test_accumulated_batches_are_their_union(program: Scattered) -> None:
+    """Two batches, whose routes and lengths may differ: a mean runs over both."""
+    one, two = program.instance(0), replace(program.instance(0), data=program.instance(1).data)
+    share = 1.0 if program.reduction == "sum" else 0.5
+    parts = [oracle.per_sample_grad(one.params, made.terms) for made in (one, two)]
+    grads = {name: share * torch.cat([part[name] for part in parts]) for name in one.params}
+    quantities = lw.PerSampleGrad(), lw.SquaredNorm(), lw.SecondMoment(), lw.Variance()
+    seen = lw.accumulate(
+        one.model, lambda data: replace(one, data=data).loss(), [one.data, two.data], *quantities, samples=one.samples
+    )
+    oracle.assert_close(dict(seen.per_sample_grad), grads)
+    oracle.assert_close(dict(seen.squared_norm), oracle.squared_norm(grads))
+    oracle.assert_close(dict(seen.second_moment), oracle.second_moment(grads))
+    oracle.assert_close(dict(seen.variance), oracle.variance(grads))
+
+
+@by_program([program for program in SCATTERED if program.kind in (3, 5, 8)])
+def test_the_layout_of_one_batch_is_not_that_of_the_next(program: Scattered) -> None:
+    """The same model sees batches whose masks and routes differ: what was measured of one is not taken for another."""
+    model = program.instance(0).model
+    for seed in (0, 1, 2, 0):
+        made = replace(program.instance(0), model=model, data=program.instance(seed).data)
+        want = oracle.per_sample_grad(made.params, made.terms)
+        model.zero_grad()
+        with lw.observe(model, lw.PerSampleGrad(), samples=made.samples) as seen:
+            made.loss().backward()
+        oracle.assert_close(dict(seen.per_sample_grad), want, program.rel)

@@ -37,7 +37,7 @@ class Refusal:
     why: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scattered:
     """A model, a batch and a loss.
 
@@ -75,6 +75,9 @@ class Scattered:
     dtype: torch.dtype = torch.float64
     rel: float = 1e-10
     train: bool = False
+
+    def __repr__(self) -> str:
+        return f"Scattered({self.name!r})"
 
     @property
     def id(self) -> str:
