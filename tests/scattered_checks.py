@@ -201,7 +201,7 @@ def refusals(truth: ScatteredTruth, column: Column) -> tuple[list[Refusal], bool
         may.append(NO_REDUCTION)
     if name.startswith(ROOTS) and program.own and not must and no_root(truth):
         may, must = [*may, NO_ROOT], True
-    if not program.twice and (column.second or name.startswith("DiagHessian")):
+    if not program.twice and column.second:
         may, must = [*may, NOT_TWICE], True
     return may, must
 

@@ -15,7 +15,7 @@ from zoo.scattered import MIXED, SCATTERED, Scattered, ScatteredInstance
 import layerwise as lw
 from layerwise import errors, local
 
-TRAINED = [program for program in SCATTERED if program.twice]
+TRAINED = [program for program in SCATTERED if program.dtype == torch.float64]
 # Written the regular way, the same rows in the same layers: nothing is padded, and no row goes to two experts.
 SAME_ROWS = {
     "attribute_first", "flat_attribute_first", "position_ids", "argument_first", "closure_first",

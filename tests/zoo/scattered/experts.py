@@ -126,7 +126,7 @@ def _single(gen: Generator) -> Batch:
 
 
 @program(
-    _single, dtype=torch.float32, rel=2e-4, twice=False,
+    _single, dtype=torch.float32, rel=2e-4,
     may_refuse=Refusal("UnsupportedCall", "grouped_mm", "a call that no rule knows"),
 )  # fmt: skip
 def grouped_experts():

@@ -126,7 +126,7 @@ def repeated_to_their_rows():
     return Apply(forward, whole=nn.Linear(2, 5), **_layers())
 
 
-@program(_bags, lambda m, b: m(b.x, b.offsets))
+@program(_bags, lambda m, b: m(b.x, b.offsets), twice=False)
 def bags_by_offsets():
     """`EmbeddingBag` with offsets."""
     return Apply(
