@@ -237,7 +237,7 @@ def plain_operations() -> Iterator[None]:
 
 
 def _embedding_bag(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    """`F.embedding_bag`, called as `nn.EmbeddingBag` calls it: all by position; bags `[N, T]`, or in a row by offsets."""
+    """`F.embedding_bag` as `nn.EmbeddingBag` calls it, all by position: bags `[N, T]`, or in one row by offsets."""
     offsets, mode, padding = options[0], options[4], options[8]
     if offsets is not None:
         bags = torch.tensor_split(x, offsets[1:])

@@ -17,7 +17,7 @@ from zoo.scattered import Refusal, Scattered
 
 from layerwise import errors
 
-__all__ = ["ScatteredTruth", "reference", "scattered_outcome", "truth_of"]
+__all__ = ["ScatteredTruth", "allows", "reference", "scattered_outcome", "truth_of"]
 
 ROOTS = ("DiagGGN", "SqrtGGN", "KFAC", "KFLR", "EKFAC")  # of the loss's curvature, which must be positive
 NO_ROOT = Refusal("Undefined", "curvature|convex|negative|zero|root", "the loss has no positive curvature")
@@ -237,14 +237,19 @@ def scattered_outcome(program: Scattered, column: Column) -> Cell:
 def reason(truth: ScatteredTruth, column: Column, error: errors.LayerwiseError, may: list[Refusal]) -> str:
     """Which of the listed errors this one is."""
     for refusal in may:
-        known = isinstance(error, tuple(getattr(errors, name) for name in refusal.error.split("|")))
-        if known and re.search(refusal.text, str(error)):
+        if allows(refusal, error):
             refusal_says_enough(truth, column, error, names=False)
             return refusal.why
     raise AssertionError(
         f"{column.name} on {truth.program.id} is refused for a reason that is not listed: "
         f"{type(error).__name__}: {error}"
     ) from error
+
+
+def allows(refusal: Refusal, error: errors.LayerwiseError) -> bool:
+    """Whether an error is the one that is listed."""
+    known = tuple(getattr(errors, name) for name in refusal.error.split("|"))
+    return isinstance(error, known) and re.search(refusal.text, str(error)) is not None
 
 
 def compare(truth: ScatteredTruth, column: Column, result: Any, drawn: Drawn) -> None:

@@ -30,7 +30,7 @@ Batch = SimpleNamespace  # the tensors of a batch by name; `number`: the sample 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An error that a cell may or must raise: its name in `layerwise.errors`, words of its text, and a reason."""
+    """An error that a cell may or must raise: names in `layerwise.errors`, words of its text, both by `|`; a reason."""
 
     error: str
     text: str
