@@ -26,13 +26,14 @@ class Order(NamedTuple):
 
 def order_of(numbers: Tensor, n: int) -> Order:
     """The order of rows with sample numbers `[M]` in `[N,T]`, T the rows of the longest sample; -1: left out."""
+    total = len(numbers)
     kept = (numbers >= 0).nonzero()[:, 0]
     numbers = numbers[kept]
     within = ranks(numbers, n)
     length = int(within.max()) + 1 if len(within) else 0
     order = numbers.argsort(stable=True)
     source, place = kept[order], (numbers * length + within)[order]
-    whole = len(source) == n * length
+    whole = len(source) == n * length == total
     if whole and bool((source == torch.arange(len(source), device=source.device)).all()):
         return Order(n, length, None, None)
     return Order(n, length, source, place)

@@ -100,11 +100,11 @@ class _Region(NamedTuple):
 
 
 def shared_uses(
-    graph: Graph, roots: Sequence[Root], n: int, mixed: Mapping[int, Use]
+    graph: Graph, roots: Sequence[Root], n: int, mixed: Mapping[int, Use], partly: Collection[int]
 ) -> tuple[list[SharedUse], dict[int, Where]] | None:
     """What stands in for the uses whose outputs answer for several samples; None where some of them mix samples.
 
-    roots: the losses' numbered terms.
+    roots: the losses' numbered terms. partly: the numbers of those with rows that answer for a single sample.
     """
     apart = [use for use in graph.uses if use.index not in mixed]
     if not _other_sources(mixed.values(), apart) or not _fed_by(mixed, apart):
@@ -114,7 +114,9 @@ def shared_uses(
     holds_none = dict.fromkeys(mixed, True)
     for edge, numbers, members, stops in fronts:
         for use in members:
-            holds_none[use.index] &= _position_of(edge, numbers, use, n, stops)
+            holds_none[use.index] &= (
+                (use.index not in partly and not _may_hold(use, n)) or _position_of(edge, numbers, use, n, stops)
+            )
     if not all(holds_none[use.index] or _alike(use, mixed.values(), holds_none) for use in mixed.values()):
         return None
     first = max(use.index for use in graph.uses) + 1
@@ -196,16 +198,18 @@ def _reaches(start: Node, use: Use, stops: Collection[Node]) -> bool:
     return any(node is use.edge.node for node in finished([start], below))
 
 
-def _position_of(edge: GradientEdge, numbers: Tensor, use: Use, n: int, stops: Collection[Node]) -> bool:
-    """Whether a shared use's output cannot hold the samples: none of its axes has room, or it lies along another axis.
-
-    An output with an axis of N·r rows may be one of N samples that are mixed further up (batch statistics). It is not
-    where each of its rows reaches, in every sample, one and the same index of an axis other than the samples'.
-    """
+def _may_hold(use: Use, n: int) -> bool:
+    """Whether an axis of a use's output, or of what its input was made of, has room for n samples."""
     sizes = [use.call.out_shape[a] for a in free_axes(use)]
     sizes += [] if use.origin is None else [s.shape[0] for s in sources(use.origin[0]) if s.shape]
-    if not any(size % n == 0 for size in sizes):
-        return True
+    return any(size % n == 0 for size in sizes)
+
+
+def _position_of(edge: GradientEdge, numbers: Tensor, use: Use, n: int, stops: Collection[Node]) -> bool:
+    """Whether each row of a shared use's output reaches, in every sample, one index of an axis other than the samples'.
+
+    An output with an axis of N·r rows could else be one of N samples that are mixed further up (batch statistics).
+    """
     like = torch.zeros((), dtype=edge.node._input_metadata[edge.output_nr].dtype, device=numbers.device)
     like = like.expand(numbers.shape)
     for axis in range(numbers.dim()):
@@ -220,7 +224,7 @@ def _position_of(edge: GradientEdge, numbers: Tensor, use: Use, n: int, stops: C
         with stopped(stops):
             (found,) = element_numbers([Root(edge, like, owners)], size, [use.edge])
         if found is not None and not bool((found == MIXED).any()):
-            index = [a for a in free_axes(use) if use.call.out_shape[a] % n == 0]
+            index = [a for a in free_axes(use) if use.call.out_shape[a] % n == 0 or len(free_axes(use)) == 1]
             if index and all(_varies(found, a) for a in index):
                 return True
     return False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     """
     settle([pair[0] for pair in (*(u.origin for u in graph.uses), *(loss.target for loss in graph.losses)) if pair])
     if isinstance(samples, Tensor):
-        return _checked(graph, by_rows(graph, int(samples.max()) + 1 if samples.numel() else 0, samples))
+        return next(by_rows(graph, int(samples.max()) + 1, samples))
     if samples is None and readings.contradictory(graph):
         return _first_that_holds(tape, graph, readings.candidates(graph), None)
     n = samples if samples is not None else readings.first_count(graph)
@@ -50,7 +51,7 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
         if not graph.own:
             raise
         try:  # the terms of a loss of the user's own may say which rows are a sample
-            return by_rows(graph, n)
+            return next(by_rows(graph, n))
         except _REFUSALS:
             raise error from None
     except (SamplesMixed, BadInput) as error:
@@ -83,29 +84,40 @@ def _first_that_holds(
 ) -> SampleLayout:
     """The layout of the first number of samples that the measurement confirms; tried: on axes, without success.
 
-    Among several, one by which each row of the batch belongs to one sample comes first.
+    Among several, one by which each row of the batch belongs to one sample comes first, then one by which that is so of
+    some tensor (others are constants), then one on axes.
     """
-    on_axes: SampleLayout | None = None
+    second: dict[int, SampleLayout] = {}
     for n in counts:
-        for attempt in ([] if n == tried else [lambda n=n: by_axes(tape, graph, n)[0]]) + [
-            lambda n=n: by_rows(graph, n)
-        ]:
+        layouts = _layouts(tape, graph, n, n != tried)
+        while True:
             try:
-                layout = _checked(graph, attempt())
+                layout = next(layouts, None)
             except _REFUSALS as refusal:
                 worse = isinstance(error, BadInput) and isinstance(refusal, SamplesMixed)
                 error = refusal if error is None or worse else error
-                continue
+                break
+            if layout is None:
+                break
             if one_sample_a_row(graph, layout):
                 return layout
-            if layout.regular:
-                on_axes = on_axes or layout
-    if on_axes is not None:
-        return on_axes
+            rank = 0 if one_sample_a_row(graph, layout, constants=True) else 1 if layout.regular else None
+            if rank is not None:
+                second.setdefault(rank, layout)
+    if second:
+        return second[min(second)]
     if error is None:
         raise BadInput("asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N")
     seen = ", ".join(map(str, counts))
     raise type(error)(f"{error} (numbers of samples that the batch, the targets and the losses allow: {seen})")
+
+
+def _layouts(tape: Tape, graph: Graph, n: int, on_axes: bool) -> Iterator[SampleLayout]:
+    """The layouts of n samples: on axes, then row by row. Raises the refusal of the last."""
+    if on_axes:
+        with suppress(*_REFUSALS):
+            yield _checked(graph, by_axes(tape, graph, n)[0])
+    yield from by_rows(graph, n)
 
 
 def _checked(graph: Graph, layout: SampleLayout) -> SampleLayout:
@@ -123,6 +135,8 @@ def _on_axes(tape: Tape, graph: Graph, model: Any, n: int, samples: int | None) 
     if key in memo:
         return memo[key]
     layout, proved = by_axes(tape, graph, n)
+    if samples is None and len({id(use.batch) for use in graph.uses}) > 1 and not one_sample_a_row(graph, layout):
+        raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
     if proved and structural(graph, layout):
         if len(memo) >= _MEMO_LIMIT:
             memo.clear()

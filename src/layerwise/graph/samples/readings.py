@@ -81,6 +81,8 @@ def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Origin, int]
     found = numbers(origin, offsets)
     if found is None:
         return None
+    if not found.numel():
+        return found.new_zeros(shape[:1] + (1,) * (len(shape) - 1))
     keep = 0
     flat = found
     for axis in reversed(range(found.dim())):
@@ -91,25 +93,22 @@ def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Origin, int]
         flat = one
     if found.shape[:keep] != shape[:keep]:
         return None
-    lead = found.reshape(*found.shape[:keep], -1)[..., 0] if found.numel() else found.new_zeros(found.shape[:keep])
+    lead = found.reshape(*found.shape[:keep], -1)[..., 0]
     return lead.reshape(*lead.shape, *(1,) * (len(shape) - keep))
 
 
 def candidates(graph: Graph) -> list[int]:
     """The numbers of samples that the losses, the targets and the batches allow, the likeliest first."""
-    rows = _distinct_rows(use.origin for use in graph.uses)
+    rows = sorted(_distinct_rows(use.origin for use in graph.uses), key=lambda x: x == 1)
+    rows = [x for x in rows if x > 1] or rows[:1]  # a tensor of one row beside others is a constant
     labels = _distinct_rows(loss.target for loss in graph.losses)
     lead = terms(graph)
-    same = set(lead)
+    alike = lead[:1] if len(set(lead)) == 1 else []
     first = first_count(graph)
-    found = [x for x in lead if len(same) == 1 and x in rows]
-    found += [x for x in labels if x in rows]
-    found += rows
-    found += [x for x in lead if len(same) == 1 and x in labels]
-    found += [] if first is None else [first]
-    found += [sum(rows), *labels, *(lead if len(same) == 1 else ()), sum(lead), *_own_terms(graph)]
-    found = list(dict.fromkeys(x for x in found if x > 0))
-    return [x for x in found if x > 1] or found
+    found = [x for x in alike if x in rows] + [x for x in labels if x in rows] + rows
+    found += [x for x in alike if x in labels] + ([] if first is None else [first])
+    found += [sum(rows), *labels, *alike, sum(lead), *_own_terms(graph)]
+    return [x for x in dict.fromkeys(found) if x > 1 or (x == 1 and rows[:1] == [1]) or len(set(found)) == 1]
 
 
 def _own_terms(graph: Graph) -> list[int]:

@@ -29,12 +29,14 @@ from layerwise.tape.uses import LossUse, Use
 __all__ = ["by_rows", "check_losses", "one_sample_a_row"]
 
 
-def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> SampleLayout:
-    """The sample of every row of every use. given: the sample number of each loss term, or of each row of the batch.
+def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[SampleLayout]:
+    """The layouts of n samples that the measurement confirms, the likeliest first.
 
-    Raises SamplesMixed, or BadInput where the loss terms cannot be numbered.
+    given: the sample number of each loss term, or of each row of the batch. Raises SamplesMixed, or BadInput where the
+    loss terms cannot be numbered, if there is none.
     """
     refusal: SamplesMixed | None = None
+    confirmed = 0
     for losses in _numberings(graph, n, given):
         try:
             layout = _layout(graph, n, losses)
@@ -42,9 +44,10 @@ def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> SampleLayout:
         except SamplesMixed as error:
             refusal = refusal or error
             continue
-        if given is not None or one_sample_a_row(graph, layout):
-            return layout
-        refusal = refusal or SamplesMixed(f"rows of the batch belong to several of {n} samples")
+        confirmed += 1
+        yield layout
+    if confirmed:
+        return
     if refusal is not None:
         raise refusal
     raise BadInput(
@@ -71,20 +74,20 @@ def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
         elements = [_joined(a, b) for a, b in zip(elements, found, strict=True)]
     uses: dict[int, Where] = {}
     mixed: dict[int, Use] = {}
-    partly: Use | None = None
+    partly: set[int] = set()
     for use, number in zip(graph.uses, elements, strict=True):
         shape = use.call.out_shape
         rows = torch.full([1] * len(shape), NONE) if number is None else row_numbers(use, number)
         if bool((rows == MIXED).any()):
             mixed[use.index] = use
-            partly = use if bool((rows >= 0).any()) else partly
+            partly |= {use.index} if bool((rows >= 0).any()) else set()
         else:
             uses[use.index] = RowNumbers(n, rows)
     if not mixed:
         return SampleLayout(n, uses, list(losses))
-    shared = None if partly is not None else shared_uses(graph, roots, n, mixed)
+    shared = shared_uses(graph, roots, n, mixed, partly)
     if shared is None:
-        use = partly or next(iter(mixed.values()))
+        use = next((mixed[i] for i in partly), next(iter(mixed.values())))
         raise SamplesMixed(
             f"asked for per-sample quantities of {n} samples, but rows of the output {tuple(use.call.out_shape)} of "
             f"{use} answer for the loss terms of several samples"
@@ -321,9 +324,19 @@ def _fitted(loss: LossUse, given: Tensor, n: int) -> RowNumbers | None:
 # -- proof ----------------------------------------------------------------------------------------------------------
 
 
-def one_sample_a_row(graph: Graph, layout: SampleLayout) -> bool:
-    """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample."""
-    owner: dict[Origin, dict[int, int]] = {}
+def one_sample_a_row(graph: Graph, layout: SampleLayout, constants: bool = False) -> bool:
+    """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample.
+
+    constants: whether that of one tensor is enough whose rows are those of all samples.
+    """
+    found = [(one, len(owner) and len(set(owner.values()))) for owner, one in _owners_of_rows(graph, layout)]
+    return any(one and covered == layout.n for one, covered in found) if constants else all(one for one, _ in found)
+
+
+def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[dict[int, int], bool]]:
+    """For each tensor that inputs were made of, a sample of each of its rows, and whether it is the only one."""
+    owners: dict[Origin, dict[int, int]] = {}
+    single: dict[Origin, bool] = {}
     for use in graph.uses:
         where = layout.uses.get(use.index)
         if use.origin is None or where is None or use.index in layout.replaced:
@@ -337,9 +350,8 @@ def one_sample_a_row(graph: Graph, layout: SampleLayout) -> bool:
             numbers = where.owners(use.call.out_shape).cpu()
             row, number = (x.flatten() for x in torch.broadcast_tensors(rows, numbers))
             held = (row >= 0) & (number >= 0)
-            pairs = torch.stack([row[held], number[held]], 1).unique(dim=0).tolist()
-            seen = owner.setdefault(source, {})
-            for r, sample in pairs:
-                if seen.setdefault(r, sample) != sample:
-                    return False
-    return True
+            seen = owners.setdefault(source, {})
+            single.setdefault(source, True)
+            for r, sample in torch.stack([row[held], number[held]], 1).unique(dim=0).tolist():
+                single[source] &= seen.setdefault(r, sample) == sample
+    return [(owner, single[source]) for source, owner in owners.items()]
