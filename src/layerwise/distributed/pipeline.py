@@ -73,7 +73,9 @@ class Pipeline(LayerLocal):
         for key, why in _REFUSED.items():
             if settings.pop(key, None):
                 raise BadInput(f"a Pipeline takes no {key}=: {why}")
-        if settings.setdefault("codes", "sweep") != "sweep" and settings.get("preset") is None:
+        if settings.get("codes") is None:
+            settings["codes"] = "sweep"
+        if settings["codes"] != "sweep":
             raise BadInput(f'a Pipeline needs codes="sweep", which pass one block alone; got {settings["codes"]!r}')
         self._stages.agree({key: described(value) for key, value in settings.items()})
         names = list(named_parameters_of(stage))

@@ -105,12 +105,14 @@ class CodeFitter:
             raise BadInput(f"AltMin knows the presets {', '.join(_PRESETS)}; got {settings.preset!r}")
         if settings.reduction not in ("mean", "sum"):
             raise BadInput(f'AltMin\'s reduction is "mean" or "sum"; got {settings.reduction!r}')
-        preset = dict(_PRESETS[settings.preset]) if settings.preset else {}
-        weights = preset.pop("weights", "adam") if settings.weights is None else settings.weights
+        preset = dict(_PRESETS[settings.preset]) if settings.preset else {"weights": "adam"}
+        weights = preset["weights"] if settings.weights is None else settings.weights
         self.updates = Updates(weights, settings.regularizer, settings.layers or {}, names)
         kind = self.updates.default.kind
+        if kind != preset.pop("weights"):
+            preset.pop("lr", None)  # which is the other kind's
         given = {key: value for key in _NUMBERS if (value := getattr(settings, key)) is not None}
-        chosen = {**DEFAULTS[kind], "lr": rate_of(self.updates.default), "weights": kind, **preset, **given}
+        chosen = {**DEFAULTS[kind], "lr": rate_of(self.updates.default), **preset, **given, "weights": kind}
         self.codes = chosen.pop("codes")
         self.defaults = with_coupling(chosen)
         self.said = {key: getattr(settings, key) for key in _ALIKE} | {"codes": self.codes}

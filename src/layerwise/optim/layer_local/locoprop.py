@@ -130,9 +130,10 @@ class LocoProp(LayerLocal):
             raise BadInput(f"layers in turn (order={order!r}) cannot be solved at once ({asked})")
         self._warned: set[str] = set()  # functions without a matching loss
         self._last: list[tuple[tuple[str, ...], str]] | None = None
-        kind = loss if isinstance(loss, str) else "squared" if getattr(solver, "squared_only", False) else "matching"
+        squared = getattr(solver, "squared_only", False)
+        kind = loss if isinstance(loss, str) else "squared" if squared else "matching"
         chosen = dict(_PRESETS[preset] if preset else _DEFAULTS.get(kind, _DEFAULTS["matching"]))
-        if isinstance(loss, str) or preset is None:
+        if loss is not None or squared or preset is None:
             chosen["loss"] = kind
         chosen |= implied(self._choices.default, {**values, "lr": lr})
         given = {"lr": lr, "gamma": gamma, "steps": steps, "rows": rows, "decay": decay, "momentum": momentum,

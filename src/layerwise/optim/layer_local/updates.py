@@ -73,10 +73,15 @@ class Updates:
             self.numbers[pattern] = own
 
     def of(self, name: str, group: Mapping[str, Any]) -> Update:
-        """The update of a weight, in a group that may say another kind than the default's."""
+        """The update of a weight, in a group that may say another kind than the default's.
+
+        Raises BadInput for a group that asks for a solver where none was given.
+        """
         pattern = first_match(tuple(self._by_pattern), name)
         found = self.default if pattern is None else self._by_pattern[pattern]
         if found.kind != group["weights"]:
+            if group["weights"] == "solver":
+                raise BadInput(f'the group of {name} asks for weights="solver": give the solver by weights= or layers=')
             solver = Memory() if group["weights"] == "memory" else None
             found = found._replace(kind=group["weights"], solver=solver)
         return found
