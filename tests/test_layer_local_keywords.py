@@ -1,7 +1,8 @@
-"""LocoProp's and AltMin's keywords: what is spelled out wins over a preset."""
+"""LocoProp's and AltMin's keywords: the values whose fields they are, and presets, over which they win."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from typing import Any
@@ -36,7 +37,7 @@ PRESETS: dict[tuple[str, str], Settings] = {
 GIVEN: dict[str, list[Settings]] = {
     "LocoProp": [
         {"lr": 3e-4}, {"loss": "matching"}, {"loss": "squared"}, {"loss": local.SIGMOID}, {"target": local.Mirror()},
-        {"target": local.GradientStep(3.0)}, {"target": local.GradientStep(clip="range")},
+        {"target": local.GradientStep(3.0)}, {"gamma": 1e3, "target": local.GradientStep(clip="range")},
         {"regularizer": local.WeightDecay(0.1)}, {"solver": local.LocalSteps(4, rows=5)},
         {"solver": local.LocalSteps(4, torch.optim.SGD)}, {"solver": local.ProximalSolve(0.5)},
         {"solver": local.Newton(2, damping=1.0)}, {"solver": local.Spectral(3)}, {"layers": {"2": {"lr": 1e-3}}},
@@ -66,7 +67,7 @@ QUIET = [  # without effect here: Adam has no momentum, and a row of a dense lay
 ]  # fmt: skip
 
 
-def trained(method: str, settings: Settings, steps: int = 6) -> tuple[dict[str, Tensor], Settings, Settings]:
+def trained(method: str, settings: Settings, steps: int = 3) -> tuple[dict[str, Tensor], Settings, Settings]:
     """The parameters (or what is in `.grad`) after some steps, the numbers of the groups, and the state."""
     net = mlp(5, 6, 4, 3)
     with warnings.catch_warnings():
@@ -108,6 +109,29 @@ def beside(method: str, preset: str, given: Settings) -> Settings:
     return {**wanted, **given}
 
 
+VALUES: dict[str, dict[str, Any]] = {
+    "LocoProp": {
+        "objective": lw.optim.Objective, "local_update": lw.optim.LocalUpdate, "execution": lw.optim.Execution,
+    },
+    "AltMin": {
+        "code_update": lw.optim.CodeUpdate, "weight_update": lw.optim.WeightUpdate, "minibatch": lw.optim.Minibatch,
+        "execution": lw.optim.Execution,
+    },
+}  # fmt: skip
+OWNER = {
+    (method, field.name): argument
+    for method, values in VALUES.items() for argument, made in values.items() for field in dataclasses.fields(made)
+}  # fmt: skip
+
+
+def by_value(method: str, given: Settings) -> Settings:
+    """Settings with the values in place of the keywords for their fields."""
+    parts: dict[str, Settings] = {}
+    for word, value in given.items():
+        parts.setdefault(OWNER.get((method, word), ""), {})[word] = value
+    return parts.pop("", {}) | {argument: VALUES[method][argument](**fields) for argument, fields in parts.items()}
+
+
 def pairs() -> list[Any]:
     return [
         pytest.param(method, preset, given, id=f"{method}-{preset}-{n}-{'-'.join(given)}")
@@ -129,12 +153,55 @@ def test_what_is_spelled_out_wins_over_a_preset(method: str, preset: str, given:
             assert found[1][0][word] == value
 
 
+@pytest.mark.parametrize(("method", "preset", "given"), pairs())
+def test_a_value_has_the_bits_of_its_keywords(method: str, preset: str, given: Settings) -> None:
+    settings = {"preset": preset, **given}
+    assert same(trained(method, by_value(method, settings), 2), trained(method, settings, 2))
+
+
+@pytest.mark.parametrize(("method", "preset"), PRESETS)
+def test_a_preset_spelled_out_in_values_has_its_bits(method: str, preset: str) -> None:
+    values = by_value(method, PRESETS[method, preset])
+    assert same(trained(method, values, 2), trained(method, {"preset": preset}, 2))
+
+
+@pytest.mark.parametrize(("method", "word"), OWNER, ids=str)
+def test_a_value_beside_a_keyword_for_its_field_is_refused_by_name(method: str, word: str) -> None:
+    argument, value = OWNER[method, word], next(g[word] for g in GIVEN[method] if word in g)
+    made = VALUES[method][argument]
+    with pytest.raises(BadInput, match=f"{word}= is the field '{word}' of {argument}="):
+        METHODS[method](mlp(5, 3), **{word: value, argument: made()})
+    with pytest.raises(BadInput, match=f"{argument}= takes a lw.optim.{made.__name__}"):
+        METHODS[method](mlp(5, 3), **{argument: value})
+    net = mlp(5, 3)
+    more = {"multipliers": {"repeats": 2, "codes": "sweep"}, "staleness": {"schedule": "async"}}.get(word, {})
+    METHODS[method](net, **{argument: None, word: value, **more})  # None is not given, on either side
+    if inspect.signature(METHODS[method]).parameters[word].default is None:
+        METHODS[method](net, **{argument: made(), word: None})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constructor_shows_its_keywords_and_takes_no_others(method: str) -> None:
+    shown = inspect.signature(METHODS[method]).parameters
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in shown.values())
+    defaults = {name: p.default for name, p in shown.items() if name != "model" and name not in VALUES[method]}
+    assert same(trained(method, defaults, 2), trained(method, {}, 2))
+    with pytest.raises(TypeError) as said:
+        METHODS[method](mlp(5, 3), speed=1)
+    assert str(said.value) == f"{method}.__init__() got an unexpected keyword argument 'speed'"
+
+
+def test_a_gamma_beside_a_target_with_another_one_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"GradientStep\(gamma=3.0.*gamma=2.0"):
+        lw.LocoProp(mlp(5, 3), gamma=2.0, target=local.GradientStep(3.0))
+
+
 def test_every_keyword_is_among_those_given() -> None:
     """But the model, its parameters, the preset itself, and a trace, which changes nothing."""
     for method, cases in GIVEN.items():
         words = {word for given in cases for word in given}
         shown = set(inspect.signature(METHODS[method]).parameters)
-        assert shown - {"model", "params", "preset", "trace"} == words
+        assert shown - {"model", "params", "preset", "trace"} == words | VALUES[method].keys()
 
 
 def test_a_group_cannot_ask_for_a_solver_that_was_not_given() -> None:

@@ -1,10 +1,11 @@
-"""What a user chose for each layer: loss, target, regularizers and solver, by patterns on parameter names."""
+"""What LocoProp is told: the values of its keywords, and by patterns on names what each layer has in their place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from layerwise.errors import BadInput
 from layerwise.local.regularizers import Regularizer
@@ -12,10 +13,55 @@ from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
 from layerwise.local.targets import GradientStep, Target
 from layerwise.local.transfer import Transfer
 
-__all__ = ["NUMBERS", "Choice", "Choices", "check_patterns", "first_match", "implied", "matches", "several"]
+__all__ = [
+    "NUMBERS", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "check_patterns", "first_match", "implied",
+    "matches", "several",
+]  # fmt: skip
 
 NUMBERS = ("lr", "gamma", "steps", "rows", "decay", "momentum", "eps")
 VALUES = ("loss", "target", "regularizer", "solver")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What `LocoProp` fits each layer to; None: the preset's, or the default.
+
+    loss: "matching", "squared", or a transfer function of `lw.local` whose matching loss is taken.
+    target: `GradientStep` (default), `Mirror`, or a function `(z, g, transfer) -> y`.
+    gamma: γ, against the gradient of the loss as written; default 10.
+    regularizer: None, `Proximal`, `WeightDecay`, `Elastic`, a function, or several.
+    Raises BadInput for a gamma beside a target with another one.
+    """
+
+    loss: Literal["matching", "squared"] | Transfer | None = None
+    target: Target | None = None
+    gamma: float | None = None
+    regularizer: Regularizer | Sequence[Regularizer] | None = None
+
+    def __post_init__(self) -> None:
+        theirs = getattr(self.target, "gamma", None)
+        if self.gamma is not None and theirs not in (None, self.gamma):
+            raise BadInput(f"target={self.target} has another gamma than gamma={self.gamma}: give one of the two")
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """How `LocoProp` moves a layer's weights towards its target; None: the preset's, the solver's, or the default.
+
+    solver: `LocalSteps` (default), another solver of `lw.local`, or a function `problem -> (ΔW, Δb)`.
+    steps: T local steps, default 10, at the rate `lr·max(1 - t/T, 1/4)`.
+    rows: rows of each local step, a number, "auto" for R/T, or "all".
+    decay: of TFRMSProp's mean square.
+    momentum: of TFRMSProp; default 0.99 with the matching loss, 0.999 with the squared one.
+    eps: of TFRMSProp.
+    """
+
+    solver: Solver | None = None
+    steps: int | None = None
+    rows: int | Literal["auto", "all"] | None = None
+    decay: float | None = None
+    momentum: float | None = None
+    eps: float | None = None
 
 
 class Choice(NamedTuple):

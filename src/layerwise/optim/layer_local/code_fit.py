@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,54 +25,27 @@ from layerwise.optim.layer_local.base import Fitting, solved
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
 from layerwise.optim.layer_local.snapshot import Snapshot
 from layerwise.optim.layer_local.stale import Stale
-from layerwise.optim.layer_local.updates import DEFAULTS, Update, Updates, check_run, fused, rate_of, rates_of, share
+from layerwise.optim.layer_local.trace import Trace
+from layerwise.optim.layer_local.updates import (
+    DEFAULTS,
+    CodeUpdate,
+    Minibatch,
+    Update,
+    Updates,
+    WeightUpdate,
+    fused,
+    rate_of,
+    rates_of,
+    share,
+)
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["CodeFitter", "Coded", "Settings", "repeated", "settings_of", "with_coupling"]
+__all__ = ["CodeFitter", "Coded", "repeated", "with_coupling"]
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
 }
-_NUMBERS = ("codes", "lr", "coupling", "steps", "rows", "betas", "eps", "momentum", "l1", "code_l1", "normalise")
-_ALIKE = ("weights", "codes", "layers", "code_step", "repeats", "regularizer", "multipliers", "schedule", "staleness",
-          "reduction")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The keywords of `AltMin` as one value; None where it has a default that depends on others."""
-
-    codes: Any = None
-    weights: Any = None
-    lr: float | None = None
-    coupling: float | Coupling | None = None
-    steps: int | None = None
-    rows: Any = None
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
-    momentum: float | None = None
-    l1: float | None = None
-    code_l1: float | None = None
-    normalise: bool | None = None
-    regularizer: Any = None
-    layers: Mapping[str, Mapping[str, Any]] | None = None
-    code_step: CodeStep | None = None
-    repeats: int = 1
-    multipliers: bool = False
-    schedule: str = "together"
-    staleness: int | None = None
-    trace: Any = None
-    reduction: str = "mean"
-    preset: str | None = None
-
-
-def settings_of(given: Mapping[str, Any]) -> Settings:
-    """Keywords of `AltMin` as a value. Raises TypeError as it does for one that it does not have."""
-    unknown = [key for key in given if key not in {field.name for field in fields(Settings)}]
-    if unknown:
-        raise TypeError(f"AltMin.__init__() got an unexpected keyword argument {unknown[0]!r}")
-    return Settings(**given)
 
 
 def with_coupling(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,28 +72,34 @@ class CodeFitter:
     for settings that cannot be.
     """
 
-    def __init__(self, settings: Settings, names: Sequence[str]) -> None:
-        if settings.preset is not None and settings.preset not in _PRESETS:
-            raise BadInput(f"AltMin knows the presets {', '.join(_PRESETS)}; got {settings.preset!r}")
-        if settings.reduction not in ("mean", "sum"):
-            raise BadInput(f'AltMin\'s reduction is "mean" or "sum"; got {settings.reduction!r}')
-        preset = dict(_PRESETS[settings.preset]) if settings.preset else {"weights": "adam"}
-        weights = preset["weights"] if settings.weights is None else settings.weights
-        self.updates = Updates(weights, settings.regularizer, settings.layers or {}, names)
+    def __init__(
+        self, codes: CodeUpdate, weights: WeightUpdate, minibatch: Minibatch, names: Sequence[str], lr: float | None,
+        layers: Mapping[str, Mapping[str, Any]] | None, trace: Trace | None, preset: str | None,
+    ) -> None:  # fmt: skip
+        if preset is not None and preset not in _PRESETS:
+            raise BadInput(f"AltMin knows the presets {', '.join(_PRESETS)}; got {preset!r}")
+        chosen = {"weights": "adam", **(_PRESETS[preset] if preset else {})}
+        way = chosen["weights"] if weights.weights is None else weights.weights
+        self.updates = Updates(way, weights.regularizer, layers or {}, names)
         kind = self.updates.default.kind
-        if kind != preset.pop("weights"):
-            preset.pop("lr", None)  # which is the other kind's
-        given = {key: value for key in _NUMBERS if (value := getattr(settings, key)) is not None}
-        chosen = {**DEFAULTS[kind], "lr": rate_of(self.updates.default), **preset, **given, "weights": kind}
+        if kind != chosen["weights"]:
+            chosen.pop("lr", None)  # which is the other kind's
+        said = {**vars(codes), **vars(weights), **vars(minibatch)}
+        given = {key: value for key, value in {**said, "lr": lr}.items() if key in DEFAULTS[kind] and value is not None}
+        chosen = {**DEFAULTS[kind], "lr": rate_of(self.updates.default), **chosen, **given, "weights": kind}
         self.codes = chosen.pop("codes")
         self.defaults = with_coupling(chosen)
-        self.said = {key: getattr(settings, key) for key in _ALIKE} | {"codes": self.codes}
-        check_run(self.codes, settings.repeats, settings.multipliers, settings.schedule, settings.staleness)
-        self.code_step = settings.code_step if settings.code_step is not None else CodeStep()
-        self.repeats, self.trace, self._reduction = settings.repeats, settings.trace, settings.reduction
-        self.multipliers: dict[int, Tensor] | None = {} if settings.multipliers else None
-        staleness = 2 if settings.staleness is None else settings.staleness
-        self.stale = Stale(staleness) if settings.schedule == "async" else None
+        self.said = {**said, "codes": self.codes, "layers": layers}
+        if codes.multipliers and (self.codes != "sweep" or minibatch.repeats < 2):
+            raise BadInput(
+                'multipliers belong to the samples of a minibatch: they need codes="sweep" and repeats ≥ 2 (codes made '
+                f"from the outputs at once cancel them); got codes={self.codes!r}, repeats={minibatch.repeats}"
+            )
+        self.code_step = CodeStep() if codes.code_step is None else codes.code_step
+        self.repeats, self.trace, self._reduction = minibatch.repeats, trace, minibatch.reduction
+        self.multipliers: dict[int, Tensor] | None = {} if codes.multipliers else None
+        staleness = 2 if minibatch.staleness is None else minibatch.staleness
+        self.stale = Stale(staleness) if minibatch.schedule == "async" else None
 
     # -- the numbers of the objective --------------------------------------------------------------------------
 

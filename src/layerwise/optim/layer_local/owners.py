@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +25,28 @@ from layerwise.optim.layer_local.executors import (
 from layerwise.ranks.group import Ranks, values_digest
 from layerwise.ranks.ownership import assigned
 
-__all__ = ["Parallel", "RankExecutor", "all_or_none", "described", "digest", "executor_over"]
+__all__ = ["Execution", "Parallel", "RankExecutor", "all_or_none", "described", "digest", "executor_over"]
 
 Parallel = Any  # None, True, a process group, or Ranks
 _SMALL = 16  # numbers of a tensor on the CPU that travels as an object
 _APART = 1e-4  # of a loss: what kernels that add up in another order may make of one batch
 
 
-def executor_over(parallel: Parallel, workers: Workers) -> Executor:
+@dataclass(frozen=True)
+class Execution:
+    """Who solves the layers of a step of `LocoProp` or `AltMin`; the bits are the same.
+
+    workers: None, n threads, or ("process", n): how many layers are solved at once.
+    parallel: True or a process group: ranks with the same batch share the layers.
+    """
+
+    workers: Workers = None
+    parallel: Parallel = None
+
+
+def executor_over(execution: Execution) -> Executor:
     """Who solves the layers: workers here, or those of every rank. Raises BadInput as `executor_of` and `Ranks`."""
-    here = executor_of(workers)
+    parallel, here = execution.parallel, executor_of(execution.workers)
     if parallel is None or parallel is False:
         return here
     if isinstance(parallel, str | int | float) and parallel is not True:

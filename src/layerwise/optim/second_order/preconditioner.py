@@ -17,14 +17,13 @@ from layerwise.optim.second_order.data_parallel import DataParallel
 from layerwise.optim.second_order.exchange import JoinedBatch, RankCost, RankExchange
 from layerwise.optim.second_order.measured import KINDS, Request
 from layerwise.optim.second_order.settings import (
+    KEYWORDS,
     Kind,
     ValueWords,
-    as_keywords,
     described,
     in_present_words,
     present_state,
     spelled_out,
-    values_of,
 )
 from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, bad_curvature, bad_gradient
 from layerwise.quantities.base import Quantity
@@ -105,7 +104,8 @@ class Preconditioner:
         **words: Unpack[ValueWords],
     ) -> None:
         given = {**words} if kind is None else {**words, "kind": kind}
-        self.curvature, self.schedule = values_of(in_present_words(Preconditioner.__init__, given))
+        values = KEYWORDS.values(in_present_words(Preconditioner.__init__, given))
+        self.curvature, self.schedule = values["curvature"], values["schedule"]
         self.damping, self.damping_form = damping, damping_form
         self.model, self.on_nonfinite, self._seed = model, on_nonfinite, seed
         self._kind = KINDS[self.curvature.kind]
@@ -121,7 +121,7 @@ class Preconditioner:
         self._exchange.check_kind(self.curvature.kind)
         self.agree({
             "damping": damping, "damping_form": damping_form, "seed": seed, "on_nonfinite": on_nonfinite,
-            **as_keywords(self.curvature, self.schedule),
+            **KEYWORDS.of(values),
         })  # fmt: skip
 
     def agree(self, settings: Mapping[str, Any]) -> None:
