@@ -143,7 +143,7 @@ class AltMin(LayerLocal):
     def _attempt(
         self, closure: Callable[[], Tensor], buffers: Buffers, refit: bool = False
     ) -> tuple[Tensor, str | None]:
-        """Record a run with codes, and fit the layers to them; go back where a solution is not finite."""
+        """Record a run with codes, and fit the layers to them; roll back where a solution is not finite."""
         fitter, coded = self._fitter, self._record(closure)
         run, fitting = coded.run, self._fitting(coded.run)
         where = self._agreed(run, unsafe(run, partial(fitter.gamma, fitting)) or buffers.spoiled())
@@ -192,7 +192,7 @@ class AltMin(LayerLocal):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def local_state_dict(self) -> dict[str, Any]:
-        """torch's, with names, the number of skipped batches, running averages, and what stale layers have heard."""
+        """As `LayerLocal.local_state_dict`, with the minibatches that stale layers may still be fitted to."""
         return {**super().local_state_dict(), **self._fitter.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

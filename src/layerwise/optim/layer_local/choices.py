@@ -77,7 +77,7 @@ class Choice(NamedTuple):
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern is that of a parameter's name, or of the name of a module that holds it."""
+    """Whether a pattern matches a parameter's name, or the name of a module that holds it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
@@ -87,7 +87,7 @@ def first_match(patterns: Sequence[str], name: str) -> str | None:
 
 
 def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str], names: Sequence[str]) -> None:
-    """Raise BadInput for settings by pattern with other keys, or with a pattern that no parameter's name matches."""
+    """Raise BadInput for unknown keys of `layers=`, and for a pattern that no parameter's name matches."""
     for pattern, settings in layers.items():
         unknown = sorted(set(settings) - set(keys))
         if unknown:
@@ -98,7 +98,7 @@ def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str],
 
 
 def several(method: str, regularizer: Any) -> tuple[Regularizer, ...]:
-    """One regularizer or a sequence of them, as a tuple. Raises BadInput for what is none."""
+    """One regularizer or a sequence of them, as a tuple. Raises BadInput for anything else."""
     terms = tuple(regularizer) if isinstance(regularizer, Sequence) else (regularizer,)
     form = "(weight, bias, gamma, average) -> Pull, or a sequence of such"
     return tuple(_callable(method, "regularizer", t, form) for t in terms)
@@ -108,8 +108,7 @@ class Choices:
     """The choices of all layers: a default, and `layers`, a mapping of patterns to settings; the first match wins.
 
     names: of the model's parameters. rates: the default rate of TFRMSProp, by loss. numbers: the settings of parameter
-    groups, by pattern. Raises BadInput for a value of the wrong kind, an unknown key,
-    or a pattern that no parameter matches.
+    groups, by pattern. Raises BadInput for a value of the wrong kind, and as `check_patterns`.
     """
 
     def __init__(self, default: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], names: Sequence[str],
@@ -152,7 +151,7 @@ class Choices:
 
 
 def implied(choice: Choice, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers that a given solver or target brings along."""
+    """The numbers of a parameter group that a given solver or target sets."""
     found: dict[str, Any] = {}
     if settings.get("solver") is not None:
         solver = choice.solver
@@ -167,7 +166,7 @@ def implied(choice: Choice, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choice(base: Choice, settings: Mapping[str, Any]) -> Choice:
-    """A choice with the values that settings give."""
+    """A choice with the values of settings in the place of its own."""
     loss, target = settings.get("loss"), settings.get("target")
     if isinstance(loss, Transfer):
         base = base._replace(transfer=loss)

@@ -1,4 +1,4 @@
-"""Layers fitted to codes: what alternating minimization does after the codes of a run are known."""
+"""Layers fitted to codes: the weight updates of alternating minimization."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_coupling(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of a parameter group, those of a `Coupling` in place of it."""
+    """A parameter group with a `Coupling` replaced by its numbers."""
     coupling = group.get("coupling")
     return {**group, **(coupling.numbers() if isinstance(coupling, Coupling) else {})}
 
 
 class Coded(NamedTuple):
-    """A run with codes: at every use with one, the cotangent is `−1/γ` times what the code moved by, γ = B/μ.
+    """A run with codes: at every use with one, the cotangent is `−1/γ` times the displacement of the code, γ = B/μ.
 
     codes: those of a sweep, by use index. slopes: the gradients of the layers' weights by backpropagation.
     """
@@ -68,8 +68,7 @@ class Coded(NamedTuple):
 class CodeFitter:
     """Fits layers to their codes, for `AltMin` and for a stage of a `Pipeline`.
 
-    defaults: the numbers of a parameter group. said: the settings that all processes must have alike. Raises BadInput
-    for settings that cannot be.
+    defaults: the numbers of a parameter group. said: the settings that must be equal in all processes. Raises BadInput.
     """
 
     def __init__(
@@ -130,9 +129,9 @@ class CodeFitter:
         self, fitting: Fitting, coded: Coded, layers: Sequence[Layer], snapshot: Snapshot | None, executor: Executor,
         refit: bool = False,
     ) -> str | None:  # fmt: skip
-        """Fit layers to their codes; or move nothing, and return the place that is not finite.
+        """Fit layers to their codes, and return None; or move nothing, and return the first tensor that is not finite.
 
-        snapshot: to go back to. refit: whether these layers alone move, and nothing is noted.
+        snapshot: to roll back to. refit: only these layers move, without staleness or trace.
         """
         stale = None if refit else self.stale
         trace = self.trace if self.trace is not None and self.trace.due() and not refit else None
@@ -157,7 +156,9 @@ class CodeFitter:
             return where
         self._raise_multipliers(layers, coded.codes)
         if trace is not None:
-            has_code = {layer.name: layer.likelihood is None or not self._steps(fitting, layer) for layer in layers}
+            has_code = {
+                layer.name: layer.likelihood is None or not self._has_local_steps(fitting, layer) for layer in layers
+            }
             after = {layer.name: layer.parameter.detach() for layer in layers}
             trace.note(before, after, coded.slopes(), {n: (made[n], outputs[n], has_code[n]) for n in made})
         if self.trace is not None and not refit:
@@ -165,21 +166,21 @@ class CodeFitter:
         return None
 
     def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:
-        """Makes the local problem of a layer; its gradient times 1/γ is that of the relaxed objective.
+        """A function that makes a layer's local problem, whose gradient is γ times the relaxed objective's.
 
         A hidden layer has γ = B/μ and the squared loss; the layer that makes a loss's logits has the loss itself,
         which is its matching loss with γ = 1/w for terms of one weight w.
         """
         gamma, transfer = self.gamma(fitting, layer.name), IDENTITY
-        if self._steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
+        if self._has_local_steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
             weight = layer.likelihood.uniform_weight()
             if weight:
                 gamma, transfer = 1 / weight, layer.transfer
         pulls = tuple(fitting.pull(layer, term, gamma) for term in self._update(fitting, layer).regularizers)
         return partial(problem_of, fitting.run, layer, gamma, transfer, pulls=pulls)
 
-    def _steps(self, fitting: Fitting, layer: Layer) -> bool:
-        """Whether a layer takes local steps, which fit an output layer to the loss itself."""
+    def _has_local_steps(self, fitting: Fitting, layer: Layer) -> bool:
+        """Whether a layer takes local steps; an output layer then descends the loss itself."""
         solver = self._update(fitting, layer).solver
         return solver is None or isinstance(solver, LocalSteps)
 
@@ -194,7 +195,7 @@ class CodeFitter:
         return LayerJob(params, cost, lambda: self._task(fitting, layer, problem()))
 
     def _task(self, fitting: Fitting, layer: Layer, problem: LocalProblem) -> Task:
-        """A layer's problem with its solver and, for local steps, its optimizer."""
+        """A layer's problem with its solver, and its optimizer for local steps."""
         params, groups = fitting.params(layer), [fitting.group(name) for name in layer.names]
         group, scale = groups[0], 1 / problem.gamma
         solver: Solver | None = self._update(fitting, layer).solver
@@ -210,17 +211,17 @@ class CodeFitter:
         return Task(problem, solver, params, rates, optimizer, layer.fold, scale, state, float(group["l1"]), kind)
 
     def _step_along(self, fitting: Fitting, name: str, p: Tensor, g: Tensor) -> None:
-        """T steps along the gradient, for a parameter without a code."""
+        """Take T steps along the gradient, for a parameter without a code."""
         _, optimizer = fitting.local_optimizer([p], partial(self._rates, name, [p]))
         linear_steps(p, g, optimizer, fitting.group(name)["steps"], schedule=constant)
 
     def _rates(self, name: str, params: Sequence[Tensor], group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The kind of local optimizer that a layer has, and its settings from a group."""
+        """The class of a layer's local optimizer, and its settings from a group."""
         kind, settings = rates_of(self.updates.of(name, group), group)
         return fused(kind, params), settings
 
     def snapshot(self, fitting: Fitting, layers: Sequence[Layer]) -> Snapshot | None:
-        """Copies to go back to, where a finite batch may have a solution that is not finite."""
+        """A snapshot to roll back to, or None where a finite batch always has a finite solution."""
         updates = {layer.name: self._update(fitting, layer) for layer in layers}
         if all(update.solver is None and not update.regularizers for update in updates.values()):
             return None
@@ -240,7 +241,7 @@ class CodeFitter:
     # -- state -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What stale layers have heard, for `state_dict`."""
+        """For `state_dict`: the minibatches kept for stale layers."""
         return {} if self.stale is None else {"stale": self.stale.state()}
 
     def restore(self, state_dict: Mapping[str, Any], model: nn.Module | Mapping[str, Tensor]) -> None:
@@ -252,7 +253,7 @@ class CodeFitter:
 def repeated(
     optimizer: NamedOptimizer, fitter: CodeFitter, model: nn.Module | Mapping[str, Tensor], once: Callable[[], Tensor]
 ) -> Tensor:
-    """The step `once`, repeated on its minibatch with the same random numbers; then μ grows. Returns the first loss."""
+    """Repeat the step `once` on its minibatch with the same random numbers, then let μ grow. Returns the first loss."""
     skipped = optimizer.skipped
     fitter.multipliers = None if fitter.multipliers is None else {}
     random = None

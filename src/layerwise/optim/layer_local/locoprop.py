@@ -51,7 +51,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "published-M": {**_PUBLISHED, "loss": "matching"},
     "published-S": {**_PUBLISHED, "loss": "squared"},
 }
-_REST = LocalSteps()  # what parameters without a local problem take where the solver takes no local steps
+_DEFAULT_STEPS = LocalSteps()  # of parameters without a local problem, beside a solver without local steps
 _ORDERS = ("together", "output_to_input", "input_to_output")
 
 
@@ -164,7 +164,7 @@ class LocoProp(LayerLocal):
     # -- a step ------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """Run the closure, move every parameter or write what it would move by, and return the loss before the step."""
+        """Run the closure, fit every layer (or write `.grad`), and return the loss before the step."""
         skipped = self.skipped
         loss = super().step(closure)
         if self._write == "grad" and self.skipped > skipped:  # nothing for an outer optimizer
@@ -172,7 +172,7 @@ class LocoProp(LayerLocal):
         return loss
 
     def _attempt(self, closure: Callable[[], Tensor], buffers: Buffers) -> tuple[Tensor, str | None]:
-        """Record a run, make the layers' problems, solve them; go back where a solution is not finite."""
+        """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
         together = self._order == "together"
         rerun = None if together else Rerun(self._model, closure, gradients=False)
         run = record(self._model, closure, self._ours, kinds=self._kinds)
@@ -204,7 +204,7 @@ class LocoProp(LayerLocal):
         return run.loss, where
 
     def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
-        """Solve one layer after another; all but the first read their inputs anew."""
+        """Solve one layer after another; each but the first takes its inputs from a new run of the closure."""
         problems = [_problem(fitting, plan) for plan in plans]
         turns = range(len(plans)) if self._order == "input_to_output" else range(len(plans) - 1, -1, -1)
         for count, n in enumerate(turns):
@@ -214,7 +214,7 @@ class LocoProp(LayerLocal):
             solve(_task(fitting, plans[n], problem), self._workspace)
 
     def _run_again(self, layer: Layer, rerun: Rerun) -> Layer:
-        """The layer in another run, without the backward pass that the closure may start."""
+        """The same layer in a new run of the closure, whose backward pass is left out."""
         with rerun:
             rerun.rewind()
             tape = Tape(self._model, lambda tape, total, weight, run: None, keep_outputs=True)
@@ -247,7 +247,7 @@ class LocoProp(LayerLocal):
 
 
 class _Plan(NamedTuple):
-    """A layer with everything its problem is made of, and the group of its weight."""
+    """A layer with the ingredients of its problem, and the parameter group of its weight."""
 
     layer: Layer
     group: Mapping[str, Any]
@@ -271,7 +271,7 @@ def _gamma(fitting: Fitting, choices: Choices, name: str) -> float:
 
 
 def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
-    """What a layer's problem is made of. Raises BadInput for a solver of the squared loss with another one."""
+    """The plan of a layer. Raises BadInput for another loss with a solver of the squared one."""
     choice, group, gamma = choices.of(layer.name), fitting.group(layer.name), _gamma(fitting, choices, layer.name)
     transfer = choice.transfer
     if transfer is None:
@@ -286,7 +286,7 @@ def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
 
 
 def _warn_of_stand_ins(plans: list[_Plan], warned: set[str]) -> None:
-    """Warn, once for each, of functions that have no matching loss."""
+    """Warn, once for each transfer function, that it has no matching loss."""
     for plan in plans:
         f = plan.transfer
         if plan.choice.transfer is None and f.stand_in and f.name not in warned:
@@ -300,7 +300,7 @@ def _warn_of_stand_ins(plans: list[_Plan], warned: set[str]) -> None:
 
 
 def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
-    """A layer's local problem. Raises NonFinite where a target of the user's is not finite."""
+    """A layer's local problem. Raises NonFinite where the target of a user's function is not finite."""
     target, samples = plan.choice.target, fitting.run.samples
     plain = isinstance(target, GradientStep) and target.clip is None
     made = None if plain else fill_in(target, float(plan.group["gamma"]), samples)
@@ -311,9 +311,9 @@ def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
 
 
 def _refreshed(problem: LocalProblem, layer: Layer, now: Layer) -> LocalProblem:
-    """The problem with the inputs `a` (and terms `rest`) of a later run; itself where they are the same.
+    """The problem with the inputs `a` (and terms `rest`) of a later run, and the targets of the first.
 
-    now: the layer in that run. Targets stay those of the first. Raises Undefined for another number of rows.
+    now: the layer in the later run. Raises Undefined for another number of rows.
     """
     a = now.join([part.input() for part in now.parts])
     rest = None
@@ -347,9 +347,9 @@ def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
 
 
 def _step_along(fitting: Fitting, choices: Choices, name: str, p: Tensor, g: Tensor) -> None:
-    """T steps on the linear local loss `γ g·w`, for a parameter without a local problem."""
+    """Take T steps on the linear loss `γ g·w`, for a parameter without a local problem."""
     solver = choices.of(name).solver
-    steps = solver if isinstance(solver, LocalSteps) else _REST
+    steps = solver if isinstance(solver, LocalSteps) else _DEFAULT_STEPS
     _, optimizer = fitting.local_optimizer([p], partial(_rates, solver))
     linear_steps(p, _gamma(fitting, choices, name) * g, optimizer, fitting.group(name)["steps"], schedule=steps.rule)
     if steps.state == "fresh":
@@ -367,7 +367,7 @@ def _rates(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any
 
 
 def _is_safe(choice: Choice) -> bool:
-    """Whether a finite batch gives a finite step, so that there is nothing to go back from."""
+    """Whether a finite batch always gives a finite step, so that no snapshot is needed."""
     steps = isinstance(choice.solver, LocalSteps) and choice.solver.optimizer is TFRMSProp
     plain = isinstance(choice.target, GradientStep) and choice.target.clip is None and choice.transfer is None
     return steps and plain and all(isinstance(term, Proximal | WeightDecay | Elastic) for term in choice.regularizers)

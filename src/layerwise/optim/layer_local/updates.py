@@ -119,7 +119,7 @@ class Minibatch:
 
 
 class Update(NamedTuple):
-    """A layer's way. kind: "adam", "sgd", "memory" or "solver"; solver: of the last two."""
+    """How one layer's weights are updated. kind: "adam", "sgd", "memory" or "solver"; solver: of the last two."""
 
     kind: str = "adam"
     solver: Solver | None = None
@@ -191,7 +191,7 @@ def rates_of(update: Update, group: Mapping[str, Any]) -> tuple[Any, dict[str, A
 
 
 def _update(base: Update, weights: Any, regularizer: Any) -> Update:
-    """An update with the values that settings give."""
+    """An update with the values of settings in the place of its own."""
     if weights in ("adam", "sgd"):
         base = base._replace(kind=weights, solver=None)
     elif weights == "memory":
@@ -230,7 +230,7 @@ _FUSED: dict[Any, Any] = {
 
 
 def fused(kind: Any, params: Sequence[Tensor]) -> Any:
-    """The kind in its fused form: torch's kernels read memory in order whatever the strides; gradients are so, too."""
+    """The fused form of an optimizer class, for contiguous CPU parameters: the kernels ignore strides."""
     ours = _FUSED.get(kind)
     able = ours is not None and all(p.device.type == "cpu" and p.is_contiguous() for p in params)
     return ours if able else kind
@@ -238,6 +238,6 @@ def fused(kind: Any, params: Sequence[Tensor]) -> Any:
 
 @cache
 def share(steps: int, rows: int | str, total: int) -> LocalSteps:
-    """T plain steps at a constant rate, each on its own rows of a total: R/T with "auto"."""
+    """T plain steps at a constant rate, each on its own share of all rows: R/T with "auto"."""
     count: Any = -(-total // steps) if rows == "auto" else rows
     return LocalSteps(steps, rows=count, schedule="constant", form="plain")
