@@ -1,6 +1,6 @@
 """Optimizers: thin `torch.optim.Optimizer` classes over pure updates. Each takes `step(closure)`.
 
-All names here are of optimizers and what they are told: `lw.optim.KFAC` is the optimizer, `lw.KFAC` the quantity.
+All names here are of optimizers and their settings: `lw.optim.KFAC` is the optimizer, `lw.KFAC` the quantity.
 """
 
 from layerwise.optim.layer_local.altmin import AltMin

@@ -50,7 +50,7 @@ def prox_step(problem: LocalProblem, side: Side = "auto") -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def spectral_step(problem: LocalProblem, rates: Sequence[float], side: Side = "auto") -> tuple[Tensor, Tensor | None]:
-    """Where gradient descent on the squared local problem stands after `len(rates)` steps, as `(ΔW, Δb)`.
+    """Gradient descent on the squared local problem after `len(rates)` steps, as `(ΔW, Δb)`.
 
         ΔW = −(γ G_w + M) h(AᵀA),   h ← h + rate·(1 − (s + c)·h) from 0;  equal rates: h(s) = (1 − (1 − rate·s)ᵀ)/s
 

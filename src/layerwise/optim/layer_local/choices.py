@@ -1,4 +1,4 @@
-"""What LocoProp is told: the values of its keywords, and by patterns on names what each layer has in their place."""
+"""Settings of LocoProp: the values of its keywords, and the choices of single layers by patterns on names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What AltMin is told: how codes and weights are updated, for all layers or by pattern, and what a minibatch is for."""
+"""Settings of AltMin: how codes and weights are updated, for all layers or by pattern, and the use of a minibatch."""
 
 from __future__ import annotations
 

@@ -172,10 +172,10 @@ def weights_of(reports: Sequence[Report], reduction: str) -> list[float]:
         return _shares([float(its.batch.samples) for its in reports])
     if reduction == "sum":
         return [1.0] * len(reports)
-    untold = next((its.batch.unknown_reduction for its in reports if its.batch.unknown_reduction is not None), None)
-    if untold is not None:
+    unknown = next((its.batch.unknown_reduction for its in reports if its.batch.unknown_reduction is not None), None)
+    if unknown is not None:
         raise BadInput(
-            f"asked to join the batches of several ranks, but whether {untold} is a mean or a sum is not said; mark "
+            f"asked to join the batches of several ranks, but whether {unknown} is a mean or a sum is not said; mark "
             'it: lw.as_loss(fn, reduction="mean") or "sum", or say DataParallel(reduction=...)'
         )
     terms = [its.batch.terms for its in reports]

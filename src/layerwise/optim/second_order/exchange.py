@@ -68,8 +68,8 @@ class JoinedBatch:
 class RankExchange:
     """Communication between the preconditioners of all ranks; with one rank there is none.
 
-    owners: the rank that inverts each block. A block that only another rank holds stands here as tensors on the meta
-    device. With several ranks all methods but `holds`, `held` and `costs` are collectives.
+    owners: the rank that inverts each block. A block that only another rank holds is on the meta device here.
+    With several ranks all methods but `holds`, `held` and `costs` are collectives.
     """
 
     def __init__(self, parallel: DataParallel | None, model: nn.Module | Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What the second-order optimizers are told: which curvature, how often it is measured, and the keywords for both."""
+"""Settings of the second-order optimizers: which curvature, how often it is measured, and the keywords for both."""
 
 from __future__ import annotations
 
