@@ -29,7 +29,7 @@ __all__ = ["Graph", "known_losses", "prove"]
 class Graph:
     """The part of a tape that a total depends on: its uses (in call order) and losses.
 
-    known: losses with a likelihood. own: the user's own losses, which are the rest of the total.
+    known: losses with a likelihood, in call order. own: the user's own losses, which are the rest of the total.
     """
 
     total: Tensor
@@ -94,7 +94,8 @@ def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> 
     for own in walk.own:
         if own.value is not None:
             walk.check_first_argument(own)
-    return Graph(total, None, [], walk.known, walk.own)
+    order = {id(loss): i for i, loss in enumerate(tape.losses)}
+    return Graph(total, None, [], sorted(walk.known, key=lambda loss: order[id(loss)]), walk.own)
 
 
 class _LossWalk:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from layerwise import losses
 from layerwise.ranks.trainers import unwrapped
+from layerwise.tape.origins import Origin
 from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of
 
 __all__ = ["LossRecord"]
@@ -78,6 +79,9 @@ class LossRecord(TorchFunctionMode):
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
         raise NotImplementedError
 
+    def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
+        raise NotImplementedError
+
     def _log_softmax_call(self, func: Any, args: Any, kwargs: Any, logits: Tensor) -> Any:
         """Run a log-softmax and record its input, the logits of a loss of log-probabilities."""
         edge = get_gradient_edge(logits)
@@ -107,8 +111,10 @@ class LossRecord(TorchFunctionMode):
         self.calls.append(func)
         self._note_data(func, args, kwargs, data, out)
         if out.requires_grad:
+            target = next((x for x in data if not x.requires_grad), None)
+            origin = None if target is None else (self._made_from(target)[1], target.shape)
             call = dataclasses.replace(call, logits=call.logits.detach())
-            self.losses.append(LossUse(call, edge, get_gradient_edge(out)))
+            self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin))
         return out
 
     def _own_loss(self, func: losses.OwnLoss, args: Any, kwargs: Any) -> Any:

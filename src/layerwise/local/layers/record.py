@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.graph.coverage import prove
+from layerwise.graph.samples import count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.problem import LocalProblem, Pull, predict, target_m
@@ -29,7 +30,7 @@ __all__ = ["Recorded", "dense", "problem_of", "pulled", "record"]
 class Recorded:
     """One run of a closure.
 
-    cotangents: by use index, `[*out_shape]`. gradients: of the parameters outside the layers, by name.
+    cotangents: by use index, `[*out_shape]`. gradients: of the parameters outside the layers, by name. samples: N.
     Where the loss is not finite there are no layers and no gradients.
     """
 
@@ -38,12 +39,7 @@ class Recorded:
     layers: list[Layer]
     cotangents: Mapping[int, Tensor]
     gradients: Mapping[str, Tensor]
-
-    @property
-    def samples(self) -> int:
-        """The number of samples: dim 0 of the batch."""
-        first = self.tape.first
-        return first.shape[0] if first is not None and first.dim() else 1
+    samples: int = 1
 
 
 def record(
@@ -68,6 +64,7 @@ def record(
         inside = {name for layer in layers for name in layer.names}
         rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
         received: dict[int, Tensor] = {}
+        samples = count(tape, graph, total)
         with (
             _fresh_gradients(rest) as gradients,
             hooked(
@@ -78,7 +75,7 @@ def record(
             out = run()
         _fill(layers, received)
         layers = [layer for layer in layers if layer.use.index in received]
-        streamed.append(Recorded(total.detach(), tape, layers, received, gradients))
+        streamed.append(Recorded(total.detach(), tape, layers, received, gradients, samples))
         return out
 
     tape = Tape(model, on_backward, keep_outputs=True, crosses=crosses)
@@ -110,7 +107,7 @@ def pulled(
     _fill(layers, cotangents)
     layers = [layer for layer in layers if layer.use.index in cotangents]
     gradients = {n: dense(g) for n, g in zip(rest, found[len(uses) :], strict=True) if g is not None}
-    return Recorded(loss.detach(), tape, layers, cotangents, gradients)
+    return Recorded(loss.detach(), tape, layers, cotangents, gradients, count(tape, graph, loss))
 
 
 def _fill(layers: list[Layer], cotangents: dict[int, Tensor]) -> None:

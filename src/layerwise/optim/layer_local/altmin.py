@@ -19,7 +19,15 @@ from layerwise.local.solvers.values import Solver
 from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.layer_local.base import LayerLocal
 from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, repeated, with_coupling
-from layerwise.optim.layer_local.coding import coded_layers, gauss_newton, hidden_uses, sparse, swept, weight_gradients
+from layerwise.optim.layer_local.coding import (
+    coded_layers,
+    gauss_newton,
+    hidden_uses,
+    samples_of,
+    sparse,
+    swept,
+    weight_gradients,
+)
 from layerwise.optim.layer_local.executors import Workers
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.layer_local.trace import Trace
@@ -185,7 +193,7 @@ class AltMin(LayerLocal):
             params = {layer.name: layer.parameter for layer in layers}
             found = torch.autograd.grad(coded.loss, list(params.values()), retain_graph=True, allow_unused=True)
             slopes = {name: g for name, g in zip(params, found, strict=True) if g is not None}
-        terms = self._fitter.terms(groups, coded.samples)
+        terms = self._fitter.terms(groups, samples_of(coded))
         run, codes = swept(coded, layers, terms, self._fitter.code_step, self._ours)
         return Coded(run, codes, lambda: slopes)
 

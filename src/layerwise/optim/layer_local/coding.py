@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.graph.coverage import prove
+from layerwise.graph.samples import count
 from layerwise.local.codes.code_step import CodeStep, Terms, sweep
 from layerwise.local.codes.gauss_newton import damped_cotangents, pulled_roots
 from layerwise.local.layers.kinds import Kinds
@@ -25,7 +26,16 @@ from layerwise.replay.state import check_loss
 from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, is_finite
 
-__all__ = ["coded_layers", "gauss_newton", "hidden_uses", "recorded_on_codes", "sparse", "swept", "weight_gradients"]
+__all__ = [
+    "coded_layers",
+    "gauss_newton",
+    "hidden_uses",
+    "recorded_on_codes",
+    "samples_of",
+    "sparse",
+    "swept",
+    "weight_gradients",
+]
 
 Ours = Callable[[Tensor], bool]
 
@@ -98,6 +108,11 @@ def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> l
     return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if is_finite(coded.loss) else []
 
 
+def samples_of(coded: CodedModel) -> int:
+    """The number of samples of a coded model's batch."""
+    return count(coded.tape, prove(coded.tape, coded.loss, None, need_loss=False), coded.loss)
+
+
 def recorded_on_codes(
     coded: CodedModel, layers: list[Layer], codes: Mapping[int, Tensor], terms: Terms, ours: Ours
 ) -> Recorded:
@@ -130,7 +145,7 @@ def recorded_on_codes(
             for part in parts:
                 cotangents.setdefault(part.use.index, torch.zeros_like(out.predictions[part.use.index]))
     gradients = {n: dense(g) for n, g in zip(rest, found[len(every) :], strict=True) if g is not None}
-    return Recorded(coded.loss.detach(), coded.tape, moved, cotangents, gradients)
+    return Recorded(coded.loss.detach(), coded.tape, moved, cotangents, gradients, samples_of(coded))
 
 
 def _on_new_data(part: Layer, given: tuple[Any, Any], value: Tensor) -> Layer:
