@@ -1,4 +1,4 @@
-"""Codes from a quadratic model of the loss: a step that knows how far it may go."""
+"""Codes from the loss's Gauss-Newton model, damped by the coupling."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def damped_cotangents(
 
         d = argmin g·d + ½ dᵀ S Sᵀ d + |d|²/2γ = −γ (g − S (I/γ + SᵀS)⁻¹ Sᵀ g)
 
-    roots: S as columns `[V, *out_shape]` with the place of the samples, by use index, with `S Sᵀ` the loss's Hessian
-    seen through the linearized net. gamma: γ of a layer's name, B/μ. Where curvature is small, d is `codes="jacobi"`'s.
+    roots: by use index, S as columns `[V, *out_shape]` with the samples' axis; `S Sᵀ` is the GGN of the use's output.
+    gamma: γ of a layer's name, B/μ. Where curvature is small, d is `codes="jacobi"`'s.
     Source: Schraudolph (2002) for the Gauss-Newton matrix; Woodbury's identity.
     """
     cotangents = dict(recorded.cotangents)
@@ -47,7 +47,7 @@ def damped_cotangents(
 
 @torch.no_grad()
 def _damped(g: Tensor, columns: Tensor, samples: Samples | RowNumbers, gamma: float) -> Tensor:
-    """The damped cotangent; NaN where there is no finite one, so that the step is refused."""
+    """The damped cotangent; NaN where the solve fails, so that the batch is skipped."""
     rows = _by_sample(g[None], samples)  # [N,1,F]
     s = _by_sample(columns, samples)  # [N,V,F]
     try:
@@ -65,7 +65,7 @@ def _by_sample(x: Tensor, samples: Samples | RowNumbers) -> Tensor:
 
 
 def _from_sample(x: Tensor, like: Tensor, samples: Samples | RowNumbers) -> Tensor:
-    """`[N,1,F]` as `like` is laid out."""
+    """`[N,1,F]` in the shape of `like`."""
     if isinstance(samples, RowNumbers):
         return join(x.transpose(0, 1), samples, like.shape)[0]
     shape = samples.split(like, samples.axis).movedim(samples.axis, 0).shape
@@ -75,7 +75,7 @@ def _from_sample(x: Tensor, like: Tensor, samples: Samples | RowNumbers) -> Tens
 
 
 def pulled_roots(model: Any, recorded: Recorded, loss: Tensor) -> dict[int, tuple[Tensor, Samples | RowNumbers]]:
-    """The exact root of the loss's Hessian at each use of the layers, with the place of the samples there.
+    """The exact root of the loss's Hessian, pulled back to each use of the layers, with the samples' axis there.
 
     loss: with its graph. Raises UnknownLoss for a loss without a known Hessian root, SamplesMixed where batch
     statistics tie the samples together.

@@ -1,4 +1,4 @@
-"""What local learning reads off one run of the closure: the layers, with what came in and what came back."""
+"""One recorded run of the closure: its layers, with inputs, outputs and cotangents."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def record(
 ) -> Recorded:
     """Run the closure once and take the cotangents of its layers, and gradients of the other parameters.
 
-    ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`. crosses: as
+    ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`; crosses: as
     for `Tape`. The closure returns the loss; where it calls backward itself, the cotangents stream from that pass.
     Raises BadInput for a closure without a tensor loss, UncoveredUse for a parameter no call covers.
     """
@@ -94,7 +94,7 @@ def pulled(
     matrices: bool = False,
     kinds: Kinds | None = None,
 ) -> Recorded:
-    """The layers of a recorded loss, with cotangents by one pull that computes no weight gradient."""
+    """The layers of a recorded loss, with cotangents from one vector-Jacobian product without weight gradients."""
     graph = prove(tape, loss, None, need_loss=False)
     if not is_finite(loss):
         return Recorded(loss.detach(), tape, [], {}, {})
@@ -111,7 +111,7 @@ def pulled(
 
 
 def _fill(layers: list[Layer], cotangents: dict[int, Tensor]) -> None:
-    """Zeros for the uses of a layer that the loss does not depend on, where it depends on another one."""
+    """Set zero cotangents at uses that the loss does not depend on, of layers with another use that it does."""
     for layer in layers:
         if len(layer.others) and any(part.use.index in cotangents for part in layer.parts):
             for part in layer.parts:
@@ -121,7 +121,7 @@ def _fill(layers: list[Layer], cotangents: dict[int, Tensor]) -> None:
 
 @contextmanager
 def _fresh_gradients(params: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Filled on exit with what a backward pass inside adds to the parameters' `.grad`."""
+    """A dict that is filled on exit with what a backward pass inside adds to the parameters' `.grad`."""
     before = {n: p.grad for n, p in params.items()}
     found: dict[str, Tensor] = {}
     for p in params.values():
