@@ -35,7 +35,7 @@ class LossRecord(TorchFunctionMode):
 
     losses: the known calls. own: the marked ones. returned: the tensors that the model's forward returned, the boundary
     of all other losses, recorded by a forward hook that is on the model while the context is active; None without
-    `own_losses`.
+    `own_losses`. entered: where the tensors come from that the model's forward was called with.
     """
 
     calls: list[Any]
@@ -51,6 +51,7 @@ class LossRecord(TorchFunctionMode):
         self.losses: list[LossUse] = []
         self.own: list[OwnUse] = []
         self.returned = None if self.returned is None else []
+        self.entered: list[Origin] = []
         self._log_softmax: dict[int, _LogSoftmax] = {}
 
     def forget_losses(self, made: Iterable[LossUse]) -> None:
@@ -132,6 +133,9 @@ class LossRecord(TorchFunctionMode):
         return out
 
     def _forward_hook(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Record the tensors that the model's forward returned."""
+        """Record the tensors that the model's forward was called with, and those that it returned."""
+        for x in losses.tensors_in(args):
+            if x.dim() and not x.requires_grad:
+                self.entered.append(self._made_from(x)[1])
         if self.returned is not None and torch.is_grad_enabled():
             self.returned += [part for part in boundary_of("the loss", out) if part.call.logits.dim()]

@@ -107,15 +107,15 @@ def shared_uses(
     roots: the losses' numbered terms. partly: the numbers of those with rows that answer for a single sample.
     """
     apart = [use for use in graph.uses if use.index not in mixed]
-    if not _other_sources(mixed.values(), apart) or not _fed_by(mixed, apart):
+    if not _other_sources(mixed.values(), apart, n) or not _fed_by(mixed, apart):
         return None
     region = _region(roots, n, mixed)
     fronts = list(_fronts(region, mixed))
     holds_none = dict.fromkeys(mixed, True)
     for edge, numbers, members, stops in fronts:
         for use in members:
-            holds_none[use.index] &= (
-                (use.index not in partly and not _may_hold(use, n)) or _position_of(edge, numbers, use, n, stops)
+            holds_none[use.index] &= (use.index not in partly and not _may_hold(use, n)) or _position_of(
+                edge, numbers, use, n, stops
             )
     if not all(holds_none[use.index] or _alike(use, mixed.values(), holds_none) for use in mixed.values()):
         return None
@@ -138,11 +138,12 @@ def _fronts(region: _Region, mixed: Mapping[int, Use]) -> Iterator[tuple[Gradien
             yield GradientEdge(node, output), numbers, members, stops
 
 
-def _other_sources(mixed: Any, apart: Sequence[Use]) -> bool:
+def _other_sources(mixed: Iterable[Use], apart: Sequence[Use], n: int) -> bool:
     """Whether what the shared uses read was made of other tensors than what is known to carry the samples."""
     carrying = {s for use in apart if use.origin is not None for s in sources(use.origin[0])}
     own = {s for use in mixed if use.origin is not None for s in sources(use.origin[0])}
-    return not carrying & own
+    rival = any(source.shape[:1] == (n,) for source in own)  # N may have been read off it
+    return not carrying & own and (not rival or any(source.shape[:1] == (n,) for source in carrying))
 
 
 def _fed_by(mixed: Mapping[int, Use], apart: Sequence[Use]) -> bool:
@@ -160,10 +161,11 @@ def _region(roots: Sequence[Root], n: int, mixed: Mapping[int, Use]) -> _Region:
     ends = {use.edge.node for use in mixed.values()}
     stops = dict.fromkeys(ends, ())
     above: dict[Node, bool] = {}
-    order = list(finished([root.edge.node for root in roots], stops))
+    tops = [(root.edge.node, root.edge.output_nr) for root in roots if not isinstance(root.edge, Tensor)]
+    order = list(finished([node for node, _ in tops], stops))
     for node in order:
         above[node] = node in ends or any(c is not None and above.get(c, False) for c, _ in node.next_functions)
-    places = {(root.edge.node, root.edge.output_nr) for root in roots}
+    places: set[tuple[Node, int]] = set(tops)
     for node in order:
         if node not in ends:
             places |= {(child, nr) for child, nr in node.next_functions if child is not None}

@@ -17,7 +17,7 @@ from layerwise.graph.samples.rows import by_rows, check_losses, one_sample_a_row
 from layerwise.graph.samples.sample_axes import by_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
 from layerwise.graph.walk import Node, by_node, inputs, nodes
-from layerwise.tape.origins import settle
+from layerwise.tape.origins import Source, settle
 from layerwise.tape.tape import Tape
 
 __all__ = ["count", "measure"]
@@ -28,6 +28,7 @@ _MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[Any, SampleLayout]] = weakr
 _FUNCTIONAL: MutableMapping[Tensor, dict[Any, SampleLayout]] = WeakTensorKeyDictionary()
 _MEMO_LIMIT = 64
 _REFUSALS = (SamplesMixed, AmbiguousSamples, BadInput)
+_NO_BATCH = "asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N"
 
 
 def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor | None = None) -> SampleLayout:
@@ -37,31 +38,37 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     targets and the losses say.
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
-    settle([pair[0] for pair in (*(u.origin for u in graph.uses), *(loss.target for loss in graph.losses)) if pair])
+    settle([*readings.origins(graph), *tape.entered])
     if isinstance(samples, Tensor):
         return next(by_rows(graph, int(samples.max()) + 1, samples))
-    if samples is None and readings.contradictory(graph):
-        return _first_that_holds(tape, graph, readings.candidates(graph), None)
     n = samples if samples is not None else readings.first_count(graph)
-    if n is None:
-        return _first_that_holds(tape, graph, readings.candidates(graph), None)
+    if n is None or (samples is None and readings.contradictory(graph)):
+        return _first_that_holds(tape, graph, readings.candidates(tape, graph))
+    key, memo = _signature(tape, graph, model, samples), _memo(model)
     try:
-        return _checked(graph, _on_axes(tape, graph, model, n, samples))
-    except AmbiguousSamples as error:
-        if not graph.own:
+        return _checked(graph, _on_axes(tape, graph, n, key, memo, samples is None))
+    except _REFUSALS as error:
+        if isinstance(error, AmbiguousSamples) and not graph.own:
             raise
-        try:  # the terms of a loss of the user's own may say which rows are a sample
+        refusal = _parts(error)
+    if (key, "refused") in memo:  # row by row, too: nothing in what the tensors were made from can change that
+        raise refusal[0](refusal[1])
+    try:
+        if refusal[0] is AmbiguousSamples:  # the terms of a loss of the user's own may say which rows are a sample
             return next(by_rows(graph, n))
-        except _REFUSALS:
-            raise error from None
-    except (SamplesMixed, BadInput) as error:
-        others = [n] if samples is not None else readings.candidates(graph)
-        try:
-            return _first_that_holds(tape, graph, others, error, n)
-        except SamplesMixed as refusal:
-            raise (refusal if isinstance(error, BadInput) else error) from None
-        except BadInput:
-            raise error from None
+        others = [n] if samples is not None else readings.candidates(tape, graph)
+        return _first_that_holds(tape, graph, others, n)
+    except _REFUSALS as error:
+        kind, text = _parts(error)
+    if all(isinstance(origin, Source) for origin in readings.origins(graph)):
+        _remember(memo, (key, "refused"), SampleLayout(0, {}, []))
+    better = refusal[0] is BadInput and kind is SamplesMixed
+    raise (kind if better else refusal[0])(text if better else refusal[1])
+
+
+def _parts(error: LayerwiseError) -> tuple[type[LayerwiseError], str]:
+    """An error's type and text, to keep without the frames that the error itself would keep."""
+    return type(error), str(error)
 
 
 def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
@@ -79,37 +86,32 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
         return first
 
 
-def _first_that_holds(
-    tape: Tape, graph: Graph, counts: Sequence[int], error: Exception | None, tried: int | None = None
-) -> SampleLayout:
+def _first_that_holds(tape: Tape, graph: Graph, counts: Sequence[int], tried: int | None = None) -> SampleLayout:
     """The layout of the first number of samples that the measurement confirms; tried: on axes, without success.
 
     Among several, one by which each row of the batch belongs to one sample comes first, then one by which that is so of
     some tensor (others are constants), then one on axes.
     """
     second: dict[int, SampleLayout] = {}
+    refusals: list[tuple[type[LayerwiseError], str]] = []
     for n in counts:
-        layouts = _layouts(tape, graph, n, n != tried)
-        while True:
-            try:
-                layout = next(layouts, None)
-            except _REFUSALS as refusal:
-                worse = isinstance(error, BadInput) and isinstance(refusal, SamplesMixed)
-                error = refusal if error is None or worse else error
-                break
-            if layout is None:
-                break
-            if one_sample_a_row(graph, layout):
-                return layout
-            rank = 0 if one_sample_a_row(graph, layout, constants=True) else 1 if layout.regular else None
-            if rank is not None:
-                second.setdefault(rank, layout)
+        try:
+            for layout in _layouts(tape, graph, n, n != tried):
+                if one_sample_a_row(graph, layout):
+                    return layout
+                rank = 0 if one_sample_a_row(graph, layout, constants=True) else 1
+                if layout.regular or not rank:
+                    second.setdefault(rank, layout)
+        except _REFUSALS as error:
+            refusals.append(_parts(error))
     if second:
         return second[min(second)]
-    if error is None:
-        raise BadInput("asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N")
-    seen = ", ".join(map(str, counts))
-    raise type(error)(f"{error} (numbers of samples that the batch, the targets and the losses allow: {seen})")
+    kind, text = next((r for r in refusals if r[0] is SamplesMixed), refusals[0] if refusals else (BadInput, _NO_BATCH))
+    raise kind(f"{text} (numbers of samples that the batch, the targets and the losses allow: {_listed(counts)})")
+
+
+def _listed(counts: Sequence[int]) -> str:
+    return ", ".join(map(str, counts)) or "none"
 
 
 def _layouts(tape: Tape, graph: Graph, n: int, on_axes: bool) -> Iterator[SampleLayout]:
@@ -129,19 +131,22 @@ def _checked(graph: Graph, layout: SampleLayout) -> SampleLayout:
     return layout
 
 
-def _on_axes(tape: Tape, graph: Graph, model: Any, n: int, samples: int | None) -> SampleLayout:
-    key = _signature(tape, graph, model, samples)
-    memo = _memo(model)
+def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: dict[Any, SampleLayout], by_rows: bool) -> SampleLayout:
+    """The samples' axes. by_rows: whether each row of what the first layers read must belong to one sample."""
     if key in memo:
         return memo[key]
     layout, proved = by_axes(tape, graph, n)
-    if samples is None and len({id(use.batch) for use in graph.uses}) > 1 and not one_sample_a_row(graph, layout):
+    if by_rows and len({id(use.batch) for use in graph.uses}) > 1 and not one_sample_a_row(graph, layout):
         raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
     if proved and structural(graph, layout):
-        if len(memo) >= _MEMO_LIMIT:
-            memo.clear()
-        memo[key] = layout
+        _remember(memo, key, layout)
     return layout
+
+
+def _remember(memo: dict[Any, SampleLayout], key: Any, layout: SampleLayout) -> None:
+    if len(memo) >= _MEMO_LIMIT:
+        memo.clear()
+    memo[key] = layout
 
 
 def _memo(model: Any) -> dict[Any, SampleLayout]:

@@ -18,7 +18,7 @@ from layerwise.graph.samples.sample_axes import free_axes
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
-__all__ = ["MIXED", "NONE", "Root", "element_numbers", "row_numbers"]
+__all__ = ["MIXED", "NONE", "Root", "element_numbers", "joined", "row_numbers"]
 
 NONE, MIXED = -1, -2  # of an element that answers for no sample, and for several
 
@@ -28,19 +28,21 @@ _LEVELS = {torch.float64: 128, torch.float32: 16, torch.bfloat16: 16, torch.floa
 class Root(NamedTuple):
     """A tensor of numbered elements; owners: the sample of each, broadcastable to `like`; -1: of none."""
 
-    edge: GradientEdge
+    edge: GradientEdge | Tensor
     like: Tensor
     owners: Tensor
 
 
-def element_numbers(roots: Sequence[Root], n: int, ends: Sequence[GradientEdge]) -> list[Tensor | None]:
+def element_numbers(roots: Sequence[Root], n: int, ends: Sequence[GradientEdge | Tensor]) -> list[Tensor | None]:
     """For each end, the sample that every element answers for, NONE or MIXED; None where no root depends on it."""
+    if not roots or not ends:
+        return [None] * len(ends)
     generator = torch.Generator().manual_seed(0)
     sent = [_noise(root, generator) for root in roots]
     edges = [root.edge for root in roots]
     plain = pull(edges, sent, ends)
     found = [None if g is None else torch.full(g.shape, NONE, device=g.device) for g in plain]
-    levels = min(_LEVELS.get(root.like.dtype, 16) for root in roots) if roots else 2
+    levels = min(_LEVELS.get(root.like.dtype, 16) for root in roots)
     exact = True
     for place in _places(n, levels):
         powers = [
@@ -68,7 +70,7 @@ def _read_digit(number: Tensor, g: Tensor, h: Tensor, place: int, levels: int) -
 
 
 def _by_halves(
-    roots: Sequence[Root], sent: Sequence[Tensor], n: int, ends: Sequence[GradientEdge]
+    roots: Sequence[Root], sent: Sequence[Tensor], n: int, ends: Sequence[GradientEdge | Tensor]
 ) -> list[Tensor | None]:
     """The same by two products for each bit of the numbers: from the samples that have it, and from the others."""
     found: list[Tensor | None] = [None] * len(ends)
@@ -99,6 +101,14 @@ def row_numbers(use: Use, elements: Tensor) -> Tensor:
     high = elements.amax(features, keepdim=True)
     low = torch.where(elements == NONE, high, elements).amin(features, keepdim=True)
     return torch.where(low == high, high, MIXED)
+
+
+def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The numbers of elements that answer for the terms of two losses."""
+    if one is None or other is None:
+        return other if one is None else one
+    both = torch.where(one == NONE, other, one)
+    return torch.where((one != NONE) & (other != NONE) & (one != other), MIXED, both)
 
 
 def _noise(root: Root, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,16 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.separable import loss_terms
 from layerwise.tape.origins import Moved, Origin, Source, numbers, sources
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import Use
 
-__all__ = ["candidates", "contradictory", "first_count", "origin_rows", "row_of", "terms"]
+__all__ = ["candidates", "contradictory", "first_count", "on_output", "origin_rows", "origins", "row_of", "terms"]
+
+
+def origins(graph: Graph) -> list[Origin]:
+    """Where the inputs of the uses and the targets of the losses come from, as far as that is known."""
+    pairs = (*(use.origin for use in graph.uses), *(loss.target for loss in graph.losses))
+    return [pair[0] for pair in pairs if pair is not None]
 
 
 def first_count(graph: Graph) -> int | None:
@@ -97,16 +106,22 @@ def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Origin, int]
     return lead.reshape(*lead.shape, *(1,) * (len(shape) - keep))
 
 
-def candidates(graph: Graph) -> list[int]:
+def candidates(tape: Tape, graph: Graph) -> list[int]:
     """The numbers of samples that the losses, the targets and the batches allow, the likeliest first."""
-    rows = sorted(_distinct_rows(use.origin for use in graph.uses), key=lambda x: x == 1)
+    entered = _row_counts([origin for origin in tape.entered if origin.shape])
+    rows = list(dict.fromkeys([*entered, *_row_counts([u.origin[0] for u in graph.uses if u.origin is not None])]))
     rows = [x for x in rows if x > 1] or rows[:1]  # a tensor of one row beside others is a constant
-    labels = _distinct_rows(loss.target for loss in graph.losses)
+    labels = _row_counts([loss.target[0] for loss in graph.losses if loss.target is not None])
     lead = terms(graph)
     alike = lead[:1] if len(set(lead)) == 1 else []
-    first = first_count(graph)
+    first = graph.uses[0].origin if graph.uses else None
+    whole = (
+        []
+        if first is None or isinstance(_of_batch(first[0], graph.uses[0].batch.shape), Moved)
+        else [first_count(graph)]
+    )
     found = [x for x in alike if x in rows] + [x for x in labels if x in rows] + rows
-    found += [x for x in alike if x in labels] + ([] if first is None else [first])
+    found += [x for x in alike if x in labels] + [x for x in whole if x is not None]
     found += [sum(rows), *labels, *alike, sum(lead), *_own_terms(graph)]
     return [x for x in dict.fromkeys(found) if x > 1 or (x == 1 and rows[:1] == [1]) or len(set(found)) == 1]
 
@@ -122,17 +137,44 @@ def _own_terms(graph: Graph) -> list[int]:
     return [int(shape[0]) for shape in shapes if len(shape)]
 
 
-def _distinct_rows(origins: Iterable[tuple[Origin, torch.Size] | None]) -> list[int]:
-    """For each source of some data, how many of its rows were used."""
+def _row_counts(found: Iterable[Origin]) -> list[int]:
+    """For each source of some data, how many of its rows were used; all of them where a mask chose among them."""
     used: dict[Origin, set[int]] = {}
-    for pair in origins:
-        if pair is None:
-            continue
-        for source in sources(pair[0]):
-            offsets = dict.fromkeys(sources(pair[0]), -(2**40)) | {source: 0}
-            found = numbers(pair[0], offsets)
-            rows = set(range(source.shape[0] if source.shape else 1))
-            if found is not None:
-                rows = set(found[found >= 0].unique().tolist())
-            used.setdefault(source, set()).update(rows)
-    return [len(rows) for rows in used.values()]
+    masked: set[Origin] = set()
+    for origin in found:
+        for source in sources(origin):
+            offsets = dict.fromkeys(sources(origin), -(2**40)) | {source: 0}
+            rows = numbers(origin, offsets)
+            every = set(range(source.shape[0] if source.shape else 1))
+            used.setdefault(source, set()).update(every if rows is None else rows[rows >= 0].unique().tolist())
+            if _by_mask(origin):
+                masked.add(source)
+    return [source.shape[0] if source in masked and source.shape else len(rows) for source, rows in used.items()]
+
+
+def _by_mask(origin: Origin) -> bool:
+    """Whether a mask chose elements on the way to some data."""
+    if isinstance(origin, Source):
+        return False
+    first = origin.args[0]
+    parents = first if isinstance(first, list) else [first]
+    chosen = (*origin.args[1:], *origin.kwargs.values())
+    return any(_is_mask(x) for x in chosen) or any(_by_mask(parent) for parent in parents)
+
+
+def _is_mask(argument: Any) -> bool:
+    if isinstance(argument, (tuple, list)):
+        return any(_is_mask(x) for x in argument)
+    return isinstance(argument, Tensor) and argument.dtype == torch.bool
+
+
+def on_output(rows: Tensor, use: Use) -> Tensor | None:
+    """Numbers of a use's input rows as numbers of its output's."""
+    shape = use.call.out_shape
+    lead = [size for size in rows.shape if size != 1]
+    keep = max((a + 1 for a, size in enumerate(rows.shape) if size != 1), default=0)
+    if not lead:
+        return rows.reshape([1] * len(shape))
+    if keep > len(shape) or any(a not in (1, b) for a, b in zip(rows.shape[:keep], shape[:keep], strict=True)):
+        return None
+    return rows.reshape(*rows.shape[:keep], *[1] * (len(shape) - keep))
