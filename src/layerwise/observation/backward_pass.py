@@ -26,11 +26,15 @@ __all__ = ["BackwardPass", "PassSettings"]
 
 
 class PassSettings(NamedTuple):
-    """How to observe: the number of samples (None: dim 0 of the batch), the scale, and the type of all results."""
+    """How to observe: the number of samples (None: dim 0 of the batch), the scale, and the type of all results.
+
+    pooled: whether several backward passes join to one batch, of which a mean runs over all terms; else losses add up.
+    """
 
     samples: int | None = None
     scale: str = "loss"
     dtype: torch.dtype | None = None
+    pooled: bool = False
 
 
 class BackwardPass:

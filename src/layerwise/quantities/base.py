@@ -32,12 +32,15 @@ class Union:
     """The batches that a result covers: number of samples, whether their losses are means, and the scale asked for.
 
     terms: the denominator of the mean loss (of the first one, where several losses are added), or 1.
+    pooled: whether further batches join to one with it, of which a mean runs over all terms (`accumulate`, ranks); else
+    their losses add up as they are (several backward passes in one `observe`).
     """
 
     samples: int
     mean: bool
     scale: str
     terms: float = 1.0
+    pooled: bool = False
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class Preconditioner:
         """Measure the curvature in the backward pass inside, where it is due; else do nothing at all.
 
         names: of the parameters to measure, default all that require grad. Several backward passes inside count
-        as one loss, as in `observe`. Leaving by an exception forgets the batch.
+        as the sum of their losses, as in `observe`. Leaving by an exception forgets the batch.
         """
         self._watched = None
         watched = Watched(due=is_due(self.steps, self.update_factors_every))
