@@ -48,8 +48,8 @@ def accumulate(
 
     The result is that of one `observe` over the whole set as one batch, up to rounding: a mean runs over all
     samples, whatever the sizes of the batches, so loss_fn divides by no number of batches. `.grad` of all parameters
-    is afterwards what it was before, also after an error; modes (`eval`, `train`) and buffers are left to the
-    model. The memory is that of one batch, of the results, and of a gradient; per-sample results grow with the data set.
+    is afterwards what it was before, also after an error; modes (`eval`, `train`) and buffers are left to
+    the model. The memory is that of one batch, the results and a gradient; per-sample results grow with the data set.
 
     loss_fn: of a module and batches `(x, y)` (a tuple or list of two), called as `loss_fn(model(x), y)`. For any
     other batch, and for a functional model, called as `loss_fn(batch)`: it runs the model itself.
