@@ -121,7 +121,7 @@ class BackwardPass:
         return found if dtype is None else [(name, part.to(dtype)) for name, part in found]
 
     def _with_real_rows(self, part: Part, where: Any) -> Part:
-        """The part with a function that tells its real rows; where: the samples' place that its rows were laid out by."""
+        """The part with a function that tells its real rows; where: the place of the samples that its rows follow."""
         if self._real_rows is None or not isinstance(part, RowsPart) or part.slot.bias:
             return part
         return replace(part, real=partial(self._real_rows.mask, part.use, part.slot, where))
