@@ -125,14 +125,20 @@ def weighted_by_hand(model: Model, x: Tensor, y: Tensor, real: Tensor) -> Tensor
 
 
 def no_weight(model: Model, x: Tensor, y: Tensor, real: Tensor) -> Tensor:
-    """A fourth class of weight zero for the padding."""
-    z = F.pad(model(x, real), (0, 1), value=-torch.inf)
+    """A fourth class, of weight zero, for the padding."""
+    z = F.pad(model(x, real), (0, 1), value=-1e3)
     return F.cross_entropy(z.mT, y.masked_fill(~real, C), weight=torch.tensor([1.0, 1.0, 1.0, 0.0]))
 
 
 def own_loss(model: Model, x: Tensor, y: Tensor, real: Tensor) -> Tensor:
+    """Chosen rows of what the model returned, in a loss that is not known."""
     z = model(x, real)[real]
     return (torch.logsumexp(z, 1) - z[torch.arange(len(z)), y[real]]).mean()
+
+
+def weighted_squares(model: Model, x: Tensor, y: Tensor, real: Tensor) -> Tensor:
+    """An elementwise loss, with a weight for each position."""
+    return F.mse_loss(model(x, real), F.one_hot(y, C).double(), reduction="none").mul(real[..., None]).sum()
 
 
 def losses_chosen(model: Model, x: Tensor, y: Tensor, real: Tensor) -> Tensor:
@@ -143,11 +149,11 @@ LOSSES: dict[str, Callable[[Model, Tensor, Tensor, Tensor], Tensor]] = {
     f.__name__: f
     for f in (
         ignored, chosen_logits, chosen_before_the_head, masked_select, index_select, gathered, weighted_by_hand,
-        losses_chosen,
+        losses_chosen, no_weight,
     )
 }  # fmt: skip
 # Factors "expand" of sampled roots need no samples; those of rows chosen before the loss are not told apart yet.
-EXACT = ("ignored", "weighted_by_hand", "losses_chosen")
+EXACT = ("ignored", "weighted_by_hand", "losses_chosen", "no_weight")
 
 
 def fisher(loss: Callable[..., Tensor]) -> lw.Quantity:
@@ -227,6 +233,30 @@ def test_the_trace_with_eighty_percent_padding_is_that_without() -> None:
         F.cross_entropy(model(x[:, :2]).mT, y[:, :2]).backward()
     bare = float(seen.kflr.trace() / seen.diag_ggn.total)
     assert abs(ratios["real"] - bare) < 1e-12 and abs(ratios["all"] - bare / 5) < 1e-12 and bare > 0.5
+
+
+@pytest.mark.parametrize("loss", [own_loss, weighted_squares, ignored], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_input_factor_alone(kind: str, loss: Callable[..., Tensor]) -> None:
+    """FOOF needs neither a likelihood nor the samples: also of a loss of one's own."""
+    model, want = one_by_one(kind, KFLR(joint=True))
+    pre = lw.optim.Preconditioner(model, kind="foof")
+    with pre.watch() as watched:
+        loss(model, *data()).backward()
+    for name, w in want.factors.items():
+        if len(w) == 2 and name in watched.blocks:
+            oracle.assert_close(watched.blocks[name].block.A, w[0])
+    assert len(watched.blocks) >= 3
+
+
+def test_a_selection_of_an_input_that_requires_grad() -> None:
+    """There is nothing below it that could have rows: nothing is left out, and its gradient is its own."""
+    model, x, y = nn.Linear(D, C), torch.randn(5, D).requires_grad_(), torch.tensor([0, 2])
+    keep = torch.tensor([1, 3])
+    with lw.observe(model, lw.KFAC()) as seen:
+        F.cross_entropy(model(x[keep]), y).backward()
+    oracle.assert_close(seen.kfac.factors["weight"][0][0], x.detach()[keep].T @ x.detach()[keep] / 2)
+    assert x.grad is not None and not x.grad[0].any() and bool(x.grad[1].any())
 
 
 # -- what stays ---------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def _whole(logits: Tensor, mask: Tensor | bool) -> Tensor:
 def _left_out(node: Node) -> tuple[GradientEdge, Tensor] | None:
     """The elements that a selection leaves out, as 1 in a tensor of its input's shape; None where it takes all."""
     (below, output), *_ = node.next_functions
-    if below is None:
+    if below is None or hasattr(below, "variable"):  # nothing that depends on a use
         return None
     given, result = below._input_metadata[output], node._input_metadata[0]
     edge = GradientEdge(below, output)
