@@ -32,8 +32,9 @@ _COUNTS, _OTHER = 1, 2  # bits: answers to what counts, to what does not
 class RealRows:
     """What the outputs of uses answer to, and what they read, by the number of the use: bits.
 
-    outputs: `[*out_shape]`. inputs: `[*rows, 1]`, where a use's rows are those of the only tensor that it reads.
-    readers: all uses that read the same tensor by the same function: their rows are one row.
+    outputs: `[*rows, 1]` where the features are last, else `[*out_shape]`. inputs: `[*rows, 1]`, where these are also
+    the rows of the only tensor that is read. readers: all uses that read the same tensor by the same function: their
+    rows are one row.
     """
 
     outputs: Mapping[int, Tensor]
@@ -52,17 +53,19 @@ class RealRows:
                 bits = bits | more if more.shape == bits.shape else bits
         silent = bits == 0
         if use.index in self.inputs and bool(silent.any()):  # such as the query of an attention to one key
-            read = self.inputs[use.index].expand(use.call.out_shape)
-            bits = torch.where(silent, _bits(use, slot, read, samples), bits)
+            bits = torch.where(silent, _bits(use, slot, self.inputs[use.index], samples), bits)
         left_out = bits == _OTHER
         return ~left_out if bool(left_out.any()) else None
 
 
 def _bits(use: Use, slot: Any, bits: Tensor, samples: Samples | None) -> Tensor:
-    """`[N,T]`: the bits at any output of a row, from those at each `[*out_shape]`."""
+    """`[N,T]`: the bits at any output of a row, from those at each output, or at each row `[*rows, 1]`."""
     data = use.edge.node._input_metadata[use.edge.output_nr]
     sent = torch.stack([bits & _COUNTS, bits & _OTHER]).to(data.dtype)
-    counts, other = (slot.output(sent, samples) != 0).any(4).any(3)
+    if bits.shape == use.call.out_shape:
+        counts, other = (slot.output(sent, samples) != 0).any(4).any(3)
+    else:  # the same for all features
+        counts, other = slot.output(sent.expand(2, *use.call.out_shape), samples)[..., 0, 0] != 0
     return counts.to(torch.uint8) * _COUNTS + other.to(torch.uint8) * _OTHER
 
 
@@ -102,7 +105,7 @@ def measure_rows(graph: Graph, likelihoods: Sequence[Likelihood]) -> RealRows | 
 def _joined(counts: Tensor | None, other: Tensor) -> Tensor:
     """Bits of where something that counts, and something that does not, is answered to."""
     bits = other.to(torch.uint8) * _OTHER
-    return bits if counts is None else bits + counts.to(torch.uint8) * _COUNTS
+    return bits if counts is None else bits | counts.to(torch.uint8) * _COUNTS
 
 
 def _terms(graph: Graph, counting: Sequence[Tensor | None]) -> Iterator[tuple[GradientEdge, Tensor]]:
@@ -141,7 +144,7 @@ def _noise(mask: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class _Support(NamedTuple):
-    """Where a use receives something: `[*out_shape]`; `[*rows, 1]` at what it reads, where that has its rows."""
+    """Where a use receives something, and what it reads does: bool, as `RealRows.outputs` and `inputs`."""
 
     output: Tensor
     read: Tensor | None
@@ -156,18 +159,31 @@ def _answers(uses: Sequence[Use], sources: Sequence[tuple[GradientEdge, Tensor]]
     found: dict[int, _Support] = {}
     for use, g, edge in zip(uses, pulled, below, strict=False):
         at_input = None if edge is None else next(rest)
-        read = None if at_input is None else (at_input != 0).any(-1, keepdim=True)
-        device = use.edge.node._input_metadata[use.edge.output_nr].device
-        output = torch.zeros(use.call.out_shape, dtype=torch.bool, device=device) if g is None else g != 0
+        read = None if at_input is None else _any_feature(at_input)
+        if g is None:
+            device = use.edge.node._input_metadata[use.edge.output_nr].device
+            output = torch.zeros(use.call.out_shape, dtype=torch.bool, device=device)
+        else:
+            output = _any_feature(g) if _features_last(use) else g != 0
         if bool(output.any()) or (read is not None and bool(read.any())):
             found[use.index] = _Support(output, read)
     return found
 
 
+def _any_feature(g: Tensor) -> Tensor:
+    """Where any feature (last axis) is not zero, `[*rows, 1]`; by the largest, which is found fastest."""
+    return g.abs().amax(-1, keepdim=True) != 0 if g.shape[-1] else g.any(-1, keepdim=True)
+
+
+def _features_last(use: Use) -> bool:
+    """Whether the rows of all slots of a use are those of the output, features on its last axis."""
+    rows = tuple(range(len(use.call.out_shape) - 1))
+    return all(tuple(sorted(slot.axes)) == rows for slot in use.slots)
+
+
 def _read_rows(use: Use) -> GradientEdge | None:
     """The edge of the only tensor that a use reads, where its rows are those of the output, features last."""
-    rows = tuple(range(len(use.call.out_shape) - 1))
-    if len(use.inputs) != 1 or any(tuple(sorted(slot.axes)) != rows for slot in use.slots):
+    if len(use.inputs) != 1 or not _features_last(use):
         return None
     (edge,) = use.inputs
     shape = torch.Size(edge.node._input_metadata[edge.output_nr].shape)
