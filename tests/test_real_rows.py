@@ -49,6 +49,8 @@ class Model(nn.Module):
             self.body: Any = nn.GRU(D, D, batch_first=True)
         elif kind in ("causal", "masked"):
             self.body = nn.ModuleList([Block(), Block()])
+        elif kind == "encoder":
+            self.body = nn.ModuleList([nn.TransformerEncoderLayer(D, 2, 5, 0.0, batch_first=True) for _ in range(2)])
         elif kind == "convolution":
             self.body = nn.Conv1d(D, D, 3)
         else:
@@ -64,6 +66,10 @@ class Model(nn.Module):
             for block in self.body:
                 h = block(h, allowed)
             return h
+        if self.kind == "encoder":
+            for layer in self.body:
+                h = layer(h, src_key_padding_mask=~real)
+            return h
         if self.kind == "convolution":  # causal
             return torch.tanh(self.body(F.pad(h.mT, (2, 0)))).mT
         return torch.tanh(self.body(h))
@@ -72,7 +78,7 @@ class Model(nn.Module):
         return self.head(self.hidden(x, real))
 
 
-KINDS = ("linear", "causal", "masked", "convolution", "recurrent")
+KINDS = ("linear", "causal", "masked", "encoder", "convolution", "recurrent")
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:

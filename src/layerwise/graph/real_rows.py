@@ -154,12 +154,12 @@ def _answers(uses: Sequence[Use], sources: Sequence[tuple[GradientEdge, Tensor]]
     """What each use receives of cotangents from some edges, by number; those that do, or that read what does."""
     edges, cotangents = [edge for edge, _ in sources], [x for _, x in sources]
     below = [_read_rows(use) for use in uses]
-    pulled = pull(edges, cotangents, [*(use.edge for use in uses), *(edge for edge in below if edge is not None)])
+    pulled = pull(edges, cotangents, [*(use.edge for use in uses), *(read.edge for read in below if read is not None)])
     rest = iter(pulled[len(uses) :])
     found: dict[int, _Support] = {}
-    for use, g, edge in zip(uses, pulled, below, strict=False):
-        at_input = None if edge is None else next(rest)
-        read = None if at_input is None else _any_feature(at_input)
+    for use, g, source in zip(uses, pulled, below, strict=False):
+        at_input = None if source is None else next(rest)
+        read = None if source is None or at_input is None else _any_feature(source.turned(at_input))
         if g is None:
             device = use.edge.node._input_metadata[use.edge.output_nr].device
             output = torch.zeros(use.call.out_shape, dtype=torch.bool, device=device)
@@ -181,13 +181,38 @@ def _features_last(use: Use) -> bool:
     return all(tuple(sorted(slot.axes)) == rows for slot in use.slots)
 
 
-def _read_rows(use: Use) -> GradientEdge | None:
-    """The edge of the only tensor that a use reads, where its rows are those of the output, features last."""
+class _Read(NamedTuple):
+    """The tensor that a use reads, before it was transposed: others may read it there (a residual sum)."""
+
+    edge: GradientEdge
+    transposed: list[tuple[int, int]]
+
+    def turned(self, g: Tensor) -> Tensor:
+        """A cotangent of that tensor, transposed as the use reads it."""
+        for one, other in reversed(self.transposed):
+            g = g.transpose(one, other)
+        return g
+
+
+def _read_rows(use: Use) -> _Read | None:
+    """The only tensor that a use reads, where its rows are those of the output, features last."""
     if len(use.inputs) != 1 or not _features_last(use):
         return None
     (edge,) = use.inputs
     shape = torch.Size(edge.node._input_metadata[edge.output_nr].shape)
-    return edge if shape[:-1] == use.call.out_shape[:-1] else None
+    if shape[:-1] != use.call.out_shape[:-1]:
+        return None
+    node: Any = edge.node
+    output, transposed = edge.output_nr, list[tuple[int, int]]()
+    while node.name() == "TransposeBackward0" and node.next_functions[0][0] is not None:
+        transposed.append((_signed(node._saved_dim0), _signed(node._saved_dim1)))
+        node, output = node.next_functions[0]
+    return _Read(GradientEdge(node, output), transposed)
+
+
+def _signed(dim: int) -> int:
+    """An axis that autograd saved as an unsigned number."""
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def _readers(uses: Sequence[Use]) -> dict[int, list[Use]]:
