@@ -405,7 +405,7 @@ def test_parameters_replaced_between_two_backward_passes(how: str) -> None:
         _replace(model, how)
         F.cross_entropy(model(x), y).backward()
     first, last = _step(_replaceable(how)).grad, _step(model).grad
-    want = {name: (first[name] + g) / 2 if name in first else g / 2 for name, g in last.items()}
+    want = {name: first[name] + g if name in first else g for name, g in last.items()}
     _assert_same(dict(seen.grad), want)
 
 
@@ -537,9 +537,8 @@ def test_a_parameter_that_one_rank_used() -> None:
     asked = {name: QUANTITIES[name]() for name in names}
     model = _Two()
     with lw.observe(model, *asked.values()) as seen:
-        for rank, share in enumerate(SHARES):
-            x, y = _points(*share)
-            F.cross_entropy(model(x, rank), y).backward()
+        for rank, (x, y, share) in enumerate(_parts(_points, SHARES)):
+            (F.cross_entropy(model(x, rank), y) * share).backward()
     want = {name: _numbers(seen[q]) for name, q in asked.items()} | {"grad": dict(seen.grad)}
     for rank, got in enumerate(ranks(2)(_heads, names)):
         assert set(got["grad"]) == {n for n, _ in model.named_parameters() if not n.startswith("heads.2")}
@@ -581,9 +580,8 @@ def _products(seen: lw.Seen, model: nn.Module) -> dict[str, Tensor]:
 def test_slices_that_one_rank_used() -> None:
     model = _Packed()
     with lw.observe(model, lw.KFLR()) as seen:
-        for rank, share in enumerate(SHARES):
-            x, y = _points(*share)
-            F.cross_entropy(model(x, not rank), y).backward()
+        for rank, (x, y, share) in enumerate(_parts(_points, SHARES)):
+            (F.cross_entropy(model(x, not rank), y) * share).backward()
     want = _products(seen, model)
     assert {"packed[0] 0", "packed[1] 0", "packed[rest] 0"} <= want.keys()
     for got in ranks(2)(_slices):
