@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -72,9 +73,13 @@ class _OfSlot(Part):
 
 @dataclass(frozen=True)
 class RowsPart(_OfSlot):
-    """Rows of the parameter itself; view: the layout in the parameter of the tensor that the slot reads."""
+    """Rows of the parameter itself; view: the layout in the parameter of the tensor that the slot reads.
+
+    real: gives bool `[N,T]`, the rows that a loss term which counts can send a cotangent to, or None: all of them.
+    """
 
     view: MatrixLayout
+    real: Callable[[], Tensor | None] | None = None
 
     def fold(self, w: Tensor) -> Tensor:
         """Reshape `[..., K,O,I]` to the parameter, `[..., *shape]`."""
@@ -222,4 +227,21 @@ def joined_parts(parts: Sequence[RowsPart]) -> RowsPart:
         rows = [contract.flatten_samples(r) for r in rows]
     if len({r.kind for r in rows}) > 1:
         rows = [gram.written_out(r) for r in rows]
-    return replace(parts[0], rows=contract.concat(rows))
+    real = parts[0].real
+    if len(parts) > 1 and any(part.real is not None for part in parts):
+        real = partial(_joined_masks, parts, rows)
+    return replace(parts[0], rows=contract.concat(rows), real=real)
+
+
+def _joined_masks(parts: Sequence[RowsPart], rows: Sequence[Rows]) -> Tensor | None:
+    """The real rows of parts that were concatenated as `rows`."""
+    masks = [None if part.real is None else part.real() for part in parts]
+    if all(mask is None for mask in masks):
+        return None
+    return torch.cat(
+        [
+            r.g.new_ones(r.g.shape[1:3], dtype=torch.bool) if mask is None else mask.reshape(r.g.shape[1:3])
+            for mask, r in zip(masks, rows, strict=True)
+        ],
+        1,
+    )

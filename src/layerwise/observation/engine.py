@@ -67,7 +67,7 @@ class Observation:
     def restart(self, quantities: Sequence[Quantity] | None = None) -> Results:
         """Observe these quantities (None: the same) from now on, with results of their own, empty at first."""
         self._quantities = self._quantities if quantities is None else quantities
-        self._results = Results(self._quantities, self._settings.scale)
+        self._results = Results(self._quantities, self._settings.scale, self._settings.pooled)
         return self._results
 
     def __enter__(self) -> Results:

@@ -94,8 +94,8 @@ class _KFRA(_Factors, KFRA):
 class _FOOF(_Factors):
     """FOOF: the input factor A; the output factor is the identity, kept as its diagonal."""
 
-    def __init__(self, sharing: str, joint: bool) -> None:
-        super().__init__(Gradient(), sharing, joint)
+    def __init__(self, sharing: str, joint: bool, rows: str) -> None:
+        super().__init__(Gradient(), sharing, joint, rows)
 
     def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
         """1 `[K,O]`."""
@@ -266,12 +266,13 @@ def _labels(request: Request) -> tuple[int, torch.Generator]:
     return request.curvature.draws or 1, request.generator
 
 
-def _shared(request: Request) -> tuple[str, bool]:
-    return request.curvature.sharing, request.curvature.joint
+def _shared(request: Request) -> dict[str, Any]:
+    curvature = request.curvature
+    return {"sharing": curvature.sharing, "joint": curvature.joint, "rows": curvature.rows}
 
 
 def _ekfac(request: Request) -> Quantity:
-    quantity = _EKFAC(*_labels(request), "expand", request.curvature.joint)
+    quantity = _EKFAC(*_labels(request), **_shared(request))
     quantity.needs_samples = not request.whole
     return quantity
 
@@ -284,11 +285,11 @@ def _ggn_diagonal(request: Request) -> Quantity:
 
 
 KINDS: dict[str, CurvatureKind] = {
-    "kfac": CurvatureKind(lambda request: _KFAC(*_labels(request), *_shared(request)), rest="diag-ggn"),
-    "kflr": CurvatureKind(lambda request: _KFLR(*_shared(request)), rest="diag-ggn"),
-    "kfra": CurvatureKind(lambda request: _KFRA(*_shared(request)), rest="diag-ggn"),
+    "kfac": CurvatureKind(lambda request: _KFAC(*_labels(request), **_shared(request)), rest="diag-ggn"),
+    "kflr": CurvatureKind(lambda request: _KFLR(**_shared(request)), rest="diag-ggn"),
+    "kfra": CurvatureKind(lambda request: _KFRA(request.curvature.sharing, request.curvature.joint), rest="diag-ggn"),
     "ekfac": CurvatureKind(_ekfac, instant=True, whole=True, rest="diag-ggn"),
-    "foof": CurvatureKind(lambda request: _FOOF(*_shared(request)), form="input"),
+    "foof": CurvatureKind(lambda request: _FOOF(**_shared(request)), form="input"),
     "diag-ggn": CurvatureKind(_ggn_diagonal, instant=True, whole=True),
     "diag-hessian": CurvatureKind(
         lambda request: _DiagHessian(request.curvature.draws, request.generator), common=True, instant=True

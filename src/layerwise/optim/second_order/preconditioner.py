@@ -72,7 +72,7 @@ class Preconditioner:
         factor_decay: ρ of the running averages M_t = ρ M_{t-1} + (1-ρ) X_t, corrected by 1/(1 - ρ^t).
         update_factors_every: steps from one measured batch to the next; diagonals are inverted as often.
         update_inverses_every: steps from one inversion of Kronecker factors to the next.
-        sharing, joint: as for `lw.KFAC`.
+        sharing, joint, rows: as for `lw.KFAC`.
         largest_factor: a parameter with a larger factor has the diagonal of the GGN from the draws in its place.
         seed: of the draws; torch's own generators are left alone.
         on_nonfinite: of a batch with NaN or infinity: "skip" and count it, gradients None; or "raise" NonFinite.
@@ -143,8 +143,8 @@ class Preconditioner:
     def watch(self, names: Collection[str] | None = None) -> Iterator[Watched]:
         """Measure the curvature in the backward pass inside, on steps where it is due.
 
-        names: of the parameters to measure, default all that require grad. Several backward passes inside count as one
-        loss, as in `observe`. An exception discards the batch.
+        names: of the parameters to measure, default all that require grad. Several backward passes inside count as the
+        sum of their losses, as in `observe`. An exception discards the batch.
         """
         self._watched = None
         watched = Watched(due=is_due(self.steps, self.update_factors_every))

@@ -19,6 +19,7 @@ __all__ = [
 
 Kind = Literal["kfac", "kflr", "kfra", "ekfac", "foof", "diag-ggn", "diag-hessian"]
 Sharing = Literal["expand", "reduce"]
+Rows = Literal["real", "all"]
 DIAGONALS = ("diag-ggn", "diag-hessian")
 FACTORS = tuple(kind for kind in get_args(Kind) if kind not in DIAGONALS)
 _BY_KIND: Any = "by kind"
@@ -34,6 +35,7 @@ class Curvature:
     draws: labels (or signs) drawn for each sample; None: a diagonal is exact. Default: None for a diagonal, else 1.
     sharing: of the positions of a sample, as for `lw.KFAC`.
     joint: whether a weight and its bias have one block.
+    rows: of which A is the mean, "real" or "all" (padding too), as for `lw.KFAC`.
     largest: the size of the largest factor (2¹³ takes 256 MiB in float32, and its inverse as much).
     Raises BadInput.
     """
@@ -43,6 +45,7 @@ class Curvature:
     sharing: Sharing = "expand"
     joint: bool = True
     largest: int = 2**13
+    rows: Rows = "real"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -51,6 +54,8 @@ class Curvature:
             object.__setattr__(self, "draws", None if self.kind in DIAGONALS else 1)
         if self.sharing == "reduce" and self.kind not in ("kfac", "kflr", "kfra", "foof"):
             raise BadInput(f'sharing="reduce" is for kfac, kflr, kfra and foof; got kind={self.kind!r}')
+        if self.rows not in get_args(Rows):
+            raise BadInput(f'rows must be "real" or "all"; got rows={self.rows!r}')
         _check_counts(largest_factor=self.largest)
         if self.draws is not None or self.kind not in DIAGONALS:
             _check_counts(draws=self.draws)
@@ -100,6 +105,7 @@ class ValueWords(TypedDict, total=False):
     sharing: Sharing
     joint: bool
     largest_factor: int
+    rows: Rows
     factor_decay: float
     update_factors_every: int
     update_inverses_every: int
