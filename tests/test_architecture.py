@@ -34,7 +34,7 @@ ALLOWED = {
     "gradient": "ops rows tape tensors",
     "operators": "graph losses rows tape tensors",
     "quantities": "gradient graph losses operators ops ranks rows tape",
-    "observation": "gradient graph losses quantities ranks replay tape tensors",
+    "observation": "gradient graph losses quantities ranks replay rows tape tensors",
     "local": "graph losses operators ops replay rows tape tensors",
     "optim": "optim.layer_local optim.second_order",
     "optim.base": "replay tape",

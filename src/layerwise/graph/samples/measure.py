@@ -22,10 +22,13 @@ from layerwise.tape.tape import Tape
 
 __all__ = ["count", "measure"]
 
+Refused = tuple[type[LayerwiseError], str]
+Memo = dict[Any, SampleLayout | Refused]
+
 # A cache of measurements, one entry per live model: nothing in it changes a result. The entry of a functional model
 # lives as long as the model's first tensor; the other tensors are in the key.
-_MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[Any, SampleLayout]] = weakref.WeakKeyDictionary()
-_FUNCTIONAL: MutableMapping[Tensor, dict[Any, SampleLayout]] = WeakTensorKeyDictionary()
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, Memo] = weakref.WeakKeyDictionary()
+_FUNCTIONAL: MutableMapping[Tensor, Memo] = WeakTensorKeyDictionary()
 _MEMO_LIMIT = 64
 _REFUSALS = (SamplesMixed, AmbiguousSamples, BadInput)
 _NO_BATCH = "asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N"
@@ -51,8 +54,9 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
         if isinstance(error, AmbiguousSamples) and not graph.own:
             raise
         refusal = _parts(error)
-    if (key, "refused") in memo:  # row by row, too: nothing in what the tensors were made from can change that
-        raise refusal[0](refusal[1])
+    before = memo.get((key, "refused"))  # row by row, too: nothing in what the tensors were made from can change that
+    if isinstance(before, tuple):
+        raise before[0](before[1])
     try:
         if refusal[0] is AmbiguousSamples:  # the terms of a loss of the user's own may say which rows are a sample
             return next(by_rows(graph, n))
@@ -60,13 +64,13 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
         return _first_that_holds(tape, graph, others, n)
     except _REFUSALS as error:
         kind, text = _parts(error)
+    kind, text = (kind, text) if refusal[0] is BadInput and kind is SamplesMixed else refusal
     if all(isinstance(origin, Source) for origin in readings.origins(graph)):
-        _remember(memo, (key, "refused"), SampleLayout(0, {}, []))
-    better = refusal[0] is BadInput and kind is SamplesMixed
-    raise (kind if better else refusal[0])(text if better else refusal[1])
+        _remember(memo, (key, "refused"), (kind, text))
+    raise kind(text)
 
 
-def _parts(error: LayerwiseError) -> tuple[type[LayerwiseError], str]:
+def _parts(error: LayerwiseError) -> Refused:
     """An error's type and text, to keep without the frames that the error itself would keep."""
     return type(error), str(error)
 
@@ -93,7 +97,7 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: Sequence[int], tried: in
     some tensor (others are constants), then one on axes.
     """
     second: dict[int, SampleLayout] = {}
-    refusals: list[tuple[type[LayerwiseError], str]] = []
+    refusals: list[Refused] = []
     for n in counts:
         try:
             for layout in _layouts(tape, graph, n, n != tried):
@@ -131,10 +135,11 @@ def _checked(graph: Graph, layout: SampleLayout) -> SampleLayout:
     return layout
 
 
-def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: dict[Any, SampleLayout], by_rows: bool) -> SampleLayout:
+def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: Memo, by_rows: bool) -> SampleLayout:
     """The samples' axes. by_rows: whether each row of what the first layers read must belong to one sample."""
-    if key in memo:
-        return memo[key]
+    found = memo.get(key)
+    if isinstance(found, SampleLayout):
+        return found
     layout, proved = by_axes(tape, graph, n)
     if by_rows and len({id(use.batch) for use in graph.uses}) > 1 and not one_sample_a_row(graph, layout):
         raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
@@ -143,13 +148,13 @@ def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: dict[Any, SampleL
     return layout
 
 
-def _remember(memo: dict[Any, SampleLayout], key: Any, layout: SampleLayout) -> None:
+def _remember(memo: Memo, key: Any, found: SampleLayout | Refused) -> None:
     if len(memo) >= _MEMO_LIMIT:
         memo.clear()
-    memo[key] = layout
+    memo[key] = found
 
 
-def _memo(model: Any) -> dict[Any, SampleLayout]:
+def _memo(model: Any) -> Memo:
     """The cached measurements of a model."""
     if isinstance(model, nn.Module):
         return _MEASURED.setdefault(model, {})
