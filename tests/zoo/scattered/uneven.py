@@ -102,12 +102,13 @@ def matrix_pooling():
 
 @program(_segments)
 def padded_inside():
-    """Flat rows through a layer, then padded, then a layer on the padded rows, and a masked mean."""
+    """Flat rows through a layer, then padded, then a layer on the padded rows, and a sum of those that a mask picks."""
 
     def forward(m, x):
         h = pad_sequence(list(m.inner(x).tanh().split(LENGTHS)), batch_first=True)
-        real = pad_sequence([x.new_ones(t, 1) for t in LENGTHS], batch_first=True)
-        return m.head((m.middle(h).tanh() * real).sum(1))
+        real = pad_sequence([torch.ones(t, dtype=torch.bool) for t in LENGTHS], batch_first=True)
+        sums = [rows.sum(0) for rows in m.middle(h).tanh()[real].split(LENGTHS)]
+        return m.head(torch.stack(sums))
 
     return Apply(forward, middle=nn.Linear(5, 5), **_layers())
 
