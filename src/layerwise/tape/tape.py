@@ -36,6 +36,7 @@ from layerwise.tape.binding import Binding, Leaves, check_replaced, check_sharde
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, assembles
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.pull import backward_arguments, silent
+from layerwise.tape.recorded_call import distinct, is_view, kept, own_output, run, written_copy
 from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
 
 __all__ = ["Tape"]
@@ -168,6 +169,7 @@ class Tape(LossRecord):
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None:
+                self._note_data(func, args, kwargs, data, None)  # a write onto an output reads it as well
                 self._written(func, args)
             return out
         self.calls.append(func)
@@ -291,32 +293,30 @@ class Tape(LossRecord):
         if self.first is None:
             self.first = batch
         self._note_data(func, args, kwargs, data, None)
+        target, args = written_copy(self._known, func, args)
+        if target is not None:
+            data = [args[0] if t is target else t for t in data]
         inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
-        writes = ops.writes_first(func)
-        kept_args, kept_kwargs = self._keep(args, kwargs, clone=writes)
-        try:
-            out = func(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError) as error:
-            raise bad_call(func, used, data, error) from error
-        result = args[0] if out is None and writes else out
-        if not isinstance(result, Tensor):
-            names = sorted(set().union(*(d.names for d in used)))
-            raise UnsupportedCall(
-                f"{describe_func(func)} uses the parameters {', '.join(names)} and returns "
-                f"{type(result).__name__}, not one tensor; write it with calls that return one tensor each"
-            )
+        *own, used = distinct(self._known, args, kwargs, used)
+        call_args, call_kwargs = kept(self._known, *own, clone=ops.writes_first(func))
+        out, result = run(func, args, kwargs, used, data)
         self.calls.append(func)
+        if out is result and is_view(result):
+            out = result = own_output(func, result, (*data, *(d.tensor for d in used)))
+        self._written(func, (result if target is None else target,))
         self._known.pop(id(result), None)
         if result.requires_grad:
-            call = Call(func, kept_args, kept_kwargs, result.shape)
+            call = Call(func, call_args, call_kwargs, result.shape)
             use = Use(self._recorded, call, used, inputs, result, batch, self._keep_outputs)
             self._batches[id(result)] = (use.output, batch)
             self._recorded += 1
             self.uses.append(use)
             self._outputs[id(result)] = use
             self.calls.append(result.shape)
+        if target is not None:
+            self._note_data(Tensor.copy_, (target, result), {}, [result], None)
+            target.copy_(result)
+            out = None if out is None else target
         return out
 
     def _decompose(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
@@ -340,21 +340,6 @@ class Tape(LossRecord):
         if reason is not None:
             names = sorted(set().union(*(d.names for d in used)))
             raise UnsupportedCall(f"{describe_func(func)} uses the parameters {', '.join(names)}: {reason}")
-
-    def _keep(self, args: Any, kwargs: Any, clone: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments to keep: data detached (cloned where the call overwrites it), parameters themselves."""
-        kept = tuple(self._kept(arg, clone and i == 0) for i, arg in enumerate(args))
-        return kept, {key: self._kept(value) for key, value in kwargs.items()}
-
-    def _kept(self, arg: Any, clone: bool = False) -> Any:
-        """One argument to keep. A method: a nested recursive function would keep its variables in a reference cycle."""
-        if isinstance(arg, Tensor):
-            if type(self._known.get(id(arg))) is Derived:
-                return arg
-            return arg.detach().clone() if clone else arg.detach()
-        if isinstance(arg, _LISTS):
-            return type(arg)(self._kept(a) for a in arg)
-        return arg
 
     def _gradients(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run the user's own gradient calls, whose results are no data of the model."""
