@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
+from layerwise.graph.custom_functions import check_functions
 from layerwise.graph.walk import nodes
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.pull import pull
@@ -188,6 +189,7 @@ class HessianProducts:
     def of(cls, total: Tensor, weight: Tensor | None, parameters: Sequence[Tensor]) -> HessianProducts:
         """Products with the Hessian of `total` (times `weight`); raises Undefined without a second derivative."""
         weight = torch.ones_like(total) if weight is None else weight
+        check_functions([(total.grad_fn, 0)])
         with twice():
             gradients = pull([total], [weight], parameters, create_graph=True)
         check_second(gradients, parameters)
@@ -226,6 +228,7 @@ class GaussNewtonProducts:
         self._parameters = parameters
         places = [*(loss.call.logits for loss in losses), *self._diagonals]
         self._dummies = [torch.zeros_like(x).requires_grad_() for x in places]
+        check_functions(self._edges, jacobian=True)
         with twice():
             self._pulled = pull(self._edges, self._dummies, parameters, create_graph=True)
         _check_once(self._pulled)

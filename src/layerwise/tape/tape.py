@@ -158,6 +158,8 @@ class Tape(LossRecord):
             return self._loss(func, args, kwargs)
         if func in GRADIENTS:
             return self._gradients(func, args, kwargs)
+        if func in losses.PROJECTED and torch.is_grad_enabled():
+            return self._projected(func, args, kwargs)
         used, data, tensors = self._sort(args, kwargs)
         if data and torch.is_grad_enabled() and self._late(data):
             used, data, tensors = self._sort(args, kwargs)
@@ -297,8 +299,8 @@ class Tape(LossRecord):
         if target is not None:
             data = [args[0] if t is target else t for t in data]
         inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
-        *own, used = distinct(self._known, args, kwargs, used)
-        call_args, call_kwargs = kept(self._known, *own, clone=ops.writes_first(func))
+        own_args, own_kwargs, used = distinct(self._known, args, kwargs, used)
+        call_args, call_kwargs = kept(self._known, own_args, own_kwargs, clone=ops.writes_first(func))
         out, result = run(func, args, kwargs, used, data)
         self.calls.append(func)
         if out is result and is_view(result):
@@ -325,11 +327,13 @@ class Tape(LossRecord):
         Values and `.grad` are the composite's up to rounding.
         """
         self._refuse(ops.refused(func, args, kwargs), func, used)
-        return standing_in(func, lambda *a, **kw: self._parts(func, a, kw), args, kwargs)
+        return standing_in(func, lambda *a, **kw: self._parts(ops.decomposition(func), a, kw), args, kwargs)
 
-    def _parts(self, func: Any, args: Any, kwargs: Any) -> Any:
-        parts = ops.decomposition(func)
-        assert parts is not None
+    def _projected(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a loss that holds the last layer in itself as the layer and the loss, under this mode."""
+        return standing_in(func, lambda *a, **kw: self._parts(losses.PROJECTED[func], a, kw), args, kwargs)
+
+    def _parts(self, parts: Any, args: Any, kwargs: Any) -> Any:
         TorchFunctionMode.__enter__(self)  # the mode alone: recording has begun already
         try:
             return parts(*args, **kwargs)

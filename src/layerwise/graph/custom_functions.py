@@ -1,0 +1,183 @@
+"""Proof that the user's own autograd functions have the second derivatives that their first ones say.
+
+A function may prepare its gradient in the forward pass (fused losses do): its backward then multiplies by a constant,
+and torch differentiates that a second time without a word. So each such function is run again, once for each shape of
+its arguments, at random ones: a directional finite difference of its gradient is compared with the product.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from layerwise.errors import Undefined
+from layerwise.graph.walk import Edge, Node, nodes
+from layerwise.tape.pull import pull
+
+__all__ = ["check_functions"]
+
+# A memo of proofs by function: nothing in it changes a result.
+_PROVED: weakref.WeakKeyDictionary[type, dict[Any, bool]] = weakref.WeakKeyDictionary()
+_MEMO_LIMIT = 64
+_OUTLIERS = 0.02  # of the elements: those next to a kink
+
+
+def check_functions(roots: Iterable[Any], ends: Collection[Node] = (), jacobian: bool = False) -> None:
+    """Raise Undefined, by its name, for a function of the user's own without a proved second derivative.
+
+    roots: edges to walk down from. ends: nodes at which the walk ends. jacobian: whether only the derivative in the
+    cotangent is needed, for products with the Jacobian.
+    """
+    for node in nodes(roots, dict.fromkeys(ends, ())):
+        if node in ends or not _is_custom(node):
+            continue
+        found = _proved(node, jacobian)
+        if found:
+            continue
+        why = (
+            "it gives others than its gradient has at neighbouring points (does its forward prepare the gradient, as "
+            "fused losses do?)"
+            if found is False
+            else "they cannot be proved, since it cannot be run again (its arguments are not all tensors in the graph)"
+        )
+        raise Undefined(
+            f"asked for second derivatives through {node.name()}, the backward of a function of one's own "
+            f"(torch.autograd.Function, torch.library): {why}. Write that function with torch calls, which can be "
+            "differentiated twice, or freeze what is below it"
+        )
+
+
+def _is_custom(node: Any) -> bool:
+    """Whether a node is the backward of a function that is neither torch's nor ours."""
+    if not isinstance(node, BackwardCFunction):
+        return "CppNode" in node.name()
+    module = node._forward_cls.__module__  # type: ignore[attr-defined]
+    return module.split(".")[0] not in ("torch", "layerwise") or module == "torch._library.autograd"
+
+
+def _proved(node: Any, jacobian: bool) -> bool | None:
+    """Whether the function's second derivatives are those of its first ones; None where it cannot be run again."""
+    given = _arguments(node)
+    if given is None:
+        return None
+    memo = _PROVED.setdefault(node._forward_cls, {})
+    key = (jacobian, *((place, x.shape, x.dtype, x.device, x.requires_grad) for place, x in enumerate(given)))
+    if key not in memo:
+        found = _tried(node._forward_cls.apply, given, jacobian)
+        if found is None:
+            return None
+        if len(memo) >= _MEMO_LIMIT:
+            memo.clear()
+        memo[key] = found
+    return memo[key]
+
+
+def _arguments(node: Any) -> list[Tensor] | None:
+    """Random arguments of the shapes that the function had, and its one constant tensor; None where more is unknown."""
+    needs: Sequence[bool] = getattr(node, "needs_input_grad", ())
+    below: Sequence[Edge] = node.next_functions
+    if not needs or len(needs) != len(below) or sum(not need for need in needs) > 1:
+        return None
+    constants = [] if all(needs) else [t for t in node.saved_tensors if t is not None and not t.requires_grad]
+    if len(constants) != sum(not need for need in needs):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    given = []
+    for need, (child, output) in zip(needs, below, strict=True):
+        if not need:
+            given.append(constants[0].detach())
+            continue
+        like = child.variable if hasattr(child, "variable") else child._input_metadata[output]
+        x = torch.randn(tuple(like.shape), generator=generator, dtype=torch.float64)
+        given.append(x.to(like.device, like.dtype).requires_grad_())
+    return given
+
+
+def _tried(function: Callable[..., Any], given: Sequence[Tensor], jacobian: bool) -> bool | None:
+    """The comparison in double precision, or in the function's own where it takes no other; None where it fails."""
+    double = [_as(x, torch.float64) if x.is_floating_point() else x for x in given]
+    for arguments in (double, given):
+        try:
+            with torch.enable_grad():
+                return _adjoint(function, arguments) if jacobian else _agree(function, arguments)
+        except Exception:  # whatever the user's own code raises on arguments that it does not expect
+            continue
+    return None
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(dtype).requires_grad_(x.requires_grad)
+
+
+class _Point:
+    """A function at one point: its outputs, its gradients for cotangents u, and their derivatives in u along v."""
+
+    def __init__(self, function: Callable[..., Any], given: Sequence[Tensor], u: list[Tensor] | None = None) -> None:
+        out = function(*given)
+        out = out if isinstance(out, tuple) else (out,)
+        self.outputs = [y for y in out if isinstance(y, Tensor) and y.requires_grad]
+        self.x = [t for t in given if t.requires_grad]
+        self.u = _noise(self.outputs, 1) if u is None else u
+        found = pull(self.outputs, self.u, self.x, create_graph=True)
+        self.gradient = [torch.zeros_like(t) if g is None else g for g, t in zip(found, self.x, strict=True)]
+
+    def pushed(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """J v, the derivative of v . J^T u by u."""
+        return self._derivative(v, self.u)
+
+    def product(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """The derivative of v . J^T u by the arguments."""
+        return self._derivative(v, self.x)
+
+    def _derivative(self, v: Sequence[Tensor], by: Sequence[Tensor]) -> list[Tensor]:
+        kept = [(g, d) for g, d in zip(self.gradient, v, strict=True) if g.requires_grad]
+        found = pull([g for g, _ in kept], [d for _, d in kept], by) if kept else [None] * len(by)
+        return [torch.zeros_like(t) if h is None else h for h, t in zip(found, by, strict=True)]
+
+
+def _noise(like: Sequence[Tensor], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=generator).to(t).requires_grad_() for t in like]
+
+
+def _agree(function: Callable[..., Any], given: Sequence[Tensor]) -> bool:
+    """Whether central differences of outputs and gradients along a random direction are the products with it."""
+    here = _Point(function, given)
+    v = [d.detach() for d in _noise(here.x, 2)]
+    step = 0.1 * torch.finfo(here.x[0].dtype).eps ** (1 / 3)
+    ends = []
+    for sign in (1, -1):
+        moved = iter([(t + sign * step * d).detach().requires_grad_() for t, d in zip(here.x, v, strict=True)])
+        ends.append(_Point(function, [next(moved) if t.requires_grad else t for t in given], here.u))
+    high, low = ends
+    return _near(here.pushed(v), high.outputs, low.outputs, step, here.outputs) and _near(
+        here.product(v), high.gradient, low.gradient, step, here.gradient
+    )
+
+
+def _near(
+    products: Sequence[Tensor], high: Sequence[Tensor], low: Sequence[Tensor], step: float, values: Sequence[Tensor]
+) -> bool:
+    """Whether differences of values over 2 steps are products, but for a few elements next to a kink."""
+    for product, above, below, value in zip(products, high, low, values, strict=True):
+        slope = ((above - below) / (2 * step)).detach()
+        scale = max(float(t.detach().abs().max()) for t in (slope, product, value) if t.numel()) if slope.numel() else 0
+        near = (product.detach() - slope).abs() <= torch.finfo(slope.dtype).eps ** 0.25 * scale
+        if slope.numel() and float((~near).double().mean()) > _OUTLIERS:
+            return False
+    return True
+
+
+def _adjoint(function: Callable[..., Any], given: Sequence[Tensor]) -> bool:
+    """Whether J v, the derivative of v . J^T u by u, is what J^T is the adjoint of."""
+    here = _Point(function, given)
+    v, w = ([d.detach() for d in _noise(like, 3 + i)] for i, like in enumerate((here.x, here.u)))
+    back = _Point(function, given, w).gradient
+    pairs = zip((*w, *back), (*here.pushed(v), *(-x for x in v)), strict=True)
+    terms = torch.cat([(a * b).detach().flatten() for a, b in pairs])
+    return bool(terms.sum().abs() <= torch.finfo(terms.dtype).eps ** 0.5 * terms.abs().sum())
