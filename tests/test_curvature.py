@@ -14,6 +14,7 @@ from zoo import Case, Instance, cases
 
 import layerwise as lw
 from layerwise import errors
+from layerwise.graph.products import check_second
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -326,3 +327,9 @@ def test_a_wrong_second_derivative_is_refused_by_the_name_of_its_function() -> N
     lw.Hessian(p, lambda: _Square.apply(p["a"], p["b"]).sum())
     with pytest.raises(errors.Undefined, match="_DetachedBackward"):
         lw.Hessian(p, lambda: _Detached.apply(p["a"], p["b"]).sum())
+
+
+def test_an_asymmetric_hessian_is_refused() -> None:
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(errors.Undefined, match="not symmetric"):
+        check_second([torch.randn(3, 3) @ x], [x])

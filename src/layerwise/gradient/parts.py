@@ -125,7 +125,7 @@ class DensePart(Part):
 
     def to(self, dtype: torch.dtype) -> DensePart:
         """The same contribution with its numbers in another type."""
-        return replace(self, values=self.values.to(dtype))
+        return replace(self, values=self.values.to(dtype.to_complex() if self.values.is_complex() else dtype))
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class LaterPart(_OfSlot):
 
     def to(self, dtype: torch.dtype) -> LaterPart:
         """The same contribution with its numbers in another type."""
-        return replace(self, dtype=dtype)
+        return replace(self, dtype=dtype.to_complex() if self.leaf.is_complex() else dtype)
 
 
 def parts_of(

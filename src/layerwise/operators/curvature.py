@@ -50,6 +50,12 @@ class CurvatureOperator:
         self._parameters = dict(tape.parameters)
         if not self._parameters:
             raise BadInput(f"{self._asked}: the model has no parameter that requires grad")
+        for name, p in self._parameters.items():
+            if p.is_complex():
+                raise Undefined(
+                    f"{self._asked}: the parameter {name!r} is complex; hold its parts as one real parameter [..., 2] "
+                    "and call torch.view_as_complex on it in the forward, or freeze it"
+                )
         self.blocks = blocks
         with torch.enable_grad(), tape, SecondOrder():
             total = closure()

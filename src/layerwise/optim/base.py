@@ -107,6 +107,11 @@ class NamedOptimizer(torch.optim.Optimizer):
         strangers = sum(id(p) not in names for p in tensors)
         if strangers:
             raise BadInput(f"{type(self).__name__} got {strangers} parameters that are not the model's")
+        if (wrong := next((p for p in tensors if p.is_complex()), None)) is not None:
+            raise BadInput(
+                f"{type(self).__name__} moves real parameters, but {names[id(wrong)]!r} is complex; hold its parts as "
+                "one real parameter [..., 2] and call torch.view_as_complex on it in the forward, or freeze it"
+            )
         group = {**self.defaults, **param_group, "params": [(names[id(p)], p) for p in tensors]}
         self._check(group)
         super().add_param_group(group)

@@ -61,6 +61,7 @@ class Quantity:
         memory holds the cotangents of all uses beside the recorded inputs, and the per-sample gradients of
         parameters that reach their uses through a derived tensor.
     rows_only: whether uses without row form may be passed as parts without numbers, which `covers` refuses.
+    wirtinger: whether it is defined for complex parameters, with |g|² for a square (g = 2 dL/dw*, as in `.grad`).
     """
 
     cotangent: Cotangent = Gradient()
@@ -71,6 +72,7 @@ class Quantity:
     computed_first: ClassVar[bool] = False
     revisits: ClassVar[bool] = False
     rows_only: ClassVar[bool] = False
+    wirtinger: ClassVar[bool] = False
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
         """Raise Undefined where the quantity does not exist for these losses; called before backpropagation."""

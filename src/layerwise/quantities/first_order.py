@@ -32,6 +32,7 @@ class PerSampleGrad(Quantity):
     powers = (1,)
     concatenate = True
     computed_first = True  # other quantities square these gradients
+    wirtinger = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, *shape]`."""
@@ -52,6 +53,7 @@ class SquaredNorm(Quantity):
 
     powers = (2,)
     concatenate = True
+    wirtinger = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N]`."""
@@ -72,6 +74,8 @@ class SecondMoment(Quantity):
     Computed without holding `[N, P]`. Raises SamplesMixed. Source: Dangel et al. (2020), eq. 5.
     """
 
+    wirtinger = True
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[*shape]`."""
         return (gradient.second_moment(),)
@@ -89,6 +93,8 @@ class Variance(Quantity):
     Source: Dangel et al. (2020), eq. 5.
     """
 
+    wirtinger = True
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """Second moment, `[*shape]`; the mean is taken from `.grad`."""
         return (gradient.second_moment(),)
@@ -100,7 +106,8 @@ class Variance(Quantity):
             total = context.gradient[name]
             factor = sample_factor(union)  # in one new tensor: allocating costs more than arithmetic
             variance = moment * (factor**2 / union.samples)
-            variance.addcmul_(total, total, value=-((factor / union.samples) ** 2)).clamp_(min=0)
+            mine = total if not total.is_complex() else total.abs()
+            variance.addcmul_(mine, mine, value=-((factor / union.samples) ** 2)).clamp_(min=0)
             result[name] = variance if union.samples > 1 else variance.zero_()
         return ByParameter(result)
 

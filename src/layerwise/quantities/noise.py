@@ -55,6 +55,8 @@ class NoiseScale(Quantity):
     Source: McCandlish et al. (2018), eq. 2.9 and appendix A.1 (small batch 1, big batch N).
     """
 
+    wirtinger = True
+
     def __init__(self, snr: bool = True) -> None:
         self.snr = snr
 
@@ -74,6 +76,7 @@ class NoiseScale(Quantity):
         noise, signal, snr = {}, {}, {}
         for name, (moment,) in values.items():
             mean = context.gradient[name] * (factor / n)
+            mean = mean.abs() if mean.is_complex() else mean
             big, small = mean.square().sum(), moment.sum() * (factor**2 / n)
             noise[name] = ((small - big) * (n / (n - 1))).clamp(min=0)
             signal[name] = (n * big - small) / (n - 1)
