@@ -197,7 +197,7 @@ def bias_of(part: RowsPart) -> str | None:
 
     Proved by numbering the output's elements: both slots must arrange them into the same rows.
     """
-    if part.slot.bias:
+    if part.slot.bias or not part.slot.used.numel():
         return None
     places = torch.arange(part.use.call.out_shape.numel(), device=part.rows.g.device)
     places = places.to(part.rows.g.dtype).reshape(1, *part.use.call.out_shape)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
@@ -33,8 +34,10 @@ __all__ = [
     "Products",
     "SecondOrder",
     "check_second",
+    "dense_embedding",
     "gradient_of",
     "pull_stack",
+    "scaled_embedding",
     "twice",
 ]
 
@@ -49,11 +52,18 @@ class SecondOrder(TorchFunctionMode):
 
     Attention runs by its formula, since fused kernels have no second derivative; so does weight norm, whose
     second derivative in torch 2.13 is wrong for weights of more than two axes.
+    embedding: what looks up tables in place of `F.embedding`, where the graph is of no other use.
     """
+
+    def __init__(self, embedding: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self._embedding = embedding
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:
             return standing_in(func, _weight_norm, args, kwargs or {})
+        if func is F.embedding and self._embedding is not None:
+            return standing_in(func, self._embedding, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> Self:
@@ -72,6 +82,33 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`g v / |v|`, the norm over all axes but `dim` (-1: over all)."""
     axes = [axis for axis in range(v.dim()) if axis != dim]
     return v * (g / v.square().sum(axes, keepdim=dim != -1).sqrt())
+
+
+def dense_embedding(index: Tensor, table: Tensor, *args: Any, sparse: bool = False, **kwargs: Any) -> Tensor:
+    """`F.embedding` with a dense gradient."""
+    return F.embedding(index, table, *args[:4], **kwargs)
+
+
+def scaled_embedding(
+    index: Tensor,
+    table: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`F.embedding` with a dense gradient that torch can differentiate, for products with the Jacobian.
+
+    Under `scale_grad_by_freq` each row's gradient is divided by how often it is looked up. So are the rows of the
+    Jacobian then; the gradient is no derivative, and has none.
+    """
+    out = F.embedding(index, table, padding_idx, max_norm, norm_type)
+    if not scale_grad_by_freq:
+        return out
+    count = torch.bincount(index.flatten(), minlength=len(table))[index]
+    scaled = out / count.unsqueeze(-1)
+    return scaled + (out - scaled).detach()
 
 
 def _check_once(gradients: Sequence[Tensor | None]) -> None:

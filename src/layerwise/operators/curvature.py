@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, NonFinite, Undefined
 from layerwise.graph.coverage import Graph, known_losses, prove
 from layerwise.graph.loss_curvature import loss_hessian, resolved
-from layerwise.graph.products import GaussNewtonProducts, HessianProducts, Products, SecondOrder
+from layerwise.graph.products import (
+    GaussNewtonProducts,
+    HessianProducts,
+    Products,
+    SecondOrder,
+    dense_embedding,
+    scaled_embedding,
+)
 from layerwise.graph.residuals import proved, residual_curvature
 from layerwise.losses import Likelihood
 from layerwise.operators.diagonal import check_names
@@ -35,6 +42,8 @@ class CurvatureOperator:
     names: the parameters in the model's order; the flat form concatenates them, flattened.
     shape: `(P, P)` for P parameter elements.
     """
+
+    _embedding: Callable[..., Tensor] = staticmethod(dense_embedding)
 
     def __init__(
         self,
@@ -57,7 +66,7 @@ class CurvatureOperator:
                     "and call torch.view_as_complex on it in the forward, or freeze it"
                 )
         self.blocks = blocks
-        with torch.enable_grad(), tape, SecondOrder():
+        with torch.enable_grad(), tape, SecondOrder(self._embedding):
             total = closure()
         self._check_total(total)
         device = total.device.type
@@ -266,6 +275,8 @@ class GGN(CurvatureOperator):
     curvature, an operation without a second derivative).
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
+
+    _embedding = staticmethod(scaled_embedding)
 
     def _make(self, tape: Tape, total: Tensor) -> Products:
         graph, known = resolved(lambda without: known_losses(tape, total, without))

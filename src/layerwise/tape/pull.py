@@ -110,9 +110,9 @@ def accumulated(parameters: Mapping[str, Tensor], before_hooks: bool = False) ->
 
         return noted
 
-    changed = {name: p for name, p in parameters.items() if before_hooks and p._backward_hooks}
+    changed = {name: p._backward_hooks for name, p in parameters.items() if before_hooks and p._backward_hooks}
     parameters = {name: p for name, p in parameters.items() if name not in changed}
-    own = [(p._backward_hooks, *next(iter(p._backward_hooks.items()))) for p in changed.values()]
+    own = [(hooks, *next(iter(hooks.items()))) for hooks in changed.values()]
     nodes = [(name, get_gradient_edge(p).node) for name, p in parameters.items()]  # the list keeps them alive
     handles = []
     try:

@@ -58,19 +58,25 @@ def distinct(
     return ops.replace(args, own), ops.replace(kwargs, own), found
 
 
-def kept(known: Known, args: Any, kwargs: Any, clone: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments to keep: data detached (the first cloned, where the call overwrites it), parameters themselves."""
-    first = tuple(_kept(known, arg, clone and i == 0) for i, arg in enumerate(args))
-    return first, {key: _kept(known, value) for key, value in kwargs.items()}
+def kept(known: Known, func: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments to keep: data detached (the first cloned, where the call overwrites it), parameters themselves.
+
+    Sparse data of a linear map is kept dense, as its rows are.
+    """
+    clone, dense = ops.writes_first(func), func in ops.LINEAR
+    first = tuple(_kept(known, arg, dense, clone and i == 0) for i, arg in enumerate(args))
+    return first, {key: _kept(known, value, dense) for key, value in kwargs.items()}
 
 
-def _kept(known: Known, arg: Any, clone: bool = False) -> Any:
+def _kept(known: Known, arg: Any, dense: bool, clone: bool = False) -> Any:
     if isinstance(arg, Tensor):
         if type(known.get(id(arg))) is Derived:
             return arg
+        if dense and arg.layout is not torch.strided:
+            return arg.detach().to_dense()
         return arg.detach().clone() if clone else arg.detach()
     if isinstance(arg, (list, tuple)):
-        return type(arg)(_kept(known, a) for a in arg)
+        return type(arg)(_kept(known, a, dense) for a in arg)
     return arg
 
 
@@ -81,6 +87,8 @@ def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tenso
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, IndexError) as error:
+        if "allocate memory" in str(error) or "not enough memory" in str(error):  # on the CPU it has no type
+            raise
         raise bad_call(func, used, data, error) from error
     result = args[0] if out is None and args and ops.writes_first(func) else out
     if not isinstance(result, Tensor):

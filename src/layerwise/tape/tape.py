@@ -238,7 +238,7 @@ class Tape(LossRecord):
 
     def _written(self, func: Any, args: Any) -> None:
         """Where a call writes data into a constant, make the constant and all its views data."""
-        if not ops.writes_first(func):
+        if not (args and ops.writes_first(func)):  # `nn.init` hands its tensor over by name, and calls again
             return
         target = args[0]
         if not isinstance(target, Tensor) or id(target) not in self._known:
@@ -300,7 +300,7 @@ class Tape(LossRecord):
             data = [args[0] if t is target else t for t in data]
         inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
         own_args, own_kwargs, used = distinct(self._known, args, kwargs, used)
-        call_args, call_kwargs = kept(self._known, own_args, own_kwargs, clone=ops.writes_first(func))
+        call_args, call_kwargs = kept(self._known, func, own_args, own_kwargs)
         out, result = run(func, args, kwargs, used, data)
         self.calls.append(func)
         if out is result and is_view(result):
