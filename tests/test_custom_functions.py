@@ -57,6 +57,39 @@ class _Differentiable(torch.autograd.Function):
         return grads[0] * (z.softmax(1) - F.one_hot(y, z.shape[1])) / len(z), None
 
 
+class _Smoothed(torch.autograd.Function):
+    """The same with smoothed labels, whose other arguments lie on the context."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor, amount: float, reduction: str = "mean") -> Tensor:
+        ctx.save_for_backward(z, y)
+        ctx.amount, ctx.reduction = amount, reduction
+        return F.cross_entropy(z, y, label_smoothing=amount, reduction=reduction)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        z, y = ctx.saved_tensors
+        mass = (1 - ctx.amount) * F.one_hot(y, z.shape[1]) + ctx.amount / z.shape[1]
+        return grads[0] * (z.softmax(1) - mass) / (len(z) if ctx.reduction == "mean" else 1), None, None, None
+
+
+class _Context(torch.autograd.Function):
+    """A power, with a context of its own method."""
+
+    @staticmethod
+    def forward(z: Tensor, exponent: int) -> Tensor:
+        return z**exponent
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        z, ctx.exponent = inputs
+        ctx.save_for_backward(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0] * ctx.exponent * ctx.saved_tensors[0] ** (ctx.exponent - 1), None
+
+
 class _PreparedGelu(torch.autograd.Function):
     """An activation that keeps its slope, in place of its input."""
 
@@ -110,6 +143,17 @@ class _Detached(torch.autograd.Function):
         return 2 * grads[0].detach()
 
 
+@torch.library.custom_op("layerwise_tests::prepared", mutates_args=())
+def _library(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return F.cross_entropy(z, y), (z.softmax(1) - F.one_hot(y, z.shape[1])) / len(z)
+
+
+_library.register_autograd(
+    lambda ctx, g, _: (g * ctx.saved_tensors[0], None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]),
+)
+
+
 def _model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
@@ -120,6 +164,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Tensor], str]] = {
     "prepared": (lambda m: _Prepared.apply(m(X), Y), "_PreparedBackward"),
     "prepared_number": (lambda m: _PreparedWithNumber.apply(m(X), Y, 2.0), "_PreparedWithNumberBackward"),
     "prepared_sum": (lambda m: 3 * _Prepared.apply(m(X), Y) + m(X).square().mean(), "_PreparedBackward"),
+    "library": (lambda m: _library(m(X), Y)[0], "GeneratedBackwardFor_layerwise_tests_prepared"),
     "prepared_inside": (lambda m: _Prepared.apply(_Gelu.apply(m(X)), Y), "_PreparedBackward"),
 }
 
@@ -152,6 +197,14 @@ def test_first_order_needs_no_second_derivative() -> None:
 
 EXACT: dict[str, tuple[Callable[[nn.Module], Tensor], Callable[[nn.Module], Tensor]]] = {
     "loss": (lambda m: _Differentiable.apply(m(X), Y), lambda m: F.cross_entropy(m(X), Y)),
+    "smoothed": (
+        lambda m: _Smoothed.apply(m(X), Y, 0.2, "mean"),
+        lambda m: F.cross_entropy(m(X), Y, label_smoothing=0.2),
+    ),
+    "context": (
+        lambda m: F.cross_entropy(m[2](_Context.apply(m[0](X), 3)), Y),
+        lambda m: F.cross_entropy(m[2](m[0](X) ** 3), Y),
+    ),
     "head": (
         lambda m: F.cross_entropy(_Gelu.apply(m(X)), Y),
         lambda m: F.cross_entropy((lambda z: z * z.sigmoid())(m(X)), Y),

@@ -255,3 +255,94 @@ def test_a_written_slice_is_no_transfer_function(loss: str) -> None:
     for model in (one, other):
         lw.LocoProp(model, lr=0.1, loss=loss).step(lambda model=model: F.mse_loss(model(x), y))  # type: ignore[arg-type]
     oracle.assert_close(dict(one.named_parameters()), dict(other.named_parameters()))
+
+
+class _Program(nn.Module):
+    """A program over its parts."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **parts: Any) -> None:
+        super().__init__()
+        self.run, self.last = run, nn.Linear(4, 2)
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.run(self, x))
+
+
+def _write(s: Any, o: Tensor) -> Tensor:
+    """A parameter added in place, and a slice scaled."""
+    o += s.p
+    o[:, 1:].mul_(2)
+    return o
+
+
+def _seen_through_views(s: Any, x: Tensor) -> Tensor:
+    h = s.a(x)
+    h.view(3, 20).add_(s.p)
+    h[:, 1].mul_(2)
+    return h.sigmoid()
+
+
+def _assembled(s: Any, x: Tensor) -> Tensor:
+    o = torch.zeros(3, 5, 4)
+    o[:, :2].addcmul_(x[:, :2], s.p)
+    o[:, 2:] = x[:, 2:] * s.q
+    return o
+
+
+def _indexed(s: Any, x: Tensor) -> Tensor:
+    z = s.a(x)
+    z[:, torch.tensor([0, 2])] += s.p
+    z.index_add_(1, torch.tensor([1]), x[:, :1])
+    return z.scatter_(2, torch.zeros(3, 5, 1, dtype=torch.long), 0.0)
+
+
+def _turned(s: Any, x: Tensor) -> Tensor:
+    z = s.a(x).transpose_(1, 2)
+    z.mul_(2).unsqueeze_(1)
+    return z.squeeze(1).transpose(1, 2)
+
+
+def _checkpointed(s: Any, x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(lambda x: _write(s, s.a(x)).tanh_(), x, use_reentrant=False)
+
+
+PROGRAMS: dict[str, Callable[[], _Program]] = {
+    "attention": lambda: _Program(
+        lambda s, x: _write(s, F.scaled_dot_product_attention(x, s.k.expand(3, 5, 4), s.v.expand(3, 5, 4))),
+        k=torch.randn(5, 4), v=torch.randn(5, 4), p=torch.randn(4),
+    ),
+    "multi_dot": lambda: _Program(
+        lambda s, x: _write(s, torch.linalg.multi_dot([x[:, 0], s.k, s.v])),
+        k=torch.randn(4, 3), v=torch.randn(3, 4), p=torch.randn(4),
+    ),
+    "multihead": lambda: _Program(
+        lambda s, x: s.a(x, x, x, need_weights=False)[0].add_(x).relu_(),
+        a=nn.MultiheadAttention(4, 2, batch_first=True),
+    ),
+    "lstm": lambda: _Program(
+        lambda s, x: _write(s, s.a(x)[0].add_(x)), a=nn.LSTM(4, 4, batch_first=True), p=torch.randn(4)
+    ),
+    "conv": lambda: _Program(lambda s, x: _write(s, s.a(x)), a=nn.Conv1d(5, 3, 1), p=torch.randn(4)),
+    "embedding": lambda: _Program(
+        lambda s, x: _write(s, s.a((x > 0).long().sum(-1))), a=nn.Embedding(6, 4), p=torch.randn(4)
+    ),
+    "frozen": lambda: _Program(
+        lambda s, x: _write(s, s.a(x)), a=nn.Linear(4, 4).requires_grad_(requires_grad=False), p=torch.randn(4)
+    ),
+    "layer_norm": lambda: _Program(lambda s, x: _write(s, s.a(x)), a=nn.LayerNorm(4), p=torch.randn(4)),
+    "views": lambda: _Program(_seen_through_views, a=nn.Linear(4, 4), p=torch.randn(20)),
+    "assembled": lambda: _Program(_assembled, p=torch.randn(4), q=torch.randn(4)),
+    "indexed": lambda: _Program(_indexed, a=nn.Linear(4, 4), p=torch.randn(4)),
+    "turned": lambda: _Program(_turned, a=nn.Linear(4, 4)),
+    "checkpointed": lambda: _Program(_checkpointed, a=nn.Linear(4, 4), p=torch.randn(4)),
+    "copied": lambda: _Program(lambda s, x: s.a(x).copy_(s.c(x)).sin_(), a=nn.Linear(4, 4), c=nn.Linear(4, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_writes_in_other_programs(name: str) -> None:
+    model, x = PROGRAMS[name](), torch.randn(3, 5, 4)
+    with oracle.plain_operations():
+        _check(model, lambda: model(x))

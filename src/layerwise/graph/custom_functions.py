@@ -7,13 +7,14 @@ its arguments, at random ones: a directional finite difference of its gradient i
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import BackwardCFunction, Function
 
 from layerwise.errors import Undefined
 from layerwise.graph.walk import Edge, Node, nodes
@@ -24,6 +25,15 @@ __all__ = ["check_functions"]
 # A memo of proofs by function: nothing in it changes a result.
 _PROVED: weakref.WeakKeyDictionary[type, dict[Any, bool]] = weakref.WeakKeyDictionary()
 _MEMO_LIMIT = 64
+_NOT_FOUND = object()
+_WRONG = (
+    "it gives others than its gradient has at neighbouring points (does its forward prepare the gradient, as fused "
+    "losses do?)"
+)
+_UNKNOWN = (
+    "they cannot be proved, since it cannot be run again (keep its arguments under their own names on the context, "
+    "`ctx.gamma = gamma`)"
+)
 _OUTLIERS = 0.02  # of the elements: those next to a kink
 
 
@@ -39,12 +49,7 @@ def check_functions(roots: Iterable[Any], ends: Collection[Node] = (), jacobian:
         found = _proved(node, jacobian)
         if found:
             continue
-        why = (
-            "it gives others than its gradient has at neighbouring points (does its forward prepare the gradient, as "
-            "fused losses do?)"
-            if found is False
-            else "they cannot be proved, since it cannot be run again (its arguments are not all tensors in the graph)"
-        )
+        why = _WRONG if found is False else _UNKNOWN
         raise Undefined(
             f"asked for second derivatives through {node.name()}, the backward of a function of one's own "
             f"(torch.autograd.Function, torch.library): {why}. Write that function with torch calls, which can be "
@@ -62,11 +67,11 @@ def _is_custom(node: Any) -> bool:
 
 def _proved(node: Any, jacobian: bool) -> bool | None:
     """Whether the function's second derivatives are those of its first ones; None where it cannot be run again."""
-    given = _arguments(node)
+    given = _arguments(node) if isinstance(node, BackwardCFunction) else None
     if given is None:
         return None
     memo = _PROVED.setdefault(node._forward_cls, {})
-    key = (jacobian, *((place, x.shape, x.dtype, x.device, x.requires_grad) for place, x in enumerate(given)))
+    key = (jacobian, *(_described(x) for x in given))
     if key not in memo:
         found = _tried(node._forward_cls.apply, given, jacobian)
         if found is None:
@@ -77,30 +82,49 @@ def _proved(node: Any, jacobian: bool) -> bool | None:
     return memo[key]
 
 
-def _arguments(node: Any) -> list[Tensor] | None:
-    """Random arguments of the shapes that the function had, and its one constant tensor; None where more is unknown."""
+def _described(x: Any) -> Any:
+    return (x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else (type(x), repr(x))
+
+
+def _arguments(node: Any) -> list[Any] | None:
+    """Arguments to run the function again with: random ones where it is differentiated, else those that it keeps.
+
+    The others are looked up by their names among what the function has put onto its context; one more may be the only
+    tensor that it has saved. None where some are not found.
+    """
     needs: Sequence[bool] = getattr(node, "needs_input_grad", ())
-    below: Sequence[Edge] = node.next_functions
-    if not needs or len(needs) != len(below) or sum(not need for need in needs) > 1:
+    below: list[Edge] = [edge for edge in node.next_functions if edge[0] is not None]
+    function = node._forward_cls
+    names = list(inspect.signature(function.forward).parameters)
+    if function.setup_context is Function.setup_context:
+        names = names[1:]  # the context
+    if not needs or len(below) != sum(needs) or len(names) != len(needs):
         return None
-    constants = [] if all(needs) else [t for t in node.saved_tensors if t is not None and not t.requires_grad]
-    if len(constants) != sum(not need for need in needs):
-        return None
+    kept = vars(node)
+    given: list[Any] = [_NOT_FOUND] * len(needs)
     generator = torch.Generator().manual_seed(0)
-    given = []
-    for need, (child, output) in zip(needs, below, strict=True):
-        if not need:
-            given.append(constants[0].detach())
-            continue
-        like = child.variable if hasattr(child, "variable") else child._input_metadata[output]
-        x = torch.randn(tuple(like.shape), generator=generator, dtype=torch.float64)
-        given.append(x.to(like.device, like.dtype).requires_grad_())
+    edge = iter(below)
+    for place, need in enumerate(needs):
+        given[place] = _random(*next(edge), generator) if need else kept.get(names[place], _NOT_FOUND)
+    left = [place for place, x in enumerate(given) if x is _NOT_FOUND]
+    if left:
+        saved = [t for t in node.saved_tensors if t is not None and not t.requires_grad]
+        if len(left) > 1 or len(saved) != 1:
+            return None
+        given[left[0]] = saved[0].detach()
     return given
 
 
-def _tried(function: Callable[..., Any], given: Sequence[Tensor], jacobian: bool) -> bool | None:
+def _random(child: Any, output: int, generator: torch.Generator) -> Tensor:
+    """Random numbers like the tensor of an edge."""
+    like = child.variable if hasattr(child, "variable") else child._input_metadata[output]
+    x = torch.randn(tuple(like.shape), generator=generator, dtype=torch.float64)
+    return x.to(like.device, like.dtype).requires_grad_()
+
+
+def _tried(function: Callable[..., Any], given: Sequence[Any], jacobian: bool) -> bool | None:
     """The comparison in double precision, or in the function's own where it takes no other; None where it fails."""
-    double = [_as(x, torch.float64) if x.is_floating_point() else x for x in given]
+    double = [_as(x, torch.float64) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
     for arguments in (double, given):
         try:
             with torch.enable_grad():
@@ -117,11 +141,11 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 class _Point:
     """A function at one point: its outputs, its gradients for cotangents u, and their derivatives in u along v."""
 
-    def __init__(self, function: Callable[..., Any], given: Sequence[Tensor], u: list[Tensor] | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], given: Sequence[Any], u: list[Tensor] | None = None) -> None:
         out = function(*given)
         out = out if isinstance(out, tuple) else (out,)
         self.outputs = [y for y in out if isinstance(y, Tensor) and y.requires_grad]
-        self.x = [t for t in given if t.requires_grad]
+        self.x = [t for t in given if _differentiated(t)]
         self.u = _noise(self.outputs, 1) if u is None else u
         found = pull(self.outputs, self.u, self.x, create_graph=True)
         self.gradient = [torch.zeros_like(t) if g is None else g for g, t in zip(found, self.x, strict=True)]
@@ -140,12 +164,16 @@ class _Point:
         return [torch.zeros_like(t) if h is None else h for h, t in zip(found, by, strict=True)]
 
 
+def _differentiated(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
 def _noise(like: Sequence[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(t.shape, generator=generator).to(t).requires_grad_() for t in like]
 
 
-def _agree(function: Callable[..., Any], given: Sequence[Tensor]) -> bool:
+def _agree(function: Callable[..., Any], given: Sequence[Any]) -> bool:
     """Whether central differences of outputs and gradients along a random direction are the products with it."""
     here = _Point(function, given)
     v = [d.detach() for d in _noise(here.x, 2)]
@@ -153,7 +181,7 @@ def _agree(function: Callable[..., Any], given: Sequence[Tensor]) -> bool:
     ends = []
     for sign in (1, -1):
         moved = iter([(t + sign * step * d).detach().requires_grad_() for t, d in zip(here.x, v, strict=True)])
-        ends.append(_Point(function, [next(moved) if t.requires_grad else t for t in given], here.u))
+        ends.append(_Point(function, [next(moved) if _differentiated(t) else t for t in given], here.u))
     high, low = ends
     return _near(here.pushed(v), high.outputs, low.outputs, step, here.outputs) and _near(
         here.product(v), high.gradient, low.gradient, step, here.gradient
@@ -173,7 +201,7 @@ def _near(
     return True
 
 
-def _adjoint(function: Callable[..., Any], given: Sequence[Tensor]) -> bool:
+def _adjoint(function: Callable[..., Any], given: Sequence[Any]) -> bool:
     """Whether J v, the derivative of v . J^T u by u, is what J^T is the adjoint of."""
     here = _Point(function, given)
     v, w = ([d.detach() for d in _noise(like, 3 + i)] for i, like in enumerate((here.x, here.u)))
