@@ -346,3 +346,48 @@ def test_writes_in_other_programs(name: str) -> None:
     model, x = PROGRAMS[name](), torch.randn(3, 5, 4)
     with oracle.plain_operations():
         _check(model, lambda: model(x))
+
+
+class _Returns(nn.Module):
+    """A model that returns a view."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.view = nn.Linear(3, 4), nn.Linear(4, 2), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.view(self.last(self.first(x).tanh()))
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "last": lambda z: z[:, -1], "flat": lambda z: z.flatten(1), "turned": lambda z: z.mT, "part": lambda z: z[..., :1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("write", ["whole", "slice", "twice"])
+def test_a_write_onto_what_the_model_returned(write: str, view: str) -> None:
+    """Its loss is of the user's own, and begins at what was returned."""
+    model, x = _Returns(VIEWS[view]), torch.randn(3, 5, 3)
+
+    def loss(z: Tensor, plain: bool) -> Tensor:
+        if plain:
+            z = z.clone()
+        if write == "slice":
+            z[:, :1].mul_(2)
+        else:
+            z *= 2
+        if write == "twice":
+            z.add_(z.detach().sign())
+        return (z - 0.1).abs().pow(3).sum() / 3
+
+    quantities = lw.PerSampleGrad(), lw.DiagGGN(), lw.DiagHessian(), lw.KFLR()
+    found = []
+    for plain in (False, True):
+        with lw.observe(model, *quantities) as seen:
+            loss(model(x), plain).backward()
+        factors = dense_factors(seen.kflr)
+        found.append([dict(seen[q]) for q in quantities[:3]] + [{n: f[i] for n, f in factors.items()} for i in (0, 1)])
+        found[-1].append({"ggn": lw.GGN(model, lambda plain=plain: loss(model(x), plain)).to_dense()})
+    for one, other in zip(*found, strict=True):
+        oracle.assert_close(one, other)

@@ -168,6 +168,8 @@ class Tape(LossRecord):
             return run(func, args, kwargs, used, data)
         if func in LOG_SOFTMAX and data and data[0].requires_grad:
             return self._log_softmax_call(func, args, kwargs, data[0])
+        if self._views and data and args and ops.writes_first(func) and isinstance(args[0], Tensor):
+            self.before_write(args[0])
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None:
