@@ -154,6 +154,22 @@ _library.register_autograd(
 )
 
 
+class _Rounded(_Straight):
+    """The same, with an argument that nothing keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, levels: int) -> Tensor:  # type: ignore[override]
+        return z.mul(levels).round().div(levels)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+    @classmethod
+    def apply(cls, z: Tensor) -> Any:  # type: ignore[override]
+        return super().apply(z, 4)
+
+
 def _model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
@@ -228,7 +244,7 @@ def test_functions_with_a_true_second_derivative_are_exact(name: str) -> None:
     oracle.assert_close(flat, want.diagonal())
 
 
-@pytest.mark.parametrize("function", [_PreparedGelu, _Straight, _Detached], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [_PreparedGelu, _Straight, _Rounded, _Detached], ids=lambda f: f.__name__)
 def test_functions_inside_the_model_are_refused_where_they_curve(function: Any) -> None:
     """Their first derivatives are what they say, so products with J are exact unless J itself cannot be had."""
     model = _model()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from layerwise.errors import Undefined
 from layerwise.graph.walk import Edge, Node, nodes
 from layerwise.tape.pull import pull
 
-__all__ = ["check_functions"]
+__all__ = ["check_adjoint", "check_functions", "custom_functions"]
+
+Map = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 # A memo of proofs by function: nothing in it changes a result.
 _PROVED: weakref.WeakKeyDictionary[type, dict[Any, bool]] = weakref.WeakKeyDictionary()
@@ -30,6 +32,7 @@ _WRONG = (
     "it gives others than its gradient has at neighbouring points (does its forward prepare the gradient, as fused "
     "losses do?)"
 )
+_DETACHED = "its backward, differentiated in its argument, is not its own adjoint (does it detach it?)"
 _UNKNOWN = (
     "they cannot be proved, since it cannot be run again (keep its arguments under their own names on the context, "
     "`ctx.gamma = gamma`)"
@@ -37,24 +40,49 @@ _UNKNOWN = (
 _OUTLIERS = 0.02  # of the elements: those next to a kink
 
 
-def check_functions(roots: Iterable[Any], ends: Collection[Node] = (), jacobian: bool = False) -> None:
+def custom_functions(roots: Iterable[Any], ends: Collection[Node] = ()) -> Iterator[Node]:
+    """The nodes of functions of the user's own below some edges; ends: nodes at which the walk ends."""
+    for node in nodes(roots, dict.fromkeys(ends, ())):
+        if node not in ends and _is_custom(node):
+            yield node
+
+
+def check_functions(roots: Iterable[Any], ends: Collection[Node] = ()) -> None:
     """Raise Undefined, by its name, for a function of the user's own without a proved second derivative.
 
-    roots: edges to walk down from. ends: nodes at which the walk ends. jacobian: whether only the derivative in the
-    cotangent is needed, for products with the Jacobian.
+    roots: edges to walk down from. ends: nodes at which the walk ends.
     """
-    for node in nodes(roots, dict.fromkeys(ends, ())):
-        if node in ends or not _is_custom(node):
-            continue
-        found = _proved(node, jacobian)
-        if found:
-            continue
-        why = _WRONG if found is False else _UNKNOWN
-        raise Undefined(
-            f"asked for second derivatives through {node.name()}, the backward of a function of one's own "
-            f"(torch.autograd.Function, torch.library): {why}. Write that function with torch calls, which can be "
-            "differentiated twice, or freeze what is below it"
-        )
+    for node in custom_functions(roots, ends):
+        found = _proved(node)
+        if not found:
+            raise Undefined(_refusal(node, _WRONG if found is False else _UNKNOWN))
+
+
+def check_adjoint(
+    roots: Iterable[Any], outputs: Sequence[Tensor], inputs: Sequence[Tensor], maps: tuple[Map, Map]
+) -> None:
+    """Raise Undefined where functions of the user's own below some edges make J v other than the adjoint of J^T.
+
+    outputs, inputs: tensors of the shapes of those of J. maps: v to J v, and u to J^T u.
+    """
+    found = next(custom_functions(roots), None)
+    if found is None:
+        return
+    forward, back = maps
+    u, v = ([d.detach() for d in _noise(like, 3 + i)] for i, like in enumerate((outputs, inputs)))
+    pairs = zip((*u, *back(u)), (*forward(v), *(-x for x in v)), strict=True)
+    terms = torch.cat([(a.double() * b.double()).flatten().cpu() for a, b in pairs])
+    eps = max(torch.finfo(x.dtype).eps for x in (*u, *v))
+    if not float(terms.sum().abs()) <= eps**0.5 * float(terms.abs().sum()):
+        raise Undefined(_refusal(found, _DETACHED))
+
+
+def _refusal(node: Node, why: str) -> str:
+    return (
+        f"asked for second derivatives through {node.name()}, the backward of a function of one's own "
+        f"(torch.autograd.Function, torch.library): {why}. Write that function with torch calls, which can be "
+        "differentiated twice, or freeze what is below it"
+    )
 
 
 def _is_custom(node: Any) -> bool:
@@ -65,15 +93,15 @@ def _is_custom(node: Any) -> bool:
     return module.split(".")[0] not in ("torch", "layerwise") or module == "torch._library.autograd"
 
 
-def _proved(node: Any, jacobian: bool) -> bool | None:
+def _proved(node: Any) -> bool | None:
     """Whether the function's second derivatives are those of its first ones; None where it cannot be run again."""
     given = _arguments(node) if isinstance(node, BackwardCFunction) else None
     if given is None:
         return None
     memo = _PROVED.setdefault(node._forward_cls, {})
-    key = (jacobian, *(_described(x) for x in given))
+    key = tuple(_described(x) for x in given)
     if key not in memo:
-        found = _tried(node._forward_cls.apply, given, jacobian)
+        found = _tried(node._forward_cls.apply, given)
         if found is None:
             return None
         if len(memo) >= _MEMO_LIMIT:
@@ -122,13 +150,13 @@ def _random(child: Any, output: int, generator: torch.Generator) -> Tensor:
     return x.to(like.device, like.dtype).requires_grad_()
 
 
-def _tried(function: Callable[..., Any], given: Sequence[Any], jacobian: bool) -> bool | None:
+def _tried(function: Callable[..., Any], given: Sequence[Any]) -> bool | None:
     """The comparison in double precision, or in the function's own where it takes no other; None where it fails."""
     double = [_as(x, torch.float64) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
     for arguments in (double, given):
         try:
             with torch.enable_grad():
-                return _adjoint(function, arguments) if jacobian else _agree(function, arguments)
+                return _agree(function, arguments)
         except Exception:  # whatever the user's own code raises on arguments that it does not expect
             continue
     return None
@@ -199,13 +227,3 @@ def _near(
         if slope.numel() and float((~near).double().mean()) > _OUTLIERS:
             return False
     return True
-
-
-def _adjoint(function: Callable[..., Any], given: Sequence[Any]) -> bool:
-    """Whether J v, the derivative of v . J^T u by u, is what J^T is the adjoint of."""
-    here = _Point(function, given)
-    v, w = ([d.detach() for d in _noise(like, 3 + i)] for i, like in enumerate((here.x, here.u)))
-    back = _Point(function, given, w).gradient
-    pairs = zip((*w, *back), (*here.pushed(v), *(-x for x in v)), strict=True)
-    terms = torch.cat([(a * b).detach().flatten() for a, b in pairs])
-    return bool(terms.sum().abs() <= torch.finfo(terms.dtype).eps ** 0.5 * terms.abs().sum())

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
-from layerwise.graph.custom_functions import check_functions
+from layerwise.graph.custom_functions import check_adjoint, check_functions
 from layerwise.graph.walk import nodes
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.pull import pull
@@ -265,19 +265,30 @@ class GaussNewtonProducts:
         self._parameters = parameters
         places = [*(loss.call.logits for loss in losses), *self._diagonals]
         self._dummies = [torch.zeros_like(x).requires_grad_() for x in places]
-        check_functions(self._edges, jacobian=True)
         with twice():
             self._pulled = pull(self._edges, self._dummies, parameters, create_graph=True)
         _check_once(self._pulled)
+        check_adjoint(self._edges, self._dummies, parameters, (self._forward, self._back))
 
-    def apply(self, directions: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:
-        """The rows `wanted` of the product, `[V, *shape]`."""
+    def _forward(self, v: Sequence[Tensor]) -> list[Tensor]:
+        return [x[0] for x in self._pushed([d[None] for d in v])]
+
+    def _back(self, u: Sequence[Tensor]) -> list[Tensor]:
+        found = pull(self._edges, u, self._parameters)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, self._parameters, strict=True)]
+
+    def _pushed(self, directions: Sequence[Tensor | None]) -> list[Tensor]:
+        """J times a stack of directions, `[V, *shape]` at each edge."""
         pairs = [
             (w, d)
             for w, d in zip(self._pulled, directions, strict=True)
             if w is not None and w.requires_grad and d is not None
         ]
-        pushed = _rows(pairs, self._dummies, directions)
+        return _rows(pairs, self._dummies, directions)
+
+    def apply(self, directions: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:
+        """The rows `wanted` of the product, `[V, *shape]`."""
+        pushed = self._pushed(directions)
         top = len(self._edges) - len(self._diagonals)
         sent = self._hessian(pushed[:top])
         sent += [d * x for d, x in zip(self._diagonals, pushed[top:], strict=True)]
