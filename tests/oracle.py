@@ -237,8 +237,11 @@ def plain_operations() -> Iterator[None]:
 
 
 def _embedding_bag(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    """`F.embedding_bag` of bags `[N, T]`, called as `nn.EmbeddingBag` calls it: all arguments by position."""
-    mode, padding = options[4], options[8]
+    """`F.embedding_bag` as `nn.EmbeddingBag` calls it, all by position: bags `[N, T]`, or in one row by offsets."""
+    offsets, mode, padding = options[0], options[4], options[8]
+    if offsets is not None:
+        bags = torch.tensor_split(x, offsets[1:])
+        return torch.cat([_embedding_bag(bag[None], weight, None, *options[1:]) for bag in bags])
     kept = (x != (-1 if padding is None else padding)).to(weight.dtype)
     out = (weight[x] * kept.unsqueeze(-1)).sum(1)
     return out / kept.sum(1, keepdim=True) if mode == "mean" else out
@@ -309,6 +312,7 @@ def kfac_factors(
     joint: bool = False,
     every: bool = False,
     hessian: Tensor | None = None,
+    rows: str = "real",
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The exact Kronecker factors (A, B) `[K,I,I], [K,O,O]` of every nn.Linear and nn.Conv weight.
 
@@ -321,6 +325,8 @@ def kfac_factors(
     joint: a layer with a bias has the constant 1 as its last input.
     every: also embeddings, norms and PReLU, and each bias by itself, whose A is 1.
     hessian: `[D, D]` in place of H, such as the sum of s sᵀ over drawn columns.
+    rows: "real" leaves out of A the rows with a derivative of logits of which the loss has no curvature, and of no
+    others; "all" none.
     """
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -351,24 +357,40 @@ def kfac_factors(
         bias = getattr(layer, "bias", None)
         if joint and bias is not None:
             a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-        for part, rows in [("weight", output_rows), ("bias", bias_rows)]:
+        for part, rows_of in [("weight", output_rows), ("bias", bias_rows)]:
             if part == "bias" and (bias is None or joint or not every):
                 continue
             j = torch.stack(
-                [torch.cat([rows(layer, x, g, at) for (x, _), g in zip(kept, gs, strict=True)], 1) for gs in columns]
+                [torch.cat([rows_of(layer, x, g, at) for (x, _), g in zip(kept, gs, strict=True)], 1) for gs in columns]
             )
             inputs = (a if part == "weight" else torch.ones_like(j[0, ..., :1])).to(hessian.dtype)
-            found[f"{name}.{part}" if name else part] = _factors(inputs, j.to(hessian.dtype), hessian, sharing)
+            real = _real(j, hessian) if rows == "real" else torch.ones(j.shape[1:3], dtype=torch.bool)
+            found[f"{name}.{part}" if name else part] = _factors(inputs, j.to(hessian.dtype), hessian, sharing, real)
     return found
 
 
-def _factors(a: Tensor, j: Tensor, hessian: Tensor, sharing: str) -> tuple[Tensor, Tensor]:
-    """(A, B) from inputs `[N,T,K,I]`, derivatives of the logits `[D,N,T,K,O]` and the loss Hessian `[D,D]`."""
+def _real(j: Tensor, hessian: Tensor) -> Tensor:
+    """`[N, T]`: the real rows, from derivatives `[D,N,T,K,O]`."""
+    curved = (hessian != 0).any(1)
+    counts, other = ((j[which] != 0).any(4).any(3).any(0) for which in (curved, ~curved))
+    return counts | ~other
+
+
+def _factors(a: Tensor, j: Tensor, hessian: Tensor, sharing: str, real: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) from inputs `[N,T,K,I]`, derivatives of the logits `[D,N,T,K,O]` and the loss Hessian `[D,D]`.
+
+    real: `[N,T]`, the rows that A is the mean of.
+    """
     if sharing == "reduce":
-        a, j = a.mean(1, keepdim=True), j.sum(2, keepdim=True)
+        a = torch.stack([a[i, real[i]].mean(0) if real[i].any() else 0 * a[i, 0] for i in range(len(a))])[:, None]
+        j, real = j.sum(2, keepdim=True), real.any(1, keepdim=True)
     _, n, t, k, _ = j.shape
     cells = [(i, p) for i in range(n) for p in range(t)]
-    factor_a = [sum(torch.outer(a[i, p, q], a[i, p, q]) for i, p in cells) / len(cells) for q in range(k)]
+    kept = [(i, p) for i, p in cells if real[i, p]]
+    nothing = torch.zeros_like(torch.outer(a[0, 0, 0], a[0, 0, 0]))
+    factor_a = [
+        sum((torch.outer(a[i, p, q], a[i, p, q]) for i, p in kept), nothing) / max(1, len(kept)) for q in range(k)
+    ]
     factor_b = [sum(j[:, i, p, q].T @ hessian @ j[:, i, p, q] for i, p in cells) for q in range(k)]
     return torch.stack(factor_a), torch.stack(factor_b)
 

@@ -143,12 +143,19 @@ def _shared(rank: int, names: list[str], loss: str, scale: str, wrap: str, piece
     model = _model()
     run = DistributedDataParallel(model) if wrap != "none" else model
     with lw.observe(run if wrap == "outside" else model, *asked.values(), scale=scale) as seen:
-        for start, stop in pieces[rank]:
-            x, y = _data(start, stop)
-            LOSSES[loss](run(x), y).backward()
+        for x, y, share in _parts(_data, pieces[rank], loss):
+            (LOSSES[loss](run(x), y) * share).backward()
     assert seen.all_reduce() is seen
     found = {name: _numbers(seen[q]) for name, q in asked.items()} | {"grad": dict(seen.grad)}
     return {n: {key.replace("module.", ""): v for key, v in table.items()} for n, table in found.items()}
+
+
+def _parts(data: Callable[..., tuple[Tensor, Tensor]], pieces: Any, loss: str = "two") -> list[Any]:
+    """The parts of a rank's data, each with the weight at which their losses sum to that of the rank's whole share."""
+    parts = [data(start, stop) for start, stop in pieces]
+    counts = [int((y >= 0).sum()) if loss == "mean" else len(y) for _, y in parts]
+    weights = [1.0 if loss == "sum" or len(parts) == 1 else count / sum(counts) for count in counts]
+    return [(x, y, weight) for (x, y), weight in zip(parts, weights, strict=True)]
 
 
 ONE = (((0, 5),), ((5, 8),))
@@ -228,16 +235,13 @@ def _fsdp(rank: int, names: list[str], scale: str, reshard: bool | None, pieces:
             model(_points()[0])
     alone = _mlp()
     with lw.observe(model, *asked.values(), scale=scale) as seen:
-        for start, stop in pieces[rank]:
-            x, y = _points(start, stop)
-            F.cross_entropy(model(x), y).backward()
-    for start, stop in pieces[rank]:
-        x, y = _points(start, stop)
-        F.cross_entropy(alone(x), y).backward()
+        for x, y, share in _parts(_points, pieces[rank]):
+            (F.cross_entropy(model(x), y) * share).backward()
+    for x, y, share in _parts(_points, pieces[rank]):
+        (F.cross_entropy(alone(x), y) * share).backward()
     with lw.observe(fresh := _mlp(), *asked.values(), scale=scale) as own:
-        for start, stop in pieces[rank]:
-            x, y = _points(start, stop)
-            F.cross_entropy(fresh(x), y).backward()
+        for x, y, share in _parts(_points, pieces[rank]):
+            (F.cross_entropy(fresh(x), y) * share).backward()
     _assert_same(dict(seen.grad), dict(own.grad))  # before all_reduce: this rank's own, plain tensors
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):  # FSDP2's own work is what it was
         torch.distributed.all_reduce(q.grad)
@@ -401,7 +405,7 @@ def test_parameters_replaced_between_two_backward_passes(how: str) -> None:
         _replace(model, how)
         F.cross_entropy(model(x), y).backward()
     first, last = _step(_replaceable(how)).grad, _step(model).grad
-    want = {name: (first[name] + g) / 2 if name in first else g / 2 for name, g in last.items()}
+    want = {name: first[name] + g if name in first else g for name, g in last.items()}
     _assert_same(dict(seen.grad), want)
 
 
@@ -533,9 +537,8 @@ def test_a_parameter_that_one_rank_used() -> None:
     asked = {name: QUANTITIES[name]() for name in names}
     model = _Two()
     with lw.observe(model, *asked.values()) as seen:
-        for rank, share in enumerate(SHARES):
-            x, y = _points(*share)
-            F.cross_entropy(model(x, rank), y).backward()
+        for rank, (x, y, share) in enumerate(_parts(_points, SHARES)):
+            (F.cross_entropy(model(x, rank), y) * share).backward()
     want = {name: _numbers(seen[q]) for name, q in asked.items()} | {"grad": dict(seen.grad)}
     for rank, got in enumerate(ranks(2)(_heads, names)):
         assert set(got["grad"]) == {n for n, _ in model.named_parameters() if not n.startswith("heads.2")}
@@ -577,9 +580,8 @@ def _products(seen: lw.Seen, model: nn.Module) -> dict[str, Tensor]:
 def test_slices_that_one_rank_used() -> None:
     model = _Packed()
     with lw.observe(model, lw.KFLR()) as seen:
-        for rank, share in enumerate(SHARES):
-            x, y = _points(*share)
-            F.cross_entropy(model(x, not rank), y).backward()
+        for rank, (x, y, share) in enumerate(_parts(_points, SHARES)):
+            (F.cross_entropy(model(x, not rank), y) * share).backward()
     want = _products(seen, model)
     assert {"packed[0] 0", "packed[1] 0", "packed[rest] 0"} <= want.keys()
     for got in ranks(2)(_slices):

@@ -189,13 +189,15 @@ def test_a_sample_without_gradient_is_not_divided_by_zero() -> None:
     oracle.assert_close(dict(seen.clipped_grad), want)
 
 
-@pytest.mark.parametrize(("reduction", "scale"), [("sum", "loss"), ("sum", "sample"), ("mean", "sample")])
-def test_clipping_over_several_batches(reduction: str, scale: str) -> None:
+@pytest.mark.parametrize(("reduction", "scale"), [("sum", "loss"), ("sum", "sample"), ("mean", "loss")])
+def test_clipping_over_several_backward_passes(reduction: str, scale: str) -> None:
     model, (x, y) = _net(), _batch()
-    n = 7 if reduction == "mean" else 1
-    grads = oracle.per_sample_grad(oracle.parameters(model), lambda: F.cross_entropy(model(x), y, reduction="none") / n)
-    max_norm = float(oracle.total(oracle.squared_norm(grads)).sqrt().median()) * n * 1.01
-    want, norms = oracle.clipped_grad(grads, max_norm, n)
+    counts = torch.tensor([3] * 3 + [4] * 4) if reduction == "mean" else 1
+    grads = oracle.per_sample_grad(
+        oracle.parameters(model), lambda: F.cross_entropy(model(x), y, reduction="none") / counts
+    )
+    max_norm = float(oracle.total(oracle.squared_norm(grads)).sqrt().median()) * 1.01
+    want, norms = oracle.clipped_grad(grads, max_norm)
     assert bool((norms > max_norm).any()) and bool((norms < max_norm).any())
     with lw.observe(model, ClippedGrad(max_norm), scale=scale) as parts:
         for here in (slice(0, 3), slice(3, 7)):
@@ -206,19 +208,31 @@ def test_clipping_over_several_batches(reduction: str, scale: str) -> None:
 
 def test_clipping_that_depends_on_later_batches_is_refused() -> None:
     model, (x, y) = _net(), _batch()
-    with lw.observe(model, ClippedGrad(1.0)) as seen:
+    with lw.observe(model, ClippedGrad(1.0), scale="sample") as seen:
         F.cross_entropy(model(x), y).backward()
         before = {name: g.clone() for name, g in seen.clipped_grad.items()}
         grads = [p.grad.clone() for p in model.parameters()]
-        with pytest.raises(errors.Undefined, match='scale="sample"'):
+        with pytest.raises(errors.Undefined, match="samples still to come"):
             F.cross_entropy(model(x), y).backward()
     assert all(torch.equal(seen.clipped_grad[name], g) for name, g in before.items())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+
+
+def test_clipping_in_pooled_batches() -> None:
+    """Of N g_n, which no other batch changes, where every sample has as many terms."""
+    model, (x, y) = _net(), _batch()
+    batches = list(zip(x.split(3), y.split(3), strict=True))
+    with lw.observe(model, ClippedGrad(1.0), scale="sample") as whole:
+        F.cross_entropy(model(x), y).backward()
+    assert bool((whole.clipped_grad.norms > 1).any()) and bool((whole.clipped_grad.norms < 1).any())
+    pooled = lw.accumulate(model, F.cross_entropy, batches, ClippedGrad(1.0), scale="sample")
+    oracle.assert_close(dict(pooled.clipped_grad), dict(whole.clipped_grad), rel=1e-12)
+    oracle.assert_close(pooled.clipped_grad.norms, whole.clipped_grad.norms, rel=1e-12)
+    with pytest.raises(errors.Undefined, match='in the others; use scale="sample"'):
+        lw.accumulate(model, F.cross_entropy, batches, ClippedGrad(1.0))
     y[0] = -100
-    refused = pytest.raises(errors.Undefined, match="loss terms a sample")
-    with refused, lw.observe(model, ClippedGrad(1.0), scale="sample"):
-        F.cross_entropy(model(x[3:]), y[3:]).backward()
-        F.cross_entropy(model(x[:3]), y[:3]).backward()
+    with pytest.raises(errors.Undefined, match="loss terms a sample"):
+        lw.accumulate(model, F.cross_entropy, batches, ClippedGrad(1.0), scale="sample")
 
 
 def test_clipping_holds_no_per_sample_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -382,12 +382,13 @@ def tensors(result: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("make", EVERY, ids=lambda make: repr(make()))
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("model", [_sequence_model, lambda: nn.Sequential(nn.Conv1d(5, 4, 2), nn.Tanh(), Mean(-1))])
-def test_two_batches_are_their_union(make: Callable[[], Quantity], reduction: str, model: Callable) -> None:
+def test_two_parts_are_the_whole(make: Callable[[], Quantity], reduction: str, model: Callable) -> None:
     model, x, y = model(), torch.randn(7, 5, 3), torch.randint(3, (7,))
     parts, whole = make(), make()
     with observe(model, parts) as seen:
-        for rows in (slice(0, 2), slice(2, 7)):
-            F.cross_entropy(model(x[rows]), y[rows], reduction=reduction).backward()
+        for rows, share in ((slice(0, 2), 2 / 7), (slice(2, 7), 5 / 7)):
+            loss = F.cross_entropy(model(x[rows]), y[rows], reduction=reduction)
+            (loss * share if reduction == "mean" else loss).backward()
     model.zero_grad()
     with observe(model, whole) as once:
         F.cross_entropy(model(x), y, reduction=reduction).backward()

@@ -239,10 +239,16 @@ def test_accumulated_gradients_are_of_the_sum_of_the_losses() -> None:
     ]
     curvature = {name: parts[0][name] + parts[1][name] for name in params}
     oracle.assert_close(numbers(got, "curvature"), {name: d.sum() for name, d in with_whole(curvature).items()})
-    mean = lw.NoiseScale(snr=False)
-    with lw.observe(start, mean) as seen:
-        F.cross_entropy(start(torch.cat([x, u])), torch.cat([y, v])).backward()
-    assert_close_or_infinite(numbers(got, "noise_scale"), {**seen[mean], "": seen[mean].total})
+    counts = torch.tensor([6.0] * 6 + [4.0] * 4)
+    each = oracle.per_sample_grad(
+        params, lambda: F.cross_entropy(start(torch.cat([x, u])), torch.cat([y, v]), reduction="none") / counts
+    )
+    want = oracle.noise_scale(each, 10)
+    ratios = {name: want["noise"][name] / s if s > 0 else torch.tensor(math.inf) for name, s in want["signal"].items()}
+    whole = sum(want["noise"].values()) / sum(want["signal"].values())
+    assert_close_or_infinite(
+        numbers(got, "noise_scale"), {**ratios, "": whole if whole > 0 else torch.tensor(math.inf)}
+    )
     assert set(together.left_out) == {"alignment", "largest_eigenvalue"}
     assert "alignment" not in got and "PairwiseDot" in together.left_out["alignment"]
 

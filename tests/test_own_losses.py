@@ -422,9 +422,8 @@ def test_what_depends_on_the_reduction_is_refused_where_it_is_not_told() -> None
         _observe(model, loss, lw.Variance(), scale="sample")
     with pytest.raises(errors.Undefined, match="as_loss"):
         _observe(model, loss, lw.FisherDiag("data"))
-    with pytest.raises(errors.BadInput, match="as_loss"), lw.observe(model, lw.Variance()):
-        loss().backward()
-        loss().backward()
+    with pytest.raises(errors.BadInput, match="as_loss"):
+        lw.accumulate(model, lambda _: loss(), [0, 1], lw.Variance())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -177,8 +177,10 @@ class LayerwiseGGN(LayerwiseInterface, GGNInterface):
         kfac_approx: the quantities' `sharing`, "expand" or "reduce". N: the size of the data set.
         """
         draws = self._draws
-        quantity = KFLR(sharing=kfac_approx) if draws is None else KFAC(draws=draws, sharing=kfac_approx)
-        return self._kron(x, y, N, quantity)
+        rows = "all"  # laplace weighs a batch's A by its samples
+        if draws is None:
+            return self._kron(x, y, N, KFLR(sharing=kfac_approx, rows=rows))
+        return self._kron(x, y, N, KFAC(draws=draws, sharing=kfac_approx, rows=rows))
 
 
 class LayerwiseEF(LayerwiseInterface, EFInterface):
@@ -195,7 +197,7 @@ class LayerwiseEF(LayerwiseInterface, EFInterface):
 
     def kron(self, x: Any, y: Tensor, N: int, kfac_approx: str = "expand") -> tuple[Tensor, Any]:
         """The summed loss, and Kronecker factors with B the sum of g g^T of the gradients g at the outputs."""
-        return self._kron(x, y, N, _EmpiricalFactors(Gradient(), kfac_approx, joint=False))
+        return self._kron(x, y, N, _EmpiricalFactors(Gradient(), kfac_approx, joint=False, rows="all"))
 
 
 class LayerwiseHessian(LayerwiseInterface):

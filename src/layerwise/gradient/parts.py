@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from layerwise.gradient.derived import leaf_gradients
 from layerwise.ops.base import Slot
 from layerwise.rows import contract, gram
-from layerwise.rows.base import Rows, Samples
+from layerwise.rows.base import RowNumbers, Rows, Samples
 from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
@@ -72,9 +73,13 @@ class _OfSlot(Part):
 
 @dataclass(frozen=True)
 class RowsPart(_OfSlot):
-    """Rows of the parameter itself; view: the layout in the parameter of the tensor that the slot reads."""
+    """Rows of the parameter itself; view: the layout in the parameter of the tensor that the slot reads.
+
+    real: gives bool `[N,T]`, the rows that a loss term which counts can send a cotangent to, or None: all of them.
+    """
 
     view: MatrixLayout
+    real: Callable[[], Tensor | None] | None = None
 
     def fold(self, w: Tensor) -> Tensor:
         """Reshape `[..., K,O,I]` to the parameter, `[..., *shape]`."""
@@ -155,7 +160,7 @@ def parts_of(
     tape: Tape,
     use: Use,
     g: Tensor,
-    samples: Samples | None,
+    samples: Samples | RowNumbers | None,
     later: bool = False,
     unstructured: Collection[str] = (),
     rows_only: bool = False,
@@ -173,21 +178,23 @@ def parts_of(
             (name,) = derived.names
             where = None if name in unstructured else samples
             view = MatrixLayout.of_view(slot.used, tape.parameters[name])
-            if view is not None and slot.factored and (where is None or where.axis not in slot.aligned):
-                parts.append((name, RowsPart(use, slot, slot.rows(g, where), view)))
+            found = None if view is None else slot.structured(g, where)
+            if view is not None and found is not None:
+                parts.append((name, RowsPart(use, slot, found, view)))
                 continue
         if rows_only:
             parts += [(name, Part(use)) for name in sorted(derived.names)]
             continue
         assert samples is not None
         leaves = {name: tape.parameters[name] for name in sorted(derived.names)}
-        if later and slot.factored and samples.axis not in slot.aligned and not slot.used.is_leaf:
-            rows = slot.rows(g, samples)
+        rows = slot.structured(g, samples) if later and not slot.used.is_leaf else None
+        if rows is not None:
             parts += [(name, LaterPart(use, slot, rows, leaf, leaf.dtype)) for name, leaf in leaves.items()]
             continue
         dense = slot.dense(g, samples)
-        carried = not slot.used.is_leaf
-        values = leaf_gradients(slot.used, dense, list(leaves.values())) if carried else [dense]
+        derived_tensor = not slot.used.is_leaf
+        values = leaf_gradients(slot.used, dense, list(leaves.values())) if derived_tensor else [dense]
+        carried = derived_tensor or slot.through_graph
         parts += [(name, DensePart(use, v, carried)) for name, v in zip(leaves, values, strict=True)]
     return parts
 
@@ -220,4 +227,21 @@ def joined_parts(parts: Sequence[RowsPart]) -> RowsPart:
         rows = [contract.flatten_samples(r) for r in rows]
     if len({r.kind for r in rows}) > 1:
         rows = [gram.written_out(r) for r in rows]
-    return replace(parts[0], rows=contract.concat(rows))
+    real = parts[0].real
+    if len(parts) > 1 and any(part.real is not None for part in parts):
+        real = partial(_joined_masks, parts, rows)
+    return replace(parts[0], rows=contract.concat(rows), real=real)
+
+
+def _joined_masks(parts: Sequence[RowsPart], rows: Sequence[Rows]) -> Tensor | None:
+    """The real rows of parts that were concatenated as `rows`."""
+    masks = [None if part.real is None else part.real() for part in parts]
+    if all(mask is None for mask in masks):
+        return None
+    return torch.cat(
+        [
+            r.g.new_ones(r.g.shape[1:3], dtype=torch.bool) if mask is None else mask.reshape(r.g.shape[1:3])
+            for mask, r in zip(masks, rows, strict=True)
+        ],
+        1,
+    )

@@ -9,14 +9,14 @@ without passing a use is an error that names the parameter and the node.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
-from layerwise.graph.walk import Node, by_node, children, edges, inputs, nodes
+from layerwise.graph.walk import SELECTIONS, Node, by_node, children, edges, inputs, nodes
 from layerwise.losses import OwnCall
 from layerwise.tape.binding import Leaves
 from layerwise.tape.tape import Tape
@@ -29,7 +29,8 @@ __all__ = ["Graph", "known_losses", "prove"]
 class Graph:
     """The part of a tape that a total depends on: its uses (in call order) and losses.
 
-    known: losses with a likelihood. own: the user's own losses, which are the rest of the total.
+    known: losses with a likelihood, in call order. own: the user's own losses, which are the rest of the total.
+    selections: the nodes between total and uses that pick elements by an index or a mask.
     """
 
     total: Tensor
@@ -37,6 +38,7 @@ class Graph:
     uses: list[Use]
     known: list[LossUse]
     own: list[OwnUse]
+    selections: tuple[Node, ...] = ()
 
     @property
     def losses(self) -> list[LossUse]:
@@ -78,8 +80,10 @@ def prove(
         )
     graph = known_losses(tape, total, without) if need_loss else Graph(total, None, [], [], [])
     roots = [loss.logits for loss in graph.losses] if need_loss else [(total.grad_fn, 0)]
-    reached = _walk_to_uses(roots, tape.leaves(), by_node(tape.uses), tape.spent)
-    return Graph(total, weight, sorted(reached, key=lambda u: u.index), graph.known, graph.own)
+    reached, selections = _walk_to_uses(roots, tape.leaves(), by_node(tape.uses), tape.spent)
+    uses = sorted(reached, key=lambda u: u.index)
+    selections = list(dict.fromkeys([*graph.selections, *selections]))
+    return replace(graph, weight=weight, uses=uses, selections=tuple(selections))
 
 
 def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> Graph:
@@ -94,14 +98,16 @@ def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> 
     for own in walk.own:
         if own.value is not None:
             walk.check_first_argument(own)
-    return Graph(total, None, [], walk.known, walk.own)
+    order = {id(loss): i for i, loss in enumerate(tape.losses)}
+    known = sorted(walk.known, key=lambda loss: order[id(loss)])
+    return Graph(total, None, [], known, walk.own, tuple(dict.fromkeys(walk.selections)))
 
 
 class _LossWalk:
     """The walk from a total down to its losses.
 
     known, own: the losses found. boundary: the tensors of the model's output met before a loss. bypassing: the uses
-    met before either.
+    met before either. selections: the nodes met that pick elements.
     """
 
     def __init__(self, tape: Tape, without: Sequence[LossUse]) -> None:
@@ -114,6 +120,7 @@ class _LossWalk:
             # A call whose target also requires grad has no likelihood; as a loss of the user's own it has a Hessian.
             if id(loss) not in dropped and not (loss.call.learned and tape.returned is not None):
                 self._loss_at.setdefault(loss.value.node, []).append(loss)
+        self.selections: list[Node] = []
         self._own_at = {own.value.node: own for own in tape.own if own.value is not None}
 
     def to_losses(self, total: Tensor, outputs: Sequence[LossUse]) -> bool:
@@ -134,7 +141,7 @@ class _LossWalk:
             elif node in self._use_at:
                 self._meet(self._use_at[node])
             else:
-                self._refuse_parameter(node)
+                self._pass(node)
         return not self.boundary and not self.bypassing
 
     def _meet(self, uses: list[Use]) -> None:
@@ -149,7 +156,9 @@ class _LossWalk:
             )
         self.bypassing += uses
 
-    def _refuse_parameter(self, node: Node) -> None:
+    def _pass(self, node: Node) -> None:
+        if node.name() in SELECTIONS:
+            self.selections.append(node)
         name = self._leaves.name(node)
         if name is None:
             return
@@ -169,7 +178,7 @@ class _LossWalk:
                     f"{own.call.name} is marked as a loss, but it depends on {self._use_at[node][0]} by another way "
                     "than its first argument; hand all that it reads of the model over as that argument, in a tuple"
                 )
-            self._refuse_parameter(node)
+            self._pass(node)
 
 
 def _unexplained(boundary: list[LossUse], bypassing: list[Use]) -> OwnUse:
@@ -185,10 +194,14 @@ def _unexplained(boundary: list[LossUse], bypassing: list[Use]) -> OwnUse:
 
 def _walk_to_uses(
     roots: Iterable[Any], leaves: Leaves, use_at: dict[Node, list[Use]], spent: Collection[Node]
-) -> list[Use]:
-    """The uses below the roots, following the data of each use; a parameter met on the way is an error."""
+) -> tuple[list[Use], list[Node]]:
+    """The uses below the roots, following the data of each use, and the selections above and between them.
+
+    A parameter met on the way is an error.
+    """
     data = inputs(use_at)
     reached: list[Use] = []
+    selections: list[Node] = []
     passed: list[Node] = []  # in the order of the walk, to name the node above an uncovered parameter
     for node in nodes(roots, data):
         if node in use_at:
@@ -200,7 +213,10 @@ def _walk_to_uses(
                 "this backward pass runs through a forward that was observed before (retain_graph), so its samples "
                 "would count twice; add the losses up and call backward once, or run the forward again"
             )
-        if node.name() == "CheckpointFunctionBackward":
+        kind = node.name()
+        if kind in SELECTIONS:
+            selections.append(node)
+        if kind == "CheckpointFunctionBackward":
             raise UncoveredUse(
                 "the model runs a block under torch.utils.checkpoint with use_reentrant=True, which hides the "
                 "block's parameters; pass use_reentrant=False"
@@ -211,7 +227,7 @@ def _walk_to_uses(
             via = next(above, "the loss")
             raise UncoveredUse(_uncovered(name, via, "a call that the tape cannot see passes it on"))
         passed.append(node)
-    return reached
+    return reached, selections
 
 
 def _enters(name: str) -> str:

@@ -9,8 +9,23 @@ from torch.autograd.graph import GradientEdge, Node
 
 from layerwise.tape.uses import Use
 
-__all__ = ["Edge", "Node", "by_node", "children", "distinct", "edges", "finished", "inputs", "next_uses", "nodes"]
+__all__ = [
+    "SELECTIONS",
+    "Edge",
+    "Node",
+    "by_node",
+    "children",
+    "distinct",
+    "edges",
+    "finished",
+    "inputs",
+    "next_uses",
+    "nodes",
+]
 
+SELECTIONS = frozenset(  # nodes of calls that pick elements by an index or a mask, and pass the others nothing
+    ["IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "GatherBackward0"]
+)
 Edge = tuple[Node, int]
 Below = Mapping[Node, Sequence[Any]]
 

@@ -109,6 +109,14 @@ class Likelihood:
             )
         return self._out(self._sample(draws, generator))
 
+    def counting(self) -> Tensor | None:
+        """Which loss terms count, bool, broadcastable to the logits; None where all do.
+
+        A term counts unless its weight in the total is zero: an ignored target, a class of weight zero, or a zero that
+        the user multiplied it by.
+        """
+        return None
+
     def uniform_weight(self) -> float | None:
         """The w of `gradient() = w (f(z) − y)` with f the link and w > 0 the same for all terms; else None.
 
@@ -165,6 +173,12 @@ class FirstOrder(Likelihood):
         self._scaled = scale * gradient
         self._why = why
 
+    def counting(self) -> Tensor | None:
+        """Bool, broadcastable to the logits, or None."""
+        if self.class_axis is not None:
+            return not_all((self._scaled != 0).any(self.class_axis, keepdim=True))
+        return not_all(self._scale != 0) if self._scale.dim() else None
+
     def _gradient(self) -> Tensor:
         return self._scaled
 
@@ -176,6 +190,11 @@ class FirstOrder(Likelihood):
 
     def _sample(self, draws: int, generator: torch.Generator) -> Tensor:
         raise Undefined(f"{self.call}: {self._why}")
+
+
+def not_all(mask: Tensor) -> Tensor | None:
+    """The mask, or None where it is True everywhere."""
+    return None if bool(mask.all()) else mask
 
 
 def one_value(weights: Tensor) -> float | None:

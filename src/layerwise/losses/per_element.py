@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .base import FirstOrder, Likelihood, _wide, one_value
+from .base import FirstOrder, Likelihood, _wide, not_all, one_value
 from .call import LossCall, _expanded
 
 __all__ = ["Elementwise", "elementwise"]
@@ -66,6 +66,10 @@ class Elementwise(Likelihood):
             return (self._weight / draws).sqrt() * self._score(shape, generator)
         signs = torch.randint(2, shape, generator=generator, device=root.device).to(root.dtype)
         return signs.mul_(2).sub_(1).mul_(root / draws**0.5)
+
+    def counting(self) -> Tensor | None:
+        """Bool `[*S]`, or None; without weights all elements count."""
+        return not_all(self._weight != 0) if self._weight.dim() else None
 
     def uniform_weight(self) -> float | None:
         """For the squared error and the logistic loss, where no element has a weight of its own."""

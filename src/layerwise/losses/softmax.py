@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFinite
-from .base import FirstOrder, Likelihood, _wide, one_value
+from .base import FirstOrder, Likelihood, _wide, not_all, one_value
 from .call import LossCall
 
 __all__ = ["Softmax", "softmax"]
@@ -125,6 +125,13 @@ class Softmax(Likelihood):
         e = e.reshape([len(e)] + [-1 if axis == self._axis else 1 for axis in range(dim)])
         u = (self._sqrt_weight * p.sqrt()).movedim(self._axis, 0).unsqueeze(self._axis + 1)
         return self._out(u * (e - p))
+
+    def counting(self) -> Tensor | None:
+        """Bool `[*S]` with one class, or None; without weights the number of terms tells, at no cost."""
+        masses = self._masses
+        if masses.hard and masses.alpha is None and not self._scale.dim() and masses.terms == masses.total.numel():
+            return None
+        return not_all(self._weight != 0)
 
     def uniform_weight(self) -> float | None:
         """Without class weights and ignored targets, one weight for all terms."""

@@ -47,9 +47,9 @@ def accumulate(
         seen.variance["conv1.weight"], seen.grad["conv1.weight"]
 
     The result is that of one `observe` over the whole set as one batch, up to rounding: a mean runs over all
-    samples, whatever the sizes of the batches. `.grad` of all parameters is afterwards what it was before, also
-    after an error; modes (`eval`, `train`) and buffers are left to the model. The memory is that of one batch, of
-    the results, and of a gradient; per-sample results grow with the data set.
+    samples, whatever the sizes of the batches, so loss_fn divides by no number of batches. `.grad` of all parameters
+    is afterwards what it was before, also after an error; modes (`eval`, `train`) and buffers are left to
+    the model. The memory is that of one batch, the results and a gradient; per-sample results grow with the data set.
 
     loss_fn: of a module and batches `(x, y)` (a tuple or list of two), called as `loss_fn(model(x), y)`. For any
     other batch, and for a functional model, called as `loss_fn(batch)`: it runs the model itself.
@@ -68,7 +68,7 @@ def accumulate(
     ranks = Ranks(group) if distributed else Ranks.alone()
     if ranks.size > 1:
         check_same_model(model, group)
-    settings = PassSettings(samples, scale, dtype)
+    settings = PassSettings(samples, scale, dtype, pooled=True)
     one_pass = partial(_pass, model, loss_fn, lambda: iter(_shown(loader) if progress else loader), ranks, settings)
 
     def run(asked: Sequence[Quantity]) -> Results:

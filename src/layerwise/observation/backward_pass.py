@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ import torch
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, Undefined
 from layerwise.gradient.derived import without_rows
 from layerwise.gradient.parameter import ParameterGradient
-from layerwise.gradient.parts import Part, parts_of
+from layerwise.gradient.parts import Part, RowsPart, parts_of
 from layerwise.graph.coverage import Graph
 from layerwise.graph.loss_curvature import LossCurvature, loss_curvatures
+from layerwise.graph.real_rows import measure_rows
 from layerwise.graph.samples import SampleLayout, measure
 from layerwise.losses import DeclaredLikelihood, Likelihood
 from layerwise.observation.union import Batch, Values
@@ -26,11 +28,16 @@ __all__ = ["BackwardPass", "PassSettings"]
 
 
 class PassSettings(NamedTuple):
-    """How to observe: the number of samples (None: dim 0 of the batch), the scale, and the type of all results."""
+    """How to observe: the samples (None: as the batch, the targets and the losses say), the scale, the results' type.
 
-    samples: int | None = None
+    samples: their number N, or a sample number for each loss term. pooled: whether several backward passes join to one
+    batch, of which a mean runs over all terms; else losses add up.
+    """
+
+    samples: int | torch.Tensor | None = None
     scale: str = "loss"
     dtype: torch.dtype | None = None
+    pooled: bool = False
 
 
 class BackwardPass:
@@ -60,6 +67,8 @@ class BackwardPass:
         mixed = self._mixed_parameters()
         if mixed or any(q.needs_samples or q.cotangent.needs_layout(bool(graph.own)) for q in quantities):
             self.layout = measure(tape, graph, model, settings.samples)
+            self.graph = self.layout.graph(graph)
+        self._real_rows = measure_rows(graph, known) if any(q.real_rows for q in quantities) else None
         self.batch = Batch(self._samples(), _terms(declared), _unknown_reduction(declared))
         self.union = self.batch.union(settings.scale)
         numbers = range(len(quantities))
@@ -92,8 +101,9 @@ class BackwardPass:
     def _samples(self) -> int:
         if self.layout is not None:
             return self.layout.n
-        if self._settings.samples is not None:
-            return self._settings.samples
+        asked = self._settings.samples
+        if asked is not None:
+            return int(asked.max()) + 1 if isinstance(asked, torch.Tensor) else asked
         batch = self.graph.batch
         return batch.shape[0] if batch is not None and batch.dim() else 1
 
@@ -114,9 +124,20 @@ class BackwardPass:
     ) -> list[tuple[str, Part]]:
         """What cotangents `[V, *out_shape]` of one use contribute to each parameter; arguments as for `parts_of`."""
         where = None if self.layout is None else self.layout.uses[use.index]
-        found = parts_of(self.tape, use, g, where, later, () if needs_samples else self._unstructured, rows_only)
+        unstructured: Collection[str] = () if needs_samples else self._unstructured
+        found = parts_of(self.tape, use, g, where, later, unstructured, rows_only)
+        if self._real_rows is not None:
+            found = [
+                (name, self._with_real_rows(part, None if name in unstructured else where)) for name, part in found
+            ]
         dtype = self._settings.dtype
         return found if dtype is None else [(name, part.to(dtype)) for name, part in found]
+
+    def _with_real_rows(self, part: Part, where: Any) -> Part:
+        """The part with a function that tells its real rows; where: the place of the samples that its rows follow."""
+        if self._real_rows is None or not isinstance(part, RowsPart) or part.slot.bias:
+            return part
+        return replace(part, real=partial(self._real_rows.mask, part.use, part.slot, where))
 
     def add(self, i: int, gradient: ParameterGradient, new: tuple[Any, ...]) -> None:
         """Add one stack's values of the i-th quantity to those of the parameter."""

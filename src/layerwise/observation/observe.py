@@ -26,7 +26,7 @@ class observe:
         seen.variance["conv1.weight"]
 
     `.grad` is what it would have been. Results are keyed by parameter name. Several backward passes in one
-    context give the quantities of the loss of all batches together: a mean over their union.
+    context give the quantities of the sum of their losses as written, whose gradient `.grad` is: (mean / K) K times.
 
     model: an nn.Module, or a mapping of names to tensors for a functional model. samples: the number of
     samples N, by default dim 0 of the batch. scale: "loss" (g_n sum to `.grad`) or "sample" (N g_n for a mean).

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput, NoBackward
 from layerwise.observation.over_ranks import Table, placed, sum_tables
-from layerwise.observation.union import Batch, UnionValues, Values, check_join, union_of
+from layerwise.observation.union import Batch, UnionValues, Values, check_pooled, check_sum, union_of
 from layerwise.quantities.base import ByParameter, Context, Quantity
 from layerwise.ranks.group import Ranks
 from layerwise.ranks.trainers import Placements, placements_of
@@ -22,13 +22,14 @@ class Results:
     """What an observation has so far.
 
     quantities: those that are computed; asked: those that the user gave, where second-pass quantities replace some.
-    count: the number of backward passes; batch: the union of their batches.
+    count: the number of backward passes; batch: all of their batches together. pooled: whether they join to one batch,
+    of which a mean runs over all terms; else their losses add up as they are, as their gradients do in `.grad`.
     """
 
-    def __init__(self, quantities: Sequence[Quantity], scale: str) -> None:
+    def __init__(self, quantities: Sequence[Quantity], scale: str, pooled: bool) -> None:
         self.quantities = self.asked = tuple(quantities)
         self.count, self.batch = 0, Batch(0, None)
-        self._scale = scale
+        self._scale, self._pooled = scale, pooled
         self._values = [UnionValues(q.powers, q.concatenate) for q in quantities]
         self._gradient = UnionValues((1,))
         self._made: dict[int, Any] = {}  # results, by the number of their quantity
@@ -46,19 +47,20 @@ class Results:
         self._kinds = {name: (tuple(p.shape), str(p.dtype)) for name, p in owners.items()}
 
     def check(self, batch: Batch) -> None:
-        """Batches join only where their losses are means over the same mix of terms, or all sums."""
+        """Raise where a further batch does not join those before it."""
         if self._reduced:
             raise BadInput(
                 "asked to observe a further backward pass after all_reduce(), which has joined the ranks' results; run "
                 "all backward passes first, or observe this one in a context of its own"
             )
         if self.count:
-            check_join(self.batch, batch, self.quantities, self._scale)
+            check = check_pooled if self._pooled else check_sum
+            check(self.batch, batch, self.quantities, self._scale)
 
     def add(self, batch: Batch, values: Mapping[int, Values], gradient: Values) -> None:
         """Take the results of one backward pass, which `check` has passed."""
         first = self.count == 0
-        weight = batch.terms[0] if batch.terms is not None else 1.0
+        weight = batch.weight if self._pooled else 1.0
         for i, v in values.items():
             self._values[i].add(v, weight, first, (self.batch.samples, batch.samples))
         self._gradient.add(gradient, weight, first)
@@ -98,7 +100,7 @@ class Results:
         return ByParameter({name: v[0] for name, v in self._ordered(self._gradient).items()})
 
     def _ordered(self, held: UnionValues) -> Values:
-        values = held.finish(self.batch.terms[0] if self.batch.terms is not None else 1.0)
+        values = held.finish(self.batch.weight if self._pooled or self._reduced else 1.0)
         return {name: values[name] for name in self._names if name in values}
 
     def _placed(self, result: Any) -> Any:
@@ -108,7 +110,7 @@ class Results:
     # -- ranks ---------------------------------------------------------------------------------------------
 
     def all_reduce(self, group: Any) -> None:
-        """Join the results of all ranks, as those of several backward passes; see `Seen.all_reduce`."""
+        """Join the results of all ranks, as those of pooled batches; see `Seen.all_reduce`."""
         if self._reduced:
             raise BadInput("asked for a second all_reduce(): these results are those of all ranks already")
         ranks = Ranks(group)
@@ -141,10 +143,11 @@ class Results:
         self.count, self.batch = sum(count for count, _ in reports), union
 
     def _tables(self) -> list[Table]:
-        """The weighted gradient and values of the quantities."""
-        found = [Table("the gradient", self._gradient.weighted(), (False,))]
+        """The gradient and values of the quantities, weighted as those of one of several pooled batches."""
+        weight = 1.0 if self._pooled else self.batch.weight  # a pooled one has weighted its own
+        found = [Table("the gradient", self._gradient.weighted(weight), (False,))]
         for i, (quantity, held) in enumerate(zip(self.quantities, self._values, strict=True)):
-            found.append(Table(f"{quantity!r} ({i})", held.weighted(), held.concatenate, quantity.stacks))
+            found.append(Table(f"{quantity!r} ({i})", held.weighted(weight), held.concatenate, quantity.stacks))
         return found
 
     def _second_pass(

@@ -21,14 +21,15 @@ class Seen:
         self._results = results
 
     def all_reduce(self, group: Any = None) -> Seen:
-        """Join the results of all ranks, as those of several backward passes: call it once, after the last one.
+        """Join the results of all ranks, pooled as the batches of `accumulate`: call it once, after the last pass.
 
-        Ranks are batches: with a mean loss over n_r terms on rank r, a value of power p becomes
-        sum_r n_r^p value_r / (sum_r n_r)^p, and a sum loss adds up. So every reduced quantity, and `seen.grad`, is that
-        of one process on all ranks' samples as one batch, whatever their numbers on each rank. Results of single
-        samples (`PerSampleGrad`, `SquaredNorm`, `Sketch`, ...) stay on their rank, in the scale of the union. One flat
-        message for each type, and some short ones; two rounds for `EKFAC` without a basis, whose basis is then that of
-        the union. Results by parameter that have its shape are DTensors where the parameter is one, placed like it.
+        Ranks are batches, each of the sum of its own backward passes: with means over n_r terms on rank r, a value of
+        power p becomes sum_r n_r^p value_r / (sum_r n_r)^p, and a sum loss adds up. So every reduced quantity, and
+        `seen.grad`, is that of one process on all ranks' samples as one batch, whatever their numbers on each rank.
+        Results of single samples (`PerSampleGrad`, `SquaredNorm`, `Sketch`, ...) stay on their rank, in the scale of
+        the union. One flat message for each type, and some short ones; two rounds for `EKFAC` without a basis, whose
+        basis is then that of the union. Results by parameter that have its shape are DTensors where the parameter is
+        one, placed like it.
 
         group: a process group; None: all processes, or this one alone where torch.distributed was not started. A
         collective: all ranks call it. Returns itself.

@@ -1,4 +1,8 @@
-"""Union of batches: how values of several batches join to those of the loss over all their samples."""
+"""How the values of several batches join: to those of the sum of their losses, or of the mean over all their terms.
+
+Backward passes of one process add their losses up as they are, since their gradients add in `.grad`. Batches that are
+pooled (those of `accumulate`, and of ranks) join to one batch: a mean runs over the terms of all.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,16 @@ from torch import Tensor
 from layerwise.errors import BadInput, NoBackward, Undefined
 from layerwise.quantities.base import Quantity, Union
 
-__all__ = ["Batch", "UnionValues", "Values", "check_join", "in_proportion", "union_of", "weighed"]
+__all__ = ["Batch", "UnionValues", "Values", "check_pooled", "check_sum", "in_proportion", "union_of", "weighed"]
 
 Values = dict[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One backward pass: its samples, and the denominators of its losses' means (None for sums).
+    """One backward pass, or several: the samples, and the denominators of the losses' means (None for sums).
 
+    A denominator is NaN where there is no one number: a sum beside a mean, passes over different mixes of terms.
     unknown_reduction: the name of a loss that does not say whether it is a mean.
     """
 
@@ -29,21 +34,31 @@ class Batch:
     unknown_reduction: str | None = None
 
     def __add__(self, other: Batch) -> Batch:
-        """Union of two compatible batches (see `check_join`)."""
-        both = self.terms is not None and other.terms is not None
-        terms = tuple(a + b for a, b in zip(self.terms or (), other.terms or (), strict=True)) if both else None
+        """Both together."""
+        mine, its = self.terms, other.terms
+        terms = None
+        if mine is not None and its is not None and in_proportion(mine, its):
+            terms = tuple(a + b for a, b in zip(mine, its, strict=True))
+        elif mine is not None or its is not None:
+            terms = (float("nan"),) * max(len(mine or ()), len(its or ()))
         return Batch(self.samples + other.samples, terms, self.unknown_reduction or other.unknown_reduction)
 
-    def union(self, scale: str) -> Union:
-        """The batch as a union of one."""
-        return Union(self.samples, self.terms is not None, scale, 1.0 if self.terms is None else self.terms[0])
+    @property
+    def weight(self) -> float:
+        """How much the batch counts among others that it is pooled with: the terms of its mean, or 1 for a sum."""
+        return 1.0 if self.terms is None else self.terms[0]
+
+    def union(self, scale: str, pooled: bool = False) -> Union:
+        """What quantities are told of it; pooled: whether further batches join to one mean with it."""
+        return Union(self.samples, self.terms is not None, scale, self.weight, pooled)
 
 
 class UnionValues:
-    """Values of one quantity over several batches, as those of the union's loss, in memory that does not grow.
+    """Values of one quantity over several batches, in memory that does not grow.
 
-    The union of mean losses weighs batch b by terms_b / sum(terms), so a value of power p is joined as
-    `sum_b terms_b^p value_b / (sum terms)^p`. Sum losses just add. Per-sample values concatenate.
+    Batch b counts with a weight w_b in the loss of them all, up to one divisor W: a value of power p is joined as
+    `sum_b w_b^p value_b / W^p`. In a sum of losses w_b = W = 1; pooled means have w_b = terms_b, W = sum(terms).
+    Per-sample values concatenate.
     concatenate: for all tensors of a parameter, or for each.
     """
 
@@ -55,7 +70,7 @@ class UnionValues:
         self._weighted = False
 
     def add(self, values: Values, weight: float, first: bool, samples: tuple[int, int] = (0, 0)) -> None:
-        """Take the values of one batch; weight: the terms of its mean, or 1; samples: those before and its own."""
+        """Take the values of one batch; weight: w_b; samples: those before and its own."""
         if first:
             self._hold(values)
             self._weight = weight
@@ -89,12 +104,12 @@ class UnionValues:
                     old = tensors[i]
                     tensors[i] = [t * factor**p for t in old] if self.concatenate[i] else old * factor**p
 
-    def weighted(self) -> Values:
-        """The values as they enter the sum over the union, before it is divided."""
+    def weighted(self, weight: float = 1.0) -> Values:
+        """The values before they are divided by W; weight: of all of them among others that they are added to."""
         if self._values and not self._weighted:
             self._scale(self._weight)
         self._weighted = True
-        return self.finish(1.0)
+        return {name: weighed(value, self.powers, weight) for name, value in self.finish(1.0).items()}
 
     def take(self, values: Values) -> None:
         """Hold other weighted values in place of these."""
@@ -107,7 +122,7 @@ class UnionValues:
         }
 
     def finish(self, total: float) -> Values:
-        """The values of the union; total: the sum of the weights."""
+        """The joined values; total: W."""
         done: Values = {}
         for name, tensors in self._values.items():
             out = []
@@ -119,7 +134,7 @@ class UnionValues:
 
 
 def weighed(values: Sequence[Any], powers: Sequence[float], weight: float) -> tuple[Any, ...]:
-    """Values as they enter the sum over a union in which their batch has a weight: each times `weight^p`."""
+    """Values as they enter a sum over batches in which theirs has a weight: each times `weight^p`."""
     return tuple(t * weight**p if p and weight != 1 else t for t, p in zip(values, powers, strict=True))
 
 
@@ -144,25 +159,36 @@ def _aligned(parts: list[Tensor]) -> list[Tensor]:
     return [torch.cat([p, p.new_zeros(len(p), most - p.shape[1], *p.shape[2:])], 1) for p in parts]
 
 
-def check_join(old: Batch, batch: Batch, quantities: Sequence[Quantity], scale: str) -> None:
-    """Raise BadInput where two batches have no loss in common, Undefined where a quantity of both does not exist."""
-    unknown = old.unknown_reduction or batch.unknown_reduction
-    if unknown is not None:
-        raise BadInput(
-            f"asked to join two backward passes, but whether {unknown} is a mean or a sum is not said; mark it: "
-            'lw.as_loss(fn, reduction="mean") or "sum", or observe each batch in a context of its own'
-        )
-    if not in_proportion(old.terms, batch.terms):
-        raise BadInput(
-            f"two observed backward passes have no loss in common: the means run over {old.terms} terms so far and "
-            f"{batch.terms} now (None: a sum); use the same loss, or observe them in two contexts"
+def check_sum(old: Batch, batch: Batch, quantities: Sequence[Quantity], scale: str) -> None:
+    """Raise Undefined where a quantity of the sum of the losses of two backward passes does not exist."""
+    if scale == "sample" and (old.terms is None) != (batch.terms is None):
+        raise Undefined(
+            'scale="sample" asks for N g_n under a mean, but the losses of this context are a mean and a sum; use one '
+            'reduction in all backward passes, or scale="loss"'
         )
     for quantity in quantities:
         quantity.check_union(old.union(scale), batch.union(scale))
 
 
+def check_pooled(old: Batch, batch: Batch, quantities: Sequence[Quantity], scale: str) -> None:
+    """Raise BadInput where two batches do not join to one, Undefined where a quantity of both does not exist."""
+    unknown = old.unknown_reduction or batch.unknown_reduction
+    if unknown is not None:
+        raise BadInput(
+            f"asked to join two batches to one, but whether {unknown} is a mean or a sum is not said; mark it: "
+            'lw.as_loss(fn, reduction="mean") or "sum", or observe each batch in a context of its own'
+        )
+    if not in_proportion(old.terms, batch.terms):
+        raise BadInput(
+            f"two batches have no loss in common: the means run over {old.terms} terms so far and {batch.terms} now "
+            "(None: a sum; nan: no one number); use the same loss, or observe them in two contexts"
+        )
+    for quantity in quantities:
+        quantity.check_union(old.union(scale, pooled=True), batch.union(scale, pooled=True))
+
+
 def union_of(reports: Sequence[tuple[int, Batch]], quantities: Sequence[Quantity], scale: str) -> Batch:
-    """The union of all ranks' batches; raises on all of them alike where there is none."""
+    """All ranks' batches as one; raises on all of them alike where they are none."""
     idle = [str(rank) for rank, (count, _) in enumerate(reports) if not count]
     if idle:
         raise NoBackward(
@@ -172,7 +198,7 @@ def union_of(reports: Sequence[tuple[int, Batch]], quantities: Sequence[Quantity
     union = reports[0][1]
     for rank, (_, batch) in enumerate(reports[1:], 1):
         try:
-            check_join(union, batch, quantities, scale)
+            check_pooled(union, batch, quantities, scale)
         except (BadInput, Undefined) as error:
             raise type(error)(f"asked to join the results of rank {rank} with those before it: {error}") from None
         union = union + batch

@@ -32,12 +32,15 @@ class Union:
     """The batches that a result covers: number of samples, whether their losses are means, and the scale asked for.
 
     terms: the denominator of the mean loss (of the first one, where several losses are added), or 1.
+    pooled: whether further batches join to one with it, of which a mean runs over all terms (`accumulate`, ranks); else
+    their losses add up as they are (several backward passes in one `observe`).
     """
 
     samples: int
     mean: bool
     scale: str
     terms: float = 1.0
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Quantity:
         parameters that reach their uses through a derived tensor.
     rows_only: whether uses without row form may be passed as parts without numbers, which `covers` refuses.
     wirtinger: whether it is defined for complex parameters, with |g|² for a square (g = 2 dL/dw*, as in `.grad`).
+    real_rows: whether the parts must tell which rows are real: those that a loss term which counts can reach.
     """
 
     cotangent: Cotangent = Gradient()
@@ -73,6 +77,7 @@ class Quantity:
     revisits: ClassVar[bool] = False
     rows_only: ClassVar[bool] = False
     wirtinger: ClassVar[bool] = False
+    real_rows: bool = False
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
         """Raise Undefined where the quantity does not exist for these losses; called before backpropagation."""

@@ -37,8 +37,9 @@ class ClippedGrad(Quantity):
     parameters reach their uses through a derived tensor (a weight norm, LoRA), both stages run before the user's
     backward pass, since it frees the graph that they need: one more backward pass, a few samples at a time; a
     hook that changes gradients is then refused.
-    Several backward passes: a sum loss, or a mean with `scale="sample"` and equally many loss terms a sample in
-    every batch; for other losses the clipped gradients would depend on later batches.
+    Several backward passes add up, each g_n as its own pass has it; with `scale="sample"` and a mean they are refused,
+    since N counts the samples still to come: C / N under `scale="loss"` is the same. Pooled batches (`accumulate`,
+    ranks): a sum loss, or a mean with `scale="sample"` and equally many loss terms a sample in every batch.
 
     Clipping alone is not private: DP-SGD also adds noise scaled to C to the sum, and accounts for the privacy spent
     over all steps.
@@ -57,19 +58,25 @@ class ClippedGrad(Quantity):
         self.max_norm = float(max_norm)
 
     def check_union(self, seen: Union, batch: Union) -> None:
-        """Refuse batches whose samples' gradients depend on the size of the union."""
-        if not seen.mean:
+        """Refuse batches whose samples' gradients depend on the size of further ones."""
+        if not seen.mean or (not seen.pooled and seen.scale == "loss"):
             return
+        if not seen.pooled:
+            raise Undefined(
+                'asked for ClippedGrad of several backward passes from a mean loss with scale="sample": |N g_n| '
+                'depends on the number N of samples still to come; use scale="loss" with max_norm = C / N (the same '
+                "gradient, with norms N times smaller), a sum loss, lw.accumulate, or one context a batch"
+            )
         if seen.scale != "sample":
             raise Undefined(
-                "asked for ClippedGrad of several backward passes from a mean loss: |g_n| would depend on the number "
-                'of samples still to come; use scale="sample" (clips |N g_n|), a sum loss, or one context a batch'
+                "asked for ClippedGrad of several batches of one mean loss: |g_n| would depend on the number "
+                'of samples in the others; use scale="sample" (clips |N g_n|), a sum loss, or one context a batch'
             )
         a, b = seen.terms / seen.samples, batch.terms / batch.samples
         if abs(a - b) > 1e-9 * abs(a):
             raise Undefined(
-                f"asked for ClippedGrad of several backward passes with {a:g} loss terms a sample so far and {b:g} "
-                "now: in the mean over their union a sample's own loss would change; observe them in two contexts"
+                f"asked for ClippedGrad of several batches of one mean loss with {a:g} loss terms a sample so "
+                f"far and {b:g} now: in the mean over all a sample's own loss would change; observe each alone"
             )
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:

@@ -62,6 +62,14 @@ class FisherDiag(Quantity):
                     'DiagGGN, or FisherDiag(labels="data")'
                 )
 
+    def check_union(self, seen: Union, batch: Union) -> None:
+        """Refuse a mean and a sum together, for labels="data"."""
+        if self.labels == "data" and seen.mean != batch.mean:
+            raise Undefined(
+                "asked for the empirical Fisher's diagonal of backward passes from a mean and a sum, so the weight of "
+                "a sample's own loss is not one number; use the same reduction, or ask for SecondMoment"
+            )
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[*shape]`."""
         return (gradient.second_moment(),)

@@ -20,10 +20,10 @@ from layerwise.errors import BadInput
 from layerwise.rows import pieces
 from layerwise.rows.base import Rows
 from layerwise.rows.cost import ghost_is_cheaper, pairs_are_cheaper
-from layerwise.rows.pieces import chunks, concat, dims, fill, flatten_samples, in_pieces, narrow, summed
+from layerwise.rows.pieces import chosen, chunks, concat, dims, fill, flatten_samples, in_pieces, narrow, summed
 
 __all__ = [
-    "concat", "flatten_samples", "ghost_is_cheaper", "input_gram", "narrow", "output_gram",
+    "chosen", "concat", "flatten_samples", "ghost_is_cheaper", "input_gram", "narrow", "output_gram",
     "pairs_are_cheaper", "pairwise_dot", "per_sample", "second_moment", "squared_norm", "squares_need_rows",
     "sum_of_squares", "total", "weighted_sum",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from layerwise.rows.base import Rows, Windows
 __all__ = [
     "CHUNK_BYTES",
     "PIECE_BYTES",
+    "chosen",
     "chunks",
     "concat",
     "dims",
@@ -62,6 +63,15 @@ def narrow(rows: Rows, start: int, length: int) -> Rows:
         return rows.narrow(start, stop - start)
     a = None if rows.a is None else rows.a[start:stop]
     return Rows(a, rows.g[:, start:stop], rows.size_in)
+
+
+def chosen(rows: Rows, mask: Tensor) -> Rows:
+    """Rows for sums over the inputs of those that a mask `[N,T]` chooses: the others are zero, or left out."""
+    if isinstance(rows, Windows) and not rows.laid_out:
+        make = rows.make
+        return Windows(lambda low, high: make(low, high) * mask[low:high, :, None, None], rows.g, rows.size_in)
+    a = None if rows.a is None else rows.a[mask][None]
+    return Rows(a, rows.g[0][mask][None, None], rows.size_in)
 
 
 def in_pieces(rows: Rows, times: int = 1) -> Iterator[Rows]:

@@ -38,6 +38,7 @@ class KFRA(KroneckerFactors):
     G_l = Gbar_l under a mean over the N samples, and G_l = N Gbar_l under a sum. Equal to `KFLR` at the last use, for
     one sample, and wherever J_n is the same for all samples. The result is a `Kronecker` operator.
 
+    A and the average are over all rows, padding too (the `rows="all"` of `KFAC`).
     Forms are those of `KFAC`; for "gradients", D are per-sample gradients from the columns of a root of G_l / N.
 
     One average over the batch is taken between two uses, whatever lies between them. Averages of two batches cannot be
@@ -50,7 +51,7 @@ class KFRA(KroneckerFactors):
 
     def __init__(self, sharing: str = "expand", joint: bool = False, max_bytes: int = MAX_BYTES) -> None:
         positive("KFRA's max_bytes", max_bytes)
-        super().__init__(InGraph(), sharing, joint)
+        super().__init__(InGraph(), sharing, joint, "all")
         self.max_bytes = max_bytes
         self.needs_samples = True
 
@@ -94,7 +95,9 @@ class KFRA(KroneckerFactors):
         )
 
     def __repr__(self) -> str:
-        given = options(self) + ("" if self.max_bytes == MAX_BYTES else f", max_bytes={self.max_bytes}")
+        given = options(self).removesuffix(", rows='all'") + (
+            "" if self.max_bytes == MAX_BYTES else f", max_bytes={self.max_bytes}"
+        )
         return f"KFRA({given[2:]})"
 
 

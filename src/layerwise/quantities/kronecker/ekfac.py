@@ -15,7 +15,7 @@ from layerwise.graph.cotangents import Cotangent, Exact, Sampled
 from layerwise.operators.kronecker import EigenBlock, EigenKronecker, Kronecker
 from layerwise.quantities.base import Context, Quantity, Union, positive, takes_draws
 from layerwise.quantities.kronecker.factor_sums import Factors, block_names, blocks_of
-from layerwise.quantities.kronecker.factors import KroneckerFactors
+from layerwise.quantities.kronecker.factors import KroneckerFactors, options
 from layerwise.ranks.group import Ranks, digest_of, values_digest
 from layerwise.ranks.sums import TensorSpec
 from layerwise.rows import contract, gram
@@ -110,7 +110,8 @@ class EKFAC(KroneckerFactors):
     The result is an `EigenKronecker` operator, in the units of the GGN.
 
     basis: a `Kronecker` or `EigenKronecker` whose eigenvectors are used instead of the batch's own (an eigenbasis
-    kept over several steps); S is exact in that basis.
+    kept over several steps); S is exact in that basis. rows: "real" or "all", those that the basis averages over, as in
+    `KFAC`.
     Memory: the eigenbasis is known only after the last backward pass, so the rows of all parameters are stored until
     then, N·T·K·(I + V·O) numbers for each use (I counts a convolution's whole window), and more with every batch;
     for parameters of the form "gradients", the N·V·K·O·I gradients themselves. With a given basis nothing is stored;
@@ -125,23 +126,25 @@ class EKFAC(KroneckerFactors):
         draws: int | None = 1,
         generator: torch.Generator | None = None,
         basis: Kronecker | EigenKronecker | None = None,
+        rows: str = "real",
     ) -> None:
         self.draws = positive("EKFAC's draws", draws)
         self.generator = generator
-        super().__init__(Exact() if draws is None else Sampled(draws, generator), "expand", False)
+        super().__init__(Exact() if draws is None else Sampled(draws, generator), "expand", False, rows)
         self.needs_samples = True
         if basis is not None and not isinstance(basis, Kronecker | EigenKronecker):
             raise BadInput(f"EKFAC: basis is a {type(basis).__name__}; give a Kronecker or EigenKronecker operator")
         self.basis = basis.eigh() if isinstance(basis, Kronecker) else basis
         self.powers = (1, 1) if basis is None else (1,)
+        self.real_rows &= basis is None  # a given basis has its own
 
     def first_pass(self) -> Quantity | None:
         """The quantity of the Kronecker factors, whose eigenvectors are the basis."""
-        return Basis(self.cotangent) if self.basis is None else None
+        return Basis(self.cotangent, self.rows) if self.basis is None else None
 
     def second_pass(self, result: Kronecker) -> EKFAC:
         """EKFAC in the eigenbasis of the given factors."""
-        return EKFAC(self.draws, self.generator, result)
+        return EKFAC(self.draws, self.generator, result, self.rows)
 
     def second_values(self, values: Mapping[str, tuple[Any, ...]], second: Quantity) -> dict[str, tuple[Any, ...]]:
         """The second moments of the stored rows in the eigenbasis of `second`."""
@@ -215,14 +218,14 @@ class EKFAC(KroneckerFactors):
         return EigenKronecker(blocks)
 
     def __repr__(self) -> str:
-        return f"EKFAC(draws={self.draws}{'' if self.basis is None else ', basis=...'})"
+        return f"EKFAC(draws={self.draws}{'' if self.basis is None else ', basis=...'}{options(self)})"
 
 
 class Basis(KroneckerFactors):
     """The first pass of `EKFAC`: Kronecker factors, with parameters in the layout that `EKFAC` uses."""
 
-    def __init__(self, cotangent: Cotangent) -> None:
-        super().__init__(cotangent, "expand", False)
+    def __init__(self, cotangent: Cotangent, rows: str) -> None:
+        super().__init__(cotangent, "expand", False, rows)
         self.needs_samples = True
 
 

@@ -108,7 +108,8 @@ def blocks_of(values: Mapping[str, Factors], joint: bool) -> dict[str, Kronecker
         for key, matrix, sums in zip(block_names(name, laid), laid.matrices, factors.sums, strict=True):
             a = None if matrix.bias else _divided(sums.inputs, float(sums.counts[0]))
             if bias is not None:
-                a = _with_constant(sums.inputs / sums.counts[0], sums.mean / sums.counts[0])
+                count = sums.counts[0].clamp(min=1)
+                a = _with_constant(sums.inputs / count, sums.mean / count)
             parameter = name if key != name else None
             blocks[key] = KroneckerBlock(a, sums.outputs, matrix, bias, laid.form, parameter)
         rest = rest_of(laid.matrices) if laid.form == "slices" else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.gradient.parameter import ParameterGradient
+from layerwise.gradient.parts import RowsPart
 from layerwise.graph.cotangents import Cotangent, Exact, Sampled
 from layerwise.operators.kronecker import Kronecker
 from layerwise.quantities.base import Context, Quantity, Union, positive, takes_draws
@@ -20,24 +21,30 @@ from layerwise.rows.base import Rows
 __all__ = ["KFAC", "KFLR", "KroneckerFactors", "options"]
 
 SHARING = ("expand", "reduce")
+ROWS = ("real", "all")
 
 
 class KroneckerFactors(Quantity):
     """Base of the Kronecker-factored quantities: factors from any columns of a GGN root.
 
     sharing: "expand" (each position counts as a sample of its own) or "reduce" (a sample's positions are combined
-    before squaring). joint: a bias is a further input of its weight.
+    before squaring). joint: a bias is a further input of its weight. rows: "real" (A is the mean over the rows that a
+    loss term which counts can reach) or "all" (padding counts as well).
     """
 
     powers: tuple[float, ...] = (1,)
 
-    def __init__(self, cotangent: Cotangent, sharing: str, joint: bool) -> None:
+    def __init__(self, cotangent: Cotangent, sharing: str, joint: bool, rows: str = "real") -> None:
+        if rows not in ROWS:
+            raise BadInput(f'{type(self).__name__}: rows must be "real" or "all", got {rows!r}')
         if sharing not in SHARING:
             raise BadInput(f'{type(self).__name__}: sharing must be "expand" or "reduce", got {sharing!r}')
         self.cotangent = cotangent
         self.sharing = sharing
         self.joint = joint
         self.needs_samples = sharing == "reduce"
+        self.rows = rows
+        self.real_rows = rows == "real"
 
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
         """The sums of the factors of each matrix."""
@@ -48,7 +55,7 @@ class KroneckerFactors(Quantity):
         else:
             if not gradient.column:
                 laid = gradient.laid(self.joint)
-            sums = tuple(self._of_rows(gradient, part.rows) for part in groups)
+            sums = tuple(self._of_rows(gradient, part) for part in groups)
         form = laid.form if laid is not None else "rows"  # None for further stacks, which are added to the first
         return (Factors(gradient.name, gradient.shape, form, sums, laid),)
 
@@ -56,15 +63,21 @@ class KroneckerFactors(Quantity):
         """Whether the factors must come from dense gradients: "reduce" of an index over too many inputs."""
         return self.sharing == "reduce" and any(_long(part.rows) for part in gradient.groups or ())
 
-    def _of_rows(self, gradient: ParameterGradient, rows: Rows) -> Sums:
+    def _of_rows(self, gradient: ParameterGradient, part: RowsPart) -> Sums:
+        rows, first = part.rows, not gradient.column
         size = rows.g.shape[1:3].numel()
+        real = part.real() if first and self.real_rows and part.real is not None else None
         if self.sharing == "reduce":
-            rows = _reduced(rows)
+            rows = _reduced(rows, real)
         b = self.output_factor(gradient, rows)
-        counts = b.new_tensor([rows.g.shape[1] * rows.g.shape[2], size])
         nothing = b.new_zeros(())
-        if gradient.column:  # the inputs are the same for every stack of cotangents
-            return Sums(nothing, nothing, counts.new_zeros(2), b)
+        if not first:  # the inputs are the same for every stack of cotangents
+            return Sums(nothing, nothing, b.new_zeros(2), b)
+        count = rows.g.shape[1] * rows.g.shape[2]
+        if real is not None:
+            chosen = real.any(1, keepdim=True) if self.sharing == "reduce" else real
+            rows, count = contract.chosen(rows, chosen), int(chosen.sum())
+        counts = b.new_tensor([count, size])
         mean = nothing
         if self.joint and rows.kind == "float":
             assert rows.a is not None
@@ -88,6 +101,9 @@ class KFAC(KroneckerFactors):
     `sharing="expand"`: A[k] = mean over n, t of a a^T, B[k] = sum over n, t and draws of s s^T;
     `sharing="reduce"`: A[k] = mean over n of abar abar^T, abar the mean of a over t, and
     B[k] = sum over n and draws of (sum_t s)(sum_t s)^T.
+    These means are over real rows, those that a loss term which counts can send a cotangent to: not over the padding
+    behind ignored targets (or terms that are multiplied by zero), nor over rows that an index or a mask leaves out
+    before the loss. `rows="all"` counts them too.
     A bias has A = 1; with `joint=True` it is the last input, constant 1, of the weight whose rows it is added to
     (A is `[K,I+1,I+1]`), or keeps its own block where weight or bias is used without the other. Further uses of one
     parameter count as further positions. The result is a `Kronecker` operator, whose `forms` name for each parameter
@@ -108,11 +124,12 @@ class KFAC(KroneckerFactors):
         generator: torch.Generator | None = None,
         sharing: str = "expand",
         joint: bool = False,
+        rows: str = "real",
     ) -> None:
         if draws is None:
             raise BadInput("KFAC's draws must be a whole number of at least 1, got None; KFLR has the exact root")
         self.draws = positive("KFAC's draws", draws)
-        super().__init__(Sampled(draws, generator), sharing, joint)
+        super().__init__(Sampled(draws, generator), sharing, joint, rows)
 
     def __repr__(self) -> str:
         return f"KFAC(draws={self.draws}{options(self)})"
@@ -128,8 +145,8 @@ class KFLR(KroneckerFactors):
     Source: Botev, Ritter and Barber (2017); Dangel et al. (2020), table 1.
     """
 
-    def __init__(self, sharing: str = "expand", joint: bool = False) -> None:
-        super().__init__(Exact(), sharing, joint)
+    def __init__(self, sharing: str = "expand", joint: bool = False, rows: str = "real") -> None:
+        super().__init__(Exact(), sharing, joint, rows)
 
     def __repr__(self) -> str:
         return f"KFLR({options(self)[2:]})"
@@ -138,7 +155,7 @@ class KFLR(KroneckerFactors):
 def options(quantity: KroneckerFactors) -> str:
     """The arguments that differ from their defaults, as text for `repr`, each after a comma."""
     sharing = "" if quantity.sharing == "expand" else f", sharing={quantity.sharing!r}"
-    return sharing + (", joint=True" if quantity.joint else "")
+    return sharing + (", joint=True" if quantity.joint else "") + ("" if quantity.rows == "real" else ", rows='all'")
 
 
 def _long(rows: Rows) -> bool:
@@ -146,16 +163,18 @@ def _long(rows: Rows) -> bool:
     return rows.kind == "index" and rows.size_in > layout.LONG_SIDE
 
 
-def _reduced(rows: Rows) -> Rows:
-    """One row for each sample: the mean of the inputs and the sum of the cotangents over the positions."""
+def _reduced(rows: Rows, real: Tensor | None = None) -> Rows:
+    """One row for each sample: the mean of the inputs over its (real) positions, the sum of the cotangents over all."""
     a, g = rows.a, rows.g.sum(2, keepdim=True)
     if a is None:
         return Rows(None, g, 1)
+    shares = None if real is None else real.to(g.dtype) / real.sum(1, keepdim=True).clamp(min=1)
     if a.is_floating_point():
-        return Rows(a.mean(1, keepdim=True), g, rows.size_in)
+        mean = a.mean(1, keepdim=True) if shares is None else (a * shares[:, :, None, None]).sum(1, keepdim=True)
+        return Rows(mean, g, rows.size_in)
     mean = g.new_zeros(len(a), rows.size_in)
     if a.shape[1]:
-        mean.scatter_add_(1, a, g.new_full(a.shape, 1 / a.shape[1]))
+        mean.scatter_add_(1, a, g.new_full(a.shape, 1 / a.shape[1]) if shares is None else shares)
     return Rows(mean[:, None, None], g, rows.size_in)
 
 
