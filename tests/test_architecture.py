@@ -33,7 +33,7 @@ ALLOWED = {
     "graph": "losses ops rows tape",
     "gradient": "ops rows tape tensors",
     "operators": "graph losses rows tape tensors",
-    "quantities": "gradient graph losses operators ops ranks rows tape",
+    "quantities": "gradient graph losses operators ops ranks rows tape tensors",
     "observation": "gradient graph losses quantities ranks replay rows tape tensors",
     "local": "graph losses operators ops replay rows tape tensors",
     "optim": "optim.layer_local optim.second_order",

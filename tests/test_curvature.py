@@ -14,6 +14,7 @@ from zoo import Case, Instance, cases
 
 import layerwise as lw
 from layerwise import errors
+from layerwise.graph.products import check_second
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -320,9 +321,15 @@ class _Detached(_Square):
         return g * w * w, (2 * g * x.detach() * w).sum(0)
 
 
-def test_an_asymmetric_hessian_is_refused() -> None:
+def test_a_wrong_second_derivative_is_refused_by_the_name_of_its_function() -> None:
     torch.manual_seed(0)
     p = {"a": torch.randn(5, 3, requires_grad=True), "b": torch.randn(3, requires_grad=True)}
     lw.Hessian(p, lambda: _Square.apply(p["a"], p["b"]).sum())
-    with pytest.raises(errors.Undefined, match="not symmetric"):
+    with pytest.raises(errors.Undefined, match="_DetachedBackward"):
         lw.Hessian(p, lambda: _Detached.apply(p["a"], p["b"]).sum())
+
+
+def test_an_asymmetric_hessian_is_refused() -> None:
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(errors.Undefined, match="not symmetric"):
+        check_second([torch.randn(3, 3) @ x], [x])

@@ -1,4 +1,4 @@
-"""Helpers for plain tensors: finiteness, uninitialised memory in huge pages, copy on write, sparse to dense.
+"""Helpers for plain tensors: finiteness, complex squares, memory in huge pages, copy on write, sparse to dense.
 
 Per-sample gradients are bound by page faults, not by arithmetic: on Linux a tensor of 400 MB touches 100,000 small
 pages for the first time. Asking for transparent huge pages (`madvise`) is only a hint, without which memory is
@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["dense", "empty", "is_finite", "lazy_copy"]
+__all__ = ["as_real", "dense", "empty", "is_finite", "lazy_copy", "squared"]
 
 
 def is_finite(x: Tensor) -> bool:
@@ -23,6 +23,16 @@ def is_finite(x: Tensor) -> bool:
     x = x.detach()
     # NaN and infinity survive a sum, which costs a tenth; a sum of finite numbers may overflow
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def as_real(x: Tensor) -> Tensor:
+    """A complex tensor with its two parts as a last axis, `[*shape, 2]`; a real one as it is."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def squared(x: Tensor) -> Tensor:
+    """|x|², real."""
+    return as_real(x).square().sum(-1) if x.is_complex() else x.square()
 
 
 _LARGE = 2**23  # bytes from which the hint pays; a huge page has 2**21

@@ -31,7 +31,7 @@ def leaf_gradients(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> lis
         ]
     gradients = []
     for leaf, value in zip(leaves, carried, strict=True):
-        value = flat.new_zeros(len(flat), *leaf.shape) if value is None else value
+        value = leaf.new_zeros(len(flat), *leaf.shape) if value is None else value
         gradients.append(value.to(leaf.dtype).unflatten(0, dense.shape[:2]))
     return gradients
 

@@ -142,11 +142,11 @@ class ParameterGradient:
         return tensors.lazy_copy(self._kept[what])
 
     def _second_moment(self) -> Tensor:
-        if (held := self._held_rows()) is not None:
+        if (held := self._held_rows()) is not None and not held.is_complex():
             return contract.sum_of_squares(held.flatten(0, 1))
         if (part := self.joined) is not None:
             return part.fold(contract.second_moment(part.rows))
-        return sum((g.square().sum((0, 1)) for g in self._in_chunks()), self._zeros(self.shape))
+        return sum((tensors.squared(g).sum((0, 1)) for g in self._in_chunks()), self._zeros(self.shape, real=True))
 
     def output_gram(self, g: Tensor) -> Tensor:
         """The Gram matrix `[K,O,O]` of the rows' cotangents g; cached for a weight and its bias."""
@@ -170,8 +170,8 @@ class ParameterGradient:
             return torch.linalg.vector_norm(held.reshape(*held.shape[:2], -1), dim=2).square_()
         if (part := self.joined) is not None:
             return contract.squared_norm(part.rows)
-        norms = [g.reshape(*g.shape[:2], -1).square().sum(2) for g in self._in_chunks()]
-        return torch.cat(norms, 1) if norms else self._zeros((1, 0))
+        norms = [tensors.squared(g.reshape(*g.shape[:2], -1)).sum(2) for g in self._in_chunks()]
+        return torch.cat(norms, 1) if norms else self._zeros((1, 0), real=True)
 
     @property
     def like(self) -> Tensor:
@@ -209,7 +209,7 @@ class ParameterGradient:
 
     def _pairwise_dot(self) -> Tensor:
         if (held := self._held_rows()) is not None:
-            flat = held.reshape(*held.shape[:2], -1)
+            flat = tensors.as_real(held).reshape(*held.shape[:2], -1)
             return flat @ flat.mT
         if (part := self.joined) is not None:
             return contract.pairwise_dot(part.rows)
@@ -224,7 +224,7 @@ class ParameterGradient:
                 y = x if there == here else self._vectors(there)
                 result[:, here, there] = x @ y.mT
                 result[:, there, here] = result[:, here, there].mT.clone()
-        return self._zeros((1, 0, 0)) if result is None else result
+        return self._zeros((1, 0, 0), real=True) if result is None else result
 
     def sketch(self, left: Tensor, right: Tensor) -> Tensor:
         """`[V,N,J]`: inner products with the rank-one matrices `left[j] right[j]^T` of shape `[R,C]`, R·C = numel.
@@ -239,8 +239,8 @@ class ParameterGradient:
         return torch.cat(chunks, 1) if chunks else self._zeros((1, 0, len(left)))
 
     def _vectors(self, where: slice) -> Tensor:
-        """`[V,n,P]`."""
-        g = self.per_sample(where.start, where.stop)
+        """`[V,n,P]`, or `[V,n,2P]` real numbers for a complex parameter."""
+        g = tensors.as_real(self.per_sample(where.start, where.stop))
         return g.reshape(*g.shape[:2], -1)
 
     def _each(self) -> int:
@@ -248,8 +248,9 @@ class ParameterGradient:
         through = [part.slot.used.numel() for part in self.parts if isinstance(part, LaterPart)]
         return max(1, _CHUNK // max(1, self.shape.numel(), *through))
 
-    def _zeros(self, shape: Sequence[int]) -> Tensor:
-        return self.parts[0].zeros(shape)
+    def _zeros(self, shape: Sequence[int], real: bool = False) -> Tensor:
+        zeros = self.parts[0].zeros(shape)
+        return zeros.real if real and zeros.is_complex() else zeros
 
 
 class PartCollector:

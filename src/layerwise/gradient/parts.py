@@ -132,7 +132,7 @@ class DensePart(Part):
 
     def to(self, dtype: torch.dtype) -> DensePart:
         """The same contribution with its numbers in another type."""
-        return replace(self, values=self.values.to(dtype))
+        return replace(self, values=self.values.to(dtype.to_complex() if self.values.is_complex() else dtype))
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class LaterPart(_OfSlot):
 
     def to(self, dtype: torch.dtype) -> LaterPart:
         """The same contribution with its numbers in another type."""
-        return replace(self, dtype=dtype)
+        return replace(self, dtype=dtype.to_complex() if self.leaf.is_complex() else dtype)
 
 
 def parts_of(
@@ -206,7 +206,7 @@ def bias_of(part: RowsPart) -> str | None:
 
     Proved by numbering the output's elements: both slots must arrange them into the same rows.
     """
-    if part.slot.bias:
+    if part.slot.bias or not part.slot.used.numel():
         return None
     places = torch.arange(part.use.call.out_shape.numel(), device=part.rows.g.device)
     places = places.to(part.rows.g.dtype).reshape(1, *part.use.call.out_shape)

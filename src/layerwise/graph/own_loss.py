@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise.errors import UnknownLoss
 from layerwise.graph.coverage import Graph
+from layerwise.graph.custom_functions import check_functions
 from layerwise.graph.products import pull_stack, twice
 from layerwise.graph.walk import Node
 from layerwise.tape.pull import pull, stopped
@@ -87,6 +88,7 @@ class OwnLossGraph:
         Raises Undefined where a second derivative is missing.
         """
         if self._gradient is None:
+            check_functions([self.start], self.others | {edge.node for edge in self.edges})
             with twice(), self.alone():
                 found = pull([self.start], [self._c], self.edges, create_graph=True)
             shapes = [part.call.logits for part in self.own.boundary]

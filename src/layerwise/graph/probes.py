@@ -92,5 +92,7 @@ def largest(x: Tensor) -> float:
     """The largest absolute value; NaN where there is one."""
     if not x.numel():
         return 0.0
+    if x.is_complex():
+        return float(x.abs().max())
     low, high = torch.aminmax(x)
     return float(torch.maximum(-low, high))

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
+from layerwise.graph.custom_functions import check_adjoint, check_functions
 from layerwise.graph.walk import nodes
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.pull import pull
@@ -32,8 +34,10 @@ __all__ = [
     "Products",
     "SecondOrder",
     "check_second",
+    "dense_embedding",
     "gradient_of",
     "pull_stack",
+    "scaled_embedding",
     "twice",
 ]
 
@@ -48,11 +52,18 @@ class SecondOrder(TorchFunctionMode):
 
     Attention runs by its formula, since fused kernels have no second derivative; so does weight norm, whose
     second derivative in torch 2.13 is wrong for weights of more than two axes.
+    embedding: what looks up tables in place of `F.embedding`, where the graph is of no other use.
     """
+
+    def __init__(self, embedding: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self._embedding = embedding
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:
             return standing_in(func, _weight_norm, args, kwargs or {})
+        if func is F.embedding and self._embedding is not None:
+            return standing_in(func, self._embedding, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> Self:
@@ -71,6 +82,33 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`g v / |v|`, the norm over all axes but `dim` (-1: over all)."""
     axes = [axis for axis in range(v.dim()) if axis != dim]
     return v * (g / v.square().sum(axes, keepdim=dim != -1).sqrt())
+
+
+def dense_embedding(index: Tensor, table: Tensor, *args: Any, sparse: bool = False, **kwargs: Any) -> Tensor:
+    """`F.embedding` with a dense gradient."""
+    return F.embedding(index, table, *args[:4], **kwargs)
+
+
+def scaled_embedding(
+    index: Tensor,
+    table: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`F.embedding` with a dense gradient that torch can differentiate, for products with the Jacobian.
+
+    Under `scale_grad_by_freq` each row's gradient is divided by how often it is looked up. So are the rows of the
+    Jacobian then; the gradient is no derivative, and has none.
+    """
+    out = F.embedding(index, table, padding_idx, max_norm, norm_type)
+    if not scale_grad_by_freq:
+        return out
+    count = torch.bincount(index.flatten(), minlength=len(table))[index]
+    scaled = out / count.unsqueeze(-1)
+    return scaled + (out - scaled).detach()
 
 
 def _check_once(gradients: Sequence[Tensor | None]) -> None:
@@ -188,6 +226,7 @@ class HessianProducts:
     def of(cls, total: Tensor, weight: Tensor | None, parameters: Sequence[Tensor]) -> HessianProducts:
         """Products with the Hessian of `total` (times `weight`); raises Undefined without a second derivative."""
         weight = torch.ones_like(total) if weight is None else weight
+        check_functions([(total.grad_fn, 0)])
         with twice():
             gradients = pull([total], [weight], parameters, create_graph=True)
         check_second(gradients, parameters)
@@ -229,15 +268,27 @@ class GaussNewtonProducts:
         with twice():
             self._pulled = pull(self._edges, self._dummies, parameters, create_graph=True)
         _check_once(self._pulled)
+        check_adjoint(self._edges, self._dummies, parameters, (self._forward, self._back))
 
-    def apply(self, directions: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:
-        """The rows `wanted` of the product, `[V, *shape]`."""
+    def _forward(self, v: Sequence[Tensor]) -> list[Tensor]:
+        return [x[0] for x in self._pushed([d[None] for d in v])]
+
+    def _back(self, u: Sequence[Tensor]) -> list[Tensor]:
+        found = pull(self._edges, u, self._parameters)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, self._parameters, strict=True)]
+
+    def _pushed(self, directions: Sequence[Tensor | None]) -> list[Tensor]:
+        """J times a stack of directions, `[V, *shape]` at each edge."""
         pairs = [
             (w, d)
             for w, d in zip(self._pulled, directions, strict=True)
             if w is not None and w.requires_grad and d is not None
         ]
-        pushed = _rows(pairs, self._dummies, directions)
+        return _rows(pairs, self._dummies, directions)
+
+    def apply(self, directions: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:
+        """The rows `wanted` of the product, `[V, *shape]`."""
+        pushed = self._pushed(directions)
         top = len(self._edges) - len(self._diagonals)
         sent = self._hessian(pushed[:top])
         sent += [d * x for d, x in zip(self._diagonals, pushed[top:], strict=True)]

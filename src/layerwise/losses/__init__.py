@@ -7,8 +7,10 @@ from .call import LossCall, bind, check, is_loss, logits_of
 from .likelihood import likelihood, scale_to_union
 from .mark import OwnCall, OwnLoss, as_loss, tensors_in
 from .own import DeclaredLikelihood, OwnLikelihood
+from .projected import PROJECTED
 
 __all__ = [
+    "PROJECTED",
     "DeclaredLikelihood",
     "Likelihood",
     "LossCall",

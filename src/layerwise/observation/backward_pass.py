@@ -64,6 +64,7 @@ class BackwardPass:
         _check_scale(settings.scale, graph, declared)
         for q in quantities:
             q.check_losses(declared)
+            self._check_complex(q)
         mixed = self._mixed_parameters()
         if mixed or any(q.needs_samples or q.cotangent.needs_layout(bool(graph.own)) for q in quantities):
             self.layout = measure(tape, graph, model, settings.samples)
@@ -84,6 +85,15 @@ class BackwardPass:
         """The samples' layout where a use's output is shared by all of them, which takes its rows apart."""
         layout = self.known_layout()
         return layout if layout is not None and layout.shared else None
+
+    def _check_complex(self, quantity: Quantity) -> None:
+        found = [name for name in self.graph.parameters() if self.tape.parameters[name].is_complex()]
+        if found and not quantity.wirtinger:
+            raise Undefined(
+                f"asked for {quantity!r}, but the parameter {found[0]!r} is complex; second order and sketches are "
+                "defined for real parameters. Hold its parts as one real parameter [..., 2] and call "
+                "torch.view_as_complex on it in the forward, or freeze it"
+            )
 
     def _mixed_parameters(self) -> set[str]:
         """Parameters for which per-sample gradients are needed although no quantity asked for them (no row form)."""

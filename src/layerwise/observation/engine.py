@@ -133,7 +133,7 @@ class Observation:
         covered = graph.parameters()
         stream.release()
         try:
-            with hooked(stream.awaited(), stream.receive), accumulated(tape.parameters) as arrived:
+            with hooked(stream.awaited(), stream.receive), accumulated(tape.parameters, True) as arrived:
                 out = run()
             with alone(device):
                 check_covered(tape, before, arrived, covered)

@@ -14,7 +14,7 @@ from layerwise.quantities.base import positive
 from layerwise.ranks.trainers import several
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
-from layerwise.tensors import is_finite
+from layerwise.tensors import as_real, is_finite
 
 __all__ = [
     "Fingerprints",
@@ -58,6 +58,7 @@ class Fingerprints:
 
 
 def _fingerprint(g: Tensor) -> Tensor:
+    g = as_real(g)
     return torch.stack([g.sum(dtype=torch.float64), g.abs().sum(dtype=torch.float64)])
 
 

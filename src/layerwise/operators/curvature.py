@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, NonFinite, Undefined
 from layerwise.graph.coverage import Graph, known_losses, prove
 from layerwise.graph.loss_curvature import loss_hessian, resolved
-from layerwise.graph.products import GaussNewtonProducts, HessianProducts, Products, SecondOrder
+from layerwise.graph.products import (
+    GaussNewtonProducts,
+    HessianProducts,
+    Products,
+    SecondOrder,
+    dense_embedding,
+    scaled_embedding,
+)
 from layerwise.graph.residuals import proved, residual_curvature
 from layerwise.losses import Likelihood
 from layerwise.operators.diagonal import check_names
@@ -36,6 +43,8 @@ class CurvatureOperator:
     shape: `(P, P)` for P parameter elements.
     """
 
+    _embedding: Callable[..., Tensor] = staticmethod(dense_embedding)
+
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
@@ -50,8 +59,14 @@ class CurvatureOperator:
         self._parameters = dict(tape.parameters)
         if not self._parameters:
             raise BadInput(f"{self._asked}: the model has no parameter that requires grad")
+        for name, p in self._parameters.items():
+            if p.is_complex():
+                raise Undefined(
+                    f"{self._asked}: the parameter {name!r} is complex; hold its parts as one real parameter [..., 2] "
+                    "and call torch.view_as_complex on it in the forward, or freeze it"
+                )
         self.blocks = blocks
-        with torch.enable_grad(), tape, SecondOrder():
+        with torch.enable_grad(), tape, SecondOrder(self._embedding):
             total = closure()
         self._check_total(total)
         device = total.device.type
@@ -260,6 +275,8 @@ class GGN(CurvatureOperator):
     curvature, an operation without a second derivative).
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent".
     """
+
+    _embedding = staticmethod(scaled_embedding)
 
     def _make(self, tape: Tape, total: Tensor) -> Products:
         graph, known = resolved(lambda without: known_losses(tape, total, without))

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from layerwise.errors import UnsupportedCall
 from layerwise.ops import attention, recurrent
-from layerwise.ops.arguments import any_complex, bind, writes_first
+from layerwise.ops.arguments import any_complex, bind, replace, writes_first
 from layerwise.ops.base import Call, Slot
 from layerwise.ops.elementwise import ElementwiseSlot
 from layerwise.ops.forms import Form
 from layerwise.ops.opaque import OpaqueSlot
-from layerwise.ops.registry import BUILD, Entry, register
+from layerwise.ops.registry import BUILD, LINEAR, Entry, register
 from layerwise.rows.base import Rows, Samples
 
 __all__ = [
+    "LINEAR",
     "Call",
     "ElementwiseSlot",
     "Entry",
@@ -31,6 +32,7 @@ __all__ = [
     "decomposition",
     "refused",
     "register",
+    "replace",
     "slots",
     "writes_first",
 ]

@@ -17,12 +17,13 @@ from layerwise.ops.elementwise import one_by_one
 from layerwise.ops.forms import Form
 from layerwise.rows.base import Samples, gradients
 
-__all__ = ["BUILD", "Build", "Entry", "register"]
+__all__ = ["BUILD", "LINEAR", "Build", "Entry", "register"]
 
 Build = Callable[[Call, Sequence[Tensor]], "list[Slot | None]"]
 BUILD: dict[Callable[..., Any], Build] = {
     func: family.slots for family in (elementwise, norm, embedding, conv, contraction) for func in family.FUNCTIONS
 }
+LINEAR = frozenset((*contraction.FUNCTIONS, *conv.FUNCTIONS, *norm.FUNCTIONS))  # their derivatives read no output
 
 
 class Entry:

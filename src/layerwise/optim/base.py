@@ -73,6 +73,7 @@ class NamedOptimizer(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             self._check(group)
+        self._check_replaced()
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
         buffers = Buffers(self._model)
         try:
@@ -89,6 +90,17 @@ class NamedOptimizer(torch.optim.Optimizer):
             buffers.put_back()
             self.skipped += 1
         return loss
+
+    def _check_replaced(self) -> None:
+        """Refuse to step where a parameter of the model is another tensor than the one of its name in our groups."""
+        named = named_parameters_of(self._model)
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if named.get(name, p) is not p:
+                    raise BadInput(
+                        f"parameter {name!r} of the model was replaced after {type(self).__name__} was made, which "
+                        "holds the old one; make the optimizer again, or copy values into a parameter instead"
+                    )
 
     def _ours(self, p: Tensor) -> bool:
         """Whether a parameter is in one of this optimizer's groups."""
@@ -108,6 +120,11 @@ class NamedOptimizer(torch.optim.Optimizer):
         strangers = sum(id(p) not in names for p in tensors)
         if strangers:
             raise BadInput(f"{type(self).__name__} got {strangers} parameters that are not the model's")
+        if (wrong := next((p for p in tensors if p.is_complex()), None)) is not None:
+            raise BadInput(
+                f"{type(self).__name__} moves real parameters, but {names[id(wrong)]!r} is complex; hold its parts as "
+                "one real parameter [..., 2] and call torch.view_as_complex on it in the forward, or freeze it"
+            )
         group = {**self.defaults, **param_group, "params": [(names[id(p)], p) for p in tensors]}
         self._check(group)
         super().add_param_group(group)

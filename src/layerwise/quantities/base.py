@@ -64,6 +64,7 @@ class Quantity:
         memory holds the cotangents of all uses beside the recorded inputs, and the per-sample gradients of
         parameters that reach their uses through a derived tensor.
     rows_only: whether uses without row form may be passed as parts without numbers, which `covers` refuses.
+    wirtinger: whether it is defined for complex parameters, with |g|² for a square (g = 2 dL/dw*, as in `.grad`).
     real_rows: whether the parts must tell which rows are real: those that a loss term which counts can reach.
     """
 
@@ -75,6 +76,7 @@ class Quantity:
     computed_first: ClassVar[bool] = False
     revisits: ClassVar[bool] = False
     rows_only: ClassVar[bool] = False
+    wirtinger: ClassVar[bool] = False
     real_rows: bool = False
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:

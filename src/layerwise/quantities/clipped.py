@@ -50,6 +50,7 @@ class ClippedGrad(Quantity):
     powers = (1, 0)
     concatenate = (False, True)
     revisits = True
+    wirtinger = True
 
     def __init__(self, max_norm: float) -> None:
         if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:

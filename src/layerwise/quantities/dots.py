@@ -26,6 +26,7 @@ class PairwiseDot(Quantity):
     """
 
     computed_first = True  # SquaredNorm reads the norms off the diagonal
+    wirtinger = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N,N]`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
+from layerwise.tensors import dense
 
 __all__ = ["PerSampleGrad", "SecondMoment", "SquaredNorm", "Variance", "sample_factor"]
 
@@ -32,6 +33,7 @@ class PerSampleGrad(Quantity):
     powers = (1,)
     concatenate = True
     computed_first = True  # other quantities square these gradients
+    wirtinger = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, *shape]`."""
@@ -52,6 +54,7 @@ class SquaredNorm(Quantity):
 
     powers = (2,)
     concatenate = True
+    wirtinger = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N]`."""
@@ -72,6 +75,8 @@ class SecondMoment(Quantity):
     Computed without holding `[N, P]`. Raises SamplesMixed. Source: Dangel et al. (2020), eq. 5.
     """
 
+    wirtinger = True
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[*shape]`."""
         return (gradient.second_moment(),)
@@ -89,6 +94,8 @@ class Variance(Quantity):
     Source: Dangel et al. (2020), eq. 5.
     """
 
+    wirtinger = True
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """Second moment, `[*shape]`; the mean is taken from `.grad`."""
         return (gradient.second_moment(),)
@@ -97,10 +104,11 @@ class Variance(Quantity):
         """Keyed by parameter."""
         result = {}
         for name, (moment,) in values.items():
-            total = context.gradient[name]
+            total = dense(context.gradient[name])
             factor = sample_factor(union)  # in one new tensor: allocating costs more than arithmetic
             variance = moment * (factor**2 / union.samples)
-            variance.addcmul_(total, total, value=-((factor / union.samples) ** 2)).clamp_(min=0)
+            mine = total if not total.is_complex() else total.abs()
+            variance.addcmul_(mine, mine, value=-((factor / union.samples) ** 2)).clamp_(min=0)
             result[name] = variance if union.samples > 1 else variance.zero_()
         return ByParameter(result)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
+from layerwise.tensors import dense
 
 __all__ = ["Noise", "NoiseScale"]
 
@@ -55,6 +56,8 @@ class NoiseScale(Quantity):
     Source: McCandlish et al. (2018), eq. 2.9 and appendix A.1 (small batch 1, big batch N).
     """
 
+    wirtinger = True
+
     def __init__(self, snr: bool = True) -> None:
         self.snr = snr
 
@@ -73,7 +76,8 @@ class NoiseScale(Quantity):
         factor = n if union.mean else 1
         noise, signal, snr = {}, {}, {}
         for name, (moment,) in values.items():
-            mean = context.gradient[name] * (factor / n)
+            mean = dense(context.gradient[name]) * (factor / n)
+            mean = mean.abs() if mean.is_complex() else mean
             big, small = mean.square().sum(), moment.sum() * (factor**2 / n)
             noise[name] = ((small - big) * (n / (n - 1))).clamp(min=0)
             signal[name] = (n * big - small) / (n - 1)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise import ops
 from layerwise.nn.hard import crossed, hard
 from layerwise.tape.calls import RANDOM
 from layerwise.tape.tape import Tape
@@ -113,9 +114,11 @@ class CodedTape(Tape):
 
     def _decompose(self, func: Any, args: Any, kwargs: Any, used: Any, data: Any) -> Any:
         if self.codes:  # codes replace values, and a checkpoint is not differentiated here
-            out = self._parts(func, args, kwargs)
-        else:
-            out = super()._decompose(func, args, kwargs, used, data)
+            return self._parts(ops.decomposition(func), args, kwargs)
+        return super()._decompose(func, args, kwargs, used, data)
+
+    def _parts(self, parts: Any, args: Any, kwargs: Any) -> Any:
+        out = super()._parts(parts, args, kwargs)
         self._parts_noted = True  # the calls inside are recorded as steps of their own
         return out
 

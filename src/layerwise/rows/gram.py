@@ -24,12 +24,12 @@ def dense_grams(chunks: Iterable[Tensor], shape: torch.Size, like: Tensor) -> tu
     inner = like.new_zeros(i) if i > LONG_SIDE else like.new_zeros(i, i)
     for chunk in chunks:
         d = as_matrices(chunk, shape)
-        across = d.transpose(0, 1).reshape(o, -1)
+        across = d.transpose(0, 1).flatten(1)
         output.addmm_(across, across.T)
         if i > LONG_SIDE:
             inner += d.square().sum((0, 1))
         else:
-            down = d.reshape(-1, i)
+            down = d.flatten(0, 1)
             inner.addmm_(down.T, down)
     return output[None], inner[None]
 

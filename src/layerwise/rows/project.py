@@ -42,6 +42,8 @@ def in_layout(left: Tensor, right: Tensor, layout: MatrixLayout) -> tuple[Tensor
     None where they do not factor in that layout.
     """
     place = layout.places()
+    if not place.numel():
+        return None
     row, column = place // right.shape[1], place % right.shape[1]
     for out, into, outer, inner in ((row, column, left, right), (column, row, right, left)):
         if bool((out == out[:, :, :1]).all()) and bool((into == into[:, :1]).all()):
@@ -52,6 +54,8 @@ def in_layout(left: Tensor, right: Tensor, layout: MatrixLayout) -> tuple[Tensor
 @torch.no_grad()
 def project_vectors(g: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`[V,N,J]`: projections of per-sample gradients `[V,N,R·C]` by `left` `[J,R]` and `right` `[J,C]`."""
+    if not g.shape[2]:
+        return g.new_zeros(*g.shape[:2], len(left))
     d = g.unflatten(2, (left.shape[1], right.shape[1]))
     if right.shape[1] == 1:
         return d[..., 0] @ (left * right).T

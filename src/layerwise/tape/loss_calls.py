@@ -51,6 +51,7 @@ class LossRecord(TorchFunctionMode):
         self.losses: list[LossUse] = []
         self.own: list[OwnUse] = []
         self.returned = None if self.returned is None else []
+        self._views: list[tuple[GradientEdge, Tensor]] = []  # returned views: their edges, and what they are views of
         self.entered: list[Origin] = []
         self._log_softmax: dict[int, _LogSoftmax] = {}
 
@@ -61,6 +62,8 @@ class LossRecord(TorchFunctionMode):
         self.own = [own for own in self.own if not any(id(part) in gone for part in own.boundary)]
         if self.returned is not None:
             self.returned = [part for part in self.returned if id(part) not in gone]
+            left = {part.logits[:2] for part in self.returned}
+            self._views = [view for view in self._views if view[0][:2] in left]
 
     def watch(self) -> None:
         """Register the forward hook that records the tensors that the model returns."""
@@ -139,3 +142,14 @@ class LossRecord(TorchFunctionMode):
                 self.entered.append(self._made_from(x)[1])
         if self.returned is not None and torch.is_grad_enabled():
             self.returned += [part for part in boundary_of("the loss", out) if part.call.logits.dim()]
+            views = [z for z in losses.tensors_in(out) if z.requires_grad and z._base is not None and z._base.grad_fn]
+            self._views += [(get_gradient_edge(z), z._base) for z in views if z._base is not None]
+
+    def before_write(self, target: Tensor) -> None:
+        """Where a write ends the edge of a returned view, the boundary is the whole tensor that it is a view of."""
+        base = target if target._base is None else target._base
+        for edge, whole in [view for view in self._views if view[1] is base]:
+            new = boundary_of("the loss", whole)
+            assert self.returned is not None
+            self.returned = [part for old in self.returned for part in (new if old.logits[:2] == edge[:2] else [old])]
+        self._views = [view for view in self._views if view[1] is not base]

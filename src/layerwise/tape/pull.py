@@ -86,32 +86,47 @@ def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
 
 @contextmanager
-def accumulated(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def accumulated(parameters: Mapping[str, Tensor], before_hooks: bool = False) -> Iterator[dict[str, Tensor]]:
     """Collect the gradients that a backward pass inside the context adds to each parameter's `.grad`, by name.
 
     They are read by node pre-hooks: a difference of `.grad` would be inexact, and a trainer's hooks may put something
     else into it, such as the average over ranks. Memory is shared with `.grad` until either is written to.
+    before_hooks: collect them as they are before the hooks on the parameters themselves (masks, scaling).
     """
     found: dict[str, Tensor] = {}
 
+    def note(name: str, g: Tensor | None) -> None:
+        if g is not None and not _STATE.pulling:
+            new = tensors.lazy_copy(g.detach())
+            found[name] = found[name] + new if name in found else new
+
     def hook_for(name: str) -> Callable[[Sequence[Tensor | None]], None]:
-        def hook(grads: Sequence[Tensor | None]) -> None:
-            (g,) = grads
-            if g is not None and not _STATE.pulling:
-                new = tensors.lazy_copy(g.detach())
-                found[name] = found[name] + new if name in found else new
+        return lambda grads: note(name, grads[0])
 
-        return hook
+    def first(name: str, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def noted(g: Tensor) -> Any:
+            note(name, g)
+            return hook(g)
 
+        return noted
+
+    changed = {name: p._backward_hooks for name, p in parameters.items() if before_hooks and p._backward_hooks}
+    parameters = {name: p for name, p in parameters.items() if name not in changed}
+    own = [(hooks, *next(iter(hooks.items()))) for hooks in changed.values()]
     nodes = [(name, get_gradient_edge(p).node) for name, p in parameters.items()]  # the list keeps them alive
     handles = []
     try:
         for name, node in nodes:
             handles.append(node.register_prehook(hook_for(name)))
+        for name, (hooks, key, hook) in zip(changed, own, strict=True):
+            hooks[key] = first(name, hook)
         yield found
     finally:
         for handle in handles:
             handle.remove()
+        for hooks, key, hook in own:
+            if key in hooks:  # the user's own hook may have removed itself
+                hooks[key] = hook
 
 
 @contextmanager

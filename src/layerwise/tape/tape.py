@@ -37,6 +37,7 @@ from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRAD
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
+from layerwise.tape.recorded_call import distinct, is_view, kept, own_output, run, written_copy
 from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
 
 __all__ = ["Tape"]
@@ -158,6 +159,8 @@ class Tape(LossRecord):
             return self._loss(func, args, kwargs)
         if func in GRADIENTS:
             return self._gradients(func, args, kwargs)
+        if func in losses.PROJECTED and torch.is_grad_enabled():
+            return self._projected(func, args, kwargs)
         used, data, tensors = self._sort(args, kwargs)
         if data and torch.is_grad_enabled() and self._late(data):
             used, data, tensors = self._sort(args, kwargs)
@@ -166,9 +169,12 @@ class Tape(LossRecord):
             return run(func, args, kwargs, used, data)
         if func in LOG_SOFTMAX and data and data[0].requires_grad:
             return self._log_softmax_call(func, args, kwargs, data[0])
+        if self._views and data and args and ops.writes_first(func) and isinstance(args[0], Tensor):
+            self.before_write(args[0])
         out = func(*args, **kwargs)
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None:
+                self._note_data(func, args, kwargs, data, None)  # a write onto an output reads it as well
                 self._written(func, args)
             return out
         self.calls.append(func)
@@ -235,7 +241,7 @@ class Tape(LossRecord):
 
     def _written(self, func: Any, args: Any) -> None:
         """Where a call writes data into a constant, make the constant and all its views data."""
-        if not ops.writes_first(func):
+        if not (args and ops.writes_first(func)):  # `nn.init` hands its tensor over by name, and calls again
             return
         target = args[0]
         if not isinstance(target, Tensor) or id(target) not in self._known:
@@ -279,26 +285,20 @@ class Tape(LossRecord):
         if self.first is None:
             self.first = batch
         self._note_data(func, args, kwargs, data, None)
+        target, args = written_copy(self._known, func, args)
+        if target is not None:
+            data = [args[0] if t is target else t for t in data]
         inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
-        writes = ops.writes_first(func)
-        kept_args, kept_kwargs = self._keep(args, kwargs, clone=writes)
-        try:
-            out = func(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError) as error:
-            raise bad_call(func, used, data, error) from error
-        result = args[0] if out is None and writes else out
-        if not isinstance(result, Tensor):
-            names = sorted(set().union(*(d.names for d in used)))
-            raise UnsupportedCall(
-                f"{describe_func(func)} uses the parameters {', '.join(names)} and returns "
-                f"{type(result).__name__}, not one tensor; write it with calls that return one tensor each"
-            )
+        own_args, own_kwargs, used = distinct(self._known, args, kwargs, used)
+        call_args, call_kwargs = kept(self._known, func, own_args, own_kwargs)
+        out, result = run(func, args, kwargs, used, data)
         self.calls.append(func)
+        if out is result and is_view(result):
+            out = result = own_output(func, result, (*data, *(d.tensor for d in used)))
+        self._written(func, (result if target is None else target,))
         self._known.pop(id(result), None)
         if result.requires_grad:
-            call = Call(func, kept_args, kept_kwargs, result.shape)
+            call = Call(func, call_args, call_kwargs, result.shape)
             use = Use(self._recorded, call, used, inputs, result, batch, self._keep_outputs)
             use.origin = None if data[0].requires_grad else (origin, data[0].shape)
             self._origins.set(result, batch, origin)
@@ -306,6 +306,10 @@ class Tape(LossRecord):
             self.uses.append(use)
             self._outputs[id(result)] = use
             self.calls.append(result.shape)
+        if target is not None:
+            self._note_data(Tensor.copy_, (target, result), {}, [result], None)
+            target.copy_(result)
+            out = None if out is None else target
         return out
 
     def _decompose(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
@@ -314,11 +318,13 @@ class Tape(LossRecord):
         Values and `.grad` are the composite's up to rounding.
         """
         self._refuse(ops.refused(func, args, kwargs), func, used)
-        return standing_in(func, lambda *a, **kw: self._parts(func, a, kw), args, kwargs)
+        return standing_in(func, lambda *a, **kw: self._parts(ops.decomposition(func), a, kw), args, kwargs)
 
-    def _parts(self, func: Any, args: Any, kwargs: Any) -> Any:
-        parts = ops.decomposition(func)
-        assert parts is not None
+    def _projected(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a loss that holds the last layer in itself as the layer and the loss, under this mode."""
+        return standing_in(func, lambda *a, **kw: self._parts(losses.PROJECTED[func], a, kw), args, kwargs)
+
+    def _parts(self, parts: Any, args: Any, kwargs: Any) -> Any:
         TorchFunctionMode.__enter__(self)  # the mode alone: recording has begun already
         try:
             return parts(*args, **kwargs)
@@ -329,21 +335,6 @@ class Tape(LossRecord):
         if reason is not None:
             names = sorted(set().union(*(d.names for d in used)))
             raise UnsupportedCall(f"{describe_func(func)} uses the parameters {', '.join(names)}: {reason}")
-
-    def _keep(self, args: Any, kwargs: Any, clone: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments to keep: data detached (cloned where the call overwrites it), parameters themselves."""
-        kept = tuple(self._kept(arg, clone and i == 0) for i, arg in enumerate(args))
-        return kept, {key: self._kept(value) for key, value in kwargs.items()}
-
-    def _kept(self, arg: Any, clone: bool = False) -> Any:
-        """One argument to keep. A method: a nested recursive function would keep its variables in a reference cycle."""
-        if isinstance(arg, Tensor):
-            if type(self._known.get(id(arg))) is Derived:
-                return arg
-            return arg.detach().clone() if clone else arg.detach()
-        if isinstance(arg, _LISTS):
-            return type(arg)(self._kept(a) for a in arg)
-        return arg
 
     def _gradients(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run the user's own gradient calls, whose results are no data of the model."""

@@ -118,6 +118,9 @@ class Use:
             )
         if self._slots is None:
             self._slots = ops.slots(self.call, [d.tensor for d in self.used])
+            if sum(len(d.names) for d in self.used) > len(self.names):  # a parameter enters more than once
+                for slot in self._slots:
+                    slot.linear = False
             if not all(slot.factored for slot in self._slots):
                 warnings.warn(
                     f"{describe_func(self.call.func)} of {', '.join(self.names)} has no row form: its per-sample "

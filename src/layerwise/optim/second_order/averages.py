@@ -203,6 +203,8 @@ def invert(name: str, block: Block, damping: float, form: str, last: Inverse | N
 
 
 def _inverted(name: str, block: Block, damping: float, form: str) -> Block | None:
+    if 0 in block.size:  # of a parameter without elements
+        return block
     if isinstance(block, EigenBlock) or form == "eigen":
         eigen = block if isinstance(block, EigenBlock) else block.eigh(name)
         spectrum = 1 / (eigen.spectrum.abs() + damping)

@@ -1,0 +1,115 @@
+"""The parts of a call that a use keeps: its arguments, with a tensor of its own for each occurrence, and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise import ops
+from layerwise.errors import UnsupportedCall
+from layerwise.tape.uses import Derived, bad_call, describe_func
+
+__all__ = ["Known", "distinct", "is_view", "kept", "own_output", "run", "written_copy"]
+
+Known = Mapping[int, Derived | Tensor]  # derived tensors and constants, by id
+
+
+def is_view(t: Any) -> bool:
+    """Whether a write onto a tensor would go to another tensor's part of the graph, where its own edge ends."""
+    return isinstance(t, Tensor) and t._base is not None
+
+
+def written_copy(known: Known, func: Any, args: Any) -> tuple[Tensor | None, Any]:
+    """The view that a call writes onto, and the arguments with a copy in its place; None where there is no such view.
+
+    What is written onto the copy is then copied back, so that the output has an edge of its own.
+    """
+    if not (ops.writes_first(func) and args and is_view(args[0])) or type(known.get(id(args[0]))) is Derived:
+        return None, args
+    return args[0], (args[0].clone(), *args[1:])
+
+
+def distinct(
+    known: dict[int, Derived | Tensor], args: Any, kwargs: Any, used: list[Derived]
+) -> tuple[Any, Any, list[Derived]]:
+    """The arguments and the used tensors of a call, with a view for each further occurrence of the same tensor.
+
+    Each occurrence then has a slot, and a gradient, of its own. The views are noted in `known`.
+    """
+    if len({id(d.tensor) for d in used}) == len(used):
+        return args, kwargs, used
+    found: list[Derived] = []
+    seen: set[int] = set()
+
+    def own(t: Tensor) -> Tensor:
+        d = known.get(id(t))
+        if type(d) is not Derived:
+            return t
+        if id(t) in seen:
+            t = t.view_as(t)
+            known[id(t)] = d = Derived(t, d.names)
+        seen.add(id(t))
+        found.append(d)
+        return t
+
+    return ops.replace(args, own), ops.replace(kwargs, own), found
+
+
+def kept(known: Known, func: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments to keep: data detached (the first cloned, where the call overwrites it), parameters themselves.
+
+    Sparse data of a linear map is kept dense, as its rows are.
+    """
+    clone, dense = ops.writes_first(func), func in ops.LINEAR
+    first = tuple(_kept(known, arg, dense, clone and i == 0) for i, arg in enumerate(args))
+    return first, {key: _kept(known, value, dense) for key, value in kwargs.items()}
+
+
+def _kept(known: Known, arg: Any, dense: bool, clone: bool = False) -> Any:
+    if isinstance(arg, Tensor):
+        if type(known.get(id(arg))) is Derived:
+            return arg
+        if dense and arg.layout is not torch.strided:
+            return arg.detach().to_dense()
+        return arg.detach().clone() if clone else arg.detach()
+    if isinstance(arg, (list, tuple)):
+        return type(arg)(_kept(known, a, dense) for a in arg)
+    return arg
+
+
+def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> tuple[Any, Tensor]:
+    """What a call returns, and the tensor that it made or wrote onto; where torch refuses, the parameters are named."""
+    try:
+        out = func(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        if "allocate memory" in str(error) or "not enough memory" in str(error):  # on the CPU it has no type
+            raise
+        raise bad_call(func, used, data, error) from error
+    result = args[0] if out is None and args and ops.writes_first(func) else out
+    if not isinstance(result, Tensor):
+        names = sorted(set().union(*(d.names for d in used)))
+        raise UnsupportedCall(
+            f"{describe_func(func)} uses the parameters {', '.join(names)} and returns "
+            f"{type(result).__name__}, not one tensor; write it with calls that return one tensor each"
+        )
+    return out, result
+
+
+def own_output(func: Any, result: Tensor, given: Sequence[Tensor]) -> Tensor:
+    """The output of a call as a tensor that is no view, so that its gradient edge outlives writes onto it.
+
+    It shares the output's memory where no backward pass reads the output again; there, a write would go unnoticed.
+    given: the tensors among the arguments; a view of one of them stays as it is.
+    """
+    base = result._base
+    if base is None or not result.requires_grad or any(base is t or base is t._base for t in given):
+        return result
+    if func not in ops.LINEAR:
+        return result.clone()
+    whole = base.numel() == result.numel() and base.is_contiguous() and result.is_contiguous()
+    return torch.ops.aten._unsafe_view.default(base if whole else result, result.shape)
