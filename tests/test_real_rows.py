@@ -316,6 +316,20 @@ def test_a_selection_that_takes_everything_costs_one_node(monkeypatch: pytest.Mo
     assert all(torch.equal(got[name][0], every[name][0]) for name in got if len(got[name]) == 2)
 
 
+def test_a_likelihood_written_by_hand_is_measured_in_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `gather` leaves out are the other classes of terms that count: nothing is sent through the model."""
+    model = Model("linear")
+
+    def by_hand(m: Model, x: Tensor, y: Tensor, real: Tensor) -> Tensor:
+        return -torch.log_softmax(m(x, real), -1).gather(2, y[..., None]).mean()
+
+    with pulls(monkeypatch) as made:
+        got = factors(model, by_hand, lw.KFAC())
+    every = factors(model, by_hand, lw.KFAC(rows="all"))
+    assert made == [1, 1, 1]  # the selection itself, the gradient at the logits, and what it leaves out there
+    assert all(torch.equal(got[name][0], every[name][0]) for name in got if len(got[name]) == 2)
+
+
 def test_padding_is_measured_for_the_factors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model("linear")
     with pulls(monkeypatch) as made:
