@@ -237,8 +237,11 @@ def plain_operations() -> Iterator[None]:
 
 
 def _embedding_bag(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    """`F.embedding_bag` of bags `[N, T]`, called as `nn.EmbeddingBag` calls it: all arguments by position."""
-    mode, padding = options[4], options[8]
+    """`F.embedding_bag` as `nn.EmbeddingBag` calls it, all by position: bags `[N, T]`, or in one row by offsets."""
+    offsets, mode, padding = options[0], options[4], options[8]
+    if offsets is not None:
+        bags = torch.tensor_split(x, offsets[1:])
+        return torch.cat([_embedding_bag(bag[None], weight, None, *options[1:]) for bag in bags])
     kept = (x != (-1 if padding is None else padding)).to(weight.dtype)
     out = (weight[x] * kept.unsqueeze(-1)).sum(1)
     return out / kept.sum(1, keepdim=True) if mode == "mean" else out

@@ -65,7 +65,12 @@ def recorded() -> Iterator[Drawn]:
 
 
 class Truth:
-    """What brute force says about a case, each part when it is first asked for."""
+    """What brute force says about a case, each part when it is first asked for.
+
+    samples: what the user says as `samples=`.
+    """
+
+    samples: int | Tensor | None = None
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -158,6 +163,20 @@ class Truth:
         """The sample axis of the layers where it is not 0."""
         first = TIME_FIRST.get(self.case.problem.name, "none")
         return {name: 1 for name, _ in self.instance.model.named_modules() if name.startswith(first)}
+
+    def form(self, name: str) -> str | None:
+        """The form that the factors of a parameter must have; None where brute force does not say."""
+        return form_of(self.case.problem.name, name)
+
+    def row_factors(self, sharing: str, s: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A, B) of the parameters of layers, from the columns of a root of the loss Hessian `[V,D]`."""
+        instance = self.instance
+        if isinstance(instance.model, Functional) or self.case.problem.name in UNHOOKED:
+            return {}
+        return oracle.kfac_factors(
+            instance.model, instance.logits, instance.loss_of, sharing=sharing, axis=self.axes(), every=True,
+            hessian=s.T @ s,
+        )  # fmt: skip
 
 
 def _close(truth: Truth, got: Named, want: Named, rel: float | None = None) -> None:
@@ -351,7 +370,7 @@ def form_of(problem: str, name: str) -> str:
 
 def check_forms(truth: Truth, got: Any) -> list[str]:
     """Assert the form of every parameter; the names of those with rows."""
-    forms = {name: form_of(truth.case.problem.name, name) for name in truth.params}
+    forms = {name: truth.form(name) or got.forms[name] for name in truth.params}
     assert dict(got.forms) == forms
     assert all(block.form == forms[block.parameter or key] for key, block in got.blocks.items())
     return [name for name, form in forms.items() if form == "rows"]
@@ -359,24 +378,19 @@ def check_forms(truth: Truth, got: Any) -> list[str]:
 
 def _factors(truth: Truth, got: Any, sharing: str, s: Tensor) -> None:
     """s: the columns of a root of the loss Hessian, `[V,D]`."""
-    instance, every = truth.instance, dense_factors(got)
-    ours = check_forms(truth, got)
+    every, ours = dense_factors(got), check_forms(truth, got)
     sizes = dict.fromkeys(truth.params, 0)
     for key, (a, b) in every.items():  # of every block, also those that no module of the oracle's shows
         for factor in (a, b):
             oracle.assert_close(factor, factor.mT)
-            assert float(torch.linalg.eigvalsh(factor).min()) >= -1e-12 * max(float(factor.abs().max()), 1e-300)
+            assert float(torch.linalg.eigvalsh(factor).min()) >= -0.01 * truth.rel * max(
+                float(factor.abs().max()), 1e-300
+            )
         assert a.shape[0] == b.shape[0]
         sizes[got.blocks[key].parameter or key] += a.shape[-1] * b.shape[-1] * len(b)
     assert sizes == {name: p.numel() for name, p in truth.params.items()}
     _without_rows(truth, got, every, sharing, s)
-    if isinstance(instance.model, Functional) or truth.case.problem.name in UNHOOKED:
-        return
-    have = {name: every[name] for name in ours}
-    want = oracle.kfac_factors(
-        instance.model, instance.logits, instance.loss_of, sharing=sharing, axis=truth.axes(), every=True,
-        hessian=s.T @ s,
-    )  # fmt: skip
+    have, want = {name: every[name] for name in ours}, truth.row_factors(sharing, s)
     names = want.keys() & have.keys()
     oracle.assert_close({n: have[n][0] for n in names}, {n: want[n][0] for n in names}, rel=truth.rel)
     # before an instance norm positions cancel and B is zero: the other blocks say how large rounding may be
@@ -392,10 +406,11 @@ def _without_rows(truth: Truth, got: Any, have: Mapping[str, tuple[Tensor, Tenso
             truth.params, truth.instance.logits, s.T @ s, sharing=sharing, axis=int(problem != "chunked")
         )
         want |= {key: (torch.ones(1, 1, 1) if a is None else a, b) for key, (a, b) in found.items()}
-    if problem in FROM_GRADIENTS:
+    if derived := [n for n in truth.params if truth.form(n) == "gradients"]:
         columns = truth.named(_samples_apart(truth, s).flatten(0, 1))
-        want |= {n: gradient_factors(c) for n, c in columns.items() if form_of(problem, n) == "gradients"}
-    assert want.keys() == {key for key, block in got.blocks.items() if block.form != "rows"}
+        want |= {n: gradient_factors(columns[n]) for n in derived}
+    others = {key for key, block in got.blocks.items() if block.form != "rows"}
+    assert want.keys() == {key for key in others if truth.form(got.blocks[key].parameter or key) is not None}
     for i in (0, 1):
         oracle.assert_close({k: have[k][i] for k in want}, {k: pair[i] for k, pair in want.items()}, rel=truth.rel)
 

@@ -70,7 +70,7 @@ class Column:
             return self.build(instance.subject, instance.loss)
         quantity = self.ask(truth)
         try:
-            with lw.observe(instance.subject, quantity) as seen:
+            with lw.observe(instance.subject, quantity, samples=truth.samples) as seen:
                 instance.loss().backward()
         except errors.LayerwiseError:
             assert all(p.grad is None for p in instance.params.values()), "refused, but the gradient was changed"

@@ -1,19 +1,27 @@
 """Small random programs, one family of layers each: shapes, sample counts from 0, dtypes, frozen parameters, losses.
 
 Some of them plain torch cannot run (a kernel larger than its input, an empty batch under a mean): `Program.runs`.
+`python -m tests.random_programs --count 2000` checks so many of the programs of `random_layouts`, whose samples are any
+set of rows, and says what came of them.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as `tests.random_programs`: the tests' own modules lie here
+    sys.path.insert(0, str(Path(__file__).parent))
+
 from zoo.parts import Apply, Mean, leaf
 
 __all__ = ["FAMILIES", "TORCHS_OWN", "Program", "programs"]
@@ -25,7 +33,10 @@ Made = tuple[nn.Module, Any]  # a model from inputs to [N, o], and its inputs bu
 
 @dataclass
 class Program:
-    """A drawn model with its batch and its loss, a function of the model's output, the target and the reduction."""
+    """A drawn model with its batch and its loss, a function of the model's output, the target and the reduction.
+
+    samples: what the user says as `samples=`.
+    """
 
     model: nn.Module
     x: tuple[Tensor, ...]
@@ -34,6 +45,7 @@ class Program:
     reduction: str
     factor: float
     description: str
+    samples: int | Tensor | None = None
 
     def __repr__(self) -> str:
         shapes = [tuple(x.shape) for x in self.x]
@@ -305,3 +317,9 @@ def programs(draw: Callable, family: str) -> Program:
     return Program(
         model, x, y, call, draw(st.sampled_from(["mean", "sum", "none"])), factor, f"{kind.__name__}, {dtype}"
     )
+
+
+if __name__ == "__main__":
+    from random_checks import main
+
+    sys.exit(main())

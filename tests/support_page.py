@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from quantity_table import COLUMNS, FIRST, Cell, Column
 from torch import nn
 from zoo import LOSSES, PROBLEMS, REFUSED, Case, Functional, Problem
+from zoo.scattered import KINDS, MIXED, SCATTERED, Scattered
 
 __all__ = ["PAGE", "loss_cases", "model_cases", "render"]
 
@@ -88,11 +90,12 @@ def loss_cases() -> list[Case]:
     return [Case(problem, LOSSES[name]) for name, problem in first.items()]
 
 
-def render(outcome: Callable[[Case, Column], Cell]) -> str:
-    """The page."""
+def render(outcome: Callable[[Case, Column], Cell], scattered: Callable[[Scattered, Column], Cell]) -> str:
+    """The page, from the cells of models and losses, and from those of programs whose samples lie scattered."""
     notes = _Notes()
     parts = [_INTRO, *_tables("Models", "model", _grouped_models(), outcome, notes), _LAYERS_INTRO, _layers()]
     parts += [_LOSSES_INTRO, *_tables("Losses", "loss", [("", _named_losses())], outcome, notes)]
+    parts += [_SCATTERED_INTRO, *_tables("Where samples lie", "program", _scattered(), scattered, notes, chains=False)]
     parts += [_refused(), _descriptions()]
     parts.insert(1, notes.text())
     return "\n".join(part.rstrip() + "\n" for part in parts)
@@ -144,13 +147,15 @@ def _named_losses() -> list[tuple[str, Case]]:
 def _tables(
     title: str,
     corner: str,
-    groups: Sequence[tuple[str, Sequence[tuple[str, Case]]]],
-    outcome: Callable[[Case, Column], Cell],
+    groups: Sequence[tuple[str, Sequence[tuple[str, Any]]]],
+    outcome: Callable[[Any, Column], Cell],
     notes: _Notes,
+    chains: bool = True,
 ) -> Iterable[str]:
-    """Two tables: first order, and curvature."""
-    first = [column for column in COLUMNS.values() if column.group == FIRST]
-    rest = [column for column in COLUMNS.values() if column.group != FIRST]
+    """Two tables: first order, and curvature; chains: with the quantities of chains of layers alone."""
+    asked = [column for column in COLUMNS.values() if chains or not column.chain]
+    first = [column for column in asked if column.group == FIRST]
+    rest = [column for column in asked if column.group != FIRST]
     for part, columns in (("first order", first), ("curvature", rest)):
         families = _families(columns)
         lines = [f"## {title}: {part}", "", f"| {corner} | " + " | ".join(map(_heading, families.items())) + " |"]
@@ -187,6 +192,12 @@ products, indexing, ...) is recorded by call, not by module; a call that no rule
 `unknown_call`.
 """
 
+_SCATTERED_INTRO = """\
+A sample is any set of rows. In these programs the rows of a sample do not lie along one axis of the batch; N comes from
+the loss, or from what the user says: `samples=N`, or `samples=` with the number of the sample of each loss term.
+Kronecker factors are those of the rows that some term of the loss sees.
+"""
+
 _LOSSES_INTRO = """\
 Losses are recorded as the calls of `torch.nn.functional` that make them, under any scale and in any sum.
 """
@@ -215,7 +226,19 @@ def _descriptions() -> str:
     for problem in PROBLEMS.values():
         if problem.make.__doc__:
             lines.append(f"| `{problem.name}` | {problem.make.__doc__.splitlines()[0]} |")
+    lines += [f"| `{program.name}` | {program.about} |" for program in SCATTERED + MIXED]
     return "\n".join(lines)
+
+
+def _scattered() -> list[tuple[str, list[tuple[str, Scattered]]]]:
+    """Programs by kind, each with what the user says."""
+
+    def said(program: Scattered) -> str:
+        samples = program.instance().samples
+        return "" if samples is None else " (`samples=N`)" if isinstance(samples, int) else " (numbers said)"
+
+    programs = SCATTERED + MIXED
+    return [(why, [(f"`{p.name}`{said(p)}", p) for p in programs if p.kind == kind]) for kind, why in KINDS.items()]
 
 
 def _refused() -> str:

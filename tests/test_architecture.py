@@ -30,7 +30,7 @@ ALLOWED = {
     "ops": "rows tensors",
     "tape": "losses nn ops ranks tensors",
     "replay": "nn ops tape",
-    "graph": "losses rows tape",
+    "graph": "losses ops rows tape",
     "gradient": "ops rows tape tensors",
     "operators": "graph losses rows tape tensors",
     "quantities": "gradient graph losses operators ops ranks rows tape",
@@ -38,10 +38,12 @@ ALLOWED = {
     "local": "graph losses operators ops replay rows tape tensors",
     "optim": "optim.layer_local optim.second_order",
     "optim.base": "replay tape",
-    "optim.layer_local": "graph local optim.base ranks replay tape tensors",
-    "optim.second_order": "gradient graph observation operators optim.base quantities ranks replay rows tape tensors",
+    "optim.keywords": "",
+    "optim.layer_local": "graph local optim.base optim.keywords ranks replay tape tensors",
+    "optim.second_order": "gradient graph observation operators optim.base optim.keywords quantities ranks replay rows "
+    "tape tensors",
     "monitor": "gradient graph observation quantities replay tape tensors",
-    "distributed": "local optim.layer_local ranks replay tape tensors",
+    "distributed": "local optim.keywords optim.layer_local ranks replay tape tensors",
     "": "distributed local losses monitor nn observation operators optim optim.layer_local quantities",
     "compat": "gradient graph losses monitor observation operators quantities replay rows tape",
     "demo": "",
@@ -240,8 +242,6 @@ MANY_PARAMETERS = {  # only to shrink; functions of torch keep torch's own signa
     "ops.attention.multi_head_attention": 25,
     "ops.recurrent._lstm": 9,
     "ops.recurrent._plain": 10,
-    "optim.layer_local.altmin.AltMin.__init__": 27,
-    "optim.layer_local.locoprop.LocoProp.__init__": 20,
 }
 
 

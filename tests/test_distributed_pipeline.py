@@ -239,7 +239,8 @@ def test_stages_that_disagree_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "match"),
-    [({"codes": "jacobi"}, "sweep"), ({"parallel": True}, "parallel"), ({"trace": lw.optim.Trace()}, "trace"),
+    [({"codes": "jacobi"}, "sweep"), ({"preset": "published", "codes": "jacobi"}, "sweep"),
+     ({"parallel": True}, "parallel"), ({"trace": lw.optim.Trace()}, "trace"),
      ({"multipliers": True, "repeats": 2}, "multipliers")],
     ids=str,
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from quantity_checks import FROM_GRADIENTS, SLICED
 from quantity_table import COLUMNS, Column, outcome
+from scattered_checks import scattered_outcome
 from support_page import PAGE, loss_cases, model_cases, render
 from zoo import PROBLEMS, Case, cases
 
@@ -42,7 +43,7 @@ def test_the_table_is_wide_enough() -> None:
 
 
 def test_the_support_page_says_what_the_table_found(request: pytest.FixtureRequest) -> None:
-    page = render(outcome)
+    page = render(outcome, scattered_outcome)
     if request.config.getoption("--write-support"):
         PAGE.write_text(page, encoding="utf-8")
     found = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""

@@ -7,67 +7,21 @@ from collections.abc import Callable
 import oracle
 import pytest
 from hypothesis import Phase, given, settings
-from random_programs import FAMILIES, TORCHS_OWN, Program, programs
+from random_checks import outcome, outcomes
+from random_layouts import INGREDIENTS, Layout, layouts
+from random_programs import FAMILIES, Program, programs
 from torch import Tensor
-
-from layerwise import errors
-from layerwise.observation.observe import observe
-from layerwise.quantities import KFAC, DiagGGN, PerSampleGrad, SecondMoment, SquaredNorm, Variance
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
 FEW, MANY = 100, 500  # examples of every family, in `make test` and in `make test-all`
 
 
-def _check(program: Program) -> None:
-    valid = program.n > 0 and program.runs()
-    params = program.model.parameters()
-    quantities = [PerSampleGrad(), SquaredNorm(), SecondMoment(), Variance(), DiagGGN(), KFAC()]
-    try:
-        with observe(program.model, *quantities) as seen:
-            loss = program.loss()
-            if loss.requires_grad:
-                loss.backward()
-    except errors.AmbiguousSamples:
-        assert all(p.grad is None for p in params)
-        return
-    except errors.LayerwiseError as error:
-        assert not valid, f"refused, though plain torch runs it: {error}"
-        assert all(p.grad is None for p in params)
-        return
-    except TORCHS_OWN:
-        assert not program.runs()  # torch's own error of a call without parameters (a padding, a pooling)
-        return
-    if valid:
-        _compare(program, seen)
-
-
-def _compare(program: Program, seen: object) -> None:
-    """Errors are relative to the largest value of all parameters: a bias before a norm is 0 in truth, noise in fact."""
-    rel = 2e-4 if program.single else 1e-10
-    params = oracle.parameters(program.model)
-    grads = oracle.per_sample_grad(params, program.terms)
-    used = set(seen.grad)
-    want = {
-        "per_sample_grad": grads, "squared_norm": oracle.squared_norm(grads),
-        "second_moment": oracle.second_moment(grads), "variance": oracle.variance(grads),
-        "diag_ggn": oracle.diag_ggn(params, program.logits, program.loss_of),
-    }  # fmt: skip
-    for name, values in want.items():
-        got = getattr(seen, name)
-        assert set(got) == used
-        of = want["second_moment"] if name == "variance" else values  # a difference of numbers of this size
-        peak = max((float(of[k].abs().max()) for k in used), default=0.0) / (program.n if name == "variance" else 1)
-        for k in used:
-            assert got[k].shape == values[k].shape
-            assert float((got[k] - values[k]).abs().max()) <= rel * max(peak, 1e-6), (name, k)
-
-
 def _run(family: str, examples: int, phases: tuple[Phase, ...] = tuple(Phase)) -> None:
     @settings(max_examples=examples, phases=phases)
     @given(programs(family))
     def check(program: Program) -> None:
-        _check(program)
+        outcome(program)
 
     check()
 
@@ -81,6 +35,48 @@ def test_random_programs(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_random_programs(family: str) -> None:
     _run(family, MANY)
+
+
+# Samples that are any set of rows ---------------------------------------------------------------
+
+
+def _lay(ingredient: str, examples: int, seed: int) -> None:
+    """No value is wrong; refusals are for the few programs that do not tell their samples apart, and say nothing."""
+    found = outcomes(ingredient, examples, seed)
+    assert not found.wrong, "\n".join([str(dict(found.counts)), *found.wrong[:3]])
+    assert found.counts["exact"] >= 0.7 * sum(found.counts.values()), found.counts
+
+
+@pytest.mark.parametrize("ingredient", INGREDIENTS)
+def test_random_layouts(ingredient: str, seed: int) -> None:
+    _lay(ingredient, FEW, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ingredient", INGREDIENTS)
+def test_many_random_layouts(ingredient: str, seed: int) -> None:
+    _lay(ingredient, MANY, seed)
+
+
+@pytest.mark.parametrize("ingredient", INGREDIENTS)
+def test_the_terms_of_a_random_layout_sum_to_its_loss(ingredient: str) -> None:
+    """Brute force alone: the gradients of the terms sum to that of the loss."""
+
+    @settings(max_examples=20)
+    @given(layouts(ingredient))
+    def check(program: Layout) -> None:
+        params = oracle.parameters(program.model)
+        if not params or not program.runs():
+            return
+        grads = oracle.per_sample_grad(params, program.terms)
+        assert all(len(g) == program.n for g in grads.values())
+        rel = 1e-4 if program.single else 1e-10
+        whole = oracle.gradient(params, program.loss)
+        peak = max(float(g.abs().max()) for g in grads.values())
+        for name, g in grads.items():
+            assert float((g.sum(0) - whole[name]).abs().max()) <= rel * max(peak, 1e-6)
+
+    check()
 
 
 # That the comparison can fail -------------------------------------------------------------------

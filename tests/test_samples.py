@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from zoo.parts import Apply, leaf
 
 from layerwise import errors
-from layerwise.graph import samples
+from layerwise.graph.samples import sample_axes
 from layerwise.observation.observe import observe
 from layerwise.quantities import PerSampleGrad, SecondMoment
+
+MEASURED = sys.modules["layerwise.graph.samples.measure"]._MEASURED
+FUNCTIONAL = sys.modules["layerwise.graph.samples.measure"]._FUNCTIONAL
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -168,13 +172,13 @@ class _Pulls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        real = samples._measure_loss
+        real = sample_axes._measure_loss
 
         def counted(*args):
             self.count += 1
             return real(*args)
 
-        monkeypatch.setattr(samples, "_measure_loss", counted)
+        monkeypatch.setattr(sample_axes, "_measure_loss", counted)
 
     def of(self, model: nn.Module, x: Tensor, y: Tensor) -> int:
         before = self.count
@@ -206,13 +210,13 @@ def test_the_same_calls_are_measured_once(pulls: _Pulls) -> None:
 
 
 def test_memory_of_a_model_ends_with_it() -> None:
-    before = len(samples._MEASURED)
+    before = len(MEASURED)
     model = nn.Linear(4, 3)
     with observe(model, SecondMoment()):
         F.cross_entropy(model(torch.randn(6, 4)), torch.randint(3, (6,))).backward()
-    assert len(samples._MEASURED) == before + 1
+    assert len(MEASURED) == before + 1
     del model
-    assert len(samples._MEASURED) == before
+    assert len(MEASURED) == before
 
 
 def _then_mixed(model: nn.Module, change: Callable[[nn.Module], None], first_ok: bool = True) -> None:
@@ -225,6 +229,19 @@ def _then_mixed(model: nn.Module, change: Callable[[nn.Module], None], first_ok:
     with pytest.raises(errors.LayerwiseError), observe(model, SecondMoment()):
         F.cross_entropy(model(x), y).backward()
     assert all(p.grad is None for p in model.parameters())
+
+
+def _then_moved(model: nn.Module, change: Callable[[nn.Module], None]) -> None:
+    """The same program keeps samples in their rows, and after a change loss term n reads another row: none is lost."""
+    x, y = torch.randn(4, 4), torch.randint(3, (4,))
+    for _ in range(2):
+        _check(
+            model,
+            lambda: model(x),
+            lambda z: F.cross_entropy(z, y),
+            lambda z: F.cross_entropy(z, y, reduction="none") / 4,
+        )
+        change(model)
 
 
 def _gated(**parts) -> nn.Module:
@@ -257,7 +274,7 @@ def test_an_index_whose_values_change() -> None:
         lambda m, x: m.head(m.inner(x)[m.order].tanh()),
         order=torch.arange(4), inner=nn.Linear(4, 4), head=nn.Linear(4, 3),
     )  # fmt: skip
-    _then_mixed(model, lambda m: m.order.copy_(torch.arange(3, -1, -1)))
+    _then_moved(model, lambda m: m.order.copy_(torch.arange(3, -1, -1)))
 
 
 def test_a_choice_whose_values_change() -> None:
@@ -265,33 +282,33 @@ def test_a_choice_whose_values_change() -> None:
         lambda m, x: m.head(torch.where(m.keep, h := m.inner(x), h.flip(0)).tanh()),
         keep=torch.ones(4, 1, dtype=torch.bool), inner=nn.Linear(4, 4), head=nn.Linear(4, 3),
     )  # fmt: skip
-    _then_mixed(model, lambda m: m.keep.fill_(False))
+    _then_moved(model, lambda m: m.keep.fill_(False))
     model = Apply(
         lambda m, x: m.head(torch.where(x[:, :1] < m.limit, h := m.inner(x), h.flip(0)).tanh()),
         limit=torch.tensor(100.0), inner=nn.Linear(4, 4), head=nn.Linear(4, 3),
     )  # fmt: skip
-    _then_mixed(model, lambda m: m.limit.fill_(-100.0))
+    _then_moved(model, lambda m: m.limit.fill_(-100.0))
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
+    ("first", "second", "then"),
     [
-        (lambda h: torch.transpose(h, dim0=1, dim1=1), lambda h: torch.transpose(h, dim0=0, dim1=1)),
-        (lambda h: h.flip(1), lambda h: h.flip(0)),
-        (lambda h: h.roll(4, 0), lambda h: h.roll(1, 0)),
-        (lambda h: h[[0, 1, 2, 3]], lambda h: h[[1, 0, 2, 3]]),
-        (lambda h: torch.cat([h[0:2], h[2:4]]), lambda h: torch.cat([h[2:4], h[0:2]])),
-        (lambda h: h.softmax(dim=1), lambda h: h.softmax(dim=0)),
+        (lambda h: torch.transpose(h, dim0=1, dim1=1), lambda h: torch.transpose(h, dim0=0, dim1=1), _then_mixed),
+        (lambda h: h.flip(1), lambda h: h.flip(0), _then_moved),
+        (lambda h: h.roll(4, 0), lambda h: h.roll(1, 0), _then_moved),
+        (lambda h: h[[0, 1, 2, 3]], lambda h: h[[1, 0, 2, 3]], _then_moved),
+        (lambda h: torch.cat([h[0:2], h[2:4]]), lambda h: torch.cat([h[2:4], h[0:2]]), _then_moved),
+        (lambda h: h.softmax(dim=1), lambda h: h.softmax(dim=0), _then_mixed),
     ],
 )
-def test_arguments_are_part_of_what_is_remembered(first: Callable, second: Callable) -> None:
+def test_arguments_are_part_of_what_is_remembered(first: Callable, second: Callable, then: Callable) -> None:
     """A Python flag changes an argument, and nothing else about the program."""
     model = Apply(
         lambda m, x: m.head((second if m.other else first)(m.inner(x)).tanh()),
         inner=nn.Linear(4, 4), head=nn.Linear(4, 3),
     )  # fmt: skip
     model.other = False
-    _then_mixed(model, lambda m: setattr(m, "other", True))
+    then(model, lambda m: setattr(m, "other", True))
 
 
 def test_the_wiring_is_part_of_what_is_remembered() -> None:
@@ -304,7 +321,7 @@ def test_the_wiring_is_part_of_what_is_remembered() -> None:
 
     model = Apply(forward, inner=nn.Linear(4, 4), head=nn.Linear(4, 3))
     model.other = False
-    _then_mixed(model, lambda m: setattr(m, "other", True))
+    _then_moved(model, lambda m: setattr(m, "other", True))
 
 
 def test_pieces_of_one_call_are_told_apart() -> None:
@@ -317,7 +334,7 @@ def test_pieces_of_one_call_are_told_apart() -> None:
 
     model = Apply(forward, inner=nn.Linear(4, 4), head=nn.Linear(4, 3))
     model.which = 0
-    _then_mixed(model, lambda m: setattr(m, "which", 1))
+    _then_moved(model, lambda m: setattr(m, "which", 1))
 
 
 def _functional(params: dict[str, Tensor], x: Tensor, mixed: float | None = None) -> Tensor:
@@ -366,16 +383,16 @@ def test_a_functional_model_whose_mixing_starts_at_zero() -> None:
 
 def test_memory_of_a_functional_model_ends_with_its_tensors() -> None:
     gc.collect()
-    before = len(samples._FUNCTIONAL)
+    before = len(FUNCTIONAL)
     params = _params()
     for _ in range(2):
         with observe(params, SecondMoment()):
             F.cross_entropy(_functional(params, torch.randn(6, 4)), torch.randint(3, (6,))).backward()
-    assert len(samples._FUNCTIONAL) == before + 1
+    assert len(FUNCTIONAL) == before + 1
     gone = weakref.ref(params["w"]), weakref.ref(params["u"])
     del params
     assert [ref() for ref in gone] == [None, None]
-    assert len(samples._FUNCTIONAL) == before
+    assert len(FUNCTIONAL) == before
 
 
 def test_dead_layers_are_measured_until_they_live(pulls: _Pulls) -> None:

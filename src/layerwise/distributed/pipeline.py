@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,11 @@ from layerwise.local.codes.code_step import sweep
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded
+from layerwise.optim.keywords import refuse_unknown
+from layerwise.optim.layer_local.altmin import KEYWORDS, AltMin
 from layerwise.optim.layer_local.base import Fitting, LayerLocal
 from layerwise.optim.layer_local.choices import first_match
-from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, repeated, settings_of, with_coupling
+from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, repeated, with_coupling
 from layerwise.optim.layer_local.coding import coded_layers, hidden_uses, recorded_on_codes
 from layerwise.optim.layer_local.executors import Executor, Facts, GradientJob, LayerJob, State, executor_of
 from layerwise.optim.layer_local.owners import all_or_none, described
@@ -70,17 +72,20 @@ class Pipeline(LayerLocal):
         **settings: Any,
     ) -> None:  # fmt: skip
         self._stages = group if isinstance(group, Ranks) else Ranks(group)
-        for key, why in _REFUSED.items():
-            if settings.pop(key, None):
-                raise BadInput(f"a Pipeline takes no {key}=: {why}")
-        if settings.setdefault("codes", "sweep") != "sweep" and settings.get("preset") is None:
-            raise BadInput(f'a Pipeline needs codes="sweep", which pass one block alone; got {settings["codes"]!r}')
+        refuse_unknown(AltMin.__init__, settings)
         self._stages.agree({key: described(value) for key, value in settings.items()})
-        names = list(named_parameters_of(stage))
-        settings["layers"] = self._patterns_here(settings.get("layers") or {}, names)
-        workers, on_nonfinite = settings.pop("workers", None), settings.pop("on_nonfinite", "skip")
-        self._fitter = fitter = CodeFitter(settings_of(settings), names)
-        self._turns = _Stages(self._stages, executor_of(workers))
+        codes, weights, minibatch, execution = KEYWORDS.values(settings).values()
+        refused = {"parallel": execution.parallel, "multipliers": codes.multipliers, "trace": settings.get("trace")}
+        for key, why in _REFUSED.items():
+            if refused[key]:
+                raise BadInput(f"a Pipeline takes no {key}=: {why}")
+        if codes.codes not in (None, "sweep"):
+            raise BadInput(f'a Pipeline needs codes="sweep", which pass one block alone; got {codes.codes!r}')
+        names, codes = list(named_parameters_of(stage)), replace(codes, codes="sweep")
+        layers = self._patterns_here(settings.get("layers") or {}, names)
+        on_nonfinite, lr, preset = settings.get("on_nonfinite", "skip"), settings.get("lr"), settings.get("preset")
+        self._fitter = fitter = CodeFitter(codes, weights, minibatch, names, lr, layers, None, preset)
+        self._turns = _Stages(self._stages, executor_of(execution.workers))
         self._proofs: dict[Any, bool] = {}
         super().__init__(stage, params, fitter.defaults, on_nonfinite, self._turns, {}, fitter.updates.numbers)
         fallible = any(update.solver is not None or update.regularizers for update in fitter.updates.every())

@@ -55,9 +55,12 @@ def without_rows(tape: Tape, uses: Iterable[Use]) -> set[str]:
 
 
 def has_derived_gradient(tape: Tape, use: Use) -> bool:
-    """Whether a use reads a derived tensor, so that its gradient reaches the parameter only through autograd."""
+    """Whether the gradient of a use reaches a parameter only through autograd: it reads a derived tensor, for one."""
     return any(
-        not slot.used.is_leaf
-        and (len(d.names) > 1 or MatrixLayout.of_view(slot.used, tape.parameters[next(iter(d.names))]) is None)
+        slot.through_graph
+        or (
+            not slot.used.is_leaf
+            and (len(d.names) > 1 or MatrixLayout.of_view(slot.used, tape.parameters[next(iter(d.names))]) is None)
+        )
         for d, slot in zip(use.used, use.slots, strict=True)
     )

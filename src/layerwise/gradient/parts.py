@@ -13,7 +13,7 @@ from torch import Tensor
 from layerwise.gradient.derived import leaf_gradients
 from layerwise.ops.base import Slot
 from layerwise.rows import contract, gram
-from layerwise.rows.base import Rows, Samples
+from layerwise.rows.base import RowNumbers, Rows, Samples
 from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
@@ -160,7 +160,7 @@ def parts_of(
     tape: Tape,
     use: Use,
     g: Tensor,
-    samples: Samples | None,
+    samples: Samples | RowNumbers | None,
     later: bool = False,
     unstructured: Collection[str] = (),
     rows_only: bool = False,
@@ -178,21 +178,23 @@ def parts_of(
             (name,) = derived.names
             where = None if name in unstructured else samples
             view = MatrixLayout.of_view(slot.used, tape.parameters[name])
-            if view is not None and slot.factored and (where is None or where.axis not in slot.aligned):
-                parts.append((name, RowsPart(use, slot, slot.rows(g, where), view)))
+            found = None if view is None else slot.structured(g, where)
+            if view is not None and found is not None:
+                parts.append((name, RowsPart(use, slot, found, view)))
                 continue
         if rows_only:
             parts += [(name, Part(use)) for name in sorted(derived.names)]
             continue
         assert samples is not None
         leaves = {name: tape.parameters[name] for name in sorted(derived.names)}
-        if later and slot.factored and samples.axis not in slot.aligned and not slot.used.is_leaf:
-            rows = slot.rows(g, samples)
+        rows = slot.structured(g, samples) if later and not slot.used.is_leaf else None
+        if rows is not None:
             parts += [(name, LaterPart(use, slot, rows, leaf, leaf.dtype)) for name, leaf in leaves.items()]
             continue
         dense = slot.dense(g, samples)
-        carried = not slot.used.is_leaf
-        values = leaf_gradients(slot.used, dense, list(leaves.values())) if carried else [dense]
+        derived_tensor = not slot.used.is_leaf
+        values = leaf_gradients(slot.used, dense, list(leaves.values())) if derived_tensor else [dense]
+        carried = derived_tensor or slot.through_graph
         parts += [(name, DensePart(use, v, carried)) for name, v in zip(leaves, values, strict=True)]
     return parts
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from layerwise.graph.loss_curvature import LossCurvature
 from layerwise.losses import Likelihood
-from layerwise.rows.base import Samples
+from layerwise.rows.base import RowNumbers, Samples
+from layerwise.rows.numbered import ranks
 
 __all__ = [
     "Columns",
@@ -57,11 +58,11 @@ class Gradient(Cotangent):
 class Columns(Cotangent):
     """Columns of a root of the loss Hessian, sent before the user's backward pass."""
 
-    def count(self, loss: Likelihood, rows: Samples) -> int:
+    def count(self, loss: Likelihood, rows: Samples | RowNumbers) -> int:
         """The number of columns of one loss."""
         raise NotImplementedError
 
-    def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
+    def columns(self, loss: Likelihood, rows: Samples | RowNumbers, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
         raise NotImplementedError
 
@@ -82,12 +83,12 @@ class Exact(Columns):
         """Always: a column holds one position of each sample."""
         return True
 
-    def count(self, loss: Likelihood, rows: Samples) -> int:
+    def count(self, loss: Likelihood, rows: Samples | RowNumbers) -> int:
         """The number of columns of one loss."""
         position = positions(loss, rows)
         return max(1, loss.columns) * (int(position.max()) + 1 if position.numel() else 0)
 
-    def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
+    def columns(self, loss: Likelihood, rows: Samples | RowNumbers, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
         root = loss.root()
         if not len(root):  # one class: the loss is constant, and so is zero curvature
@@ -121,11 +122,11 @@ class Sampled(Columns):
         """For losses of the user's own, whose Hessian has blocks by sample."""
         return own_losses
 
-    def count(self, loss: Likelihood, rows: Samples) -> int:
+    def count(self, loss: Likelihood, rows: Samples | RowNumbers) -> int:
         """The number of columns of one loss."""
         return self.draws
 
-    def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
+    def columns(self, loss: Likelihood, rows: Samples | RowNumbers, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
         generator = self.generator if self.generator is not None else default_generator(loss.logits.device)
         yield from loss.sample(self.draws, generator).split(chunk)
@@ -152,9 +153,12 @@ def default_generator(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
-def positions(loss: Likelihood, rows: Samples) -> Tensor:
+def positions(loss: Likelihood, rows: Samples | RowNumbers) -> Tensor:
     """The number of each logit's loss term within the sample, broadcastable to the logits' shape."""
     shape = list(loss.logits.shape)
+    if isinstance(rows, RowNumbers):
+        terms = [1 if axis == loss.class_axis else size for axis, size in enumerate(shape)]
+        return ranks(rows.numbers.expand(terms).flatten(), rows.n).reshape(terms).to(loss.logits.device)
     position = torch.zeros([1] * len(shape), dtype=torch.long)
     for axis, size in enumerate(shape):
         if axis == loss.class_axis:

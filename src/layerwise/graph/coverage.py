@@ -29,9 +29,9 @@ __all__ = ["Graph", "known_losses", "prove"]
 class Graph:
     """The part of a tape that a total depends on: its uses (in call order) and losses.
 
-    known: losses with a likelihood. own: the user's own losses, which are the rest of the total. selections: the nodes
-    between the losses' inputs and uses, or two uses, that pick elements by an index or a mask. in_losses: those between
-    the total and the losses' inputs.
+    known: losses with a likelihood, in call order. own: the user's own losses, which are the rest of the total.
+    selections: the nodes between the losses' inputs and uses, or two uses, that pick elements by an index or a mask.
+    in_losses: those between the total and the losses' inputs.
     """
 
     total: Tensor
@@ -100,7 +100,9 @@ def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> 
     for own in walk.own:
         if own.value is not None:
             walk.check_first_argument(own)
-    return Graph(total, None, [], walk.known, walk.own, in_losses=tuple(dict.fromkeys(walk.selections)))
+    order = {id(loss): i for i, loss in enumerate(tape.losses)}
+    known = sorted(walk.known, key=lambda loss: order[id(loss)])
+    return Graph(total, None, [], known, walk.own, in_losses=tuple(dict.fromkeys(walk.selections)))
 
 
 class _LossWalk:

@@ -17,15 +17,15 @@ from torch.autograd.graph import GradientEdge
 from layerwise.errors import UnknownLoss
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph, not_linear, scales
-from layerwise.graph.probes import draws, join, near, split
+from layerwise.graph.probes import draws, join, near, split, width
 from layerwise.graph.samples import SampleLayout
 from layerwise.losses import Likelihood, LossCall, OwnLikelihood, likelihood
-from layerwise.rows.base import Samples
+from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.uses import LossUse, OwnUse
 
 __all__ = ["LossCurvature", "NotLinear", "likelihoods", "loss_curvatures", "loss_hessian", "resolved"]
 
-Parts = list[tuple[Samples, torch.Size]]
+Parts = list[tuple[Samples | RowNumbers, torch.Size]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _check_boundary(own: OwnUse) -> None:
 
 def loss_curvatures(graph: Graph, known: Sequence[Likelihood], layout: SampleLayout | None) -> list[LossCurvature]:
     """The loss Hessians of a graph. Raises UnknownLoss (no boundary) or Undefined (not twice differentiable)."""
-    rows: Sequence[Samples | None] = [None] * len(graph.losses) if layout is None else layout.losses
+    rows: Sequence[Samples | RowNumbers | None] = [None] * len(graph.losses) if layout is None else layout.losses
     found = [
         LossCurvature(lik, [loss.logits], where)
         for loss, lik, where in zip(graph.known, known, rows[: len(known)], strict=True)
@@ -108,7 +108,7 @@ def loss_hessian(graph: Graph, known: Sequence[Likelihood]) -> Callable[[Sequenc
     return product
 
 
-def _own_curvatures(own_loss: OwnLossGraph, rows: list[Samples]) -> Iterator[LossCurvature]:
+def _own_curvatures(own_loss: OwnLossGraph, rows: Sequence[Samples | RowNumbers]) -> Iterator[LossCurvature]:
     """One Hessian for each tensor of a boundary, or one over all of them where they are coupled."""
     name = str(own_loss.own.call)
     gradient = [g.detach() for g in own_loss.gradient()]
@@ -128,11 +128,11 @@ def _own_curvatures(own_loss: OwnLossGraph, rows: list[Samples]) -> Iterator[Los
 
 def _split_parts(stack: Tensor, parts: Parts) -> list[Tensor]:
     """`[V,N,D]` as the stacks of the tensors side by side in it."""
-    sizes = [shape.numel() // s.n for s, shape in parts]
+    sizes = [width(s, shape) for s, shape in parts]
     return [join(x, s, shape) for x, (s, shape) in zip(stack.split(sizes, 2), parts, strict=True)]
 
 
-def _join_parts(stacks: Sequence[Tensor], rows: Sequence[Samples]) -> Tensor:
+def _join_parts(stacks: Sequence[Tensor], rows: Sequence[Samples | RowNumbers]) -> Tensor:
     return torch.cat([split(x, s) for x, s in zip(stacks, rows, strict=True)], 2)
 
 
@@ -149,7 +149,7 @@ def _partial(own_loss: OwnLossGraph, k: int) -> Callable[[Tensor], Tensor]:
 _WHOLE = -1
 
 
-def _axis(own_loss: OwnLossGraph, k: int, samples: Samples) -> int | None:
+def _axis(own_loss: OwnLossGraph, k: int, samples: Samples | RowNumbers) -> int | None:
     """The axis of a boundary tensor along which its Hessian is block-diagonal; None: it is diagonal; _WHOLE: no axis.
 
     H has blocks along an axis where H (m v) = m H v for m that varies along all the other ones.
@@ -166,7 +166,8 @@ def _axis(own_loss: OwnLossGraph, k: int, samples: Samples) -> int | None:
     plain = product(v)
     if any(bool((h != 0).any()) for j, h in enumerate(plain) if j != k):
         return _WHOLE
-    for axis in [None, *(a for a in range(like.dim()) if a != samples.axis)]:
+    sizes = samples.owners(like.shape).shape
+    for axis in [None, *(a for a in range(like.dim()) if sizes[a] == 1)]:
         shape = [1 if a == axis else size for a, size in enumerate(like.shape)]
         m = draws(1, torch.Size(shape).numel(), like).view(shape)
         if near(product(m * v)[k], m * plain[k], eps):

@@ -8,21 +8,32 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from layerwise.rows.base import Samples
+from layerwise.rows.base import RowNumbers, Samples
+from layerwise.rows.numbered import Order, order_of, placed
 
-__all__ = ["draws", "join", "largest", "matrix_among", "near", "sample_axes", "split"]
+__all__ = ["draws", "join", "largest", "matrix_among", "near", "sample_axes", "split", "width"]
 
 
-def split(x: Tensor, samples: Samples) -> Tensor:
-    """`[V, *shape]` as `[V,N,D]`, each sample's values in their order."""
+def split(x: Tensor, samples: Samples | RowNumbers) -> Tensor:
+    """`[V, *shape]` as `[V,N,D]`, each sample's values in their order; zeros behind those of a shorter sample."""
+    if isinstance(samples, RowNumbers):
+        return placed(x.flatten(1).T, _elements(samples, x.shape[1:])).movedim(2, 0)
     if samples.axis < 0:
         return x.reshape(len(x), 1, -1)
     axis = samples.axis + 1
     return samples.split(x, axis).movedim(axis, 1).flatten(2)
 
 
-def join(x: Tensor, samples: Samples, shape: torch.Size) -> Tensor:
+def join(x: Tensor, samples: Samples | RowNumbers, shape: torch.Size) -> Tensor:
     """`[V,N,D]` as `[V, *shape]`; the inverse of `split`."""
+    if isinstance(samples, RowNumbers):
+        order = _elements(samples, shape)
+        flat = x.flatten(1)
+        if order.source is None or order.place is None:
+            return flat.reshape(len(x), *shape)
+        out = x.new_zeros(len(x), shape.numel())
+        out[:, order.source] = flat[:, order.place]
+        return out.reshape(len(x), *shape)
     axis = samples.axis
     if axis < 0:
         return x.reshape(len(x), *shape)
@@ -30,6 +41,16 @@ def join(x: Tensor, samples: Samples, shape: torch.Size) -> Tensor:
     if not samples.n_major:
         x = x.transpose(axis + 1, axis + 2)
     return x.reshape(len(x), *shape)
+
+
+def width(samples: Samples | RowNumbers, shape: torch.Size) -> int:
+    """D of `split`."""
+    return _elements(samples, shape).length if isinstance(samples, RowNumbers) else shape.numel() // samples.n
+
+
+def _elements(samples: RowNumbers, shape: torch.Size) -> Order:
+    """The order of all elements of a tensor by samples."""
+    return order_of(samples.numbers.expand(shape).flatten(), samples.n)
 
 
 def sample_axes(shape: Sequence[int], n: int) -> Iterator[Samples]:

@@ -20,10 +20,10 @@ from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.probes import sample_axes
 from layerwise.graph.products import twice
 from layerwise.graph.walk import Edge, Node, children, edges, finished
-from layerwise.rows.base import Samples
+from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.pull import pull
 
-__all__ = ["check_sum_over_samples"]
+__all__ = ["check_sum_over_samples", "loss_terms"]
 
 _LEVELS = 8  # powers of two in use: each measurement reads one octal digit of the samples' numbers
 _LINEAR = frozenset(
@@ -39,7 +39,7 @@ _SUMS = frozenset(
 _ROW_SUMS = frozenset("MultiMarginLoss MultilabelMarginLoss".split())  # losses that add up a function of single rows
 
 
-class _Probe(NamedTuple):
+class TermProbe(NamedTuple):
     """Tensors whose elements at the same index must depend on one sample; rows: all elements of the same row."""
 
     name: str
@@ -47,8 +47,8 @@ class _Probe(NamedTuple):
     rows: bool = False
 
 
-def check_sum_over_samples(own_loss: OwnLossGraph, samples: Sequence[Samples]) -> None:
-    """Raise SamplesMixed where a loss is no sum over samples; samples: their axis in each boundary tensor."""
+def check_sum_over_samples(own_loss: OwnLossGraph, samples: Sequence[Samples | RowNumbers]) -> None:
+    """Raise SamplesMixed where a loss is no sum over samples; samples: where they lie in each boundary tensor."""
     if samples[0].n < 2:
         return
     for probe in _probes(own_loss):
@@ -64,18 +64,26 @@ def check_sum_over_samples(own_loss: OwnLossGraph, samples: Sequence[Samples]) -
 # -- the calls of a loss ------------------------------------------------------------------------------------
 
 
-def _probes(own_loss: OwnLossGraph) -> Iterator[_Probe]:
-    """The tensors whose elements must depend on one sample each, from the total down."""
+def loss_terms(own_loss: OwnLossGraph) -> list[TermProbe]:
+    """The terms that a loss adds up: the first tensors from the total down that it is not linear in what they read."""
+    return list(_probes(own_loss, whole=False))
+
+
+def _probes(own_loss: OwnLossGraph, whole: bool = True) -> Iterator[TermProbe]:
+    """The tensors whose elements must depend on one sample each, from the total down; whole: those below others too."""
     ends: set[Edge] = {(edge.node, edge.output_nr) for edge in own_loss.edges}
-    below = _dependent(own_loss, ends)
+    dependent = _dependent(own_loss, ends)
+    below: dict[Node, Sequence[Edge]] = dict(dependent)
     for node, output in edges([own_loss.start], below, ends, by_output=True):
-        if (node, output) in ends or not below[node]:
+        if (node, output) in ends or not dependent[node]:
             continue
         kind = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
-        if kind in _SUMS or kind in _ROW_SUMS:
-            yield _Probe(node.name(), below[node], kind in _ROW_SUMS)
-        elif not _is_linear(kind, node, below[node]):
-            yield _Probe(node.name(), [(node, output)])
+        sums = kind in _SUMS or kind in _ROW_SUMS
+        if not sums and _is_linear(kind, node, dependent[node]):
+            continue
+        if not whole:
+            below[node] = ()
+        yield TermProbe(node.name(), dependent[node] if sums else [(node, output)], kind in _ROW_SUMS)
 
 
 def _is_linear(kind: str, node: Node, below: Sequence[Edge]) -> bool:
@@ -96,7 +104,7 @@ def _dependent(own_loss: OwnLossGraph, ends: set[Edge]) -> dict[Node, list[Edge]
 # -- measurement --------------------------------------------------------------------------------------------
 
 
-def _one_sample_each(own_loss: OwnLossGraph, samples: Sequence[Samples], probe: _Probe) -> bool:
+def _one_sample_each(own_loss: OwnLossGraph, samples: Sequence[Samples | RowNumbers], probe: TermProbe) -> bool:
     """Whether the elements of a probe depend on one sample each."""
     generator = torch.Generator().manual_seed(0)
     data = [node._input_metadata[output] for node, output in probe.edges]
@@ -109,7 +117,7 @@ def _one_sample_each(own_loss: OwnLossGraph, samples: Sequence[Samples], probe: 
         return any(_follows(own_loss, samples, probe, r[0].detach(), s) for s in axes)
 
 
-def _send(own_loss: OwnLossGraph, probe: _Probe, r: list[Tensor], create_graph: bool = False) -> list[Tensor | None]:
+def _send(own_loss: OwnLossGraph, probe: TermProbe, r: list[Tensor], create_graph: bool = False) -> list[Tensor | None]:
     """J^T r at the boundary, J the Jacobian of the probed tensors."""
     starts = [GradientEdge(node, output) for node, output in probe.edges]
     with twice(), own_loss.alone():
@@ -118,8 +126,8 @@ def _send(own_loss: OwnLossGraph, probe: _Probe, r: list[Tensor], create_graph: 
 
 def _scale_with_samples(
     own_loss: OwnLossGraph,
-    samples: Sequence[Samples],
-    probe: _Probe,
+    samples: Sequence[Samples | RowNumbers],
+    probe: TermProbe,
     r: list[Tensor],
     back: list[Tensor | None],
     generator: torch.Generator,
@@ -148,7 +156,9 @@ def _scale_with_samples(
     return True
 
 
-def _follows(own_loss: OwnLossGraph, samples: Sequence[Samples], probe: _Probe, r: Tensor, own: Samples) -> bool:
+def _follows(
+    own_loss: OwnLossGraph, samples: Sequence[Samples | RowNumbers], probe: TermProbe, r: Tensor, own: Samples
+) -> bool:
     """Whether J^T (m r) = m J^T r, with the samples on an axis of the probed tensor."""
     plain = _send(own_loss, probe, [r])
     for digit in _digits(own.n):
@@ -170,11 +180,10 @@ def _digits(n: int) -> Iterator[int]:
         place *= _LEVELS
 
 
-def _powers(x: Tensor, s: Samples, place: int) -> Tensor:
+def _powers(x: Tensor, s: Samples | RowNumbers, place: int) -> Tensor:
     """2^d at each index, d one octal digit of its sample's number, broadcastable to `x`."""
-    owner = s.owner(x.shape[s.axis], x.device)
-    shape = [-1 if axis == s.axis else 1 for axis in range(x.dim())]
-    return (owner // place % _LEVELS).to(x.dtype).exp2().reshape(shape)
+    owner = s.owners(x.shape, x.device).clamp(min=0)
+    return (owner // place % _LEVELS).to(x.dtype).exp2()
 
 
 def _noise(shape: torch.Size, like: Any, generator: torch.Generator) -> Tensor:

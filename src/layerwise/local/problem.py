@@ -20,7 +20,7 @@ from layerwise.errors import BadInput
 from layerwise.local.transfer import IDENTITY, Transfer
 
 __all__ = [
-    "Clip", "LocalProblem", "Pull", "contract", "lean", "local_gradient", "local_loss", "predict", "product",
+    "Clip", "LocalProblem", "Pull", "contract", "local_gradient", "local_loss", "predict", "product", "pull_gradient",
     "target_m",
 ]  # fmt: skip
 
@@ -48,16 +48,16 @@ class Pull:
 class LocalProblem:
     """The inputs, targets and loss of one layer, and the weights to start from.
 
-    a: `[R,K,I]` input rows; or int64 `[R]`, the only input that is 1 (a table that is looked up, K = 1).
+    a: `[R,K,I]` input rows; or int64 `[R]`, indices of one-hot rows (a table that is looked up, K = 1).
     weight: `[K,O,I]`; bias: `[K,O]` or None. target: `[R,K,O]`.
     transfer: the identity gives the squared loss `½‖z − y‖²` of LocoProp-S, the layer's own transfer
     function the matching loss `F(z) − y·z` of LocoProp-M.
     prox: η of the proximal term `(‖W − W₀‖² + ‖b − b₀‖²)/2η`, or None for no such term. pulls: further quadratic terms.
     g, gamma: where the targets came from a backward pass, its cotangent `[R,K,O]` and γ, so that
     `f(z) − target = γ g` at the starting weights; the first step then needs no forward product.
-    Leave `g` out where targets were clipped. rest: `[R,K,O]`, terms of the layer's output that stay as they are,
-    `z = W a + b + rest` (a frozen bias), or None. `weight` and `bias` may be views of parameters: solvers
-    that work in place change them. Raises BadInput where shapes do not fit.
+    Leave `g` out where targets were clipped. rest: `[R,K,O]`, constant terms of the output, `z = W a + b + rest` (a
+    frozen bias), or None. `weight` and `bias` may be views of parameters, which in-place solvers change. Raises
+    BadInput where shapes do not fit.
     """
 
     a: Tensor
@@ -108,13 +108,11 @@ def target_m(
     """LocoProp-M's targets after the transfer function, `f(z) − γ g`; of the identity, LocoProp-S's `z − γ g`.
 
     All shapes `[R,K,O]`. y: `f(z)`, where the forward pass has it already. Raises BadInput for an unknown clip.
-    A target outside the closed range of f leaves the local problem unbounded below: a tanh unit with
-    target 1.2 pulls with at least 0.2 for ever. Clipping is off by default all the same, because it
-    also weakens the first local gradient below γ·backprop, and a few small steps cannot drift far. The
-    published settings do not clip, and clipping ReLU's targets at 0 costs ReLU nets their signal: the
-    negative part of a target is what switches an active unit off.
-    clip="bounded" projects on the range where it is bounded on both sides (tanh, sigmoid, softmax's
-    simplex): for problems solved far, without a proximal term. clip="range" projects ReLU's as well.
+    A target outside the closed range of f leaves the local problem unbounded below: the gradient of a tanh unit with
+    target 1.2 is at least 0.2 everywhere. Clipping weakens the first local gradient below γ·backprop, and a few small
+    steps cannot drift far, so it is off by default, as in the published settings.
+    clip="bounded" projects on ranges bounded on both sides (tanh, sigmoid, softmax's simplex): for problems solved far
+    without a proximal term. clip="range" projects ReLU's targets too, whose negative part switches active units off.
     """
     target = torch.add(transfer.f(z) if y is None else y, g, alpha=-gamma)
     if clip is None:
@@ -163,7 +161,7 @@ def local_loss(problem: LocalProblem, weight: Tensor | None = None, bias: Tensor
     return loss
 
 
-def lean(problem: LocalProblem) -> tuple[Tensor, Tensor | None] | None:
+def pull_gradient(problem: LocalProblem) -> tuple[Tensor, Tensor | None] | None:
     """The gradient `Σ_j c_j (W₀ − C_j)` of the quadratic terms at the starting weights; None where it is zero."""
     if not problem.pulls:
         return None
@@ -191,7 +189,7 @@ def local_gradient(
     delta = problem.transfer.f(predict(problem, weight, bias)) - problem.target
     dw = contract(delta, problem.a, problem.weight.shape[-1])
     db = None if problem.bias is None else delta.sum(0)
-    leaning, stiffness = lean(problem), problem.stiffness
+    leaning, stiffness = pull_gradient(problem), problem.stiffness
     if leaning is not None:
         dw = dw + leaning[0]
         db = None if db is None or leaning[1] is None else db + leaning[1]

@@ -1,4 +1,4 @@
-"""Regularizers: quadratic terms that hold a layer's weights near a place while it is fitted.
+"""Regularizers: quadratic terms that pull a layer's weights to a centre while it is fitted.
 
 A regularizer is any function `(weight, bias, gamma, average) -> Pull` of the starting weight `[K,O,I]`, the starting
 bias `[K,O]` or None, the optimizer's γ, and the running averages `(weight, bias)` that an attribute `decay` asks for.
@@ -46,7 +46,7 @@ class WeightDecay:
             raise BadInput(f"WeightDecay needs a finite rate ≥ 0: got rate={self.rate}")
 
     def __call__(self, weight: Tensor, bias: Tensor | None, gamma: float, average: Average | None) -> Pull:
-        """The term; its centre takes no memory."""
+        """The term, with an expanded zero for its centre."""
         zero = weight.new_zeros(())
         return Pull(gamma * self.rate, zero.expand_as(weight), None if bias is None else zero.expand_as(bias))
 

@@ -1,8 +1,8 @@
-"""Targets: what a layer's outputs are to become, from its pre-activations and the cotangents that came back.
+"""Targets of a layer's outputs, from its pre-activations and their cotangents.
 
 A target is any function `(z, g, transfer) -> y` of pre-activations `z`, cotangents `g = ∂L/∂z` of the batch loss as
 written, and the transfer function `f` of the local loss (the identity for the squared loss); all shapes `[R,K,O]`.
-Those here are values, with `γ` left open (None) for the optimizer's parameter groups to fill in.
+The targets here are values; γ = None is filled in from the optimizer's parameter groups.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Mirror(_Step):
 
 
 def factor(target: Target, gamma: float, samples: int) -> float:
-    """What multiplies a parameter's gradient: γ, times N where the target's is per sample."""
+    """The factor of a parameter's gradient: γ, times N for a target per sample."""
     return gamma * samples if getattr(target, "per", "batch") == "sample" else gamma
 
 

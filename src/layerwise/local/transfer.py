@@ -54,7 +54,7 @@ class Transfer:
     made_by: tuple[str, tuple[Any, ...]] | None = field(default=None, init=False, compare=False, repr=False)
 
     def __reduce__(self) -> Any:
-        """Those of this module travel to other processes by name; others as far as their functions do."""
+        """Pickles the functions of this module by name, others by their fields."""
         if self.made_by is not None:
             return _remade, self.made_by
         return Transfer, tuple(getattr(self, f.name) for f in fields(self) if f.init)
@@ -173,13 +173,13 @@ RELU_SQUARED = Transfer(
 
 
 def _remade(name: str, args: tuple[Any, ...]) -> Transfer:
-    """A transfer function of this module, by name."""
+    """A transfer function of this module by name, for unpickling."""
     found = globals()[name]
     return found if isinstance(found, Transfer) else found(*args)
 
 
 def _named(transfer: Transfer, name: str, *args: Any) -> Transfer:
-    """The transfer function with its name here; a `replace` of it, which may be another function, has none."""
+    """The transfer function with its name in this module, for pickling; a `replace` of it loses the name."""
     object.__setattr__(transfer, "made_by", (name, args))
     return transfer
 
@@ -249,7 +249,7 @@ def softplus(beta: float = 1.0) -> Transfer:
 
 
 def squared(name: str, monotone: bool = True) -> Transfer:
-    """The identity's losses under another name: for functions outside the theory or outside the table."""
+    """A stand-in with the identity's losses, for functions without a (tabulated) matching loss."""
     return _named(replace(IDENTITY, name=name, monotone=monotone, stand_in=True), "squared", name, monotone)
 
 
@@ -266,7 +266,7 @@ def _clamp(low: Any, high: Any) -> Transfer | None:
 
 def _find_softplus(get: Get) -> Transfer:
     beta, threshold = float(get(1, "beta", 1)), float(get(2, "threshold", 20))
-    return softplus(beta) if beta > 0 and threshold >= 16 else squared("softplus")  # below, it visibly jumps
+    return softplus(beta) if beta > 0 and threshold >= 16 else squared("softplus")  # below, the function visibly jumps
 
 
 def _find_softmax(get: Get, axis: int) -> Transfer:

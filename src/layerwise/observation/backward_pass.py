@@ -28,12 +28,13 @@ __all__ = ["BackwardPass", "PassSettings"]
 
 
 class PassSettings(NamedTuple):
-    """How to observe: the number of samples (None: dim 0 of the batch), the scale, and the type of all results.
+    """How to observe: the samples (None: as the batch, the targets and the losses say), the scale, the results' type.
 
-    pooled: whether several backward passes join to one batch, of which a mean runs over all terms; else losses add up.
+    samples: their number N, or a sample number for each loss term. pooled: whether several backward passes join to one
+    batch, of which a mean runs over all terms; else losses add up.
     """
 
-    samples: int | None = None
+    samples: int | torch.Tensor | None = None
     scale: str = "loss"
     dtype: torch.dtype | None = None
     pooled: bool = False
@@ -65,6 +66,7 @@ class BackwardPass:
         mixed = self._mixed_parameters()
         if mixed or any(q.needs_samples or q.cotangent.needs_layout(bool(graph.own)) for q in quantities):
             self.layout = measure(tape, graph, model, settings.samples)
+            self.graph = self.layout.graph(graph)
         self._real_rows = measure_rows(graph, known) if any(q.real_rows for q in quantities) else None
         self.batch = Batch(self._samples(), _terms(declared), _unknown_reduction(declared))
         self.union = self.batch.union(settings.scale)
@@ -89,8 +91,9 @@ class BackwardPass:
     def _samples(self) -> int:
         if self.layout is not None:
             return self.layout.n
-        if self._settings.samples is not None:
-            return self._settings.samples
+        asked = self._settings.samples
+        if asked is not None:
+            return int(asked.max()) + 1 if isinstance(asked, torch.Tensor) else asked
         batch = self.graph.batch
         return batch.shape[0] if batch is not None and batch.dim() else 1
 

@@ -18,6 +18,7 @@ from layerwise.observation.guards import (
     check_covered,
     check_finite,
     check_gradient,
+    check_samples,
     retained_grads_preserved,
     rollback,
     snapshot,
@@ -25,7 +26,7 @@ from layerwise.observation.guards import (
 from layerwise.observation.results import Results
 from layerwise.observation.root_columns import send_roots
 from layerwise.observation.stream import Stream
-from layerwise.quantities.base import Quantity, positive
+from layerwise.quantities.base import Quantity
 from layerwise.ranks.trainers import GraphTrainers, whole_parameters
 from layerwise.tape.pull import accumulated, alone, hooked
 from layerwise.tape.tape import Tape
@@ -56,7 +57,7 @@ class Observation:
         dtype = settings.dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise BadInput(f"dtype must be a floating-point type such as torch.float32, or None, got {dtype!r}")
-        positive("observe's samples", settings.samples)
+        check_samples(settings.samples)
         self._model, self._settings, self._keeps_inputs = model, settings, keeps_inputs
         self._quantities = quantities
         self._results: Results | None = None

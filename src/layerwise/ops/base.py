@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.rows.base import Rows, Samples, gradients
+from layerwise.rows.base import RowNumbers, Rows, Samples, gradients
+from layerwise.rows.numbered import Order, digits, from_digits, gathered, order_of
 
 __all__ = ["Call", "Rows", "Samples", "Slot"]
 
@@ -46,6 +47,7 @@ class Slot:
         False where `input` is only the derivative of the call at the present value.
     factored: False where only `dense` is defined (the operation has no known row form).
     indexed: True where `input` gives int64 indices in place of rows.
+    through_graph: True where `dense` sends cotangents through the recorded graph, which a backward pass frees.
     """
 
     used: Tensor
@@ -56,6 +58,7 @@ class Slot:
     linear: bool = True
     factored: bool = True
     indexed: bool = False
+    through_graph: bool = False
 
     def input(self, samples: Samples | None) -> Tensor | None:
         """Input rows `[N,T,K,I]` (None for a bias; int64 `[N,T]` for an index).
@@ -77,8 +80,11 @@ class Slot:
         """The tensor as `[K,O,I]`; the inverse of `fold`."""
         raise NotImplementedError
 
-    def dense(self, g: Tensor, samples: Samples) -> Tensor:
+    def dense(self, g: Tensor, samples: Samples | RowNumbers) -> Tensor:
         """Per-sample gradients `[V,N,*used.shape]` of a cotangent `[V, *out_shape]`."""
+        if isinstance(samples, RowNumbers):
+            rows = self.structured(g, samples)
+            return self._one_by_one(g, samples) if rows is None else self.fold(gradients(rows))
         axis = self.aligned.get(samples.axis)
         if axis is None:
             return self.fold(gradients(self.rows(g, samples)))
@@ -88,6 +94,31 @@ class Slot:
         mine = owner == torch.arange(samples.n, device=whole.device).unsqueeze(1)
         mine = mine.reshape(samples.n, *(-1 if d == axis else 1 for d in range(self.used.ndim)))
         return torch.where(mine, whole, whole.new_zeros(()))
+
+    def _one_by_one(self, g: Tensor, samples: RowNumbers) -> Tensor:
+        """`dense` where one row holds elements of several samples: a cotangent for each sample."""
+        owner = samples.owners(g.shape[1:], g.device)
+        parts = []
+        for n in range(samples.n):
+            mine = torch.where(owner == n, g, g.new_zeros(()))
+            parts.append(self.fold(gradients(self.rows(mine, None)).sum(1)))
+        return torch.stack(parts, 1) if parts else g.new_zeros(len(g), 0, *self.used.shape)
+
+    def structured(self, g: Tensor, samples: Samples | RowNumbers | None) -> Rows | None:
+        """The rows of a cotangent with the samples in N; None where only `dense` is defined for such samples."""
+        if not self.factored:
+            return None
+        if isinstance(samples, RowNumbers):
+            order = self._order(samples, g.shape[1:], g.device)
+            return None if order is None else gathered(self.rows(g, None), order)
+        return None if samples is not None and samples.axis in self.aligned else self.rows(g, samples)
+
+    def _order(self, samples: RowNumbers, shape: torch.Size, device: torch.device) -> Order | None:
+        """The order of the rows of `rows(g, None)` by samples; None where a row holds elements of several samples."""
+        stack = digits(samples.owners(shape, device), samples.n, self.used.dtype)
+        found = self.output(stack.expand(len(stack), *shape), None)
+        one = found[..., :1, :1]
+        return order_of(from_digits(one[..., 0, 0]).flatten(), samples.n) if bool((found == one).all()) else None
 
     def rows(self, g: Tensor, samples: Samples | None) -> Rows:
         """The rows of a cotangent `[V, *out_shape]`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.errors import Undefined, UnsupportedCall
 from layerwise.ops.arguments import replace, writes_first
 from layerwise.ops.base import Call, Slot
-from layerwise.rows.base import Samples
+from layerwise.rows.base import RowNumbers, Samples
 
 __all__ = ["OpaqueSlot"]
 
@@ -36,10 +36,9 @@ class OpaqueSlot(Slot):
         self.linear = False
         self._call = call
 
-    def dense(self, g: Tensor, samples: Samples) -> Tensor:
+    def dense(self, g: Tensor, samples: Samples | RowNumbers) -> Tensor:
         """Per-sample gradients `[V,N,*used.shape]`; raises `Undefined` for a random call."""
-        owner = samples.owner(g.shape[1 + samples.axis], g.device)
-        owner = owner.reshape(-1, *(1,) * (g.ndim - 2 - samples.axis))
+        owner = samples.owners(g.shape[1:], g.device)
         g = g.detach()
         with _isolated(self.used):
             out, leaf = self._run()

@@ -1,4 +1,4 @@
-"""What all optimizers of the library share: named parameters, one closure a step, refusal of NaN, state by name."""
+"""Base of all optimizers of the library: named parameters, one closure a step, refusal of NaN, state by name."""
 
 from __future__ import annotations
 
@@ -44,16 +44,17 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.skipped = 0
         super().__init__(given, defaults)
 
-    # -- what a method says ----------------------------------------------------------------------------
+    # -- what a method implements ------------------------------------------------------------------------
 
     def _check(self, group: Mapping[str, Any]) -> None:
         """Raise BadInput for settings that cannot be."""
         raise NotImplementedError
 
     def _attempt(self, closure: Closure, buffers: Buffers) -> tuple[Tensor, str | None]:
-        """Run the closure and move the parameters; returns the loss before, and None.
+        """Run the closure and move the parameters; returns the loss before the step, and None.
 
-        Or move none of them, and return the place that forbids it in place of None. buffers: as before the run.
+        A step that must not be taken moves nothing, and its reason is returned in place of None.
+        buffers: a snapshot from before the run.
         """
         raise NotImplementedError
 
@@ -64,7 +65,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         return self._guarded(closure, self._attempt)
 
     def _guarded(self, closure: Closure | None, attempt: Attempt) -> Tensor:
-        """Attempt a step; where it is forbidden or fails, nothing has changed. Returns the loss."""
+        """Attempt a step and return the loss; roll back where it is skipped or raises."""
         if closure is None:
             raise BadInput(
                 f"{type(self).__name__}.step needs a closure that runs the model and returns the loss: "
@@ -90,7 +91,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _ours(self, p: Tensor) -> bool:
-        """Whether a parameter is in one of our groups."""
+        """Whether a parameter is in one of this optimizer's groups."""
         return id(p) in self._group_at
 
     # -- groups and state ------------------------------------------------------------------------------------
@@ -118,14 +119,14 @@ class NamedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, parameters by name; goes on bitwise where it stopped.
 
-        Raises BadInput where the saved groups hold other parameters than ours.
+        Raises BadInput where the saved groups hold other parameters.
         """
         saved = {k: v for k, v in state_dict.items() if k != "skipped"}
         super().load_state_dict({**saved, "param_groups": self._in_our_order(saved["param_groups"])})
         self.skipped = state_dict.get("skipped", 0)
 
     def _in_our_order(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Saved groups with their parameters in the order of ours."""
+        """Saved groups with their parameters in this optimizer's order."""
         if len(groups) != len(self.param_groups):
             raise BadInput(f"the saved state has {len(groups)} parameter groups, and ours {len(self.param_groups)}")
         ordered = []

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "Samples", "Windows", "gradients"]
+__all__ = ["RowNumbers", "Rows", "Samples", "Windows", "gradients"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,32 @@ class Samples:
         """The sample that owns each of the `size` = n·r places of the axis, int64 `[n·r]`."""
         ids = torch.arange(self.n, device=device)
         return ids.repeat_interleave(size // self.n) if self.n_major else ids.repeat(size // self.n)
+
+    def owners(self, shape: Sequence[int], device: torch.device | None = None) -> Tensor:
+        """The sample that owns each element of a tensor of a shape, int64, broadcastable to it."""
+        if self.axis < 0:
+            return torch.zeros([1] * len(shape), dtype=torch.long, device=device)
+        return self.owner(shape[self.axis], device).reshape([-1 if a == self.axis else 1 for a in range(len(shape))])
+
+
+@dataclass(frozen=True, eq=False)
+class RowNumbers:
+    """The sample of every row of a call's output, wherever the rows lie.
+
+    numbers: int64 from 0 to n - 1, or -1 for a row of no sample; broadcastable to the output's shape, with size 1 along
+    the axes of features.
+    """
+
+    n: int
+    numbers: Tensor
+
+    def owners(self, shape: Sequence[int], device: torch.device | None = None) -> Tensor:
+        """The sample that owns each element of a tensor of a shape, int64, broadcastable to it; -1: no sample."""
+        return self.numbers.to(device)
+
+    def at(self, device: torch.device) -> RowNumbers:
+        """The same numbers on a device."""
+        return self if self.numbers.device == device else RowNumbers(self.n, self.numbers.to(device))
 
 
 @dataclass(frozen=True)

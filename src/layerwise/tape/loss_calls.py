@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from layerwise import losses
 from layerwise.ranks.trainers import unwrapped
+from layerwise.tape.origins import Origin
 from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of
 
 __all__ = ["LossRecord"]
@@ -34,7 +35,7 @@ class LossRecord(TorchFunctionMode):
 
     losses: the known calls. own: the marked ones. returned: the tensors that the model's forward returned, the boundary
     of all other losses, recorded by a forward hook that is on the model while the context is active; None without
-    `own_losses`.
+    `own_losses`. entered: where the tensors come from that the model's forward was called with.
     """
 
     calls: list[Any]
@@ -50,6 +51,7 @@ class LossRecord(TorchFunctionMode):
         self.losses: list[LossUse] = []
         self.own: list[OwnUse] = []
         self.returned = None if self.returned is None else []
+        self.entered: list[Origin] = []
         self._log_softmax: dict[int, _LogSoftmax] = {}
 
     def forget_losses(self, made: Iterable[LossUse]) -> None:
@@ -76,6 +78,9 @@ class LossRecord(TorchFunctionMode):
         raise NotImplementedError
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
+        raise NotImplementedError
+
+    def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
         raise NotImplementedError
 
     def _log_softmax_call(self, func: Any, args: Any, kwargs: Any, logits: Tensor) -> Any:
@@ -107,8 +112,10 @@ class LossRecord(TorchFunctionMode):
         self.calls.append(func)
         self._note_data(func, args, kwargs, data, out)
         if out.requires_grad:
+            target = next((x for x in data if not x.requires_grad), None)
+            origin = None if target is None else (self._made_from(target)[1], target.shape)
             call = dataclasses.replace(call, logits=call.logits.detach())
-            self.losses.append(LossUse(call, edge, get_gradient_edge(out)))
+            self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin))
         return out
 
     def _own_loss(self, func: losses.OwnLoss, args: Any, kwargs: Any) -> Any:
@@ -126,6 +133,9 @@ class LossRecord(TorchFunctionMode):
         return out
 
     def _forward_hook(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Record the tensors that the model's forward returned."""
+        """Record the tensors that the model's forward was called with, and those that it returned."""
+        for x in losses.tensors_in(args):
+            if x.dim() and not x.requires_grad:
+                self.entered.append(self._made_from(x)[1])
         if self.returned is not None and torch.is_grad_enabled():
             self.returned += [part for part in boundary_of("the loss", out) if part.call.logits.dim()]

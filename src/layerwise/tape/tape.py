@@ -33,8 +33,9 @@ from layerwise.nn.hard import crossed, hard
 from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_replaced, check_sharded, check_whole
-from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS, assembles
+from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
 from layerwise.tape.loss_calls import LossRecord
+from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
 from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
 
@@ -112,7 +113,7 @@ class Tape(LossRecord):
         for c in (*self._binding.frozen, *self._constants):
             self._known[id(c)] = c
         self._outputs: dict[int, Use] = {}
-        self._batches: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._origins = Origins()
         self._retained: list[weakref.ref[Tensor]] = []
 
     def forget(self, uses: Iterable[Use], made: Iterable[LossUse]) -> None:
@@ -255,9 +256,7 @@ class Tape(LossRecord):
                         del self._outputs[id(tensor)]  # overwritten in place: it holds another value from now on
         if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):
             self._note_places(args, kwargs)
-        if not assembles(func, args, kwargs):
-            for tensor in _tensors(out):  # a frozen recurrent layer returns several
-                self._note_batch(tensor, data)
+        self._origins.note(func, args, kwargs, data, out)
 
     def _note_places(self, args: Any, kwargs: Any) -> None:
         """Enter the values of an index or a mask into the signature: they decide which elements are combined."""
@@ -266,19 +265,8 @@ class Tape(LossRecord):
                 if not tensor.is_floating_point():
                     self.calls.append(hash(tensor.detach().cpu().numpy().tobytes()))
 
-    def _note_batch(self, out: Tensor, data: list[Tensor]) -> None:
-        """Note the batch that a tensor was made from by maps that keep the samples."""
-        parent = data[0]
-        if len(data) > 1 and out.dim():  # `mean - x`: the argument with as many rows as the result
-            rows, dims = out.shape[0], out.dim()
-            parent = next((d for d in data if d.dim() == dims and d.shape[0] == rows), parent)
-        if parent is not out:
-            self._batches[id(out)] = (weakref.ref(out), self._batch_of(parent))
-
-    def _batch_of(self, tensor: Tensor) -> Tensor:
-        """The batch that a tensor was made from; the tensor itself where none was noted."""
-        found = self._batches.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else tensor.detach()
+    def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
+        return self._origins.of(tensor)
 
     def _use(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
         """Run and record a call of parameters with data."""
@@ -287,7 +275,7 @@ class Tape(LossRecord):
             check_whole(next(iter(d.names)), d.tensor)
         if used[0].tensor.is_meta != data[0].is_meta:  # torch runs some calls across these two
             raise bad_call(func, used, data)
-        batch = self._batch_of(data[0])
+        batch, origin = self._made_from(data[0])
         if self.first is None:
             self.first = batch
         self._note_data(func, args, kwargs, data, None)
@@ -312,7 +300,8 @@ class Tape(LossRecord):
         if result.requires_grad:
             call = Call(func, kept_args, kept_kwargs, result.shape)
             use = Use(self._recorded, call, used, inputs, result, batch, self._keep_outputs)
-            self._batches[id(result)] = (use.output, batch)
+            use.origin = None if data[0].requires_grad else (origin, data[0].shape)
+            self._origins.set(result, batch, origin)
             self._recorded += 1
             self.uses.append(use)
             self._outputs[id(result)] = use

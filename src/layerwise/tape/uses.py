@@ -8,12 +8,14 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise import losses, ops
 from layerwise.errors import BadInput, SlowPath, Undefined
 from layerwise.ops.base import Call, Slot
+from layerwise.tape.origins import Origin
 from layerwise.tensors import is_finite
 
 __all__ = [
@@ -43,7 +45,8 @@ class Use:
 
     call: function and arguments, data detached. used: the parameters and derived tensors among them.
     edge: gradient edge of the output. inputs: gradient edges of the data arguments, read before the call.
-    batch: the tensor that the data was made from by maps that keep the samples.
+    batch: the tensor that the data was made from by maps that keep the samples. origin: where the rows of the data come
+    from, and the data's shape; None where the data requires a gradient.
     consumers: the calls that read the output, as (function, args, kwargs without tensors).
     """
 
@@ -58,6 +61,7 @@ class Use:
         "edge",
         "index",
         "inputs",
+        "origin",
         "output",
         "used",
     )
@@ -77,6 +81,7 @@ class Use:
         self.used = used
         self.inputs = inputs
         self.batch = batch
+        self.origin: tuple[Origin, torch.Size] | None = None
         self.edge = get_gradient_edge(output)
         self.output = weakref.ref(output)
         self.consumers: list[Any] = []
@@ -151,11 +156,15 @@ def _callers_level() -> int:
 
 
 class LossUse(NamedTuple):
-    """A call that makes a loss: its bound arguments, the edges of its logits and of its value."""
+    """A call that makes a loss: its bound arguments, the edges of its logits and of its value.
+
+    target: where the rows of its target come from, and the target's shape; None where that is unknown.
+    """
 
     call: losses.LossCall | losses.OwnCall
     logits: GradientEdge
     value: GradientEdge
+    target: tuple[Origin, torch.Size] | None = None
 
 
 class OwnUse(NamedTuple):

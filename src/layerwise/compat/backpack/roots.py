@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.graph.cotangents import Exact, positions
 from layerwise.losses import Likelihood
-from layerwise.rows.base import Samples
+from layerwise.rows.base import RowNumbers, Samples
 
 __all__ = ["ByClass"]
 
@@ -20,12 +20,12 @@ __all__ = ["ByClass"]
 class ByClass(Exact):
     """All columns of the exact root, one for each class and loss term of a sample, `C·P`, classes first."""
 
-    def count(self, loss: Likelihood, rows: Samples) -> int:
+    def count(self, loss: Likelihood, rows: Samples | RowNumbers) -> int:
         """The number of columns of one loss."""
         classes = 1 if loss.class_axis is None else loss.logits.shape[loss.class_axis]
         return classes * (int(positions(loss, rows).max()) + 1)
 
-    def columns(self, loss: Likelihood, rows: Samples, chunk: int) -> Iterator[Tensor]:
+    def columns(self, loss: Likelihood, rows: Samples | RowNumbers, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
         position = positions(loss, rows)
         masks = [(position == p).to(loss.logits.dtype) for p in range(int(position.max()) + 1)]

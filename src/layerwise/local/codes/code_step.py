@@ -1,4 +1,4 @@
-"""Codes: free values for the outputs of layers, moved a little before the layers are fitted to them.
+"""Codes: free values in place of the layers' outputs, updated before the layers are fitted to them.
 
 For a loss that is a mean over B samples, the relaxed objective of a minibatch is
 
@@ -30,16 +30,15 @@ NONE: Mapping[int, Tensor] = {}
 
 @dataclass(frozen=True)
 class CodeStep:
-    """How the codes of a sweep move, each on its own terms and one through one block.
+    """How the codes of a sweep move, each to lower its own terms of the objective, through one block.
 
         downstream(c) + own·μ ½ ‖c + u − z‖² + prox ½ ‖c − z‖² + λ ‖c‖₁,     z the layer's output, held fixed
 
     by `steps` gradient steps of rate `lr` with momentum, Nesterov's or plain, and a soft threshold of lr·λ after each.
-    solve: "closed" takes the exact minimum instead, where the code is read by linear layers with codes and nothing
-    else and λ is 0; other codes take gradient steps. own: the share of μ that holds a code at its own layer while it
-    moves. In closed form a linear layer with singular value σ passes on `σ/(own + prox/μ + σ²)` of the displacement
-    above it: with own = 1 at most half, so that deep layers hear nothing; take a smaller share, or `codes="jacobi"`,
-    which passes on σ. Raises BadInput for settings that cannot be.
+    solve: "closed" takes the exact minimum where only linear layers with codes read the code and λ is 0; other codes
+    take gradient steps. own: the share of μ that holds a code at its own layer while it moves. In closed form a linear
+    layer with singular value σ passes on `σ/(own + prox/μ + σ²)` of the displacement above it: at most half with
+    own = 1, which vanishes with depth; take a smaller share, or `codes="jacobi"`, which passes on σ. Raises BadInput.
     """
 
     steps: int = 5
@@ -99,7 +98,7 @@ def code_energy(
 def sweep(
     coded: CodedModel, start: Mapping[int, Tensor], terms: Terms, step: CodeStep, given: Mapping[int, Tensor] = NONE
 ) -> dict[int, Tensor]:
-    """Move every code from its start, the last first, on its own terms, the codes above already moved.
+    """Move every code from its start, the last first, each with the codes above it already moved.
 
     start: the layers' outputs by use index, `[*out_shape]`. given: codes that were moved elsewhere. Returns all codes.
     """
@@ -117,7 +116,7 @@ def _descended(
     coded: CodedModel, codes: Mapping[int, Tensor], index: int, readers: tuple[Sequence[int], bool], terms: Terms,
     step: CodeStep,
 ) -> Tensor:  # fmt: skip
-    """A code after gradient steps on its own terms."""
+    """A code after gradient steps on its terms of the objective."""
     anchor, own, sparse = codes[index], step.own * terms.coupling[index], terms.sparsity(index)
     u = (terms.multipliers or NONE).get(index)
     velocity, code = torch.zeros_like(anchor), anchor.clone()
@@ -141,7 +140,7 @@ def _closed(
     coded: CodedModel, codes: Mapping[int, Tensor], index: int, readers: tuple[Sequence[int], bool], terms: Terms,
     step: CodeStep,
 ) -> Tensor | None:  # fmt: skip
-    """The exact minimum over a code that linear layers with codes read, and nothing else; None elsewhere."""
+    """The exact minimum over a code, where only linear layers with codes read it; None elsewhere."""
     uses, at_loss = readers
     if at_loss or not uses or not all(m in codes and coded.reads_directly(m, index, F.linear) for m in uses):
         return None

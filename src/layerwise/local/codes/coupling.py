@@ -1,4 +1,4 @@
-"""How strongly codes are tied to the layers' outputs, and how that grows."""
+"""The coupling μ between codes and the layers' outputs, and its growth."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Coupling:
 
     @staticmethod
     def advance(group: dict[str, Any]) -> None:
-        """Let a parameter group's μ grow by one minibatch."""
+        """Update μ of a parameter group after a minibatch."""
         add, factor = group["coupling_add"], group["coupling_factor"]
         if add or factor != 1:
             group["coupling"] = min(group["coupling_most"], group["coupling"] * factor + add)

@@ -1,21 +1,23 @@
-"""Codes from a quadratic model of the loss: a step that knows how far it may go."""
+"""Codes from the loss's Gauss-Newton model, damped by the coupling."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerwise.errors import NonFinite
+from layerwise.errors import NonFinite, SamplesMixed
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import loss_curvatures, resolved
+from layerwise.graph.probes import join, split
 from layerwise.graph.samples import measure
 from layerwise.local.layers.record import Recorded
 from layerwise.operators.ridge import ridge
-from layerwise.rows.base import Samples
+from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
@@ -23,14 +25,14 @@ __all__ = ["damped_cotangents", "pulled_roots"]
 
 
 def damped_cotangents(
-    recorded: Recorded, roots: Mapping[int, tuple[Tensor, Samples]], gamma: Callable[[str], float]
+    recorded: Recorded, roots: Mapping[int, tuple[Tensor, Samples | RowNumbers]], gamma: Callable[[str], float]
 ) -> Recorded:
     """The run with cotangents `−d/γ` of the Gauss-Newton displacements d, of each sample at each use on its own.
 
         d = argmin g·d + ½ dᵀ S Sᵀ d + |d|²/2γ = −γ (g − S (I/γ + SᵀS)⁻¹ Sᵀ g)
 
-    roots: S as columns `[V, *out_shape]` with the place of the samples, by use index, with `S Sᵀ` the loss's Hessian
-    seen through the linearized net. gamma: γ of a layer's name, B/μ. Where curvature is small, d is `codes="jacobi"`'s.
+    roots: by use index, S as columns `[V, *out_shape]` with the samples' axis; `S Sᵀ` is the GGN of the use's output.
+    gamma: γ of a layer's name, B/μ. Where curvature is small, d is `codes="jacobi"`'s.
     Source: Schraudolph (2002) for the Gauss-Newton matrix; Woodbury's identity.
     """
     cotangents = dict(recorded.cotangents)
@@ -40,12 +42,12 @@ def damped_cotangents(
             if index in roots:
                 columns, samples = roots[index]
                 cotangents[index] = _damped(cotangents[index], columns, samples, gamma(layer.name))
-    return Recorded(recorded.loss, recorded.tape, recorded.layers, cotangents, recorded.gradients)
+    return replace(recorded, cotangents=cotangents)
 
 
 @torch.no_grad()
-def _damped(g: Tensor, columns: Tensor, samples: Samples, gamma: float) -> Tensor:
-    """The damped cotangent; NaN where there is no finite one, so that the step is refused."""
+def _damped(g: Tensor, columns: Tensor, samples: Samples | RowNumbers, gamma: float) -> Tensor:
+    """The damped cotangent; NaN where the solve fails, so that the batch is skipped."""
     rows = _by_sample(g[None], samples)  # [N,1,F]
     s = _by_sample(columns, samples)  # [N,V,F]
     try:
@@ -55,21 +57,25 @@ def _damped(g: Tensor, columns: Tensor, samples: Samples, gamma: float) -> Tenso
     return _from_sample(rows - part @ s, g, samples)
 
 
-def _by_sample(x: Tensor, samples: Samples) -> Tensor:
+def _by_sample(x: Tensor, samples: Samples | RowNumbers) -> Tensor:
     """`[V, *out_shape]` as `[N,V,F]`."""
+    if isinstance(samples, RowNumbers):
+        return split(x, samples).transpose(0, 1)
     return samples.split(x, samples.axis + 1).movedim(samples.axis + 1, 0).flatten(2)
 
 
-def _from_sample(x: Tensor, like: Tensor, samples: Samples) -> Tensor:
-    """`[N,1,F]` as `like` is laid out."""
+def _from_sample(x: Tensor, like: Tensor, samples: Samples | RowNumbers) -> Tensor:
+    """`[N,1,F]` in the shape of `like`."""
+    if isinstance(samples, RowNumbers):
+        return join(x.transpose(0, 1), samples, like.shape)[0]
     shape = samples.split(like, samples.axis).movedim(samples.axis, 0).shape
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     samples.split(out, samples.axis).movedim(samples.axis, 0).copy_(x.view(shape))
     return out
 
 
-def pulled_roots(model: Any, recorded: Recorded, loss: Tensor) -> dict[int, tuple[Tensor, Samples]]:
-    """The exact root of the loss's Hessian at each use of the layers, with the place of the samples there.
+def pulled_roots(model: Any, recorded: Recorded, loss: Tensor) -> dict[int, tuple[Tensor, Samples | RowNumbers]]:
+    """The exact root of the loss's Hessian, pulled back to each use of the layers, with the samples' axis there.
 
     loss: with its graph. Raises UnknownLoss for a loss without a known Hessian root, SamplesMixed where batch
     statistics tie the samples together.
@@ -77,6 +83,8 @@ def pulled_roots(model: Any, recorded: Recorded, loss: Tensor) -> dict[int, tupl
     graph, known = resolved(lambda without: prove(recorded.tape, loss, without=without), own_losses=False)
     layout = measure(recorded.tape, graph, model)
     uses: list[Use] = [part.use for layer in recorded.layers for part in layer.parts]
+    if shared := next((use for use in uses if use.index in layout.replaced), None):
+        raise SamplesMixed(f"asked for the Gauss-Newton step of codes at {shared}, whose output all samples share")
     stacks: dict[int, list[Tensor]] = {use.index: [] for use in uses}
     for head in loss_curvatures(graph, known, layout):
         chunk = max(1, Exact().count(head.likelihood, head.rows))

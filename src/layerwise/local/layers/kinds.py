@@ -1,4 +1,4 @@
-"""What a call is to local learning, decided once for all calls that are alike: its weight, and where its rows lie."""
+"""Kinds of calls: which tensor is a layer's weight and where its rows lie, decided once for all similar calls."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from layerwise.tape.uses import Use
 
 __all__ = ["Kind", "Kinds", "tensors_of"]
 
-_MOST = 256  # what one memo remembers, before it starts anew
+_MOST = 256  # entries of a cache before it is cleared
 _UNSEEN: Any = object()
 T = TypeVar("T")
 
 
 class Kind:
-    """A weight on rows of data, and perhaps a bias: their places among the tensors that a use uses, and their names.
+    """A weight on rows of data, and perhaps a bias: their indices among the tensors of a use, and their names.
 
     elementwise, indexed: as of the weight's slot. whole: whether the parameter itself is used, not a view of it.
     shifted: whether the output has further terms.
@@ -37,14 +37,14 @@ class Kind:
         self._known: dict[Any, Any] = {}
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
-        """What `make` gives, for something that is the same at all calls of this kind."""
+        """The value of `make()`, cached: it is the same at all calls of this kind."""
         found = self._known.get(key, _UNSEEN)
         return _put(self._known, key, make()) if found is _UNSEEN else found
 
     def view(self, what: str, x: Tensor, make: Callable[[], Tensor], others: Sequence[Tensor] = ()) -> Tensor:
-        """What `make` makes of `x`; where that was a view of a tensor laid out as x is, the same view of x.
+        """`make(x)`; where an earlier result was a view of a tensor with x's layout, the same view of x.
 
-        others: further tensors that `make` reads; where one shares memory with x, nothing is remembered.
+        others: further tensors that `make` reads; where one shares memory with x, nothing is cached.
         """
         key = (what, x.shape, x.stride(), x.dtype)
         found = self._views.get(key, _UNSEEN)
@@ -62,18 +62,16 @@ class Kind:
 
 
 class Kinds:
-    """The kinds of calls that were seen, by all that the decision reads.
+    """A cache of kinds, keyed by the function, its options, and each tensor's layout, type and parameter name.
 
-    That is the function, its options, and of each tensor the layout, the type and, of a parameter, the name. Calls with
-    tensors of other than real floating-point numbers (indices, masks), whose values may count, or with views of
-    parameters, are decided at every batch.
+    Not cached: calls with tensors whose values may matter (indices, masks), or with views of parameters.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, Kind | None] = {}
 
     def of(self, use: Use, ours: Callable[[Tensor], bool], decide: Callable[[], Kind | None]) -> Kind | None:
-        """The kind of a use; None where it has no weight on rows. ours: whether a parameter is to be moved."""
+        """The kind of a use; None where it has no weight on rows. ours: whether the optimizer moves a parameter."""
         key = _signature(use, ours)
         if key is None:
             return decide()
@@ -102,7 +100,7 @@ def _put(memo: dict[Any, Any], key: Any, value: Any) -> Any:
 
 
 def _signature(use: Use, ours: Callable[[Tensor], bool]) -> Any:
-    """All that a kind is decided by; None where values may count."""
+    """The cache key of a use; None where values may matter."""
     used: dict[int, Any] = {}
     for tensor, names in use.used:
         if len(names) != 1 or not tensor.is_leaf:
@@ -117,11 +115,11 @@ def _signature(use: Use, ours: Callable[[Tensor], bool]) -> Any:
 
 
 class _Undescribed(Exception):
-    """An argument whose values may count."""
+    """Raised for an argument whose values may matter."""
 
 
 def _described(value: Any, used: dict[int, Any]) -> Any:
-    """An argument, for a signature: layout and type of a tensor, other values as they are, with their type."""
+    """An argument in a cache key: layout and type of a tensor; any other value with its type."""
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or not value.dtype.is_floating_point:
             raise _Undescribed

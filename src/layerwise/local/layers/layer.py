@@ -30,12 +30,12 @@ __all__ = ["Layer", "layers_of", "shaped"]
 class Layer:
     """A weight that can be fitted to local targets: at each of its uses a linear map on rows, with a transfer function.
 
-    call: with the data it is to be fitted on. kind: the places of weight and bias in it. parameter: the weight itself;
-    names: of the weight and, where there is one to fit, of the bias. shifted: whether the output has further terms,
-    `z = W a + b + rest` (a frozen bias, an addend). transfer: the one known elementwise function that alone reads the
-    output, or the loss's link; else the identity. likelihood: of the loss call that alone reads the output, if one
-    does. value: the output, `[*out_shape]`, where it is at hand; after: the transfer function of it, likewise.
-    others: further uses of the same weight and bias, whose rows join these.
+    call: the recorded call, with the data to fit on. kind: the indices of weight and bias in it. parameter: the weight;
+    names: of the weight and, if it is fitted, of the bias. shifted: whether the output has further terms,
+    `z = W a + b + rest` (a frozen bias, an addend). transfer: the known elementwise function that is the only reader of
+    the output, or the loss's link; else the identity. likelihood: of the loss call that is the only reader, or None.
+    value: the output, `[*out_shape]`, if kept; after: its transfer function, if kept. others: further uses of the same
+    weight and bias, whose rows join these.
     """
 
     use: Use
@@ -52,7 +52,7 @@ class Layer:
 
     @property
     def parts(self) -> tuple[Layer, ...]:
-        """The uses, each as a layer by itself."""
+        """All uses, each as a layer of one use."""
         return (self, *self.others)
 
     @property
@@ -67,7 +67,7 @@ class Layer:
         return ops.slots(self.call, [d.tensor for d in self.use.used])[self.kind.weight]
 
     def join(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows of the uses as rows of the layer; in turn where there are as many of each, so that slices are alike."""
+        """Rows of all uses as rows of the layer: interleaved where uses have equal counts, else concatenated."""
         if len(rows) == 1:
             return rows[0]
         even = all(len(x) == len(rows[0]) for x in rows)
@@ -80,17 +80,17 @@ class Layer:
         )
 
     def fold(self, w: Tensor) -> Tensor:
-        """Carry `[K,O,I]` to the shape of the parameter."""
+        """Reshape `[K,O,I]` to the shape of the parameter."""
         if self.kind.whole:
             return self.kind.view("fold", w, lambda: self._weight.fold(w))
-        # the call used a rearranged view of the parameter
+        # the call used a permuted or reshaped view of the parameter
         out = torch.empty_like(self.parameter)
         shaped(out, self.matrix()).copy_(w)
         return out
 
     @cached_property
     def data(self) -> list[Tensor]:
-        """The tensors that the call reads besides its parameters."""
+        """The tensors among the call's arguments that are no parameters."""
         return [t for t in tensors_of(self.call) if not any(t is d.tensor for d in self.use.used)]
 
     def input(self) -> Tensor:
@@ -109,14 +109,14 @@ class Layer:
         return self.kind.view("rows", g, lambda: _rows(self._weight, g))
 
     def output(self) -> Tensor:
-        """The output `[*out_shape]`; the call runs again where something has overwritten it."""
+        """The output `[*out_shape]`; recomputed where it was overwritten in place."""
         return self.again() if self.value is None else self.value
 
     @torch.no_grad()
     def again(self) -> Tensor:
-        """The call's output at the weights as they stand."""
+        """The call's output at the present weights."""
         args = self.call.args
-        if self.kind.elementwise:  # a norm writes on its running statistics
+        if self.kind.elementwise:  # a norm updates its running statistics
             args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         elif writes_first(self.call.func):
             args = (args[0].clone(), *args[1:])
@@ -125,7 +125,7 @@ class Layer:
 
 
 def shaped(t: Tensor, like: Tensor) -> Tensor:
-    """A tensor laid out as a parameter is, seen as `like` sees the parameter."""
+    """A tensor with a parameter's layout, viewed as `like` views the parameter."""
     return t.as_strided(like.shape, like.stride(), t.storage_offset())
 
 
@@ -136,12 +136,12 @@ def layers_of(
     matrices: bool = False,
     kinds: Kinds | None = None,
 ) -> list[Layer]:
-    """The weights of ours that have a local problem, with all their uses; in the order of their first calls.
+    """The weights to be moved that have a local problem, with all their uses, in the order of their first calls.
 
-    At each use the weight, or a rearranged view of it, is the same matrix on rows of data: of a product, a convolution,
-    a looked-up table, or each element by itself (a scale). A bias takes part where every use has it and none stands
-    elsewhere. Biases that stand alone, weights in two orientations and derived weights have no local problem.
-    matrices: only those that multiply rows of numbers, no tables and no scales. kinds: a memo for further batches.
+    At each use the weight, or a view of all of it, is the same matrix on rows of data: of a product, a convolution, a
+    looked-up table, or elementwise (a scale). A bias is fitted with it where every use has that bias, and no other call
+    reads it. Lone biases, weights in two orientations and derived weights have no local problem.
+    matrices: leave out tables and scales. kinds: a cache for further batches.
     """
     kinds = Kinds() if kinds is None else kinds
     count = Counter(name for use in graph.uses for name in use.names)
@@ -157,15 +157,15 @@ def layers_of(
             continue
         parts = _parts(tape, graph, uses, count)
         if len(parts) == 1 or len({_geometry(part) for part in parts}) == 1:
-            layers.append(_joined(parts))
+            layers.append(_as_one_layer(parts))
     return layers
 
 
 def _kind(tape: Tape, use: Use, ours: Callable[[Tensor], bool]) -> Kind | None:
-    """One use as a weight on rows; None where it has none."""
+    """The kind of one use; None where it has no weight on rows."""
     weight: int | None = None
     bias: int | None = None
-    if not all(len(d.names) == 1 and _rearranged(d.tensor, tape.parameters[next(iter(d.names))]) for d in use.used):
+    if not all(len(d.names) == 1 and _is_view_of_all(d.tensor, tape.parameters[next(iter(d.names))]) for d in use.used):
         return None
     params = [tape.parameters[name] for _, (name,) in use.used]
     for place, (p, slot) in enumerate(zip(params, use.slots, strict=True)):
@@ -173,7 +173,7 @@ def _kind(tape: Tape, use: Use, ours: Callable[[Tensor], bool]) -> Kind | None:
             return None
         if slot.bias and bias is None and slot.used is p:
             bias = place
-        elif not slot.bias and weight is None and _rearranged(slot.used, p):
+        elif not slot.bias and weight is None and _is_view_of_all(slot.used, p):
             weight = place
         else:
             return None
@@ -185,8 +185,8 @@ def _kind(tape: Tape, use: Use, ours: Callable[[Tensor], bool]) -> Kind | None:
     return Kind(use, weight, bias, use.slots[weight].used is params[weight])
 
 
-def _rearranged(used: Tensor, parameter: Tensor) -> bool:
-    """Whether a tensor is a parameter or a view of all of it, each element once."""
+def _is_view_of_all(used: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor is a parameter, or a view that holds each of its elements once."""
     if used is parameter:
         return True
     same = used.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
@@ -205,7 +205,7 @@ def _geometry(part: Layer) -> tuple[torch.Size, tuple[int, ...]]:
 
 
 def _parts(tape: Tape, graph: Graph, uses: Sequence[tuple[Use, Kind]], count: Mapping[str, int]) -> list[Layer]:
-    """The uses of a weight, each as a layer by itself; without the bias, where they do not all have the same."""
+    """The uses of a weight, each as a layer of one use; without the bias, where uses differ in it."""
     names, shared = uses[0][1].names, True
     if len(names) > 1 or len(uses) > 1:
         every = {kind.names for _, kind in uses}
@@ -214,13 +214,13 @@ def _parts(tape: Tape, graph: Graph, uses: Sequence[tuple[Use, Kind]], count: Ma
     for use, kind in uses:
         own = kind.names if shared else kind.names[:1]
         shifted = kind.shifted or len(own) < len(kind.names)
-        transfer, likelihood = _read_by(tape, graph, use, kind)
+        transfer, likelihood = _transfer_and_likelihood(tape, graph, use, kind)
         fixed = use, use.call, kind, own, shifted, tape.parameters[names[0]]
-        parts.append(Layer(*fixed, transfer, likelihood, use.value, _after(use, transfer)))
+        parts.append(Layer(*fixed, transfer, likelihood, use.value, _transferred_output(use, transfer)))
     return parts
 
 
-def _joined(parts: list[Layer]) -> Layer:
+def _as_one_layer(parts: list[Layer]) -> Layer:
     """All uses of a weight as one layer."""
     if len(parts) == 1:
         return parts[0]
@@ -230,13 +230,13 @@ def _joined(parts: list[Layer]) -> Layer:
     return replace(parts[0], transfer=transfer, likelihood=None, others=tuple(parts[1:]))
 
 
-def _after(use: Use, transfer: Transfer) -> Tensor | None:
-    """`f(z)` as the model computed it, where the call that alone reads z is f and its result is at hand."""
+def _transferred_output(use: Use, transfer: Transfer) -> Tensor | None:
+    """The model's own `f(z)`, where f is the only reader of z and its result is kept; else None."""
     return None if transfer.is_squared or is_loss(use.consumers[0][0]) else use.read
 
 
 def _is_matrix(use: Use, slot: Slot, bias: Slot | None) -> bool:
-    """Whether the rows are numbers and the parameter's matrix is a view of it, so that steps work in place."""
+    """Whether the rows are numbers and the matrix is a view of the parameter, so that it can be updated in place."""
     used = slot.used.detach()
     tensors = tensors_of(use.call)
     if any(t.dtype != used.dtype and (t.is_floating_point() or not slot.indexed) for t in tensors):
@@ -249,8 +249,8 @@ def _is_matrix(use: Use, slot: Slot, bias: Slot | None) -> bool:
 _LINKS = {"identity": IDENTITY, "sigmoid": SIGMOID, "softmax": SOFTMAX}
 
 
-def _read_by(tape: Tape, graph: Graph, use: Use, kind: Kind) -> tuple[Transfer, Likelihood | None]:
-    """The transfer function of a use's output, and the likelihood of the loss call that reads it, if one does."""
+def _transfer_and_likelihood(tape: Tape, graph: Graph, use: Use, kind: Kind) -> tuple[Transfer, Likelihood | None]:
+    """The transfer function of a use's output, and the likelihood of the loss call that reads it, or None."""
     if len(use.consumers) != 1:
         return IDENTITY, None
     func, args, kwargs = use.consumers[0]
@@ -265,14 +265,14 @@ def _read_by(tape: Tape, graph: Graph, use: Use, kind: Kind) -> tuple[Transfer, 
             if c is None or loss.call.learned or not isinstance(loss.call, LossCall):
                 continue
             found = likelihood(loss.call, loss.call.logits, c.detach())
-            if found.class_axis is not None and not _over_rows(use, kind, found.class_axis):
+            if found.class_axis is not None and not _is_output_axis(use, kind, found.class_axis):
                 return squared(found.link), found
             return _LINKS.get(found.link, squared(found.link)), found
     return IDENTITY, None
 
 
 def _scale(total: Tensor, value: GradientEdge) -> Tensor | None:
-    """The derivative of the total by a loss's value; None where it does not depend on it."""
+    """The derivative of the total by the value of one loss call; None where there is none."""
     one = torch.ones_like(total, requires_grad=False)
     if value.node is total.grad_fn and value.output_nr == total.output_nr:
         return one
@@ -280,16 +280,16 @@ def _scale(total: Tensor, value: GradientEdge) -> Tensor | None:
 
 
 def _softmax(use: Use, kind: Kind, func: Any, args: Any, kwargs: Any) -> Transfer:
-    """The transfer function of a softmax: its matching loss where it runs over the outputs of a row."""
+    """The transfer function of a softmax call, which has a matching loss over the outputs of a row only."""
     z = torch.empty(use.call.out_shape, device="meta")
     for axis in range(z.dim()):
         if find(func, (z, *args), kwargs, axis=axis) is SOFTMAX:
-            return SOFTMAX if _over_rows(use, kind, axis) else squared(f"softmax(dim={axis})")
+            return SOFTMAX if _is_output_axis(use, kind, axis) else squared(f"softmax(dim={axis})")
     return squared("softmax")
 
 
-def _over_rows(use: Use, kind: Kind, axis: int) -> bool:
-    """Whether the axis of the output is that of the outputs of a row: marks along it come out along `o`."""
+def _is_output_axis(use: Use, kind: Kind, axis: int) -> bool:
+    """Whether an axis of the output is that of the outputs `o` of a row, measured by indices along it."""
     shape = use.call.out_shape
     axis %= len(shape)
 

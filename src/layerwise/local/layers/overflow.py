@@ -1,4 +1,4 @@
-"""Whether a batch can be stepped on: NaN, infinity and overflow are found before anything moves."""
+"""Checks a recorded run for NaN, infinity and overflow, before anything moves."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from layerwise.tensors import is_finite
 
 __all__ = ["first_bad_call", "unsafe"]
 
-# Norms bound every entry of a product. Windows of a convolution repeat entries; this covers any kernel.
+# Norms bound every entry of a product; the factor allows for a convolution's windows, which repeat entries.
 MARGIN = 1e3
 
 
 @torch.no_grad()
 def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
-    """The first place that forbids a step, or None.
+    """The first tensor that forbids a step, in words, or None.
 
-    A place holds NaN or infinity, or makes `z`, `γ g` or `(γ ∂L/∂w)²` overflow. gamma: γ of a parameter's name.
-    Cost: each layer's input, weight and cotangent are read once, and one wait for the device.
+    It holds NaN or infinity, or makes `z`, `γ g` or `(γ ∂L/∂w)²` overflow. gamma: γ of a parameter's name.
+    Cost: reads each layer's input, weight and cotangent once; one synchronization with the device.
     """
     if not is_finite(recorded.loss):
         return first_bad_call(recorded.tape.uses) or "the loss"
@@ -46,20 +46,20 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     left = iter(norms)
     for part in parts:
         a = sum(next(left) for t in part.data if t.is_floating_point())
-        # the rows are no data of the call: indices, or a norm's normalised input
+        # the rows are not among the call's arguments: indices, or a norm's normalised input
         a += part.use.call.out_shape.numel() ** 0.5 if part.kind.indexed or part.kind.elementwise else 0.0
-        w, back, factor, most = next(left), next(left), gamma(part.name), _most(part.parameter)
+        w, back, factor, most = next(left), next(left), gamma(part.name), _largest_squarable(part.parameter)
         if max(a, 1.0) * max(w, back * factor) * MARGIN > most and (found := _overflow(recorded, part, factor)):
             return found
     for (name, rest), norm in zip(recorded.gradients.items(), left, strict=True):
         factor = gamma(name)
-        if norm * factor > _most(rest) and not is_finite((rest * factor).square()):
+        if norm * factor > _largest_squarable(rest) and not is_finite((rest * factor).square()):
             return f"the square of the gradient of {name}"
     return None
 
 
 def _norms(tensors: list[Tensor]) -> list[float]:
-    """Euclidean norms, brought over from the device at once; beyond the type's range they are infinite."""
+    """Euclidean norms, copied from the device at once; infinite beyond the type's range."""
     if not tensors:
         return []
     dtype, device = tensors[0].dtype, tensors[0].device
@@ -78,13 +78,13 @@ def _norms(tensors: list[Tensor]) -> list[float]:
     return found
 
 
-def _most(t: Tensor) -> float:
+def _largest_squarable(t: Tensor) -> float:
     """The largest number whose square the type holds."""
     return float(torch.finfo(t.dtype).max) ** 0.5
 
 
 def _overflow(recorded: Recorded, layer: Layer, factor: float) -> str | None:
-    """The same question as the norms', answered entry by entry."""
+    """The check entry by entry, where norms are too coarse a bound."""
     if not is_finite(layer.output()):
         return f"the output of {layer.name}"
     g = layer.rows(recorded.cotangents[layer.use.index]) * factor

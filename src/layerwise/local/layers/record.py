@@ -1,4 +1,4 @@
-"""What local learning reads off one run of the closure: the layers, with what came in and what came back."""
+"""One recorded run of the closure: its layers, with inputs, outputs and cotangents."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.graph.coverage import prove
+from layerwise.graph.samples import count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.problem import LocalProblem, Pull, predict, target_m
@@ -29,7 +30,7 @@ __all__ = ["Recorded", "dense", "problem_of", "pulled", "record"]
 class Recorded:
     """One run of a closure.
 
-    cotangents: by use index, `[*out_shape]`. gradients: of the parameters outside the layers, by name.
+    cotangents: by use index, `[*out_shape]`. gradients: of the parameters outside the layers, by name. samples: N.
     Where the loss is not finite there are no layers and no gradients.
     """
 
@@ -38,12 +39,7 @@ class Recorded:
     layers: list[Layer]
     cotangents: Mapping[int, Tensor]
     gradients: Mapping[str, Tensor]
-
-    @property
-    def samples(self) -> int:
-        """Dim 0 of the batch."""
-        first = self.tape.first
-        return first.shape[0] if first is not None and first.dim() else 1
+    samples: int = 1
 
 
 def record(
@@ -56,7 +52,7 @@ def record(
 ) -> Recorded:
     """Run the closure once and take the cotangents of its layers, and gradients of the other parameters.
 
-    ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`. crosses: as
+    ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`; crosses: as
     for `Tape`. The closure returns the loss; where it calls backward itself, the cotangents stream from that pass.
     Raises BadInput for a closure without a tensor loss, UncoveredUse for a parameter no call covers.
     """
@@ -68,6 +64,7 @@ def record(
         inside = {name for layer in layers for name in layer.names}
         rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
         received: dict[int, Tensor] = {}
+        samples = count(tape, graph, total)
         with (
             _fresh_gradients(rest) as gradients,
             hooked(
@@ -78,7 +75,7 @@ def record(
             out = run()
         _fill(layers, received)
         layers = [layer for layer in layers if layer.use.index in received]
-        streamed.append(Recorded(total.detach(), tape, layers, received, gradients))
+        streamed.append(Recorded(total.detach(), tape, layers, received, gradients, samples))
         return out
 
     tape = Tape(model, on_backward, keep_outputs=True, crosses=crosses)
@@ -97,7 +94,7 @@ def pulled(
     matrices: bool = False,
     kinds: Kinds | None = None,
 ) -> Recorded:
-    """The layers of a recorded loss, with cotangents by one pull that computes no weight gradient."""
+    """The layers of a recorded loss, with cotangents from one vector-Jacobian product without weight gradients."""
     graph = prove(tape, loss, None, need_loss=False)
     if not is_finite(loss):
         return Recorded(loss.detach(), tape, [], {}, {})
@@ -110,11 +107,11 @@ def pulled(
     _fill(layers, cotangents)
     layers = [layer for layer in layers if layer.use.index in cotangents]
     gradients = {n: dense(g) for n, g in zip(rest, found[len(uses) :], strict=True) if g is not None}
-    return Recorded(loss.detach(), tape, layers, cotangents, gradients)
+    return Recorded(loss.detach(), tape, layers, cotangents, gradients, count(tape, graph, loss))
 
 
 def _fill(layers: list[Layer], cotangents: dict[int, Tensor]) -> None:
-    """Zeros for the uses of a layer that the loss does not depend on, where it depends on another one."""
+    """Set zero cotangents at uses that the loss does not depend on, of layers with another use that it does."""
     for layer in layers:
         if len(layer.others) and any(part.use.index in cotangents for part in layer.parts):
             for part in layer.parts:
@@ -124,7 +121,7 @@ def _fill(layers: list[Layer], cotangents: dict[int, Tensor]) -> None:
 
 @contextmanager
 def _fresh_gradients(params: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Filled on exit with what a backward pass inside adds to the parameters' `.grad`."""
+    """A dict that is filled on exit with what a backward pass inside adds to the parameters' `.grad`."""
     before = {n: p.grad for n, p in params.items()}
     found: dict[str, Tensor] = {}
     for p in params.values():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import LocalProblem, contract, lean, predict
+from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient
 from layerwise.operators.ridge import ridge
 
 __all__ = ["Side", "inputs_with_ones", "largest_curvature", "prox_step", "residual", "spectral_step"]
@@ -50,7 +50,7 @@ def prox_step(problem: LocalProblem, side: Side = "auto") -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def spectral_step(problem: LocalProblem, rates: Sequence[float], side: Side = "auto") -> tuple[Tensor, Tensor | None]:
-    """Where gradient descent on the squared local problem stands after `len(rates)` steps, as `(ΔW, Δb)`.
+    """Gradient descent on the squared local problem after `len(rates)` steps, as `(ΔW, Δb)`.
 
         ΔW = −(γ G_w + M) h(AᵀA),   h ← h + rate·(1 − (s + c)·h) from 0;  equal rates: h(s) = (1 − (1 − rate·s)ᵀ)/s
 
@@ -78,7 +78,7 @@ def spectral_step(problem: LocalProblem, rates: Sequence[float], side: Side = "a
 
 @torch.no_grad()
 def largest_curvature(problem: LocalProblem) -> Tensor:
-    """The largest eigenvalue of `AᵀA + c I` over the groups, with the 1 of a bias: the squared loss's curvature."""
+    """The largest eigenvalue of `AᵀA + c I` over the groups, with a bias as an input of 1."""
     if _diagonal(problem):
         return _table(problem)[1].max() + problem.stiffness
     a = inputs_with_ones(problem)
@@ -87,7 +87,7 @@ def largest_curvature(problem: LocalProblem) -> Tensor:
 
 
 def _filter(s: Tensor, rates: Sequence[float], c: float) -> tuple[Tensor, Tensor]:
-    """`h(s)`, and its slope `(h(s) − h(0))/s` by a recursion of its own, which does not cancel."""
+    """`h(s)`, and `(h(s) − h(0))/s` by a separate recursion without cancellation."""
     h, h0, slope = torch.zeros_like(s), s.new_zeros(()), torch.zeros_like(s)
     for rate in rates:
         slope = slope - rate * ((s + c) * slope + h0)
@@ -96,13 +96,13 @@ def _filter(s: Tensor, rates: Sequence[float], c: float) -> tuple[Tensor, Tensor
 
 
 def _diagonal(problem: LocalProblem) -> bool:
-    """Whether `AᵀA` is diagonal by itself: a looked-up table, no bias."""
+    """Whether `AᵀA` is diagonal: a looked-up table without a bias."""
     return problem.indexed and problem.bias is None
 
 
 def _table(problem: LocalProblem) -> tuple[Tensor, Tensor]:
     """The gradient at the start `[1,O,I]`, and how often each row of the table was looked up, `[I]`."""
-    size_in, leaning = problem.weight.shape[-1], lean(problem)
+    size_in, leaning = problem.weight.shape[-1], pull_gradient(problem)
     g = contract(residual(problem), problem.a, size_in)
     counts = torch.bincount(problem.a, minlength=size_in).to(g.dtype)
     return g if leaning is None else g + leaning[0], counts
@@ -132,7 +132,7 @@ def inputs_with_ones(problem: LocalProblem) -> Tensor:
 
 def _squared_rows(problem: LocalProblem) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inputs `[K,R,I]`, `z − target` at the start `[K,R,O]`, and the quadratic terms' gradient `[K,O,I]` or None."""
-    leaning = lean(problem)
+    leaning = pull_gradient(problem)
     m = None if leaning is None else leaning[0]
     if leaning is not None and leaning[1] is not None:
         m = torch.cat((leaning[0], leaning[1].unsqueeze(-1)), -1)

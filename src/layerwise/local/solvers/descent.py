@@ -1,7 +1,7 @@
 """Iterative solvers of a local problem far beyond a few steps: conjugate gradient, Anderson, Newton.
 
-All see the problem through products with its rows alone, so they serve every layer and every matching loss, save that
-conjugate gradient takes the squared one. `W` and `b` are one vector here, `x = (W, b)`.
+All need products with the problem's rows alone, so they serve every layer and every matching loss; conjugate gradient
+needs the squared one. `W` and `b` are one vector, `x = (W, b)`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HALVINGS = 40
 
 
 class _Flat(NamedTuple):
-    """A problem over one vector: the movement `x − x₀` of weight and bias together."""
+    """A problem over one vector, the movement `x − x₀` of weight and bias."""
 
     problem: LocalProblem
 
@@ -64,7 +64,7 @@ class _Flat(NamedTuple):
             dz = product(problem.a, w)
             dz = dz if b is None else dz + b
             if not problem.transfer.is_squared:
-                # f = ∇F, so its Jacobian is symmetric: a backward product will do (forward mode knows no threads)
+                # f = ∇F has a symmetric Jacobian: a vector-Jacobian product serves (forward mode is not thread-safe)
                 (dz,) = torch.autograd.grad(y, z, dz, retain_graph=True)
             out = self.join(contract(dz, problem.a, w.shape[-1]), None if b is None else dz.sum(0))
             return out + held * v
@@ -75,7 +75,7 @@ class _Flat(NamedTuple):
 def _solve(curvature: Callable[[Tensor], Tensor], g: Tensor, iterations: int, tol: float) -> Tensor:
     """`−H⁻¹ g` by conjugate gradient from 0, until the residual is `tol` of `|g|`, or curvature runs out.
 
-    Along a direction without curvature the loss falls linearly: the solution has no part there.
+    Along a direction without curvature the loss is linear; the solution has no component there.
     """
     x, r = torch.zeros_like(g), -g
     largest, flat = 0.0, torch.finfo(g.dtype).eps ** (2 / 3)  # of the largest curvature met so far
@@ -122,7 +122,7 @@ def newton(
 
         H v = −∇,   H = Σ_r J_f(z_r) ⊗ a_r a_rᵀ + (c + damping) I,   x ← x + 2⁻ʲ v   with Armijo's rule for j
 
-    H is met through products alone, by conjugate gradient whose tolerance falls with the gradient (superlinear).
+    Conjugate gradient needs products with H alone; its tolerance falls with the gradient (superlinear).
     Stops after `iterations` steps, or where the gradient has fallen to `tol` times the first one. The loss is bounded
     below only for targets in the range of f or with a quadratic term. Source: Dembo, Eisenstat and Steihaug (1982).
     """
@@ -144,7 +144,7 @@ def newton(
             if new <= loss + 1e-4 * 0.5**j * fall:
                 x, loss = there, new
                 break
-        else:  # no step lowers the loss any more: rounding
+        else:  # no step lowers the loss: it is at rounding level
             break
         g = flat.gradient(x)
     return flat.split(x)
@@ -156,8 +156,8 @@ def anderson(problem: LocalProblem, steps: int = 20, memory: int = 5, tol: float
 
         x⁺ = x − τ∇ − (ΔX − τΔG) θ,   θ = argmin ‖∇ − ΔG θ‖,   τ = 1/(λ_max(AᵀA) max f' + c)
 
-    with the last differences of x and ∇ as columns of ΔX and ΔG. A step that would raise the local loss is a plain
-    one instead, and the memory starts anew: no step raises the loss. Raises BadInput where f' is unbounded.
+    with the last differences of x and ∇ as columns of ΔX and ΔG. A step that would raise the local loss is
+    replaced by a plain one, and the memory is cleared: no step raises the loss. Raises BadInput where f' is unbounded.
     Source: Anderson (1965), in the form of Walker and Ni (2011).
     """
     slope = problem.transfer.slope

@@ -1,4 +1,4 @@
-"""torch's fused Adam and SGD without what surrounds their kernels, which costs more than a small layer's step."""
+"""torch's fused Adam and SGD without the overhead around their kernels, which exceeds a small layer's step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["FusedAdam", "FusedSGD"]
 
 
 class _Fused(torch.optim.Optimizer):
-    """Steps of the same bits as `step`'s, by `ready`, for dense parameters of one type on one device."""
+    """An optimizer whose `ready()` has the bits of `step()`, for dense parameters of one type on one device."""
 
     _kept: tuple[str, ...]
     _shared: tuple[str, ...]
 
     def ready(self) -> Callable[[], None]:
-        """The step itself, without torch's hooks around it; the first one, which makes the state, is `step`'s.
+        """A step without torch's hooks; the first one, which makes the state, goes through `step`.
 
-        To be called under no_grad, and as long as the same parameters have gradients, in the same groups.
+        Call it under no_grad, with gradients on the same parameters in the same groups each time.
         """
         found: list[tuple[dict[str, Any], list[Tensor], list[list[Tensor]]]] = []
 
@@ -45,7 +45,7 @@ class _Fused(torch.optim.Optimizer):
         return [[state[key] for state in states] for key in self._kept]
 
     def _alike(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
-        """Parameters with a gradient, those of groups with equal numbers together."""
+        """Parameters with a gradient, grouped by equal settings."""
         found: list[tuple[dict[str, Any], list[Tensor]]] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -85,7 +85,7 @@ class FusedSGD(_Fused, torch.optim.SGD):
     _shared = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
     def ready(self) -> Callable[[], None]:
-        """As Adam's; without momentum there is no state, and the step is `step`'s."""
+        """As Adam's; without momentum there is no state, and `step` serves."""
         return super().ready() if all(group["momentum"] for group in self.param_groups) else self.step
 
     def _kernel(self, params: list[Tensor], grads: list[Any], kept: list[list[Tensor]], group: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Running moments of a layer's inputs and codes: what all batches so far ask of its weights, in constant memory."""
+"""AM-mem: a layer fitted to all batches so far through running moments of inputs and codes, in constant memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.local.problem import LocalProblem, lean
+from layerwise.local.problem import LocalProblem, pull_gradient
 from layerwise.local.solvers.closed import inputs_with_ones, residual
 from layerwise.operators.ridge import coordinate_descent, inverse, ridge
 from layerwise.tensors import is_finite
@@ -20,11 +20,11 @@ __all__ = ["Memory", "mairal"]
 
 Update = tuple[Tensor, Tensor | None]
 Forget = Callable[[int, int], float]
-Room = Callable[[Tensor], Tensor]  # how far a step may go, over the step
+StepBound = Callable[[Tensor], Tensor]  # the largest multiple of a step that may be taken
 
 
 def mairal(step: int, rows: int) -> float:
-    """What is kept of the memory at step t = 1, 2, ... under minibatches of η rows: early batches fade, late ones stay.
+    """The share β of the memory kept at step t with minibatches of η rows: early batches fade, late ones stay.
 
         β = (θ + 1 − η)/(θ + 1),   θ = tη for t < η,   η² + t − η beyond
 
@@ -35,7 +35,7 @@ def mairal(step: int, rows: int) -> float:
 
 
 class _System(NamedTuple):
-    """`W (A/n + λ I) = right`, or the step of it; λ₁ of the columns where |W|₁ counts."""
+    """The system `W (A/n + λ I) = right` for W or its step; l1: λ of |W|₁ by column."""
 
     w: Tensor
     seen: Tensor
@@ -52,13 +52,13 @@ class Memory:
         absolute:   B ← β B + Σ_r c_r a_rᵀ,   W ← (B/n) (A/n + λ I)⁻¹
         recentred:  W ← W − min(1, u) s (1/R) Σ_r (z_r − c_r) a_rᵀ (A/n + λ I)⁻¹,   s = min(1, gain·ρ)
 
-    `z` are the outputs at the present weights. Absolute codes are those that were, from weights that were. Recentring
-    takes `W A` for the old part of B: the present weights meet the old codes, and only the fresh residual moves them,
-    by its share ρ of the memory; forgetting is then the learning rate, and `gain` multiplies it.
+    `z` are the outputs at the present weights. The absolute form fits codes that were made at older weights. Recentring
+    replaces the old part of B by `W A`, which the present weights fit, so that only the new residual moves them, by its
+    share ρ of the memory: forgetting is the learning rate, and `gain` multiplies it.
 
-    Inputs that the memory has hardly seen are directions it hardly damps. u is where the batch's own squared error, a
-    parabola along the step, is again what it was: a step that would go beyond ends there, and takes a fresh inverse
-    first. Rare on a steady stream, it is what lets the stream change.
+    The memory hardly damps directions that it has hardly seen. u is where the batch's own squared error, a parabola
+    along the step, is again what it was before the step: longer steps take a fresh inverse, and end there. This is rare
+    on a steady stream, and lets the stream change.
 
     forget: β = 1 − forget, 0 never forgets; "mairal", the schedule of that name; or a function `(step, rows) -> β`.
     In the long run ρ is `forget`: 0.05 is a window of 20 batches, and with the default gain of 20 a batch then counts
@@ -93,7 +93,7 @@ class Memory:
             )
 
     def keeps(self, step: int, rows: int) -> float:
-        """β at step t = 1, 2, ... for a batch of so many rows; clipped to [0, 1]."""
+        """β at step t = 1, 2, ... for a batch of `rows` rows, clipped to [0, 1]."""
         if self.forget == "mairal":
             kept = mairal(step, rows)
         else:
@@ -101,14 +101,14 @@ class Memory:
         return min(max(float(kept), 0.0), 1.0)
 
     def __call__(self, problem: LocalProblem) -> Update:
-        """`(ΔW, Δb)` with a memory of this batch alone."""
+        """`(ΔW, Δb)` from this batch alone."""
         return self.step(problem, {})
 
     @torch.no_grad()
     def step(self, problem: LocalProblem, state: dict[str, Any], l1: float = 0.0, rate: float = 1.0) -> Update:
-        """`(ΔW, Δb)`, and new entries in a state, where what was there is replaced and never written on.
+        """`(ΔW, Δb)`; replaces entries of the state, never in place.
 
-        l1: λ of a term λ|W|₁ beside the squared errors' mean over rows. rate: what the update will be multiplied by.
+        l1: λ of a term λ|W|₁ beside the squared errors' mean over rows. rate: the factor the update will be taken with.
         """
         _check(self, problem, state, l1)
         a, delta = inputs_with_ones(problem), residual(problem).transpose(0, 1)  # [K,R,I], [K,R,O]
@@ -116,20 +116,20 @@ class Memory:
         kept = self.keeps(step, rows) * float(state.get("rows", 0.0))
         share = rows / (kept + rows)
         seen = _average(state.get("A"), a.mT, a, share)
-        w = _joined(problem)
+        w = _weight_and_bias(problem)
         fresh: dict[str, Any] = {"A": seen, "rows": kept + rows, "steps": step}
         diagonal = seen.diagonal(dim1=-2, dim2=-1)
-        if not is_finite(diagonal):  # bounds all other entries
+        if not is_finite(diagonal):  # the diagonal bounds all entries
             raise NonFinite(f"the moments of {step} batches are not finite")
         damping = self._ridge * diagonal.mean(-1) + problem.stiffness / rows
-        leaning = _leaning(problem)
+        leaning = _pull_gradient_with_bias(problem)
         sparse = _thresholds(w, l1, problem.bias is not None) if l1 else None
         if self.recentre:
             strength = min(1.0, self.gain * share)
             pull = (delta.mT @ a).mul_(-strength / rows)
             pull = pull if leaning is None else pull - leaning / rows
-            room = partial(_room, pull, a, strength, problem.stiffness, rate)
-            moved = self._recentred(_System(w, seen, pull, damping, sparse), room, state, fresh)
+            bound = partial(_largest_step, pull, a, strength, problem.stiffness, rate)
+            moved = self._recentred(_System(w, seen, pull, damping, sparse), bound, state, fresh)
         else:
             codes = w @ a.mT - delta.mT
             fresh["B"] = _average(state.get("B"), codes, a, share)
@@ -146,28 +146,28 @@ class Memory:
     def _ridge(self) -> float:
         return self.ridge if self.ridge is not None else 3.0 if self.recentre else 1e-4
 
-    def _recentred(self, asked: _System, room: Room, state: dict[str, Any], fresh: dict[str, Any]) -> Tensor:
+    def _recentred(self, asked: _System, bound: StepBound, state: dict[str, Any], fresh: dict[str, Any]) -> Tensor:
         if self.solve == "columns":
             moved = self._columns(asked)
         elif self.every == 1:
             moved = ridge(asked.seen, asked.right, asked.damping)
         else:
-            served = self._by_old_inverse(asked, room, state, fresh)
+            served = self._by_old_inverse(asked, bound, state, fresh)
             if served is not None:
                 return served
             fresh["inverse"], fresh["inverted"] = inverse(asked.seen, asked.damping), fresh["steps"]
             moved = asked.right @ fresh["inverse"]
-        return moved * room(moved).clamp(max=1)
+        return moved * bound(moved).clamp(max=1)
 
     def _by_old_inverse(
-        self, asked: _System, room: Room, state: dict[str, Any], fresh: dict[str, Any]
+        self, asked: _System, bound: StepBound, state: dict[str, Any], fresh: dict[str, Any]
     ) -> Tensor | None:
-        """None where a new one is due, after 1, 2, 4, ... steps and then every so many, or the step goes too far."""
+        """The step by the last inverse; None where it goes too far, or a new inverse is due."""
         made = int(state.get("inverted", 0))
         if not made or fresh["steps"] - made >= min(self.every, made):
             return None
         moved = asked.right @ state["inverse"]
-        if bool((room(moved) < 1).any()):
+        if bool((bound(moved) < 1).any()):
             return None
         fresh["inverse"], fresh["inverted"] = state["inverse"], made
         return moved
@@ -187,7 +187,7 @@ class Memory:
         return ridge(seen, right, damping)
 
 
-def _room(pull: Tensor, a: Tensor, strength: float, stiffness: float, rate: float, moved: Tensor) -> Tensor:
+def _largest_step(pull: Tensor, a: Tensor, strength: float, stiffness: float, rate: float, moved: Tensor) -> Tensor:
     """The u of a step D, `[K,1,1]`: `2 tr(Pᵀ D)/(rate (s |a Dᵀ|²/R + η |D|²/R))`, infinite where D does not descend.
 
     P is the descent of the batch's problem, s its squared errors' weight, and η that of its quadratic terms.
@@ -209,14 +209,14 @@ def _average(old: Tensor | None, left: Tensor, right: Tensor, share: float) -> T
     return torch.baddbmm(old, left, right, beta=1 - share, alpha=scale)
 
 
-def _joined(problem: LocalProblem) -> Tensor:
+def _weight_and_bias(problem: LocalProblem) -> Tensor:
     """Weight and bias as `[K,O,I']`."""
     return problem.weight if problem.bias is None else torch.cat((problem.weight, problem.bias.unsqueeze(-1)), -1)
 
 
-def _leaning(problem: LocalProblem) -> Tensor | None:
+def _pull_gradient_with_bias(problem: LocalProblem) -> Tensor | None:
     """The quadratic terms' gradient at the start, `[K,O,I']`."""
-    found = lean(problem)
+    found = pull_gradient(problem)
     if found is None or found[1] is None:
         return None if found is None else found[0]
     return torch.cat((found[0], found[1].unsqueeze(-1)), -1)

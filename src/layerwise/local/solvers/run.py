@@ -1,4 +1,4 @@
-"""One layer's local problem solved in place: here, in a thread, or in another process, with the same bits."""
+"""Solves one layer's local problem in place: in this thread, another one, or another process, with the same bits."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ __all__ = ["Task", "pickled", "solve", "solve_pickled", "take_result"]
 
 @dataclass(frozen=True)
 class Task:
-    """A problem with the parameters that its weights are views of, and their optimizer.
+    """A problem, the parameters of which its weights are views, and their optimizer.
 
-    params: the weight and, if it is fitted, the bias. rates: their groups' `lr`, by which a closed form's update is
-    multiplied. optimizer: of the local steps, None for another solver; kind: what makes one, from groups and `lr=`.
-    fold: from `[K,O,I]` to the weight's shape.
-    scale: multiplies the objective of local steps. state: that of a `Memory`, kept from batch to batch. l1: λ of
-    a term λ|W|₁ beside `scale` times the problem, by soft thresholds: of lr·λ after each local step, or in a
-    `Memory`'s columns.
+    params: the weight and, if it is fitted, the bias. rates: their groups' `lr`, the factor of a closed form's update.
+    optimizer: of local steps, None for another solver; kind: its class. fold: from `[K,O,I]` to the weight's shape.
+    scale: factor of the objective of local steps. state: of a `Memory`, kept from batch to batch. l1: λ of a term λ|W|₁
+    beside `scale` times the problem: a soft threshold of lr·λ after each local step, or in a `Memory`'s columns.
     """
 
     problem: LocalProblem

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import LocalProblem, contract, lean, predict
+from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient
 
 __all__ = [
     "Owned", "Schedule", "StepPlan", "Workspace", "constant", "linear_floor", "linear_steps", "local_steps",
@@ -42,7 +42,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._flat: dict[Any, Tensor] = {}
-        self._shaped: dict[Any, Tensor] = {}  # views of the buffers, and constants: making them costs more than a look
+        self._shaped: dict[Any, Tensor] = {}  # cached views of the buffers, and constants
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor of a shape, with the type and device of `like`."""
@@ -53,12 +53,12 @@ class Workspace:
             flat = self._flat.get(place)
             if flat is None or flat.numel() < size:
                 flat = self._flat[place] = torch.empty(size, dtype=like.dtype, device=like.device)
-                self._shaped.clear()  # lets go of what the buffer was before
+                self._shaped.clear()  # views keep the old buffer alive
             found = self._keep(key, flat[:size].view(shape))
         return found
 
     def constant(self, value: float, size: int, like: Tensor) -> Tensor:
-        """A vector of one number, not to be written on."""
+        """A read-only vector of one number."""
         key = (value, size, like.dtype, like.device)
         found = self._shaped.get(key)
         return self._keep(key, like.new_full((size,), value)) if found is None else found
@@ -131,9 +131,9 @@ def local_steps(
 ) -> None:
     """Take T steps of an optimizer on one layer's local problem, in place.
 
-    The optimizer owns the parameters, by default the problem's weight and bias themselves; its state lives on from
-    batch to batch. It may own other parameters if their `.grad` is None. Its rates, and the `.grad`s, are put back at
-    the end. Raises BadInput for an impossible form, or tensors that share no memory.
+    The optimizer owns the parameters, by default the problem's weight and bias themselves, and keeps its state from
+    batch to batch. It may own other parameters if their `.grad` is None. Rates and `.grad`s are restored at the end.
+    Raises BadInput for an impossible form, or tensors that share no memory.
     """
     weight, bias, fold = owned or Owned(problem.weight, problem.bias)
     _check_shared("weight", weight, problem.weight)
@@ -181,14 +181,14 @@ def linear_steps(
 def _stepping(
     optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int, schedule: Schedule
 ) -> Iterator[Callable[[int], None]]:
-    """A function that takes step t at the rate of the schedule; on exit the rates and `.grad`s are put back."""
+    """A function that takes step t at the schedule's rate; on exit rates and `.grad`s are restored."""
     rates = [group["lr"] for group in optimizer.param_groups]
     saved = [p.grad for p in params]
     advance: Callable[[], Any] | None = None
 
     def step(t: int) -> None:
         nonlocal advance
-        if advance is None:  # our own optimizers without what surrounds their kernels, found once for all steps
+        if advance is None:  # optimizers with `ready` skip torch's hooks
             advance = optimizer.ready() if hasattr(optimizer, "ready") else optimizer.step
         factor = schedule(t, steps)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -228,7 +228,7 @@ def _use_gram(problem: LocalProblem, form: Form, rows: int, steps: int) -> bool:
 
 
 class _Layer:
-    """A local problem laid out for plain matrix products: K in front, or dropped where it is 1."""
+    """A local problem in the layout of matrix products: K in front, or dropped where it is 1."""
 
     def __init__(self, problem: LocalProblem, workspace: Workspace, scale: float = 1.0) -> None:
         self.problem, self.workspace, self.scale = problem, workspace, scale
@@ -249,16 +249,16 @@ class _Layer:
         self.mul = torch.mm if self.single else torch.bmm
 
     def plain(self, steps: int, rows: int, offset: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Gradients of T steps from slices of rows; each is read before the next is made."""
+        """Yields the gradients of T steps from slices of rows; a later one overwrites an earlier one."""
         problem = self.problem
         total = problem.a.shape[0]
         factor, held = self.scale * total / rows, self.scale * problem.stiffness
         anchors = self._anchors() if held else ()
-        leaning = self._leaning()
+        leaning = self._pull_gradients()
         scratch = self.workspace.take("z", (*self.a.shape[:-2], rows, self.w.shape[-2]), self.a)
         parts = self._parts(rows) if offset == 0 and total % rows == 0 else None
         for t in range(steps):
-            cuts = [parts[t % len(parts)]] if parts else [self._cut(*r) for r in row_slices(total, rows, t, offset)]
+            cuts = [parts[t % len(parts)]] if parts else [self._range(*r) for r in row_slices(total, rows, t, offset)]
             for piece, (a, y, rest, g) in enumerate(cuts):
                 if t == 0 and g is not None:
                     delta, scale = g, problem.gamma * factor
@@ -271,13 +271,13 @@ class _Layer:
                 grad.add_(constant_part, alpha=self.scale)
             yield self.dw, self.db
 
-    def _cut(self, low: int, high: int) -> Cut:
+    def _range(self, low: int, high: int) -> Cut:
         """Inputs, targets, further terms and cotangents of a range of rows."""
         a, y, rest, g = (None if x is None else x[..., low:high, :] for x in (self.a, self.y, self.rest, self.g))
         return a, y, rest, g  # type: ignore[return-value]
 
     def _parts(self, rows: int) -> list[Cut]:
-        """All rows in equal cuts, by one call for each tensor: slicing costs as much as a small layer's products."""
+        """All rows in equal parts, by one `split` a tensor: slicing costs as much as a small layer's products."""
         count = self.problem.a.shape[0] // rows
         sizes = (rows,) * count
         columns = ((None,) * count if x is None else x.split_with_sizes(sizes, -2)
@@ -308,16 +308,16 @@ class _Layer:
             torch.sum(delta, -2, out=self.out_b).mul_(scale)
 
     def _anchors(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Per tensor: its gradient, the tensor, and a copy of where it starts."""
+        """Per tensor: its gradient, the tensor, and a copy of its start."""
         pairs = [(self.dw, self.problem.weight)]
         if self.db is not None and self.problem.bias is not None:
             pairs.append((self.db, self.problem.bias))
         return [(grad, now, self.workspace.take(f"start{n}", now.shape, now).copy_(now))
                 for n, (grad, now) in enumerate(pairs)]  # fmt: skip
 
-    def _leaning(self) -> list[tuple[Tensor, Tensor]]:
+    def _pull_gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Per tensor: its gradient, and the quadratic terms' gradient at the start."""
-        found = lean(self.problem) or (None, None)
+        found = pull_gradient(self.problem) or (None, None)
         return [(grad, part) for grad, part in zip((self.dw, self.db), found, strict=True)
                 if grad is not None and part is not None]  # fmt: skip
 
@@ -351,7 +351,7 @@ class _Layer:
 
 
 class _Table:
-    """A looked-up table's local problem, by its definition: the rows are indices, so a product is a look-up."""
+    """The local problem of a looked-up table: its rows are indices, so a product is a look-up."""
 
     def __init__(self, problem: LocalProblem, workspace: Workspace, scale: float = 1.0) -> None:
         self.problem, self.scale = problem, scale
@@ -360,7 +360,7 @@ class _Table:
 
     def plain(self, steps: int, rows: int, offset: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Gradients of T steps from slices of rows."""
-        problem, leaning = self.problem, lean(self.problem)
+        problem, leaning = self.problem, pull_gradient(self.problem)
         total, size_in, held = problem.a.shape[0], problem.weight.shape[-1], problem.stiffness
         starts = [t.clone() for t in (problem.weight, problem.bias) if held and t is not None]
         for t in range(steps):

@@ -80,7 +80,7 @@ class TFRMSProp(torch.optim.Optimizer):
         return state["mean_square"], state["momentum_buffer"]
 
     def _root(self, p: Tensor) -> Tensor:
-        """Scratch for a slice of a parameter, in its shape where it is one slice; all parameters share it."""
+        """Scratch for a slice of a parameter (in its shape, if it is one slice), shared by all parameters."""
         root = self._roots.get(id(p))
         if root is None or root.dtype != p.dtype:
             most = max(q.numel() for group in self.param_groups for q in group["params"])
@@ -102,9 +102,9 @@ class TFRMSProp(torch.optim.Optimizer):
         return loss
 
     def ready(self) -> Callable[[], None]:
-        """The step itself, without torch's hooks around it.
+        """A step without torch's hooks.
 
-        To be called under no_grad, and as long as the same parameters have gradients, in the same groups.
+        Call it under no_grad, with gradients on the same parameters in the same groups each time.
         """
         found = [(group, [(p, *self._state_of(p)) for p in group["params"] if p.grad is not None])
                  for group in self.param_groups]  # fmt: skip
@@ -133,7 +133,7 @@ class TFRMSProp(torch.optim.Optimizer):
 
 
 def _sliceable(tensors: tuple[Tensor, ...]) -> bool:
-    # Any dense layout will do, so long as the four agree: slices then run through memory in order.
+    # Any dense layout serves if the four agree: slices then read memory in order.
     strides = tensors[0].stride()
     agree = all(t.stride() == strides and t.dtype == tensors[0].dtype and not t.is_complex() for t in tensors)
     return agree and _dense(tensors[0])

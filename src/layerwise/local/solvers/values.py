@@ -27,7 +27,7 @@ __all__ = [
 
 Update = tuple[Tensor, Tensor | None]
 Solver = Callable[[LocalProblem], Update]
-# Squared losses lose by fewer rows a step, where those few would cost hardly less (benchmarks/training/defaults.py).
+# Fewer rows a step cost the squared loss accuracy and save nothing (benchmarks/training/defaults.py).
 _FEWEST = 100
 _SCHEDULES: dict[str, Schedule] = {"linear_floor": linear_floor, "constant": constant}
 
@@ -80,7 +80,7 @@ class LocalSteps:
         return max(share, _FEWEST) if problem.transfer.is_squared else share
 
     def __call__(self, problem: LocalProblem, lr: float | None = None) -> Update:
-        """The movement after T steps of a new optimizer at a rate, its own by default."""
+        """`(ΔW, Δb)` after T steps of a new optimizer at a rate, its own by default."""
         start = problem
         problem = replace(
             problem, weight=problem.weight.clone(), bias=None if problem.bias is None else problem.bias.clone()
@@ -213,7 +213,7 @@ def name_of(solver: Any) -> str:
 
 
 def _own_lr(make: Callable[..., torch.optim.Optimizer]) -> float:
-    """The rate that an optimizer has when nobody gives one."""
+    """The default rate of an optimizer."""
     try:
         found = make([{"params": [torch.zeros(1, 1)]}]).defaults["lr"]
         return float(found)

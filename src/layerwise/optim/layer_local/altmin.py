@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,60 @@ from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded, record
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.values import Solver
+from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.layer_local.base import LayerLocal
-from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, Settings, repeated, with_coupling
-from layerwise.optim.layer_local.coding import coded_layers, gauss_newton, hidden_uses, sparse, swept, weight_gradients
+from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, repeated, with_coupling
+from layerwise.optim.layer_local.coding import (
+    coded_layers,
+    gauss_newton,
+    hidden_uses,
+    samples_of,
+    sparse,
+    swept,
+    weight_gradients,
+)
 from layerwise.optim.layer_local.executors import Workers
-from layerwise.optim.layer_local.owners import Parallel, executor_over
+from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.layer_local.trace import Trace
-from layerwise.optim.layer_local.updates import check_group
+from layerwise.optim.layer_local.updates import CodeKind, CodeUpdate, Minibatch, WeightUpdate, check_group
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["AltMin"]
+__all__ = ["KEYWORDS", "AltMin", "AltMinWords"]
+
+KEYWORDS = Keywords(
+    {"code_update": CodeUpdate, "weight_update": WeightUpdate, "minibatch": Minibatch, "execution": Execution}
+)
+
+
+class AltMinWords(TypedDict, total=False):
+    """`CodeUpdate`, `WeightUpdate`, `Minibatch` and `Execution`, or their fields as keywords."""
+
+    code_update: CodeUpdate | None
+    weight_update: WeightUpdate | None
+    minibatch: Minibatch | None
+    execution: Execution | None
+    codes: CodeKind | None
+    coupling: float | Coupling | None
+    code_l1: float | None
+    code_step: CodeStep | None
+    multipliers: bool
+    weights: Literal["adam", "sgd", "memory"] | Solver | None
+    steps: int | None
+    rows: int | Literal["auto", "all"] | None
+    betas: tuple[float, float] | None
+    eps: float | None
+    momentum: float | None
+    l1: float | None
+    normalise: bool | None
+    regularizer: Regularizer | Sequence[Regularizer] | None
+    repeats: int
+    schedule: Literal["together", "async"]
+    staleness: int | None
+    reduction: Literal["mean", "sum"]
+    workers: Workers
+    parallel: Parallel
 
 
 class AltMin(LayerLocal):
@@ -43,31 +85,16 @@ class AltMin(LayerLocal):
     Args:
         model: an nn.Module, or a mapping of names to tensors.
         params: as for any torch optimizer, with names (`model.named_parameters()` or groups of it); default all.
-        codes: "jacobi" (default, `c = z − (B/μ) dL/dz` at once), "gauss-newton" (default of a memory), or "sweep".
-        weights: "adam" (default), "sgd", "memory" (AM-mem), a `lw.local.Memory`, or another solver of `lw.local`.
         lr: rate of the weight steps; a solver's update is multiplied by it.
-        coupling: μ, the same at every layer, in units of a sample's loss; a number, or a `lw.local.Coupling`.
-        steps: T local steps of a layer on a minibatch; default 2.
-        rows: rows of each local step, a number, "auto" (default) for R/T, or "all".
-        betas: of Adam.
-        eps: of Adam.
-        momentum: Nesterov's, of "sgd".
-        l1: λ of ‖W‖₁.
-        code_l1: λ of ‖c‖₁.
-        normalise: whether a layer's gradient is divided by its rows per sample.
-        regularizer: None, `Proximal`, `WeightDecay`, `Elastic`, a function, or several.
         layers: settings by pattern on parameter or module names; the first match wins.
-        code_step: a `lw.local.CodeStep`, how the codes of a sweep move.
-        repeats: full steps on each minibatch, with its random numbers.
-        multipliers: an augmented Lagrangian, `u ← u + c − W a` over the repeats of a minibatch; with codes="sweep".
-        workers: None, n threads, or ("process", n): how many layers are solved at once, with the same bits.
-        parallel: True or a process group: ranks with the same batch share the layers, with the same bits.
-        schedule: "together", or "async": layers are fitted to data of earlier minibatches, a simulation.
-        staleness: how many minibatches old at most, with schedule="async"; default 2.
         trace: a `lw.optim.Trace` to fill.
-        reduction: what the loss does over the samples, "mean" (B = dim 0 of the batch) or "sum" (B = 1).
         preset: "published" for the released program's settings.
         on_nonfinite: "skip" a batch with NaN or infinity and count it in `skipped`, or "raise" NonFinite.
+        code_update: a `CodeUpdate`, or its fields: codes, coupling, code_l1, code_step, multipliers.
+        weight_update: a `WeightUpdate`, or its fields: weights, steps, rows, betas, eps, momentum, l1, normalise,
+            regularizer.
+        minibatch: a `Minibatch`, or its fields: repeats, schedule, staleness, reduction.
+        execution: an `Execution`, or its fields: workers, parallel.
 
     More of each choice, and of parameters without a code: the AltMin page.
     Raises BadInput, UncoveredUse, Undefined (a sweep through a forward that depends on the codes), UnknownLoss and
@@ -75,47 +102,26 @@ class AltMin(LayerLocal):
     Source: Choromanska et al., "Beyond Backprop: Online Alternating Minimization with Auxiliary Variables" (2019).
     """
 
+    @KEYWORDS.spelled_out(AltMinWords)
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
         params: Iterable[Any] | None = None,
         *,
-        codes: Literal["jacobi", "gauss-newton", "sweep"] | None = None,
-        weights: Literal["adam", "sgd", "memory"] | Solver | None = None,
         lr: float | None = None,
-        coupling: float | Coupling | None = None,
-        steps: int | None = None,
-        rows: int | Literal["auto", "all"] | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
-        momentum: float | None = None,
-        l1: float | None = None,
-        code_l1: float | None = None,
-        normalise: bool | None = None,
-        regularizer: Regularizer | Sequence[Regularizer] | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
-        code_step: CodeStep | None = None,
-        repeats: int = 1,
-        multipliers: bool = False,
-        workers: Workers = None,
-        parallel: Parallel = None,
-        schedule: Literal["together", "async"] = "together",
-        staleness: int | None = None,
         trace: Trace | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
         preset: Literal["published"] | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        **words: Unpack[AltMinWords],
     ) -> None:
-        settings = Settings(
-            codes=codes, weights=weights, lr=lr, coupling=coupling, steps=steps, rows=rows, betas=betas, eps=eps,
-            momentum=momentum, l1=l1, code_l1=code_l1, normalise=normalise, regularizer=regularizer, layers=layers,
-            code_step=code_step, repeats=repeats, multipliers=multipliers, schedule=schedule, staleness=staleness,
-            trace=trace, reduction=reduction, preset=preset,
-        )  # fmt: skip
-        self._fitter = fitter = CodeFitter(settings, list(named_parameters_of(model)))
+        refuse_unknown(AltMin.__init__, words)
+        codes, weights, minibatch, execution = KEYWORDS.values(words).values()
+        names = list(named_parameters_of(model))
+        self._fitter = fitter = CodeFitter(codes, weights, minibatch, names, lr, layers, trace, preset)
         self._proofs: dict[Any, bool] = {}
-        executor = executor_over(parallel, workers)
-        super().__init__(model, params, fitter.defaults, on_nonfinite, executor, fitter.said, fitter.updates.numbers)
+        said, numbers = fitter.said, fitter.updates.numbers
+        super().__init__(model, params, fitter.defaults, on_nonfinite, executor_over(execution), said, numbers)
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_group(group)
@@ -145,7 +151,7 @@ class AltMin(LayerLocal):
     def _attempt(
         self, closure: Callable[[], Tensor], buffers: Buffers, refit: bool = False
     ) -> tuple[Tensor, str | None]:
-        """Record a run with codes, and fit the layers to them; go back where a solution is not finite."""
+        """Record a run with codes, and fit the layers to them; roll back where a solution is not finite."""
         fitter, coded = self._fitter, self._record(closure)
         run, fitting = coded.run, self._fitting(coded.run)
         where = self._agreed(run, unsafe(run, partial(fitter.gamma, fitting)) or buffers.spoiled())
@@ -187,14 +193,14 @@ class AltMin(LayerLocal):
             params = {layer.name: layer.parameter for layer in layers}
             found = torch.autograd.grad(coded.loss, list(params.values()), retain_graph=True, allow_unused=True)
             slopes = {name: g for name, g in zip(params, found, strict=True) if g is not None}
-        terms = self._fitter.terms(groups, coded.samples)
+        terms = self._fitter.terms(groups, samples_of(coded))
         run, codes = swept(coded, layers, terms, self._fitter.code_step, self._ours)
         return Coded(run, codes, lambda: slopes)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def local_state_dict(self) -> dict[str, Any]:
-        """torch's, with names, the number of skipped batches, running averages, and what stale layers have heard."""
+        """As `LayerLocal.local_state_dict`, with the minibatches that stale layers may still be fitted to."""
         return {**super().local_state_dict(), **self._fitter.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

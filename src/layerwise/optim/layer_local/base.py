@@ -1,4 +1,4 @@
-"""What the layer-local optimizers share: one recorded run a step, from which every layer is fitted."""
+"""Base of the layer-local optimizers: a step records one run of the closure and fits every layer to it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Rates = Callable[[Mapping[str, Any]], tuple[Any, dict[str, Any]]]
 
 @dataclass
 class Fitting:
-    """The layers of a recorded run being fitted: the parameters' groups and state, and what lasts from step to step.
+    """A recorded run with the parameters' groups and optimizer state, from which its layers are fitted.
 
     groups: by id of the parameter. optimizers: the layers' own, by kind and parameters. averages: the running averages
     of parameters before the step, by name; new_averages: after it.
@@ -45,17 +45,17 @@ class Fitting:
     new_averages: dict[str, Tensor] = field(default_factory=dict)
 
     def params(self, layer: Layer) -> list[Tensor]:
-        """A layer's weight and, if it is fitted, its bias."""
+        """A layer's weight, and its bias where that is fitted."""
         return [self.run.tape.parameters[name] for name in layer.names]
 
     def group(self, name: str) -> dict[str, Any]:
-        """The group of a parameter of ours."""
+        """The parameter group of a parameter, by name."""
         return self.groups[id(self.run.tape.parameters[name])]
 
     def local_optimizer(self, params: list[Tensor], rates: Rates) -> tuple[Any, torch.optim.Optimizer]:
-        """The optimizer of a layer's parameters, kept from step to step, with our state and present settings.
+        """The class of a layer's local optimizer, and the instance, kept from step to step, with the present settings.
 
-        Also its kind, which makes another one. rates: the kind and its settings from a parameter group.
+        rates: the class and its settings from a parameter group.
         """
         owner = self.groups[id(params[0])]
         kind, settings = rates(owner)
@@ -71,7 +71,7 @@ class Fitting:
 
     @torch.no_grad()
     def pull(self, layer: Layer, term: Regularizer, gamma: float) -> Pull:
-        """A regularizer's term for a layer; moves the running averages that it asks for."""
+        """A regularizer's term for a layer; updates the running averages that it asks for."""
         matrix = layer.matrix()
         shape = matrix.shape[:2]
         params = [p.detach() for p in self.params(layer)]
@@ -87,21 +87,21 @@ class Fitting:
         return term(matrix, bias, gamma, average)
 
     def snapshot(self, layers: Sequence[Layer], replaced: Collection[str] = ()) -> Snapshot:
-        """Of the layers' parameters and of those without a layer, with their state. replaced: as of a `Snapshot`."""
+        """A snapshot of all parameters that the step moves. replaced: as for `Snapshot`."""
         names = [name for layer in layers for name in layer.names] + list(self.run.gradients)
         return Snapshot(((name, self.run.tape.parameters[name]) for name in names), self.state, replaced)
 
     def gradient_jobs(self, move: Callable[[str, Tensor, Tensor], None]) -> list[GradientJob]:
-        """A job for each parameter outside the layers. move: by its name, itself and its gradient."""
+        """A job for each parameter outside the layers. move: called with its name, itself and its gradient."""
         params = self.run.tape.parameters
         return [GradientJob({name: params[name]}, g.numel, partial(move, name, params[name], g))
                 for name, g in self.run.gradients.items()]  # fmt: skip
 
 
 def solved(solve: Callable[[], None], snapshot: Snapshot | None, executor: Executor) -> str | None:
-    """Solve, and return None; or put everything back, and return the place that is not finite.
+    """Solve, and return None; or restore the snapshot, and return the first tensor that is not finite.
 
-    snapshot: to go back to, where a finite batch may have a solution that is not finite.
+    snapshot: None where a finite batch always has a finite solution.
     """
     try:
         solve()
@@ -120,12 +120,10 @@ def solved(solve: Callable[[], None], snapshot: Snapshot | None, executor: Execu
 class LayerLocal(NamedOptimizer):
     """Base of optimizers that fit each layer to a local target from one run of the model.
 
-    A batch with NaN or infinity in its loss, activations or cotangents, or whose gradients overflow, changes no
-    parameter, no state and no buffer: it is counted in `skipped`, or raises NonFinite with `on_nonfinite="raise"`.
-    A closure that raises leaves everything as it was, too. A layer whose bias is in another group than its
-    weight takes rates from both, and the rest from the weight's.
-    executor: who solves the layers. choices: settings that all processes must have alike. patterns: the numbers that
-    parameters with matching names have in groups of their own.
+    Activations, cotangents and gradients that overflow count as a batch with NaN or infinity. A layer whose bias is in
+    another group than its weight takes rates from both, and the rest from the weight's.
+    executor: solves the layers. choices: settings that must be equal in all processes. patterns: numbers by name
+    pattern, for parameter groups of their own.
     """
 
     def __init__(
@@ -154,7 +152,7 @@ class LayerLocal(NamedOptimizer):
     # -- groups ----------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; parameters that `layers` gives numbers of their own go into groups of their own."""
+        """As torch's; parameters for which `layers` has numbers get groups of their own."""
         names = {id(p): name for name, p in named_parameters_of(self._model).items()}
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
@@ -173,11 +171,11 @@ class LayerLocal(NamedOptimizer):
     # -- a step --------------------------------------------------------------------------------------------
 
     def _fitting(self, run: Recorded) -> Fitting:
-        """What fitting the layers of a run reads and writes."""
+        """A `Fitting` of this optimizer's groups and state."""
         return Fitting(run, self._group_at, self.state, self._local, self._averages)
 
     def _agreed(self, run: Recorded, where: str | None) -> str | None:
-        """The place that forbids a step, here or in any process that takes it with us."""
+        """The first reason to skip the step, in this process or another that takes part; None where there is none."""
         return self._executor.agreed(where, run.loss, lambda: self._facts(run), self._tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -185,7 +183,7 @@ class LayerLocal(NamedOptimizer):
         return {**named_parameters_of(self._model), **buffers}
 
     def _facts(self, run: Recorded) -> dict[str, str]:
-        """What is the same in every process that takes this step with us."""
+        """Descriptions that must be equal in all processes that take part in a step."""
         first = run.tape.first
         return {
             "the batch": "none" if first is None else f"{first.dtype} {tuple(first.shape)}",
@@ -204,9 +202,9 @@ class LayerLocal(NamedOptimizer):
     # -- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the names of the parameters, the number of skipped batches, and running averages by name.
+        """torch's, with names, the number of skipped batches, and running averages by name.
 
-        Over ranks all of them call it, and each gets the whole state, fetched from the layers' owners.
+        With several ranks a collective: each gets the whole state from the layers' owners.
         """
         mine: Any = self.state
         ours = {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
@@ -218,7 +216,7 @@ class LayerLocal(NamedOptimizer):
             self.state = mine
 
     def local_state_dict(self) -> dict[str, Any]:
-        """As `state_dict`, without a message: over ranks it lacks the state of layers that others own."""
+        """As `state_dict`, without communication: the state of layers that other ranks own is missing."""
         return {**super().state_dict(), "averages": dict(self._averages)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
-"""What a user chose for each layer: loss, target, regularizers and solver, by patterns on parameter names."""
+"""Settings of LocoProp: the values of its keywords, and the choices of single layers by patterns on names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from layerwise.errors import BadInput
 from layerwise.local.regularizers import Regularizer
@@ -12,10 +13,55 @@ from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
 from layerwise.local.targets import GradientStep, Target
 from layerwise.local.transfer import Transfer
 
-__all__ = ["NUMBERS", "Choice", "Choices", "check_patterns", "first_match", "implied", "matches", "several"]
+__all__ = [
+    "NUMBERS", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "check_patterns", "first_match", "implied",
+    "matches", "several",
+]  # fmt: skip
 
 NUMBERS = ("lr", "gamma", "steps", "rows", "decay", "momentum", "eps")
 VALUES = ("loss", "target", "regularizer", "solver")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What `LocoProp` fits each layer to; None: the preset's, or the default.
+
+    loss: "matching", "squared", or a transfer function of `lw.local` whose matching loss is taken.
+    target: `GradientStep` (default), `Mirror`, or a function `(z, g, transfer) -> y`.
+    gamma: γ, against the gradient of the loss as written; default 10.
+    regularizer: None, `Proximal`, `WeightDecay`, `Elastic`, a function, or several.
+    Raises BadInput for a gamma beside a target with another one.
+    """
+
+    loss: Literal["matching", "squared"] | Transfer | None = None
+    target: Target | None = None
+    gamma: float | None = None
+    regularizer: Regularizer | Sequence[Regularizer] | None = None
+
+    def __post_init__(self) -> None:
+        theirs = getattr(self.target, "gamma", None)
+        if self.gamma is not None and theirs not in (None, self.gamma):
+            raise BadInput(f"target={self.target} has another gamma than gamma={self.gamma}: give one of the two")
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """How `LocoProp` moves a layer's weights towards its target; None: the preset's, the solver's, or the default.
+
+    solver: `LocalSteps` (default), another solver of `lw.local`, or a function `problem -> (ΔW, Δb)`.
+    steps: T local steps, default 10, at the rate `lr·max(1 - t/T, 1/4)`.
+    rows: rows of each local step, a number, "auto" for R/T, or "all".
+    decay: of TFRMSProp's mean square.
+    momentum: of TFRMSProp; default 0.99 with the matching loss, 0.999 with the squared one.
+    eps: of TFRMSProp.
+    """
+
+    solver: Solver | None = None
+    steps: int | None = None
+    rows: int | Literal["auto", "all"] | None = None
+    decay: float | None = None
+    momentum: float | None = None
+    eps: float | None = None
 
 
 class Choice(NamedTuple):
@@ -31,7 +77,7 @@ class Choice(NamedTuple):
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern is that of a parameter's name, or of the name of a module that holds it."""
+    """Whether a pattern matches a parameter's name, or the name of a module that holds it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
@@ -41,7 +87,7 @@ def first_match(patterns: Sequence[str], name: str) -> str | None:
 
 
 def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str], names: Sequence[str]) -> None:
-    """Raise BadInput for settings by pattern with other keys, or with a pattern that no parameter's name matches."""
+    """Raise BadInput for unknown keys of `layers=`, and for a pattern that no parameter's name matches."""
     for pattern, settings in layers.items():
         unknown = sorted(set(settings) - set(keys))
         if unknown:
@@ -52,7 +98,7 @@ def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str],
 
 
 def several(method: str, regularizer: Any) -> tuple[Regularizer, ...]:
-    """One regularizer or a sequence of them, as a tuple. Raises BadInput for what is none."""
+    """One regularizer or a sequence of them, as a tuple. Raises BadInput for anything else."""
     terms = tuple(regularizer) if isinstance(regularizer, Sequence) else (regularizer,)
     form = "(weight, bias, gamma, average) -> Pull, or a sequence of such"
     return tuple(_callable(method, "regularizer", t, form) for t in terms)
@@ -62,8 +108,7 @@ class Choices:
     """The choices of all layers: a default, and `layers`, a mapping of patterns to settings; the first match wins.
 
     names: of the model's parameters. rates: the default rate of TFRMSProp, by loss. numbers: the settings of parameter
-    groups, by pattern. Raises BadInput for a value of the wrong kind, an unknown key,
-    or a pattern that no parameter matches.
+    groups, by pattern. Raises BadInput for a value of the wrong kind, and as `check_patterns`.
     """
 
     def __init__(self, default: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], names: Sequence[str],
@@ -106,7 +151,7 @@ class Choices:
 
 
 def implied(choice: Choice, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers that a given solver or target brings along."""
+    """The numbers of a parameter group that a given solver or target sets."""
     found: dict[str, Any] = {}
     if settings.get("solver") is not None:
         solver = choice.solver
@@ -121,7 +166,7 @@ def implied(choice: Choice, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choice(base: Choice, settings: Mapping[str, Any]) -> Choice:
-    """A choice with the values that settings give."""
+    """A choice with the values of settings in the place of its own."""
     loss, target = settings.get("loss"), settings.get("target")
     if isinstance(loss, Transfer):
         base = base._replace(transfer=loss)

@@ -1,9 +1,8 @@
-"""Layers fitted to codes: what alternating minimization does after the codes of a run are known."""
+"""Layers fitted to codes: the weight updates of alternating minimization."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,64 +25,37 @@ from layerwise.optim.layer_local.base import Fitting, solved
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
 from layerwise.optim.layer_local.snapshot import Snapshot
 from layerwise.optim.layer_local.stale import Stale
-from layerwise.optim.layer_local.updates import DEFAULTS, Update, Updates, check_run, fused, rate_of, rates_of, share
+from layerwise.optim.layer_local.trace import Trace
+from layerwise.optim.layer_local.updates import (
+    DEFAULTS,
+    CodeUpdate,
+    Minibatch,
+    Update,
+    Updates,
+    WeightUpdate,
+    fused,
+    rate_of,
+    rates_of,
+    share,
+)
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["CodeFitter", "Coded", "Settings", "repeated", "settings_of", "with_coupling"]
+__all__ = ["CodeFitter", "Coded", "repeated", "with_coupling"]
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
 }
-_NUMBERS = ("codes", "lr", "coupling", "steps", "rows", "betas", "eps", "momentum", "l1", "code_l1", "normalise")
-_ALIKE = ("weights", "codes", "layers", "code_step", "repeats", "regularizer", "multipliers", "schedule", "staleness",
-          "reduction")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The keywords of `AltMin` as one value; None where it has a default that depends on others."""
-
-    codes: Any = None
-    weights: Any = None
-    lr: float | None = None
-    coupling: float | Coupling | None = None
-    steps: int | None = None
-    rows: Any = None
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
-    momentum: float | None = None
-    l1: float | None = None
-    code_l1: float | None = None
-    normalise: bool | None = None
-    regularizer: Any = None
-    layers: Mapping[str, Mapping[str, Any]] | None = None
-    code_step: CodeStep | None = None
-    repeats: int = 1
-    multipliers: bool = False
-    schedule: str = "together"
-    staleness: int | None = None
-    trace: Any = None
-    reduction: str = "mean"
-    preset: str | None = None
-
-
-def settings_of(given: Mapping[str, Any]) -> Settings:
-    """Keywords of `AltMin` as a value. Raises TypeError as it does for one that it does not have."""
-    unknown = [key for key in given if key not in {field.name for field in fields(Settings)}]
-    if unknown:
-        raise TypeError(f"AltMin.__init__() got an unexpected keyword argument {unknown[0]!r}")
-    return Settings(**given)
 
 
 def with_coupling(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of a parameter group, those of a `Coupling` in place of it."""
+    """A parameter group with a `Coupling` replaced by its numbers."""
     coupling = group.get("coupling")
     return {**group, **(coupling.numbers() if isinstance(coupling, Coupling) else {})}
 
 
 class Coded(NamedTuple):
-    """A run with codes: at every use with one, the cotangent is `−1/γ` times what the code moved by, γ = B/μ.
+    """A run with codes: at every use with one, the cotangent is `−1/γ` times the displacement of the code, γ = B/μ.
 
     codes: those of a sweep, by use index. slopes: the gradients of the layers' weights by backpropagation.
     """
@@ -96,30 +68,37 @@ class Coded(NamedTuple):
 class CodeFitter:
     """Fits layers to their codes, for `AltMin` and for a stage of a `Pipeline`.
 
-    defaults: the numbers of a parameter group. said: the settings that all processes must have alike. Raises BadInput
-    for settings that cannot be.
+    defaults: the numbers of a parameter group. said: the settings that must be equal in all processes. Raises BadInput.
     """
 
-    def __init__(self, settings: Settings, names: Sequence[str]) -> None:
-        if settings.preset is not None and settings.preset not in _PRESETS:
-            raise BadInput(f"AltMin knows the presets {', '.join(_PRESETS)}; got {settings.preset!r}")
-        if settings.reduction not in ("mean", "sum"):
-            raise BadInput(f'AltMin\'s reduction is "mean" or "sum"; got {settings.reduction!r}')
-        preset = dict(_PRESETS[settings.preset]) if settings.preset else {}
-        weights = preset.pop("weights", "adam") if settings.weights is None else settings.weights
-        self.updates = Updates(weights, settings.regularizer, settings.layers or {}, names)
+    def __init__(
+        self, codes: CodeUpdate, weights: WeightUpdate, minibatch: Minibatch, names: Sequence[str], lr: float | None,
+        layers: Mapping[str, Mapping[str, Any]] | None, trace: Trace | None, preset: str | None,
+    ) -> None:  # fmt: skip
+        if preset is not None and preset not in _PRESETS:
+            raise BadInput(f"AltMin knows the presets {', '.join(_PRESETS)}; got {preset!r}")
+        chosen = {"weights": "adam", **(_PRESETS[preset] if preset else {})}
+        way = chosen["weights"] if weights.weights is None else weights.weights
+        self.updates = Updates(way, weights.regularizer, layers or {}, names)
         kind = self.updates.default.kind
-        given = {key: value for key in _NUMBERS if (value := getattr(settings, key)) is not None}
-        chosen = {**DEFAULTS[kind], "lr": rate_of(self.updates.default), "weights": kind, **preset, **given}
+        if kind != chosen["weights"]:
+            chosen.pop("lr", None)  # which is the other kind's
+        said = {**vars(codes), **vars(weights), **vars(minibatch)}
+        given = {key: value for key, value in {**said, "lr": lr}.items() if key in DEFAULTS[kind] and value is not None}
+        chosen = {**DEFAULTS[kind], "lr": rate_of(self.updates.default), **chosen, **given, "weights": kind}
         self.codes = chosen.pop("codes")
         self.defaults = with_coupling(chosen)
-        self.said = {key: getattr(settings, key) for key in _ALIKE} | {"codes": self.codes}
-        check_run(self.codes, settings.repeats, settings.multipliers, settings.schedule, settings.staleness)
-        self.code_step = settings.code_step if settings.code_step is not None else CodeStep()
-        self.repeats, self.trace, self._reduction = settings.repeats, settings.trace, settings.reduction
-        self.multipliers: dict[int, Tensor] | None = {} if settings.multipliers else None
-        staleness = 2 if settings.staleness is None else settings.staleness
-        self.stale = Stale(staleness) if settings.schedule == "async" else None
+        self.said = {**said, "codes": self.codes, "layers": layers}
+        if codes.multipliers and (self.codes != "sweep" or minibatch.repeats < 2):
+            raise BadInput(
+                'multipliers belong to the samples of a minibatch: they need codes="sweep" and repeats ≥ 2 (codes made '
+                f"from the outputs at once cancel them); got codes={self.codes!r}, repeats={minibatch.repeats}"
+            )
+        self.code_step = CodeStep() if codes.code_step is None else codes.code_step
+        self.repeats, self.trace, self._reduction = minibatch.repeats, trace, minibatch.reduction
+        self.multipliers: dict[int, Tensor] | None = {} if codes.multipliers else None
+        staleness = 2 if minibatch.staleness is None else minibatch.staleness
+        self.stale = Stale(staleness) if minibatch.schedule == "async" else None
 
     # -- the numbers of the objective --------------------------------------------------------------------------
 
@@ -150,9 +129,9 @@ class CodeFitter:
         self, fitting: Fitting, coded: Coded, layers: Sequence[Layer], snapshot: Snapshot | None, executor: Executor,
         refit: bool = False,
     ) -> str | None:  # fmt: skip
-        """Fit layers to their codes; or move nothing, and return the place that is not finite.
+        """Fit layers to their codes, and return None; or move nothing, and return the first tensor that is not finite.
 
-        snapshot: to go back to. refit: whether these layers alone move, and nothing is noted.
+        snapshot: to roll back to. refit: only these layers move, without staleness or trace.
         """
         stale = None if refit else self.stale
         trace = self.trace if self.trace is not None and self.trace.due() and not refit else None
@@ -177,7 +156,9 @@ class CodeFitter:
             return where
         self._raise_multipliers(layers, coded.codes)
         if trace is not None:
-            has_code = {layer.name: layer.likelihood is None or not self._steps(fitting, layer) for layer in layers}
+            has_code = {
+                layer.name: layer.likelihood is None or not self._has_local_steps(fitting, layer) for layer in layers
+            }
             after = {layer.name: layer.parameter.detach() for layer in layers}
             trace.note(before, after, coded.slopes(), {n: (made[n], outputs[n], has_code[n]) for n in made})
         if self.trace is not None and not refit:
@@ -185,21 +166,21 @@ class CodeFitter:
         return None
 
     def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:
-        """Makes the local problem of a layer; its gradient times 1/γ is that of the relaxed objective.
+        """A function that makes a layer's local problem, whose gradient is γ times the relaxed objective's.
 
         A hidden layer has γ = B/μ and the squared loss; the layer that makes a loss's logits has the loss itself,
         which is its matching loss with γ = 1/w for terms of one weight w.
         """
         gamma, transfer = self.gamma(fitting, layer.name), IDENTITY
-        if self._steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
+        if self._has_local_steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
             weight = layer.likelihood.uniform_weight()
             if weight:
                 gamma, transfer = 1 / weight, layer.transfer
         pulls = tuple(fitting.pull(layer, term, gamma) for term in self._update(fitting, layer).regularizers)
         return partial(problem_of, fitting.run, layer, gamma, transfer, pulls=pulls)
 
-    def _steps(self, fitting: Fitting, layer: Layer) -> bool:
-        """Whether a layer takes local steps, which fit an output layer to the loss itself."""
+    def _has_local_steps(self, fitting: Fitting, layer: Layer) -> bool:
+        """Whether a layer takes local steps; an output layer then descends the loss itself."""
         solver = self._update(fitting, layer).solver
         return solver is None or isinstance(solver, LocalSteps)
 
@@ -214,7 +195,7 @@ class CodeFitter:
         return LayerJob(params, cost, lambda: self._task(fitting, layer, problem()))
 
     def _task(self, fitting: Fitting, layer: Layer, problem: LocalProblem) -> Task:
-        """A layer's problem with its solver and, for local steps, its optimizer."""
+        """A layer's problem with its solver, and its optimizer for local steps."""
         params, groups = fitting.params(layer), [fitting.group(name) for name in layer.names]
         group, scale = groups[0], 1 / problem.gamma
         solver: Solver | None = self._update(fitting, layer).solver
@@ -230,17 +211,17 @@ class CodeFitter:
         return Task(problem, solver, params, rates, optimizer, layer.fold, scale, state, float(group["l1"]), kind)
 
     def _step_along(self, fitting: Fitting, name: str, p: Tensor, g: Tensor) -> None:
-        """T steps along the gradient, for a parameter without a code."""
+        """Take T steps along the gradient, for a parameter without a code."""
         _, optimizer = fitting.local_optimizer([p], partial(self._rates, name, [p]))
         linear_steps(p, g, optimizer, fitting.group(name)["steps"], schedule=constant)
 
     def _rates(self, name: str, params: Sequence[Tensor], group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The kind of local optimizer that a layer has, and its settings from a group."""
+        """The class of a layer's local optimizer, and its settings from a group."""
         kind, settings = rates_of(self.updates.of(name, group), group)
         return fused(kind, params), settings
 
     def snapshot(self, fitting: Fitting, layers: Sequence[Layer]) -> Snapshot | None:
-        """Copies to go back to, where a finite batch may have a solution that is not finite."""
+        """A snapshot to roll back to, or None where a finite batch always has a finite solution."""
         updates = {layer.name: self._update(fitting, layer) for layer in layers}
         if all(update.solver is None and not update.regularizers for update in updates.values()):
             return None
@@ -260,7 +241,7 @@ class CodeFitter:
     # -- state -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What stale layers have heard, for `state_dict`."""
+        """For `state_dict`: the minibatches kept for stale layers."""
         return {} if self.stale is None else {"stale": self.stale.state()}
 
     def restore(self, state_dict: Mapping[str, Any], model: nn.Module | Mapping[str, Tensor]) -> None:
@@ -272,7 +253,7 @@ class CodeFitter:
 def repeated(
     optimizer: NamedOptimizer, fitter: CodeFitter, model: nn.Module | Mapping[str, Tensor], once: Callable[[], Tensor]
 ) -> Tensor:
-    """The step `once`, repeated on its minibatch with the same random numbers; then μ grows. Returns the first loss."""
+    """Repeat the step `once` on its minibatch with the same random numbers, then let μ grow. Returns the first loss."""
     skipped = optimizer.skipped
     fitter.multipliers = None if fitter.multipliers is None else {}
     random = None

@@ -1,6 +1,6 @@
-"""Runs of a closure with codes: what each layer is fitted to, as cotangents of the relaxed objective.
+"""Runs of a closure with codes, recorded as cotangents of the relaxed objective.
 
-At every use with a code, `c + u − z` is `−γ` times the cotangent, with γ = B/μ: one form for all ways to move codes.
+At every use with a code, `c + u − z` is `−γ` times the cotangent, with γ = B/μ, however the codes moved.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.graph.coverage import prove
+from layerwise.graph.samples import count
 from layerwise.local.codes.code_step import CodeStep, Terms, sweep
 from layerwise.local.codes.gauss_newton import damped_cotangents, pulled_roots
 from layerwise.local.layers.kinds import Kinds
@@ -25,7 +26,16 @@ from layerwise.replay.state import check_loss
 from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, is_finite
 
-__all__ = ["coded_layers", "gauss_newton", "hidden_uses", "recorded_on_codes", "sparse", "swept", "weight_gradients"]
+__all__ = [
+    "coded_layers",
+    "gauss_newton",
+    "hidden_uses",
+    "recorded_on_codes",
+    "samples_of",
+    "sparse",
+    "swept",
+    "weight_gradients",
+]
 
 Ours = Callable[[Tensor], bool]
 
@@ -37,9 +47,9 @@ def gauss_newton(
     gamma: Callable[[Any, str], float],
     kinds: Kinds | None = None,
 ) -> tuple[Recorded, Recorded]:
-    """A run with damped Gauss-Newton cotangents, and the same with those of the loss. A backward call is left out.
+    """A run with damped Gauss-Newton cotangents, and the same run with the loss's own.
 
-    gamma: γ of a run and a layer's name. Raises as `pulled_roots`.
+    gamma: γ of a run and a layer's name. Backward calls of the closure are left out. Raises as `pulled_roots`.
     """
     tape = Tape(model, lambda tape, total, weight, run: None, keep_outputs=True, crosses=True)
     with tape, torch.enable_grad():
@@ -53,7 +63,7 @@ def gauss_newton(
 
 @torch.no_grad()
 def weight_gradients(run: Recorded) -> dict[str, Tensor]:
-    """The gradients of the layers' weights, from the cotangents of a run."""
+    """The gradients of the layers' weights by name, from the cotangents of a run."""
     found = {}
     for layer in run.layers:
         g = layer.join([part.rows(run.cotangents[part.use.index]) for part in layer.parts])
@@ -76,7 +86,7 @@ def sparse(recorded: Recorded, gamma: Callable[[str], float], threshold: Callabl
 
 
 def hidden_uses(coded: CodedModel, layers: list[Layer]) -> dict[int, Layer]:
-    """The uses that carry codes, with their layers: those whose output another layer reads."""
+    """The uses that carry codes, those whose output another layer reads, with their layers."""
     every = {part.use.index: layer for layer in layers for part in layer.parts}
     readers = coded.consumers(every)
     return {i: layer for i, layer in every.items() if any(m in every for m in readers[i][0])}
@@ -85,7 +95,7 @@ def hidden_uses(coded: CodedModel, layers: list[Layer]) -> dict[int, Layer]:
 def swept(
     coded: CodedModel, layers: list[Layer], terms: Terms, step: CodeStep, ours: Ours
 ) -> tuple[Recorded, dict[int, Tensor]]:
-    """Move the codes from the layers' outputs, and record the layers on them; also the codes."""
+    """Move the codes from the layers' outputs; returns the layers recorded on them, and the codes by use."""
     start = {part.use.index: part.output() for layer in layers for part in layer.parts
              if part.use.index in terms.coupling}  # fmt: skip
     codes = sweep(coded, start, terms, step)
@@ -93,15 +103,20 @@ def swept(
 
 
 def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> list[Layer]:
-    """The layers of a coded model's first run; none where its loss is not finite."""
+    """The layers of a coded model's first run; an empty list where its loss is not finite."""
     graph = prove(coded.tape, coded.loss, None, need_loss=False)
     return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if is_finite(coded.loss) else []
+
+
+def samples_of(coded: CodedModel) -> int:
+    """The number of samples of a coded model's batch."""
+    return count(coded.tape, prove(coded.tape, coded.loss, None, need_loss=False), coded.loss)
 
 
 def recorded_on_codes(
     coded: CodedModel, layers: list[Layer], codes: Mapping[int, Tensor], terms: Terms, ours: Ours
 ) -> Recorded:
-    """The layers with inputs made from the codes; cotangents and gradients are the relaxed objective's.
+    """The layers on inputs computed from the codes, with the relaxed objective's cotangents and gradients.
 
     A layer's output depends on its own weights and the codes alone, so no cotangent crosses a block.
     """
@@ -121,16 +136,20 @@ def recorded_on_codes(
     moved = []
     for layer in layers:
         if any(part.use.index in cotangents for part in layer.parts):
-            parts = [_moved(part, out.calls[part.use.index], out.predictions[part.use.index]) for part in layer.parts]
+            indices = [part.use.index for part in layer.parts]
+            parts = [
+                _on_new_data(part, out.calls[i], out.predictions[i])
+                for part, i in zip(layer.parts, indices, strict=True)
+            ]
             moved.append(dataclasses.replace(parts[0], others=tuple(parts[1:])))
             for part in parts:
                 cotangents.setdefault(part.use.index, torch.zeros_like(out.predictions[part.use.index]))
     gradients = {n: dense(g) for n, g in zip(rest, found[len(every) :], strict=True) if g is not None}
-    return Recorded(coded.loss.detach(), coded.tape, moved, cotangents, gradients)
+    return Recorded(coded.loss.detach(), coded.tape, moved, cotangents, gradients, samples_of(coded))
 
 
-def _moved(part: Layer, given: tuple[Any, Any], value: Tensor) -> Layer:
-    """A use of a layer on other data."""
+def _on_new_data(part: Layer, given: tuple[Any, Any], value: Tensor) -> Layer:
+    """A use of a layer with the arguments of another call, and its output there."""
     parameters = {id(d.tensor) for d in part.use.used}
     args, kwargs = (_with_data(old, new, parameters) for old, new in zip(part.use.call[1:3], given, strict=True))
     call = part.use.call._replace(args=args, kwargs=kwargs)
@@ -138,7 +157,7 @@ def _moved(part: Layer, given: tuple[Any, Any], value: Tensor) -> Layer:
 
 
 def _with_data(old: Any, new: Any, keep: set[int]) -> Any:
-    """Arguments with new data, detached, and the old parameters: a run again makes views of them anew."""
+    """Arguments with detached new data and the old parameters, which a later call views again."""
     if isinstance(old, Tensor):
         return old if id(old) in keep else new.detach()
     if isinstance(old, dict):

@@ -1,6 +1,6 @@
-"""Who solves the layers of a step: one process in turn, in threads or in processes; or the ranks of a process group.
+"""Executors solve the local problems of a step: one after another, in threads, or in worker processes.
 
-Problems share nothing, so the bits are the same. Over ranks: `layerwise.optim.layer_local.owners`.
+Problems share nothing, so the bits are the same. Over the ranks of a process group: `optim.layer_local.owners`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ _TRAFFIC = 12  # an optimizer's passes over a weight and its state, in multiply-
 
 
 class LayerJob(NamedTuple):
-    """A layer to be fitted: the parameters that move, by name; what counts multiply-adds; what makes its task.
-
-    cost: asked where work is shared out, not in every step.
-    """
+    """A layer to be fitted: its parameters by name, and functions for its cost in multiply-adds and its task."""
 
     params: Mapping[str, Tensor]
     cost: Callable[[], float]
@@ -49,38 +46,38 @@ class GradientJob(NamedTuple):
 
 
 class Executor:
-    """Does the jobs of a step. By default it is one process, which agrees with itself."""
+    """Solves the layers of a step, and agrees with other processes on it; the base class is for a single process."""
 
     def run(self, jobs: Sequence[LayerJob], rest: Sequence[GradientJob], state: State) -> None:
-        """Solve the layers' jobs and do the gradient jobs. state: the optimizer's, by parameter."""
+        """Fit the layers, then move the parameters without a local problem. state: the optimizer's, by parameter."""
         raise NotImplementedError
 
     def meet(self, facts: Facts) -> None:
-        """Refuse, by name, settings that are not the same in every process."""
+        """Raise BadInput, by name, for settings that differ between processes."""
 
     def agreed(
         self, where: str | None, loss: Tensor, facts: Callable[[], Facts], tensors: Callable[[], Mapping[str, Tensor]]
     ) -> str | None:
-        """The place that forbids the step in any process, before anything moves; None where there is none.
+        """The first reason in any process to skip the step, before anything moves; None where there is none.
 
-        facts, tensors: what all processes must have alike.
+        where: this process's reason. facts, tensors: must be equal in all processes.
         """
         return where
 
     def anywhere(self, where: str | None) -> str | None:
-        """The first tensor that is not finite after the step in any process, or None."""
+        """The first non-finite tensor after the step in any process, or None. where: this process's."""
         return where
 
     def whole(self, state: State, params: Mapping[str, Tensor]) -> State:
-        """The state of all parameters, of which some may be kept in other processes."""
+        """The optimizer state of all parameters, gathered from the processes that keep it."""
         return state
 
     def loaded(self) -> None:
-        """Take note that a state was loaded."""
+        """Called after a state was loaded."""
 
 
 def operations(solver: Solver, layer: Layer) -> float:
-    """Multiply-adds of a layer's local solve, counted roughly: what comes out serves to share the work."""
+    """Rough multiply-adds of a layer's local solve, by which layers are shared out."""
     k, o, i = layer.matrix().shape
     rows = sum(part.use.call.out_shape.numel() for part in layer.parts) / max(k * o, 1)
     weights = k * o * i
@@ -100,7 +97,7 @@ def operations(solver: Solver, layer: Layer) -> float:
 
 
 class LocalExecutor(Executor):
-    """One process: the layers' jobs in some way, then the gradient jobs in turn."""
+    """Base of the executors of a single process."""
 
     def run(self, jobs: Sequence[LayerJob], rest: Sequence[GradientJob], state: State) -> None:
         """Solve the layers' jobs and do the gradient jobs."""
@@ -113,7 +110,7 @@ class LocalExecutor(Executor):
 
 
 class Sequential(LocalExecutor):
-    """One layer after another, with scratch memory that all share."""
+    """Solves one layer after another, in one scratch memory."""
 
     def __init__(self) -> None:
         self._workspace = Workspace()
@@ -124,7 +121,7 @@ class Sequential(LocalExecutor):
 
 
 class Threads(LocalExecutor):
-    """n layers at a time, each thread with scratch memory of its own; the first error in order when all have ended."""
+    """Solves n layers at a time, each thread in its own scratch memory; raises the first layer's error at the end."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -149,7 +146,7 @@ class Threads(LocalExecutor):
 
 
 class Processes(LocalExecutor):
-    """n processes, started at the first step and kept; problems travel there, parameters and their state back."""
+    """Solves layers in n worker processes: problems are pickled there, parameters and optimizer state back."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -175,7 +172,7 @@ class Processes(LocalExecutor):
 
 
 def executor_of(workers: Workers) -> LocalExecutor:
-    """Who solves the layers. Raises BadInput for another value than None, n, ("thread", n) or ("process", n)."""
+    """The executor for `workers=`. Raises BadInput for another value than None, n, ("thread", n) or ("process", n)."""
     if workers is None:
         return Sequential()
     pair: Any = ("thread", workers) if isinstance(workers, int) else workers

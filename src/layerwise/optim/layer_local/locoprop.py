@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, Solver, name_of
 from layerwise.local.targets import GradientStep, Target, factor, fill_in
 from layerwise.local.transfer import IDENTITY, Transfer
+from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, solved
-from layerwise.optim.layer_local.choices import Choice, Choices, implied
+from layerwise.optim.layer_local.choices import NUMBERS, VALUES, Choice, Choices, LocalUpdate, Objective, implied
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
-from layerwise.optim.layer_local.owners import Parallel, executor_over
+from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers
 from layerwise.tape.tape import Tape
@@ -50,8 +51,31 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "published-M": {**_PUBLISHED, "loss": "matching"},
     "published-S": {**_PUBLISHED, "loss": "squared"},
 }
-_REST = LocalSteps()  # what parameters without a local problem take where the solver takes no local steps
+_DEFAULT_STEPS = LocalSteps()  # of parameters without a local problem, beside a solver without local steps
 _ORDERS = ("together", "output_to_input", "input_to_output")
+
+
+_KEYWORDS = Keywords({"objective": Objective, "local_update": LocalUpdate, "execution": Execution})
+
+
+class LocoPropWords(TypedDict, total=False):
+    """`Objective`, `LocalUpdate` and `Execution`, or their fields as keywords."""
+
+    objective: Objective | None
+    local_update: LocalUpdate | None
+    execution: Execution | None
+    loss: Literal["matching", "squared"] | Transfer | None
+    target: Target | None
+    gamma: float | None
+    regularizer: Regularizer | Sequence[Regularizer] | None
+    solver: Solver | None
+    steps: int | None
+    rows: int | Literal["auto", "all"] | None
+    decay: float | None
+    momentum: float | None
+    eps: float | None
+    workers: Workers
+    parallel: Parallel
 
 
 class LocoProp(LayerLocal):
@@ -69,78 +93,59 @@ class LocoProp(LayerLocal):
         model: an nn.Module, or a mapping of names to tensors.
         params: as for any torch optimizer, with names (`model.named_parameters()` or groups of it); default all.
         lr: default 5e-5 with the matching loss, 1e-5 with the squared one; with a solver, the optimizer's own, or 1.
-        loss: "matching", "squared", or a transfer function of `lw.local` whose matching loss is taken.
-        target: `GradientStep` (default), `Mirror`, or a function `(z, g, transfer) -> y`.
-        regularizer: None, `Proximal`, `WeightDecay`, `Elastic`, a function, or several.
-        solver: `LocalSteps` (default), another solver of `lw.local`, or a function `problem -> (ΔW, Δb)`.
         layers: settings by pattern on parameter or module names, `{"encoder.*": {"lr": 1e-4}}`; the first match wins.
         order: "together", or one layer after another: "output_to_input", "input_to_output".
         write: "weights", or "grad" to put `W_old − W_new` into `.grad` for an outer optimizer.
-        workers: None, n threads, or ("process", n): how many layers are solved at once, with the same bits.
-        parallel: True or a process group: ranks with the same batch share the layers, with the same bits.
-        gamma: γ, against the gradient of the loss as written; default 10.
-        steps: T local steps, default 10, at the rate `lr·max(1 - t/T, 1/4)`.
-        rows: rows of each local step, a number, "auto" for R/T, or "all".
-        decay: of TFRMSProp's mean square.
-        momentum: of TFRMSProp; default 0.99 with the matching loss, 0.999 with the squared one.
-        eps: of TFRMSProp.
         preset: "M" or "S" for these defaults, "published-M" or "published-S" for the published settings.
         on_nonfinite: "skip" a batch with NaN or infinity and count it in `skipped`, or "raise" NonFinite.
+        objective: an `Objective`, or its fields: loss, target, gamma, regularizer.
+        local_update: a `LocalUpdate`, or its fields: solver, steps, rows, decay, momentum, eps.
+        execution: an `Execution`, or its fields: workers, parallel.
 
     More of each choice, and of which parameters have a local problem: the LocoProp page. `describe()` says it of yours.
     Raises BadInput, UncoveredUse; NonFinite with `on_nonfinite="raise"`.
     Source: Amid, Anil and Warmuth, "LocoProp: Enhancing BackProp via Local Loss Optimization" (2022), section 3.
     """
 
+    @_KEYWORDS.spelled_out(LocoPropWords)
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
         params: Iterable[Any] | None = None,
         *,
         lr: float | None = None,
-        loss: Literal["matching", "squared"] | Transfer | None = None,
-        target: Target | None = None,
-        regularizer: Regularizer | Sequence[Regularizer] | None = None,
-        solver: Solver | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         order: Literal["together", "output_to_input", "input_to_output"] = "together",
         write: Literal["weights", "grad"] = "weights",
-        workers: Workers = None,
-        parallel: Parallel = None,
-        gamma: float | None = None,
-        steps: int | None = None,
-        rows: int | Literal["auto", "all"] | None = None,
-        decay: float | None = None,
-        momentum: float | None = None,
-        eps: float | None = None,
         preset: Literal["M", "S", "published-M", "published-S"] | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
+        **words: Unpack[LocoPropWords],
     ) -> None:
+        refuse_unknown(LocoProp.__init__, words)
         if preset is not None and preset not in _PRESETS:
             raise BadInput(f"LocoProp knows the presets {', '.join(_PRESETS)}; got {preset!r}")
         if order not in _ORDERS or write not in ("weights", "grad"):
             raise BadInput(f'order is one of {", ".join(_ORDERS)}, write "weights" or "grad"; got {order!r}, {write!r}')
-        values = {"loss": loss, "target": target, "regularizer": regularizer, "solver": solver}
+        found = _KEYWORDS.values(words)
+        given, execution = {**_KEYWORDS.of(found), "lr": lr}, found["execution"]
+        values = {name: given[name] for name in VALUES}
         self._choices = Choices(
             values, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in _DEFAULTS.items()}
         )
         self._order, self._write, self._workspace = order, write, Workspace()
-        if order != "together" and not (workers is None and parallel is None):
-            asked = f"workers={workers!r}, parallel={parallel!r}"
-            raise BadInput(f"layers in turn (order={order!r}) cannot be solved at once ({asked})")
+        if order != "together" and execution != Execution():
+            raise BadInput(f"layers in turn (order={order!r}) cannot be solved at once ({execution})")
         self._warned: set[str] = set()  # functions without a matching loss
         self._last: list[tuple[tuple[str, ...], str]] | None = None
-        kind = loss if isinstance(loss, str) else "squared" if getattr(solver, "squared_only", False) else "matching"
+        loss, squared = values["loss"], getattr(values["solver"], "squared_only", False)
+        kind = loss if isinstance(loss, str) else "squared" if squared else "matching"
         chosen = dict(_PRESETS[preset] if preset else _DEFAULTS.get(kind, _DEFAULTS["matching"]))
-        if isinstance(loss, str) or preset is None:
+        if loss is not None or squared or preset is None:
             chosen["loss"] = kind
         chosen |= implied(self._choices.default, {**values, "lr": lr})
-        given = {"lr": lr, "gamma": gamma, "steps": steps, "rows": rows, "decay": decay, "momentum": momentum,
-                 "eps": eps}  # fmt: skip
-        chosen |= {k: v for k, v in given.items() if v is not None}
+        chosen |= {name: given[name] for name in NUMBERS if given[name] is not None}
         said = {**values, "layers": layers, "order": order, "write": write}
-        executor = executor_over(parallel, workers)
-        super().__init__(model, params, chosen, on_nonfinite, executor, said, self._choices.numbers)
+        super().__init__(model, params, chosen, on_nonfinite, executor_over(execution), said, self._choices.numbers)
 
     # -- groups ------------------------------------------------------------------------------------------------
 
@@ -159,7 +164,7 @@ class LocoProp(LayerLocal):
     # -- a step ------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """Run the closure, move every parameter or write what it would move by, and return the loss before the step."""
+        """Run the closure, fit every layer (or write `.grad`), and return the loss before the step."""
         skipped = self.skipped
         loss = super().step(closure)
         if self._write == "grad" and self.skipped > skipped:  # nothing for an outer optimizer
@@ -167,7 +172,7 @@ class LocoProp(LayerLocal):
         return loss
 
     def _attempt(self, closure: Callable[[], Tensor], buffers: Buffers) -> tuple[Tensor, str | None]:
-        """Record a run, make the layers' problems, solve them; go back where a solution is not finite."""
+        """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
         together = self._order == "together"
         rerun = None if together else Rerun(self._model, closure, gradients=False)
         run = record(self._model, closure, self._ours, kinds=self._kinds)
@@ -199,7 +204,7 @@ class LocoProp(LayerLocal):
         return run.loss, where
 
     def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
-        """Solve one layer after another; all but the first read their inputs anew."""
+        """Solve one layer after another; each but the first takes its inputs from a new run of the closure."""
         problems = [_problem(fitting, plan) for plan in plans]
         turns = range(len(plans)) if self._order == "input_to_output" else range(len(plans) - 1, -1, -1)
         for count, n in enumerate(turns):
@@ -209,7 +214,7 @@ class LocoProp(LayerLocal):
             solve(_task(fitting, plans[n], problem), self._workspace)
 
     def _run_again(self, layer: Layer, rerun: Rerun) -> Layer:
-        """The layer in another run, without the backward pass that the closure may start."""
+        """The same layer in a new run of the closure, whose backward pass is left out."""
         with rerun:
             rerun.rewind()
             tape = Tape(self._model, lambda tape, total, weight, run: None, keep_outputs=True)
@@ -242,7 +247,7 @@ class LocoProp(LayerLocal):
 
 
 class _Plan(NamedTuple):
-    """A layer with everything its problem is made of, and the group of its weight."""
+    """A layer with the ingredients of its problem, and the parameter group of its weight."""
 
     layer: Layer
     group: Mapping[str, Any]
@@ -266,7 +271,7 @@ def _gamma(fitting: Fitting, choices: Choices, name: str) -> float:
 
 
 def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
-    """What a layer's problem is made of. Raises BadInput for a solver of the squared loss with another one."""
+    """The plan of a layer. Raises BadInput for another loss with a solver of the squared one."""
     choice, group, gamma = choices.of(layer.name), fitting.group(layer.name), _gamma(fitting, choices, layer.name)
     transfer = choice.transfer
     if transfer is None:
@@ -281,7 +286,7 @@ def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
 
 
 def _warn_of_stand_ins(plans: list[_Plan], warned: set[str]) -> None:
-    """Warn, once for each, of functions that have no matching loss."""
+    """Warn, once for each transfer function, that it has no matching loss."""
     for plan in plans:
         f = plan.transfer
         if plan.choice.transfer is None and f.stand_in and f.name not in warned:
@@ -295,7 +300,7 @@ def _warn_of_stand_ins(plans: list[_Plan], warned: set[str]) -> None:
 
 
 def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
-    """A layer's local problem. Raises NonFinite where a target of the user's is not finite."""
+    """A layer's local problem. Raises NonFinite where the target of a user's function is not finite."""
     target, samples = plan.choice.target, fitting.run.samples
     plain = isinstance(target, GradientStep) and target.clip is None
     made = None if plain else fill_in(target, float(plan.group["gamma"]), samples)
@@ -306,9 +311,9 @@ def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
 
 
 def _refreshed(problem: LocalProblem, layer: Layer, now: Layer) -> LocalProblem:
-    """The problem with the inputs `a` (and terms `rest`) of a later run; itself where they are the same.
+    """The problem with the inputs `a` (and terms `rest`) of a later run, and the targets of the first.
 
-    now: the layer in that run. Targets stay those of the first. Raises Undefined for another number of rows.
+    now: the layer in the later run. Raises Undefined for another number of rows.
     """
     a = now.join([part.input() for part in now.parts])
     rest = None
@@ -342,9 +347,9 @@ def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
 
 
 def _step_along(fitting: Fitting, choices: Choices, name: str, p: Tensor, g: Tensor) -> None:
-    """T steps on the linear local loss `γ g·w`, for a parameter without a local problem."""
+    """Take T steps on the linear loss `γ g·w`, for a parameter without a local problem."""
     solver = choices.of(name).solver
-    steps = solver if isinstance(solver, LocalSteps) else _REST
+    steps = solver if isinstance(solver, LocalSteps) else _DEFAULT_STEPS
     _, optimizer = fitting.local_optimizer([p], partial(_rates, solver))
     linear_steps(p, _gamma(fitting, choices, name) * g, optimizer, fitting.group(name)["steps"], schedule=steps.rule)
     if steps.state == "fresh":
@@ -362,7 +367,7 @@ def _rates(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any
 
 
 def _is_safe(choice: Choice) -> bool:
-    """Whether a finite batch gives a finite step, so that there is nothing to go back from."""
+    """Whether a finite batch always gives a finite step, so that no snapshot is needed."""
     steps = isinstance(choice.solver, LocalSteps) and choice.solver.optimizer is TFRMSProp
     plain = isinstance(choice.target, GradientStep) and choice.target.clip is None and choice.transfer is None
     return steps and plain and all(isinstance(term, Proximal | WeightDecay | Elastic) for term in choice.regularizers)

@@ -1,10 +1,11 @@
-"""Layers owned by the ranks of a process group: each solves its own, and shares the new weights."""
+"""Layers shared out over the ranks of a process group: each rank solves its own and broadcasts the new weights."""
 
 from __future__ import annotations
 
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +25,28 @@ from layerwise.optim.layer_local.executors import (
 from layerwise.ranks.group import Ranks, values_digest
 from layerwise.ranks.ownership import assigned
 
-__all__ = ["Parallel", "RankExecutor", "all_or_none", "described", "digest", "executor_over"]
+__all__ = ["Execution", "Parallel", "RankExecutor", "all_or_none", "described", "digest", "executor_over"]
 
 Parallel = Any  # None, True, a process group, or Ranks
-_SMALL = 16  # numbers of a tensor on the CPU that travels as an object
-_APART = 1e-4  # of a loss: what kernels that add up in another order may make of one batch
+_SMALL = 16  # elements up to which a CPU tensor is pickled, not broadcast
+_APART = 1e-4  # relative difference of losses that other summation orders may make
 
 
-def executor_over(parallel: Parallel, workers: Workers) -> Executor:
-    """Who solves the layers: workers here, or those of every rank. Raises BadInput as `executor_of` and `Ranks`."""
-    here = executor_of(workers)
+@dataclass(frozen=True)
+class Execution:
+    """Who solves the layers of a step of `LocoProp` or `AltMin`; the bits are the same.
+
+    workers: None, n threads, or ("process", n): how many layers are solved at once.
+    parallel: True or a process group: ranks with the same batch share the layers.
+    """
+
+    workers: Workers = None
+    parallel: Parallel = None
+
+
+def executor_over(execution: Execution) -> Executor:
+    """The executor for an `Execution`. Raises BadInput as `executor_of` and `Ranks`."""
+    parallel, here = execution.parallel, executor_of(execution.workers)
     if parallel is None or parallel is False:
         return here
     if isinstance(parallel, str | int | float) and parallel is not True:
@@ -45,9 +58,9 @@ def executor_over(parallel: Parallel, workers: Workers) -> Executor:
 class RankExecutor(Executor):
     """Each rank solves the layers that it owns, by its own local executor; the bits are those of one process.
 
-    All ranks run the same closure on the same batch. Layers go to ranks longest first, each to the rank with the least
-    to do, when they are first met, and stay there with the state of their local optimizers. Owners broadcast the new
-    weights. Ranks that hold other models, settings, batches or losses are refused by name.
+    All ranks run the same closure on the same batch. New layers are assigned longest first, to the rank with the least
+    work, and stay there with the state of their local optimizers. Owners broadcast the new weights. Ranks with other
+    models, settings, batches or losses are refused by name.
     """
 
     def __init__(self, ranks: Ranks, home: Executor) -> None:
@@ -60,16 +73,16 @@ class RankExecutor(Executor):
     # -- what must be alike ------------------------------------------------------------------------------------
 
     def meet(self, facts: Facts) -> None:
-        """Refuse, by name, what differs between ranks."""
+        """Raise BadInput, by name, for settings that differ between ranks."""
         self._ranks.agree(facts)
 
     def agreed(
         self, where: str | None, loss: Tensor, facts: Callable[[], Facts], tensors: Callable[[], Mapping[str, Tensor]]
     ) -> str | None:
-        """The place that forbids the step on any rank; else refuses ranks that were given different things.
+        """The first reason on any rank to skip the step, or None. Raises BadInput where ranks differ.
 
-        One message of a few numbers: whether to skip, the loss, and a digest of the facts; at the first step and after
-        a load also of the values of parameters and buffers.
+        One short message holds whether to skip, the loss, and a digest of the facts; at the first step and after a load
+        also of parameters and buffers.
         """
         self._steps += 1
         self._device = loss.device
@@ -95,13 +108,13 @@ class RankExecutor(Executor):
         return None
 
     def anywhere(self, where: str | None) -> str | None:
-        """The first tensor that is not finite after the step, on the first rank that has one."""
+        """The first non-finite tensor after the step, of the lowest rank that has one."""
         return self._ranks.first(where, self._device)
 
     # -- solving -----------------------------------------------------------------------------------------------
 
     def run(self, jobs: Sequence[LayerJob], rest: Sequence[GradientJob], state: State) -> None:
-        """Solve our own jobs, and take over the other ranks' results. An error of one rank is raised on all."""
+        """Solve the layers of this rank, and receive those of the others. An error of one rank is raised on all."""
         every: list[LayerJob | GradientJob] = [*jobs, *rest]
         owners = self._assign(every, state)
         me = self._ranks.rank
@@ -110,13 +123,13 @@ class RankExecutor(Executor):
         try:
             all_or_none(self._ranks, self._device, lambda: self._home.run(mine, ours, state))
         except Exception:
-            self._met = False  # some may have moved what others did not
+            self._met = False  # ranks may now differ
             raise
         moved = [(owner, list(job.params.values())) for job, owner in zip(every, owners, strict=True)]
         self._ranks.broadcast_owned(moved)
 
     def _assign(self, jobs: Sequence[LayerJob | GradientJob], state: State) -> list[int]:
-        """The owner of each job. New ones go out longest first; state of parameters that are not ours is let go."""
+        """The owner of each job; drops the optimizer state of parameters that other ranks own."""
         known = {n: owner for n, job in enumerate(jobs) if (owner := self._owner_of(job)) is not None}
         costs = {n: job.cost() for n, job in enumerate(jobs)} if len(known) < len(jobs) else dict.fromkeys(known, 0.0)
         moved: dict[str, tuple[Tensor, int]] = {}
@@ -124,7 +137,7 @@ class RankExecutor(Executor):
             owner = self._owner_of(jobs[n])
             owner = new_owner if owner is None else owner
             for name, p in jobs[n].params.items():
-                if self._owner.setdefault(name, owner) != owner:  # fitted in another company than before
+                if self._owner.setdefault(name, owner) != owner:  # now fitted together with parameters of another owner
                     moved[name] = p, owner
         if moved:
             full = self.whole(state, {name: p for name, (p, _) in moved.items()})
@@ -139,13 +152,13 @@ class RankExecutor(Executor):
         return [self._owner[next(iter(job.params))] for job in jobs]
 
     def _owner_of(self, job: LayerJob | GradientJob) -> int | None:
-        """The rank that fitted the job, or shares one of its parameters, before."""
+        """The rank that owns one of the job's parameters already, or None."""
         return next((self._owner[name] for name in job.params if name in self._owner), None)
 
     # -- state -------------------------------------------------------------------------------------------------
 
     def whole(self, state: State, params: Mapping[str, Tensor]) -> State:
-        """The state of all parameters, fetched from their owners; that of parameters without one is everywhere."""
+        """The optimizer state of all parameters, fetched from their owners; unowned ones have it on every rank."""
         asked = {id(p) for p in params.values()}
         full = {p: own for p, own in state.items() if id(p) not in asked}
         me = self._ranks.rank
@@ -168,7 +181,7 @@ class RankExecutor(Executor):
         return full
 
     def loaded(self) -> None:
-        """Values are compared anew at the next step."""
+        """Compare the values of parameters again at the next step."""
         self._met = False
 
 
@@ -190,7 +203,7 @@ class _TensorStub:
 
     def __init__(self, t: Tensor) -> None:
         self.shape, self.dtype = tuple(t.shape), t.dtype
-        self.strides = torch.empty_like(t, device="meta").stride()  # products have other bits in another layout
+        self.strides = torch.empty_like(t, device="meta").stride()  # a product's bits depend on the layout
 
 
 def _packed(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +222,7 @@ def _unpacked(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def described(value: Any) -> str:
-    """A setting as text that is the same in every process that has it: without addresses."""
+    """A setting as text without memory addresses, equal in all processes that have it."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 

@@ -15,10 +15,9 @@ __all__ = ["Snapshot"]
 
 
 class Snapshot:
-    """Copies of named parameters, and of an optimizer's state of them.
+    """Copies of named parameters and of their optimizer state.
 
-    replaced: names of parameters whose state is replaced, never written on, and found finite by those who do; it is
-    held, not copied.
+    replaced: parameters whose state is never written in place and checked by its solver; it is not copied.
     """
 
     def __init__(
@@ -33,7 +32,7 @@ class Snapshot:
         }
 
     def spoiled(self) -> str | None:
-        """The first parameter that, by itself or in its state, holds NaN or infinity."""
+        """The first parameter with NaN or infinity in its value or state, or None."""
         for name, p, _ in self._params:
             state = {} if name in self._replaced else self._state.get(p, {})
             kept = [v for v in state.values() if isinstance(v, Tensor) and v.is_floating_point()]
@@ -52,7 +51,7 @@ class Snapshot:
 
     @torch.no_grad()
     def to_gradients(self) -> None:
-        """Restore the parameters alone, and put what they moved by, `old − new`, into their `.grad`."""
+        """Restore the parameters, and write the movement `old − new` into their `.grad`."""
         for _, p, value in self._params:
             p.grad = value - p
             p.copy_(value)

@@ -21,17 +21,17 @@ class Trace:
     """Diagnostics of `AltMin(trace=...)`, each a list of numbers by the weight's name, one for each noted step.
 
     steps: numbers of the noted steps. displacement: of a layer's codes, `rms(c − z)`. violation: of the constraint
-    that remains after the weights moved, `rms(c − W a)`; its ratio to the displacement says how much of the wish was
-    met. cosine: of the weight's movement with minus backpropagation's gradient, 0 where either is 0 (through
-    functions without a derivative, the gradient that crosses them by their rules). drift: `|W − W₀|/|W₀|` since the
-    first noted step's start. Layers without codes (those that make the loss's logits) have cosine and drift alone.
+    that remains after the weights moved, `rms(c − W a)`; over the displacement, the share of it that was not fitted.
+    cosine: of the weight's movement with minus backpropagation's gradient, 0 where either is 0 (through functions
+    without a derivative, with the surrogate gradient). drift: `|W − W₀|/|W₀|` since the first noted step's start.
+    Layers without codes (those that make the loss's logits) have cosine and drift alone.
 
         trace = lw.optim.Trace(every=10)
         opt = lw.AltMin(model, trace=trace)
         ...
         plt.plot(trace.steps, trace.drift["0.weight"])
 
-    every: note each so-manieth step. Raises BadInput for a number that cannot be.
+    every: record every so many steps. Raises BadInput for a number below 1.
     """
 
     every: int = 1
@@ -61,7 +61,7 @@ class Trace:
     # -- for the optimizer -----------------------------------------------------------------------------------
 
     def due(self) -> bool:
-        """Whether the coming step is to be noted."""
+        """Whether the next step is recorded."""
         return self._seen % self.every == 0
 
     def passed(self) -> None:
@@ -73,9 +73,9 @@ class Trace:
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], slopes: Mapping[str, Tensor],
         problems: Mapping[str, tuple[LocalProblem, Tensor, bool]],
     ) -> None:  # fmt: skip
-        """Note a step: the weights before and after it, backprop's gradients, and each layer's problem.
+        """Record a step from the weights before and after it, and backpropagation's gradients.
 
-        problems: with the outputs `z` at the weights before, and whether the layer has codes.
+        problems: each layer's problem, its outputs `z` at the weights before, and whether it has codes.
         """
         self.steps.append(self._seen)
         for name, (problem, z, coded) in problems.items():

@@ -1,15 +1,17 @@
-"""How alternating minimization updates weights: by name or by a solver, for all layers or by pattern."""
+"""Settings of AltMin: how codes and weights are updated, for all layers or by pattern, and the use of a minibatch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
+from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.fused import FusedAdam, FusedSGD
@@ -19,8 +21,8 @@ from layerwise.optim.layer_local.base import check_common
 from layerwise.optim.layer_local.choices import check_patterns, first_match, several
 
 __all__ = [
-    "DEFAULTS", "Update", "Updates", "check_group", "check_run", "fused", "rate_of", "rates_of",
-    "share",
+    "DEFAULTS", "CodeKind", "CodeUpdate", "Minibatch", "Update", "Updates", "WeightUpdate", "check_group", "fused",
+    "rate_of", "rates_of", "share",
 ]  # fmt: skip
 
 _COMMON: dict[str, Any] = {
@@ -36,12 +38,88 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "memory": {**_COMMON, "codes": "gauss-newton", "lr": 2.0, "coupling": 1.0},
     "solver": {**_COMMON, "codes": "jacobi", "lr": 1.0, "coupling": 1.0},
 }
-_CODES = ("jacobi", "gauss-newton", "sweep")
 _NUMBERS = ("lr", "coupling", "steps", "rows", "betas", "eps", "momentum", "l1", "code_l1", "normalise")
 
 
+CodeKind = Literal["jacobi", "gauss-newton", "sweep"]
+
+
+@dataclass(frozen=True)
+class CodeUpdate:
+    """How `AltMin` moves the codes of hidden layers; None: the preset's, or the default.
+
+    codes: "jacobi" (default, `c = z − (B/μ) dL/dz` at once), "gauss-newton" (default of a memory), or "sweep".
+    coupling: μ, the same at every layer, in units of a sample's loss; a number, or a `lw.local.Coupling`.
+    code_l1: λ of ‖c‖₁.
+    code_step: a `lw.local.CodeStep`, how the codes of a sweep move.
+    multipliers: an augmented Lagrangian, `u ← u + c − W a` over the repeats of a minibatch; with codes="sweep".
+    Raises BadInput for codes of another name.
+    """
+
+    codes: CodeKind | None = None
+    coupling: float | Coupling | None = None
+    code_l1: float | None = None
+    code_step: CodeStep | None = None
+    multipliers: bool = False
+
+    def __post_init__(self) -> None:
+        if self.codes is not None and self.codes not in get_args(CodeKind):
+            raise BadInput(f"AltMin's codes are {', '.join(get_args(CodeKind))}; got {self.codes!r}")
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """How `AltMin` fits the weights of a layer to its code; None: the preset's, or the default.
+
+    weights: "adam" (default), "sgd", "memory" (AM-mem), a `lw.local.Memory`, or another solver of `lw.local`.
+    steps: T local steps of a layer on a minibatch; default 2.
+    rows: rows of each local step, a number, "auto" (default) for R/T, or "all".
+    betas: of Adam.
+    eps: of Adam.
+    momentum: Nesterov's, of "sgd".
+    l1: λ of ‖W‖₁.
+    normalise: whether a layer's gradient is divided by its rows per sample.
+    regularizer: None, `Proximal`, `WeightDecay`, `Elastic`, a function, or several.
+    """
+
+    weights: Literal["adam", "sgd", "memory"] | Solver | None = None
+    steps: int | None = None
+    rows: int | Literal["auto", "all"] | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    l1: float | None = None
+    normalise: bool | None = None
+    regularizer: Regularizer | Sequence[Regularizer] | None = None
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What a step of `AltMin` does with its minibatch.
+
+    repeats: full steps on it, with its random numbers.
+    schedule: "together", or "async": layers are fitted to data of earlier minibatches, a simulation.
+    staleness: how many minibatches old at most, with schedule="async"; default 2.
+    reduction: what the loss does over the samples, "mean" (B = dim 0 of the batch) or "sum" (B = 1).
+    Raises BadInput for settings that cannot be.
+    """
+
+    repeats: int = 1
+    schedule: Literal["together", "async"] = "together"
+    staleness: int | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.repeats, int) or self.repeats < 1:
+            raise BadInput(f"AltMin repeats a minibatch a whole number of times ≥ 1; got repeats={self.repeats!r}")
+        if self.schedule not in ("together", "async") or (self.staleness is not None and self.schedule != "async"):
+            raise BadInput(f'AltMin\'s schedule is "together", or "async" with a staleness; got {self}')
+        if self.reduction not in ("mean", "sum"):
+            raise BadInput(f'AltMin\'s reduction is "mean" or "sum"; got {self.reduction!r}')
+
+
 class Update(NamedTuple):
-    """A layer's way. kind: "adam", "sgd", "memory" or "solver"; solver: of the last two."""
+    """How one layer's weights are updated. kind: "adam", "sgd", "memory" or "solver"; solver: of the last two."""
 
     kind: str = "adam"
     solver: Solver | None = None
@@ -73,10 +151,15 @@ class Updates:
             self.numbers[pattern] = own
 
     def of(self, name: str, group: Mapping[str, Any]) -> Update:
-        """The update of a weight, in a group that may say another kind than the default's."""
+        """The update of a weight, in a group that may say another kind than the default's.
+
+        Raises BadInput for a group that asks for a solver where none was given.
+        """
         pattern = first_match(tuple(self._by_pattern), name)
         found = self.default if pattern is None else self._by_pattern[pattern]
         if found.kind != group["weights"]:
+            if group["weights"] == "solver":
+                raise BadInput(f'the group of {name} asks for weights="solver": give the solver by weights= or layers=')
             solver = Memory() if group["weights"] == "memory" else None
             found = found._replace(kind=group["weights"], solver=solver)
         return found
@@ -108,7 +191,7 @@ def rates_of(update: Update, group: Mapping[str, Any]) -> tuple[Any, dict[str, A
 
 
 def _update(base: Update, weights: Any, regularizer: Any) -> Update:
-    """An update with the values that settings give."""
+    """An update with the values of settings in the place of its own."""
     if weights in ("adam", "sgd"):
         base = base._replace(kind=weights, solver=None)
     elif weights == "memory":
@@ -141,30 +224,13 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise BadInput(f"AltMin needs finite l1 and code_l1 ≥ 0; got {group['l1']} and {group['code_l1']}")
 
 
-def check_run(codes: Any, repeats: Any, multipliers: bool, schedule: str, staleness: int | None) -> None:
-    """Raise BadInput for ways to run that cannot be."""
-    if codes not in _CODES:
-        raise BadInput(f"AltMin's codes are {', '.join(_CODES)}; got {codes!r}")
-    if not isinstance(repeats, int) or repeats < 1:
-        raise BadInput(f"AltMin repeats a minibatch a whole number of times ≥ 1; got repeats={repeats!r}")
-    if schedule not in ("together", "async") or (staleness is not None and schedule != "async"):
-        raise BadInput(
-            f'AltMin\'s schedule is "together", or "async" with a staleness; got {schedule!r}, {staleness!r}'
-        )
-    if multipliers and (codes != "sweep" or repeats < 2):
-        raise BadInput(
-            'multipliers belong to the samples of a minibatch: they need codes="sweep" and repeats ≥ 2 (codes made '
-            f"from the outputs at once cancel them); got codes={codes!r}, repeats={repeats}"
-        )
-
-
 _FUSED: dict[Any, Any] = {
     torch.optim.Adam: partial(FusedAdam, fused=True), torch.optim.SGD: partial(FusedSGD, fused=True),
 }  # fmt: skip
 
 
 def fused(kind: Any, params: Sequence[Tensor]) -> Any:
-    """The kind in its fused form: torch's kernels read memory in order whatever the strides; gradients are so, too."""
+    """The fused form of an optimizer class, for contiguous CPU parameters: the kernels ignore strides."""
     ours = _FUSED.get(kind)
     able = ours is not None and all(p.device.type == "cpu" and p.is_contiguous() for p in params)
     return ours if able else kind
@@ -172,6 +238,6 @@ def fused(kind: Any, params: Sequence[Tensor]) -> Any:
 
 @cache
 def share(steps: int, rows: int | str, total: int) -> LocalSteps:
-    """T plain steps at a constant rate, each on its own rows of a total: R/T with "auto"."""
+    """T plain steps at a constant rate, each on its own share of all rows: R/T with "auto"."""
     count: Any = -(-total // steps) if rows == "auto" else rows
     return LocalSteps(steps, rows=count, schedule="constant", form="plain")

@@ -1,7 +1,6 @@
-"""Blocks of curvature over many batches: how they are laid out, averaged, inverted and saved. Pure functions.
+"""Blocks of curvature: running averages, damped inverses and saved state, as pure functions.
 
-A block is a Kronecker product B ⊗ A, or eigenvectors with a spectrum of their own; without eigenvectors that is a
-diagonal. One average and one ladder of inverses serve them all.
+A block is a Kronecker product B ⊗ A, or a spectrum in a Kronecker eigenbasis, or (without eigenvectors) a diagonal.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ Block = KroneckerBlock | EigenBlock
 FORMS = ("pi", "factored", "eigen")
 # A factor that its damping leaves unusable is tried with more; 10³ times is an almost plain gradient.
 _RAISES = (1.0, 10.0, 100.0, 1000.0)
-_SLACK = 2.0  # rounding may bring an inverse this far above 1 / damping
+_SLACK = 2.0  # factor above 1 / damping that rounding may give an inverse
 
 
 class Measured(NamedTuple):
-    """A block as one batch gave it; moments: `[K,O,I]`, the batch's second moments in an eigenbasis of the block."""
+    """A block of one batch. moments: `[K,O,I]`, the batch's second moments in an eigenbasis of the block."""
 
     block: Block
     moments: Callable[[EigenBlock], Tensor] | None = None
@@ -60,9 +59,9 @@ class Measured(NamedTuple):
 
 
 class Average(NamedTuple):
-    """The running average of a block, over a number of batches.
+    """The running average of a block over a number of batches.
 
-    eigen: beside Kronecker factors, the running second moments in an eigenbasis of theirs.
+    eigen: of EKFAC, the running second moments in an eigenbasis of the Kronecker factors.
     """
 
     block: Block
@@ -71,10 +70,10 @@ class Average(NamedTuple):
 
 
 def average(old: Average | None, block: Block, decay: float) -> Average:
-    """The exponential moving average with bias correction, one batch further.
+    """The exponential moving average with bias correction, after one more batch.
 
     S_t = ρ S_{t-1} + (1-ρ) X_t from S_0 = 0, divided by 1 - ρ^t; kept in the equal form
-    M_t = M_{t-1} + (1-ρ)/(1-ρ^t) (X_t - M_{t-1}). Begins anew where the block has changed its form.
+    M_t = M_{t-1} + (1-ρ)/(1-ρ^t) (X_t - M_{t-1}). Restarts where the block has changed its form.
     Source: Martens and Grosse (2015), section 5; the correction is Adam's (Kingma and Ba, 2015, section 3).
     """
     new = with_fields(block, {key: _widened(t) for key, t in fields_of(block).items()})
@@ -87,7 +86,7 @@ def average(old: Average | None, block: Block, decay: float) -> Average:
 
 
 def with_moments(held: Average, basis: EigenBlock, moments: Tensor, decay: float) -> Average:
-    """The average with the second moments of its last batch, which are in a basis, taken in; the first ones begin it.
+    """The average, updated with a batch's second moments in the eigenbasis `basis`.
 
     Source: George et al. (2018), algorithm 1, with running averages as in their section 4.
     """
@@ -98,7 +97,7 @@ def with_moments(held: Average, basis: EigenBlock, moments: Tensor, decay: float
 
 
 def rebased(held: Average, new: EigenBlock) -> Average:
-    """The average in the present eigenbasis Q' of its factors: the diagonal there of the matrix that it stood for.
+    """The average with its second moments in the present eigenbasis Q' of the factors: the diagonal of Q S Qᵀ there.
 
     S' = (Q'ᵀ Q)² S for the eigenvectors Q = Q_B ⊗ Q_A before, squared elementwise.
     """
@@ -127,7 +126,7 @@ def _weight(decay: float, batches: int) -> float:
 
 
 def merge(old: Mapping[str, Average], new: Mapping[str, Average]) -> dict[str, Average]:
-    """New averages with those old ones whose parameters none of the new holds."""
+    """The new averages, and the old ones of parameters that none of the new covers."""
     taken = {name for key, held in new.items() for name in names_of(key, held)}
     kept = {key: held for key, held in old.items() if taken.isdisjoint(names_of(key, held))}
     return {**kept, **new}
@@ -148,7 +147,7 @@ def fields_of(block: Block) -> dict[str, Any]:
 
 
 def with_fields(block: Block, tensors: Mapping[str, Any]) -> Block:
-    """A block of the form that has these fields, in the place of another."""
+    """A block of the class that has these fields."""
     kind: Any = EigenBlock if "spectrum" in tensors else KroneckerBlock
     rest = {key: getattr(block, key) for key in ("layout", "bias", "form", "parameter")}
     made: Block = kind(**tensors, **rest)
@@ -156,7 +155,7 @@ def with_fields(block: Block, tensors: Mapping[str, Any]) -> Block:
 
 
 def _widened(factor: Any) -> Any:
-    """Factors of half precision are kept in float32, where they can be inverted."""
+    """A half-precision factor in float32, where it can be inverted."""
     return factor.float() if factor is not None and factor.dtype in (torch.float16, torch.bfloat16) else factor
 
 
@@ -169,9 +168,9 @@ def _same_form(old: Block, new: Block) -> bool:
 
 
 class Inverse(NamedTuple):
-    """A block's damped inverse, None for the identity.
+    """A block's damped inverse; None for the identity.
 
-    raised: the damping was, or the form changed. kept: it is that of an earlier average.
+    raised: more damping, or another form, was needed. kept: the inverse is of an earlier average.
     """
 
     block: Block | None
@@ -181,7 +180,7 @@ class Inverse(NamedTuple):
 
 @torch.no_grad()
 def invert(name: str, block: Block, damping: float, form: str, last: Inverse | None = None) -> Inverse:
-    """The damped inverse on a ladder that never raises and never gives NaN.
+    """The damped inverse, with fallbacks that never raise and never give NaN.
 
     form: "pi" `(B + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹` with `π² = (tr A / I) / (tr B / O)`; "factored" the same with π = 1;
     "eigen" `(B ⊗ A + λI)⁻¹`; "input" `I ⊗ (A + λI)⁻¹`. A block with a spectrum S has `Q (|S| + λ)⁻¹ Qᵀ`, whatever the

@@ -1,4 +1,4 @@
-"""What the optimizers with curvature share: a preconditioned step, its length, momentum, and damping that adapts."""
+"""Base of the second-order optimizers: a preconditioned step, its length, momentum, and adaptive damping."""
 
 from __future__ import annotations
 
@@ -29,11 +29,9 @@ Product = Callable[[Values], Values]
 
 @dataclass
 class _Run:
-    """One run of a closure: its loss, the gradients by name, what was watched, and how to run it again.
+    """One run of a closure: loss, gradients by name, measured curvature, and the closure to run again.
 
-    Of several ranks, loss and gradients become those of all their batches together.
-
-    adapts: whether the damping is adapted on this step.
+    Loss and gradients become those of the whole batch over all ranks. adapts: whether this step adapts the damping.
     """
 
     loss: Tensor
@@ -46,8 +44,8 @@ class _Run:
 class CurvatureOptimizer(NamedOptimizer):
     """Base of the optimizers that descend along a preconditioned gradient.
 
-    Groups have `lr`, `damping`, `momentum` and `weight_decay`; the damping is the state of the adaptive rule. lr:
-    None for 0.03, or 1 where the quadratic model chooses the step. kl_clip: "auto" for 3e-4, or 1 there.
+    Groups have `lr`, `damping` (which adapts in place), `momentum` and `weight_decay`.
+    lr: None for 0.03, or 1 with step_size="quadratic". kl_clip: "auto" for 3e-4, or 1 with step_size="quadratic".
     """
 
     def __init__(
@@ -63,7 +61,7 @@ class CurvatureOptimizer(NamedOptimizer):
     ) -> None:
         fixed = step_size == "lr"
         if kl_clip == "auto":
-            kl_clip = 3e-4 if fixed else 1.0  # a batch may say little of a direction, and its model too much
+            kl_clip = 3e-4 if fixed else 1.0  # where a batch has little curvature, its model goes too far
         if kl_clip is not None and not 0 < kl_clip < float("inf"):
             raise BadInput(f"{type(self).__name__}'s kl_clip must be None or a finite number > 0, got {kl_clip!r}")
         if step_size not in ("lr", "quadratic"):
@@ -98,7 +96,7 @@ class CurvatureOptimizer(NamedOptimizer):
     # -- a step --------------------------------------------------------------------------------------------
 
     def _named(self) -> Values:
-        """Our parameters that require grad, by name, in the model's order."""
+        """The optimizer's parameters that require grad, by name, in the model's order."""
         named = named_parameters_of(self._model)
         return {name: p for name, p in named.items() if p.requires_grad and self._ours(p)}
 
@@ -117,7 +115,7 @@ class CurvatureOptimizer(NamedOptimizer):
             loss = closure()
             check_loss(loss)
             with alone(loss.device.type):
-                found = _left_behind(named, before)
+                found = _gradients_in_grad(named, before)
                 watched.in_grad = bool(found)
                 if not found and watched.bad is None:
                     found = _gradients(loss, named, watched)
@@ -151,10 +149,10 @@ class CurvatureOptimizer(NamedOptimizer):
             groups = {name: self._group_at[id(named[name])] for name in directions}
             where: str | None = None
             if run.rerun is None:
-                self._go(named, groups, run.gradients, directions)
+                self._step_at_rate(named, groups, run.gradients, directions)
             else:
                 with run.rerun:
-                    where = self._go_carefully(named, groups, run, directions, run.rerun)
+                    where = self._step_by_quadratic_model(named, groups, run, directions, run.rerun)
         except BaseException:
             self.preconditioner.restore(before)
             raise
@@ -162,7 +160,9 @@ class CurvatureOptimizer(NamedOptimizer):
             self.preconditioner.restore(before)
         return where
 
-    def _go(self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values) -> None:
+    def _step_at_rate(
+        self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values
+    ) -> None:
         """In place m ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m."""
         factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip)
         for name, d in directions.items():
@@ -171,17 +171,17 @@ class CurvatureOptimizer(NamedOptimizer):
             buffer = descend(p, d, buffer, factor, group["lr"], group["momentum"], group["weight_decay"])
             self.state[p] = {"momentum": buffer}
 
-    def _go_carefully(
+    def _step_by_quadratic_model(
         self, named: Values, groups: dict[str, dict[str, Any]], run: _Run, directions: Values, rerun: Rerun
     ) -> str | None:
-        """The same step with the exact curvature at hand; a step to a loss that is not finite is taken back."""
+        """A step that uses products with the exact GGN; rolled back where the new loss is not finite."""
         rates, decays = _each(groups, "lr"), _each(groups, "weight_decay")
-        ggn = self._joint(ExactGGN(rerun), run.watched)
-        new = self._lengthened(named, groups, run.gradients, directions, ggn)
+        ggn = self._ggn_over_ranks(ExactGGN(rerun), run.watched)
+        new = self._new_momentum(named, groups, run.gradients, directions, ggn)
         moves = {name: -rates[name] * (m + decays[name] * named[name]) for name, m in new.items()}
         if not all(is_finite(move) for move in moves.values()):
             return "the quadratic model of the step"
-        model = self._model_of(run.gradients, moves, ggn, _each(groups, "damping")) if run.adapts else None
+        model = self._predicted_change(run.gradients, moves, ggn, _each(groups, "damping")) if run.adapts else None
         del ggn
         old = {name: named[name].clone() for name in moves}
         for name, move in moves.items():
@@ -207,14 +207,14 @@ class CurvatureOptimizer(NamedOptimizer):
         for group in self.param_groups:
             group["damping"] = levenberg_marquardt(float(group["damping"]), ratio, self.adapt_damping_every)
 
-    def _joint(self, ggn: ExactGGN, watched: Watched) -> Product:
+    def _ggn_over_ranks(self, ggn: ExactGGN, watched: Watched) -> Product:
         """Products with the exact GGN of all ranks' batches."""
         return lambda direction: self.preconditioner.total(watched, ggn.times(direction))
 
-    def _lengthened(
+    def _new_momentum(
         self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values, ggn: Product
     ) -> Values:
-        """New momentum buffers m: with a learning rate as in `_go`, else m ← α d + μ m of the best quadratic model."""
+        """New momentum buffers m: β m + ν d, or with step_size="quadratic" α d + μ m of the best quadratic model."""
         buffers = {name: self.state[named[name]].get("momentum") for name in directions}
         betas = _each(groups, "momentum")
         if self.step_size == "lr":
@@ -232,8 +232,8 @@ class CurvatureOptimizer(NamedOptimizer):
         factor = bound(dot(new, _combined(chosen, products)), self.kl_clip)
         return {name: m * factor for name, m in new.items()}
 
-    def _model_of(self, gradients: Values, moves: Values, ggn: Product, damping: Mapping[str, float]) -> float:
-        """The change of the loss that its damped quadratic model expects."""
+    def _predicted_change(self, gradients: Values, moves: Values, ggn: Product, damping: Mapping[str, float]) -> float:
+        """The change of the loss in its damped quadratic model."""
         return dot(moves, gradients) + (dot(moves, ggn(moves)) + dot(moves, moves, damping)) / 2
 
     # -- state -----------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class CurvatureOptimizer(NamedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, parameters by name, λ with the groups; goes on bitwise where it stopped.
 
-        Raises BadInput where the saved state is of other parameters than ours, or of another kind of curvature.
+        Raises BadInput where the saved state has other parameters, or another kind of curvature.
         """
         rest = {key: value for key, value in state_dict.items() if key != "preconditioner"}
         self.preconditioner.check_state(state_dict["preconditioner"])
@@ -279,15 +279,15 @@ def _write(named: Values, values: Values) -> None:
         named[name].copy_(value)
 
 
-def _left_behind(named: Mapping[str, Tensor], before: Mapping[str, Any]) -> Values:
-    """The gradients, where the closure ran a backward pass: those in `.grad` if any of them changed."""
+def _gradients_in_grad(named: Mapping[str, Tensor], before: Mapping[str, Any]) -> Values:
+    """The gradients in `.grad`, where the closure ran a backward pass (some of them changed); else none."""
     found = {name: p.grad for name, p in named.items() if p.grad is not None}
     changed = any(g is not before[name][0] or g._version != before[name][1] for name, g in found.items())
     return {name: dense(g.detach()) for name, g in found.items()} if changed else {}
 
 
 def _gradients(loss: Tensor, named: Mapping[str, Tensor], watched: Watched) -> Values:
-    """The gradients of the loss that the closure returned; none of them in `.grad`."""
+    """The gradients of the loss that the closure returned, without writing `.grad`."""
     if not loss.requires_grad:
         raise BadInput("the closure's loss depends on no parameter; was it detached, or computed under no_grad?")
     params = list(named.values())

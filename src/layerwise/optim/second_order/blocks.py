@@ -1,4 +1,4 @@
-"""All blocks of a preconditioner: averages with their inverses, updated as values and applied to gradients."""
+"""All blocks of a preconditioner: running averages with their inverses, as an immutable value."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["Blocks", "misfits"]
 class Blocks:
     """Running averages, their inverses and their kinds of curvature, by block: a parameter, or a slice `w[0]` of one.
 
-    Never written on: what a batch changes is a new value, so that an old one is a state to go back to.
+    Never written in place: a batch gives a new value, so that the old one can be restored.
     """
 
     averages: dict[str, Average] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Blocks:
 
     @property
     def bases(self) -> dict[str, EigenBlock]:
-        """The eigenbases that second moments are kept in."""
+        """The eigenbases of the running second moments, by block."""
         return {name: held.eigen for name, held in self.averages.items() if held.eigen is not None}
 
     # -- a batch -------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class Blocks:
     def averaged(
         self, blocks: Mapping[str, Measured], kinds: Mapping[str, str], decay: float, exchange: RankExchange
     ) -> Blocks:
-        """With the blocks of a batch taken into the averages; an inverse outlives a change of form in no block."""
+        """The averages updated with the blocks of a batch; a block that changed its form loses its inverse."""
         present = {name: held.block for name, held in self.averages.items()}
         exchange.assign({**present, **{name: measured.block for name, measured in blocks.items()}})
         new = {
@@ -67,7 +67,7 @@ class Blocks:
     def inverted(
         self, new: Mapping[str, Measured], due: bool, damping: Callable[[str], float], form: str, exchange: RankExchange
     ) -> Blocks:
-        """With the inverses that are due, that are missing, and those that follow every batch.
+        """New inverses: of all blocks if `due`, with new eigenbases; else of those without, and of instant kinds.
 
         damping: λ of a parameter's name. form: of the kinds that leave it to the user.
         """
@@ -90,7 +90,7 @@ class Blocks:
 
     @torch.no_grad()
     def precondition(self, grads: Mapping[str, Tensor], exchange: RankExchange) -> dict[str, Tensor]:
-        """Gradients by parameter name, multiplied by the inverses; those without one come back as they are."""
+        """Gradients by parameter name, multiplied by the inverses; those without an inverse unchanged."""
         out = dict(grads)
         for key, inverse in self.inverses.items():
             block = inverse.block
@@ -107,7 +107,7 @@ class Blocks:
             if block.bias is not None and block.bias not in values:
                 values[block.bias] = like.new_zeros(block.size[0] * block.size[1])
             made = block.product(name, values)
-            if block.parameter is not None:  # a slice: what lies outside of it stays
+            if block.parameter is not None:  # a slice: the rest of the gradient is unchanged
                 made[name] = out[name].to(like.dtype) - block.fold(block.matrix(values[name])) + made[name]
             out |= {n: made[n].reshape(g.shape).to(g.dtype) for n, g in mine.items()}
         return exchange.updates(self.averages, out)
@@ -125,7 +125,7 @@ class Blocks:
         }
 
     def describe(self, names: Sequence[str], draws: int | None) -> dict[str, str]:
-        """How the gradient of each parameter is treated. draws: that the curvature is made of."""
+        """How the gradient of each parameter is treated, by name. draws: of the curvature."""
         said: dict[str, str] = {}
         for key, held in self.averages.items():
             inverse, name = self.inverses.get(key), held.block.parameter or key
@@ -145,7 +145,7 @@ class Blocks:
     # -- state ---------------------------------------------------------------------------------------------
 
     def state(self, exchange: RankExchange) -> dict[str, Any]:
-        """Tensors, numbers and strings, by block; with several ranks a collective, which gives all of them all."""
+        """The state by block, as tensors, numbers and strings; with several ranks a collective that gives the whole."""
         return exchange.whole({
             name: {**save(held, self.inverses.get(name)), "kind": self.kinds[name]}
             for name, held in self.averages.items()
@@ -153,7 +153,7 @@ class Blocks:
 
     @staticmethod
     def of(state: Mapping[str, Any], named: Mapping[str, Tensor], exchange: RankExchange) -> Blocks:
-        """From what `state` gave, in tensors of its own on the parameters' devices."""
+        """Blocks from what `state` gave, copied to the parameters' devices."""
         loaded = {name: load(its, named[its["parameter"] or name].device) for name, its in state.items()}
         exchange.owners = {}
         exchange.assign({name: held.block for name, (held, _) in loaded.items()})
@@ -168,7 +168,7 @@ class Blocks:
 def _moments(
     blocks: Mapping[str, Measured], new: Mapping[str, Average], decay: float, exchange: RankExchange
 ) -> dict[str, Average]:  # fmt: skip
-    """The averages that hold second moments, with those of a batch; without an eigenbasis there are none."""
+    """The averages with second moments, updated with a batch's; only blocks with an eigenbasis have them."""
     held = {name: new[name] for name, measured in blocks.items() if measured.moments is not None}
     bases: dict[str, EigenBlock | None] = {name: its.eigen for name, its in held.items()}
     bases |= exchange.eigenbases({name: its.block for name, its in held.items() if its.eigen is None})
@@ -186,7 +186,7 @@ def _in(measured: Measured, basis: EigenBlock) -> Tensor:
 
 
 def misfits(state: Mapping[str, Any], named: Mapping[str, Tensor]) -> list[str]:
-    """The blocks of a saved state that are those of no parameter."""
+    """The blocks of a saved state that fit no parameter."""
     owners = {key: its["parameter"] or key for key, its in state.items()}
     return [
         key

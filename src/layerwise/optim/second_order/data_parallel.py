@@ -1,4 +1,4 @@
-"""`DataParallel`: one batch in parts, a part for each rank; what the ranks tell each other before they step."""
+"""`DataParallel`: one batch in parts, a part for each rank; and the reports that ranks exchange before a step."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class DataParallel:
                 raise BadInput(f"DataParallel's {name} is one of {', '.join(known)}; got {getattr(self, name)!r}")
 
     def says_averaged(self, model: Any, in_grad: bool) -> bool:
-        """Whether the gradients of a step are the ranks' mean; in_grad: they were read from `.grad`."""
+        """Whether a rank's gradients are the mean over ranks. in_grad: whether they were read from `.grad`."""
         if self.gradients == "auto":
             return in_grad and isinstance(model, DistributedDataParallel)
         return in_grad and self.gradients == "averaged"
 
     def check_gradients(self, reports: Sequence[Report]) -> None:
-        """Raise BadInput on all ranks where their gradients are not what they are said to be."""
+        """Raise BadInput on all ranks where averaged gradients differ, or (with "auto") local ones are all equal."""
         norms, said = [report.norms for report in reports], {report.averaged for report in reports}
         if len(said) > 1:
             raise BadInput(
@@ -122,11 +122,11 @@ def facts_with_values(model: nn.Module | Mapping[str, Tensor], settings: Mapping
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank tells the others before a step.
+    """What a rank sends to the others before a step.
 
-    error: what it failed with. where: the place that forbids the step. by_hand: what was differentiated is no loss
-    call's own value. averaged: its gradients are the ranks' mean. names, norms: of its gradients. measured: the shapes
-    of the sums of curvature, by kind and name. left: parameters without factors.
+    error: what it failed with. where: the reason to skip the step. by_hand: the differentiated value is not that of a
+    loss call. averaged: its gradients are the mean over ranks. names, norms: of its gradients. measured: the shapes of
+    the sums of curvature, by kind and name. left: parameters without factors.
     """
 
     error: str | None = None
@@ -163,19 +163,19 @@ def _check_measured(reports: Sequence[Report]) -> None:
 
 
 def weights_of(reports: Sequence[Report], reduction: str) -> list[float]:
-    """By how much the loss of each rank's part counts in that of the whole batch.
+    """The weight of each rank's loss in that of the whole batch.
 
-    Means count by their terms, or with reduction="mean" by their samples, over all of them; sums add. Raises BadInput
-    where the losses of the ranks have no union.
+    Means weigh by their terms, or with reduction="mean" by their samples, over those of all ranks; sums by 1. Raises
+    BadInput where reductions are unknown or differ, or several losses have terms out of proportion.
     """
     if reduction == "mean":
         return _shares([float(its.batch.samples) for its in reports])
     if reduction == "sum":
         return [1.0] * len(reports)
-    untold = next((its.batch.unknown_reduction for its in reports if its.batch.unknown_reduction is not None), None)
-    if untold is not None:
+    unknown = next((its.batch.unknown_reduction for its in reports if its.batch.unknown_reduction is not None), None)
+    if unknown is not None:
         raise BadInput(
-            f"asked to join the batches of several ranks, but whether {untold} is a mean or a sum is not said; mark "
+            f"asked to join the batches of several ranks, but whether {unknown} is a mean or a sum is not said; mark "
             'it: lw.as_loss(fn, reduction="mean") or "sum", or say DataParallel(reduction=...)'
         )
     terms = [its.batch.terms for its in reports]

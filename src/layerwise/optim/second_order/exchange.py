@@ -58,7 +58,7 @@ class RankCost:
 
 @dataclass(frozen=True)
 class JoinedBatch:
-    """What the ranks' batches are together: the place that forbids a step, or gradients by name and a loss."""
+    """The whole batch over all ranks: gradients by name and loss, or the reason `where` to skip the step."""
 
     where: str | None
     gradients: dict[str, Tensor]
@@ -66,10 +66,10 @@ class JoinedBatch:
 
 
 class RankExchange:
-    """The messages between a preconditioner and those of the other ranks; with one rank there are none.
+    """Communication between the preconditioners of all ranks; with one rank there is none.
 
-    owners: the rank that inverts each block. What another rank alone holds is held as tensors on the meta device:
-    shapes without memory. Methods with several ranks are collectives, but `holds`, `held` and `costs`.
+    owners: the rank that inverts each block. A block that only another rank holds is on the meta device here.
+    With several ranks all methods but `holds`, `held` and `costs` are collectives.
     """
 
     def __init__(self, parallel: DataParallel | None, model: nn.Module | Mapping[str, Tensor]) -> None:
@@ -81,7 +81,7 @@ class RankExchange:
 
     @property
     def owners_only(self) -> bool:
-        """Whether a block is held by its owner alone."""
+        """Whether only the owner of a block holds it (share="updates")."""
         return self.size > 1 and self.settings.share == "updates"
 
     def check_kind(self, kind: str) -> None:
@@ -106,7 +106,7 @@ class RankExchange:
     # -- one batch -----------------------------------------------------------------------------------------
 
     def fail(self, error: Exception) -> None:
-        """Tell the other ranks, which wait for this one's report, that there is none."""
+        """Report an error to the other ranks, which wait for this one."""
         if self.size > 1:
             gather_reports(self.ranks, Report(error=f"{type(error).__name__}: {str(error)[:500]}"))
 
@@ -114,9 +114,9 @@ class RankExchange:
         self, watched: Watched, grads: Mapping[str, Tensor], where: str | None, named: Mapping[str, Tensor],
         loss: Tensor | None = None,
     ) -> JoinedBatch:  # fmt: skip
-        """Gradients and loss of all ranks' batches together; the sums that were watched become those, too.
+        """All-reduce gradients, loss and measured sums of curvature to those of the whole batch.
 
-        named: the parameters in the model's order. Raises on all ranks where their batches have no union.
+        named: the parameters in the model's order. Raises on all ranks where their batches cannot be joined.
         """
         if self.size == 1:
             return JoinedBatch(where, dict(grads), loss)
@@ -138,7 +138,7 @@ class RankExchange:
         return JoinedBatch(None, _from_average(full, weights) if averaged else joint, joint_loss)
 
     def total(self, values: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
-        """Values that are linear in the loss, over all ranks' batches; weight: of this rank's."""
+        """Values linear in the loss, summed over ranks with the weights of their losses."""
         if self.size == 1:
             return dict(values)
         return dict(zip(values, self.ranks.sum([v * weight for v in values.values()]), strict=True))
@@ -150,29 +150,29 @@ class RankExchange:
     # -- blocks and their owners -----------------------------------------------------------------------------
 
     def assign(self, blocks: Mapping[str, Block]) -> None:
-        """Give blocks that have no owner one, and forget those that are no more."""
+        """Assign owners to new blocks, and forget blocks that are gone."""
         self.owners = block_owners(blocks, self.size, self.owners)
 
     def holds(self, key: str) -> bool:
-        """Whether the values of a block are held here."""
+        """Whether this rank holds the values of a block."""
         return not self.owners_only or self.owners[key] == self.rank
 
     def held(self, key: str, block: Block) -> Block:
-        """The block, or its shapes where another rank holds it."""
+        """The block, or on the meta device where another rank holds it."""
         return block if self.holds(key) else _shapes(block)
 
     def hold(self, key: str, held: Average, inverse: Inverse | None) -> tuple[Average, Inverse | None]:
-        """A loaded average and inverse, or their shapes where another rank holds them."""
+        """A loaded average and inverse, or on the meta device where another rank holds them."""
         if inverse is not None and inverse.block is not None:
             inverse = inverse._replace(block=self.held(key, inverse.block))
         return held._replace(block=self.held(key, held.block)), inverse
 
     def inverts(self, key: str, block: Block) -> bool:
-        """Whether a block is inverted here: the owner's are, and those that take no time where all hold them."""
+        """Whether this rank inverts a block: the owner does, and each holder where the inverse is elementwise."""
         return self.owners[key] == self.rank or (not self.owners_only and isinstance(block, EigenBlock))
 
     def eigenbases(self, blocks: Mapping[str, Any]) -> dict[str, EigenBlock | None]:
-        """The eigendecompositions of Kronecker blocks, None where there is none; each made by its owner."""
+        """The eigenbases of Kronecker blocks, each computed by its owner and broadcast; None where there is none."""
         made = {key: eigenbasis(key, block) for key, block in blocks.items() if self.owners[key] == self.rank}
         if self.size == 1 or not blocks:
             return made
@@ -184,7 +184,7 @@ class RankExchange:
     def inverses(
         self, blocks: Mapping[str, Block], made: Mapping[str, Inverse], last: Mapping[str, Inverse]
     ) -> dict[str, Inverse]:
-        """The new inverses of some blocks, from those made here, by `inverts`, and elsewhere.
+        """The new inverses of some blocks: those made here, and those broadcast by other owners.
 
         last: the inverses before, which an owner may have kept.
         """
@@ -208,7 +208,7 @@ class RankExchange:
         return {key: found[key] for key in blocks}
 
     def updates(self, averages: Mapping[str, Average], found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Preconditioned gradients by name, each from the owner of its block; those of no block stay."""
+        """Preconditioned gradients by name, broadcast by the owners of their blocks; without a block unchanged."""
         if not self.owners_only:
             return found
         owner_of = {name: self.owners[key] for key, held in averages.items() for name in names_of(key, held)}
@@ -218,24 +218,24 @@ class RankExchange:
         return out
 
     def _gathered(self, mine: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of all ranks."""
+        """The entries of all ranks' mappings, in one."""
         return {key: its for one in self.ranks.gather(dict(mine)) for key, its in one.items()}
 
     def _send(self, blocks: Mapping[str, Block]) -> None:
-        """Overwrite blocks with their owners'."""
+        """Broadcast blocks from their owners, in place."""
         self.ranks.broadcast_owned([(self.owners[key], _all(block)) for key, block in blocks.items()])
 
     # -- state and report ------------------------------------------------------------------------------------
 
     def whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A state by block with those that other ranks hold, on the CPU, from shapes here."""
+        """The state of all blocks, on the CPU: those that other ranks hold are fetched."""
         if not self.owners_only:
             return dict(state)
         every = self._gathered({key: _on_cpu(its) for key, its in state.items() if self.holds(key)})
         return {key: every[key] for key in state}
 
     def costs(self, averages: Mapping[str, Average], inverses: Mapping[str, Inverse]) -> list[RankCost]:
-        """What each rank's blocks cost it."""
+        """The cost of its blocks to each rank."""
         found = []
         for rank in range(self.size):
             own = [key for key in averages if self.owners[key] == rank]
@@ -253,7 +253,7 @@ class RankExchange:
 
 
 class _BlockMessage(NamedTuple):
-    """What an owner says of a block it made: the shapes of its fields, or None for no block; flags of an inverse."""
+    """An owner's header of a block: the shapes of its fields (None: no block), and the flags of an inverse."""
 
     fields: dict[str, TensorSpec | None] | None
     raised: bool = False
@@ -267,7 +267,7 @@ class _BlockMessage(NamedTuple):
         return _BlockMessage({key: None if t is None else TensorSpec.of(t) for key, t in fields}, raised)
 
     def block(self, like: Block, made: Block | None, shapes_only: bool = False) -> Block | None:
-        """The block in contiguous memory: the one made here, or one to be overwritten."""
+        """The block in contiguous memory: the one made here, or an empty one to receive into."""
         if self.fields is None:
             return None
         if made is not None:
@@ -303,7 +303,7 @@ def _report(watched: Watched, grads: Mapping[str, Tensor], where: str | None, av
 
 
 def _from_average(grads: dict[str, Tensor], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The gradients of the whole batch from the mean over ranks. Raises BadInput where the ranks do not count alike."""
+    """The gradients of the whole batch from the mean over ranks. Raises BadInput where ranks have unequal weights."""
     if max(weights) - min(weights) > 1e-9 * max(weights):
         raise BadInput(
             "the ranks' gradients are averaged (by DistributedDataParallel), which is the gradient of the whole "

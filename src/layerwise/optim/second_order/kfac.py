@@ -35,7 +35,7 @@ class KFAC(CurvatureOptimizer):
         weight_decay: decoupled.
         kl_clip: κ, a bound on the quadratic model of the step; "auto": 3e-4, and 1 with step_size="quadratic".
         step_size: "lr", or "quadratic": m ← α d + μ m, (α, μ) minimize the quadratic model with the batch's exact GGN.
-        adapt_damping_every: every so many steps λ follows how well the quadratic model told the change of the loss.
+        adapt_damping_every: every so many steps λ adapts to how well the quadratic model predicted the loss.
         damping_form, factor_decay, update_factors_every, update_inverses_every: as for `Preconditioner`.
         draws, sharing, joint, rows, largest_factor, seed, on_nonfinite, parallel: as for `Preconditioner`.
         curvature, schedule: the values `Curvature` and `Schedule`, in place of the keywords for their fields.

@@ -1,7 +1,4 @@
-"""What a watched batch is asked for: quantities that leave out the parameters they do not suit, and give blocks.
-
-Each result is a dict of `Measured` blocks by name.
-"""
+"""Quantities that measure blocks of curvature, for the parameters that have them: dicts of `Measured` by name."""
 
 from __future__ import annotations
 
@@ -35,8 +32,8 @@ __all__ = ["KINDS", "CurvatureKind", "Request"]
 class Request:
     """What to measure: of which parameters, drawn from which generator, and how.
 
-    bases: present eigenbases, by block. whole: the samples cannot be told apart, so a draw for all of them is squared
-    as one. left: filled with the names of the parameters asked for that are no blocks of the Kronecker kinds.
+    bases: present eigenbases, by block. whole: batch statistics mix the samples, so each draw is squared for the whole
+    batch. left: filled with the names of the parameters without Kronecker factors.
     """
 
     names: Collection[str]
@@ -48,12 +45,12 @@ class Request:
 
 
 def _has_factors(gradient: ParameterGradient, request: Request) -> bool:
-    """Whether all uses of a parameter have rows, of disjoint slices or of one matrix, and its factors fit."""
+    """Whether all uses have rows, of disjoint slices or of one matrix, with factors of at most the largest size."""
     groups = gradient.groups
     if groups is None:
         return False
     for part in groups:
-        # an index: the factor holds counts
+        # a look-up: its factor is diagonal
         diagonal = part.rows.kind != "float" and request.curvature.sharing == "expand"
         inputs = 1 if part.rows.a is None or diagonal else part.rows.size_in
         if max(inputs, part.rows.g.shape[-1]) > request.curvature.largest:
@@ -62,13 +59,13 @@ def _has_factors(gradient: ParameterGradient, request: Request) -> bool:
 
 
 class _Factors(KroneckerFactors):
-    """Kronecker factors of those parameters alone that have them, are asked for and are small enough."""
+    """Kronecker factors of the requested parameters that have them, up to the largest size."""
 
     rows_only = True
     request: Request
 
     def covers(self, gradient: ParameterGradient) -> bool:
-        """Whether the parameter is asked for and its factors fit; those that do not are noted."""
+        """Whether the parameter is requested and has factors; if it has none, its name is added to `left`."""
         if gradient.name not in self.request.names:
             return False
         found = _has_factors(gradient, self.request)
@@ -77,7 +74,7 @@ class _Factors(KroneckerFactors):
         return found
 
     def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> dict[str, Measured]:
-        """The blocks of the elements that are used."""
+        """The blocks, restricted to the elements that are used."""
         blocks = blocks_of({name: value[0] for name, value in values.items()}, self.joint)
         return {key: Measured(block) for key, block in blocks.items() if not key.endswith("[rest]")}
 
@@ -95,7 +92,7 @@ class _KFRA(_Factors, KFRA):
 
 
 class _FOOF(_Factors):
-    """The input factor alone, read off the uses; the output factor is the identity, kept as its diagonal."""
+    """FOOF: the input factor A; the output factor is the identity, kept as its diagonal."""
 
     def __init__(self, sharing: str, joint: bool, rows: str) -> None:
         super().__init__(Gradient(), sharing, joint, rows)
@@ -113,7 +110,7 @@ class _FOOF(_Factors):
 
 
 class _EKFAC(_Factors, KFAC):
-    """K-FAC's factors, and the second moments in the present eigenbasis; without one, what they are made from."""
+    """K-FAC's factors, and second moments in the present eigenbasis, or the rows until there is one."""
 
     powers = (1, 1)
 
@@ -141,24 +138,24 @@ class _EKFAC(_Factors, KFAC):
         return _whole_moment(rows, basis) if self.request.whole else second_moment(rows, basis)
 
     def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> dict[str, Measured]:
-        """Factors with functions that give the moments in a basis."""
+        """The factors, with functions that give the second moments in an eigenbasis."""
         found = super().finish(values, union, context)
         for name, (factors, moments) in values.items():
             for i, key in enumerate(block_names(name, factors.laid)):
-                if key not in found:  # inside another block
+                if key not in found:  # a slice of a larger block
                     continue
                 found[key] = found[key]._replace(moments=partial(_spectrum, moments, i))
         return found
 
 
 def _spectrum(moments: Spectra | HeldRows | _Totals, i: int, basis: EigenBlock) -> Tensor:
-    """The i-th matrix's second moments: known in the basis already, or made now that there is one."""
+    """The i-th matrix's second moments in the basis, from values in it already or from rows."""
     return moments.values[i] if isinstance(moments, Spectra) else moments.spectrum(i, basis)
 
 
 @dataclass(frozen=True)
 class _Totals:
-    """Rows whose gradients are summed over all samples before they are squared, times a weight."""
+    """Rows whose gradients are summed over all samples before squaring; the squares are weighted."""
 
     rows: tuple[Rows, ...]
     weight: float = 1.0
@@ -191,13 +188,13 @@ def _whole_moment(rows: Rows, basis: EigenBlock) -> Tensor:
 
 
 class _Diagonal(Quantity):
-    """A diagonal of those parameters alone that are asked for; unfit: of those without Kronecker factors."""
+    """A diagonal of the requested parameters; with unfit, of those without Kronecker factors."""
 
     request: Request
     unfit = False
 
     def covers(self, gradient: ParameterGradient) -> bool:
-        """Whether the parameter is asked for, and can be."""
+        """Whether the parameter is requested and has a diagonal."""
         if self.request.whole and not all(isinstance(part, RowsPart) for part in gradient.parts):
             return False
         unfit = self.unfit and _has_factors(gradient, self.request)
@@ -217,7 +214,7 @@ class _DiagHessian(_Diagonal, DiagHessian):
 
 
 class _WholeDiagonal(_Diagonal):
-    """The GGN's diagonal from draws that are squared for all samples at once; unbiased, since draws are independent."""
+    """The GGN's diagonal from draws squared for the whole batch; unbiased, since draws are independent."""
 
     rows_only = True
     needs_samples = False
@@ -245,9 +242,9 @@ class CurvatureKind:
     """A kind of curvature: a row of `KINDS`. Averages, inverses, products, refusals and state are the same for all.
 
     make: the quantity that gives its blocks. form: of their inverses (`invert`); None: as the user chose.
-    common: whether what is drawn belongs to the parameters (signs), so that all ranks draw the same; labels belong to
-    the samples. instant: whether inverses cost so little that they follow every new average, not the schedule.
-    whole: whether draws for a batch whose samples cannot be told apart may be measured as one.
+    common: whether all ranks draw alike (signs of parameters), not each its own (labels of samples).
+    instant: whether inverses are so cheap that they follow every new average, not the schedule.
+    whole: whether draws may be squared for the whole batch, where its samples are mixed.
     rest: the kind for parameters without factors; None: no curvature.
     """
 
@@ -259,7 +256,7 @@ class CurvatureKind:
     rest: str | None = None
 
     def measure(self, request: Request, unfit: bool = False) -> Quantity:
-        """The quantity that is asked for; unfit: of a diagonal, for those parameters alone that have no factors."""
+        """The quantity of a request. unfit: a diagonal of only the parameters without factors."""
         quantity: Quantity = self.make(request)
         vars(quantity).update(request=request, **({"unfit": True} if unfit else {}))
         return quantity

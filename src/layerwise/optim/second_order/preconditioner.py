@@ -1,4 +1,4 @@
-"""A preconditioner of any kind of curvature: watched batches give blocks, and their inverses precondition gradients."""
+"""`Preconditioner`: measures blocks of curvature on watched batches, and multiplies gradients by their inverses."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from layerwise.optim.second_order.data_parallel import DataParallel
 from layerwise.optim.second_order.exchange import JoinedBatch, RankCost, RankExchange
 from layerwise.optim.second_order.measured import KINDS, Request
 from layerwise.optim.second_order.settings import (
+    KEYWORDS,
     Kind,
     ValueWords,
-    as_keywords,
     described,
     in_present_words,
     present_state,
     spelled_out,
-    values_of,
 )
 from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, bad_curvature, bad_gradient
 from layerwise.quantities.base import Quantity
@@ -105,7 +104,8 @@ class Preconditioner:
         **words: Unpack[ValueWords],
     ) -> None:
         given = {**words} if kind is None else {**words, "kind": kind}
-        self.curvature, self.schedule = values_of(in_present_words(Preconditioner.__init__, given))
+        values = KEYWORDS.values(in_present_words(Preconditioner.__init__, given))
+        self.curvature, self.schedule = values["curvature"], values["schedule"]
         self.damping, self.damping_form = damping, damping_form
         self.model, self.on_nonfinite, self._seed = model, on_nonfinite, seed
         self._kind = KINDS[self.curvature.kind]
@@ -116,12 +116,12 @@ class Preconditioner:
         self.steps = self.skipped = 0
         self.check()
         named_parameters_of(model)
-        self._ask(self._request, False)
+        self._quantities(self._request, False)
         self._exchange = RankExchange(parallel, model)
         self._exchange.check_kind(self.curvature.kind)
         self.agree({
             "damping": damping, "damping_form": damping_form, "seed": seed, "on_nonfinite": on_nonfinite,
-            **as_keywords(self.curvature, self.schedule),
+            **KEYWORDS.of(values),
         })  # fmt: skip
 
     def agree(self, settings: Mapping[str, Any]) -> None:
@@ -141,17 +141,17 @@ class Preconditioner:
 
     @contextmanager
     def watch(self, names: Collection[str] | None = None) -> Iterator[Watched]:
-        """Measure the curvature in the backward pass inside, where it is due; else do nothing at all.
+        """Measure the curvature in the backward pass inside, on steps where it is due.
 
-        names: of the parameters to measure, default all that require grad. Several backward passes inside count
-        as the sum of their losses, as in `observe`. Leaving by an exception forgets the batch.
+        names: of the parameters to measure, default all that require grad. Several backward passes inside count as the
+        sum of their losses, as in `observe`. An exception discards the batch.
         """
         self._watched = None
         watched = Watched(due=is_due(self.steps, self.update_factors_every))
         if watched.due or self._exchange.size > 1:  # the ranks' terms are counted at every step
-            request = self._due(names) if watched.due else None
+            request = self._request_for(names) if watched.due else None
             watch = CurvatureWatch(
-                self.model, lambda whole: {} if request is None else self._ask(request, whole), watched,
+                self.model, lambda whole: {} if request is None else self._quantities(request, whole), watched,
                 self.on_nonfinite == "raise",
             )  # fmt: skip
             watched.backward = watch.backward
@@ -173,10 +173,10 @@ class Preconditioner:
             yield watched
         self._watched = watched
 
-    def _due(self, names: Collection[str] | None) -> Request:
+    def _request_for(self, names: Collection[str] | None) -> Request:
         named = named_parameters_of(self.model)
         device = next((p.device for p in named.values()), torch.device("cpu"))
-        # a seed of its own for every step: nothing to save, and a resumed run draws the same labels
+        # one seed a step needs no saved generator, and a resumed run draws the same labels
         seed = seed_of(self._seed, self.steps)
         if self._exchange.rank and not self._kind.common:
             seed = seed_of(seed, self._exchange.rank)
@@ -184,8 +184,8 @@ class Preconditioner:
         asked = set(named) if names is None else names
         return replace(self._request, names=asked, generator=generator, bases=self.blocks.bases, left=set())
 
-    def _ask(self, request: Request, whole: bool) -> dict[str, Quantity]:
-        """The quantities by kind; nothing where a kind needs samples and the batch does not tell them apart."""
+    def _quantities(self, request: Request, whole: bool) -> dict[str, Quantity]:
+        """The quantities by kind; whole: the batch mixes its samples, for which a kind may have none."""
         kind, rest = self._kind, self._kind.rest
         if whole and rest is None and not (kind.whole and self.curvature.draws):
             return {}
@@ -205,12 +205,12 @@ class Preconditioner:
             raise BadInput("pre.step() comes after a backward pass inside `with pre.watch()`, once for each")
         self.check()
 
-        def much(name: str) -> float:
+        def damping_of(name: str) -> float:
             return self.damping
 
         named = {n: p for n, p in named_parameters_of(self.model).items() if p.requires_grad}
         own = {name: dense(p.grad) for name, p in named.items() if p.grad is not None}
-        joint = self.join(watched, own, self.unsafe(watched, own, much), named, much)
+        joint = self.join(watched, own, self.unsafe(watched, own, damping_of), named, damping_of)
         if joint.where is not None:
             if self.on_nonfinite == "raise":
                 raise NonFinite(f"{joint.where} holds NaN or infinity, or overflows; the batch changed no factor")
@@ -218,7 +218,7 @@ class Preconditioner:
             for p in named.values():
                 p.grad = None
             return False
-        self.advance(watched, much)
+        self.advance(watched, damping_of)
         for name, new in self.precondition(joint.gradients).items():
             grad = named[name].grad
             if grad is None or grad.is_sparse:
@@ -228,7 +228,7 @@ class Preconditioner:
         return True
 
     def unsafe(self, watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
-        """The first place of a batch that forbids a step, or None."""
+        """The first reason not to step on a batch, or None."""
         if watched.bad is not None:
             return watched.bad
         found = bad_gradient(grads, damping)
@@ -240,7 +240,7 @@ class Preconditioner:
         self, watched: Watched, grads: Mapping[str, Tensor], where: str | None, named: Mapping[str, Tensor],
         damping: Callable[[str], float], loss: Tensor | None = None,
     ) -> JoinedBatch:  # fmt: skip
-        """The batch with those of all other ranks, or the place on one of them that forbids a step; a collective.
+        """The whole batch over all ranks, or the reason of one of them to skip the step; a collective.
 
         named: the parameters that may have a gradient.
         """
@@ -251,12 +251,12 @@ class Preconditioner:
         return joint
 
     def total(self, watched: Watched, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values of this rank's batch that are linear in its loss, as those of all ranks' batches; a collective."""
+        """Values linear in the loss, from this rank's batch to the whole batch over ranks; a collective."""
         return self._exchange.total(values, watched.weight)
 
     @torch.no_grad()
     def advance(self, watched: Watched, damping: Callable[[str], float]) -> None:
-        """Take the curvature of a batch that is safe, compute the inverses that are due, and count the step."""
+        """Update the averages with a batch, compute the inverses that are due, and count the step."""
         blocks, new = self.blocks, watched.blocks
         if watched.due:
             blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self._exchange)
@@ -266,7 +266,7 @@ class Preconditioner:
         self.steps += 1
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients by parameter name, preconditioned with the present inverses; others come back as they are."""
+        """Gradients by parameter name, multiplied by the present inverses; those without one unchanged."""
         return self.blocks.precondition(grads, self._exchange)
 
     # -- what it holds -------------------------------------------------------------------------------------
@@ -282,11 +282,11 @@ class Preconditioner:
         return self.blocks.describe(names, self.curvature.draws)
 
     def costs(self) -> list[RankCost]:
-        """What the curvature costs each rank: the blocks it owns, the memory it holds, its operations."""
+        """The cost of the curvature to each rank: blocks that it owns, memory, operations."""
         return self._exchange.costs(self.blocks.averages, self.blocks.inverses)
 
     def snapshot(self) -> tuple[Any, ...]:
-        """All that `advance` changes."""
+        """The state that `advance` changes, for `restore`."""
         return self.blocks, self._left, self.steps, self._exchange.owners
 
     def restore(self, state: tuple[Any, ...]) -> None:
@@ -308,7 +308,7 @@ class Preconditioner:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state, λ with it; goes on bitwise where it stopped.
 
-        Raises BadInput for curvature of another kind, or of parameters that the model does not have.
+        Raises BadInput as `check_state`.
         """
         state_dict = self.check_state(state_dict)
         named = named_parameters_of(self.model)
@@ -318,7 +318,7 @@ class Preconditioner:
         self.steps, self.skipped = state_dict["steps"], state_dict["skipped"]
 
     def check_state(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """The state in present words. Raises BadInput for one that cannot be taken over."""
+        """A state with older words translated. Raises BadInput for another kind, or parameters that the model lacks."""
         state_dict, ours = present_state(state_dict), self.curvature
         theirs = described(state_dict["kind"], state_dict["draws"])
         if (state_dict["kind"], state_dict["draws"] is None) != (ours.kind, ours.draws is None):

@@ -1,4 +1,4 @@
-"""What the second-order optimizers are told: which curvature, how often it is measured, and the keywords for both."""
+"""Settings of the second-order optimizers: which curvature, how often it is measured, and the keywords for both."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from layerwise.errors import BadInput, Renamed
+from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.second_order.data_parallel import DataParallel
 
 __all__ = [
-    "DIAGONALS", "FACTORS", "OF_DIAGONALS", "Curvature", "DiagonalWords", "Kind", "KroneckerWords", "Schedule",
-    "ValueWords", "as_keywords", "described", "in_present_words", "present_state", "spelled_out", "values_of",
+    "DIAGONALS", "FACTORS", "KEYWORDS", "OF_DIAGONALS", "Curvature", "DiagonalWords", "Kind", "KroneckerWords",
+    "Schedule", "ValueWords", "described", "in_present_words", "present_state", "spelled_out",
 ]  # fmt: skip
 
 Kind = Literal["kfac", "kflr", "kfra", "ekfac", "foof", "diag-ggn", "diag-hessian"]
@@ -87,17 +88,11 @@ def _check_counts(**counts: int | None) -> None:
 
 # -- keywords for the fields of the values ------------------------------------------------------------------------
 
-_FIELDS = {  # keyword: the argument whose field it is, and the field
-    "kind": ("curvature", "kind"),
-    "draws": ("curvature", "draws"),
-    "sharing": ("curvature", "sharing"),
-    "joint": ("curvature", "joint"),
-    "largest_factor": ("curvature", "largest"),
-    "rows": ("curvature", "rows"),
-    "factor_decay": ("schedule", "decay"),
-    "update_factors_every": ("schedule", "factors"),
-    "update_inverses_every": ("schedule", "inverses"),
-}
+KEYWORDS = Keywords(
+    {"curvature": Curvature, "schedule": Schedule},
+    {"largest": "largest_factor", "decay": "factor_decay", "factors": "update_factors_every",
+     "inverses": "update_inverses_every"},
+)  # fmt: skip
 OF_DIAGONALS = {"decay": "factor_decay", "update_every": "update_factors_every"}  # DiagNewton's own keywords
 
 
@@ -144,51 +139,11 @@ class DiagonalWords(TypedDict, total=False):
     samples: int
 
 
-def values_of(words: Mapping[str, Any]) -> tuple[Curvature, Schedule]:
-    """The two values, given as such or by keywords. Raises BadInput for a value beside a keyword for its field."""
-    fields: dict[str, dict[str, Any]] = {"curvature": {}, "schedule": {}}
-    for word, (owner, name) in _FIELDS.items():
-        if word in words:
-            fields[owner][name] = words[word]
-            if owner in words:
-                raise BadInput(f"{word}= is the field {name!r} of {owner}=, which is given too: give one of the two")
-    curvature = words["curvature"] if "curvature" in words else Curvature(**fields["curvature"])
-    schedule = words["schedule"] if "schedule" in words else Schedule(**fields["schedule"])
-    if not isinstance(curvature, Curvature) or not isinstance(schedule, Schedule):
-        raise BadInput(
-            f"curvature= takes a lw.optim.Curvature, and schedule= a lw.optim.Schedule (a kind alone is kind=); got "
-            f"{curvature!r} and {schedule!r}"
-        )
-    return curvature, schedule
-
-
-def as_keywords(curvature: Curvature, schedule: Schedule) -> dict[str, Any]:
-    """The fields of both values by keyword."""
-    values = {"curvature": curvature, "schedule": schedule}
-    return {word: getattr(values[owner], name) for word, (owner, name) in _FIELDS.items()}
-
-
 def spelled_out(words: type, like: Callable[..., Any] | None = None, **defaults: Any) -> Callable[[F], F]:
-    """Give a constructor with `**words` the signature of all its keywords, for `inspect.signature` and `help`.
-
-    Defaults are those of the values and of `like`, or given here.
-    """
-    known: dict[str, Any] = {"curvature": None, "schedule": None} | as_keywords(Curvature(), Schedule())
-    known |= {} if like is None else {name: p.default for name, p in inspect.signature(like).parameters.items()}
-    known |= {word: known[name] for word, name in OF_DIAGONALS.items()} | defaults
-
-    def spelled(init: F) -> F:
-        signature = inspect.signature(init)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        own = [p.replace(default=known["kind"]) if p.name == "kind" else p for p in own]
-        more = [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=known[n], annotation=hint.__forward_arg__)
-            for n, hint in words.__annotations__.items() if n != "samples"
-        ]  # fmt: skip
-        init.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-        return init
-
-    return spelled
+    """The decorator of `Keywords`; defaults are those of the values, of `like`, or given here."""
+    known = {} if like is None else {name: p.default for name, p in inspect.signature(like).parameters.items()}
+    known |= {word: KEYWORDS.defaults[name] for word, name in OF_DIAGONALS.items()} | defaults
+    return KEYWORDS.spelled_out(words, ["samples"], **known)
 
 
 # -- old words ------------------------------------------------------------------------------------------------------
@@ -211,8 +166,7 @@ def in_present_words(
     Raises TypeError for a keyword that it does not have, and BadInput for a kind that is none of `kinds`.
     """
     owner = init.__qualname__.split(".")[0]
-    for word in words.keys() - {"samples"} - inspect.signature(init).parameters.keys():
-        raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument {word!r}")
+    refuse_unknown(init, words.keys() - {"samples"})
     now = {word: value for word, value in words.items() if value is not None or word not in ("curvature", "schedule")}
     old = {word: now.pop(word) for word in _OLD if isinstance(now.get(word), str) and now[word] in _OLD[word]}
     samples = {"samples": now.pop("samples")} if "samples" in now else {}

@@ -1,4 +1,4 @@
-"""How far to go along a direction, and how much to trust the curvature: pure functions.
+"""Step length and damping: KL clipping, the quadratic model, Levenberg-Marquardt, as pure functions.
 
 Sums over parameters are in float64.
 """
@@ -17,7 +17,7 @@ from layerwise.replay.rerun import Rerun
 
 __all__ = ["ExactGGN", "best_step", "bound", "clip_factor", "dot", "levenberg_marquardt"]
 
-_LEAST, _MOST = 1e-12, 1e12  # λ stays a number that can be divided by
+_LEAST, _MOST = 1e-12, 1e12  # λ stays a divisor without overflow
 
 
 def dot(one: Mapping[str, Tensor], two: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> float:
@@ -56,7 +56,7 @@ def best_step(
     """The coefficients of directions that minimize the damped quadratic model of the loss.
 
     argmin_c M(sum_i c_i d_i),  M(δ) = ∇L·δ + ½ δᵀGδ + ½ sum over parameters of λ |δ|²;  products: G d_i.
-    Of directions that depend on each other the least coefficients.
+    Linearly dependent directions get the coefficients of least norm.
     Source: Martens and Grosse (2015), sections 6.4 (one direction) and 7 (with the step before).
     """
     matrix = [
@@ -74,7 +74,7 @@ def best_step(
 
 
 def levenberg_marquardt(damping: float, ratio: float, every: int) -> float:
-    """λ after a step that reduced the loss by `ratio` times what its quadratic model said.
+    """λ after a step that changed the loss by `ratio` times the prediction of its quadratic model.
 
     λ ω where ratio > 3/4, λ / ω where ratio < 1/4 (or is NaN), ω = (19/20)^every.
     Source: Martens and Grosse (2015), section 6.5.
@@ -88,7 +88,7 @@ def levenberg_marquardt(damping: float, ratio: float, every: int) -> float:
 
 
 class ExactGGN(GGN):
-    """`GGN`, of a closure that may call backward, which is left out."""
+    """The exact `GGN` of a closure, whose own backward call is left out."""
 
     def __init__(self, rerun: Rerun) -> None:
         super().__init__(rerun.model, rerun.closure)
@@ -101,7 +101,7 @@ class ExactGGN(GGN):
         return "the quadratic model of the step"
 
     def times(self, direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The product with one direction, zero for the parameters that it does not name."""
+        """The product with a direction, which is zero for parameters that it does not name."""
         full = {n: direction[n] if n in direction else torch.zeros_like(p) for n, p in self._parameters.items()}
         found = self @ full
         return {name: found[name] for name in direction}

@@ -1,4 +1,4 @@
-"""One watched batch: its curvature is measured, and a loss that is not finite is noted instead of raised."""
+"""One watched batch: measures its curvature, and records a non-finite loss instead of raising."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from layerwise.tensors import is_finite
 
 __all__ = ["NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "bad_curvature", "bad_gradient"]
 
-_NO_SAMPLES = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # where samples are mixed, or hard to find
+_NO_SAMPLES = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # the samples are mixed, or cannot be found
 
 
 NO_BATCH = Batch(0, None)
 
 
 class MeasuredSums(NamedTuple):
-    """The sums by parameter from which a quantity finishes the blocks of one kind, and the batches they cover."""
+    """Sums by parameter for the blocks of one kind, the quantity that finishes them, and the batches they cover."""
 
     kind: str
     quantity: Quantity
@@ -41,15 +41,15 @@ class MeasuredSums(NamedTuple):
     union: Union
 
     def parts(self, name: str) -> list[Tensor | Factors]:
-        """The sums of a parameter that add up over ranks; second moments are added later, all in one eigenbasis."""
+        """A parameter's sums to all-reduce now; second moments follow when all ranks have one eigenbasis."""
         return [part for part in self.values[name] if isinstance(part, Tensor | Factors)]
 
     def described(self) -> dict[str, str]:
-        """By parameter, the shapes and the places of its sums, which must be those of all ranks."""
+        """The shapes and places of each parameter's sums, which must be equal on all ranks."""
         return {name: ", ".join(repr(describe(part)) for part in self.parts(name)) for name in self.values}
 
     def all_reduced(self, ranks: Ranks, weight: float) -> MeasuredSums:
-        """The sums of all ranks' batches, of which this one has a weight in the whole loss.
+        """The sums over all ranks. weight: of this rank's loss in that of the whole batch.
 
         As for several batches of one process (`layerwise.observation.union`): a value of power p scales by `weight^p`.
         Gradients that wait for an eigenbasis are scaled alone.
@@ -61,17 +61,17 @@ class MeasuredSums(NamedTuple):
             name: tuple(next(totals) if isinstance(part, Tensor | Factors) else part for part in value)
             for name, value in scaled.values.items()
         }
-        return self._replace(values=values, union=replace(self.union, samples=0, terms=1.0))  # which nothing here reads
+        return self._replace(values=values, union=replace(self.union, samples=0, terms=1.0))  # not read here
 
 
 @dataclass
 class Watched:
-    """What a watched batch gave: measured blocks, where they are due, and the first place that was not finite.
+    """The result of a watched batch: measured blocks, where they are due, and the first non-finite place.
 
-    found: the sums that the blocks are made of. batch: its samples and terms. weight: how much it counts in the loss
-    of all ranks' batches. in_grad: its gradients were read from `.grad`. by_hand: what was differentiated is no loss
-    call's own value. left: the parameters that no Kronecker factors fit, where that was asked. kinds: of each block.
-    suspect: what was not finite where no place is known, to be named where the gradients are.
+    found: the sums of the blocks. batch: its samples and terms. weight: of its loss in that of the whole batch over
+    ranks. in_grad: its gradients were read from `.grad`. by_hand: the differentiated value is not that of a loss call.
+    left: the parameters without Kronecker factors. kinds: of each block. suspect: names the non-finite tensor, once
+    the gradients are known.
     """
 
     blocks: dict[str, Measured] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Watched:
     uses: list[Use] = field(default_factory=list)
 
     def finish(self) -> None:
-        """Make the blocks from their sums."""
+        """Compute the blocks from their sums."""
         for kind, quantity, values, union in self.found:
             blocks = quantity.finish(values, union, Context({}))
             self.blocks |= blocks
@@ -98,17 +98,16 @@ class Watched:
 
 
 class CurvatureWatch:
-    """Observe backward passes; one from a loss that is not finite runs as it would without.
+    """Observe backward passes; a backward pass from a non-finite loss runs unobserved.
 
-    ask: the quantities by kind; whether the samples of the batch can be told apart is its argument. Where a first
-    batch cannot be measured sample by sample, it is asked again for what can do without. keep: hold what the calls
-    read and gave until the batch is found good, to name the first bad one.
+    ask: gives the quantities by kind; its argument says whether the samples are mixed, which is tried where a batch
+    cannot be measured sample by sample. keep: hold inputs and outputs of the calls, to name the first non-finite one.
     """
 
     def __init__(self, model: Any, ask: Callable[[bool], Mapping[str, Quantity]], watched: Watched, keep: bool) -> None:
         self._asked = ask(False)
         self._model, self._ask, self._watched, self._keep = model, ask, watched, keep
-        # what uses hold is read afterwards, to name the call that made a gradient overflow
+        # read afterwards, to name the call whose gradient overflowed
         self._observation = Observation(model, tuple(self._asked.values()), keeps_inputs=True)
 
     def __enter__(self) -> None:
@@ -120,7 +119,7 @@ class CurvatureWatch:
         self._observation.stop(*exc)
 
     def result(self) -> tuple[list[MeasuredSums], Batch]:
-        """What was measured, by kind, and of which batch. Raises BadInput where no backward pass ran."""
+        """The sums by kind, and the batch. Raises BadInput where no backward pass ran."""
         results = self._results
         if not results.count:
             raise BadInput(
@@ -173,7 +172,7 @@ class CurvatureWatch:
             return self._observation.run(tape, total, weight, run)
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradients of a loss that was computed here, none of them in `.grad`."""
+        """The gradients of a loss of this watch, without writing `.grad`."""
         found: list[Tensor | None] = [None for _ in inputs]
 
         def run() -> None:
@@ -184,13 +183,13 @@ class CurvatureWatch:
 
 
 def _is_loss(tape: Tape, total: Tensor) -> bool:
-    """Whether a total is the value of one loss call."""
+    """Whether the differentiated value is that of one loss call."""
     edges = [loss.value for loss in tape.losses] + [own.value for own in tape.own if own.value is not None]
     return any(edge.node is total.grad_fn for edge in edges)
 
 
 def bad_gradient(grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
-    """The first gradient whose norm under the largest preconditioner, `|g|² / λ`, is no number of its type."""
+    """The first gradient for which `|g|² / λ`, a bound of the preconditioned product, overflows or is NaN."""
     if not grads:
         return None
     tensors = [g if g.dtype is torch.float64 else g.float() for g in grads.values()]
@@ -203,7 +202,7 @@ def bad_gradient(grads: Mapping[str, Tensor], damping: Callable[[str], float]) -
 
 
 def bad_curvature(watched: Watched) -> str | None:
-    """The first block, or where they are not finished yet the first sum, that holds NaN or infinity."""
+    """The first block (or sum, before `finish`) that holds NaN or infinity."""
     places = [
         ("the curvature" if measured.block.form == "diagonal" else "a Kronecker factor", name, x)
         for name, measured in watched.blocks.items() for x in measured.tensors()
@@ -212,7 +211,7 @@ def bad_curvature(watched: Watched) -> str | None:
         for name, value in found.values.items():
             what = "a Kronecker factor" if isinstance(value[0], Factors) else "the curvature"
             places += [(what, name, t) for part in found.parts(name) for t in tensors_of(part)]
-    # a norm may overflow where no entry does, but is read in a tenth of the time
+    # a norm may overflow where no entry does, but takes a tenth of the time
     norms = torch._foreach_norm([x for *_, x in places]) if places else []
     for (what, name, x), norm in zip(places, norms, strict=True):
         if not math.isfinite(norm) and not is_finite(x):

@@ -27,7 +27,6 @@ from layerwise.quantities.base import Quantity, positive, takes_draws
 from layerwise.quantities.hessian import residual_columns
 from layerwise.quantities.hessian.residual_columns import ResidualPlan
 from layerwise.quantities.hessian.unit_columns import Unit, plan
-from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 
@@ -76,7 +75,7 @@ class DiagHessian(Quantity):
             return dict(zip(names, self._sampled(hessian, parameters), strict=True))
         plans, rest = plan(tape, graph, layout, names)
         columns: ResidualPlan | None = None
-        if layout is not None and plans:
+        if layout is not None and layout.regular and plans:
             columns, plans = residual_columns.plan(graph, layout, plans)
         self._check_cost(columns, plans, rest, tape, layout)
         if rest:  # refuses wrong second derivatives, as `Unit.diagonals` does
@@ -148,17 +147,9 @@ def _sample_gradients(graph: Graph, layout: SampleLayout, p: Tensor) -> Iterator
     found = gradients(graph)
     kept = [(e, g, rows) for e, g, rows in zip(edges, found, layout.losses, strict=True) if g is not None]
     for n in range(layout.n):
-        masked = [g * _mask(rows, g, n) for _, g, rows in kept]
+        masked = [g * (rows.owners(g.shape, g.device) == n) for _, g, rows in kept]
         with twice():
             yield pull([e for e, _, _ in kept], masked, [p], create_graph=True)[0]
-
-
-def _mask(rows: Samples, g: Tensor, n: int) -> Tensor:
-    """True at the rows of one sample, broadcastable to a loss's input."""
-    if rows.axis < 0:
-        return torch.ones((), dtype=torch.bool, device=g.device)
-    mine = rows.owner(g.shape[rows.axis], g.device) == n
-    return mine.reshape([-1 if axis == rows.axis else 1 for axis in range(g.dim())])
 
 
 def _elements(gradient: Tensor | None, p: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from layerwise.graph.samples import SampleLayout
 from layerwise.ops.base import Slot
 from layerwise.quantities.hessian.unit_columns import Unit
 from layerwise.rows import contract, weighted
-from layerwise.rows.base import Rows, Samples
+from layerwise.rows.base import RowNumbers, Rows, Samples
 from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
@@ -97,7 +97,7 @@ class ResidualPlan:
         uses = {unit.use.index: unit.use for unit in self.units}
         for unit in self.units:
             slots.setdefault(unit.use.index, []).extend(unit.slots)
-        sums = {i: _Sum(uses[i], self.layout.uses[i], found, per_sample) for i, found in slots.items()}
+        sums = {i: _Sum(uses[i], self.layout.axes[i], found, per_sample) for i, found in slots.items()}
         for index, d in self.exact.items():
             sums[index].flat += d
         elements = sum(use.call.out_shape.numel() for use in uses.values())
@@ -211,8 +211,8 @@ def _able(index: int, units: Sequence[Unit], layout: SampleLayout) -> bool:
         return False
     x = powers(slots[0].used.new_empty(1, *use.call.out_shape), index) + 1
     for slot in slots:
-        rows = slot.output(x, layout.uses[index])
-        same = torch.equal(rows.square(), slot.output(x.square(), layout.uses[index]))
+        rows = slot.output(x, layout.axes[index])
+        same = torch.equal(rows.square(), slot.output(x.square(), layout.axes[index]))
         if not (same and rows.numel() == x.numel() and near(rows.sum()[None], x.sum()[None], torch.finfo(x.dtype).eps)):
             return False
     return True
@@ -244,7 +244,7 @@ def _spread(
     for use in [use for node in found.walk.order for use in found.walk.use_at.get(node, ())]:
         if use.index not in waiting:
             continue
-        d, samples = waiting[use.index], layout.uses[use.index]
+        d, samples = waiting[use.index], layout.axes[use.index]
         inputs = found.walk.inputs(use)
         below = frozenset(found.walk.indices(inputs))
         following = found.next_uses(inputs)
@@ -313,13 +313,9 @@ def _positions(use: Use, samples: Samples, slots: Sequence[tuple[str, Slot, Tens
     return max(slot.output(zero, samples).shape[2] for _, slot, _ in slots)
 
 
-def _along(weights: Tensor, samples: Samples, like: Tensor) -> Tensor:
+def _along(weights: Tensor, samples: Samples | RowNumbers, like: Tensor) -> Tensor:
     """Weights `[V,N]` broadcast along the samples' axis, `[V, 1, ..., n·r, ..., 1]`."""
-    if samples.axis < 0:
-        return weights.reshape(len(weights), *[1] * like.dim())
-    size = like.shape[samples.axis]
-    shape = [size if axis == samples.axis else 1 for axis in range(like.dim())]
-    return weights[:, samples.owner(size, weights.device)].reshape(len(weights), *shape)
+    return weights[:, samples.owners(like.shape, weights.device)]
 
 
 def _places(graph: Graph, layout: SampleLayout, residuals: Sequence[Residual]) -> list[Samples | None]:

@@ -115,7 +115,7 @@ class Unit:
 
 def plan(tape: Tape, graph: Graph, layout: SampleLayout | None, names: Sequence[str]) -> tuple[list[Unit], list[str]]:
     """The units for parameters that have output directions, and the names of the other parameters."""
-    if layout is None:
+    if layout is None or not layout.regular:
         return [], list(names)
     places: dict[str, list[tuple[Use, Slot | None]]] = {}
     for use in graph.uses:
@@ -126,7 +126,7 @@ def plan(tape: Tape, graph: Graph, layout: SampleLayout | None, names: Sequence[
     rest = []
     for name in names:
         use, slot = places[name][0]
-        p, samples = tape.parameters[name], layout.uses[use.index]
+        p, samples = tape.parameters[name], layout.axes[use.index]
         if (
             slot is None
             or len(places[name]) > 1
@@ -140,7 +140,7 @@ def plan(tape: Tape, graph: Graph, layout: SampleLayout | None, names: Sequence[
     uses = {use.index: use for use in graph.uses}
     units = []
     for index, slots in by_use.items():
-        found, left = _units(uses[index], layout.uses[index], slots)
+        found, left = _units(uses[index], layout.axes[index], slots)
         units += found
         rest += left
     return units, rest

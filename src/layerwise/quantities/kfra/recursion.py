@@ -68,9 +68,15 @@ def averaged(tape: Tape, graph: Graph, layout: SampleLayout, max_bytes: int) -> 
     max_bytes: the largest block allowed. Raises Undefined, before any work, where the graph is no chain or a block
     would be larger.
     """
+    rows = next(iter(layout.losses))
+    if not layout.regular or not isinstance(rows, Samples):
+        raise Undefined(
+            "asked for a recursion down a chain with samples that are no equal pieces of one axis (rows chosen by a "
+            "mask, segments, routed tokens), so that there is no block of a sample to average; ask for KFLR"
+        )
     (top, *_) = loss_curvatures(graph, likelihoods(graph), layout)
     links = chain(graph)
-    places = [_Place(link.use.edge, layout.uses[link.use.index], link.use.call.out_shape) for link in links]
+    places = [_Place(link.use.edge, layout.axes[link.use.index], link.use.call.out_shape) for link in links]
     if top.parts is not None:
         raise Undefined(
             f"asked for a recursion down a chain, but {top.likelihood.call} couples the positions of a sample, or "
@@ -81,7 +87,7 @@ def averaged(tape: Tape, graph: Graph, layout: SampleLayout, max_bytes: int) -> 
     _check_size(links, places, dtype, max_bytes)
     for i, (link, place) in enumerate(zip(links, places, strict=True)):
         if i == 0:
-            logits = _Place(graph.losses[0].logits, layout.losses[0], likelihood.logits.shape)
+            logits = _Place(graph.losses[0].logits, rows, likelihood.logits.shape)
             block = _at_top(likelihood, logits, place, dtype)
         else:
             block = _down(block, links[i - 1], places[i - 1], place)

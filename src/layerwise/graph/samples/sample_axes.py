@@ -2,123 +2,34 @@
 
 Random cotangents are sent back from half of the samples' loss rows, then from the other half, for each bit of the
 samples' numbers, so that any two samples are separated at least once. The axis of a use's output that carries the
-samples is the one along which, in every product, only indices of the chosen samples are nonzero. Where there is no
-such axis, samples are mixed (batch norm in training, contrastive losses) and per-sample quantities do not exist. The
-result is cached per model and sequence of calls.
+samples is the one along which, in every product, only indices of the chosen samples are nonzero.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
+from torch import Tensor
 
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
-from layerwise.graph.own_loss import OwnLossGraph
-from layerwise.graph.separable import check_sum_over_samples
-from layerwise.graph.walk import Node, by_node, inputs, nodes
+from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["SampleLayout", "measure"]
+__all__ = ["by_axes", "free_axes", "hypotheses", "mixed_text", "structural"]
 
 
-@dataclass(frozen=True)
-class SampleLayout:
-    """The number of samples N, and their axis in each use's output and each loss's logits."""
+def by_axes(tape: Tape, graph: Graph, n: int) -> tuple[SampleLayout, bool]:
+    """The axis of n samples in every use and loss, and whether a cotangent reached every use and so proved it.
 
-    n: int
-    uses: dict[int, Samples]
-    losses: list[Samples]
-
-
-# A cache of measurements, one entry per live model: nothing in it changes a result. The entry of a functional model
-# lives as long as the model's first tensor; the other tensors are in the key.
-_MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[Any, SampleLayout]] = weakref.WeakKeyDictionary()
-_FUNCTIONAL: MutableMapping[Tensor, dict[Any, SampleLayout]] = WeakTensorKeyDictionary()
-_MEMO_LIMIT = 64
-
-
-def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | None = None) -> SampleLayout:
-    """The samples' axis in every use and loss of the graph.
-
-    samples: the number N; by default dim 0 of the batch that the first use's input was made from.
-    Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
+    Raises SamplesMixed, AmbiguousSamples, or BadInput (n fits no axis of a loss).
     """
-    layout = _measure(tape, graph, model, samples)
-    at = len(graph.known)
-    for own in graph.own:  # at every batch: what a loss does with its samples may depend on their values
-        check_sum_over_samples(OwnLossGraph(graph, own), layout.losses[at : at + len(own.boundary)])
-        at += len(own.boundary)
-    return layout
-
-
-def _measure(tape: Tape, graph: Graph, model: Any, samples: int | None) -> SampleLayout:
-    key = _signature(tape, graph, model, samples)
-    memo = _memo(model)
-    if key in memo:
-        return memo[key]
-    n = samples if samples is not None else _count(graph)
-    layouts = [_measure_loss(tape, graph, loss, n) for loss in graph.losses]
-    layout, proved = _merge(graph, layouts, n)
-    if proved and _structural(graph, layout):
-        if len(memo) >= _MEMO_LIMIT:
-            memo.clear()
-        memo[key] = layout
-    return layout
-
-
-def _count(graph: Graph) -> int:
-    if graph.batch is None or graph.batch.dim() == 0:
-        raise BadInput("asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N")
-    return graph.batch.shape[0]
-
-
-def _memo(model: Any) -> dict[Any, SampleLayout]:
-    """The cached measurements of a model."""
-    if isinstance(model, nn.Module):
-        return _MEASURED.setdefault(model, {})
-    first = next(iter(model.values()), None) if isinstance(model, Mapping) else None
-    return {} if first is None else _FUNCTIONAL.setdefault(first, {})
-
-
-def _signature(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Any:
-    """The cache key: all that a measurement depends on, other than values, whose influence `_structural` rules out."""
-    state: tuple[Any, ...] = ()
-    if isinstance(model, nn.Module):
-        state = tuple(m.training for m in model.modules())
-    elif isinstance(model, Mapping):
-        state = tuple((name, WeakIdRef(p), p.shape, p.requires_grad) for name, p in model.items())
-    first = None if graph.batch is None else graph.batch.shape
-    logits = tuple((loss.call.name, loss.call.logits.shape) for loss in graph.losses)
-    return samples, first, state, logits, tuple(u.index for u in graph.uses), tuple(tape.calls), _wiring(graph)
-
-
-def _wiring(graph: Graph) -> tuple[Any, ...]:
-    """Which autograd node feeds which, from the losses down through the uses; the sequence of calls leaves it open."""
-    roots = [loss.logits for loss in graph.losses]
-    below: dict[Node, Sequence[Any]] = {**inputs(by_node(graph.uses))}
-    number: dict[Node, int] = {}
-    found: list[Any] = [edge[1] for edge in roots]
-    for node in nodes(roots, below):
-        followed = below.get(node)
-        if followed is None:
-            below[node] = followed = node.next_functions  # the walk then need not ask for them again
-        found.append(node.name())
-        for edge in followed:
-            child = edge[0]
-            found.append(None if child is None else number.setdefault(child, len(number)))
-            if edge[1]:
-                found.append((edge[1],))
-    return tuple(found)
+    return _merge(graph, [_measure_loss(tape, graph, loss, n) for loss in graph.losses], n)
 
 
 class _Candidates(NamedTuple):
@@ -132,7 +43,7 @@ class _Candidates(NamedTuple):
 # -- hypotheses ---------------------------------------------------------------------------------------
 
 
-def _hypotheses(loss: LossUse, n: int) -> list[Samples]:
+def hypotheses(loss: LossUse, n: int) -> list[Samples]:
     """Every axis and order in which the rows of a loss may belong to n samples, the most usual first."""
     shape = loss.call.logits.shape
     axes = [a for a in range(len(shape)) if a != loss.call.class_axis]
@@ -150,16 +61,16 @@ def _hypotheses(loss: LossUse, n: int) -> list[Samples]:
 
 def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidates:
     """The samples' axis of one loss and, for each use, the axes that carry its samples."""
-    hypotheses = _hypotheses(loss, n)
+    ways = hypotheses(loss, n)
     shape = tuple(loss.call.logits.shape)
-    if not hypotheses:
+    if not ways:
         raise BadInput(
             f"asked for per-sample quantities of {n} samples, but {loss.call.name} has outputs of shape {shape}, "
             f"and no axis holds a multiple of {n} rows; pass samples=N where N is not the batch's dim 0"
         )
     passed: list[_Candidates] = []
     failed: Use | None = None
-    for hypothesis in hypotheses:
+    for hypothesis in ways:
         found, culprit = _test(graph, loss, hypothesis)
         if culprit is None:
             passed.append(found)
@@ -167,7 +78,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
             failed = failed or culprit
     if not passed:
         assert failed is not None
-        raise SamplesMixed(_mixed_text(tape, failed, n))
+        raise SamplesMixed(mixed_text(tape, failed, n))
     if len(passed) > 1:
         passed = _by_first_batch(graph, passed)
     if len(passed) > 1:
@@ -214,7 +125,7 @@ def _test(graph: Graph, loss: LossUse, rows: Samples) -> tuple[_Candidates, Use 
     return _Candidates(rows, candidates, reached), None
 
 
-def _structural(graph: Graph, layout: SampleLayout) -> bool:
+def structural(graph: Graph, layout: SampleLayout) -> bool:
     """Whether no values of weights and activations could mix samples: then the measurement may be cached.
 
     A path that mixes samples may be multiplied by zero now (a branch that starts at zero) and by another number later.
@@ -230,7 +141,9 @@ def _structural(graph: Graph, layout: SampleLayout) -> bool:
             except (RuntimeError, ArithmeticError, ValueError):
                 return False  # a derivative that checks its input
             for use, g in zip(graph.uses, pulled, strict=True):
-                if g is not None and not _follows(g != 0, layout.uses[use.index], chosen.to(g.device)):
+                where = layout.uses[use.index]
+                assert isinstance(where, Samples)
+                if g is not None and not _follows(g != 0, where, chosen.to(g.device)):
                     return False
     return True
 
@@ -242,13 +155,17 @@ def _halves(n: int) -> Iterator[Tensor]:
         yield from (half, ~half)
 
 
+def free_axes(use: Use) -> list[int]:
+    """The axes of a use's output along which the operation allows samples."""
+    allowed = [set(slot.axes) for slot in use.slots]
+    return sorted(set.intersection(*allowed)) if allowed else []
+
+
 def _axes(use: Use, n: int) -> list[Samples]:
     """Every axis and order of n samples in a use's output that the operation allows."""
     shape = use.call.out_shape
-    allowed = [set(slot.axes) for slot in use.slots]
-    axes = sorted(set.intersection(*allowed)) if allowed else []
     found = []
-    for a in axes:
+    for a in free_axes(use):
         if n and shape[a] % n == 0:
             found += [Samples(n, a)] if shape[a] == n else [Samples(n, a, True), Samples(n, a, False)]
     return sorted(found, key=lambda s: shape[s.axis] != n)
@@ -260,16 +177,10 @@ def _masked_noise(loss: LossUse, rows: Samples, chosen: Tensor, generator: torch
     return noise * _mask(loss, rows, chosen)
 
 
-def _mask(loss: LossUse, rows: Samples, chosen: Tensor) -> Tensor:
+def _mask(loss: LossUse, rows: Where, chosen: Tensor) -> Tensor:
     """True at the chosen samples' logits, broadcastable to the logits' shape."""
     logits = loss.call.logits
-    if rows.axis < 0:
-        return chosen.any().to(logits.device)
-    repeats = logits.shape[rows.axis] // rows.n
-    mask = chosen[:, None].expand(-1, repeats) if rows.n_major else chosen[None].expand(repeats, -1)
-    shape = [1] * logits.dim()
-    shape[rows.axis] = -1
-    return mask.reshape(shape).to(logits.device)
+    return chosen.to(logits.device)[rows.owners(logits.shape, logits.device)]
 
 
 def _follows(support: Tensor, s: Samples, chosen: Tensor) -> bool:
@@ -282,7 +193,7 @@ def _follows(support: Tensor, s: Samples, chosen: Tensor) -> bool:
 
 def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLayout, bool]:
     """The samples' axes common to all losses, and whether a cotangent reached every use and so proved them."""
-    uses: dict[int, Samples] = {}
+    uses: dict[int, Where] = {}
     proved = True
     for use in graph.uses:
         common = [s for s in _axes(use, n) if all(s in f.axes[use.index] for f in found)]
@@ -301,10 +212,12 @@ def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLa
     return SampleLayout(n, uses, [f.rows for f in found]), proved
 
 
-def _mixed_text(tape: Tape, use: Use, n: int) -> str:
+def mixed_text(tape: Tape, use: Use, n: int) -> str:
+    """The error text for a use at whose output several samples meet."""
     norms = any(getattr(c, "__name__", "") in ("batch_norm", "instance_norm") for c in tape.calls)
     hint = " (a batch norm runs in this model: in training mode it mixes samples; call model.eval())" if norms else ""
     return (
         f"asked for per-sample quantities of {n} samples, but no axis of the output {tuple(use.call.out_shape)} of "
-        f"{use} depends on one sample alone{hint}; a loss that compares samples has no per-sample gradient"
+        f"{use} depends on one sample alone{hint}: batch statistics and losses that compare samples have no per-sample "
+        "gradients; where a sample is several rows, pass samples= a tensor with the sample number of each loss term"
     )

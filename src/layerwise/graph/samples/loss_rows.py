@@ -1,0 +1,262 @@
+"""The sample number of every loss term, in the ways that it may be had.
+
+From an axis with one index for each sample, from the rows that the targets were taken from, from the rows that a use's
+input was taken from, from the terms that a loss of the user's own adds up, or from the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from layerwise.errors import Undefined
+from layerwise.graph.coverage import Graph
+from layerwise.graph.own_loss import OwnLossGraph
+from layerwise.graph.products import twice
+from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, row_numbers
+from layerwise.graph.samples.readings import on_output, origin_rows
+from layerwise.graph.samples.sample_axes import hypotheses
+from layerwise.graph.samples.sample_layout import Where
+from layerwise.graph.separable import loss_terms
+from layerwise.rows.base import RowNumbers, Samples
+from layerwise.tape.origins import Origin, sources
+from layerwise.tape.pull import pull
+from layerwise.tape.uses import LossUse, Use
+
+__all__ = ["numberings"]
+
+
+def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Where]]:
+    """The ways in which the terms of the losses may belong to n samples, the likeliest first."""
+    if given is not None:
+        yield from _given(graph, n, given)
+        return
+    known, at = list(graph.known), len(graph.known)
+    for way in (_exact_axis, _by_target, _by_inputs, _by_derivatives):
+        found = [way(graph, loss, n) for loss in known]
+        own: list[Where | None] = []
+        for boundary in (o.boundary for o in graph.own):
+            own += [way(graph, part, n) for part in boundary]
+        if all(where is not None for where in (*found, *own)):
+            yield [where for where in (*found, *own) if where is not None]
+    if graph.own:
+        rest: list[Where | None] = [_exact_axis(graph, x, n) or _by_target(graph, x, n) for x in known]
+        for o in graph.own:
+            rest += _by_terms(OwnLossGraph(graph, o), n, None)
+        if all(where is not None for where in rest):
+            yield [where for where in rest if where is not None]
+    if at == len(graph.losses):
+        yield from _one_after_another(graph, n)
+
+
+def _exact_axis(graph: Graph, loss: LossUse, n: int) -> Where | None:
+    return next((s for s in hypotheses(loss, n) if s.axis < 0 or loss.call.logits.shape[s.axis] == n), None) or (
+        _all_of_one(loss) if n == 1 else None
+    )
+
+
+def _all_of_one(loss: LossUse) -> RowNumbers:
+    return RowNumbers(1, torch.zeros([1] * loss.call.logits.dim(), dtype=torch.long))
+
+
+def _by_target(graph: Graph, loss: LossUse, n: int) -> Where | None:
+    """The rows that the target of a loss was taken from."""
+    if loss.target is None:
+        return None
+    rows = _sample_rows(*loss.target, n)
+    return None if rows is None else _of_terms(loss, rows, n)
+
+
+def _of_terms(loss: LossUse, rows: Tensor | None, n: int) -> RowNumbers | None:
+    """Numbers of a loss's terms as numbers of its logits."""
+    logits, axis = loss.call.logits, loss.call.class_axis
+    if rows is None:
+        return None
+    rows = rows.to(logits.device)
+    if axis is not None and rows.dim() == logits.dim() - 1:
+        rows = rows.unsqueeze(axis)
+    fits = rows.dim() == logits.dim() and all(a in (1, b) for a, b in zip(rows.shape, logits.shape, strict=True))
+    return RowNumbers(n, rows) if fits else None
+
+
+def _by_inputs(graph: Graph, loss: LossUse, n: int) -> Where | None:
+    """The rows that the inputs of uses were taken from, carried to the loss's terms by vector-Jacobian products."""
+    logits = loss.call.logits
+    terms = [size for a, size in enumerate(logits.shape) if a != loss.call.class_axis]
+    count = int(torch.Size(terms).numel())
+    owners = torch.arange(count, device=logits.device).reshape(terms)
+    owners = owners if loss.call.class_axis is None else owners.unsqueeze(loss.call.class_axis)
+    known = [(use, rows) for use, rows in _known_rows(graph, n)]
+    if not known or not count:
+        return None
+    found = torch.full((count,), NONE, device=logits.device)
+    reached = element_numbers([Root(loss.logits, logits, owners)], count, [use.edge for use, _ in known])
+    for (use, rows), number in zip(known, reached, strict=True):
+        if number is None:
+            continue
+        term = row_numbers(use, number)
+        if bool((term == MIXED).any()):
+            continue
+        term, sample = torch.broadcast_tensors(term, rows.to(term.device))
+        held = term >= 0
+        before = found[term[held]]
+        if bool(((before != NONE) & (before != sample[held])).any()):
+            return None
+        found[term[held]] = sample[held]
+        if bool((found[term[held]] != sample[held]).any()):
+            return None  # a term that depends on rows of several samples
+    if bool((found == NONE).any()):
+        return None
+    return RowNumbers(n, found[owners])
+
+
+def _by_derivatives(graph: Graph, loss: LossUse, n: int) -> Where | None:
+    """The same where a row reaches several terms: by products with the Jacobian, from numbered rows to terms.
+
+    J v is the derivative by r of v · (J^T r); where the part of v in each sample is multiplied by a power of two, a
+    term that depends on one sample is multiplied by the same.
+    """
+    known = [(use, rows) for use, rows in _known_rows(graph, n) if use.origin is not None]
+    if not known:
+        return None
+    r = torch.ones_like(loss.call.logits).requires_grad_()
+    try:
+        with twice():
+            back = pull([loss.logits], [r], [use.edge for use, _ in known], create_graph=True)
+    except (RuntimeError, Undefined):
+        return None
+    roots = [
+        Root(g, g, rows.expand([1] * g.dim() if rows.dim() != g.dim() else rows.shape))
+        for g, (_, rows) in zip(back, known, strict=True)
+        if g is not None and g.requires_grad
+    ]
+    try:
+        with twice():
+            (found,) = element_numbers(roots, n, [r]) if roots else (None,)
+    except (RuntimeError, Undefined):
+        return None
+    if found is None:
+        return None
+    axis = loss.call.class_axis
+    if axis is not None:
+        high = found.amax(axis, keepdim=True)
+        low = torch.where(found == NONE, high, found).amin(axis, keepdim=True)
+        found = torch.where(low == high, high, MIXED)
+    return None if bool((found < 0).any()) else RowNumbers(n, found)
+
+
+def _known_rows(graph: Graph, n: int) -> Iterator[tuple[Use, Tensor]]:
+    """Uses whose rows have known samples, those next to the losses first: from the origin, or n rows on dim 0."""
+    for use in reversed(graph.uses):
+        if use.origin is None:
+            if use.call.out_shape and use.call.out_shape[0] == n:
+                yield use, torch.arange(n).reshape(-1, *[1] * (len(use.call.out_shape) - 1))
+            continue
+        rows = _input_rows(use, n)
+        if rows is not None:
+            yield use, rows
+
+
+def _input_rows(use: Use, n: int) -> Tensor | None:
+    """The sample of each leading index of a use's output, where its input's origin says it."""
+    assert use.origin is not None
+    rows = _sample_rows(*use.origin, n)
+    return None if rows is None else on_output(rows, use)
+
+
+def _sample_rows(origin: Origin, shape: torch.Size, n: int) -> Tensor | None:
+    """The sample of each element of some data, where its sources have n rows, each or together, or n of them are used.
+
+    None where neither is so.
+    """
+    found = sources(origin)
+    sizes = [s.shape[0] if s.shape else 1 for s in found]
+    offsets = dict.fromkeys(found, 0)
+    if len(found) > 1 and sum(sizes) == n:
+        offsets = {s: sum(sizes[:i]) for i, s in enumerate(found)}
+    rows = origin_rows(origin, shape, offsets)
+    if rows is None or sum(sizes) == n or all(size == n for size in sizes):
+        return rows
+    different, place = rows.unique(return_inverse=True)
+    return place if len(different) == n and len(found) == 1 else None
+
+
+def _by_terms(own_loss: OwnLossGraph, n: int, given: Tensor | None) -> list[Where | None]:
+    """The samples of a boundary's elements, from the terms that a loss of the user's own adds up."""
+    found: list[Tensor | None] = [None] * len(own_loss.edges)
+    probes = list(loss_terms(own_loss))
+    for probe in probes:
+        for node, output in probe.edges:
+            data = node._input_metadata[output]
+            like = torch.zeros((), dtype=data.dtype, device=data.device).expand(torch.Size(data.shape))
+            owners = _term_owners(like.shape, n, given)
+            if owners is None:
+                return [None] * len(found)
+            with own_loss.alone():
+                numbers = element_numbers([Root(GradientEdge(node, output), like, owners)], n, own_loss.edges)
+            found = [joined(a, b) for a, b in zip(found, numbers, strict=True)]
+    if any(x is None or bool((x == MIXED).any()) for x in found):
+        return [None] * len(found)
+    return [RowNumbers(n, x) for x in found if x is not None]
+
+
+def _term_owners(shape: torch.Size, n: int, given: Tensor | None) -> Tensor | None:
+    if given is not None:
+        fits = given.shape == shape[: given.dim()]
+        return given.reshape(*given.shape, *[1] * (len(shape) - given.dim())) if fits else None
+    axis = next((a for a, size in enumerate(shape) if size == n), None)
+    return None if axis is None else Samples(n, axis).owners(shape)
+
+
+def _one_after_another(graph: Graph, n: int) -> Iterator[list[Where]]:
+    """As many losses as samples, of as many terms each: the samples one after another."""
+    if len(graph.known) == n > 1:
+        yield [RowNumbers(n, torch.full([1] * loss.call.logits.dim(), i)) for i, loss in enumerate(graph.known)]
+
+
+def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
+    """The user's numbers: of every loss's terms, of those that a loss of their own adds up, or of the batch's rows."""
+    given = given.detach().long()
+    known = [_fitted(loss, given, n) for loss in graph.known]
+    sizes = [_count(loss) for loss in graph.known]
+    if len(sizes) > 1 and sum(sizes) == given.numel():  # the terms of all losses, one loss after another
+        parts = given.flatten().split(sizes)
+        known = [_fitted(loss, part, n) for loss, part in zip(graph.known, parts, strict=True)]
+    own: list[Where | None] = []
+    for o in graph.own:
+        own += _by_terms(OwnLossGraph(graph, o), n, given)
+    if all(where is not None for where in (*known, *own)):
+        yield [where for where in (*known, *own) if where is not None]
+    rows = len(given)
+    if given.dim() == 1:
+        found = [
+            _by_target(graph, x, rows) or _exact_axis(graph, x, rows) or _by_inputs(graph, x, rows)
+            for x in graph.losses
+        ]
+        if all(where is not None for where in found):
+            shapes = [loss.call.logits.shape for loss in graph.losses]
+            yield [
+                RowNumbers(n, given.to(where.owners(shape).device)[where.owners(shape)])
+                for where, shape in zip((w for w in found if w is not None), shapes, strict=True)
+            ]
+
+
+def _count(loss: LossUse) -> int:
+    """The number of terms of a loss."""
+    logits = loss.call.logits
+    return torch.Size(size for a, size in enumerate(logits.shape) if a != loss.call.class_axis).numel()
+
+
+def _fitted(loss: LossUse, given: Tensor, n: int) -> RowNumbers | None:
+    """The user's numbers for the terms of one loss: in its terms' shape, or flat."""
+    axis, shape = loss.call.class_axis, list(loss.call.logits.shape)
+    if axis is not None:
+        del shape[axis]
+    if given.numel() == torch.Size(shape).numel():
+        return _of_terms(loss, given.reshape(shape), n)
+    if given.dim() == 1 and shape and len(given) == shape[0]:
+        return _of_terms(loss, given.reshape(-1, *[1] * (len(shape) - 1)), n)
+    return None

@@ -1,0 +1,188 @@
+"""The measurement of where samples lie: on axes where that is so, else row by row."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
+
+from layerwise.errors import AmbiguousSamples, BadInput, LayerwiseError, SamplesMixed
+from layerwise.graph.coverage import Graph, prove
+from layerwise.graph.samples import readings
+from layerwise.graph.samples.rows import by_rows, check_losses, one_sample_a_row
+from layerwise.graph.samples.sample_axes import by_axes, structural
+from layerwise.graph.samples.sample_layout import SampleLayout
+from layerwise.graph.walk import Node, by_node, inputs, nodes
+from layerwise.tape.origins import Source, settle
+from layerwise.tape.tape import Tape
+
+__all__ = ["count", "measure"]
+
+# A cache of measurements, one entry per live model: nothing in it changes a result. The entry of a functional model
+# lives as long as the model's first tensor; the other tensors are in the key.
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[Any, SampleLayout]] = weakref.WeakKeyDictionary()
+_FUNCTIONAL: MutableMapping[Tensor, dict[Any, SampleLayout]] = WeakTensorKeyDictionary()
+_MEMO_LIMIT = 64
+_REFUSALS = (SamplesMixed, AmbiguousSamples, BadInput)
+_NO_BATCH = "asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N"
+
+
+def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor | None = None) -> SampleLayout:
+    """Where the samples lie in every use and loss of the graph.
+
+    samples: the number N, or a sample number from 0 to N - 1 for each loss term; by default N is what the batch, the
+    targets and the losses say.
+    Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
+    """
+    settle([*readings.origins(graph), *tape.entered])
+    if isinstance(samples, Tensor):
+        return next(by_rows(graph, int(samples.max()) + 1, samples))
+    n = samples if samples is not None else readings.first_count(graph)
+    if n is None or (samples is None and readings.contradictory(graph)):
+        return _first_that_holds(tape, graph, readings.candidates(tape, graph))
+    key, memo = _signature(tape, graph, model, samples), _memo(model)
+    try:
+        return _checked(graph, _on_axes(tape, graph, n, key, memo, samples is None))
+    except _REFUSALS as error:
+        if isinstance(error, AmbiguousSamples) and not graph.own:
+            raise
+        refusal = _parts(error)
+    if (key, "refused") in memo:  # row by row, too: nothing in what the tensors were made from can change that
+        raise refusal[0](refusal[1])
+    try:
+        if refusal[0] is AmbiguousSamples:  # the terms of a loss of the user's own may say which rows are a sample
+            return next(by_rows(graph, n))
+        others = [n] if samples is not None else readings.candidates(tape, graph)
+        return _first_that_holds(tape, graph, others, n)
+    except _REFUSALS as error:
+        kind, text = _parts(error)
+    if all(isinstance(origin, Source) for origin in readings.origins(graph)):
+        _remember(memo, (key, "refused"), SampleLayout(0, {}, []))
+    better = refusal[0] is BadInput and kind is SamplesMixed
+    raise (kind if better else refusal[0])(text if better else refusal[1])
+
+
+def _parts(error: LayerwiseError) -> tuple[type[LayerwiseError], str]:
+    """An error's type and text, to keep without the frames that the error itself would keep."""
+    return type(error), str(error)
+
+
+def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
+    """The number of samples, for those who need nothing else: measured only where the tensors seen disagree on it.
+
+    graph: of `total`, with or without its losses. Where samples are mixed it is dim 0 of the batch.
+    """
+    first = readings.first_count(graph) or 1
+    shapes = [loss.call.logits.shape for loss in tape.losses]
+    if not readings.contradictory(graph) and all(any(size % first == 0 for size in shape) for shape in shapes if shape):
+        return first
+    try:
+        return measure(tape, graph if graph.losses else prove(tape, total, graph.weight), model).n
+    except LayerwiseError:
+        return first
+
+
+def _first_that_holds(tape: Tape, graph: Graph, counts: Sequence[int], tried: int | None = None) -> SampleLayout:
+    """The layout of the first number of samples that the measurement confirms; tried: on axes, without success.
+
+    Among several, one by which each row of the batch belongs to one sample comes first, then one by which that is so of
+    some tensor (others are constants), then one on axes.
+    """
+    second: dict[int, SampleLayout] = {}
+    refusals: list[tuple[type[LayerwiseError], str]] = []
+    for n in counts:
+        try:
+            for layout in _layouts(tape, graph, n, n != tried):
+                if one_sample_a_row(graph, layout):
+                    return layout
+                rank = 0 if one_sample_a_row(graph, layout, constants=True) else 1
+                if layout.regular or not rank:
+                    second.setdefault(rank, layout)
+        except _REFUSALS as error:
+            refusals.append(_parts(error))
+    if second:
+        return second[min(second)]
+    kind, text = next((r for r in refusals if r[0] is SamplesMixed), refusals[0] if refusals else (BadInput, _NO_BATCH))
+    raise kind(f"{text} (numbers of samples that the batch, the targets and the losses allow: {_listed(counts)})")
+
+
+def _listed(counts: Sequence[int]) -> str:
+    return ", ".join(map(str, counts)) or "none"
+
+
+def _layouts(tape: Tape, graph: Graph, n: int, on_axes: bool) -> Iterator[SampleLayout]:
+    """The layouts of n samples: on axes, then row by row. Raises the refusal of the last."""
+    if on_axes:
+        with suppress(*_REFUSALS):
+            yield _checked(graph, by_axes(tape, graph, n)[0])
+    yield from by_rows(graph, n)
+
+
+def _checked(graph: Graph, layout: SampleLayout) -> SampleLayout:
+    """The layout, after proof that every loss of the user's own is a sum over its samples.
+
+    At every batch: what a loss does with its samples may depend on their values.
+    """
+    check_losses(graph, layout)
+    return layout
+
+
+def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: dict[Any, SampleLayout], by_rows: bool) -> SampleLayout:
+    """The samples' axes. by_rows: whether each row of what the first layers read must belong to one sample."""
+    if key in memo:
+        return memo[key]
+    layout, proved = by_axes(tape, graph, n)
+    if by_rows and len({id(use.batch) for use in graph.uses}) > 1 and not one_sample_a_row(graph, layout):
+        raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
+    if proved and structural(graph, layout):
+        _remember(memo, key, layout)
+    return layout
+
+
+def _remember(memo: dict[Any, SampleLayout], key: Any, layout: SampleLayout) -> None:
+    if len(memo) >= _MEMO_LIMIT:
+        memo.clear()
+    memo[key] = layout
+
+
+def _memo(model: Any) -> dict[Any, SampleLayout]:
+    """The cached measurements of a model."""
+    if isinstance(model, nn.Module):
+        return _MEASURED.setdefault(model, {})
+    first = next(iter(model.values()), None) if isinstance(model, Mapping) else None
+    return {} if first is None else _FUNCTIONAL.setdefault(first, {})
+
+
+def _signature(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Any:
+    """The cache key: all that a measurement depends on, other than values, whose influence `structural` rules out."""
+    state: tuple[Any, ...] = ()
+    if isinstance(model, nn.Module):
+        state = tuple(m.training for m in model.modules())
+    elif isinstance(model, Mapping):
+        state = tuple((name, WeakIdRef(p), p.shape, p.requires_grad) for name, p in model.items())
+    first = None if graph.batch is None else graph.batch.shape
+    logits = tuple((loss.call.name, loss.call.logits.shape) for loss in graph.losses)
+    return samples, first, state, logits, tuple(u.index for u in graph.uses), tuple(tape.calls), _wiring(graph)
+
+
+def _wiring(graph: Graph) -> tuple[Any, ...]:
+    """Which autograd node feeds which, from the losses down through the uses; the sequence of calls leaves it open."""
+    roots = [loss.logits for loss in graph.losses]
+    below: dict[Node, Sequence[Any]] = {**inputs(by_node(graph.uses))}
+    number: dict[Node, int] = {}
+    found: list[Any] = [edge[1] for edge in roots]
+    for node in nodes(roots, below):
+        followed = below.get(node)
+        if followed is None:
+            below[node] = followed = node.next_functions  # the walk then need not ask for them again
+        found.append(node.name())
+        for edge in followed:
+            child = edge[0]
+            found.append(None if child is None else number.setdefault(child, len(number)))
+            if edge[1]:
+                found.append((edge[1],))
+    return tuple(found)

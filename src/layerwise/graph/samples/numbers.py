@@ -1,0 +1,126 @@
+"""The sample of every row, wherever the rows lie: measured by vector-Jacobian products from numbered loss terms.
+
+A backward pass is linear, and a product with a power of two is exact. So where the cotangent of every loss term is
+multiplied by 2^d, d a digit of its sample's number, a derivative that comes from one sample alone is multiplied by the
+same power, to the bit; one that comes from several samples is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from layerwise.graph.samples.sample_axes import free_axes
+from layerwise.tape.pull import pull
+from layerwise.tape.uses import Use
+
+__all__ = ["MIXED", "NONE", "Root", "element_numbers", "joined", "row_numbers"]
+
+NONE, MIXED = -1, -2  # of an element that answers for no sample, and for several
+
+_LEVELS = {torch.float64: 128, torch.float32: 16, torch.bfloat16: 16, torch.float16: 4}  # powers of two in use
+
+
+class Root(NamedTuple):
+    """A tensor of numbered elements; owners: the sample of each, broadcastable to `like`; -1: of none."""
+
+    edge: GradientEdge | Tensor
+    like: Tensor
+    owners: Tensor
+
+
+def element_numbers(roots: Sequence[Root], n: int, ends: Sequence[GradientEdge | Tensor]) -> list[Tensor | None]:
+    """For each end, the sample that every element answers for, NONE or MIXED; None where no root depends on it."""
+    if not roots or not ends:
+        return [None] * len(ends)
+    generator = torch.Generator().manual_seed(0)
+    sent = [_noise(root, generator) for root in roots]
+    edges = [root.edge for root in roots]
+    plain = pull(edges, sent, ends)
+    found = [None if g is None else torch.full(g.shape, NONE, device=g.device) for g in plain]
+    levels = min(_LEVELS.get(root.like.dtype, 16) for root in roots)
+    exact = True
+    for place in _places(n, levels):
+        powers = [
+            (root.owners.clamp(min=0) // place % levels).to(x.dtype).exp2() for root, x in zip(roots, sent, strict=True)
+        ]
+        scaled = pull(edges, [x * p for x, p in zip(sent, powers, strict=True)], ends)
+        for number, g, h in zip(found, plain, scaled, strict=True):
+            if number is None or g is None or h is None:
+                continue
+            exact &= _read_digit(number, g, h, place, levels)
+    return found if exact else _by_halves(roots, sent, n, ends)
+
+
+def _read_digit(number: Tensor, g: Tensor, h: Tensor, place: int, levels: int) -> bool:
+    """Add one digit to the numbers; False where a factor is a power of two up to rounding alone, so that it is open."""
+    answers = g != 0
+    digit = (h / g).abs().log2().round().nan_to_num(0, 0, 0).clamp(0, levels - 1)
+    wanted = g * digit.to(g.dtype).exp2()
+    same = (h == wanted) | ~torch.isfinite(g)
+    near = (h - wanted).abs() <= 64 * torch.finfo(g.dtype).eps * h.abs()
+    number.copy_(torch.where(answers & (number == NONE), 0, number))
+    number.add_(torch.where(answers & (number >= 0), digit.long() * place, 0))
+    number.copy_(torch.where((answers & ~same) | (~answers & (h != 0)), MIXED, number))
+    return not bool((near & ~same & answers).any())
+
+
+def _by_halves(
+    roots: Sequence[Root], sent: Sequence[Tensor], n: int, ends: Sequence[GradientEdge | Tensor]
+) -> list[Tensor | None]:
+    """The same by two products for each bit of the numbers: from the samples that have it, and from the others."""
+    found: list[Tensor | None] = [None] * len(ends)
+    for bit in range(max(1, (n - 1).bit_length())):
+        answers = []
+        for has in (1, 0):
+            masks = [((root.owners >> bit) & 1) == has for root in roots]
+            masked = [x * m for x, m in zip(sent, masks, strict=True)]
+            answers.append(pull([root.edge for root in roots], masked, ends))
+        for i, (one, other) in enumerate(zip(*answers, strict=True)):
+            if one is None or other is None:
+                continue
+            number = found[i]
+            if number is None:
+                found[i] = number = torch.full(one.shape, NONE, device=one.device)
+            hit, miss = one != 0, other != 0
+            number.copy_(torch.where((hit | miss) & (number == NONE), 0, number))
+            number.add_(torch.where(hit & (number >= 0), 1 << bit, 0))
+            number.copy_(torch.where(hit & miss, MIXED, number))
+    return found
+
+
+def row_numbers(use: Use, elements: Tensor) -> Tensor:
+    """The sample of each row of a use's output, of size 1 along the axes of features; NONE or MIXED."""
+    features = [a for a in range(elements.dim()) if a not in free_axes(use)]
+    if not features:
+        return elements
+    high = elements.amax(features, keepdim=True)
+    low = torch.where(elements == NONE, high, elements).amin(features, keepdim=True)
+    return torch.where(low == high, high, MIXED)
+
+
+def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The numbers of elements that answer for the terms of two losses."""
+    if one is None or other is None:
+        return other if one is None else one
+    both = torch.where(one == NONE, other, one)
+    return torch.where((one != NONE) & (other != NONE) & (one != other), MIXED, both)
+
+
+def _noise(root: Root, generator: torch.Generator) -> Tensor:
+    """Random cotangents of either sign and of magnitude 0.5 to 1.5; zero where an element belongs to no sample."""
+    shape = root.like.shape
+    x = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    x = x * (torch.randint(2, shape, generator=generator) * 2 - 1)
+    return x.to(root.like) * (root.owners >= 0)
+
+
+def _places(n: int, levels: int) -> Iterator[int]:
+    place = 1
+    while place < max(n, 2):
+        yield place
+        place *= levels

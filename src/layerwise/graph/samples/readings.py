@@ -1,0 +1,180 @@
+"""How many samples a batch has: what its tensors, its targets and its losses say, to be proved by measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.graph.coverage import Graph
+from layerwise.graph.own_loss import OwnLossGraph
+from layerwise.graph.separable import loss_terms
+from layerwise.tape.origins import Moved, Origin, Source, numbers, sources
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import Use
+
+__all__ = ["candidates", "contradictory", "first_count", "on_output", "origin_rows", "origins", "row_of", "terms"]
+
+
+def origins(graph: Graph) -> list[Origin]:
+    """Where the inputs of the uses and the targets of the losses come from, as far as that is known."""
+    pairs = (*(use.origin for use in graph.uses), *(loss.target for loss in graph.losses))
+    return [pair[0] for pair in pairs if pair is not None]
+
+
+def first_count(graph: Graph) -> int | None:
+    """Dim 0 of the batch that the first use's input was made from; None where there is no such batch."""
+    return graph.batch.shape[0] if graph.batch is not None and graph.batch.dim() else None
+
+
+def terms(graph: Graph) -> list[int]:
+    """The size of each loss's first axis of loss terms."""
+    found = []
+    for loss in graph.losses:
+        axes = [a for a in range(loss.call.logits.dim()) if a != loss.call.class_axis]
+        found.append(loss.call.logits.shape[axes[0]] if axes else 1)
+    return found
+
+
+def contradictory(graph: Graph) -> bool:
+    """Whether the tensors that the uses read differ in what they say on the number of samples."""
+    first = first_count(graph)
+    batches = {id(use.batch): use.batch for use in graph.uses}
+    if any(b.dim() == 0 or b.shape[0] != first for b in batches.values()):
+        return True
+    made = [_of_batch(use.origin[0], use.batch.shape) for use in graph.uses if use.origin is not None]
+    if len(batches) > 1:
+        return any(isinstance(origin, Moved) for origin in made)
+    return any(_cuts_samples(origin) for origin in made[:1])
+
+
+def _of_batch(origin: Origin, shape: torch.Size) -> Origin:
+    """The origin of the batch of a given shape that data was made from."""
+    while isinstance(origin, Moved) and origin.shape != shape and not isinstance(origin.args[0], list):
+        origin = origin.args[0]
+    return origin
+
+
+def _cuts_samples(origin: Origin) -> bool:
+    """Whether several rows of a batch come from one row of what it was made of."""
+    if isinstance(origin, Source) or not origin.shape or isinstance(origin.args[0], list):
+        return False
+    rows = row_of(origin, origin.shape)
+    return rows is not None and len(rows.unique()) < origin.shape[0]
+
+
+def row_of(origin: Origin, shape: torch.Size) -> Tensor | None:
+    """The row of the source that each leading index of the data comes from, over all sources; None where it is open.
+
+    The rows of several sources are numbered one after another.
+    """
+    offsets: dict[Origin, int] = {}
+    total = 0
+    for source in sources(origin):
+        offsets[source] = total
+        total += source.shape[0] if source.shape else 1
+    found = numbers(origin, offsets)
+    if found is None or found.dim() == 0 or not shape or found.shape[0] != shape[0]:
+        return None
+    flat = found.reshape(len(found), -1)
+    return flat[:, 0] if flat.numel() and bool((flat == flat[:, :1]).all()) else None
+
+
+def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Origin, int]) -> Tensor | None:
+    """The row of its source for each element of the data, of size 1 along the axes where it does not vary.
+
+    None where it is open.
+    """
+    found = numbers(origin, offsets)
+    if found is None:
+        return None
+    if not found.numel():
+        return found.new_zeros(shape[:1] + (1,) * (len(shape) - 1))
+    keep = 0
+    flat = found
+    for axis in reversed(range(found.dim())):
+        one = flat.narrow(axis, 0, 1)
+        if not bool((flat == one).all()):
+            keep = axis + 1
+            break
+        flat = one
+    if found.shape[:keep] != shape[:keep]:
+        return None
+    lead = found.reshape(*found.shape[:keep], -1)[..., 0]
+    return lead.reshape(*lead.shape, *(1,) * (len(shape) - keep))
+
+
+def candidates(tape: Tape, graph: Graph) -> list[int]:
+    """The numbers of samples that the losses, the targets and the batches allow, the likeliest first."""
+    entered = _row_counts([origin for origin in tape.entered if origin.shape])
+    rows = list(dict.fromkeys([*entered, *_row_counts([u.origin[0] for u in graph.uses if u.origin is not None])]))
+    rows = [x for x in rows if x > 1] or rows[:1]  # a tensor of one row beside others is a constant
+    labels = _row_counts([loss.target[0] for loss in graph.losses if loss.target is not None])
+    lead = terms(graph)
+    alike = lead[:1] if len(set(lead)) == 1 else []
+    first = graph.uses[0].origin if graph.uses else None
+    whole = (
+        []
+        if first is None or isinstance(_of_batch(first[0], graph.uses[0].batch.shape), Moved)
+        else [first_count(graph)]
+    )
+    found = [x for x in alike if x in rows] + [x for x in labels if x in rows] + rows
+    found += [x for x in alike if x in labels] + [x for x in whole if x is not None]
+    found += [sum(rows), *labels, *alike, sum(lead), *_own_terms(graph)]
+    return [x for x in dict.fromkeys(found) if x > 1 or (x == 1 and rows[:1] == [1]) or len(set(found)) == 1]
+
+
+def _own_terms(graph: Graph) -> list[int]:
+    """The sizes of the first axes of the terms that the user's own losses add up."""
+    shapes = [
+        node._input_metadata[output].shape
+        for own in graph.own
+        for probe in loss_terms(OwnLossGraph(graph, own))
+        for node, output in probe.edges
+    ]
+    return [int(shape[0]) for shape in shapes if len(shape)]
+
+
+def _row_counts(found: Iterable[Origin]) -> list[int]:
+    """For each source of some data, how many of its rows were used; all of them where a mask chose among them."""
+    used: dict[Origin, set[int]] = {}
+    masked: set[Origin] = set()
+    for origin in found:
+        for source in sources(origin):
+            offsets = dict.fromkeys(sources(origin), -(2**40)) | {source: 0}
+            rows = numbers(origin, offsets)
+            every = set(range(source.shape[0] if source.shape else 1))
+            used.setdefault(source, set()).update(every if rows is None else rows[rows >= 0].unique().tolist())
+            if _by_mask(origin):
+                masked.add(source)
+    return [source.shape[0] if source in masked and source.shape else len(rows) for source, rows in used.items()]
+
+
+def _by_mask(origin: Origin) -> bool:
+    """Whether a mask chose elements on the way to some data."""
+    if isinstance(origin, Source):
+        return False
+    first = origin.args[0]
+    parents = first if isinstance(first, list) else [first]
+    chosen = (*origin.args[1:], *origin.kwargs.values())
+    return any(_is_mask(x) for x in chosen) or any(_by_mask(parent) for parent in parents)
+
+
+def _is_mask(argument: Any) -> bool:
+    if isinstance(argument, (tuple, list)):
+        return any(_is_mask(x) for x in argument)
+    return isinstance(argument, Tensor) and argument.dtype == torch.bool
+
+
+def on_output(rows: Tensor, use: Use) -> Tensor | None:
+    """Numbers of a use's input rows as numbers of its output's."""
+    shape = use.call.out_shape
+    lead = [size for size in rows.shape if size != 1]
+    keep = max((a + 1 for a, size in enumerate(rows.shape) if size != 1), default=0)
+    if not lead:
+        return rows.reshape([1] * len(shape))
+    if keep > len(shape) or any(a not in (1, b) for a, b in zip(rows.shape[:keep], shape[:keep], strict=True)):
+        return None
+    return rows.reshape(*rows.shape[:keep], *[1] * (len(shape) - keep))

@@ -1,0 +1,152 @@
+"""Samples that are any set of rows: the rows of every use are numbered by the loss terms that they answer for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
+from layerwise.graph.coverage import Graph
+from layerwise.graph.own_loss import OwnLossGraph
+from layerwise.graph.samples.constants import shared_uses
+from layerwise.graph.samples.loss_rows import numberings
+from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, row_numbers
+from layerwise.graph.samples.readings import on_output, origin_rows
+from layerwise.graph.samples.sample_axes import hypotheses
+from layerwise.graph.samples.sample_layout import SampleLayout, Where
+from layerwise.graph.separable import check_sum_over_samples
+from layerwise.rows.base import RowNumbers
+from layerwise.tape.origins import Origin, sources
+from layerwise.tape.uses import LossUse, Use
+
+__all__ = ["by_rows", "check_losses", "one_sample_a_row"]
+
+
+def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[SampleLayout]:
+    """The layouts of n samples that the measurement confirms, the likeliest first.
+
+    given: the sample number of each loss term, or of each row of the batch. Raises SamplesMixed, or BadInput where the
+    loss terms cannot be numbered, if there is none.
+    """
+    refusal = ""  # its text: an error that is kept would keep the frames that it passed
+    confirmed = 0
+    for losses in numberings(graph, n, given):
+        try:
+            layout = _layout(graph, n, losses)
+            check_losses(graph, layout)
+        except SamplesMixed as error:
+            refusal = refusal or str(error)
+            continue
+        confirmed += 1
+        yield layout
+    flat = None if confirmed or given is not None else _flat(graph, n)
+    if flat is not None:
+        yield flat
+    if confirmed or flat is not None:
+        return
+    if refusal:
+        raise SamplesMixed(refusal)
+    raise BadInput(
+        f"asked for per-sample quantities of {n} samples, but the terms of the loss "
+        f"({', '.join(str(tuple(loss.call.logits.shape)) for loss in graph.losses)}) do not say which sample each "
+        "belongs to; pass samples= an integer tensor with a sample number for each loss term"
+    )
+
+
+def _flat(graph: Graph, n: int) -> SampleLayout | None:
+    """The layout where a loss's terms lie in n equal pieces of an axis, if the batch allows one order alone."""
+    found: list[SampleLayout] = []
+    for ways in zip(*(hypotheses(loss, n) for loss in graph.losses), strict=False):
+        try:
+            layout = _layout(graph, n, ways)
+            check_losses(graph, layout)
+        except SamplesMixed:
+            continue
+        found += [layout] if one_sample_a_row(graph, layout) else []
+    if len(found) > 1:
+        raise AmbiguousSamples(
+            f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "
+            "pass samples= a tensor with the sample number of each loss term"
+        )
+    return found[0] if found else None
+
+
+def check_losses(graph: Graph, layout: SampleLayout) -> None:
+    """Prove that every loss of the user's own is a sum over the samples. Raises SamplesMixed."""
+    at = len(graph.known)
+    for own in graph.own:
+        check_sum_over_samples(OwnLossGraph(graph, own), layout.losses[at : at + len(own.boundary)])
+        at += len(own.boundary)
+
+
+def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
+    roots = [_root(loss, where) for loss, where in zip(graph.losses, losses, strict=True)]
+    edges = [use.edge for use in graph.uses]
+    elements: list[Tensor | None] = [None] * len(edges)
+    for root in roots:  # each by itself: terms of two losses may cancel
+        found = element_numbers([root], n, edges)
+        elements = [joined(a, b) for a, b in zip(elements, found, strict=True)]
+    uses: dict[int, Where] = {}
+    mixed: dict[int, Use] = {}
+    partly: set[int] = set()
+    for use, number in zip(graph.uses, elements, strict=True):
+        shape = use.call.out_shape
+        rows = torch.full([1] * len(shape), NONE) if number is None else row_numbers(use, number)
+        if bool((rows == MIXED).any()):
+            mixed[use.index] = use
+            partly |= {use.index} if bool((rows >= 0).any()) else set()
+        else:
+            uses[use.index] = RowNumbers(n, rows)
+    if not mixed:
+        return SampleLayout(n, uses, list(losses))
+    shared = shared_uses(graph, roots, n, mixed, partly)
+    if shared is None:
+        use = next((mixed[i] for i in partly), next(iter(mixed.values())))
+        raise SamplesMixed(
+            f"asked for per-sample quantities of {n} samples, but rows of the output {tuple(use.call.out_shape)} of "
+            f"{use} answer for the loss terms of several samples; where N or what a sample is are others, pass samples="
+        )
+    return SampleLayout(n, {**uses, **shared[1]}, list(losses), shared[0], frozenset(mixed))
+
+
+def _root(loss: LossUse, where: Where) -> Root:
+    logits = loss.call.logits
+    return Root(loss.logits, logits, where.owners(logits.shape, logits.device))
+
+
+# -- proof ----------------------------------------------------------------------------------------------------------
+
+
+def one_sample_a_row(graph: Graph, layout: SampleLayout, constants: bool = False) -> bool:
+    """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample.
+
+    constants: whether that of one tensor is enough whose rows are those of all samples.
+    """
+    found = [(one, len(owner) and len(set(owner.values()))) for owner, one in _owners_of_rows(graph, layout)]
+    return any(one and covered == layout.n for one, covered in found) if constants else all(one for one, _ in found)
+
+
+def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[dict[int, int], bool]]:
+    """For each tensor that inputs were made of, a sample of each of its rows, and whether it is the only one."""
+    owners: dict[Origin, dict[int, int]] = {}
+    single: dict[Origin, bool] = {}
+    for use in graph.uses:
+        where = layout.uses.get(use.index)
+        if use.origin is None or where is None or use.index in layout.replaced:
+            continue
+        for source in sources(use.origin[0]):
+            offsets = dict.fromkeys(sources(use.origin[0]), -(2**40)) | {source: 0}
+            rows = origin_rows(*use.origin, offsets)
+            rows = None if rows is None else on_output(rows, use)
+            if rows is None:
+                continue
+            numbers = where.owners(use.call.out_shape).cpu()
+            row, number = (x.flatten() for x in torch.broadcast_tensors(rows, numbers))
+            held = (row >= 0) & (number >= 0)
+            seen = owners.setdefault(source, {})
+            single.setdefault(source, True)
+            for r, sample in torch.stack([row[held], number[held]], 1).unique(dim=0).tolist():
+                single[source] &= seen.setdefault(r, sample) == sample
+    return [(owner, single[source]) for source, owner in owners.items()]

@@ -1,0 +1,82 @@
+"""Keywords that stand for fields of values: `KFAC(joint=False)` is `KFAC(curvature=Curvature(joint=False))`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from layerwise.errors import BadInput
+
+__all__ = ["Keywords", "refuse_unknown"]
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+class Keywords:
+    """The values that a constructor takes, and the keywords for their fields.
+
+    values: the class of each value, by the argument that takes it. renamed: fields whose keyword is not their name.
+    """
+
+    def __init__(self, values: Mapping[str, type], renamed: Mapping[str, str] | None = None) -> None:
+        self._values = values
+        self._fields = {  # keyword: the argument whose field it is, and the field
+            (renamed or {}).get(field.name, field.name): (argument, field.name)
+            for argument, made in values.items() for field in fields(made)
+        }  # fmt: skip
+        self.defaults = self.of({argument: made() for argument, made in values.items()})
+
+    def of(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of values, by keyword."""
+        return {word: getattr(values[argument], name) for word, (argument, name) in self._fields.items()}
+
+    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The values by argument, given as such or by keywords, among other keywords; None where None is the default.
+
+        Raises BadInput for a value beside a keyword for its field, and for a value of another class.
+        """
+        asked: dict[str, dict[str, Any]] = {argument: {} for argument in self._values}
+        for word, (argument, name) in self._fields.items():
+            if word in given and (given[word] is not None or self.defaults[word] is not None):
+                asked[argument][name] = given[word]
+                if given.get(argument) is not None:
+                    raise BadInput(
+                        f"{word}= is the field {name!r} of {argument}=, which is given too: give one of the two"
+                    )
+        found = {
+            argument: made(**asked[argument]) if given.get(argument) is None else given[argument]
+            for argument, made in self._values.items()
+        }
+        if not all(isinstance(found[argument], made) for argument, made in self._values.items()):
+            takes = ", ".join(f"{word}= takes a lw.optim.{made.__name__}" for word, made in self._values.items())
+            raise BadInput(f"{takes} (their fields are keywords, too); got {found}")
+        return found
+
+    def spelled_out(self, words: type, but: Iterable[str] = (), **defaults: Any) -> Callable[[Init], Init]:
+        """Give a constructor with `**words` the signature of all its keywords, for `inspect.signature` and `help`.
+
+        words: a TypedDict of them, some not to be shown. defaults: those that are not of fields.
+        """
+        known = dict.fromkeys(self._values) | self.defaults | defaults
+
+        def spelled(init: Init) -> Init:
+            signature = inspect.signature(init)
+            own = [p.replace(default=self.defaults.get(p.name, p.default)) for p in signature.parameters.values()
+                   if p.kind is not p.VAR_KEYWORD]  # fmt: skip
+            more = [
+                inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=known[n], annotation=hint.__forward_arg__)
+                for n, hint in words.__annotations__.items() if n not in but
+            ]  # fmt: skip
+            init.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+            return init
+
+        return spelled
+
+
+def refuse_unknown(init: Callable[..., None], words: Iterable[str]) -> None:
+    """Raise TypeError, as Python does, for keywords that a constructor does not show."""
+    for word in words:
+        if word not in inspect.signature(init).parameters:
+            raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument {word!r}")

@@ -1,0 +1,185 @@
+"""Where data comes from: the tensor that it was made of, and how its elements were moved since.
+
+A call that only moves elements (an index, a chunk, a reshape, a `cat`) can be run again on integers: where each element
+of the first tensor holds its number along dim 0, the result holds the number that each element comes from.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.tape.calls import assembles
+
+__all__ = ["Moved", "Origin", "Origins", "Source", "numbers", "settle", "sources"]
+
+_MOVE_NAMES = """__getitem__ index_select narrow select gather take take_along_dim masked_select split chunk
+    tensor_split unbind split_with_sizes view reshape flatten unflatten ravel squeeze unsqueeze permute transpose
+    swapaxes movedim t expand expand_as contiguous clone flip roll repeat tile repeat_interleave stack cat concat
+    vstack hstack view_as reshape_as"""
+MOVES = {getattr(x, name) for x in (torch, Tensor) for name in _MOVE_NAMES.split() if hasattr(x, name)}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A tensor that data was made of; two with equal shapes are two tensors."""
+
+    shape: torch.Size
+
+
+@dataclass(eq=False)
+class Moved:
+    """The result of a call that moves elements; each data tensor among its arguments is an `Origin`.
+
+    place: the number of the result where the call returns several. drawn: whether rows were drawn by whole numbers, so
+    that they may be a batch of their own; it is one where nothing else was made of the same tensor (`settle`).
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    place: int | None
+    shape: torch.Size
+    drawn: bool = False
+    own: bool = False
+
+
+Origin = Source | Moved
+
+
+class Origins:
+    """Notes of the batch that each tensor was made from, by maps that keep the samples, and of its rows' origin."""
+
+    def __init__(self) -> None:
+        self._noted: dict[int, tuple[weakref.ref[Tensor], Tensor, Origin]] = {}
+
+    def of(self, tensor: Tensor) -> tuple[Tensor, Origin]:
+        """The batch and the origin; the tensor itself where none was noted."""
+        found = self._noted.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            return found[1], found[2]
+        batch, origin = tensor.detach(), Source(tensor.shape)
+        self.set(tensor, batch, origin)
+        return batch, origin
+
+    def set(self, tensor: Tensor, batch: Tensor, origin: Origin) -> None:
+        """Note the batch and the origin of a tensor."""
+        self._noted[id(tensor)] = (weakref.ref(tensor), batch, origin)
+
+    def note(self, func: Any, args: Any, kwargs: Any, data: Sequence[Tensor], out: Any) -> None:
+        """Note what the results of a call of data were made from."""
+        results = [out] if isinstance(out, Tensor) else out if isinstance(out, (list, tuple)) else ()
+        results = [x for x in results if isinstance(x, Tensor)]
+        if func in MOVES and not data[0].requires_grad:
+            if not any(x.requires_grad for x in results):
+                self._moved(func, args, kwargs, data[0], results, not isinstance(out, Tensor))
+        elif not assembles(func, args, kwargs):
+            for x in results:  # a frozen recurrent layer returns several
+                self._mapped(x, data)
+
+    def _mapped(self, out: Tensor, data: Sequence[Tensor]) -> None:
+        parent = data[0]
+        if len(data) > 1 and out.dim():  # `mean - x`: the argument with as many rows as the result
+            rows, dims = out.shape[0], out.dim()
+            parent = next((d for d in data if d.dim() == dims and d.shape[0] == rows), parent)
+        if parent is not out:
+            self.set(out, *self.of(parent))
+
+    def _moved(self, func: Any, args: Any, kwargs: Any, data: Tensor, results: Sequence[Tensor], several: bool) -> None:
+        """Note the results of a moving call; one that collects samples makes a new batch."""
+        kept, origin = self.of(data)
+        collects = assembles(func, args, kwargs)
+        first = args[0] if args else next(iter(kwargs.values()))
+        table = not any(x is data for x in (first if isinstance(first, (list, tuple)) else [first]))
+        drawn = not table and _draws(func, args)
+        parents: Any = None
+        if not table:  # else `first` is a constant, looked up by data
+            parents = self.of(first)[1] if isinstance(first, Tensor) else [self.of(x)[1] for x in first]
+        others = dict(kwargs) if args else dict(list(kwargs.items())[1:])
+        for i, x in enumerate(results):
+            if not table:
+                origin = Moved(func, (parents, *args[1:]), others, i if several else None, x.shape, drawn)
+            self.set(x, x.detach() if collects else kept, origin)
+
+
+def _draws(func: Any, args: Any) -> bool:
+    """Whether a call draws a batch by whole numbers along dim 0, so that each of its rows is one of its own."""
+    if func in (torch.index_select, Tensor.index_select):
+        return len(args) > 1 and args[1] in (0, -args[0].dim())
+    index = args[1] if func is Tensor.__getitem__ else None
+    if isinstance(index, Tensor):
+        return index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
+    return isinstance(index, list) and all(type(i) is int for i in index)
+
+
+def settle(origins: Sequence[Origin]) -> None:
+    """Decide which drawn rows are batches of their own: those of a tensor that nothing else of these was made of."""
+    draws: dict[Origin, set[Origin | None]] = {}  # by the tensor drawn from: the draws, and None for another use of it
+    for origin in origins:
+        path = [origin]
+        while isinstance(path[-1], Moved) and not isinstance(path[-1].args[0], list):
+            path.append(path[-1].args[0])
+        drawn = [x for x in path if isinstance(x, Moved) and x.drawn]
+        for x in drawn:
+            x.own = False
+        draws.setdefault(path[-1], set()).add(drawn[-1] if drawn else None)
+    for found in draws.values():
+        for draw in found if len(found) == 1 else ():
+            if isinstance(draw, Moved):
+                draw.own = True
+
+
+def sources(origin: Origin) -> list[Origin]:
+    """The tensors that data was made of, each once."""
+    if isinstance(origin, Source) or origin.own:
+        return [origin]
+    parents = _parents(origin)
+    return list(dict.fromkeys(source for parent in parents for source in sources(parent)))
+
+
+def _parents(origin: Moved) -> list[Origin]:
+    first = origin.args[0]
+    return first if isinstance(first, list) else [first]
+
+
+def numbers(origin: Origin, offsets: Mapping[Origin, int]) -> Tensor | None:
+    """The number along dim 0 of the source that each element comes from, plus the source's offset; int64.
+
+    None where the moves cannot be run on integers.
+    """
+    try:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            return _run(origin, offsets, {})
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+
+
+def _run(origin: Origin, offsets: Mapping[Origin, int], done: dict[int, Tensor]) -> Tensor:
+    if id(origin) in done:
+        return done[id(origin)]
+    if isinstance(origin, Source) or origin.own:
+        size = origin.shape[0] if origin.shape else 1
+        lead = torch.arange(size) + offsets[origin]
+        found = lead.reshape(-1, *(1,) * (len(origin.shape) - 1)).expand(origin.shape) if origin.shape else lead[0]
+    else:
+        first = origin.args[0]
+        again: Any = [_run(x, offsets, done) for x in first] if isinstance(first, list) else _run(first, offsets, done)
+        rest = [_on_cpu(x) for x in origin.args[1:]]
+        others = {key: _on_cpu(x) for key, x in origin.kwargs.items()}
+        out = origin.func(again, *rest, **others)
+        found = out if origin.place is None else out[origin.place]
+        if found.shape != origin.shape:
+            raise ValueError("the moves gave another shape")
+    done[id(origin)] = found
+    return found
+
+
+def _on_cpu(argument: Any) -> Any:
+    if isinstance(argument, (tuple, list)):
+        return type(argument)(_on_cpu(x) for x in argument)
+    return argument.cpu() if isinstance(argument, Tensor) else argument
