@@ -75,12 +75,11 @@ class _OfSlot(Part):
 class RowsPart(_OfSlot):
     """Rows of the parameter itself; view: the layout in the parameter of the tensor that the slot reads.
 
-    real: gives bool `[N,T]`, the rows that a loss term which counts can send a cotangent to (its argument True: all
-    rows, but not the places without one), or None: all of them.
+    real: gives bool `[N,T]`, the rows that a loss term which counts can send a cotangent to, or None: all of them.
     """
 
     view: MatrixLayout
-    real: Callable[[bool], Tensor | None] | None = None
+    real: Callable[[], Tensor | None] | None = None
 
     def fold(self, w: Tensor) -> Tensor:
         """Reshape `[..., K,O,I]` to the parameter, `[..., *shape]`."""
@@ -234,9 +233,9 @@ def joined_parts(parts: Sequence[RowsPart]) -> RowsPart:
     return replace(parts[0], rows=contract.concat(rows), real=real)
 
 
-def _joined_masks(parts: Sequence[RowsPart], rows: Sequence[Rows], every: bool) -> Tensor | None:
+def _joined_masks(parts: Sequence[RowsPart], rows: Sequence[Rows]) -> Tensor | None:
     """The real rows of parts that were concatenated as `rows`."""
-    masks = [None if part.real is None else part.real(every) for part in parts]
+    masks = [None if part.real is None else part.real() for part in parts]
     if all(mask is None for mask in masks):
         return None
     return torch.cat(

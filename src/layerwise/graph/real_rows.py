@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.coverage import Graph
-from layerwise.graph.samples import SampleLayout
 from layerwise.graph.walk import Node
 from layerwise.losses import Likelihood
-from layerwise.rows.base import RowNumbers, Samples
+from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
-__all__ = ["RealRows", "measure_rows", "present_rows"]
+__all__ = ["RealRows", "measure_rows"]
 
 _COUNTS, _OTHER = 1, 2  # bits: answers to what counts, to what does not
 
@@ -42,14 +41,10 @@ class RealRows:
     inputs: Mapping[int, Tensor]
     readers: Mapping[int, Sequence[Use]]
 
-    def mask(self, use: Use, slot: Any, samples: Samples | RowNumbers | None, every: bool) -> Tensor | None:
-        """Bool `[N,T]`: the real rows of a slot of a use, or with `every` all rows that there are; None where all are.
-
-        Irregular samples have places `[N,T]` that hold no row.
-        """
-        places = _places(use, slot, samples) if isinstance(samples, RowNumbers) else None
-        if every or use.index not in self.outputs:
-            return places
+    def mask(self, use: Use, slot: Any, samples: Samples | None) -> Tensor | None:
+        """Bool `[N,T]`: the real rows of a slot of a use; None where all are."""
+        if use.index not in self.outputs:
+            return None
         bits = _bits(use, slot, self.outputs[use.index], samples)
         for other in self.readers[use.index]:
             its = next((s for s in other.slots if type(s) is type(slot) and not s.bias), None)
@@ -60,38 +55,22 @@ class RealRows:
         if use.index in self.inputs and bool(silent.any()):  # such as the query of an attention to one key
             bits = torch.where(silent, _bits(use, slot, self.inputs[use.index], samples), bits)
         left_out = bits == _OTHER
-        if places is not None:
-            return places & ~left_out
         return ~left_out if bool(left_out.any()) else None
 
 
-def _places(use: Use, slot: Any, samples: RowNumbers) -> Tensor | None:
-    """Bool `[N,T]`: the places that hold a row; None where all do."""
-    data = use.edge.node._input_metadata[use.edge.output_nr]
-    one = torch.ones((), dtype=data.dtype, device=data.device).expand(1, *use.call.out_shape)
-    held = (_rows_of(slot, one, samples) != 0).any(4).any(3)[0]
-    return None if bool(held.all()) else held
-
-
-def _rows_of(slot: Any, sent: Tensor, samples: Samples | RowNumbers | None) -> Tensor:
-    """The cotangent rows `[V,N,T,K,O]` of a slot."""
-    found: Tensor = slot.structured(sent, samples).g if isinstance(samples, RowNumbers) else slot.output(sent, samples)
-    return found
-
-
-def _bits(use: Use, slot: Any, bits: Tensor, samples: Samples | RowNumbers | None) -> Tensor:
+def _bits(use: Use, slot: Any, bits: Tensor, samples: Samples | None) -> Tensor:
     """`[N,T]`: the bits at any output of a row, from those at each output, or at each row `[*rows, 1]`."""
     data = use.edge.node._input_metadata[use.edge.output_nr]
     sent = torch.stack([bits & _COUNTS, bits & _OTHER]).to(data.dtype)
     if bits.shape == use.call.out_shape:
-        counts, other = (_rows_of(slot, sent, samples) != 0).any(4).any(3)
+        counts, other = (slot.output(sent, samples) != 0).any(4).any(3)
     else:  # the same for all features
-        counts, other = _rows_of(slot, sent.expand(2, *use.call.out_shape), samples)[..., 0, 0] != 0
+        counts, other = slot.output(sent.expand(2, *use.call.out_shape), samples)[..., 0, 0] != 0
     return counts.to(torch.uint8) * _COUNTS + other.to(torch.uint8) * _OTHER
 
 
-def measure_rows(graph: Graph, likelihoods: Sequence[Likelihood], layout: SampleLayout | None) -> RealRows | None:
-    """The real rows of the uses of a graph; None, mostly at no cost, where all rows are, and all samples regular.
+def measure_rows(graph: Graph, likelihoods: Sequence[Likelihood]) -> RealRows | None:
+    """The real rows of the uses of a graph; None, mostly at no cost, where all rows are.
 
     likelihoods: of the known losses. Costs two vector-Jacobian products where a loss term does not count, or a
     selection leaves elements out, and one where no use hears of them.
@@ -102,10 +81,10 @@ def measure_rows(graph: Graph, likelihoods: Sequence[Likelihood], layout: Sample
     selected = [x for node in graph.selections if (x := _left_out(node)) is not None]
     other = [*_terms(graph, counting), *own_left_out, *selected]
     if not other:
-        return present_rows(layout)
+        return None
     others = _answers(graph.uses, [(edge, _noise(mask, generator)) for edge, mask in other])
     if not others:
-        return present_rows(layout)
+        return None
     sources = [
         (loss.logits, _noise(_whole(loss.call.logits, True if mask is None else mask), generator))
         for loss, mask in zip(graph.known, counting, strict=True)
@@ -120,12 +99,6 @@ def measure_rows(graph: Graph, likelihoods: Sequence[Likelihood], layout: Sample
         if its.read is not None
     }
     return RealRows(outputs, inputs, _readers(uses))
-
-
-def present_rows(layout: SampleLayout | None) -> RealRows | None:
-    """All rows as real ones; None where samples are regular, so that every place holds a row."""
-    regular = layout is None or not any(isinstance(samples, RowNumbers) for samples in layout.uses.values())
-    return None if regular else RealRows({}, {}, {})
 
 
 def _joined(counts: Tensor | None, other: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part, RowsPart, parts_of
 from layerwise.graph.coverage import Graph
 from layerwise.graph.loss_curvature import LossCurvature, loss_curvatures
-from layerwise.graph.real_rows import measure_rows, present_rows
+from layerwise.graph.real_rows import measure_rows
 from layerwise.graph.samples import SampleLayout, measure
 from layerwise.losses import DeclaredLikelihood, Likelihood
 from layerwise.observation.union import Batch, Values
@@ -67,8 +67,7 @@ class BackwardPass:
         if mixed or any(q.needs_samples or q.cotangent.needs_layout(bool(graph.own)) for q in quantities):
             self.layout = measure(tape, graph, model, settings.samples)
             self.graph = self.layout.graph(graph)
-        measured = any(q.real_rows for q in quantities)
-        self._real_rows = measure_rows(graph, known, self.layout) if measured else present_rows(self.layout)
+        self._real_rows = measure_rows(graph, known) if any(q.real_rows for q in quantities) else None
         self.batch = Batch(self._samples(), _terms(declared), _unknown_reduction(declared))
         self.union = self.batch.union(settings.scale)
         numbers = range(len(quantities))
