@@ -76,10 +76,12 @@ class RowsPart(_OfSlot):
     """Rows of the parameter itself; view: the layout in the parameter of the tensor that the slot reads.
 
     real: gives bool `[N,T]`, the rows that a loss term which counts can send a cotangent to, or None: all of them.
+    filled: the same of the rows that are no padding of shorter samples.
     """
 
     view: MatrixLayout
     real: Callable[[], Tensor | None] | None = None
+    filled: Callable[[], Tensor | None] | None = None
 
     def fold(self, w: Tensor) -> Tensor:
         """Reshape `[..., K,O,I]` to the parameter, `[..., *shape]`."""
@@ -227,15 +229,20 @@ def joined_parts(parts: Sequence[RowsPart]) -> RowsPart:
         rows = [contract.flatten_samples(r) for r in rows]
     if len({r.kind for r in rows}) > 1:
         rows = [gram.written_out(r) for r in rows]
-    real = parts[0].real
-    if len(parts) > 1 and any(part.real is not None for part in parts):
-        real = partial(_joined_masks, parts, rows)
-    return replace(parts[0], rows=contract.concat(rows), real=real)
+    if len(parts) == 1:
+        return replace(parts[0], rows=rows[0])
+    real, filled = [part.real for part in parts], [part.filled for part in parts]
+    return replace(
+        parts[0],
+        rows=contract.concat(rows),
+        real=None if all(mask is None for mask in real) else partial(_joined_masks, real, rows),
+        filled=None if all(mask is None for mask in filled) else partial(_joined_masks, filled, rows),
+    )
 
 
-def _joined_masks(parts: Sequence[RowsPart], rows: Sequence[Rows]) -> Tensor | None:
-    """The real rows of parts that were concatenated as `rows`."""
-    masks = [None if part.real is None else part.real() for part in parts]
+def _joined_masks(each: Sequence[Callable[[], Tensor | None] | None], rows: Sequence[Rows]) -> Tensor | None:
+    """The mask of parts that were concatenated as `rows`, from the mask of each."""
+    masks = [None if mask is None else mask() for mask in each]
     if all(mask is None for mask in masks):
         return None
     return torch.cat(

@@ -16,11 +16,12 @@ from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part, RowsPart, parts_of
 from layerwise.graph.coverage import Graph
 from layerwise.graph.loss_curvature import LossCurvature, loss_curvatures
-from layerwise.graph.real_rows import measure_rows
+from layerwise.graph.real_rows import filled_rows, measure_rows
 from layerwise.graph.samples import SampleLayout, measure
 from layerwise.losses import DeclaredLikelihood, Likelihood
 from layerwise.observation.union import Batch, Values
 from layerwise.quantities.base import Quantity
+from layerwise.rows.base import RowNumbers
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
@@ -66,6 +67,9 @@ class BackwardPass:
         mixed = self._mixed_parameters()
         if mixed or any(q.needs_samples or q.cotangent.needs_layout(bool(graph.own)) for q in quantities):
             self.layout = measure(tape, graph, model, settings.samples)
+        elif len({id(use.batch) for use in graph.uses}) > 1:  # one of them may be a constant, which all samples share
+            self.layout = self._layout_if_shared()
+        if self.layout is not None:
             self.graph = self.layout.graph(graph)
         self._real_rows = measure_rows(graph, known) if any(q.real_rows for q in quantities) else None
         self.batch = Batch(self._samples(), _terms(declared), _unknown_reduction(declared))
@@ -75,6 +79,11 @@ class BackwardPass:
         self.streamed = [i for i in numbers if quantities[i].cotangent.streamed]
         self.columns = [i for i in numbers if i not in self.in_graph and i not in self.streamed]
         self.values: dict[int, Values] = {i: {} for i in numbers}
+
+    def _layout_if_shared(self) -> SampleLayout | None:
+        """The samples' layout where a use's output is shared by all of them, which takes its rows apart."""
+        layout = self.known_layout()
+        return layout if layout is not None and layout.shared else None
 
     def _mixed_parameters(self) -> set[str]:
         """Parameters for which per-sample gradients are needed although no quantity asked for them (no row form)."""
@@ -116,18 +125,19 @@ class BackwardPass:
         where = None if self.layout is None else self.layout.uses[use.index]
         unstructured: Collection[str] = () if needs_samples else self._unstructured
         found = parts_of(self.tape, use, g, where, later, unstructured, rows_only)
-        if self._real_rows is not None:
-            found = [
-                (name, self._with_real_rows(part, None if name in unstructured else where)) for name, part in found
-            ]
+        if self._real_rows is not None or isinstance(where, RowNumbers):
+            found = [(name, self._with_masks(part, None if name in unstructured else where)) for name, part in found]
         dtype = self._settings.dtype
         return found if dtype is None else [(name, part.to(dtype)) for name, part in found]
 
-    def _with_real_rows(self, part: Part, where: Any) -> Part:
-        """The part with a function that tells its real rows; where: the place of the samples that its rows follow."""
-        if self._real_rows is None or not isinstance(part, RowsPart) or part.slot.bias:
+    def _with_masks(self, part: Part, where: Any) -> Part:
+        """The part with functions that tell its real rows; where: the place of the samples that its rows follow."""
+        if not isinstance(part, RowsPart) or part.slot.bias:
             return part
-        return replace(part, real=partial(self._real_rows.mask, part.use, part.slot, where))
+        filled = partial(filled_rows, part.use, part.slot, where) if isinstance(where, RowNumbers) else None
+        if self._real_rows is None:
+            return replace(part, real=filled, filled=filled)
+        return replace(part, real=partial(self._real_rows.mask, part.use, part.slot, where), filled=filled)
 
     def add(self, i: int, gradient: ParameterGradient, new: tuple[Any, ...]) -> None:
         """Add one stack's values of the i-th quantity to those of the parameter."""

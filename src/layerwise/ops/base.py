@@ -109,11 +109,11 @@ class Slot:
         if not self.factored:
             return None
         if isinstance(samples, RowNumbers):
-            order = self._order(samples, g.shape[1:], g.device)
+            order = self.order(samples, g.shape[1:], g.device)
             return None if order is None else gathered(self.rows(g, None), order)
         return None if samples is not None and samples.axis in self.aligned else self.rows(g, samples)
 
-    def _order(self, samples: RowNumbers, shape: torch.Size, device: torch.device) -> Order | None:
+    def order(self, samples: RowNumbers, shape: torch.Size, device: torch.device) -> Order | None:
         """The order of the rows of `rows(g, None)` by samples; None where a row holds elements of several samples."""
         stack = digits(samples.owners(shape, device), samples.n, self.used.dtype)
         found = self.output(stack.expand(len(stack), *shape), None)

@@ -58,6 +58,10 @@ def _exact_axis(graph: Graph, loss: LossUse, n: int) -> Where | None:
     )
 
 
+def _first_axis(graph: Graph, loss: LossUse, n: int) -> Where | None:
+    return next((s for s in hypotheses(loss, n) if s.axis == 0 and loss.call.logits.shape[0] == n), None)
+
+
 def _all_of_one(loss: LossUse) -> RowNumbers:
     return RowNumbers(1, torch.zeros([1] * loss.call.logits.dim(), dtype=torch.long))
 
@@ -231,9 +235,9 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
     if all(where is not None for where in (*known, *own)):
         yield [where for where in (*known, *own) if where is not None]
     rows = len(given)
-    if given.dim() == 1:
+    if given.dim() == 1 and rows > 1:
         found = [
-            _by_target(graph, x, rows) or _exact_axis(graph, x, rows) or _by_inputs(graph, x, rows)
+            _by_target(graph, x, rows) or _first_axis(graph, x, rows) or _by_inputs(graph, x, rows)
             for x in graph.losses
         ]
         if all(where is not None for where in found):

@@ -66,7 +66,8 @@ class KroneckerFactors(Quantity):
     def _of_rows(self, gradient: ParameterGradient, part: RowsPart) -> Sums:
         rows, first = part.rows, not gradient.column
         size = rows.g.shape[1:3].numel()
-        real = part.real() if first and self.real_rows and part.real is not None else None
+        mask = part.real if self.real_rows else part.filled
+        real = mask() if first and mask is not None else None
         if self.sharing == "reduce":
             rows = _reduced(rows, real)
         b = self.output_factor(gradient, rows)
