@@ -30,7 +30,8 @@ class Graph:
     """The part of a tape that a total depends on: its uses (in call order) and losses.
 
     known: losses with a likelihood, in call order. own: the user's own losses, which are the rest of the total.
-    selections: the nodes between total and uses that pick elements by an index or a mask.
+    selections: the nodes between the losses' inputs and uses, or two uses, that pick elements by an index or a mask.
+    in_losses: those between the total and the losses' inputs.
     """
 
     total: Tensor
@@ -39,6 +40,7 @@ class Graph:
     known: list[LossUse]
     own: list[OwnUse]
     selections: tuple[Node, ...] = ()
+    in_losses: tuple[Node, ...] = ()
 
     @property
     def losses(self) -> list[LossUse]:
@@ -82,8 +84,8 @@ def prove(
     roots = [loss.logits for loss in graph.losses] if need_loss else [(total.grad_fn, 0)]
     reached, selections = _walk_to_uses(roots, tape.leaves(), by_node(tape.uses), tape.spent)
     uses = sorted(reached, key=lambda u: u.index)
-    selections = list(dict.fromkeys([*graph.selections, *selections]))
-    return replace(graph, weight=weight, uses=uses, selections=tuple(selections))
+    in_losses = tuple(node for node in graph.in_losses if node not in selections)
+    return replace(graph, weight=weight, uses=uses, selections=tuple(selections), in_losses=in_losses)
 
 
 def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> Graph:
@@ -100,7 +102,7 @@ def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> 
             walk.check_first_argument(own)
     order = {id(loss): i for i, loss in enumerate(tape.losses)}
     known = sorted(walk.known, key=lambda loss: order[id(loss)])
-    return Graph(total, None, [], known, walk.own, tuple(dict.fromkeys(walk.selections)))
+    return Graph(total, None, [], known, walk.own, in_losses=tuple(dict.fromkeys(walk.selections)))
 
 
 class _LossWalk:

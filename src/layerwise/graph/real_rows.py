@@ -94,10 +94,12 @@ def measure_rows(graph: Graph, likelihoods: Sequence[Likelihood]) -> RealRows | 
     selection leaves elements out, and one where no use hears of them.
     """
     counting = [lik.counting() for lik in likelihoods]
-    other = [*_terms(graph, counting), *(x for node in graph.selections if (x := _left_out(node)) is not None)]
+    generator = torch.Generator().manual_seed(0)
+    own, own_left_out = _boundary(graph, generator)
+    selected = [x for node in graph.selections if (x := _left_out(node)) is not None]
+    other = [*_terms(graph, counting), *own_left_out, *selected]
     if not other:
         return None
-    generator = torch.Generator().manual_seed(0)
     others = _answers(graph.uses, [(edge, _noise(mask, generator)) for edge, mask in other])
     if not others:
         return None
@@ -105,10 +107,7 @@ def measure_rows(graph: Graph, likelihoods: Sequence[Likelihood]) -> RealRows | 
         (loss.logits, _noise(_whole(loss.call.logits, True if mask is None else mask), generator))
         for loss, mask in zip(graph.known, counting, strict=True)
     ]
-    boundary = [part.logits for own in graph.own for part in own.boundary]
-    if boundary:  # the weights of its terms are not known, but what it sends is
-        sent = pull([graph.total], [graph.seed], boundary)
-        sources += [(edge, g) for edge, g in zip(boundary, sent, strict=True) if g is not None]
+    sources += own or _sent(graph)
     uses = [use for use in graph.uses if use.index in others]
     counts = _answers(uses, sources)
     outputs = {i: _joined(counts[i].output if i in counts else None, its.output) for i, its in others.items()}
@@ -131,6 +130,31 @@ def _terms(graph: Graph, counting: Sequence[Tensor | None]) -> Iterator[tuple[Gr
     for loss, mask in zip(graph.known, counting, strict=True):
         if mask is not None:
             yield loss.logits, _whole(loss.call.logits, ~mask)
+
+
+def _sent(graph: Graph) -> list[tuple[GradientEdge, Tensor]]:
+    """What the user's own losses send to their boundary, where the weights of their terms are not known."""
+    boundary = [part.logits for own in graph.own for part in own.boundary]
+    found = pull([graph.total], [graph.seed], boundary) if boundary else []
+    return [(edge, g) for edge, g in zip(boundary, found, strict=True) if g is not None]
+
+
+def _boundary(graph: Graph, generator: torch.Generator) -> tuple[list[Any], list[tuple[GradientEdge, Tensor]]]:
+    """What own losses send to their boundary, and the elements that only what they leave out there would reach, as 1.
+
+    Both empty where they leave nothing out. Nothing below the boundary is run: where all of it counts (the other
+    classes of a hand-written likelihood), that is the proof.
+    """
+    left_out = [x for node in graph.in_losses if graph.own and (x := _left_out(node)) is not None]
+    if not left_out:
+        return [], []
+    sent = _sent(graph)
+    edges, cotangents = [edge for edge, _ in left_out], [_noise(mask, generator) for _, mask in left_out]
+    found = pull(edges, cotangents, [edge for edge, _ in sent])
+    masks = [
+        (edge, ((x != 0) & (g == 0)).to(g.dtype)) for (edge, g), x in zip(sent, found, strict=True) if x is not None
+    ]
+    return sent, [(edge, mask) for edge, mask in masks if bool(mask.any())]
 
 
 def _whole(logits: Tensor, mask: Tensor | bool) -> Tensor:
