@@ -45,7 +45,7 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     if isinstance(samples, Tensor):
         return next(by_rows(graph, int(samples.max()) + 1, samples))
     n = samples if samples is not None else readings.first_count(graph)
-    if n is None or (samples is None and readings.contradictory(graph)):
+    if n is None or (samples is None and readings.contradictory(tape, graph)):
         return _first_that_holds(tape, graph, readings.candidates(tape, graph))
     key, memo = _signature(tape, graph, model, samples), _memo(model)
     try:
@@ -60,11 +60,11 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     try:
         if refusal[0] is AmbiguousSamples:  # the terms of a loss of the user's own may say which rows are a sample
             return next(by_rows(graph, n))
-        others = [n] if samples is not None else readings.candidates(tape, graph)
+        others = ([n], []) if samples is not None else readings.candidates(tape, graph)
         return _first_that_holds(tape, graph, others, n)
     except _REFUSALS as error:
         kind, text = _parts(error)
-    kind, text = (kind, text) if refusal[0] is BadInput and kind is SamplesMixed else refusal
+    kind, text = (kind, text) if refusal[0] is BadInput and kind is not BadInput else refusal
     if all(isinstance(origin, Source) for origin in readings.origins(graph)):
         _remember(memo, (key, "refused"), (kind, text))
     raise kind(text)
@@ -82,7 +82,9 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
     """
     first = readings.first_count(graph) or 1
     shapes = [loss.call.logits.shape for loss in tape.losses]
-    if not readings.contradictory(graph) and all(any(size % first == 0 for size in shape) for shape in shapes if shape):
+    if not readings.contradictory(tape, graph) and all(
+        any(size % first == 0 for size in shape) for shape in shapes if shape
+    ):
         return first
     try:
         return measure(tape, graph if graph.losses else prove(tape, total, graph.weight), model).n
@@ -90,28 +92,50 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
         return first
 
 
-def _first_that_holds(tape: Tape, graph: Graph, counts: Sequence[int], tried: int | None = None) -> SampleLayout:
+def _first_that_holds(
+    tape: Tape, graph: Graph, counts: tuple[Sequence[int], Sequence[int]], tried: int | None = None
+) -> SampleLayout:
     """The layout of the first number of samples that the measurement confirms; tried: on axes, without success.
 
-    Among several, one by which each row of the batch belongs to one sample comes first, then one by which that is so of
-    some tensor (others are constants), then one on axes.
+    counts: numbers of which only one may be confirmed, then others in order. A layout by which each row of the batch
+    belongs to one sample comes first, then one by which that is so of some tensor (others are constants), then one on
+    axes that the losses speak for. Raises AmbiguousSamples where two of the first are confirmed.
     """
     second: dict[int, SampleLayout] = {}
     refusals: list[Refused] = []
-    for n in counts:
+    confirmed: list[SampleLayout] = []
+    for n in (*counts[0], *counts[1]):
+        if confirmed and n not in counts[0]:
+            break
         try:
             for layout in _layouts(tape, graph, n, n != tried):
-                if one_sample_a_row(graph, layout):
-                    return layout
-                rank = 0 if one_sample_a_row(graph, layout, constants=True) else 1
-                if layout.regular or not rank:
+                if one_sample_a_row(tape, graph, layout):
+                    confirmed.append(layout)
+                    break
+                rank = 0 if one_sample_a_row(tape, graph, layout, constants=True) else 1
+                if not rank or (layout.regular and _spoken_for(tape, graph, n)):
                     second.setdefault(rank, layout)
         except _REFUSALS as error:
             refusals.append(_parts(error))
-    if second:
-        return second[min(second)]
+        if confirmed and n in counts[1]:
+            break
+    if len({layout.n for layout in confirmed}) > 1:
+        numbers = " and ".join(str(layout.n) for layout in confirmed)
+        raise AmbiguousSamples(
+            f"the batch, the targets and the losses allow {numbers} samples, and this batch cannot tell which it is; "
+            "pass samples=N, or a tensor with the sample number of each loss term"
+        )
+    if confirmed or second:
+        return confirmed[0] if confirmed else second[min(second)]
     kind, text = next((r for r in refusals if r[0] is SamplesMixed), refusals[0] if refusals else (BadInput, _NO_BATCH))
-    raise kind(f"{text} (numbers of samples that the batch, the targets and the losses allow: {_listed(counts)})")
+    listed = _listed([*counts[0], *counts[1]])
+    raise kind(f"{text} (numbers of samples that the batch, the targets and the losses allow: {listed})")
+
+
+def _spoken_for(tape: Tape, graph: Graph, n: int) -> bool:
+    """Whether every loss has n terms, and no tensor that the model was called with has another number of rows."""
+    calls = [origin for origin in tape.entered if isinstance(origin, Source)]
+    return set(readings.terms(graph)) == {n} and all(origin.shape[:1] == (n,) for origin in calls)
 
 
 def _listed(counts: Sequence[int]) -> str:
@@ -141,7 +165,7 @@ def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: Memo, by_rows: bo
     if isinstance(found, SampleLayout):
         return found
     layout, proved = by_axes(tape, graph, n)
-    if by_rows and len({id(use.batch) for use in graph.uses}) > 1 and not one_sample_a_row(graph, layout):
+    if by_rows and len({id(use.batch) for use in graph.uses}) > 1 and not one_sample_a_row(tape, graph, layout):
         raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
     if proved and structural(graph, layout):
         _remember(memo, key, layout)

@@ -38,9 +38,14 @@ def terms(graph: Graph) -> list[int]:
     return found
 
 
-def contradictory(graph: Graph) -> bool:
-    """Whether the tensors that the uses read differ in what they say on the number of samples."""
+def contradictory(tape: Tape, graph: Graph) -> bool:
+    """Whether the tensors that the uses read differ in what they say on the number of samples.
+
+    So they do where the first of them is none that the model was called with, while others are.
+    """
     first = first_count(graph)
+    if graph.uses and graph.uses[0].origin is not None and outside(tape, graph.uses[0].origin[0]):
+        return True
     batches = {id(use.batch): use.batch for use in graph.uses}
     if any(b.dim() == 0 or b.shape[0] != first for b in batches.values()):
         return True
@@ -48,6 +53,12 @@ def contradictory(graph: Graph) -> bool:
     if len(batches) > 1:
         return any(isinstance(origin, Moved) for origin in made)
     return any(_cuts_samples(origin) for origin in made[:1])
+
+
+def outside(tape: Tape, origin: Origin) -> bool:
+    """Whether data was made of no tensor that the model was called with, while it was called with some."""
+    entered = {source for x in tape.entered for source in sources(x)}
+    return bool(entered) and not entered & set(sources(origin))
 
 
 def _of_batch(origin: Origin, shape: torch.Size) -> Origin:
@@ -106,24 +117,29 @@ def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Origin, int]
     return lead.reshape(*lead.shape, *(1,) * (len(shape) - keep))
 
 
-def candidates(tape: Tape, graph: Graph) -> list[int]:
-    """The numbers of samples that the losses, the targets and the batches allow, the likeliest first."""
-    entered = _row_counts([origin for origin in tape.entered if origin.shape])
-    rows = list(dict.fromkeys([*entered, *_row_counts([u.origin[0] for u in graph.uses if u.origin is not None])]))
+def candidates(tape: Tape, graph: Graph) -> tuple[list[int], list[int]]:
+    """The numbers of samples that the batches, targets and losses allow: those that two of them say, and others.
+
+    Among the first only one can be true; the others are in order, the likeliest first.
+    """
+    entered = row_counts([origin for origin in tape.entered if origin.shape])
+    rows = list(dict.fromkeys([*entered, *row_counts([u.origin[0] for u in graph.uses if u.origin is not None])]))
     rows = [x for x in rows if x > 1] or rows[:1]  # a tensor of one row beside others is a constant
-    labels = _row_counts([loss.target[0] for loss in graph.losses if loss.target is not None])
+    labels = row_counts([loss.target[0] for loss in graph.losses if loss.target is not None])
     lead = terms(graph)
     alike = lead[:1] if len(set(lead)) == 1 else []
-    first = graph.uses[0].origin if graph.uses else None
-    whole = (
-        []
-        if first is None or isinstance(_of_batch(first[0], graph.uses[0].batch.shape), Moved)
-        else [first_count(graph)]
-    )
-    found = [x for x in alike if x in rows] + [x for x in labels if x in rows] + rows
-    found += [x for x in alike if x in labels] + [x for x in whole if x is not None]
-    found += [sum(rows), *labels, *alike, sum(lead), *_own_terms(graph)]
-    return [x for x in dict.fromkeys(found) if x > 1 or (x == 1 and rows[:1] == [1]) or len(set(found)) == 1]
+    first = [x for x in alike if x in rows] or [x for x in labels if x in rows]
+    first = first or [*rows, *(x for x in alike if x in labels)]
+    rest = [*rows, *_whole_batch(graph), sum(rows), *labels, *alike, sum(lead), *_own_terms(graph)]
+    return list(dict.fromkeys(first)), [x for x in dict.fromkeys(rest) if x > 1 and x not in first]
+
+
+def _whole_batch(graph: Graph) -> list[int]:
+    """Dim 0 of the first use's batch, where that is no piece of another tensor."""
+    use = graph.uses[0] if graph.uses else None
+    if use is None or use.origin is None or isinstance(_of_batch(use.origin[0], use.batch.shape), Moved):
+        return []
+    return list(use.batch.shape[:1])
 
 
 def _own_terms(graph: Graph) -> list[int]:
@@ -137,7 +153,7 @@ def _own_terms(graph: Graph) -> list[int]:
     return [int(shape[0]) for shape in shapes if len(shape)]
 
 
-def _row_counts(found: Iterable[Origin]) -> list[int]:
+def row_counts(found: Iterable[Origin]) -> list[int]:
     """For each source of some data, how many of its rows were used; all of them where a mask chose among them."""
     used: dict[Origin, set[int]] = {}
     masked: set[Origin] = set()

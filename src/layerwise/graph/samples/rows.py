@@ -13,12 +13,13 @@ from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
 from layerwise.graph.samples.loss_rows import numberings
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, row_numbers
-from layerwise.graph.samples.readings import on_output, origin_rows
+from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.separable import check_sum_over_samples
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Origin, sources
+from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
 
 __all__ = ["by_rows", "check_losses", "one_sample_a_row"]
@@ -64,7 +65,7 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             check_losses(graph, layout)
         except SamplesMixed:
             continue
-        found += [layout] if one_sample_a_row(graph, layout) else []
+        found += [layout] if _rows_apart(graph, layout) else []
     if len(found) > 1:
         raise AmbiguousSamples(
             f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "
@@ -119,16 +120,31 @@ def _root(loss: LossUse, where: Where) -> Root:
 # -- proof ----------------------------------------------------------------------------------------------------------
 
 
-def one_sample_a_row(graph: Graph, layout: SampleLayout, constants: bool = False) -> bool:
+def _rows_apart(graph: Graph, layout: SampleLayout) -> bool:
+    return all(one for *_, one in _owners_of_rows(graph, layout))
+
+
+def one_sample_a_row(tape: Tape, graph: Graph, layout: SampleLayout, constants: bool = False) -> bool:
     """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample.
 
-    constants: whether that of one tensor is enough whose rows are those of all samples.
+    Where the model was called with tensors, one of them must carry the samples, or have as many rows.
+    constants: whether that of one tensor is enough whose rows are those of all samples, if no other one has a single
+    row: that may be a batch of one.
     """
-    found = [(one, len(owner) and len(set(owner.values()))) for owner, one in _owners_of_rows(graph, layout)]
-    return any(one and covered == layout.n for one, covered in found) if constants else all(one for one, _ in found)
+    found = _owners_of_rows(graph, layout)
+    carrying = [source for source, owner, _ in found if len(set(owner.values())) > 1]
+    if all(outside(tape, source) for source in carrying):
+        calls = row_counts([origin for origin in tape.entered if origin.shape])
+        if carrying or (calls and layout.n > 1 and layout.n not in calls):
+            return False
+    if not constants:
+        return all(one for *_, one in found)
+    if any(len(owner) == 1 and not one for _, owner, one in found):
+        return False
+    return any(one and len(set(owner.values())) == layout.n for _, owner, one in found)
 
 
-def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[dict[int, int], bool]]:
+def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[Origin, dict[int, int], bool]]:
     """For each tensor that inputs were made of, a sample of each of its rows, and whether it is the only one."""
     owners: dict[Origin, dict[int, int]] = {}
     single: dict[Origin, bool] = {}
@@ -149,4 +165,4 @@ def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[dict[int, 
             single.setdefault(source, True)
             for r, sample in torch.stack([row[held], number[held]], 1).unique(dim=0).tolist():
                 single[source] &= seen.setdefault(r, sample) == sample
-    return [(owner, single[source]) for source, owner in owners.items()]
+    return [(source, owner, single[source]) for source, owner in owners.items()]
