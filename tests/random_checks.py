@@ -58,8 +58,8 @@ def outcome(program: Any) -> str:
 
 
 def _asks(program: Any, error: errors.LayerwiseError) -> bool:
-    """Whether nothing but the user can say what a sample is, and the error says so."""
-    return getattr(program, "untold", False) and "samples=" in str(error)
+    """Whether the error says that the user is to say what a sample is."""
+    return isinstance(program, Layout) and "samples=" in str(error)
 
 
 def compare(program: Any, seen: Any) -> None:

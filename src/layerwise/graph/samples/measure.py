@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 from layerwise.errors import AmbiguousSamples, BadInput, LayerwiseError, SamplesMixed
 from layerwise.graph.coverage import Graph, prove
 from layerwise.graph.samples import readings
-from layerwise.graph.samples.rows import by_rows, check_losses, one_sample_a_row
+from layerwise.graph.samples.rows import by_rows, check_losses, one_row_a_sample, one_sample_a_row
 from layerwise.graph.samples.sample_axes import by_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
 from layerwise.graph.walk import Node, by_node, inputs, nodes
@@ -58,10 +58,9 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     if isinstance(before, tuple):
         raise before[0](before[1])
     try:
-        if refusal[0] is AmbiguousSamples:  # the terms of a loss of the user's own may say which rows are a sample
-            return next(by_rows(graph, n))
-        others = ([n], []) if samples is not None else readings.candidates(tape, graph)
-        return _first_that_holds(tape, graph, others, n)
+        if refusal[0] is AmbiguousSamples or samples is not None:
+            return next(by_rows(graph, n))  # of a loss of the user's own the terms may say which rows are a sample
+        return _first_that_holds(tape, graph, readings.candidates(tape, graph))
     except _REFUSALS as error:
         kind, text = _parts(error)
     kind, text = (kind, text) if refusal[0] is BadInput and kind is not BadInput else refusal
@@ -92,10 +91,8 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
         return first
 
 
-def _first_that_holds(
-    tape: Tape, graph: Graph, counts: tuple[Sequence[int], Sequence[int]], tried: int | None = None
-) -> SampleLayout:
-    """The layout of the first number of samples that the measurement confirms; tried: on axes, without success.
+def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Sequence[int]]) -> SampleLayout:
+    """The layout of the first number of samples that the measurement confirms.
 
     counts: numbers of which only one may be confirmed, then others in order. A layout by which each row of the batch
     belongs to one sample comes first, then one by which that is so of some tensor (others are constants), then one on
@@ -104,23 +101,28 @@ def _first_that_holds(
     second: dict[int, SampleLayout] = {}
     refusals: list[Refused] = []
     confirmed: list[SampleLayout] = []
+    possible: set[int] = set()  # the first numbers that are confirmed, or would be in several ways
     for n in (*counts[0], *counts[1]):
         if confirmed and n not in counts[0]:
             break
         try:
-            for layout in _layouts(tape, graph, n, n != tried):
+            for layout in _layouts(tape, graph, n):
                 if one_sample_a_row(tape, graph, layout):
                     confirmed.append(layout)
+                    possible |= {n} & set(counts[0])
+                    if one_row_a_sample(graph, layout):  # then N may as well be the number of all rows
+                        possible |= set(counts[0])
                     break
                 rank = 0 if one_sample_a_row(tape, graph, layout, constants=True) else 1
                 if not rank or (layout.regular and _spoken_for(tape, graph, n)):
                     second.setdefault(rank, layout)
         except _REFUSALS as error:
             refusals.append(_parts(error))
+            possible |= {n} & set(counts[0]) if isinstance(error, AmbiguousSamples) else set()
         if confirmed and n in counts[1]:
             break
-    if len({layout.n for layout in confirmed}) > 1:
-        numbers = " and ".join(str(layout.n) for layout in confirmed)
+    if confirmed and len(possible) > 1:
+        numbers = " and ".join(map(str, sorted(possible)))
         raise AmbiguousSamples(
             f"the batch, the targets and the losses allow {numbers} samples, and this batch cannot tell which it is; "
             "pass samples=N, or a tensor with the sample number of each loss term"
@@ -142,11 +144,10 @@ def _listed(counts: Sequence[int]) -> str:
     return ", ".join(map(str, counts)) or "none"
 
 
-def _layouts(tape: Tape, graph: Graph, n: int, on_axes: bool) -> Iterator[SampleLayout]:
+def _layouts(tape: Tape, graph: Graph, n: int) -> Iterator[SampleLayout]:
     """The layouts of n samples: on axes, then row by row. Raises the refusal of the last."""
-    if on_axes:
-        with suppress(*_REFUSALS):
-            yield _checked(graph, by_axes(tape, graph, n)[0])
+    with suppress(*_REFUSALS):
+        yield _checked(graph, by_axes(tape, graph, n)[0])
     yield from by_rows(graph, n)
 
 
@@ -165,7 +166,7 @@ def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: Memo, by_rows: bo
     if isinstance(found, SampleLayout):
         return found
     layout, proved = by_axes(tape, graph, n)
-    if by_rows and len({id(use.batch) for use in graph.uses}) > 1 and not one_sample_a_row(tape, graph, layout):
+    if by_rows and not one_sample_a_row(tape, graph, layout):
         raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
     if proved and structural(graph, layout):
         _remember(memo, key, layout)

@@ -22,7 +22,7 @@ from layerwise.tape.origins import Origin, sources
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["by_rows", "check_losses", "one_sample_a_row"]
+__all__ = ["by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row"]
 
 
 def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[SampleLayout]:
@@ -122,6 +122,15 @@ def _root(loss: LossUse, where: Where) -> Root:
 
 def _rows_apart(graph: Graph, layout: SampleLayout) -> bool:
     return all(one for *_, one in _owners_of_rows(graph, layout))
+
+
+def one_row_a_sample(graph: Graph, layout: SampleLayout) -> bool:
+    """Whether the samples are single rows of a tensor that has more of them, of which no loss term hears."""
+    for source, owner, _ in _owners_of_rows(graph, layout):
+        rows = source.shape[0] if source.shape else 1
+        if rows > layout.n and len(set(owner.values())) == len(owner) > 1:
+            return True
+    return False
 
 
 def one_sample_a_row(tape: Tape, graph: Graph, layout: SampleLayout, constants: bool = False) -> bool:
