@@ -29,7 +29,8 @@ class observe:
     context give the quantities of the sum of their losses as written, whose gradient `.grad` is: (mean / K) K times.
 
     model: an nn.Module, or a mapping of names to tensors for a functional model. samples: the number of
-    samples N, by default dim 0 of the batch. scale: "loss" (g_n sum to `.grad`) or "sample" (N g_n for a mean).
+    samples N, or a tensor with the sample number of each loss term; by default what the batch, the targets and the
+    losses say. scale: "loss" (g_n sum to `.grad`) or "sample" (N g_n for a mean).
     dtype: of the sums and results of all quantities, by default each parameter's own (under autocast too). The
     cotangents come in the types of the graph, second derivatives are taken in them, and means are read off `.grad`.
     Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed.
@@ -39,7 +40,7 @@ class observe:
         self,
         model: nn.Module | Mapping[str, Tensor],
         *quantities: Quantity,
-        samples: int | None = None,
+        samples: int | Tensor | None = None,
         scale: str = "loss",
         dtype: torch.dtype | None = None,
     ) -> None:
