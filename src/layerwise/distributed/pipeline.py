@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -115,6 +115,8 @@ class Pipeline(LayerLocal):
         if idle:
             raise BadInput(f"no parameter of any stage matches {', '.join(map(repr, idle))}")
         return {k: v for k, v in layers.items() if any(first_match((k,), name) for name in names)}
+
+    _kind = "AltMin"  # a stage's state is a part of the whole model's
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_group(group)
@@ -242,10 +244,15 @@ class Pipeline(LayerLocal):
         """As `AltMin.local_state_dict`, for this stage."""
         return {**super().local_state_dict(), **self._fitter.state()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `AltMin.load_state_dict`, for this stage."""
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "stale"})
-        self._fitter.restore(state_dict, self._model)
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        return [*super()._differences(saved), *self._fitter.differences(saved, self._model)]
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        super()._take(saved)
+        self._fitter.restore(saved, self._model)
+
+    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+        return self._fitter.updates.fits(p, name, groups)
 
 
 def _no_closure() -> Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput, NonFinite
+from layerwise.errors import BadInput, LayerwiseError, NonFinite
+from layerwise.optim.saved_state import VERSION, Fit, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["Attempt", "Closure", "NamedOptimizer"]
+
+# What torch keeps on an optimizer beside its state: hooks, and the marks of a scheduler on `step`.
+_OF_TORCH = frozenset(("step", "_step_count", "_opt_called", "_zero_grad_profile_name"))
 
 Closure = Callable[[], Tensor]
 Attempt = Callable[[Closure, Buffers], tuple[Tensor, str | None]]
@@ -24,6 +28,8 @@ class NamedOptimizer(torch.optim.Optimizer):
     A batch with NaN or infinity changes no parameter, no state and no buffer: it is counted in `skipped`, or raises
     NonFinite with `on_nonfinite="raise"`. A closure that raises leaves everything as it was, too.
     """
+
+    _kind: str  # the name in saved states, which classes derived from this one share
 
     def __init__(
         self,
@@ -113,20 +119,58 @@ class NamedOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the names of the parameters and the number of skipped batches."""
-        return {**super().state_dict(), "skipped": self.skipped}
+        """torch's, with the optimizer's name, the version of the form, parameter names, and the skipped batches."""
+        return {"optimizer": self._kind, "version": VERSION, **super().state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, parameters by name; goes on bitwise where it stopped.
 
-        Raises BadInput where the saved groups hold other parameters.
+        Raises BadInput, with the first differences, for a state that does not fit: of another optimizer, other
+        parameters, shapes or types, with settings that cannot be, or NaN. Nothing is changed then.
         """
-        saved = {k: v for k, v in state_dict.items() if k != "skipped"}
-        super().load_state_dict({**saved, "param_groups": self._in_our_order(saved["param_groups"])})
-        self.skipped = state_dict.get("skipped", 0)
+        saved = present(state_dict, self._kind, self._saved_keys, ("skipped",))
+        saved = {**saved, "param_groups": self._in_our_order(saved["param_groups"])}
+        refuse(self._differences(saved), self._kind)
+        self._take(saved)
 
-    def _in_our_order(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    _saved_keys: tuple[str, ...] = ("state", "param_groups", "skipped")
+
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """What of a saved state does not fit."""
+        found, groups = [], saved["param_groups"]
+        for number, group in enumerate(groups):
+            try:
+                if not (wrong := lacking(f"parameter group {number}", group, self.defaults)):
+                    self._check(group)
+                found += wrong
+            except (LayerwiseError, TypeError) as error:
+                found.append(f"in parameter group {number}, {error}")
+        if found:
+            return found
+        skipped = saved.get("skipped", 0)
+        found += [] if isinstance(skipped, int) and skipped >= 0 else [f"skipped is {skipped!r}"]
+        if not isinstance(saved["state"], Mapping):
+            return [*found, f"the state by parameter is a {type(saved['state']).__name__}, not a dict"]
+        state = dict(saved["state"])
+        for theirs, ours in zip(groups, self.param_groups, strict=True):
+            for number, p, name in zip(theirs["params"], ours["params"], ours["param_names"], strict=True):
+                if own := state.pop(number, {}):
+                    found += misfits(name, own, list(self._fits(p, name, groups)))
+        return found + [f"there is state of parameter number {key!r}, which no group has" for key in state]
+
+    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
+        """The forms that a parameter's state may have. groups: the saved ones."""
+        raise NotImplementedError
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        """Take over a state that fits."""
+        super().load_state_dict({"state": saved["state"], "param_groups": saved["param_groups"]})
+        self.skipped = saved.get("skipped", 0)
+
+    def _in_our_order(self, groups: Any) -> list[dict[str, Any]]:
         """Saved groups with their parameters in this optimizer's order."""
+        if not isinstance(groups, list | tuple) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+            raise BadInput("the saved parameter groups are a list of dicts with params")
         if len(groups) != len(self.param_groups):
             raise BadInput(f"the saved state has {len(groups)} parameter groups, and ours {len(self.param_groups)}")
         ordered = []
@@ -141,3 +185,11 @@ class NamedOptimizer(torch.optim.Optimizer):
             names = ours["param_names"]
             ordered.append({**theirs, "params": [ids[n] for n in names], "param_names": list(names)})
         return ordered
+
+    # -- copies --------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and pickle, which leave out hooks and schedulers, as torch's optimizers do."""
+        left_out = _OF_TORCH | {"_group_at"}
+        own = {k: v for k, v in vars(self).items() if k not in left_out and not k.startswith("_optimizer_")}
+        return {**own, "_group_at": {}}

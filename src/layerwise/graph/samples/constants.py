@@ -114,8 +114,8 @@ def shared_uses(
     holds_none = dict.fromkeys(mixed, True)
     for edge, numbers, members, stops in fronts:
         for use in members:
-            holds_none[use.index] &= (
-                (use.index not in partly and not _may_hold(use, n)) or _position_of(edge, numbers, use, n, stops)
+            holds_none[use.index] &= (use.index not in partly and not _may_hold(use, n)) or _position_of(
+                edge, numbers, use, n, stops
             )
     if not all(holds_none[use.index] or _alike(use, mixed.values(), holds_none) for use in mixed.values()):
         return None

@@ -21,6 +21,7 @@ from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, State
 from layerwise.optim.layer_local.owners import described
 from layerwise.optim.layer_local.snapshot import Snapshot
+from layerwise.optim.saved_state import non_finite
 from layerwise.ranks.group import facts_of
 from layerwise.tape.uses import named_parameters_of
 
@@ -219,18 +220,34 @@ class LayerLocal(NamedOptimizer):
         """As `state_dict`, without communication: the state of layers that other ranks own is missing."""
         return {**super().state_dict(), "averages": dict(self._averages)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state, parameters by name; goes on bitwise where it stopped.
+    _saved_keys = ("state", "param_groups", "skipped", "averages")
 
-        Raises BadInput where the saved groups or averages are of other parameters than ours.
-        """
-        saved, params = state_dict.get("averages", {}), named_parameters_of(self._model)
-        wrong = [name for name, t in saved.items() if name not in params or t.shape != params[name].shape]
-        if wrong:
-            raise BadInput(f"the saved averages are of other parameters than ours: {', '.join(wrong[:5])}")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "averages"})
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """What of a saved state does not fit; running averages are of our parameters."""
+        averages, params = saved["averages"], named_parameters_of(self._model)
+        found = [
+            f"the saved averages are of other parameters than ours: {name}" for name, t in averages.items()
+            if name not in params or not isinstance(t, Tensor) or t.shape != params[name].shape
+        ]  # fmt: skip
+        return [*super()._differences(saved), *(found or non_finite("the running averages", averages))]
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        params = named_parameters_of(self._model)
+        averages = {name: t.to(params[name], copy=True) for name, t in saved["averages"].items()}
+        super()._take(saved)
         self._executor.loaded()
-        self._averages = {name: t.to(params[name], copy=True) for name, t in saved.items()}
+        self._averages = averages
+
+    # -- copies ------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and pickle; what is remembered by the identity of tensors is found anew."""
+        return {**super().__getstate__(), "_local": {}, "_names": {}, "_kinds": Kinds()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._names = {id(p): name for group in self.param_groups
+                       for p, name in zip(group["params"], group["param_names"], strict=True)}  # fmt: skip
 
 
 def check_common(method: str, group: Mapping[str, Any]) -> None:

@@ -244,6 +244,14 @@ class CodeFitter:
         """For `state_dict`: the minibatches kept for stale layers."""
         return {} if self.stale is None else {"stale": self.stale.state()}
 
+    def differences(self, saved: Mapping[str, Any], model: nn.Module | Mapping[str, Tensor]) -> list[str]:
+        """What of a saved state does not fit stale layers."""
+        if self.stale is None:
+            return []
+        if "stale" not in saved:
+            return ['it lacks the minibatches of stale layers (schedule="async")']
+        return self.stale.differences(saved["stale"], named_parameters_of(model))
+
     def restore(self, state_dict: Mapping[str, Any], model: nn.Module | Mapping[str, Tensor]) -> None:
         """From `state_dict`."""
         if self.stale is not None and "stale" in state_dict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
@@ -29,6 +29,7 @@ from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, 
 from layerwise.optim.layer_local.choices import NUMBERS, VALUES, Choice, Choices, LocalUpdate, Objective, implied
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
+from layerwise.optim.saved_state import Fit, of_local_optimizer
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers
 from layerwise.tape.tape import Tape
@@ -148,6 +149,14 @@ class LocoProp(LayerLocal):
         super().__init__(model, params, chosen, on_nonfinite, executor_over(execution), said, self._choices.numbers)
 
     # -- groups ------------------------------------------------------------------------------------------------
+
+    _kind = "LocoProp"
+
+    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
+        """The state of the local optimizers of all choices; a bias has that of its weight's."""
+        for choice in self._choices.every():
+            for group in groups:
+                yield from of_local_optimizer(*_rates(choice.solver, group), p)
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common("LocoProp", group)

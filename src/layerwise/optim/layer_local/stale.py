@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem
+from layerwise.optim.saved_state import lacking, non_finite
 
 __all__ = ["Stale"]
 
@@ -61,6 +62,18 @@ class Stale:
     def state(self) -> dict[str, Any]:
         """For `state_dict`."""
         return {"steps": self._steps, "heard": list(self._history)}
+
+    def differences(self, state: Any, params: Mapping[str, Tensor]) -> list[str]:
+        """What of a saved state does not fit."""
+        if not isinstance(state, Mapping) or not {"steps", "heard"} <= state.keys():
+            return ["the minibatches of stale layers lack steps or heard"]
+        found = []
+        for heard in state["heard"]:
+            for name, data in heard.items():
+                wrong = [] if name in params else [f"there are minibatches of {name}, which the model does not have"]
+                found += wrong or lacking(f"a minibatch of {name}", data, ("a", "target", "rest", "gamma"))
+                found += non_finite(f"a minibatch of {name}", data)
+        return found
 
     def restore(self, state: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
         """From `state_dict`, on the devices of the parameters."""

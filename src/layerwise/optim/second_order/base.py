@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.optim.base import NamedOptimizer
+from layerwise.optim.saved_state import Fit, like
 from layerwise.optim.second_order.preconditioner import Preconditioner
 from layerwise.optim.second_order.trust import ExactGGN, best_step, bound, clip_factor, dot, levenberg_marquardt
 from layerwise.optim.second_order.watched_batch import Watched
@@ -251,15 +252,18 @@ class CurvatureOptimizer(NamedOptimizer):
         """torch's, with names, the number of skipped batches, and the preconditioner's state."""
         return {**super().state_dict(), "preconditioner": self.preconditioner.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state, parameters by name, λ with the groups; goes on bitwise where it stopped.
+    _saved_keys = ("state", "param_groups", "skipped", "preconditioner")
 
-        Raises BadInput where the saved state has other parameters, or another kind of curvature.
-        """
-        rest = {key: value for key, value in state_dict.items() if key != "preconditioner"}
-        self.preconditioner.check_state(state_dict["preconditioner"])
-        super().load_state_dict(rest)
-        self.preconditioner.load_state_dict(state_dict["preconditioner"])
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        return [*super()._differences(saved), *self.preconditioner.differences(saved["preconditioner"])]
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        prepared = self.preconditioner.prepared(saved["preconditioner"])
+        super()._take(saved)
+        self.preconditioner.restore(prepared)
+
+    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
+        yield like({"momentum": p})
 
 
 def _each(groups: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float]:
