@@ -17,13 +17,12 @@ from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded
 from layerwise.optim.keywords import refuse_unknown
 from layerwise.optim.layer_local.altmin import KEYWORDS, AltMin
-from layerwise.optim.layer_local.base import Fitting, LayerLocal
+from layerwise.optim.layer_local.base import LayerLocal
 from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, repeated, with_coupling
 from layerwise.optim.layer_local.coding import coded_layers, hidden_uses, recorded_on_codes
 from layerwise.optim.layer_local.executors import Executor, Facts, GradientJob, LayerJob, State, executor_of
 from layerwise.optim.layer_local.owners import all_or_none, described
-from layerwise.optim.layer_local.snapshot import Snapshot
 from layerwise.optim.layer_local.updates import check_group
 from layerwise.ranks.group import Ranks
 from layerwise.replay.coded import CodedModel
@@ -88,8 +87,6 @@ class Pipeline(LayerLocal):
         self._turns = _Stages(self._stages, executor_of(execution.workers))
         self._proofs: dict[Any, bool] = {}
         super().__init__(stage, params, fitter.defaults, on_nonfinite, self._turns, {}, fitter.updates.numbers)
-        fallible = any(update.solver is not None or update.regularizers for update in fitter.updates.every())
-        self._fallible = self._stages.any(fallible, self._device)
 
     @property
     def _first(self) -> bool:
@@ -151,7 +148,8 @@ class Pipeline(LayerLocal):
         where = self._agreed(run, unsafe(run, partial(self._fitter.gamma, fitting)) or buffers.spoiled())
         if where is not None:
             return run.loss, where
-        where = self._fitter.fit(fitting, Coded(run), run.layers, self._snapshot(fitting), self._executor)
+        snapshot = self._fitter.snapshot(fitting, run.layers)
+        where = self._fitter.fit(fitting, Coded(run), run.layers, snapshot, self._executor)
         if where is None:
             self._averages |= fitting.new_averages
         return run.loss, where
@@ -229,14 +227,6 @@ class Pipeline(LayerLocal):
         value = torch.empty(size, dtype=_TYPES[int(kind)], device=self._device)
         self._stages.receive(self._stages.rank - 1, [value])
         return _Below(value, coupling, sparsity, int(samples))
-
-    def _snapshot(self, fitting: Fitting) -> Snapshot | None:
-        """A snapshot for rollback, where a solution of any stage may not be finite; otherwise None."""
-        layers = fitting.run.layers
-        own = self._fitter.snapshot(fitting, layers)
-        if own is not None and not self._fallible:
-            raise BadInput("weights= and regularizer= were changed after the Pipeline was made: make a new one")
-        return fitting.snapshot(layers) if own is None and self._fallible else own
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
 from layerwise.optim.saved_state import VERSION, Fit, lacking, misfits, present, refuse
-from layerwise.replay.state import Buffers
+from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["Attempt", "Closure", "NamedOptimizer"]
@@ -26,7 +26,8 @@ class NamedOptimizer(torch.optim.Optimizer):
     """Base of optimizers that know their parameters by name and move them from one run of a closure.
 
     A batch with NaN or infinity changes no parameter, no state and no buffer: it is counted in `skipped`, or raises
-    NonFinite with `on_nonfinite="raise"`. A closure that raises leaves everything as it was, too.
+    NonFinite with `on_nonfinite="raise"`. Whatever raises in a step leaves parameters, buffers, state and random
+    generators as they were.
     """
 
     _kind: str  # the name in saved states, which classes derived from this one share
@@ -80,6 +81,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self._check(group)
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
+        random = RandomState({p.device for group in self.param_groups for p in group["params"]})
         buffers = Buffers(self._model)
         try:
             loss, where = attempt(closure, buffers)
@@ -88,12 +90,13 @@ class NamedOptimizer(torch.optim.Optimizer):
                     f"{where} holds NaN or infinity, or overflows; the batch changed no parameter. Look at the batch, "
                     'or leave on_nonfinite="skip" to pass over such batches'
                 )
+            if where is not None:
+                buffers.put_back()
+                self.skipped += 1
         except BaseException:
             buffers.put_back()
+            random.put_back()
             raise
-        if where is not None:
-            buffers.put_back()
-            self.skipped += 1
         return loss
 
     def _ours(self, p: Tensor) -> bool:

@@ -17,7 +17,7 @@ from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import problem_of, record
 from layerwise.local.problem import LocalProblem, Pull, predict
-from layerwise.local.regularizers import Elastic, Proximal, Regularizer, WeightDecay
+from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import Task, solve
 from layerwise.local.solvers.steps import Workspace, linear_steps
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
@@ -199,15 +199,14 @@ class LocoProp(LayerLocal):
             jobs = [_job(fitting, plan) for plan in plans] if together else []
             self._executor.run(jobs, fitting.gradient_jobs(partial(_step_along, fitting, choices)), self.state)
 
-        every = [*(plan.choice for plan in plans), *choices.every()]
-        safe = together and self._write == "weights" and all(map(_is_safe, every))
-        snapshot = None if safe else fitting.snapshot(run.layers)
-        where = solved(solve_all, snapshot, self._executor)
+        def write() -> None:
+            self.zero_grad()
+            snapshot.to_gradients()
+
+        snapshot = fitting.snapshot(run.layers)
+        where = solved(solve_all, snapshot, self._executor, write if self._write == "grad" else None)
         if where is None:
             self._averages |= fitting.new_averages
-            if snapshot is not None and self._write == "grad":
-                self.zero_grad()
-                snapshot.to_gradients()
             self._last = [(plan.layer.names, _form(plan)) for plan in plans]
             self._last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
         return run.loss, where
@@ -373,13 +372,6 @@ def _rates(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any
     if not isinstance(solver, LocalSteps):
         rates["lr"] = _DEFAULTS["matching"]["lr"] * group["lr"]
     return TFRMSProp, rates
-
-
-def _is_safe(choice: Choice) -> bool:
-    """Whether a finite batch always gives a finite step, so that no snapshot is needed."""
-    steps = isinstance(choice.solver, LocalSteps) and choice.solver.optimizer is TFRMSProp
-    plain = isinstance(choice.target, GradientStep) and choice.target.clip is None and choice.transfer is None
-    return steps and plain and all(isinstance(term, Proximal | WeightDecay | Elastic) for term in choice.regularizers)
 
 
 def _form(plan: _Plan) -> str:

@@ -54,10 +54,13 @@ class Stale:
         self._steps += 1
         return found
 
-    def forget(self) -> None:
-        """Drop the last step, which was rolled back."""
-        self._history.pop()
-        self._steps -= 1
+    def held(self) -> tuple[Any, ...]:
+        """What a step changes, for `hold`."""
+        return self._steps, deque(self._history, maxlen=self._most + 1)
+
+    def hold(self, held: tuple[Any, ...]) -> None:
+        """Go back to before the steps that were rolled back."""
+        self._steps, self._history = held
 
     def state(self) -> dict[str, Any]:
         """For `state_dict`."""

@@ -224,13 +224,18 @@ class Preconditioner:
             for p in named.values():
                 p.grad = None
             return False
-        self.advance(watched, damping_of)
-        for name, new in self.precondition(joint.gradients).items():
-            grad = named[name].grad
-            if grad is None or grad.is_sparse:
-                named[name].grad = new
-            else:
-                grad.copy_(new)
+        before = self.snapshot()
+        try:
+            self.advance(watched, damping_of)
+            found = self.precondition(joint.gradients)
+            written = {name: g for name in found if (g := named[name].grad) is not None and not g.is_sparse}
+            if written:
+                torch._foreach_copy_(list(written.values()), [found[name] for name in written])
+        except BaseException:
+            self.restore(before)
+            raise
+        for name in found.keys() - written.keys():
+            named[name].grad = found[name]
         return True
 
     def unsafe(self, watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
