@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from linecache import getline
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,10 @@ class _Operations(TorchDispatchMode):
 
 
 class _Lines(AbstractContextManager["_Lines"]):
-    """Counts the lines of the library that run, and raises KeyboardInterrupt in front of one of them."""
+    """Counts the lines of the library that run, and raises KeyboardInterrupt in front of one of them.
+
+    Lines of a `with` do not count: a trace is called there again before `__exit__`, which Python then leaves out.
+    """
 
     def __init__(self, at: int) -> None:
         self.at, self.seen = at, 0
@@ -89,7 +93,7 @@ class _Lines(AbstractContextManager["_Lines"]):
     def _trace(self, frame: Any, event: str, arg: Any) -> Any:
         if "/layerwise/" not in frame.f_code.co_filename:
             return None
-        if event == "line":
+        if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
             self.seen += 1
             if self.seen == self.at:
                 raise KeyboardInterrupt(f"{frame.f_code.co_filename}:{frame.f_lineno}")
@@ -127,10 +131,10 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def _left_over(model: nn.Module) -> bool:
-    """Whether a mode, a hook, or a thread's trace stayed behind."""
+    """Whether a mode or a hook stayed behind."""
     hooks = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
     modes = torch.overrides._get_current_function_mode_stack() or _get_current_dispatch_mode_stack()
-    return bool(hooks or modes)
+    return bool(hooks or modes or not torch.is_grad_enabled())
 
 
 def _start(make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:

@@ -148,11 +148,11 @@ class Pipeline(LayerLocal):
         where = self._agreed(run, unsafe(run, partial(self._fitter.gamma, fitting)) or buffers.spoiled())
         if where is not None:
             return run.loss, where
-        snapshot = self._fitter.snapshot(fitting, run.layers)
-        where = self._fitter.fit(fitting, Coded(run), run.layers, snapshot, self._executor)
-        if where is None:
-            self._averages |= fitting.new_averages
-        return run.loss, where
+
+        def finish() -> None:
+            self._averages = self._averages | fitting.new_averages
+
+        return run.loss, self._fitter.fit(fitting, Coded(run), run.layers, self, self._executor, finish)
 
     def _record(self, batch: _Batch) -> Recorded:
         """Exchange outputs and codes with the neighbouring stages, and record this stage's layers on the codes."""

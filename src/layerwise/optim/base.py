@@ -49,6 +49,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._on_nonfinite = on_nonfinite
         self._group_at: dict[int, dict[str, Any]] = {}
         self.skipped = 0
+        self.was_made = False  # whether the present step, or the last one, is whole: an error then takes nothing back
         super().__init__(given, defaults)
 
     # -- what a method implements ------------------------------------------------------------------------
@@ -60,7 +61,8 @@ class NamedOptimizer(torch.optim.Optimizer):
     def _attempt(self, closure: Closure, buffers: Buffers) -> tuple[Tensor, str | None]:
         """Run the closure and move the parameters; returns the loss before the step, and None.
 
-        A step that must not be taken moves nothing, and its reason is returned in place of None.
+        A step that must not be taken moves nothing, and its reason is returned in place of None. `was_made` is set as
+        soon as everything has moved.
         buffers: a snapshot from before the run.
         """
         raise NotImplementedError
@@ -83,6 +85,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
         random = RandomState({p.device for group in self.param_groups for p in group["params"]})
         buffers = Buffers(self._model)
+        self.was_made = False
         try:
             loss, where = attempt(closure, buffers)
             if where is not None and self._on_nonfinite == "raise":
@@ -94,8 +97,9 @@ class NamedOptimizer(torch.optim.Optimizer):
                 buffers.put_back()
                 self.skipped += 1
         except BaseException:
-            buffers.put_back()
-            random.put_back()
+            if not self.was_made:
+                buffers.put_back()
+                random.put_back()
             raise
         return loss
 

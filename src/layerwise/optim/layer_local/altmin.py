@@ -163,10 +163,11 @@ class AltMin(LayerLocal):
         layers = [layer for layer in run.layers if not refit or layer.likelihood is not None]
         if refit and not layers:
             raise BadInput("refit moves layers that make a known loss's logits, and the closure's loss has none")
-        where = fitter.fit(fitting, coded, layers, fitter.snapshot(fitting, layers), self._executor, refit)
-        if where is None:
-            self._averages |= fitting.new_averages
-        return run.loss, where
+
+        def finish() -> None:
+            self._averages = self._averages | fitting.new_averages
+
+        return run.loss, fitter.fit(fitting, coded, layers, self, self._executor, finish, refit)
 
     # -- codes -------------------------------------------------------------------------------------------------
 

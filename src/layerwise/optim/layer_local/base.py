@@ -101,7 +101,11 @@ class Fitting:
 
 
 def solved(
-    solve: Callable[[], None], snapshot: Snapshot, executor: Executor, after: Callable[[], None] | None = None
+    solve: Callable[[], None],
+    snapshot: Snapshot,
+    executor: Executor,
+    after: Callable[[], None],
+    optimizer: NamedOptimizer,
 ) -> str | None:
     """Solve, and return None; or restore the snapshot, and return the first tensor that is not finite.
 
@@ -110,12 +114,14 @@ def solved(
     try:
         solve()
         where = executor.anywhere(snapshot.spoiled())
-        if where is None and after is not None:
+        if where is None:
             after()
+            optimizer.was_made = True
     except NonFinite as error:
         where = f"a local problem ({error})"
     except BaseException:
-        snapshot.put_back()
+        if not optimizer.was_made:
+            snapshot.put_back()
         raise
     if where is not None:
         snapshot.put_back()

@@ -126,13 +126,14 @@ class CodeFitter:
     # -- problems, solved or taken back ------------------------------------------------------------------------
 
     def fit(
-        self, fitting: Fitting, coded: Coded, layers: Sequence[Layer], snapshot: Snapshot, executor: Executor,
-        refit: bool = False,
+        self, fitting: Fitting, coded: Coded, layers: Sequence[Layer], optimizer: NamedOptimizer,
+        executor: Executor, finish: Callable[[], None], refit: bool = False,
     ) -> str | None:  # fmt: skip
         """Fit layers to their codes, and return None; or move nothing, and return the first tensor that is not finite.
 
-        snapshot: to roll back to. refit: only these layers move, without staleness or trace.
+        finish: the last thing that the step does. refit: only these layers move, without staleness or trace.
         """
+        snapshot = self.snapshot(fitting, layers)
         stale = None if refit else self.stale
         trace = self.trace if self.trace is not None and self.trace.due() and not refit else None
         made: dict[str, LocalProblem] = {}
@@ -157,12 +158,11 @@ class CodeFitter:
                 after = {layer.name: layer.parameter.detach() for layer in layers}
                 trace.note(before, after, coded.slopes(), {n: (made[n], outputs[n], has_code[n]) for n in made})
 
-        where = solved(solve_all, snapshot, executor, note)
-        if where is not None:
-            return where
-        if self.trace is not None and not refit:
-            self.trace.passed()
-        return None
+            if self.trace is not None and not refit:
+                self.trace.passed()
+            finish()
+
+        return solved(solve_all, snapshot, executor, note, optimizer)
 
     def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:
         """A function that makes a layer's local problem, whose gradient is γ times the relaxed objective's.
@@ -282,7 +282,7 @@ def repeated(
     except BaseException:
         for back in undo:
             back()
-        if fitter.stale is not None and stale is not None:
+        if fitter.stale is not None and stale is not None and (undo or not optimizer.was_made):
             fitter.stale.hold(stale)
         raise
     if optimizer.skipped > skipped and fitter.stale is not None and stale is not None:

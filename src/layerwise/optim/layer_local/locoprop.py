@@ -199,17 +199,16 @@ class LocoProp(LayerLocal):
             jobs = [_job(fitting, plan) for plan in plans] if together else []
             self._executor.run(jobs, fitting.gradient_jobs(partial(_step_along, fitting, choices)), self.state)
 
-        def write() -> None:
-            self.zero_grad()
-            snapshot.to_gradients()
+        def finish() -> None:
+            last = [(plan.layer.names, _form(plan)) for plan in plans]
+            last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
+            if self._write == "grad":
+                self.zero_grad()
+                snapshot.to_gradients()
+            self._last, self._averages = last, self._averages | fitting.new_averages
 
         snapshot = fitting.snapshot(run.layers)
-        where = solved(solve_all, snapshot, self._executor, write if self._write == "grad" else None)
-        if where is None:
-            self._averages |= fitting.new_averages
-            self._last = [(plan.layer.names, _form(plan)) for plan in plans]
-            self._last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
-        return run.loss, where
+        return run.loss, solved(solve_all, snapshot, self._executor, finish, self)
 
     def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
         """Solve one layer after another; each but the first takes its inputs from a new run of the closure."""

@@ -157,9 +157,13 @@ class CurvatureOptimizer(NamedOptimizer):
             else:
                 with run.rerun:
                     where = self._step_by_quadratic_model(named, groups, run, directions, old)
+            if where is None:
+                self.was_made = True
         except BaseException:
-            _write(named, old)
-            if old or versions == [p._version for p in named.values()]:  # else the step was made
+            changed = versions != [p._version for p in named.values()]
+            self.was_made |= changed and not old  # in one write, the last thing that is done
+            if not self.was_made:
+                _write(named, old)
                 self._put_back(states)
                 self.preconditioner.restore(before)
                 for group, damping in zip(self.param_groups, dampings, strict=True):
