@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import layerwise as lw
 
-__all__ = ["OPTIMIZERS", "Counted", "count", "tried"]
+__all__ = ["OPTIMIZERS", "Counted", "Lines", "count", "left_over", "tried"]
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "LocoProp": lambda m: lw.LocoProp(m),
@@ -81,7 +81,7 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Lines(AbstractContextManager["_Lines"]):
+class Lines(AbstractContextManager["Lines"]):
     """Counts the lines of the library that run, and raises KeyboardInterrupt in front of one of them.
 
     Lines of a `with` do not count: a trace is called there again before `__exit__`, which Python then leaves out.
@@ -99,7 +99,7 @@ class _Lines(AbstractContextManager["_Lines"]):
                 raise KeyboardInterrupt(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         return self._trace
 
-    def __enter__(self) -> _Lines:
+    def __enter__(self) -> Lines:
         self._old = sys.gettrace()
         sys.settrace(self._trace)
         return self
@@ -130,7 +130,7 @@ def _same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def _left_over(model: nn.Module) -> bool:
+def left_over(model: nn.Module) -> bool:
     """Whether a mode or a hook stayed behind."""
     hooks = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
     modes = torch.overrides._get_current_function_mode_stack() or _get_current_dispatch_mode_stack()
@@ -155,7 +155,7 @@ def _seeded() -> Iterator[None]:
 def count(make: Callable[[nn.Module], Any], lines: bool = False) -> int:
     """The number of places of a step at which something can raise."""
     model, opt = copy.deepcopy(_start(make))
-    fault = _Lines(0) if lines else _Operations(0)
+    fault = Lines(0) if lines else _Operations(0)
     with _seeded(), fault:
         opt.step(_closure(model))
     return fault.seen
@@ -177,12 +177,12 @@ def tried(make: Callable[[nn.Module], Any], lines: bool = False, every: int = 1,
         model, opt = copy.deepcopy(start)
         with _seeded():
             try:
-                with _Lines(place) if lines else _Operations(place):
+                with Lines(place) if lines else _Operations(place):
                     opt.step(_closure(model))
             except (MemoryError, KeyboardInterrupt):
                 pass
             now = _everything(model, opt)
-            good = (_same(now, before) or _same(now, after)) and not _left_over(model)
+            good = (_same(now, before) or _same(now, after)) and not left_over(model)
             if good and _same(now, before):  # what is remembered beside the state does no harm, either
                 opt.step(_closure(model))
             opt.step(_closure(model, 8))

@@ -51,6 +51,26 @@ def test_the_injector_finds_a_step_that_is_half_made() -> None:
     assert faults.tried(lambda m: Halves(m), first=total - 3).failed
 
 
+@pytest.mark.parametrize("quantities", [(lw.SecondMoment(),), (lw.DiagHessian(),)], ids=["once", "twice"])
+def test_an_interrupt_on_the_way_in_leaves_no_mode_and_no_hook(quantities: Any) -> None:
+    model, x, y = nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2), torch.tensor([1])
+    place = 0
+    while True:
+        place += 1
+        context, fault = lw.observe(model, *quantities), faults.Lines(place)
+        try:
+            with fault:
+                context.__enter__()
+            break
+        except KeyboardInterrupt:
+            assert not faults.left_over(model), place
+            with context as seen:
+                F.cross_entropy(model(x), y).backward()
+            assert torch.isfinite(seen.grad["0.weight"]).all() and not faults.left_over(model)
+    context.__exit__(None, None, None)
+    assert place > 20 and not faults.left_over(model)
+
+
 # Finite batches ---------------------------------------------------------------------------------------------------
 
 
