@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import layerwise as lw
 from benchmarks import faults
+from layerwise.errors import BadInput
 
 every = pytest.mark.parametrize("name", faults.OPTIMIZERS)
 
@@ -97,3 +101,114 @@ def test_a_finite_batch_never_ends_a_model(name: str, scale: float, norm: bool) 
     for seed in range(6, 9):
         step(torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)))
     assert opt.skipped == skipped
+
+
+# Parameters that change -------------------------------------------------------------------------------------------
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def closure_of(model: nn.Module, seed: int = 0) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(8, 4, generator=generator), torch.randint(3, (8,), generator=generator)
+    x = x.to(next(model.parameters()).dtype)
+    return lambda: F.cross_entropy(model(x), y)
+
+
+def moved(model: nn.Module, act: Callable[[], Any]) -> set[str]:
+    """The names of the parameters that an act moves."""
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    act()
+    return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+
+
+@every
+def test_a_layer_that_is_thawed_is_trained_or_the_error_says_what_to_call(name: str) -> None:
+    model = small()
+    model[2].requires_grad_(False)
+    opt = faults.OPTIMIZERS[name](model)
+    opt.step(closure_of(model))
+    model[2].requires_grad_(True)
+    with pytest.raises(BadInput, match=r"2\.weight, 2\.bias .*add_param_group"):
+        opt.step(closure_of(model, 1))
+    opt.add_param_group({"params": model[2].parameters()})
+    if name != "LocoProp, into .grad":
+        opt.step(closure_of(model, 2))
+        assert {"2.weight", "2.bias"} <= moved(model, lambda: opt.step(closure_of(model, 3)))
+
+
+@every
+@pytest.mark.parametrize("frozen", ["2.weight", "2.bias", "0.weight", "4.weight", "4.bias"])
+def test_a_parameter_that_is_frozen_stays(name: str, frozen: str) -> None:
+    model = small()
+    opt = faults.OPTIMIZERS[name](model)
+    opt.step(closure_of(model))
+    p = dict(model.named_parameters())[frozen]
+    p.requires_grad_(False)
+    if name == "AltMin memory" and frozen.endswith("bias"):
+        with pytest.raises(BadInput, match="frozen or thawed"):
+            opt.step(closure_of(model, 1))
+        return
+    for seed in range(1, 4):
+        found = moved(model, lambda seed=seed: opt.step(closure_of(model, seed)))  # type: ignore[misc]
+        assert frozen not in found and (found or name == "LocoProp, into .grad")
+    p.requires_grad_(True)
+    for seed in range(5, 8):
+        found = moved(model, lambda seed=seed: opt.step(closure_of(model, seed)))  # type: ignore[misc]
+        assert frozen in found or name == "LocoProp, into .grad"
+    assert opt.skipped == 0
+
+
+@every
+@pytest.mark.parametrize("given", [False, True], ids=["all", "given"])
+@pytest.mark.parametrize("change", ["head", "weight norm", "assigned"])
+def test_a_parameter_that_is_replaced_is_refused(name: str, given: bool, change: str) -> None:
+    model = small()
+    opt = faults.OPTIMIZERS[name](model)
+    opt.step(closure_of(model))
+    if given:
+        opt.all_parameters = False
+    if change == "head":
+        model[4] = nn.Linear(6, 3)
+    elif change == "weight norm":
+        nn.utils.parametrizations.weight_norm(model[2])
+    else:
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(BadInput, match="new optimizer"):
+        opt.step(closure_of(model, 1))
+    opt = faults.OPTIMIZERS[name](model)
+    opt.step(closure_of(model, 1))
+    assert opt.skipped == 0
+
+
+@every
+def test_pruning_goes_on_as_with_torch(name: str) -> None:
+    model = small()
+    opt = faults.OPTIMIZERS[name](model)
+    opt.step(closure_of(model))
+    prune.random_unstructured(model[2], "weight", 0.5)
+    found = moved(model, lambda: [opt.step(closure_of(model, seed)) for seed in range(1, 4)])
+    assert "2.weight_orig" in found or name == "LocoProp, into .grad"
+    opt.load_state_dict(opt.state_dict())
+    opt.step(closure_of(model, 4))
+
+
+@every
+def test_a_model_may_change_its_type(name: str) -> None:
+    model = small()
+    opt = faults.OPTIMIZERS[name](model)
+    for seed in range(2):
+        opt.step(closure_of(model, seed))
+    model.double()
+    for seed in range(2, 5):
+        found = moved(model, lambda seed=seed: opt.step(closure_of(model, seed)))  # type: ignore[misc]
+        assert len(found) == 6 or name == "LocoProp, into .grad"
+    assert opt.skipped == 0
+    model.float()
+    opt.step(closure_of(model, 6))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.step(closure_of(model, 7))
+    assert opt.skipped == 0 and all(p.dtype is torch.float32 for p in model.parameters())

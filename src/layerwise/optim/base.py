@@ -48,6 +48,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._model = model
         self._on_nonfinite = on_nonfinite
         self._group_at: dict[int, dict[str, Any]] = {}
+        self.all_parameters = params is None  # whether parameters that no group has are an error
         self.skipped = 0
         self.was_made = False  # whether the present step, or the last one, is whole: an error then takes nothing back
         super().__init__(given, defaults)
@@ -96,16 +97,53 @@ class NamedOptimizer(torch.optim.Optimizer):
             if where is not None:
                 buffers.put_back()
                 self.skipped += 1
-        except BaseException:
+        except BaseException as error:
             if not self.was_made:
                 buffers.put_back()
                 random.put_back()
+            if isinstance(error, Exception):  # perhaps because of parameters that were replaced
+                named = named_parameters_of(self._model)
+                self._check_parameters({name: p for name, p in named.items() if p.requires_grad})
             raise
         return loss
 
     def _ours(self, p: Tensor) -> bool:
         """Whether a parameter is in one of this optimizer's groups."""
         return id(p) in self._group_at
+
+    def _check_parameters(self, named: Mapping[str, Tensor]) -> None:
+        """Raise BadInput where the parameters are no longer those that the optimizer was made for.
+
+        named: the model's parameters that require grad.
+        """
+        strange = [name for name, p in named.items() if not self._ours(p)]
+        if len(named) - len(strange) < self._trainable():
+            known = {id(p) for p in named.values()}
+            gone = [name for group in self.param_groups
+                    for name, p in zip(group["param_names"], group["params"], strict=True)
+                    if p.requires_grad and id(p) not in known]  # fmt: skip
+            raise BadInput(
+                f"{', '.join(gone[:5])} of this {type(self).__name__} are no longer the model's: a layer was replaced, "
+                "parametrized, or loaded with assign=True; make a new optimizer for the changed model"
+            )
+        if strange and self.all_parameters:
+            raise BadInput(
+                f"{', '.join(strange[:5])} require grad, and were frozen or absent when this {type(self).__name__} was "
+                'made: call opt.add_param_group({"params": [...]}) with them, or freeze them'
+            )
+
+    def _trainable(self) -> int:
+        """The number of parameters in the groups that require grad."""
+        return sum(p.requires_grad for group in self.param_groups for p in group["params"])
+
+    def _retyped(self) -> None:
+        """Convert the state to the types and devices of parameters that were converted after it was made."""
+        for p, own in self.state.items():
+            for key, t in own.items():
+                if isinstance(t, Tensor) and t.dim() and t.is_floating_point() and (t.dtype, t.device) != (
+                    p.dtype, p.device
+                ):  # fmt: skip
+                    own[key] = t.to(p.device, p.dtype)
 
     # -- groups and state ------------------------------------------------------------------------------------
 

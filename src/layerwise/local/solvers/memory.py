@@ -262,4 +262,7 @@ def _check(memory: Memory, problem: LocalProblem, state: dict[str, Any], l1: flo
         raise BadInput('a term |W|₁ has no exact solve: give Memory solve="columns"')
     size = problem.weight.shape[-1] + (problem.bias is not None)
     if "A" in state and state["A"].shape[-1] != size:
-        raise BadInput(f"the memory holds moments of {state['A'].shape[-1]} inputs, and the layer has {size}")
+        raise BadInput(
+            f"the memory holds moments of {state['A'].shape[-1]} inputs, and the layer has {size}: its bias was frozen "
+            "or thawed since; make a new optimizer, whose memory starts anew"
+        )

@@ -183,7 +183,9 @@ class LayerLocal(NamedOptimizer):
     # -- a step --------------------------------------------------------------------------------------------
 
     def _fitting(self, run: Recorded) -> Fitting:
-        """A `Fitting` of this optimizer's groups and state."""
+        """A `Fitting` of this optimizer's groups and state. Raises BadInput where parameters were replaced."""
+        self._check_parameters(run.tape.parameters)
+        self._retyped()
         return Fitting(run, self._group_at, self.state, self._local, self._averages, self._backups)
 
     def _agreed(self, run: Recorded, where: str | None) -> str | None:
@@ -229,7 +231,9 @@ class LayerLocal(NamedOptimizer):
 
     def local_state_dict(self) -> dict[str, Any]:
         """As `state_dict`, without communication: the state of layers that other ranks own is missing."""
-        return {**super().state_dict(), "averages": dict(self._averages)}
+        params = named_parameters_of(self._model)
+        averages = {name: t for name, t in self._averages.items() if name in params}
+        return {**super().state_dict(), "averages": averages}
 
     _saved_keys = ("state", "param_groups", "skipped", "averages")
 

@@ -15,7 +15,7 @@ from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of
 from layerwise.local.problem import LocalProblem, predict
-from layerwise.local.solvers.memory import Memory
+from layerwise.local.solvers.memory import Memory, moments_misfit
 from layerwise.local.solvers.run import Task
 from layerwise.local.solvers.steps import constant, linear_steps
 from layerwise.local.solvers.values import LocalSteps, Solver
@@ -211,6 +211,8 @@ class CodeFitter:
 
     def _step_along(self, fitting: Fitting, name: str, p: Tensor, g: Tensor) -> None:
         """Take T steps along the gradient, for a parameter without a code."""
+        if p in fitting.state and not moments_misfit(p, fitting.state[p]):
+            del fitting.state[p]  # of a weight that had a code, and was pruned since
         _, optimizer = fitting.local_optimizer([p], partial(self._rates, name, [p]))
         linear_steps(p, g, optimizer, fitting.group(name)["steps"], schedule=constant)
 

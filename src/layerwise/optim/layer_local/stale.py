@@ -50,6 +50,8 @@ class Stale:
             back = min(self.delay(name, self._steps), len(self._history) - 1)
             old = self._history[-1 - back].get(name) if back else None
             # g gives the first local gradient only at the weights that made it
+            if old is not None and old["target"].dtype != problem.target.dtype:  # the model was converted since
+                old = None
             found[name] = problem if old is None else replace(problem, **old, g=None)
         self._steps += 1
         return found

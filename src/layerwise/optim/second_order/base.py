@@ -107,10 +107,12 @@ class CurvatureOptimizer(NamedOptimizer):
         return run.loss, where
 
     def _run(self, closure: Callable[[], Tensor]) -> _Run:
+        named = self._named()
+        self._check_parameters({n: p for n, p in named_parameters_of(self._model).items() if p.requires_grad})
+        self._retyped()
         every = self.adapt_damping_every
         adapts = every is not None and (self.preconditioner.steps + 1) % every == 0
         rerun = Rerun(self._model, closure) if self.step_size == "quadratic" or adapts else None
-        named = self._named()
         before = {name: (p.grad, -1 if p.grad is None else p.grad._version) for name, p in named.items()}
         with self.preconditioner.watch(named) as watched, torch.enable_grad():
             loss = closure()

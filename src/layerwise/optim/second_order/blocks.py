@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,12 @@ class Blocks:
     def bases(self) -> dict[str, EigenBlock]:
         """The eigenbases of the running second moments, by block."""
         return {name: held.eigen for name, held in self.averages.items() if held.eigen is not None}
+
+    def of_parameters(self, names: Container[str]) -> Blocks:
+        """Only the blocks of parameters with these names."""
+        kept = [key for key, held in self.averages.items() if (held.block.parameter or key) in names]
+        inverses = {key: self.inverses[key] for key in kept if key in self.inverses}
+        return Blocks({key: self.averages[key] for key in kept}, inverses, {key: self.kinds[key] for key in kept})
 
     # -- a batch -------------------------------------------------------------------------------------------
 

@@ -113,6 +113,7 @@ class Preconditioner:
         self.model, self.on_nonfinite, self._seed = model, on_nonfinite, seed
         self._request = Request((), torch.Generator(), self.curvature)
         self.blocks = Blocks()
+        self._asked: frozenset[Any] | None = None  # the parameters of the last measured batch; None: not known
         self._left: frozenset[str] | None = None  # parameters without factors; None: not known yet
         self._watched: Watched | None = None
         self.steps = self.skipped = 0
@@ -155,7 +156,7 @@ class Preconditioner:
         self._watched = None
         watched = Watched(due=is_due(self.steps, self.update_factors_every))
         if watched.due or self._exchange.size > 1:  # the ranks' terms are counted at every step
-            request = self._request_for(names) if watched.due else None
+            request = self._request_for(names, watched) if watched.due else None
             watch = CurvatureWatch(
                 self.model, lambda whole: {} if request is None else self._quantities(request, whole), watched,
                 self.on_nonfinite == "raise",
@@ -179,7 +180,7 @@ class Preconditioner:
             yield watched
         self._watched = watched
 
-    def _request_for(self, names: Collection[str] | None) -> Request:
+    def _request_for(self, names: Collection[str] | None, watched: Watched) -> Request:
         named = named_parameters_of(self.model)
         device = next((p.device for p in named.values()), torch.device("cpu"))
         # one seed a step needs no saved generator, and a resumed run draws the same labels
@@ -188,7 +189,10 @@ class Preconditioner:
             seed = seed_of(seed, self._exchange.rank)
         generator = torch.Generator(device).manual_seed(seed)
         asked = set(named) if names is None else names
-        return replace(self._request, names=asked, generator=generator, bases=self.blocks.bases, left=set())
+        watched.asked = frozenset((name, named[name].dtype) for name in asked if named[name].requires_grad)
+        # frozen, thawed or converted since, a parameter has another block, which the present basis does not fit
+        bases = self.blocks.bases if self._asked in (None, watched.asked) else {}
+        return replace(self._request, names=asked, generator=generator, bases=bases, left=set())
 
     def _quantities(self, request: Request, whole: bool) -> dict[str, Quantity]:
         """The quantities by kind; whole: the batch mixes its samples, for which a kind may have none."""
@@ -270,8 +274,10 @@ class Preconditioner:
         """Update the averages with a batch, compute the inverses that are due, and count the step."""
         blocks, new = self.blocks, watched.blocks
         if watched.due:
+            if self._asked not in (None, watched.asked):  # some may be gone
+                blocks = blocks.of_parameters(named_parameters_of(self.model))
             blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self._exchange)
-            self._left = frozenset(watched.left or ())
+            self._left, self._asked = frozenset(watched.left or ()), watched.asked
         due = is_due(self.steps, self.update_inverses_every)
         self.blocks = blocks.inverted(new, due, damping, self.damping_form, self._exchange)
         self.steps += 1
@@ -298,11 +304,12 @@ class Preconditioner:
 
     def snapshot(self) -> tuple[Any, ...]:
         """The state that steps change, for `restore`."""
-        return self.blocks, self._left, self.steps, self._exchange.owners, self.damping, self.skipped
+        mine = self.blocks, self._left, self.steps, self._exchange.owners, self.damping, self.skipped
+        return *mine, self._asked
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Go back to a snapshot."""
-        self.blocks, self._left, self.steps, self._exchange.owners, self.damping, self.skipped = state
+        self.blocks, self._left, self.steps, self._exchange.owners, self.damping, self.skipped, self._asked = state
         self._watched = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -345,7 +352,7 @@ class Preconditioner:
         finally:
             its, self._exchange.owners = self._exchange.owners, owners
         left = None if state["left"] is None else frozenset(state["left"])
-        return blocks, left, state["steps"], its, state["damping"], state["skipped"]
+        return blocks, left, state["steps"], its, state["damping"], state["skipped"], None
 
     # -- copies --------------------------------------------------------------------------------------------
 
