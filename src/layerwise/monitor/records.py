@@ -101,6 +101,7 @@ class JSONLines:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.run: int | None = None
+        self._cut = False  # whether a line may be cut short
         self._trim()
 
     def __call__(self, step: int, record: Mapping[str, Any]) -> None:

@@ -49,6 +49,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._on_nonfinite = on_nonfinite
         self._group_at: dict[int, dict[str, Any]] = {}
         self.all_parameters = params is None  # whether parameters that no group has are an error
+        self._forms: list[Any] = []  # types and devices of the parameters with a state
         self.skipped = 0
         self.was_made = False  # whether the present step, or the last one, is whole: an error then takes nothing back
         super().__init__(given, defaults)
@@ -138,12 +139,14 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def _retyped(self) -> None:
         """Convert the state to the types and devices of parameters that were converted after it was made."""
+        forms = [(p.dtype, p.device) for p in self.state]
+        if forms == self._forms:
+            return
         for p, own in self.state.items():
             for key, t in own.items():
-                if isinstance(t, Tensor) and t.dim() and t.is_floating_point() and (t.dtype, t.device) != (
-                    p.dtype, p.device
-                ):  # fmt: skip
+                if isinstance(t, Tensor) and t.dim() and t.is_floating_point():
                     own[key] = t.to(p.device, p.dtype)
+        self._forms = forms
 
     # -- groups and state ------------------------------------------------------------------------------------
 

@@ -17,6 +17,10 @@ Backups = dict[tuple[int, str], Tensor]
 """Memory of the copies, kept from step to step, by the parameter's identity and the key of its state."""
 
 
+# Means of gradients, which the parameter has just been moved by: one that is not finite shows there, too.
+_IN_PARAMETER = frozenset(("exp_avg", "momentum_buffer", "momentum"))
+
+
 class Snapshot:
     """Copies of named parameters and of their optimizer state.
 
@@ -40,27 +44,30 @@ class Snapshot:
                 self._values.append(self._copy(p, backups, (id(p), "")))
                 if p in state:
                     own = dict(state[p])
-                    self._before[p] = own if name in replaced else {
-                        key: value if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in own.items()
-                    }  # fmt: skip
+                    self._before[p] = own
                     for key, value in own.items() if name not in replaced else ():
                         if isinstance(value, Tensor):
                             self._copy(value, backups, (id(p), key))
+                        elif not isinstance(value, int | float | None):
+                            own[key] = copy.deepcopy(value)
             if self._copied:
                 torch._foreach_copy_([to for _, to in self._copied], [t.detach() for t, _ in self._copied])
 
     def _copy(self, t: Tensor, backups: Backups, key: tuple[int, str]) -> Tensor:
         """The tensor that will hold a copy."""
         to = backups.get(key)
-        if to is None or (to.shape, to.dtype, to.device, to.stride()) != (t.shape, t.dtype, t.device, t.stride()):
+        if to is None or to.dtype is not t.dtype or to.shape != t.shape or to.device != t.device:
             to = backups[key] = torch.empty_like(t.detach())
         self._copied.append((t, to))
         return to
 
     def spoiled(self) -> str | None:
         """The first parameter with NaN or infinity in its value or state, or None."""
-        held = [(name, [p, *(v for v in self._state.get(p, {}).values() if isinstance(v, Tensor))])
-                for name, p in self._params]  # fmt: skip
+        held = [
+            (name, [p, *(v for key, v in self._state.get(p, {}).items()
+                         if key not in _IN_PARAMETER and isinstance(v, Tensor) and v.dim())])
+            for name, p in self._params
+        ]  # fmt: skip
         if all_finite([t for _, tensors in held for t in tensors]):
             return None
         bad = (name for name, tensors in held if not all(is_finite(t) for t in tensors if t.is_floating_point()))
