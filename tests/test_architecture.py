@@ -37,11 +37,12 @@ ALLOWED = {
     "observation": "gradient graph losses quantities ranks replay rows tape tensors",
     "local": "graph losses operators ops replay rows tape tensors",
     "optim": "optim.layer_local optim.second_order",
-    "optim.base": "replay tape",
+    "optim.base": "optim.saved_state replay tape",
+    "optim.saved_state": "tensors",
     "optim.keywords": "",
-    "optim.layer_local": "graph local optim.base optim.keywords ranks replay tape tensors",
-    "optim.second_order": "gradient graph observation operators optim.base optim.keywords quantities ranks replay rows "
-    "tape tensors",
+    "optim.layer_local": "graph local optim.base optim.keywords optim.saved_state ranks replay tape tensors",
+    "optim.second_order": "gradient graph observation operators optim.base optim.keywords optim.saved_state "
+    "quantities ranks replay rows tape tensors",
     "monitor": "gradient graph observation quantities replay tape tensors",
     "distributed": "local optim.keywords optim.layer_local ranks replay tape tensors",
     "": "distributed local losses monitor nn observation operators optim optim.layer_local quantities",

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from layerwise.errors import BadInput
+import layerwise as lw
+from layerwise.errors import BadInput, LogDamaged
 from layerwise.monitor import History, JSONLines, TensorBoard, read
 from layerwise.monitor.axes import Axis, axis_for, linear_ticks, log_ticks, number
 from layerwise.monitor.page import TITLES, page
@@ -89,11 +92,89 @@ def test_json_lines_go_on_after_a_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "x"}', '{"step": 1, "loss": "much"}', "\xff"])
-def test_a_broken_line_is_named(line: str, tmp_path: Path) -> None:
+def test_a_broken_line_is_named_and_skipped(line: str, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_bytes(b'{"step": 0, "loss": 1.0}\n' + line.encode("latin-1") + b'\n{"step": 1}\n')
-    with pytest.raises(BadInput, match="line 2"):
+    with pytest.warns(LogDamaged, match="skipped 1 lines of .*line 2"):
+        assert [r["step"] for r in read(path).records] == [0, 1]
+    path.write_bytes(line.encode("latin-1") + b"\n")
+    with pytest.warns(LogDamaged), pytest.raises(BadInput, match="line 1"):
         read(path)
+
+
+class _Full:
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def __enter__(self) -> _Full:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        return int(self.file.write(data[: self.room]))
+
+
+@pytest.mark.parametrize("room", [0, 1, 17])
+def test_a_full_disk_costs_its_records_alone(room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.jsonl"
+    log, plain = JSONLines(path), Path.open
+    model = nn.Linear(2, 1)
+    monitor = lw.monitor.Monitor(model, log, measures=[lw.monitor.loss()], every=1)
+
+    def step() -> None:
+        with monitor.step():
+            model(torch.ones(3, 2)).square().mean().backward()
+
+    step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda p, mode="r", *a, **k: (
+            _Full(plain(p, mode, *a, **k), room) if mode == "ab" else plain(p, mode, *a, **k)))  # fmt: skip
+        with pytest.warns(LogDamaged, match="the log of step 1 failed"):
+            step()
+        step()  # said once
+    step()
+    assert monitor.steps == 4 and [r["step"] for r in read(path).records] == [0, 3]
+
+
+def test_runs_on_one_file_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    one, two = JSONLines(path), JSONLines(path)
+    for step in range(5):  # at the same time
+        one(step, {"loss": 1.0})
+        two(step, {"loss": 2.0})
+    with pytest.warns(LogDamaged, match=r"2 runs \(1, 2\)"):
+        assert read(path).series("loss") == (list(range(5)), [2.0] * 5)
+    assert read(path, run=1).series("loss") == (list(range(5)), [1.0] * 5)
+    three = JSONLines(path)
+    for step in range(3, 7):  # from a checkpoint of the second
+        three(step, {"loss": 3.0})
+    with pytest.warns(LogDamaged, match=r"2 runs \(1, 3\)"):
+        assert read(path).series("loss") == (list(range(7)), [2.0] * 3 + [3.0] * 4)
+    assert len(read(path, run=1)) == 5 and read(path, run=1).names == ["loss"]
+    with pytest.raises(BadInput, match="holds the runs 1, 2, 3"):
+        read(path, run=4)
+
+
+@pytest.mark.parametrize("write", [History.write, History.html])
+def test_a_file_is_written_whole_or_not(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run"
+    write(History(records()), path)
+    before = path.read_bytes()
+
+    def full(p: Path, text: str, *a: Any, **k: Any) -> None:
+        p.write_bytes(text.encode()[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        write(History(records()[:2]), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 # -- TensorBoard --------------------------------------------------------------------------------------------------

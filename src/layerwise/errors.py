@@ -9,6 +9,7 @@ __all__ = [
     "LayerwiseError",
     "LayerwiseWarning",
     "LeftOut",
+    "LogDamaged",
     "NoBackward",
     "NonFinite",
     "RankFailed",
@@ -94,3 +95,7 @@ class LeftOut(LayerwiseWarning):
 
 class CutShort(LayerwiseWarning):
     """A checkpoint cannot be read, as of a run that ended while it was written; an older one serves instead."""
+
+
+class LogDamaged(LayerwiseWarning):
+    """A log of `lw.monitor` could not be written (said once), or lines or runs of a file were left out in reading."""

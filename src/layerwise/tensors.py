@@ -11,11 +11,12 @@ import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["as_real", "dense", "empty", "is_finite", "lazy_copy", "squared"]
+__all__ = ["all_finite", "as_real", "dense", "empty", "is_finite", "lazy_copy", "squared"]
 
 
 def is_finite(x: Tensor) -> bool:
@@ -33,6 +34,18 @@ def as_real(x: Tensor) -> Tensor:
 def squared(x: Tensor) -> Tensor:
     """|x|², real."""
     return as_real(x).square().sum(-1) if x.is_complex() else x.square()
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no floating-point tensor holds NaN or infinity: one flag for all, and one wait for each device."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        if t.is_floating_point() and t.numel():
+            kinds.setdefault((t.device, t.dtype), []).append(t.detach())
+    sums = [torch.stack([t.sum() for t in some]) for some in kinds.values()]
+    if all(bool(torch.isfinite(total).all()) for total in sums):
+        return True
+    return all(is_finite(t) for some in kinds.values() for t in some)
 
 
 _LARGE = 2**23  # bytes from which the hint pays; a huge page has 2**21

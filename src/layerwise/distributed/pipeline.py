@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,13 +17,12 @@ from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded
 from layerwise.optim.keywords import refuse_unknown
 from layerwise.optim.layer_local.altmin import KEYWORDS, AltMin
-from layerwise.optim.layer_local.base import Fitting, LayerLocal
+from layerwise.optim.layer_local.base import LayerLocal
 from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, repeated, with_coupling
 from layerwise.optim.layer_local.coding import coded_layers, hidden_uses, recorded_on_codes
 from layerwise.optim.layer_local.executors import Executor, Facts, GradientJob, LayerJob, State, executor_of
 from layerwise.optim.layer_local.owners import all_or_none, described
-from layerwise.optim.layer_local.snapshot import Snapshot
 from layerwise.optim.layer_local.updates import check_group
 from layerwise.ranks.group import Ranks
 from layerwise.replay.coded import CodedModel
@@ -88,8 +87,6 @@ class Pipeline(LayerLocal):
         self._turns = _Stages(self._stages, executor_of(execution.workers))
         self._proofs: dict[Any, bool] = {}
         super().__init__(stage, params, fitter.defaults, on_nonfinite, self._turns, {}, fitter.updates.numbers)
-        fallible = any(update.solver is not None or update.regularizers for update in fitter.updates.every())
-        self._fallible = self._stages.any(fallible, self._device)
 
     @property
     def _first(self) -> bool:
@@ -115,6 +112,8 @@ class Pipeline(LayerLocal):
         if idle:
             raise BadInput(f"no parameter of any stage matches {', '.join(map(repr, idle))}")
         return {k: v for k, v in layers.items() if any(first_match((k,), name) for name in names)}
+
+    _kind = "AltMin"  # a stage's state is a part of the whole model's
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_group(group)
@@ -149,10 +148,11 @@ class Pipeline(LayerLocal):
         where = self._agreed(run, unsafe(run, partial(self._fitter.gamma, fitting)) or buffers.spoiled())
         if where is not None:
             return run.loss, where
-        where = self._fitter.fit(fitting, Coded(run), run.layers, self._snapshot(fitting), self._executor)
-        if where is None:
-            self._averages |= fitting.new_averages
-        return run.loss, where
+
+        def finish() -> None:
+            self._averages = self._averages | fitting.new_averages
+
+        return run.loss, self._fitter.fit(fitting, Coded(run), run.layers, self, self._executor, finish)
 
     def _record(self, batch: _Batch) -> Recorded:
         """Exchange outputs and codes with the neighbouring stages, and record this stage's layers on the codes."""
@@ -228,24 +228,21 @@ class Pipeline(LayerLocal):
         self._stages.receive(self._stages.rank - 1, [value])
         return _Below(value, coupling, sparsity, int(samples))
 
-    def _snapshot(self, fitting: Fitting) -> Snapshot | None:
-        """A snapshot for rollback, where a solution of any stage may not be finite; otherwise None."""
-        layers = fitting.run.layers
-        own = self._fitter.snapshot(fitting, layers)
-        if own is not None and not self._fallible:
-            raise BadInput("weights= and regularizer= were changed after the Pipeline was made: make a new one")
-        return fitting.snapshot(layers) if own is None and self._fallible else own
-
     # -- state ---------------------------------------------------------------------------------------------------
 
     def local_state_dict(self) -> dict[str, Any]:
         """As `AltMin.local_state_dict`, for this stage."""
         return {**super().local_state_dict(), **self._fitter.state()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `AltMin.load_state_dict`, for this stage."""
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "stale"})
-        self._fitter.restore(state_dict, self._model)
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        return [*super()._differences(saved), *self._fitter.differences(saved, self._model)]
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        super()._take(saved)
+        self._fitter.restore(saved, self._model)
+
+    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+        return self._fitter.updates.fits(p, name, groups)
 
 
 def _no_closure() -> Tensor:

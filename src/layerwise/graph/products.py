@@ -11,14 +11,14 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
@@ -66,16 +66,22 @@ class SecondOrder(TorchFunctionMode):
             return standing_in(func, self._embedding, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
+    _kernel: AbstractContextManager[None] | None = None
+
     def __enter__(self) -> Self:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        self._kernel = sdpa_kernel(SDPBackend.MATH)
-        self._kernel.__enter__()
+        kernel = sdpa_kernel(SDPBackend.MATH)
+        kernel.__enter__()
+        self._kernel = kernel
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        self._kernel.__exit__(*exc)
+        if any(mode is self for mode in _get_current_function_mode_stack()):
+            super().__exit__(*exc)
+        if self._kernel is not None:
+            kernel, self._kernel = self._kernel, None
+            kernel.__exit__(*exc)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput, LayerwiseError, LeftOut, NonFinite
+from layerwise.errors import BadInput, LayerwiseError, LeftOut, LogDamaged, NonFinite
 from layerwise.monitor.measures import WHOLE, Measure, Step, default
 from layerwise.monitor.records import Record
 from layerwise.monitor.watch import Group, Watch
@@ -62,7 +62,7 @@ class Monitor:
         if wrong:
             raise BadInput(f"asked to measure {wrong[0]!r}; give measures such as lw.monitor.noise_scale()")
         names = [m.name for m in self._measures]
-        if odd := [name for name in names if not name or "/" in name or name in ("step", "left_out")]:
+        if odd := [name for name in names if not name or "/" in name or name in ("step", "run", "left_out")]:
             raise BadInput(
                 f"a measure's name begins its keys in the record, and cannot be {odd[0]!r}; give it a plain one"
             )
@@ -78,6 +78,7 @@ class Monitor:
         self.left_out: dict[str, str] = {}
         self._said: set[tuple[str, type]] = set()
         self.steps = 0
+        self._log_failed = False
 
     @property
     def due(self) -> bool:
@@ -101,7 +102,15 @@ class Monitor:
             yield
         record = self._record(watch, groups)
         self.steps += 1
-        self._log(int(record["step"]), record)
+        try:
+            self._log(int(record["step"]), record)
+        except Exception as error:  # of whatever logger; training goes on
+            if not self._log_failed:
+                self._log_failed = True
+                warnings.warn(
+                    f"the log of step {record['step']} failed, and training goes on ({type(error).__name__}: {error}); "
+                    "later failures are not told", LogDamaged, stacklevel=3,
+                )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps so far, and which measures are observed alone."""

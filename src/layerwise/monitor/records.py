@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, LogDamaged
 from layerwise.monitor.page import page
 from layerwise.monitor.series import LEFT_OUT
 
@@ -77,49 +80,108 @@ class History:
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
 
     def write(self, path: str | Path) -> None:
-        """Write all records to a new JSON-lines file, for `read`."""
-        Path(path).write_text("".join(_line(record) for record in self.records), encoding="utf-8")
+        """Write all records to a new JSON-lines file, for `read`; whole, or not at all."""
+        _write_whole(Path(path), "".join(_line(record) for record in self.records))
 
     def html(self, path: str | Path, title: str = "Training run") -> None:
-        """Write a self-contained HTML report of the run."""
-        Path(path).write_text(page(self.records, title), encoding="utf-8")
+        """Write a self-contained HTML report of the run; whole, or not at all."""
+        _write_whole(Path(path), page(self.records, title))
 
 
 class JSONLines:
     """A callable that appends each record to a file as one line of JSON, at once.
 
-    An existing file is continued, as after a crash: an incomplete last line is removed, and `read` drops the records
-    that a resumed run logs again. NaN and infinities, which JSON does not have, are the strings "nan", "inf", "-inf".
+    An existing file is continued, as after a crash: an incomplete last line is removed, and so is the part of a line
+    that could not be written (a full disk, which raises OSError; a `Monitor` warns instead). Each line carries the
+    number of its run, one more than the runs in the file before its first line; `read` tells runs apart, and drops what
+    a resumed run logs again. NaN and infinities, which JSON does not have, are the strings "nan", "inf", "-inf".
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.run: int | None = None
+        self._cut = False  # whether a line may be cut short
+        self._trim()
+
+    def __call__(self, step: int, record: Mapping[str, Any]) -> None:
+        """Append a record. Raises OSError where it cannot be written."""
+        if self._cut:
+            self._trim()
+        if self.run is None:
+            known = _lines(self.path.read_bytes())[0] if self.path.exists() else []
+            self.run = 1 + max((run for run, _ in known), default=0)
+        line = _line({"run": self.run, **record, "step": step}).encode()
+        self._cut = True
+        with self.path.open("ab", buffering=0) as file:
+            if (written := file.write(line)) != len(line):
+                raise OSError(
+                    f"{written} of {len(line)} bytes of a record were written to {self.path}: is the disk full?"
+                )
+        self._cut = False
+
+    def _trim(self) -> None:
+        """Remove an incomplete last line."""
         if self.path.exists():
             with self.path.open("rb+") as file:
                 file.truncate(_whole_lines(file.read()))
-
-    def __call__(self, step: int, record: Mapping[str, Any]) -> None:
-        """Append a record."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line({**record, "step": step}))
+        self._cut = False  # whether a line may be cut short
 
 
-def read(path: str | Path) -> History:
-    """Read the records of a JSON-lines file; an incomplete last line is ignored.
+def read(path: str | Path, run: int | None = None) -> History:
+    """Read the records of one run in a JSON-lines file, with those of the runs that it resumed.
 
-    Raises BadInput for any other line that is not a record.
+    run: its number; default the last one. A run whose first step is after that of the run before it has resumed that.
+    An incomplete last line is ignored. Warns (`LogDamaged`) of lines that are no records, which are skipped, and of
+    further runs, where no number is given. Raises BadInput for a run, or a file, without records.
     """
-    content = Path(path).read_bytes()
-    records = []
-    for number, line in enumerate(content[: _whole_lines(content)].splitlines(), 1):
+    found, bad = _lines(Path(path).read_bytes())
+    if bad:
+        warnings.warn(f"skipped {len(bad)} lines of {path} that are no records: {bad[0]}", LogDamaged, stacklevel=2)
+    if bad and not found:
+        raise BadInput(f"no line of {path} is a record of a monitor: {bad[0]}")
+    chains: dict[int, list[Record]] = {}
+    for number, record in found:
+        chains.setdefault(number, []).append(record)
+    numbers = sorted(chains)
+    if run is not None and run not in chains:
+        raise BadInput(f"asked for run {run} of {path}, which holds the runs {', '.join(map(str, numbers)) or 'none'}")
+    resumed = {new: chains[new][0]["step"] > chains[old][0]["step"] for old, new in pairwise(numbers)}
+    heads = [n for n, after in zip(numbers, [*numbers[1:], None], strict=True) if not resumed.get(after or -1)]
+    if run is None and len(heads) > 1:
+        runs = ", ".join(map(str, heads))
+        warnings.warn(
+            f"{path} holds {len(heads)} runs ({runs}); this is the last, read(path, run=n) gives another",
+            LogDamaged, stacklevel=2,
+        )  # fmt: skip
+    wanted = [] if not numbers else [numbers[-1] if run is None else run]
+    while wanted and resumed.get(wanted[0]):
+        wanted.insert(0, numbers[numbers.index(wanted[0]) - 1])
+    return History(record for number in wanted for record in chains[number])
+
+
+def _lines(content: bytes) -> tuple[list[tuple[int, Record]], list[str]]:
+    """The records of complete lines with the numbers of their runs, and what is wrong with other lines."""
+    found: list[tuple[int, Record]] = []
+    bad: list[str] = []
+    for number, line in enumerate(content[: _whole_lines(content)].split(b"\n")[:-1], 1):
         try:
             record = {key: _number(key, value) for key, value in json.loads(line).items()}
             record["step"] = int(record["step"])
+            found.append((int(record.pop("run", 0)), record))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"line {number} of {path} is no record of a monitor: {error!r}") from None
-        records.append(record)
-    return History(records)
+            bad.append(f"line {number}: {error!r}")
+    return found, bad
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file through a temporary one, so that it has its old content or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _whole_lines(content: bytes) -> int:

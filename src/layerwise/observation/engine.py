@@ -82,18 +82,23 @@ class Observation:
         """Record on a tape until `stop`; the results are empty at first."""
         if self._tape is not None:
             raise BadInput("this observe() is active already; make another one to observe inside it")
-        self._tape = tape
-        results = self.restart()
-        results.follow(tape.parameters, tape.owners)
-        tape.__enter__()
-        if any(q.cotangent.twice for q in self._quantities):
-            self._second_order = SecondOrder()
-            self._second_order.__enter__()
-        return results
+        try:
+            self._tape = tape
+            results = self.restart()
+            results.follow(tape.parameters, tape.owners)
+            tape.__enter__()
+            if any(q.cotangent.twice for q in self._quantities):
+                self._second_order = SecondOrder()
+                self._second_order.__enter__()
+            return results
+        except BaseException as error:  # an interrupt, after which `with` does not call `__exit__`
+            self.stop(type(error), error, error.__traceback__)
+            raise
 
     def stop(self, *exc: Any) -> None:
         """End the record; the results live on with whoever holds them."""
-        assert self._tape is not None
+        if self._tape is None:  # an interrupt ended it on the way in
+            return
         tape, self._tape, self._results = self._tape, None, None
         if self._second_order is not None:
             self._second_order.__exit__(*exc)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.errors import BadInput
 from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
 from layerwise.observation.seen import Seen
@@ -47,7 +48,13 @@ class observe:
         self._observation = Observation(model, quantities, PassSettings(samples, scale, dtype))
 
     def __enter__(self) -> Seen:
-        return Seen(self._observation.__enter__())
+        try:
+            return Seen(self._observation.__enter__())
+        except BadInput:  # active already
+            raise
+        except BaseException as error:  # an interrupt, after which `with` does not call `__exit__`
+            self._observation.stop(type(error), error, error.__traceback__)
+            raise
 
     def __exit__(self, *exc: Any) -> None:
         self._observation.__exit__(*exc)

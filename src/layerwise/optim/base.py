@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput, NonFinite
-from layerwise.replay.state import Buffers
+from layerwise.errors import BadInput, LayerwiseError, NonFinite
+from layerwise.optim.saved_state import VERSION, Fit, lacking, misfits, present, refuse
+from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["Attempt", "Closure", "NamedOptimizer"]
+
+# What torch keeps on an optimizer beside its state: hooks, and the marks of a scheduler on `step`.
+_OF_TORCH = frozenset(("step", "_step_count", "_opt_called", "_zero_grad_profile_name"))
 
 Closure = Callable[[], Tensor]
 Attempt = Callable[[Closure, Buffers], tuple[Tensor, str | None]]
@@ -22,8 +26,11 @@ class NamedOptimizer(torch.optim.Optimizer):
     """Base of optimizers that know their parameters by name and move them from one run of a closure.
 
     A batch with NaN or infinity changes no parameter, no state and no buffer: it is counted in `skipped`, or raises
-    NonFinite with `on_nonfinite="raise"`. A closure that raises leaves everything as it was, too.
+    NonFinite with `on_nonfinite="raise"`. Whatever raises in a step leaves parameters, buffers, state and random
+    generators as they were.
     """
+
+    _kind: str  # the name in saved states, which classes derived from this one share
 
     def __init__(
         self,
@@ -41,7 +48,10 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._model = model
         self._on_nonfinite = on_nonfinite
         self._group_at: dict[int, dict[str, Any]] = {}
+        self.all_parameters = params is None  # whether parameters that no group has are an error
+        self._forms: list[Any] = []  # types and devices of the parameters with a state
         self.skipped = 0
+        self.was_made = False  # whether the present step, or the last one, is whole: an error then takes nothing back
         super().__init__(given, defaults)
 
     # -- what a method implements ------------------------------------------------------------------------
@@ -53,7 +63,8 @@ class NamedOptimizer(torch.optim.Optimizer):
     def _attempt(self, closure: Closure, buffers: Buffers) -> tuple[Tensor, str | None]:
         """Run the closure and move the parameters; returns the loss before the step, and None.
 
-        A step that must not be taken moves nothing, and its reason is returned in place of None.
+        A step that must not be taken moves nothing, and its reason is returned in place of None. `was_made` is set as
+        soon as everything has moved.
         buffers: a snapshot from before the run.
         """
         raise NotImplementedError
@@ -75,7 +86,9 @@ class NamedOptimizer(torch.optim.Optimizer):
             self._check(group)
         self._check_replaced()
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
+        random = RandomState({p.device for group in self.param_groups for p in group["params"]})
         buffers = Buffers(self._model)
+        self.was_made = False
         try:
             loss, where = attempt(closure, buffers)
             if where is not None and self._on_nonfinite == "raise":
@@ -83,12 +96,17 @@ class NamedOptimizer(torch.optim.Optimizer):
                     f"{where} holds NaN or infinity, or overflows; the batch changed no parameter. Look at the batch, "
                     'or leave on_nonfinite="skip" to pass over such batches'
                 )
-        except BaseException:
-            buffers.put_back()
+            if where is not None:
+                buffers.put_back()
+                self.skipped += 1
+        except BaseException as error:
+            if not self.was_made:
+                buffers.put_back()
+                random.put_back()
+            if isinstance(error, Exception):  # perhaps because of parameters that were replaced
+                named = named_parameters_of(self._model)
+                self._check_parameters({name: p for name, p in named.items() if p.requires_grad})
             raise
-        if where is not None:
-            buffers.put_back()
-            self.skipped += 1
         return loss
 
     def _check_replaced(self) -> None:
@@ -105,6 +123,42 @@ class NamedOptimizer(torch.optim.Optimizer):
     def _ours(self, p: Tensor) -> bool:
         """Whether a parameter is in one of this optimizer's groups."""
         return id(p) in self._group_at
+
+    def _check_parameters(self, named: Mapping[str, Tensor]) -> None:
+        """Raise BadInput where the parameters are no longer those that the optimizer was made for.
+
+        named: the model's parameters that require grad.
+        """
+        strange = [name for name, p in named.items() if not self._ours(p)]
+        if len(named) - len(strange) < self._trainable():
+            known = {id(p) for p in named.values()}
+            gone = [name for group in self.param_groups
+                    for name, p in zip(group["param_names"], group["params"], strict=True)
+                    if p.requires_grad and id(p) not in known]  # fmt: skip
+            raise BadInput(
+                f"{', '.join(gone[:5])} of this {type(self).__name__} are no longer the model's: a layer was replaced, "
+                "parametrized, or loaded with assign=True; make a new optimizer for the changed model"
+            )
+        if strange and self.all_parameters:
+            raise BadInput(
+                f"{', '.join(strange[:5])} require grad, and were frozen or absent when this {type(self).__name__} was "
+                'made: call opt.add_param_group({"params": [...]}) with them, or freeze them'
+            )
+
+    def _trainable(self) -> int:
+        """The number of parameters in the groups that require grad."""
+        return sum(p.requires_grad for group in self.param_groups for p in group["params"])
+
+    def _retyped(self) -> None:
+        """Convert the state to the types and devices of parameters that were converted after it was made."""
+        forms = [(p.dtype, p.device) for p in self.state]
+        if forms == self._forms:
+            return
+        for p, own in self.state.items():
+            for key, t in own.items():
+                if isinstance(t, Tensor) and t.dim() and t.is_floating_point():
+                    own[key] = t.to(p.device, p.dtype)
+        self._forms = forms
 
     # -- groups and state ------------------------------------------------------------------------------------
 
@@ -130,20 +184,58 @@ class NamedOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the names of the parameters and the number of skipped batches."""
-        return {**super().state_dict(), "skipped": self.skipped}
+        """torch's, with the optimizer's name, the version of the form, parameter names, and the skipped batches."""
+        return {"optimizer": self._kind, "version": VERSION, **super().state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, parameters by name; goes on bitwise where it stopped.
 
-        Raises BadInput where the saved groups hold other parameters.
+        Raises BadInput, with the first differences, for a state that does not fit: of another optimizer, other
+        parameters, shapes or types, with settings that cannot be, or NaN. Nothing is changed then.
         """
-        saved = {k: v for k, v in state_dict.items() if k != "skipped"}
-        super().load_state_dict({**saved, "param_groups": self._in_our_order(saved["param_groups"])})
-        self.skipped = state_dict.get("skipped", 0)
+        saved = present(state_dict, self._kind, self._saved_keys, ("skipped",))
+        saved = {**saved, "param_groups": self._in_our_order(saved["param_groups"])}
+        refuse(self._differences(saved), self._kind)
+        self._take(saved)
 
-    def _in_our_order(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    _saved_keys: tuple[str, ...] = ("state", "param_groups", "skipped")
+
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """What of a saved state does not fit."""
+        found, groups = [], saved["param_groups"]
+        for number, group in enumerate(groups):
+            try:
+                if not (wrong := lacking(f"parameter group {number}", group, self.defaults)):
+                    self._check(group)
+                found += wrong
+            except (LayerwiseError, TypeError) as error:
+                found.append(f"in parameter group {number}, {error}")
+        if found:
+            return found
+        skipped = saved.get("skipped", 0)
+        found += [] if isinstance(skipped, int) and skipped >= 0 else [f"skipped is {skipped!r}"]
+        if not isinstance(saved["state"], Mapping):
+            return [*found, f"the state by parameter is a {type(saved['state']).__name__}, not a dict"]
+        state = dict(saved["state"])
+        for theirs, ours in zip(groups, self.param_groups, strict=True):
+            for number, p, name in zip(theirs["params"], ours["params"], ours["param_names"], strict=True):
+                if own := state.pop(number, {}):
+                    found += misfits(name, own, list(self._fits(p, name, groups)))
+        return found + [f"there is state of parameter number {key!r}, which no group has" for key in state]
+
+    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
+        """The forms that a parameter's state may have. groups: the saved ones."""
+        raise NotImplementedError
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        """Take over a state that fits."""
+        super().load_state_dict({"state": saved["state"], "param_groups": saved["param_groups"]})
+        self.skipped = saved.get("skipped", 0)
+
+    def _in_our_order(self, groups: Any) -> list[dict[str, Any]]:
         """Saved groups with their parameters in this optimizer's order."""
+        if not isinstance(groups, list | tuple) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+            raise BadInput("the saved parameter groups are a list of dicts with params")
         if len(groups) != len(self.param_groups):
             raise BadInput(f"the saved state has {len(groups)} parameter groups, and ours {len(self.param_groups)}")
         ordered = []
@@ -158,3 +250,11 @@ class NamedOptimizer(torch.optim.Optimizer):
             names = ours["param_names"]
             ordered.append({**theirs, "params": [ids[n] for n in names], "param_names": list(names)})
         return ordered
+
+    # -- copies --------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and pickle, which leave out hooks and schedulers, as torch's optimizers do."""
+        left_out = _OF_TORCH | {"_group_at"}
+        own = {k: v for k, v in vars(self).items() if k not in left_out and not k.startswith("_optimizer_")}
+        return {**own, "_group_at": {}}

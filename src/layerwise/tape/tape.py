@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
@@ -132,16 +132,21 @@ class Tape(LossRecord):
     def __enter__(self) -> Tape:
         if not self.whole:
             check_sharded(self.owners)
-        # A compiled model runs eagerly while it is recorded; nothing is compiled unless dynamo is loaded.
-        if "torch._dynamo" in sys.modules:
-            self._stance = torch.compiler.set_stance("force_eager")
-            self._stance.__enter__()
-        self.watch()
-        super().__enter__()
-        return self
+        try:
+            # A compiled model runs eagerly while it is recorded; nothing is compiled unless dynamo is loaded.
+            if "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self.watch()
+            super().__enter__()
+            return self
+        except BaseException as error:  # an interrupt, after which `with` does not call `__exit__`
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
+        if any(mode is self for mode in _get_current_function_mode_stack()):
+            super().__exit__(*exc)
         self.unwatch()
         if self._stance is not None:
             self._stance.__exit__(*exc)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,7 @@ from layerwise.local.solvers.closed import inputs_with_ones, residual
 from layerwise.operators.ridge import coordinate_descent, inverse, ridge
 from layerwise.tensors import is_finite
 
-__all__ = ["Memory", "mairal"]
+__all__ = ["Memory", "mairal", "moments_misfit"]
 
 Update = tuple[Tensor, Tensor | None]
 Forget = Callable[[int, int], float]
@@ -187,6 +187,28 @@ class Memory:
         return ridge(seen, right, damping)
 
 
+def moments_misfit(weight: Tensor, state: Mapping[str, Any]) -> list[str]:
+    """What of saved moments cannot be those of a weight."""
+    if missing := [key for key in ("A", "rows", "steps") if key not in state]:
+        return [f"lacks {', '.join(missing)}"]
+    if foreign := sorted(set(state) - {"A", "B", "rows", "steps", "inverse", "inverted"}):
+        return [f"has {', '.join(foreign)}, which belongs to another optimizer"]
+    if ("inverse" in state) != ("inverted" in state):
+        return ["has one of inverse and inverted"]
+    seen: Any = state["A"]
+    numel = weight.numel()
+    size = tuple(seen.shape) if isinstance(seen, Tensor) else ()
+    square = len(size) == 3 and size[1] == size[2]
+    if not square or all(i < 1 or numel % (size[0] * i) for i in (size[2], size[2] - 1)):
+        return [f"has moments A of shape {size}, which a weight of {numel} elements does not have"]
+    for key in ("A", "B", "inverse"):
+        t = state.get(key, seen)
+        if not isinstance(t, Tensor) or t.dtype != weight.dtype or t.shape[:1] + t.shape[2:] != (size[0], size[2]):
+            form = f"shape {tuple(t.shape)}, {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+            return [f"has {key} of {form} beside A of {size} and a weight of {weight.dtype}"]
+    return []
+
+
 def _largest_step(pull: Tensor, a: Tensor, strength: float, stiffness: float, rate: float, moved: Tensor) -> Tensor:
     """The u of a step D, `[K,1,1]`: `2 tr(Pᵀ D)/(rate (s |a Dᵀ|²/R + η |D|²/R))`, infinite where D does not descend.
 
@@ -240,4 +262,7 @@ def _check(memory: Memory, problem: LocalProblem, state: dict[str, Any], l1: flo
         raise BadInput('a term |W|₁ has no exact solve: give Memory solve="columns"')
     size = problem.weight.shape[-1] + (problem.bias is not None)
     if "A" in state and state["A"].shape[-1] != size:
-        raise BadInput(f"the memory holds moments of {state['A'].shape[-1]} inputs, and the layer has {size}")
+        raise BadInput(
+            f"the memory holds moments of {state['A'].shape[-1]} inputs, and the layer has {size}: its bias was frozen "
+            "or thawed since; make a new optimizer, whose memory starts anew"
+        )

@@ -44,6 +44,10 @@ class Workspace:
         self._flat: dict[Any, Tensor] = {}
         self._shaped: dict[Any, Tensor] = {}  # cached views of the buffers, and constants
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are empty."""
+        return Workspace, ()
+
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor of a shape, with the type and device of `like`."""
         key = (name, shape, like.dtype, like.device)

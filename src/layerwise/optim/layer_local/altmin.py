@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -32,6 +32,7 @@ from layerwise.optim.layer_local.executors import Workers
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.layer_local.trace import Trace
 from layerwise.optim.layer_local.updates import CodeKind, CodeUpdate, Minibatch, WeightUpdate, check_group
+from layerwise.optim.saved_state import Fit
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
@@ -123,6 +124,8 @@ class AltMin(LayerLocal):
         said, numbers = fitter.said, fitter.updates.numbers
         super().__init__(model, params, fitter.defaults, on_nonfinite, executor_over(execution), said, numbers)
 
+    _kind = "AltMin"
+
     def _check(self, group: Mapping[str, Any]) -> None:
         check_group(group)
 
@@ -160,10 +163,11 @@ class AltMin(LayerLocal):
         layers = [layer for layer in run.layers if not refit or layer.likelihood is not None]
         if refit and not layers:
             raise BadInput("refit moves layers that make a known loss's logits, and the closure's loss has none")
-        where = fitter.fit(fitting, coded, layers, fitter.snapshot(fitting, layers), self._executor, refit)
-        if where is None:
-            self._averages |= fitting.new_averages
-        return run.loss, where
+
+        def finish() -> None:
+            self._averages = self._averages | fitting.new_averages
+
+        return run.loss, fitter.fit(fitting, coded, layers, self, self._executor, finish, refit)
 
     # -- codes -------------------------------------------------------------------------------------------------
 
@@ -203,7 +207,16 @@ class AltMin(LayerLocal):
         """As `LayerLocal.local_state_dict`, with the minibatches that stale layers may still be fitted to."""
         return {**super().local_state_dict(), **self._fitter.state()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state, parameters by name; goes on bitwise where it stopped. Raises as LocoProp's."""
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "stale"})
-        self._fitter.restore(state_dict, self._model)
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        return [*super()._differences(saved), *self._fitter.differences(saved, self._model)]
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        super()._take(saved)
+        self._fitter.restore(saved, self._model)
+
+    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
+        return self._fitter.updates.fits(p, name, groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and pickle; the proofs of replays are made anew."""
+        return {**super().__getstate__(), "_proofs": {}}

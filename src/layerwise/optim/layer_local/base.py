@@ -20,7 +20,8 @@ from layerwise.optim.base import NamedOptimizer
 from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, State
 from layerwise.optim.layer_local.owners import described
-from layerwise.optim.layer_local.snapshot import Snapshot
+from layerwise.optim.layer_local.snapshot import Backups, Snapshot
+from layerwise.optim.saved_state import non_finite
 from layerwise.ranks.group import facts_of
 from layerwise.tape.uses import named_parameters_of
 
@@ -34,7 +35,7 @@ class Fitting:
     """A recorded run with the parameters' groups and optimizer state, from which its layers are fitted.
 
     groups: by id of the parameter. optimizers: the layers' own, by kind and parameters. averages: the running averages
-    of parameters before the step, by name; new_averages: after it.
+    of parameters before the step, by name; new_averages: after it. backups: memory of snapshots.
     """
 
     run: Recorded
@@ -42,6 +43,7 @@ class Fitting:
     state: State
     optimizers: dict[Any, torch.optim.Optimizer]
     averages: Mapping[str, Tensor]
+    backups: Backups = field(default_factory=dict)
     new_averages: dict[str, Tensor] = field(default_factory=dict)
 
     def params(self, layer: Layer) -> list[Tensor]:
@@ -89,7 +91,7 @@ class Fitting:
     def snapshot(self, layers: Sequence[Layer], replaced: Collection[str] = ()) -> Snapshot:
         """A snapshot of all parameters that the step moves. replaced: as for `Snapshot`."""
         names = [name for layer in layers for name in layer.names] + list(self.run.gradients)
-        return Snapshot(((name, self.run.tape.parameters[name]) for name in names), self.state, replaced)
+        return Snapshot(((name, self.run.tape.parameters[name]) for name in names), self.state, replaced, self.backups)
 
     def gradient_jobs(self, move: Callable[[str, Tensor, Tensor], None]) -> list[GradientJob]:
         """A job for each parameter outside the layers. move: called with its name, itself and its gradient."""
@@ -98,21 +100,30 @@ class Fitting:
                 for name, g in self.run.gradients.items()]  # fmt: skip
 
 
-def solved(solve: Callable[[], None], snapshot: Snapshot | None, executor: Executor) -> str | None:
+def solved(
+    solve: Callable[[], None],
+    snapshot: Snapshot,
+    executor: Executor,
+    after: Callable[[], None],
+    optimizer: NamedOptimizer,
+) -> str | None:
     """Solve, and return None; or restore the snapshot, and return the first tensor that is not finite.
 
-    snapshot: None where a finite batch always has a finite solution.
+    after: what else is part of the step, done where the solution is finite. Whatever raises, all is as it was.
     """
     try:
         solve()
-        where = None if snapshot is None else executor.anywhere(snapshot.spoiled())
-    except BaseException as error:
-        if snapshot is not None:
+        where = executor.anywhere(snapshot.spoiled())
+        if where is None:
+            after()
+            optimizer.was_made = True
+    except NonFinite as error:
+        where = f"a local problem ({error})"
+    except BaseException:
+        if not optimizer.was_made:
             snapshot.put_back()
-        if snapshot is None or not isinstance(error, NonFinite):
-            raise
-        return f"a local problem ({error})"
-    if snapshot is not None and where is not None:
+        raise
+    if where is not None:
         snapshot.put_back()
     return where
 
@@ -142,6 +153,7 @@ class LayerLocal(NamedOptimizer):
         self._local: dict[Any, torch.optim.Optimizer] = {}
         self._names: dict[int, str] = {}
         self._averages: dict[str, Tensor] = {}
+        self._backups: Backups = {}
         super().__init__(model, params, defaults, on_nonfinite)
         executor.meet({
             **facts_of(named_parameters_of(model)),
@@ -171,8 +183,10 @@ class LayerLocal(NamedOptimizer):
     # -- a step --------------------------------------------------------------------------------------------
 
     def _fitting(self, run: Recorded) -> Fitting:
-        """A `Fitting` of this optimizer's groups and state."""
-        return Fitting(run, self._group_at, self.state, self._local, self._averages)
+        """A `Fitting` of this optimizer's groups and state. Raises BadInput where parameters were replaced."""
+        self._check_parameters(run.tape.parameters)
+        self._retyped()
+        return Fitting(run, self._group_at, self.state, self._local, self._averages, self._backups)
 
     def _agreed(self, run: Recorded, where: str | None) -> str | None:
         """The first reason to skip the step, in this process or another that takes part; None where there is none."""
@@ -217,20 +231,38 @@ class LayerLocal(NamedOptimizer):
 
     def local_state_dict(self) -> dict[str, Any]:
         """As `state_dict`, without communication: the state of layers that other ranks own is missing."""
-        return {**super().state_dict(), "averages": dict(self._averages)}
+        params = named_parameters_of(self._model)
+        averages = {name: t for name, t in self._averages.items() if name in params}
+        return {**super().state_dict(), "averages": averages}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state, parameters by name; goes on bitwise where it stopped.
+    _saved_keys = ("state", "param_groups", "skipped", "averages")
 
-        Raises BadInput where the saved groups or averages are of other parameters than ours.
-        """
-        saved, params = state_dict.get("averages", {}), named_parameters_of(self._model)
-        wrong = [name for name, t in saved.items() if name not in params or t.shape != params[name].shape]
-        if wrong:
-            raise BadInput(f"the saved averages are of other parameters than ours: {', '.join(wrong[:5])}")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "averages"})
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """What of a saved state does not fit; running averages are of our parameters."""
+        averages, params = saved["averages"], named_parameters_of(self._model)
+        found = [
+            f"the saved averages are of other parameters than ours: {name}" for name, t in averages.items()
+            if name not in params or not isinstance(t, Tensor) or t.shape != params[name].shape
+        ]  # fmt: skip
+        return [*super()._differences(saved), *(found or non_finite("the running averages", averages))]
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        params = named_parameters_of(self._model)
+        averages = {name: t.to(params[name], copy=True) for name, t in saved["averages"].items()}
+        super()._take(saved)
         self._executor.loaded()
-        self._averages = {name: t.to(params[name], copy=True) for name, t in saved.items()}
+        self._averages = averages
+
+    # -- copies ------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and pickle; what is remembered by the identity of tensors is found anew."""
+        return {**super().__getstate__(), "_local": {}, "_names": {}, "_kinds": Kinds(), "_backups": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._names = {id(p): name for group in self.param_groups
+                       for p, name in zip(group["params"], group["param_names"], strict=True)}  # fmt: skip
 
 
 def check_common(method: str, group: Mapping[str, Any]) -> None:

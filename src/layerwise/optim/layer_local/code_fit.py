@@ -15,7 +15,7 @@ from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of
 from layerwise.local.problem import LocalProblem, predict
-from layerwise.local.solvers.memory import Memory
+from layerwise.local.solvers.memory import Memory, moments_misfit
 from layerwise.local.solvers.run import Task
 from layerwise.local.solvers.steps import constant, linear_steps
 from layerwise.local.solvers.values import LocalSteps, Solver
@@ -126,19 +126,20 @@ class CodeFitter:
     # -- problems, solved or taken back ------------------------------------------------------------------------
 
     def fit(
-        self, fitting: Fitting, coded: Coded, layers: Sequence[Layer], snapshot: Snapshot | None, executor: Executor,
-        refit: bool = False,
+        self, fitting: Fitting, coded: Coded, layers: Sequence[Layer], optimizer: NamedOptimizer,
+        executor: Executor, finish: Callable[[], None], refit: bool = False,
     ) -> str | None:  # fmt: skip
         """Fit layers to their codes, and return None; or move nothing, and return the first tensor that is not finite.
 
-        snapshot: to roll back to. refit: only these layers move, without staleness or trace.
+        finish: the last thing that the step does. refit: only these layers move, without staleness or trace.
         """
+        snapshot = self.snapshot(fitting, layers)
         stale = None if refit else self.stale
         trace = self.trace if self.trace is not None and self.trace.due() and not refit else None
         made: dict[str, LocalProblem] = {}
         if stale is not None or trace is not None:
             made = {layer.name: self._problem(fitting, layer)() for layer in layers}
-            made = made if stale is None else stale.exchange(made)
+            made = made if stale is None else stale.exchange(made)  # after an error, `repeated` takes it back
         if trace is not None:
             before = {layer.name: layer.parameter.detach().clone() for layer in layers}
             outputs = {name: predict(problem) for name, problem in made.items()}
@@ -149,21 +150,19 @@ class CodeFitter:
             rest = [] if refit else fitting.gradient_jobs(partial(self._step_along, fitting))
             executor.run(jobs, rest, fitting.state)
 
-        where = solved(solve_all, snapshot, executor)
-        if where is not None:
-            if stale is not None:
-                stale.forget()
-            return where
-        self._raise_multipliers(layers, coded.codes)
-        if trace is not None:
-            has_code = {
-                layer.name: layer.likelihood is None or not self._has_local_steps(fitting, layer) for layer in layers
-            }
-            after = {layer.name: layer.parameter.detach() for layer in layers}
-            trace.note(before, after, coded.slopes(), {n: (made[n], outputs[n], has_code[n]) for n in made})
-        if self.trace is not None and not refit:
-            self.trace.passed()
-        return None
+        def note() -> None:
+            self._raise_multipliers(layers, coded.codes)
+            if trace is not None:
+                has_code = {layer.name: layer.likelihood is None or not self._has_local_steps(fitting, layer)
+                            for layer in layers}  # fmt: skip
+                after = {layer.name: layer.parameter.detach() for layer in layers}
+                trace.note(before, after, coded.slopes(), {n: (made[n], outputs[n], has_code[n]) for n in made})
+
+            if self.trace is not None and not refit:
+                self.trace.passed()
+            finish()
+
+        return solved(solve_all, snapshot, executor, note, optimizer)
 
     def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:
         """A function that makes a layer's local problem, whose gradient is γ times the relaxed objective's.
@@ -212,6 +211,8 @@ class CodeFitter:
 
     def _step_along(self, fitting: Fitting, name: str, p: Tensor, g: Tensor) -> None:
         """Take T steps along the gradient, for a parameter without a code."""
+        if p in fitting.state and not moments_misfit(p, fitting.state[p]):
+            del fitting.state[p]  # of a weight that had a code, and was pruned since
         _, optimizer = fitting.local_optimizer([p], partial(self._rates, name, [p]))
         linear_steps(p, g, optimizer, fitting.group(name)["steps"], schedule=constant)
 
@@ -220,11 +221,9 @@ class CodeFitter:
         kind, settings = rates_of(self.updates.of(name, group), group)
         return fused(kind, params), settings
 
-    def snapshot(self, fitting: Fitting, layers: Sequence[Layer]) -> Snapshot | None:
-        """A snapshot to roll back to, or None where a finite batch always has a finite solution."""
+    def snapshot(self, fitting: Fitting, layers: Sequence[Layer]) -> Snapshot:
+        """A snapshot to roll back to."""
         updates = {layer.name: self._update(fitting, layer) for layer in layers}
-        if all(update.solver is None and not update.regularizers for update in updates.values()):
-            return None
         return fitting.snapshot(layers, {name for name, update in updates.items() if isinstance(update.solver, Memory)})
 
     @torch.no_grad()
@@ -244,6 +243,14 @@ class CodeFitter:
         """For `state_dict`: the minibatches kept for stale layers."""
         return {} if self.stale is None else {"stale": self.stale.state()}
 
+    def differences(self, saved: Mapping[str, Any], model: nn.Module | Mapping[str, Tensor]) -> list[str]:
+        """What of a saved state does not fit stale layers."""
+        if self.stale is None:
+            return []
+        if "stale" not in saved:
+            return ['it lacks the minibatches of stale layers (schedule="async")']
+        return self.stale.differences(saved["stale"], named_parameters_of(model))
+
     def restore(self, state_dict: Mapping[str, Any], model: nn.Module | Mapping[str, Tensor]) -> None:
         """From `state_dict`."""
         if self.stale is not None and "stale" in state_dict:
@@ -253,20 +260,35 @@ class CodeFitter:
 def repeated(
     optimizer: NamedOptimizer, fitter: CodeFitter, model: nn.Module | Mapping[str, Tensor], once: Callable[[], Tensor]
 ) -> Tensor:
-    """Repeat the step `once` on its minibatch with the same random numbers, then let μ grow. Returns the first loss."""
-    skipped = optimizer.skipped
+    """Repeat the step `once` on its minibatch with the same random numbers, then let μ grow. Returns the first loss.
+
+    Where one of them raises, all are taken back.
+    """
+    skipped, stale = optimizer.skipped, None if fitter.stale is None else fitter.stale.held()
     fitter.multipliers = None if fitter.multipliers is None else {}
+    undo: list[Callable[[], None]] = []
     random = None
     if fitter.repeats > 1:
         random = RandomState({p.device for p in named_parameters_of(model).values()})
-    loss = once()
-    if random is not None and optimizer.skipped == skipped:
-        with RunState(model):  # afterwards as after one run: batch statistics advance once a minibatch
-            for _ in range(fitter.repeats - 1):
-                random.put_back()
-                once()
-                if optimizer.skipped > skipped:
-                    break
+        names = ((n, p) for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True))
+        undo = [Snapshot(names, optimizer.state).put_back, RunState(model).put_back]
+    try:
+        loss = once()
+        if random is not None and optimizer.skipped == skipped:
+            with RunState(model):  # afterwards as after one run: batch statistics advance once a minibatch
+                for _ in range(fitter.repeats - 1):
+                    random.put_back()
+                    once()
+                    if optimizer.skipped > skipped:
+                        break
+    except BaseException:
+        for back in undo:
+            back()
+        if fitter.stale is not None and stale is not None and (undo or not optimizer.was_made):
+            fitter.stale.hold(stale)
+        raise
+    if optimizer.skipped > skipped and fitter.stale is not None and stale is not None:
+        fitter.stale.hold(stale)
     if optimizer.skipped == skipped:
         for group in optimizer.param_groups:
             Coupling.advance(group)

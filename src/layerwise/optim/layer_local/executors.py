@@ -129,6 +129,10 @@ class Threads(LocalExecutor):
         for _ in range(count):
             self._workspaces.put(Workspace())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has threads of its own."""
+        return Threads, (self._count,)
+
     def _solve(self, jobs: Sequence[LayerJob]) -> None:
         threads = torch.get_num_threads()
 
@@ -151,6 +155,10 @@ class Processes(LocalExecutor):
     def __init__(self, count: int) -> None:
         self._count = count
         self._pool: ProcessPoolExecutor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has processes of its own."""
+        return Processes, (self._count,)
 
     def _solve(self, jobs: Sequence[LayerJob]) -> None:
         if self._pool is None:

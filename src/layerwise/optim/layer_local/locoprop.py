@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
@@ -17,7 +17,7 @@ from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import problem_of, record
 from layerwise.local.problem import LocalProblem, Pull, predict
-from layerwise.local.regularizers import Elastic, Proximal, Regularizer, WeightDecay
+from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import Task, solve
 from layerwise.local.solvers.steps import Workspace, linear_steps
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
@@ -29,6 +29,7 @@ from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, 
 from layerwise.optim.layer_local.choices import NUMBERS, VALUES, Choice, Choices, LocalUpdate, Objective, implied
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
+from layerwise.optim.saved_state import Fit, of_local_optimizer
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers
 from layerwise.tape.tape import Tape
@@ -149,6 +150,14 @@ class LocoProp(LayerLocal):
 
     # -- groups ------------------------------------------------------------------------------------------------
 
+    _kind = "LocoProp"
+
+    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
+        """The state of the local optimizers of all choices; a bias has that of its weight's."""
+        for choice in self._choices.every():
+            for group in groups:
+                yield from of_local_optimizer(*_rates(choice.solver, group), p)
+
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common("LocoProp", group)
         if not 0 < group["gamma"] < float("inf"):
@@ -190,18 +199,16 @@ class LocoProp(LayerLocal):
             jobs = [_job(fitting, plan) for plan in plans] if together else []
             self._executor.run(jobs, fitting.gradient_jobs(partial(_step_along, fitting, choices)), self.state)
 
-        every = [*(plan.choice for plan in plans), *choices.every()]
-        safe = together and self._write == "weights" and all(map(_is_safe, every))
-        snapshot = None if safe else fitting.snapshot(run.layers)
-        where = solved(solve_all, snapshot, self._executor)
-        if where is None:
-            self._averages |= fitting.new_averages
-            if snapshot is not None and self._write == "grad":
+        def finish() -> None:
+            last = [(plan.layer.names, _form(plan)) for plan in plans]
+            last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
+            if self._write == "grad":
                 self.zero_grad()
                 snapshot.to_gradients()
-            self._last = [(plan.layer.names, _form(plan)) for plan in plans]
-            self._last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
-        return run.loss, where
+            self._last, self._averages = last, self._averages | fitting.new_averages
+
+        snapshot = fitting.snapshot(run.layers)
+        return run.loss, solved(solve_all, snapshot, self._executor, finish, self)
 
     def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
         """Solve one layer after another; each but the first takes its inputs from a new run of the closure."""
@@ -364,13 +371,6 @@ def _rates(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any
     if not isinstance(solver, LocalSteps):
         rates["lr"] = _DEFAULTS["matching"]["lr"] * group["lr"]
     return TFRMSProp, rates
-
-
-def _is_safe(choice: Choice) -> bool:
-    """Whether a finite batch always gives a finite step, so that no snapshot is needed."""
-    steps = isinstance(choice.solver, LocalSteps) and choice.solver.optimizer is TFRMSProp
-    plain = isinstance(choice.target, GradientStep) and choice.target.clip is None and choice.transfer is None
-    return steps and plain and all(isinstance(term, Proximal | WeightDecay | Elastic) for term in choice.regularizers)
 
 
 def _form(plan: _Plan) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem
+from layerwise.optim.saved_state import lacking, non_finite
 
 __all__ = ["Stale"]
 
@@ -49,18 +50,35 @@ class Stale:
             back = min(self.delay(name, self._steps), len(self._history) - 1)
             old = self._history[-1 - back].get(name) if back else None
             # g gives the first local gradient only at the weights that made it
+            if old is not None and old["target"].dtype != problem.target.dtype:  # the model was converted since
+                old = None
             found[name] = problem if old is None else replace(problem, **old, g=None)
         self._steps += 1
         return found
 
-    def forget(self) -> None:
-        """Drop the last step, which was rolled back."""
-        self._history.pop()
-        self._steps -= 1
+    def held(self) -> tuple[Any, ...]:
+        """What a step changes, for `hold`."""
+        return self._steps, deque(self._history, maxlen=self._most + 1)
+
+    def hold(self, held: tuple[Any, ...]) -> None:
+        """Go back to before the steps that were rolled back."""
+        self._steps, self._history = held
 
     def state(self) -> dict[str, Any]:
         """For `state_dict`."""
         return {"steps": self._steps, "heard": list(self._history)}
+
+    def differences(self, state: Any, params: Mapping[str, Tensor]) -> list[str]:
+        """What of a saved state does not fit."""
+        if not isinstance(state, Mapping) or not {"steps", "heard"} <= state.keys():
+            return ["the minibatches of stale layers lack steps or heard"]
+        found = []
+        for heard in state["heard"]:
+            for name, data in heard.items():
+                wrong = [] if name in params else [f"there are minibatches of {name}, which the model does not have"]
+                found += wrong or lacking(f"a minibatch of {name}", data, ("a", "target", "rest", "gamma"))
+                found += non_finite(f"a minibatch of {name}", data)
+        return found
 
     def restore(self, state: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
         """From `state_dict`, on the devices of the parameters."""

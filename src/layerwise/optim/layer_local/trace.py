@@ -77,16 +77,19 @@ class Trace:
 
         problems: each layer's problem, its outputs `z` at the weights before, and whether it has codes.
         """
-        self.steps.append(self._seen)
+        found: list[tuple[Series, str, float]] = []  # all numbers first: a step that raises notes none
         for name, (problem, z, coded) in problems.items():
             old, new = before[name], after[name]
-            self._start.setdefault(name, old)
-            start = self._start[name]
-            self._add(self.cosine, name, _cosine(old - new, slopes.get(name)))
-            self._add(self.drift, name, float((new - start).norm() / start.norm().clamp_min(1e-30)))
+            start = self._start.get(name, old)
+            found.append((self.cosine, name, _cosine(old - new, slopes.get(name))))
+            found.append((self.drift, name, float((new - start).norm() / start.norm().clamp_min(1e-30))))
             if coded:
-                self._add(self.displacement, name, _rms(problem.target - z))
-                self._add(self.violation, name, _rms(problem.target - predict(problem)))
+                found.append((self.displacement, name, _rms(problem.target - z)))
+                found.append((self.violation, name, _rms(problem.target - predict(problem))))
+        self._start = {**{name: before[name] for name in problems}, **self._start}
+        self.steps.append(self._seen)
+        for series, name, value in found:
+            self._add(series, name, value)
 
     def _add(self, series: Series, name: str, value: float) -> None:
         """Append, with NaN for the steps at which the layer was not seen."""

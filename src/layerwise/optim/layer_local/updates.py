@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,10 +15,11 @@ from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.fused import FusedAdam, FusedSGD
-from layerwise.local.solvers.memory import Memory
+from layerwise.local.solvers.memory import Memory, moments_misfit
 from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
 from layerwise.optim.layer_local.base import check_common
 from layerwise.optim.layer_local.choices import check_patterns, first_match, several
+from layerwise.optim.saved_state import Fit, of_local_optimizer
 
 __all__ = [
     "DEFAULTS", "CodeKind", "CodeUpdate", "Minibatch", "Update", "Updates", "WeightUpdate", "check_group", "fused",
@@ -163,6 +164,14 @@ class Updates:
             solver = Memory() if group["weights"] == "memory" else None
             found = found._replace(kind=group["weights"], solver=solver)
         return found
+
+    def fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
+        """The forms that a parameter's saved state may have: of all updates, since a bias has that of its weight's."""
+        for group in groups:
+            for update in (*self.every(), self.of(name, group)):
+                yield from of_local_optimizer(*rates_of(update, group), p)
+                if isinstance(update.solver, Memory):
+                    yield partial(moments_misfit, p.detach())
 
     def every(self) -> list[Update]:
         """The default and those of the patterns."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.optim.base import NamedOptimizer
+from layerwise.optim.saved_state import Fit, like
 from layerwise.optim.second_order.preconditioner import Preconditioner
 from layerwise.optim.second_order.trust import ExactGGN, best_step, bound, clip_factor, dot, levenberg_marquardt
 from layerwise.optim.second_order.watched_batch import Watched
@@ -19,7 +20,7 @@ from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.pull import alone
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import dense, is_finite
+from layerwise.tensors import all_finite, dense, is_finite
 
 __all__ = ["CurvatureOptimizer"]
 
@@ -106,10 +107,12 @@ class CurvatureOptimizer(NamedOptimizer):
         return run.loss, where
 
     def _run(self, closure: Callable[[], Tensor]) -> _Run:
+        named = self._named()
+        self._check_parameters({n: p for n, p in named_parameters_of(self._model).items() if p.requires_grad})
+        self._retyped()
         every = self.adapt_damping_every
         adapts = every is not None and (self.preconditioner.steps + 1) % every == 0
         rerun = Rerun(self._model, closure) if self.step_size == "quadratic" or adapts else None
-        named = self._named()
         before = {name: (p.grad, -1 if p.grad is None else p.grad._version) for name, p in named.items()}
         with self.preconditioner.watch(named) as watched, torch.enable_grad():
             loss = closure()
@@ -141,20 +144,32 @@ class CurvatureOptimizer(NamedOptimizer):
 
     @torch.no_grad()
     def _move(self, run: _Run) -> str | None:
-        before = self.preconditioner.snapshot()
+        before, dampings = self.preconditioner.snapshot(), [group["damping"] for group in self.param_groups]
+        named = self._named()
+        versions = [p._version for p in named.values()]
+        old = {} if run.rerun is None else {name: p.clone() for name, p in named.items()}
+        states = {p: self.state.get(p) for p in named.values()}
         try:
             self.preconditioner.advance(run.watched, self._damping())
             directions = self.preconditioner.precondition(run.gradients)
-            named = self._named()
             groups = {name: self._group_at[id(named[name])] for name in directions}
             where: str | None = None
             if run.rerun is None:
-                self._step_at_rate(named, groups, run.gradients, directions)
+                where = self._step_at_rate(named, groups, run.gradients, directions)
             else:
                 with run.rerun:
-                    where = self._step_by_quadratic_model(named, groups, run, directions, run.rerun)
+                    where = self._step_by_quadratic_model(named, groups, run, directions, old)
+            if where is None:
+                self.was_made = True
         except BaseException:
-            self.preconditioner.restore(before)
+            changed = versions != [p._version for p in named.values()]
+            self.was_made |= changed and not old  # in one write, the last thing that is done
+            if not self.was_made:
+                _write(named, old)
+                self._put_back(states)
+                self.preconditioner.restore(before)
+                for group, damping in zip(self.param_groups, dampings, strict=True):
+                    group["damping"] = damping
             raise
         if where is not None:
             self.preconditioner.restore(before)
@@ -162,19 +177,42 @@ class CurvatureOptimizer(NamedOptimizer):
 
     def _step_at_rate(
         self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values
-    ) -> None:
-        """In place m ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m."""
+    ) -> str | None:
+        """M ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m, all parameters in one write at the end."""
         factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip)
+        values: Values = {}
+        buffers: Values = {}
         for name, d in directions.items():
             p, group = named[name], groups[name]
-            buffer = self.state[p].get("momentum")
-            buffer = descend(p, d, buffer, factor, group["lr"], group["momentum"], group["weight_decay"])
-            self.state[p] = {"momentum": buffer}
+            buffer = self.state.get(p, {}).get("momentum")
+            values[name], buffers[name] = descend(
+                p, d, buffer, factor, group["lr"], group["momentum"], group["weight_decay"]
+            )
+        if not all_finite([*values.values(), *buffers.values()]):
+            return "the parameters after the step"
+        self._commit(named, values, buffers)
+        return None
+
+    def _commit(self, named: Values, values: Values, buffers: Values) -> None:
+        """Put new momentum buffers into the state, and in the end write all parameters at once."""
+        for name in values:
+            self.state[named[name]] = {"momentum": buffers[name]}
+        if values:
+            torch._foreach_copy_([named[name] for name in values], list(values.values()))
+
+    def _put_back(self, states: Mapping[Tensor, Any]) -> None:
+        """Restore the state of parameters."""
+        for p, state in states.items():
+            self.state.pop(p, None)
+            if state is not None:
+                self.state[p] = state
 
     def _step_by_quadratic_model(
-        self, named: Values, groups: dict[str, dict[str, Any]], run: _Run, directions: Values, rerun: Rerun
+        self, named: Values, groups: dict[str, dict[str, Any]], run: _Run, directions: Values, old: Values
     ) -> str | None:
-        """A step that uses products with the exact GGN; rolled back where the new loss is not finite."""
+        """A step that uses products with the exact GGN; rolled back to `old` where the new loss is not finite."""
+        rerun = run.rerun
+        assert rerun is not None
         rates, decays = _each(groups, "lr"), _each(groups, "weight_decay")
         ggn = self._ggn_over_ranks(ExactGGN(rerun), run.watched)
         new = self._new_momentum(named, groups, run.gradients, directions, ggn)
@@ -183,16 +221,14 @@ class CurvatureOptimizer(NamedOptimizer):
             return "the quadratic model of the step"
         model = self._predicted_change(run.gradients, moves, ggn, _each(groups, "damping")) if run.adapts else None
         del ggn
-        old = {name: named[name].clone() for name in moves}
         for name, move in moves.items():
             named[name].add_(move)
+        if not all_finite([named[name] for name in moves]):
+            _write(named, old)
+            return "the parameters after the step"
         if model is not None:
-            try:
-                here = torch.tensor(rerun.loss(), dtype=torch.float64, device=run.loss.device)
-                after = float(self.preconditioner.total(run.watched, {"loss": here})["loss"])
-            except BaseException:
-                _write(named, old)
-                raise
+            here = torch.tensor(rerun.loss(), dtype=torch.float64, device=run.loss.device)
+            after = float(self.preconditioner.total(run.watched, {"loss": here})["loss"])
             if model < 0:  # otherwise there is no reduction to compare with
                 self._adapt((after - float(run.loss)) / model if math.isfinite(after) else math.nan)
             if not math.isfinite(after):
@@ -215,7 +251,7 @@ class CurvatureOptimizer(NamedOptimizer):
         self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values, ggn: Product
     ) -> Values:
         """New momentum buffers m: β m + ν d, or with step_size="quadratic" α d + μ m of the best quadratic model."""
-        buffers = {name: self.state[named[name]].get("momentum") for name in directions}
+        buffers = {name: self.state.get(named[name], {}).get("momentum") for name in directions}
         betas = _each(groups, "momentum")
         if self.step_size == "lr":
             factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip)
@@ -251,15 +287,18 @@ class CurvatureOptimizer(NamedOptimizer):
         """torch's, with names, the number of skipped batches, and the preconditioner's state."""
         return {**super().state_dict(), "preconditioner": self.preconditioner.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state, parameters by name, λ with the groups; goes on bitwise where it stopped.
+    _saved_keys = ("state", "param_groups", "skipped", "preconditioner")
 
-        Raises BadInput where the saved state has other parameters, or another kind of curvature.
-        """
-        rest = {key: value for key, value in state_dict.items() if key != "preconditioner"}
-        self.preconditioner.check_state(state_dict["preconditioner"])
-        super().load_state_dict(rest)
-        self.preconditioner.load_state_dict(state_dict["preconditioner"])
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        return [*super()._differences(saved), *self.preconditioner.differences(saved["preconditioner"])]
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        prepared = self.preconditioner.prepared(saved["preconditioner"])
+        super()._take(saved)
+        self.preconditioner.restore(prepared)
+
+    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
+        yield like({"momentum": p})
 
 
 def _each(groups: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float]:
@@ -300,10 +339,7 @@ def _gradients(loss: Tensor, named: Mapping[str, Tensor], watched: Watched) -> V
 
 def descend(
     p: Tensor, d: Tensor, buffer: Tensor | None, factor: float, lr: float, momentum: float, weight_decay: float
-) -> Tensor:
-    """One step in place: m ← β m + ν d, p ← (1 - lr·weight_decay) p - lr m. Returns m, without momentum ν d."""
-    buffer = d * factor if buffer is None or not momentum else buffer.mul_(momentum).add_(d, alpha=factor)
-    if weight_decay:
-        p.mul_(1 - lr * weight_decay)
-    p.sub_(buffer, alpha=lr)
-    return buffer
+) -> tuple[Tensor, Tensor]:
+    """P ← (1 - lr·weight_decay) p - lr m and m ← β m + ν d (without momentum ν d), in new memory."""
+    m = d * factor if buffer is None or not momentum else (buffer * momentum).add_(d, alpha=factor)
+    return ((p * (1 - lr * weight_decay)).sub_(m, alpha=lr) if weight_decay else torch.sub(p, m, alpha=lr)), m

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.operators.kronecker import EigenBlock
+from layerwise.optim.saved_state import lacking, non_finite
 from layerwise.optim.second_order.averages import (
     Average,
     Inverse,
@@ -44,6 +45,12 @@ class Blocks:
     def bases(self) -> dict[str, EigenBlock]:
         """The eigenbases of the running second moments, by block."""
         return {name: held.eigen for name, held in self.averages.items() if held.eigen is not None}
+
+    def of_parameters(self, names: Container[str]) -> Blocks:
+        """Only the blocks of parameters with these names."""
+        kept = [key for key, held in self.averages.items() if (held.block.parameter or key) in names]
+        inverses = {key: self.inverses[key] for key in kept if key in self.inverses}
+        return Blocks({key: self.averages[key] for key in kept}, inverses, {key: self.kinds[key] for key in kept})
 
     # -- a batch -------------------------------------------------------------------------------------------
 
@@ -185,11 +192,48 @@ def _in(measured: Measured, basis: EigenBlock) -> Tensor:
     return measured.moments(basis)
 
 
-def misfits(state: Mapping[str, Any], named: Mapping[str, Tensor]) -> list[str]:
-    """The blocks of a saved state that fit no parameter."""
-    owners = {key: its["parameter"] or key for key, its in state.items()}
-    return [
-        key
-        for key, name in owners.items()
-        if name not in named or tuple(named[name].shape) != tuple(state[key]["shape"])
-    ]
+_SAVED = ("kind", "bias", "parameter", "form", "batches", "shape", "size", "index", "axes", "inverse", "eigen")
+
+
+def misfits(state: Any, named: Mapping[str, Tensor]) -> list[str]:
+    """What of saved blocks does not fit the parameters."""
+    if not isinstance(state, Mapping):
+        return [f"the saved blocks are a {type(state).__name__}, not a dict"]
+    found = []
+    for key, its in state.items():
+        if not isinstance(its, Mapping):
+            found.append(f"the saved factors of {key} are a {type(its).__name__}, not a dict")
+        elif not (wrong := lacking(f"the block of {key}", its, _SAVED)):
+            found += _misfit(key, its, named)
+        else:
+            found += wrong
+    return found
+
+
+def _misfit(key: str, state: Mapping[str, Any], named: Mapping[str, Tensor]) -> list[str]:
+    """What of one saved block does not fit its parameter, and the bias in it."""
+    p, bias = named.get(state["parameter"] or key), state["bias"]
+    if p is None or tuple(p.shape) != tuple(state["shape"]):
+        return [f"the saved factors of {key} fit no parameter of the model"]
+    groups, size_out, size_in = state["size"]
+    size_in += bias is not None
+    if bias is not None and (bias not in named or named[bias].numel() != groups * size_out):
+        return [f"the saved factors of {key} have the bias {bias}, which the model does not have in that shape"]
+    if state["kind"] not in KINDS:
+        return [f"the block of {key} is of the unknown kind {state['kind']!r}"]
+    wanted = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
+    sources = {"average": state, "inverse": state["inverse"] or {}, "eigenbasis": state["eigen"] or {}}
+    for what, source in sources.items():
+        shapes = {"A": size_in, "B": size_out, "basis_in": size_in, "basis_out": size_out}
+        tensors = {name: source[name] for name in (*shapes, "spectrum") if source.get(name) is not None}
+        if what == "average" and not ({"A", "B"} <= source.keys() or "spectrum" in tensors):
+            return [f"the block of {key} lacks its factors"]
+        for name, t in tensors.items():
+            diagonal, whole = (groups, shapes.get(name)), (groups, size_out, size_in)
+            fits = [diagonal, (*diagonal, shapes[name])] if name in shapes else [whole]
+            if not isinstance(t, Tensor) or tuple(t.shape) not in fits or t.dtype != wanted:
+                seen = f"shape {tuple(t.shape)}, {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+                return [f"the {what} of {key} has {name} of {seen}; here its matrix is {state['size']}, {wanted}"]
+        if bad := non_finite(f"the {what} of {key}", tensors):
+            return bad
+    return []

@@ -49,6 +49,8 @@ class DiagNewton(CurvatureOptimizer):
     (2021) ("diag-hessian" of draws); for the options those of `KFAC`.
     """
 
+    _kind = "DiagNewton"
+
     @spelled_out(DiagonalWords, like=Preconditioner, kind="diag-ggn", draws=1)
     def __init__(
         self,

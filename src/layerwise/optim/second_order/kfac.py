@@ -48,6 +48,8 @@ class KFAC(CurvatureOptimizer):
     Loshchilov and Hutter (2019) and Zhang et al. (2019) for the weight decay.
     """
 
+    _kind = "KFAC"
+
     @spelled_out(KroneckerWords, like=Preconditioner)
     def __init__(
         self,

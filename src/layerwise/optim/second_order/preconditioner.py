@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
+from layerwise.optim.saved_state import VERSION, present, refuse
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
 from layerwise.optim.second_order.data_parallel import DataParallel
 from layerwise.optim.second_order.exchange import JoinedBatch, RankCost, RankExchange
-from layerwise.optim.second_order.measured import KINDS, Request
+from layerwise.optim.second_order.measured import KINDS, CurvatureKind, Request
 from layerwise.optim.second_order.settings import (
     KEYWORDS,
     Kind,
@@ -32,6 +33,8 @@ from layerwise.tape.uses import first_bad_call, named_parameters_of
 from layerwise.tensors import dense
 
 __all__ = ["Preconditioner", "is_due"]
+
+_KIND = "Preconditioner"
 
 
 def is_due(step: int, every: int) -> bool:
@@ -108,9 +111,9 @@ class Preconditioner:
         self.curvature, self.schedule = values["curvature"], values["schedule"]
         self.damping, self.damping_form = damping, damping_form
         self.model, self.on_nonfinite, self._seed = model, on_nonfinite, seed
-        self._kind = KINDS[self.curvature.kind]
         self._request = Request((), torch.Generator(), self.curvature)
         self.blocks = Blocks()
+        self._asked: frozenset[Any] | None = None  # the parameters of the last measured batch; None: not known
         self._left: frozenset[str] | None = None  # parameters without factors; None: not known yet
         self._watched: Watched | None = None
         self.steps = self.skipped = 0
@@ -123,6 +126,10 @@ class Preconditioner:
             "damping": damping, "damping_form": damping_form, "seed": seed, "on_nonfinite": on_nonfinite,
             **KEYWORDS.of(values),
         })  # fmt: skip
+
+    @property
+    def _kind(self) -> CurvatureKind:
+        return KINDS[self.curvature.kind]
 
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Raise BadInput on all ranks, by name, where their models or settings differ; a collective."""
@@ -149,7 +156,7 @@ class Preconditioner:
         self._watched = None
         watched = Watched(due=is_due(self.steps, self.update_factors_every))
         if watched.due or self._exchange.size > 1:  # the ranks' terms are counted at every step
-            request = self._request_for(names) if watched.due else None
+            request = self._request_for(names, watched) if watched.due else None
             watch = CurvatureWatch(
                 self.model, lambda whole: {} if request is None else self._quantities(request, whole), watched,
                 self.on_nonfinite == "raise",
@@ -173,7 +180,7 @@ class Preconditioner:
             yield watched
         self._watched = watched
 
-    def _request_for(self, names: Collection[str] | None) -> Request:
+    def _request_for(self, names: Collection[str] | None, watched: Watched) -> Request:
         named = named_parameters_of(self.model)
         device = next((p.device for p in named.values()), torch.device("cpu"))
         # one seed a step needs no saved generator, and a resumed run draws the same labels
@@ -182,7 +189,10 @@ class Preconditioner:
             seed = seed_of(seed, self._exchange.rank)
         generator = torch.Generator(device).manual_seed(seed)
         asked = set(named) if names is None else names
-        return replace(self._request, names=asked, generator=generator, bases=self.blocks.bases, left=set())
+        watched.asked = frozenset((name, named[name].dtype) for name in asked if named[name].requires_grad)
+        # frozen, thawed or converted since, a parameter has another block, which the present basis does not fit
+        bases = self.blocks.bases if self._asked in (None, watched.asked) else {}
+        return replace(self._request, names=asked, generator=generator, bases=bases, left=set())
 
     def _quantities(self, request: Request, whole: bool) -> dict[str, Quantity]:
         """The quantities by kind; whole: the batch mixes its samples, for which a kind may have none."""
@@ -218,13 +228,18 @@ class Preconditioner:
             for p in named.values():
                 p.grad = None
             return False
-        self.advance(watched, damping_of)
-        for name, new in self.precondition(joint.gradients).items():
-            grad = named[name].grad
-            if grad is None or grad.is_sparse:
-                named[name].grad = new
-            else:
-                grad.copy_(new)
+        before = self.snapshot()
+        try:
+            self.advance(watched, damping_of)
+            found = self.precondition(joint.gradients)
+            written = {name: g for name in found if (g := named[name].grad) is not None and not g.is_sparse}
+            if written:
+                torch._foreach_copy_(list(written.values()), [found[name] for name in written])
+        except BaseException:
+            self.restore(before)
+            raise
+        for name in found.keys() - written.keys():
+            named[name].grad = found[name]
         return True
 
     def unsafe(self, watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
@@ -259,8 +274,10 @@ class Preconditioner:
         """Update the averages with a batch, compute the inverses that are due, and count the step."""
         blocks, new = self.blocks, watched.blocks
         if watched.due:
+            if self._asked not in (None, watched.asked):  # some may be gone
+                blocks = blocks.of_parameters(named_parameters_of(self.model))
             blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self._exchange)
-            self._left = frozenset(watched.left or ())
+            self._left, self._asked = frozenset(watched.left or ()), watched.asked
         due = is_due(self.steps, self.update_inverses_every)
         self.blocks = blocks.inverted(new, due, damping, self.damping_form, self._exchange)
         self.steps += 1
@@ -286,12 +303,14 @@ class Preconditioner:
         return self._exchange.costs(self.blocks.averages, self.blocks.inverses)
 
     def snapshot(self) -> tuple[Any, ...]:
-        """The state that `advance` changes, for `restore`."""
-        return self.blocks, self._left, self.steps, self._exchange.owners
+        """The state that steps change, for `restore`."""
+        mine = self.blocks, self._left, self.steps, self._exchange.owners, self.damping, self.skipped
+        return *mine, self._asked
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Go back to a snapshot."""
-        self.blocks, self._left, self.steps, self._exchange.owners = state
+        self.blocks, self._left, self.steps, self._exchange.owners, self.damping, self.skipped, self._asked = state
+        self._watched = None
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and inverses by parameter name, and counters: tensors, numbers and strings.
@@ -301,6 +320,7 @@ class Preconditioner:
         """
         left = None if self._left is None else sorted(self._left)
         return {
+            "optimizer": _KIND, "version": VERSION,
             "kind": self.curvature.kind, "draws": self.curvature.draws, "damping": self.damping, "steps": self.steps,
             "skipped": self.skipped, "left": left, "blocks": self.blocks.state(self._exchange),
         }  # fmt: skip
@@ -308,22 +328,48 @@ class Preconditioner:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state, λ with it; goes on bitwise where it stopped.
 
-        Raises BadInput as `check_state`.
+        Raises BadInput, with the first differences, for a state that does not fit: of another kind of curvature, other
+        parameters, shapes or types, or with NaN. Nothing is changed then.
         """
-        state_dict = self.check_state(state_dict)
-        named = named_parameters_of(self.model)
-        self.blocks, left = Blocks.of(state_dict["blocks"], named, self._exchange), state_dict["left"]
-        self._left = None if left is None else frozenset(left)
-        self.damping, self._watched = state_dict["damping"], None
-        self.steps, self.skipped = state_dict["steps"], state_dict["skipped"]
+        refuse(self.differences(state_dict), _KIND)
+        self.restore(self.prepared(state_dict))
 
-    def check_state(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """A state with older words translated. Raises BadInput for another kind, or parameters that the model lacks."""
-        state_dict, ours = present_state(state_dict), self.curvature
-        theirs = described(state_dict["kind"], state_dict["draws"])
-        if (state_dict["kind"], state_dict["draws"] is None) != (ours.kind, ours.draws is None):
-            raise BadInput(f"the saved factors are of kind {theirs!r}, and ours {described(ours.kind, ours.draws)!r}")
-        wrong = misfits(state_dict["blocks"], named_parameters_of(self.model))
-        if wrong:
-            raise BadInput(f"the saved factors of {', '.join(wrong[:5])} fit no parameter of the model")
-        return state_dict
+    def differences(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """What of a saved state does not fit. Raises BadInput for one that is not a preconditioner's, or lacks keys."""
+        state, ours = _present(state_dict), self.curvature
+        theirs = described(state["kind"], state["draws"])
+        if (state["kind"], state["draws"] is None) != (ours.kind, ours.draws is None):
+            return [f"the saved factors are of kind {theirs!r}, and ours {described(ours.kind, ours.draws)!r}"]
+        found = [] if _is_damping(state["damping"]) else [f"its damping is {state['damping']!r}"]
+        found += [f"its {key} is {state[key]!r}" for key in ("steps", "skipped") if not _is_count(state[key])]
+        return found + misfits(state["blocks"], named_parameters_of(self.model))
+
+    def prepared(self, state_dict: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What `restore` takes, from a saved state that fits."""
+        state, owners = _present(state_dict), self._exchange.owners
+        try:
+            blocks = Blocks.of(state["blocks"], named_parameters_of(self.model), self._exchange)
+        finally:
+            its, self._exchange.owners = self._exchange.owners, owners
+        left = None if state["left"] is None else frozenset(state["left"])
+        return blocks, left, state["steps"], its, state["damping"], state["skipped"], None
+
+    # -- copies --------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and pickle, without a batch that was watched and not yet stepped on."""
+        return {**vars(self), "_watched": None}
+
+
+def _present(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved state in present words. Raises BadInput for one that is not a preconditioner's, or lacks keys."""
+    required = ("kind", "damping", "steps", "skipped", "left", "blocks")
+    return present_state(present(state, _KIND, required))
+
+
+def _is_damping(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < float("inf")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0

@@ -194,9 +194,15 @@ def _written(words: Mapping[str, Any]) -> str:
 
 def present_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a preconditioner in present words; in older ones a kind ends in "-mc" where a diagonal is drawn."""
-    blocks = {name: {**its, "kind": its["kind"].removesuffix("-mc")} for name, its in state["blocks"].items()}
+    blocks = state["blocks"]
+    if isinstance(blocks, Mapping):
+        blocks = {name: _renamed(its) if isinstance(its, Mapping) else its for name, its in blocks.items()}
     draws = state.get("draws", None if state["kind"] in DIAGONALS else 1)
-    return {**state, "kind": state["kind"].removesuffix("-mc"), "draws": draws, "blocks": blocks}
+    return {**_renamed(state), "draws": draws, "blocks": blocks}
+
+
+def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: str(value).removesuffix("-mc") if key == "kind" else value for key, value in state.items()}
 
 
 def described(kind: str, draws: int | None) -> str:

@@ -71,7 +71,7 @@ class Watched:
     found: the sums of the blocks. batch: its samples and terms. weight: of its loss in that of the whole batch over
     ranks. in_grad: its gradients were read from `.grad`. by_hand: the differentiated value is not that of a loss call.
     left: the parameters without Kronecker factors. kinds: of each block. suspect: names the non-finite tensor, once
-    the gradients are known.
+    the gradients are known. asked: the parameters to measure, with their types.
     """
 
     blocks: dict[str, Measured] = field(default_factory=dict)
@@ -87,6 +87,7 @@ class Watched:
     by_hand: bool = False
     backward: Callable[[Tensor, Sequence[Tensor]], list[Tensor | None]] | None = None
     uses: list[Use] = field(default_factory=list)
+    asked: frozenset[tuple[str, torch.dtype]] = frozenset()
 
     def finish(self) -> None:
         """Compute the blocks from their sums."""

@@ -1,0 +1,122 @@
+"""Saved states of optimizers: what fits is decided of the whole state, before anything of it is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.tensors import is_finite
+
+__all__ = ["VERSION", "Fit", "lacking", "like", "misfits", "non_finite", "of_local_optimizer", "present", "refuse"]
+
+VERSION = 2  # states of releases 0.1 and 0.2 have neither a version nor the optimizer's name
+_SHOWN = 5
+
+Fit = Callable[[Mapping[str, Any]], list[str]]
+"""The differences of a parameter's saved entries from those that an optimizer would make; none where they fit."""
+
+
+def present(state: Any, kind: str, required: Sequence[str], since: Sequence[str] = ()) -> dict[str, Any]:
+    """A saved state in the present version's form. since: the keys that states without a version may lack.
+
+    Raises BadInput for the state of another optimizer, for a newer version, and for missing keys.
+    """
+    if not isinstance(state, Mapping):
+        raise BadInput(f"the saved state of {kind} is a dict; got {type(state).__name__}")
+    named, version = state.get("optimizer", kind), state.get("version", 1)
+    if named != kind:
+        raise BadInput(f"the saved state is that of {named}, and cannot be loaded into {kind}")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise BadInput(
+            f"the saved state of {kind} has version {version!r}, and this release reads 1 to {VERSION}: "
+            "load it with the release that wrote it, or a newer one"
+        )
+    optional = since if version == 1 else ()
+    if missing := [key for key in required if key not in state and key not in optional]:
+        raise BadInput(
+            f"the saved state lacks {', '.join(missing)}: it was cut, or is that of another optimizer than {kind}"
+        )
+    return {**state, "version": VERSION, "optimizer": kind}
+
+
+def refuse(differences: Iterable[str], kind: str) -> None:
+    """Raise BadInput with the first differences, where there are any."""
+    if found := list(differences):
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise BadInput(
+            f"the saved state does not fit this {kind}, which was left as it is: {'; '.join(found[:_SHOWN])}{more}"
+        )
+
+
+def lacking(what: str, values: Mapping[str, Any], required: Iterable[str]) -> list[str]:
+    """The difference that required keys are missing."""
+    missing = sorted(set(required) - set(values))
+    return [f"{what} lacks {', '.join(missing)}"] if missing else []
+
+
+def non_finite(what: str, values: Mapping[str, Any]) -> list[str]:
+    """The first number or tensor among values that holds NaN or infinity."""
+    for key, value in values.items():
+        tensor = torch.tensor(value) if isinstance(value, float) else value
+        if isinstance(tensor, Tensor) and not tensor.is_meta and not (tensor.is_floating_point() <= is_finite(tensor)):
+            return [f"{key} of {what} holds NaN or infinity"]
+    return []
+
+
+def misfits(name: str, saved: Any, fits: Sequence[Fit]) -> list[str]:
+    """The differences of a parameter's saved entries from the nearest of several forms; a form that fits is enough."""
+    if not isinstance(saved, Mapping):
+        return [f"the state of {name} is a {type(saved).__name__}, not a dict"]
+    if not saved:
+        return []
+    found = [fit(saved) for fit in fits]
+    nearest = min(found, key=len, default=[])
+    return [f"the state of {name} {text}" for text in nearest] or non_finite(name, saved)
+
+
+def like(entries: Mapping[str, Any]) -> Fit:
+    """Whether saved entries have the keys, shapes and types of given ones (which may be on the meta device)."""
+
+    def differences(saved: Mapping[str, Any]) -> list[str]:
+        missing, foreign = sorted(set(entries) - set(saved)), sorted(set(saved) - set(entries))
+        found = [f"lacks {', '.join(missing)}"] if missing else []
+        found += [f"has {', '.join(foreign)}, which belongs to another optimizer"] if foreign else []
+        for key in entries.keys() & saved.keys():
+            said, wanted = _form(saved[key]), _form(entries[key])
+            if said != wanted and None not in (saved[key], entries[key]):
+                found.append(f"has {key} of {said}, and here it is {wanted}")
+        return found
+
+    return differences
+
+
+def _form(value: Any) -> str:
+    """Shape and type in words; numbers, and tensors of one element, are counters of whatever type."""
+    if isinstance(value, Tensor) and value.dim():
+        return f"shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(value, Tensor | int | float):
+        return "one number"
+    return type(value).__name__
+
+
+def of_local_optimizer(kind: Any, settings: Mapping[str, Any], p: Tensor) -> Iterator[Fit]:
+    """The form of the state that a torch optimizer makes for a parameter in its first step.
+
+    It is found by a step on the meta device, which costs no memory; an optimizer that reads values is tried on zeros.
+    None for an optimizer that makes no step alone, whose state is not looked into.
+    """
+    for device in ("meta", p.device):
+        probe = torch.zeros_like(p.detach(), device=device).requires_grad_()
+        probe.grad = torch.zeros_like(probe)
+        try:
+            optimizer = kind([{"params": [probe]}], lr=0.0)
+            optimizer.param_groups[0].update(settings)
+            optimizer.step()
+        except Exception:  # of a class of the user's
+            continue
+        yield like(dict(optimizer.state.get(probe, {})))
+        return

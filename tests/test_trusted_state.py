@@ -1,0 +1,293 @@
+"""Saved states that do not fit are refused whole, by name; and optimizers are copied and pickled as torch's are."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from state_checks import same, through_a_file
+from torch import Tensor, nn
+
+import layerwise as lw
+from layerwise import local
+from layerwise.errors import BadInput
+from layerwise.optim.second_order.preconditioner import Preconditioner
+
+Make = Callable[[nn.Module], Any]
+
+MAKERS: dict[str, Make] = {
+    "LocoProp": lambda m: lw.LocoProp(m),
+    "LocoProp elastic": lambda m: lw.LocoProp(m, regularizer=local.Elastic(0.1)),
+    "LocoProp adam, threads": lambda m: lw.LocoProp(m, solver=local.LocalSteps(3, torch.optim.Adam), workers=2),
+    "AltMin": lambda m: lw.AltMin(m),
+    "AltMin sgd": lambda m: lw.AltMin(m, weights="sgd"),
+    "AltMin memory": lambda m: lw.AltMin(m, weights="memory", codes="jacobi", coupling=0.1),
+    "AltMin sweep": lambda m: lw.AltMin(m, codes="sweep"),
+    "AltMin async": lambda m: lw.AltMin(m, schedule="async"),
+    "KFAC": lambda m: lw.optim.KFAC(m, update_factors_every=1),
+    "KFAC ekfac": lambda m: lw.optim.KFAC(m, kind="ekfac", update_factors_every=1),
+    "KFAC foof": lambda m: lw.optim.KFAC(m, kind="foof", update_factors_every=1),
+    "DiagNewton": lambda m: lw.optim.DiagNewton(m, update_every=1),
+}
+every = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def net(wide: int = 5, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, wide), nn.Tanh(), nn.Linear(wide, 3)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def closure_of(model: nn.Module, seed: int = 0) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(7, 1, 4, 4, generator=generator), torch.randint(3, (7,), generator=generator)
+    x = x.to(next(model.parameters()).dtype)
+    return lambda: F.cross_entropy(model(x), y)
+
+
+def trained(make: Make, model: nn.Module | None = None, steps: int = 3) -> tuple[nn.Module, Any]:
+    model = net() if model is None else model
+    opt = make(model)
+    for seed in range(steps):
+        opt.step(closure_of(model, seed))
+    return model, opt
+
+
+def refused(opt: Any, state: Any, says: str) -> None:
+    """The state is refused with these words, and nothing has changed."""
+    before, groups = copy.deepcopy(opt.state_dict()), copy.deepcopy(settings_of(opt))
+    with pytest.raises(BadInput, match=says):
+        opt.load_state_dict(state)
+    assert same(opt.state_dict(), before) and settings_of(opt) == groups
+
+
+def settings_of(opt: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k != "params"} for group in getattr(opt, "param_groups", [])]
+
+
+def tensors_in(state: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The ways to all floating-point tensors of a state."""
+    if isinstance(state, Tensor):
+        return [way] if state.is_floating_point() and state.numel() else []
+    parts = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return [found for key, value in parts for found in tensors_in(value, (*way, key))]
+
+
+def put(state: Any, way: tuple[Any, ...], value: Any) -> None:
+    for key in way[:-1]:
+        state = state[key]
+    state[way[-1]] = value
+
+
+def get(state: Any, way: tuple[Any, ...]) -> Any:
+    for key in way:
+        state = state[key]
+    return state
+
+
+# What does not fit -------------------------------------------------------------------------------------------------
+
+
+@every
+def test_the_state_of_other_shapes_is_refused(make: Make) -> None:
+    _, opt = trained(make)
+    _, other = trained(make, net(wide=6))
+    state = other.state_dict()
+    # every shape of the wider model fails, a state that names the same parameters, too
+    refused(opt, state, "fit|shape|moments|averages|codes")
+
+
+@pytest.mark.parametrize("theirs", MAKERS)
+@pytest.mark.parametrize("ours", MAKERS)
+def test_pairs_of_optimizers(ours: str, theirs: str) -> None:
+    """A state of the same kind loads, and the optimizer goes on; that of another is refused."""
+    model, opt = trained(MAKERS[ours])
+    _, other = trained(MAKERS[theirs])
+    state = through_a_file(other.state_dict())
+    kinds = (type(opt), type(other))
+    if kinds[0] is not kinds[1]:
+        refused(opt, state, f"that of {kinds[1].__name__}, and cannot be loaded into {kinds[0].__name__}")
+        return
+    try:
+        opt.load_state_dict(state)
+    except BadInput as error:
+        assert ours != theirs, error
+    opt.step(closure_of(model, 9))
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters()) and opt.skipped == 0
+
+
+@every
+def test_each_missing_key_is_refused(make: Make) -> None:
+    _, opt = trained(make)
+    state = opt.state_dict()
+    for key in set(state) - {"optimizer", "version", "skipped"}:
+        refused(opt, {k: v for k, v in state.items() if k != key}, key)
+    for key in set(state["param_groups"][0]) & set(opt.defaults):
+        less = [{k: v for k, v in group.items() if k != key} for group in state["param_groups"]]
+        refused(opt, {**state, "param_groups": less}, f"lacks {key}")
+    for number, own in state["state"].items():
+        for key in own if len(own) > 1 else ():  # without its only entry, a parameter is one without a state
+            if key in ("B", "inverse", "inverted"):  # a memory has them in some of its forms
+                continue
+            less = {**state["state"], number: {k: v for k, v in own.items() if k != key}}
+            refused(opt, {**state, "state": less}, f"lacks {key}")
+
+
+@every
+def test_nan_in_any_tensor_is_refused_by_name(make: Make) -> None:
+    _, opt = trained(make)
+    ways = tensors_in(opt.state_dict())
+    assert ways
+    for way in ways:
+        for bad in (float("nan"), float("inf")):
+            state = copy.deepcopy(opt.state_dict())
+            get(state, way).select(-1, -1).fill_(bad) if get(state, way).dim() else get(state, way).fill_(bad)
+            name = next(str(key) for key in reversed(way) if isinstance(key, str))
+            refused(opt, state, rf"{name} of .*NaN|running averages.*NaN|{name} of a minibatch.*NaN")
+
+
+@every
+def test_tensors_of_other_shapes_and_types_are_refused(make: Make) -> None:
+    _, opt = trained(make)
+    state = opt.state_dict()
+    for way in tensors_in({k: v for k, v in state.items() if k != "stale"}):
+        old = get(state, way)
+        if not old.dim():
+            continue
+        changes = [torch.zeros(*old.shape, 2)] + [old.double()] * (way[0] != "averages")
+        for new in changes:
+            changed = copy.deepcopy(state)
+            put(changed, way, new)
+            refused(opt, changed, "shape|moments|averages")
+
+
+@every
+@pytest.mark.parametrize("change", [{"lr": -1.0}, {"lr": float("nan")}, {"lr": "fast"}, {"lr": None}])
+def test_settings_that_cannot_be_are_refused(make: Make, change: dict[str, Any]) -> None:
+    _, opt = trained(make)
+    state = opt.state_dict()
+    refused(opt, {**state, "param_groups": [{**state["param_groups"][0], **change}]}, "parameter group 0")
+
+
+@every
+def test_what_is_no_state_is_refused(make: Make) -> None:
+    model, opt = trained(make)
+    state = opt.state_dict()
+    for wrong in (None, [], 3, {}, {"state": {}}, {**state, "version": 99}, {**state, "state": None},
+                  {**state, "param_groups": None}, {**state, "param_groups": []}):  # fmt: skip
+        refused(opt, wrong, "saved")
+    refused(opt, {**state, "state": {**state["state"], 99: {"x": torch.ones(1)}}}, "99")
+    torch_opt = torch.optim.Adam(model.parameters())
+    refused(opt, torch_opt.state_dict(), "lacks")
+
+
+@every
+def test_states_without_a_version_load(make: Make) -> None:
+    """Those of releases 0.1 and 0.2."""
+    model, opt = trained(make)
+    state = copy.deepcopy(opt.state_dict())
+    old = {k: v for k, v in state.items() if k not in ("optimizer", "version")}
+    if "preconditioner" in old:
+        old["preconditioner"] = {k: v for k, v in old["preconditioner"].items() if k not in ("optimizer", "version")}
+    opt.step(closure_of(model, 8))
+    opt.load_state_dict(through_a_file(old))
+    assert same(opt.state_dict(), state)
+
+
+def test_a_preconditioner_refuses_what_does_not_fit() -> None:
+    model = net()
+    pre = Preconditioner(model, update_factors_every=1)
+    with pre.watch():
+        closure_of(model)().backward()
+    pre.step()
+    state = pre.state_dict()
+    refused(pre, {**state, "damping": -1.0}, "damping")
+    refused(pre, {**state, "steps": -1}, "steps")
+    refused(pre, lw.LocoProp(model).state_dict(), "that of LocoProp")
+    refused(pre, {k: v for k, v in state.items() if k != "blocks"}, "blocks")
+    for key in state["blocks"]["0.weight"]:
+        if key not in ("A", "B"):
+            less = {k: v for k, v in state["blocks"]["0.weight"].items() if k != key}
+            refused(pre, {**state, "blocks": {**state["blocks"], "0.weight": less}}, "0.weight lacks")
+
+
+# Copies --------------------------------------------------------------------------------------------------------------
+
+
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_copy_goes_on_bitwise_and_apart(name: str, copied: Callable[[Any], Any], steps: int) -> None:
+    model, opt = trained(MAKERS[name], steps=steps)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
+    its_model, its = copied((model, opt))
+    assert settings_of(its) == settings_of(opt) and its.skipped == opt.skipped
+    before = copy.deepcopy((its_model.state_dict(), its.state_dict()))
+    for seed in range(4, 7):
+        opt.step(closure_of(model, seed))
+    assert same((its_model.state_dict(), its.state_dict()), before)
+    for seed in range(4, 7):
+        its.step(closure_of(its_model, seed))
+    assert same((its_model.state_dict(), its.state_dict()), (model.state_dict(), opt.state_dict()))
+    schedule.step()
+
+
+def test_a_preconditioner_is_copied() -> None:
+    def step(model: nn.Module, pre: Preconditioner) -> dict[str, Tensor]:
+        with pre.watch():
+            closure_of(model)().backward()
+        pre.step()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    model = net()
+    pre = Preconditioner(model, update_factors_every=1)
+    step(model, pre)
+    for its_model, its in (copy.deepcopy((model, pre)), pickled((model, pre))):
+        again = copy.deepcopy((its_model, its))
+        assert same(step(its_model, its), step(*again))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.table, self.head = (
+            nn.MultiheadAttention(4, 2, batch_first=True),
+            nn.Embedding(7, 4),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        return self.head(self.mix(h, h, h)[0].mean(1))
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["not asked for", "asked for"])
+@pytest.mark.parametrize("quantity", [lw.KFAC, lw.KFLR, lw.EKFAC, lw.KFRA, lw.Variance])
+def test_what_was_seen_is_pickled(quantity: Any, asked: bool) -> None:
+    model: nn.Module = net() if quantity is lw.KFRA else Attention()
+    x = torch.randn(6, 1, 4, 4) if quantity is lw.KFRA else torch.randint(7, (6, 5))
+    with lw.observe(model, quantity()) as seen:
+        F.cross_entropy(model(x), torch.randint(3, (6,))).backward()
+    name = quantity().name
+    found = getattr(seen, name) if asked else None
+    for its in (copy.deepcopy(seen), pickled(seen)):
+        wanted, got = getattr(seen, name) if found is None else found, getattr(its, name)
+        assert same(dict(seen.grad), dict(its.grad))
+        keys = list(wanted) if isinstance(wanted, Mapping) else list(wanted.forms)
+        assert keys
+        for key in keys if isinstance(wanted, Mapping) else {key.split("[")[0] for key in keys}:
+            mine, theirs = (v[key] if isinstance(v, Mapping) else v.to_dense(key) for v in (wanted, got))
+            assert torch.equal(mine, theirs)
+    file = io.BytesIO()
+    torch.save(seen, file)

@@ -1,0 +1,214 @@
+"""A step is whole or has not happened; a finite batch never ends a model; parameters may change in training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import layerwise as lw
+from benchmarks import faults
+from layerwise.errors import BadInput
+
+every = pytest.mark.parametrize("name", faults.OPTIMIZERS)
+
+
+# Whole steps ------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_an_operation_that_raises_takes_the_step_back(name: str) -> None:
+    make = faults.OPTIMIZERS[name]
+    found = faults.tried(make, every=max(1, faults.count(make) // 12), first=1)
+    assert found.tried >= 9 and not found.failed
+
+
+@every
+def test_an_interrupt_between_two_lines_takes_the_step_back(name: str) -> None:
+    make = faults.OPTIMIZERS[name]
+    found = faults.tried(make, lines=True, every=max(1, faults.count(make, lines=True) // 6), first=3)
+    assert found.tried >= 5 and not found.failed
+
+
+@pytest.mark.slow
+@every
+def test_each_operation_that_raises_takes_the_step_back(name: str) -> None:
+    assert not faults.tried(faults.OPTIMIZERS[name]).failed
+
+
+def test_the_injector_finds_a_step_that_is_half_made() -> None:
+    class Halves(lw.LocoProp):
+        def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
+            loss = super().step(closure)
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.mul_(0.9)
+            return loss
+
+    total = faults.count(lambda m: Halves(m))
+    assert faults.tried(lambda m: Halves(m), first=total - 3).failed
+
+
+@pytest.mark.parametrize("quantities", [(lw.SecondMoment(),), (lw.DiagHessian(),)], ids=["once", "twice"])
+def test_an_interrupt_on_the_way_in_leaves_no_mode_and_no_hook(quantities: Any) -> None:
+    model, x, y = nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2), torch.tensor([1])
+    place = 0
+    while True:
+        place += 1
+        context, fault = lw.observe(model, *quantities), faults.Lines(place)
+        try:
+            with fault:
+                context.__enter__()
+            break
+        except KeyboardInterrupt:
+            assert not faults.left_over(model), place
+            with context as seen:
+                F.cross_entropy(model(x), y).backward()
+            assert torch.isfinite(seen.grad["0.weight"]).all() and not faults.left_over(model)
+    context.__exit__(None, None, None)
+    assert place > 20 and not faults.left_over(model)
+
+
+# Finite batches ---------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("scale", [1e5, 1e10, 1e15, 1e18, 1e20, 1e25, 1e30, 1e37])
+@pytest.mark.parametrize("norm", [True, False], ids=["batch norm", ""])
+def test_a_finite_batch_never_ends_a_model(name: str, scale: float, norm: bool) -> None:
+    torch.manual_seed(0)
+    middle = [nn.BatchNorm1d(6)] if norm else []
+    model = nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    opt = faults.OPTIMIZERS[name](model)
+    y = torch.randint(3, (8,))
+
+    def step(x: Tensor) -> None:
+        opt.step(lambda: F.cross_entropy(model(x), y))
+
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(8, 4, generator=generator)
+        x[0] *= scale if seed in (1, 3) else 1.0
+        step(x)
+        assert all(bool(torch.isfinite(p).all()) for p in (*model.parameters(), *model.buffers()))
+    skipped = opt.skipped
+    for seed in range(6, 9):
+        step(torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)))
+    assert opt.skipped == skipped
+
+
+# Parameters that change -------------------------------------------------------------------------------------------
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def closure_of(model: nn.Module, seed: int = 0) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(8, 4, generator=generator), torch.randint(3, (8,), generator=generator)
+    x = x.to(next(model.parameters()).dtype)
+    return lambda: F.cross_entropy(model(x), y)
+
+
+def moved(model: nn.Module, act: Callable[[], Any]) -> set[str]:
+    """The names of the parameters that an act moves."""
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    act()
+    return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+
+
+@every
+def test_a_layer_that_is_thawed_is_trained_or_the_error_says_what_to_call(name: str) -> None:
+    model = small()
+    model[2].requires_grad_(False)
+    opt = faults.OPTIMIZERS[name](model)
+    opt.step(closure_of(model))
+    model[2].requires_grad_(True)
+    with pytest.raises(BadInput, match=r"2\.weight, 2\.bias .*add_param_group"):
+        opt.step(closure_of(model, 1))
+    opt.add_param_group({"params": model[2].parameters()})
+    if name != "LocoProp, into .grad":
+        opt.step(closure_of(model, 2))
+        assert {"2.weight", "2.bias"} <= moved(model, lambda: opt.step(closure_of(model, 3)))
+
+
+@every
+@pytest.mark.parametrize("frozen", ["2.weight", "2.bias", "0.weight", "4.weight", "4.bias"])
+def test_a_parameter_that_is_frozen_stays(name: str, frozen: str) -> None:
+    model = small()
+    opt = faults.OPTIMIZERS[name](model)
+    opt.step(closure_of(model))
+    p = dict(model.named_parameters())[frozen]
+    p.requires_grad_(False)
+    if name == "AltMin memory" and frozen.endswith("bias"):
+        with pytest.raises(BadInput, match="frozen or thawed"):
+            opt.step(closure_of(model, 1))
+        return
+    for seed in range(1, 4):
+        found = moved(model, lambda seed=seed: opt.step(closure_of(model, seed)))  # type: ignore[misc]
+        assert frozen not in found and (found or name == "LocoProp, into .grad")
+    p.requires_grad_(True)
+    for seed in range(5, 8):
+        found = moved(model, lambda seed=seed: opt.step(closure_of(model, seed)))  # type: ignore[misc]
+        assert frozen in found or name == "LocoProp, into .grad"
+    assert opt.skipped == 0
+
+
+@every
+@pytest.mark.parametrize("given", [False, True], ids=["all", "given"])
+@pytest.mark.parametrize("change", ["head", "weight norm", "assigned"])
+def test_a_parameter_that_is_replaced_is_refused(name: str, given: bool, change: str) -> None:
+    model = small()
+    opt = faults.OPTIMIZERS[name](model)
+    opt.step(closure_of(model))
+    if given:
+        opt.all_parameters = False
+    if change == "head":
+        model[4] = nn.Linear(6, 3)
+    elif change == "weight norm":
+        nn.utils.parametrizations.weight_norm(model[2])
+    else:
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(BadInput, match="new optimizer"):
+        opt.step(closure_of(model, 1))
+    opt = faults.OPTIMIZERS[name](model)
+    opt.step(closure_of(model, 1))
+    assert opt.skipped == 0
+
+
+@every
+def test_pruning_goes_on_as_with_torch(name: str) -> None:
+    model = small()
+    opt = faults.OPTIMIZERS[name](model)
+    opt.step(closure_of(model))
+    prune.random_unstructured(model[2], "weight", 0.5)
+    found = moved(model, lambda: [opt.step(closure_of(model, seed)) for seed in range(1, 4)])
+    assert "2.weight_orig" in found or name == "LocoProp, into .grad"
+    opt.load_state_dict(opt.state_dict())
+    opt.step(closure_of(model, 4))
+
+
+@every
+def test_a_model_may_change_its_type(name: str) -> None:
+    model = small()
+    opt = faults.OPTIMIZERS[name](model)
+    for seed in range(2):
+        opt.step(closure_of(model, seed))
+    model.double()
+    for seed in range(2, 5):
+        found = moved(model, lambda seed=seed: opt.step(closure_of(model, seed)))  # type: ignore[misc]
+        assert len(found) == 6 or name == "LocoProp, into .grad"
+    assert opt.skipped == 0
+    model.float()
+    opt.step(closure_of(model, 6))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.step(closure_of(model, 7))
+    assert opt.skipped == 0 and all(p.dtype is torch.float32 for p in model.parameters())
