@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from random_programs import Program
+from random_nets import Program
 from torch import Tensor, nn
 from zoo.parts import Apply
 

@@ -40,12 +40,13 @@ def _part(instance: Instance, index: Tensor) -> Instance:
     return replace(instance, x=_rows(instance.x, index), y=_rows(instance.y, index))
 
 
-def _observe(parts: Sequence[Instance], *quantities: lw.Quantity) -> Any:
+def _observe(parts: Sequence[Instance], *quantities: lw.Quantity, weights: Sequence[float] = (1.0,)) -> Any:
+    """weights: of the parts' losses in the loss that is observed."""
     for p in parts[0].params.values():
         p.grad = None
     with lw.observe(parts[0].subject, *quantities) as seen:
-        for part in parts:
-            part.loss().backward()
+        for part, weight in zip(parts, weights, strict=True):
+            (part.loss() * weight).backward()
     return seen
 
 
@@ -86,12 +87,16 @@ def test_sums_over_samples_and_the_variance(case: Case) -> None:
 @BY_MODEL
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (1, 1, 1)], ids=str)
 def test_a_batch_in_parts(name: str, sizes: tuple[int, ...]) -> None:
-    """Splitting and accumulating changes nothing, whatever the parts' sizes."""
+    """Splitting changes nothing, whatever the parts' sizes, where each part's loss is weighed by its share."""
     instance = zoo_case(name).make(seed=1)
     first = _part(instance, torch.arange(sum(sizes)).clamp(max=instance.n - 1))
-    parts = [_part(first, index) for index in torch.arange(sum(sizes)).split(sizes)]
+    rows = torch.arange(sum(sizes)).split(sizes)
+    parts = [_part(first, index) for index in rows]
+    shares = [
+        float((first.terms()[index].sum() / part.loss()).detach()) for index, part in zip(rows, parts, strict=True)
+    ]
     quantities = _quantities()
-    whole, many = _observe([first], *quantities), _observe(parts, *quantities)
+    whole, many = _observe([first], *quantities), _observe(parts, *quantities, weights=shares)
     oracle.assert_close(_tensors(many, quantities), _tensors(whole, quantities))
     oracle.assert_close(dict(many.grad), dict(whole.grad))
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import oracle
 import pytest
 from hypothesis import Phase, given, settings
-from random_checks import outcome, outcomes
 from random_layouts import INGREDIENTS, Layout, layouts
-from random_programs import FAMILIES, Program, programs
+from random_nets import FAMILIES, Program, programs
+from random_programs import outcome, outcomes
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")

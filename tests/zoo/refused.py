@@ -187,9 +187,6 @@ REFUSED = [
     Refused("pairs_near", _mixing(lambda h: h + h[[1, 0, 3, 2]]), "SamplesMixed"),
     Refused("pairs_far", _mixing(lambda h: h + h[[2, 3, 0, 1]]), "SamplesMixed"),
     Refused("pairs_outer", _mixing(lambda h: h + h[[3, 2, 1, 0]]), "SamplesMixed"),
-    # Samples in another order inside: sums over layers would mix samples.
-    Refused("swapped_near", _mixing(lambda h: h[[1, 0, 3, 2]]), "LayerwiseError"),
-    Refused("swapped_far", _mixing(lambda h: h[[2, 3, 0, 1]]), "LayerwiseError"),
     Refused("custom_function", _hidden, "UncoveredUse"),
     Refused("half_covered", _half_covered, "UncoveredUse"),
     Refused("half_covered_chain", _half_covered_chain, "UncoveredUse"),

@@ -43,7 +43,8 @@ __all__ = [
 
 Place = Tensor | GradientEdge  # where a reverse pass starts or ends
 _NO_SECOND = re.compile(
-    r"derivative for .* is not implemented|once_differentiable|use_reentrant=True|double.?backward", re.IGNORECASE
+    r"derivative for .* is not implemented|once_differentiable|use_reentrant=True|double.?backward|invalid strides",
+    re.IGNORECASE,
 )
 
 

@@ -77,7 +77,8 @@ def _parts(error: LayerwiseError) -> Refused:
 def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
     """The number of samples, for those who need nothing else: measured only where the tensors seen disagree on it.
 
-    graph: of `total`, with or without its losses. Where samples are mixed it is dim 0 of the batch.
+    graph: of `total`, with or without its losses. Where samples are mixed it is dim 0 of the batch, or of the losses'
+    terms where these are fewer.
     """
     first = readings.first_count(graph) or 1
     shapes = [loss.call.logits.shape for loss in tape.losses]
@@ -86,9 +87,11 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
     ):
         return first
     try:
-        return measure(tape, graph if graph.losses else prove(tape, total, graph.weight), model).n
+        whole = graph if graph.losses else prove(tape, total, graph.weight)
+        return measure(tape, whole, model).n
     except LayerwiseError:
-        return first
+        lead = {shape[0] for shape in shapes if shape}
+        return min(first, *lead) if len(lead) == 1 else first
 
 
 def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Sequence[int]]) -> SampleLayout:
