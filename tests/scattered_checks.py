@@ -203,6 +203,8 @@ def refusals(truth: ScatteredTruth, column: Column) -> tuple[list[Refusal], bool
         may, must = [*may, NO_ROOT], True
     if not program.twice and column.second:
         may, must = [*may, NOT_TWICE], True
+    elif not program.twice and column.build is not None:
+        may.append(NOT_TWICE)
     return may, must
 
 
@@ -225,12 +227,15 @@ def scattered_outcome(program: Scattered, column: Column) -> Cell:
         may, must = refusals(truth, column)
     try:
         result, drawn = column.run(truth)
-        if must and column.build is not None:  # an operator refuses at its first product
+        if may and column.build is not None:  # an operator refuses at its first product
             result @ torch.ones(result.shape[0], dtype=result.dtype)
     except errors.LayerwiseError as error:
         return Cell("n/a" if why is not None else "refused", reason(truth, column, error, may))
     assert not must, f"{column.name} on {program.id} was not refused: {may[-1].why}"
-    compare(truth, column, result, drawn)
+    try:
+        compare(truth, column, result, drawn)
+    except errors.LayerwiseError as error:  # an operator whose first product was not among these
+        return Cell("refused", reason(truth, column, error, may))
     return Cell("sampled" if column.sampled else "exact")
 
 
