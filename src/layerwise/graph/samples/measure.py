@@ -17,6 +17,7 @@ from layerwise.graph.samples.rows import by_rows, check_losses, one_row_a_sample
 from layerwise.graph.samples.sample_axes import by_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
 from layerwise.graph.walk import Node, by_node, inputs, nodes
+from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Source, settle
 from layerwise.tape.tape import Tape
 
@@ -44,29 +45,50 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     settle([*readings.origins(graph), *tape.entered])
     if isinstance(samples, Tensor):
         return next(by_rows(graph, int(samples.max()) + 1, samples))
+    key, memo = _signature(tape, graph, model, samples), _memo(model)
     n = samples if samples is not None else readings.first_count(graph)
     if n is None or (samples is None and readings.contradictory(tape, graph)):
-        return _first_that_holds(tape, graph, readings.candidates(tape, graph))
-    key, memo = _signature(tape, graph, model, samples), _memo(model)
-    try:
-        return _checked(graph, _on_axes(tape, graph, n, key, memo, samples is None))
-    except _REFUSALS as error:
-        if isinstance(error, AmbiguousSamples) and not graph.own:
-            raise
-        refusal = _parts(error)
+        return _remembered(tape, graph, key, memo, None)
+    refusal = memo.get((key, "axes"))
+    if not isinstance(refusal, tuple):
+        try:
+            return _checked(graph, _on_axes(tape, graph, n, key, memo, samples is None))
+        except _REFUSALS as error:
+            if isinstance(error, AmbiguousSamples) and not graph.own:
+                raise
+            refusal = _parts(error)
     before = memo.get((key, "refused"))  # row by row, too: nothing in what the tensors were made from can change that
     if isinstance(before, tuple):
         raise before[0](before[1])
     try:
-        if refusal[0] is AmbiguousSamples or samples is not None:
-            return next(by_rows(graph, n))  # of a loss of the user's own the terms may say which rows are a sample
-        return _first_that_holds(tape, graph, readings.candidates(tape, graph))
+        # of a loss of the user's own the terms may say which rows are a sample
+        alone = n if refusal[0] is AmbiguousSamples or samples is not None else None
+        layout = _remembered(tape, graph, key, memo, alone)
+        _remember(memo, (key, "axes"), refusal)
+        return layout
     except _REFUSALS as error:
         kind, text = _parts(error)
     kind, text = (kind, text) if refusal[0] is BadInput and kind is not BadInput else refusal
     if all(isinstance(origin, Source) for origin in readings.origins(graph)):
         _remember(memo, (key, "refused"), (kind, text))
     raise kind(text)
+
+
+def _remembered(tape: Tape, graph: Graph, key: Any, memo: Memo, n: int | None) -> SampleLayout:
+    """The layout by what is said of the number of samples, or by rows of n samples; remembered where all have rows."""
+    place = (key, readings.places(tape, graph), n)
+    found = memo.get(place)
+    if isinstance(found, SampleLayout):
+        return _checked(graph, found)
+    if n is None:
+        layout = _first_that_holds(tape, graph, readings.candidates(tape, graph))
+    else:
+        layout = next(by_rows(graph, n))
+    numbered = [where for where in layout.uses.values() if isinstance(where, RowNumbers)]
+    every = all(bool((where.numbers >= 0).all()) for where in numbered)
+    if every and not layout.shared and structural(graph, layout):
+        _remember(memo, place, layout)
+    return layout
 
 
 def _parts(error: LayerwiseError) -> Refused:

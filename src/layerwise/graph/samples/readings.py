@@ -15,13 +15,36 @@ from layerwise.tape.origins import Moved, Origin, Source, numbers, sources
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["candidates", "contradictory", "first_count", "on_output", "origin_rows", "origins", "row_of", "terms"]
+__all__ = [
+    "candidates", "contradictory", "first_count", "on_output", "origin_rows", "origins", "outside", "places",
+    "row_counts", "row_of", "terms",
+]  # fmt: skip
 
 
 def origins(graph: Graph) -> list[Origin]:
     """Where the inputs of the uses and the targets of the losses come from, as far as that is known."""
     pairs = (*(use.origin for use in graph.uses), *(loss.target for loss in graph.losses))
     return [pair[0] for pair in pairs if pair is not None]
+
+
+def places(tape: Tape, graph: Graph) -> tuple[Any, ...]:
+    """What decides, beside the sequence of calls, where the rows of data come from: indices, masks and sizes."""
+    return tuple(_values(origin) for origin in (*tape.entered, *origins(graph)))
+
+
+def _values(origin: Origin) -> Any:
+    if isinstance(origin, Source):
+        return origin.shape
+    first = origin.args[0]
+    parents = first if isinstance(first, list) else [first]
+    kept = [_hashed(x) for x in (*origin.args[1:], *origin.kwargs.values())]
+    return (origin.own, origin.place, *kept, *(_values(parent) for parent in parents))
+
+
+def _hashed(argument: Any) -> Any:
+    if isinstance(argument, (tuple, list)):
+        return tuple(_hashed(x) for x in argument)
+    return hash(argument.cpu().numpy().tobytes()) if isinstance(argument, Tensor) else None
 
 
 def first_count(graph: Graph) -> int | None:

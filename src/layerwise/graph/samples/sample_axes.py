@@ -141,9 +141,7 @@ def structural(graph: Graph, layout: SampleLayout) -> bool:
             except (RuntimeError, ArithmeticError, ValueError):
                 return False  # a derivative that checks its input
             for use, g in zip(graph.uses, pulled, strict=True):
-                where = layout.uses[use.index]
-                assert isinstance(where, Samples)
-                if g is not None and not _follows(g != 0, where, chosen.to(g.device)):
+                if g is not None and not _follows(g != 0, layout.uses[use.index], chosen.to(g.device)):
                     return False
     return True
 
@@ -183,8 +181,10 @@ def _mask(loss: LossUse, rows: Where, chosen: Tensor) -> Tensor:
     return chosen.to(logits.device)[rows.owners(logits.shape, logits.device)]
 
 
-def _follows(support: Tensor, s: Samples, chosen: Tensor) -> bool:
+def _follows(support: Tensor, s: Where, chosen: Tensor) -> bool:
     """Whether the support holds indices of the chosen samples only, with the samples at `s`."""
+    if not isinstance(s, Samples):
+        return not bool((support & ~chosen[s.owners(support.shape, support.device)]).any())
     parts = s.split(support, s.axis)
     others = [a for a in range(parts.dim()) if a != s.axis]
     per_sample = parts.any(dim=others) if others else parts
