@@ -113,6 +113,7 @@ def accumulated(parameters: Mapping[str, Tensor], before_hooks: bool = False) ->
     changed = {name: p._backward_hooks for name, p in parameters.items() if before_hooks and p._backward_hooks}
     parameters = {name: p for name, p in parameters.items() if name not in changed}
     own = [(hooks, *next(iter(hooks.items()))) for hooks in changed.values()]
+    _STATE.pulling = False  # an interrupt can leave a product without its end
     nodes = [(name, get_gradient_edge(p).node) for name, p in parameters.items()]  # the list keeps them alive
     handles = []
     try:
@@ -148,6 +149,7 @@ def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Itera
 
         return hook
 
+    _STATE.pulling = False
     try:
         for use in uses:
             handles.append(use.edge.node.register_prehook(hook_for(use)))
