@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,9 +17,8 @@ from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded
 from layerwise.optim.keywords import refuse_unknown
 from layerwise.optim.layer_local.altmin import KEYWORDS, AltMin
-from layerwise.optim.layer_local.base import LayerLocal
 from layerwise.optim.layer_local.choices import first_match
-from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, repeated, with_coupling
+from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes, repeated, with_coupling
 from layerwise.optim.layer_local.coding import coded_layers, hidden_uses, recorded_on_codes
 from layerwise.optim.layer_local.executors import Executor, Facts, GradientJob, LayerJob, State, executor_of
 from layerwise.optim.layer_local.owners import all_or_none, described
@@ -39,7 +38,7 @@ _REFUSED = {"parallel": "ranks are stages here", "trace": "it compares with the 
             "multipliers": "they pass between stages"}  # fmt: skip
 
 
-class Pipeline(LayerLocal):
+class Pipeline(FittedToCodes):
     """`AltMin(codes="sweep")` of a model in stages, one per rank in order; bitwise equal to a single process.
 
         stage = lw.distributed.split(model, world_size)[rank]
@@ -227,22 +226,6 @@ class Pipeline(LayerLocal):
         value = torch.empty(size, dtype=_TYPES[int(kind)], device=self._device)
         self._stages.receive(self._stages.rank - 1, [value])
         return _Below(value, coupling, sparsity, int(samples))
-
-    # -- state ---------------------------------------------------------------------------------------------------
-
-    def local_state_dict(self) -> dict[str, Any]:
-        """As `AltMin.local_state_dict`, for this stage."""
-        return {**super().local_state_dict(), **self._fitter.state()}
-
-    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
-        return [*super()._differences(saved), *self._fitter.differences(saved, self._model)]
-
-    def _take(self, saved: Mapping[str, Any]) -> None:
-        super()._take(saved)
-        self._fitter.restore(saved, self._model)
-
-    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
-        return self._fitter.updates.fits(p, name, groups)
 
 
 def _no_closure() -> Tensor:

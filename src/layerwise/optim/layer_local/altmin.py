@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -17,8 +17,7 @@ from layerwise.local.layers.record import Recorded, record
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.values import Solver
 from layerwise.optim.keywords import Keywords, refuse_unknown
-from layerwise.optim.layer_local.base import LayerLocal
-from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, repeated, with_coupling
+from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes, repeated, with_coupling
 from layerwise.optim.layer_local.coding import (
     coded_layers,
     gauss_newton,
@@ -32,7 +31,6 @@ from layerwise.optim.layer_local.executors import Workers
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.layer_local.trace import Trace
 from layerwise.optim.layer_local.updates import CodeKind, CodeUpdate, Minibatch, WeightUpdate, check_group
-from layerwise.optim.saved_state import Fit
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
@@ -73,7 +71,7 @@ class AltMinWords(TypedDict, total=False):
     parallel: Parallel
 
 
-class AltMin(LayerLocal):
+class AltMin(FittedToCodes):
     """Give every layer a code, move the codes, then fit each layer to its code on its own.
 
     The objective of a minibatch of B samples relaxes the model at the output of every hidden layer:
@@ -202,20 +200,6 @@ class AltMin(LayerLocal):
         return Coded(run, codes, lambda: slopes)
 
     # -- state ---------------------------------------------------------------------------------------------------
-
-    def local_state_dict(self) -> dict[str, Any]:
-        """As `LayerLocal.local_state_dict`, with the minibatches that stale layers may still be fitted to."""
-        return {**super().local_state_dict(), **self._fitter.state()}
-
-    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
-        return [*super()._differences(saved), *self._fitter.differences(saved, self._model)]
-
-    def _take(self, saved: Mapping[str, Any]) -> None:
-        super()._take(saved)
-        self._fitter.restore(saved, self._model)
-
-    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
-        return self._fitter.updates.fits(p, name, groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle; the proofs of replays are made anew."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from layerwise.local.solvers.steps import constant, linear_steps
 from layerwise.local.solvers.values import LocalSteps, Solver
 from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import NamedOptimizer
-from layerwise.optim.layer_local.base import Fitting, solved
+from layerwise.optim.layer_local.base import Fitting, LayerLocal, solved
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
 from layerwise.optim.layer_local.snapshot import Snapshot
 from layerwise.optim.layer_local.stale import Stale
@@ -38,10 +38,11 @@ from layerwise.optim.layer_local.updates import (
     rates_of,
     share,
 )
+from layerwise.optim.saved_state import Fit
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["CodeFitter", "Coded", "repeated", "with_coupling"]
+__all__ = ["CodeFitter", "Coded", "FittedToCodes", "repeated", "with_coupling"]
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
@@ -255,6 +256,26 @@ class CodeFitter:
         """From `state_dict`."""
         if self.stale is not None and "stale" in state_dict:
             self.stale.restore(state_dict["stale"], named_parameters_of(model))
+
+
+class FittedToCodes(LayerLocal):
+    """A layer-local optimizer whose layers are fitted to codes, with what its fitter holds in the saved state."""
+
+    _fitter: CodeFitter
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """As `LayerLocal.local_state_dict`, with the minibatches that stale layers may still be fitted to."""
+        return {**super().local_state_dict(), **self._fitter.state()}
+
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        return [*super()._differences(saved), *self._fitter.differences(saved, self._model)]
+
+    def _take(self, saved: Mapping[str, Any]) -> None:
+        super()._take(saved)
+        self._fitter.restore(saved, self._model)
+
+    def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
+        return self._fitter.updates.fits(p, name, groups)
 
 
 def repeated(
