@@ -57,10 +57,6 @@ class RowNumbers:
         """The sample that owns each element of a tensor of a shape, int64, broadcastable to it; -1: no sample."""
         return self.numbers.to(device)
 
-    def at(self, device: torch.device) -> RowNumbers:
-        """The same numbers on a device."""
-        return self if self.numbers.device == device else RowNumbers(self.n, self.numbers.to(device))
-
 
 @dataclass(frozen=True)
 class Rows:

@@ -68,10 +68,11 @@ def placed(x: Tensor, order: Order) -> Tensor:
 
 def digits(numbers: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """Numbers from -1 to n - 1 as a stack of digits `[D, ...]` that are exact in any type; see `from_digits`."""
-    found, left = [], numbers + 1
-    for _ in range(max(1, len(_places(n)))):
+    found: list[Tensor] = []
+    left, most = numbers + 1, n
+    while most or not found:
         found.append(left % _BASE)
-        left = left // _BASE
+        left, most = left // _BASE, most // _BASE
     return torch.stack(found).to(dtype)
 
 
@@ -82,11 +83,3 @@ def from_digits(stack: Tensor) -> Tensor:
     for digit in reversed(stack.unbind(0)):
         total = total * _BASE + digit.long()
     return total - 1
-
-
-def _places(n: int) -> list[int]:
-    """1, 128, ...: the values of the digits of numbers up to n."""
-    found = [1]
-    while found[-1] * _BASE <= n:
-        found.append(found[-1] * _BASE)
-    return found

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerwise.tape.calls import assembles
 
-__all__ = ["Moved", "Origin", "Origins", "Source", "numbers", "settle", "sources"]
+__all__ = ["Moved", "Origin", "Origins", "Source", "numbers", "offsets_of", "parents", "settle", "sources"]
 
 _MOVE_NAMES = """__getitem__ index_select narrow select gather take take_along_dim masked_select split chunk
     tensor_split unbind split_with_sizes view reshape flatten unflatten ravel squeeze unsqueeze permute transpose
@@ -97,13 +97,13 @@ class Origins:
         first = args[0] if args else next(iter(kwargs.values()))
         table = not any(x is data for x in (first if isinstance(first, (list, tuple)) else [first]))
         drawn = not table and _draws(func, args)
-        parents: Any = None
+        moved: Any = None
         if not table:  # else `first` is a constant, looked up by data
-            parents = self.of(first)[1] if isinstance(first, Tensor) else [self.of(x)[1] for x in first]
+            moved = self.of(first)[1] if isinstance(first, Tensor) else [self.of(x)[1] for x in first]
         others = dict(kwargs) if args else dict(list(kwargs.items())[1:])
         for i, x in enumerate(results):
             if not table:
-                origin = Moved(func, (parents, *args[1:]), others, i if several else None, x.shape, drawn)
+                origin = Moved(func, (moved, *args[1:]), others, i if several else None, x.shape, drawn)
             self.set(x, x.detach() if collects else kept, origin)
 
 
@@ -138,13 +138,18 @@ def sources(origin: Origin) -> list[Origin]:
     """The tensors that data was made of, each once."""
     if isinstance(origin, Source) or origin.own:
         return [origin]
-    parents = _parents(origin)
-    return list(dict.fromkeys(source for parent in parents for source in sources(parent)))
+    return list(dict.fromkeys(source for parent in parents(origin) for source in sources(parent)))
 
 
-def _parents(origin: Moved) -> list[Origin]:
+def parents(origin: Moved) -> list[Origin]:
+    """Those of the tensors whose elements a call moved."""
     first = origin.args[0]
     return first if isinstance(first, list) else [first]
+
+
+def offsets_of(source: Origin, origin: Origin) -> dict[Origin, int]:
+    """Offsets for `numbers` by which the rows of one source have numbers from 0 on, and those of all others less."""
+    return dict.fromkeys(sources(origin), -(2**40)) | {source: 0}
 
 
 def numbers(origin: Origin, offsets: Mapping[Origin, int]) -> Tensor | None:

@@ -16,7 +16,7 @@ from layerwise.errors import Undefined
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
-from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, row_numbers
+from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, over, row_numbers
 from layerwise.graph.samples.readings import on_output, origin_rows
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import Where
@@ -34,7 +34,7 @@ def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Wher
     if given is not None:
         yield from _given(graph, n, given)
         return
-    known, at = list(graph.known), len(graph.known)
+    known = list(graph.known)
     for way in (_exact_axis, _by_target, _by_inputs, _by_derivatives):
         found = [way(graph, loss, n) for loss in known]
         own: list[Where | None] = []
@@ -48,7 +48,7 @@ def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Wher
             rest += _by_terms(OwnLossGraph(graph, o), n, None)
         if all(where is not None for where in rest):
             yield [where for where in rest if where is not None]
-    if at == len(graph.losses):
+    if not graph.own:
         yield from _one_after_another(graph, n)
 
 
@@ -74,11 +74,9 @@ def _by_target(graph: Graph, loss: LossUse, n: int) -> Where | None:
     return None if rows is None else _of_terms(loss, rows, n)
 
 
-def _of_terms(loss: LossUse, rows: Tensor | None, n: int) -> RowNumbers | None:
+def _of_terms(loss: LossUse, rows: Tensor, n: int) -> RowNumbers | None:
     """Numbers of a loss's terms as numbers of its logits."""
     logits, axis = loss.call.logits, loss.call.class_axis
-    if rows is None:
-        return None
     rows = rows.to(logits.device)
     if axis is not None and rows.dim() == logits.dim() - 1:
         rows = rows.unsqueeze(axis)
@@ -89,11 +87,11 @@ def _of_terms(loss: LossUse, rows: Tensor | None, n: int) -> RowNumbers | None:
 def _by_inputs(graph: Graph, loss: LossUse, n: int) -> Where | None:
     """The rows that the inputs of uses were taken from, carried to the loss's terms by vector-Jacobian products."""
     logits = loss.call.logits
-    terms = [size for a, size in enumerate(logits.shape) if a != loss.call.class_axis]
-    count = int(torch.Size(terms).numel())
+    terms = _term_shape(loss)
+    count = terms.numel()
     owners = torch.arange(count, device=logits.device).reshape(terms)
     owners = owners if loss.call.class_axis is None else owners.unsqueeze(loss.call.class_axis)
-    known = [(use, rows) for use, rows in _known_rows(graph, n)]
+    known = list(_known_rows(graph, n))
     if not known or not count:
         return None
     found = torch.full((count,), NONE, device=logits.device)
@@ -145,10 +143,7 @@ def _by_derivatives(graph: Graph, loss: LossUse, n: int) -> Where | None:
     if found is None:
         return None
     axis = loss.call.class_axis
-    if axis is not None:
-        high = found.amax(axis, keepdim=True)
-        low = torch.where(found == NONE, high, found).amin(axis, keepdim=True)
-        found = torch.where(low == high, high, MIXED)
+    found = over([] if axis is None else [axis], found)
     return None if bool((found < 0).any()) else RowNumbers(n, found)
 
 
@@ -191,8 +186,7 @@ def _sample_rows(origin: Origin, shape: torch.Size, n: int) -> Tensor | None:
 def _by_terms(own_loss: OwnLossGraph, n: int, given: Tensor | None) -> list[Where | None]:
     """The samples of a boundary's elements, from the terms that a loss of the user's own adds up."""
     found: list[Tensor | None] = [None] * len(own_loss.edges)
-    probes = list(loss_terms(own_loss))
-    for probe in probes:
+    for probe in loss_terms(own_loss):
         for node, output in probe.edges:
             data = node._input_metadata[output]
             like = torch.zeros((), dtype=data.dtype, device=data.device).expand(torch.Size(data.shape))
@@ -225,7 +219,7 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
     """The user's numbers: of every loss's terms, of those that a loss of their own adds up, or of the batch's rows."""
     given = given.detach().long()
     known = [_fitted(loss, given, n) for loss in graph.known]
-    sizes = [_count(loss) for loss in graph.known]
+    sizes = [_term_shape(loss).numel() for loss in graph.known]
     if len(sizes) > 1 and sum(sizes) == given.numel():  # the terms of all losses, one loss after another
         parts = given.flatten().split(sizes)
         known = [_fitted(loss, part, n) for loss, part in zip(graph.known, parts, strict=True)]
@@ -248,18 +242,15 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
             ]
 
 
-def _count(loss: LossUse) -> int:
-    """The number of terms of a loss."""
-    logits = loss.call.logits
-    return torch.Size(size for a, size in enumerate(logits.shape) if a != loss.call.class_axis).numel()
+def _term_shape(loss: LossUse) -> torch.Size:
+    """The shape of a loss's terms: the logits' without the axis of classes."""
+    return torch.Size(size for a, size in enumerate(loss.call.logits.shape) if a != loss.call.class_axis)
 
 
 def _fitted(loss: LossUse, given: Tensor, n: int) -> RowNumbers | None:
     """The user's numbers for the terms of one loss: in its terms' shape, or flat."""
-    axis, shape = loss.call.class_axis, list(loss.call.logits.shape)
-    if axis is not None:
-        del shape[axis]
-    if given.numel() == torch.Size(shape).numel():
+    shape = _term_shape(loss)
+    if given.numel() == shape.numel():
         return _of_terms(loss, given.reshape(shape), n)
     if given.dim() == 1 and shape and len(given) == shape[0]:
         return _of_terms(loss, given.reshape(-1, *[1] * (len(shape) - 1)), n)

@@ -155,7 +155,7 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
     if confirmed or second:
         return confirmed[0] if confirmed else second[min(second)]
     kind, text = next((r for r in refusals if r[0] is SamplesMixed), refusals[0] if refusals else (BadInput, _NO_BATCH))
-    listed = _listed([*counts[0], *counts[1]])
+    listed = ", ".join(map(str, (*counts[0], *counts[1]))) or "none"
     raise kind(f"{text} (numbers of samples that the batch, the targets and the losses allow: {listed})")
 
 
@@ -163,10 +163,6 @@ def _spoken_for(tape: Tape, graph: Graph, n: int) -> bool:
     """Whether every loss has n terms, and no tensor that the model was called with has another number of rows."""
     calls = [origin for origin in tape.entered if isinstance(origin, Source)]
     return set(readings.terms(graph)) == {n} and all(origin.shape[:1] == (n,) for origin in calls)
-
-
-def _listed(counts: Sequence[int]) -> str:
-    return ", ".join(map(str, counts)) or "none"
 
 
 def _layouts(tape: Tape, graph: Graph, n: int) -> Iterator[SampleLayout]:

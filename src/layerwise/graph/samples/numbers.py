@@ -18,7 +18,7 @@ from layerwise.graph.samples.sample_axes import free_axes
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
-__all__ = ["MIXED", "NONE", "Root", "element_numbers", "joined", "row_numbers"]
+__all__ = ["MIXED", "NONE", "Root", "element_numbers", "joined", "over", "row_numbers"]
 
 NONE, MIXED = -1, -2  # of an element that answers for no sample, and for several
 
@@ -95,11 +95,15 @@ def _by_halves(
 
 def row_numbers(use: Use, elements: Tensor) -> Tensor:
     """The sample of each row of a use's output, of size 1 along the axes of features; NONE or MIXED."""
-    features = [a for a in range(elements.dim()) if a not in free_axes(use)]
-    if not features:
+    return over([a for a in range(elements.dim()) if a not in free_axes(use)], elements)
+
+
+def over(axes: Sequence[int], elements: Tensor) -> Tensor:
+    """The sample that all elements along some axes answer for, as far as they answer, of size 1 there."""
+    if not axes:
         return elements
-    high = elements.amax(features, keepdim=True)
-    low = torch.where(elements == NONE, high, elements).amin(features, keepdim=True)
+    high = elements.amax(list(axes), keepdim=True)
+    low = torch.where(elements == NONE, high, elements).amin(list(axes), keepdim=True)
     return torch.where(low == high, high, MIXED)
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.separable import loss_terms
-from layerwise.tape.origins import Moved, Origin, Source, numbers, sources
+from layerwise.tape.origins import Moved, Origin, Source, numbers, offsets_of, parents, sources
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
 __all__ = [
     "candidates", "contradictory", "first_count", "on_output", "origin_rows", "origins", "outside", "places",
-    "row_counts", "row_of", "terms",
+    "row_counts", "terms",
 ]  # fmt: skip
 
 
@@ -35,10 +35,8 @@ def places(tape: Tape, graph: Graph) -> tuple[Any, ...]:
 def _values(origin: Origin) -> Any:
     if isinstance(origin, Source):
         return origin.shape
-    first = origin.args[0]
-    parents = first if isinstance(first, list) else [first]
     kept = [_hashed(x) for x in (*origin.args[1:], *origin.kwargs.values())]
-    return (origin.own, origin.place, *kept, *(_values(parent) for parent in parents))
+    return (origin.own, origin.place, *kept, *(_values(parent) for parent in parents(origin)))
 
 
 def _hashed(argument: Any) -> Any:
@@ -95,11 +93,11 @@ def _cuts_samples(origin: Origin) -> bool:
     """Whether several rows of a batch come from one row of what it was made of."""
     if isinstance(origin, Source) or not origin.shape or isinstance(origin.args[0], list):
         return False
-    rows = row_of(origin, origin.shape)
+    rows = _row_of(origin, origin.shape)
     return rows is not None and len(rows.unique()) < origin.shape[0]
 
 
-def row_of(origin: Origin, shape: torch.Size) -> Tensor | None:
+def _row_of(origin: Origin, shape: torch.Size) -> Tensor | None:
     """The row of the source that each leading index of the data comes from, over all sources; None where it is open.
 
     The rows of several sources are numbered one after another.
@@ -182,8 +180,7 @@ def row_counts(found: Iterable[Origin]) -> list[int]:
     masked: set[Origin] = set()
     for origin in found:
         for source in sources(origin):
-            offsets = dict.fromkeys(sources(origin), -(2**40)) | {source: 0}
-            rows = numbers(origin, offsets)
+            rows = numbers(origin, offsets_of(source, origin))
             every = set(range(source.shape[0] if source.shape else 1))
             used.setdefault(source, set()).update(every if rows is None else rows[rows >= 0].unique().tolist())
             if _by_mask(origin):
@@ -195,10 +192,8 @@ def _by_mask(origin: Origin) -> bool:
     """Whether a mask chose elements on the way to some data."""
     if isinstance(origin, Source):
         return False
-    first = origin.args[0]
-    parents = first if isinstance(first, list) else [first]
     chosen = (*origin.args[1:], *origin.kwargs.values())
-    return any(_is_mask(x) for x in chosen) or any(_by_mask(parent) for parent in parents)
+    return any(_is_mask(x) for x in chosen) or any(_by_mask(parent) for parent in parents(origin))
 
 
 def _is_mask(argument: Any) -> bool:

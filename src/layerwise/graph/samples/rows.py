@@ -18,7 +18,7 @@ from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.separable import check_sum_over_samples
 from layerwise.rows.base import RowNumbers
-from layerwise.tape.origins import Origin, sources
+from layerwise.tape.origins import Origin, offsets_of, sources
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
 
@@ -65,7 +65,7 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             check_losses(graph, layout)
         except SamplesMixed:
             continue
-        found += [layout] if _rows_apart(graph, layout) else []
+        found += [layout] if all(one for *_, one in _owners_of_rows(graph, layout)) else []
     if len(found) > 1:
         raise AmbiguousSamples(
             f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "
@@ -120,10 +120,6 @@ def _root(loss: LossUse, where: Where) -> Root:
 # -- proof ----------------------------------------------------------------------------------------------------------
 
 
-def _rows_apart(graph: Graph, layout: SampleLayout) -> bool:
-    return all(one for *_, one in _owners_of_rows(graph, layout))
-
-
 def one_row_a_sample(graph: Graph, layout: SampleLayout) -> bool:
     """Whether the samples are single rows of a tensor that has more of them, of which no loss term hears."""
     for source, owner, _ in _owners_of_rows(graph, layout):
@@ -162,8 +158,7 @@ def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[Origin, di
         if use.origin is None or where is None or use.index in layout.replaced:
             continue
         for source in sources(use.origin[0]):
-            offsets = dict.fromkeys(sources(use.origin[0]), -(2**40)) | {source: 0}
-            rows = origin_rows(*use.origin, offsets)
+            rows = origin_rows(*use.origin, offsets_of(source, use.origin[0]))
             rows = None if rows is None else on_output(rows, use)
             if rows is None:
                 continue
