@@ -37,8 +37,9 @@ from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRAD
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
-from layerwise.tape.recorded_call import distinct, is_view, kept, own_output, run, written_copy
+from layerwise.tape.recorded_call import distinct, is_view, kept, own_output, run
 from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
+from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
 __all__ = ["Tape"]
 
@@ -176,7 +177,12 @@ class Tape(LossRecord):
             return self._log_softmax_call(func, args, kwargs, data[0])
         if self._views and data and args and ops.writes_first(func) and isinstance(args[0], Tensor):
             self.before_write(args[0])
+        assembles = used and torch.is_grad_enabled() and args and ops.writes_first(func)
+        if assembles:
+            preserve(self.uses, args[0])
         out = func(*args, **kwargs)
+        if assembles:
+            assembled(self._known, args[0], frozenset().union(*(d.names for d in used)))
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None:
                 self._note_data(func, args, kwargs, data, None)  # a write onto an output reads it as well
@@ -245,16 +251,10 @@ class Tape(LossRecord):
                 self._known[id(tensor)] = tensor
 
     def _written(self, func: Any, args: Any) -> None:
-        """Where a call writes data into a constant, make the constant and all its views data."""
-        if not (args and ops.writes_first(func)):  # `nn.init` hands its tensor over by name, and calls again
-            return
-        target = args[0]
-        if not isinstance(target, Tensor) or id(target) not in self._known:
-            return
-        storage = target.untyped_storage().data_ptr()
-        for key, kind in list(self._known.items()):
-            if isinstance(kind, Tensor) and kind.untyped_storage().data_ptr() == storage:
-                del self._known[key]
+        """Where a call writes data onto a constant or a derived tensor, make it and all its views data."""
+        # `nn.init` hands its tensor over by name, and calls again
+        if args and ops.writes_first(func) and isinstance(args[0], Tensor):
+            forget_written(self._known, args[0])
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
         """Note the calls that read a use's output, and the batch that each result was made from."""
@@ -290,9 +290,10 @@ class Tape(LossRecord):
         if self.first is None:
             self.first = batch
         self._note_data(func, args, kwargs, data, None)
-        target, args = written_copy(self._known, func, args)
+        write = Write.of(self._known, func, args, used, data)
+        func, args, used, data, target, _ = write
         if target is not None:
-            data = [args[0] if t is target else t for t in data]
+            preserve(self.uses, target)
         inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
         own_args, own_kwargs, used = distinct(self._known, args, kwargs, used)
         call_args, call_kwargs = kept(self._known, func, own_args, own_kwargs)
@@ -313,7 +314,7 @@ class Tape(LossRecord):
             self.calls.append(result.shape)
         if target is not None:
             self._note_data(Tensor.copy_, (target, result), {}, [result], None)
-            target.copy_(result)
+            write.back(result)
             out = None if out is None else target
         return out
 
