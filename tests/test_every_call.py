@@ -360,3 +360,14 @@ def test_a_write_onto_what_the_model_returned(write: str, view: str) -> None:
         found[-1].append({"ggn": lw.GGN(model, lambda plain=plain: loss(model(x), plain)).to_dense()})
     for one, other in zip(*found, strict=True):
         oracle.assert_close(one, other)
+
+
+def test_calls_without_a_gradient_are_no_uses() -> None:
+    """They may compare a parameter with data, or ask about both."""
+    params, x = {"w": leaf(4, 3)}, torch.randn(4, 3)
+
+    def logits() -> Tensor:
+        assert not torch.equal(params["w"], x) and not torch.allclose(x, params["w"])
+        return x * params["w"]
+
+    check_mse(params, logits)

@@ -547,8 +547,6 @@ OPAQUE: dict[str, Callable[[int], Case]] = {
     "parameter as image": lambda n: Case(torch.conv2d, [param(1, 2, 4, 4), data(n, 2, 3, 3)]),
     "normalize": lambda n: Case(F.cosine_similarity, [data(n, 4, 3), param(3)], {"dim": -1}),
     "cdist": lambda n: Case(torch.cdist, [data(n, 3), param(4, 3)]),
-    "attention": lambda n: Case(
-        F.scaled_dot_product_attention, [param(n, 2, 3), data(n, 4, 3), data(n, 4, 3)]),
     "frequency": lambda n: Case(
         F.embedding, [torch.randint(0, 4, (n, 4)), param(4, 3)], {"scale_grad_by_freq": True}),
     "bag, max": lambda n: Case(F.embedding_bag, [torch.randint(0, 5, (n, 4)), param(5, 3)], {"mode": "max"}),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise import ops
+from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
 from layerwise.tape.uses import Derived, bad_call, describe_func
 
@@ -70,8 +70,11 @@ def _kept(known: Known, arg: Any, dense: bool, clone: bool = False) -> Any:
     return arg
 
 
-def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> tuple[Any, Tensor]:
-    """What a call returns, and the tensor that it made or wrote onto; where torch refuses, the parameters are named."""
+def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> tuple[Any, Tensor | None]:
+    """What a call returns, and the tensor that it made or wrote onto; where torch refuses, the parameters are named.
+
+    The second is None where no gradient flows through the call, which compares tensors, for one.
+    """
     if ops.writes_first(func) and args and any(args[0] is d.tensor for d in used):
         args = (args[0].clone(), *args[1:])
     try:
@@ -84,6 +87,8 @@ def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tenso
         raise bad_call(func, used, data, error) from error
     result = args[0] if out is None and args and ops.writes_first(func) else out
     if not isinstance(result, Tensor):
+        if not any(t.requires_grad for t in losses.tensors_in(out)):
+            return out, None
         names = sorted(set().union(*(d.names for d in used)))
         raise UnsupportedCall(
             f"{describe_func(func)} uses the parameters {', '.join(names)} and returns "

@@ -299,6 +299,8 @@ class Tape(LossRecord):
         call_args, call_kwargs = kept(self._known, func, own_args, own_kwargs)
         out, result = run(func, args, kwargs, used, data)
         self.calls.append(func)
+        if result is None:
+            return out
         if out is result and is_view(result):
             out = result = own_output(func, result, (*data, *(d.tensor for d in used)))
         self._written(func, (result if target is None else target,))
