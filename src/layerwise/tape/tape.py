@@ -34,6 +34,7 @@ from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_replaced, check_sharded, check_whole
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
+from layerwise.tape.gradient_calls import GradientUse
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
@@ -350,7 +351,16 @@ class Tape(LossRecord):
             self._retained.append(weakref.ref(args[0]))
         if func is Tensor.register_hook and len(args) > 1:
             args = (args[0], silent(args[1]), *args[2:])
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is torch.autograd.grad and torch.is_grad_enabled():
+            stops = {use.edge.node for use in self.uses}
+            batch = torch.empty(0) if self.first is None else self.first
+            for x in (x for x in out if x is not None and x.requires_grad):
+                use = GradientUse.of(self._recorded, x, stops, self.leaves(), batch)
+                self._recorded += 1
+                self.uses += [] if use is None else [use]
+            self.calls.append(func)
+        return out
 
     def retained(self) -> list[Tensor]:
         """The live activations with `retain_grad`."""
