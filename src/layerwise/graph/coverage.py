@@ -19,6 +19,7 @@ from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
 from layerwise.graph.walk import SELECTIONS, Node, by_node, children, edges, inputs, nodes
 from layerwise.losses import OwnCall
 from layerwise.tape.binding import Leaves
+from layerwise.tape.gradient_calls import GradientUse
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, OwnUse, Use
 
@@ -191,7 +192,8 @@ def _unexplained(boundary: list[LossUse], bypassing: list[Use]) -> OwnUse:
         data = use.edge.node._input_metadata[use.edge.output_nr]
         logits = torch.zeros((), dtype=data.dtype, device=data.device).expand(use.call.out_shape)
         parts.append(LossUse(OwnCall("the loss", logits), use.edge, use.edge))
-    return OwnUse(call, parts, None, bypassing[0] if bypassing else None)
+    derivatives = [use for use in bypassing if isinstance(use, GradientUse)]
+    return OwnUse(call, parts, None, next(iter(derivatives or bypassing), None))
 
 
 def _walk_to_uses(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -19,7 +19,19 @@ from layerwise import tensors
 from layerwise.errors import BadInput
 from layerwise.tape.uses import Use
 
-__all__ = ["accumulated", "alone", "backward_arguments", "hooked", "pull", "silent", "stopped"]
+__all__ = [
+    "Place",
+    "accumulated",
+    "alone",
+    "backward_arguments",
+    "hooked",
+    "pull",
+    "pull_stack",
+    "silent",
+    "stopped",
+]
+
+Place = Tensor | GradientEdge  # where a reverse pass starts or ends
 
 
 class _State(threading.local):
@@ -70,6 +82,38 @@ def pull(
         pull(outputs, [c[v] for c in cotangents], inputs, create_graph=create_graph) for v in range(len(cotangents[0]))
     ]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def pull_stack(outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Sequence[Place]) -> list[Tensor | None]:
+    """`pull` of V cotangents at once, `[V, *output]` to `[V, *input]` each; None for an input without a path.
+
+    Torch batches some derivatives wrongly, so the results are compared with that of one combination of them.
+    """
+    count = len(stacks[0])
+    if count > 2:  # below that the check costs as much as it saves
+        with suppress(RuntimeError):  # an operation without a batching rule
+            batched = pull(outputs, stacks, inputs, batched=True)
+            mix = torch.linspace(0.5, 1.5, count, dtype=torch.float64)
+            mix[::2] *= -1
+            single = pull(outputs, [_combine(mix, s) for s in stacks], inputs)
+            if all(_agree(mix, b, s) for b, s in zip(batched, single, strict=True)):
+                return batched
+    rows = [pull(outputs, [s[v] for s in stacks], inputs) for v in range(count)]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _combine(mix: Tensor, stack: Tensor) -> Tensor:
+    return torch.tensordot(mix.to(stack), stack, 1)
+
+
+def _agree(mix: Tensor, batched: Tensor | None, single: Tensor | None) -> bool:
+    """Whether the combination of batched results is the result of the combination, up to rounding."""
+    if batched is None or single is None:
+        return batched is single
+    if not batched.numel():
+        return True
+    scale = _combine(mix.abs(), batched.abs()).max()
+    return bool((_combine(mix, batched) - single).abs().max() <= 1e4 * torch.finfo(batched.dtype).eps * scale)
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise import ops
+from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
 from layerwise.tape.uses import Derived, bad_call, describe_func
 
-__all__ = ["Known", "distinct", "is_view", "kept", "own_output", "run", "written_copy"]
+__all__ = ["Known", "distinct", "is_view", "kept", "own_output", "run"]
 
 Known = Mapping[int, Derived | Tensor]  # derived tensors and constants, by id
 
@@ -20,16 +20,6 @@ Known = Mapping[int, Derived | Tensor]  # derived tensors and constants, by id
 def is_view(t: Any) -> bool:
     """Whether a write onto a tensor would go to another tensor's part of the graph, where its own edge ends."""
     return isinstance(t, Tensor) and t._base is not None
-
-
-def written_copy(known: Known, func: Any, args: Any) -> tuple[Tensor | None, Any]:
-    """The view that a call writes onto, and the arguments with a copy in its place; None where there is no such view.
-
-    What is written onto the copy is then copied back, so that the output has an edge of its own.
-    """
-    if not (ops.writes_first(func) and args and is_view(args[0])) or type(known.get(id(args[0]))) is Derived:
-        return None, args
-    return args[0], (args[0].clone(), *args[1:])
 
 
 def distinct(
@@ -80,8 +70,13 @@ def _kept(known: Known, arg: Any, dense: bool, clone: bool = False) -> Any:
     return arg
 
 
-def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> tuple[Any, Tensor]:
-    """What a call returns, and the tensor that it made or wrote onto; where torch refuses, the parameters are named."""
+def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> tuple[Any, Tensor | None]:
+    """What a call returns, and the tensor that it made or wrote onto; where torch refuses, the parameters are named.
+
+    The second is None where no gradient flows through the call, which compares tensors, for one.
+    """
+    if ops.writes_first(func) and args and any(args[0] is d.tensor for d in used):
+        args = (args[0].clone(), *args[1:])
     try:
         out = func(*args, **kwargs)
     except torch.OutOfMemoryError:
@@ -92,6 +87,8 @@ def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tenso
         raise bad_call(func, used, data, error) from error
     result = args[0] if out is None and args and ops.writes_first(func) else out
     if not isinstance(result, Tensor):
+        if not any(t.requires_grad for t in losses.tensors_in(out)):
+            return out, None
         names = sorted(set().union(*(d.names for d in used)))
         raise UnsupportedCall(
             f"{describe_func(func)} uses the parameters {', '.join(names)} and returns "

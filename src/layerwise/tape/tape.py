@@ -34,11 +34,13 @@ from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_replaced, check_sharded, check_whole
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
+from layerwise.tape.gradient_calls import GradientUse
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
-from layerwise.tape.recorded_call import distinct, is_view, kept, own_output, run, written_copy
+from layerwise.tape.recorded_call import distinct, is_view, kept, own_output, run
 from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
+from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
 __all__ = ["Tape"]
 
@@ -176,7 +178,12 @@ class Tape(LossRecord):
             return self._log_softmax_call(func, args, kwargs, data[0])
         if self._views and data and args and ops.writes_first(func) and isinstance(args[0], Tensor):
             self.before_write(args[0])
+        assembles = used and torch.is_grad_enabled() and args and ops.writes_first(func)
+        if assembles:
+            preserve(self.uses, args[0])
         out = func(*args, **kwargs)
+        if assembles:
+            assembled(self._known, args[0], frozenset().union(*(d.names for d in used)))
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None:
                 self._note_data(func, args, kwargs, data, None)  # a write onto an output reads it as well
@@ -245,16 +252,10 @@ class Tape(LossRecord):
                 self._known[id(tensor)] = tensor
 
     def _written(self, func: Any, args: Any) -> None:
-        """Where a call writes data into a constant, make the constant and all its views data."""
-        if not (args and ops.writes_first(func)):  # `nn.init` hands its tensor over by name, and calls again
-            return
-        target = args[0]
-        if not isinstance(target, Tensor) or id(target) not in self._known:
-            return
-        storage = target.untyped_storage().data_ptr()
-        for key, kind in list(self._known.items()):
-            if isinstance(kind, Tensor) and kind.untyped_storage().data_ptr() == storage:
-                del self._known[key]
+        """Where a call writes data onto a constant or a derived tensor, make it and all its views data."""
+        # `nn.init` hands its tensor over by name, and calls again
+        if args and ops.writes_first(func) and isinstance(args[0], Tensor):
+            forget_written(self._known, args[0])
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
         """Note the calls that read a use's output, and the batch that each result was made from."""
@@ -290,14 +291,17 @@ class Tape(LossRecord):
         if self.first is None:
             self.first = batch
         self._note_data(func, args, kwargs, data, None)
-        target, args = written_copy(self._known, func, args)
+        write = Write.of(self._known, func, args, used, data)
+        func, args, used, data, target, _ = write
         if target is not None:
-            data = [args[0] if t is target else t for t in data]
+            preserve(self.uses, target)
         inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
         own_args, own_kwargs, used = distinct(self._known, args, kwargs, used)
         call_args, call_kwargs = kept(self._known, func, own_args, own_kwargs)
         out, result = run(func, args, kwargs, used, data)
         self.calls.append(func)
+        if result is None:
+            return out
         if out is result and is_view(result):
             out = result = own_output(func, result, (*data, *(d.tensor for d in used)))
         self._written(func, (result if target is None else target,))
@@ -313,7 +317,7 @@ class Tape(LossRecord):
             self.calls.append(result.shape)
         if target is not None:
             self._note_data(Tensor.copy_, (target, result), {}, [result], None)
-            target.copy_(result)
+            write.back(result)
             out = None if out is None else target
         return out
 
@@ -347,7 +351,16 @@ class Tape(LossRecord):
             self._retained.append(weakref.ref(args[0]))
         if func is Tensor.register_hook and len(args) > 1:
             args = (args[0], silent(args[1]), *args[2:])
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is torch.autograd.grad and torch.is_grad_enabled():
+            stops = {use.edge.node for use in self.uses}
+            batch = torch.empty(0) if self.first is None else self.first
+            for x in (x for x in out if x is not None and x.requires_grad):
+                use = GradientUse.of(self._recorded, x, stops, self.leaves(), batch)
+                self._recorded += 1
+                self.uses += [] if use is None else [use]
+            self.calls.append(func)
+        return out
 
     def retained(self) -> list[Tensor]:
         """The live activations with `retain_grad`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +129,19 @@ class Use:
                     stacklevel=_callers_level(),
                 )
         return self._slots
+
+    def exchange(self, changes: Callable[[Tensor], bool]) -> None:
+        """Keep copies of those of the used tensors that a call is about to write onto."""
+        copies = {id(d.tensor): d.tensor.clone() for d in self.used if changes(d.tensor)}
+        if not copies:
+            return
+
+        def kept(t: Tensor) -> Tensor:
+            return copies.get(id(t), t)
+
+        self.used = [Derived(kept(d.tensor), d.names) for d in self.used]
+        args, kwargs = ops.replace(self.call.args, kept), ops.replace(self.call.kwargs, kept)
+        self.call, self._slots = self.call._replace(args=args, kwargs=kwargs), None
 
     def release(self) -> None:
         """Drop the call's arguments, which are not read any more, so that autograd's own freeing takes effect."""
