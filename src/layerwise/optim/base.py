@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
 from layerwise.optim.saved_state import VERSION, Fit, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
+from layerwise.tape.binding import refuse_replaced
 from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["Attempt", "Closure", "NamedOptimizer"]
@@ -26,8 +27,8 @@ class NamedOptimizer(torch.optim.Optimizer):
     """Base of optimizers that know their parameters by name and move them from one run of a closure.
 
     A batch with NaN or infinity changes no parameter, no state and no buffer: it is counted in `skipped`, or raises
-    NonFinite with `on_nonfinite="raise"`. Whatever raises in a step leaves parameters, buffers, state and random
-    generators as they were.
+    NonFinite with `on_nonfinite="raise"`. Whatever raises in a step leaves parameters, buffers, state and torch's
+    random generators as they were.
     """
 
     _kind: str  # the name in saved states, which classes derived from this one share
@@ -84,9 +85,8 @@ class NamedOptimizer(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             self._check(group)
-        self._check_replaced()
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
-        random = RandomState({p.device for group in self.param_groups for p in group["params"]})
+        random = RandomState({p.device for group in self.param_groups for p in group["params"]}, ("torch",))
         buffers = Buffers(self._model)
         self.was_made = False
         try:
@@ -109,17 +109,6 @@ class NamedOptimizer(torch.optim.Optimizer):
             raise
         return loss
 
-    def _check_replaced(self) -> None:
-        """Refuse to step where a parameter of the model is another tensor than the one of its name in our groups."""
-        named = named_parameters_of(self._model)
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                if named.get(name, p) is not p:
-                    raise BadInput(
-                        f"parameter {name!r} of the model was replaced after {type(self).__name__} was made, which "
-                        "holds the old one; make the optimizer again, or copy values into a parameter instead"
-                    )
-
     def _ours(self, p: Tensor) -> bool:
         """Whether a parameter is in one of this optimizer's groups."""
         return id(p) in self._group_at
@@ -135,9 +124,8 @@ class NamedOptimizer(torch.optim.Optimizer):
             gone = [name for group in self.param_groups
                     for name, p in zip(group["param_names"], group["params"], strict=True)
                     if p.requires_grad and id(p) not in known]  # fmt: skip
-            raise BadInput(
-                f"{', '.join(gone[:5])} of this {type(self).__name__} are no longer the model's: a layer was replaced, "
-                "parametrized, or loaded with assign=True; make a new optimizer for the changed model"
+            refuse_replaced(
+                gone, f"since this {type(self).__name__} was made; make a new optimizer for the changed model"
             )
         if strange and self.all_parameters:
             raise BadInput(

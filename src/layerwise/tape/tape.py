@@ -32,7 +32,7 @@ from layerwise.errors import UnsupportedCall
 from layerwise.nn.hard import crossed, hard
 from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
-from layerwise.tape.binding import Binding, Leaves, check_replaced, check_sharded, check_whole
+from layerwise.tape.binding import Binding, Leaves, check_sharded, check_whole, refuse_replaced
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
 from layerwise.tape.gradient_calls import GradientUse
 from layerwise.tape.loss_calls import LossRecord
@@ -235,7 +235,9 @@ class Tape(LossRecord):
         unknown = [t for t in data if type(t) is Parameter and t.requires_grad]
         new = self._binding.again(unknown, len(data) > 1) if unknown else {}
         for name, p in new.items():
-            check_replaced(name, any(name in d.names for use in self.uses for d in use.used))
+            if any(name in d.names for use in self.uses for d in use.used):
+                refuse_replaced([name], "since a call with the old one was recorded; run each forward and its backward "
+                                "pass with the same parameters")  # fmt: skip
             old = self._binding.bind(name, p)
             self._known.pop(id(old), None)
             self._known[id(p)] = Derived(p, frozenset((name,))) if p.requires_grad else p

@@ -121,6 +121,7 @@ class AltMin(FittedToCodes):
         self._proofs: dict[Any, bool] = {}
         said, numbers = fitter.said, fitter.updates.numbers
         super().__init__(model, params, fitter.defaults, on_nonfinite, executor_over(execution), said, numbers)
+        fitter.refuse_idle(self.param_groups)
 
     _kind = "AltMin"
 

@@ -43,7 +43,7 @@ class Fitting:
     state: State
     optimizers: dict[Any, torch.optim.Optimizer]
     averages: Mapping[str, Tensor]
-    backups: Backups = field(default_factory=dict)
+    backups: Backups = field(default_factory=Backups)
     new_averages: dict[str, Tensor] = field(default_factory=dict)
 
     def params(self, layer: Layer) -> list[Tensor]:
@@ -153,7 +153,7 @@ class LayerLocal(NamedOptimizer):
         self._local: dict[Any, torch.optim.Optimizer] = {}
         self._names: dict[int, str] = {}
         self._averages: dict[str, Tensor] = {}
-        self._backups: Backups = {}
+        self._backups = Backups()
         super().__init__(model, params, defaults, on_nonfinite)
         executor.meet({
             **facts_of(named_parameters_of(model)),
@@ -257,7 +257,7 @@ class LayerLocal(NamedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle; what is remembered by the identity of tensors is found anew."""
-        return {**super().__getstate__(), "_local": {}, "_names": {}, "_kinds": Kinds(), "_backups": {}}
+        return {**super().__getstate__(), "_local": {}, "_names": {}, "_kinds": Kinds()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -131,7 +131,7 @@ class LocoProp(LayerLocal):
         given, execution = {**_KEYWORDS.of(found), "lr": lr}, found["execution"]
         values = {name: given[name] for name in VALUES}
         self._choices = Choices(
-            values, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in _DEFAULTS.items()}
+            given, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in _DEFAULTS.items()}
         )
         self._order, self._write, self._workspace = order, write, Workspace()
         if order != "together" and execution != Execution():
