@@ -93,8 +93,10 @@ def _by_halves(
     return found
 
 
-def row_numbers(use: Use, elements: Tensor) -> Tensor:
+def row_numbers(use: Use, elements: Tensor | None) -> Tensor:
     """The sample of each row of a use's output, of size 1 along the axes of features; NONE or MIXED."""
+    if elements is None:
+        return torch.full([1] * len(use.call.out_shape), NONE)
     return over([a for a in range(elements.dim()) if a not in free_axes(use)], elements)
 
 

@@ -12,7 +12,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
 from layerwise.graph.samples.loss_rows import numberings
-from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, row_numbers
+from layerwise.graph.samples.numbers import MIXED, Root, element_numbers, joined, row_numbers
 from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
@@ -93,8 +93,7 @@ def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
     mixed: dict[int, Use] = {}
     partly: set[int] = set()
     for use, number in zip(graph.uses, elements, strict=True):
-        shape = use.call.out_shape
-        rows = torch.full([1] * len(shape), NONE) if number is None else row_numbers(use, number)
+        rows = row_numbers(use, number)
         if bool((rows == MIXED).any()):
             mixed[use.index] = use
             partly |= {use.index} if bool((rows >= 0).any()) else set()
