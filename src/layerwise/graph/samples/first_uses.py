@@ -17,7 +17,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.samples import readings
 from layerwise.graph.samples.loss_rows import by_known_rows, by_target
 from layerwise.graph.samples.memo import Memo, key_below, recalled, remember
-from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, row_numbers
+from layerwise.graph.samples.numbers import MIXED, NONE, Root, joined, row_numbers
 from layerwise.graph.samples.rows import one_sample_a_row
 from layerwise.graph.samples.sample_axes import on_axis, structural_below
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
@@ -79,22 +79,21 @@ class FirstUses(NamedTuple):
             if where is None:
                 return None
             losses.append(where)
-        ends = [use.edge for use in (*self.front, *self.rest)]
-        elements: list[Tensor | None] = [None] * len(ends)
+        ends = [*self.front, *self.rest]
+        numbers: list[Tensor | None] = [None] * len(ends)
         for loss, where in zip(self.graph.losses, losses, strict=True):
             logits = loss.call.logits
             root = Root(loss.logits, logits, where.owners(logits.shape, logits.device))
-            elements = [joined(a, b) for a, b in zip(elements, element_numbers([root], n, ends), strict=True)]
-        for use, number in zip(self.front, elements, strict=False):
-            if number is None:
-                continue
+            numbers = [joined(a, b) for a, b in zip(numbers, row_numbers([root], n, ends), strict=True)]
+        for use, number in zip(self.front, numbers, strict=False):
+            if number is None:  # there is no loss
+                return None
             owner = axes[use.index].owners(use.call.out_shape, number.device)
             if not bool(((number == NONE) | number.eq(owner)).all()):
                 return None
         uses = dict(axes)
-        for use, number in zip(self.rest, elements[len(self.front) :], strict=True):
-            rows = row_numbers(use, number)
-            if bool((rows == MIXED).any()):
+        for use, rows in zip(self.rest, numbers[len(self.front) :], strict=True):
+            if rows is None or bool((rows == MIXED).any()):
                 return None
             uses[use.index] = on_axis(use, RowNumbers(n, rows))
         return SampleLayout(n, uses, losses)

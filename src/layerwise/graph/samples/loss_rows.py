@@ -102,11 +102,8 @@ def by_known_rows(loss: LossUse, n: int, known: Sequence[tuple[Use, Tensor]]) ->
     if not known or not count:
         return None
     found = torch.full((count,), NONE, device=logits.device)
-    reached = element_numbers([Root(loss.logits, logits, owners)], count, [use.edge for use, _ in known])
-    for (use, rows), number in zip(known, reached, strict=True):
-        if number is None:
-            continue
-        term = row_numbers(use, number)
+    reached = row_numbers([Root(loss.logits, logits, owners)], count, [use for use, _ in known])
+    for (_, rows), term in zip(known, reached, strict=True):
         if bool((term == MIXED).any()):
             continue
         term, sample = torch.broadcast_tensors(term, rows.to(term.device))
