@@ -22,7 +22,7 @@ __all__ = ["MIXED", "NONE", "Root", "element_numbers", "joined", "over", "row_nu
 
 NONE, MIXED = -1, -2  # of an element that answers for no sample, and for several
 
-_LEVELS = {torch.float64: 128, torch.float32: 16, torch.bfloat16: 16, torch.float16: 4}  # powers of two in use
+_LEVELS = {torch.float64: 128, torch.float32: 64, torch.bfloat16: 16, torch.float16: 4}  # powers of two in use
 
 
 class Root(NamedTuple):
