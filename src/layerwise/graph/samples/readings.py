@@ -188,10 +188,17 @@ def row_counts(found: Iterable[Origin]) -> list[int]:
         for source in sources(origin):
             rows = numbers(origin, offsets_of(source, origin))
             every = set(range(source.shape[0] if source.shape else 1))
-            used.setdefault(source, set()).update(every if rows is None else rows[rows >= 0].unique().tolist())
+            used.setdefault(source, set()).update(every if rows is None else _occurring(rows))
             if _by_mask(origin):
                 masked.add(source)
     return [source.shape[0] if source in masked and source.shape else len(rows) for source, rows in used.items()]
+
+
+def _occurring(rows: Tensor) -> list[int]:
+    """The numbers from 0 on that occur; an axis along which a tensor is expanded is read once."""
+    once = rows[tuple(slice(0, 1 if step == 0 else None) for step in rows.stride())]
+    found: list[int] = torch.bincount(once[once >= 0]).nonzero()[:, 0].tolist()
+    return found
 
 
 def _by_mask(origin: Origin) -> bool:

@@ -164,6 +164,7 @@ def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[Origin, di
             held = (row >= 0) & (number >= 0)
             seen = owners.setdefault(source, {})
             single.setdefault(source, True)
-            for r, sample in torch.stack([row[held], number[held]], 1).unique(dim=0).tolist():
+            for pair in (row[held] * layout.n + number[held]).unique().tolist():
+                r, sample = divmod(pair, layout.n)
                 single[source] &= seen.setdefault(r, sample) == sample
     return [(source, owner, single[source]) for source, owner in owners.items()]
