@@ -223,6 +223,37 @@ def test_a_choice_that_mixes_samples() -> None:
         F.cross_entropy(net(x), y, reduction="sum").backward()
 
 
+class _Positions(nn.Module):
+    """Positions that all samples share, added to the tokens of each, or one position for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.token = nn.Embedding(T, D), nn.Embedding(7, D)
+        self.gate, self.head = nn.Linear(D, D), nn.Linear(D, C)
+        self.positions = torch.arange(T)[None]
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        shared = self.place(self.positions if positions is None else positions)
+        return self.head((shared * self.gate(shared).sigmoid() + self.token(x)).tanh())
+
+
+def test_positions_that_all_samples_share() -> None:
+    """Uses that all samples share are remembered with their layout, which holds for no other positions."""
+    net = _Positions()
+    with torch.no_grad():
+        net.gate.weight.zero_()
+    for k in range(6):
+        x, y, owner = torch.randint(7, (N, T)), torch.randint(C, (N, T)), torch.arange(N).repeat_interleave(T)
+        given = torch.randint(T, (N, T)) if k == 4 else None
+
+        def run(reduction: str, x: Tensor = x, y: Tensor = y, given: Tensor | None = given) -> Tensor:
+            return F.cross_entropy(net(x, given).flatten(0, 1), y.flatten(), reduction=reduction)
+
+        _check(net, run, owner)
+        with torch.no_grad():
+            net.gate.weight.normal_()
+
+
 def test_numbers_that_the_user_gives_change() -> None:
     """A tensor of sample numbers is part of what a layout is remembered for."""
     net = _Net()

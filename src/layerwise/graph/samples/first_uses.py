@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layerwise.graph.coverage import Graph
 from layerwise.graph.samples import readings
+from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.loss_rows import by_known_rows, by_target
 from layerwise.graph.samples.memo import Memo, key_below, recalled, remember
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, joined, row_numbers
@@ -59,7 +60,7 @@ class FirstUses(NamedTuple):
         found = {i: where for i, where in axes.items() if isinstance(where, Samples)}
         if len(found) == len(axes):
             proved = structural_below(self.front, self.uses, layout.n, found)
-            remember(memo, self.key, SampleLayout(layout.n, dict(found), []) if proved else None)
+            remember(memo, self.key, KeptLayout(SampleLayout(layout.n, dict(found), [])) if proved else None)
 
     def recall(self, memo: Memo) -> SampleLayout | None:
         """The layout of the whole graph, from what is remembered of these uses and a measurement of what comes after.
@@ -67,7 +68,7 @@ class FirstUses(NamedTuple):
         None where nothing is remembered, or the measurement does not confirm it.
         """
         known = recalled(memo, self.key)
-        return self._measured(known.n, known.uses) if isinstance(known, SampleLayout) else None
+        return self._measured(known.layout.n, known.layout.uses) if isinstance(known, KeptLayout) else None
 
     def _measured(self, n: int, axes: Mapping[int, Where]) -> SampleLayout | None:
         losses: list[Where] = []

@@ -11,6 +11,7 @@ from torch import Tensor
 from layerwise.errors import AmbiguousSamples, BadInput, LayerwiseError, SamplesMixed
 from layerwise.graph.coverage import Graph, prove
 from layerwise.graph.samples import readings
+from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.first_uses import FirstUses
 from layerwise.graph.samples.memo import Memo, Refused, key_of, memo_of, recalled, remember
 from layerwise.graph.samples.rows import by_rows, check_losses, one_row_a_sample, one_sample_a_row
@@ -38,8 +39,8 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     key, memo = key_of(tape, graph, model, said), memo_of(model)
     place = key, readings.places(tape, readings.origins(graph), graph.uses)
     found = recalled(memo, place)
-    if isinstance(found, SampleLayout):
-        return _checked(graph, found)
+    if isinstance(found, KeptLayout):
+        return _checked(graph, found.on(graph))
     first = None if isinstance(samples, Tensor) else FirstUses.of(tape, graph, model, said)
     layout = None if first is None else first.recall(memo)
     if layout is None:
@@ -48,16 +49,22 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
             first.remember(tape, memo, layout)
     else:
         _checked(graph, layout)
-    again = place in memo  # a batch of other indices or masks is not worth a proof for all values
-    remember(memo, place, layout if layout is memo.get(key) or (again and _for_all_values(graph, layout)) else None)
+    if place not in memo:
+        remember(memo, place, None)  # a batch of other indices or masks is not worth a proof for all values
+    elif _for_all_values(graph, layout, memo.get(key)):
+        remember(memo, place, KeptLayout.of(graph, layout))
     return layout
 
 
-def _for_all_values(graph: Graph, layout: SampleLayout) -> bool:
-    """Whether a layout may be remembered: every row has a sample, and no values could give it another."""
+def _for_all_values(graph: Graph, layout: SampleLayout, proved: Any) -> bool:
+    """Whether a layout may be remembered: every row has a sample, and no values could give it another.
+
+    proved: one of which this is known.
+    """
+    if isinstance(proved, KeptLayout) and (proved.layout.uses, proved.layout.losses) == (layout.uses, layout.losses):
+        return True
     numbered = [where for where in layout.uses.values() if isinstance(where, RowNumbers)]
-    every = all(bool((where.numbers >= 0).all()) for where in numbered)
-    return every and not layout.shared and structural(graph, layout)
+    return all(bool((where.numbers >= 0).all()) for where in numbered) and structural(layout.graph(graph), layout)
 
 
 def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, memo: Memo) -> SampleLayout:
@@ -188,11 +195,11 @@ def _checked(graph: Graph, layout: SampleLayout) -> SampleLayout:
 def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: Memo, by_rows: bool) -> SampleLayout:
     """The samples' axes. by_rows: whether each row of what the first layers read must belong to one sample."""
     found = recalled(memo, key)
-    if isinstance(found, SampleLayout):
-        return found
+    if isinstance(found, KeptLayout):
+        return found.layout
     layout, proved = by_axes(tape, graph, n)
     if by_rows and not one_sample_a_row(tape, graph, layout):
         raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
     if proved and structural(graph, layout):
-        remember(memo, key, layout)
+        remember(memo, key, KeptLayout(layout))
     return layout
