@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from layerwise.rows.numbered import Scattered
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["DensePart", "LaterPart", "Part", "RowsPart", "bias_of", "joined_parts", "parts_of"]
+__all__ = ["DensePart", "LaterPart", "Part", "RowsPart", "bias_of", "joined_parts", "layouts_of", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,19 @@ def bias_of(part: RowsPart) -> str | None:
         if mine.shape == its.shape and torch.equal(mine[mine[:, 0].argsort()], its[its[:, 0].argsort()]):
             return next(iter(derived.names))
     return None
+
+
+def layouts_of(parts: Sequence[RowsPart]) -> list[MatrixLayout]:
+    """The layout of each part's matrix in the parameter, found once for those that are arranged in the same way."""
+    known: dict[Any, MatrixLayout] = {}
+    found = []
+    for part in parts:
+        slot, arranged = part.slot, part.slot.arrangement
+        key = (part.view, type(slot), slot.used.shape, arranged) if arranged is not None else id(slot)
+        if key not in known:
+            known[key] = part.layout()
+        found.append(known[key])
+    return found
 
 
 def joined_parts(parts: Sequence[RowsPart]) -> RowsPart:

@@ -11,7 +11,7 @@ to the shape of the tensor. Every quantity is a contraction of the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -81,6 +81,11 @@ class Slot:
     def matrix(self, used: Tensor) -> Tensor:
         """The tensor as `[K,O,I]`; the inverse of `fold`."""
         raise NotImplementedError
+
+    @property
+    def arrangement(self) -> Hashable:
+        """What `matrix` depends on, beside the slot's type and the tensor's shape; None where that is not known."""
+        return None
 
     def dense(self, g: Tensor, samples: Samples | RowNumbers) -> Tensor:
         """Per-sample gradients `[V,N,*used.shape]` of a cotangent `[V, *out_shape]`."""
