@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.rows.base import RowNumbers, Samples
-from layerwise.rows.numbered import Order, order_of, placed
+from layerwise.rows.numbered import Order
 
 __all__ = ["draws", "join", "largest", "matrix_among", "near", "sample_axes", "split", "width"]
 
@@ -17,7 +17,7 @@ __all__ = ["draws", "join", "largest", "matrix_among", "near", "sample_axes", "s
 def split(x: Tensor, samples: Samples | RowNumbers) -> Tensor:
     """`[V, *shape]` as `[V,N,D]`, each sample's values in their order; zeros behind those of a shorter sample."""
     if isinstance(samples, RowNumbers):
-        return placed(x.flatten(1).T, _elements(samples, x.shape[1:])).movedim(2, 0)
+        return _elements(samples, x.shape[1:]).place([x.flatten(1)], 1)
     if samples.axis < 0:
         return x.reshape(len(x), 1, -1)
     axis = samples.axis + 1
@@ -27,13 +27,7 @@ def split(x: Tensor, samples: Samples | RowNumbers) -> Tensor:
 def join(x: Tensor, samples: Samples | RowNumbers, shape: torch.Size) -> Tensor:
     """`[V,N,D]` as `[V, *shape]`; the inverse of `split`."""
     if isinstance(samples, RowNumbers):
-        order = _elements(samples, shape)
-        flat = x.flatten(1)
-        if order.source is None or order.place is None:
-            return flat.reshape(len(x), *shape)
-        out = x.new_zeros(len(x), shape.numel())
-        out[:, order.source] = flat[:, order.place]
-        return out.reshape(len(x), *shape)
+        return _elements(samples, shape).take(x.flatten(1), 1).reshape(len(x), *shape)
     axis = samples.axis
     if axis < 0:
         return x.reshape(len(x), *shape)
@@ -50,7 +44,9 @@ def width(samples: Samples | RowNumbers, shape: torch.Size) -> int:
 
 def _elements(samples: RowNumbers, shape: torch.Size) -> Order:
     """The order of all elements of a tensor by samples."""
-    return order_of(samples.numbers.expand(shape).flatten(), samples.n)
+    if shape not in samples.orders:
+        samples.orders[shape] = Order(samples.n, samples.numbers.expand(shape).flatten())
+    return samples.orders[shape]
 
 
 def sample_axes(shape: Sequence[int], n: int) -> Iterator[Samples]:

@@ -50,7 +50,10 @@ def slots(call: Call, used: Sequence[Tensor]) -> list[Slot]:
     if build is None or any_complex(call.args) or any_complex(call.kwargs.values()):
         return [OpaqueSlot(call, u) for u in used]
     known = zip(used, build(call, used), strict=True)
-    return [OpaqueSlot(call, u) if slot is None else slot for u, slot in known]
+    found = [OpaqueSlot(call, u) if slot is None else slot for u, slot in known]
+    for place, slot in enumerate(found):
+        slot.place = place
+    return found
 
 
 def refused(func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> str | None:

@@ -19,7 +19,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ _LISTS = (list, tuple)
 _SIMPLE = (int, str, type(None))  # arguments that enter the signature of a run; floats (rates, temperatures) may change
 
 
+class Choice(NamedTuple):
+    """How many entries of the signature, and how many uses, were recorded before a choice."""
+
+    calls: int
+    uses: int
+
+
 class Tape(LossRecord):
     """Record the parameter uses and the losses of everything that runs inside the context.
 
@@ -61,6 +68,7 @@ class Tape(LossRecord):
     crosses: whether functions without a derivative (`lw.nn.Hard`) pass on their surrogate gradients.
     whole: whether the handler keeps FSDP2's whole parameters in place while it reads the record.
     partial: whether the running backward pass was given `inputs`, and may leave out parts of the graph.
+    choice: where in the record an index or a mask first picked among activations; None where none did.
     spent: nodes of forgotten uses whose graph was retained, so that another backward pass may run through them.
     """
 
@@ -118,6 +126,7 @@ class Tape(LossRecord):
         self._outputs: dict[int, Use] = {}
         self._origins = Origins()
         self._retained: list[weakref.ref[Tensor]] = []
+        self.choice: Choice | None = None
 
     def forget(self, uses: Iterable[Use], made: Iterable[LossUse]) -> None:
         """Forget the uses and losses of one backward pass; everything, where no other forward is left."""
@@ -277,6 +286,7 @@ class Tape(LossRecord):
         for arg in (*args, *kwargs.values()):
             for tensor in _tensors(arg):
                 if not tensor.is_floating_point():
+                    self.choice = self.choice or Choice(len(self.calls), self._recorded)
                     self.calls.append(hash(tensor.detach().cpu().numpy().tobytes()))
 
     def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:

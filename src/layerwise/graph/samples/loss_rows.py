@@ -6,7 +6,7 @@ input was taken from, from the terms that a loss of the user's own adds up, or f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from layerwise.tape.origins import Origin, sources
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["numberings"]
+__all__ = ["by_known_rows", "by_target", "numberings"]
 
 
 def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Where]]:
@@ -67,6 +67,10 @@ def _all_of_one(loss: LossUse) -> RowNumbers:
 
 
 def _by_target(graph: Graph, loss: LossUse, n: int) -> Where | None:
+    return by_target(loss, n)
+
+
+def by_target(loss: LossUse, n: int) -> Where | None:
     """The rows that the target of a loss was taken from."""
     if loss.target is None:
         return None
@@ -85,21 +89,21 @@ def _of_terms(loss: LossUse, rows: Tensor, n: int) -> RowNumbers | None:
 
 
 def _by_inputs(graph: Graph, loss: LossUse, n: int) -> Where | None:
-    """The rows that the inputs of uses were taken from, carried to the loss's terms by vector-Jacobian products."""
+    return by_known_rows(loss, n, list(_known_rows(graph, n)))
+
+
+def by_known_rows(loss: LossUse, n: int, known: Sequence[tuple[Use, Tensor]]) -> Where | None:
+    """The known rows of uses' outputs, carried to the loss's terms by vector-Jacobian products."""
     logits = loss.call.logits
     terms = _term_shape(loss)
     count = terms.numel()
     owners = torch.arange(count, device=logits.device).reshape(terms)
     owners = owners if loss.call.class_axis is None else owners.unsqueeze(loss.call.class_axis)
-    known = list(_known_rows(graph, n))
     if not known or not count:
         return None
     found = torch.full((count,), NONE, device=logits.device)
-    reached = element_numbers([Root(loss.logits, logits, owners)], count, [use.edge for use, _ in known])
-    for (use, rows), number in zip(known, reached, strict=True):
-        if number is None:
-            continue
-        term = row_numbers(use, number)
+    reached = row_numbers([Root(loss.logits, logits, owners)], count, [use for use, _ in known])
+    for (_, rows), term in zip(known, reached, strict=True):
         if bool((term == MIXED).any()):
             continue
         term, sample = torch.broadcast_tensors(term, rows.to(term.device))

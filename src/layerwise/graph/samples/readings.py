@@ -16,7 +16,7 @@ from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
 __all__ = [
-    "candidates", "contradictory", "first_count", "on_output", "origin_rows", "origins", "outside", "places",
+    "candidates", "contradictory", "first_count", "hashed", "on_output", "origin_rows", "origins", "outside", "places",
     "row_counts", "terms",
 ]  # fmt: skip
 
@@ -27,22 +27,28 @@ def origins(graph: Graph) -> list[Origin]:
     return [pair[0] for pair in pairs if pair is not None]
 
 
-def places(tape: Tape, graph: Graph) -> tuple[Any, ...]:
-    """What decides, beside the sequence of calls, where the rows of data come from: indices, masks and sizes."""
-    return tuple(_values(origin) for origin in (*tape.entered, *origins(graph)))
+def places(tape: Tape, found: Iterable[Origin], uses: Iterable[Use]) -> tuple[Any, ...]:
+    """What decides, beside the sequence of calls, where the rows of data come from: indices, masks, sizes, batches."""
+    known: dict[int, int] = {}
+    batches = tuple((use.batch.shape, known.setdefault(id(use.batch), len(known))) for use in uses)
+    return batches, tuple(_values(origin, known) for origin in (*tape.entered, *found))
 
 
-def _values(origin: Origin) -> Any:
-    if isinstance(origin, Source):
-        return origin.shape
-    kept = [_hashed(x) for x in (*origin.args[1:], *origin.kwargs.values())]
-    return (origin.own, origin.place, *kept, *(_values(parent) for parent in parents(origin)))
+def _values(origin: Origin, known: dict[int, int]) -> Any:
+    """Everything that an origin's numbers depend on; known: the numbers of the tensors met so far."""
+    if isinstance(origin, Source) or origin.own:  # of an own batch it does not matter which rows it has
+        return origin.shape, known.setdefault(id(origin), len(known))
+    kept = [hashed(x) for x in (*origin.args[1:], *origin.kwargs.values())]
+    return (origin.func, origin.place, *kept, *(_values(parent, known) for parent in parents(origin)))
 
 
-def _hashed(argument: Any) -> Any:
+def hashed(argument: Any) -> Any:
+    """An argument by value, as part of a key; floats may differ."""
     if isinstance(argument, (tuple, list)):
-        return tuple(_hashed(x) for x in argument)
-    return hash(argument.cpu().numpy().tobytes()) if isinstance(argument, Tensor) else None
+        return tuple(hashed(x) for x in argument)
+    if isinstance(argument, Tensor):
+        return argument.shape, hash(argument.cpu().numpy().tobytes())
+    return argument if isinstance(argument, (int, str)) else None
 
 
 def first_count(graph: Graph) -> int | None:
@@ -182,10 +188,17 @@ def row_counts(found: Iterable[Origin]) -> list[int]:
         for source in sources(origin):
             rows = numbers(origin, offsets_of(source, origin))
             every = set(range(source.shape[0] if source.shape else 1))
-            used.setdefault(source, set()).update(every if rows is None else rows[rows >= 0].unique().tolist())
+            used.setdefault(source, set()).update(every if rows is None else _occurring(rows))
             if _by_mask(origin):
                 masked.add(source)
     return [source.shape[0] if source in masked and source.shape else len(rows) for source, rows in used.items()]
+
+
+def _occurring(rows: Tensor) -> list[int]:
+    """The numbers from 0 on that occur; an axis along which a tensor is expanded is read once."""
+    once = rows[tuple(slice(0, 1 if step == 0 else None) for step in rows.stride())]
+    found: list[int] = torch.bincount(once[once >= 0]).nonzero()[:, 0].tolist()
+    return found
 
 
 def _by_mask(origin: Origin) -> bool:

@@ -12,7 +12,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
 from layerwise.graph.samples.loss_rows import numberings
-from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, row_numbers
+from layerwise.graph.samples.numbers import MIXED, Root, joined, row_numbers
 from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
@@ -84,17 +84,14 @@ def check_losses(graph: Graph, layout: SampleLayout) -> None:
 
 def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
     roots = [_root(loss, where) for loss, where in zip(graph.losses, losses, strict=True)]
-    edges = [use.edge for use in graph.uses]
-    elements: list[Tensor | None] = [None] * len(edges)
+    numbers: list[Tensor | None] = [None] * len(graph.uses)
     for root in roots:  # each by itself: terms of two losses may cancel
-        found = element_numbers([root], n, edges)
-        elements = [joined(a, b) for a, b in zip(elements, found, strict=True)]
+        numbers = [joined(a, b) for a, b in zip(numbers, row_numbers([root], n, graph.uses), strict=True)]
     uses: dict[int, Where] = {}
     mixed: dict[int, Use] = {}
     partly: set[int] = set()
-    for use, number in zip(graph.uses, elements, strict=True):
-        shape = use.call.out_shape
-        rows = torch.full([1] * len(shape), NONE) if number is None else row_numbers(use, number)
+    for use, rows in zip(graph.uses, numbers, strict=True):
+        assert rows is not None
         if bool((rows == MIXED).any()):
             mixed[use.index] = use
             partly |= {use.index} if bool((rows >= 0).any()) else set()
@@ -167,6 +164,7 @@ def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[Origin, di
             held = (row >= 0) & (number >= 0)
             seen = owners.setdefault(source, {})
             single.setdefault(source, True)
-            for r, sample in torch.stack([row[held], number[held]], 1).unique(dim=0).tolist():
+            for pair in (row[held] * layout.n + number[held]).unique().tolist():
+                r, sample = divmod(pair, layout.n)
                 single[source] &= seen.setdefault(r, sample) == sample
     return [(source, owner, single[source]) for source, owner in owners.items()]
