@@ -42,12 +42,12 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     targets and the losses say.
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
-    settle([*readings.origins(graph), *tape.entered])
+    settle([*readings.origins(graph), *graph.entered])
     if isinstance(samples, Tensor):
         return next(by_rows(graph, int(samples.max()) + 1, samples))
     key, memo = _signature(tape, graph, model, samples), _memo(model)
     n = samples if samples is not None else readings.first_count(graph)
-    if n is None or (samples is None and readings.contradictory(tape, graph)):
+    if n is None or (samples is None and readings.contradictory(graph)):
         return _remembered(tape, graph, key, memo, None)
     refusal = memo.get((key, "axes"))
     if not isinstance(refusal, tuple):
@@ -76,12 +76,12 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
 
 def _remembered(tape: Tape, graph: Graph, key: Any, memo: Memo, n: int | None) -> SampleLayout:
     """The layout by what is said of the number of samples, or by rows of n samples; remembered where all have rows."""
-    place = (key, readings.places(tape, graph), n)
+    place = (key, readings.places(graph), n)
     found = memo.get(place)
     if isinstance(found, SampleLayout):
         return _checked(graph, found)
     if n is None:
-        layout = _first_that_holds(tape, graph, readings.candidates(tape, graph))
+        layout = _first_that_holds(tape, graph, readings.candidates(graph))
     else:
         layout = next(by_rows(graph, n))
     numbered = [where for where in layout.uses.values() if isinstance(where, RowNumbers)]
@@ -104,9 +104,7 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
     """
     first = readings.first_count(graph) or 1
     shapes = [loss.call.logits.shape for loss in tape.losses]
-    if not readings.contradictory(tape, graph) and all(
-        any(size % first == 0 for size in shape) for shape in shapes if shape
-    ):
+    if not readings.contradictory(graph) and all(any(size % first == 0 for size in shape) for shape in shapes if shape):
         return first
     try:
         whole = graph if graph.losses else prove(tape, total, graph.weight)
@@ -132,14 +130,14 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
             break
         try:
             for layout in _layouts(tape, graph, n):
-                if one_sample_a_row(tape, graph, layout):
+                if one_sample_a_row(graph, layout):
                     confirmed.append(layout)
                     possible |= {n} & set(counts[0])
-                    if one_row_a_sample(graph, layout):  # then N may as well be the number of all rows
+                    if one_row_a_sample(graph, layout):  # then N may as well be the number of rows
                         possible |= set(counts[0])
                     break
-                rank = 0 if one_sample_a_row(tape, graph, layout, constants=True) else 1
-                if not rank or (layout.regular and _spoken_for(tape, graph, n)):
+                rank = 0 if one_sample_a_row(graph, layout, constants=True) else 1
+                if not rank or (layout.regular and _spoken_for(graph, n)):
                     second.setdefault(rank, layout)
         except _REFUSALS as error:
             refusals.append(_parts(error))
@@ -147,10 +145,9 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
         if confirmed and n in counts[1]:
             break
     if confirmed and len(possible) > 1:
-        numbers = " and ".join(map(str, sorted(possible)))
         raise AmbiguousSamples(
-            f"the batch, the targets and the losses allow {numbers} samples, and this batch cannot tell which it is; "
-            "pass samples=N, or a tensor with the sample number of each loss term"
+            f"several numbers of samples may hold: {readings.named(graph, possible)}; this batch cannot tell which it "
+            "is; pass samples=N, or a tensor with the sample number of each loss term"
         )
     if confirmed or second:
         return confirmed[0] if confirmed else second[min(second)]
@@ -159,9 +156,9 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
     raise kind(f"{text} (numbers of samples that the batch, the targets and the losses allow: {listed})")
 
 
-def _spoken_for(tape: Tape, graph: Graph, n: int) -> bool:
+def _spoken_for(graph: Graph, n: int) -> bool:
     """Whether every loss has n terms, and no tensor that the model was called with has another number of rows."""
-    calls = [origin for origin in tape.entered if isinstance(origin, Source)]
+    calls = [origin for origin in graph.entered if isinstance(origin, Source)]
     return set(readings.terms(graph)) == {n} and all(origin.shape[:1] == (n,) for origin in calls)
 
 
@@ -187,7 +184,7 @@ def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: Memo, by_rows: bo
     if isinstance(found, SampleLayout):
         return found
     layout, proved = by_axes(tape, graph, n)
-    if by_rows and not one_sample_a_row(tape, graph, layout):
+    if by_rows and not one_sample_a_row(graph, layout):
         raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
     if proved and structural(graph, layout):
         _remember(memo, key, layout)
