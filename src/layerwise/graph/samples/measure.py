@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
@@ -21,7 +22,7 @@ from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Source, settle
 from layerwise.tape.tape import Tape
 
-__all__ = ["count", "measure"]
+__all__ = ["count", "measure", "said"]
 
 Refused = tuple[type[LayerwiseError], str]
 Memo = dict[Any, SampleLayout | Refused]
@@ -112,6 +113,27 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
     except LayerwiseError:
         lead = {shape[0] for shape in shapes if shape}
         return min(first, *lead) if len(lead) == 1 else first
+
+
+def said(samples: int | Tensor | None, what: str) -> int | None:
+    """The number of samples that a user says, by itself or by a sample number for each loss term; None for None.
+
+    what: the argument, for the error. Raises BadInput where it is neither.
+    """
+    if samples is None:
+        return None
+    if not isinstance(samples, Tensor):
+        if not isinstance(samples, int) or samples < 1:
+            raise BadInput(f"{what} must be None, a whole number of at least 1, or a tensor, got {samples!r}")
+        return samples
+    if samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool or not samples.numel():
+        raise BadInput(
+            f"{what} as a tensor must hold a whole number for each loss term, 0 to N - 1, got "
+            f"{samples.dtype} of shape {tuple(samples.shape)}"
+        )
+    if int(samples.min()) < 0:
+        raise BadInput(f"{what} as a tensor must hold numbers from 0 on, got {int(samples.min())}")
+    return int(samples.max()) + 1
 
 
 def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Sequence[int]]) -> SampleLayout:
