@@ -20,6 +20,7 @@ from layerwise.graph.walk import SELECTIONS, Node, by_node, children, edges, inp
 from layerwise.losses import OwnCall
 from layerwise.tape.binding import Leaves
 from layerwise.tape.gradient_calls import GradientUse
+from layerwise.tape.origins import Origin
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, OwnUse, Use
 
@@ -32,7 +33,8 @@ class Graph:
 
     known: losses with a likelihood, in call order. own: the user's own losses, which are the rest of the total.
     selections: the nodes between the losses' inputs and uses, or two uses, that pick elements by an index or a mask.
-    in_losses: those between the total and the losses' inputs.
+    in_losses: those between the total and the losses' inputs. entered: where the tensors come from that the model was
+    called with.
     """
 
     total: Tensor
@@ -42,6 +44,7 @@ class Graph:
     own: list[OwnUse]
     selections: tuple[Node, ...] = ()
     in_losses: tuple[Node, ...] = ()
+    entered: tuple[Origin, ...] = ()
 
     @property
     def losses(self) -> list[LossUse]:
@@ -86,7 +89,9 @@ def prove(
     reached, selections = _walk_to_uses(roots, tape.leaves(), by_node(tape.uses), tape.spent)
     uses = sorted(reached, key=lambda u: u.index)
     in_losses = tuple(node for node in graph.in_losses if node not in selections)
-    return replace(graph, weight=weight, uses=uses, selections=tuple(selections), in_losses=in_losses)
+    return replace(
+        graph, weight=weight, uses=uses, selections=tuple(selections), in_losses=in_losses, entered=tuple(tape.entered)
+    )
 
 
 def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> Graph:

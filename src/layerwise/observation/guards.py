@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.errors import BadInput, NonFinite, UncoveredUse, Undefined
-from layerwise.quantities.base import positive
+from layerwise.errors import NonFinite, UncoveredUse, Undefined
 from layerwise.ranks.trainers import several
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
@@ -21,7 +20,6 @@ __all__ = [
     "check_covered",
     "check_finite",
     "check_gradient",
-    "check_samples",
     "retained_grads_preserved",
     "rollback",
     "snapshot",
@@ -60,20 +58,6 @@ class Fingerprints:
 def _fingerprint(g: Tensor) -> Tensor:
     g = as_real(g)
     return torch.stack([g.sum(dtype=torch.float64), g.abs().sum(dtype=torch.float64)])
-
-
-def check_samples(samples: int | Tensor | None) -> None:
-    """Raise BadInput where `samples` is neither a number of samples nor a sample number for each loss term."""
-    if not isinstance(samples, Tensor):
-        positive("observe's samples", samples)
-        return
-    if samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool or not samples.numel():
-        raise BadInput(
-            "observe's samples as a tensor must hold a whole number for each loss term, 0 to N - 1, got "
-            f"{samples.dtype} of shape {tuple(samples.shape)}"
-        )
-    if int(samples.min()) < 0:
-        raise BadInput(f"observe's samples as a tensor must hold numbers from 0 on, got {int(samples.min())}")
 
 
 def check_finite(total: Tensor) -> None:

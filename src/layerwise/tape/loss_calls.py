@@ -69,7 +69,7 @@ class LossRecord(TorchFunctionMode):
         """Register the forward hook that records the tensors that the model returns."""
         model = None if self._model is None else unwrapped(self._model())  # DDP's own output may be a view of it
         if model is not None:
-            self._hook = model.register_forward_hook(self._forward_hook)
+            self._hook = model.register_forward_hook(self._forward_hook, with_kwargs=True)
 
     def unwatch(self) -> None:
         """Remove the forward hook."""
@@ -135,9 +135,9 @@ class LossRecord(TorchFunctionMode):
             self.own.append(OwnUse(call, parts, get_gradient_edge(out)))
         return out
 
-    def _forward_hook(self, module: nn.Module, args: Any, out: Any) -> None:
+    def _forward_hook(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         """Record the tensors that the model's forward was called with, and those that it returned."""
-        for x in losses.tensors_in(args):
+        for x in losses.tensors_in((args, kwargs)):
             if x.dim() and not x.requires_grad:
                 self.entered.append(self._made_from(x)[1])
         if self.returned is not None and torch.is_grad_enabled():

@@ -17,7 +17,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, over, row_numbers
-from layerwise.graph.samples.readings import on_output, origin_rows
+from layerwise.graph.samples.readings import on_output, origin_rows, outside
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import Where
 from layerwise.graph.separable import loss_terms
@@ -152,13 +152,16 @@ def _by_derivatives(graph: Graph, loss: LossUse, n: int) -> Where | None:
 
 
 def _known_rows(graph: Graph, n: int) -> Iterator[tuple[Use, Tensor]]:
-    """Uses whose rows have known samples, those next to the losses first: from the origin, or n rows on dim 0."""
+    """Uses whose rows have known samples, those next to the losses first: from the origin, or n rows on dim 0.
+
+    Where the model was called with tensors, a use that read none of them says nothing: it may have read a constant.
+    """
     for use in reversed(graph.uses):
         if use.origin is None:
             if use.call.out_shape and use.call.out_shape[0] == n:
                 yield use, torch.arange(n).reshape(-1, *[1] * (len(use.call.out_shape) - 1))
             continue
-        rows = _input_rows(use, n)
+        rows = None if outside(graph, use.origin[0]) else _input_rows(use, n)
         if rows is not None:
             yield use, rows
 

@@ -19,7 +19,6 @@ from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.separable import check_sum_over_samples
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Origin, offsets_of, sources
-from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
 
 __all__ = ["by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row"]
@@ -118,15 +117,15 @@ def _root(loss: LossUse, where: Where) -> Root:
 
 
 def one_row_a_sample(graph: Graph, layout: SampleLayout) -> bool:
-    """Whether the samples are single rows of a tensor that has more of them, of which no loss term hears."""
+    """Whether samples are single rows of a tensor that has more of them, unheard by any loss term, or fewer."""
     for source, owner, _ in _owners_of_rows(graph, layout):
         rows = source.shape[0] if source.shape else 1
-        if rows > layout.n and len(set(owner.values())) == len(owner) > 1:
+        if rows != layout.n and len(set(owner.values())) == len(owner) > 1:
             return True
     return False
 
 
-def one_sample_a_row(tape: Tape, graph: Graph, layout: SampleLayout, constants: bool = False) -> bool:
+def one_sample_a_row(graph: Graph, layout: SampleLayout, constants: bool = False) -> bool:
     """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample.
 
     Where the model was called with tensors, one of them must carry the samples, or have as many rows.
@@ -135,8 +134,8 @@ def one_sample_a_row(tape: Tape, graph: Graph, layout: SampleLayout, constants: 
     """
     found = _owners_of_rows(graph, layout)
     carrying = [source for source, owner, _ in found if len(set(owner.values())) > 1]
-    if all(outside(tape, source) for source in carrying):
-        calls = row_counts([origin for origin in tape.entered if origin.shape])
+    if all(outside(graph, source) for source in carrying):
+        calls = row_counts([origin for origin in graph.entered if origin.shape])
         if carrying or (calls and layout.n > 1 and layout.n not in calls):
             return False
     if not constants:

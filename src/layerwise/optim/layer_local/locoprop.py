@@ -172,20 +172,28 @@ class LocoProp(LayerLocal):
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """Run the closure, fit every layer (or write `.grad`), and return the loss before the step."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None, *, samples: int | Tensor | None = None
+    ) -> Tensor:
+        """Run the closure, fit every layer (or write `.grad`), and return the loss before the step.
+
+        samples: the number N in the batch, or a tensor with the sample number of each loss term, where the batch, the
+        targets and the losses do not say it; a target per sample reads N.
+        """
         skipped = self.skipped
-        loss = super().step(closure)
+        loss = self._guarded(closure, partial(self._attempt, samples=samples))
         if self._write == "grad" and self.skipped > skipped:  # nothing for an outer optimizer
             self.zero_grad()
         return loss
 
-    def _attempt(self, closure: Callable[[], Tensor], buffers: Buffers) -> tuple[Tensor, str | None]:
+    def _attempt(
+        self, closure: Callable[[], Tensor], buffers: Buffers, samples: int | Tensor | None = None
+    ) -> tuple[Tensor, str | None]:
         """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
         together = self._order == "together"
         rerun = None if together else Rerun(self._model, closure, gradients=False)
         run = record(self._model, closure, self._ours, kinds=self._kinds)
-        fitting, choices = self._fitting(run), self._choices
+        fitting, choices = self._fitting(run, samples), self._choices
         where = self._agreed(run, unsafe(run, lambda name: _gamma(fitting, choices, name)) or buffers.spoiled())
         if where is not None:
             return run.loss, where
