@@ -34,6 +34,7 @@ from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_replaced, check_sharded, check_whole
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
+from layerwise.tape.gradient_scalers import SCALER_CALLS, ScalerCalls
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
@@ -107,6 +108,7 @@ class Tape(LossRecord):
         self.uses: list[Use] = []
         self.clear_losses()
         self.calls: list[Any] = []
+        self.scaler_calls = ScalerCalls()
         self.first: Tensor | None = None
         self._known: dict[int, Derived | Tensor] = {}
         for name, p in self.parameters.items():
@@ -177,6 +179,8 @@ class Tape(LossRecord):
         if self._views and data and args and ops.writes_first(func) and isinstance(args[0], Tensor):
             self.before_write(args[0])
         out = func(*args, **kwargs)
+        if func in SCALER_CALLS:
+            self.scaler_calls.note(func, args, out)
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None:
                 self._note_data(func, args, kwargs, data, None)  # a write onto an output reads it as well

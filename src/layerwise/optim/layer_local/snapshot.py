@@ -85,11 +85,11 @@ class Snapshot:
                 self._state[p] = self._before[p]
 
     @torch.no_grad()
-    def to_gradients(self) -> None:
-        """Restore the parameters, and write the movement `old − new` into their `.grad`."""
+    def to_gradients(self, factor: float = 1.0) -> None:
+        """Restore the parameters, and write the movement `old − new`, times a factor, into their `.grad`."""
         params = [p.detach() for _, p in self._params]
         moved = [value - p for p, value in zip(params, self._values, strict=True)]
         if params:
             torch._foreach_copy_(params, self._values)
         for (_, p), grad in zip(self._params, moved, strict=True):
-            p.grad = grad
+            p.grad = grad if factor == 1 else grad * factor
