@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import resolved
+from layerwise.graph.loss_scale import loss_scale
 from layerwise.graph.products import SecondOrder
 from layerwise.graph.samples import said
 from layerwise.graph.walk import nodes
@@ -78,13 +79,15 @@ class Observation:
     def __exit__(self, *exc: Any) -> None:
         self.stop(*exc)
 
-    def start(self, tape: Tape) -> Results:
-        """Record on a tape until `stop`; the results are empty at first."""
+    def start(self, tape: Tape, results: Results | None = None) -> Results:
+        """Record on a tape until `stop`; adds to earlier results of the same quantities, or to none."""
         if self._tape is not None:
             raise BadInput("this observe() is active already; make another one to observe inside it")
         try:
             self._tape = tape
-            results = self.restart()
+            if results is None:
+                results = self.restart()
+            self._results = results
             results.follow(tape.parameters, tape.owners)
             tape.__enter__()
             if any(q.cotangent.twice for q in self._quantities):
@@ -125,9 +128,11 @@ class Observation:
         results: Results,
         trainers: GraphTrainers,
     ) -> Any:
-        device = total.device.type
+        device, scale = total.device.type, 1.0
         with alone(device), retained_grads_preserved(tape.retained()), trainers.paused():
             check_finite(total)
+            if self._settings.unscaled:
+                scale = loss_scale(tape.scaler_calls, total) or 1.0
             own_losses = tape.returned is not None
             graph, known = resolved(lambda without: prove(tape, total, weight, without=without), own_losses)
             observed = BackwardPass(tape, graph, known, results.quantities, self._model, self._settings)
@@ -145,7 +150,7 @@ class Observation:
                 gradient = {name: arrived[name] for name in covered if name in arrived}
                 check_gradient(gradient)
                 stream.finish(gradient)
-                results.add(observed.batch, observed.values, {name: (g,) for name, g in gradient.items()})
+                results.add(observed.batch, observed.values, {name: (g,) for name, g in gradient.items()}, scale)
         except BaseException:
             rollback(tape, before)
             raise

@@ -35,6 +35,7 @@ from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_sharded, check_whole, refuse_replaced
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
 from layerwise.tape.gradient_calls import GradientUse
+from layerwise.tape.gradient_scalers import SCALER_CALLS, ScalerCalls
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
@@ -49,7 +50,7 @@ _LISTS = (list, tuple)
 _SIMPLE = (int, str, type(None))  # arguments that enter the signature of a run; floats (rates, temperatures) may change
 
 
-class Choice(NamedTuple):
+class FirstChoice(NamedTuple):
     """How many entries of the signature, and how many uses, were recorded before a choice."""
 
     calls: int
@@ -117,6 +118,7 @@ class Tape(LossRecord):
         self.uses: list[Use] = []
         self.clear_losses()
         self.calls: list[Any] = []
+        self.scaler_calls = ScalerCalls()
         self.first: Tensor | None = None
         self._known: dict[int, Derived | Tensor] = {}
         for name, p in self.parameters.items():
@@ -126,7 +128,7 @@ class Tape(LossRecord):
         self._outputs: dict[int, Use] = {}
         self._origins = Origins()
         self._retained: list[weakref.ref[Tensor]] = []
-        self.choice: Choice | None = None
+        self.choice: FirstChoice | None = None
 
     def forget(self, uses: Iterable[Use], made: Iterable[LossUse]) -> None:
         """Forget the uses and losses of one backward pass; everything, where no other forward is left."""
@@ -193,6 +195,8 @@ class Tape(LossRecord):
         out = func(*args, **kwargs)
         if assembles:
             assembled(self._known, args[0], frozenset().union(*(d.names for d in used)))
+        if func in SCALER_CALLS:
+            self.scaler_calls.note(func, args, out)
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None:
                 self._note_data(func, args, kwargs, data, None)  # a write onto an output reads it as well
@@ -286,7 +290,7 @@ class Tape(LossRecord):
         for arg in (*args, *kwargs.values()):
             for tensor in _tensors(arg):
                 if not tensor.is_floating_point():
-                    self.choice = self.choice or Choice(len(self.calls), self._recorded)
+                    self.choice = self.choice or FirstChoice(len(self.calls), self._recorded)
                     self.calls.append(hash(tensor.detach().cpu().numpy().tobytes()))
 
     def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:

@@ -15,8 +15,8 @@ from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.overflow import unsafe
-from layerwise.local.layers.record import problem_of, record
-from layerwise.local.problem import LocalProblem, Pull, predict
+from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
+from layerwise.local.problem import LocalProblem, Pull
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import Task, solve
 from layerwise.local.solvers.steps import Workspace, linear_steps
@@ -31,9 +31,10 @@ from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.saved_state import Fit, of_local_optimizer
 from layerwise.replay.rerun import Rerun
-from layerwise.replay.state import Buffers
+from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import all_finite
 
 __all__ = ["LocoProp"]
 
@@ -136,6 +137,7 @@ class LocoProp(LayerLocal):
         self._order, self._write, self._workspace = order, write, Workspace()
         if order != "together" and execution != Execution():
             raise BadInput(f"layers in turn (order={order!r}) cannot be solved at once ({execution})")
+        self._scaled = False  # whether a gradient scaler multiplied the last loss
         self._warned: set[str] = set()  # functions without a matching loss
         self._last: list[tuple[tuple[str, ...], str]] | None = None
         loss, squared = values["loss"], getattr(values["solver"], "squared_only", False)
@@ -181,18 +183,47 @@ class LocoProp(LayerLocal):
         targets and the losses do not say it; a target per sample reads N.
         """
         skipped = self.skipped
-        loss = self._guarded(closure, partial(self._attempt, samples=samples))
-        if self._write == "grad" and self.skipped > skipped:  # nothing for an outer optimizer
-            self.zero_grad()
+        loss = self._step(closure, samples=samples)
+        if self._write == "grad" and self.skipped > skipped and (not self._scaled or all_finite(self._gradients())):
+            self.zero_grad()  # nothing for an outer optimizer; what is not finite a scaler has still to find
         return loss
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def _attempt(
         self, closure: Callable[[], Tensor], buffers: Buffers, samples: int | Tensor | None = None
     ) -> tuple[Tensor, str | None]:
         """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
-        together = self._order == "together"
-        rerun = None if together else Rerun(self._model, closure, gradients=False)
-        run = record(self._model, closure, self._ours, kinds=self._kinds)
+        rerun = None if self._order == "together" else Rerun(self._model, closure, gradients=False)
+        recorder = RunRecorder(self._model, self._ours, kinds=self._kinds)
+        with recorder, torch.enable_grad():
+            loss = closure()
+        check_loss(loss)
+        return self._fit(recorder, recorder.run(loss), rerun, buffers, samples)
+
+    def _recorder(self) -> RunRecorder:
+        if self._order != "together":
+            raise BadInput(
+                f"LocoProp(order={self._order!r}) runs the model again in a step, which passes recorded "
+                '`with opt.watch()` cannot give: call step(closure), or use order="together"'
+            )
+        return RunRecorder(self._model, self._ours, kinds=self._kinds)
+
+    def _attempt_recorded(
+        self, recorder: RunRecorder, buffers: Buffers, samples: int | Tensor | None = None
+    ) -> tuple[Tensor, str | None]:
+        return self._fit(recorder, recorder.run(), None, buffers, samples)
+
+    def _fit(
+        self,
+        recorder: RunRecorder,
+        run: Recorded,
+        rerun: Rerun | None,
+        buffers: Buffers,
+        samples: int | Tensor | None,
+    ) -> tuple[Tensor, str | None]:
+        together, self._scaled = rerun is None, recorder.scale is not None
         fitting, choices = self._fitting(run, samples), self._choices
         where = self._agreed(run, unsafe(run, lambda name: _gamma(fitting, choices, name)) or buffers.spoiled())
         if where is not None:
@@ -211,8 +242,9 @@ class LocoProp(LayerLocal):
             last = [(plan.layer.names, _form(plan)) for plan in plans]
             last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
             if self._write == "grad":
+                left = recorder.left_in(self._gradients())  # the scaler in front of the outer optimizer takes it out
                 self.zero_grad()
-                snapshot.to_gradients()
+                snapshot.to_gradients(left)
             self._last, self._averages = last, self._averages | fitting.new_averages
 
         snapshot = fitting.snapshot(run.layers)
@@ -225,7 +257,7 @@ class LocoProp(LayerLocal):
         for count, n in enumerate(turns):
             layer, problem = plans[n].layer, problems[n]
             if count:
-                problem = _refreshed(problem, layer, self._run_again(layer, rerun))
+                problem = refreshed(problem, layer, self._run_again(layer, rerun))
             solve(_task(fitting, plans[n], problem), self._workspace)
 
     def _run_again(self, layer: Layer, rerun: Rerun) -> Layer:
@@ -310,7 +342,7 @@ def _warn_of_stand_ins(plans: list[_Plan], warned: set[str]) -> None:
             warnings.warn(
                 f"{f.name}, behind {plan.layer.name}, {why}: such layers take the squared loss before it (LocoProp-S)",
                 SquaredInstead,
-                stacklevel=7,
+                stacklevel=8,
             )
 
 
@@ -323,22 +355,6 @@ def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
     if not plain and not bool(torch.isfinite(problem.target).all()):
         raise NonFinite(f"the target of {plan.layer.name} holds NaN or infinity")
     return problem
-
-
-def _refreshed(problem: LocalProblem, layer: Layer, now: Layer) -> LocalProblem:
-    """The problem with the inputs `a` (and terms `rest`) of a later run, and the targets of the first.
-
-    now: the layer in the later run. Raises Undefined for another number of rows.
-    """
-    a = now.join([part.input() for part in now.parts])
-    rest = None
-    if a.shape != problem.a.shape:
-        raise Undefined(f"run again, the closure gave {layer.name} {len(a)} rows, and {len(problem.a)} at first")
-    if problem.rest is not None:
-        z = now.join([part.rows(part.output()) for part in now.parts])
-        rest = z - predict(replace(problem, a=a, rest=None, g=None))
-    same = torch.equal(a, problem.a) and (rest is None or torch.equal(rest, problem.rest))  # type: ignore[arg-type]
-    return problem if same else replace(problem, a=a, rest=rest, g=None)
 
 
 # Solving ------------------------------------------------------------------------------------------------------------
