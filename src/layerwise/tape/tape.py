@@ -39,15 +39,11 @@ from layerwise.tape.gradient_scalers import SCALER_CALLS, ScalerCalls
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
-from layerwise.tape.recorded_call import distinct, is_view, kept, own_output, run
+from layerwise.tape.recorded_call import classify, distinct, is_view, kept, own_output, run, sort, tensors_in
 from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
 from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
 __all__ = ["Tape"]
-
-
-_LISTS = (list, tuple)
-_SIMPLE = (int, str, type(None))  # arguments that enter the signature of a run; floats (rates, temperatures) may change
 
 
 class FirstChoice(NamedTuple):
@@ -179,9 +175,9 @@ class Tape(LossRecord):
             return self._gradients(func, args, kwargs)
         if func in losses.PROJECTED and torch.is_grad_enabled():
             return self._projected(func, args, kwargs)
-        used, data, tensors = self._sort(args, kwargs)
+        used, data, tensors = sort(self._known, self.calls, args, kwargs)
         if data and torch.is_grad_enabled() and self._late(data):
-            used, data, tensors = self._sort(args, kwargs)
+            used, data, tensors = sort(self._known, self.calls, args, kwargs)
         if used and data and torch.is_grad_enabled() and getattr(func, "__name__", "") != "__get__":
             run = self._use if ops.decomposition(func) is None else self._decompose
             return run(func, args, kwargs, used, data)
@@ -205,43 +201,13 @@ class Tape(LossRecord):
         self.calls.append(func)
         if not data:
             if tensors or func not in DATA:
-                self._classify(func, out, used)
+                classify(self._known, out, used)
         elif func in FACTORIES:
-            self._classify(func, out, [])
+            classify(self._known, out, [])
         else:
             self._note_data(func, args, kwargs, data, out)
             self._written(func, args)
         return out
-
-    def _sort(self, args: Any, kwargs: Any) -> tuple[list[Derived], list[Tensor], int]:
-        """The used tensors, the data tensors and the number of tensors among the arguments."""
-        known = self._known
-        used: list[Derived] = []
-        data: list[Tensor] = []
-        count = 0
-        calls = self.calls
-        if kwargs:
-            calls += kwargs
-            args = (*args, *kwargs.values())
-        for arg in args:
-            if isinstance(arg, Tensor):
-                count += 1
-                kind = known.get(id(arg))
-                if kind is None:
-                    if arg.dim() or arg.requires_grad:
-                        data.append(arg)
-                elif type(kind) is Derived:
-                    used.append(kind)
-            elif isinstance(arg, _LISTS):
-                u, d, c = self._sort(arg, None)
-                used += u
-                data += d
-                count += c
-            elif isinstance(arg, _SIMPLE):
-                calls.append(arg)
-            elif isinstance(arg, slice):
-                calls.append((arg.start, arg.stop, arg.step))
-        return used, data, count
 
     def _late(self, data: list[Tensor]) -> bool:
         """Bind the parameters among the data that replaced others of the model; whether there were any."""
@@ -255,16 +221,6 @@ class Tape(LossRecord):
             self._known.pop(id(old), None)
             self._known[id(p)] = Derived(p, frozenset((name,))) if p.requires_grad else p
         return bool(new)
-
-    def _classify(self, func: Any, out: Any, used: list[Derived]) -> None:
-        """Note the results of a call without data: derived where they need grad, constants otherwise."""
-        names = frozenset().union(*(d.names for d in used)) if used else frozenset()
-        for tensor in _tensors(out):
-            if tensor.requires_grad:
-                if names and not tensor.is_leaf:  # fused in-place calls return the parameters themselves
-                    self._known[id(tensor)] = Derived(tensor, names)
-            else:
-                self._known[id(tensor)] = tensor
 
     def _written(self, func: Any, args: Any) -> None:
         """Where a call writes data onto a constant or a derived tensor, make it and all its views data."""
@@ -288,7 +244,7 @@ class Tape(LossRecord):
     def _note_places(self, args: Any, kwargs: Any) -> None:
         """Enter the values of an index or a mask into the signature: they decide which elements are combined."""
         for arg in (*args, *kwargs.values()):
-            for tensor in _tensors(arg):
+            for tensor in tensors_in(arg):
                 if not tensor.is_floating_point():
                     self.choice = self.choice or FirstChoice(len(self.calls), self._recorded)
                     self.calls.append(hash(tensor.detach().cpu().numpy().tobytes()))
@@ -396,11 +352,3 @@ class Tape(LossRecord):
         self.spent.update(nodes)
         self.spent.difference_update(use.edge.node for use in self.uses)
         return out
-
-
-def _tensors(out: Any) -> Iterable[Tensor]:
-    if isinstance(out, Tensor):
-        return (out,)
-    if isinstance(out, _LISTS):
-        return [t for t in out if isinstance(t, Tensor)]
-    return ()

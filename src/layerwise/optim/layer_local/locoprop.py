@@ -26,7 +26,17 @@ from layerwise.local.targets import GradientStep, Target, factor, fill_in
 from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, solved
-from layerwise.optim.layer_local.choices import NUMBERS, VALUES, Choice, Choices, LocalUpdate, Objective, implied
+from layerwise.optim.layer_local.choices import (
+    DEFAULTS,
+    NUMBERS,
+    PRESETS,
+    VALUES,
+    Choice,
+    Choices,
+    LocalUpdate,
+    Objective,
+    implied,
+)
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.saved_state import Fit, of_local_optimizer
@@ -38,21 +48,6 @@ from layerwise.tensors import all_finite
 
 __all__ = ["LocoProp"]
 
-_PUBLISHED: dict[str, Any] = {
-    "lr": 1e-5, "gamma": 10.0, "steps": 10, "rows": "all", "decay": 0.9, "momentum": 0.999, "eps": 1e-5,
-}  # fmt: skip
-# The published rate over 1 − momentum is 1e-2. With matching losses a shorter memory and half of that learn well from
-# the first batches, on problems small and large (benchmarks/training/defaults.py); squared losses keep the long one.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "matching": {**_PUBLISHED, "lr": 5e-5, "momentum": 0.99, "rows": "auto", "loss": "matching"},
-    "squared": {**_PUBLISHED, "rows": "auto", "loss": "squared"},
-}
-_PRESETS: dict[str, dict[str, Any]] = {
-    "M": _DEFAULTS["matching"],
-    "S": _DEFAULTS["squared"],
-    "published-M": {**_PUBLISHED, "loss": "matching"},
-    "published-S": {**_PUBLISHED, "loss": "squared"},
-}
 _DEFAULT_STEPS = LocalSteps()  # of parameters without a local problem, beside a solver without local steps
 _ORDERS = ("together", "output_to_input", "input_to_output")
 
@@ -124,15 +119,15 @@ class LocoProp(LayerLocal):
         **words: Unpack[LocoPropWords],
     ) -> None:
         refuse_unknown(LocoProp.__init__, words)
-        if preset is not None and preset not in _PRESETS:
-            raise BadInput(f"LocoProp knows the presets {', '.join(_PRESETS)}; got {preset!r}")
+        if preset is not None and preset not in PRESETS:
+            raise BadInput(f"LocoProp knows the presets {', '.join(PRESETS)}; got {preset!r}")
         if order not in _ORDERS or write not in ("weights", "grad"):
             raise BadInput(f'order is one of {", ".join(_ORDERS)}, write "weights" or "grad"; got {order!r}, {write!r}')
         found = _KEYWORDS.values(words)
         given, execution = {**_KEYWORDS.of(found), "lr": lr}, found["execution"]
         values = {name: given[name] for name in VALUES}
         self._choices = Choices(
-            given, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in _DEFAULTS.items()}
+            given, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in DEFAULTS.items()}
         )
         self._order, self._write, self._workspace = order, write, Workspace()
         if order != "together" and execution != Execution():
@@ -142,7 +137,7 @@ class LocoProp(LayerLocal):
         self._last: list[tuple[tuple[str, ...], str]] | None = None
         loss, squared = values["loss"], getattr(values["solver"], "squared_only", False)
         kind = loss if isinstance(loss, str) else "squared" if squared else "matching"
-        chosen = dict(_PRESETS[preset] if preset else _DEFAULTS.get(kind, _DEFAULTS["matching"]))
+        chosen = dict(PRESETS[preset] if preset else DEFAULTS.get(kind, DEFAULTS["matching"]))
         if loss is not None or squared or preset is None:
             chosen["loss"] = kind
         chosen |= implied(self._choices.default, {**values, "lr": lr})
@@ -216,12 +211,7 @@ class LocoProp(LayerLocal):
         return self._fit(recorder, recorder.run(), None, buffers, samples)
 
     def _fit(
-        self,
-        recorder: RunRecorder,
-        run: Recorded,
-        rerun: Rerun | None,
-        buffers: Buffers,
-        samples: int | Tensor | None,
+        self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers, samples: int | Tensor | None
     ) -> tuple[Tensor, str | None]:
         together, self._scaled = rerun is None, recorder.scale is not None
         fitting, choices = self._fitting(run, samples), self._choices
@@ -393,7 +383,7 @@ def _rates(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any
         return solver.optimizer, {"lr": group["lr"]}
     rates = {key: group[key] for key in ("lr", "decay", "momentum", "eps")}
     if not isinstance(solver, LocalSteps):
-        rates["lr"] = _DEFAULTS["matching"]["lr"] * group["lr"]
+        rates["lr"] = DEFAULTS["matching"]["lr"] * group["lr"]
     return TFRMSProp, rates
 
 
