@@ -16,8 +16,8 @@ from layerwise.local.transfer import Transfer
 from layerwise.optim.keywords import Effects, refuse_idle
 
 __all__ = [
-    "DEFAULTS", "NUMBERS", "PRESETS", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "check_patterns", "first_match", "implied",
-    "matches", "several",
+    "DEFAULTS", "NUMBERS", "PRESETS", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "check_patterns",
+    "first_match", "implied", "matches", "several",
 ]  # fmt: skip
 
 NUMBERS = ("lr", "gamma", "steps", "rows", "decay", "momentum", "eps")
