@@ -19,7 +19,7 @@ from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.loss_rows import by_known_rows, by_target
 from layerwise.graph.samples.memo import Memo, key_below, recalled, remember
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, joined, row_numbers
-from layerwise.graph.samples.rows import one_sample_a_row
+from layerwise.graph.samples.rows import one_sample_a_row, owners_of_rows
 from layerwise.graph.samples.sample_axes import on_axis, structural_below
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.walk import by_node, next_uses
@@ -54,7 +54,7 @@ class FirstUses(NamedTuple):
 
     def remember(self, memo: Memo, layout: SampleLayout) -> None:
         """Keep the axes of these uses, if all of them have one and no values could change it."""
-        if self.key in memo or not one_sample_a_row(self.graph, layout):
+        if self.key in memo or not one_sample_a_row(self.graph, layout, owners_of_rows(self.graph, layout)):
             return
         axes = {use.index: layout.uses.get(use.index) for use in self.uses}
         found = {i: where for i, where in axes.items() if isinstance(where, Samples)}

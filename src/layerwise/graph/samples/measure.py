@@ -15,7 +15,7 @@ from layerwise.graph.samples import readings
 from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.first_uses import FirstUses
 from layerwise.graph.samples.memo import Memo, Refused, key_of, memo_of, recalled, remember
-from layerwise.graph.samples.rows import by_rows, check_losses, one_row_a_sample, one_sample_a_row
+from layerwise.graph.samples.rows import by_rows, check_losses, one_row_a_sample, one_sample_a_row, owners_of_rows
 from layerwise.graph.samples.sample_axes import by_axes, on_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
 from layerwise.rows.base import RowNumbers
@@ -163,13 +163,14 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
             break
         try:
             for layout in _layouts(tape, graph, n):
-                if one_sample_a_row(graph, layout):
+                owners = owners_of_rows(graph, layout)
+                if one_sample_a_row(graph, layout, owners):
                     confirmed.append(layout)
                     possible |= {n} & set(counts[0])
-                    if one_row_a_sample(graph, layout):  # then N may as well be the number of rows
+                    if one_row_a_sample(layout, owners):  # then N may as well be the number of rows
                         possible |= set(counts[0])
                     break
-                rank = 0 if one_sample_a_row(graph, layout, constants=True) else 1
+                rank = 0 if one_sample_a_row(graph, layout, owners, constants=True) else 1
                 if not rank or (layout.regular and _spoken_for(graph, n)):
                     second.setdefault(rank, layout)
         except _REFUSALS as error:
@@ -217,7 +218,7 @@ def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: Memo, by_rows: bo
     if isinstance(found, KeptLayout):
         return found.layout
     layout, proved = by_axes(tape, graph, n)
-    if by_rows and not one_sample_a_row(graph, layout):
+    if by_rows and not one_sample_a_row(graph, layout, owners_of_rows(graph, layout)):
         raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
     if proved and structural(graph, layout):
         remember(memo, key, KeptLayout(layout))

@@ -21,7 +21,9 @@ from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Origin, offsets_of, sources
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row"]
+__all__ = ["by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row", "owners_of_rows"]
+
+Owners = tuple[Origin, dict[int, int], bool]
 
 
 def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[SampleLayout]:
@@ -64,7 +66,7 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             check_losses(graph, layout)
         except SamplesMixed:
             continue
-        found += [layout] if all(one for *_, one in _owners_of_rows(graph, layout)) else []
+        found += [layout] if all(one for *_, one in owners_of_rows(graph, layout)) else []
     if len(found) > 1:
         raise AmbiguousSamples(
             f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "
@@ -116,36 +118,36 @@ def _root(loss: LossUse, where: Where) -> Root:
 # -- proof ----------------------------------------------------------------------------------------------------------
 
 
-def one_row_a_sample(graph: Graph, layout: SampleLayout) -> bool:
+def one_row_a_sample(layout: SampleLayout, owners: Sequence[Owners]) -> bool:
     """Whether samples are single rows of a tensor that has more of them, unheard by any loss term, or fewer."""
-    for source, owner, _ in _owners_of_rows(graph, layout):
+    for source, owner, _ in owners:
         rows = source.shape[0] if source.shape else 1
         if rows != layout.n and len(set(owner.values())) == len(owner) > 1:
             return True
     return False
 
 
-def one_sample_a_row(graph: Graph, layout: SampleLayout, constants: bool = False) -> bool:
+def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners], constants: bool = False) -> bool:
     """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample.
 
     Where the model was called with tensors, one of them must carry the samples, or have as many rows.
+    owners: `owners_of_rows` of the layout.
     constants: whether that of one tensor is enough whose rows are those of all samples, if no other one has a single
     row: that may be a batch of one.
     """
-    found = _owners_of_rows(graph, layout)
-    carrying = [source for source, owner, _ in found if len(set(owner.values())) > 1]
+    carrying = [source for source, owner, _ in owners if len(set(owner.values())) > 1]
     if all(outside(graph, source) for source in carrying):
         calls = row_counts([origin for origin in graph.entered if origin.shape])
         if carrying or (calls and layout.n > 1 and layout.n not in calls):
             return False
     if not constants:
-        return all(one for *_, one in found)
-    if any(len(owner) == 1 and not one for _, owner, one in found):
+        return all(one for *_, one in owners)
+    if any(len(owner) == 1 and not one for _, owner, one in owners):
         return False
-    return any(one and len(set(owner.values())) == layout.n for _, owner, one in found)
+    return any(one and len(set(owner.values())) == layout.n for _, owner, one in owners)
 
 
-def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[Origin, dict[int, int], bool]]:
+def owners_of_rows(graph: Graph, layout: SampleLayout) -> list[Owners]:
     """For each tensor that inputs were made of, a sample of each of its rows, and whether it is the only one."""
     owners: dict[Origin, dict[int, int]] = {}
     single: dict[Origin, bool] = {}
