@@ -29,15 +29,21 @@ Program = Callable[[], Tensor]
 
 
 class _Net(nn.Module):
-    """Two layers, and experts between them where there is a route."""
+    """Two layers; experts between them where there is a route, and positions added where these are given."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
         self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.place = nn.Embedding(T, WIDTH)
+        self.register_buffer("places", torch.arange(T).expand(N, T))
 
-    def forward(self, x: Tensor, route: Tensor | None = None, halves: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, route: Tensor | None = None, halves: bool = False, places: Tensor | None = None
+    ) -> Tensor:
         h = self.first(x).tanh()
+        if places is not None:
+            h = h + self.place(places)
         if halves:
             h = torch.cat([expert(half) for expert, half in zip(self.experts, h.chunk(2, 1), strict=True)], 1)
         if route is not None:
@@ -56,7 +62,7 @@ def _programs() -> tuple[nn.Module, dict[str, tuple[Program, Program]]]:
     label, lengths = y[:, 0], [T // 2, T + T // 2] * (N // 2)
     flat, segment = x.flatten(0, 1), torch.arange(N).repeat_interleave(torch.tensor(lengths))
     keep, masks = torch.rand(N, T) < 0.7, itertools.cycle(torch.rand(200, N, T) < 0.7)
-    routes = itertools.cycle(torch.randint(2, (200, N, T)))
+    routes, shared = itertools.cycle(torch.randint(2, (200, N, T))), torch.arange(T)[None]
 
     def terms(logits: Tensor, targets: Tensor = y) -> Tensor:
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
@@ -82,6 +88,10 @@ def _programs() -> tuple[nn.Module, dict[str, tuple[Program, Program]]]:
         "experts, routed anew in each batch": (
             lambda: terms(net(x, halves=True)),
             lambda: terms(net(x, next(routes))),
+        ),
+        "positions that all samples share": (
+            lambda: terms(net(x, places=net.get_buffer("places"))),
+            lambda: terms(net(x, places=shared)),
         ),
         "uneven segments": (lambda: F.cross_entropy(net.head(net.first(x).tanh().sum(1)), label), pooled),
     }
