@@ -70,8 +70,8 @@ def _check_boundary(own: OwnUse) -> None:
         raise Undefined(
             f"the loss holds derivatives of the model ({own.bypassed}, by torch.autograd.grad with create_graph=True), "
             "so it is no function of the model's outputs, and has no Gauss-Newton matrix or Kronecker factors. "
-            "Quantities of the gradient, DiagHessian and Hessian are exact; so is all else where such derivatives enter "
-            "a known loss by themselves, as forces do: F.mse_loss(forces, y)"
+            "Quantities of the gradient, DiagHessian and Hessian are exact; so is all else where such derivatives "
+            "enter a known loss by themselves, as forces do: F.mse_loss(forces, y)"
         )
     if own.bypassed is not None:
         raise UnknownLoss(

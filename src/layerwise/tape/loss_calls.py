@@ -13,10 +13,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from layerwise import losses
+from layerwise import losses, ops
 from layerwise.ranks.trainers import unwrapped
 from layerwise.tape.origins import Origin
-from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of
+from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of, called_at
 
 __all__ = ["LossRecord"]
 
@@ -68,7 +68,7 @@ class LossRecord(TorchFunctionMode):
     def watch(self) -> None:
         """Register the forward hook that records the tensors that the model returns."""
         model = None if self._model is None else unwrapped(self._model())  # DDP's own output may be a view of it
-        if model is not None:
+        if model is not None and not isinstance(model, torch.jit.ScriptModule):  # whose calls cannot be seen anyway
             self._hook = model.register_forward_hook(self._forward_hook)
 
     def unwatch(self) -> None:
@@ -81,6 +81,9 @@ class LossRecord(TorchFunctionMode):
         raise NotImplementedError
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
+        raise NotImplementedError
+
+    def _use(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
         raise NotImplementedError
 
     def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
@@ -103,6 +106,10 @@ class LossRecord(TorchFunctionMode):
         logits = losses.logits_of(func, args, kwargs)
         if not (isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()):
             return func(*args, **kwargs)
+        used, data, _ = self._sort(args, kwargs)
+        if data:
+            args, kwargs = self._learned(args, kwargs, logits, used)
+            used, data, _ = self._sort(args, kwargs)
         source = self._log_softmax.get(id(logits))
         if source is not None and source.output() is logits:
             call = losses.bind(func, args, kwargs, source.logits, source.dim)
@@ -110,16 +117,31 @@ class LossRecord(TorchFunctionMode):
         else:
             call, edge = losses.bind(func, args, kwargs), get_gradient_edge(logits)
         losses.check(call)
-        used, data, _ = self._sort(args, kwargs)
         out = func(*args, **kwargs)
         self.calls.append(func)
-        self._note_data(func, args, kwargs, data, out)
+        if data:
+            self._note_data(func, args, kwargs, data, out)
         if out.requires_grad:
             target = next((x for x in data if not x.requires_grad), None)
             origin = None if target is None else (self._made_from(target)[1], target.shape)
             call = dataclasses.replace(call, logits=call.logits.detach())
-            self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin))
+            self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin, called_at()))
         return out
+
+    def _learned(self, args: Any, kwargs: Any, logits: Tensor, used: list[Derived]) -> tuple[Any, Any]:
+        """The arguments with learned targets or variances broadcast to the logits, by a recorded call of its own."""
+        learned = {id(d.tensor): d for d in used if d.tensor is not logits and d.tensor.dim() in (0, logits.dim())}
+        if not learned:
+            return args, kwargs
+        like = logits.detach()
+        self._note_data(Tensor.detach, (logits,), {}, [logits], like)
+
+        def broadcast(t: Tensor) -> Tensor:
+            d = learned.get(id(t))
+            fits = d is not None and all(a in (1, b) for a, b in zip(t.shape, like.shape, strict=bool(t.dim())))
+            return self._use(Tensor.expand_as, (t, like), {}, [d], [like]) if fits and d is not None else t
+
+        return ops.replace(args, broadcast), ops.replace(kwargs, broadcast)
 
     def _own_loss(self, func: losses.OwnLoss, args: Any, kwargs: Any) -> Any:
         """Run and record a call that the user marked as a loss."""

@@ -34,7 +34,7 @@ from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_replaced, check_sharded, check_whole
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
-from layerwise.tape.gradient_calls import GradientUse
+from layerwise.tape.gradient_calls import gradient_uses
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
@@ -97,6 +97,10 @@ class Tape(LossRecord):
     def leaves(self) -> Leaves:
         """Looks up the names of the followed parameters at the leaves of a graph."""
         return Leaves(self._binding)
+
+    def derives(self, name: str) -> bool:
+        """Whether a call without data read a parameter."""
+        return any(type(k) is Derived and name in k.names and not k.tensor.is_leaf for k in self._known.values())
 
     def close(self) -> None:
         """Forget the record and the handler of backward passes, whose owner may hold this tape: no cycle is left."""
@@ -353,12 +357,8 @@ class Tape(LossRecord):
             args = (args[0], silent(args[1]), *args[2:])
         out = func(*args, **kwargs)
         if func is torch.autograd.grad and torch.is_grad_enabled():
-            stops = {use.edge.node for use in self.uses}
-            batch = torch.empty(0) if self.first is None else self.first
-            for x in (x for x in out if x is not None and x.requires_grad):
-                use = GradientUse.of(self._recorded, x, stops, self.leaves(), batch)
-                self._recorded += 1
-                self.uses += [] if use is None else [use]
+            self.uses += gradient_uses(out, self.uses, self._recorded, self.leaves())
+            self._recorded += len(out)
             self.calls.append(func)
         return out
 
