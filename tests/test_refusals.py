@@ -129,9 +129,9 @@ ANSWERED: dict[str, Callable[[_Net], Tensor]] = {
     "learned_scale_in_the_terms": lambda m: (m(X) - Y).square().mean(1) * m.scale.exp() - m.scale,
     "learned_target": lambda m: F.mse_loss(m(X), m.scale.exp().expand(4, 2), reduction="none").mean(1),
     "learned_centre": lambda m: F.huber_loss(m(X), m.b.bias[None] * 2, reduction="none").mean(1),
-    "learned_variance": lambda m: F.gaussian_nll_loss(
-        m(X), Y, F.softplus(m.scale).expand(4, 2), reduction="none"
-    ).mean(1),
+    "learned_variance": lambda m: F.gaussian_nll_loss(m(X), Y, F.softplus(m.scale).expand(4, 2), reduction="none").mean(
+        1
+    ),
 }
 
 

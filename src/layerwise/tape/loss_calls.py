@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -33,9 +34,10 @@ class _LogSoftmax(NamedTuple):
 class LossRecord(TorchFunctionMode):
     """The part of a tape that records losses.
 
-    losses: the known calls. own: the marked ones. returned: the tensors that the model's forward returned, the boundary
-    of all other losses, recorded by a forward hook that is on the model while the context is active; None without
-    `own_losses`. entered: where the tensors come from that the model's forward was called with.
+    losses: the known calls. own: the marked ones. returned: the boundary of all other losses, the tensors that the
+    model's forward returned, or where the user called others of its modules, in methods such as `encode`, those that
+    these returned; recorded by global module hooks while the context is active; None without `own_losses`.
+    entered: where the tensors come from that the model's forward was called with.
     """
 
     calls: list[Any]
@@ -43,7 +45,7 @@ class LossRecord(TorchFunctionMode):
     def __init__(self, model: Any, own_losses: bool) -> None:
         super().__init__()
         self._model = weakref.ref(model) if own_losses and isinstance(model, nn.Module) else None
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self.returned: list[LossUse] | None = [] if own_losses else None
 
     def clear_losses(self) -> None:
@@ -66,16 +68,35 @@ class LossRecord(TorchFunctionMode):
             self._views = [view for view in self._views if view[0][:2] in left]
 
     def watch(self) -> None:
-        """Register the forward hook that records the tensors that the model returns."""
+        """Record from now on what the model, and each of its modules that is not called by another, returns."""
         model = None if self._model is None else unwrapped(self._model())  # DDP's own output may be a view of it
-        if model is not None and not isinstance(model, torch.jit.ScriptModule):  # whose calls cannot be seen anyway
-            self._hook = model.register_forward_hook(self._forward_hook)
+        if model is None or isinstance(model, torch.jit.ScriptModule):  # whose calls cannot be seen anyway
+            return
+        ours, root, depth = set(map(id, model.modules())), id(model), 0
+
+        def enter(module: nn.Module, args: Any) -> None:
+            nonlocal depth
+            depth += id(module) in ours
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            nonlocal depth
+            depth -= id(module) in ours
+            if depth or out is None or id(module) not in ours:  # None: of a call that failed
+                return
+            if torch._C._current_graph_task_id() != -1:  # a checkpoint that runs again in a backward pass
+                return
+            if id(module) == root:
+                self._returned(args, out)
+            elif next(module.parameters(), None) is not None:  # what has none may be the loss itself
+                self._returned((), out)
+
+        self._hooks.append(register_module_forward_pre_hook(enter))
+        self._hooks.append(register_module_forward_hook(leave, always_call=True))
 
     def unwatch(self) -> None:
-        """Remove the forward hook."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        """Remove the hooks."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _sort(self, args: Any, kwargs: Any) -> tuple[list[Derived], list[Tensor], int]:
         raise NotImplementedError
@@ -157,8 +178,8 @@ class LossRecord(TorchFunctionMode):
             self.own.append(OwnUse(call, parts, get_gradient_edge(out)))
         return out
 
-    def _forward_hook(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Record the tensors that the model's forward was called with, and those that it returned."""
+    def _returned(self, args: Any, out: Any) -> None:
+        """Record the tensors that the model's forward was called with, and those that a module returned."""
         for x in losses.tensors_in(args):
             if x.dim() and not x.requires_grad:
                 self.entered.append(self._made_from(x)[1])

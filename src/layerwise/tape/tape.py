@@ -2,8 +2,8 @@
 
 `Tape` is a `TorchFunctionMode` around the user's own forward. It changes no value (but for the rounding of composite
 calls, attention and recurrent layers, which run as their parts) and writes nothing onto modules or parameters. With
-`own_losses`, as under `observe`, the model has a forward hook while the context is active, which records the tensors
-that the model returns; the hook is removed at the end of the context. No other hook is registered in the forward pass.
+`own_losses`, as under `observe`, torch's global module hooks record while the context is active what the model returns,
+or those of its modules that the user calls one by one. No other hook is registered in the forward pass.
 
 For each torch call that touches a parameter (or a tensor derived from parameters only) and some data, the tape keeps a
 `Use`: the call with its data detached, and the gradient edge of its output, where cotangents can be read later.
