@@ -2,8 +2,8 @@
 
 `Tape` is a `TorchFunctionMode` around the user's own forward. It changes no value (but for the rounding of composite
 calls, attention and recurrent layers, which run as their parts) and writes nothing onto modules or parameters. With
-`own_losses`, as under `observe`, the model has a forward hook while the context is active, which records the tensors
-that the model returns; the hook is removed at the end of the context. No other hook is registered in the forward pass.
+`own_losses`, as under `observe`, torch's global module hooks record while the context is active what the model returns,
+or those of its modules that the user calls one by one. No other hook is registered in the forward pass.
 
 For each torch call that touches a parameter (or a tensor derived from parameters only) and some data, the tape keeps a
 `Use`: the call with its data detached, and the gradient edge of its output, where cotangents can be read later.
@@ -34,7 +34,7 @@ from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_sharded, check_whole, refuse_replaced
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
-from layerwise.tape.gradient_calls import GradientUse
+from layerwise.tape.gradient_calls import gradient_uses
 from layerwise.tape.gradient_scalers import SCALER_CALLS, ScalerCalls
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.origins import Origin, Origins
@@ -102,6 +102,10 @@ class Tape(LossRecord):
     def leaves(self) -> Leaves:
         """Looks up the names of the followed parameters at the leaves of a graph."""
         return Leaves(self._binding)
+
+    def derives(self, name: str) -> bool:
+        """Whether a call without data read a parameter."""
+        return any(type(k) is Derived and name in k.names and not k.tensor.is_leaf for k in self._known.values())
 
     def close(self) -> None:
         """Forget the record and the handler of backward passes, whose owner may hold this tape: no cycle is left."""
@@ -325,12 +329,8 @@ class Tape(LossRecord):
             args = (args[0], silent(args[1]), *args[2:])
         out = func(*args, **kwargs)
         if func is torch.autograd.grad and torch.is_grad_enabled():
-            stops = {use.edge.node for use in self.uses}
-            batch = torch.empty(0) if self.first is None else self.first
-            for x in (x for x in out if x is not None and x.requires_grad):
-                use = GradientUse.of(self._recorded, x, stops, self.leaves(), batch)
-                self._recorded += 1
-                self.uses += [] if use is None else [use]
+            self.uses += gradient_uses(out, self.uses, self._recorded, self.leaves())
+            self._recorded += len(out)
             self.calls.append(func)
         return out
 

@@ -73,7 +73,7 @@ class SharedUse(Use):
 
     def __init__(self, index: int, edge: GradientEdge, members: Sequence[Use], stops: Collection[Node]) -> None:
         shape = edge.node._input_metadata[edge.output_nr].shape
-        self.index, self.edge, self.inputs = index, edge, []
+        self.index, self.at, self.edge, self.inputs = index, members[0].at, edge, []
         self.call = Call(members[0].call.func, (), {}, torch.Size(shape))
         self.used = [d for use in members for d in use.used]
         self.batch, self.origin, self.output = members[0].batch, None, members[0].output

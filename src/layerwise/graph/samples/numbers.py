@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.probes import signed
-from layerwise.graph.samples.sample_axes import free_axes
+from layerwise.graph.samples.sample_layout import free_axes
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 

@@ -12,6 +12,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
 from layerwise.graph.samples.loss_rows import numberings
+from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.numbers import MIXED, Root, joined, row_numbers
 from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts
 from layerwise.graph.samples.sample_axes import hypotheses
@@ -105,9 +106,15 @@ def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
         use = next((mixed[i] for i in partly), next(iter(mixed.values())))
         raise SamplesMixed(
             f"asked for per-sample quantities of {n} samples, but rows of the output {tuple(use.call.out_shape)} of "
-            f"{use} answer for the loss terms of several samples; where N or what a sample is are others, pass samples="
+            f"{use} answer for the loss terms of several samples{_where(graph, losses, use)}; where N or what a sample "
+            "is are others, pass samples="
         )
     return SampleLayout(n, {**uses, **shared[1]}, list(losses), shared[0], frozenset(mixed))
+
+
+def _where(graph: Graph, losses: Sequence[Where], use: Use) -> str:
+    found = (meeting(loss, where, use) for loss, where in zip(graph.losses, losses, strict=True))
+    return next((text for text in found if text), "")
 
 
 def _root(loss: LossUse, where: Where) -> Root:
