@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
@@ -35,6 +35,7 @@ from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_sharded, check_whole, refuse_replaced
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
 from layerwise.tape.loss_calls import LossRecord
+from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
 from layerwise.tape.recorded_call import distinct, is_view, kept, own_output, run, written_copy
@@ -145,12 +146,11 @@ class Tape(LossRecord):
             raise
 
     def __exit__(self, *exc: Any) -> None:
-        if any(mode is self for mode in _get_current_function_mode_stack()):
-            super().__exit__(*exc)
         self.unwatch()
         if self._stance is not None:
             self._stance.__exit__(*exc)
             self._stance = None
+        leave(self)  # at last: a mode that is active shows that its end was cut short
 
     # -- the mode -----------------------------------------------------------------------------------
 
