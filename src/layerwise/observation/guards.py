@@ -17,6 +17,7 @@ from layerwise.tensors import as_real, is_finite
 
 __all__ = [
     "Fingerprints",
+    "check_alone",
     "check_covered",
     "check_finite",
     "check_gradient",
@@ -94,6 +95,16 @@ def snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:
     """`.grad`, its version, and a copy, for `rollback`."""
     grad = p.grad
     return grad, -1 if grad is None else grad._version, None if grad is None else grad.detach().clone()
+
+
+def check_alone(strangers: Sequence[str]) -> None:
+    """Raise UncoveredUse where another backward pass ran inside the observed one."""
+    if strangers:
+        raise UncoveredUse(
+            f"another backward pass reached {', '.join(strangers[:5])} inside the observed one, in a hook or in a "
+            "block under reentrant checkpointing, and no call of it was recorded: run it after the observed one, and "
+            "use torch.utils.checkpoint with use_reentrant=False"
+        )
 
 
 def check_covered(tape: Tape, before: Mapping[str, Any], arrived: Collection[str], covered: Collection[str]) -> None:

@@ -15,6 +15,7 @@ from layerwise.optim.recording import Recorder, Recording, holds_no_gradient
 from layerwise.optim.saved_state import VERSION, Fit, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
+from layerwise.tape.modes import active, end_after
 from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["Attempt", "Closure", "NamedOptimizer"]
@@ -168,7 +169,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
         random = RandomState({p.device for group in self.param_groups for p in group["params"]}, ("torch",))
         buffers = Buffers(self._model) if buffers is None else buffers
-        self.was_made = False
+        self.was_made, modes = False, active()
         try:
             loss, where = attempt(closure, buffers)
             if where is not None and self._on_nonfinite == "raise":
@@ -180,6 +181,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 buffers.put_back()
                 self.skipped += 1
         except BaseException as error:
+            end_after(modes)
             if not self.was_made:
                 buffers.put_back()
                 random.put_back()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
@@ -37,6 +37,7 @@ from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRAD
 from layerwise.tape.gradient_calls import gradient_uses
 from layerwise.tape.gradient_scalers import SCALER_CALLS, ScalerCalls
 from layerwise.tape.loss_calls import LossRecord
+from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
 from layerwise.tape.recorded_call import classify, distinct, is_view, kept, own_output, run, sort, tensors_in
@@ -158,12 +159,11 @@ class Tape(LossRecord):
             raise
 
     def __exit__(self, *exc: Any) -> None:
-        if any(mode is self for mode in _get_current_function_mode_stack()):
-            super().__exit__(*exc)
         self.unwatch()
         if self._stance is not None:
             self._stance.__exit__(*exc)
             self._stance = None
+        leave(self)  # at last: a mode that is active shows that its end was cut short
 
     # -- the mode -----------------------------------------------------------------------------------
 
