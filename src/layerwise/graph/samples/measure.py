@@ -22,7 +22,7 @@ from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Source, settle
 from layerwise.tape.tape import Tape
 
-__all__ = ["count", "measure", "said"]
+__all__ = ["count", "measure", "said_count"]
 
 Refused = tuple[type[LayerwiseError], str]
 Memo = dict[Any, SampleLayout | Refused]
@@ -115,7 +115,7 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
         return min(first, *lead) if len(lead) == 1 else first
 
 
-def said(samples: int | Tensor | None, what: str) -> int | None:
+def said_count(samples: int | Tensor | None, what: str) -> int | None:
     """The number of samples that a user says, by itself or by a sample number for each loss term; None for None.
 
     what: the argument, for the error. Raises BadInput where it is neither.
