@@ -13,7 +13,7 @@ from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import resolved
 from layerwise.graph.loss_scale import loss_scale
 from layerwise.graph.products import SecondOrder
-from layerwise.graph.samples import said
+from layerwise.graph.samples import said_count
 from layerwise.graph.walk import nodes
 from layerwise.observation.backward_pass import BackwardPass, PassSettings
 from layerwise.observation.guards import (
@@ -59,7 +59,7 @@ class Observation:
         dtype = settings.dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise BadInput(f"dtype must be a floating-point type such as torch.float32, or None, got {dtype!r}")
-        said(settings.samples, "observe's samples")
+        said_count(settings.samples, "observe's samples")
         self._model, self._settings, self._keeps_inputs = model, settings, keeps_inputs
         self._quantities = quantities
         self._results: Results | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerwise.graph.samples.measure import count, measure, said
+from layerwise.graph.samples.measure import count, measure, said_count
 from layerwise.graph.samples.sample_layout import SampleLayout
 
-__all__ = ["SampleLayout", "count", "measure", "said"]
+__all__ = ["SampleLayout", "count", "measure", "said_count"]

@@ -22,7 +22,7 @@ from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Source, settle
 from layerwise.tape.tape import Tape
 
-__all__ = ["count", "measure", "said"]
+__all__ = ["count", "measure", "said_count"]
 
 _REFUSALS = (SamplesMixed, AmbiguousSamples, BadInput)
 _NO_BATCH = "asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N"
@@ -126,7 +126,7 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
         return min(first, *lead) if len(lead) == 1 else first
 
 
-def said(samples: int | Tensor | None, what: str) -> int | None:
+def said_count(samples: int | Tensor | None, what: str) -> int | None:
     """The number of samples that a user says, by itself or by a sample number for each loss term; None for None.
 
     what: the argument, for the error. Raises BadInput where it is neither.

@@ -11,7 +11,7 @@ from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
-from layerwise.graph.samples.loss_rows import numberings
+from layerwise.graph.samples.loss_rows import numberings, unheard
 from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.numbers import MIXED, Root, joined, row_numbers
 from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts
@@ -71,6 +71,11 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
     if len(found) > 1:
         raise AmbiguousSamples(
             f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "
+            "pass samples= a tensor with the sample number of each loss term"
+        )
+    if found and any(unheard(graph, loss, n) for loss in graph.losses):
+        raise AmbiguousSamples(
+            f"some terms of the loss answer for no row of the batch, and may belong to any of its {n} samples; "
             "pass samples= a tensor with the sample number of each loss term"
         )
     return found[0] if found else None

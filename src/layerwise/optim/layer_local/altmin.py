@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
-from layerwise.graph.samples import said
+from layerwise.graph.samples import said_count
 from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.overflow import unsafe
@@ -208,7 +208,7 @@ class AltMin(FittedToCodes):
             params = {layer.name: layer.parameter for layer in layers}
             found = torch.autograd.grad(coded.loss, list(params.values()), retain_graph=True, allow_unused=True)
             slopes = {name: g for name, g in zip(params, found, strict=True) if g is not None}
-        told = said(samples, "samples of AltMin.step")
+        told = said_count(samples, "samples of AltMin.step")
         terms = self._fitter.terms(groups, samples_of(coded) if told is None else told)
         run, codes = swept(coded, layers, terms, self._fitter.code_step, self._ours)
         return Coded(run, codes, lambda: slopes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.graph.samples import said
+from layerwise.graph.samples import said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, shaped
 from layerwise.local.layers.record import Recorded
@@ -188,7 +188,7 @@ class LayerLocal(NamedOptimizer):
 
         samples: what the user says of them, in place of what the run does.
         """
-        told = said(samples, f"samples of {type(self).__name__}.step")
+        told = said_count(samples, f"samples of {type(self).__name__}.step")
         run = run if told is None else replace(run, samples=told)
         self._check_parameters(run.tape.parameters)
         self._retyped()
