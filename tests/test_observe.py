@@ -757,9 +757,9 @@ def test_a_training_loop_inside_one_context() -> None:
 def test_an_ended_tape_is_observed_as_a_context_would() -> None:
     model, (x, y) = _mlp(), _batch()
     with Tape(model) as tape:
-        loss = F.cross_entropy(model(x), y)
+        loss = 3 * F.cross_entropy(model(x), y)
     quantities = _quantities()
-    out, seen = observe(model, *quantities).through(tape, 3 * loss, None, lambda: (3 * loss).backward() or "done")
+    out, seen = observe(model, *quantities).through(tape, loss, None, lambda: loss.backward() or "done")
     assert out == "done"
     for name, value in _ce_want(model, x, y, 3.0).items():
         oracle.assert_close(getattr(seen, name), value)

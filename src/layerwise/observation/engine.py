@@ -118,7 +118,7 @@ class Observation:
         assert results is not None
         results.follow(tape.parameters, tape.owners)
         reached = list(nodes([(total.grad_fn, 0)]))
-        if not any(map(tape.leaves().name, reached)):
+        if total.requires_grad and not any(map(tape.leaves().name, reached)):
             return _run_unobserved(tape, total, run)
         with whole_parameters(self._model, reached) as trainers:
             return self._run(tape, total, weight, run, results, trainers)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -21,6 +23,15 @@ from layerwise.tape.recorded_call import sort
 from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of, called_at
 
 __all__ = ["LossRecord"]
+
+# A compiled module warns of hooks on all modules, which its own call, made eagerly here, does not disturb.
+_OF_HOOKS = ("ignore", re.compile(r"Using `torch\.compile\(module\)` when there are global hook"), UserWarning, None, 0)
+    "ignore",
+    re.compile(r"Using `torch\.compile\(module\)` when there are global hooks"),
+    UserWarning,
+    None,
+    0,
+)
 
 
 class _LogSoftmax(NamedTuple):
@@ -48,6 +59,7 @@ class LossRecord(TorchFunctionMode):
         super().__init__()
         self._model = weakref.ref(model) if own_losses and isinstance(model, nn.Module) else None
         self._hooks: list[RemovableHandle] = []
+        self._filters: list[Any] = []
         self.returned: list[LossUse] | None = [] if own_losses else None
 
     def clear_losses(self) -> None:
@@ -94,11 +106,17 @@ class LossRecord(TorchFunctionMode):
         self._hooks.append(model.register_forward_hook(self._model_returned, with_kwargs=True))
         self._hooks.append(register_module_forward_pre_hook(enter))
         self._hooks.append(register_module_forward_hook(leave, always_call=True))
+        # inserted without `warnings.filterwarnings`, which would make torch and others warn anew of what they have said
+        self._filters = warnings.filters  # type: ignore[assignment]
+        self._filters.insert(0, _OF_HOOKS)
 
     def unwatch(self) -> None:
         """Remove the hooks."""
         while self._hooks:
             self._hooks.pop().remove()
+        if _OF_HOOKS in self._filters:
+            self._filters.remove(_OF_HOOKS)
+        self._filters = []
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
         raise NotImplementedError
