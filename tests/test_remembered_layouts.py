@@ -5,6 +5,7 @@ Every program runs for several batches on one model, with other choices in each;
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from layerwise.errors import SamplesMixed
 from layerwise.observation.observe import observe
 from layerwise.quantities import KFAC, PerSampleGrad, SquaredNorm
+from layerwise.rows.numbered import Order
 
 N, T, D, C = 4, 3, 5, 3
 
@@ -264,3 +266,17 @@ def test_numbers_that_the_user_gives_change() -> None:
         expected = _per_sample(net, F.cross_entropy(net(x), y, reduction="none"), owner)
         for name, g in seen.per_sample_grad.items():
             assert torch.allclose(g, expected[name], rtol=1e-10, atol=1e-14), name
+
+
+def test_an_order_keeps_one_other() -> None:
+    """An order of a remembered layout that is joined with one of each batch does not grow."""
+    kept, seen, rows = Order(2, torch.tensor([0, 1, 1])), [], torch.arange(5.0)
+    for _ in range(3):
+        other = Order(2, torch.tensor([1, 0]))
+        whole = kept.joined([other])
+        assert whole is kept.joined([other])
+        assert whole.place([rows[:3], rows[3:]]).tolist() == [[0, 4, 0], [1, 2, 3]]
+        assert whole.take(whole.place([rows]).flatten()).tolist() == rows.tolist()
+        seen.append(weakref.ref(other))
+        del other, whole
+    assert [ref() is None for ref in seen] == [True, True, False]
