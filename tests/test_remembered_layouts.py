@@ -256,6 +256,36 @@ def test_positions_that_all_samples_share() -> None:
             net.gate.weight.normal_()
 
 
+def _written(z: Tensor, rows: Tensor) -> Tensor:
+    out = torch.zeros(N, C)
+    out[rows] = z
+    return out
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        _written,
+        lambda z, rows: torch.zeros(N, C).index_copy_(0, rows, z),
+        lambda z, rows: torch.zeros(N, C).index_put_((rows,), z),
+        lambda z, rows: torch.zeros(N, C).scatter_add_(0, rows[:, None].expand(N, C), z),
+        lambda z, rows: z[rows.numpy()],
+        lambda z, rows: z[rows.tolist()],
+    ],
+    ids=["setitem", "index_copy_", "index_put_", "scatter_add_", "numpy", "list"],
+)
+def test_rows_moved_elsewhere(move: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Rows of the output that go to other places in each batch: the places are part of the layout."""
+    net = nn.Linear(D, C)
+    for _ in range(5):
+        x, y, rows = torch.randn(N, D), torch.randint(C, (N,)), torch.randperm(N)
+        with observe(net, PerSampleGrad()) as seen:
+            F.cross_entropy(move(net(x), rows), y, reduction="sum").backward()
+        expected = _per_sample(net, F.cross_entropy(move(net(x), rows), y, reduction="none"), torch.arange(N))
+        for name, g in seen.per_sample_grad.items():
+            assert torch.allclose(g, expected[name], rtol=1e-10, atol=1e-14), name
+
+
 def test_numbers_that_the_user_gives_change() -> None:
     """A tensor of sample numbers is part of what a layout is remembered for."""
     net = _Net()

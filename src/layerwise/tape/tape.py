@@ -284,10 +284,12 @@ class Tape(LossRecord):
     def _note_places(self, args: Any, kwargs: Any) -> None:
         """Enter the values of an index or a mask into the signature: they decide which elements are combined."""
         for arg in (*args, *kwargs.values()):
-            for tensor in _tensors(arg):
-                if not tensor.is_floating_point():
+            for place in arg if isinstance(arg, _LISTS) else (arg,):
+                if isinstance(place, Tensor) and not place.is_floating_point():
+                    place = place.detach().cpu().numpy()
+                if hasattr(place, "tobytes"):  # an array of numpy's is an index, too
                     self.choice = self.choice or Choice(len(self.calls), self._recorded)
-                    self.calls.append(hash(tensor.detach().cpu().numpy().tobytes()))
+                    self.calls.append(hash(place.tobytes()))
 
     def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
         return self._origins.of(tensor)
