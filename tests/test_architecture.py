@@ -28,7 +28,7 @@ ALLOWED = {
     "nn": "",
     "rows": "tensors",
     "ops": "rows tensors",
-    "tape": "losses nn ops ranks tensors",
+    "tape": "losses nn ops ranks rows tensors",
     "replay": "nn ops tape",
     "graph": "losses ops rows tape",
     "gradient": "ops rows tape tensors",
@@ -37,12 +37,13 @@ ALLOWED = {
     "observation": "gradient graph losses quantities ranks replay rows tape tensors",
     "local": "graph losses operators ops replay rows tape tensors",
     "optim": "optim.layer_local optim.second_order",
-    "optim.base": "optim.saved_state replay tape",
+    "optim.base": "optim.recording optim.saved_state replay tape",
+    "optim.recording": "replay",
     "optim.saved_state": "tensors",
     "optim.keywords": "",
     "optim.layer_local": "graph local optim.base optim.keywords optim.saved_state ranks replay tape tensors",
-    "optim.second_order": "gradient graph observation operators optim.base optim.keywords optim.saved_state "
-    "quantities ranks replay rows tape tensors",
+    "optim.second_order": "gradient graph observation operators optim.base optim.keywords optim.recording "
+    "optim.saved_state quantities ranks replay rows tape tensors",
     "monitor": "gradient graph observation quantities replay tape tensors",
     "distributed": "local optim.keywords optim.layer_local ranks replay tape tensors",
     "": "distributed local losses monitor nn observation operators optim optim.layer_local quantities",
@@ -226,7 +227,12 @@ def private_names(path: Path) -> frozenset[str]:
 
 def reaches(path: Path) -> set[str]:
     """The private names of other modules of the library that a file reads or imports."""
-    ours = frozenset[str]().union(*map(private_names, FILES)) - {"_replace", "_base", "_modules"}  # Python's, torch's
+    ours = frozenset[str]().union(*map(private_names, FILES)) - {
+        "_replace",
+        "_base",
+        "_modules",
+        "_values",
+    }  # Python's, torch's
     found: set[str] = set()
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layerwise"):

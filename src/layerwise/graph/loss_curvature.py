@@ -70,15 +70,16 @@ def _check_boundary(own: OwnUse) -> None:
         raise Undefined(
             f"the loss holds derivatives of the model ({own.bypassed}, by torch.autograd.grad with create_graph=True), "
             "so it is no function of the model's outputs, and has no Gauss-Newton matrix or Kronecker factors. "
-            "Quantities of the gradient, DiagHessian and Hessian are exact; so is all else where such derivatives enter "
-            "a known loss by themselves, as forces do: F.mse_loss(forces, y)"
+            "Quantities of the gradient, DiagHessian and Hessian are exact; so is all else where such derivatives "
+            "enter a known loss by themselves, as forces do: F.mse_loss(forces, y)"
         )
     if own.bypassed is not None:
         raise UnknownLoss(
-            f"a path from the loss to {own.bypassed} passes through no loss that is known, nor through what the "
-            "observed module returned, so it is not said where the model ends and the loss begins; mark the loss, "
-            "lw.as_loss(fn)(outputs, ...), with the model's outputs as the first argument, or make it with "
-            "torch.nn.functional's cross_entropy, mse_loss, ... . Quantities of the gradient need no such mark"
+            f"a path from the loss to {own.bypassed} passes through no loss that is known, nor through what the model "
+            "returned (or its modules, where methods such as `encode` made the loss), so it is not said where the "
+            "model ends and the loss begins; mark the loss, lw.as_loss(fn)(outputs, ...), with the model's outputs as "
+            "the first argument, or make it with torch.nn.functional's cross_entropy, mse_loss, ... . Quantities of "
+            "the gradient, DiagHessian and Hessian need no such mark"
         )
 
 

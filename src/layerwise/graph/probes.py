@@ -11,7 +11,7 @@ from torch import Tensor
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.rows.numbered import Order
 
-__all__ = ["draws", "join", "largest", "matrix_among", "near", "sample_axes", "split", "width"]
+__all__ = ["draws", "join", "largest", "matrix_among", "near", "sample_axes", "signed", "split", "width"]
 
 
 def split(x: Tensor, samples: Samples | RowNumbers) -> Tensor:
@@ -35,6 +35,12 @@ def join(x: Tensor, samples: Samples | RowNumbers, shape: torch.Size) -> Tensor:
     if not samples.n_major:
         x = x.transpose(axis + 1, axis + 2)
     return x.reshape(len(x), *shape)
+
+
+def signed(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers of either sign and of magnitude 0.5 to 1.5, so that none is near zero."""
+    x = torch.rand(tuple(shape), generator=generator, dtype=dtype) + 0.5
+    return x * (torch.randint(2, tuple(shape), generator=generator) * 2 - 1)
 
 
 def width(samples: Samples | RowNumbers, shape: torch.Size) -> int:

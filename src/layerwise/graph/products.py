@@ -16,13 +16,14 @@ from typing import Any, Protocol, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
 from layerwise.graph.custom_functions import check_adjoint, check_functions
 from layerwise.graph.walk import nodes
 from layerwise.tape.activation_checkpoints import standing_in
+from layerwise.tape.modes import leave
 from layerwise.tape.pull import Place, pull, pull_stack
 from layerwise.tape.uses import LossUse
 
@@ -74,11 +75,10 @@ class SecondOrder(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
-        if any(mode is self for mode in _get_current_function_mode_stack()):
-            super().__exit__(*exc)
         if self._kernel is not None:
             kernel, self._kernel = self._kernel, None
             kernel.__exit__(*exc)
+        leave(self)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -32,13 +32,15 @@ class PassSettings(NamedTuple):
     """How to observe: the samples (None: as the batch, the targets and the losses say), the scale, the results' type.
 
     samples: their number N, or a sample number for each loss term. pooled: whether several backward passes join to one
-    batch, of which a mean runs over all terms; else losses add up.
+    batch, of which a mean runs over all terms; else losses add up. unscaled: whether the quantities are those of the
+    loss without the factor by which a gradient scaler multiplied it.
     """
 
     samples: int | torch.Tensor | None = None
     scale: str = "loss"
     dtype: torch.dtype | None = None
     pooled: bool = False
+    unscaled: bool = False
 
 
 class BackwardPass:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput, NoBackward
 from layerwise.observation.over_ranks import Table, placed, sum_tables
-from layerwise.observation.union import Batch, UnionValues, Values, check_pooled, check_sum, union_of
+from layerwise.observation.union import Batch, UnionValues, Values, check_pooled, check_sum, scaled, union_of
 from layerwise.quantities.base import ByParameter, Context, Quantity
 from layerwise.ranks.group import Ranks
 from layerwise.ranks.trainers import Placements, placements_of
@@ -57,8 +57,11 @@ class Results:
             check = check_pooled if self._pooled else check_sum
             check(self.batch, batch, self.quantities, self._scale)
 
-    def add(self, batch: Batch, values: Mapping[int, Values], gradient: Values) -> None:
-        """Take the results of one backward pass, which `check` has passed."""
+    def add(self, batch: Batch, values: Mapping[int, Values], gradient: Values, scale: float = 1.0) -> None:
+        """Take the results of one backward pass, which `check` has passed. scale: of its loss, to be taken out."""
+        if scale != 1:
+            values = {i: scaled(v, self.quantities[i].powers, 1 / scale) for i, v in values.items()}
+            gradient = scaled(gradient, (1.0,), 1 / scale)
         first = self.count == 0
         weight = batch.weight if self._pooled else 1.0
         for i, v in values.items():
@@ -74,7 +77,8 @@ class Results:
         """Raise NoBackward before the first backward pass."""
         if not self.count:
             raise NoBackward(
-                f"asked for {name!r}, but no backward pass has finished inside `observe`; call loss.backward() there"
+                f"asked for {name!r}, but no backward pass that reaches a parameter of the model has finished inside "
+                "`observe`; call loss.backward() there"
             )
 
     def result(self, i: int) -> Any:

@@ -16,7 +16,17 @@ from torch import Tensor
 from layerwise.errors import BadInput, NoBackward, Undefined
 from layerwise.quantities.base import Quantity, Union
 
-__all__ = ["Batch", "UnionValues", "Values", "check_pooled", "check_sum", "in_proportion", "union_of", "weighed"]
+__all__ = [
+    "Batch",
+    "UnionValues",
+    "Values",
+    "check_pooled",
+    "check_sum",
+    "in_proportion",
+    "scaled",
+    "union_of",
+    "weighed",
+]
 
 Values = dict[str, tuple[Any, ...]]
 
@@ -136,6 +146,11 @@ class UnionValues:
 def weighed(values: Sequence[Any], powers: Sequence[float], weight: float) -> tuple[Any, ...]:
     """Values as they enter a sum over batches in which theirs has a weight: each times `weight^p`."""
     return tuple(t * weight**p if p and weight != 1 else t for t, p in zip(values, powers, strict=True))
+
+
+def scaled(values: Values, powers: Sequence[float], factor: float) -> Values:
+    """The values of a loss times a factor."""
+    return {name: weighed(value, powers, factor) for name, value in values.items()}
 
 
 def in_proportion(one: tuple[float, ...] | None, other: tuple[float, ...] | None) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
+from layerwise.optim.recording import Recorder, Recording, holds_no_gradient
 from layerwise.optim.saved_state import VERSION, Fit, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
+from layerwise.tape.modes import active, end_after
 from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["Attempt", "Closure", "NamedOptimizer"]
@@ -20,7 +24,7 @@ __all__ = ["Attempt", "Closure", "NamedOptimizer"]
 _OF_TORCH = frozenset(("step", "_step_count", "_opt_called", "_zero_grad_profile_name"))
 
 Closure = Callable[[], Tensor]
-Attempt = Callable[[Closure, Buffers], tuple[Tensor, str | None]]
+Attempt = Callable[[Any, Buffers], tuple[Tensor, str | None]]  # of a closure, or of what was recorded
 
 
 class NamedOptimizer(torch.optim.Optimizer):
@@ -51,6 +55,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._group_at: dict[int, dict[str, Any]] = {}
         self.all_parameters = params is None  # whether parameters that no group has are an error
         self._forms: list[Any] = []  # types and devices of the parameters with a state
+        self._recording: Recording | None = None
         self.skipped = 0
         self.was_made = False  # whether the present step, or the last one, is whole: an error then takes nothing back
         super().__init__(given, defaults)
@@ -70,25 +75,101 @@ class NamedOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    def _recorder(self) -> Recorder:
+        """A recorder of passes that somebody else runs, for `watch`. Raises BadInput where a step runs the model."""
+        raise BadInput(
+            f"{type(self).__name__} runs the model again in a step, with codes in place of its activations, which the "
+            "passes of a trainer cannot give: call step(closure)"
+        )
+
+    def _attempt_recorded(self, recorder: Any, buffers: Buffers) -> tuple[Tensor, str | None]:
+        """As `_attempt`, from passes that were recorded."""
+        raise NotImplementedError
+
     # -- a step --------------------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
-        """Run the closure, move every parameter, and return the loss before the step."""
-        return self._guarded(closure, self._attempt)
+        """Run the closure, move every parameter, and return the loss before the step.
 
-    def _guarded(self, closure: Closure | None, attempt: Attempt) -> Tensor:
-        """Attempt a step and return the loss; roll back where it is skipped or raises."""
-        if closure is None:
+        After, or at the end of, a `watch()`: move from what that recorded, and return the sum of its losses; a closure
+        is run only where the context is still open.
+        """
+        return self._step(closure)
+
+    def _step(self, closure: Closure | None, **asked: Any) -> Tensor:
+        """As `step`; asked: what else an optimizer's `step` takes, for its attempts."""
+        recording = self._recording
+        try:
+            if recording is not None and recording.open:
+                if closure is not None:
+                    with torch.enable_grad():
+                        closure()
+                recording.stop()
+            elif closure is not None:
+                recording = None
+        finally:
+            self._recording = None
+        if recording is None:
+            return self._guarded(closure, partial(self._attempt, **asked))
+        return self._guarded(recording.recorder, partial(self._attempt_recorded, **asked), recording.buffers)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Record forward and backward passes that somebody else runs, for a `step()` without a closure.
+
+            with opt.watch():
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+            opt.step()
+
+        The context holds the forward pass too, and may hold the step, which then ends the record. Several backward
+        passes count as the sum of their losses: those of one context, and of several before a step, as long as `.grad`
+        holds the gradients of the first. A gradient scaler's factor is left out. An exception discards the batch.
+        Raises BadInput where a step needs to run the model itself (AltMin), and in an open context.
+        """
+        recording = self._recording
+        if recording is not None and recording.open:
             raise BadInput(
-                f"{type(self).__name__}.step needs a closure that runs the model and returns the loss: "
+                f"{type(self).__name__}.watch() is active already; leave it, or call step(), before the next"
+            )
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
+        if recording is None or holds_no_gradient(params):
+            recording = Recording(self._recorder(), Buffers(self._model))
+        self._recording = recording
+        try:
+            recording.start()
+            yield
+            recording.stop()
+        except BaseException as error:
+            if self._recording is recording:
+                self._recording = None
+            recording.stop(type(error), error, error.__traceback__)
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """torch's; what was recorded of the backward passes so far is dropped with their gradients."""
+        if self._recording is not None:
+            self._recording.recorder.forget_passes()
+            if not self._recording.open:
+                self._recording = None
+        super().zero_grad(set_to_none)
+
+    def _guarded(self, closure: Any, attempt: Attempt, buffers: Buffers | None = None) -> Tensor:
+        """Attempt a step and return the loss; roll back where it is skipped or raises. buffers: from before its run."""
+        if closure is None:
+            watches = type(self)._recorder is not NamedOptimizer._recorder
+            other = ", or a backward pass `with opt.watch()` before it" if watches else ""
+            raise BadInput(
+                f"{type(self).__name__}.step needs a closure that runs the model and returns the loss{other}: "
                 "opt.step(lambda: F.cross_entropy(model(x), y))"
             )
         for group in self.param_groups:
             self._check(group)
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
         random = RandomState({p.device for group in self.param_groups for p in group["params"]}, ("torch",))
-        buffers = Buffers(self._model)
-        self.was_made = False
+        buffers = Buffers(self._model) if buffers is None else buffers
+        self.was_made, modes = False, active()
         try:
             loss, where = attempt(closure, buffers)
             if where is not None and self._on_nonfinite == "raise":
@@ -100,6 +181,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 buffers.put_back()
                 self.skipped += 1
         except BaseException as error:
+            end_after(modes)
             if not self.was_made:
                 buffers.put_back()
                 random.put_back()
@@ -243,6 +325,6 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle, which leave out hooks and schedulers, as torch's optimizers do."""
-        left_out = _OF_TORCH | {"_group_at"}
+        left_out = _OF_TORCH | {"_group_at", "_recording"}
         own = {k: v for k, v in vars(self).items() if k not in left_out and not k.startswith("_optimizer_")}
-        return {**own, "_group_at": {}}
+        return {**own, "_group_at": {}, "_recording": None}

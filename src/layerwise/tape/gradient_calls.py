@@ -21,7 +21,7 @@ from layerwise.tape.binding import Leaves
 from layerwise.tape.pull import pull_stack, stopped
 from layerwise.tape.uses import Derived, Use
 
-__all__ = ["GradientUse"]
+__all__ = ["GradientUse", "gradient_uses"]
 
 _CHUNK = 64  # cotangents that go back at once
 
@@ -102,12 +102,18 @@ class GradientUse(Use):
         """Forget the last cotangents."""
         self._last = None
 
-    @classmethod
-    def of(cls, index: int, out: Tensor, stops: Collection[Node], leaves: Leaves, batch: Tensor) -> GradientUse | None:
-        """The use of a result; None where its graph reaches parameters through other uses alone, or is one itself."""
-        edge = get_gradient_edge(out)
-        if edge.node in stops:
-            return None
+
+def gradient_uses(out: Sequence[Tensor | None], uses: Sequence[Use], first: int, leaves: Leaves) -> list[GradientUse]:
+    """The uses of those results of `torch.autograd.grad` that depend on parameters past all uses recorded before.
+
+    first: the number of the first result's use.
+    """
+    stops = {use.edge.node for use in uses}
+    batch = uses[0].batch if uses else torch.empty(0)
+    found = []
+    for index, x in enumerate(out, first):
+        if x is None or not x.requires_grad or (edge := get_gradient_edge(x)).node in stops:
+            continue
         inputs: dict[tuple[Node, int], GradientEdge] = {}
         used: dict[str, Derived] = {}
         for node, output in _reached(edge, stops):
@@ -115,7 +121,10 @@ class GradientUse(Use):
                 inputs[node, output] = GradientEdge(node, output)
             elif (name := leaves.name(node)) is not None:
                 used[name] = Derived(node.variable, frozenset((name,)))  # type: ignore[attr-defined]
-        return cls(index, list(used.values()), list(inputs.values()), out, batch) if used else None
+        if used:
+            found.append(GradientUse(index, list(used.values()), list(inputs.values()), x, batch))
+            stops.add(edge.node)
+    return found
 
 
 def _by_leaf(stacks: Sequence[Tensor], chunks: Sequence[Sequence[Any]]) -> Iterator[list[tuple[Tensor, Any]]]:

@@ -20,6 +20,7 @@ from layerwise.errors import BadInput
 from layerwise.tape.uses import Use
 
 __all__ = [
+    "OnePass",
     "Place",
     "accumulated",
     "alone",
@@ -129,18 +130,64 @@ def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     return lambda g: None if _STATE.pulling else hook(g)
 
 
+class OnePass:
+    """Tells the backward pass that starts from a tensor, inside the context, from others that run meanwhile."""
+
+    def __init__(self, total: Tensor) -> None:
+        self._root = get_gradient_edge(total).node if total.requires_grad else None
+        self._handle: Any = None
+        self._number: int | None = None  # torch's number of the pass; torch gives no number twice
+        self._threads: set[int] = set()
+        self._others: set[tuple[int, str]] = set()
+
+    def __enter__(self) -> OnePass:
+        if self._root is not None:
+            self._handle = self._root.register_prehook(self._begin)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _begin(self, grads: Any) -> None:
+        if self._number is None and not _STATE.pulling:
+            self._number = torch._C._current_graph_task_id()
+
+    @property
+    def running(self) -> bool:
+        """Whether a hook was called by this pass."""
+        return self._number == torch._C._current_graph_task_id()
+
+    def reaches(self, name: str) -> bool:
+        """As `running`, for a hook at a parameter."""
+        running, thread = self.running, threading.get_ident()
+        if running:
+            self._threads.add(thread)
+        else:
+            self._others.add((thread, name))
+        return running
+
+    @property
+    def strangers(self) -> list[str]:
+        """Parameters that another pass reached on a thread of this one, so that it began inside it, in a hook."""
+        return sorted({name for thread, name in self._others if thread in self._threads})
+
+
 @contextmanager
-def accumulated(parameters: Mapping[str, Tensor], before_hooks: bool = False) -> Iterator[dict[str, Tensor]]:
+def accumulated(
+    parameters: Mapping[str, Tensor], before_hooks: bool = False, within: OnePass | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Collect the gradients that a backward pass inside the context adds to each parameter's `.grad`, by name.
 
     They are read by node pre-hooks: a difference of `.grad` would be inexact, and a trainer's hooks may put something
     else into it, such as the average over ranks. Memory is shared with `.grad` until either is written to.
-    before_hooks: collect them as they are before the hooks on the parameters themselves (masks, scaling).
+    before_hooks: collect them as they are before the hooks on the parameters themselves (masks, scaling). within: the
+    pass whose gradients are collected, default all.
     """
     found: dict[str, Tensor] = {}
 
     def note(name: str, g: Tensor | None) -> None:
-        if g is not None and not _STATE.pulling:
+        if g is not None and not _STATE.pulling and (within is None or within.reaches(name)):
             new = tensors.lazy_copy(g.detach())
             found[name] = found[name] + new if name in found else new
 
@@ -175,11 +222,13 @@ def accumulated(parameters: Mapping[str, Tensor], before_hooks: bool = False) ->
 
 
 @contextmanager
-def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Iterator[None]:
+def hooked(
+    uses: Sequence[Use], receive: Callable[[Use, Tensor], None], within: OnePass | None = None
+) -> Iterator[None]:
     """Deliver each use's cotangent to `receive` while a backward pass runs inside the context.
 
     The hooks sit on the autograd nodes, ignore the products of `pull`, and are removed on exit, also after an
-    exception.
+    exception. within: the pass whose cotangents are delivered, default all.
     """
     handles = []
 
@@ -188,7 +237,7 @@ def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Itera
 
         def hook(grads: Sequence[Tensor | None]) -> None:
             g = grads[index]
-            if g is not None and not _STATE.pulling:
+            if g is not None and not _STATE.pulling and (within is None or within.running):
                 receive(use, g)
 
         return hook

@@ -1,8 +1,8 @@
-"""The parts of a call that a use keeps: its arguments, with a tensor of its own for each occurrence, and its output."""
+"""The tensors of a call by their kind, and what a use keeps of it: arguments, a tensor for each occurrence, output."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
 from layerwise.tape.uses import Derived, bad_call, describe_func
 
-__all__ = ["Known", "distinct", "is_view", "kept", "own_output", "run"]
+__all__ = ["Known", "classify", "distinct", "is_view", "kept", "own_output", "run", "sort", "tensors_in"]
 
-Known = Mapping[int, Derived | Tensor]  # derived tensors and constants, by id
+Known = MutableMapping[int, Derived | Tensor]  # derived tensors and constants, by id
+_LISTS = (list, tuple)
+_SIMPLE = (int, str, type(None))  # arguments that enter the signature of a run; floats (rates, temperatures) may change
 
 
 def is_view(t: Any) -> bool:
@@ -22,9 +24,59 @@ def is_view(t: Any) -> bool:
     return isinstance(t, Tensor) and t._base is not None
 
 
-def distinct(
-    known: dict[int, Derived | Tensor], args: Any, kwargs: Any, used: list[Derived]
-) -> tuple[Any, Any, list[Derived]]:
+def sort(known: Known, calls: list[Any], args: Any, kwargs: Any) -> tuple[list[Derived], list[Tensor], int]:
+    """The used tensors, the data tensors and the number of tensors among the arguments of a call.
+
+    calls: the signature of the run, to which the simple arguments are appended.
+    """
+    used: list[Derived] = []
+    data: list[Tensor] = []
+    count = 0
+    if kwargs:
+        calls += kwargs
+        args = (*args, *kwargs.values())
+    for arg in args:
+        if isinstance(arg, Tensor):
+            count += 1
+            kind = known.get(id(arg))
+            if kind is None:
+                if arg.dim() or arg.requires_grad:
+                    data.append(arg)
+            elif type(kind) is Derived:
+                used.append(kind)
+        elif isinstance(arg, _LISTS):
+            u, d, c = sort(known, calls, arg, None)
+            used += u
+            data += d
+            count += c
+        elif isinstance(arg, _SIMPLE):
+            calls.append(arg)
+        elif isinstance(arg, slice):
+            calls.append((arg.start, arg.stop, arg.step))
+    return used, data, count
+
+
+def classify(known: Known, out: Any, used: list[Derived]) -> None:
+    """Note the results of a call without data: derived where they need grad, constants otherwise."""
+    names = frozenset().union(*(d.names for d in used)) if used else frozenset()
+    for tensor in tensors_in(out):
+        if tensor.requires_grad:
+            if names and not tensor.is_leaf:  # fused in-place calls return the parameters themselves
+                known[id(tensor)] = Derived(tensor, names)
+        else:
+            known[id(tensor)] = tensor
+
+
+def tensors_in(out: Any) -> Sequence[Tensor]:
+    """A tensor, or those of a list."""
+    if isinstance(out, Tensor):
+        return (out,)
+    if isinstance(out, _LISTS):
+        return [t for t in out if isinstance(t, Tensor)]
+    return ()
+
+
+def distinct(known: Known, args: Any, kwargs: Any, used: list[Derived]) -> tuple[Any, Any, list[Derived]]:
     """The arguments and the used tensors of a call, with a view for each further occurrence of the same tensor.
 
     Each occurrence then has a slot, and a gradient, of its own. The views are noted in `known`.

@@ -2,8 +2,8 @@
 
 `Tape` is a `TorchFunctionMode` around the user's own forward. It changes no value (but for the rounding of composite
 calls, attention and recurrent layers, which run as their parts) and writes nothing onto modules or parameters. With
-`own_losses`, as under `observe`, the model has a forward hook while the context is active, which records the tensors
-that the model returns; the hook is removed at the end of the context. No other hook is registered in the forward pass.
+`own_losses`, as under `observe`, torch's global module hooks record while the context is active what the model returns,
+or those of its modules that the user calls one by one. No other hook is registered in the forward pass.
 
 For each torch call that touches a parameter (or a tensor derived from parameters only) and some data, the tape keeps a
 `Use`: the call with its data detached, and the gradient edge of its output, where cotangents can be read later.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
@@ -34,22 +34,20 @@ from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_sharded, check_whole, refuse_replaced
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
-from layerwise.tape.gradient_calls import GradientUse
+from layerwise.tape.gradient_calls import gradient_uses
+from layerwise.tape.gradient_scalers import SCALER_CALLS, ScalerCalls
 from layerwise.tape.loss_calls import LossRecord
+from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
-from layerwise.tape.recorded_call import distinct, is_view, kept, own_output, run
+from layerwise.tape.recorded_call import classify, distinct, is_view, kept, own_output, run, sort
 from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
 from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
 __all__ = ["Tape"]
 
 
-_LISTS = (list, tuple)
-_SIMPLE = (int, str, type(None))  # arguments that enter the signature of a run; floats (rates, temperatures) may change
-
-
-class Choice(NamedTuple):
+class FirstChoice(NamedTuple):
     """How many entries of the signature, and how many uses, were recorded before a choice."""
 
     calls: int
@@ -106,6 +104,10 @@ class Tape(LossRecord):
         """Looks up the names of the followed parameters at the leaves of a graph."""
         return Leaves(self._binding)
 
+    def derives(self, name: str) -> bool:
+        """Whether a call without data read a parameter."""
+        return any(type(k) is Derived and name in k.names and not k.tensor.is_leaf for k in self._known.values())
+
     def close(self) -> None:
         """Forget the record and the handler of backward passes, whose owner may hold this tape: no cycle is left."""
         self.clear()
@@ -117,6 +119,7 @@ class Tape(LossRecord):
         self.uses: list[Use] = []
         self.clear_losses()
         self.calls: list[Any] = []
+        self.scaler_calls = ScalerCalls()
         self.first: Tensor | None = None
         self._known: dict[int, Derived | Tensor] = {}
         for name, p in self.parameters.items():
@@ -126,7 +129,7 @@ class Tape(LossRecord):
         self._outputs: dict[int, Use] = {}
         self._origins = Origins()
         self._retained: list[weakref.ref[Tensor]] = []
-        self.choice: Choice | None = None
+        self.choice: FirstChoice | None = None
 
     def forget(self, uses: Iterable[Use], made: Iterable[LossUse]) -> None:
         """Forget the uses and losses of one backward pass; everything, where no other forward is left."""
@@ -156,12 +159,11 @@ class Tape(LossRecord):
             raise
 
     def __exit__(self, *exc: Any) -> None:
-        if any(mode is self for mode in _get_current_function_mode_stack()):
-            super().__exit__(*exc)
         self.unwatch()
         if self._stance is not None:
             self._stance.__exit__(*exc)
             self._stance = None
+        leave(self)  # at last: a mode that is active shows that its end was cut short
 
     # -- the mode -----------------------------------------------------------------------------------
 
@@ -177,9 +179,9 @@ class Tape(LossRecord):
             return self._gradients(func, args, kwargs)
         if func in losses.PROJECTED and torch.is_grad_enabled():
             return self._projected(func, args, kwargs)
-        used, data, tensors = self._sort(args, kwargs)
+        used, data, tensors = sort(self._known, self.calls, args, kwargs)
         if data and torch.is_grad_enabled() and self._late(data):
-            used, data, tensors = self._sort(args, kwargs)
+            used, data, tensors = sort(self._known, self.calls, args, kwargs)
         if used and data and torch.is_grad_enabled() and getattr(func, "__name__", "") != "__get__":
             run = self._use if ops.decomposition(func) is None else self._decompose
             return run(func, args, kwargs, used, data)
@@ -193,6 +195,8 @@ class Tape(LossRecord):
         out = func(*args, **kwargs)
         if assembles:
             assembled(self._known, args[0], frozenset().union(*(d.names for d in used)))
+        if func in SCALER_CALLS:
+            self.scaler_calls.note(func, args, out)
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None:
                 self._note_data(func, args, kwargs, data, None)  # a write onto an output reads it as well
@@ -201,43 +205,13 @@ class Tape(LossRecord):
         self.calls.append(func)
         if not data:
             if tensors or func not in DATA:
-                self._classify(func, out, used)
+                classify(self._known, out, used)
         elif func in FACTORIES:
-            self._classify(func, out, [])
+            classify(self._known, out, [])
         else:
             self._note_data(func, args, kwargs, data, out)
             self._written(func, args)
         return out
-
-    def _sort(self, args: Any, kwargs: Any) -> tuple[list[Derived], list[Tensor], int]:
-        """The used tensors, the data tensors and the number of tensors among the arguments."""
-        known = self._known
-        used: list[Derived] = []
-        data: list[Tensor] = []
-        count = 0
-        calls = self.calls
-        if kwargs:
-            calls += kwargs
-            args = (*args, *kwargs.values())
-        for arg in args:
-            if isinstance(arg, Tensor):
-                count += 1
-                kind = known.get(id(arg))
-                if kind is None:
-                    if arg.dim() or arg.requires_grad:
-                        data.append(arg)
-                elif type(kind) is Derived:
-                    used.append(kind)
-            elif isinstance(arg, _LISTS):
-                u, d, c = self._sort(arg, None)
-                used += u
-                data += d
-                count += c
-            elif isinstance(arg, _SIMPLE):
-                calls.append(arg)
-            elif isinstance(arg, slice):
-                calls.append((arg.start, arg.stop, arg.step))
-        return used, data, count
 
     def _late(self, data: list[Tensor]) -> bool:
         """Bind the parameters among the data that replaced others of the model; whether there were any."""
@@ -251,16 +225,6 @@ class Tape(LossRecord):
             self._known.pop(id(old), None)
             self._known[id(p)] = Derived(p, frozenset((name,))) if p.requires_grad else p
         return bool(new)
-
-    def _classify(self, func: Any, out: Any, used: list[Derived]) -> None:
-        """Note the results of a call without data: derived where they need grad, constants otherwise."""
-        names = frozenset().union(*(d.names for d in used)) if used else frozenset()
-        for tensor in _tensors(out):
-            if tensor.requires_grad:
-                if names and not tensor.is_leaf:  # fused in-place calls return the parameters themselves
-                    self._known[id(tensor)] = Derived(tensor, names)
-            else:
-                self._known[id(tensor)] = tensor
 
     def _written(self, func: Any, args: Any) -> None:
         """Where a call writes data onto a constant or a derived tensor, make it and all its views data."""
@@ -284,11 +248,11 @@ class Tape(LossRecord):
     def _note_places(self, args: Any, kwargs: Any) -> None:
         """Enter the values of an index or a mask into the signature: they decide which elements are combined."""
         for arg in (*args, *kwargs.values()):
-            for place in arg if isinstance(arg, _LISTS) else (arg,):
+            for place in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if isinstance(place, Tensor) and not place.is_floating_point():
                     place = place.detach().cpu().numpy()
                 if hasattr(place, "tobytes"):  # an array of numpy's is an index, too
-                    self.choice = self.choice or Choice(len(self.calls), self._recorded)
+                    self.choice = self.choice or FirstChoice(len(self.calls), self._recorded)
                     self.calls.append(hash(place.tobytes()))
 
     def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
@@ -367,12 +331,8 @@ class Tape(LossRecord):
             args = (args[0], silent(args[1]), *args[2:])
         out = func(*args, **kwargs)
         if func is torch.autograd.grad and torch.is_grad_enabled():
-            stops = {use.edge.node for use in self.uses}
-            batch = torch.empty(0) if self.first is None else self.first
-            for x in (x for x in out if x is not None and x.requires_grad):
-                use = GradientUse.of(self._recorded, x, stops, self.leaves(), batch)
-                self._recorded += 1
-                self.uses += [] if use is None else [use]
+            self.uses += gradient_uses(out, self.uses, self._recorded, self.leaves())
+            self._recorded += len(out)
             self.calls.append(func)
         return out
 
@@ -394,11 +354,3 @@ class Tape(LossRecord):
         self.spent.update(nodes)
         self.spent.difference_update(use.edge.node for use in self.uses)
         return out
-
-
-def _tensors(out: Any) -> Iterable[Tensor]:
-    if isinstance(out, Tensor):
-        return (out,)
-    if isinstance(out, _LISTS):
-        return [t for t in out if isinstance(t, Tensor)]
-    return ()

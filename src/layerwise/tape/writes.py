@@ -11,12 +11,10 @@ from torch import Tensor
 
 from layerwise import ops
 from layerwise.errors import UnsupportedCall
-from layerwise.tape.recorded_call import is_view
+from layerwise.tape.recorded_call import Known, is_view
 from layerwise.tape.uses import Derived, Use
 
 __all__ = ["Write", "assembled", "forget_written", "preserve"]
-
-Known = dict[int, Derived | Tensor]  # derived tensors and constants, by id
 
 
 class Write(NamedTuple):

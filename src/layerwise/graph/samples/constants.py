@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.coverage import Graph
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers
+from layerwise.graph.samples.readings import outside
 from layerwise.graph.samples.sample_axes import free_axes
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.walk import Node, by_node, edges, finished, inputs, nodes
@@ -72,7 +73,7 @@ class SharedUse(Use):
 
     def __init__(self, index: int, edge: GradientEdge, members: Sequence[Use], stops: Collection[Node]) -> None:
         shape = edge.node._input_metadata[edge.output_nr].shape
-        self.index, self.edge, self.inputs = index, edge, []
+        self.index, self.at, self.edge, self.inputs = index, members[0].at, edge, []
         self.call = Call(members[0].call.func, (), {}, torch.Size(shape))
         self.used = [d for use in members for d in use.used]
         self.batch, self.origin, self.output = members[0].batch, None, members[0].output
@@ -157,18 +158,25 @@ def shared_uses(
 ) -> tuple[list[SharedUse], dict[int, Where]] | None:
     """What stands in for the uses whose outputs answer for several samples; None where some of them mix samples.
 
+    A use that read none of the tensors that the model was called with mixes none where one of these has n rows.
     roots: the losses' numbered terms. partly: the numbers of those with rows that answer for a single sample.
     """
     apart = [use for use in graph.uses if use.index not in mixed]
-    if not _other_sources(mixed.values(), apart, n) or not _fed_by(mixed, apart):
+    called = [source for origin in graph.entered for source in sources(origin)]
+    carried = any(source.shape[:1] == (n,) for source in called)
+    beside = {i for i, use in mixed.items() if carried and use.origin is not None and outside(graph, use.origin[0])}
+    others = [use for i, use in mixed.items() if i not in beside]
+    if not _other_sources(others, apart, n) or not _fed_by(mixed, apart):
         return None
     region = _region(roots, n, mixed)
     fronts = list(_fronts(region, mixed))
     holds_none = dict.fromkeys(mixed, True)
     for edge, numbers, members, stops in fronts:
         for use in members:
-            holds_none[use.index] &= (use.index not in partly and not _may_hold(use, n)) or _position_of(
-                edge, numbers, use, n, stops
+            holds_none[use.index] &= (
+                use.index in beside
+                or (use.index not in partly and not _may_hold(use, n))
+                or _position_of(edge, numbers, use, n, stops)
             )
     if not all(holds_none[use.index] or _alike(use, mixed.values(), holds_none) for use in mixed.values()):
         return None

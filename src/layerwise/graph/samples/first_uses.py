@@ -19,7 +19,7 @@ from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.loss_rows import by_known_rows, by_target
 from layerwise.graph.samples.memo import Memo, key_below, recalled, remember
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, joined, row_numbers
-from layerwise.graph.samples.rows import one_sample_a_row
+from layerwise.graph.samples.rows import one_sample_a_row, owners_of_rows
 from layerwise.graph.samples.sample_axes import on_axis, structural_below
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.walk import by_node, next_uses
@@ -49,12 +49,12 @@ class FirstUses(NamedTuple):
         if not uses or any(use.origin is not None for use in rest):
             return None
         front = next_uses([loss.logits for loss in graph.losses], by_node(uses))
-        places = readings.places(tape, [use.origin[0] for use in uses if use.origin is not None], uses)
+        places = readings.places(graph.entered, [use.origin[0] for use in uses if use.origin is not None], uses)
         return cls(graph, uses, front, rest, (key_below(tape, model, samples, uses, front), places))
 
-    def remember(self, tape: Tape, memo: Memo, layout: SampleLayout) -> None:
+    def remember(self, memo: Memo, layout: SampleLayout) -> None:
         """Keep the axes of these uses, if all of them have one and no values could change it."""
-        if self.key in memo or not one_sample_a_row(tape, self.graph, layout):
+        if self.key in memo or not one_sample_a_row(self.graph, layout, owners_of_rows(self.graph, layout)):
             return
         axes = {use.index: layout.uses.get(use.index) for use in self.uses}
         found = {i: where for i, where in axes.items() if isinstance(where, Samples)}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layerwise.errors import AmbiguousSamples, BadInput, LayerwiseError, SamplesMixed
@@ -14,14 +15,14 @@ from layerwise.graph.samples import readings
 from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.first_uses import FirstUses
 from layerwise.graph.samples.memo import Memo, Refused, key_of, memo_of, recalled, remember
-from layerwise.graph.samples.rows import by_rows, check_losses, one_row_a_sample, one_sample_a_row
+from layerwise.graph.samples.rows import by_rows, check_losses, one_row_a_sample, one_sample_a_row, owners_of_rows
 from layerwise.graph.samples.sample_axes import by_axes, on_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Source, settle
 from layerwise.tape.tape import Tape
 
-__all__ = ["count", "measure"]
+__all__ = ["count", "measure", "said_count"]
 
 _REFUSALS = (SamplesMixed, AmbiguousSamples, BadInput)
 _NO_BATCH = "asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N"
@@ -34,19 +35,19 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     targets and the losses say.
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
-    settle([*readings.origins(graph), *tape.entered])
-    said = readings.hashed(samples)
-    key, memo = key_of(tape, graph, model, said), memo_of(model)
-    place = key, readings.places(tape, readings.origins(graph), graph.uses)
+    settle([*readings.origins(graph), *graph.entered])
+    told = readings.hashed(samples)
+    key, memo = key_of(tape, graph, model, told), memo_of(model)
+    place = key, readings.places(graph.entered, readings.origins(graph), graph.uses)
     found = recalled(memo, place)
     if isinstance(found, KeptLayout):
         return _checked(graph, found.on(graph))
-    first = None if isinstance(samples, Tensor) else FirstUses.of(tape, graph, model, said)
+    first = None if isinstance(samples, Tensor) else FirstUses.of(tape, graph, model, told)
     layout = None if first is None else first.recall(memo)
     if layout is None:
         layout = on_axes(graph, _measured(tape, graph, samples, key, memo))
         if first is not None:
-            first.remember(tape, memo, layout)
+            first.remember(memo, layout)
     else:
         _checked(graph, layout)
     if place not in memo:
@@ -72,8 +73,8 @@ def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, 
     if isinstance(samples, Tensor):
         return next(by_rows(graph, int(samples.max()) + 1, samples))
     n = samples if samples is not None else readings.first_count(graph)
-    if n is None or (samples is None and readings.contradictory(tape, graph)):
-        return _first_that_holds(tape, graph, readings.candidates(tape, graph))
+    if n is None or (samples is None and readings.contradictory(graph)):
+        return _first_that_holds(tape, graph, readings.candidates(graph))
     refusal = recalled(memo, (key, "axes"))
     if not isinstance(refusal, tuple):
         try:
@@ -91,7 +92,7 @@ def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, 
         if alone:
             layout = next(by_rows(graph, n))
         else:
-            layout = _first_that_holds(tape, graph, readings.candidates(tape, graph))
+            layout = _first_that_holds(tape, graph, readings.candidates(graph))
         remember(memo, (key, "axes"), refusal)
         return layout
     except _REFUSALS as error:
@@ -115,9 +116,7 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
     """
     first = readings.first_count(graph) or 1
     shapes = [loss.call.logits.shape for loss in tape.losses]
-    if not readings.contradictory(tape, graph) and all(
-        any(size % first == 0 for size in shape) for shape in shapes if shape
-    ):
+    if not readings.contradictory(graph) and all(any(size % first == 0 for size in shape) for shape in shapes if shape):
         return first
     try:
         whole = graph if graph.losses else prove(tape, total, graph.weight)
@@ -125,6 +124,27 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
     except LayerwiseError:
         lead = {shape[0] for shape in shapes if shape}
         return min(first, *lead) if len(lead) == 1 else first
+
+
+def said_count(samples: int | Tensor | None, what: str) -> int | None:
+    """The number of samples that a user says, by itself or by a sample number for each loss term; None for None.
+
+    what: the argument, for the error. Raises BadInput where it is neither.
+    """
+    if samples is None:
+        return None
+    if not isinstance(samples, Tensor):
+        if not isinstance(samples, int) or samples < 1:
+            raise BadInput(f"{what} must be None, a whole number of at least 1, or a tensor, got {samples!r}")
+        return samples
+    if samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool or not samples.numel():
+        raise BadInput(
+            f"{what} as a tensor must hold a whole number for each loss term, 0 to N - 1, got "
+            f"{samples.dtype} of shape {tuple(samples.shape)}"
+        )
+    if int(samples.min()) < 0:
+        raise BadInput(f"{what} as a tensor must hold numbers from 0 on, got {int(samples.min())}")
+    return int(samples.max()) + 1
 
 
 def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Sequence[int]]) -> SampleLayout:
@@ -143,14 +163,15 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
             break
         try:
             for layout in _layouts(tape, graph, n):
-                if one_sample_a_row(tape, graph, layout):
+                owners = owners_of_rows(graph, layout)
+                if one_sample_a_row(graph, layout, owners):
                     confirmed.append(layout)
                     possible |= {n} & set(counts[0])
-                    if one_row_a_sample(graph, layout):  # then N may as well be the number of all rows
+                    if one_row_a_sample(layout, owners):  # then N may as well be the number of rows
                         possible |= set(counts[0])
                     break
-                rank = 0 if one_sample_a_row(tape, graph, layout, constants=True) else 1
-                if not rank or (layout.regular and _spoken_for(tape, graph, n)):
+                rank = 0 if one_sample_a_row(graph, layout, owners, constants=True) else 1
+                if not rank or (layout.regular and _spoken_for(graph, n)):
                     second.setdefault(rank, layout)
         except _REFUSALS as error:
             refusals.append(_parts(error))
@@ -158,10 +179,9 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
         if confirmed and n in counts[1]:
             break
     if confirmed and len(possible) > 1:
-        numbers = " and ".join(map(str, sorted(possible)))
         raise AmbiguousSamples(
-            f"the batch, the targets and the losses allow {numbers} samples, and this batch cannot tell which it is; "
-            "pass samples=N, or a tensor with the sample number of each loss term"
+            f"several numbers of samples may hold: {readings.named(graph, possible)}; this batch cannot tell which it "
+            "is; pass samples=N, or a tensor with the sample number of each loss term"
         )
     if confirmed or second:
         return confirmed[0] if confirmed else second[min(second)]
@@ -170,9 +190,9 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
     raise kind(f"{text} (numbers of samples that the batch, the targets and the losses allow: {listed})")
 
 
-def _spoken_for(tape: Tape, graph: Graph, n: int) -> bool:
+def _spoken_for(graph: Graph, n: int) -> bool:
     """Whether every loss has n terms, and no tensor that the model was called with has another number of rows."""
-    calls = [origin for origin in tape.entered if isinstance(origin, Source)]
+    calls = [origin for origin in graph.entered if isinstance(origin, Source)]
     return set(readings.terms(graph)) == {n} and all(origin.shape[:1] == (n,) for origin in calls)
 
 
@@ -198,7 +218,7 @@ def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: Memo, by_rows: bo
     if isinstance(found, KeptLayout):
         return found.layout
     layout, proved = by_axes(tape, graph, n)
-    if by_rows and not one_sample_a_row(tape, graph, layout):
+    if by_rows and not one_sample_a_row(graph, layout, owners_of_rows(graph, layout)):
         raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
     if proved and structural(graph, layout):
         remember(memo, key, KeptLayout(layout))

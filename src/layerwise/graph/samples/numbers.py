@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from layerwise.graph.samples.sample_axes import free_axes
+from layerwise.graph.probes import signed
+from layerwise.graph.samples.sample_layout import free_axes
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
@@ -181,10 +182,8 @@ def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _noise(root: Root, generator: torch.Generator) -> Tensor:
-    """Random cotangents of either sign and of magnitude 0.5 to 1.5; zero where an element belongs to no sample."""
-    shape = root.like.shape
-    x = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
-    x = x * (torch.randint(2, shape, generator=generator) * 2 - 1)
+    """Random cotangents; zero where an element belongs to no sample."""
+    x = signed(root.like.shape, generator, torch.float64)
     return x.to(root.like) * (root.owners >= 0)
 
 

@@ -11,7 +11,8 @@ from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
-from layerwise.graph.samples.loss_rows import numberings
+from layerwise.graph.samples.loss_rows import numberings, unheard
+from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.numbers import MIXED, Root, joined, row_numbers
 from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts
 from layerwise.graph.samples.sample_axes import hypotheses
@@ -19,10 +20,11 @@ from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.separable import check_sum_over_samples
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Origin, offsets_of, sources
-from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row"]
+__all__ = ["by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row", "owners_of_rows"]
+
+Owners = tuple[Origin, dict[int, int], bool]
 
 
 def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[SampleLayout]:
@@ -65,10 +67,15 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             check_losses(graph, layout)
         except SamplesMixed:
             continue
-        found += [layout] if all(one for *_, one in _owners_of_rows(graph, layout)) else []
+        found += [layout] if all(one for *_, one in owners_of_rows(graph, layout)) else []
     if len(found) > 1:
         raise AmbiguousSamples(
             f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "
+            "pass samples= a tensor with the sample number of each loss term"
+        )
+    if found and any(unheard(graph, loss, n) for loss in graph.losses):
+        raise AmbiguousSamples(
+            f"some terms of the loss answer for no row of the batch, and may belong to any of its {n} samples; "
             "pass samples= a tensor with the sample number of each loss term"
         )
     return found[0] if found else None
@@ -104,9 +111,15 @@ def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
         use = next((mixed[i] for i in partly), next(iter(mixed.values())))
         raise SamplesMixed(
             f"asked for per-sample quantities of {n} samples, but rows of the output {tuple(use.call.out_shape)} of "
-            f"{use} answer for the loss terms of several samples; where N or what a sample is are others, pass samples="
+            f"{use} answer for the loss terms of several samples{_where(graph, losses, use)}; where N or what a sample "
+            "is are others, pass samples="
         )
     return SampleLayout(n, {**uses, **shared[1]}, list(losses), shared[0], frozenset(mixed))
+
+
+def _where(graph: Graph, losses: Sequence[Where], use: Use) -> str:
+    found = (meeting(loss, where, use) for loss, where in zip(graph.losses, losses, strict=True))
+    return next((text for text in found if text), "")
 
 
 def _root(loss: LossUse, where: Where) -> Root:
@@ -117,36 +130,36 @@ def _root(loss: LossUse, where: Where) -> Root:
 # -- proof ----------------------------------------------------------------------------------------------------------
 
 
-def one_row_a_sample(graph: Graph, layout: SampleLayout) -> bool:
-    """Whether the samples are single rows of a tensor that has more of them, of which no loss term hears."""
-    for source, owner, _ in _owners_of_rows(graph, layout):
+def one_row_a_sample(layout: SampleLayout, owners: Sequence[Owners]) -> bool:
+    """Whether samples are single rows of a tensor that has more of them, unheard by any loss term, or fewer."""
+    for source, owner, _ in owners:
         rows = source.shape[0] if source.shape else 1
-        if rows > layout.n and len(set(owner.values())) == len(owner) > 1:
+        if rows != layout.n and len(set(owner.values())) == len(owner) > 1:
             return True
     return False
 
 
-def one_sample_a_row(tape: Tape, graph: Graph, layout: SampleLayout, constants: bool = False) -> bool:
+def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners], constants: bool = False) -> bool:
     """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample.
 
     Where the model was called with tensors, one of them must carry the samples, or have as many rows.
+    owners: `owners_of_rows` of the layout.
     constants: whether that of one tensor is enough whose rows are those of all samples, if no other one has a single
     row: that may be a batch of one.
     """
-    found = _owners_of_rows(graph, layout)
-    carrying = [source for source, owner, _ in found if len(set(owner.values())) > 1]
-    if all(outside(tape, source) for source in carrying):
-        calls = row_counts([origin for origin in tape.entered if origin.shape])
+    carrying = [source for source, owner, _ in owners if len(set(owner.values())) > 1]
+    if all(outside(graph, source) for source in carrying):
+        calls = row_counts([origin for origin in graph.entered if origin.shape])
         if carrying or (calls and layout.n > 1 and layout.n not in calls):
             return False
     if not constants:
-        return all(one for *_, one in found)
-    if any(len(owner) == 1 and not one for _, owner, one in found):
+        return all(one for *_, one in owners)
+    if any(len(owner) == 1 and not one for _, owner, one in owners):
         return False
-    return any(one and len(set(owner.values())) == layout.n for _, owner, one in found)
+    return any(one and len(set(owner.values())) == layout.n for _, owner, one in owners)
 
 
-def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[Origin, dict[int, int], bool]]:
+def owners_of_rows(graph: Graph, layout: SampleLayout) -> list[Owners]:
     """For each tensor that inputs were made of, a sample of each of its rows, and whether it is the only one."""
     owners: dict[Origin, dict[int, int]] = {}
     single: dict[Origin, bool] = {}

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
-from layerwise.graph.samples.sample_layout import SampleLayout, Where
+from layerwise.graph.samples.meeting import meeting
+from layerwise.graph.samples.sample_layout import SampleLayout, Where, free_axes
 from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
@@ -66,8 +67,10 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
     shape = tuple(loss.call.logits.shape)
     if not ways:
         raise BadInput(
-            f"asked for per-sample quantities of {n} samples, but {loss.call.name} has outputs of shape {shape}, "
-            f"and no axis holds a multiple of {n} rows; pass samples=N where N is not the batch's dim 0"
+            f"asked for per-sample quantities of {n} samples, but {loss} reads outputs of shape {shape}, of which no "
+            f"axis holds {n} rows or a multiple of them. Where {n} (read off the batch, unless you passed it) is not "
+            "the number of samples, pass samples=N; where the outputs were reduced over the batch before the loss, "
+            "there is none for each sample"
         )
     passed: list[_Candidates] = []
     failed: Use | None = None
@@ -79,7 +82,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
             failed = failed or culprit
     if not passed:
         assert failed is not None
-        raise SamplesMixed(mixed_text(tape, failed, n))
+        raise SamplesMixed(mixed_text(tape, failed, n, meeting(loss, ways[0], failed)))
     if len(passed) > 1:
         passed = _by_first_batch(graph, passed)
     if len(passed) > 1:
@@ -198,12 +201,6 @@ def _halves(n: int) -> Iterator[Tensor]:
         yield from (half, ~half)
 
 
-def free_axes(use: Use) -> list[int]:
-    """The axes of a use's output along which the operation allows samples."""
-    allowed = [set(slot.axes) for slot in use.slots]
-    return sorted(set.intersection(*allowed)) if allowed else []
-
-
 def _axes(use: Use, n: int) -> list[Samples]:
     """Every axis and order of n samples in a use's output that the operation allows."""
     shape = use.call.out_shape
@@ -258,12 +255,13 @@ def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLa
     return SampleLayout(n, uses, [f.rows for f in found]), proved
 
 
-def mixed_text(tape: Tape, use: Use, n: int) -> str:
-    """The error text for a use at whose output several samples meet."""
+def mixed_text(tape: Tape, use: Use, n: int, where: str = "") -> str:
+    """The error text for a use at whose output several samples meet; where: the call at which they do, in words."""
     norms = any(getattr(c, "__name__", "") in ("batch_norm", "instance_norm") for c in tape.calls)
-    hint = " (a batch norm runs in this model: in training mode it mixes samples; call model.eval())" if norms else ""
+    hint = "; a batch norm in training mode mixes them: call model.eval()" if norms else ""
     return (
-        f"asked for per-sample quantities of {n} samples, but no axis of the output {tuple(use.call.out_shape)} of "
-        f"{use} depends on one sample alone{hint}: batch statistics and losses that compare samples have no per-sample "
-        "gradients; where a sample is several rows, pass samples= a tensor with the sample number of each loss term"
+        f"asked for per-sample quantities of {n} samples, but each row of the output {tuple(use.call.out_shape)} of "
+        f"{use} has a part in the loss of several samples{where}{hint}. Statistics of the batch, and losses that set "
+        "samples against each other, have no per-sample gradients (quantities of the Hessian and products with it "
+        "need none); where a sample is several rows, pass samples= a tensor with the sample number of each loss term"
     )

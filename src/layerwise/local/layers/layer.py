@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise import ops
+from layerwise.errors import BadInput
 from layerwise.graph.coverage import Graph
+from layerwise.graph.loss_scale import loss_scale
 from layerwise.local.layers.kinds import Kind, Kinds, tensors_of
 from layerwise.local.transfer import IDENTITY, SIGMOID, SOFTMAX, Transfer, find, squared
 from layerwise.losses import Likelihood, LossCall, is_loss, likelihood
@@ -23,7 +25,7 @@ from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["Layer", "layers_of", "shaped"]
+__all__ = ["Layer", "layers_of", "over_passes", "shaped"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Layer:
     `z = W a + b + rest` (a frozen bias, an addend). transfer: the known elementwise function that is the only reader of
     the output, or the loss's link; else the identity. likelihood: of the loss call that is the only reader, or None.
     value: the output, `[*out_shape]`, if kept; after: its transfer function, if kept. others: further uses of the same
-    weight and bias, whose rows join these.
+    weight and bias, whose rows join these. passes: how many uses each backward pass has, where there were several.
     """
 
     use: Use
@@ -49,6 +51,7 @@ class Layer:
     value: Tensor | None = None
     after: Tensor | None = None
     others: tuple[Layer, ...] = ()
+    passes: tuple[int, ...] = ()
 
     @property
     def parts(self) -> tuple[Layer, ...]:
@@ -67,9 +70,15 @@ class Layer:
         return ops.slots(self.call, [d.tensor for d in self.use.used])[self.kind.weight]
 
     def join(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows of all uses as rows of the layer: interleaved where uses have equal counts, else concatenated."""
+        """Rows of all uses as rows of the layer: interleaved where uses have equal counts, else concatenated.
+
+        The rows of several passes are concatenated.
+        """
         if len(rows) == 1:
             return rows[0]
+        if self.passes:
+            left, one = iter(rows), replace(self, passes=())
+            return torch.cat([one.join([next(left) for _ in range(n)]) for n in self.passes])
         even = all(len(x) == len(rows[0]) for x in rows)
         return torch.stack(tuple(rows), 1).flatten(0, 1) if even else torch.cat(tuple(rows))
 
@@ -122,6 +131,27 @@ class Layer:
             args = (args[0].clone(), *args[1:])
         out = self.call.func(*args, **self.call.kwargs)
         return args[0] if out is None else out
+
+    def uniform_weight(self) -> float | None:
+        """The weight of the terms of all losses that read the outputs, up to rounding; None where there is no one."""
+        found = {None if part.likelihood is None else part.likelihood.uniform_weight() for part in self.parts}
+        first = next(iter(found))
+        same = first is not None and all(w is not None and abs(w - first) <= 1e-6 * abs(first) for w in found)
+        return first if same else None
+
+
+def over_passes(layers: list[Layer]) -> Layer:
+    """The layers of one weight in several backward passes, as one. Raises BadInput where they do not join."""
+    first = layers[0]
+    if len(layers) == 1:
+        return first
+    if any(layer.names != first.names or _geometry(layer) != _geometry(first) for layer in layers):
+        raise BadInput(
+            f"the backward passes of this step use {first.name} as different matrices, or with different biases; the "
+            "passes of one step must use each weight alike"
+        )
+    parts = [replace(part, others=()) for layer in layers for part in layer.parts]
+    return replace(_as_one_layer(parts), passes=tuple(len(layer.parts) for layer in layers))
 
 
 def shaped(t: Tensor, like: Tensor) -> Tensor:
@@ -227,7 +257,8 @@ def _as_one_layer(parts: list[Layer]) -> Layer:
     transfer = parts[0].transfer
     if any(part.transfer.name != transfer.name for part in parts):
         transfer = squared(" and ".join(sorted({part.transfer.name for part in parts})))
-    return replace(parts[0], transfer=transfer, likelihood=None, others=tuple(parts[1:]))
+    made = parts[0].likelihood if all(part.likelihood is not None for part in parts) else None
+    return replace(parts[0], transfer=transfer, likelihood=made, others=tuple(parts[1:]))
 
 
 def _transferred_output(use: Use, transfer: Transfer) -> Tensor | None:
@@ -264,7 +295,8 @@ def _transfer_and_likelihood(tape: Tape, graph: Graph, use: Use, kind: Kind) -> 
             c = _scale(graph.total, loss.value)
             if c is None or loss.call.learned or not isinstance(loss.call, LossCall):
                 continue
-            found = likelihood(loss.call, loss.call.logits, c.detach())
+            c = c.detach() / (loss_scale(tape.scaler_calls, graph.total) or 1.0)
+            found = likelihood(loss.call, loss.call.logits, c)
             if found.class_axis is not None and not _is_output_axis(use, kind, found.class_axis):
                 return squared(found.link), found
             return _LINKS.get(found.link, squared(found.link)), found

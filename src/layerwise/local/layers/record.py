@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, Undefined
 from layerwise.graph.coverage import prove
+from layerwise.graph.loss_scale import loss_scale, mixed_scales
 from layerwise.graph.samples import count
 from layerwise.local.layers.kinds import Kinds
-from layerwise.local.layers.layer import Layer, layers_of
+from layerwise.local.layers.layer import Layer, layers_of, over_passes
 from layerwise.local.problem import LocalProblem, Pull, predict, target_m
 from layerwise.local.targets import Target
 from layerwise.local.transfer import Transfer
 from layerwise.replay.state import check_loss
-from layerwise.tape.pull import hooked, pull
+from layerwise.tape.pull import OnePass, hooked, pull
 from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, is_finite
 
-__all__ = ["Recorded", "dense", "problem_of", "pulled", "record"]
+__all__ = ["Recorded", "RunRecorder", "dense", "problem_of", "pulled", "record", "refreshed"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,108 @@ class Recorded:
     samples: int = 1
 
 
+class RunRecorder:
+    """Records the layers of the passes inside its context, and their cotangents; entered again, it goes on.
+
+    scale: by what a gradient scaler multiplied the losses; None without one.
+    ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`; crosses: as
+    for `Tape`.
+
+    Several backward passes are the sum of their losses: each layer has its rows of all of them. Cotangents
+    and gradients are those of the losses without a gradient scaler's factor.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        ours: Callable[[Tensor], bool] = lambda p: True,
+        matrices: bool = False,
+        crosses: bool = False,
+        kinds: Kinds | None = None,
+    ) -> None:
+        self._ours, self._matrices, self._kinds = ours, matrices, kinds
+        self.scale: float | None = None
+        self._passes: list[_Pass] = []  # the tape's handler holds this list, not the recorder: `run` leaves no cycle
+        self._tape = Tape(
+            model, partial(_recorded_pass, self._passes, (ours, matrices, kinds)), keep_outputs=True, crosses=crosses
+        )  # fmt: skip
+
+    def __enter__(self) -> None:
+        self._tape.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._tape.__exit__(*exc)
+
+    def forget_passes(self) -> None:
+        """Drop the backward passes so far, but not the forward pass of those to come."""
+        self._passes.clear()
+
+    def run(self, loss: Tensor | None = None) -> Recorded:
+        """What was recorded. loss: to be differentiated, where no backward pass ran.
+
+        Raises BadInput without a pass and a loss, and for passes that use a weight in ways that do not join.
+        """
+        passes = list(self._passes)
+        self._passes.clear()
+        self.scale = passes[0].scale if passes else None
+        if passes:
+            run = joined([one.run for one in passes])
+            return run if loss is None else replace(run, loss=loss.detach())
+        if loss is None:
+            raise BadInput(
+                "step() follows a backward pass `with opt.watch()`, and none ran; call loss.backward() there"
+            )
+        self.scale = loss_scale(self._tape.scaler_calls, loss)
+        return _unscaled(pulled(self._tape, loss, self._ours, self._matrices, self._kinds), self.scale)
+
+    def left_in(self, grads: Sequence[Tensor]) -> float:
+        """The factor of a scaler that is still in the gradients in `.grad` after the passes; 1 without a scaler."""
+        if self.scale is None:
+            return 1.0
+        return self.scale * min([self._tape.scaler_calls.taken_out(g) for g in grads], default=1.0)
+
+
+class _Pass(NamedTuple):
+    """A recorded backward pass, and by what a gradient scaler multiplied its loss, or None."""
+
+    run: Recorded
+    scale: float | None
+
+
+def _recorded_pass(
+    passes: list[_Pass],
+    choices: tuple[Callable[[Tensor], bool], bool, Kinds | None],
+    tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any],
+) -> Any:  # fmt: skip
+    """Run a backward pass, and add what it gives to the passes. choices: ours, matrices and kinds of the recorder."""
+    ours, matrices, kinds = choices
+    scale = loss_scale(tape.scaler_calls, total)
+    graph = prove(tape, total, weight, need_loss=False)
+    layers = layers_of(tape, graph, ours, matrices, kinds) if is_finite(total) else []
+    inside = {name for layer in layers for name in layer.names}
+    rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
+    received: dict[int, Tensor] = {}
+    samples = count(tape, graph, total)
+    with (
+        _fresh_gradients(rest) as gradients,
+        OnePass(total) as within,
+        hooked(
+            [part.use for layer in layers for part in layer.parts],
+            lambda use, g: received.__setitem__(use.index, g.detach()),
+            within,
+        ),
+    ):
+        out = run()
+    _fill(layers, received)
+    layers = [layer for layer in layers if layer.use.index in received]
+    if passes and scale != passes[0].scale:
+        raise BadInput(mixed_scales(passes[0].scale, scale))
+    passes.append(_Pass(_unscaled(Recorded(total.detach(), tape, layers, received, gradients, samples), scale), scale))
+    read = {use.edge.node for use in graph.uses}
+    tape.forget_losses([loss for loss in tape.losses if loss.logits.node in read])
+    return out
+
+
 def record(
     model: nn.Module | Mapping[str, Tensor],
     closure: Callable[[], Tensor],
@@ -52,39 +156,52 @@ def record(
 ) -> Recorded:
     """Run the closure once and take the cotangents of its layers, and gradients of the other parameters.
 
-    ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`; crosses: as
-    for `Tape`. The closure returns the loss; where it calls backward itself, the cotangents stream from that pass.
-    Raises BadInput for a closure without a tensor loss, UncoveredUse for a parameter no call covers.
+    Arguments as for `RunRecorder`. The closure returns the loss; where it calls backward itself, the cotangents stream
+    from those passes. Raises BadInput for a closure without a tensor loss, UncoveredUse for a parameter no call covers.
     """
-    streamed: list[Recorded] = []
-
-    def on_backward(tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
-        graph = prove(tape, total, weight, need_loss=False)
-        layers = layers_of(tape, graph, ours, matrices, kinds) if is_finite(total) else []
-        inside = {name for layer in layers for name in layer.names}
-        rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
-        received: dict[int, Tensor] = {}
-        samples = count(tape, graph, total)
-        with (
-            _fresh_gradients(rest) as gradients,
-            hooked(
-                [part.use for layer in layers for part in layer.parts],
-                lambda use, g: received.__setitem__(use.index, g.detach()),
-            ),
-        ):
-            out = run()
-        _fill(layers, received)
-        layers = [layer for layer in layers if layer.use.index in received]
-        streamed.append(Recorded(total.detach(), tape, layers, received, gradients, samples))
-        return out
-
-    tape = Tape(model, on_backward, keep_outputs=True, crosses=crosses)
-    with tape, torch.enable_grad():
+    recorder = RunRecorder(model, ours, matrices, crosses, kinds)
+    with recorder, torch.enable_grad():
         loss = closure()
     check_loss(loss)
-    if len(streamed) > 1:
-        raise BadInput(f"the closure called backward {len(streamed)} times; one step takes one loss: add them up")
-    return replace(streamed[0], loss=loss.detach()) if streamed else pulled(tape, loss, ours, matrices, kinds)
+    return recorder.run(loss)
+
+
+def joined(runs: Sequence[Recorded]) -> Recorded:
+    """Runs whose losses add up as one: the rows of each layer are those of all runs, and gradients are summed.
+
+    Raises BadInput where a parameter is fitted in one run, and not in the same way in another.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    parts: dict[str, list[Layer]] = {}
+    for layer in (layer for run in runs for layer in run.layers):
+        parts.setdefault(layer.name, []).append(layer)
+    gradients: dict[str, Tensor] = {}
+    cotangents: dict[int, Tensor] = {}
+    for run in runs:
+        cotangents |= run.cotangents
+        for name, g in run.gradients.items():
+            gradients[name] = gradients[name] + g if name in gradients else g
+    finite = all(is_finite(run.loss) for run in runs)
+    layers = [over_passes(found) for found in parts.values()] if finite else []
+    mixed = [name for layer in layers for name in layer.names if name in gradients]
+    if mixed:
+        raise BadInput(
+            f"of the backward passes of this step some give {', '.join(mixed[:5])} a local problem, and others do not; "
+            "the passes of one step must use each weight alike"
+        )
+    loss = torch.stack([run.loss for run in runs]).sum()
+    return Recorded(loss, runs[0].tape, layers, cotangents, gradients, sum(run.samples for run in runs))
+
+
+def _unscaled(run: Recorded, scale: float | None) -> Recorded:
+    """A run's cotangents and gradients without the factor of a gradient scaler."""
+    if scale is None:
+        return run
+    return replace(
+        run, loss=run.loss / scale, cotangents={i: g / scale for i, g in run.cotangents.items()},
+        gradients={name: g / scale for name, g in run.gradients.items()},
+    )  # fmt: skip
 
 
 def pulled(
@@ -167,3 +284,19 @@ def problem_of(
         y = target_m(z, g, gamma, transfer, y=layer.join(after) if len(after) == len(parts) else None)
         return LocalProblem(a, weight, bias, y, transfer, None, g, gamma, rest, pulls)
     return LocalProblem(a, weight, bias, target(z, g, transfer), transfer, rest=rest, pulls=pulls)
+
+
+def refreshed(problem: LocalProblem, layer: Layer, now: Layer) -> LocalProblem:
+    """The problem with the inputs `a` (and terms `rest`) of a later run, and the targets of the first.
+
+    now: the layer in the later run. Raises Undefined for another number of rows.
+    """
+    a = now.join([part.input() for part in now.parts])
+    rest = None
+    if a.shape != problem.a.shape:
+        raise Undefined(f"run again, the closure gave {layer.name} {len(a)} rows, and {len(problem.a)} at first")
+    if problem.rest is not None:
+        z = now.join([part.rows(part.output()) for part in now.parts])
+        rest = z - predict(replace(problem, a=a, rest=None, g=None))
+    same = torch.equal(a, problem.a) and (rest is None or torch.equal(rest, problem.rest))  # type: ignore[arg-type]
+    return problem if same else replace(problem, a=a, rest=rest, g=None)

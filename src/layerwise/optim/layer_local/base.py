@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
+from layerwise.graph.samples import said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, shaped
 from layerwise.local.layers.record import Recorded
@@ -182,8 +183,13 @@ class LayerLocal(NamedOptimizer):
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def _fitting(self, run: Recorded) -> Fitting:
-        """A `Fitting` of this optimizer's groups and state. Raises BadInput where parameters were replaced."""
+    def _fitting(self, run: Recorded, samples: int | Tensor | None = None) -> Fitting:
+        """A `Fitting` of this optimizer's groups and state. Raises BadInput where parameters were replaced.
+
+        samples: what the user says of them, in place of what the run does.
+        """
+        told = said_count(samples, f"samples of {type(self).__name__}.step")
+        run = run if told is None else replace(run, samples=told)
         self._check_parameters(run.tape.parameters)
         self._retyped()
         return Fitting(run, self._group_at, self.state, self._local, self._averages, self._backups)

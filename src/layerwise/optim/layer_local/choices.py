@@ -16,12 +16,27 @@ from layerwise.local.transfer import Transfer
 from layerwise.optim.keywords import Effects, refuse_idle
 
 __all__ = [
-    "NUMBERS", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "check_patterns", "first_match", "implied",
-    "matches", "several",
+    "DEFAULTS", "NUMBERS", "PRESETS", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "check_patterns",
+    "first_match", "implied", "matches", "several",
 ]  # fmt: skip
 
 NUMBERS = ("lr", "gamma", "steps", "rows", "decay", "momentum", "eps")
 VALUES = ("loss", "target", "regularizer", "solver")
+_PUBLISHED: dict[str, Any] = {
+    "lr": 1e-5, "gamma": 10.0, "steps": 10, "rows": "all", "decay": 0.9, "momentum": 0.999, "eps": 1e-5,
+}  # fmt: skip
+# The published rate over 1 − momentum is 1e-2. With matching losses a shorter memory and half of that learn well from
+# the first batches, on problems small and large (benchmarks/training/defaults.py); squared losses keep the long one.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "matching": {**_PUBLISHED, "lr": 5e-5, "momentum": 0.99, "rows": "auto", "loss": "matching"},
+    "squared": {**_PUBLISHED, "rows": "auto", "loss": "squared"},
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "M": DEFAULTS["matching"],
+    "S": DEFAULTS["squared"],
+    "published-M": {**_PUBLISHED, "loss": "matching"},
+    "published-S": {**_PUBLISHED, "loss": "squared"},
+}
 
 
 @dataclass(frozen=True)

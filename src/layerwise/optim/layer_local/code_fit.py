@@ -179,7 +179,7 @@ class CodeFitter:
         """
         gamma, transfer = self.gamma(fitting, layer.name), IDENTITY
         if self._has_local_steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
-            weight = layer.likelihood.uniform_weight()
+            weight = layer.uniform_weight()
             if weight:
                 gamma, transfer = 1 / weight, layer.transfer
         pulls = tuple(fitting.pull(layer, term, gamma) for term in self._update(fitting, layer).regularizers)

@@ -15,8 +15,8 @@ from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.overflow import unsafe
-from layerwise.local.layers.record import problem_of, record
-from layerwise.local.problem import LocalProblem, Pull, predict
+from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
+from layerwise.local.problem import LocalProblem, Pull
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import Task, solve
 from layerwise.local.solvers.steps import Workspace, linear_steps
@@ -26,32 +26,28 @@ from layerwise.local.targets import GradientStep, Target, factor, fill_in
 from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, solved
-from layerwise.optim.layer_local.choices import NUMBERS, VALUES, Choice, Choices, LocalUpdate, Objective, implied
+from layerwise.optim.layer_local.choices import (
+    DEFAULTS,
+    NUMBERS,
+    PRESETS,
+    VALUES,
+    Choice,
+    Choices,
+    LocalUpdate,
+    Objective,
+    implied,
+)
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.saved_state import Fit, of_local_optimizer
 from layerwise.replay.rerun import Rerun
-from layerwise.replay.state import Buffers
+from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import all_finite
 
 __all__ = ["LocoProp"]
 
-_PUBLISHED: dict[str, Any] = {
-    "lr": 1e-5, "gamma": 10.0, "steps": 10, "rows": "all", "decay": 0.9, "momentum": 0.999, "eps": 1e-5,
-}  # fmt: skip
-# The published rate over 1 − momentum is 1e-2. With matching losses a shorter memory and half of that learn well from
-# the first batches, on problems small and large (benchmarks/training/defaults.py); squared losses keep the long one.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "matching": {**_PUBLISHED, "lr": 5e-5, "momentum": 0.99, "rows": "auto", "loss": "matching"},
-    "squared": {**_PUBLISHED, "rows": "auto", "loss": "squared"},
-}
-_PRESETS: dict[str, dict[str, Any]] = {
-    "M": _DEFAULTS["matching"],
-    "S": _DEFAULTS["squared"],
-    "published-M": {**_PUBLISHED, "loss": "matching"},
-    "published-S": {**_PUBLISHED, "loss": "squared"},
-}
 _DEFAULT_STEPS = LocalSteps()  # of parameters without a local problem, beside a solver without local steps
 _ORDERS = ("together", "output_to_input", "input_to_output")
 
@@ -123,24 +119,25 @@ class LocoProp(LayerLocal):
         **words: Unpack[LocoPropWords],
     ) -> None:
         refuse_unknown(LocoProp.__init__, words)
-        if preset is not None and preset not in _PRESETS:
-            raise BadInput(f"LocoProp knows the presets {', '.join(_PRESETS)}; got {preset!r}")
+        if preset is not None and preset not in PRESETS:
+            raise BadInput(f"LocoProp knows the presets {', '.join(PRESETS)}; got {preset!r}")
         if order not in _ORDERS or write not in ("weights", "grad"):
             raise BadInput(f'order is one of {", ".join(_ORDERS)}, write "weights" or "grad"; got {order!r}, {write!r}')
         found = _KEYWORDS.values(words)
         given, execution = {**_KEYWORDS.of(found), "lr": lr}, found["execution"]
         values = {name: given[name] for name in VALUES}
         self._choices = Choices(
-            given, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in _DEFAULTS.items()}
+            given, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in DEFAULTS.items()}
         )
         self._order, self._write, self._workspace = order, write, Workspace()
         if order != "together" and execution != Execution():
             raise BadInput(f"layers in turn (order={order!r}) cannot be solved at once ({execution})")
+        self._scaled = False  # whether a gradient scaler multiplied the last loss
         self._warned: set[str] = set()  # functions without a matching loss
         self._last: list[tuple[tuple[str, ...], str]] | None = None
         loss, squared = values["loss"], getattr(values["solver"], "squared_only", False)
         kind = loss if isinstance(loss, str) else "squared" if squared else "matching"
-        chosen = dict(_PRESETS[preset] if preset else _DEFAULTS.get(kind, _DEFAULTS["matching"]))
+        chosen = dict(PRESETS[preset] if preset else DEFAULTS.get(kind, DEFAULTS["matching"]))
         if loss is not None or squared or preset is None:
             chosen["loss"] = kind
         chosen |= implied(self._choices.default, {**values, "lr": lr})
@@ -172,20 +169,52 @@ class LocoProp(LayerLocal):
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """Run the closure, fit every layer (or write `.grad`), and return the loss before the step."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None, *, samples: int | Tensor | None = None
+    ) -> Tensor:
+        """Run the closure, fit every layer (or write `.grad`), and return the loss before the step.
+
+        samples: the number N in the batch, or a tensor with the sample number of each loss term, where the batch, the
+        targets and the losses do not say it; a target per sample reads N.
+        """
         skipped = self.skipped
-        loss = super().step(closure)
-        if self._write == "grad" and self.skipped > skipped:  # nothing for an outer optimizer
-            self.zero_grad()
+        loss = self._step(closure, samples=samples)
+        if self._write == "grad" and self.skipped > skipped and (not self._scaled or all_finite(self._gradients())):
+            self.zero_grad()  # nothing for an outer optimizer; what is not finite a scaler has still to find
         return loss
 
-    def _attempt(self, closure: Callable[[], Tensor], buffers: Buffers) -> tuple[Tensor, str | None]:
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _attempt(
+        self, closure: Callable[[], Tensor], buffers: Buffers, samples: int | Tensor | None = None
+    ) -> tuple[Tensor, str | None]:
         """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
-        together = self._order == "together"
-        rerun = None if together else Rerun(self._model, closure, gradients=False)
-        run = record(self._model, closure, self._ours, kinds=self._kinds)
-        fitting, choices = self._fitting(run), self._choices
+        rerun = None if self._order == "together" else Rerun(self._model, closure, gradients=False)
+        recorder = RunRecorder(self._model, self._ours, kinds=self._kinds)
+        with recorder, torch.enable_grad():
+            loss = closure()
+        check_loss(loss)
+        return self._fit(recorder, recorder.run(loss), rerun, buffers, samples)
+
+    def _recorder(self) -> RunRecorder:
+        if self._order != "together":
+            raise BadInput(
+                f"LocoProp(order={self._order!r}) runs the model again in a step, which passes recorded "
+                '`with opt.watch()` cannot give: call step(closure), or use order="together"'
+            )
+        return RunRecorder(self._model, self._ours, kinds=self._kinds)
+
+    def _attempt_recorded(
+        self, recorder: RunRecorder, buffers: Buffers, samples: int | Tensor | None = None
+    ) -> tuple[Tensor, str | None]:
+        return self._fit(recorder, recorder.run(), None, buffers, samples)
+
+    def _fit(
+        self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers, samples: int | Tensor | None
+    ) -> tuple[Tensor, str | None]:
+        together, self._scaled = rerun is None, recorder.scale is not None
+        fitting, choices = self._fitting(run, samples), self._choices
         where = self._agreed(run, unsafe(run, lambda name: _gamma(fitting, choices, name)) or buffers.spoiled())
         if where is not None:
             return run.loss, where
@@ -203,8 +232,9 @@ class LocoProp(LayerLocal):
             last = [(plan.layer.names, _form(plan)) for plan in plans]
             last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
             if self._write == "grad":
+                left = recorder.left_in(self._gradients())  # the scaler in front of the outer optimizer takes it out
                 self.zero_grad()
-                snapshot.to_gradients()
+                snapshot.to_gradients(left)
             self._last, self._averages = last, self._averages | fitting.new_averages
 
         snapshot = fitting.snapshot(run.layers)
@@ -217,7 +247,7 @@ class LocoProp(LayerLocal):
         for count, n in enumerate(turns):
             layer, problem = plans[n].layer, problems[n]
             if count:
-                problem = _refreshed(problem, layer, self._run_again(layer, rerun))
+                problem = refreshed(problem, layer, self._run_again(layer, rerun))
             solve(_task(fitting, plans[n], problem), self._workspace)
 
     def _run_again(self, layer: Layer, rerun: Rerun) -> Layer:
@@ -302,7 +332,7 @@ def _warn_of_stand_ins(plans: list[_Plan], warned: set[str]) -> None:
             warnings.warn(
                 f"{f.name}, behind {plan.layer.name}, {why}: such layers take the squared loss before it (LocoProp-S)",
                 SquaredInstead,
-                stacklevel=7,
+                stacklevel=8,
             )
 
 
@@ -315,22 +345,6 @@ def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
     if not plain and not bool(torch.isfinite(problem.target).all()):
         raise NonFinite(f"the target of {plan.layer.name} holds NaN or infinity")
     return problem
-
-
-def _refreshed(problem: LocalProblem, layer: Layer, now: Layer) -> LocalProblem:
-    """The problem with the inputs `a` (and terms `rest`) of a later run, and the targets of the first.
-
-    now: the layer in the later run. Raises Undefined for another number of rows.
-    """
-    a = now.join([part.input() for part in now.parts])
-    rest = None
-    if a.shape != problem.a.shape:
-        raise Undefined(f"run again, the closure gave {layer.name} {len(a)} rows, and {len(problem.a)} at first")
-    if problem.rest is not None:
-        z = now.join([part.rows(part.output()) for part in now.parts])
-        rest = z - predict(replace(problem, a=a, rest=None, g=None))
-    same = torch.equal(a, problem.a) and (rest is None or torch.equal(rest, problem.rest))  # type: ignore[arg-type]
-    return problem if same else replace(problem, a=a, rest=rest, g=None)
 
 
 # Solving ------------------------------------------------------------------------------------------------------------
@@ -369,7 +383,7 @@ def _rates(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any
         return solver.optimizer, {"lr": group["lr"]}
     rates = {key: group[key] for key in ("lr", "decay", "momentum", "eps")}
     if not isinstance(solver, LocalSteps):
-        rates["lr"] = _DEFAULTS["matching"]["lr"] * group["lr"]
+        rates["lr"] = DEFAULTS["matching"]["lr"] * group["lr"]
     return TFRMSProp, rates
 
 

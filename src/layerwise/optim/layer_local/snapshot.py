@@ -98,12 +98,12 @@ class Snapshot:
                 self._state[p] = before
 
     @torch.no_grad()
-    def to_gradients(self) -> None:
-        """Restore the parameters, and write the movement `old − new` into their `.grad`."""
+    def to_gradients(self, factor: float = 1.0) -> None:
+        """Restore the parameters, and write the movement `old − new`, times a factor, into their `.grad`."""
         params = [p.detach() for _, p in self._params]
         values = self._copies[: len(params)]
         moved = [value - p for p, value in zip(params, values, strict=True)]
         if params:
             torch._foreach_copy_(params, values)
         for (_, p), grad in zip(self._params, moved, strict=True):
-            p.grad = grad
+            p.grad = grad if factor == 1 else grad * factor

@@ -15,7 +15,7 @@ from layerwise.optim.base import NamedOptimizer
 from layerwise.optim.saved_state import Fit, like
 from layerwise.optim.second_order.preconditioner import Preconditioner
 from layerwise.optim.second_order.trust import ExactGGN, best_step, bound, clip_factor, dot, levenberg_marquardt
-from layerwise.optim.second_order.watched_batch import Watched
+from layerwise.optim.second_order.watched_batch import Watched, WatchedBatch
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.pull import alone
@@ -103,32 +103,65 @@ class CurvatureOptimizer(NamedOptimizer):
 
     # -- a step --------------------------------------------------------------------------------------------
 
+    def _named(self) -> Values:
+        """The optimizer's parameters that require grad, by name, in the model's order, and with a state of their type.
+
+        Raises BadInput where they are no longer those that the optimizer was made for.
+        """
+        named = {name: p for name, p in named_parameters_of(self._model).items() if p.requires_grad}
+        self._check_parameters(named)
+        self._retyped()
+        return {name: p for name, p in named.items() if self._ours(p)}
+
     def _attempt(self, closure: Callable[[], Tensor], buffers: Buffers) -> tuple[Tensor, str | None]:
-        run = self._run(closure)
+        return self._follow(self._run(closure), buffers)
+
+    def _follow(self, run: _Run, buffers: Buffers) -> tuple[Tensor, str | None]:
+        """Move along a run, or give the reason not to."""
         where = self._agreed(run, self._unsafe(run) or buffers.spoiled()) or self._move(run)
         return run.loss, where
 
+    def _recorder(self) -> WatchedBatch:
+        if self.step_size == "quadratic" or self.adapt_damping_every is not None:
+            raise BadInput(
+                f'{type(self).__name__} with step_size="quadratic" or adapt_damping_every runs the model again in a '
+                'step, which passes recorded `with opt.watch()` cannot give: call step(closure), or use step_size="lr"'
+            )
+        return self.preconditioner.new_batch(self._named(), count=True)
+
+    def _attempt_recorded(self, batch: WatchedBatch, buffers: Buffers) -> tuple[Tensor, str | None]:
+        named, watched = self._named(), batch.watched
+        found = {name: dense(p.grad.detach()) for name, p in named.items() if p.grad is not None}
+        if watched.loss is None or not found:
+            raise BadInput(
+                "step() follows a backward pass `with opt.watch()`, and its gradients in .grad; "
+                f"{watched.passes} passes were recorded, and {len(found)} parameters have a gradient"
+            )
+        if not is_finite(watched.loss) and watched.bad is None:
+            watched.bad = "the loss"
+        return self._follow(_Run(named, self._groups(named), watched.loss, found, watched, None, False), buffers)
+
     def _run(self, closure: Callable[[], Tensor]) -> _Run:
-        named = {name: p for name, p in named_parameters_of(self._model).items() if p.requires_grad}
-        self._check_parameters(named)
-        named = {name: p for name, p in named.items() if self._ours(p)}
-        self._retyped()
+        named = self._named()
         every = self.adapt_damping_every
         adapts = every is not None and (self.preconditioner.steps + 1) % every == 0
         rerun = Rerun(self._model, closure) if self.step_size == "quadratic" or adapts else None
         before = {name: (p.grad, -1 if p.grad is None else p.grad._version) for name, p in named.items()}
-        with self.preconditioner.watch(named) as watched, torch.enable_grad():
+        batch = self.preconditioner.new_batch(named, count=True)
+        with batch as watched, torch.enable_grad():
             loss = closure()
             check_loss(loss)
             with alone(loss.device.type):
-                found = _gradients_in_grad(named, before)
+                found = batch.unscaled(_gradients_in_grad(named, before))
                 watched.in_grad = bool(found)
                 if not found and watched.bad is None:
                     found = _gradients(loss, named, watched)
         if not is_finite(loss) and watched.bad is None:
             watched.bad = "the loss"
-        groups = {name: self._group_at[id(p)] for name, p in named.items()}
-        return _Run(named, groups, loss.detach(), found, watched, rerun, adapts)
+        return _Run(named, self._groups(named), loss.detach(), found, watched, rerun, adapts)
+
+    def _groups(self, named: Values) -> dict[str, dict[str, Any]]:
+        return {name: self._group_at[id(p)] for name, p in named.items()}
 
     def _unsafe(self, run: _Run) -> str | None:
         return self.preconditioner.unsafe(run.watched, run.gradients, run.damping)
@@ -319,18 +352,15 @@ def _gradients_in_grad(named: Mapping[str, Tensor], before: Mapping[str, Any]) -
     """The gradients in `.grad`, where the closure ran a backward pass (some of them changed); else none."""
     found = {name: p.grad for name, p in named.items() if p.grad is not None}
     changed = any(g is not before[name][0] or g._version != before[name][1] for name, g in found.items())
-    return {name: dense(g.detach()) for name, g in found.items()} if changed else {}
+    return found if changed else {}
 
 
 def _gradients(loss: Tensor, named: Mapping[str, Tensor], watched: Watched) -> Values:
     """The gradients of the loss that the closure returned, without writing `.grad`."""
     if not loss.requires_grad:
         raise BadInput("the closure's loss depends on no parameter; was it detached, or computed under no_grad?")
-    params = list(named.values())
-    if watched.backward is not None:
-        found = watched.backward(loss, params)
-    else:
-        found = list(torch.autograd.grad(loss, params, allow_unused=True))
+    assert watched.backward is not None
+    found = watched.backward(loss, list(named.values()))
     return {name: dense(g) for name, g in zip(named, found, strict=True) if g is not None}
 
 

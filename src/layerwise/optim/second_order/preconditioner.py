@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
+from layerwise.optim.recording import holds_no_gradient
 from layerwise.optim.saved_state import VERSION, present, refuse
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
@@ -26,11 +28,17 @@ from layerwise.optim.second_order.settings import (
     present_state,
     spelled_out,
 )
-from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, bad_curvature, bad_gradient
+from layerwise.optim.second_order.watched_batch import (
+    CurvatureWatch,
+    Watched,
+    WatchedBatch,
+    bad_curvature,
+    bad_gradient,
+)
 from layerwise.quantities.base import Quantity
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import first_bad_call, named_parameters_of
-from layerwise.tensors import dense
+from layerwise.tensors import all_finite, dense
 
 __all__ = ["Preconditioner", "is_due"]
 
@@ -115,7 +123,7 @@ class Preconditioner:
         self.blocks = Blocks()
         self._asked: frozenset[Any] | None = None  # the parameters of the last measured batch; None: not known
         self._left: frozenset[str] | None = None  # parameters without factors; None: not known yet
-        self._watched: Watched | None = None
+        self._batch: WatchedBatch | None = None
         self.steps = self.skipped = 0
         self.check()
         named_parameters_of(model)
@@ -150,35 +158,31 @@ class Preconditioner:
     def watch(self, names: Collection[str] | None = None) -> Iterator[Watched]:
         """Measure the curvature in the backward pass inside, on steps where it is due.
 
-        names: of the parameters to measure, default all that require grad. Several backward passes inside count as the
-        sum of their losses, as in `observe`. An exception discards the batch.
+        names: of the parameters to measure, default all that require grad. Several backward passes count as the sum of
+        their losses, as in `observe`: those of one context, and of several before a step, as long as `.grad` holds the
+        gradients of the first. A gradient scaler's factor is left out. An exception discards the batch.
         """
-        self._watched = None
-        watched = Watched(due=is_due(self.steps, self.update_factors_every))
-        if watched.due or self._exchange.size > 1:  # the ranks' terms are counted at every step
-            request = self._request_for(names, watched) if watched.due else None
-            watch = CurvatureWatch(
-                self.model, lambda whole: {} if request is None else self._quantities(request, whole), watched,
-                self.on_nonfinite == "raise",
-            )  # fmt: skip
-            watched.backward = watch.backward
-            try:
-                with watch:
-                    yield watched
-                watched.backward = None
-                if watched.bad is None and watched.suspect is None:
-                    watched.found, watched.batch = watch.result()
-                    watched.left = None if request is None else request.left
-                    if self._exchange.size == 1:
-                        watched.finish()
-            except Exception as error:
-                self._exchange.fail(error)
-                raise
-            finally:
-                watched.backward = None
-        else:
+        batch, self._batch = self._batch, None
+        named = named_parameters_of(self.model)
+        if batch is None or holds_no_gradient(named.values()):
+            batch = self.new_batch(names)
+        with batch as watched:
             yield watched
-        self._watched = watched
+        self._batch = batch
+
+    def new_batch(self, names: Collection[str] | None = None, count: bool = False) -> WatchedBatch:
+        """A context that measures a batch, for `watch`. count: for a step that reads the passes."""
+        watched = Watched(due=is_due(self.steps, self.update_factors_every))
+        exchanges = self._exchange.size > 1  # the ranks' terms are counted at every step
+        if not (watched.due or exchanges or count):
+            return WatchedBatch(watched, None, True, self._exchange.fail)
+        request = self._request_for(names, watched) if watched.due else None
+        asked: Callable[[bool], dict[str, Quantity]] | None = (lambda whole: {}) if exchanges else None
+        if request is not None:
+            asked = partial(self._quantities, request)
+        watch = CurvatureWatch(self.model, asked, watched, self.on_nonfinite == "raise")
+        watched.left = None if request is None else request.left
+        return WatchedBatch(watched, watch, not exchanges, self._exchange.fail, needs_pass=not count)
 
     def _request_for(self, names: Collection[str] | None, watched: Watched) -> Request:
         named = named_parameters_of(self.model)
@@ -210,10 +214,11 @@ class Preconditioner:
     @torch.no_grad()
     def step(self) -> bool:
         """Overwrite `.grad` with the preconditioned gradient; False where the batch was skipped."""
-        watched, self._watched = self._watched, None
-        if watched is None:
+        batch, self._batch = self._batch, None
+        if batch is None:
             raise BadInput("pre.step() comes after a backward pass inside `with pre.watch()`, once for each")
         self.check()
+        watched = batch.watched
 
         def damping_of(name: str) -> float:
             return self.damping
@@ -225,8 +230,10 @@ class Preconditioner:
             if self.on_nonfinite == "raise":
                 raise NonFinite(f"{joint.where} holds NaN or infinity, or overflows; the batch changed no factor")
             self.skipped += 1
-            for p in named.values():
-                p.grad = None
+            # a scaler has still to find what is not finite
+            if watched.scale is None or all_finite(list(own.values())):
+                for p in named.values():
+                    p.grad = None
             return False
         before = self.snapshot()
         try:
@@ -310,7 +317,7 @@ class Preconditioner:
     def restore(self, state: tuple[Any, ...]) -> None:
         """Go back to a snapshot."""
         self.blocks, self._left, self.steps, self._exchange.owners, self.damping, self.skipped, self._asked = state
-        self._watched = None
+        self._batch = None
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and inverses by parameter name, and counters: tensors, numbers and strings.
@@ -358,7 +365,7 @@ class Preconditioner:
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle, without a batch that was watched and not yet stepped on."""
-        return {**vars(self), "_watched": None}
+        return {**vars(self), "_batch": None}
 
 
 def _present(state: Mapping[str, Any]) -> dict[str, Any]:

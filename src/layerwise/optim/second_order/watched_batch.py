@@ -1,4 +1,7 @@
-"""One watched batch: measures its curvature, and records a non-finite loss instead of raising."""
+"""One watched batch: measures its curvature, and records a non-finite loss instead of raising.
+
+Where a gradient scaler multiplies the loss, curvature and gradient are those of the loss without its factor.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,25 @@ from torch import Tensor
 
 from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, Undefined
 from layerwise.graph.coverage import prove
+from layerwise.graph.loss_scale import loss_scale, mixed_scales
+from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
+from layerwise.observation.results import Results
 from layerwise.observation.union import Batch, weighed
 from layerwise.optim.second_order.averages import Measured
 from layerwise.quantities.base import Context, Quantity, Union
 from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.group import Ranks
 from layerwise.ranks.sums import all_reduced, describe, tensors_of
+from layerwise.tape.gradient_scalers import PassWatch
 from layerwise.tape.pull import alone
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use, first_bad_call
-from layerwise.tensors import is_finite
+from layerwise.tensors import dense, is_finite
 
-__all__ = ["NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "bad_curvature", "bad_gradient"]
+__all__ = [
+    "NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "WatchedBatch", "bad_curvature", "bad_gradient",
+]  # fmt: skip
 
 _NO_SAMPLES = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # the samples are mixed, or cannot be found
 
@@ -71,7 +80,8 @@ class Watched:
     found: the sums of the blocks. batch: its samples and terms. weight: of its loss in that of the whole batch over
     ranks. in_grad: its gradients were read from `.grad`. by_hand: the differentiated value is not that of a loss call.
     left: the parameters without Kronecker factors. kinds: of each block. suspect: names the non-finite tensor, once
-    the gradients are known. asked: the parameters to measure, with their types.
+    the gradients are known. asked: the parameters to measure, with their types. passes: the backward passes.
+    scale: by which a gradient scaler multiplied the loss of all passes, or None. loss: their sum, without the scale.
     """
 
     blocks: dict[str, Measured] = field(default_factory=dict)
@@ -88,6 +98,17 @@ class Watched:
     backward: Callable[[Tensor, Sequence[Tensor]], list[Tensor | None]] | None = None
     uses: list[Use] = field(default_factory=list)
     asked: frozenset[tuple[str, torch.dtype]] = frozenset()
+    passes: int = 0
+    scale: float | None = None
+    loss: Tensor | None = None
+
+    def passed(self, total: Tensor, scale: float | None) -> None:
+        """Count a backward pass. Raises BadInput where a gradient scaler changed its factor since the one before."""
+        if self.passes and scale != self.scale:
+            raise BadInput(mixed_scales(self.scale, scale))
+        value = total.detach() / (scale or 1.0)
+        self.loss = value if self.loss is None else self.loss + value
+        self.passes, self.scale = self.passes + 1, scale
 
     def finish(self) -> None:
         """Compute the blocks from their sums."""
@@ -99,49 +120,96 @@ class Watched:
 
 
 class CurvatureWatch:
-    """Observe backward passes; a backward pass from a non-finite loss runs unobserved.
+    """Observe backward passes; one from a non-finite loss runs unobserved. Entered again, it goes on with its batch.
 
     ask: gives the quantities by kind; its argument says whether the samples are mixed, which is tried where a batch
-    cannot be measured sample by sample. keep: hold inputs and outputs of the calls, to name the first non-finite one.
+    cannot be measured sample by sample. None: passes are counted only. keep: hold inputs and outputs of the calls, to
+    name the first non-finite one.
     """
 
-    def __init__(self, model: Any, ask: Callable[[bool], Mapping[str, Quantity]], watched: Watched, keep: bool) -> None:
-        self._asked = ask(False)
-        self._model, self._ask, self._watched, self._keep = model, ask, watched, keep
+    def __init__(
+        self, model: Any, ask: Callable[[bool], Mapping[str, Quantity]] | None, watched: Watched, keep: bool
+    ) -> None:
+        self.watched = watched
+        self._asked = {} if ask is None else ask(False)
+        self._model, self._ask, self._keep = model, ask, keep
         # read afterwards, to name the call whose gradient overflowed
-        self._observation = Observation(model, tuple(self._asked.values()), keeps_inputs=True)
+        self._observation = Observation(
+            model, tuple(self._asked.values()), PassSettings(unscaled=True), keeps_inputs=True
+        )  # fmt: skip
+        self._results: Results | None = None
+        self._mode: Tape | PassWatch | None = None
 
-    def __enter__(self) -> None:
-        self._tape = Tape(self._model, self._on_backward, self._keep, own_losses=True)
-        self._tape.whole = True
-        self._results = self._observation.start(self._tape)
+    def __enter__(self) -> Watched:
+        if self._ask is None:
+            mode = PassWatch(self._count)
+            mode.__enter__()
+            self._mode = mode
+            self.watched.backward = self.backward
+            return self.watched
+        self._mode = tape = Tape(self._model, self._on_backward, self._keep, own_losses=True)
+        tape.whole = True
+        self._results = self._observation.start(tape, self._results)
+        self.watched.backward = self.backward
+        return self.watched
 
     def __exit__(self, *exc: Any) -> None:
-        self._observation.stop(*exc)
+        mode, self._mode, self.watched.backward = self._mode, None, None
+        if isinstance(mode, PassWatch):
+            mode.__exit__(*exc)
+        elif mode is not None:
+            self._observation.stop(*exc)
 
-    def result(self) -> tuple[list[MeasuredSums], Batch]:
-        """The sums by kind, and the batch. Raises BadInput where no backward pass ran."""
+    def forget_passes(self) -> None:
+        """Drop the passes so far, but not what was recorded for those to come."""
+        self.watched.passes, self.watched.loss, self.watched.scale = 0, None, None
+        self.watched.bad = self.watched.suspect = None
+        self.watched.found, self.watched.blocks, self.watched.kinds, self.watched.batch = [], {}, {}, NO_BATCH
+        if self._results is not None:
+            self._results = self._observation.restart()
+
+    def collect(self) -> None:
+        """Give the sums and the batch to `watched`. Raises BadInput where no backward pass ran."""
         results = self._results
+        if results is None:
+            return
         if not results.count:
             raise BadInput(
                 "this batch was watched to measure factors, but no backward pass ran; call loss.backward() "
                 "inside `with pre.watch()`"
             )
         union = results.batch.union("loss")
-        found = [
+        self.watched.found = [
             MeasuredSums(kind, quantity, results.values_of(i), union)
             for i, (kind, quantity) in enumerate(self._asked.items())
         ]
-        return found, results.batch
+        self.watched.batch = results.batch
+
+    def unscaled(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What backward passes left in `.grad`, without the scaler's factor, unless the scaler has taken it out.
+
+        grads: the tensors in `.grad` themselves.
+        """
+        if self.watched.scale is None:
+            return {name: dense(g.detach()) for name, g in grads.items()}
+        assert self._mode is not None
+        taken_out = self._mode.scaler_calls.taken_out
+        return {name: dense(g.detach()) / (self.watched.scale * taken_out(g)) for name, g in grads.items()}
+
+    def _count(self, total: Tensor) -> None:
+        assert self._mode is not None
+        self.watched.passed(total, loss_scale(self._mode.scaler_calls, total))
 
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
+        watched = self.watched
         with alone(total.device.type):
+            self._count(total)
             finite = is_finite(total)
-            self._watched.by_hand |= weight is not None or not _is_loss(tape, total)
+            watched.by_hand |= weight is not None or not _is_loss(tape, total)
             if self._keep or not finite:
-                self._watched.uses += prove(tape, total, weight).uses
+                watched.uses += prove(tape, total, weight).uses
             if not finite:
-                self._watched.bad = first_bad_call(tape.uses) or "the loss"
+                watched.bad = first_bad_call(tape.uses) or "the loss"
         if not finite:
             return run()
         uses = list(tape.uses)
@@ -154,14 +222,17 @@ class CurvatureWatch:
         try:
             return self._observed(tape, total, weight, once)
         except NonFinite:
-            self._watched.bad = first_bad_call(self._watched.uses or uses)
+            watched.bad = first_bad_call(watched.uses or uses)
             if self._ran:  # a gradient; the observation has taken it out of `.grad`
-                self._watched.bad = self._watched.bad or "a gradient"
+                watched.bad = watched.bad or "a gradient"
+                if watched.scale is not None:
+                    _spoil(tape.owners)
                 return None
-            self._watched.suspect = "the curvature"
+            watched.suspect = "the curvature"
             return run()
 
     def _observed(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
+        assert self._ask is not None and self._results is not None
         try:
             return self._observation.run(tape, total, weight, run)
         except _NO_SAMPLES:
@@ -173,14 +244,72 @@ class CurvatureWatch:
             return self._observation.run(tape, total, weight, run)
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradients of a loss of this watch, without writing `.grad`."""
+        """The gradients of a loss of this watch, without writing `.grad` and without a scaler's factor."""
         found: list[Tensor | None] = [None for _ in inputs]
 
         def run() -> None:
             found[:] = torch.autograd.grad(loss, inputs, allow_unused=True)
 
-        self._on_backward(self._tape, loss, None, run)
-        return found
+        if isinstance(self._mode, Tape):
+            self._on_backward(self._mode, loss, None, run)
+        else:
+            self._count(loss)
+            run()
+        scale = self.watched.scale
+        return found if scale is None else [None if g is None else g / scale for g in found]
+
+
+class WatchedBatch:
+    """A context around the passes of one batch, or several such contexts; then `watched` holds what was measured.
+
+    watch: None where nothing is measured. alone: whether no other rank has a part of the batch. fail: tells others of
+    an error. needs_pass: whether a context without a backward pass is an error.
+    """
+
+    def __init__(
+        self, watched: Watched, watch: CurvatureWatch | None, alone: bool, fail: Callable[[Exception], None],
+        needs_pass: bool = True,
+    ) -> None:  # fmt: skip
+        self.watched, self._needs_pass = watched, needs_pass
+        self._watch, self._alone, self._fail = watch, alone, fail
+
+    def __enter__(self) -> Watched:
+        if self._watch is not None:
+            self._watch.__enter__()
+        return self.watched
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._watch is None:
+            return
+        try:
+            self._watch.__exit__(kind, error, trace)
+            good = error is None and self.watched.bad is None and self.watched.suspect is None
+            if good and (self.watched.passes or self._needs_pass):
+                self._watch.collect()
+                if self._alone:
+                    self.watched.finish()
+        except Exception as raised:
+            self._fail(raised)
+            raise
+        if isinstance(error, Exception):
+            self._fail(error)
+
+    def forget_passes(self) -> None:
+        """Drop the passes so far, but not what was recorded for those to come."""
+        if self._watch is not None:
+            self._watch.forget_passes()
+
+    def unscaled(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What backward passes left in `.grad`, without a scaler's factor; inside the context."""
+        assert self._watch is not None
+        return self._watch.unscaled(grads)
+
+
+@torch.no_grad()
+def _spoil(params: Mapping[str, Tensor]) -> None:
+    """Put NaN into `.grad`, where a gradient scaler looks for it, to skip the step and to lower its factor."""
+    for p in params.values():
+        p.grad = torch.full_like(p, float("nan"))
 
 
 def _is_loss(tape: Tape, total: Tensor) -> bool:
