@@ -5,6 +5,7 @@ Every program runs for several batches on one model, with other choices in each;
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from layerwise.errors import SamplesMixed
 from layerwise.observation.observe import observe
 from layerwise.quantities import KFAC, PerSampleGrad, SquaredNorm
+from layerwise.rows.numbered import Order
 
 N, T, D, C = 4, 3, 5, 3
 
@@ -254,6 +256,36 @@ def test_positions_that_all_samples_share() -> None:
             net.gate.weight.normal_()
 
 
+def _written(z: Tensor, rows: Tensor) -> Tensor:
+    out = torch.zeros(N, C)
+    out[rows] = z
+    return out
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        _written,
+        lambda z, rows: torch.zeros(N, C).index_copy_(0, rows, z),
+        lambda z, rows: torch.zeros(N, C).index_put_((rows,), z),
+        lambda z, rows: torch.zeros(N, C).scatter_add_(0, rows[:, None].expand(N, C), z),
+        lambda z, rows: z[rows.numpy()],
+        lambda z, rows: z[rows.tolist()],
+    ],
+    ids=["setitem", "index_copy_", "index_put_", "scatter_add_", "numpy", "list"],
+)
+def test_rows_moved_elsewhere(move: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Rows of the output that go to other places in each batch: the places are part of the layout."""
+    net = nn.Linear(D, C)
+    for _ in range(5):
+        x, y, rows = torch.randn(N, D), torch.randint(C, (N,)), torch.randperm(N)
+        with observe(net, PerSampleGrad()) as seen:
+            F.cross_entropy(move(net(x), rows), y, reduction="sum").backward()
+        expected = _per_sample(net, F.cross_entropy(move(net(x), rows), y, reduction="none"), torch.arange(N))
+        for name, g in seen.per_sample_grad.items():
+            assert torch.allclose(g, expected[name], rtol=1e-10, atol=1e-14), name
+
+
 def test_numbers_that_the_user_gives_change() -> None:
     """A tensor of sample numbers is part of what a layout is remembered for."""
     net = _Net()
@@ -264,3 +296,17 @@ def test_numbers_that_the_user_gives_change() -> None:
         expected = _per_sample(net, F.cross_entropy(net(x), y, reduction="none"), owner)
         for name, g in seen.per_sample_grad.items():
             assert torch.allclose(g, expected[name], rtol=1e-10, atol=1e-14), name
+
+
+def test_an_order_keeps_one_other() -> None:
+    """An order of a remembered layout that is joined with one of each batch does not grow."""
+    kept, seen, rows = Order(2, torch.tensor([0, 1, 1])), [], torch.arange(5.0)
+    for _ in range(3):
+        other = Order(2, torch.tensor([1, 0]))
+        whole = kept.joined([other])
+        assert whole is kept.joined([other])
+        assert whole.place([rows[:3], rows[3:]]).tolist() == [[0, 4, 0], [1, 2, 3]]
+        assert whole.take(whole.place([rows]).flatten()).tolist() == rows.tolist()
+        seen.append(weakref.ref(other))
+        del other, whole
+    assert [ref() is None for ref in seen] == [True, True, False]

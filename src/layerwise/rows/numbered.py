@@ -87,11 +87,12 @@ class Order:
         return x.new_zeros(shape).index_copy_(dim, self._kept.to(x.device), rows)
 
     def joined(self, others: Sequence[Order]) -> Order:
-        """The order of these rows and then of others; found once for the same orders."""
+        """The order of these rows and then of others; the last one is kept."""
         if not others:
             return self
         key = tuple(map(id, others))
         if key not in self._joined:  # which keeps the others, so that the key stays theirs
+            self._joined.clear()  # orders of a batch alone must not pile up in a layout that is remembered
             numbers = torch.cat([self.numbers, *(other.numbers.to(self.numbers.device) for other in others)])
             self._joined[key] = others, Order(self.n, numbers)
         return self._joined[key][1]

@@ -57,11 +57,13 @@ _SPLIT = {
     for name, place in (("split", 2), ("chunk", 2), ("tensor_split", 2), ("unbind", 1))
 }
 # Calls that move elements according to the values of an index or a mask.
-GATHER = {Tensor.__getitem__} | {
+GATHER = {Tensor.__getitem__, Tensor.__setitem__} | {
     getattr(owner, name)
     for owner in (torch, Tensor)
-    for name in """where gather take take_along_dim index_select masked_select index_add index_copy index_put
-        scatter scatter_add scatter_reduce masked_scatter""".split()
+    for base in """where gather take take_along_dim index_select masked_select index_add index_copy index_put
+        index_reduce scatter scatter_add scatter_reduce masked_scatter repeat_interleave""".split()
+    for name in (base, base + "_")
+    if hasattr(owner, name)
 }
 CHOICE = {torch.where, Tensor.where}  # of these the mask's values count where both sides are activations
 LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}

@@ -40,7 +40,7 @@ from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
-from layerwise.tape.recorded_call import classify, distinct, is_view, kept, own_output, run, sort, tensors_in
+from layerwise.tape.recorded_call import classify, distinct, is_view, kept, own_output, run, sort
 from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
 from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
@@ -248,10 +248,12 @@ class Tape(LossRecord):
     def _note_places(self, args: Any, kwargs: Any) -> None:
         """Enter the values of an index or a mask into the signature: they decide which elements are combined."""
         for arg in (*args, *kwargs.values()):
-            for tensor in tensors_in(arg):
-                if not tensor.is_floating_point():
+            for place in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(place, Tensor) and not place.is_floating_point():
+                    place = place.detach().cpu().numpy()
+                if hasattr(place, "tobytes"):  # an array of numpy's is an index, too
                     self.choice = self.choice or FirstChoice(len(self.calls), self._recorded)
-                    self.calls.append(hash(tensor.detach().cpu().numpy().tobytes()))
+                    self.calls.append(hash(place.tobytes()))
 
     def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
         return self._origins.of(tensor)
