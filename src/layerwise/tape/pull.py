@@ -19,7 +19,7 @@ from layerwise import tensors
 from layerwise.errors import BadInput
 from layerwise.tape.uses import Use
 
-__all__ = ["accumulated", "alone", "backward_arguments", "hooked", "pull", "silent", "stopped"]
+__all__ = ["accumulated", "alone", "backward_arguments", "differentiated", "hooked", "pull", "silent", "stopped"]
 
 
 class _State(threading.local):
@@ -186,3 +186,9 @@ def backward_arguments(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tenso
         total = total[0]
         weight = weight[0] if isinstance(weight, (list, tuple)) else weight
     return total, weight
+
+
+def differentiated(total: Tensor, weight: Tensor | None) -> Tensor:
+    """The number that a backward pass from a total differentiates, detached. weight: the pass's `gradient`."""
+    value = total.detach()
+    return value if weight is None else (value * weight.detach()).sum()
