@@ -326,13 +326,15 @@ def kfac_factors(
     every: also embeddings, norms and PReLU, and each bias by itself, whose A is 1.
     hessian: `[D, D]` in place of H, such as the sum of s sᵀ over drawn columns.
     rows: "real" leaves out of A the rows with a derivative of logits of which the loss has no curvature, and of no
-    others; "all" none.
+    others, and the rows with no derivative at all that read such rows; "all" none.
     """
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    read: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Callable[..., Tensor]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             calls.setdefault(name, []).append((args[0].detach().clone(), out))
+            read.setdefault(name, []).append(args[0])
             return out.clone()  # so that an in-place activation does not change what was kept
 
         return hook
@@ -365,8 +367,25 @@ def kfac_factors(
             )
             inputs = (a if part == "weight" else torch.ones_like(j[0, ..., :1])).to(hessian.dtype)
             real = _real(j, hessian) if rows == "real" else torch.ones(j.shape[1:3], dtype=torch.bool)
+            silent = ~(j != 0).any(4).any(3).any(0)
+            if rows == "real" and silent.any() and isinstance(layer, (nn.Linear, nn.LayerNorm)):
+                below = []
+                for element in _flat(z):
+                    gs = _at_rows_read(element, read[name], [out for _, out in kept])
+                    below.append(torch.cat([rows_of(layer, x, g, at) for (x, _), g in zip(kept, gs, strict=True)], 1))
+                real = torch.where(silent, _real(torch.stack(below), hessian), real)
             found[f"{name}.{part}" if name else part] = _factors(inputs, j.to(hessian.dtype), hessian, sharing, real)
     return found
+
+
+def _at_rows_read(out: Tensor, read: Sequence[Tensor], made: Sequence[Tensor]) -> list[Tensor]:
+    """For each call, the largest derivative of a scalar by any feature of a row that it read, at the row it made."""
+    known = {str(i): x for i, x in enumerate(read) if x.requires_grad}
+    grads = dict(zip(known, _pull(out, known), strict=True)) if known else {}
+    return [
+        grads[str(i)].abs().amax(-1, keepdim=True).expand_as(y) if str(i) in grads else torch.zeros_like(y)
+        for i, y in enumerate(made)
+    ]
 
 
 def _real(j: Tensor, hessian: Tensor) -> Tensor:

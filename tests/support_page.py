@@ -71,7 +71,7 @@ _REFUSED = {
     "half_covered": "a parameter in a known layer, and in a custom `autograd.Function`",
     "half_covered_chain": "the same, one after the other", "scripted": "a scripted block",
     "reentrant_checkpoint": "`checkpoint(use_reentrant=True)`", "thread_inside": "a layer run in another thread",
-    "vmap_inside": "a layer run inside `vmap`", "grad_inside": "`autograd.grad` inside the forward",
+    "vmap_inside": "a layer run inside `vmap`", "inner_step": "a step on a weight by its gradient, in the forward",
     "regulariser": "a penalty on the parameters belongs to no sample",
     "loss_half_by_hand": "curvature of a known call plus a piecewise linear term",
     "loss_squared": "a loss call squared", "loss_product": "a product of two loss calls",

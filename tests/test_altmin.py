@@ -288,7 +288,8 @@ def test_the_output_layer_descends_the_loss_itself(name: str, codes: Any) -> Non
     net, (x, y) = mlp(5, 4, 3), batch()
     weight, bias = net[2].weight.detach().clone(), net[2].bias.detach().clone()
     step = CodeStep(steps=2, lr=0.1, momentum=0.5)
-    opt = lw.AltMin(net, codes=codes, weights="sgd", lr=0.1, momentum=0.0, steps=4, rows="all", code_step=step,
+    opt = lw.AltMin(net, codes=codes, weights="sgd", lr=0.1, momentum=0.0, steps=4, rows="all",
+                    code_step=step if codes == "sweep" else None,
                     coupling=0.4, reduction="sum" if "sum" in name else "mean")  # fmt: skip
     h = net[0](x).detach()
     if codes == "sweep":
@@ -328,7 +329,7 @@ def test_hidden_layers_descend_their_coupling(codes: Any, reduction: Any) -> Non
     weights = {i: [net[2 * i].weight.detach().clone(), net[2 * i].bias.detach().clone()] for i in (0, 1)}
     groups = [{"params": net[k].parameters(), "coupling": coupling.get(k // 2, 0.5)} for k in (0, 2, 4)]
     opt = lw.AltMin(net, groups, codes=codes, weights="sgd", lr=0.2, momentum=0.0, steps=3, rows="all",
-                    code_step=step, reduction=reduction)  # fmt: skip
+                    code_step=step if codes == "sweep" else None, reduction=reduction)  # fmt: skip
     opt.step(closure)
     for i in (0, 1):
         w, b = weights[i]
@@ -348,7 +349,8 @@ def test_reduction_sum_is_the_mean_times_b(codes: Any) -> None:
     step = CodeStep(steps=3, lr=0.1)
     nets = [mlp(5, 4, 6, 3) for _ in range(2)]
     for net, reduction, lr in zip(nets, ("mean", "sum"), (0.12, 0.01), strict=True):
-        opt = lw.AltMin(net, codes=codes, weights="sgd", lr=lr, reduction=reduction, code_step=step, coupling=0.5)  # type: ignore[arg-type]
+        opt = lw.AltMin(net, codes=codes, weights="sgd", lr=lr, reduction=reduction, coupling=0.5,
+                        code_step=step if codes == "sweep" else None)  # type: ignore[arg-type]  # fmt: skip
         for _ in range(3):
             opt.step(lambda net=net, r=reduction: F.cross_entropy(net(x), y, reduction=r))
     for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):

@@ -101,7 +101,7 @@ def test_mu_means_the_same_at_every_layer(codes: Any) -> None:
     for net in (narrow, wide):
         before = net[0].weight.detach().clone()
         opt = lw.AltMin(net, codes=codes, weights="sgd", lr=1.0, momentum=0.0, steps=1, rows="all", coupling=1.0,
-                        code_step=CodeStep(steps=1, lr=1e-6, momentum=0.0))  # fmt: skip
+                        code_step=CodeStep(steps=1, lr=1e-6, momentum=0.0) if codes == "sweep" else None)  # fmt: skip
         opt.step(closure_of(net, x, y))
         moved.append(before - net[0].weight.detach())
     close(moved[1][:4], moved[0] / 2, 1e-5)
@@ -207,7 +207,7 @@ def test_sparse_codes_are_what_layers_are_fitted_to(codes: Any) -> None:
         coded = CodedModel(net, closure_of(net, x, y))
         code = sweep(coded, {0: z.detach()}, Terms({0: mu}, 12.0, {0: lam}), step)[0]
     opt = lw.AltMin(net, codes=codes, weights="sgd", lr=1.0, momentum=0.0, steps=1, rows="all", coupling=mu,
-                    code_l1=lam, code_step=step)  # fmt: skip
+                    code_l1=lam, code_step=step if codes == "sweep" else None)  # fmt: skip
     opt.step(closure_of(net, x, y))
     close(before[0] - net[0].weight.detach(), mu / 12 * (z.detach() - code).T @ x)
 
@@ -531,7 +531,7 @@ def test_the_trace_by_hand(codes: Any) -> None:
     """Displacement and violation of the codes, cosine with backprop's gradient, drift; steps 0 and 2 of four."""
     net, mu = mlp(5, 4, 3), 0.5
     step, trace = CodeStep(steps=2, lr=0.1), lw.optim.Trace(every=2)
-    opt = lw.AltMin(net, codes=codes, coupling=mu, code_step=step, trace=trace)
+    opt = lw.AltMin(net, codes=codes, coupling=mu, code_step=step if codes == "sweep" else None, trace=trace)
     start = net[0].weight.detach().clone()  # type: ignore[union-attr,operator]
     for t in range(4):
         x, y = batch(seed=t)
@@ -629,3 +629,31 @@ def test_fused_steps_have_the_bits_of_torchs(settings: dict[str, Any]) -> None:
                 advance()
             theirs.step()
             assert all(map(torch.equal, *params))
+
+
+# Keywords that change nothing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "owner"),
+    [
+        ({"code_step": CodeStep()}, 'codes="sweep"'),
+        ({"codes": "gauss-newton", "code_step": CodeStep()}, 'codes="sweep"'),
+        ({"momentum": 0.5}, 'weights="sgd"'),
+        ({"weights": "sgd", "betas": (0.5, 0.9)}, 'weights="adam"'),
+        ({"weights": "sgd", "eps": 1e-3}, 'weights="adam"'),
+        ({"weights": "memory", "rows": 2}, 'weights="adam" and "sgd"'),
+        ({"weights": "memory", "normalise": True}, "LocalSteps"),
+    ],
+)
+def test_a_keyword_that_changes_nothing_names_what_it_belongs_to(words: dict[str, Any], owner: str) -> None:
+    with pytest.raises(BadInput, match=f"changes nothing here: it belongs to .*{owner}"):
+        lw.AltMin(mlp(3, 2), **words)
+
+
+def test_a_keyword_of_one_layer_or_group_is_taken() -> None:
+    net = mlp(3, 4, 2)
+    lw.AltMin(net, layers={"0": {"weights": "sgd"}}, momentum=0.5)
+    lw.AltMin(net, [{"params": net.parameters(), "weights": "sgd"}], momentum=0.5)
+    lw.AltMin(net, weights="memory", betas=(0.5, 0.9))  # of parameters without a code
+    lw.AltMin(net, codes="sweep", code_step=CodeStep())

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +28,7 @@ ALLOWED = {
     "nn": "",
     "rows": "tensors",
     "ops": "rows tensors",
-    "tape": "losses nn ops ranks tensors",
+    "tape": "losses nn ops ranks rows tensors",
     "replay": "nn ops tape",
     "graph": "losses ops rows tape",
     "gradient": "ops rows tape tensors",
@@ -81,12 +81,17 @@ def top(module: str) -> str:
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path) -> tuple[str, ...]:
     """All modules that a file imports, wherever it does; relative ones resolved, submodules by their name."""
     module = name_of(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -106,7 +111,19 @@ def inner(path: Path) -> list[str]:
     return [module for module in imports(path) if module.split(".")[0] == "layerwise"]
 
 
-files = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def files(check: Callable[[Path], None]) -> Callable[[], None]:
+    """One test of all files, which lists what each of them says: a test for each file and rule takes a minute."""
+
+    def test() -> None:
+        wrong = {}
+        for path in FILES:
+            try:
+                check(path)
+            except AssertionError as error:
+                wrong[str(path.relative_to(SRC))] = str(error)
+        assert not wrong, "\n".join(f"{path}: {text}" for path, text in wrong.items())
+
+    return test
 
 
 @cache
@@ -125,7 +142,7 @@ def test_packages_import_exactly_what_the_table_says() -> None:
     }
     for name, others in packages().items():
         line = (PACKAGE.joinpath(*name.split(".")) / "__init__.py") if name else PACKAGE / "__init__.py"
-        says = ast.get_docstring(ast.parse(line.read_text(encoding="utf-8"))) if line.exists() else ""
+        says = ast.get_docstring(parsed(line)) if line.exists() else ""
         assert others - {"errors"} == allowed.get(name), (
             f"`{name}` ({says}) imports from {sorted(others)}: change ALLOWED, or the code"
         )
@@ -150,7 +167,7 @@ def test_packages_are_small_and_say_what_they_hold(folder: Path) -> None:
     below = folder.relative_to(PACKAGE).parts
     assert len(list(folder.glob("*.py"))) - 1 <= MOST_FILES, f"{folder.name}: two packages?"
     assert len(below) <= MOST_DEPTH + ("compat" in below)
-    says = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    says = ast.get_docstring(parsed(folder / "__init__.py"))
     assert says and says.splitlines()[0].endswith("."), (
         f"{folder.name}/__init__.py says in one sentence what lives there"
     )
@@ -185,7 +202,7 @@ def test_no_class_name_twice() -> None:
         (node.name, name_of(path))
         for path in FILES
         if "compat" not in path.parts
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        for node in parsed(path).body
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     ]
     assert twice(names).keys() == SAME_CLASS_NAME  # only to shrink
@@ -199,7 +216,7 @@ def private(name: str) -> bool:
 def private_names(path: Path) -> frozenset[str]:
     """What a file defines with one leading underscore: functions, methods, fields, attributes."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -218,7 +235,7 @@ def reaches(path: Path) -> set[str]:
         "_values",
     }  # Python's, torch's
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layerwise"):
             found.update(alias.name for alias in node.names if private(alias.name))
         elif isinstance(node, ast.Attribute) and node.attr in ours - private_names(path):
@@ -235,7 +252,7 @@ def test_no_private_name_across_modules(path: Path) -> None:
 
 @files
 def test_imports_across_packages_are_of_public_names(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if not isinstance(node, ast.ImportFrom) or node.level or top(node.module or "") == top(name_of(path)):
             continue
         if (node.module or "") in MODULES - {"layerwise"}:
@@ -255,7 +272,7 @@ MANY_PARAMETERS = {  # only to shrink; functions of torch keep torch's own signa
 
 def parameters(path: Path) -> Iterator[tuple[str, int]]:
     """The functions of a file with the number of their parameters, without self."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     owners = {id(f): c.name for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
@@ -321,7 +338,7 @@ def code_lines(path: Path) -> int:
         for token in tokenize.tokenize(stream.readline):
             if token.type not in skip:
                 lines |= set(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if (
             isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
             and ast.get_docstring(node) is not None

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from program_checks import check_mse
 from quantity_checks import dense_factors
 from torch import Tensor, nn
 from zoo.parts import leaf
@@ -22,38 +23,6 @@ pytestmark = [
 ]
 
 Named = dict[str, Tensor]
-
-
-def _check(params: Any, logits: Callable[[], Tensor]) -> None:
-    """First order, both diagonals and the operators, of the mean squared error of `[N, ...]` outputs."""
-    every = oracle.parameters(params)
-    used = oracle.used_names(every, lambda: logits().sum())
-    named = {name: p for name, p in every.items() if name in used}
-    y = torch.randn_like(logits()).detach()
-    loss_of = lambda z: F.mse_loss(z, y)  # noqa: E731
-    terms = lambda: (logits() - y).square().flatten(1).mean(1) / len(y)  # noqa: E731
-    grads = oracle.per_sample_grad(named, terms)
-    quantities = (
-        lw.PerSampleGrad(), lw.SquaredNorm(), lw.SecondMoment(), lw.Variance(), lw.PairwiseDot(), lw.DiagGGN(),
-        lw.DiagHessian(), lw.DiagHessian(per_sample=True),
-    )  # fmt: skip
-    with lw.observe(params, *quantities) as seen:
-        loss_of(logits()).backward()
-    for name, want in {
-        "per_sample_grad": grads, "squared_norm": oracle.squared_norm(grads), "variance": oracle.variance(grads),
-        "second_moment": oracle.second_moment(grads), "pairwise_dot": oracle.pairwise_dot(grads),
-        "diag_ggn": oracle.diag_ggn(named, logits, loss_of),
-    }.items():  # fmt: skip
-        oracle.assert_close(dict(getattr(seen, name)), want)
-    oracle.assert_close(dict(seen[quantities[6]]), oracle.diag_hessian(named, lambda: loss_of(logits())))
-    oracle.assert_close(
-        {n: h.sum(0) for n, h in seen[quantities[7]].items()}, oracle.diag_hessian(named, lambda: loss_of(logits()))
-    )
-    for operator, dense in (
-        (lw.GGN(params, lambda: loss_of(logits())), oracle.ggn(every, logits, loss_of)),
-        (lw.Hessian(params, lambda: loss_of(logits())), oracle.hessian(every, lambda: loss_of(logits()))),
-    ):
-        oracle.assert_close({"matrix": operator.to_dense()}, {"matrix": dense})
 
 
 # The same tensor twice in one call --------------------------------------------------------------------------
@@ -100,7 +69,7 @@ TWICE = (
 @pytest.mark.parametrize("name", TWICE)
 def test_a_tensor_twice_in_one_call(name: str) -> None:
     params, run = _twice()[name]
-    _check(params, lambda: run(params))
+    check_mse(params, lambda: run(params))
 
 
 def test_pch_refuses_a_product_of_a_parameter_with_itself() -> None:
@@ -183,7 +152,7 @@ LAYERS += [(write, layer) for layer in ("einsum", "permuted", "tensordot", "norm
 @pytest.mark.parametrize(("write", "layer"), LAYERS)
 def test_a_write_onto_the_output_of_a_use(write: str, layer: str) -> None:
     model, x = _Written(WRITES[write], layer), torch.randn(3, 5, 3)
-    _check(model, lambda: model(x))
+    check_mse(model, lambda: model(x))
 
 
 PLAIN: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
@@ -345,7 +314,7 @@ PROGRAMS: dict[str, Callable[[], _Program]] = {
 def test_writes_in_other_programs(name: str) -> None:
     model, x = PROGRAMS[name](), torch.randn(3, 5, 4)
     with oracle.plain_operations():
-        _check(model, lambda: model(x))
+        check_mse(model, lambda: model(x))
 
 
 class _Returns(nn.Module):
@@ -391,3 +360,14 @@ def test_a_write_onto_what_the_model_returned(write: str, view: str) -> None:
         found[-1].append({"ggn": lw.GGN(model, lambda plain=plain: loss(model(x), plain)).to_dense()})
     for one, other in zip(*found, strict=True):
         oracle.assert_close(one, other)
+
+
+def test_calls_without_a_gradient_are_no_uses() -> None:
+    """They may compare a parameter with data, or ask about both."""
+    params, x = {"w": leaf(4, 3)}, torch.randn(4, 3)
+
+    def logits() -> Tensor:
+        assert not torch.equal(params["w"], x) and not torch.allclose(x, params["w"])
+        return x * params["w"]
+
+    check_mse(params, logits)

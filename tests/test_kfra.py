@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import oracle
@@ -134,8 +134,17 @@ def same(got: dict[str, tuple[Tensor, Tensor]], want: dict[str, tuple[Tensor, Te
 # Values -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("name", LOSSES)
+def each_once(chains: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """All pairs, of which `make test` takes every chain with one loss in turn, and every loss several times."""
+    names = list(names)
+    return [
+        pytest.param(chain, name, marks=() if k % len(names) == j else pytest.mark.slow, id=f"{chain}-{name}")
+        for k, chain in enumerate(chains)
+        for j, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize(("chain", "name"), each_once(CHAINS, LOSSES))
 def test_factors_equal_the_oracle(chain: str, name: str) -> None:
     make, shape = CHAINS[chain]
     model, x = make(), torch.randn(6, *shape)

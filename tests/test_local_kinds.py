@@ -15,7 +15,7 @@ import layerwise as lw
 from layerwise.local.layers import layer as layers
 from layerwise.local.layers.kinds import Kind, Kinds
 from layerwise.local.layers.record import record
-from layerwise.tensors import is_finite
+from layerwise.tensors import all_finite, is_finite
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -166,3 +166,18 @@ def test_finite_tensors_may_have_sums_that_are_not(dtype: torch.dtype) -> None:
     for value in (float("inf"), float("-inf"), float("nan")):
         assert not is_finite(torch.tensor([1.0, value, most], dtype=dtype))
     assert not is_finite(torch.tensor([float("inf"), float("-inf")], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_one_tensor_among_many_that_is_not_finite_is_found_and_none_changes(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    good = [torch.tensor([most, most, -0.0, tiny], dtype=dtype), torch.zeros(0, dtype=dtype), torch.tensor(3),
+            torch.randn(3, 2).to(dtype).t(), torch.tensor(-most, dtype=dtype).requires_grad_()]  # fmt: skip
+    before = [t.detach().clone() for t in good]
+    assert all_finite(good) and all_finite(good[:2]) and all_finite([])
+    for value in (float("inf"), float("-inf"), float("nan")):
+        bad = torch.tensor([1.0, value], dtype=dtype)
+        assert not all_finite([*good, bad]) and not all_finite([bad, good[0]])
+    for t, old in zip(good, before, strict=True):
+        assert torch.equal(t, old) and torch.equal(torch.signbit(t.detach().real), torch.signbit(old.real))

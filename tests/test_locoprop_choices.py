@@ -643,3 +643,23 @@ def test_parameters_without_a_local_problem_take_steps_beside_a_closed_form() ->
     plain = lw.LocoProp(other.subject, lr=0.5 * 5e-5, gamma=2.0, momentum=0.99)
     plain.step(other.loss)
     assert names and all(torch.equal(made.params[n], other.params[n]) for n in names)
+
+
+# Keywords that change nothing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["decay", "momentum", "eps"])
+def test_a_number_of_tf_rmsprop_is_refused_beside_another_local_optimizer(word: str) -> None:
+    sgd, net = local.LocalSteps(optimizer=torch.optim.SGD), mlp(3, 4, 2)
+    with pytest.raises(BadInput, match=f"{word}=0.5 changes nothing here: it belongs to TFRMSProp"):
+        lw.LocoProp(net, solver=sgd, **{word: 0.5})
+    with pytest.raises(BadInput, match=rf"in layers\['0'\], {word}=0.5 changes nothing here"):
+        lw.LocoProp(net, layers={"0": {"solver": sgd, word: 0.5}})
+    lw.LocoProp(net, layers={"0": {"solver": sgd}}, **{word: 0.5})
+    lw.LocoProp(net, solver=sgd, layers={"0": {"solver": local.LocalSteps(), word: 0.5}})
+    lw.LocoProp(net, solver=local.ProximalSolve(1.0), **{word: 0.5})  # of parameters without a local problem
+
+
+def test_rows_of_local_steps_are_refused_beside_another_solver() -> None:
+    with pytest.raises(BadInput, match="rows='all' changes nothing here: it belongs to LocalSteps"):
+        lw.LocoProp(mlp(3, 4, 2), solver=local.ProximalSolve(1.0), rows="all")

@@ -8,6 +8,7 @@ from quantity_table import COLUMNS, Column, outcome
 from scattered_checks import scattered_outcome
 from support_page import PAGE, loss_cases, model_cases, render
 from zoo import PROBLEMS, Case, cases
+from zoo.scattered import MIXED, SCATTERED, Scattered
 
 MODELS, LOSSES = model_cases(), loss_cases()
 REST = [case for case in cases() if case not in MODELS and case not in LOSSES]
@@ -35,6 +36,35 @@ def test_cell_of_a_loss(case: Case, column: Column) -> None:
 @by_case(REST)
 def test_cell_of_the_rest(case: Case, column: Column) -> None:
     assert outcome(case, column).kind in ("exact", "part", "sampled", "refused", "n/a")
+
+
+# Programs whose samples lie scattered -----------------------------------------------------------
+
+UNCHAINED = pytest.mark.parametrize(
+    "column",
+    [column for column in COLUMNS.values() if not column.chain],
+    ids=lambda column: column.name.replace(" ", "_"),
+)
+
+
+def by_program(programs: list[Scattered]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("program", programs, ids=lambda program: program.id)
+
+
+@UNCHAINED
+@by_program(SCATTERED)
+def test_cell_of_scattered_samples(program: Scattered, column: Column) -> None:
+    assert scattered_outcome(program, column).kind in ("exact", "sampled", "refused", "n/a")
+
+
+@UNCHAINED
+@by_program(MIXED)
+def test_cell_where_samples_are_mixed(program: Scattered, column: Column) -> None:
+    cell = scattered_outcome(program, column)
+    assert cell.kind == "refused" or not column.per_sample
+
+
+# The whole table --------------------------------------------------------------------------------
 
 
 def test_the_table_is_wide_enough() -> None:

@@ -604,7 +604,14 @@ def others() -> dict[str, float]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("net", "kind"), LEARN)
+# `make test` takes every kind on one net, and one kind on every net.
+@pytest.mark.parametrize(
+    ("net", "kind"),
+    [
+        pytest.param(net, kind, marks=() if net == "perceptron" or kind == "kfac" else pytest.mark.slow)
+        for net, kind in LEARN
+    ],
+)
 def test_every_kind_learns_with_its_defaults_faster_than_adam_and_sgd(
     net: str, kind: str, others: dict[str, float]
 ) -> None:

@@ -460,9 +460,10 @@ def test_parameters_inside_the_loss_are_refused_by_name() -> None:
     hidden = lw.as_loss(lambda z: (z - t).pow(4).mean() + 0.1 * model[0].weight.square().sum())
     other = lw.as_loss(lambda z: (z - t).pow(4).mean() + model[0](x).mean())
     for quantity in (lw.SecondMoment(), lw.DiagGGN(), lw.KFAC()):
-        for loss in (decay, lambda: hidden(model(x))):
-            with pytest.raises(errors.Undefined, match=r"0\.weight"):
-                _observe(model, loss, quantity)
+        with pytest.raises(errors.Undefined, match=r"0\.weight"):
+            _observe(model, decay, quantity)
+        with pytest.raises(errors.UnknownLoss, match=r"0\.weight.*first argument"):
+            _observe(model, lambda: hidden(model(x)), quantity)
         with pytest.raises(errors.LayerwiseError):
             _observe(model, lambda: other(model(x)), quantity)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
-FEW, MANY = 100, 500  # examples of every family, in `make test` and in `make test-all`
+FEW, MANY = 50, 500  # examples of every family, in `make test` and in `make test-all`
 
 
 def _run(family: str, examples: int, phases: tuple[Phase, ...] = tuple(Phase)) -> None:

@@ -218,6 +218,40 @@ def test_brute_force_over_the_real_rows() -> None:
     oracle.assert_close(got["embedding.weight"][0][0], counts)
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_a_row_of_inactive_units_behind_an_ignored_target_is_padding(sharing: str) -> None:
+    """A block of a residual sum that answers to nothing is left out where the sum is: as in the batch without it."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.norm = nn.Linear(D, 4), nn.LayerNorm(4)
+            self.up, self.down, self.head = nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body(x)
+            return self.head(h + self.down(self.up(self.norm(h)).relu()))
+
+    torch.manual_seed(0)
+    model = Residual()
+    with torch.no_grad():
+        model.up.bias.fill_(-1.0)
+    x, y = torch.randn(2, 12, D), torch.randint(C, (2, 12))
+    dead = (model.up(model.norm(model.body(x))) > 0).sum(-1) == 0
+    length = 12 - int(dead.sum(1).min())
+    order = torch.argsort(dead.int(), dim=1, stable=True)  # inactive rows behind the others
+    x, y = torch.stack([x[n, order[n]] for n in range(2)]), torch.stack([y[n, order[n]] for n in range(2)])
+    y[:, length:] = -100
+    with lw.observe(model, KFLR(sharing=sharing)) as padded:
+        F.cross_entropy(model(x).mT, y).backward()
+    with lw.observe(model, KFLR(sharing=sharing)) as bare:
+        F.cross_entropy(model(x[:, :length]).mT, y[:, :length]).backward()
+    assert 0 < length < 12
+    for name in ("body.weight", "norm.weight", "down.weight", "head.weight"):
+        for got, want in zip(padded.kflr.factors[name], bare.kflr.factors[name], strict=True):
+            oracle.assert_close(got, want)
+
+
 def test_the_trace_with_eighty_percent_padding_is_that_without() -> None:
     """KFLR's trace over the exact one, about 1 without padding, was a fifth of that with it."""
     torch.manual_seed(0)

@@ -20,8 +20,8 @@ from layerwise.graph.samples import sample_axes
 from layerwise.observation.observe import observe
 from layerwise.quantities import PerSampleGrad, SecondMoment
 
-MEASURED = sys.modules["layerwise.graph.samples.measure"]._MEASURED
-FUNCTIONAL = sys.modules["layerwise.graph.samples.measure"]._FUNCTIONAL
+MEASURED = sys.modules["layerwise.graph.samples.memo"]._MEASURED
+FUNCTIONAL = sys.modules["layerwise.graph.samples.memo"]._FUNCTIONAL
 
 pytestmark = pytest.mark.usefixtures("float64")
 

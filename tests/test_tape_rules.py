@@ -256,7 +256,11 @@ def _vmapped(m: nn.Module, x: Tensor) -> Tensor:
     return m.b(torch.vmap(m.a)(x).tanh())
 
 
-@pytest.mark.parametrize("forward", [_penalty, _inner_step, _jvp, _vmapped])
+def test_a_derivative_by_the_input_inside_the_forward() -> None:
+    _check(_apply(_penalty))
+
+
+@pytest.mark.parametrize("forward", [_inner_step, _jvp, _vmapped])
 @pytest.mark.parametrize("quantity", [PerSampleGrad, SecondMoment, DiagGGN])
 def test_derivatives_inside_the_forward_are_refused(forward: Callable, quantity: type) -> None:
     model = _apply(forward)

@@ -35,8 +35,8 @@ def callback(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setitem(sys.modules, library, stand_in if library == request.param else None)
     monkeypatch.delitem(sys.modules, module, raising=False)
     yield importlib.import_module(module).StepCallback()
-    monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.delattr(layerwise.compat, name, raising=False)
+    sys.modules.pop(module)
+    vars(layerwise.compat).pop(name)
 
 
 by_lightning = pytest.mark.parametrize("callback", ["lightning", "pytorch_lightning"], indirect=True)

@@ -16,7 +16,6 @@ import layerwise as lw
 from layerwise import errors, local
 
 TRAINED = [program for program in SCATTERED if program.dtype == torch.float64]
-# LocoProp and AltMin read the number of samples off the batch, the targets and the losses; nobody tells them.
 UNTOLD = [program for program in TRAINED if program.instance().samples is None and not program.own]
 # Written the regular way, the same rows in the same layers: nothing is padded, and no row goes to two experts.
 SAME_ROWS = {
@@ -37,10 +36,12 @@ def by_program(programs: list[Scattered]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("program", programs, ids=lambda program: program.id)
 
 
-def _stepped(made: ScatteredInstance, optimizer: Any, loss: Callable[[], Tensor] | None = None) -> dict[str, Tensor]:
+def _stepped(
+    made: ScatteredInstance, optimizer: Any, loss: Callable[[], Tensor] | None = None, **said: Any
+) -> dict[str, Tensor]:
     """By how much one step moved every parameter."""
     before = {name: p.detach().clone() for name, p in made.params.items()}
-    optimizer.step(loss or made.loss)
+    optimizer.step(loss or made.loss, **said)
     assert optimizer.skipped == 0
     moved = {name: p.detach() - before[name] for name, p in made.params.items()}
     assert any(bool(m.any()) for m in moved.values())
@@ -145,6 +146,20 @@ def test_a_target_per_sample_is_one_with_n_times_gamma(program: Scattered, loss:
         oracle.assert_close(got, _stepped(same, _locoprop(same.model, loss, target=plain)), 1e-12)
 
 
+@pytest.mark.parametrize("said", ["count", "numbers"])
+@by_program(TRAINED)
+def test_a_target_per_sample_with_what_the_user_says(program: Scattered, said: str) -> None:
+    """`samples=` decides N on every program, also where nothing else does; a loss need not be known."""
+    made, same = program.instance(), program.instance()
+    samples = made.n if said == "count" else made.data.number
+    per_sample, plain = local.GradientStep(0.5, per="sample"), local.GradientStep(0.5 * same.n)
+    got = _or_asks(
+        program, lambda: _stepped(made, _locoprop(made.model, "squared", target=per_sample), samples=samples)
+    )
+    if got is not None:
+        oracle.assert_close(got, _stepped(same, _locoprop(same.model, "squared", target=plain)), 1e-12)
+
+
 def _check_locoprop(program: Scattered, loss: str) -> None:
     made, regular = program.instance(), program.in_regular_form()
     target = local.GradientStep(1.0, per="sample")
@@ -185,6 +200,48 @@ def test_altmin_couples_with_the_number_of_samples(program: Scattered) -> None:
     if got is not None:
         summed = _altmin(same.model, coupling=0.3 / same.n, reduction="sum")
         oracle.assert_close(got, _stepped(same, summed), 1e-9)
+
+
+@pytest.mark.parametrize("codes", ["jacobi", "gauss-newton"])
+@by_program([program for program in TRAINED if program.instance().samples is not None and not program.own])
+def test_altmin_couples_with_what_the_user_says(program: Scattered, codes: Any) -> None:
+    made, same = program.instance(), program.instance()
+    more: dict[str, Any] = {"codes": codes}
+    got = _or_asks(program, lambda: _stepped(
+        made, _altmin(made.model, coupling=0.3, reduction="mean", **more), samples=made.data.number
+    ))  # fmt: skip
+    if got is not None:
+        summed = _altmin(same.model, coupling=0.3 / same.n, reduction="sum", **more)
+        oracle.assert_close(got, _stepped(same, summed, samples=same.data.number), 1e-9)
+
+
+@pytest.mark.parametrize("codes", ["jacobi", "sweep", "gauss-newton"])
+@by_program([program for program in SAME_LAYERS if program.kind == 3][:3])
+def test_what_altmin_reads_may_be_said_to_it(program: Scattered, codes: Any) -> None:
+    """The same step; another number is another step, or is refused where the samples are told apart."""
+
+    def step(said: int | None) -> dict[str, Tensor]:
+        made = program.instance()
+        return _stepped(made, _altmin(made.model, coupling=0.3, codes=codes), samples=said)
+
+    n, read = program.instance().n, step(None)
+    oracle.assert_close(step(n), read, 1e-12)
+    if codes == "gauss-newton":
+        with pytest.raises(errors.LayerwiseError, match=f"{2 * n} samples"):
+            step(2 * n)
+    else:
+        other = step(2 * n)
+        assert any(not torch.equal(other[name], moved) for name, moved in read.items())
+
+
+@pytest.mark.parametrize("make", [lambda m: lw.LocoProp(m), lambda m: lw.AltMin(m)], ids=["locoprop", "altmin"])
+def test_what_is_no_number_of_samples_is_refused(make: Callable[[nn.Module], Any]) -> None:
+    model, x = nn.Linear(2, 3), torch.ones(2, 2)
+    before = model.weight.detach().clone()
+    for wrong in (0, 2.0, torch.tensor([0.0, 1.0]), torch.tensor([-1, 0])):
+        with pytest.raises(errors.BadInput, match="samples of"):
+            make(model).step(lambda: model(x).square().sum(), samples=wrong)
+    assert torch.equal(model.weight, before)
 
 
 @by_program(SAME_LAYERS)

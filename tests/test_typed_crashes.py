@@ -195,7 +195,7 @@ def test_a_parameter_replaced_after_a_step_is_named(how: str, made: Any) -> None
     else:
         model.load_state_dict({"2.weight": torch.randn(3, 5)}, strict=False, assign=True)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(errors.BadInput, match=r"'2\.weight' of the model was replaced"):
+    with pytest.raises(errors.BadInput, match=r"tensors of 2\.weight.* are no longer the model's"):
         opt.step(lambda: F.cross_entropy(model(x), Y))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 

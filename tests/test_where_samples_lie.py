@@ -1,4 +1,4 @@
-"""Where samples lie: every quantity on programs whose samples are any set of rows."""
+"""Programs whose samples are any set of rows: what is said, and is not said, and batches that follow one another."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from quantity_table import COLUMNS, Column
-from scattered_checks import allows, reference, scattered_outcome, truth_of
+from scattered_checks import allows, reference, truth_of
 from zoo.scattered import KINDS, MIXED, SCATTERED, Scattered
 
 import layerwise as lw
 from layerwise import errors
-
-CELLS = [column for column in COLUMNS.values() if not column.chain]
-BY_COLUMN = pytest.mark.parametrize("column", CELLS, ids=lambda column: column.name.replace(" ", "_"))
 
 
 def by_program(programs: list[Scattered]) -> pytest.MarkDecorator:
@@ -67,22 +63,6 @@ def test_the_regular_form_is_the_same_loss(program: Scattered) -> None:
     oracle.assert_close(
         oracle.gradient(regular.params, regular.regular_loss), oracle.gradient(made.params, made.loss), 1e-12
     )
-
-
-# Every quantity on every program ----------------------------------------------------------------
-
-
-@BY_COLUMN
-@by_program(SCATTERED)
-def test_cell(program: Scattered, column: Column) -> None:
-    assert scattered_outcome(program, column).kind in ("exact", "sampled", "refused", "n/a")
-
-
-@BY_COLUMN
-@by_program(MIXED)
-def test_cell_where_samples_are_mixed(program: Scattered, column: Column) -> None:
-    cell = scattered_outcome(program, column)
-    assert cell.kind == "refused" or not column.per_sample
 
 
 # What the user says, and does not say -----------------------------------------------------------

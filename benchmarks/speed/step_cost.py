@@ -21,6 +21,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -46,30 +47,38 @@ def _adam(fused: bool) -> Build:
     return lambda model: torch.optim.Adam(model.parameters(), 1e-3, fused=fused)
 
 
-def _kfac(factors: int, inverses: int) -> Build:
-    return lambda model: lw.optim.KFAC(model, update_factors_every=factors, update_inverses_every=inverses)
-
-
 TORCHS: dict[str, Build] = {
     "Adam": _adam(False),
     "Adam (fused)": _adam(True),
     "RMSProp": _rmsprop(False),
     "RMSProp (foreach)": _rmsprop(True),
 }
-OURS: dict[str, Build] = {
-    "LocoProp-M": lw.LocoProp,
-    "LocoProp-M, all rows": lambda model: lw.LocoProp(model, rows="all"),
-    "LocoProp-S": lambda model: lw.LocoProp(model, loss="squared"),
-    "LocoProp-S, all rows": lambda model: lw.LocoProp(model, loss="squared", rows="all"),
-    "AltMin (Adam)": lw.AltMin,
-    "AltMin (SGD)": lambda model: lw.AltMin(model, weights="sgd"),
-    "AltMin (memory)": lambda model: lw.AltMin(model, weights="memory"),
-    "AltMin (sweep)": lambda model: lw.AltMin(model, codes="sweep"),
-    "KFAC, no factors due": _kfac(NEVER, NEVER),
-    "KFAC, new factors": _kfac(1, NEVER),
-    "KFAC, new factors and inverses": _kfac(1, 1),
-    "DiagNewton, new diagonal": lambda model: lw.optim.DiagNewton(model, update_every=1),
-}
+
+
+def ours(library: ModuleType) -> dict[str, Build]:
+    """The optimizers of the library, or of an earlier revision of it."""
+    optim = library.optim
+
+    def kfac(factors: int, inverses: int) -> Build:
+        return lambda model: optim.KFAC(model, update_factors_every=factors, update_inverses_every=inverses)
+
+    return {
+        "LocoProp-M": library.LocoProp,
+        "LocoProp-M, all rows": lambda model: library.LocoProp(model, rows="all"),
+        "LocoProp-S": lambda model: library.LocoProp(model, loss="squared"),
+        "LocoProp-S, all rows": lambda model: library.LocoProp(model, loss="squared", rows="all"),
+        "AltMin (Adam)": library.AltMin,
+        "AltMin (SGD)": lambda model: library.AltMin(model, weights="sgd"),
+        "AltMin (memory)": lambda model: library.AltMin(model, weights="memory"),
+        "AltMin (sweep)": lambda model: library.AltMin(model, codes="sweep"),
+        "KFAC, no factors due": kfac(NEVER, NEVER),
+        "KFAC, new factors": kfac(1, NEVER),
+        "KFAC, new factors and inverses": kfac(1, 1),
+        "DiagNewton, new diagonal": lambda model: optim.DiagNewton(model, update_every=1),
+    }
+
+
+OURS = ours(lw)
 ALTMIN = [name for name in OURS if name.startswith("AltMin")]
 SECOND_ORDER = [name for name in OURS if name.startswith(("KFAC", "DiagNewton"))]
 OTHERS = [name for name in OURS if name != "AltMin (memory)"]  # whose codes take a column for every output

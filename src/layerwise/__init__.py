@@ -1,6 +1,10 @@
 """Layerwise: more than the gradient, and learning layer by layer, from one run of a PyTorch model."""
 
-from layerwise import distributed, errors, local, monitor, nn, optim
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from layerwise import errors, local, nn, optim
 from layerwise.losses import as_loss
 from layerwise.observation.accumulate import accumulate
 from layerwise.observation.observe import observe
@@ -28,6 +32,9 @@ from layerwise.quantities import (
     SquaredNorm,
     Variance,
 )
+
+if TYPE_CHECKING:
+    from layerwise import distributed, monitor
 
 __version__ = "0.2.0"
 
@@ -67,3 +74,10 @@ __all__ = [
     "observe",
     "optim",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The packages that only some programs use, imported at their first use (PEP 562)."""
+    if name in {"distributed", "monitor"}:
+        return import_module(f"layerwise.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,11 +7,11 @@ allocated as always. Nothing is cached: the memory is freed with the tensor.
 
 from __future__ import annotations
 
+import cmath
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def is_finite(x: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     x = x.detach()
     # NaN and infinity survive a sum, which costs a tenth; a sum of finite numbers may overflow
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return cmath.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
 def as_real(x: Tensor) -> Tensor:
@@ -36,16 +36,29 @@ def squared(x: Tensor) -> Tensor:
     return as_real(x).square().sum(-1) if x.is_complex() else x.square()
 
 
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+@torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no floating-point tensor holds NaN or infinity: one flag for all, and one wait for each device."""
-    kinds: dict[Any, list[Tensor]] = {}
+    """Whether no tensor holds NaN or infinity: one call and one wait for each device.
+
+    The call is that of a gradient scaler, which multiplies in place, here by 1: no bit changes.
+    """
+    devices: dict[torch.device, list[Tensor]] = {}
     for t in tensors:
-        if t.is_floating_point() and t.numel():
-            kinds.setdefault((t.device, t.dtype), []).append(t.detach())
-    sums = [torch.stack([t.sum() for t in some]) for some in kinds.values()]
-    if all(bool(torch.isfinite(total).all()) for total in sums):
-        return True
-    return all(is_finite(t) for some in kinds.values() for t in some)
+        devices.setdefault(t.device, []).append(t)
+    try:
+        for device, some in devices.items():
+            found = torch.zeros((), device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(some, found, _one(device))
+            if found.item():
+                return False
+    except RuntimeError:  # types, layouts and devices that scalers do not know
+        return all(map(is_finite, tensors))
+    return True
 
 
 _LARGE = 2**23  # bytes from which the hint pays; a huge page has 2**21

@@ -134,15 +134,14 @@ def _vmapped() -> nn.Module:
     return Apply(lambda m, x: m.head(torch.vmap(m.inner)(x).tanh()), inner=nn.Linear(4, 4), head=nn.Linear(4, 3))
 
 
-def _grad_inside() -> nn.Module:
-    """An energy's gradient as the output."""
+def _inner_step() -> nn.Module:
+    """A step on a weight by its own gradient, which sums over the batch."""
 
     def forward(m, x):
-        x = x.detach().requires_grad_()
-        (force,) = torch.autograd.grad(m.energy(x).tanh().sum(), x, create_graph=True)
-        return m.head(force)
+        (g,) = torch.autograd.grad(m.inner(x).square().sum(), m.inner.weight, create_graph=True)
+        return m.head(F.linear(x, m.inner.weight - 0.1 * g).tanh())
 
-    return Apply(forward, energy=nn.Linear(4, 4), head=nn.Linear(4, 3))
+    return Apply(forward, inner=nn.Linear(4, 4), head=nn.Linear(4, 3))
 
 
 # Losses -----------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ REFUSED = [
     Refused("reentrant_checkpoint", _reentrant, "UncoveredUse"),
     Refused("thread_inside", _threaded, "UncoveredUse"),
     Refused("vmap_inside", _vmapped, "LayerwiseError"),
-    Refused("grad_inside", _grad_inside, "LayerwiseError"),
+    Refused("inner_step", _inner_step, "SamplesMixed"),
     Refused("regulariser", _mlp, "Undefined", _regularised),
     Refused("loss_half_by_hand", _mlp, "LayerwiseError", _half_by_hand, target="mse_mean"),
     Refused("loss_squared", _mlp, "LayerwiseError", _squared),

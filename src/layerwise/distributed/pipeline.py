@@ -86,6 +86,7 @@ class Pipeline(FittedToCodes):
         self._turns = _Stages(self._stages, executor_of(execution.workers))
         self._proofs: dict[Any, bool] = {}
         super().__init__(stage, params, fitter.defaults, on_nonfinite, self._turns, {}, fitter.updates.numbers)
+        fitter.refuse_idle(self.param_groups)
 
     @property
     def _first(self) -> bool:

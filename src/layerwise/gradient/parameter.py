@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layerwise import tensors
-from layerwise.gradient.parts import LaterPart, Part, RowsPart, bias_of, joined_parts
+from layerwise.gradient.parts import LaterPart, Part, RowsPart, bias_of, joined_parts, layouts_of
 from layerwise.rows import contract, gram, layout, project
 from layerwise.rows.layout import FactorForm
 from layerwise.tape.tape import Tape
@@ -65,7 +65,7 @@ class ParameterGradient:
     @cached_property
     def _groups(self) -> list[list[int]] | None:
         """Indices of parts grouped by layout, or None where different layouts share an element of the parameter."""
-        return None if self._row_parts is None else layout.grouped([part.layout() for part in self._row_parts])
+        return None if self._row_parts is None else layout.grouped(layouts_of(self._row_parts))
 
     @cached_property
     def groups(self) -> list[RowsPart] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from layerwise.ops.base import Slot
 from layerwise.rows import contract, gram
 from layerwise.rows.base import RowNumbers, Rows, Samples
 from layerwise.rows.layout import MatrixLayout
+from layerwise.rows.numbered import Scattered
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
-__all__ = ["DensePart", "LaterPart", "Part", "RowsPart", "bias_of", "joined_parts", "parts_of"]
+__all__ = ["DensePart", "LaterPart", "Part", "RowsPart", "bias_of", "joined_parts", "layouts_of", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class _OfSlot(Part):
     @property
     def size(self) -> torch.Size:
         """(V, N)."""
-        return self.rows.g.shape[:2]
+        return self.rows.size
 
     def column(self, v: int) -> Self:
         """The contribution to the v-th cotangent alone."""
@@ -75,13 +76,18 @@ class _OfSlot(Part):
 class RowsPart(_OfSlot):
     """Rows of the parameter itself; view: the layout in the parameter of the tensor that the slot reads.
 
-    real: gives bool `[N,T]`, the rows that a loss term which counts can send a cotangent to, or None: all of them.
-    filled: the same of the rows that are no padding of shorter samples.
+    real: gives bool `[N,T]`, the rows that a loss term which counts can send a cotangent to, before rows of irregular
+    samples are gathered; or None: all of them.
     """
 
     view: MatrixLayout
     real: Callable[[], Tensor | None] | None = None
-    filled: Callable[[], Tensor | None] | None = None
+
+    def mask(self, real: bool) -> Tensor | None:
+        """Bool `[N,T]`: the rows that are no padding of shorter samples, or the real ones among them; None: all."""
+        if self.slot.bias:
+            return None
+        return self.rows.mask(self.real() if real and self.real is not None else None)
 
     def fold(self, w: Tensor) -> Tensor:
         """Reshape `[..., K,O,I]` to the parameter, `[..., *shape]`."""
@@ -101,9 +107,13 @@ class RowsPart(_OfSlot):
 
     def to(self, dtype: torch.dtype) -> RowsPart:
         """The same contribution with its numbers in another type."""
-        a = self.rows.a
-        a = a.to(dtype) if a is not None and a.is_floating_point() else a
-        return replace(self, rows=Rows(a, self.rows.g.to(dtype), self.rows.size_in))
+        return replace(self, rows=self.rows.mapped(partial(_in_dtype, dtype)))
+
+
+def _in_dtype(dtype: torch.dtype, rows: Rows) -> Rows:
+    a = rows.a
+    a = a.to(dtype) if a is not None and a.is_floating_point() else a
+    return Rows(a, rows.g.to(dtype), rows.size_in)
 
 
 @dataclass(frozen=True)
@@ -222,33 +232,46 @@ def bias_of(part: RowsPart) -> str | None:
     return None
 
 
+def layouts_of(parts: Sequence[RowsPart]) -> list[MatrixLayout]:
+    """The layout of each part's matrix in the parameter, found once for those that are arranged in the same way."""
+    known: dict[Any, MatrixLayout] = {}
+    found = []
+    for part in parts:
+        slot, arranged = part.slot, part.slot.arrangement
+        key = (part.view, type(slot), slot.used.shape, arranged) if arranged is not None else id(slot)
+        if key not in known:
+            known[key] = part.layout()
+        found.append(known[key])
+    return found
+
+
 def joined_parts(parts: Sequence[RowsPart]) -> RowsPart:
     """Parts of one layout concatenated to one pair of rows; inputs of different kinds become dense."""
+    if any(isinstance(part.rows, Scattered) for part in parts):  # pieces of a batch mostly come in its order
+        parts = sorted(parts, key=lambda part: part.use.index)
     rows = [part.rows for part in parts]
-    if len({r.g.shape[1] for r in rows}) > 1:  # rows without sample structure: all are positions
+    if len({r.size[1] for r in rows}) > 1:  # rows without sample structure: all are positions
         rows = [contract.flatten_samples(r) for r in rows]
     if len({r.kind for r in rows}) > 1:
-        rows = [gram.written_out(r) for r in rows]
+        rows = [r.mapped(gram.written_out) for r in rows]
     if len(parts) == 1:
         return replace(parts[0], rows=rows[0])
-    real, filled = [part.real for part in parts], [part.filled for part in parts]
-    return replace(
-        parts[0],
-        rows=contract.concat(rows),
-        real=None if all(mask is None for mask in real) else partial(_joined_masks, real, rows),
-        filled=None if all(mask is None for mask in filled) else partial(_joined_masks, filled, rows),
-    )
+    real, whole = [part.real for part in parts], contract.concat(rows)
+    masks = None if all(mask is None for mask in real) else partial(_joined_masks, real, rows, whole)
+    return replace(parts[0], rows=whole, real=masks)
 
 
-def _joined_masks(each: Sequence[Callable[[], Tensor | None] | None], rows: Sequence[Rows]) -> Tensor | None:
-    """The mask of parts that were concatenated as `rows`, from the mask of each."""
+def _joined_masks(
+    each: Sequence[Callable[[], Tensor | None] | None], rows: Sequence[Rows], whole: Rows
+) -> Tensor | None:
+    """The mask of parts that were concatenated as a whole, before rows are gathered, from the mask of each."""
     masks = [None if mask is None else mask() for mask in each]
     if all(mask is None for mask in masks):
         return None
-    return torch.cat(
-        [
-            r.g.new_ones(r.g.shape[1:3], dtype=torch.bool) if mask is None else mask.reshape(r.g.shape[1:3])
-            for mask, r in zip(masks, rows, strict=True)
-        ],
-        1,
-    )
+    found = []
+    for mask, r in zip(masks, rows, strict=True):
+        shape = r.order.numbers.shape if isinstance(r, Scattered) else r.g.shape[1:3]
+        found.append(
+            torch.ones(shape, dtype=torch.bool, device=r.cotangents[0].device) if mask is None else mask.reshape(shape)
+        )
+    return torch.cat([x.flatten() for x in found]) if isinstance(whole, Scattered) else torch.cat(found, 1)

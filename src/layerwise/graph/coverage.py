@@ -8,7 +8,8 @@ without passing a use is an error that names the parameter and the node.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
+from layerwise.graph.custom_functions import is_custom
 from layerwise.graph.walk import SELECTIONS, Node, by_node, children, edges, inputs, nodes
 from layerwise.losses import OwnCall
-from layerwise.tape.binding import Leaves
+from layerwise.tape.gradient_calls import GradientUse
+from layerwise.tape.origins import Origin
 from layerwise.tape.tape import Tape
-from layerwise.tape.uses import LossUse, OwnUse, Use
+from layerwise.tape.uses import LossUse, OwnUse, Use, place
 
 __all__ = ["Graph", "known_losses", "prove"]
 
@@ -31,7 +34,8 @@ class Graph:
 
     known: losses with a likelihood, in call order. own: the user's own losses, which are the rest of the total.
     selections: the nodes between the losses' inputs and uses, or two uses, that pick elements by an index or a mask.
-    in_losses: those between the total and the losses' inputs.
+    in_losses: those between the total and the losses' inputs. entered: where the tensors come from that the model was
+    called with.
     """
 
     total: Tensor
@@ -41,6 +45,7 @@ class Graph:
     own: list[OwnUse]
     selections: tuple[Node, ...] = ()
     in_losses: tuple[Node, ...] = ()
+    entered: tuple[Origin, ...] = ()
 
     @property
     def losses(self) -> list[LossUse]:
@@ -82,10 +87,12 @@ def prove(
         )
     graph = known_losses(tape, total, without) if need_loss else Graph(total, None, [], [], [])
     roots = [loss.logits for loss in graph.losses] if need_loss else [(total.grad_fn, 0)]
-    reached, selections = _walk_to_uses(roots, tape.leaves(), by_node(tape.uses), tape.spent)
+    reached, selections = _walk_to_uses(roots, tape, by_node(tape.uses))
     uses = sorted(reached, key=lambda u: u.index)
     in_losses = tuple(node for node in graph.in_losses if node not in selections)
-    return replace(graph, weight=weight, uses=uses, selections=tuple(selections), in_losses=in_losses)
+    return replace(
+        graph, weight=weight, uses=uses, selections=tuple(selections), in_losses=in_losses, entered=tuple(tape.entered)
+    )
 
 
 def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> Graph:
@@ -128,6 +135,7 @@ class _LossWalk:
     def to_losses(self, total: Tensor, outputs: Sequence[LossUse]) -> bool:
         """Walk from the total; whether every path ends at a loss. A parameter met on the way is an error."""
         at = {(part.logits.node, part.logits.output_nr): part for part in outputs}
+        self._total = total
         self.known: list[LossUse] = []
         self.own: list[OwnUse] = []
         self.boundary: list[LossUse] = []
@@ -148,7 +156,7 @@ class _LossWalk:
 
     def _meet(self, uses: list[Use]) -> None:
         if not uses[0].call.out_shape:
-            raise Undefined(_enters(", ".join(uses[0].names)))
+            raise Undefined(_enters(", ".join(uses[0].names), f"in {uses[0]}, whose output is one number"))
         if self._tape.returned is None:
             raise UnknownLoss(
                 f"a path from the loss to {uses[0]} passes through no loss that is known; seen: "
@@ -164,9 +172,15 @@ class _LossWalk:
         name = self._leaves.name(node)
         if name is None:
             return
-        if not self.known and not self._tape.uses:
-            raise UncoveredUse(_uncovered(name, "the loss", "no call with it was seen"))
-        raise Undefined(_enters(name))
+        above = self._above(node)
+        if above is None or is_custom(above) or not (self._tape.derives(name) or self._tape.losses):
+            raise UncoveredUse(_uncovered(self._tape, name, above))
+        raise Undefined(_enters(name, f"through autograd's {above.name()}"))
+
+    def _above(self, node: Node) -> Node | None:
+        """A node through which a walk from the total came to a node."""
+        passed = nodes([(self._total.grad_fn, 0)])
+        return next((n for n in passed if any(edge[0] is node for edge in n.next_functions)), None)
 
     def check_first_argument(self, own: OwnUse) -> None:
         """Prove that a marked call depends on the model through its first argument alone."""
@@ -175,10 +189,13 @@ class _LossWalk:
         for node, output in edges([own.value], {}, ends):
             if (node, output) in ends:
                 continue
-            if node in self._use_at:
+            name = self._leaves.name(node)
+            if node in self._use_at or name is not None:
+                what = f"the parameter {name!r}" if name is not None else self._use_at[node][0]
                 raise UnknownLoss(
-                    f"{own.call.name} is marked as a loss, but it depends on {self._use_at[node][0]} by another way "
-                    "than its first argument; hand all that it reads of the model over as that argument, in a tuple"
+                    f"{own.call.name} is marked as a loss, but it depends on {what} by another way than its first "
+                    "argument; hand all that it reads of the model over as that argument, in a tuple, and leave out "
+                    "terms of parameters alone (a penalty), of which no sample has a part"
                 )
             self._pass(node)
 
@@ -191,17 +208,16 @@ def _unexplained(boundary: list[LossUse], bypassing: list[Use]) -> OwnUse:
         data = use.edge.node._input_metadata[use.edge.output_nr]
         logits = torch.zeros((), dtype=data.dtype, device=data.device).expand(use.call.out_shape)
         parts.append(LossUse(OwnCall("the loss", logits), use.edge, use.edge))
-    return OwnUse(call, parts, None, bypassing[0] if bypassing else None)
+    derivatives = [use for use in bypassing if isinstance(use, GradientUse)]
+    return OwnUse(call, parts, None, next(iter(derivatives or bypassing), None))
 
 
-def _walk_to_uses(
-    roots: Iterable[Any], leaves: Leaves, use_at: dict[Node, list[Use]], spent: Collection[Node]
-) -> tuple[list[Use], list[Node]]:
+def _walk_to_uses(roots: Iterable[Any], tape: Tape, use_at: dict[Node, list[Use]]) -> tuple[list[Use], list[Node]]:
     """The uses below the roots, following the data of each use, and the selections above and between them.
 
     A parameter met on the way is an error.
     """
-    data = inputs(use_at)
+    data, leaves, spent = inputs(use_at), tape.leaves(), tape.spent
     reached: list[Use] = []
     selections: list[Node] = []
     passed: list[Node] = []  # in the order of the walk, to name the node above an uncovered parameter
@@ -225,26 +241,51 @@ def _walk_to_uses(
             )
         name = leaves.name(node)
         if name is not None:
-            above = (n.name() for n in reversed(passed) if any(edge[0] is node for edge in children(n, data)))
-            via = next(above, "the loss")
-            raise UncoveredUse(_uncovered(name, via, "a call that the tape cannot see passes it on"))
+            hidden = (n for n in passed if _hides(n) and any(m is node for m in nodes([(n, 0)], data)))
+            above = (n for n in reversed(passed) if any(edge[0] is node for edge in children(n, data)))
+            raise UncoveredUse(_uncovered(tape, name, next(hidden, None) or next(above, None)))
         passed.append(node)
     return reached, selections
 
 
-def _enters(name: str) -> str:
+def _hides(node: Node) -> bool:
+    """Whether a node is the backward of something whose calls cannot be seen."""
+    return is_custom(node) or "DifferentiableGraph" in node.name()
+
+
+def _enters(name: str, via: str) -> str:
     return (
-        f"parameter {name!r} enters the loss directly (a regularizer, a learned weight of the loss?), so the loss is "
-        "not a sum over samples; leave that term out of the observed backward pass and add its gradient yourself"
+        f"parameter {name!r} enters the loss directly, {via}, and no call there takes it together with the data of "
+        "single samples: a term that all of them share (a penalty on weights, a log-determinant, a learned scale of "
+        "the loss), of which no sample has a part. Where each sample's term should hold it, add it before the mean, "
+        "(terms + it).mean() with terms of shape [N]; else leave it out of the observed backward pass and add its "
+        "gradient yourself"
     )
 
 
-def _uncovered(name: str, via: str, why: str) -> str:
-    return (
-        f"parameter {name!r} is reached from the loss through the autograd node {via}, and {why}. Custom "
-        "autograd Functions, scripted blocks and forwards outside the context are invisible, and a batch made inside "
-        "it by torch.eye, ones or arange counts as a constant: make the batch outside, run the forward inside, write "
-        "the block with torch calls, or freeze the parameter"
+def _uncovered(tape: Tape, name: str, via: Node | None) -> str:
+    """Why no recorded call stands between the loss and a parameter, as far as can be seen."""
+    node = "the loss" if via is None else f"the autograd node {via.name()}"
+    text = f"parameter {name!r} is reached from the loss through {node}, and no recorded call lies between: "
+    if via is not None and is_custom(via):
+        forward = inspect.unwrap(getattr(getattr(via, "_forward_cls", None), "forward", None) or type(via))
+        code = getattr(forward, "__code__", None)
+        at = "" if code is None else place((code.co_filename, code.co_firstlineno))
+        return text + (
+            f"that is a function of your own{at}, and what it does with the parameter cannot be seen. Write it with "
+            "torch calls, give it no parameter but the output of a layer, or freeze the parameter"
+        )
+    if via is not None and "DifferentiableGraph" in via.name():
+        return text + "it is a scripted block, whose calls cannot be seen. Use the module that was scripted"
+    if tape.derives(name):
+        return text + (
+            "calls read it, but none together with data. A batch made inside the context by torch.eye, ones or arange "
+            "counts as a constant: make it outside. A model without an input has no samples"
+        )
+    return text + (
+        "no call read it inside the context. Forwards outside of it, in another thread, in a scripted block or under "
+        "torch.func (vmap, grad, jvp) are invisible: run the forward inside, with plain torch calls, or freeze the "
+        "parameter"
     )
 
 

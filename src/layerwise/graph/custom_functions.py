@@ -20,7 +20,7 @@ from layerwise.errors import Undefined
 from layerwise.graph.walk import Edge, Node, nodes
 from layerwise.tape.pull import pull
 
-__all__ = ["check_adjoint", "check_functions", "custom_functions"]
+__all__ = ["check_adjoint", "check_functions", "custom_functions", "is_custom"]
 
 Map = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -43,7 +43,7 @@ _OUTLIERS = 0.02  # of the elements: those next to a kink
 def custom_functions(roots: Iterable[Any], ends: Collection[Node] = ()) -> Iterator[Node]:
     """The nodes of functions of the user's own below some edges; ends: nodes at which the walk ends."""
     for node in nodes(roots, dict.fromkeys(ends, ())):
-        if node not in ends and _is_custom(node):
+        if node not in ends and is_custom(node):
             yield node
 
 
@@ -85,7 +85,7 @@ def _refusal(node: Node, why: str) -> str:
     )
 
 
-def _is_custom(node: Any) -> bool:
+def is_custom(node: Any) -> bool:
     """Whether a node is the backward of a function that is neither torch's nor ours."""
     if not isinstance(node, BackwardCFunction):
         return "CppNode" in node.name()

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from layerwise.errors import UnknownLoss
+from layerwise.errors import Undefined, UnknownLoss
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph, not_linear, scales
 from layerwise.graph.probes import draws, join, near, split, width
 from layerwise.graph.samples import SampleLayout
 from layerwise.losses import Likelihood, LossCall, OwnLikelihood, likelihood
 from layerwise.rows.base import RowNumbers, Samples
+from layerwise.tape.gradient_calls import GradientUse
 from layerwise.tape.uses import LossUse, OwnUse
 
 __all__ = ["LossCurvature", "NotLinear", "likelihoods", "loss_curvatures", "loss_hessian", "resolved"]
@@ -65,12 +66,20 @@ def resolved(prove: Callable[[Sequence[LossUse]], Graph], own_losses: bool = Tru
 
 def _check_boundary(own: OwnUse) -> None:
     """Refuse curvature of a loss that some use reaches past the model's output."""
+    if isinstance(own.bypassed, GradientUse):
+        raise Undefined(
+            f"the loss holds derivatives of the model ({own.bypassed}, by torch.autograd.grad with create_graph=True), "
+            "so it is no function of the model's outputs, and has no Gauss-Newton matrix or Kronecker factors. "
+            "Quantities of the gradient, DiagHessian and Hessian are exact; so is all else where such derivatives "
+            "enter a known loss by themselves, as forces do: F.mse_loss(forces, y)"
+        )
     if own.bypassed is not None:
         raise UnknownLoss(
-            f"a path from the loss to {own.bypassed} passes through no loss that is known, nor through what the "
-            "observed module returned, so it is not said where the model ends and the loss begins; mark the loss, "
-            "lw.as_loss(fn)(outputs, ...), with the model's outputs as the first argument, or make it with "
-            "torch.nn.functional's cross_entropy, mse_loss, ... . Quantities of the gradient need no such mark"
+            f"a path from the loss to {own.bypassed} passes through no loss that is known, nor through what the model "
+            "returned (or its modules, where methods such as `encode` made the loss), so it is not said where the "
+            "model ends and the loss begins; mark the loss, lw.as_loss(fn)(outputs, ...), with the model's outputs as "
+            "the first argument, or make it with torch.nn.functional's cross_entropy, mse_loss, ... . Quantities of "
+            "the gradient, DiagHessian and Hessian need no such mark"
         )
 
 
@@ -93,7 +102,8 @@ def loss_curvatures(graph: Graph, known: Sequence[Likelihood], layout: SampleLay
 def loss_hessian(graph: Graph, known: Sequence[Likelihood]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Products with the Hessian of the total in all tensors that its losses receive, in the order of `graph.losses`.
 
-    Neither separate samples nor convexity is needed. Raises UnknownLoss where a loss has no boundary.
+    Neither separate samples nor convexity is needed. Raises UnknownLoss where a loss has no boundary, Undefined where
+    it holds derivatives of the model.
     """
     for own in graph.own:
         _check_boundary(own)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from layerwise.rows.base import RowNumbers, Samples
-from layerwise.rows.numbered import Order, order_of, placed
+from layerwise.rows.numbered import Order
 
-__all__ = ["draws", "join", "largest", "matrix_among", "near", "sample_axes", "split", "width"]
+__all__ = ["draws", "join", "largest", "matrix_among", "near", "sample_axes", "signed", "split", "width"]
 
 
 def split(x: Tensor, samples: Samples | RowNumbers) -> Tensor:
     """`[V, *shape]` as `[V,N,D]`, each sample's values in their order; zeros behind those of a shorter sample."""
     if isinstance(samples, RowNumbers):
-        return placed(x.flatten(1).T, _elements(samples, x.shape[1:])).movedim(2, 0)
+        return _elements(samples, x.shape[1:]).place([x.flatten(1)], 1)
     if samples.axis < 0:
         return x.reshape(len(x), 1, -1)
     axis = samples.axis + 1
@@ -27,13 +27,7 @@ def split(x: Tensor, samples: Samples | RowNumbers) -> Tensor:
 def join(x: Tensor, samples: Samples | RowNumbers, shape: torch.Size) -> Tensor:
     """`[V,N,D]` as `[V, *shape]`; the inverse of `split`."""
     if isinstance(samples, RowNumbers):
-        order = _elements(samples, shape)
-        flat = x.flatten(1)
-        if order.source is None or order.place is None:
-            return flat.reshape(len(x), *shape)
-        out = x.new_zeros(len(x), shape.numel())
-        out[:, order.source] = flat[:, order.place]
-        return out.reshape(len(x), *shape)
+        return _elements(samples, shape).take(x.flatten(1), 1).reshape(len(x), *shape)
     axis = samples.axis
     if axis < 0:
         return x.reshape(len(x), *shape)
@@ -43,6 +37,12 @@ def join(x: Tensor, samples: Samples | RowNumbers, shape: torch.Size) -> Tensor:
     return x.reshape(len(x), *shape)
 
 
+def signed(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers of either sign and of magnitude 0.5 to 1.5, so that none is near zero."""
+    x = torch.rand(tuple(shape), generator=generator, dtype=dtype) + 0.5
+    return x * (torch.randint(2, tuple(shape), generator=generator) * 2 - 1)
+
+
 def width(samples: Samples | RowNumbers, shape: torch.Size) -> int:
     """D of `split`."""
     return _elements(samples, shape).length if isinstance(samples, RowNumbers) else shape.numel() // samples.n
@@ -50,7 +50,9 @@ def width(samples: Samples | RowNumbers, shape: torch.Size) -> int:
 
 def _elements(samples: RowNumbers, shape: torch.Size) -> Order:
     """The order of all elements of a tensor by samples."""
-    return order_of(samples.numbers.expand(shape).flatten(), samples.n)
+    if shape not in samples.orders:
+        samples.orders[shape] = Order(samples.n, samples.numbers.expand(shape).flatten())
+    return samples.orders[shape]
 
 
 def sample_axes(shape: Sequence[int], n: int) -> Iterator[Samples]:

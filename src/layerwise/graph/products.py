@@ -7,7 +7,6 @@ combination of its directions, and replaced by single passes where the two diffe
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +16,15 @@ from typing import Any, Protocol, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
 from layerwise.graph.custom_functions import check_adjoint, check_functions
 from layerwise.graph.walk import nodes
 from layerwise.tape.activation_checkpoints import standing_in
-from layerwise.tape.pull import pull
+from layerwise.tape.modes import leave
+from layerwise.tape.pull import Place, pull, pull_stack
 from layerwise.tape.uses import LossUse
 
 __all__ = [
@@ -36,12 +35,10 @@ __all__ = [
     "check_second",
     "dense_embedding",
     "gradient_of",
-    "pull_stack",
     "scaled_embedding",
     "twice",
 ]
 
-Place = Tensor | GradientEdge  # where a reverse pass starts or ends
 _NO_SECOND = re.compile(
     r"derivative for .* is not implemented|once_differentiable|use_reentrant=True|double.?backward|invalid strides",
     re.IGNORECASE,
@@ -78,11 +75,10 @@ class SecondOrder(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
-        if any(mode is self for mode in _get_current_function_mode_stack()):
-            super().__exit__(*exc)
         if self._kernel is not None:
             kernel, self._kernel = self._kernel, None
             kernel.__exit__(*exc)
+        leave(self)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -180,35 +176,6 @@ def gradient_of(graph: Graph, wanted: Place) -> Tensor | None:
     """The gradient of a graph's total by a tensor or an edge, differentiable."""
     with twice():
         return pull([graph.total], [graph.seed], [wanted], create_graph=True)[0]
-
-
-def pull_stack(outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Sequence[Place]) -> list[Tensor | None]:
-    """`pull` of V cotangents at once, `[V, *output]` to `[V, *input]` each; None for an input without a path."""
-    count = len(stacks[0])
-    if count > 2:  # below that the check costs as much as it saves
-        with contextlib.suppress(RuntimeError):  # an operation without a batching rule
-            batched = pull(outputs, stacks, inputs, batched=True)
-            mix = torch.linspace(0.5, 1.5, count, dtype=torch.float64)
-            mix[::2] *= -1
-            single = pull(outputs, [_combine(mix, s) for s in stacks], inputs)
-            if all(_agree(mix, b, s) for b, s in zip(batched, single, strict=True)):
-                return batched
-    rows = [pull(outputs, [s[v] for s in stacks], inputs) for v in range(count)]
-    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
-
-
-def _combine(mix: Tensor, stack: Tensor) -> Tensor:
-    return torch.tensordot(mix.to(stack), stack, 1)
-
-
-def _agree(mix: Tensor, batched: Tensor | None, single: Tensor | None) -> bool:
-    """Whether the combination of batched results is the result of the combination, up to rounding."""
-    if batched is None or single is None:
-        return batched is single
-    if not batched.numel():
-        return True
-    scale = _combine(mix.abs(), batched.abs()).max()
-    return bool((_combine(mix, batched) - single).abs().max() <= 1e4 * torch.finfo(batched.dtype).eps * scale)
 
 
 class Products(Protocol):

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.coverage import Graph
+from layerwise.graph.probes import signed
 from layerwise.graph.walk import Node
 from layerwise.losses import Likelihood
-from layerwise.rows.base import RowNumbers, Samples
-from layerwise.rows.numbered import placed
+from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
-__all__ = ["RealRows", "filled_rows", "measure_rows"]
+__all__ = ["RealRows", "measure_rows"]
 
 _COUNTS, _OTHER = 1, 2  # bits: answers to what counts, to what does not
 
@@ -42,10 +42,8 @@ class RealRows:
     inputs: Mapping[int, Tensor]
     readers: Mapping[int, Sequence[Use]]
 
-    def mask(self, use: Use, slot: Any, samples: Samples | RowNumbers | None) -> Tensor | None:
-        """Bool `[N,T]`: the real rows of a slot of a use; None where all are."""
-        if isinstance(samples, RowNumbers):
-            return filled_rows(use, slot, samples, self.mask(use, slot, None))
+    def mask(self, use: Use, slot: Any, samples: Samples | None) -> Tensor | None:
+        """Bool `[N,T]`: the real rows of a slot of a use, in the order of `slot.rows(g, samples)`; None: all."""
         if use.index not in self.outputs:
             return None
         bits = _bits(use, slot, self.outputs[use.index], samples)
@@ -59,21 +57,6 @@ class RealRows:
             bits = torch.where(silent, _bits(use, slot, self.inputs[use.index], samples), bits)
         left_out = bits == _OTHER
         return ~left_out if bool(left_out.any()) else None
-
-
-def filled_rows(use: Use, slot: Any, samples: RowNumbers, real: Tensor | None = None) -> Tensor | None:
-    """Bool `[N,T]`: the rows of a slot that are no padding of shorter samples; None where none is padding.
-
-    real: which of the rows in their own order count.
-    """
-    data = use.edge.node._input_metadata[use.edge.output_nr]
-    order = slot.order(samples, use.call.out_shape, data.device)
-    if order is None or (order.source is None and real is None):
-        return None
-    if real is None:
-        real = torch.ones(int(order.source.max()) + 1 if len(order.source) else 0, dtype=torch.bool)
-    mask = placed(real.flatten(), order)
-    return None if bool(mask.all()) else mask
 
 
 def _bits(use: Use, slot: Any, bits: Tensor, samples: Samples | None) -> Tensor:
@@ -179,8 +162,7 @@ def _left_out(node: Node) -> tuple[GradientEdge, Tensor] | None:
 def _noise(mask: Tensor, generator: torch.Generator) -> Tensor:
     """Random numbers of either sign where a mask is not zero: a product of one vector for each axis, cheap to draw."""
     for axis, size in enumerate(mask.shape):
-        x = torch.rand(size, generator=generator) + 0.5
-        x = x * (torch.randint(2, (size,), generator=generator) * 2 - 1)
+        x = signed((size,), generator)
         mask = mask * x.to(mask).reshape([-1 if a == axis else 1 for a in range(mask.dim())])
     return mask
 

@@ -19,7 +19,7 @@ from layerwise.errors import SamplesMixed, Undefined
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.probes import sample_axes
 from layerwise.graph.products import twice
-from layerwise.graph.walk import Edge, Node, children, edges, finished
+from layerwise.graph.walk import Edge, Node, call_of, children, edges, finished
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.pull import pull
 
@@ -55,9 +55,10 @@ def check_sum_over_samples(own_loss: OwnLossGraph, samples: Sequence[Samples | R
         if not _one_sample_each(own_loss, samples, probe):
             raise SamplesMixed(
                 f"asked for per-sample quantities of {samples[0].n} samples, but {own_loss.own.call.name} is no sum "
-                f"over samples: what {probe.name} gives in it depends on several of them (a loss that compares "
-                "samples, a function of a mean over the batch, batch statistics); quantities of the Hessian "
-                "(DiagHessian, Hessian) and products (GGN) need no samples"
+                f"over samples: a number that {probe.name} made in it depends on several of them, and the loss is not "
+                "linear in that number. What sums over the batch, or sets samples against each other, must come last "
+                "and be linear, as a mean is; quantities of the Hessian (DiagHessian, Hessian) and products (GGN) need "
+                "no samples"
             )
 
 
@@ -83,7 +84,7 @@ def _probes(own_loss: OwnLossGraph, whole: bool = True) -> Iterator[TermProbe]:
             continue
         if not whole:
             below[node] = ()
-        yield TermProbe(node.name(), dependent[node] if sums else [(node, output)], kind in _ROW_SUMS)
+        yield TermProbe(call_of(node), dependent[node] if sums else [(node, output)], kind in _ROW_SUMS)
 
 
 def _is_linear(kind: str, node: Node, below: Sequence[Edge]) -> bool:

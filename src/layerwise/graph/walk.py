@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ __all__ = [
     "Edge",
     "Node",
     "by_node",
+    "call_of",
     "children",
     "distinct",
     "edges",
@@ -88,6 +90,12 @@ def finished(roots: Iterable[Node | None], below: Below, ends: Container[Any] = 
         opened.add(node)
         stack.append((node, True))
         stack += [(edge[0], False) for edge in children(node, below) if tuple(edge[:2]) not in ends]
+
+
+def call_of(node: Node) -> str:
+    """The call that a node is the backward of, as autograd names it."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", re.sub(r"Backward\d*$", "", node.name())).lower()
+    return f"the call {name!r} (autograd's {node.name()})"
 
 
 # -- uses ---------------------------------------------------------------------------------------------------

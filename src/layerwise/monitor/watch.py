@@ -16,7 +16,7 @@ from layerwise.observation.seen import Seen
 from layerwise.quantities import Quantity
 from layerwise.replay.state import Gradients, RunState
 from layerwise.tape.calls import BACKWARD
-from layerwise.tape.pull import accumulated, backward_arguments
+from layerwise.tape.pull import OnePass, accumulated, backward_arguments
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import dense
@@ -115,7 +115,7 @@ class _Passes(TorchFunctionMode):
             return _unseen(func, args, kwargs)
         if self.loss is not None and self._moved():  # gradient at other parameters (line search, second optimizer)
             return _unseen(func, args, kwargs)
-        with accumulated(self._parameters) as found:
+        with OnePass(total) as within, accumulated(self._parameters, within=within) as found:
             out = func(*args, **kwargs)
         with torch.no_grad():
             value = total.detach() if weight is None else (total.detach() * weight).sum()

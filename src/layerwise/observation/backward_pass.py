@@ -16,7 +16,7 @@ from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part, RowsPart, parts_of
 from layerwise.graph.coverage import Graph
 from layerwise.graph.loss_curvature import LossCurvature, loss_curvatures
-from layerwise.graph.real_rows import filled_rows, measure_rows
+from layerwise.graph.real_rows import measure_rows
 from layerwise.graph.samples import SampleLayout, measure
 from layerwise.losses import DeclaredLikelihood, Likelihood
 from layerwise.observation.union import Batch, Values
@@ -137,19 +137,17 @@ class BackwardPass:
         where = None if self.layout is None else self.layout.uses[use.index]
         unstructured: Collection[str] = () if needs_samples else self._unstructured
         found = parts_of(self.tape, use, g, where, later, unstructured, rows_only)
-        if self._real_rows is not None or isinstance(where, RowNumbers):
+        if self._real_rows is not None:
             found = [(name, self._with_masks(part, None if name in unstructured else where)) for name, part in found]
         dtype = self._settings.dtype
         return found if dtype is None else [(name, part.to(dtype)) for name, part in found]
 
     def _with_masks(self, part: Part, where: Any) -> Part:
-        """The part with functions that tell its real rows; where: the place of the samples that its rows follow."""
-        if not isinstance(part, RowsPart) or part.slot.bias:
+        """The part with a function that tells its real rows; where: the place of the samples that its rows follow."""
+        if not isinstance(part, RowsPart) or part.slot.bias or self._real_rows is None:
             return part
-        filled = partial(filled_rows, part.use, part.slot, where) if isinstance(where, RowNumbers) else None
-        if self._real_rows is None:
-            return replace(part, real=filled, filled=filled)
-        return replace(part, real=partial(self._real_rows.mask, part.use, part.slot, where), filled=filled)
+        order = None if isinstance(where, RowNumbers) else where
+        return replace(part, real=partial(self._real_rows.mask, part.use, part.slot, order))
 
     def add(self, i: int, gradient: ParameterGradient, new: tuple[Any, ...]) -> None:
         """Add one stack's values of the i-th quantity to those of the parameter."""

@@ -13,13 +13,14 @@ from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import resolved
 from layerwise.graph.loss_scale import loss_scale
 from layerwise.graph.products import SecondOrder
+from layerwise.graph.samples import said_count
 from layerwise.graph.walk import nodes
 from layerwise.observation.backward_pass import BackwardPass, PassSettings
 from layerwise.observation.guards import (
+    check_alone,
     check_covered,
     check_finite,
     check_gradient,
-    check_samples,
     retained_grads_preserved,
     rollback,
     snapshot,
@@ -29,7 +30,7 @@ from layerwise.observation.root_columns import send_roots
 from layerwise.observation.stream import Stream
 from layerwise.quantities.base import Quantity
 from layerwise.ranks.trainers import GraphTrainers, whole_parameters
-from layerwise.tape.pull import accumulated, alone, hooked
+from layerwise.tape.pull import OnePass, accumulated, alone, hooked
 from layerwise.tape.tape import Tape
 
 __all__ = ["Observation"]
@@ -58,7 +59,7 @@ class Observation:
         dtype = settings.dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise BadInput(f"dtype must be a floating-point type such as torch.float32, or None, got {dtype!r}")
-        check_samples(settings.samples)
+        said_count(settings.samples, "observe's samples")
         self._model, self._settings, self._keeps_inputs = model, settings, keeps_inputs
         self._quantities = quantities
         self._results: Results | None = None
@@ -102,12 +103,12 @@ class Observation:
         """End the record; the results live on with whoever holds them."""
         if self._tape is None:  # an interrupt ended it on the way in
             return
-        tape, self._tape, self._results = self._tape, None, None
         if self._second_order is not None:
             self._second_order.__exit__(*exc)
             self._second_order = None
-        tape.__exit__(*exc)
-        tape.close()
+        self._tape.__exit__(*exc)
+        self._tape.close()
+        self._tape = self._results = None  # at last, for after an interrupt it is called again
 
     def run(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         """Run the user's backward pass from `total` (times `weight`) and observe it; the result of `run`."""
@@ -116,7 +117,10 @@ class Observation:
         results = self._results
         assert results is not None
         results.follow(tape.parameters, tape.owners)
-        with whole_parameters(self._model, nodes([(total.grad_fn, 0)])) as trainers:
+        reached = list(nodes([(total.grad_fn, 0)]))
+        if not any(map(tape.leaves().name, reached)):
+            return _run_unobserved(tape, total, run)
+        with whole_parameters(self._model, reached) as trainers:
             return self._run(tape, total, weight, run, results, trainers)
 
     def _run(
@@ -143,9 +147,14 @@ class Observation:
         covered = graph.parameters()
         stream.release()
         try:
-            with hooked(stream.awaited(), stream.receive), accumulated(tape.parameters, True) as arrived:
+            with (
+                OnePass(total) as within,
+                hooked(stream.awaited(), stream.receive, within),
+                accumulated(tape.parameters, True, within) as arrived,
+            ):
                 out = run()
             with alone(device):
+                check_alone(within.strangers)
                 check_covered(tape, before, arrived, covered)
                 gradient = {name: arrived[name] for name in covered if name in arrived}
                 check_gradient(gradient)
@@ -156,3 +165,20 @@ class Observation:
             raise
         tape.forget(graph.uses, graph.losses)
         return out
+
+
+def _run_unobserved(tape: Tape, total: Tensor, run: Callable[[], Any]) -> Any:
+    """Run a backward pass whose graph has no parameter of the model, as of another model's loss; the result of `run`.
+
+    Raises UncoveredUse where a parameter gets a gradient nevertheless.
+    """
+    before = {name: snapshot(p) for name, p in tape.owners.items()}
+    try:
+        with OnePass(total) as within, accumulated(tape.parameters, True, within) as arrived:
+            out = run()
+        check_alone(within.strangers)
+        check_covered(tape, before, arrived, ())
+    except BaseException:
+        rollback(tape, before)
+        raise
+    return out

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.errors import BadInput, NonFinite, UncoveredUse, Undefined
-from layerwise.quantities.base import positive
+from layerwise.errors import NonFinite, UncoveredUse, Undefined
 from layerwise.ranks.trainers import several
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
@@ -18,10 +17,10 @@ from layerwise.tensors import as_real, is_finite
 
 __all__ = [
     "Fingerprints",
+    "check_alone",
     "check_covered",
     "check_finite",
     "check_gradient",
-    "check_samples",
     "retained_grads_preserved",
     "rollback",
     "snapshot",
@@ -62,20 +61,6 @@ def _fingerprint(g: Tensor) -> Tensor:
     return torch.stack([g.sum(dtype=torch.float64), g.abs().sum(dtype=torch.float64)])
 
 
-def check_samples(samples: int | Tensor | None) -> None:
-    """Raise BadInput where `samples` is neither a number of samples nor a sample number for each loss term."""
-    if not isinstance(samples, Tensor):
-        positive("observe's samples", samples)
-        return
-    if samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool or not samples.numel():
-        raise BadInput(
-            "observe's samples as a tensor must hold a whole number for each loss term, 0 to N - 1, got "
-            f"{samples.dtype} of shape {tuple(samples.shape)}"
-        )
-    if int(samples.min()) < 0:
-        raise BadInput(f"observe's samples as a tensor must hold numbers from 0 on, got {int(samples.min())}")
-
-
 def check_finite(total: Tensor) -> None:
     """Raise NonFinite for a loss of NaN or infinity."""
     if not bool(torch.isfinite(total).all()):
@@ -110,6 +95,16 @@ def snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:
     """`.grad`, its version, and a copy, for `rollback`."""
     grad = p.grad
     return grad, -1 if grad is None else grad._version, None if grad is None else grad.detach().clone()
+
+
+def check_alone(strangers: Sequence[str]) -> None:
+    """Raise UncoveredUse where another backward pass ran inside the observed one."""
+    if strangers:
+        raise UncoveredUse(
+            f"another backward pass reached {', '.join(strangers[:5])} inside the observed one, in a hook or in a "
+            "block under reentrant checkpointing, and no call of it was recorded: run it after the observed one, and "
+            "use torch.utils.checkpoint with use_reentrant=False"
+        )
 
 
 def check_covered(tape: Tape, before: Mapping[str, Any], arrived: Collection[str], covered: Collection[str]) -> None:

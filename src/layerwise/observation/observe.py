@@ -57,7 +57,11 @@ class observe:
             raise
 
     def __exit__(self, *exc: Any) -> None:
-        self._observation.__exit__(*exc)
+        try:
+            self._observation.__exit__(*exc)
+        except BaseException:  # an interrupt
+            self._observation.__exit__(*exc)
+            raise
 
     def through(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> tuple[Any, Seen]:
         """Observe one backward pass through what an ended tape recorded: the result of `run`, and what was seen.

@@ -77,7 +77,8 @@ class Results:
         """Raise NoBackward before the first backward pass."""
         if not self.count:
             raise NoBackward(
-                f"asked for {name!r}, but no backward pass has finished inside `observe`; call loss.backward() there"
+                f"asked for {name!r}, but no backward pass that reaches a parameter of the model has finished inside "
+                "`observe`; call loss.backward() there"
             )
 
     def result(self, i: int) -> Any:

@@ -169,7 +169,8 @@ def _unshared(t: Any, gradient: ParameterGradient) -> Any:
         return t
     storage = t.untyped_storage()._cdata  # not its data_ptr, which would end a lazy copy
     for part in gradient.parts:
-        g = part.rows.g if isinstance(part, RowsPart) else part.values if isinstance(part, DensePart) else None
-        if g is not None and g.untyped_storage()._cdata == storage and t.numel() <= gradient.shape.numel():
+        held = part.rows.cotangents if isinstance(part, RowsPart) else ()
+        held = (part.values,) if isinstance(part, DensePart) else held
+        if any(g.untyped_storage()._cdata == storage for g in held) and t.numel() <= gradient.shape.numel():
             return t.clone()
     return t

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.errors import UnsupportedCall
 from layerwise.ops import attention, recurrent
 from layerwise.ops.arguments import any_complex, bind, replace, writes_first
 from layerwise.ops.base import Call, Slot
@@ -45,20 +44,16 @@ def slots(call: Call, used: Sequence[Tensor]) -> list[Slot]:
     """One slot for each tensor that a call uses.
 
     A call, or an argument of it, that no family describes gets an `OpaqueSlot`: exact, but slow.
-    For a call that writes its first argument, the data in `call` must be the values before it.
-
-    Raises `UnsupportedCall` where the call overwrites one of the tensors in `used`.
+    For a call that writes its first argument, that argument in `call` must be the values before it.
     """
-    if call.args and any(u is call.args[0] for u in used) and writes_first(call.func):
-        raise UnsupportedCall(
-            f"{call.func.__name__} overwrites a tensor of shape {tuple(call.args[0].shape)} that was "
-            "computed from parameters; use the form that returns a new tensor"
-        )
     build = BUILD.get(call.func)
     if build is None or any_complex(call.args) or any_complex(call.kwargs.values()):
         return [OpaqueSlot(call, u) for u in used]
     known = zip(used, build(call, used), strict=True)
-    return [OpaqueSlot(call, u) if slot is None else slot for u, slot in known]
+    found = [OpaqueSlot(call, u) if slot is None else slot for u, slot in known]
+    for place, slot in enumerate(found):
+        slot.place = place
+    return found
 
 
 def refused(func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> str | None:

@@ -1,4 +1,4 @@
-"""Multi-head attention decomposed into plain calls, with samples first.
+"""Attention decomposed into plain calls, with samples first: of several heads with their projections, and the core.
 
 For heads `h` of width d, queries at positions t and keys at positions s of one sample,
 
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from layerwise.errors import BadInput
 
-__all__ = ["DECOMPOSITIONS", "multi_head_attention", "refused"]
+__all__ = ["DECOMPOSITIONS", "dot_product_attention", "multi_head_attention", "refused"]
 
 
 def multi_head_attention(
@@ -87,6 +88,42 @@ def multi_head_attention(
     if not need_weights:
         return out, None
     return out, p.mean(-3) if average_attn_weights else p
+
+
+def dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The output of `F.scaled_dot_product_attention`, where a query, a key, a value or the mask is a parameter.
+
+    Equal to torch's up to rounding, with the draws of its plain kernel where dropout is active. Raises BadInput for a
+    mask beside is_causal.
+    """
+    if is_causal and attn_mask is not None:
+        raise BadInput("attention was given attn_mask and is_causal=True; give one of them")
+    with torch._C.DisableTorchFunction():
+        kernel = torch._fused_sdp_choice(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = torch.matmul(query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale), key.transpose(-2, -1))
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and not attn_mask.is_floating_point():
+        attn_mask = attn_mask.logical_not()  # here True takes part
+    masks = [] if attn_mask is None else [_additive(attn_mask, scores.dtype)]
+    p = _softmax(scores, masks, zero_if_all_masked=True)
+    out = torch.matmul(F.dropout(p, dropout_p) if dropout_p > 0 else p, value)
+    if kernel == SDPBackend.MATH.value or out.dim() != 4:
+        return out
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # laid out as by fused kernels, for dropout behind it
 
 
 def _samples_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,4 +224,7 @@ def refused(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {F.multi_head_attention_forward: multi_head_attention}
+DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: multi_head_attention,
+    F.scaled_dot_product_attention: dot_product_attention,
+}

@@ -11,7 +11,7 @@ to the shape of the tensor. Every quantity is a contraction of the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from layerwise.rows.base import RowNumbers, Rows, Samples, gradients
-from layerwise.rows.numbered import Order, digits, from_digits, gathered, order_of
+from layerwise.rows.numbered import Order, Scattered, digits, from_digits
 
 __all__ = ["Call", "Rows", "Samples", "Slot"]
 
@@ -48,6 +48,7 @@ class Slot:
     factored: False where only `dense` is defined (the operation has no known row form).
     indexed: True where `input` gives int64 indices in place of rows.
     through_graph: True where `dense` sends cotangents through the recorded graph, which a backward pass frees.
+    place: the number of the tensor among those that the call uses.
     """
 
     used: Tensor
@@ -59,6 +60,7 @@ class Slot:
     factored: bool = True
     indexed: bool = False
     through_graph: bool = False
+    place: int = 0
 
     def input(self, samples: Samples | None) -> Tensor | None:
         """Input rows `[N,T,K,I]` (None for a bias; int64 `[N,T]` for an index).
@@ -79,6 +81,11 @@ class Slot:
     def matrix(self, used: Tensor) -> Tensor:
         """The tensor as `[K,O,I]`; the inverse of `fold`."""
         raise NotImplementedError
+
+    @property
+    def arrangement(self) -> Hashable:
+        """What `matrix` depends on, beside the slot's type and the tensor's shape; None where that is not known."""
+        return None
 
     def dense(self, g: Tensor, samples: Samples | RowNumbers) -> Tensor:
         """Per-sample gradients `[V,N,*used.shape]` of a cotangent `[V, *out_shape]`."""
@@ -110,15 +117,24 @@ class Slot:
             return None
         if isinstance(samples, RowNumbers):
             order = self.order(samples, g.shape[1:], g.device)
-            return None if order is None else gathered(self.rows(g, None), order)
+            return None if order is None else Scattered([self.rows(g, None)], order)
         return None if samples is not None and samples.axis in self.aligned else self.rows(g, samples)
 
     def order(self, samples: RowNumbers, shape: torch.Size, device: torch.device) -> Order | None:
-        """The order of the rows of `rows(g, None)` by samples; None where a row holds elements of several samples."""
+        """The order of the rows of `rows(g, None)` by samples; None where a row holds elements of several samples.
+
+        Found once for the numbers of one use, whose call arranges the rows of its slots in the same way at every run.
+        """
+        key = self.place, type(self), self.used.shape, shape, device
+        if key not in samples.orders:
+            samples.orders[key] = self._order(samples, shape, device)
+        return samples.orders[key]
+
+    def _order(self, samples: RowNumbers, shape: torch.Size, device: torch.device) -> Order | None:
         stack = digits(samples.owners(shape, device), samples.n, self.used.dtype)
         found = self.output(stack.expand(len(stack), *shape), None)
         one = found[..., :1, :1]
-        return order_of(from_digits(one[..., 0, 0]).flatten(), samples.n) if bool((found == one).all()) else None
+        return Order(samples.n, from_digits(one[..., 0, 0]).flatten()) if bool((found == one).all()) else None
 
     def rows(self, g: Tensor, samples: Samples | None) -> Rows:
         """The rows of a cotangent `[V, *out_shape]`."""

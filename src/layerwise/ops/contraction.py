@@ -13,7 +13,7 @@ so the other operands laid out as `[p, k, i]` are the input rows, and the output
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -129,6 +129,12 @@ class ContractionSlot(Slot):
         order += [a for a, x in enumerate(self._letters) if x < 0]  # broadcast axes, of size 1
         shape = _products(self._sizes(kinds.k), self._sizes(kinds.o), self._sizes(kinds.i))
         return used.permute(order).reshape(shape)
+
+    @property
+    def arrangement(self) -> Hashable:
+        """The operand's letters, and those of each kind."""
+        kinds = self._kinds
+        return self._letters, kinds.k, kinds.o, kinds.i
 
     def fold(self, w: Tensor) -> Tensor:
         """Carry `[..., K,O,I]` back to the operand's axes."""

@@ -7,7 +7,7 @@ broadcast tensor. The output's axes are K where `used` varies, positions where i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,11 @@ class BiasSlot(Slot):
     def matrix(self, used: Tensor) -> Tensor:
         """The vector as `[1,O,1]`."""
         return used.reshape(1, -1, 1)
+
+    @property
+    def arrangement(self) -> Hashable:
+        """The only one."""
+        return "vector"
 
     def fold(self, w: Tensor) -> Tensor:
         """Carry `[..., 1,O,1]` to `[..., O]`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from layerwise.errors import BadInput, LayerwiseError, NonFinite
 from layerwise.optim.recording import Recorder, Recording, holds_no_gradient
 from layerwise.optim.saved_state import VERSION, Fit, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
+from layerwise.tape.binding import refuse_replaced
+from layerwise.tape.modes import active, end_after
 from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["Attempt", "Closure", "NamedOptimizer"]
@@ -28,8 +31,8 @@ class NamedOptimizer(torch.optim.Optimizer):
     """Base of optimizers that know their parameters by name and move them from one run of a closure.
 
     A batch with NaN or infinity changes no parameter, no state and no buffer: it is counted in `skipped`, or raises
-    NonFinite with `on_nonfinite="raise"`. Whatever raises in a step leaves parameters, buffers, state and random
-    generators as they were.
+    NonFinite with `on_nonfinite="raise"`. Whatever raises in a step leaves parameters, buffers, state and torch's
+    random generators as they were.
     """
 
     _kind: str  # the name in saved states, which classes derived from this one share
@@ -91,6 +94,10 @@ class NamedOptimizer(torch.optim.Optimizer):
         After, or at the end of, a `watch()`: move from what that recorded, and return the sum of its losses; a closure
         is run only where the context is still open.
         """
+        return self._step(closure)
+
+    def _step(self, closure: Closure | None, **asked: Any) -> Tensor:
+        """As `step`; asked: what else an optimizer's `step` takes, for its attempts."""
         recording = self._recording
         try:
             if recording is not None and recording.open:
@@ -103,8 +110,8 @@ class NamedOptimizer(torch.optim.Optimizer):
         finally:
             self._recording = None
         if recording is None:
-            return self._guarded(closure, self._attempt)
-        return self._guarded(recording.recorder, self._attempt_recorded, recording.buffers)
+            return self._guarded(closure, partial(self._attempt, **asked))
+        return self._guarded(recording.recorder, partial(self._attempt_recorded, **asked), recording.buffers)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -159,11 +166,10 @@ class NamedOptimizer(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             self._check(group)
-        self._check_replaced()
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
-        random = RandomState({p.device for group in self.param_groups for p in group["params"]})
+        random = RandomState({p.device for group in self.param_groups for p in group["params"]}, ("torch",))
         buffers = Buffers(self._model) if buffers is None else buffers
-        self.was_made = False
+        self.was_made, modes = False, active()
         try:
             loss, where = attempt(closure, buffers)
             if where is not None and self._on_nonfinite == "raise":
@@ -175,6 +181,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 buffers.put_back()
                 self.skipped += 1
         except BaseException as error:
+            end_after(modes)
             if not self.was_made:
                 buffers.put_back()
                 random.put_back()
@@ -183,17 +190,6 @@ class NamedOptimizer(torch.optim.Optimizer):
                 self._check_parameters({name: p for name, p in named.items() if p.requires_grad})
             raise
         return loss
-
-    def _check_replaced(self) -> None:
-        """Refuse to step where a parameter of the model is another tensor than the one of its name in our groups."""
-        named = named_parameters_of(self._model)
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                if named.get(name, p) is not p:
-                    raise BadInput(
-                        f"parameter {name!r} of the model was replaced after {type(self).__name__} was made, which "
-                        "holds the old one; make the optimizer again, or copy values into a parameter instead"
-                    )
 
     def _ours(self, p: Tensor) -> bool:
         """Whether a parameter is in one of this optimizer's groups."""
@@ -210,9 +206,8 @@ class NamedOptimizer(torch.optim.Optimizer):
             gone = [name for group in self.param_groups
                     for name, p in zip(group["param_names"], group["params"], strict=True)
                     if p.requires_grad and id(p) not in known]  # fmt: skip
-            raise BadInput(
-                f"{', '.join(gone[:5])} of this {type(self).__name__} are no longer the model's: a layer was replaced, "
-                "parametrized, or loaded with assign=True; make a new optimizer for the changed model"
+            refuse_replaced(
+                gone, f"since this {type(self).__name__} was made; make a new optimizer for the changed model"
             )
         if strange and self.all_parameters:
             raise BadInput(

@@ -9,9 +9,12 @@ from typing import Any, TypeVar
 
 from layerwise.errors import BadInput
 
-__all__ = ["Keywords", "refuse_unknown"]
+__all__ = ["Effects", "Keywords", "refuse_idle", "refuse_unknown"]
 
 Init = TypeVar("Init", bound=Callable[..., None])
+
+Effects = Mapping[str, tuple[bool, str]]
+"""Of keywords that belong to one choice of several: whether a layer has that choice, and its name."""
 
 
 class Keywords:
@@ -80,3 +83,10 @@ def refuse_unknown(init: Callable[..., None], words: Iterable[str]) -> None:
     for word in words:
         if word not in inspect.signature(init).parameters:
             raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument {word!r}")
+
+
+def refuse_idle(given: Mapping[str, Any], effects: Effects, where: str = "") -> None:
+    """Raise BadInput for a keyword that was given and changes nothing. where: in front of the keyword."""
+    for word, (has_one, owner) in effects.items():
+        if given.get(word) is not None and not has_one:
+            raise BadInput(f"{where}{word}={given[word]!r} changes nothing here: it belongs to {owner}")

@@ -19,7 +19,8 @@ __all__ = [
 
 _GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "python": (random.getstate, random.setstate),
-    "numpy": (np.random.get_state, np.random.set_state),
+    # numpy imports its generators at their first use
+    "numpy": (lambda: np.random.get_state(), lambda state: np.random.set_state(state)),
     "torch": (torch.get_rng_state, torch.set_rng_state),
     "device": (
         lambda: torch.get_device_module().get_rng_state(),

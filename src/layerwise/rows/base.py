@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,12 @@ class RowNumbers:
     """The sample of every row of a call's output, wherever the rows lie.
 
     numbers: int64 from 0 to n - 1, or -1 for a row of no sample; broadcastable to the output's shape, with size 1 along
-    the axes of features.
+    the axes of features. orders: the order of the rows of each slot that was asked for one, by what arranges them.
     """
 
     n: int
     numbers: Tensor
+    orders: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def owners(self, shape: Sequence[int], device: torch.device | None = None) -> Tensor:
         """The sample that owns each element of a tensor of a shape, int64, broadcastable to it; -1: no sample."""
@@ -81,9 +83,27 @@ class Rows:
         """What the input is: "constant", "float" or "index"."""
         return "constant" if self.a is None else "float" if self.a.is_floating_point() else "index"
 
+    @property
+    def size(self) -> torch.Size:
+        """(V, N)."""
+        return self.g.shape[:2]
+
+    @property
+    def cotangents(self) -> Sequence[Tensor]:
+        """The cotangents as they arrived, whose memory may be that of the user's gradients."""
+        return (self.g,)
+
     def sent(self, g: Tensor) -> Rows:
         """The same input with other cotangents of the same samples."""
         return Rows(self.a, g, self.size_in)
+
+    def mapped(self, function: Callable[[Rows], Rows]) -> Rows:
+        """The rows changed by a function that keeps their places."""
+        return function(self)
+
+    def mask(self, own: Tensor | None) -> Tensor | None:
+        """Bool `[N,T]`: the rows that count, from those that `own` chooses before rows are gathered; None: all."""
+        return own
 
 
 class Windows(Rows):

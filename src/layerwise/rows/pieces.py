@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.rows.base import Rows, Windows
+from layerwise.rows.numbered import Scattered, as_scattered
 
 __all__ = [
     "CHUNK_BYTES",
@@ -51,6 +52,9 @@ def concat(parts: Sequence[Rows]) -> Rows:
                     f"concat: {name} is {first[name]} in one use and {seen} in another; only rows that "
                     "agree can be joined. Add the uses' per-sample gradients instead."
                 )
+    if any(isinstance(part, Scattered) for part in parts):  # gathered once, all together
+        each = [as_scattered(part) for part in parts]
+        return each[0].joined(each[1:])
     g = torch.cat([part.g for part in parts], dim=2)
     inputs = [part.a for part in parts if part.a is not None]
     return Rows(torch.cat(inputs, dim=1) if inputs else None, g, parts[0].size_in)
@@ -108,6 +112,8 @@ def flatten_samples(rows: Rows) -> Rows:
 
 
 def _signature(rows: Rows) -> dict[str, object]:
+    if isinstance(rows, Scattered):
+        return _signature(rows.calls[0]) | {"N": rows.order.n}
     v, n, _, k, o, i = dims(rows)
     return {"kind": rows.kind, "V": v, "N": n, "K": k, "O": o, "size_in": i}
 

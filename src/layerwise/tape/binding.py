@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
@@ -16,7 +16,7 @@ from layerwise.errors import BadInput, UnsupportedCall
 from layerwise.ranks.trainers import is_sharded, sharded_of
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["Binding", "Leaves", "check_replaced", "check_sharded", "check_whole"]
+__all__ = ["Binding", "Leaves", "check_sharded", "check_whole", "refuse_replaced"]
 
 
 class Binding:
@@ -120,13 +120,12 @@ def check_sharded(owners: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_replaced(name: str, pending: bool) -> None:
-    """Refuse a parameter that was replaced while calls with the old one wait for their backward pass."""
-    if pending:
-        raise BadInput(
-            f"parameter {name!r} was replaced by another one after a call with it had been recorded, and before the "
-            "backward pass; run each forward and its backward pass with the same parameters"
-        )
+def refuse_replaced(names: Sequence[str], since: str) -> NoReturn:
+    """Refuse parameters that were replaced. since: what was done with the old ones, and what to do now."""
+    raise BadInput(
+        f"the tensors of {', '.join(names[:5])} are no longer the model's (a layer was replaced or parametrized, or "
+        f"weights were loaded with assign=True) {since}"
+    )
 
 
 def check_whole(name: str, tensor: Any) -> None:

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from layerwise import losses
+from layerwise import losses, ops
 from layerwise.ranks.trainers import unwrapped
 from layerwise.tape.origins import Origin
-from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of
+from layerwise.tape.recorded_call import sort
+from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of, called_at
 
 __all__ = ["LossRecord"]
 
@@ -33,17 +35,19 @@ class _LogSoftmax(NamedTuple):
 class LossRecord(TorchFunctionMode):
     """The part of a tape that records losses.
 
-    losses: the known calls. own: the marked ones. returned: the tensors that the model's forward returned, the boundary
-    of all other losses, recorded by a forward hook that is on the model while the context is active; None without
-    `own_losses`. entered: where the tensors come from that the model's forward was called with.
+    losses: the known calls. own: the marked ones. returned: the boundary of all other losses, the tensors that the
+    model's forward returned, or where the user called others of its modules, in methods such as `encode`, those that
+    these returned; recorded by global module hooks while the context is active; None without `own_losses`.
+    entered: where the tensors come from that the model's forward was called with.
     """
 
     calls: list[Any]
+    _known: dict[int, Derived | Tensor]
 
     def __init__(self, model: Any, own_losses: bool) -> None:
         super().__init__()
         self._model = weakref.ref(model) if own_losses and isinstance(model, nn.Module) else None
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self.returned: list[LossUse] | None = [] if own_losses else None
 
     def clear_losses(self) -> None:
@@ -66,21 +70,40 @@ class LossRecord(TorchFunctionMode):
             self._views = [view for view in self._views if view[0][:2] in left]
 
     def watch(self) -> None:
-        """Register the forward hook that records the tensors that the model returns."""
+        """Record from now on what the model, and each of its modules that is not called by another, returns."""
         model = None if self._model is None else unwrapped(self._model())  # DDP's own output may be a view of it
-        if model is not None:
-            self._hook = model.register_forward_hook(self._forward_hook)
+        if model is None or isinstance(model, torch.jit.ScriptModule):  # whose calls cannot be seen anyway
+            return
+        ours, root, depth = set(map(id, model.modules())), id(model), 0
+
+        def enter(module: nn.Module, args: Any) -> None:
+            nonlocal depth
+            depth += id(module) in ours
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            nonlocal depth
+            depth -= id(module) in ours
+            if depth or out is None or id(module) not in ours:  # None: of a call that failed
+                return
+            if torch._C._current_graph_task_id() != -1:  # a checkpoint that runs again in a backward pass
+                return
+            if id(module) != root and next(module.parameters(), None) is not None:  # the others may be the loss itself
+                self._returned((), out)
+
+        # hooks on all modules are not told keyword arguments
+        self._hooks.append(model.register_forward_hook(self._model_returned, with_kwargs=True))
+        self._hooks.append(register_module_forward_pre_hook(enter))
+        self._hooks.append(register_module_forward_hook(leave, always_call=True))
 
     def unwatch(self) -> None:
-        """Remove the forward hook."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def _sort(self, args: Any, kwargs: Any) -> tuple[list[Derived], list[Tensor], int]:
-        raise NotImplementedError
+        """Remove the hooks."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
+        raise NotImplementedError
+
+    def _use(self, func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> Any:
         raise NotImplementedError
 
     def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
@@ -103,6 +126,10 @@ class LossRecord(TorchFunctionMode):
         logits = losses.logits_of(func, args, kwargs)
         if not (isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()):
             return func(*args, **kwargs)
+        used, data, _ = sort(self._known, self.calls, args, kwargs)
+        if data:
+            args, kwargs = self._learned(args, kwargs, logits, used)
+            used, data, _ = sort(self._known, self.calls, args, kwargs)
         source = self._log_softmax.get(id(logits))
         if source is not None and source.output() is logits:
             call = losses.bind(func, args, kwargs, source.logits, source.dim)
@@ -110,16 +137,31 @@ class LossRecord(TorchFunctionMode):
         else:
             call, edge = losses.bind(func, args, kwargs), get_gradient_edge(logits)
         losses.check(call)
-        used, data, _ = self._sort(args, kwargs)
         out = func(*args, **kwargs)
         self.calls.append(func)
-        self._note_data(func, args, kwargs, data, out)
+        if data:
+            self._note_data(func, args, kwargs, data, out)
         if out.requires_grad:
             target = next((x for x in data if not x.requires_grad), None)
             origin = None if target is None else (self._made_from(target)[1], target.shape)
             call = dataclasses.replace(call, logits=call.logits.detach())
-            self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin))
+            self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin, called_at()))
         return out
+
+    def _learned(self, args: Any, kwargs: Any, logits: Tensor, used: list[Derived]) -> tuple[Any, Any]:
+        """The arguments with learned targets or variances broadcast to the logits, by a recorded call of its own."""
+        learned = {id(d.tensor): d for d in used if d.tensor is not logits and d.tensor.dim() in (0, logits.dim())}
+        if not learned:
+            return args, kwargs
+        like = logits.detach()
+        self._note_data(Tensor.detach, (logits,), {}, [logits], like)
+
+        def broadcast(t: Tensor) -> Tensor:
+            d = learned.get(id(t))
+            fits = d is not None and all(a in (1, b) for a, b in zip(t.shape, like.shape, strict=bool(t.dim())))
+            return self._use(Tensor.expand_as, (t, like), {}, [d], [like]) if fits and d is not None else t
+
+        return ops.replace(args, broadcast), ops.replace(kwargs, broadcast)
 
     def _own_loss(self, func: losses.OwnLoss, args: Any, kwargs: Any) -> Any:
         """Run and record a call that the user marked as a loss."""
@@ -135,9 +177,12 @@ class LossRecord(TorchFunctionMode):
             self.own.append(OwnUse(call, parts, get_gradient_edge(out)))
         return out
 
-    def _forward_hook(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Record the tensors that the model's forward was called with, and those that it returned."""
-        for x in losses.tensors_in(args):
+    def _model_returned(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        self._returned((args, kwargs), out)
+
+    def _returned(self, given: Any, out: Any) -> None:
+        """Record the tensors that the model's forward was called with, and those that a module returned."""
+        for x in losses.tensors_in(given):
             if x.dim() and not x.requires_grad:
                 self.entered.append(self._made_from(x)[1])
         if self.returned is not None and torch.is_grad_enabled():

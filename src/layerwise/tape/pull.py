@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -19,7 +19,21 @@ from layerwise import tensors
 from layerwise.errors import BadInput
 from layerwise.tape.uses import Use
 
-__all__ = ["accumulated", "alone", "backward_arguments", "differentiated", "hooked", "pull", "silent", "stopped"]
+__all__ = [
+    "OnePass",
+    "Place",
+    "accumulated",
+    "alone",
+    "backward_arguments",
+    "differentiated",
+    "hooked",
+    "pull",
+    "pull_stack",
+    "silent",
+    "stopped",
+]
+
+Place = Tensor | GradientEdge  # where a reverse pass starts or ends
 
 
 class _State(threading.local):
@@ -72,6 +86,38 @@ def pull(
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
+def pull_stack(outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Sequence[Place]) -> list[Tensor | None]:
+    """`pull` of V cotangents at once, `[V, *output]` to `[V, *input]` each; None for an input without a path.
+
+    Torch batches some derivatives wrongly, so the results are compared with that of one combination of them.
+    """
+    count = len(stacks[0])
+    if count > 2:  # below that the check costs as much as it saves
+        with suppress(RuntimeError):  # an operation without a batching rule
+            batched = pull(outputs, stacks, inputs, batched=True)
+            mix = torch.linspace(0.5, 1.5, count, dtype=torch.float64)
+            mix[::2] *= -1
+            single = pull(outputs, [_combine(mix, s) for s in stacks], inputs)
+            if all(_agree(mix, b, s) for b, s in zip(batched, single, strict=True)):
+                return batched
+    rows = [pull(outputs, [s[v] for s in stacks], inputs) for v in range(count)]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _combine(mix: Tensor, stack: Tensor) -> Tensor:
+    return torch.tensordot(mix.to(stack), stack, 1)
+
+
+def _agree(mix: Tensor, batched: Tensor | None, single: Tensor | None) -> bool:
+    """Whether the combination of batched results is the result of the combination, up to rounding."""
+    if batched is None or single is None:
+        return batched is single
+    if not batched.numel():
+        return True
+    scale = _combine(mix.abs(), batched.abs()).max()
+    return bool((_combine(mix, batched) - single).abs().max() <= 1e4 * torch.finfo(batched.dtype).eps * scale)
+
+
 @contextmanager
 def alone(device: str) -> Iterator[None]:
     """Run the library's own computations outside the user's torch-function modes and without autocast."""
@@ -85,18 +131,64 @@ def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     return lambda g: None if _STATE.pulling else hook(g)
 
 
+class OnePass:
+    """Tells the backward pass that starts from a tensor, inside the context, from others that run meanwhile."""
+
+    def __init__(self, total: Tensor) -> None:
+        self._root = get_gradient_edge(total).node if total.requires_grad else None
+        self._handle: Any = None
+        self._number: int | None = None  # torch's number of the pass; torch gives no number twice
+        self._threads: set[int] = set()
+        self._others: set[tuple[int, str]] = set()
+
+    def __enter__(self) -> OnePass:
+        if self._root is not None:
+            self._handle = self._root.register_prehook(self._begin)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _begin(self, grads: Any) -> None:
+        if self._number is None and not _STATE.pulling:
+            self._number = torch._C._current_graph_task_id()
+
+    @property
+    def running(self) -> bool:
+        """Whether a hook was called by this pass."""
+        return self._number == torch._C._current_graph_task_id()
+
+    def reaches(self, name: str) -> bool:
+        """As `running`, for a hook at a parameter."""
+        running, thread = self.running, threading.get_ident()
+        if running:
+            self._threads.add(thread)
+        else:
+            self._others.add((thread, name))
+        return running
+
+    @property
+    def strangers(self) -> list[str]:
+        """Parameters that another pass reached on a thread of this one, so that it began inside it, in a hook."""
+        return sorted({name for thread, name in self._others if thread in self._threads})
+
+
 @contextmanager
-def accumulated(parameters: Mapping[str, Tensor], before_hooks: bool = False) -> Iterator[dict[str, Tensor]]:
+def accumulated(
+    parameters: Mapping[str, Tensor], before_hooks: bool = False, within: OnePass | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Collect the gradients that a backward pass inside the context adds to each parameter's `.grad`, by name.
 
     They are read by node pre-hooks: a difference of `.grad` would be inexact, and a trainer's hooks may put something
     else into it, such as the average over ranks. Memory is shared with `.grad` until either is written to.
-    before_hooks: collect them as they are before the hooks on the parameters themselves (masks, scaling).
+    before_hooks: collect them as they are before the hooks on the parameters themselves (masks, scaling). within: the
+    pass whose gradients are collected, default all.
     """
     found: dict[str, Tensor] = {}
 
     def note(name: str, g: Tensor | None) -> None:
-        if g is not None and not _STATE.pulling:
+        if g is not None and not _STATE.pulling and (within is None or within.reaches(name)):
             new = tensors.lazy_copy(g.detach())
             found[name] = found[name] + new if name in found else new
 
@@ -131,11 +223,13 @@ def accumulated(parameters: Mapping[str, Tensor], before_hooks: bool = False) ->
 
 
 @contextmanager
-def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Iterator[None]:
+def hooked(
+    uses: Sequence[Use], receive: Callable[[Use, Tensor], None], within: OnePass | None = None
+) -> Iterator[None]:
     """Deliver each use's cotangent to `receive` while a backward pass runs inside the context.
 
     The hooks sit on the autograd nodes, ignore the products of `pull`, and are removed on exit, also after an
-    exception.
+    exception. within: the pass whose cotangents are delivered, default all.
     """
     handles = []
 
@@ -144,7 +238,7 @@ def hooked(uses: Sequence[Use], receive: Callable[[Use, Tensor], None]) -> Itera
 
         def hook(grads: Sequence[Tensor | None]) -> None:
             g = grads[index]
-            if g is not None and not _STATE.pulling:
+            if g is not None and not _STATE.pulling and (within is None or within.running):
                 receive(use, g)
 
         return hook

@@ -1,20 +1,22 @@
-"""The parts of a call that a use keeps: its arguments, with a tensor of its own for each occurrence, and its output."""
+"""The tensors of a call by their kind, and what a use keeps of it: arguments, a tensor for each occurrence, output."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerwise import ops
+from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
 from layerwise.tape.uses import Derived, bad_call, describe_func
 
-__all__ = ["Known", "distinct", "is_view", "kept", "own_output", "run", "written_copy"]
+__all__ = ["Known", "classify", "distinct", "is_view", "kept", "own_output", "run", "sort", "tensors_in"]
 
-Known = Mapping[int, Derived | Tensor]  # derived tensors and constants, by id
+Known = MutableMapping[int, Derived | Tensor]  # derived tensors and constants, by id
+_LISTS = (list, tuple)
+_SIMPLE = (int, str, type(None))  # arguments that enter the signature of a run; floats (rates, temperatures) may change
 
 
 def is_view(t: Any) -> bool:
@@ -22,19 +24,59 @@ def is_view(t: Any) -> bool:
     return isinstance(t, Tensor) and t._base is not None
 
 
-def written_copy(known: Known, func: Any, args: Any) -> tuple[Tensor | None, Any]:
-    """The view that a call writes onto, and the arguments with a copy in its place; None where there is no such view.
+def sort(known: Known, calls: list[Any], args: Any, kwargs: Any) -> tuple[list[Derived], list[Tensor], int]:
+    """The used tensors, the data tensors and the number of tensors among the arguments of a call.
 
-    What is written onto the copy is then copied back, so that the output has an edge of its own.
+    calls: the signature of the run, to which the simple arguments are appended.
     """
-    if not (ops.writes_first(func) and args and is_view(args[0])) or type(known.get(id(args[0]))) is Derived:
-        return None, args
-    return args[0], (args[0].clone(), *args[1:])
+    used: list[Derived] = []
+    data: list[Tensor] = []
+    count = 0
+    if kwargs:
+        calls += kwargs
+        args = (*args, *kwargs.values())
+    for arg in args:
+        if isinstance(arg, Tensor):
+            count += 1
+            kind = known.get(id(arg))
+            if kind is None:
+                if arg.dim() or arg.requires_grad:
+                    data.append(arg)
+            elif type(kind) is Derived:
+                used.append(kind)
+        elif isinstance(arg, _LISTS):
+            u, d, c = sort(known, calls, arg, None)
+            used += u
+            data += d
+            count += c
+        elif isinstance(arg, _SIMPLE):
+            calls.append(arg)
+        elif isinstance(arg, slice):
+            calls.append((arg.start, arg.stop, arg.step))
+    return used, data, count
 
 
-def distinct(
-    known: dict[int, Derived | Tensor], args: Any, kwargs: Any, used: list[Derived]
-) -> tuple[Any, Any, list[Derived]]:
+def classify(known: Known, out: Any, used: list[Derived]) -> None:
+    """Note the results of a call without data: derived where they need grad, constants otherwise."""
+    names = frozenset().union(*(d.names for d in used)) if used else frozenset()
+    for tensor in tensors_in(out):
+        if tensor.requires_grad:
+            if names and not tensor.is_leaf:  # fused in-place calls return the parameters themselves
+                known[id(tensor)] = Derived(tensor, names)
+        else:
+            known[id(tensor)] = tensor
+
+
+def tensors_in(out: Any) -> Sequence[Tensor]:
+    """A tensor, or those of a list."""
+    if isinstance(out, Tensor):
+        return (out,)
+    if isinstance(out, _LISTS):
+        return [t for t in out if isinstance(t, Tensor)]
+    return ()
+
+
+def distinct(known: Known, args: Any, kwargs: Any, used: list[Derived]) -> tuple[Any, Any, list[Derived]]:
     """The arguments and the used tensors of a call, with a view for each further occurrence of the same tensor.
 
     Each occurrence then has a slot, and a gradient, of its own. The views are noted in `known`.
@@ -80,8 +122,13 @@ def _kept(known: Known, arg: Any, dense: bool, clone: bool = False) -> Any:
     return arg
 
 
-def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> tuple[Any, Tensor]:
-    """What a call returns, and the tensor that it made or wrote onto; where torch refuses, the parameters are named."""
+def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tensor]) -> tuple[Any, Tensor | None]:
+    """What a call returns, and the tensor that it made or wrote onto; where torch refuses, the parameters are named.
+
+    The second is None where no gradient flows through the call, which compares tensors, for one.
+    """
+    if ops.writes_first(func) and args and any(args[0] is d.tensor for d in used):
+        args = (args[0].clone(), *args[1:])
     try:
         out = func(*args, **kwargs)
     except torch.OutOfMemoryError:
@@ -92,6 +139,8 @@ def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tenso
         raise bad_call(func, used, data, error) from error
     result = args[0] if out is None and args and ops.writes_first(func) else out
     if not isinstance(result, Tensor):
+        if not any(t.requires_grad for t in losses.tensors_in(out)):
+            return out, None
         names = sorted(set().union(*(d.names for d in used)))
         raise UnsupportedCall(
             f"{describe_func(func)} uses the parameters {', '.join(names)} and returns "

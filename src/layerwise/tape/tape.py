@@ -2,8 +2,8 @@
 
 `Tape` is a `TorchFunctionMode` around the user's own forward. It changes no value (but for the rounding of composite
 calls, attention and recurrent layers, which run as their parts) and writes nothing onto modules or parameters. With
-`own_losses`, as under `observe`, the model has a forward hook while the context is active, which records the tensors
-that the model returns; the hook is removed at the end of the context. No other hook is registered in the forward pass.
+`own_losses`, as under `observe`, torch's global module hooks record while the context is active what the model returns,
+or those of its modules that the user calls one by one. No other hook is registered in the forward pass.
 
 For each torch call that touches a parameter (or a tensor derived from parameters only) and some data, the tape keeps a
 `Use`: the call with its data detached, and the gradient edge of its output, where cotangents can be read later.
@@ -19,33 +19,39 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
 from layerwise.nn.hard import crossed, hard
 from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
-from layerwise.tape.binding import Binding, Leaves, check_replaced, check_sharded, check_whole
+from layerwise.tape.binding import Binding, Leaves, check_sharded, check_whole, refuse_replaced
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
+from layerwise.tape.gradient_calls import gradient_uses
 from layerwise.tape.gradient_scalers import SCALER_CALLS, ScalerCalls
 from layerwise.tape.loss_calls import LossRecord
+from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
-from layerwise.tape.recorded_call import distinct, is_view, kept, own_output, run, written_copy
+from layerwise.tape.recorded_call import classify, distinct, is_view, kept, own_output, run, sort, tensors_in
 from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
+from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
 __all__ = ["Tape"]
 
 
-_LISTS = (list, tuple)
-_SIMPLE = (int, str, type(None))  # arguments that enter the signature of a run; floats (rates, temperatures) may change
+class FirstChoice(NamedTuple):
+    """How many entries of the signature, and how many uses, were recorded before a choice."""
+
+    calls: int
+    uses: int
 
 
 class Tape(LossRecord):
@@ -60,6 +66,7 @@ class Tape(LossRecord):
     crosses: whether functions without a derivative (`lw.nn.Hard`) pass on their surrogate gradients.
     whole: whether the handler keeps FSDP2's whole parameters in place while it reads the record.
     partial: whether the running backward pass was given `inputs`, and may leave out parts of the graph.
+    choice: where in the record an index or a mask first picked among activations; None where none did.
     spent: nodes of forgotten uses whose graph was retained, so that another backward pass may run through them.
     """
 
@@ -97,6 +104,10 @@ class Tape(LossRecord):
         """Looks up the names of the followed parameters at the leaves of a graph."""
         return Leaves(self._binding)
 
+    def derives(self, name: str) -> bool:
+        """Whether a call without data read a parameter."""
+        return any(type(k) is Derived and name in k.names and not k.tensor.is_leaf for k in self._known.values())
+
     def close(self) -> None:
         """Forget the record and the handler of backward passes, whose owner may hold this tape: no cycle is left."""
         self.clear()
@@ -118,6 +129,7 @@ class Tape(LossRecord):
         self._outputs: dict[int, Use] = {}
         self._origins = Origins()
         self._retained: list[weakref.ref[Tensor]] = []
+        self.choice: FirstChoice | None = None
 
     def forget(self, uses: Iterable[Use], made: Iterable[LossUse]) -> None:
         """Forget the uses and losses of one backward pass; everything, where no other forward is left."""
@@ -147,12 +159,11 @@ class Tape(LossRecord):
             raise
 
     def __exit__(self, *exc: Any) -> None:
-        if any(mode is self for mode in _get_current_function_mode_stack()):
-            super().__exit__(*exc)
         self.unwatch()
         if self._stance is not None:
             self._stance.__exit__(*exc)
             self._stance = None
+        leave(self)  # at last: a mode that is active shows that its end was cut short
 
     # -- the mode -----------------------------------------------------------------------------------
 
@@ -168,9 +179,9 @@ class Tape(LossRecord):
             return self._gradients(func, args, kwargs)
         if func in losses.PROJECTED and torch.is_grad_enabled():
             return self._projected(func, args, kwargs)
-        used, data, tensors = self._sort(args, kwargs)
+        used, data, tensors = sort(self._known, self.calls, args, kwargs)
         if data and torch.is_grad_enabled() and self._late(data):
-            used, data, tensors = self._sort(args, kwargs)
+            used, data, tensors = sort(self._known, self.calls, args, kwargs)
         if used and data and torch.is_grad_enabled() and getattr(func, "__name__", "") != "__get__":
             run = self._use if ops.decomposition(func) is None else self._decompose
             return run(func, args, kwargs, used, data)
@@ -178,7 +189,12 @@ class Tape(LossRecord):
             return self._log_softmax_call(func, args, kwargs, data[0])
         if self._views and data and args and ops.writes_first(func) and isinstance(args[0], Tensor):
             self.before_write(args[0])
+        assembles = used and torch.is_grad_enabled() and args and ops.writes_first(func)
+        if assembles:
+            preserve(self.uses, args[0])
         out = func(*args, **kwargs)
+        if assembles:
+            assembled(self._known, args[0], frozenset().union(*(d.names for d in used)))
         if func in SCALER_CALLS:
             self.scaler_calls.note(func, args, out)
         if not isinstance(out, (Tensor, list, tuple)):
@@ -189,76 +205,32 @@ class Tape(LossRecord):
         self.calls.append(func)
         if not data:
             if tensors or func not in DATA:
-                self._classify(func, out, used)
+                classify(self._known, out, used)
         elif func in FACTORIES:
-            self._classify(func, out, [])
+            classify(self._known, out, [])
         else:
             self._note_data(func, args, kwargs, data, out)
             self._written(func, args)
         return out
-
-    def _sort(self, args: Any, kwargs: Any) -> tuple[list[Derived], list[Tensor], int]:
-        """The used tensors, the data tensors and the number of tensors among the arguments."""
-        known = self._known
-        used: list[Derived] = []
-        data: list[Tensor] = []
-        count = 0
-        calls = self.calls
-        if kwargs:
-            calls += kwargs
-            args = (*args, *kwargs.values())
-        for arg in args:
-            if isinstance(arg, Tensor):
-                count += 1
-                kind = known.get(id(arg))
-                if kind is None:
-                    if arg.dim() or arg.requires_grad:
-                        data.append(arg)
-                elif type(kind) is Derived:
-                    used.append(kind)
-            elif isinstance(arg, _LISTS):
-                u, d, c = self._sort(arg, None)
-                used += u
-                data += d
-                count += c
-            elif isinstance(arg, _SIMPLE):
-                calls.append(arg)
-            elif isinstance(arg, slice):
-                calls.append((arg.start, arg.stop, arg.step))
-        return used, data, count
 
     def _late(self, data: list[Tensor]) -> bool:
         """Bind the parameters among the data that replaced others of the model; whether there were any."""
         unknown = [t for t in data if type(t) is Parameter and t.requires_grad]
         new = self._binding.again(unknown, len(data) > 1) if unknown else {}
         for name, p in new.items():
-            check_replaced(name, any(name in d.names for use in self.uses for d in use.used))
+            if any(name in d.names for use in self.uses for d in use.used):
+                refuse_replaced([name], "since a call with the old one was recorded; run each forward and its backward "
+                                "pass with the same parameters")  # fmt: skip
             old = self._binding.bind(name, p)
             self._known.pop(id(old), None)
             self._known[id(p)] = Derived(p, frozenset((name,))) if p.requires_grad else p
         return bool(new)
 
-    def _classify(self, func: Any, out: Any, used: list[Derived]) -> None:
-        """Note the results of a call without data: derived where they need grad, constants otherwise."""
-        names = frozenset().union(*(d.names for d in used)) if used else frozenset()
-        for tensor in _tensors(out):
-            if tensor.requires_grad:
-                if names and not tensor.is_leaf:  # fused in-place calls return the parameters themselves
-                    self._known[id(tensor)] = Derived(tensor, names)
-            else:
-                self._known[id(tensor)] = tensor
-
     def _written(self, func: Any, args: Any) -> None:
-        """Where a call writes data into a constant, make the constant and all its views data."""
-        if not (args and ops.writes_first(func)):  # `nn.init` hands its tensor over by name, and calls again
-            return
-        target = args[0]
-        if not isinstance(target, Tensor) or id(target) not in self._known:
-            return
-        storage = target.untyped_storage().data_ptr()
-        for key, kind in list(self._known.items()):
-            if isinstance(kind, Tensor) and kind.untyped_storage().data_ptr() == storage:
-                del self._known[key]
+        """Where a call writes data onto a constant or a derived tensor, make it and all its views data."""
+        # `nn.init` hands its tensor over by name, and calls again
+        if args and ops.writes_first(func) and isinstance(args[0], Tensor):
+            forget_written(self._known, args[0])
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
         """Note the calls that read a use's output, and the batch that each result was made from."""
@@ -276,8 +248,9 @@ class Tape(LossRecord):
     def _note_places(self, args: Any, kwargs: Any) -> None:
         """Enter the values of an index or a mask into the signature: they decide which elements are combined."""
         for arg in (*args, *kwargs.values()):
-            for tensor in _tensors(arg):
+            for tensor in tensors_in(arg):
                 if not tensor.is_floating_point():
+                    self.choice = self.choice or FirstChoice(len(self.calls), self._recorded)
                     self.calls.append(hash(tensor.detach().cpu().numpy().tobytes()))
 
     def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
@@ -294,14 +267,17 @@ class Tape(LossRecord):
         if self.first is None:
             self.first = batch
         self._note_data(func, args, kwargs, data, None)
-        target, args = written_copy(self._known, func, args)
+        write = Write.of(self._known, func, args, used, data)
+        func, args, used, data, target, _ = write
         if target is not None:
-            data = [args[0] if t is target else t for t in data]
+            preserve(self.uses, target)
         inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
         own_args, own_kwargs, used = distinct(self._known, args, kwargs, used)
         call_args, call_kwargs = kept(self._known, func, own_args, own_kwargs)
         out, result = run(func, args, kwargs, used, data)
         self.calls.append(func)
+        if result is None:
+            return out
         if out is result and is_view(result):
             out = result = own_output(func, result, (*data, *(d.tensor for d in used)))
         self._written(func, (result if target is None else target,))
@@ -317,7 +293,7 @@ class Tape(LossRecord):
             self.calls.append(result.shape)
         if target is not None:
             self._note_data(Tensor.copy_, (target, result), {}, [result], None)
-            target.copy_(result)
+            write.back(result)
             out = None if out is None else target
         return out
 
@@ -351,7 +327,12 @@ class Tape(LossRecord):
             self._retained.append(weakref.ref(args[0]))
         if func is Tensor.register_hook and len(args) > 1:
             args = (args[0], silent(args[1]), *args[2:])
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is torch.autograd.grad and torch.is_grad_enabled():
+            self.uses += gradient_uses(out, self.uses, self._recorded, self.leaves())
+            self._recorded += len(out)
+            self.calls.append(func)
+        return out
 
     def retained(self) -> list[Tensor]:
         """The live activations with `retain_grad`."""
@@ -371,11 +352,3 @@ class Tape(LossRecord):
         self.spent.update(nodes)
         self.spent.difference_update(use.edge.node for use in self.uses)
         return out
-
-
-def _tensors(out: Any) -> Iterable[Tensor]:
-    if isinstance(out, Tensor):
-        return (out,)
-    if isinstance(out, _LISTS):
-        return [t for t in out if isinstance(t, Tensor)]
-    return ()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +27,11 @@ __all__ = [
     "Use",
     "bad_call",
     "boundary_of",
+    "called_at",
     "describe_func",
     "first_bad_call",
     "named_parameters_of",
+    "place",
 ]
 
 _INTERNAL = {"layerwise", "torch", "contextlib", "functools"}
@@ -47,6 +51,7 @@ class Use:
     edge: gradient edge of the output. inputs: gradient edges of the data arguments, read before the call.
     batch: the tensor that the data was made from by maps that keep the samples. origin: where the rows of the data come
     from, and the data's shape; None where the data requires a gradient.
+    at: the file and line of the user's code that made the call.
     consumers: the calls that read the output, as (function, args, kwargs without tensors).
     """
 
@@ -55,6 +60,7 @@ class Use:
         "_read",
         "_released",
         "_slots",
+        "at",
         "batch",
         "call",
         "consumers",
@@ -76,7 +82,7 @@ class Use:
         batch: Tensor,
         keep: bool,
     ) -> None:
-        self.index = index
+        self.index, self.at = index, called_at()
         self.call = call
         self.used = used
         self.inputs = inputs
@@ -126,9 +132,22 @@ class Use:
                     f"{describe_func(self.call.func)} of {', '.join(self.names)} has no row form: its per-sample "
                     "gradients are exact, but take one vector-Jacobian product a sample",
                     SlowPath,
-                    stacklevel=_callers_level(),
+                    stacklevel=_users_frame()[0] + 1,
                 )
         return self._slots
+
+    def exchange(self, changes: Callable[[Tensor], bool]) -> None:
+        """Keep copies of those of the used tensors that a call is about to write onto."""
+        copies = {id(d.tensor): d.tensor.clone() for d in self.used if changes(d.tensor)}
+        if not copies:
+            return
+
+        def kept(t: Tensor) -> Tensor:
+            return copies.get(id(t), t)
+
+        self.used = [Derived(kept(d.tensor), d.names) for d in self.used]
+        args, kwargs = ops.replace(self.call.args, kept), ops.replace(self.call.kwargs, kept)
+        self.call, self._slots = self.call._replace(args=args, kwargs=kwargs), None
 
     def release(self) -> None:
         """Drop the call's arguments, which are not read any more, so that autograd's own freeing takes effect."""
@@ -142,7 +161,7 @@ class Use:
         return sorted(set().union(*(d.names for d in self.used)))
 
     def __repr__(self) -> str:
-        return f"Use {self.index}: {describe_func(self.call.func)} of {', '.join(self.names)}"
+        return f"Use {self.index}: {describe_func(self.call.func)} of {', '.join(self.names)}{place(self.at)}"
 
 
 def _unchanged(kept: tuple[Tensor, int] | None) -> Tensor | None:
@@ -150,24 +169,40 @@ def _unchanged(kept: tuple[Tensor, int] | None) -> Tensor | None:
     return kept[0] if kept is not None and kept[0]._version == kept[1] else None
 
 
-def _callers_level() -> int:
-    """The `stacklevel` of a warning from the function that calls this, for it to name the user's line."""
-    level, frame = 1, sys._getframe(1)
+def _users_frame() -> tuple[int, FrameType]:
+    """The frame of the user's code that runs now, and its level above the function that calls this."""
+    level, frame = 0, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INTERNAL:
         level, frame = level + 1, frame.f_back
-    return level
+    return level, frame
+
+
+def called_at() -> tuple[str, int]:
+    """The file and line of the user's code that runs now."""
+    frame = _users_frame()[1]
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def place(at: tuple[str, int]) -> str:
+    """A file and line in words; nothing where there is none."""
+    return f" (line {at[1]} of {Path(at[0]).name})" if at[0] else ""
 
 
 class LossUse(NamedTuple):
     """A call that makes a loss: its bound arguments, the edges of its logits and of its value.
 
-    target: where the rows of its target come from, and the target's shape; None where that is unknown.
+    target: where the rows of its target come from, and the target's shape; None where that is unknown. at: the file and
+    line of the user's code that made the call.
     """
 
     call: losses.LossCall | losses.OwnCall
     logits: GradientEdge
     value: GradientEdge
     target: tuple[Origin, torch.Size] | None = None
+    at: tuple[str, int] = ("", 0)
+
+    def __str__(self) -> str:
+        return f"{self.call.name}{place(self.at)}"
 
 
 class OwnUse(NamedTuple):

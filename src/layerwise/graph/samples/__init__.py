@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerwise.graph.samples.measure import count, measure
+from layerwise.graph.samples.measure import count, measure, said_count
 from layerwise.graph.samples.sample_layout import SampleLayout
 
-__all__ = ["SampleLayout", "count", "measure"]
+__all__ = ["SampleLayout", "count", "measure", "said_count"]

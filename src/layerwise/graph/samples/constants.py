@@ -8,6 +8,7 @@ there the vector-Jacobian products are taken again, one for each sample.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +17,27 @@ from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.coverage import Graph
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers
+from layerwise.graph.samples.readings import outside
 from layerwise.graph.samples.sample_axes import free_axes
-from layerwise.graph.samples.sample_layout import Where
-from layerwise.graph.walk import Node, edges, finished
+from layerwise.graph.samples.sample_layout import SampleLayout, Where
+from layerwise.graph.walk import Node, by_node, edges, finished, inputs, nodes
 from layerwise.ops.base import Call, Slot
 from layerwise.rows.base import RowNumbers, Samples, gradients
 from layerwise.tape.origins import sources
 from layerwise.tape.pull import pull, stopped
 from layerwise.tape.uses import Use
 
-__all__ = ["shared_uses"]
+__all__ = ["KeptLayout", "shared_uses"]
+
+
+class SharedPlace(NamedTuple):
+    """A `SharedUse` without its graph: numbers of nodes in a walk from the losses, and of uses."""
+
+    use: int
+    node: int
+    output: int
+    members: tuple[int, ...]
+    stops: frozenset[int]
 
 
 class SharedSlot(Slot):
@@ -61,7 +73,7 @@ class SharedUse(Use):
 
     def __init__(self, index: int, edge: GradientEdge, members: Sequence[Use], stops: Collection[Node]) -> None:
         shape = edge.node._input_metadata[edge.output_nr].shape
-        self.index, self.edge, self.inputs = index, edge, []
+        self.index, self.at, self.edge, self.inputs = index, members[0].at, edge, []
         self.call = Call(members[0].call.func, (), {}, torch.Size(shape))
         self.used = [d for use in members for d in use.used]
         self.batch, self.origin, self.output = members[0].batch, None, members[0].output
@@ -71,6 +83,12 @@ class SharedUse(Use):
         self._members, self._stops = list(members), set(stops)
         self._last: tuple[Tensor, dict[int, Tensor | None]] | None = None
         self._slots = [SharedSlot(self, use, slot) for use in members for slot in use.slots]
+
+    def place(self, number: Mapping[Node, int]) -> SharedPlace:
+        """Where it is in any graph of the same calls; number: of each node in a walk."""
+        members = tuple(use.index for use in self._members)
+        stops = frozenset(number[node] for node in self._stops)
+        return SharedPlace(self.index, number[self.edge.node], self.edge.output_nr, members, stops)
 
     def apart(self, g: Tensor, samples: Samples | RowNumbers) -> dict[int, Tensor | None]:
         """The cotangents `[V·N, *out_shape]` at each member, from `[V, *out_shape]` here, one for each sample."""
@@ -86,6 +104,42 @@ class SharedUse(Use):
     def release(self) -> None:
         """Forget the last cotangents."""
         self._last = None
+
+
+@dataclass(frozen=True)
+class KeptLayout:
+    """A layout without the graph that it was measured on."""
+
+    layout: SampleLayout
+    shared: Sequence[SharedPlace] = ()
+
+    @classmethod
+    def of(cls, graph: Graph, layout: SampleLayout) -> KeptLayout:
+        """What holds for every graph of the same calls and wiring."""
+        shared = [use for use in layout.shared if isinstance(use, SharedUse)]
+        number = {node: i for i, node in enumerate(_walk(graph))} if shared else {}
+        return cls(replace(layout, shared=()), [use.place(number) for use in shared])
+
+    def on(self, graph: Graph) -> SampleLayout:
+        """The layout of such a graph."""
+        if not self.shared:
+            return self.layout
+        found, uses = list(_walk(graph)), {use.index: use for use in graph.uses}
+        shared = [
+            SharedUse(
+                place.use,
+                GradientEdge(found[place.node], place.output),
+                [uses[i] for i in place.members],
+                [found[i] for i in place.stops],
+            )
+            for place in self.shared
+        ]
+        return replace(self.layout, shared=shared)
+
+
+def _walk(graph: Graph) -> Iterator[Node]:
+    """The nodes from the losses down through the uses, in the same order for the same wiring."""
+    return nodes([loss.logits for loss in graph.losses], inputs(by_node(graph.uses)))
 
 
 class _Region(NamedTuple):
@@ -104,18 +158,25 @@ def shared_uses(
 ) -> tuple[list[SharedUse], dict[int, Where]] | None:
     """What stands in for the uses whose outputs answer for several samples; None where some of them mix samples.
 
+    A use that read none of the tensors that the model was called with mixes none where one of these has n rows.
     roots: the losses' numbered terms. partly: the numbers of those with rows that answer for a single sample.
     """
     apart = [use for use in graph.uses if use.index not in mixed]
-    if not _other_sources(mixed.values(), apart, n) or not _fed_by(mixed, apart):
+    called = [source for origin in graph.entered for source in sources(origin)]
+    carried = any(source.shape[:1] == (n,) for source in called)
+    beside = {i for i, use in mixed.items() if carried and use.origin is not None and outside(graph, use.origin[0])}
+    others = [use for i, use in mixed.items() if i not in beside]
+    if not _other_sources(others, apart, n) or not _fed_by(mixed, apart):
         return None
     region = _region(roots, n, mixed)
     fronts = list(_fronts(region, mixed))
     holds_none = dict.fromkeys(mixed, True)
     for edge, numbers, members, stops in fronts:
         for use in members:
-            holds_none[use.index] &= (use.index not in partly and not _may_hold(use, n)) or _position_of(
-                edge, numbers, use, n, stops
+            holds_none[use.index] &= (
+                use.index in beside
+                or (use.index not in partly and not _may_hold(use, n))
+                or _position_of(edge, numbers, use, n, stops)
             )
     if not all(holds_none[use.index] or _alike(use, mixed.values(), holds_none) for use in mixed.values()):
         return None

@@ -6,7 +6,7 @@ input was taken from, from the terms that a loss of the user's own adds up, or f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, over, row_numbers
-from layerwise.graph.samples.readings import on_output, origin_rows
+from layerwise.graph.samples.readings import on_output, origin_rows, outside
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import Where
 from layerwise.graph.separable import loss_terms
@@ -26,7 +26,7 @@ from layerwise.tape.origins import Origin, sources
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["numberings"]
+__all__ = ["by_known_rows", "by_target", "numberings", "unheard"]
 
 
 def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Where]]:
@@ -67,6 +67,10 @@ def _all_of_one(loss: LossUse) -> RowNumbers:
 
 
 def _by_target(graph: Graph, loss: LossUse, n: int) -> Where | None:
+    return by_target(loss, n)
+
+
+def by_target(loss: LossUse, n: int) -> Where | None:
     """The rows that the target of a loss was taken from."""
     if loss.target is None:
         return None
@@ -85,21 +89,21 @@ def _of_terms(loss: LossUse, rows: Tensor, n: int) -> RowNumbers | None:
 
 
 def _by_inputs(graph: Graph, loss: LossUse, n: int) -> Where | None:
-    """The rows that the inputs of uses were taken from, carried to the loss's terms by vector-Jacobian products."""
+    return by_known_rows(loss, n, list(_known_rows(graph, n)))
+
+
+def by_known_rows(loss: LossUse, n: int, known: Sequence[tuple[Use, Tensor]]) -> Where | None:
+    """The known rows of uses' outputs, carried to the loss's terms by vector-Jacobian products."""
     logits = loss.call.logits
     terms = _term_shape(loss)
     count = terms.numel()
     owners = torch.arange(count, device=logits.device).reshape(terms)
     owners = owners if loss.call.class_axis is None else owners.unsqueeze(loss.call.class_axis)
-    known = list(_known_rows(graph, n))
     if not known or not count:
         return None
     found = torch.full((count,), NONE, device=logits.device)
-    reached = element_numbers([Root(loss.logits, logits, owners)], count, [use.edge for use, _ in known])
-    for (use, rows), number in zip(known, reached, strict=True):
-        if number is None:
-            continue
-        term = row_numbers(use, number)
+    reached = row_numbers([Root(loss.logits, logits, owners)], count, [use for use, _ in known])
+    for (_, rows), term in zip(known, reached, strict=True):
         if bool((term == MIXED).any()):
             continue
         term, sample = torch.broadcast_tensors(term, rows.to(term.device))
@@ -116,7 +120,19 @@ def _by_inputs(graph: Graph, loss: LossUse, n: int) -> Where | None:
 
 
 def _by_derivatives(graph: Graph, loss: LossUse, n: int) -> Where | None:
-    """The same where a row reaches several terms: by products with the Jacobian, from numbered rows to terms.
+    """The same where a row reaches several terms: by products with the Jacobian."""
+    found = _terms_of_rows(graph, loss, n)
+    return None if found is None or bool((found < 0).any()) else RowNumbers(n, found)
+
+
+def unheard(graph: Graph, loss: LossUse, n: int) -> bool:
+    """Whether some term of a loss answers for no row with a known sample, and so may be of any sample."""
+    found = _terms_of_rows(graph, loss, n)
+    return found is not None and bool((found == NONE).any())
+
+
+def _terms_of_rows(graph: Graph, loss: LossUse, n: int) -> Tensor | None:
+    """For each term of a loss the sample whose rows it answers for, NONE or MIXED; None where that cannot be measured.
 
     J v is the derivative by r of v · (J^T r); where the part of v in each sample is multiplied by a power of two, a
     term that depends on one sample is multiplied by the same.
@@ -143,18 +159,20 @@ def _by_derivatives(graph: Graph, loss: LossUse, n: int) -> Where | None:
     if found is None:
         return None
     axis = loss.call.class_axis
-    found = over([] if axis is None else [axis], found)
-    return None if bool((found < 0).any()) else RowNumbers(n, found)
+    return over([] if axis is None else [axis], found)
 
 
 def _known_rows(graph: Graph, n: int) -> Iterator[tuple[Use, Tensor]]:
-    """Uses whose rows have known samples, those next to the losses first: from the origin, or n rows on dim 0."""
+    """Uses whose rows have known samples, those next to the losses first: from the origin, or n rows on dim 0.
+
+    Where the model was called with tensors, a use that read none of them says nothing: it may have read a constant.
+    """
     for use in reversed(graph.uses):
         if use.origin is None:
             if use.call.out_shape and use.call.out_shape[0] == n:
                 yield use, torch.arange(n).reshape(-1, *[1] * (len(use.call.out_shape) - 1))
             continue
-        rows = _input_rows(use, n)
+        rows = None if outside(graph, use.origin[0]) else _input_rows(use, n)
         if rows is not None:
             yield use, rows
 

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
+import torch
+from torch import Tensor
 
 from layerwise.errors import AmbiguousSamples, BadInput, LayerwiseError, SamplesMixed
 from layerwise.graph.coverage import Graph, prove
 from layerwise.graph.samples import readings
-from layerwise.graph.samples.rows import by_rows, check_losses, one_row_a_sample, one_sample_a_row
-from layerwise.graph.samples.sample_axes import by_axes, structural
+from layerwise.graph.samples.constants import KeptLayout
+from layerwise.graph.samples.first_uses import FirstUses
+from layerwise.graph.samples.memo import Memo, Refused, key_of, memo_of, recalled, remember
+from layerwise.graph.samples.rows import by_rows, check_losses, one_row_a_sample, one_sample_a_row, owners_of_rows
+from layerwise.graph.samples.sample_axes import by_axes, on_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
-from layerwise.graph.walk import Node, by_node, inputs, nodes
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Source, settle
 from layerwise.tape.tape import Tape
 
-__all__ = ["count", "measure"]
+__all__ = ["count", "measure", "said_count"]
 
-Refused = tuple[type[LayerwiseError], str]
-Memo = dict[Any, SampleLayout | Refused]
-
-# A cache of measurements, one entry per live model: nothing in it changes a result. The entry of a functional model
-# lives as long as the model's first tensor; the other tensors are in the key.
-_MEASURED: weakref.WeakKeyDictionary[nn.Module, Memo] = weakref.WeakKeyDictionary()
-_FUNCTIONAL: MutableMapping[Tensor, Memo] = WeakTensorKeyDictionary()
-_MEMO_LIMIT = 64
 _REFUSALS = (SamplesMixed, AmbiguousSamples, BadInput)
 _NO_BATCH = "asked for per-sample quantities, but no batch with a sample axis was seen; pass samples=N"
 
@@ -42,14 +35,47 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     targets and the losses say.
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
-    settle([*readings.origins(graph), *tape.entered])
+    settle([*readings.origins(graph), *graph.entered])
+    told = readings.hashed(samples)
+    key, memo = key_of(tape, graph, model, told), memo_of(model)
+    place = key, readings.places(graph.entered, readings.origins(graph), graph.uses)
+    found = recalled(memo, place)
+    if isinstance(found, KeptLayout):
+        return _checked(graph, found.on(graph))
+    first = None if isinstance(samples, Tensor) else FirstUses.of(tape, graph, model, told)
+    layout = None if first is None else first.recall(memo)
+    if layout is None:
+        layout = on_axes(graph, _measured(tape, graph, samples, key, memo))
+        if first is not None:
+            first.remember(memo, layout)
+    else:
+        _checked(graph, layout)
+    if place not in memo:
+        remember(memo, place, None)  # a batch of other indices or masks is not worth a proof for all values
+    elif _for_all_values(graph, layout, memo.get(key)):
+        remember(memo, place, KeptLayout.of(graph, layout))
+    return layout
+
+
+def _for_all_values(graph: Graph, layout: SampleLayout, proved: Any) -> bool:
+    """Whether a layout may be remembered: every row has a sample, and no values could give it another.
+
+    proved: one of which this is known.
+    """
+    if isinstance(proved, KeptLayout) and (proved.layout.uses, proved.layout.losses) == (layout.uses, layout.losses):
+        return True
+    numbered = [where for where in layout.uses.values() if isinstance(where, RowNumbers)]
+    return all(bool((where.numbers >= 0).all()) for where in numbered) and structural(layout.graph(graph), layout)
+
+
+def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, memo: Memo) -> SampleLayout:
+    """The layout of a graph that was not measured before."""
     if isinstance(samples, Tensor):
         return next(by_rows(graph, int(samples.max()) + 1, samples))
-    key, memo = _signature(tape, graph, model, samples), _memo(model)
     n = samples if samples is not None else readings.first_count(graph)
-    if n is None or (samples is None and readings.contradictory(tape, graph)):
-        return _remembered(tape, graph, key, memo, None)
-    refusal = memo.get((key, "axes"))
+    if n is None or (samples is None and readings.contradictory(graph)):
+        return _first_that_holds(tape, graph, readings.candidates(graph))
+    refusal = recalled(memo, (key, "axes"))
     if not isinstance(refusal, tuple):
         try:
             return _checked(graph, _on_axes(tape, graph, n, key, memo, samples is None))
@@ -57,38 +83,24 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
             if isinstance(error, AmbiguousSamples) and not graph.own:
                 raise
             refusal = _parts(error)
-    before = memo.get((key, "refused"))  # row by row, too: nothing in what the tensors were made from can change that
+    before = recalled(memo, (key, "refused"))  # row by row, too: nothing that the tensors were made from can change it
     if isinstance(before, tuple):
         raise before[0](before[1])
     try:
         # of a loss of the user's own the terms may say which rows are a sample
-        alone = n if refusal[0] is AmbiguousSamples or samples is not None else None
-        layout = _remembered(tape, graph, key, memo, alone)
-        _remember(memo, (key, "axes"), refusal)
+        alone = refusal[0] is AmbiguousSamples or samples is not None
+        if alone:
+            layout = next(by_rows(graph, n))
+        else:
+            layout = _first_that_holds(tape, graph, readings.candidates(graph))
+        remember(memo, (key, "axes"), refusal)
         return layout
     except _REFUSALS as error:
         kind, text = _parts(error)
     kind, text = (kind, text) if refusal[0] is BadInput and kind is not BadInput else refusal
     if all(isinstance(origin, Source) for origin in readings.origins(graph)):
-        _remember(memo, (key, "refused"), (kind, text))
+        remember(memo, (key, "refused"), (kind, text))
     raise kind(text)
-
-
-def _remembered(tape: Tape, graph: Graph, key: Any, memo: Memo, n: int | None) -> SampleLayout:
-    """The layout by what is said of the number of samples, or by rows of n samples; remembered where all have rows."""
-    place = (key, readings.places(tape, graph), n)
-    found = memo.get(place)
-    if isinstance(found, SampleLayout):
-        return _checked(graph, found)
-    if n is None:
-        layout = _first_that_holds(tape, graph, readings.candidates(tape, graph))
-    else:
-        layout = next(by_rows(graph, n))
-    numbered = [where for where in layout.uses.values() if isinstance(where, RowNumbers)]
-    every = all(bool((where.numbers >= 0).all()) for where in numbered)
-    if every and not layout.shared and structural(graph, layout):
-        _remember(memo, place, layout)
-    return layout
 
 
 def _parts(error: LayerwiseError) -> Refused:
@@ -104,9 +116,7 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
     """
     first = readings.first_count(graph) or 1
     shapes = [loss.call.logits.shape for loss in tape.losses]
-    if not readings.contradictory(tape, graph) and all(
-        any(size % first == 0 for size in shape) for shape in shapes if shape
-    ):
+    if not readings.contradictory(graph) and all(any(size % first == 0 for size in shape) for shape in shapes if shape):
         return first
     try:
         whole = graph if graph.losses else prove(tape, total, graph.weight)
@@ -114,6 +124,27 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
     except LayerwiseError:
         lead = {shape[0] for shape in shapes if shape}
         return min(first, *lead) if len(lead) == 1 else first
+
+
+def said_count(samples: int | Tensor | None, what: str) -> int | None:
+    """The number of samples that a user says, by itself or by a sample number for each loss term; None for None.
+
+    what: the argument, for the error. Raises BadInput where it is neither.
+    """
+    if samples is None:
+        return None
+    if not isinstance(samples, Tensor):
+        if not isinstance(samples, int) or samples < 1:
+            raise BadInput(f"{what} must be None, a whole number of at least 1, or a tensor, got {samples!r}")
+        return samples
+    if samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool or not samples.numel():
+        raise BadInput(
+            f"{what} as a tensor must hold a whole number for each loss term, 0 to N - 1, got "
+            f"{samples.dtype} of shape {tuple(samples.shape)}"
+        )
+    if int(samples.min()) < 0:
+        raise BadInput(f"{what} as a tensor must hold numbers from 0 on, got {int(samples.min())}")
+    return int(samples.max()) + 1
 
 
 def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Sequence[int]]) -> SampleLayout:
@@ -132,14 +163,15 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
             break
         try:
             for layout in _layouts(tape, graph, n):
-                if one_sample_a_row(tape, graph, layout):
+                owners = owners_of_rows(graph, layout)
+                if one_sample_a_row(graph, layout, owners):
                     confirmed.append(layout)
                     possible |= {n} & set(counts[0])
-                    if one_row_a_sample(graph, layout):  # then N may as well be the number of all rows
+                    if one_row_a_sample(layout, owners):  # then N may as well be the number of rows
                         possible |= set(counts[0])
                     break
-                rank = 0 if one_sample_a_row(tape, graph, layout, constants=True) else 1
-                if not rank or (layout.regular and _spoken_for(tape, graph, n)):
+                rank = 0 if one_sample_a_row(graph, layout, owners, constants=True) else 1
+                if not rank or (layout.regular and _spoken_for(graph, n)):
                     second.setdefault(rank, layout)
         except _REFUSALS as error:
             refusals.append(_parts(error))
@@ -147,10 +179,9 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
         if confirmed and n in counts[1]:
             break
     if confirmed and len(possible) > 1:
-        numbers = " and ".join(map(str, sorted(possible)))
         raise AmbiguousSamples(
-            f"the batch, the targets and the losses allow {numbers} samples, and this batch cannot tell which it is; "
-            "pass samples=N, or a tensor with the sample number of each loss term"
+            f"several numbers of samples may hold: {readings.named(graph, possible)}; this batch cannot tell which it "
+            "is; pass samples=N, or a tensor with the sample number of each loss term"
         )
     if confirmed or second:
         return confirmed[0] if confirmed else second[min(second)]
@@ -159,9 +190,9 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
     raise kind(f"{text} (numbers of samples that the batch, the targets and the losses allow: {listed})")
 
 
-def _spoken_for(tape: Tape, graph: Graph, n: int) -> bool:
+def _spoken_for(graph: Graph, n: int) -> bool:
     """Whether every loss has n terms, and no tensor that the model was called with has another number of rows."""
-    calls = [origin for origin in tape.entered if isinstance(origin, Source)]
+    calls = [origin for origin in graph.entered if isinstance(origin, Source)]
     return set(readings.terms(graph)) == {n} and all(origin.shape[:1] == (n,) for origin in calls)
 
 
@@ -183,57 +214,12 @@ def _checked(graph: Graph, layout: SampleLayout) -> SampleLayout:
 
 def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: Memo, by_rows: bool) -> SampleLayout:
     """The samples' axes. by_rows: whether each row of what the first layers read must belong to one sample."""
-    found = memo.get(key)
-    if isinstance(found, SampleLayout):
-        return found
+    found = recalled(memo, key)
+    if isinstance(found, KeptLayout):
+        return found.layout
     layout, proved = by_axes(tape, graph, n)
-    if by_rows and not one_sample_a_row(tape, graph, layout):
+    if by_rows and not one_sample_a_row(graph, layout, owners_of_rows(graph, layout)):
         raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
     if proved and structural(graph, layout):
-        _remember(memo, key, layout)
+        remember(memo, key, KeptLayout(layout))
     return layout
-
-
-def _remember(memo: Memo, key: Any, found: SampleLayout | Refused) -> None:
-    if len(memo) >= _MEMO_LIMIT:
-        memo.clear()
-    memo[key] = found
-
-
-def _memo(model: Any) -> Memo:
-    """The cached measurements of a model."""
-    if isinstance(model, nn.Module):
-        return _MEASURED.setdefault(model, {})
-    first = next(iter(model.values()), None) if isinstance(model, Mapping) else None
-    return {} if first is None else _FUNCTIONAL.setdefault(first, {})
-
-
-def _signature(tape: Tape, graph: Graph, model: Any, samples: int | None) -> Any:
-    """The cache key: all that a measurement depends on, other than values, whose influence `structural` rules out."""
-    state: tuple[Any, ...] = ()
-    if isinstance(model, nn.Module):
-        state = tuple(m.training for m in model.modules())
-    elif isinstance(model, Mapping):
-        state = tuple((name, WeakIdRef(p), p.shape, p.requires_grad) for name, p in model.items())
-    first = None if graph.batch is None else graph.batch.shape
-    logits = tuple((loss.call.name, loss.call.logits.shape) for loss in graph.losses)
-    return samples, first, state, logits, tuple(u.index for u in graph.uses), tuple(tape.calls), _wiring(graph)
-
-
-def _wiring(graph: Graph) -> tuple[Any, ...]:
-    """Which autograd node feeds which, from the losses down through the uses; the sequence of calls leaves it open."""
-    roots = [loss.logits for loss in graph.losses]
-    below: dict[Node, Sequence[Any]] = {**inputs(by_node(graph.uses))}
-    number: dict[Node, int] = {}
-    found: list[Any] = [edge[1] for edge in roots]
-    for node in nodes(roots, below):
-        followed = below.get(node)
-        if followed is None:
-            below[node] = followed = node.next_functions  # the walk then need not ask for them again
-        found.append(node.name())
-        for edge in followed:
-            child = edge[0]
-            found.append(None if child is None else number.setdefault(child, len(number)))
-            if edge[1]:
-                found.append((edge[1],))
-    return tuple(found)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from layerwise.graph.samples.sample_axes import free_axes
+from layerwise.graph.probes import signed
+from layerwise.graph.samples.sample_layout import free_axes
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
@@ -22,7 +23,7 @@ __all__ = ["MIXED", "NONE", "Root", "element_numbers", "joined", "over", "row_nu
 
 NONE, MIXED = -1, -2  # of an element that answers for no sample, and for several
 
-_LEVELS = {torch.float64: 128, torch.float32: 16, torch.bfloat16: 16, torch.float16: 4}  # powers of two in use
+_LEVELS = {torch.float64: 128, torch.float32: 64, torch.bfloat16: 16, torch.float16: 4}  # powers of two in use
 
 
 class Root(NamedTuple):
@@ -35,31 +36,101 @@ class Root(NamedTuple):
 
 def element_numbers(roots: Sequence[Root], n: int, ends: Sequence[GradientEdge | Tensor]) -> list[Tensor | None]:
     """For each end, the sample that every element answers for, NONE or MIXED; None where no root depends on it."""
+    return _element_numbers(_pulled(roots, n, ends), range(len(ends)))
+
+
+def row_numbers(roots: Sequence[Root], n: int, uses: Sequence[Use]) -> list[Tensor]:
+    """The sample of each row of uses' outputs, of size 1 along the axes of features; NONE or MIXED."""
+    pulled = _pulled(roots, n, [use.edge for use in uses])
+    found = [_rows_at_once(use, pulled, i) for i, use in enumerate(uses)]
+    rest = [i for i, rows in enumerate(found) if rows is None]
+    for i, elements in zip(rest, _element_numbers(pulled, rest) if rest else (), strict=True):
+        assert elements is not None
+        found[i] = over(_features(uses[i]), elements)
+    return [rows for rows in found if rows is not None]
+
+
+class _Pulled(NamedTuple):
+    """Products with cotangents of the roots, and with the same times powers of two that tell a digit of the samples.
+
+    plain: at each end. scaled: for each digit, its place and what arrives at each end.
+    """
+
+    roots: Sequence[Root]
+    n: int
+    ends: Sequence[GradientEdge | Tensor]
+    sent: list[Tensor]
+    levels: int
+    plain: list[Tensor | None]
+    scaled: list[tuple[int, list[Tensor | None]]]
+
+
+def _pulled(roots: Sequence[Root], n: int, ends: Sequence[GradientEdge | Tensor]) -> _Pulled:
+    levels = min((_LEVELS.get(root.like.dtype, 16) for root in roots), default=16)
     if not roots or not ends:
-        return [None] * len(ends)
+        return _Pulled(roots, n, ends, [], levels, [None] * len(ends), [])
     generator = torch.Generator().manual_seed(0)
     sent = [_noise(root, generator) for root in roots]
     edges = [root.edge for root in roots]
     plain = pull(edges, sent, ends)
-    found = [None if g is None else torch.full(g.shape, NONE, device=g.device) for g in plain]
-    levels = min(_LEVELS.get(root.like.dtype, 16) for root in roots)
-    exact = True
+    scaled = []
     for place in _places(n, levels):
         powers = [
             (root.owners.clamp(min=0) // place % levels).to(x.dtype).exp2() for root, x in zip(roots, sent, strict=True)
         ]
-        scaled = pull(edges, [x * p for x, p in zip(sent, powers, strict=True)], ends)
-        for number, g, h in zip(found, plain, scaled, strict=True):
+        scaled.append((place, pull(edges, [x * p for x, p in zip(sent, powers, strict=True)], ends)))
+    return _Pulled(roots, n, ends, sent, levels, plain, scaled)
+
+
+def _rows_at_once(use: Use, pulled: _Pulled, i: int) -> Tensor | None:
+    """The sample of each row, read off its largest element and true of all of them; None where it is not."""
+    g = pulled.plain[i]
+    if g is None:
+        return torch.full([1] * len(use.call.out_shape), NONE)
+    largest = _largest(use, g)
+    number = torch.where(largest == 0, NONE, 0)
+    for place, scaled in pulled.scaled:
+        h = scaled[i]
+        assert h is not None
+        digit = _digit(_largest(use, h) / largest, pulled.levels)
+        if h.numel() and not bool((h - g * digit.to(g.dtype).exp2()).abs().amax() == 0):
+            return None
+        number = torch.where(largest == 0, NONE, number + digit.long() * place)
+    return number
+
+
+def _largest(use: Use, g: Tensor) -> Tensor:
+    axes = _features(use)
+    return g.abs().amax(axes, keepdim=True) if axes and g.numel() else g.abs()
+
+
+def _features(use: Use) -> list[int]:
+    """The axes of a use's output along which no samples lie."""
+    return [a for a in range(len(use.call.out_shape)) if a not in free_axes(use)]
+
+
+def _element_numbers(pulled: _Pulled, at: Sequence[int]) -> list[Tensor | None]:
+    """The numbers of elements at some of the ends."""
+    plain = [pulled.plain[i] for i in at]
+    found = [None if g is None else torch.full(g.shape, NONE, device=g.device) for g in plain]
+    exact = True
+    for place, scaled in pulled.scaled:
+        for number, g, i in zip(found, plain, at, strict=True):
+            h = scaled[i]
             if number is None or g is None or h is None:
                 continue
-            exact &= _read_digit(number, g, h, place, levels)
-    return found if exact else _by_halves(roots, sent, n, ends)
+            exact &= _read_digit(number, g, h, place, pulled.levels)
+    return found if exact else _by_halves(pulled.roots, pulled.sent, pulled.n, [pulled.ends[i] for i in at])
+
+
+def _digit(factor: Tensor, levels: int) -> Tensor:
+    return factor.abs().log2().round().nan_to_num(0, 0, 0).clamp(0, levels - 1)
 
 
 def _read_digit(number: Tensor, g: Tensor, h: Tensor, place: int, levels: int) -> bool:
     """Add one digit to the numbers; False where a factor is a power of two up to rounding alone, so that it is open."""
     answers = g != 0
-    digit = (h / g).abs().log2().round().nan_to_num(0, 0, 0).clamp(0, levels - 1)
+    digit = _digit(h / g, levels)
     wanted = g * digit.to(g.dtype).exp2()
     same = (h == wanted) | ~torch.isfinite(g)
     near = (h - wanted).abs() <= 64 * torch.finfo(g.dtype).eps * h.abs()
@@ -93,11 +164,6 @@ def _by_halves(
     return found
 
 
-def row_numbers(use: Use, elements: Tensor) -> Tensor:
-    """The sample of each row of a use's output, of size 1 along the axes of features; NONE or MIXED."""
-    return over([a for a in range(elements.dim()) if a not in free_axes(use)], elements)
-
-
 def over(axes: Sequence[int], elements: Tensor) -> Tensor:
     """The sample that all elements along some axes answer for, as far as they answer, of size 1 there."""
     if not axes:
@@ -116,10 +182,8 @@ def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _noise(root: Root, generator: torch.Generator) -> Tensor:
-    """Random cotangents of either sign and of magnitude 0.5 to 1.5; zero where an element belongs to no sample."""
-    shape = root.like.shape
-    x = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
-    x = x * (torch.randint(2, shape, generator=generator) * 2 - 1)
+    """Random cotangents; zero where an element belongs to no sample."""
+    x = signed(root.like.shape, generator, torch.float64)
     return x.to(root.like) * (root.owners >= 0)
 
 

@@ -12,12 +12,11 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.separable import loss_terms
 from layerwise.tape.origins import Moved, Origin, Source, numbers, offsets_of, parents, sources
-from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
 __all__ = [
-    "candidates", "contradictory", "first_count", "on_output", "origin_rows", "origins", "outside", "places",
-    "row_counts", "terms",
+    "candidates", "contradictory", "first_count", "hashed", "named", "on_output", "origin_rows", "origins", "outside",
+    "places", "row_counts", "terms",
 ]  # fmt: skip
 
 
@@ -27,22 +26,28 @@ def origins(graph: Graph) -> list[Origin]:
     return [pair[0] for pair in pairs if pair is not None]
 
 
-def places(tape: Tape, graph: Graph) -> tuple[Any, ...]:
-    """What decides, beside the sequence of calls, where the rows of data come from: indices, masks and sizes."""
-    return tuple(_values(origin) for origin in (*tape.entered, *origins(graph)))
+def places(entered: Iterable[Origin], found: Iterable[Origin], uses: Iterable[Use]) -> tuple[Any, ...]:
+    """What decides, beside the sequence of calls, where the rows of data come from: indices, masks, sizes, batches."""
+    known: dict[int, int] = {}
+    batches = tuple((use.batch.shape, known.setdefault(id(use.batch), len(known))) for use in uses)
+    return batches, tuple(_values(origin, known) for origin in (*entered, *found))
 
 
-def _values(origin: Origin) -> Any:
-    if isinstance(origin, Source):
-        return origin.shape
-    kept = [_hashed(x) for x in (*origin.args[1:], *origin.kwargs.values())]
-    return (origin.own, origin.place, *kept, *(_values(parent) for parent in parents(origin)))
+def _values(origin: Origin, known: dict[int, int]) -> Any:
+    """Everything that an origin's numbers depend on; known: the numbers of the tensors met so far."""
+    if isinstance(origin, Source) or origin.own:  # of an own batch it does not matter which rows it has
+        return origin.shape, known.setdefault(id(origin), len(known))
+    kept = [hashed(x) for x in (*origin.args[1:], *origin.kwargs.values())]
+    return (origin.func, origin.place, *kept, *(_values(parent, known) for parent in parents(origin)))
 
 
-def _hashed(argument: Any) -> Any:
+def hashed(argument: Any) -> Any:
+    """An argument by value, as part of a key; floats may differ."""
     if isinstance(argument, (tuple, list)):
-        return tuple(_hashed(x) for x in argument)
-    return hash(argument.cpu().numpy().tobytes()) if isinstance(argument, Tensor) else None
+        return tuple(hashed(x) for x in argument)
+    if isinstance(argument, Tensor):
+        return argument.shape, hash(argument.cpu().numpy().tobytes())
+    return argument if isinstance(argument, (int, str)) else None
 
 
 def first_count(graph: Graph) -> int | None:
@@ -59,13 +64,13 @@ def terms(graph: Graph) -> list[int]:
     return found
 
 
-def contradictory(tape: Tape, graph: Graph) -> bool:
+def contradictory(graph: Graph) -> bool:
     """Whether the tensors that the uses read differ in what they say on the number of samples.
 
     So they do where the first of them is none that the model was called with, while others are.
     """
     first = first_count(graph)
-    if graph.uses and graph.uses[0].origin is not None and outside(tape, graph.uses[0].origin[0]):
+    if graph.uses and graph.uses[0].origin is not None and outside(graph, graph.uses[0].origin[0]):
         return True
     batches = {id(use.batch): use.batch for use in graph.uses}
     if any(b.dim() == 0 or b.shape[0] != first for b in batches.values()):
@@ -76,9 +81,9 @@ def contradictory(tape: Tape, graph: Graph) -> bool:
     return any(_cuts_samples(origin) for origin in made[:1])
 
 
-def outside(tape: Tape, origin: Origin) -> bool:
+def outside(graph: Graph, origin: Origin) -> bool:
     """Whether data was made of no tensor that the model was called with, while it was called with some."""
-    entered = {source for x in tape.entered for source in sources(x)}
+    entered = {source for x in graph.entered for source in sources(x)}
     return bool(entered) and not entered & set(sources(origin))
 
 
@@ -138,21 +143,36 @@ def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Origin, int]
     return lead.reshape(*lead.shape, *(1,) * (len(shape) - keep))
 
 
-def candidates(tape: Tape, graph: Graph) -> tuple[list[int], list[int]]:
+def candidates(graph: Graph) -> tuple[list[int], list[int]]:
     """The numbers of samples that the batches, targets and losses allow: those that two of them say, and others.
 
     Among the first only one can be true; the others are in order, the likeliest first.
     """
-    entered = row_counts([origin for origin in tape.entered if origin.shape])
-    rows = list(dict.fromkeys([*entered, *row_counts([u.origin[0] for u in graph.uses if u.origin is not None])]))
+    entered, read, labels, lead = _said(graph).values()
+    rows = list(dict.fromkeys([*entered, *read]))
     rows = [x for x in rows if x > 1] or rows[:1]  # a tensor of one row beside others is a constant
-    labels = row_counts([loss.target[0] for loss in graph.losses if loss.target is not None])
-    lead = terms(graph)
     alike = lead[:1] if len(set(lead)) == 1 else []
     first = [x for x in alike if x in rows] or [x for x in labels if x in rows]
     first = first or [*rows, *(x for x in alike if x in labels)]
     rest = [*rows, *_whole_batch(graph), sum(rows), *labels, *alike, sum(lead), *_own_terms(graph)]
     return list(dict.fromkeys(first)), [x for x in dict.fromkeys(rest) if x > 1 and x not in first]
+
+
+def named(graph: Graph, counts: Iterable[int]) -> str:
+    """Numbers of samples in words, each with what says it."""
+    said = _said(graph)
+    found = {n: [name for name, numbers in said.items() if n in numbers] for n in sorted(counts)}
+    return " and ".join(f"{n} ({', '.join(names)})" if names else str(n) for n, names in found.items())
+
+
+def _said(graph: Graph) -> dict[str, list[int]]:
+    """The numbers of samples that each kind of tensor says, by its name."""
+    return {
+        "rows that the model was called with": row_counts([origin for origin in graph.entered if origin.shape]),
+        "rows that the layers read": row_counts([u.origin[0] for u in graph.uses if u.origin is not None]),
+        "rows of the targets": row_counts([loss.target[0] for loss in graph.losses if loss.target is not None]),
+        "terms of the loss": terms(graph),
+    }
 
 
 def _whole_batch(graph: Graph) -> list[int]:
@@ -182,10 +202,17 @@ def row_counts(found: Iterable[Origin]) -> list[int]:
         for source in sources(origin):
             rows = numbers(origin, offsets_of(source, origin))
             every = set(range(source.shape[0] if source.shape else 1))
-            used.setdefault(source, set()).update(every if rows is None else rows[rows >= 0].unique().tolist())
+            used.setdefault(source, set()).update(every if rows is None else _occurring(rows))
             if _by_mask(origin):
                 masked.add(source)
     return [source.shape[0] if source in masked and source.shape else len(rows) for source, rows in used.items()]
+
+
+def _occurring(rows: Tensor) -> list[int]:
+    """The numbers from 0 on that occur; an axis along which a tensor is expanded is read once."""
+    once = rows[tuple(slice(0, 1 if step == 0 else None) for step in rows.stride())]
+    found: list[int] = torch.bincount(once[once >= 0]).nonzero()[:, 0].tolist()
+    return found
 
 
 def _by_mask(origin: Origin) -> bool:

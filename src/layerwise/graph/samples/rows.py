@@ -11,18 +11,20 @@ from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
-from layerwise.graph.samples.loss_rows import numberings
-from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, row_numbers
+from layerwise.graph.samples.loss_rows import numberings, unheard
+from layerwise.graph.samples.meeting import meeting
+from layerwise.graph.samples.numbers import MIXED, Root, joined, row_numbers
 from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.separable import check_sum_over_samples
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Origin, offsets_of, sources
-from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row"]
+__all__ = ["by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row", "owners_of_rows"]
+
+Owners = tuple[Origin, dict[int, int], bool]
 
 
 def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[SampleLayout]:
@@ -65,10 +67,15 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             check_losses(graph, layout)
         except SamplesMixed:
             continue
-        found += [layout] if all(one for *_, one in _owners_of_rows(graph, layout)) else []
+        found += [layout] if all(one for *_, one in owners_of_rows(graph, layout)) else []
     if len(found) > 1:
         raise AmbiguousSamples(
             f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "
+            "pass samples= a tensor with the sample number of each loss term"
+        )
+    if found and any(unheard(graph, loss, n) for loss in graph.losses):
+        raise AmbiguousSamples(
+            f"some terms of the loss answer for no row of the batch, and may belong to any of its {n} samples; "
             "pass samples= a tensor with the sample number of each loss term"
         )
     return found[0] if found else None
@@ -84,17 +91,14 @@ def check_losses(graph: Graph, layout: SampleLayout) -> None:
 
 def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
     roots = [_root(loss, where) for loss, where in zip(graph.losses, losses, strict=True)]
-    edges = [use.edge for use in graph.uses]
-    elements: list[Tensor | None] = [None] * len(edges)
+    numbers: list[Tensor | None] = [None] * len(graph.uses)
     for root in roots:  # each by itself: terms of two losses may cancel
-        found = element_numbers([root], n, edges)
-        elements = [joined(a, b) for a, b in zip(elements, found, strict=True)]
+        numbers = [joined(a, b) for a, b in zip(numbers, row_numbers([root], n, graph.uses), strict=True)]
     uses: dict[int, Where] = {}
     mixed: dict[int, Use] = {}
     partly: set[int] = set()
-    for use, number in zip(graph.uses, elements, strict=True):
-        shape = use.call.out_shape
-        rows = torch.full([1] * len(shape), NONE) if number is None else row_numbers(use, number)
+    for use, rows in zip(graph.uses, numbers, strict=True):
+        assert rows is not None
         if bool((rows == MIXED).any()):
             mixed[use.index] = use
             partly |= {use.index} if bool((rows >= 0).any()) else set()
@@ -107,9 +111,15 @@ def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
         use = next((mixed[i] for i in partly), next(iter(mixed.values())))
         raise SamplesMixed(
             f"asked for per-sample quantities of {n} samples, but rows of the output {tuple(use.call.out_shape)} of "
-            f"{use} answer for the loss terms of several samples; where N or what a sample is are others, pass samples="
+            f"{use} answer for the loss terms of several samples{_where(graph, losses, use)}; where N or what a sample "
+            "is are others, pass samples="
         )
     return SampleLayout(n, {**uses, **shared[1]}, list(losses), shared[0], frozenset(mixed))
+
+
+def _where(graph: Graph, losses: Sequence[Where], use: Use) -> str:
+    found = (meeting(loss, where, use) for loss, where in zip(graph.losses, losses, strict=True))
+    return next((text for text in found if text), "")
 
 
 def _root(loss: LossUse, where: Where) -> Root:
@@ -120,36 +130,36 @@ def _root(loss: LossUse, where: Where) -> Root:
 # -- proof ----------------------------------------------------------------------------------------------------------
 
 
-def one_row_a_sample(graph: Graph, layout: SampleLayout) -> bool:
-    """Whether the samples are single rows of a tensor that has more of them, of which no loss term hears."""
-    for source, owner, _ in _owners_of_rows(graph, layout):
+def one_row_a_sample(layout: SampleLayout, owners: Sequence[Owners]) -> bool:
+    """Whether samples are single rows of a tensor that has more of them, unheard by any loss term, or fewer."""
+    for source, owner, _ in owners:
         rows = source.shape[0] if source.shape else 1
-        if rows > layout.n and len(set(owner.values())) == len(owner) > 1:
+        if rows != layout.n and len(set(owner.values())) == len(owner) > 1:
             return True
     return False
 
 
-def one_sample_a_row(tape: Tape, graph: Graph, layout: SampleLayout, constants: bool = False) -> bool:
+def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners], constants: bool = False) -> bool:
     """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample.
 
     Where the model was called with tensors, one of them must carry the samples, or have as many rows.
+    owners: `owners_of_rows` of the layout.
     constants: whether that of one tensor is enough whose rows are those of all samples, if no other one has a single
     row: that may be a batch of one.
     """
-    found = _owners_of_rows(graph, layout)
-    carrying = [source for source, owner, _ in found if len(set(owner.values())) > 1]
-    if all(outside(tape, source) for source in carrying):
-        calls = row_counts([origin for origin in tape.entered if origin.shape])
+    carrying = [source for source, owner, _ in owners if len(set(owner.values())) > 1]
+    if all(outside(graph, source) for source in carrying):
+        calls = row_counts([origin for origin in graph.entered if origin.shape])
         if carrying or (calls and layout.n > 1 and layout.n not in calls):
             return False
     if not constants:
-        return all(one for *_, one in found)
-    if any(len(owner) == 1 and not one for _, owner, one in found):
+        return all(one for *_, one in owners)
+    if any(len(owner) == 1 and not one for _, owner, one in owners):
         return False
-    return any(one and len(set(owner.values())) == layout.n for _, owner, one in found)
+    return any(one and len(set(owner.values())) == layout.n for _, owner, one in owners)
 
 
-def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[Origin, dict[int, int], bool]]:
+def owners_of_rows(graph: Graph, layout: SampleLayout) -> list[Owners]:
     """For each tensor that inputs were made of, a sample of each of its rows, and whether it is the only one."""
     owners: dict[Origin, dict[int, int]] = {}
     single: dict[Origin, bool] = {}
@@ -167,6 +177,7 @@ def _owners_of_rows(graph: Graph, layout: SampleLayout) -> list[tuple[Origin, di
             held = (row >= 0) & (number >= 0)
             seen = owners.setdefault(source, {})
             single.setdefault(source, True)
-            for r, sample in torch.stack([row[held], number[held]], 1).unique(dim=0).tolist():
+            for pair in (row[held] * layout.n + number[held]).unique().tolist():
+                r, sample = divmod(pair, layout.n)
                 single[source] &= seen.setdefault(r, sample) == sample
     return [(source, owner, single[source]) for source, owner in owners.items()]

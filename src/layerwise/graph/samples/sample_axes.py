@@ -7,7 +7,8 @@ samples is the one along which, in every product, only indices of the chosen sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
-from layerwise.graph.samples.sample_layout import SampleLayout, Where
+from layerwise.graph.samples.meeting import meeting
+from layerwise.graph.samples.sample_layout import SampleLayout, Where, free_axes
 from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["by_axes", "free_axes", "hypotheses", "mixed_text", "structural"]
+__all__ = ["by_axes", "free_axes", "hypotheses", "mixed_text", "on_axes", "on_axis", "structural", "structural_below"]
 
 
 def by_axes(tape: Tape, graph: Graph, n: int) -> tuple[SampleLayout, bool]:
@@ -65,8 +67,10 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
     shape = tuple(loss.call.logits.shape)
     if not ways:
         raise BadInput(
-            f"asked for per-sample quantities of {n} samples, but {loss.call.name} has outputs of shape {shape}, "
-            f"and no axis holds a multiple of {n} rows; pass samples=N where N is not the batch's dim 0"
+            f"asked for per-sample quantities of {n} samples, but {loss} reads outputs of shape {shape}, of which no "
+            f"axis holds {n} rows or a multiple of them. Where {n} (read off the batch, unless you passed it) is not "
+            "the number of samples, pass samples=N; where the outputs were reduced over the batch before the loss, "
+            "there is none for each sample"
         )
     passed: list[_Candidates] = []
     failed: Use | None = None
@@ -78,7 +82,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
             failed = failed or culprit
     if not passed:
         assert failed is not None
-        raise SamplesMixed(mixed_text(tape, failed, n))
+        raise SamplesMixed(mixed_text(tape, failed, n, meeting(loss, ways[0], failed)))
     if len(passed) > 1:
         passed = _by_first_batch(graph, passed)
     if len(passed) > 1:
@@ -132,6 +136,7 @@ def structural(graph: Graph, layout: SampleLayout) -> bool:
     Zero times NaN is NaN, so NaN cotangents reach everything that a sample can reach.
     """
     edges = [use.edge for use in graph.uses]
+    silent = {use.index for use in graph.uses}
     for loss, rows in zip(graph.losses, layout.losses, strict=True):
         for chosen in _halves(layout.n):
             cotangent = torch.zeros_like(loss.call.logits).masked_fill_(_mask(loss, rows, chosen), torch.nan)
@@ -141,9 +146,52 @@ def structural(graph: Graph, layout: SampleLayout) -> bool:
             except (RuntimeError, ArithmeticError, ValueError):
                 return False  # a derivative that checks its input
             for use, g in zip(graph.uses, pulled, strict=True):
-                if g is not None and not _follows(g != 0, layout.uses[use.index], chosen.to(g.device)):
+                if g is None:
+                    continue
+                if not _follows(g != 0, layout.uses[use.index], chosen.to(g.device)):
                     return False
+                if use.index in silent and bool(g.any()):
+                    silent.discard(use.index)
+    return not silent  # a use that nothing reaches, behind units that are off, may be reached in another way later
+
+
+def structural_below(front: Sequence[Use], uses: Sequence[Use], n: int, axes: Mapping[int, Samples]) -> bool:
+    """The same of the part of the graph below some uses' outputs."""
+    ends = [use.edge for use in front]
+    for chosen in _halves(n):
+        sent = []
+        for use in front:
+            data = use.edge.node._input_metadata[use.edge.output_nr]
+            g = torch.zeros(use.call.out_shape, dtype=data.dtype, device=data.device)
+            mine = chosen.to(g.device)[axes[use.index].owners(g.shape, g.device)]
+            sent.append(g.masked_fill_(mine, torch.nan))
+        try:
+            pulled = pull(ends, sent, [use.edge for use in uses])
+        except (RuntimeError, ArithmeticError, ValueError):
+            return False
+        for use, found in zip(uses, pulled, strict=True):
+            if found is not None and not _follows(found != 0, axes[use.index], chosen.to(found.device)):
+                return False
     return True
+
+
+def on_axes(graph: Graph, layout: SampleLayout) -> SampleLayout:
+    """The layout with an axis in every use whose numbered rows agree with one."""
+    uses = {u.index: on_axis(u, layout.uses[u.index]) for u in graph.uses if u.index in layout.uses}
+    return replace(layout, uses=layout.uses | uses)
+
+
+def on_axis(use: Use, where: Where) -> Where:
+    """Numbered rows as the only axis that they agree with, where there is one; rows of no sample agree with any."""
+    if isinstance(where, Samples):
+        return where
+    numbers, shape = where.numbers, use.call.out_shape
+    aligned = {axis for slot in use.slots for axis in slot.aligned}
+    if bool((numbers < 0).all()):
+        return where
+    found = [s for s in _axes(use, where.n) if s.axis not in aligned]
+    found = [s for s in found if bool(((numbers < 0) | (numbers == s.owners(shape, numbers.device))).all())]
+    return found[0] if len(found) == 1 else where
 
 
 def _halves(n: int) -> Iterator[Tensor]:
@@ -151,12 +199,6 @@ def _halves(n: int) -> Iterator[Tensor]:
     for bit in range(max(n - 1, 1).bit_length()):
         half = (torch.arange(n) >> bit & 1).bool()
         yield from (half, ~half)
-
-
-def free_axes(use: Use) -> list[int]:
-    """The axes of a use's output along which the operation allows samples."""
-    allowed = [set(slot.axes) for slot in use.slots]
-    return sorted(set.intersection(*allowed)) if allowed else []
 
 
 def _axes(use: Use, n: int) -> list[Samples]:
@@ -184,7 +226,8 @@ def _mask(loss: LossUse, rows: Where, chosen: Tensor) -> Tensor:
 def _follows(support: Tensor, s: Where, chosen: Tensor) -> bool:
     """Whether the support holds indices of the chosen samples only, with the samples at `s`."""
     if not isinstance(s, Samples):
-        return not bool((support & ~chosen[s.owners(support.shape, support.device)]).any())
+        owners = s.owners(support.shape, support.device)
+        return not bool((support & ~(chosen[owners] & (owners >= 0))).any())
     parts = s.split(support, s.axis)
     others = [a for a in range(parts.dim()) if a != s.axis]
     per_sample = parts.any(dim=others) if others else parts
@@ -212,12 +255,13 @@ def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLa
     return SampleLayout(n, uses, [f.rows for f in found]), proved
 
 
-def mixed_text(tape: Tape, use: Use, n: int) -> str:
-    """The error text for a use at whose output several samples meet."""
+def mixed_text(tape: Tape, use: Use, n: int, where: str = "") -> str:
+    """The error text for a use at whose output several samples meet; where: the call at which they do, in words."""
     norms = any(getattr(c, "__name__", "") in ("batch_norm", "instance_norm") for c in tape.calls)
-    hint = " (a batch norm runs in this model: in training mode it mixes samples; call model.eval())" if norms else ""
+    hint = "; a batch norm in training mode mixes them: call model.eval()" if norms else ""
     return (
-        f"asked for per-sample quantities of {n} samples, but no axis of the output {tuple(use.call.out_shape)} of "
-        f"{use} depends on one sample alone{hint}: batch statistics and losses that compare samples have no per-sample "
-        "gradients; where a sample is several rows, pass samples= a tensor with the sample number of each loss term"
+        f"asked for per-sample quantities of {n} samples, but each row of the output {tuple(use.call.out_shape)} of "
+        f"{use} has a part in the loss of several samples{where}{hint}. Statistics of the batch, and losses that set "
+        "samples against each other, have no per-sample gradients (quantities of the Hessian and products with it "
+        "need none); where a sample is several rows, pass samples= a tensor with the sample number of each loss term"
     )

@@ -9,7 +9,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.uses import Use
 
-__all__ = ["SampleLayout", "Where"]
+__all__ = ["SampleLayout", "Where", "free_axes"]
 
 Where = Samples | RowNumbers
 
@@ -44,3 +44,9 @@ class SampleLayout:
         if not self.shared:
             return graph
         return replace(graph, uses=[*(u for u in graph.uses if u.index not in self.replaced), *self.shared])
+
+
+def free_axes(use: Use) -> list[int]:
+    """The axes of a use's output along which the operation allows samples."""
+    allowed = [set(slot.axes) for slot in use.slots]
+    return sorted(set.intersection(*allowed)) if allowed else []

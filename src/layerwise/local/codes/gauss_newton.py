@@ -74,14 +74,16 @@ def _from_sample(x: Tensor, like: Tensor, samples: Samples | RowNumbers) -> Tens
     return out
 
 
-def pulled_roots(model: Any, recorded: Recorded, loss: Tensor) -> dict[int, tuple[Tensor, Samples | RowNumbers]]:
+def pulled_roots(
+    model: Any, recorded: Recorded, loss: Tensor, samples: int | Tensor | None = None
+) -> dict[int, tuple[Tensor, Samples | RowNumbers]]:
     """The exact root of the loss's Hessian, pulled back to each use of the layers, with the samples' axis there.
 
-    loss: with its graph. Raises UnknownLoss for a loss without a known Hessian root, SamplesMixed where batch
-    statistics tie the samples together.
+    loss: with its graph. samples: as the user says. Raises UnknownLoss for a loss without a known Hessian
+    root, SamplesMixed where batch statistics tie the samples together.
     """
     graph, known = resolved(lambda without: prove(recorded.tape, loss, without=without), own_losses=False)
-    layout = measure(recorded.tape, graph, model)
+    layout = measure(recorded.tape, graph, model, samples)
     uses: list[Use] = [part.use for layer in recorded.layers for part in layer.parts]
     if shared := next((use for use in uses if use.index in layout.replaced), None):
         raise SamplesMixed(f"asked for the Gauss-Newton step of codes at {shared}, whose output all samples share")

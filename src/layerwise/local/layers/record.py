@@ -21,7 +21,7 @@ from layerwise.local.problem import LocalProblem, Pull, predict, target_m
 from layerwise.local.targets import Target
 from layerwise.local.transfer import Transfer
 from layerwise.replay.state import check_loss
-from layerwise.tape.pull import differentiated, hooked, pull
+from layerwise.tape.pull import OnePass, differentiated, hooked, pull
 from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, is_finite
 
@@ -128,9 +128,11 @@ def _recorded_pass(
     samples = count(tape, graph, total)
     with (
         _fresh_gradients(rest) as gradients,
+        OnePass(total) as within,
         hooked(
             [part.use for layer in layers for part in layer.parts],
             lambda use, g: received.__setitem__(use.index, g.detach()),
+            within,
         ),
     ):
         out = run()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
+from layerwise.graph.samples import said_count
 from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.overflow import unsafe
@@ -121,6 +122,7 @@ class AltMin(FittedToCodes):
         self._proofs: dict[Any, bool] = {}
         said, numbers = fitter.said, fitter.updates.numbers
         super().__init__(model, params, fitter.defaults, on_nonfinite, executor_over(execution), said, numbers)
+        fitter.refuse_idle(self.param_groups)
 
     _kind = "AltMin"
 
@@ -133,9 +135,16 @@ class AltMin(FittedToCodes):
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """Run the closure, move codes and weights, and return the loss before the step."""
-        return repeated(self, self._fitter, self._model, partial(self._guarded, closure, self._attempt))
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None, *, samples: int | Tensor | None = None
+    ) -> Tensor:
+        """Run the closure, move codes and weights, and return the loss before the step.
+
+        samples: the number B in the minibatch, or a tensor with the sample number of each loss term, where the batch,
+        the targets and the losses do not say it.
+        """
+        attempt = partial(self._attempt, samples=samples)
+        return repeated(self, self._fitter, self._model, partial(self._guarded, closure, attempt))
 
     def refit(self, closures: Iterable[Callable[[], Tensor]]) -> float:
         """Fit the layers that make a loss's logits alone, a step for each closure; returns the mean of the losses.
@@ -150,11 +159,15 @@ class AltMin(FittedToCodes):
         return float(torch.stack(found).mean())
 
     def _attempt(
-        self, closure: Callable[[], Tensor], buffers: Buffers, refit: bool = False
+        self,
+        closure: Callable[[], Tensor],
+        buffers: Buffers,
+        refit: bool = False,
+        samples: int | Tensor | None = None,
     ) -> tuple[Tensor, str | None]:
         """Record a run with codes, and fit the layers to them; roll back where a solution is not finite."""
-        fitter, coded = self._fitter, self._record(closure)
-        run, fitting = coded.run, self._fitting(coded.run)
+        fitter, coded = self._fitter, self._record(closure, samples)
+        run, fitting = coded.run, self._fitting(coded.run, samples)
         where = self._agreed(run, unsafe(run, partial(fitter.gamma, fitting)) or buffers.spoiled())
         if where is not None:
             return run.loss, where
@@ -169,21 +182,21 @@ class AltMin(FittedToCodes):
 
     # -- codes -------------------------------------------------------------------------------------------------
 
-    def _record(self, closure: Callable[[], Tensor]) -> Coded:
+    def _record(self, closure: Callable[[], Tensor], samples: int | Tensor | None) -> Coded:
         """A run of the closure with moved codes."""
-        codes, gamma = self._fitter.codes, lambda run, name: self._fitter.gamma(self._fitting(run), name)
+        codes, gamma = self._fitter.codes, lambda run, name: self._fitter.gamma(self._fitting(run, samples), name)
         if codes == "sweep":
-            return self._record_sweep(closure)
+            return self._record_sweep(closure, samples)
         if codes == "gauss-newton":
-            run, plain = gauss_newton(self._model, closure, self._ours, gamma, self._kinds)
+            run, plain = gauss_newton(self._model, closure, self._ours, gamma, self._kinds, samples)
         else:
             run = plain = record(self._model, closure, self._ours, matrices=True, crosses=True, kinds=self._kinds)
         if any(group["code_l1"] for group in self.param_groups):
-            fitting = self._fitting(run)
+            fitting = self._fitting(run, samples)
             run = sparse(run, partial(self._fitter.gamma, fitting), partial(self._fitter.threshold, fitting))
         return Coded(run, slopes=partial(weight_gradients, plain))
 
-    def _record_sweep(self, closure: Callable[[], Tensor]) -> Coded:
+    def _record_sweep(self, closure: Callable[[], Tensor], samples: int | Tensor | None) -> Coded:
         """Move the codes from the output to the input, and record the layers on them."""
         coded = CodedModel(self._model, closure, self._proofs)
         layers = coded_layers(coded, self._ours, self._kinds)
@@ -195,7 +208,8 @@ class AltMin(FittedToCodes):
             params = {layer.name: layer.parameter for layer in layers}
             found = torch.autograd.grad(coded.loss, list(params.values()), retain_graph=True, allow_unused=True)
             slopes = {name: g for name, g in zip(params, found, strict=True) if g is not None}
-        terms = self._fitter.terms(groups, samples_of(coded))
+        told = said_count(samples, "samples of AltMin.step")
+        terms = self._fitter.terms(groups, samples_of(coded) if told is None else told)
         run, codes = swept(coded, layers, terms, self._fitter.code_step, self._ours)
         return Coded(run, codes, lambda: slopes)
 

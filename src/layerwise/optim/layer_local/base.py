@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
+from layerwise.graph.samples import said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, shaped
 from layerwise.local.layers.record import Recorded
@@ -43,7 +44,7 @@ class Fitting:
     state: State
     optimizers: dict[Any, torch.optim.Optimizer]
     averages: Mapping[str, Tensor]
-    backups: Backups = field(default_factory=dict)
+    backups: Backups = field(default_factory=Backups)
     new_averages: dict[str, Tensor] = field(default_factory=dict)
 
     def params(self, layer: Layer) -> list[Tensor]:
@@ -153,7 +154,7 @@ class LayerLocal(NamedOptimizer):
         self._local: dict[Any, torch.optim.Optimizer] = {}
         self._names: dict[int, str] = {}
         self._averages: dict[str, Tensor] = {}
-        self._backups: Backups = {}
+        self._backups = Backups()
         super().__init__(model, params, defaults, on_nonfinite)
         executor.meet({
             **facts_of(named_parameters_of(model)),
@@ -182,8 +183,13 @@ class LayerLocal(NamedOptimizer):
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def _fitting(self, run: Recorded) -> Fitting:
-        """A `Fitting` of this optimizer's groups and state. Raises BadInput where parameters were replaced."""
+    def _fitting(self, run: Recorded, samples: int | Tensor | None = None) -> Fitting:
+        """A `Fitting` of this optimizer's groups and state. Raises BadInput where parameters were replaced.
+
+        samples: what the user says of them, in place of what the run does.
+        """
+        told = said_count(samples, f"samples of {type(self).__name__}.step")
+        run = run if told is None else replace(run, samples=told)
         self._check_parameters(run.tape.parameters)
         self._retyped()
         return Fitting(run, self._group_at, self.state, self._local, self._averages, self._backups)
@@ -257,7 +263,7 @@ class LayerLocal(NamedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle; what is remembered by the identity of tensors is found anew."""
-        return {**super().__getstate__(), "_local": {}, "_names": {}, "_kinds": Kinds(), "_backups": {}}
+        return {**super().__getstate__(), "_local": {}, "_names": {}, "_kinds": Kinds()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

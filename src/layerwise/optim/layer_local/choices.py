@@ -9,17 +9,34 @@ from typing import Any, Literal, NamedTuple
 
 from layerwise.errors import BadInput
 from layerwise.local.regularizers import Regularizer
+from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
 from layerwise.local.targets import GradientStep, Target
 from layerwise.local.transfer import Transfer
+from layerwise.optim.keywords import Effects, refuse_idle
 
 __all__ = [
-    "NUMBERS", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "check_patterns", "first_match", "implied",
-    "matches", "several",
+    "DEFAULTS", "NUMBERS", "PRESETS", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "check_patterns",
+    "first_match", "implied", "matches", "several",
 ]  # fmt: skip
 
 NUMBERS = ("lr", "gamma", "steps", "rows", "decay", "momentum", "eps")
 VALUES = ("loss", "target", "regularizer", "solver")
+_PUBLISHED: dict[str, Any] = {
+    "lr": 1e-5, "gamma": 10.0, "steps": 10, "rows": "all", "decay": 0.9, "momentum": 0.999, "eps": 1e-5,
+}  # fmt: skip
+# The published rate over 1 − momentum is 1e-2. With matching losses a shorter memory and half of that learn well from
+# the first batches, on problems small and large (benchmarks/training/defaults.py); squared losses keep the long one.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "matching": {**_PUBLISHED, "lr": 5e-5, "momentum": 0.99, "rows": "auto", "loss": "matching"},
+    "squared": {**_PUBLISHED, "rows": "auto", "loss": "squared"},
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "M": DEFAULTS["matching"],
+    "S": DEFAULTS["squared"],
+    "published-M": {**_PUBLISHED, "loss": "matching"},
+    "published-S": {**_PUBLISHED, "loss": "squared"},
+}
 
 
 @dataclass(frozen=True)
@@ -107,8 +124,9 @@ def several(method: str, regularizer: Any) -> tuple[Regularizer, ...]:
 class Choices:
     """The choices of all layers: a default, and `layers`, a mapping of patterns to settings; the first match wins.
 
-    names: of the model's parameters. rates: the default rate of TFRMSProp, by loss. numbers: the settings of parameter
-    groups, by pattern. Raises BadInput for a value of the wrong kind, and as `check_patterns`.
+    default: the keywords. names: of the model's parameters. rates: the default rate of TFRMSProp, by loss. numbers: the
+    settings of parameter groups, by pattern. Raises BadInput for a value of the wrong kind, for a number that changes
+    nothing, and as `check_patterns`.
     """
 
     def __init__(self, default: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], names: Sequence[str],
@@ -120,6 +138,7 @@ class Choices:
         check_patterns(layers, (*NUMBERS, *VALUES), names)
         for pattern, settings in layers.items():
             choice = self._by_pattern[pattern] = _choice(self._default, settings)
+            refuse_idle(settings, _effects([choice]), f"in layers[{pattern!r}], ")
             self.numbers[pattern] = {**implied(choice, settings), **{k: settings[k] for k in NUMBERS if k in settings}}
             loss, solver = settings.get("loss"), settings.get("solver")
             if loss is None and getattr(solver, "squared_only", False):
@@ -130,6 +149,7 @@ class Choices:
             foreign = default_lr(choice.solver) is None and default_lr(self._default.solver) is not None
             if foreign and settings.get("lr") is None:  # the default's rate is of another optimizer
                 self.numbers[pattern]["lr"] = rates[self.numbers[pattern].get("loss", "matching")]
+        refuse_idle(default, _effects(self.every()))
         self._known: dict[str, Choice] = {}
 
     @property
@@ -163,6 +183,15 @@ def implied(choice: Choice, settings: Mapping[str, Any]) -> dict[str, Any]:
     if gamma is not None:
         found["gamma"] = gamma
     return {k: v for k, v in found.items() if v is not None}
+
+
+def _effects(choices: Sequence[Choice]) -> Effects:
+    """The numbers of local steps, and of TFRMSProp, which also moves what has no local problem beside other solvers."""
+    solvers = [choice.solver for choice in choices]
+    steps = any(isinstance(solver, LocalSteps) for solver in solvers)
+    ours = any(not isinstance(solver, LocalSteps) or solver.optimizer is TFRMSProp for solver in solvers)
+    owner = "TFRMSProp, the default optimizer of LocalSteps; another's numbers are arguments of its own"
+    return {"rows": (steps, "LocalSteps"), **dict.fromkeys(("decay", "momentum", "eps"), (ours, owner))}
 
 
 def _choice(base: Choice, settings: Mapping[str, Any]) -> Choice:

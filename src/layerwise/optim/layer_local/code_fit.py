@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from layerwise.local.solvers.steps import constant, linear_steps
 from layerwise.local.solvers.values import LocalSteps, Solver
 from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import NamedOptimizer
+from layerwise.optim.keywords import refuse_idle
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, solved
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
 from layerwise.optim.layer_local.snapshot import Snapshot
@@ -89,6 +90,7 @@ class CodeFitter:
         chosen = {**DEFAULTS[kind], "lr": rate_of(self.updates.default), **chosen, **given, "weights": kind}
         self.codes = chosen.pop("codes")
         self.defaults = with_coupling(chosen)
+        self._given = said
         self.said = {**said, "codes": self.codes, "layers": layers}
         if codes.multipliers and (self.codes != "sweep" or minibatch.repeats < 2):
             raise BadInput(
@@ -100,6 +102,10 @@ class CodeFitter:
         self.multipliers: dict[int, Tensor] | None = {} if codes.multipliers else None
         staleness = 2 if minibatch.staleness is None else minibatch.staleness
         self.stale = Stale(staleness) if minibatch.schedule == "async" else None
+
+    def refuse_idle(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Raise BadInput for a keyword that changes nothing. groups: the optimizer's."""
+        refuse_idle(self._given, self.updates.effects(self.codes, groups))
 
     # -- the numbers of the objective --------------------------------------------------------------------------
 

@@ -46,10 +46,12 @@ def gauss_newton(
     ours: Ours,
     gamma: Callable[[Any, str], float],
     kinds: Kinds | None = None,
+    samples: int | Tensor | None = None,
 ) -> tuple[Recorded, Recorded]:
     """A run with damped Gauss-Newton cotangents, and the same run with the loss's own.
 
-    gamma: γ of a run and a layer's name. Backward calls of the closure are left out. Raises as `pulled_roots`.
+    gamma: γ of a run and a layer's name. samples: as the user says. Backward calls of the closure are left out. Raises
+    as `pulled_roots`.
     """
     tape = Tape(model, lambda tape, total, weight, run: None, keep_outputs=True, crosses=True)
     with tape, torch.enable_grad():
@@ -58,7 +60,7 @@ def gauss_newton(
     plain = pulled(tape, loss, ours, matrices=True, kinds=kinds)
     if not plain.layers:
         return plain, plain
-    return damped_cotangents(plain, pulled_roots(model, plain, loss), lambda name: gamma(plain, name)), plain
+    return damped_cotangents(plain, pulled_roots(model, plain, loss, samples), lambda name: gamma(plain, name)), plain
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ Problems share nothing, so the bits are the same. Over the ranks of a process gr
 
 from __future__ import annotations
 
+import multiprocessing
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent import futures
 from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 
@@ -144,7 +144,7 @@ class Threads(LocalExecutor):
             finally:
                 self._workspaces.put(workspace)
 
-        with ThreadPoolExecutor(self._count) as pool:
+        with futures.ThreadPoolExecutor(self._count) as pool:
             for done in [pool.submit(one, job) for job in jobs]:
                 done.result()
 
@@ -154,7 +154,7 @@ class Processes(LocalExecutor):
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: futures.ProcessPoolExecutor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has processes of its own."""
@@ -163,9 +163,9 @@ class Processes(LocalExecutor):
     def _solve(self, jobs: Sequence[LayerJob]) -> None:
         if self._pool is None:
             # a fork of a program with threads may hang; a spawned one imports torch once
-            self._pool = ProcessPoolExecutor(
+            self._pool = futures.ProcessPoolExecutor(
                 self._count,
-                get_context("spawn"),
+                multiprocessing.get_context("spawn"),
                 initializer=torch.set_num_threads,
                 initargs=(torch.get_num_threads(),),
             )

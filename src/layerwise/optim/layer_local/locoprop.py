@@ -26,7 +26,17 @@ from layerwise.local.targets import GradientStep, Target, factor, fill_in
 from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, solved
-from layerwise.optim.layer_local.choices import NUMBERS, VALUES, Choice, Choices, LocalUpdate, Objective, implied
+from layerwise.optim.layer_local.choices import (
+    DEFAULTS,
+    NUMBERS,
+    PRESETS,
+    VALUES,
+    Choice,
+    Choices,
+    LocalUpdate,
+    Objective,
+    implied,
+)
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.saved_state import Fit, of_local_optimizer
@@ -38,21 +48,6 @@ from layerwise.tensors import all_finite
 
 __all__ = ["LocoProp"]
 
-_PUBLISHED: dict[str, Any] = {
-    "lr": 1e-5, "gamma": 10.0, "steps": 10, "rows": "all", "decay": 0.9, "momentum": 0.999, "eps": 1e-5,
-}  # fmt: skip
-# The published rate over 1 − momentum is 1e-2. With matching losses a shorter memory and half of that learn well from
-# the first batches, on problems small and large (benchmarks/training/defaults.py); squared losses keep the long one.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "matching": {**_PUBLISHED, "lr": 5e-5, "momentum": 0.99, "rows": "auto", "loss": "matching"},
-    "squared": {**_PUBLISHED, "rows": "auto", "loss": "squared"},
-}
-_PRESETS: dict[str, dict[str, Any]] = {
-    "M": _DEFAULTS["matching"],
-    "S": _DEFAULTS["squared"],
-    "published-M": {**_PUBLISHED, "loss": "matching"},
-    "published-S": {**_PUBLISHED, "loss": "squared"},
-}
 _DEFAULT_STEPS = LocalSteps()  # of parameters without a local problem, beside a solver without local steps
 _ORDERS = ("together", "output_to_input", "input_to_output")
 
@@ -124,15 +119,15 @@ class LocoProp(LayerLocal):
         **words: Unpack[LocoPropWords],
     ) -> None:
         refuse_unknown(LocoProp.__init__, words)
-        if preset is not None and preset not in _PRESETS:
-            raise BadInput(f"LocoProp knows the presets {', '.join(_PRESETS)}; got {preset!r}")
+        if preset is not None and preset not in PRESETS:
+            raise BadInput(f"LocoProp knows the presets {', '.join(PRESETS)}; got {preset!r}")
         if order not in _ORDERS or write not in ("weights", "grad"):
             raise BadInput(f'order is one of {", ".join(_ORDERS)}, write "weights" or "grad"; got {order!r}, {write!r}')
         found = _KEYWORDS.values(words)
         given, execution = {**_KEYWORDS.of(found), "lr": lr}, found["execution"]
         values = {name: given[name] for name in VALUES}
         self._choices = Choices(
-            values, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in _DEFAULTS.items()}
+            given, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in DEFAULTS.items()}
         )
         self._order, self._write, self._workspace = order, write, Workspace()
         if order != "together" and execution != Execution():
@@ -142,7 +137,7 @@ class LocoProp(LayerLocal):
         self._last: list[tuple[tuple[str, ...], str]] | None = None
         loss, squared = values["loss"], getattr(values["solver"], "squared_only", False)
         kind = loss if isinstance(loss, str) else "squared" if squared else "matching"
-        chosen = dict(_PRESETS[preset] if preset else _DEFAULTS.get(kind, _DEFAULTS["matching"]))
+        chosen = dict(PRESETS[preset] if preset else DEFAULTS.get(kind, DEFAULTS["matching"]))
         if loss is not None or squared or preset is None:
             chosen["loss"] = kind
         chosen |= implied(self._choices.default, {**values, "lr": lr})
@@ -174,10 +169,16 @@ class LocoProp(LayerLocal):
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """Run the closure, fit every layer (or write `.grad`), and return the loss before the step."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None, *, samples: int | Tensor | None = None
+    ) -> Tensor:
+        """Run the closure, fit every layer (or write `.grad`), and return the loss before the step.
+
+        samples: the number N in the batch, or a tensor with the sample number of each loss term, where the batch, the
+        targets and the losses do not say it; a target per sample reads N.
+        """
         skipped = self.skipped
-        loss = super().step(closure)
+        loss = self._step(closure, samples=samples)
         if self._write == "grad" and self.skipped > skipped and (not self._scaled or all_finite(self._gradients())):
             self.zero_grad()  # nothing for an outer optimizer; what is not finite a scaler has still to find
         return loss
@@ -185,14 +186,16 @@ class LocoProp(LayerLocal):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    def _attempt(self, closure: Callable[[], Tensor], buffers: Buffers) -> tuple[Tensor, str | None]:
+    def _attempt(
+        self, closure: Callable[[], Tensor], buffers: Buffers, samples: int | Tensor | None = None
+    ) -> tuple[Tensor, str | None]:
         """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
         rerun = None if self._order == "together" else Rerun(self._model, closure, gradients=False)
         recorder = RunRecorder(self._model, self._ours, kinds=self._kinds)
         with recorder, torch.enable_grad():
             loss = closure()
         check_loss(loss)
-        return self._fit(recorder, recorder.run(loss), rerun, buffers)
+        return self._fit(recorder, recorder.run(loss), rerun, buffers, samples)
 
     def _recorder(self) -> RunRecorder:
         if self._order != "together":
@@ -202,14 +205,16 @@ class LocoProp(LayerLocal):
             )
         return RunRecorder(self._model, self._ours, kinds=self._kinds)
 
-    def _attempt_recorded(self, recorder: RunRecorder, buffers: Buffers) -> tuple[Tensor, str | None]:
-        return self._fit(recorder, recorder.run(), None, buffers)
+    def _attempt_recorded(
+        self, recorder: RunRecorder, buffers: Buffers, samples: int | Tensor | None = None
+    ) -> tuple[Tensor, str | None]:
+        return self._fit(recorder, recorder.run(), None, buffers, samples)
 
     def _fit(
-        self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers
+        self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers, samples: int | Tensor | None
     ) -> tuple[Tensor, str | None]:
         together, self._scaled = rerun is None, recorder.scale is not None
-        fitting, choices = self._fitting(run), self._choices
+        fitting, choices = self._fitting(run, samples), self._choices
         where = self._agreed(run, unsafe(run, lambda name: _gamma(fitting, choices, name)) or buffers.spoiled())
         if where is not None:
             return run.loss, where
@@ -378,7 +383,7 @@ def _rates(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any
         return solver.optimizer, {"lr": group["lr"]}
     rates = {key: group[key] for key in ("lr", "decay", "momentum", "eps")}
     if not isinstance(solver, LocalSteps):
-        rates["lr"] = _DEFAULTS["matching"]["lr"] * group["lr"]
+        rates["lr"] = DEFAULTS["matching"]["lr"] * group["lr"]
     return TFRMSProp, rates
 
 

@@ -9,16 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.tensors import all_finite, is_finite
+from layerwise.tensors import all_finite
 
 __all__ = ["Backups", "Snapshot"]
 
-Backups = dict[tuple[int, str], Tensor]
-"""Memory of the copies, kept from step to step, by the parameter's identity and the key of its state."""
+
+class Backups:
+    """Memory of copies, kept from step to step."""
+
+    def __init__(self) -> None:
+        self._forms: list[Any] = []
+        self._copies: list[Tensor] = []
+
+    @torch.no_grad()
+    def of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Copies of tensors, valid until the next call."""
+        forms = [(t.shape, t.dtype, t.device) for t in tensors]
+        if forms != self._forms:
+            self._copies = [torch.empty_like(t) for t in tensors]
+            self._forms = forms  # after them, for an interrupt may come between
+        if tensors:
+            torch._foreach_copy_(self._copies, tensors)
+        return self._copies
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are empty."""
+        return Backups, ()
 
 
 # Means of gradients, which the parameter has just been moved by: one that is not finite shows there, too.
 _IN_PARAMETER = frozenset(("exp_avg", "momentum_buffer", "momentum"))
+_NUMBERS = (int, float, type(None))
+_NOTHING: dict[str, Any] = {}
 
 
 class Snapshot:
@@ -35,61 +57,53 @@ class Snapshot:
         backups: Backups | None = None,
     ) -> None:
         self._params, self._state = list(params), state
-        self._before: dict[Any, dict[str, Any]] = {}
-        self._copied: list[tuple[Tensor, Tensor]] = []
-        self._values: list[Tensor] = []
-        backups = {} if backups is None else backups
-        with torch.no_grad():
-            for name, p in self._params:
-                self._values.append(self._copy(p, backups, (id(p), "")))
-                if p in state:
-                    own = dict(state[p])
-                    self._before[p] = own
-                    for key, value in own.items() if name not in replaced else ():
-                        if isinstance(value, Tensor):
-                            self._copy(value, backups, (id(p), key))
-                        elif not isinstance(value, int | float | None):
-                            own[key] = copy.deepcopy(value)
-            if self._copied:
-                torch._foreach_copy_([to for _, to in self._copied], [t.detach() for t, _ in self._copied])
-
-    def _copy(self, t: Tensor, backups: Backups, key: tuple[int, str]) -> Tensor:
-        """The tensor that will hold a copy."""
-        to = backups.get(key)
-        if to is None or to.dtype is not t.dtype or to.shape != t.shape or to.device != t.device:
-            to = backups[key] = torch.empty_like(t.detach())
-        self._copied.append((t, to))
-        return to
+        self._before: list[dict[str, Any] | None] = []
+        self._live = live = [p for _, p in self._params]
+        for name, p in self._params:
+            own = state.get(p)
+            self._before.append(own := None if own is None else dict(own))
+            if own and name not in replaced:
+                for key, value in own.items():
+                    if isinstance(value, Tensor):
+                        live.append(value)
+                    elif not isinstance(value, _NUMBERS):
+                        own[key] = copy.deepcopy(value)
+        self._copies = (Backups() if backups is None else backups).of(self._live)
 
     def spoiled(self) -> str | None:
         """The first parameter with NaN or infinity in its value or state, or None."""
-        held = [
-            (name, [p, *(v for key, v in self._state.get(p, {}).items()
-                         if key not in _IN_PARAMETER and isinstance(v, Tensor) and v.dim())])
-            for name, p in self._params
-        ]  # fmt: skip
-        if all_finite([t for _, tensors in held for t in tensors]):
+        if all_finite(self._checked(p for _, p in self._params)):
             return None
-        bad = (name for name, tensors in held if not all(is_finite(t) for t in tensors if t.is_floating_point()))
-        name = next(bad, None)
-        return None if name is None else f"the solution of {name}'s local problem"
+        bad = (name for name, p in self._params if not all_finite(self._checked([p])))
+        return f"the solution of {next(bad)}'s local problem"
+
+    def _checked(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Parameters and the tensors of their state, but for counters and what shows in the parameters."""
+        found = []
+        for p in params:
+            found.append(p)
+            for key, value in self._state.get(p, _NOTHING).items():
+                if key not in _IN_PARAMETER and isinstance(value, Tensor) and value.dim():
+                    found.append(value)
+        return found
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Restore parameters and state."""
-        for t, value in self._copied:
-            t.detach().copy_(value)
-        for _, p in self._params:
+        for t, value in zip(self._live, self._copies, strict=True):
+            t.copy_(value)
+        for (_, p), before in zip(self._params, self._before, strict=True):
             self._state.pop(p, None)
-            if p in self._before:
-                self._state[p] = self._before[p]
+            if before is not None:
+                self._state[p] = before
 
     @torch.no_grad()
     def to_gradients(self, factor: float = 1.0) -> None:
         """Restore the parameters, and write the movement `old − new`, times a factor, into their `.grad`."""
         params = [p.detach() for _, p in self._params]
-        moved = [value - p for p, value in zip(params, self._values, strict=True)]
+        values = self._copies[: len(params)]
+        moved = [value - p for p, value in zip(params, values, strict=True)]
         if params:
-            torch._foreach_copy_(params, self._values)
+            torch._foreach_copy_(params, values)
         for (_, p), grad in zip(self._params, moved, strict=True):
             p.grad = grad if factor == 1 else grad * factor

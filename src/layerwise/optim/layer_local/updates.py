@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,6 +17,7 @@ from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.fused import FusedAdam, FusedSGD
 from layerwise.local.solvers.memory import Memory, moments_misfit
 from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
+from layerwise.optim.keywords import Effects
 from layerwise.optim.layer_local.base import check_common
 from layerwise.optim.layer_local.choices import check_patterns, first_match, several
 from layerwise.optim.saved_state import Fit, of_local_optimizer
@@ -172,6 +173,21 @@ class Updates:
                 yield from of_local_optimizer(*rates_of(update, group), p)
                 if isinstance(update.solver, Memory):
                     yield partial(moments_misfit, p.detach())
+
+    def effects(self, codes: str, groups: Iterable[Mapping[str, Any]]) -> Effects:
+        """Which numbers move something; Adam also moves what has no code beside a memory or a solver."""
+        asked = {group["weights"] for group in groups} - {self.default.kind, "solver"}
+        updates = [*self.every(), *(Update(kind) for kind in asked)]
+        own = any(isinstance(update.solver, LocalSteps) for update in updates)
+        steps = any(update.kind in ("adam", "sgd") for update in updates)
+        adam = any(update.kind != "sgd" and not isinstance(update.solver, LocalSteps) for update in updates)
+        return {
+            "code_step": (codes == "sweep", 'codes="sweep"'),
+            "betas": (adam, 'weights="adam"'), "eps": (adam, 'weights="adam"'),
+            "momentum": (any(update.kind == "sgd" for update in updates), 'weights="sgd"'),
+            "rows": (steps, 'weights="adam" and "sgd"'),
+            "normalise": (steps or own, 'weights="adam" and "sgd", and LocalSteps'),
+        }  # fmt: skip
 
     def every(self) -> list[Update]:
         """The default and those of the patterns."""

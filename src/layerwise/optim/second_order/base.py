@@ -32,14 +32,21 @@ Product = Callable[[Values], Values]
 class _Run:
     """One run of a closure: loss, gradients by name, measured curvature, and the closure to run again.
 
-    Loss and gradients become those of the whole batch over all ranks. adapts: whether this step adapts the damping.
+    named: the optimizer's parameters that require grad, in the model's order. groups: theirs. Loss and gradients become
+    those of the whole batch over all ranks. adapts: whether this step adapts the damping.
     """
 
+    named: Values
+    groups: Mapping[str, dict[str, Any]]
     loss: Tensor
     gradients: Values
     watched: Watched
     rerun: Rerun | None
     adapts: bool
+
+    def damping(self, name: str) -> float:
+        """λ of a parameter."""
+        return float(self.groups[name]["damping"])
 
 
 class CurvatureOptimizer(NamedOptimizer):
@@ -97,9 +104,14 @@ class CurvatureOptimizer(NamedOptimizer):
     # -- a step --------------------------------------------------------------------------------------------
 
     def _named(self) -> Values:
-        """The optimizer's parameters that require grad, by name, in the model's order."""
-        named = named_parameters_of(self._model)
-        return {name: p for name, p in named.items() if p.requires_grad and self._ours(p)}
+        """The optimizer's parameters that require grad, by name, in the model's order, and with a state of their type.
+
+        Raises BadInput where they are no longer those that the optimizer was made for.
+        """
+        named = {name: p for name, p in named_parameters_of(self._model).items() if p.requires_grad}
+        self._check_parameters(named)
+        self._retyped()
+        return {name: p for name, p in named.items() if self._ours(p)}
 
     def _attempt(self, closure: Callable[[], Tensor], buffers: Buffers) -> tuple[Tensor, str | None]:
         return self._follow(self._run(closure), buffers)
@@ -119,8 +131,6 @@ class CurvatureOptimizer(NamedOptimizer):
 
     def _attempt_recorded(self, batch: WatchedBatch, buffers: Buffers) -> tuple[Tensor, str | None]:
         named, watched = self._named(), batch.watched
-        self._check_parameters({n: p for n, p in named_parameters_of(self._model).items() if p.requires_grad})
-        self._retyped()
         found = {name: dense(p.grad.detach()) for name, p in named.items() if p.grad is not None}
         if watched.loss is None or not found:
             raise BadInput(
@@ -129,12 +139,10 @@ class CurvatureOptimizer(NamedOptimizer):
             )
         if not is_finite(watched.loss) and watched.bad is None:
             watched.bad = "the loss"
-        return self._follow(_Run(watched.loss, found, watched, None, False), buffers)
+        return self._follow(_Run(named, self._groups(named), watched.loss, found, watched, None, False), buffers)
 
     def _run(self, closure: Callable[[], Tensor]) -> _Run:
         named = self._named()
-        self._check_parameters({n: p for n, p in named_parameters_of(self._model).items() if p.requires_grad})
-        self._retyped()
         every = self.adapt_damping_every
         adapts = every is not None and (self.preconditioner.steps + 1) % every == 0
         rerun = Rerun(self._model, closure) if self.step_size == "quadratic" or adapts else None
@@ -150,20 +158,16 @@ class CurvatureOptimizer(NamedOptimizer):
                     found = _gradients(loss, named, watched)
         if not is_finite(loss) and watched.bad is None:
             watched.bad = "the loss"
-        return _Run(loss.detach(), found, watched, rerun, adapts)
+        return _Run(named, self._groups(named), loss.detach(), found, watched, rerun, adapts)
 
-    def _damping(self) -> Callable[[str], float]:
-        """λ of a parameter's name."""
-        named = named_parameters_of(self._model)
-        return lambda name: float(self._group_at[id(named[name])]["damping"])
+    def _groups(self, named: Values) -> dict[str, dict[str, Any]]:
+        return {name: self._group_at[id(p)] for name, p in named.items()}
 
     def _unsafe(self, run: _Run) -> str | None:
-        return self.preconditioner.unsafe(run.watched, run.gradients, self._damping())
+        return self.preconditioner.unsafe(run.watched, run.gradients, run.damping)
 
     def _agreed(self, run: _Run, where: str | None) -> str | None:
-        joint = self.preconditioner.join(
-            run.watched, run.gradients, where, self._named(), self._damping(), run.loss
-        )  # fmt: skip
+        joint = self.preconditioner.join(run.watched, run.gradients, where, run.named, run.damping, run.loss)
         assert joint.loss is not None
         run.gradients, run.loss = joint.gradients, joint.loss
         return joint.where
@@ -171,14 +175,14 @@ class CurvatureOptimizer(NamedOptimizer):
     @torch.no_grad()
     def _move(self, run: _Run) -> str | None:
         before, dampings = self.preconditioner.snapshot(), [group["damping"] for group in self.param_groups]
-        named = self._named()
+        named = run.named
         versions = [p._version for p in named.values()]
         old = {} if run.rerun is None else {name: p.clone() for name, p in named.items()}
         states = {p: self.state.get(p) for p in named.values()}
         try:
-            self.preconditioner.advance(run.watched, self._damping())
+            self.preconditioner.advance(run.watched, run.damping)
             directions = self.preconditioner.precondition(run.gradients)
-            groups = {name: self._group_at[id(named[name])] for name in directions}
+            groups = {name: run.groups[name] for name in directions}
             where: str | None = None
             if run.rerun is None:
                 where = self._step_at_rate(named, groups, run.gradients, directions)

@@ -21,13 +21,13 @@ from layerwise.errors import BadInput, Undefined
 from layerwise.graph.cotangents import Second, default_generator
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import gradients
-from layerwise.graph.products import HessianProducts, gradient_of, pull_stack, twice
+from layerwise.graph.products import HessianProducts, gradient_of, twice
 from layerwise.graph.samples import SampleLayout
 from layerwise.quantities.base import Quantity, positive, takes_draws
 from layerwise.quantities.hessian import residual_columns
 from layerwise.quantities.hessian.residual_columns import ResidualPlan
 from layerwise.quantities.hessian.unit_columns import Unit, plan
-from layerwise.tape.pull import pull
+from layerwise.tape.pull import pull, pull_stack
 from layerwise.tape.tape import Tape
 
 __all__ = ["DiagHessian"]

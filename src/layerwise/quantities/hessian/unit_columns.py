@@ -10,11 +10,12 @@ from torch import Tensor
 
 from layerwise.graph.coverage import Graph
 from layerwise.graph.custom_functions import check_functions
-from layerwise.graph.products import check_second, gradient_of, pull_stack, twice
+from layerwise.graph.products import check_second, gradient_of, twice
 from layerwise.graph.samples import SampleLayout
 from layerwise.ops.base import Slot
 from layerwise.rows.base import Rows, Samples
 from layerwise.rows.layout import MatrixLayout
+from layerwise.tape.pull import pull_stack
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 

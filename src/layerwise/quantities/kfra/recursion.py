@@ -23,7 +23,6 @@ from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
 from layerwise.graph.loss_curvature import likelihoods, loss_curvatures
 from layerwise.graph.probes import draws, join, matrix_among, near, sample_axes, split
-from layerwise.graph.products import pull_stack
 from layerwise.graph.samples import SampleLayout
 from layerwise.losses import Likelihood
 from layerwise.ops.base import Slot
@@ -31,7 +30,7 @@ from layerwise.quantities.kfra.chain import Link, chain, same_edge
 from layerwise.quantities.kfra.hessian_blocks import Send, congruence, probe, through, uniform
 from layerwise.rows import contract
 from layerwise.rows.base import Samples
-from layerwise.tape.pull import pull
+from layerwise.tape.pull import pull, pull_stack
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 

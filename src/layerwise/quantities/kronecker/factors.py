@@ -66,8 +66,7 @@ class KroneckerFactors(Quantity):
     def _of_rows(self, gradient: ParameterGradient, part: RowsPart) -> Sums:
         rows, first = part.rows, not gradient.column
         size = rows.g.shape[1:3].numel()
-        mask = part.real if self.real_rows else part.filled
-        real = mask() if first and mask is not None else None
+        real = part.mask(self.real_rows) if first else None
         if self.sharing == "reduce":
             rows = _reduced(rows, real)
         b = self.output_factor(gradient, rows)

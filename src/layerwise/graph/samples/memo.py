@@ -1,0 +1,96 @@
+"""The measured layouts of a model, and the keys under which they are remembered."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
+
+from layerwise.errors import LayerwiseError
+from layerwise.graph.coverage import Graph
+from layerwise.graph.samples.constants import KeptLayout
+from layerwise.graph.walk import Node, by_node, inputs, nodes
+from layerwise.tape.tape import Tape
+from layerwise.tape.uses import Use
+
+__all__ = ["Memo", "Refused", "key_below", "key_of", "memo_of", "recalled", "remember"]
+
+Refused = tuple[type[LayerwiseError], str]
+Memo = dict[Any, KeptLayout | Refused | None]
+
+# A cache of measurements, one entry per live model: nothing in it changes a result. The entry of a functional model
+# lives as long as the model's first tensor; the other tensors are in the key.
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, Memo] = weakref.WeakKeyDictionary()
+_FUNCTIONAL: MutableMapping[Tensor, Memo] = WeakTensorKeyDictionary()
+_MEMO_LIMIT = 64
+
+
+def remember(memo: Memo, key: Any, found: KeptLayout | Refused | None) -> None:
+    """Enter what was found, None for a key that was seen; what was not asked for longest makes room."""
+    if len(memo) >= _MEMO_LIMIT:
+        del memo[next(iter(memo))]
+    memo[key] = found
+
+
+def recalled(memo: Memo, key: Any) -> KeptLayout | Refused | None:
+    """What was found before."""
+    if key in memo:
+        memo[key] = memo.pop(key)
+    return memo.get(key)
+
+
+def memo_of(model: Any) -> Memo:
+    """The cached measurements of a model."""
+    if isinstance(model, nn.Module):
+        return _MEASURED.setdefault(model, {})
+    first = next(iter(model.values()), None) if isinstance(model, Mapping) else None
+    return {} if first is None else _FUNCTIONAL.setdefault(first, {})
+
+
+def key_of(tape: Tape, graph: Graph, model: Any, samples: Any) -> Any:
+    """The cache key: all that a measurement depends on, other than values, whose influence `structural` rules out."""
+    logits = tuple((loss.call.name, loss.call.logits.shape) for loss in graph.losses)
+    wiring = _wiring([loss.logits for loss in graph.losses], graph.uses)
+    return samples, _state(model), logits, _named(graph.uses), tuple(tape.calls), wiring
+
+
+def key_below(tape: Tape, model: Any, samples: Any, uses: Sequence[Use], front: Iterable[Use]) -> Any:
+    """The same for the uses before the first choice of rows, from those of them that are nearest to the losses."""
+    assert tape.choice is not None
+    calls = tuple(tape.calls[: tape.choice.calls])
+    return samples, _state(model), _named(uses), calls, _wiring([use.edge for use in front], uses)
+
+
+def _state(model: Any) -> tuple[Any, ...]:
+    """What of a model decides how it runs, other than values."""
+    if isinstance(model, nn.Module):
+        return tuple(m.training for m in model.modules())
+    if isinstance(model, Mapping):
+        return tuple((name, WeakIdRef(p), p.shape, p.requires_grad) for name, p in model.items())
+    return ()
+
+
+def _named(uses: Sequence[Use]) -> tuple[Any, ...]:
+    """The shape of the batch, and the uses' numbers."""
+    return (uses[0].batch.shape if uses else None), *(use.index for use in uses)
+
+
+def _wiring(roots: Sequence[Any], uses: Sequence[Use]) -> tuple[Any, ...]:
+    """Which autograd node feeds which, from some edges down through the uses; the sequence of calls leaves it open."""
+    below: dict[Node, Sequence[Any]] = {**inputs(by_node(uses))}
+    number: dict[Node, int] = {}
+    found: list[Any] = [edge[1] for edge in roots]
+    for node in nodes(roots, below):
+        followed = below.get(node)
+        if followed is None:
+            below[node] = followed = node.next_functions  # the walk then need not ask for them again
+        found.append(node.name())
+        for edge in followed:
+            child = edge[0]
+            found.append(None if child is None else number.setdefault(child, len(number)))
+            if edge[1]:
+                found.append((edge[1],))
+    return tuple(found)

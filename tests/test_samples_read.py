@@ -1,0 +1,115 @@
+"""What the tensors seen say on N: evidence where there is some, and both numbers in the error where two hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo.parts import Apply
+
+from layerwise import errors
+from layerwise.observation.observe import observe
+from layerwise.quantities import PerSampleGrad
+
+
+def _each(model: nn.Module, loss: Callable[[], Tensor], samples: int | Tensor | None = None) -> dict[str, Tensor]:
+    with observe(model, PerSampleGrad(), samples=samples) as seen:
+        loss().backward()
+    return dict(seen.per_sample_grad)
+
+
+def _as_many_kept_as_rows() -> tuple[nn.Module, Callable[[], Tensor], Tensor, Callable[[], Tensor]]:
+    """Three rows of two tokens, a layer on three of them, and a loss of four: a term with no row of the batch."""
+    first, chosen = torch.tensor([[1, 0], [1, 0], [1, 0]]).bool(), torch.tensor([[1, 1], [1, 0], [1, 0]]).bool()
+    x, y = torch.randn(3, 2, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        out = x.new_zeros(3, 2, 3)
+        out[first] = m.first(x[first])
+        return m.head(out.tanh())[chosen]
+
+    model = Apply(forward, first=nn.Linear(2, 3), head=nn.Linear(3, 2)).double()
+
+    def terms() -> Tensor:
+        each = ((model(x) - y) ** 2).sum(1)
+        return torch.stack([each[:2].sum(), each[2], each[3]])
+
+    return model, lambda: F.mse_loss(model(x), y, reduction="sum"), chosen.nonzero()[:, 0], terms
+
+
+def test_a_term_that_no_row_answers_for() -> None:
+    """Three rows or four terms: the error names both and where they come from, and what is said decides."""
+    model, loss, number, terms = _as_many_kept_as_rows()
+    with pytest.raises(errors.AmbiguousSamples, match=r"3 \(rows that .* called with.*\) and 4 \(.*terms") as error:
+        _each(model, loss)
+    assert "samples=" in str(error.value)
+    assert all(p.grad is None for p in model.parameters())
+    oracle.assert_close(_each(model, loss, number), oracle.per_sample_grad(oracle.parameters(model), terms), 1e-12)
+
+
+def test_a_term_of_no_row_where_as_many_are_kept_as_two_of_each() -> None:
+    """Four terms of two rows, three of the second: two equal pieces would hold, where one term answers for no row."""
+    chosen = torch.tensor([[1, 0, 0], [1, 1, 1]]).bool()
+    inner = torch.tensor([[1, 0, 0], [0, 1, 1]]).bool()
+    x, y = torch.randn(2, 3, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        z, out = m.first(x).tanh(), x.new_zeros(2, 3, 3)
+        out[inner] = m.second(z[inner])
+        return m.head(out.tanh())[chosen]
+
+    model = Apply(forward, first=nn.Linear(2, 3), second=nn.Linear(3, 3), head=nn.Linear(3, 2)).double()
+
+    def loss() -> Tensor:
+        return F.mse_loss(model(x), y, reduction="sum")
+
+    def terms() -> Tensor:
+        each = ((model(x) - y) ** 2).sum(1)
+        return torch.stack([each[0], each[1:].sum()])
+
+    with pytest.raises(errors.AmbiguousSamples, match="samples="):
+        _each(model, loss)
+    want = oracle.per_sample_grad(oracle.parameters(model), terms)
+    oracle.assert_close(_each(model, loss, chosen.nonzero()[:, 0]), want, 1e-12)
+
+
+def _with_positions(lead: bool, n: int = 3) -> tuple[nn.Module, Tensor, Tensor]:
+    """A frozen layer on the batch, a table of as many positions, and only the position of each sample's end."""
+    index, last = torch.arange(n)[None] if lead else torch.arange(n), torch.tensor([1] * (n - 1) + [0])
+    x, y = torch.randn(n, n, 1, dtype=torch.float64), torch.randn(n, 2, dtype=torch.float64)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        z = (m.first(x) + m.table(index)).tanh()
+        return m.head(z[torch.arange(n), last])
+
+    parts = {"first": nn.Linear(1, 4).requires_grad_(False), "table": nn.Embedding(n, 4), "head": nn.Linear(4, 2)}
+    return Apply(forward, **parts).double(), x, y
+
+
+@pytest.mark.parametrize("samples", [None, 3, torch.arange(3)], ids=["read", "count", "numbers"])
+@pytest.mark.parametrize("lead", [False, True])
+def test_positions_of_which_some_are_used(lead: bool, samples: int | Tensor | None) -> None:
+    """What the model was called with carries the samples; a table that it was not called with has none."""
+    model, x, y = _with_positions(lead)
+    got = _each(model, lambda: F.mse_loss(model(x), y, reduction="sum"), samples)
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: ((model(x) - y) ** 2).sum(1))
+    oracle.assert_close(got, want, 1e-12)
+
+
+def test_a_batch_given_by_its_name() -> None:
+    """A keyword argument carries samples as any other; positions in front of it do not."""
+    t, n = 3, 2
+    x, y = torch.randint(5, (n, t)), torch.randint(4, (n * t,))
+    model = Apply(lambda m, at, ids: m.head((m.table(at) + m.tokens(ids)).tanh()).flatten(0, 1),
+                  table=nn.Embedding(t, 3), tokens=nn.Embedding(5, 3), head=nn.Linear(3, 4)).double()  # fmt: skip
+    got = _each(model, lambda: F.cross_entropy(model(torch.arange(t), ids=x), y, reduction="sum"))
+
+    def terms() -> Tensor:
+        each = F.cross_entropy(model(torch.arange(t), ids=x), y, reduction="none")
+        return each.view(n, t).sum(1)
+
+    oracle.assert_close(got, oracle.per_sample_grad(oracle.parameters(model), terms), 1e-12)

@@ -1,0 +1,184 @@
+"""Observations of several models, contexts closed out of order, and backward passes in hooks and other threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from local_cases import mlp
+from torch import Tensor, nn
+
+import layerwise as lw
+from benchmarks import faults
+from layerwise.errors import NoBackward, UncoveredUse
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+OTHER = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def loss(model: nn.Module, x: Tensor = X) -> Tensor:
+    return F.cross_entropy(model(x), Y)
+
+
+def gradient(model: nn.Module) -> dict[str, Tensor]:
+    params = dict(model.named_parameters())
+    return dict(zip(params, torch.autograd.grad(loss(model), list(params.values())), strict=True))
+
+
+def moments(model: nn.Module) -> dict[str, Tensor]:
+    """Sum over samples of squared gradients, by a loop."""
+    params, total = dict(model.named_parameters()), {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for n in range(len(X)):
+        one = F.cross_entropy(model(X[n : n + 1]), Y[n : n + 1]) / len(X)
+        for name, g in zip(params, torch.autograd.grad(one, list(params.values())), strict=True):
+            total[name] += g.square()
+    return total
+
+
+def same(found: Any, want: dict[str, Tensor]) -> None:
+    assert set(found) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-14)
+
+
+# Nesting ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_two_observations_see_the_passes_of_their_models(inner_first: bool) -> None:
+    a, b = mlp(4, 5, 3), mlp(4, 6, 3)
+    with lw.observe(a, lw.SecondMoment()) as seen_a, lw.observe(b, lw.SecondMoment()) as seen_b:
+        for model in (b, a) if inner_first else (a, b):
+            loss(model).backward()
+    for model, seen in ((a, seen_a), (b, seen_b)):
+        same(seen.second_moment, moments(model))
+        same(seen.grad, gradient(model))
+
+
+def test_the_inner_observation_has_seen_no_pass_of_another_model() -> None:
+    a, b = mlp(4, 5, 3), mlp(4, 5, 3)
+    with lw.observe(a, lw.SecondMoment()) as seen, lw.observe(b, lw.SecondMoment()) as empty:
+        loss(a).backward()
+    same(seen.second_moment, moments(a))
+    with pytest.raises(NoBackward, match="a parameter of the model"):
+        _ = empty.second_moment
+
+
+def test_one_model_observed_twice_and_a_chain_of_two() -> None:
+    a, b = mlp(4, 5, 4), mlp(4, 3)
+    both = nn.ModuleDict({"a": a, "b": b})
+    want = moments(nn.Sequential(a, b))
+    with lw.observe(both, lw.SecondMoment()) as one, lw.observe(a, lw.SecondMoment()) as two:
+        F.cross_entropy(b(a(X)), Y).backward()
+    same(two.second_moment, {n[2:]: v for n, v in want.items() if n.startswith("0.")})
+    same(one.second_moment, {("a" if n[0] == "0" else "b") + n[1:]: v for n, v in want.items()})
+
+
+@pytest.mark.parametrize("quantity", [lw.SecondMoment, lw.DiagHessian])
+@pytest.mark.parametrize("outer_ends_first", [True, False])
+def test_contexts_may_end_in_any_order(quantity: Callable[[], Any], outer_ends_first: bool) -> None:
+    model = mlp(4, 5, 3)
+    contexts = [lw.observe(model, quantity()) for _ in range(2)]
+    seen = [context.__enter__() for context in contexts]
+    first, last = (0, 1) if outer_ends_first else (1, 0)
+    contexts[first].__exit__(None, None, None)
+    loss(model).backward()
+    contexts[last].__exit__(None, None, None)
+    assert not faults.left_over(model)
+    same(seen[last].grad, gradient(model))
+    with pytest.raises(NoBackward):
+        _ = seen[first].grad
+
+
+def test_a_mode_of_the_user_stays_where_the_observation_ends_before_it() -> None:
+    model, device = mlp(4, 5, 3), torch.device("meta")
+    context = lw.observe(model, lw.SecondMoment())
+    context.__enter__()
+    loss(model).backward()
+    with device:
+        context.__exit__(None, None, None)
+        assert torch.zeros(()).is_meta
+    assert not torch.zeros(()).is_meta and not faults.left_over(model)
+
+
+# Passes inside the observed one -----------------------------------------------------------------------------------
+
+
+def test_a_pass_in_a_hook_is_refused_and_leaves_the_gradient_as_it_was() -> None:
+    model = mlp(4, 5, 3)
+
+    def again(g: Tensor) -> None:
+        with torch.enable_grad():
+            loss(model, OTHER).backward()
+
+    with lw.observe(model, lw.SecondMoment()):
+        out = model(X)
+        out.register_hook(again)
+        with pytest.raises(UncoveredUse, match=r"0\.weight, 2\.bias, 2\.weight inside the observed one, in a hook"):
+            F.cross_entropy(out, Y).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hook on a parameter"])
+def test_a_pass_in_another_thread_is_no_part_of_what_is_seen(hooked: bool) -> None:
+    """In the middle of the observed pass, another thread runs one through the same parameters."""
+    model = mlp(4, 5, 3)
+    want, squares = gradient(model), moments(model)
+    if hooked:
+        model[0].weight.register_hook(lambda g: g * 1.0)  # type: ignore[union-attr]
+
+    def elsewhere(g: Tensor) -> None:
+        thread = threading.Thread(target=lambda: loss(model, OTHER).backward())
+        thread.start()
+        thread.join()
+
+    with lw.observe(model, lw.SecondMoment(), lw.Variance()) as seen:
+        out = model(X)
+        out.register_hook(elsewhere)
+        F.cross_entropy(out, Y).backward()
+    same(seen.grad, want)
+    same(seen.second_moment, squares)
+    assert not torch.allclose(model[0].weight.grad, want["0.weight"])  # type: ignore[union-attr,arg-type]
+
+
+def test_threads_that_train_one_model_see_their_own_passes() -> None:
+    model, rounds = mlp(4, 5, 3), 40
+    want = gradient(model)
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            loss(model, OTHER).backward()
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        for _ in range(rounds):
+            with lw.observe(model, lw.SecondMoment()) as seen:
+                loss(model).backward()
+            same(seen.grad, want)
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("quantity", [lw.SecondMoment, lw.DiagHessian])
+def test_an_interrupt_on_the_way_out_leaves_no_mode_and_no_hook(quantity: Callable[[], Any]) -> None:
+    model, place, interrupted = mlp(4, 3), 2, 0  # the first two lines are those of the `try`
+    while True:
+        place += 1
+        context, fault = lw.observe(model, quantity()), faults.Lines(place)
+        context.__enter__()
+        try:
+            with fault:
+                context.__exit__(None, None, None)
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+            assert not faults.left_over(model), place
+    assert interrupted > 10 and not faults.left_over(model)
