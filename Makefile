@@ -23,7 +23,7 @@ export LAYERWISE_DATA := $(CURDIR)/../shared/data
 endif
 endif
 
-.PHONY: help demo test test-all lint format support docs reproduce-locoprop overhead benchmarks clean
+.PHONY: help demo test test-all lint format support ecosystem docs reproduce-locoprop overhead benchmarks clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,10 @@ format: $(INSTALLED)  ## Mend style and format where that is automatic
 
 support: $(INSTALLED)  ## Write docs/support.md, what works with what, from a run of the tests
 	$(BIN)/python -m pytest -q tests/test_matrix.py --write-support
+
+ecosystem: $(INSTALLED)  ## Install the trainers of docs/trainers.md, and run its snippets with them
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/ecosystem.txt
+	$(BIN)/python -m pytest tests/test_trainers_page.py
 
 # Torch and all else that lock.txt names stay as they are; the site is made from the checkout, and asks no host.
 docs: $(INSTALLED)  ## Build the documentation into site/, every page run; open site/index.html

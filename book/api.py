@@ -26,12 +26,14 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
             "layerwise.compat.backpack.extensions",
             "layerwise.compat.laplace",
             "layerwise.compat.lightning",
+            "layerwise.compat.transformers",
         ),
     ),
 }
 STATIC = {  # modules that need another library: their names are read, not imported
     "layerwise.compat.laplace": ("LayerwiseGGN", "LayerwiseEF", "LayerwiseHessian"),
-    "layerwise.compat.lightning": ("MonitorCallback",),
+    "layerwise.compat.lightning": ("MonitorCallback", "StepCallback"),
+    "layerwise.compat.transformers": ("StepCallback",),
 }
 
 CHOSEN = {  # of a module of the library's own, what a user's code needs

@@ -59,7 +59,8 @@ CORE_IMPORTS = {"torch", "numpy", "layerwise"} | sys.stdlib_module_names
 OUTSIDE_CORE = {"demo", "cli", "__main__"}
 EXTRA_IMPORTS = {  # modules for users of another library, which nothing imports
     "layerwise.compat.laplace": {"laplace"},
-    "layerwise.compat.lightning": {"lightning"},
+    "layerwise.compat.lightning": {"lightning", "pytorch_lightning"},
+    "layerwise.compat.transformers": {"transformers"},
 }
 MOST_CODE_LINES = 300  # neither blank, nor comment, nor docstring
 MOST_LINES = 400

@@ -147,6 +147,7 @@ def test_a_trainer_without_logger_needs_a_log(callback: Any) -> None:
 
 def test_without_lightning_the_import_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     with pytest.raises(ImportError, match=r"layerwise\[lightning\]"):
         importlib.import_module(NAME)

@@ -377,6 +377,19 @@ def test_two_scales_in_one_step_are_refused(name: str) -> None:
         (own.scale(F.cross_entropy(model(x), y)) + F.cross_entropy(model(x), y)).backward()
 
 
+@exact
+def test_weights_of_a_backward_pass_belong_to_the_loss(name: str) -> None:
+    def run(model: nn.Module, opt: Any, step: int) -> None:
+        opt.zero_grad()
+        x, y = batch(step)
+        with opt.watch():
+            loss = F.cross_entropy(model(x), y)
+            loss.backward(gradient=torch.tensor(2.0))
+        torch.testing.assert_close(opt.step(), 2 * loss.detach())
+
+    same(trained(OPTIMIZERS[name], run), trained(OPTIMIZERS[name], whole(2.0)))
+
+
 def test_a_users_own_factor_belongs_to_the_loss() -> None:
     """Whatever it is: a number, or a tensor like the scaler's."""
     for factor in (7.0, torch.tensor(7.0, dtype=torch.float32)):

@@ -1,6 +1,7 @@
-"""A Lightning callback around `lw.monitor.Monitor`.
+"""Lightning callbacks: around the steps of `lw.optim`'s optimizers, and around `lw.monitor.Monitor`.
 
-Importing this module imports lightning; nothing else in the library does.
+Importing this module imports lightning, or pytorch_lightning where only that is installed; nothing else in the library
+does. A Trainer of either name takes the callbacks.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from layerwise.compat.trainer_contexts import TrainerContexts
 from layerwise.errors import BadInput
 from layerwise.monitor import Measure, Monitor
 from layerwise.monitor.records import Record
@@ -16,12 +18,46 @@ from layerwise.monitor.records import Record
 try:
     from lightning import Callback
 except ImportError as error:
-    raise ImportError(
-        f"layerwise.compat.lightning needs lightning, which cannot be imported ({error}): "
-        "pip install 'layerwise[lightning]'"
-    ) from error
+    try:
+        from pytorch_lightning import Callback
+    except ImportError:
+        raise ImportError(
+            f"layerwise.compat.lightning needs lightning, which cannot be imported ({error}): "
+            "pip install 'layerwise[lightning]'"
+        ) from error
 
-__all__ = ["MonitorCallback"]
+__all__ = ["MonitorCallback", "StepCallback"]
+
+
+class StepCallback(Callback):
+    """Record the passes of each step of a `lightning.Trainer`, for K-FAC, DiagNewton and LocoProp.
+
+        trainer = lightning.Trainer(callbacks=[StepCallback()])
+
+    `configure_optimizers` returns the optimizer as any other. A step has all batches of `accumulate_grad_batches`;
+    under manual optimization, all that ran before `opt.step()`. Without the callback a step sees its last batch alone,
+    and none in 16-bit precision. Raises BadInput for a trainer without an optimizer of `lw.optim`, and for one that
+    runs the model again (AltMin).
+    """
+
+    def __init__(self) -> None:
+        self._contexts = TrainerContexts()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Start recording, or go on with the batches of a step."""
+        self._contexts.open(trainer.optimizers)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop recording, until the next batch."""
+        self._contexts.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Discard a step that failed."""
+        self._contexts.close(exception)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop recording where the fit ended inside a batch."""
+        self._contexts.close(_Unfinished())
 
 
 class MonitorCallback(Callback):

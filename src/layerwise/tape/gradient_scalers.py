@@ -64,17 +64,17 @@ def _called_by_a_scaler() -> bool:
 class PassWatch(TorchFunctionMode):
     """Notes the backward passes and the calls of gradient scalers inside the context, and records nothing else.
 
-    on_backward: called with the tensor that a backward pass starts from, before it.
+    on_backward: called with the tensor that a backward pass starts from and its weights or None, before it.
     """
 
-    def __init__(self, on_backward: Callable[[Tensor], Any]) -> None:
+    def __init__(self, on_backward: Callable[[Tensor, Tensor | None], Any]) -> None:
         super().__init__()
         self.scaler_calls = ScalerCalls()
         self._on_backward = on_backward
 
     def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
         if func in BACKWARD:
-            self._on_backward(backward_arguments(func, args, kwargs or {})[0])
+            self._on_backward(*backward_arguments(func, args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if func in SCALER_CALLS:
             self.scaler_calls.note(func, args, out)

@@ -25,6 +25,7 @@ __all__ = [
     "accumulated",
     "alone",
     "backward_arguments",
+    "differentiated",
     "hooked",
     "pull",
     "pull_stack",
@@ -279,3 +280,9 @@ def backward_arguments(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tenso
         total = total[0]
         weight = weight[0] if isinstance(weight, (list, tuple)) else weight
     return total, weight
+
+
+def differentiated(total: Tensor, weight: Tensor | None) -> Tensor:
+    """The number that a backward pass from a total differentiates, detached. weight: the pass's `gradient`."""
+    value = total.detach()
+    return value if weight is None else (value * weight.detach()).sum()

@@ -21,7 +21,7 @@ from layerwise.local.problem import LocalProblem, Pull, predict, target_m
 from layerwise.local.targets import Target
 from layerwise.local.transfer import Transfer
 from layerwise.replay.state import check_loss
-from layerwise.tape.pull import OnePass, hooked, pull
+from layerwise.tape.pull import OnePass, differentiated, hooked, pull
 from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, is_finite
 
@@ -140,7 +140,8 @@ def _recorded_pass(
     layers = [layer for layer in layers if layer.use.index in received]
     if passes and scale != passes[0].scale:
         raise BadInput(mixed_scales(passes[0].scale, scale))
-    passes.append(_Pass(_unscaled(Recorded(total.detach(), tape, layers, received, gradients, samples), scale), scale))
+    recorded = Recorded(differentiated(total, weight), tape, layers, received, gradients, samples)
+    passes.append(_Pass(_unscaled(recorded, scale), scale))
     read = {use.edge.node for use in graph.uses}
     tape.forget_losses([loss for loss in tape.losses if loss.logits.node in read])
     return out

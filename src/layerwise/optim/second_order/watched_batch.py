@@ -26,7 +26,7 @@ from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.group import Ranks
 from layerwise.ranks.sums import all_reduced, describe, tensors_of
 from layerwise.tape.gradient_scalers import PassWatch
-from layerwise.tape.pull import alone
+from layerwise.tape.pull import alone, differentiated
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use, first_bad_call
 from layerwise.tensors import dense, is_finite
@@ -103,10 +103,10 @@ class Watched:
     loss: Tensor | None = None
 
     def passed(self, total: Tensor, scale: float | None) -> None:
-        """Count a backward pass. Raises BadInput where a gradient scaler changed its factor since the one before."""
+        """Count a backward pass of a detached loss. Raises BadInput where a scaler has changed its factor since."""
         if self.passes and scale != self.scale:
             raise BadInput(mixed_scales(self.scale, scale))
-        value = total.detach() / (scale or 1.0)
+        value = total / (scale or 1.0)
         self.loss = value if self.loss is None else self.loss + value
         self.passes, self.scale = self.passes + 1, scale
 
@@ -196,14 +196,14 @@ class CurvatureWatch:
         taken_out = self._mode.scaler_calls.taken_out
         return {name: dense(g.detach()) / (self.watched.scale * taken_out(g)) for name, g in grads.items()}
 
-    def _count(self, total: Tensor) -> None:
+    def _count(self, total: Tensor, weight: Tensor | None = None) -> None:
         assert self._mode is not None
-        self.watched.passed(total, loss_scale(self._mode.scaler_calls, total))
+        self.watched.passed(differentiated(total, weight), loss_scale(self._mode.scaler_calls, total))
 
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         watched = self.watched
         with alone(total.device.type):
-            self._count(total)
+            self._count(total, weight)
             finite = is_finite(total)
             watched.by_hand |= weight is not None or not _is_loss(tape, total)
             if self._keep or not finite:
