@@ -26,12 +26,6 @@ __all__ = ["LossRecord"]
 
 # A compiled module warns of hooks on all modules, which its own call, made eagerly here, does not disturb.
 _OF_HOOKS = ("ignore", re.compile(r"Using `torch\.compile\(module\)` when there are global hook"), UserWarning, None, 0)
-    "ignore",
-    re.compile(r"Using `torch\.compile\(module\)` when there are global hooks"),
-    UserWarning,
-    None,
-    0,
-)
 
 
 class _LogSoftmax(NamedTuple):
