@@ -77,9 +77,9 @@ def _check_boundary(own: OwnUse) -> None:
         raise UnknownLoss(
             f"a path from the loss to {own.bypassed} passes through no loss that is known, nor through what the model "
             "returned (or its modules, where methods such as `encode` made the loss), so it is not said where the "
-            "model ends and the loss begins; mark the loss, lw.as_loss(fn)(outputs, ...), with the model's outputs as the "
-            "first argument, or make it with torch.nn.functional's cross_entropy, mse_loss, ... . Quantities of the "
-            "gradient, DiagHessian and Hessian need no such mark"
+            "model ends and the loss begins; mark the loss, lw.as_loss(fn)(outputs, ...), with the model's outputs as "
+            "the first argument, or make it with torch.nn.functional's cross_entropy, mse_loss, ... . Quantities of "
+            "the gradient, DiagHessian and Hessian need no such mark"
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from layerwise.rows.base import RowNumbers, Rows, Samples, gradients
 from layerwise.rows.numbered import Order, digits, from_digits, gathered, order_of
 
-__all__ = ["Call", "Rows", "Samples", "Slot"]
+__all__ = ["Call", "RowNumbers", "Rows", "Samples", "Slot"]
 
 
 class Call(NamedTuple):
