@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from program_checks import check_mse
 from quantity_checks import dense_factors
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from zoo.parts import leaf
 
 import layerwise as lw
@@ -371,3 +372,65 @@ def test_calls_without_a_gradient_are_no_uses() -> None:
         return x * params["w"]
 
     check_mse(params, logits)
+
+
+# Products in groups of rows -----------------------------------------------------------------------------------
+
+
+def _by_loops(a: Tensor, b: Tensor, ends: list[int] | None) -> Tensor:
+    """`F.grouped_mm` in any type; zero behind the last group."""
+    if ends is None:
+        return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
+    owners = [e for e, (i, j) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) for _ in range(j - i)]
+    if a.dim() == b.dim() == 2:
+        onehot = F.one_hot(torch.tensor(owners), len(ends)).double()
+        return torch.einsum("mk,ke,kn->emn", a[:, : len(owners)], onehot, b[: len(owners)])
+    if a.dim() == 2:
+        rows = [a[r] @ b[owners[r]] if r < len(owners) else torch.zeros(b.shape[2]) for r in range(len(a))]
+        return torch.stack(rows)
+    return torch.stack([a[e] @ b[:, c] for c, e in enumerate(owners)], 1)
+
+
+class _Grouped(TorchFunctionMode):
+    """Lets the oracle run `F.grouped_mm` in float64, in which torch has none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._grouped_mm:
+            offs = (kwargs or {}).get("offs")
+            return _by_loops(*args, None if offs is None else offs.tolist())
+        return func(*args, **(kwargs or {}))
+
+
+def _offs(*ends: int) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32)
+
+
+GROUPED: dict[str, tuple[dict[str, tuple[int, ...]], Callable[[Named, Tensor], Tensor]]] = {
+    "experts": ({"w": (3, 3, 2)}, lambda p, x: F.grouped_mm(x, p["w"], offs=_offs(1, 3, 4))),
+    "transposed": ({"w": (3, 2, 3)}, lambda p, x: F.grouped_mm(x, p["w"].mT, offs=_offs(2, 2, 4))),
+    "rows_left": ({"w": (2, 3, 2)}, lambda p, x: F.grouped_mm(x, p["w"], offs=_offs(1, 3)) + x[:, :2]),
+    "two_layers": (
+        {"w": (2, 3, 3), "v": (2, 3, 2)},
+        lambda p, x: F.grouped_mm(F.grouped_mm(x, p["w"], offs=_offs(2, 4)).tanh(), p["v"], offs=_offs(2, 4)),
+    ),
+    "batched": ({"w": (4, 3, 2)}, lambda p, x: F.grouped_mm(x[:, None], p["w"])[:, 0]),
+    "columns": ({"w": (3, 4)}, lambda p, x: F.grouped_mm(x.expand(2, 4, 3), p["w"], offs=_offs(1, 4))),
+    "inner": ({"w": (3, 2)}, lambda p, x: F.grouped_mm(x, p["w"], offs=_offs(1, 3)).transpose(0, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_products(name: str) -> None:
+    shapes, run = GROUPED[name]
+    params, x = {key: leaf(*shape) for key, shape in shapes.items()}, torch.randn(4, 3)
+    with _Grouped():
+        check_mse(params, lambda: run(params, x).tanh())
+
+
+def test_a_grouped_product_in_single_precision_is_torchs() -> None:
+    w, x = torch.randn(3, 4, 8, dtype=torch.float32, requires_grad=True), torch.randn(6, 4, dtype=torch.float32)
+    plain = F.grouped_mm(x, w, offs=_offs(1, 1, 6))
+    with lw.observe({"w": w}, lw.SquaredNorm()):
+        assert torch.allclose(F.grouped_mm(x, w, offs=_offs(1, 1, 6)), plain, rtol=1e-5, atol=1e-6)
+    with pytest.raises(errors.UnsupportedCall, match="bias="), lw.observe({"w": w}, lw.SquaredNorm()):
+        F.grouped_mm(x, w, offs=_offs(1, 1, 6), bias=torch.zeros(3, 8))

@@ -145,10 +145,10 @@ def test_accumulated_batches_are_their_union(program: Scattered) -> None:
     seen = lw.accumulate(
         one.model, lambda data: replace(one, data=data).loss(), [one.data, two.data], *quantities, samples=one.samples
     )
-    oracle.assert_close(dict(seen.per_sample_grad), grads)
-    oracle.assert_close(dict(seen.squared_norm), oracle.squared_norm(grads))
-    oracle.assert_close(dict(seen.second_moment), oracle.second_moment(grads))
-    oracle.assert_close(dict(seen.variance), oracle.variance(grads))
+    oracle.assert_close(dict(seen.per_sample_grad), grads, program.rel)
+    oracle.assert_close(dict(seen.squared_norm), oracle.squared_norm(grads), program.rel)
+    oracle.assert_close(dict(seen.second_moment), oracle.second_moment(grads), program.rel)
+    oracle.assert_close(dict(seen.variance), oracle.variance(grads), program.rel)
 
 
 @by_program([program for program in SCATTERED if program.kind in (3, 5, 8)])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.ops import attention, recurrent
+from layerwise.ops import attention, contraction, recurrent
 from layerwise.ops.arguments import any_complex, bind, replace, writes_first
 from layerwise.ops.base import Call, Slot
 from layerwise.ops.elementwise import ElementwiseSlot
@@ -36,7 +36,7 @@ __all__ = [
     "writes_first",
 ]
 
-_DECOMPOSITIONS = {**attention.DECOMPOSITIONS, **recurrent.DECOMPOSITIONS}
+_FAMILIES = {func: family for family in (attention, contraction, recurrent) for func in family.DECOMPOSITIONS}
 _INFERENCE = {getattr(torch, name, None) for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")}
 
 
@@ -62,9 +62,8 @@ def refused(func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[s
     The text completes "layerwise does not decompose ...".
     """
     kwargs = kwargs or {}
-    if func in _DECOMPOSITIONS:
-        family = attention if func in attention.DECOMPOSITIONS else recurrent
-        return family.refused(args, kwargs)
+    if func in _FAMILIES:
+        return _FAMILIES[func].refused(args, kwargs)
     if func in _INFERENCE:
         return "attention by a call meant for inference; call F.multi_head_attention_forward, or freeze its parameters"
     if func is F.embedding or func is F.embedding_bag:
@@ -79,4 +78,4 @@ def decomposition(func: Callable[..., Any]) -> Callable[..., Any] | None:
 
     Its values and derivatives equal the composite's up to rounding, not bitwise.
     """
-    return _DECOMPOSITIONS.get(func)
+    return _FAMILIES[func].DECOMPOSITIONS[func] if func in _FAMILIES else None

@@ -21,7 +21,7 @@ from torch import Tensor
 from layerwise.rows.base import RowNumbers, Rows, Samples, gradients
 from layerwise.rows.numbered import Order, Scattered, digits, from_digits
 
-__all__ = ["Call", "Rows", "Samples", "Slot"]
+__all__ = ["Call", "RowNumbers", "Rows", "Samples", "Slot"]
 
 
 class Call(NamedTuple):

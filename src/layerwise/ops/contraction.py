@@ -13,9 +13,9 @@ so the other operands laid out as `[p, k, i]` are the input rows, and the output
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from layerwise.ops.elementwise import BiasSlot, shift
 from layerwise.ops.forms import FUNCTIONS, Form, Letters
 from layerwise.rows.base import Samples
 
-__all__ = ["FUNCTIONS", "ContractionSlot", "described", "slots"]
+__all__ = ["DECOMPOSITIONS", "FUNCTIONS", "ContractionSlot", "described", "refused", "slots"]
 
 
 class _LetterKinds(NamedTuple):
@@ -207,3 +207,46 @@ def _broadcast(
         tensors.append(tensor.squeeze(drop) if drop else tensor)
         letters.append(tuple(x for d, x in enumerate(ls) if d not in drop))
     return tuple(tensors), kept, tuple(letters)
+
+
+# -- products in groups of rows ------------------------------------------------------------------------------
+
+
+def _grouped(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    *,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`F.grouped_mm` (a mixture of experts) as one product for each group, which ends at `offs`; zero behind the last.
+
+    In torch 2.13 it has no second derivative; its parts have.
+    """
+    if offs is None:
+        out = torch.bmm(mat_a, mat_b)
+    else:
+        ends = offs.tolist()
+        groups = list(enumerate(zip([0, *ends[:-1]], ends, strict=True)))
+        if mat_a.dim() == mat_b.dim() == 2:
+            out = torch.stack([mat_a[:, i:j] @ mat_b[i:j] for _, (i, j) in groups])
+        else:
+            rows = mat_a.dim() == 2
+            parts = [mat_a[i:j] @ mat_b[e] if rows else mat_a[e] @ mat_b[:, i:j] for e, (i, j) in groups if i < j]
+            left = mat_a.shape[0] - ends[-1] if rows else mat_b.shape[1] - ends[-1]
+            if left or not parts:
+                like = parts[0].detach() if parts else mat_a.detach()
+                parts.append(like.new_zeros((left, mat_b.shape[2]) if rows else (mat_a.shape[1], left)))
+            out = torch.cat(parts, 0 if rows else 1)
+    return out if out_dtype is None else out.to(out_dtype)
+
+
+def refused(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a call of `F.grouped_mm` has no decomposition; None where it has one."""
+    return None if kwargs.get("bias") is None else "a grouped product with bias=; add the bias in a call of its own"
+
+
+DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+if hasattr(torch, "_grouped_mm"):  # what `F.grouped_mm` calls
+    DECOMPOSITIONS[torch._grouped_mm] = _grouped

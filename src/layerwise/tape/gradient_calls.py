@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from layerwise.errors import Undefined
-from layerwise.ops.base import Call, Slot
-from layerwise.rows.base import RowNumbers, Samples
+from layerwise.ops.base import Call, RowNumbers, Samples, Slot
 from layerwise.tape.binding import Leaves
 from layerwise.tape.pull import pull_stack, stopped
 from layerwise.tape.uses import Derived, Use

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..parts import Apply, leaf
-from .program import Batch, Refusal, Scattered, draw, labels, register
+from .program import Batch, Scattered, draw, labels, register
 
 __all__ = ["EXPERTS"]
 
@@ -125,10 +125,7 @@ def _single(gen: Generator) -> Batch:
     return b
 
 
-@program(
-    _single, dtype=torch.float32, rel=2e-4,
-    may_refuse=Refusal("UnsupportedCall|Undefined", "grouped_mm|derivative", "a call that no rule knows"),
-)  # fmt: skip
+@program(_single, dtype=torch.float32, rel=2e-4)
 def grouped_experts():
     """The same by `F.grouped_mm`, in float32, which is what it knows."""
     return Apply(lambda m, x: _sorted(m, x, _grouped), gate=nn.Linear(4, 3), w=leaf(3, 4, 8), head=nn.Linear(8, 3))
