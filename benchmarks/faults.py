@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from linecache import getline
+from multiprocessing import parent_process
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import layerwise as lw
 
-__all__ = ["OPTIMIZERS", "Counted", "Lines", "count", "left_over", "tried"]
+__all__ = ["OPTIMIZERS", "Counted", "Lines", "count", "left_over", "tried", "tried_in_workers"]
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "LocoProp": lambda m: lw.LocoProp(m),
@@ -46,6 +50,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "EKFAC": lambda m: lw.optim.KFAC(m, kind="ekfac", update_factors_every=1),
     "DiagNewton": lambda m: lw.optim.DiagNewton(m, update_every=1),
 }
+
+
+WORKERS = "LocoProp, in a worker"
 
 
 class Counted(NamedTuple):
@@ -152,6 +159,49 @@ def _seeded() -> Iterator[None]:
     yield
 
 
+class Fails(torch.optim.SGD):
+    """A local optimizer that raises, or ends its process, in a worker at the layer whose weight has this many rows."""
+
+    def __init__(self, params: Any, lr: float, rows: int, dies: bool) -> None:
+        super().__init__(params, lr)
+        self._rows, self._dies = rows, dies
+
+    def step(self, closure: Any = None) -> Any:
+        if parent_process() is not None and len(self.param_groups[0]["params"][0]) == self._rows:
+            if self._dies:
+                os._exit(1)
+            raise MemoryError("in a worker process")
+        return super().step(closure)
+
+
+def tried_in_workers() -> Counted:
+    """Let a worker process raise or end at each kind of layer in turn; the next step, without fault, is whole."""
+    failed, places = [], [(rows, dies) for dies in (False, True) for rows in (5, 3)]
+    for place, (rows, dies) in enumerate(places):
+        model = _Net()
+        local = partial(Fails, rows=rows, dies=dies)
+        solver = lw.local.LocalSteps(optimizer=local)
+        opt = lw.LocoProp(model, solver=solver, lr=0.1, workers=("process", 2))
+        same = copy.deepcopy(model)
+        plain = lw.LocoProp(same, solver=lw.local.LocalSteps(optimizer=torch.optim.SGD), lr=0.1)
+        with _seeded():
+            before, raised = _everything(model, opt), False
+            try:
+                opt.step(_closure(model))
+            except (MemoryError, BrokenProcessPool):
+                raised = True
+            good = raised and _same(_everything(model, opt), before) and not left_over(model)
+            local.keywords["rows"] = 0  # no layer's
+            generators = torch.get_rng_state()
+            opt.step(_closure(model))
+            torch.set_rng_state(generators)
+            plain.step(_closure(same))
+        good &= _same(model.state_dict(), same.state_dict())
+        if not good:
+            failed.append(place + 1)
+    return Counted(len(places), failed)
+
+
 def count(make: Callable[[nn.Module], Any], lines: bool = False) -> int:
     """The number of places of a step at which something can raise."""
     model, opt = copy.deepcopy(_start(make))
@@ -208,6 +258,11 @@ def main() -> None:
             good = found.tried - len(found.failed)
             total, survived = total + found.tried, survived + good
             print(f"{name:28}{found.tried:8}{good:10}  {found.failed[:12] or ''}", flush=True)
+    if given.only in WORKERS:
+        found = tried_in_workers()
+        good = found.tried - len(found.failed)
+        total, survived = total + found.tried, survived + good
+        print(f"{WORKERS:28}{found.tried:8}{good:10}  {found.failed[:12] or ''}", flush=True)
     print(f"{'all':28}{total:8}{survived:10}")
 
 

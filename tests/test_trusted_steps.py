@@ -42,6 +42,11 @@ def test_each_operation_that_raises_takes_the_step_back(name: str) -> None:
     assert not faults.tried(faults.OPTIMIZERS[name]).failed
 
 
+@pytest.mark.slow
+def test_a_worker_that_raises_or_dies_takes_the_step_back_and_hangs_nothing() -> None:
+    assert faults.tried_in_workers() == faults.Counted(4, [])
+
+
 def test_the_injector_finds_a_step_that_is_half_made() -> None:
     class Halves(lw.LocoProp):
         def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]

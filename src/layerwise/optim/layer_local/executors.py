@@ -171,10 +171,19 @@ class Processes(LocalExecutor):
             )
             weakref.finalize(self, self._pool.shutdown)
         sent = []
-        for job in jobs:
-            task = job.task()
-            sent.append((task, self._pool.submit(solve_pickled, pickled(task))))
-        results = [(task, future.result()) for task, future in sent]
+        try:
+            for job in jobs:
+                task = job.task()
+                sent.append((task, self._pool.submit(solve_pickled, pickled(task))))
+            results = [(task, future.result()) for task, future in sent]
+        except futures.BrokenExecutor:  # a process died: the next step starts new ones
+            pool, self._pool = self._pool, None
+            pool.shutdown()
+            raise
+        except BaseException:
+            for _, future in sent:
+                future.cancel()
+            raise
         for task, result in results:
             take_result(task, result)
 
