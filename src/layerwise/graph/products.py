@@ -137,7 +137,7 @@ def twice() -> Iterator[None]:
     except RuntimeError as error:
         if not _NO_SECOND.search(str(error)):
             raise
-        raise Undefined(_once(error)) from error
+        raise Undefined(_once(str(error).rstrip("."))) from error
 
 
 def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Place]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from layerwise import tensors
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, Undefined
 from layerwise.tape.uses import Use
 
 __all__ = [
@@ -44,12 +44,20 @@ _STATE = _State()  # whether this thread is inside `pull`: hooks must not mistak
 
 
 @contextmanager
-def _pulling() -> Iterator[None]:
+def _pulling(inputs: Sequence[Place]) -> Iterator[None]:
+    """Without the user's hooks on the leaves among the inputs (masks, scaling), which torch would run."""
+    leaves = (x if isinstance(x, Tensor) else getattr(x.node, "variable", None) for x in inputs)
+    tables = [p._backward_hooks for p in leaves if p is not None and p.is_leaf and p._backward_hooks]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
     before, _STATE.pulling = _STATE.pulling, True
     try:
         yield
     finally:
         _STATE.pulling = before
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
 
 
 def pull(
@@ -65,7 +73,7 @@ def pull(
     numbers again, they are computed one by one. The graph is retained. An input that no output depends on gives None.
     """
     try:
-        with _pulling():
+        with _pulling(inputs):
             return list(
                 torch.autograd.grad(
                     list[Any](outputs),
@@ -78,6 +86,11 @@ def pull(
                 )
             )
     except RuntimeError as error:
+        if "should_execute() == task_should_compute_output" in str(error):
+            raise Undefined(
+                "asked for the gradient at a view that the model writes onto after it was read, which torch cannot "
+                "give: make a new tensor there (z = z + y for z += y)"
+            ) from error
         if not batched or "random operations inside of vmap" not in str(error):
             raise
     rows = [
