@@ -28,7 +28,7 @@ ALLOWED = {
     "nn": "",
     "rows": "tensors",
     "ops": "rows tensors",
-    "tape": "losses nn ops ranks rows tensors",
+    "tape": "losses nn ops ranks tensors",
     "replay": "nn ops tape",
     "graph": "losses ops rows tape",
     "gradient": "ops rows tape tensors",

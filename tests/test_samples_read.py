@@ -113,3 +113,67 @@ def test_a_batch_given_by_its_name() -> None:
         return each.view(n, t).sum(1)
 
     oracle.assert_close(got, oracle.per_sample_grad(oracle.parameters(model), terms), 1e-12)
+
+
+@pytest.mark.parametrize("write", ["mask", "index_put", "index_copy", "cat"])
+def test_what_frozen_layers_put_together_is_made_of_the_batch(write: str) -> None:
+    """Two samples, and two features of the loss: what was made of rows of the batch is no constant of all samples."""
+    keep = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]]).bool()
+    x, y = torch.randn(2, 4, 2, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        rows, out = m.first(x[keep]), x.new_zeros(2, 4, 4)
+        if write == "mask":
+            out[keep] = rows
+        elif write == "index_put":
+            out = out.index_put(keep.nonzero(as_tuple=True), rows)
+        elif write == "index_copy":
+            out = out.flatten(0, 1).index_copy(0, keep.flatten().nonzero()[:, 0], rows).view(2, 4, 4)
+        else:
+            out = torch.cat([m.first(part) for part in x.unbind(1)], 1).view(2, 4, 4)
+        h = out.new_zeros(2, 4, 4)
+        h[keep] = m.second(out[keep]).tanh()
+        return m.head(h)[keep]
+
+    model = Apply(
+        forward, first=nn.Linear(2, 4).requires_grad_(False), second=nn.Linear(4, 4), head=nn.Linear(4, 2)
+    ).double()
+
+    def loss() -> Tensor:
+        return 10.0 * F.mse_loss(model(x), y, reduction="none").sum()
+
+    number = keep.nonzero()[:, 0]
+    want = oracle.per_sample_grad(
+        oracle.parameters(model),
+        lambda: torch.stack([10.0 * ((model(x) - y) ** 2)[number == n].sum() for n in range(2)]),
+    )
+    try:
+        got = _each(model, loss)
+    except errors.AmbiguousSamples as error:
+        assert "samples=" in str(error)
+    else:
+        oracle.assert_close(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("samples", [None, 4], ids=["read", "count"])
+@pytest.mark.parametrize("meet", ["mean", "sum", "max", "product"])
+def test_a_batch_that_meets_before_a_loss_of_one_row_is_mixed(meet: str, samples: int | None) -> None:
+    """The target is row 0 of four, so that all terms bear its number; but every row of the batch is in them."""
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    joined: dict[str, Callable[[Tensor], Tensor]] = {
+        "mean": lambda z: z.mean(0), "sum": lambda z: z.sum(0), "max": lambda z: z.logsumexp(0),
+        "product": lambda z: z[0] * z[1] * z[2],
+    }  # fmt: skip
+    with pytest.raises(errors.SamplesMixed, match="rows of the batch meet"):
+        _each(model, lambda: F.mse_loss(joined[meet](model(x)), y[0]), samples)
+
+
+def test_one_row_of_the_batch_alone() -> None:
+    """A loss of one row of the batch is that sample's, and the others have none."""
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    got = _each(model, lambda: F.mse_loss(model(x)[1], y[1], reduction="sum"))
+
+    def terms() -> Tensor:
+        return ((model(x) - y) ** 2).sum(1) * torch.tensor([0.0, 1.0, 0.0, 0.0])
+
+    oracle.assert_close(got, oracle.per_sample_grad(oracle.parameters(model), terms), 1e-12)

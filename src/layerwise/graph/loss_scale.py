@@ -6,7 +6,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.graph.walk import nodes
-from layerwise.tape.gradient_scalers import ScalerCalls
+from layerwise.losses.gradient_scalers import ScalerCalls
 
 __all__ = ["loss_scale", "mixed_scales"]
 

@@ -1,10 +1,18 @@
-"""Modes of torch functions that may be left in another order than they were entered in."""
+"""Modes of torch functions, which may be left in another order than they were entered in."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-__all__ = ["active", "end_after", "leave"]
+from layerwise.losses.gradient_scalers import SCALER_CALLS, ScalerCalls
+from layerwise.tape.calls import BACKWARD
+from layerwise.tape.pull import backward_arguments
+
+__all__ = ["PassWatch", "active", "end_after", "leave"]
 
 
 def active() -> int:
@@ -26,3 +34,26 @@ def leave(mode: TorchFunctionMode) -> None:
             after.append(last)
     for other in reversed(after):
         _push_mode(other)
+
+
+class PassWatch(TorchFunctionMode):
+    """Notes the backward passes and the calls of gradient scalers inside the context, and records nothing else.
+
+    on_backward: called with the tensor that a backward pass starts from and its weights or None, before it.
+    """
+
+    def __init__(self, on_backward: Callable[[Tensor, Tensor | None], Any]) -> None:
+        super().__init__()
+        self.scaler_calls = ScalerCalls()
+        self._on_backward = on_backward
+
+    def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
+        if func in BACKWARD:
+            self._on_backward(*backward_arguments(func, args, kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func in SCALER_CALLS:
+            self.scaler_calls.note(func, args, out)
+        return out
+
+    def __exit__(self, *exc: Any) -> None:
+        leave(self)

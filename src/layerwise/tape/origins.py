@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layerwise.tape.calls import assembles
 
-__all__ = ["Moved", "Origin", "Origins", "Source", "numbers", "offsets_of", "parents", "settle", "sources"]
+__all__ = ["Moved", "Origin", "Origins", "Source", "ancestors", "numbers", "offsets_of", "parents", "settle", "sources"]
 
 _MOVE_NAMES = """__getitem__ index_select narrow select gather take take_along_dim masked_select split chunk
     tensor_split unbind split_with_sizes view reshape flatten unflatten ravel squeeze unsqueeze permute transpose
@@ -28,9 +28,13 @@ MOVES = {getattr(x, name) for x in (torch, Tensor) for name in _MOVE_NAMES.split
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A tensor that data was made of; two with equal shapes are two tensors."""
+    """A tensor that data was made of; two with equal shapes are two tensors.
+
+    made_of: where the tensors come from that were put together to it, by calls that are not followed row by row.
+    """
 
     shape: torch.Size
+    made_of: tuple[Origin, ...] = ()
 
 
 @dataclass(eq=False)
@@ -79,9 +83,17 @@ class Origins:
         if func in MOVES and not data[0].requires_grad:
             if not any(x.requires_grad for x in results):
                 self._moved(func, args, kwargs, data[0], results, not isinstance(out, Tensor))
-        elif not assembles(func, args, kwargs):
+        elif not results or assembles(func, args, kwargs):
+            for x in results or args[:1]:  # a write returns nothing
+                self._put_together(x, data)
+        else:
             for x in results:  # a frozen recurrent layer returns several
                 self._mapped(x, data)
+
+    def _put_together(self, out: Any, data: Sequence[Tensor]) -> None:
+        found = self._noted.get(id(out))
+        if isinstance(out, Tensor) and (found is None or found[0]() is not out):
+            self.set(out, out.detach(), Source(out.shape, tuple(self.of(x)[1] for x in data if x is not out)))
 
     def _mapped(self, out: Tensor, data: Sequence[Tensor]) -> None:
         parent = data[0]
@@ -140,6 +152,17 @@ def sources(origin: Origin) -> list[Origin]:
     if isinstance(origin, Source) or origin.own:
         return [origin]
     return list(dict.fromkeys(source for parent in parents(origin) for source in sources(parent)))
+
+
+def ancestors(origin: Origin) -> set[Origin]:
+    """All tensors that data was computed from, as far as calls were seen."""
+    found: set[Origin] = set()
+    new = sources(origin)
+    while new:
+        found.update(new)
+        below = [x for source in new for x in (source.made_of if isinstance(source, Source) else parents(source))]
+        new = [x for origin in below for x in sources(origin) if x not in found]
+    return found
 
 
 def parents(origin: Moved) -> list[Origin]:

@@ -29,13 +29,13 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
+from layerwise.losses.gradient_scalers import SCALER_CALLS, ScalerCalls
 from layerwise.nn.hard import crossed, hard
 from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_sharded, check_whole, refuse_replaced
 from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
 from layerwise.tape.gradient_calls import gradient_uses
-from layerwise.tape.gradient_scalers import SCALER_CALLS, ScalerCalls
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins

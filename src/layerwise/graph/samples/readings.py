@@ -11,7 +11,7 @@ from torch import Tensor
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.separable import loss_terms
-from layerwise.tape.origins import Moved, Origin, Source, numbers, offsets_of, parents, sources
+from layerwise.tape.origins import Moved, Origin, Source, ancestors, numbers, offsets_of, parents, sources
 from layerwise.tape.uses import Use
 
 __all__ = [
@@ -84,7 +84,7 @@ def contradictory(graph: Graph) -> bool:
 def outside(graph: Graph, origin: Origin) -> bool:
     """Whether data was made of no tensor that the model was called with, while it was called with some."""
     entered = {source for x in graph.entered for source in sources(x)}
-    return bool(entered) and not entered & set(sources(origin))
+    return bool(entered) and not entered & ancestors(origin)
 
 
 def _of_batch(origin: Origin, shape: torch.Size) -> Origin:

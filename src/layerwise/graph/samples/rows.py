@@ -39,6 +39,8 @@ def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[Sampl
         try:
             layout = _layout(graph, n, losses)
             check_losses(graph, layout)
+            if given is None:
+                _check_rows_apart(graph, layout)
         except SamplesMixed as error:
             refusal = refusal or str(error)
             continue
@@ -81,6 +83,27 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             "pass samples= a tensor with the sample number of each loss term"
         )
     return found[0] if found else None
+
+
+def _check_rows_apart(graph: Graph, layout: SampleLayout) -> None:
+    """Refuse numbers by which several rows of a batch of N are one sample, and other samples have no term at all.
+
+    So it looks where rows meet before the loss, whose target is one row: `mse_loss(model(x).mean(0), y[0])`.
+    Raises SamplesMixed.
+    """
+    heard: set[int] = set()
+    for loss, where in zip(graph.losses, layout.losses, strict=True):
+        shape = loss.call.logits.shape
+        heard.update(where.owners(shape, loss.call.logits.device).unique().tolist())
+    if heard >= set(range(layout.n)):
+        return
+    for source, owner, _ in owners_of_rows(graph, layout):
+        if source.shape[:1] == (layout.n,) and len(set(owner.values())) < len(owner):
+            raise SamplesMixed(
+                f"asked for per-sample quantities, but several of the {layout.n} rows of the batch meet in the same "
+                "terms of the loss, and others have none; sum over the samples last, or say with samples= which terms "
+                "of the loss are one sample's"
+            )
 
 
 def check_losses(graph: Graph, layout: SampleLayout) -> None:

@@ -25,7 +25,7 @@ from layerwise.quantities.base import Context, Quantity, Union
 from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.group import Ranks
 from layerwise.ranks.sums import all_reduced, describe, tensors_of
-from layerwise.tape.gradient_scalers import PassWatch
+from layerwise.tape.modes import PassWatch
 from layerwise.tape.pull import alone, differentiated
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use, first_bad_call

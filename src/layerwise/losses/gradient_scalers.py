@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
 
-from layerwise.tape.calls import BACKWARD
-from layerwise.tape.pull import backward_arguments
-
-__all__ = ["SCALER_CALLS", "PassWatch", "ScalerCalls"]
+__all__ = ["SCALER_CALLS", "ScalerCalls"]
 
 _UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
 SCALER_CALLS = frozenset((Tensor.mul, _UNSCALE))
@@ -59,23 +54,3 @@ def _called_by_a_scaler() -> bool:
             break
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None and frame.f_code.co_name in ("scale", "apply_scale")
-
-
-class PassWatch(TorchFunctionMode):
-    """Notes the backward passes and the calls of gradient scalers inside the context, and records nothing else.
-
-    on_backward: called with the tensor that a backward pass starts from and its weights or None, before it.
-    """
-
-    def __init__(self, on_backward: Callable[[Tensor, Tensor | None], Any]) -> None:
-        super().__init__()
-        self.scaler_calls = ScalerCalls()
-        self._on_backward = on_backward
-
-    def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
-        if func in BACKWARD:
-            self._on_backward(*backward_arguments(func, args, kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        if func in SCALER_CALLS:
-            self.scaler_calls.note(func, args, out)
-        return out
