@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from layerwise import tensors
-from layerwise.errors import BadInput, Undefined
+from layerwise.errors import BadInput, Undefined, UnsupportedCall
 from layerwise.tape.uses import Use
 
 __all__ = [
@@ -34,6 +34,11 @@ __all__ = [
 ]
 
 Place = Tensor | GradientEdge  # where a reverse pass starts or ends
+
+
+# What torch says where it cannot run a reverse pass for a batch of cotangents: a checkpointed block that draws random
+# numbers again; a kernel that asks for the memory format of its cotangent (group norm of a channels-last input).
+_UNBATCHED = ("random operations inside of vmap", "inside of vmap for memory_format")
 
 
 class _State(threading.local):
@@ -70,11 +75,13 @@ def pull(
     """Vector-Jacobian products of `outputs` with `cotangents` at `inputs` (edges or tensors).
 
     batched: each cotangent has a leading axis V, and so does each result; where a checkpointed block draws random
-    numbers again, they are computed one by one. The graph is retained. An input that no output depends on gives None.
+    numbers again, or torch cannot batch a derivative, they are computed one by one. The graph is retained. An input
+    that no output depends on gives None.
     """
     try:
         with _pulling(inputs):
-            return list(
+            return _strided(
+                inputs,
                 torch.autograd.grad(
                     list[Any](outputs),
                     list[Any](inputs),
@@ -83,7 +90,7 @@ def pull(
                     create_graph=create_graph,
                     allow_unused=True,
                     is_grads_batched=batched,
-                )
+                ),
             )
     except RuntimeError as error:
         if "should_execute() == task_should_compute_output" in str(error):
@@ -91,12 +98,24 @@ def pull(
                 "asked for the gradient at a view that the model writes onto after it was read, which torch cannot "
                 "give: make a new tensor there (z = z + y for z += y)"
             ) from error
-        if not batched or "random operations inside of vmap" not in str(error):
+        if not batched or not any(text in str(error) for text in _UNBATCHED):
             raise
     rows = [
         pull(outputs, [c[v] for c in cotangents], inputs, create_graph=create_graph) for v in range(len(cotangents[0]))
     ]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _strided(inputs: Sequence[Place], found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The cotangents found; raise UnsupportedCall where that of a call's output is sparse, which has no rows."""
+    for place, g in zip(inputs, found, strict=True):
+        if g is not None and g.layout != torch.strided and not isinstance(place, Tensor):
+            raise UnsupportedCall(
+                f"a parameter enters a call that gives a sparse tensor, in {place.node.name()}: its cotangent is sparse "
+                "too, which has no rows of samples. Write the values into a dense tensor (`w = torch.zeros(shape)`, "
+                "`w[rows, columns] = values`), or freeze them"
+            )
+    return list(found)
 
 
 def pull_stack(outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Sequence[Place]) -> list[Tensor | None]:

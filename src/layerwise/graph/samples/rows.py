@@ -69,7 +69,9 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             check_losses(graph, layout)
         except SamplesMixed:
             continue
-        found += [layout] if all(one for *_, one in owners_of_rows(graph, layout)) else []
+        # a tensor that no one called the model with may be a constant, whose rows are those of all samples
+        owners = owners_of_rows(graph, layout)
+        found += [layout] if all(one or outside(graph, source) for source, _, one in owners) else []
     if len(found) > 1:
         raise AmbiguousSamples(
             f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "
@@ -176,7 +178,7 @@ def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners
         if carrying or (calls and layout.n > 1 and layout.n not in calls):
             return False
     if not constants:
-        return all(one for *_, one in owners)
+        return all(one or outside(graph, source) for source, _, one in owners)
     if any(len(owner) == 1 and not one for _, owner, one in owners):
         return False
     return any(one and len(set(owner.values())) == layout.n for _, owner, one in owners)
