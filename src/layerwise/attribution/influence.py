@@ -97,7 +97,7 @@ class Influence:
         quantity = self._quantity()
         if quantity is None:
             return self
-        settings = self._settings() if folder is not None else {}
+        settings = self.settings() if folder is not None else {}
         found = resumable(self._chosen, self._loss_fn, loader, quantity, self._seed, folder, settings)
         operator = found.eigh() if isinstance(found, Kronecker) else found
         if isinstance(operator, ByParameter):
@@ -114,7 +114,7 @@ class Influence:
             return KFLR() if self._draws is None else KFAC(self._draws, generator)
         return DiagGGN(self._draws, generator) if self._curvature == "diag" else None
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What must be the same where saved numbers are read; weights: a digest of all of the model's."""
         weights = digest_of({name: values_digest(t) for name, t in self._chosen.model.state_dict().items()})
         return {"curvature": self._curvature, "draws": self._draws, "seed": self._seed,
@@ -124,7 +124,7 @@ class Influence:
         """Save the curvature as tensors and JSON, with versions and a checksum; raises BadInput before `fit`."""
         operator = self.curvature
         tensors, facts = ({}, {}) if operator is None else described(operator)
-        write(folder, "influence", tensors, {"settings": self._settings(), "blocks": facts})
+        write(folder, "influence", tensors, {"settings": self.settings(), "blocks": facts})
 
     def load(self, folder: str | Path) -> Self:
         """Take the curvature that `save` saved, for the same weights; no code is run from the files.
@@ -135,7 +135,7 @@ class Influence:
         if found is None:
             raise BadInput(f"{folder} holds no saved Influence; fit, and save() there")
         tensors, facts = found
-        asked, seen = self._settings(), facts["settings"]
+        asked, seen = self.settings(), facts["settings"]
         if seen != asked:
             other = [key for key in asked if asked[key] != seen.get(key)]
             raise BadInput(f"the Influence saved in {folder} differs in {', '.join(other)}: {seen}; asked for {asked}")
