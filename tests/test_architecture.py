@@ -45,8 +45,9 @@ ALLOWED = {
     "optim.second_order": "gradient graph observation operators optim.base optim.keywords optim.recording "
     "optim.saved_state quantities ranks replay rows tape tensors",
     "monitor": "gradient graph observation quantities replay tape tensors",
+    "attribution": "gradient observation operators quantities ranks replay rows",
     "distributed": "local optim.keywords optim.layer_local ranks replay tape tensors",
-    "": "distributed local losses monitor nn observation operators optim optim.layer_local quantities",
+    "": "attribution distributed local losses monitor nn observation operators optim optim.layer_local quantities",
     "compat": "gradient graph losses monitor observation operators quantities replay rows tape",
     "demo": "",
     "cli": "demo",

@@ -386,3 +386,40 @@ def test_without_laplace_the_import_says_what_to_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(sys.modules, "layerwise.compat.laplace")
     with pytest.raises(ImportError, match="pip install laplace-torch"):
         importlib.import_module("layerwise.compat.laplace")
+
+
+class Tagger(nn.Module):
+    """A class for each token; pooled: one for the sequence, averaged behind the last layer."""
+
+    def __init__(self, pooled: bool) -> None:
+        super().__init__()
+        self.embedding, self.head, self.pooled = nn.Embedding(5, 4), nn.Linear(4, 3), pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.head(torch.tanh(self.embedding(x)))
+        return z.mean(1) if self.pooled else z
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_last_layer_predictive_of_features_at_several_positions(pooled: bool, structure: str) -> None:
+    torch.manual_seed(0)
+    model, x = Tagger(pooled), torch.randint(5, (6, 4))
+    y = torch.randint(3, (6,) if pooled else (6, 4))
+    la = laplace.Laplace(
+        model, "classification", "last_layer", hessian_structure=structure, backend=ours.LayerwiseGGN
+    )  # fmt: skip
+    la.fit(DataLoader(TensorDataset(x, y), batch_size=3))
+    columns, f = la.backend.last_layer_jacobians(x)
+    want = model(x).reshape(-1, 3)
+    assert_close(f, want)
+    head = list(model.head.parameters())
+    for n, row in enumerate(want):
+        for c, out in enumerate(row):
+            g = torch.autograd.grad(out, head, retain_graph=True)
+            assert_close(columns[n, c], torch.cat([part.flatten() for part in g]))
+    probabilities = la(x)
+    precision = la.posterior_precision
+    dense = precision.diag() if structure == "diag" else precision.to_matrix() if structure == "kron" else precision
+    variance = torch.einsum("ncp,pq,ncq->nc", columns, torch.linalg.inv(dense), columns)
+    assert_close(probabilities, torch.softmax(f / torch.sqrt(1 + torch.pi / 8 * variance), -1))

@@ -34,7 +34,7 @@ from layerwise.quantities import (
 )
 
 if TYPE_CHECKING:
-    from layerwise import distributed, monitor
+    from layerwise import attribution, distributed, monitor
 
 __version__ = "0.2.0"
 
@@ -66,6 +66,7 @@ __all__ = [
     "Variance",
     "accumulate",
     "as_loss",
+    "attribution",
     "distributed",
     "errors",
     "local",
@@ -78,6 +79,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     """The packages that only some programs use, imported at their first use (PEP 562)."""
-    if name in {"distributed", "monitor"}:
+    if name in {"attribution", "distributed", "monitor"}:
         return import_module(f"layerwise.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,6 +52,18 @@ class LayerwiseInterface(CurvatureInterface):
             return super().jacobians(x, enable_backprop=True)
         return self._jacobians(x, lambda f: f)
 
+    def last_layer_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """The Jacobians of the outputs in the last layer's parameters, `[N,C,P]`, and the outputs `[N,C]`.
+
+        From one forward pass, whatever lies behind the last layer; outputs at several positions, `[N,*,C]`, are rows of
+        their own, as in the loss. enable_backprop: return results that can be differentiated in x, by laplace's own
+        formula, for features `[N,I]` that the last layer maps to the outputs.
+        """
+        if enable_backprop:
+            return super().last_layer_jacobians(x, enable_backprop=True)
+        columns, f = self._jacobians(x, lambda f: f)
+        return columns.flatten(0, -3), f.flatten(0, -2)
+
     def selected_output_jacobians(
         self, x: Any, outputs: Tensor, enable_backprop: bool = False
     ) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerwise import tensors
 from layerwise.gradient.parts import LaterPart, Part, RowsPart, bias_of, joined_parts, layouts_of
-from layerwise.rows import contract, gram, layout, project
+from layerwise.rows import contract, gram, inner, layout, project
 from layerwise.rows.layout import FactorForm
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
@@ -234,9 +234,51 @@ class ParameterGradient:
         if (part := self.joined) is not None:
             factors = project.in_layout(left, right, part.layout())
             if factors is not None:
-                return project.project_rows(part.rows, *factors)
+                return project.project_rows(part.rows, *factors[:2])
         chunks = [project.project_vectors(g.reshape(*g.shape[:2], -1), left, right) for g in self._in_chunks()]
         return torch.cat(chunks, 1) if chunks else self._zeros((1, 0, len(left)))
+
+    def inner(self, directions: Tensor) -> Tensor:
+        """`[V,N,Q]`: inner products of the per-sample gradients with directions `[Q,*shape]`."""
+        total: Tensor | None = None
+        for part in self._fewest:
+            if isinstance(part, RowsPart):
+                value = inner.inner(part.rows, _matrices(part, directions))
+            else:
+                value = self._inner_in_chunks(part, directions)
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def _inner_in_chunks(self, part: Part, directions: Tensor) -> Tensor:
+        n, each = part.size[1], self._each()
+        flat = directions.flatten(1).T
+        starts = range(0, n, each)
+        found = [part.per_sample(low, low + each).flatten(2) @ flat for low in starts]
+        return torch.cat(found, 1) if found else self._zeros((part.size[0], 0, len(directions)))
+
+    def inner_by_position(self, directions: Tensor) -> Tensor | None:
+        """`[V,N,T,Q]`: what each position of the uses' rows adds to `inner`; None where the uses share no positions."""
+        parts = self._row_parts
+        if parts is None or len({part.rows.g.shape[2] for part in parts}) > 1:
+            return None
+        each = [inner.inner_by_position(part.rows, _matrices(part, directions)) for part in parts]
+        return torch.stack(each).sum(0)
+
+    def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
+        """`[V,N,P,Q]`: `left D right^T` of the per-sample gradients D as matrices `[R,C]`, the first axis by the rest.
+
+        left: `[P,R]`; right: `[Q,C]`.
+        """
+        if (part := self.joined) is not None:
+            factors = project.in_layout(left, right, part.layout())
+            if factors is not None:
+                u, w, turned = factors
+                value = inner.two_sided(part.rows, u, w)
+                return value.mT if turned else value
+        sides = left.shape[1], right.shape[1]
+        chunks = [left @ g.reshape(*g.shape[:2], *sides) @ right.T for g in self._in_chunks()]
+        return torch.cat(chunks, 1) if chunks else self._zeros((1, 0, len(left), len(right)))
 
     def _vectors(self, where: slice) -> Tensor:
         """`[V,n,P]`, or `[V,n,2P]` real numbers for a complex parameter."""
@@ -251,6 +293,12 @@ class ParameterGradient:
     def _zeros(self, shape: Sequence[int], real: bool = False) -> Tensor:
         zeros = self.parts[0].zeros(shape)
         return zeros.real if real and zeros.is_complex() else zeros
+
+
+def _matrices(part: RowsPart, directions: Tensor) -> Tensor:
+    """Directions `[Q,*shape]` in the layout of a part's rows, `[Q,K,O,I]`."""
+    laid = part.layout()
+    return torch.stack([laid.matrix(direction) for direction in directions])
 
 
 class PartCollector:

@@ -24,7 +24,7 @@ from layerwise.ranks.trainers import placements_of, unreduced, unwrapped
 from layerwise.replay.state import RandomState
 from layerwise.tape.binding import Binding
 
-__all__ = ["accumulate"]
+__all__ = ["accumulate", "batch_loss"]
 
 _END = object()
 
@@ -150,7 +150,7 @@ def _pass(
             while (batch := _next(batches)) is not _END:
                 for p in parameters.values():
                     p.grad = None
-                loss = _loss(unwrapped(model), loss_fn, batch)
+                loss = batch_loss(unwrapped(model), loss_fn, batch)
                 if in_step:
                     with _pop_mode_temporarily():
                         ranks.together(partial(check_finite, loss))
@@ -190,7 +190,8 @@ def _next(batches: Iterator[Any]) -> Any:
         return next(batches, _END)
 
 
-def _loss(model: Any, loss_fn: Callable[..., Tensor], batch: Any) -> Tensor:
+def batch_loss(model: Any, loss_fn: Callable[..., Tensor], batch: Any) -> Tensor:
+    """The loss of one batch, by the convention of `accumulate`; raises BadInput where it is not one number."""
     if isinstance(model, nn.Module) and isinstance(batch, (tuple, list)) and len(batch) == 2:
         x, y = batch
         loss = loss_fn(model(x), y)

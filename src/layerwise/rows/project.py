@@ -36,18 +36,18 @@ def signs(name: str, shape: Sequence[int], count: int, seed: int, like: Tensor) 
     return left.to(like), right.to(like)
 
 
-def in_layout(left: Tensor, right: Tensor, layout: MatrixLayout) -> tuple[Tensor, Tensor] | None:
+def in_layout(left: Tensor, right: Tensor, layout: MatrixLayout) -> tuple[Tensor, Tensor, bool] | None:
     """The same rank-one matrices as factors `[J,K,O]` and `[J,K,I]` of the layout `[K,O,I]` of a parameter's uses.
 
-    None where they do not factor in that layout.
+    With them, whether the first of the two is made of `right`. None where they do not factor in that layout.
     """
     place = layout.places()
     if not place.numel():
         return None
     row, column = place // right.shape[1], place % right.shape[1]
-    for out, into, outer, inner in ((row, column, left, right), (column, row, right, left)):
+    for out, into, outer, inner, turned in ((row, column, left, right, False), (column, row, right, left, True)):
         if bool((out == out[:, :, :1]).all()) and bool((into == into[:, :1]).all()):
-            return outer[:, out[:, :, 0].to(left.device)], inner[:, into[:, 0].to(left.device)]
+            return outer[:, out[:, :, 0].to(left.device)], inner[:, into[:, 0].to(left.device)], turned
     return None
 
 

@@ -1,0 +1,146 @@
+"""A quantity of a whole data set, batch by batch, with its sums on disk after each, so that a kill loses one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from layerwise.attribution.files import read, write
+from layerwise.attribution.passes import Chosen
+from layerwise.errors import BadInput
+from layerwise.observation.results import Results
+from layerwise.observation.union import Batch, Values, check_pooled, union_of, weighed
+from layerwise.quantities.base import Context, Quantity
+from layerwise.ranks.group import Ranks
+from layerwise.ranks.sums import all_reduced, tensors_of
+from layerwise.replay.state import seed_of
+
+__all__ = ["resumable"]
+
+
+def resumable(
+    chosen: Chosen,
+    loss_fn: Any,
+    loader: Iterable[Any],
+    quantity: Quantity,
+    seed: int,
+    folder: str | Path | None,
+    settings: Mapping[str, Any],
+) -> Any:
+    """The result of a quantity of the pooled loss of all batches, as of `accumulate`, in one pass or two.
+
+    Draws of each batch are seeded by its number, so that a resumed result has the bits of one that ran through.
+    folder: where the sums are; None: nowhere. settings: what a resumed fit must have in common with the killed one.
+    Raises BadInput for a folder of other settings, an empty loader, or a loader that gives its batches once.
+    """
+    first = quantity.first_pass()
+    if isinstance(loader, Iterator) and (first is not None or folder is not None):
+        raise BadInput(
+            f"asked to fit over an iterator ({type(loader).__name__}), which gives its batches once; two passes, and a "
+            "fit that resumes, need a list or a DataLoader that gives the same batches each time"
+        )
+    result: Any = None
+    ranks = Ranks()
+    place = None if folder is None else Path(folder) / (f"rank{ranks.rank}" if ranks.size > 1 else "")
+    for number, asked in enumerate([quantity] if first is None else [first, quantity]):
+        if number:
+            asked = quantity.second_pass(result)
+            asked.broadcast(ranks)
+        sums = _Sums(asked, place, f"sums{number}", settings)
+        generator = getattr(asked.cotangent, "generator", None)
+        for i, batch in enumerate(loader):
+            if i >= sums.count:
+                if generator is not None:
+                    generator.manual_seed(seed_of(seed, i * ranks.size + ranks.rank))
+                sums.add(chosen.observed(loss_fn, batch, asked))
+        for batch in loader if not sums.known else ():  # all were done before: one of them says what is where
+            sums.know(chosen.observed(loss_fn, batch, asked).values_of(0))
+            if sums.known:
+                break
+        result = sums.finish(ranks)
+    return result
+
+
+class _Sums:
+    """A quantity's values, weighted by the terms of each batch and added up; on disk as tensors by number.
+
+    The layouts that the tensors belong to are not on disk: the next batch tells them, or one of the first over again.
+    """
+
+    def __init__(self, quantity: Quantity, folder: str | Path | None, name: str, settings: Mapping[str, Any]) -> None:
+        self._quantity, self._folder, self._name, self._settings = quantity, folder, name, dict(settings)
+        self._values: Values = {}
+        self._saved: dict[str, Tensor] = {}
+        self.count, self._batch = 0, Batch(0, None)
+        found = None if folder is None else read(folder, name)
+        if found is not None:
+            self._saved, facts = found
+            if facts["settings"] != self._settings:
+                raise BadInput(
+                    f"{folder} holds a fit of other settings: {facts['settings']}; asked for {self._settings}. Take "
+                    "another folder, or delete this one"
+                )
+            self.count = facts["batches"]
+            terms = facts["terms"]
+            self._batch = Batch(facts["samples"], None if terms is None else tuple(terms))
+
+    @property
+    def known(self) -> bool:
+        """Whether all that was saved has its place."""
+        return not self._saved
+
+    def know(self, values: Values) -> None:
+        """Put the saved tensors in the place of those of a batch, as far as it has them."""
+        for name, value in values.items():
+            each = [tensors_of(v) for v in value]
+            keys = [[f"{i}/{k}/{name}" for k in range(len(ts))] for i, ts in enumerate(each)]
+            if keys and keys[0] and keys[0][0] in self._saved:
+                self._values[name] = tuple(
+                    _replaced(v, [self._saved.pop(key).to(t) for key, t in zip(ks, ts, strict=True)])
+                    for v, ks, ts in zip(value, keys, each, strict=True)
+                )
+
+    def add(self, results: Results) -> None:
+        """Add the values of one batch, and save."""
+        if self.count:
+            check_pooled(self._batch, results.batch, [self._quantity], "loss")
+        self.know(results.values_of(0))
+        for name, value in results.values_of(0).items():
+            new = weighed(value, self._quantity.powers, results.batch.weight)
+            new = tuple(_replaced(v, [t.contiguous() for t in tensors_of(v)]) for v in new)  # as they are saved
+            old = self._values.get(name)
+            self._values[name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
+        self._batch = results.batch if not self.count else self._batch + results.batch
+        self.count += 1
+        if self._folder is not None:
+            named = {
+                f"{i}/{k}/{name}": t
+                for name, value in self._values.items()
+                for i, v in enumerate(value)
+                for k, t in enumerate(tensors_of(v))
+            }
+            facts = {"settings": self._settings, "batches": self.count, "samples": self._batch.samples,
+                     "terms": self._batch.terms}  # fmt: skip
+            write(self._folder, self._name, named | self._saved, facts)
+
+    def finish(self, ranks: Ranks) -> Any:
+        """The quantity's result, of the batches of all ranks."""
+        if not self.count:
+            raise BadInput("asked to fit over a loader that gave no batch; an iterator can be used up: make a new one")
+        if self._saved:
+            raise BadInput(f"the batches do not use {sorted({k.split('/', 2)[2] for k in self._saved})}, as before")
+        union, values = self._batch, self._values
+        if ranks.size > 1:
+            union = union_of([(1, batch) for batch in ranks.gather(union)], [self._quantity], "loss")
+            ranks.agree({"the parameters that the batches use": sorted(values)})
+            flat = iter(all_reduced(ranks, [v for name in sorted(values) for v in values[name]]))
+            values = {name: tuple(next(flat) for _ in values[name]) for name in sorted(values)}
+        values = {name: weighed(value, self._quantity.powers, 1 / union.weight) for name, value in values.items()}
+        return self._quantity.finish(values, union.union("loss", pooled=True), Context({}))
+
+
+def _replaced(value: Any, tensors: list[Tensor]) -> Any:
+    return tensors[0] if isinstance(value, Tensor) else value.replaced(tensors)

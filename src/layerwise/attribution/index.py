@@ -1,0 +1,224 @@
+"""`GradientIndex`: projected gradients of all training samples on disk, and queries by one matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerwise.attribution.directions import Projections
+from layerwise.attribution.files import flushed, read, replaced, write
+from layerwise.attribution.influence import Best, Influence, Measure
+from layerwise.errors import BadInput
+from layerwise.quantities.base import positive
+from layerwise.rows.project import signs
+
+__all__ = ["GradientIndex"]
+
+_ROWS, _SCALES, _COUNT, _FACTS = "rows.float16", "scales.float32", "samples.txt", "index"
+_CHUNK = 2**26  # bytes of the index in memory at once
+_PROJECTIONS = ("eigen", "random")
+
+
+class GradientIndex:
+    """The gradients of training samples, each layer's projected from both sides, memory-mapped on disk in float16.
+
+    row[n] = (L g_n R^T of each parameter), with g_n as the matrix `[first axis, rest]`, L `[P,·]` and R `[Q,·]` of at
+    most `rank` rows; from the inputs and the output cotangents apart, so that no gradient is formed. A search gives
+
+        score[q, n] ~ sum over parameters of <L v_q R^T, L g_n R^T>,  v_q = (G + λ I)⁻¹ g_q,
+
+    the inner products that `Influence.scores` has exactly, from one product with the index in chunks.
+
+    influence: fitted (or loaded); its model, loss and parameters are the index's. folder: where the index is, or will
+    be.
+    rank: sides of up to this length are kept whole.
+    projection: "eigen", the rank leading eigenvectors of either Kronecker factor, where the curvature has a basis
+    (LoGra's PCA start), else random; "random": signs / sqrt(rank), unbiased, with an error of about |v| |g| / rank.
+    seed: of the signs.
+    Size on disk: 2 · numbers(row) bytes a sample (`row_size`), and 4 for its scale.
+    Raises BadInput, also for a folder that holds an index of another model or of other settings.
+    Source: Choe et al. (2024), "What is your data worth to GPT?" (LoGra), section 3; Park et al. (2023), TRAK.
+    """
+
+    def __init__(
+        self, influence: Influence, folder: str | Path, rank: int = 16, projection: str = "eigen", seed: int = 0
+    ) -> None:
+        if positive("GradientIndex's rank", rank) is None:
+            raise BadInput("GradientIndex's rank must be a whole number of at least 1, got None")
+        if projection not in _PROJECTIONS:
+            raise BadInput(f"projection must be one of {_PROJECTIONS}, got {projection!r}")
+        self._influence, self._folder = influence, Path(folder)
+        shapes = influence.settings()["shapes"]
+        self._settings = influence.settings() | {"rank": rank, "projection": projection, "signs": seed}
+        found = read(self._folder, _FACTS)
+        if found is None:
+            self._sides = {name: self._side(name, shape, rank, projection, seed) for name, shape in shapes.items()}
+            self._count = 0
+            tensors = {f"{name}/left": left for name, (left, _) in self._sides.items()}
+            tensors |= {f"{name}/right": right for name, (_, right) in self._sides.items()}
+            write(self._folder, _FACTS, tensors, {"settings": self._settings})
+        else:
+            tensors, facts = found
+            if facts["settings"] != self._settings:
+                other = [key for key, value in self._settings.items() if facts["settings"].get(key) != value]
+                raise BadInput(f"{folder} holds an index that differs in {', '.join(other)}; take another folder")
+            self._sides = {name: (tensors[f"{name}/left"], tensors[f"{name}/right"]) for name in shapes}
+            self._count = self._said()
+            self._trim()
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def row_size(self) -> int:
+        """The numbers of each sample's row."""
+        return sum(len(left) * len(right) for left, right in self._sides.values())
+
+    # -- building ------------------------------------------------------------------------------------------
+
+    def append(self, loader: Iterable[Any], skip: int = 0) -> Self:
+        """Add the samples of all batches, in one pass over them; each batch is on disk before the next begins.
+
+        skip: how many samples the loader begins with that are in the index already (`len(index)`, after a kill): whole
+        batches of them are not computed again. Raises BadInput where that number ends inside a batch.
+        """
+        quantity = Projections(self._sides)
+        for batch in loader:
+            if skip > 0:
+                skip -= _size_of(batch)
+                if skip < 0:
+                    raise BadInput(f"the samples to skip end {-skip} before the end of a batch; skip whole batches")
+                continue
+            self._add(self._flat(self._influence.observed(batch, quantity)))
+        return self
+
+    def _flat(self, values: Mapping[str, Tensor]) -> Tensor:
+        """`[N, row_size]` of the parameters' values, zero for those that a batch does not use."""
+        like = next(iter(values.values()))
+        columns = [
+            values[name] if name in values else like.new_zeros(len(like), len(left) * len(right))
+            for name, (left, right) in self._sides.items()
+        ]
+        return torch.cat(columns, 1)
+
+    def _add(self, rows: Tensor) -> None:
+        largest = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny).float().cpu()
+        scaled = (rows.cpu().float() / largest[:, None]).half()
+        for name, values in ((_ROWS, scaled), (_SCALES, largest)):
+            with (self._folder / name).open("ab") as stream:
+                stream.write(values.numpy().tobytes())
+            flushed(self._folder / name)
+        self._count += len(rows)
+        replaced(self._folder / _COUNT, str(self._count))
+
+    def _said(self) -> int:
+        """How many samples count; what lies behind them on disk is of a run that was killed."""
+        path = self._folder / _COUNT
+        try:
+            return int(path.read_text(encoding="utf-8")) if path.exists() else 0
+        except ValueError as error:
+            raise BadInput(f"{path} holds no number of samples ({error}); build the index again") from None
+
+    def _trim(self) -> None:
+        for name, each in ((_ROWS, 2 * self.row_size), (_SCALES, 4)):
+            path, size = self._folder / name, self._count * each
+            seen = path.stat().st_size if path.exists() else 0
+            if seen < size:
+                raise BadInput(
+                    f"{path} has {seen} bytes, {self._count} samples need {size}; it is damaged: build again"
+                )
+            if seen > size:
+                with path.open("rb+") as stream:
+                    stream.truncate(size)
+
+    def _side(self, name: str, shape: Sequence[int], rank: int, projection: str, seed: int) -> tuple[Tensor, Tensor]:
+        """L and R of a parameter."""
+        r, c = (shape[0] if shape else 1), int(np.prod(shape[1:]))
+        like = torch.empty(0, dtype=torch.get_default_dtype())
+        random = signs(name, (r, c) if len(shape) > 1 else (r,), rank, seed, like)
+        bases = _bases(self._influence, name, r, c) if projection == "eigen" else (None, None)
+        sides = []
+        for n, vectors, basis in zip((r, c), random, bases, strict=True):
+            if n <= rank:
+                sides.append(torch.eye(n).to(like))
+            else:
+                sides.append(vectors / rank**0.5 if basis is None else basis[:rank].to(like))
+        return sides[0], sides[1]
+
+    # -- searching -----------------------------------------------------------------------------------------
+
+    def search(self, queries: Iterable[Any], k: int, measure: Measure | None = None) -> tuple[Tensor, Tensor]:
+        """The k largest approximate scores of each query and the numbers of their samples, `[Q, k]` both.
+
+        queries, measure: as for `Influence.scores`. Raises BadInput for more than the index holds.
+        """
+        best = Best(k)
+        for part in self._products(queries, measure):
+            best.add(part)
+        return best.result()
+
+    def scores(self, queries: Iterable[Any], measure: Measure | None = None) -> Tensor:
+        """The approximate scores of all samples in the index, `[Q, N]`."""
+        return torch.cat(list(self._products(queries, measure)), 1)
+
+    def recall(
+        self, queries: Iterable[Any], train_loader: Iterable[Any], k: int, measure: Measure | None = None
+    ) -> float:
+        """The share of the k best of the exact scores that are among the k best of the index, over all queries.
+
+        train_loader: the samples of the index, in their order.
+        """
+        queries = list(queries)
+        exact = self._influence.top(queries, train_loader, k, measure)[1]
+        found = self.search(queries, k, measure)[1]
+        return float((exact[:, :, None] == found[:, None, :]).any(2).double().mean())
+
+    def _products(self, queries: Iterable[Any], measure: Measure | None) -> Iterable[Tensor]:
+        """`[Q, n]` for one chunk of the index after the other."""
+        if not self._count:
+            raise BadInput("the index is empty; append(loader) first")
+        solved = self._influence.directions(queries, measure)
+        projected = {}
+        for name, v in solved.items():
+            left, right = (side.to(v) for side in self._sides[name])
+            projected[name] = (left @ v.reshape(len(v), left.shape[1], right.shape[1]) @ right.T).flatten(1)
+        q = self._flat(projected).float().cpu()
+        rows = np.memmap(self._folder / _ROWS, np.float16, "r", shape=(self._count, self.row_size))
+        scales = torch.from_numpy(np.fromfile(self._folder / _SCALES, np.float32, self._count))
+        step = max(1, _CHUNK // (4 * self.row_size))
+        for low in range(0, self._count, step):
+            chunk = torch.from_numpy(np.array(rows[low : low + step])).float()
+            yield (q @ chunk.T) * scales[low : low + step]
+
+
+def _bases(influence: Influence, name: str, r: int, c: int) -> tuple[Tensor | None, Tensor | None]:
+    """The eigenvectors of both sides of a parameter as rows, of the most curvature first; None where there are none."""
+    blocks = [] if influence.curvature is None else [
+        block for key, block in influence.curvature.blocks.items() if (block.parameter or key) == name
+    ]  # fmt: skip
+    if len(blocks) != 1 or len(blocks[0].spectrum) != 1:
+        return None, None
+    block = blocks[0]
+    place = block.matrix(torch.arange(r * c).reshape(block.shape))[0]
+    if torch.equal(place.flatten(), torch.arange(r * c)) and place.shape == (r, c):
+        sides = ((block.basis_out, 1), (block.basis_in, 0))
+    elif torch.equal(place.T.flatten(), torch.arange(r * c)) and place.shape == (c, r):
+        sides = ((block.basis_in, 0), (block.basis_out, 1))
+    else:
+        return None, None
+    left, right = (
+        None if basis is None else basis[0].T[block.spectrum[0].sum(axis).argsort(descending=True)].contiguous()
+        for basis, axis in sides
+    )
+    return left, right
+
+
+def _size_of(batch: Any) -> int:
+    while not isinstance(batch, Tensor):
+        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
+    return len(batch)

@@ -1,0 +1,78 @@
+"""Inner products of per-sample gradients with given matrices, and their projections from both sides, from the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerwise.rows.base import Rows
+from layerwise.rows.cost import TRAFFIC
+from layerwise.rows.pieces import chunks, dims, in_pieces, ranges
+
+__all__ = ["inner", "inner_by_position", "two_sided"]
+
+
+@torch.no_grad()
+def inner(rows: Rows, matrices: Tensor) -> Tensor:
+    """Inner products of each per-sample gradient D with Q matrices.
+
+    sum_{k,o,i} D[v,n,k,o,i] M[q,k,o,i], from D chunk by chunk, or position by position where that costs less.
+
+    Shapes: matrices `[Q,K,O,I]`; returns `[V,N,Q]`. Raises: `BadInput` where the rows contradict each other.
+    """
+    v, n, t, k, o, i = dims(rows)
+    q = len(matrices)
+    if rows.a is None:
+        return rows.g.sum(2).flatten(2) @ matrices.flatten(1).T
+    if not rows.a.is_floating_point() or (rows.laid_out and t * q < t + q + TRAFFIC):
+        return inner_by_position(rows, matrices).sum(2)
+    result = rows.g.new_empty(v, n, q)
+    flat = matrices.flatten(1).T
+    for w, low, high, d in chunks(rows):
+        torch.mm(d.flatten(1), flat, out=result[w, low:high])
+    return result
+
+
+@torch.no_grad()
+def inner_by_position(rows: Rows, matrices: Tensor) -> Tensor:
+    """What each position adds to `inner`: sum_{k,o} g[v,n,t,k,o] (M[q] a)[n,t,k,o].
+
+    Shapes: matrices `[Q,K,O,I]`; returns `[V,N,T,Q]`. Raises: `BadInput` where the rows contradict each other.
+    """
+    v, n, t, k, o, i = dims(rows)
+    if rows.a is None:
+        return rows.g.flatten(3) @ matrices.flatten(1).T
+    result = rows.g.new_empty(v, n, t, len(matrices))
+    for low, high in ranges(n, t * k * (o + i) * rows.g.element_size(), rows.g):
+        a, g = rows.a[low:high], rows.g[:, low:high]
+        for q, matrix in enumerate(matrices):
+            out = a.transpose(1, 2) @ matrix.mT if a.is_floating_point() else matrix[0].T[a][:, None]
+            result[:, low:high, :, q] = (g * out.transpose(1, 2)).sum((3, 4))
+    return result
+
+
+@torch.no_grad()
+def two_sided(rows: Rows, left: Tensor, right: Tensor) -> Tensor:
+    """Each per-sample gradient D multiplied from both sides, inputs and cotangents apart.
+
+    sum_{k,o,i} left[p,k,o] D[v,n,k,o,i] right[q,k,i] = sum_{t,k} (left g)[p] (right a)[q].
+
+    Shapes: left `[P,K,O]`, right `[Q,K,I]`; returns `[V,N,P,Q]`. Raises: `BadInput` where the rows contradict each
+    other. Source: Choe et al. (2024), "What is your data worth to GPT?", section 3.
+    """
+    v, n, t, k, o, i = dims(rows)
+    u = left.permute(1, 2, 0)  # k, o, p
+    result = rows.g.new_empty(v, n, len(left), len(right))
+    start = 0
+    for piece in in_pieces(rows):
+        stop = start + piece.g.shape[1]
+        g = (piece.g.transpose(2, 3) @ u).flatten(2, 3)  # v, n, k·t, p
+        if piece.a is None:
+            a = right[:, :, 0].T[:, None].expand(k, t, -1).flatten(0, 1).expand(stop - start, -1, -1)
+        elif piece.a.is_floating_point():
+            a = (piece.a.transpose(1, 2) @ right.permute(1, 2, 0)).flatten(1, 2)
+        else:
+            a = right[:, 0].T[piece.a]
+        result[:, start:stop] = g.mT @ a
+        start = stop
+    return result

@@ -1,0 +1,370 @@
+"""Attribution: scores against dense curvature matrices and per-sample gradients by loops, in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_close, ggn
+from ranks import ranks
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import layerwise as lw
+from layerwise.errors import BadInput, Undefined
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """A GPT's embeddings, fused causal attention, norm and head: `[N, T]` to `[N, T, C]`."""
+
+    def __init__(self, tokens: int = 5, length: int = 4, width: int = 6) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(tokens, width), nn.Embedding(length, width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x) + self.place(torch.arange(x.shape[1]))
+        q, k, v = self.qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(self.norm(h + self.out(mixed.transpose(1, 2).flatten(2))))
+
+
+def tokens_loss(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def mlp() -> tuple[nn.Module, Any, list[Batch], list[Batch]]:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(10, 3), torch.arange(10) % 3
+    return model, F.cross_entropy, [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:], y[8:])], [(x[:2].flip(1), y[1:3])]
+
+
+def regression() -> tuple[nn.Module, Any, list[Batch], list[Batch]]:
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(9, 2))
+    x, y = torch.randn(6, 2, 4), torch.randn(6, 2)
+    return model, F.mse_loss, [(x[:4], y[:4]), (x[4:], y[4:])], [(x[:2] + 1, y[:2])]
+
+
+def grouped() -> tuple[nn.Module, Any, list[Batch], list[Batch]]:
+    model = nn.Sequential(nn.Conv1d(4, 4, 2, groups=2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(12, 3))
+    x, y = torch.randn(6, 4, 4), torch.arange(6) % 3
+    return model, nn.CrossEntropyLoss(reduction="sum"), [(x[:4], y[:4]), (x[4:], y[4:])], [(x[:2] + 1, y[:2])]
+
+
+def language() -> tuple[nn.Module, Any, list[Batch], list[Batch]]:
+    x = torch.randint(5, (7, 4))
+    y = torch.randint(5, (7, 4))
+    y[0, 2:] = y[3, 3:] = y[5, :1] = -100
+    return Attention(), tokens_loss, [(x[:3], y[:3]), (x[3:], y[3:])], [(x[:2].flip(1), y[1:3])]
+
+
+class Tied(nn.Module):
+    """One weight twice, and a derived one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(3, 3)), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(F.linear(torch.tanh(F.linear(x, self.w)), self.w.T)))
+
+
+def tied() -> tuple[nn.Module, Any, list[Batch], list[Batch]]:
+    model, loss, train, queries = mlp()
+    return Tied(), loss, train, queries
+
+
+SUBJECTS: list[Callable[[], tuple[nn.Module, Any, list[Batch], list[Batch]]]] = [
+    mlp, regression, grouped, language, tied
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def double() -> Any:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def own(model: nn.Module, measure: Any, batches: list[Batch], whole: bool) -> dict[str, Tensor]:
+    """`[N, *shape]`, one sample after the other; whole: without the 1/terms of a mean."""
+    found: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    for x, y in batches:
+        for n in range(len(x)):
+            loss = measure(model(x[n : n + 1]), y[n : n + 1])
+            terms = int((y[n] != -100).sum()) if not y.is_floating_point() else y[n].numel()
+            grads = torch.autograd.grad(loss * (terms if whole else 1), list(model.parameters()), allow_unused=True)
+            for (name, p), g in zip(model.named_parameters(), grads, strict=True):
+                found[name].append(torch.zeros_like(p) if g is None else g)
+    return {name: torch.stack(g) for name, g in found.items()}
+
+
+def dense_inverse(block: Tensor, damping: float | None) -> Tensor:
+    damping = 0.1 * float(block.trace()) / len(block) if damping is None else damping
+    return torch.linalg.inv(block + damping * torch.eye(len(block)))
+
+
+def dense_scores(g: dict[str, Tensor], queries: dict[str, Tensor], inverse: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: queries[name].flatten(1) @ inverse[name] @ g[name].flatten(1).T for name in g}
+
+
+def is_mean(loss: Any) -> bool:
+    return loss in (F.cross_entropy, F.mse_loss, tokens_loss)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diag", "identity"])
+def test_scores_are_those_of_all_gradients_and_the_dense_inverse(subject: Any, curvature: str) -> None:
+    model, loss, train, queries = subject()
+    damping = None if curvature in ("identity", "kfac") else 0.01
+    influence = lw.attribution.Influence(model, loss, curvature=curvature, damping=damping, draws=None).fit(train)
+    g, q = (own(model, loss, batches, is_mean(loss)) for batches in (train, queries))
+    if curvature == "identity":
+        inverse = {name: torch.eye(v[0].numel()) for name, v in g.items()}
+    else:
+        quantity = {"ekfac": lw.EKFAC(draws=None), "kfac": lw.KFLR(), "diag": lw.DiagGGN()}[curvature]
+        found = lw.accumulate(model, loss, train, quantity)[quantity]
+        blocks = {n: found[n].flatten().diag() if curvature == "diag" else found.to_dense(n) for n in g}
+        inverse = {name: dense_inverse(block, damping) for name, block in blocks.items()}
+    want = dense_scores(g, q, inverse)
+    total = torch.stack(list(want.values())).sum(0)
+    assert_close(influence.scores(queries, train), total)
+    assert_close(influence.per_layer(queries, train), want)
+    own_scores = torch.stack([((g[n].flatten(1) @ inverse[n]) * g[n].flatten(1)).sum(1) for n in g]).sum(0)
+    assert_close(influence.self_influence(train), own_scores)
+    values, numbers = influence.top(queries, train, 3)
+    assert_close(values, total.topk(3, 1).values)
+    assert_close(total.gather(1, numbers), values)
+
+
+def test_diagonal_is_that_of_the_exact_matrix() -> None:
+    model, loss, train, queries = mlp()
+    influence = lw.attribution.Influence(model, loss, curvature="diag", damping=0.1, draws=None).fit(train)
+    x, y = (torch.cat(parts) for parts in zip(*train, strict=True))
+    named = dict(model.named_parameters())
+    diagonal = ggn(named, lambda: model(x), lambda z: loss(z, y)).diagonal() + 0.1
+    g, q = (torch.cat([v.flatten(1) for v in own(model, loss, b, True).values()], 1) for b in (train, queries))
+    assert_close(influence.scores(queries, train), (q / diagonal) @ g.T)
+
+
+def test_one_linear_layer_of_one_sample_has_its_exact_ggn() -> None:
+    model = nn.Linear(3, 4, bias=False)
+    x, y = torch.randn(1, 3), torch.tensor([2])
+    for curvature in ("ekfac", "kfac"):
+        influence = lw.attribution.Influence(model, F.cross_entropy, curvature=curvature, damping=0.1, draws=None)
+        found = influence.fit([(x, y)]).scores([(x + 1, y)], [(x, y)])
+        matrix = ggn(dict(model.named_parameters()), lambda: model(x), lambda z: F.cross_entropy(z, y))
+        g, q = (own(model, F.cross_entropy, [(a, y)], True)["weight"].flatten(1) for a in (x, x + 1))
+        assert_close(found, q @ torch.linalg.solve(matrix + 0.1 * torch.eye(12), g.T))
+
+
+def test_tokens_add_up_and_are_the_positions_of_each_use() -> None:
+    model, loss, train, queries = language()
+    with pytest.raises(Undefined, match=r"place\.weight"):  # one position embedding serves all samples: it has no rows
+        lw.attribution.Influence(model, loss, curvature="identity").per_token(queries, train)
+    rows = [n for n, _ in model.named_parameters() if n != "place.weight"]
+    influence = lw.attribution.Influence(model, loss, rows, draws=None).fit(train)
+    tokens = influence.per_token(queries, train)
+    assert [t.shape for t in tokens] == [(2, 3, 4), (2, 4, 4)]
+    assert_close(torch.cat(tokens, 1).sum(2), influence.scores(queries, train))
+    only = lw.attribution.Influence(model, loss, "head.weight", "identity")
+    v = own(model, loss, queries, True)["head.weight"]
+    for (x, y), found in zip(train, only.per_token(queries, train), strict=True):
+        kept: list[Tensor] = []
+        handle = model.head.register_forward_pre_hook(lambda _, given, kept=kept: kept.append(given[0]))  # type: ignore
+        logits = model(x)
+        handle.remove()
+        g = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum"), logits)[0]
+        for q in range(2):
+            for n in range(len(x)):
+                for t in range(4):
+                    assert_close(found[q, n, t], g[n, t] @ v[q] @ kept[0][n, t])
+
+
+def test_measures_are_any_sums_over_the_queries() -> None:
+    model, loss, train, queries = mlp()
+
+    def difference(out: Tensor, y: Tensor) -> Tensor:
+        return (out[:, 0] - out[:, 2]).sum()
+
+    influence = lw.attribution.Influence(model, loss, damping=0.1, draws=None).fit(train)
+    g, q = own(model, loss, train, True), own(model, difference, queries, False)
+    inverse = {n: dense_inverse(influence.curvature.to_dense(n), 0.1) for n in g}
+    want = torch.stack(list(dense_scores(g, q, inverse).values())).sum(0)
+    assert_close(influence.scores(queries, train, difference), want)
+
+
+def test_batches_do_not_matter_and_the_model_is_left_as_it_was() -> None:
+    model, loss, train, queries = language()
+    model.head.weight.grad = torch.ones_like(model.head.weight)  # type: ignore[union-attr]
+    once = [tuple(torch.cat(parts) for parts in zip(*train, strict=True))]
+    apart = [(x[n : n + 1], y[n : n + 1]) for x, y in train for n in range(len(x))]
+    results = []
+    for batches in (train, once, apart):
+        influence = lw.attribution.Influence(model, loss, [r".*\.weight"], draws=None).fit(batches)
+        results.append(influence.scores(queries, batches))
+    assert_close(results[1], results[0])
+    assert_close(results[2], results[0])
+    assert all(p.requires_grad for p in model.parameters())
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["head.weight"]
+    assert not any("bias" in name for name in influence.names)
+
+
+def test_chosen_parameters_are_those_that_a_pattern_matches_whole() -> None:
+    model, loss, train, queries = mlp()
+    whole = lw.attribution.Influence(model, loss, draws=None).fit(train).per_layer(queries, train)
+    some = lw.attribution.Influence(model, loss, ["0.*", r"2\.bias"], draws=None).fit(train).per_layer(queries, train)
+    assert_close(some, {name: whole[name] for name in ("0.weight", "0.bias", "2.bias")})
+    for wrong in ("weight", "("):
+        with pytest.raises(BadInput, match=r"2\.bias|no regular expression"):
+            lw.attribution.Influence(model, loss, wrong)
+
+
+def test_wrong_use_is_said() -> None:
+    model, loss, train, queries = mlp()
+    with pytest.raises(BadInput, match="fit"):
+        lw.attribution.Influence(model, loss).scores(queries, train)
+    with pytest.raises(BadInput, match="curvature must be"):
+        lw.attribution.Influence(model, loss, curvature="hessian")
+    with pytest.raises(BadInput, match="no damping"):
+        lw.attribution.Influence(model, loss, curvature="identity", damping=0.1)
+    identity = lw.attribution.Influence(model, loss, curvature="identity")
+    with pytest.raises(BadInput, match="gave no batch"):
+        identity.scores(queries, [])
+    with pytest.raises(BadInput, match="of 10 samples"):
+        identity.top(queries, train, 11)
+    with pytest.raises(BadInput, match="as_loss"):
+        lw.attribution.Influence(model, lambda out, y: out.square().mean(), curvature="identity").scores(queries, train)
+    with pytest.raises(BadInput, match="its batches once"):
+        lw.attribution.Influence(model, loss).fit(iter(train))
+
+
+# -- on disk --------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What ends a run at a chosen place."""
+
+
+def killed_after(batches: list[Batch], count: int) -> Any:
+    """A loader that gives some batches, and then ends the run."""
+
+    class Loader:
+        def __iter__(self) -> Any:
+            nonlocal count
+            for batch in batches:
+                if not count:
+                    raise Killed
+                count -= 1
+                yield batch
+
+    return Loader()
+
+
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diag"])
+@pytest.mark.parametrize("subject", [language, grouped, tied])
+def test_a_killed_fit_goes_on_where_it_was_and_gives_the_same_bits(subject: Any, curvature: str, tmp_path: Any) -> None:
+    model, loss, train, queries = subject()
+    make = lambda: lw.attribution.Influence(model, loss, curvature=curvature, seed=3)  # noqa: E731
+    want = make().fit(train).scores(queries, train)
+    for count in (0, 1, 2, 3):  # each time further: from the folder that the last one left
+        with contextlib.suppress(Killed):
+            make().fit(killed_after(train, count), tmp_path)
+    seen: list[int] = []
+
+    def counted(out: Tensor, y: Tensor) -> Tensor:
+        seen.append(len(y))
+        return loss(out, y)
+
+    influence = lw.attribution.Influence(model, counted, curvature=curvature, seed=3).fit(train, tmp_path)
+    assert len(seen) <= (len(train) + 1 if curvature == "ekfac" else 1)  # one over again, which says what is where
+    assert torch.equal(influence.scores(queries, train), want)
+
+
+def test_a_kill_while_a_file_is_written_leaves_the_last_state(tmp_path: Any, monkeypatch: Any) -> None:
+    model, loss, train, queries = mlp()
+    want = lw.attribution.Influence(model, loss).fit(train).scores(queries, train)
+    kept = os.replace
+    for k in range(1, 14, 3):  # before each of the steps in which a state replaces another
+        left = [k]
+
+        def replace(a: Any, b: Any, left: list[int] = left) -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+            kept(a, b)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with contextlib.suppress(Killed):
+            lw.attribution.Influence(model, loss).fit(train, tmp_path / str(k))
+        monkeypatch.setattr(os, "replace", kept)
+        resumed = lw.attribution.Influence(model, loss).fit(train, tmp_path / str(k))
+        assert torch.equal(resumed.scores(queries, train), want)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diag", "identity"])
+def test_what_is_saved_is_loaded(subject: Any, curvature: str, tmp_path: Any) -> None:
+    model, loss, train, queries = subject()
+    influence = lw.attribution.Influence(model, loss, curvature=curvature).fit(train)
+    influence.save(tmp_path)
+    influence.save(tmp_path)  # over the first
+    loaded = lw.attribution.Influence(model, loss, curvature=curvature).load(tmp_path)
+    assert torch.equal(loaded.scores(queries, train), influence.scores(queries, train))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_other_or_damaged_files_are_refused(tmp_path: Any) -> None:
+    model, loss, train, _ = mlp()
+    influence = lw.attribution.Influence(model, loss).fit(train, tmp_path / "fit")
+    influence.save(tmp_path / "saved")
+    with pytest.raises(BadInput, match="differs in curvature"):
+        lw.attribution.Influence(model, loss, curvature="kfac").load(tmp_path / "saved")
+    with pytest.raises(BadInput, match="other settings"):
+        lw.attribution.Influence(model, loss, seed=1).fit(train, tmp_path / "fit")
+    with pytest.raises(BadInput, match="no saved Influence"):
+        influence.load(tmp_path)
+    (file,) = (path for path in (tmp_path / "saved").iterdir() if path.suffix != ".json")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(BadInput, match="checksum"):
+        influence.load(tmp_path / "saved")
+    file.write_bytes(whole)
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1  # type: ignore[index]
+    with pytest.raises(BadInput, match="differs in weights"):
+        influence.load(tmp_path / "saved")
+    (tmp_path / "saved" / "influence.json").write_text("{")
+    with pytest.raises(BadInput, match="no record"):
+        influence.load(tmp_path / "saved")
+
+
+# -- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def fitted_in_ranks(rank: int, curvature: str) -> Tensor:
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        model, loss, train, queries = language()
+        influence = lw.attribution.Influence(model, loss, curvature=curvature, draws=None).fit(train[rank : rank + 1])
+        return influence.scores(queries, train)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diag"])
+def test_ranks_fit_their_shares_together(curvature: str) -> None:
+    torch.manual_seed(0)
+    model, loss, train, queries = language()
+    want = lw.attribution.Influence(model, loss, curvature=curvature, draws=None).fit(train).scores(queries, train)
+    for found in ranks(2)(fitted_in_ranks, curvature):
+        assert_close(found, want)
