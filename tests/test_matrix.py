@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
 import pytest
 from quantity_checks import FROM_GRADIENTS, SLICED
-from quantity_table import COLUMNS, Column, outcome
+from quantity_table import COLUMNS, Cell, Column, outcome
 from scattered_checks import scattered_outcome
 from support_page import PAGE, loss_cases, model_cases, render
 from zoo import PROBLEMS, Case, cases
@@ -12,56 +16,55 @@ from zoo.scattered import MIXED, SCATTERED, Scattered
 
 MODELS, LOSSES = model_cases(), loss_cases()
 REST = [case for case in cases() if case not in MODELS and case not in LOSSES]
-BY_COLUMN = pytest.mark.parametrize("column", COLUMNS.values(), ids=lambda column: column.name.replace(" ", "_"))
+UNCHAINED = [column for column in COLUMNS.values() if not column.chain]
 
 
-def by_case(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+def rows_of(table: Sequence[Any], name: str = "case") -> pytest.MarkDecorator:
+    """One test for each row of the table: a test for each cell costs more time than the cell."""
+    return pytest.mark.parametrize(name, table, ids=lambda row: row.id)
 
 
-@BY_COLUMN
-@by_case(MODELS)
-def test_cell(case: Case, column: Column) -> None:
-    assert outcome(case, column).kind in ("exact", "part", "sampled", "refused", "n/a")
+def check_row(cell: Callable[[Column], Cell], columns: Iterable[Column]) -> None:
+    """Check all cells of a row, and say what is wrong with each."""
+    wrong = {}
+    for column in columns:
+        try:
+            found = cell(column)
+            assert found.kind in ("exact", "part", "sampled", "refused", "n/a"), found
+        except Exception as error:
+            wrong[column.name] = f"{type(error).__name__}: {error}"
+    assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
 
 
-@BY_COLUMN
-@by_case([case for case in LOSSES if case not in MODELS])
-def test_cell_of_a_loss(case: Case, column: Column) -> None:
-    assert outcome(case, column).kind in ("exact", "part", "sampled", "refused", "n/a")
+@rows_of(MODELS)
+def test_cells(case: Case) -> None:
+    check_row(partial(outcome, case), COLUMNS.values())
+
+
+@rows_of([case for case in LOSSES if case not in MODELS])
+def test_cells_of_a_loss(case: Case) -> None:
+    check_row(partial(outcome, case), COLUMNS.values())
 
 
 @pytest.mark.slow
-@BY_COLUMN
-@by_case(REST)
-def test_cell_of_the_rest(case: Case, column: Column) -> None:
-    assert outcome(case, column).kind in ("exact", "part", "sampled", "refused", "n/a")
+@rows_of(REST)
+def test_cells_of_the_rest(case: Case) -> None:
+    check_row(partial(outcome, case), COLUMNS.values())
 
 
-# Programs whose samples lie scattered -----------------------------------------------------------
-
-UNCHAINED = pytest.mark.parametrize(
-    "column",
-    [column for column in COLUMNS.values() if not column.chain],
-    ids=lambda column: column.name.replace(" ", "_"),
-)
+@rows_of(SCATTERED, "program")
+def test_cells_of_scattered_samples(program: Scattered) -> None:
+    check_row(partial(scattered_outcome, program), UNCHAINED)
 
 
-def by_program(programs: list[Scattered]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("program", programs, ids=lambda program: program.id)
+@rows_of(MIXED, "program")
+def test_cells_where_samples_are_mixed(program: Scattered) -> None:
+    def cell(column: Column) -> Cell:
+        found = scattered_outcome(program, column)
+        assert found.kind == "refused" or not column.per_sample, found
+        return found
 
-
-@UNCHAINED
-@by_program(SCATTERED)
-def test_cell_of_scattered_samples(program: Scattered, column: Column) -> None:
-    assert scattered_outcome(program, column).kind in ("exact", "sampled", "refused", "n/a")
-
-
-@UNCHAINED
-@by_program(MIXED)
-def test_cell_where_samples_are_mixed(program: Scattered, column: Column) -> None:
-    cell = scattered_outcome(program, column)
-    assert cell.kind == "refused" or not column.per_sample
+    check_row(cell, UNCHAINED)
 
 
 # The whole table --------------------------------------------------------------------------------
