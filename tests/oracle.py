@@ -244,7 +244,7 @@ def _embedding_bag(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
         return torch.cat([_embedding_bag(bag[None], weight, None, *options[1:]) for bag in bags])
     kept = (x != (-1 if padding is None else padding)).to(weight.dtype)
     out = (weight[x] * kept.unsqueeze(-1)).sum(1)
-    return out / kept.sum(1, keepdim=True) if mode == "mean" else out
+    return out / kept.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else out
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -1,11 +1,12 @@
 """What came of a random program: exact, or a typed error where it may be; anything else is an AssertionError.
 
-python -m tests.random_programs --count 2000 --seed 1
+python -m tests.random_programs --seconds 600
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 import traceback
@@ -23,14 +24,20 @@ import oracle
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
+from kind_outcomes import WrongValue, verdict
+from random_kinds import KINDS, Kind, kinds
 from random_layouts import INGREDIENTS, Layout, layouts
-from random_nets import TORCHS_OWN
+from random_nets import FAMILIES, TORCHS_OWN, programs
 
 from layerwise import errors
 from layerwise.observation.observe import observe
 from layerwise.quantities import KFAC, DiagGGN, PerSampleGrad, SecondMoment, SquaredNorm, Variance
 
-__all__ = ["Outcomes", "main", "outcome", "outcomes"]
+__all__ = ["WORDS", "Outcomes", "main", "outcome", "outcomes"]
+
+WORDS = ("exact", "in part", "refused", "no answer", "wrong", "untyped")
+_EVERY = (*INGREDIENTS, *KINDS, *(f"net_{name}" for name in FAMILIES))
+_EACH = 20  # programs of an ingredient with one seed
 
 
 def outcome(program: Any) -> str:
@@ -98,58 +105,108 @@ def compare(program: Any, seen: Any) -> None:
 
 @dataclass
 class Outcomes:
-    """How often each outcome came, and the programs with a wrong value or an error that is not listed, with why."""
+    """How often each outcome came; the wrong ones with why, and how often each quantity was refused with which text."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    refusals: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Outcomes) -> None:
+        """Those of more programs."""
+        self.counts += other.counts
+        self.wrong += other.wrong
+        self.refusals += other.refusals
 
 
-def outcomes(ingredient: str, count: int, seed: int) -> Outcomes:
-    """Check so many programs with an ingredient, all of them, whatever comes of one."""
-    found = Outcomes()
+def outcomes(ingredient: str, count: int, seed: int, only: int | None = None) -> Outcomes:
+    """Check so many programs with an ingredient, whatever comes of one; only: the number of the one to check."""
+    found, number = Outcomes(), 0
+    strategy = layouts(ingredient) if ingredient in INGREDIENTS else None
+    if strategy is None:
+        strategy = kinds(ingredient) if ingredient in KINDS else programs(ingredient.removeprefix("net_"))
 
     @seeded(seed)
     @settings(
         max_examples=count, phases=(Phase.generate,), database=None, deadline=None, derandomize=False,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(layouts(ingredient))
-    def check(program: Layout) -> None:
-        try:
-            found.counts[outcome(program)] += 1
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1].name
-            kind = "wrong value" if where == "compare" else "error not listed"
-            found.counts[kind] += 1
-            found.wrong.append(f"{kind}: {type(error).__name__} in {where}: {str(error)[:400]}\n    {program!r}")
+    @given(strategy)
+    def check(program: Any) -> None:
+        nonlocal number
+        number += 1
+        if only is None or only == number - 1:
+            repeat = f"--ingredients {ingredient} --count {count} --seed {seed} --only {number - 1}"
+            _check(program, repeat, found, only is not None)
 
     check()
     return found
 
 
+def _check(program: Any, repeat: str, found: Outcomes, aloud: bool) -> None:
+    try:
+        if isinstance(program, Kind):
+            seen = verdict(program)
+            found.counts[seen.word] += 1
+            found.refusals.update(f"{name}: {re.sub('[0-9]+', '#', text)}" for name, text in seen.refusals.items())
+        else:
+            word = outcome(program)
+            found.counts["no answer" if word == "empty" else word] += 1
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].name
+        wrong = isinstance(error, WrongValue) or where == "compare"
+        found.counts["wrong" if wrong else "untyped"] += 1
+        trace, size = traceback.format_exception(error), 4000 if aloud else 400
+        text = "".join(trace[-12 if aloud else -1 :]).strip()[-size:]
+        found.wrong.append(f"{'wrong' if wrong else 'untyped'} in {where}: {text}\n    {repeat}\n    {program!r}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check programs of every ingredient, say what came of them; 1 where a value was wrong or an error not listed."""
     parser = argparse.ArgumentParser(prog="python -m tests.random_programs", description=main.__doc__)
-    parser.add_argument("--count", type=int, default=2000, help="programs in all (default 2000)")
+    parser.add_argument("--seconds", type=float, help="go on for so long, with one seed after another")
+    parser.add_argument("--count", type=int, help=f"programs of each ingredient and seed (default {_EACH})")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, default=3, help="wrong programs to show of each ingredient (default 3)")
-    parser.add_argument("--ingredients", nargs="*", default=INGREDIENTS, choices=INGREDIENTS)
+    parser.add_argument("--only", type=int, help="the number of the one program to check, with the whole error")
+    parser.add_argument("--show", type=int, default=20, help="wrong programs to show, and refusals (default 20)")
+    parser.add_argument(
+        "--ingredients", nargs="*", default=_EVERY, choices=_EVERY, metavar="NAME", help=" ".join(_EVERY)
+    )
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    say = sys.stdout.write
-    start, total, wrong = time.perf_counter(), Counter[str](), 0
-    for at, ingredient in enumerate(asked.ingredients):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = outcomes(ingredient, -(-asked.count // len(asked.ingredients)), 1000 * asked.seed + at)
-        total += found.counts
-        wrong += len(found.wrong)
-        say(f"{ingredient:15} {dict(found.counts)}\n")
-        for text in found.wrong[: asked.show]:
-            say(f"  {text}\n")
-    seconds, count = time.perf_counter() - start, sum(total.values())
-    say(f"{count} programs in {seconds:.0f} s, {count / seconds:.0f} a second: {dict(total)}\n")
-    return 1 if wrong else 0
+    start, seed = time.perf_counter(), asked.seed
+    found = {ingredient: Outcomes() for ingredient in asked.ingredients}
+    over = lambda: asked.seconds is not None and time.perf_counter() - start > asked.seconds  # noqa: E731
+    while seed == asked.seed or (asked.seconds is not None and not over()):
+        for ingredient in asked.ingredients:
+            if not over():
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    fresh = outcomes(ingredient, asked.count or _EACH, seed, asked.only)
+                found[ingredient].add(fresh)
+                for text in fresh.wrong:
+                    _say(text)
+        seed += 1
+    _say(_summary(found, time.perf_counter() - start, seed, asked.show))
+    return 1 if any(one.wrong for one in found.values()) else 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _summary(found: dict[str, Outcomes], seconds: float, seed: int, show: int) -> str:
+    """A table of outcomes by ingredient, and the commonest refusals."""
+    total = Outcomes()
+    for one in found.values():
+        total.add(one)
+    lines = ["", f"{'':20}" + "".join(f"{word:>11}" for word in WORDS)]
+    for name, one in [*found.items(), ("all", total)]:
+        lines.append(f"{name:20}" + "".join(f"{one.counts[word]:>11}" for word in WORDS))
+    count = sum(total.counts.values())
+    lines += ["", f"{count} programs in {seconds:.0f} s, the next seed is {seed}", "", "Refused most often:"]
+    lines += [f"{many:6} {text[:300]}" for text, many in total.refusals.most_common(show)]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -203,6 +203,24 @@ def test_quantities_refuse_a_loss_that_prepares_its_gradient(quantity: Any, name
     assert all(p.grad is None for p in model.parameters())
 
 
+class _Once(_Prepared):
+    """The prepared one, which says that it is differentiable once."""
+
+    backward = staticmethod(torch.autograd.function.once_differentiable(_Prepared.backward))
+
+
+@pytest.mark.parametrize("function", [_Prepared, _Once])
+def test_a_prepared_number_is_not_known_to_be_a_sum_over_samples(function: Any) -> None:
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    with pytest.raises(errors.SamplesMixed, match="no sum over samples"), lw.observe(model, lw.PerSampleGrad()):
+        function.apply(model(x), y).backward()
+    with lw.observe(model) as seen:
+        function.apply(model(x), y).backward()
+    oracle.assert_close(
+        dict(seen.grad), oracle.gradient(oracle.parameters(model), lambda: F.cross_entropy(model(x), y))
+    )
+
+
 def test_first_order_needs_no_second_derivative() -> None:
     model = _model()
     with lw.observe(model) as seen:

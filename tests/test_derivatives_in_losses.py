@@ -179,3 +179,46 @@ def test_a_penalty_of_the_whole_batch_has_a_gradient_and_no_samples() -> None:
     oracle.assert_close({"matrix": lw.Hessian(model, loss).to_dense()}, {"matrix": hessian})
     with pytest.raises((errors.SamplesMixed, errors.BadInput)), lw.observe(model, lw.Variance()):
         loss().backward()
+
+
+class _Assembled(nn.Module):
+    """A weight assembled of frozen and learned parts, or a shift that all samples share."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.head = kind, nn.Linear(2, 3), nn.Linear(3, 3)
+        self.u, self.d = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3), requires_grad=kind != "frozen")
+        self.table, self.upper = nn.EmbeddingBag(4, 3, mode="sum"), torch.triu_indices(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        if self.kind == "table":
+            h = F.gelu(h * self.table(torch.arange(8).view(4, 2) % 4)[:, None])
+        U = torch.zeros(3, 3)
+        if self.kind == "table":
+            U.diagonal().copy_(self.d)
+        U[self.upper[0], self.upper[1]] = self.u
+        if self.kind != "learned":
+            U.mul_(self.d)
+        h = h + self.d * self.u if self.kind == "shift" else h @ U
+        return self.head(F.gelu(h))
+
+
+@pytest.mark.parametrize("total", [torch.sum, torch.mean])
+@pytest.mark.parametrize("kind", ["learned", "frozen", "both", "shift", "table"])
+def test_penalties_on_models_with_assembled_weights(kind: str, total: Callable[[Tensor], Tensor]) -> None:
+    model, x = _Assembled(kind), torch.randn(N, 2, 2)
+    model.first.weight.requires_grad_(requires_grad=False)
+
+    def each() -> Tensor:
+        batch = x.clone().requires_grad_()
+        return (_grad(model(batch).sum(), batch).flatten(1).norm(dim=1) - 1).square()
+
+    terms = lambda: each() / (N if total is torch.mean else 1)  # noqa: E731
+    for _ in range(3):  # what was measured is remembered
+        with lw.observe(model, lw.PerSampleGrad()) as seen:
+            total(each()).backward()
+        want = oracle.per_sample_grad(oracle.parameters(model), terms)
+        oracle.assert_close(dict(seen.per_sample_grad), {name: want[name] for name in seen.grad})
+    if kind != "table":  # torch has no second derivative of a bag's gradient
+        check_first_order(model, lambda: total(each()), terms)

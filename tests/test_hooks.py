@@ -74,3 +74,44 @@ def test_a_hook_may_remove_itself() -> None:
         grads = oracle.per_sample_grad(oracle.parameters(model), terms)
         oracle.assert_close(dict(seen.variance), oracle.variance(grads))
     assert not model[0].weight._backward_hooks
+
+
+OPERATORS: dict[str, Any] = {
+    "hessian": lambda m, loss: lw.Hessian(m, loss).to_dense(),
+    "ggn": lambda m, loss: lw.GGN(m, loss).to_dense(),
+    "product": lambda m, loss: lw.Hessian(m, loss) @ torch.ones(38),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("name", HOOKS)
+def test_operators_are_those_of_the_model_without_hooks(name: str, operator: str) -> None:
+    model, x, y = _model(), torch.randn(6, 4), torch.randint(3, (6,))
+    model = nn.Sequential(model[0], nn.Tanh(), nn.Linear(5, 2, bias=False), nn.Linear(2, 1))
+    loss = lambda: F.mse_loss(model(x)[:, 0], y.double())  # noqa: E731
+    want = OPERATORS[operator](model, loss)
+    for change in HOOKS[name]:
+        model[0].weight.register_hook(change)
+        model[3].bias.register_hook(change)
+    oracle.assert_close(OPERATORS[operator](model, loss), want)
+    assert len(model[0].weight._backward_hooks) == len(HOOKS[name])
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_derivatives_of_the_model_in_a_loss_are_before_the_hooks(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def terms() -> torch.Tensor:
+        x = torch.linspace(-1, 1, 15).view(5, 3).requires_grad_()
+        slope = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+        return (slope.norm(dim=1) - 1).square() / 5
+
+    want = oracle.per_sample_grad(oracle.parameters(model), terms)
+    hessian = lw.Hessian(model, lambda: terms().sum()).to_dense()
+    for change in HOOKS[name]:
+        model[0].weight.register_hook(change)
+    with lw.observe(model, lw.PerSampleGrad(), lw.Variance()) as seen:
+        terms().sum().backward()
+    oracle.assert_close(dict(seen.per_sample_grad), {n: want[n] for n in seen.grad})
+    oracle.assert_close(dict(seen.variance), oracle.variance({n: want[n] for n in seen.grad}))
+    oracle.assert_close(lw.Hessian(model, lambda: terms().sum()).to_dense(), hessian)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import oracle
 import pytest
 from hypothesis import Phase, given, settings
+from random_kinds import KINDS
 from random_layouts import INGREDIENTS, Layout, layouts
 from random_nets import FAMILIES, Program, programs
-from random_programs import outcome, outcomes
+from random_programs import WORDS, main, outcome, outcomes
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
@@ -77,6 +78,41 @@ def test_the_terms_of_a_random_layout_sum_to_its_loss(ingredient: str) -> None:
             assert float((g.sum(0) - whole[name]).abs().max()) <= rel * max(peak, 1e-6)
 
     check()
+
+
+# What users write between the layers ------------------------------------------------------------
+
+
+def _kind(kind: str, examples: int, seed: int) -> None:
+    found = outcomes(kind, examples, seed)
+    assert not found.wrong, "\n".join([str(dict(found.counts)), *found.wrong[:3]])
+    assert found.counts["exact"] + found.counts["in part"] >= 0.2 * found.counts.total(), found.counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_kinds(kind: str, seed: int) -> None:
+    _kind(kind, 3, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_random_kinds(kind: str, seed: int) -> None:
+    _kind(kind, 100, seed + 1)
+
+
+def test_the_command_says_what_came_and_how_to_repeat_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = oracle.per_sample_grad
+    assert main("--ingredients known own --count 2 --seed 5".split()) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in (*WORDS, "known", "own", "all", "the next seed is 6"))
+    monkeypatch.setattr(oracle, "per_sample_grad", lambda *a: {k: 2 * g for k, g in right(*a).items()})
+    assert main("--ingredients known --count 6 --seed 5".split()) == 1
+    repeat = next(line for line in capsys.readouterr().out.splitlines() if "--only" in line)
+    assert main(repeat.split()) == 1
+    monkeypatch.setattr(oracle, "per_sample_grad", right)
+    assert main(repeat.split()) == 0
 
 
 # That the comparison can fail -------------------------------------------------------------------

@@ -153,3 +153,27 @@ def test_what_frozen_layers_put_together_is_made_of_the_batch(write: str) -> Non
         assert "samples=" in str(error)
     else:
         oracle.assert_close(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("samples", [None, 4], ids=["read", "count"])
+@pytest.mark.parametrize("meet", ["mean", "sum", "max", "product"])
+def test_a_batch_that_meets_before_a_loss_of_one_row_is_mixed(meet: str, samples: int | None) -> None:
+    """The target is row 0 of four, so that all terms bear its number; but every row of the batch is in them."""
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    joined: dict[str, Callable[[Tensor], Tensor]] = {
+        "mean": lambda z: z.mean(0), "sum": lambda z: z.sum(0), "max": lambda z: z.logsumexp(0),
+        "product": lambda z: z[0] * z[1] * z[2],
+    }  # fmt: skip
+    with pytest.raises(errors.SamplesMixed, match="rows of the batch meet"):
+        _each(model, lambda: F.mse_loss(joined[meet](model(x)), y[0]), samples)
+
+
+def test_one_row_of_the_batch_alone() -> None:
+    """A loss of one row of the batch is that sample's, and the others have none."""
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    got = _each(model, lambda: F.mse_loss(model(x)[1], y[1], reduction="sum"))
+
+    def terms() -> Tensor:
+        return ((model(x) - y) ** 2).sum(1) * torch.tensor([0.0, 1.0, 0.0, 0.0])
+
+    oracle.assert_close(got, oracle.per_sample_grad(oracle.parameters(model), terms), 1e-12)

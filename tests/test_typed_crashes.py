@@ -216,3 +216,38 @@ def test_out_of_memory_is_no_bad_input(text: str) -> None:
     with pytest.raises(RuntimeError, match="memory") as caught, lw.observe(model, lw.Variance()):
         torch.overrides.handle_torch_function(_Full(text), (model.weight,), x, model.weight)
     assert not isinstance(caught.value, errors.LayerwiseError)
+
+
+class Overwritten(nn.Module):
+    """Layers whose output is overwritten, wholly or for all rows but one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.deep = kind, nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))
+        self.layer, self.shift, self.head = nn.Linear(2, 2), nn.Parameter(torch.randn(2)), nn.Linear(2, 3)
+        self.table = nn.Embedding(4, 2, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(self.deep(x) + (self.table(torch.arange(3) % 4)[:, None] if self.kind == "table" else 0))
+        if self.kind in ("whole", "first"):
+            z[:, : None if self.kind == "whole" else 1] = self.shift
+        elif self.kind == "read":
+            z = torch.einsum("nti,oi->nto", self.deep(x), self.layer.weight)
+            z.add_(z.tanh())
+            z[:, 0] = self.shift
+            z.add_(self.shift)
+        return self.head(F.softplus(z).mul(2).add(z.square()))
+
+
+@pytest.mark.parametrize("kind", ["whole", "first", "read", "table"])
+def test_second_order_of_overwritten_rows_and_sparse_tables(kind: str) -> None:
+    model, x = Overwritten(kind), torch.randn(3, 2, 2)
+    loss = lambda: model(x).cosh().log().mean()  # noqa: E731
+    params = oracle.parameters(model)
+    model.table.sparse = False
+    used = oracle.used_names(params, loss)
+    want = oracle.diag_hessian({n: p for n, p in params.items() if n in used}, loss)
+    model.table.sparse = True
+    with lw.observe(model, lw.DiagHessian()) as seen:
+        loss().backward()
+    oracle.assert_close(dict(seen.diag_hessian), want)

@@ -20,7 +20,7 @@ from layerwise.errors import Undefined
 from layerwise.graph.walk import Edge, Node, nodes
 from layerwise.tape.pull import pull
 
-__all__ = ["check_adjoint", "check_functions", "custom_functions", "is_custom"]
+__all__ = ["check_adjoint", "check_functions", "check_sparse", "custom_functions", "is_custom"]
 
 Map = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -37,6 +37,7 @@ _UNKNOWN = (
     "they cannot be proved, since it cannot be run again (keep its arguments under their own names on the context, "
     "`ctx.gamma = gamma`)"
 )
+_SPARSE = ("SparseCooTensorWithDimsAndTensorsBackward0",)
 _OUTLIERS = 0.02  # of the elements: those next to a kink
 
 
@@ -56,6 +57,17 @@ def check_functions(roots: Iterable[Any], ends: Collection[Node] = ()) -> None:
         found = _proved(node)
         if not found:
             raise Undefined(_refusal(node, _WRONG if found is False else _UNKNOWN))
+
+
+def check_sparse(roots: Iterable[Any]) -> None:
+    """Raise Undefined where sparse tensors are made below some edges: torch 2.13 holds their gradient constant."""
+    for node in nodes(roots):
+        if node.name() in _SPARSE:
+            raise Undefined(
+                f"asked for second derivatives through torch.sparse_coo_tensor (autograd's {node.name()}), which torch "
+                "takes for zero. Write the values into a dense tensor (`w = torch.zeros(shape)`, "
+                "`w[rows, columns] = values`), or freeze them"
+            )
 
 
 def check_adjoint(

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
-from layerwise.graph.custom_functions import check_adjoint, check_functions
+from layerwise.graph.custom_functions import check_adjoint, check_functions, check_sparse
 from layerwise.graph.walk import nodes
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.modes import leave
@@ -40,7 +40,8 @@ __all__ = [
 ]
 
 _NO_SECOND = re.compile(
-    r"derivative for .* is not implemented|once_differentiable|use_reentrant=True|double.?backward|invalid strides",
+    r"derivative for .* is not implemented|once_differentiable|use_reentrant=True|double.?backward|invalid strides"
+    r"|expected sparse coordinate tensor layout",
     re.IGNORECASE,
 )
 
@@ -137,7 +138,7 @@ def twice() -> Iterator[None]:
     except RuntimeError as error:
         if not _NO_SECOND.search(str(error)):
             raise
-        raise Undefined(_once(error)) from error
+        raise Undefined(_once(str(error).rstrip("."))) from error
 
 
 def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Place]) -> None:
@@ -201,6 +202,7 @@ class HessianProducts:
         """Products with the Hessian of `total` (times `weight`); raises Undefined without a second derivative."""
         weight = torch.ones_like(total) if weight is None else weight
         check_functions([(total.grad_fn, 0)])
+        check_sparse([(total.grad_fn, 0)])
         with twice():
             gradients = pull([total], [weight], parameters, create_graph=True)
         check_second(gradients, parameters)
@@ -242,6 +244,7 @@ class GaussNewtonProducts:
         with twice():
             self._pulled = pull(self._edges, self._dummies, parameters, create_graph=True)
         _check_once(self._pulled)
+        check_sparse(self._edges)
         check_adjoint(self._edges, self._dummies, parameters, (self._forward, self._back))
 
     def _forward(self, v: Sequence[Tensor]) -> list[Tensor]:

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerwise.errors import Undefined
 from layerwise.rows.base import RowNumbers, Rows, Samples, gradients
 from layerwise.rows.numbered import Order, Scattered, digits, from_digits
 
-__all__ = ["Call", "RowNumbers", "Rows", "Samples", "Slot"]
+__all__ = ["Call", "DenseSlot", "RowNumbers", "Rows", "Samples", "Slot"]
 
 
 class Call(NamedTuple):
@@ -141,3 +142,33 @@ class Slot:
         a = self.input(samples)
         size_in = 1 if a is None else a.shape[-1] if a.is_floating_point() else self.used.shape[0]
         return Rows(a, self.output(g, samples), size_in)
+
+
+class DenseSlot(Slot):
+    """A slot of a use without input and output rows: only `dense` is defined.
+
+    factored: False. linear: False.
+    """
+
+    factored = False
+    linear = False
+
+    def no_rows(self) -> Undefined:
+        """The refusal of rows, with its reason."""
+        raise NotImplementedError
+
+    def input(self, samples: Samples | None) -> Tensor | None:
+        """Raises `Undefined`."""
+        raise self.no_rows()
+
+    def output(self, g: Tensor, samples: Samples | None) -> Tensor:
+        """Raises `Undefined`."""
+        raise self.no_rows()
+
+    def fold(self, w: Tensor) -> Tensor:
+        """Raises `Undefined`."""
+        raise self.no_rows()
+
+    def matrix(self, used: Tensor) -> Tensor:
+        """Raises `Undefined`."""
+        raise self.no_rows()

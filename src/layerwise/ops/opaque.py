@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.errors import Undefined, UnsupportedCall
 from layerwise.ops.arguments import replace, writes_first
-from layerwise.ops.base import Call, Slot
+from layerwise.ops.base import Call, DenseSlot
 from layerwise.rows.base import RowNumbers, Samples
 
 __all__ = ["OpaqueSlot"]
@@ -19,7 +19,7 @@ __all__ = ["OpaqueSlot"]
 _CHUNK = 2**24  # elements of the cotangents of one batched product
 
 
-class OpaqueSlot(Slot):
+class OpaqueSlot(DenseSlot):
     """Any call: only `dense` is defined, by running the call again with one vector-Jacobian product a sample.
 
     dense[v,n] = (d out / d used)^T (g[v] at the indices of sample n, 0 elsewhere)
@@ -28,12 +28,9 @@ class OpaqueSlot(Slot):
     whose batched derivative is wrong raises `Undefined` instead of returning numbers.
     """
 
-    factored = False
-
     def __init__(self, call: Call, used: Tensor) -> None:
         self.used = used
         self.axes = range(len(call.out_shape))
-        self.linear = False
         self._call = call
 
     def dense(self, g: Tensor, samples: Samples | RowNumbers) -> Tensor:
@@ -99,27 +96,12 @@ class OpaqueSlot(Slot):
             )
         return out, leaf
 
-    def _no_rows(self) -> Undefined:
+    def no_rows(self) -> Undefined:
+        """The refusal of rows."""
         return Undefined(
             f"{_name(self._call)} is not known as a linear map, so a tensor of shape "
             f"{tuple(self.used.shape)} used by it has per-sample gradients but no input and output rows"
         )
-
-    def input(self, samples: Samples | None) -> Tensor | None:
-        """Raises `Undefined`."""
-        raise self._no_rows()
-
-    def output(self, g: Tensor, samples: Samples | None) -> Tensor:
-        """Raises `Undefined`."""
-        raise self._no_rows()
-
-    def fold(self, w: Tensor) -> Tensor:
-        """Raises `Undefined`."""
-        raise self._no_rows()
-
-    def matrix(self, used: Tensor) -> Tensor:
-        """Raises `Undefined`."""
-        raise self._no_rows()
 
 
 def _pull(out: Tensor, leaf: Tensor, cotangents: Tensor, batched: bool) -> Tensor:

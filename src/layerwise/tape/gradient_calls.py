@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from layerwise.errors import Undefined
-from layerwise.ops.base import Call, RowNumbers, Samples, Slot
+from layerwise.ops.base import Call, DenseSlot, RowNumbers, Samples
 from layerwise.tape.binding import Leaves
 from layerwise.tape.pull import pull_stack, stopped
 from layerwise.tape.uses import Derived, Use
@@ -25,14 +25,12 @@ __all__ = ["GradientUse", "gradient_uses"]
 _CHUNK = 64  # cotangents that go back at once
 
 
-class GradientSlot(Slot):
+class GradientSlot(DenseSlot):
     """A parameter that a derivative of the model reads; only `dense` is defined, through the recorded graph.
 
     dense[v,n] = (dg / d used)^T (g[v] at the indices of sample n, 0 elsewhere), by paths that pass no other use
     """
 
-    factored = False
-    linear = False
     through_graph = True
 
     def __init__(self, use: GradientUse, used: Tensor) -> None:
@@ -43,28 +41,13 @@ class GradientSlot(Slot):
         """Per-sample gradients `[V,N,*used.shape]`."""
         return self._use.apart(g, samples)[id(self.used)]
 
-    def _no_rows(self) -> Undefined:
+    def no_rows(self) -> Undefined:
+        """The refusal of rows."""
         return Undefined(
             f"asked for the input and output rows of a tensor of shape {tuple(self.used.shape)}, but the loss holds "
             "derivatives of the model (torch.autograd.grad with create_graph=True), which read it otherwise than a "
             "layer does; ask for quantities of the gradient, diagonals or operators"
         )
-
-    def input(self, samples: Samples | None) -> Tensor | None:
-        """Raises `Undefined`."""
-        raise self._no_rows()
-
-    def output(self, g: Tensor, samples: Samples | None) -> Tensor:
-        """Raises `Undefined`."""
-        raise self._no_rows()
-
-    def fold(self, w: Tensor) -> Tensor:
-        """Raises `Undefined`."""
-        raise self._no_rows()
-
-    def matrix(self, used: Tensor) -> Tensor:
-        """Raises `Undefined`."""
-        raise self._no_rows()
 
 
 class GradientUse(Use):

@@ -195,7 +195,8 @@ class LossRecord(TorchFunctionMode):
     def _returned(self, given: Any, out: Any) -> None:
         """Record the tensors that the model's forward was called with, and those that a module returned."""
         for x in losses.tensors_in(given):
-            if x.dim() and not x.requires_grad:
+            own = x.requires_grad and x.is_leaf and id(x) not in self._known  # differentiated by in the loss
+            if x.dim() and (own or not x.requires_grad):
                 self.entered.append(self._made_from(x)[1])
         if self.returned is not None and torch.is_grad_enabled():
             self.returned += [part for part in boundary_of("the loss", out) if part.call.logits.dim()]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.tape.calls import assembles
@@ -22,7 +23,7 @@ _MOVE_NAMES = """__getitem__ index_select narrow select gather take take_along_d
     tensor_split unbind split_with_sizes view reshape flatten unflatten ravel squeeze unsqueeze permute transpose
     swapaxes movedim t expand expand_as contiguous clone flip roll repeat tile repeat_interleave stack cat concat
     vstack hstack view_as reshape_as"""
-MOVES = {getattr(x, name) for x in (torch, Tensor) for name in _MOVE_NAMES.split() if hasattr(x, name)}
+MOVES = {getattr(x, name) for x in (torch, Tensor) for name in _MOVE_NAMES.split() if hasattr(x, name)} | {F.pad}
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,12 +200,24 @@ def _run(origin: Origin, offsets: Mapping[Origin, int], done: dict[int, Tensor])
         again: Any = [_run(x, offsets, done) for x in first] if isinstance(first, list) else _run(first, offsets, done)
         rest = [_on_cpu(x) for x in origin.args[1:]]
         others = {key: _on_cpu(x) for key, x in origin.kwargs.items()}
-        out = origin.func(again, *rest, **others)
+        out = _padded(again, *rest, **others) if origin.func is F.pad else origin.func(again, *rest, **others)
         found = out if origin.place is None else out[origin.place]
         if found.shape != origin.shape:
             raise ValueError("the moves gave another shape")
     done[id(origin)] = found
     return found
+
+
+def _padded(rows: Tensor, pad: Sequence[int], *_: Any, **__: Any) -> Tensor:
+    """What is added along an axis belongs to the row that it is added to; rows that are added belong to none."""
+    for i in range(len(pad) // 2):
+        before, after = pad[2 * i : 2 * i + 2]
+        axis = rows.dim() - 1 - i
+        if axis == 0 and (before > 0 or after > 0):
+            raise ValueError("rows were added")
+        size = rows.shape[axis]
+        rows = rows.index_select(axis, torch.arange(-before, size + after).clamp(0, size - 1))
+    return rows
 
 
 def _on_cpu(argument: Any) -> Any:

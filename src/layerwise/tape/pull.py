@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from layerwise import tensors
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, Undefined, UnsupportedCall
 from layerwise.tape.uses import Use
 
 __all__ = [
@@ -36,6 +36,11 @@ __all__ = [
 Place = Tensor | GradientEdge  # where a reverse pass starts or ends
 
 
+# What torch says where it cannot run a reverse pass for a batch of cotangents: a checkpointed block that draws random
+# numbers again; a kernel that asks for the memory format of its cotangent (group norm of a channels-last input).
+_UNBATCHED = ("random operations inside of vmap", "inside of vmap for memory_format")
+
+
 class _State(threading.local):
     pulling = False
 
@@ -44,12 +49,20 @@ _STATE = _State()  # whether this thread is inside `pull`: hooks must not mistak
 
 
 @contextmanager
-def _pulling() -> Iterator[None]:
+def _pulling(inputs: Sequence[Place]) -> Iterator[None]:
+    """Without the user's hooks on the leaves among the inputs (masks, scaling), which torch would run."""
+    leaves = (x if isinstance(x, Tensor) else getattr(x.node, "variable", None) for x in inputs)
+    tables = [p._backward_hooks for p in leaves if p is not None and p.is_leaf and p._backward_hooks]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
     before, _STATE.pulling = _STATE.pulling, True
     try:
         yield
     finally:
         _STATE.pulling = before
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
 
 
 def pull(
@@ -62,11 +75,13 @@ def pull(
     """Vector-Jacobian products of `outputs` with `cotangents` at `inputs` (edges or tensors).
 
     batched: each cotangent has a leading axis V, and so does each result; where a checkpointed block draws random
-    numbers again, they are computed one by one. The graph is retained. An input that no output depends on gives None.
+    numbers again, or torch cannot batch a derivative, they are computed one by one. The graph is retained. An input
+    that no output depends on gives None.
     """
     try:
-        with _pulling():
-            return list(
+        with _pulling(inputs):
+            return _strided(
+                inputs,
                 torch.autograd.grad(
                     list[Any](outputs),
                     list[Any](inputs),
@@ -75,15 +90,32 @@ def pull(
                     create_graph=create_graph,
                     allow_unused=True,
                     is_grads_batched=batched,
-                )
+                ),
             )
     except RuntimeError as error:
-        if not batched or "random operations inside of vmap" not in str(error):
+        if "should_execute() == task_should_compute_output" in str(error):
+            raise Undefined(
+                "asked for the gradient at a view that the model writes onto after it was read, which torch cannot "
+                "give: make a new tensor there (z = z + y for z += y)"
+            ) from error
+        if not batched or not any(text in str(error) for text in _UNBATCHED):
             raise
     rows = [
         pull(outputs, [c[v] for c in cotangents], inputs, create_graph=create_graph) for v in range(len(cotangents[0]))
     ]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _strided(inputs: Sequence[Place], found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The cotangents found; raise UnsupportedCall where that of a call's output is sparse, which has no rows."""
+    for place, g in zip(inputs, found, strict=True):
+        if g is not None and g.layout != torch.strided and not isinstance(place, Tensor):
+            raise UnsupportedCall(
+                f"a parameter enters a call that gives a sparse tensor, in {place.node.name()}: its cotangent is "
+                "sparse too, which has no rows of samples. Write the values into a dense tensor (`w = "
+                "torch.zeros(shape)`, `w[rows, columns] = values`), or freeze them"
+            )
+    return list(found)
 
 
 def pull_stack(outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Sequence[Place]) -> list[Tensor | None]:

@@ -84,6 +84,10 @@ class SharedUse(Use):
         self._last: tuple[Tensor, dict[int, Tensor | None]] | None = None
         self._slots = [SharedSlot(self, use, slot) for use in members for slot in use.slots]
 
+    def within(self, nodes: Collection[Node]) -> bool:
+        """Whether all nodes that it hangs on are among some."""
+        return self.edge.node in nodes and all(node in nodes for node in self._stops)
+
     def place(self, number: Mapping[Node, int]) -> SharedPlace:
         """Where it is in any graph of the same calls; number: of each node in a walk."""
         members = tuple(use.index for use in self._members)
@@ -114,10 +118,12 @@ class KeptLayout:
     shared: Sequence[SharedPlace] = ()
 
     @classmethod
-    def of(cls, graph: Graph, layout: SampleLayout) -> KeptLayout:
-        """What holds for every graph of the same calls and wiring."""
+    def of(cls, graph: Graph, layout: SampleLayout) -> KeptLayout | None:
+        """What holds for every graph of the same calls and wiring; None where it hangs on nodes below other uses."""
         shared = [use for use in layout.shared if isinstance(use, SharedUse)]
         number = {node: i for i, node in enumerate(_walk(graph))} if shared else {}
+        if any(not use.within(number) for use in shared):
+            return None
         return cls(replace(layout, shared=()), [use.place(number) for use in shared])
 
     def on(self, graph: Graph) -> SampleLayout:

@@ -150,8 +150,9 @@ def candidates(graph: Graph) -> tuple[list[int], list[int]]:
     """
     entered, read, labels, lead = _said(graph).values()
     rows = list(dict.fromkeys([*entered, *read]))
-    rows = [x for x in rows if x > 1] or rows[:1]  # a tensor of one row beside others is a constant
     alike = lead[:1] if len(set(lead)) == 1 else []
+    one = [] if not entered and any(x > 1 for x in (*labels, *alike)) else rows[:1]
+    rows = [x for x in rows if x > 1] or one  # a tensor of one row beside others is a constant
     first = [x for x in alike if x in rows] or [x for x in labels if x in rows]
     first = first or [*rows, *(x for x in alike if x in labels)]
     rest = [*rows, *_whole_batch(graph), sum(rows), *labels, *alike, sum(lead), *_own_terms(graph)]

@@ -39,6 +39,8 @@ def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[Sampl
         try:
             layout = _layout(graph, n, losses)
             check_losses(graph, layout)
+            if given is None:
+                _check_rows_apart(graph, layout)
         except SamplesMixed as error:
             refusal = refusal or str(error)
             continue
@@ -67,7 +69,9 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             check_losses(graph, layout)
         except SamplesMixed:
             continue
-        found += [layout] if all(one for *_, one in owners_of_rows(graph, layout)) else []
+        # a tensor that no one called the model with may be a constant, whose rows are those of all samples
+        owners = owners_of_rows(graph, layout)
+        found += [layout] if all(one or outside(graph, source) for source, _, one in owners) else []
     if len(found) > 1:
         raise AmbiguousSamples(
             f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "
@@ -79,6 +83,27 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             "pass samples= a tensor with the sample number of each loss term"
         )
     return found[0] if found else None
+
+
+def _check_rows_apart(graph: Graph, layout: SampleLayout) -> None:
+    """Refuse numbers by which several rows of a batch of N are one sample, and other samples have no term at all.
+
+    So it looks where rows meet before the loss, whose target is one row: `mse_loss(model(x).mean(0), y[0])`.
+    Raises SamplesMixed.
+    """
+    heard: set[int] = set()
+    for loss, where in zip(graph.losses, layout.losses, strict=True):
+        shape = loss.call.logits.shape
+        heard.update(where.owners(shape, loss.call.logits.device).unique().tolist())
+    if heard >= set(range(layout.n)):
+        return
+    for source, owner, _ in owners_of_rows(graph, layout):
+        if source.shape[:1] == (layout.n,) and len(set(owner.values())) < len(owner):
+            raise SamplesMixed(
+                f"asked for per-sample quantities, but several of the {layout.n} rows of the batch meet in the same "
+                "terms of the loss, and others have none; sum over the samples last, or say with samples= which terms "
+                "of the loss are one sample's"
+            )
 
 
 def check_losses(graph: Graph, layout: SampleLayout) -> None:
@@ -153,7 +178,7 @@ def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners
         if carrying or (calls and layout.n > 1 and layout.n not in calls):
             return False
     if not constants:
-        return all(one for *_, one in owners)
+        return all(one or outside(graph, source) for source, _, one in owners)
     if any(len(owner) == 1 and not one for _, owner, one in owners):
         return False
     return any(one and len(set(owner.values())) == layout.n for _, owner, one in owners)

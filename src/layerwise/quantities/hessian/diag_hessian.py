@@ -29,6 +29,7 @@ from layerwise.quantities.hessian.residual_columns import ResidualPlan
 from layerwise.quantities.hessian.unit_columns import Unit, plan
 from layerwise.tape.pull import pull, pull_stack
 from layerwise.tape.tape import Tape
+from layerwise.tensors import dense
 
 __all__ = ["DiagHessian"]
 
@@ -164,5 +165,5 @@ def _elements(gradient: Tensor | None, p: Tensor) -> Tensor:
         with twice():
             (rows,) = pull_stack([gradient], [columns.view(-1, *p.shape)], [p])
         if rows is not None:
-            diagonal[index] = rows.detach().reshape(len(index), -1)[torch.arange(len(index)), index]
+            diagonal[index] = dense(rows.detach()).reshape(len(index), -1)[torch.arange(len(index)), index]
     return diagonal.view(p.shape)

@@ -157,6 +157,8 @@ def _send(
     starts: Sequence[GradientEdge], stacks: Sequence[Tensor], weights: Tensor | None, sums: Sequence[_Sum]
 ) -> None:
     edges = [s.use.edge for s in sums]
+    if not len(stacks[0]):  # of rows that the loss does not see
+        return
     if len(stacks[0]) == 1:
         pulled = [None if g is None else g[None] for g in pull(starts, [stack[0] for stack in stacks], edges)]
     else:
@@ -177,9 +179,9 @@ def plan(graph: Graph, layout: SampleLayout, units: Sequence[Unit]) -> tuple[Res
         for curvature in tops:
             curvature.likelihood.root(0, 1)
         residuals = residual_curvature(graph)
+        exact, sources, blocked = _spread(graph, layout, residuals)
     except (Undefined, NonFinite, UnknownLoss):
         return None, list(units)
-    exact, sources, blocked = _spread(graph, layout, residuals)
     walk = residuals.walk
     order = [use.index for node in walk.order for use in walk.use_at.get(node, ())]  # from the loss down
     eligible = [i for i in order if i not in blocked and i not in residuals.other and _able(i, units, layout)]

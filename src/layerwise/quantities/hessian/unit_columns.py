@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.graph.coverage import Graph
-from layerwise.graph.custom_functions import check_functions
+from layerwise.graph.custom_functions import check_functions, check_sparse
 from layerwise.graph.products import check_second, gradient_of, twice
 from layerwise.graph.samples import SampleLayout
 from layerwise.ops.base import Slot
@@ -59,6 +59,7 @@ class Unit:
         lead = n if per_sample else 1
         found = [rows.g.new_zeros(lead, k * o, size) for size in sizes]
         check_functions([(graph.total.grad_fn, 0)], [self.use.edge.node])
+        check_sparse([(graph.total.grad_fn, 0)])
         gradient = gradient_of(graph, self.use.edge)
         check_second([gradient], [self.use.edge])
         if gradient is not None and gradient.requires_grad:

@@ -1,0 +1,147 @@
+"""Programs where parameters meet the batch through constants that all samples share, and through sparse tensors.
+
+Each is a small neighbour of a program of another package: prompts before the keys of a frozen attention, a loss over
+shifted tokens that were padded and flattened, weights whose values lie in a sparse tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import layerwise as lw
+
+N, T, D, V = 3, 4, 6, 5
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Prompted(nn.Module):
+    """A frozen embedding and head; the trained keys are looked up once for each sample, by the same numbers."""
+
+    def __init__(self, prompts: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(V, D), nn.Linear(D, V)
+        self.requires_grad_(False)
+        self.prompt = nn.Embedding(prompts, D)
+        self.register_buffer("numbers", torch.arange(prompts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        keys = torch.cat([self.prompt(self.numbers.expand(len(x), -1)), h], dim=1)
+        return self.head(torch.softmax(h @ keys.mT, -1) @ keys)
+
+
+def shifted(z: Tensor, y: Tensor) -> Tensor:
+    """The next token's cross entropy, with an ignored target for the last position."""
+    return F.cross_entropy(z.view(-1, V), F.pad(y, (0, 1), value=-100)[..., 1:].contiguous().view(-1))
+
+
+def in_turn(z: Tensor, y: Tensor) -> Tensor:
+    """The same with positions before samples."""
+    return F.cross_entropy(z.transpose(0, 1).reshape(-1, V), F.pad(y, (0, 1), value=-100)[:, 1:].T.reshape(-1))
+
+
+@pytest.mark.parametrize("prompts", [1, 2, N, T])
+@pytest.mark.parametrize("loss_of", [shifted, in_turn])
+def test_prompts_that_all_samples_share(loss_of: Callable[[Tensor, Tensor], Tensor], prompts: int) -> None:
+    model, x = Prompted(prompts), torch.randint(V, (N, T))
+    params = oracle.parameters(model)
+    grads = oracle.per_sample_grad(params, lambda: torch.stack([loss_of(model(s), s) for s in x.split(1)]) / N)
+    with lw.observe(model, lw.PerSampleGrad(), lw.Variance(), lw.DiagGGN()) as seen:
+        loss_of(model(x), x).backward()
+    oracle.assert_close(dict(seen.per_sample_grad), grads)
+    oracle.assert_close(dict(seen.variance), oracle.variance(grads))
+    oracle.assert_close(dict(seen.diag_ggn), oracle.diag_ggn(params, lambda: model(x), lambda z: loss_of(z, x)))
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_prompts_with_flat_targets_that_name_no_sample(by_position: bool) -> None:
+    """Each sample has prompts of its own rows, and these say which terms are its own."""
+    model, x, y = Prompted(2), torch.randint(V, (N, T)), torch.randint(V, (N, T))
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        z = model(x)
+        z, y = (z.transpose(0, 1), y.T) if by_position else (z, y)
+        return F.cross_entropy(z.reshape(-1, V), torch.tensor(y.flatten().tolist()))
+
+    terms = lambda: torch.stack([loss(*pair) / N for pair in zip(x.split(1), y.split(1), strict=True)])  # noqa: E731
+    with lw.observe(model, lw.PerSampleGrad()) as seen:
+        loss(x, y).backward()
+    oracle.assert_close(dict(seen.per_sample_grad), oracle.per_sample_grad(oracle.parameters(model), terms))
+
+
+ROWS, COLUMNS = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2])
+
+
+def coo(w: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(torch.stack([ROWS, COLUMNS]), w, (2, 3))
+
+
+def csr(w: Tensor) -> Tensor:
+    return torch.sparse_csr_tensor(torch.tensor([0, 1, 3]), COLUMNS, w, (2, 3))
+
+
+BASE = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+SPARSE = {
+    "added to a dense one": lambda x, w: x @ (BASE + coo(w)).T,
+    "made dense": lambda x, w: x @ coo(w).to_dense().T,
+    "coalesced": lambda x, w: x @ coo(w).coalesce().to_dense().T,
+    "sparse.mm": lambda x, w: torch.sparse.mm(coo(w), x.T).T,
+    "a sparse matrix times a dense one": lambda x, w: (coo(w) @ x.T).T,
+    "scaled": lambda x, w: x @ (coo(w) * 2.0).to_dense().T,
+    "CSR": lambda x, w: (csr(w) @ x.T).T,
+    "written into zeros": lambda x, w: x @ torch.zeros(2, 3).index_put((ROWS, COLUMNS), w).T,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("name", SPARSE)
+def test_values_of_a_sparse_weight(name: str) -> None:
+    """Exact, or refused with the way around it; second derivatives, which torch takes for zero, never silently."""
+    x, y, params = torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), {"w": torch.randn(3, requires_grad=True)}
+    logits = lambda: SPARSE[name](x, params["w"])  # noqa: E731
+    dense = lambda: SPARSE["written into zeros"](x, params["w"])  # noqa: E731
+    if name in ("added to a dense one", "scaled"):
+        factor, base = (2.0, 0.0) if name == "scaled" else (1.0, BASE)
+        dense = lambda: x @ (base + factor * torch.zeros(2, 3).index_put((ROWS, COLUMNS), params["w"])).T  # noqa: E731
+    loss, loss_of = (lambda: F.cross_entropy(logits(), y)), (lambda z: F.cross_entropy(z, y))
+    grads = oracle.per_sample_grad(params, lambda: F.cross_entropy(dense(), y, reduction="none") / 4)
+    ggn = oracle.ggn(params, dense, loss_of)
+    wanted = {
+        lw.PerSampleGrad(): grads["w"], lw.DiagGGN(): ggn.diagonal(), lw.DiagHessian(): ggn.diagonal(),
+    }  # fmt: skip
+    exact = 0
+    for quantity, want in wanted.items():
+        try:
+            with lw.observe(params, quantity) as seen:
+                loss().backward()
+        except (lw.errors.UnsupportedCall, lw.errors.Undefined) as error:
+            assert "dense tensor" in str(error) or "second derivatives" in str(error)
+            continue
+        oracle.assert_close(seen[quantity]["w"], want)
+        exact += 1
+    for operator in (lw.GGN, lw.Hessian):  # the logits are linear in w
+        try:
+            found = operator(params, loss).to_dense()
+        except lw.errors.Undefined as error:
+            assert "second derivatives" in str(error)
+            continue
+        oracle.assert_close(found, ggn)
+        exact += 1
+    assert exact == 5 if name == "written into zeros" else exact < 5
+
+
+def test_a_derivative_that_torch_cannot_batch() -> None:
+    """Group norm of a channels-last input: the pulled roots come one by one."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 2, 3))
+    x = torch.randn(N, 3, 5, 5).to(memory_format=torch.channels_last)
+    y = torch.randn(N, 2, 3, 3)
+    with lw.observe(model, lw.DiagGGN()) as seen:
+        F.mse_loss(model(x), y).backward()
+    want = oracle.diag_ggn(oracle.parameters(model), lambda: model(x), lambda z: F.mse_loss(z, y))
+    oracle.assert_close(dict(seen.diag_ggn), want)
