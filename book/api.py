@@ -13,6 +13,7 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "layerwise": ("Quantities and operators", ("layerwise",)),
     "optim": ("Optimizers", ("layerwise.optim",)),
     "local": ("Local problems", ("layerwise.local",)),
+    "attribution": ("Data attribution", ("layerwise.attribution",)),
     "monitor": ("Monitor", ("layerwise.monitor",)),
     "distributed": ("Several processes", ("layerwise.distributed",)),
     "nn": ("Activations without a derivative", ("layerwise.nn",)),

@@ -410,8 +410,8 @@ def test_laplace_torch_finds_the_same_evidence() -> None:
 # -- influence ------------------------------------------------------------------------------------------------------
 
 
-def dense_ekfac(model: nn.Module, x: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """Eigenvectors `[p, p]` and eigenvalues of each block, for the mean loss, and the sum of all eigenvalues."""
+def dense_ekfac(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Eigenvectors `[p, p]` and eigenvalues of each block, for the mean loss."""
     h = softmax_hessians(model(x)) / len(x)
     values, vectors = torch.linalg.eigh(h)
     roots = vectors * values.clamp(min=0).sqrt()[:, None]  # [N, C, V]
@@ -424,44 +424,29 @@ def dense_ekfac(model: nn.Module, x: Tensor) -> tuple[dict[str, tuple[Tensor, Te
         weight = torch.einsum("nvo,ni->oi", turned.square(), (a @ basis_in).square())
         found[f"{name}.weight"] = torch.kron(basis_out, basis_in), weight.flatten()
         found[f"{name}.bias"] = basis_out, turned.square().sum((0, 1))
-    return found, torch.stack([s.sum() for _, s in found.values()]).sum()
+    return found
 
 
 def test_influence_is_that_of_all_gradients_and_the_dense_inverse() -> None:
     space = run("influence", torch.float64)
     model, x, y = space["model"], space["x"], space["y"]
-    found, trace = dense_ekfac(model, x)
-    damping = 0.1 * trace / space["size"]
-    g = gradients(model, x, y)
-    query = {k: v.mean(0) for k, v in gradients(model, space["query"], space["label"]).items()}
-    wanted = torch.zeros(len(x))
-    for name, (basis, spectrum) in found.items():
-        wanted -= g[name].flatten(1) @ (basis @ ((basis.T @ query[name].flatten()) / (spectrum + damping)))
+    g, (query,) = gradients(model, x, y), space["queries"]
+    q = gradients(model, *query)
+    wanted = torch.zeros(len(query[0]), len(x))
+    for name, (basis, spectrum) in dense_ekfac(model, x).items():
+        damped = spectrum + 0.1 * spectrum.mean()
+        wanted += (q[name].flatten(1) @ basis / damped) @ (g[name].flatten(1) @ basis).T
     assert_close(space["scores"], wanted)
-
-
-def test_sketched_influence_errs_as_it_says() -> None:
-    space = run("influence", torch.float64)
-    g = flat(gradients(space["model"], space["x"], space["y"]))
-    v = torch.cat([d.flatten() for d in space["direction"].values()])
-    bound = 3 * g.norm(dim=1) * v.norm() / 4096**0.5
-    error = (space["approximate"] - space["scores"]) / bound
-    assert 0.1 < float(error.square().mean().sqrt()) < 1
-    errors = []
-    for seed in range(20):  # unbiased: the mean over sketches is closer
-        sketch = lw.Sketch(512, torch.Generator().manual_seed(seed))
-        index = torch.stack([sketch.project({"w": row[:, None]}).total for row in g[:20]])
-        errors.append(-index @ sketch.project({"w": v[:, None]}).total - space["scores"][:20])
-    mean, spread = torch.stack(errors).mean(0), torch.stack(errors).std(0)
-    assert float((mean / spread * 20**0.5).square().mean()) < 3
 
 
 def test_influence_finds_wrong_labels() -> None:
     space = run("influence")
     for scores in (space["scores"], space["approximate"]):
-        worst = scores.argsort(descending=True)[:30]
-        assert int(torch.isin(worst, space["wrong"]).sum()) >= 14
-    assert float(torch.corrcoef(torch.stack([space["scores"], space["approximate"]]))[0, 1]) > 0.9
+        worst = scores.mean(0).argsort()[:30]
+        assert int(torch.isin(worst, space["wrong"]).sum()) >= 15
+    both = torch.stack([space["scores"].flatten(), space["approximate"].flatten()])
+    assert float(torch.corrcoef(both)[0, 1]) > 0.9
+    assert space["index"].recall(space["queries"], space["loader"], 30) > 0.7
 
 
 # -- layer Hessians -------------------------------------------------------------------------------------------------

@@ -34,9 +34,12 @@ def numbers(pattern: str, text: str) -> list[float]:
     return [float(found) for found in re.findall(pattern, text)]
 
 
-def test_there_are_six() -> None:
+def test_there_are_seven() -> None:
     """`restart` is run, and killed, in test_distributed_faults; the methods from scratch in test_from_scratch."""
-    assert SCRIPTS == ["altmin_sign", "altmin_stream", "kfac_char_gpt", "locoprop_classifier", "noise_scale", "restart"]
+    assert SCRIPTS == [
+        "altmin_sign", "altmin_stream", "data_attribution", "kfac_char_gpt", "locoprop_classifier", "noise_scale",
+        "restart",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -92,3 +95,16 @@ def test_the_stream_goes_on_bitwise(
     a, b = (torch.load(path, weights_only=True) for path in (whole, parts))
     assert a["seen"] == b["seen"] == 6
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+def test_attribution_writes_a_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page, sentence = tmp_path / "page.html", "<b>the text & a"
+    run(monkeypatch, "data_attribution", "--steps", 5, "--passages", 40, "--page", page, "--sentence", sentence)
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<span") == 10 * 32 and "&lt;b&gt;the text &amp; a" in html
+    assert set(re.findall(r"</?(\w+)", html)) == {"meta", "title", "h1", "p", "code", "span"}
+    scores = numbers(r"<p>([-\d.]+)", html)
+    assert scores == sorted(scores, reverse=True) and scores[0] > 0
+    assert "the best of 40 passages" in capsys.readouterr().out

@@ -33,13 +33,13 @@ def test_rows_are_projections_of_all_gradients(subject: Any, projection: str, tm
     sides, _ = read(tmp_path, "index")  # type: ignore[misc]
     for name, gradients in g.items():
         left, right = sides[f"{name}/left"], sides[f"{name}/right"]
-        assert len(left) <= 2 and len(right) <= 2
+        assert len(left) * len(right) <= 4
         flat = [x.reshape(len(x), left.shape[1], right.shape[1]) for x in (gradients, v[name])]
         rows = [torch.stack([left @ matrix @ right.T for matrix in x]).flatten(1) for x in flat]
         want += rows[1] @ rows[0].T
         size += rows[0].shape[1]
         if projection == "random" and left.shape[0] < left.shape[1]:
-            assert_close(left.abs(), torch.full_like(left, 2**-0.5))  # so that E L^T L is the identity
+            assert_close(left.abs(), torch.full_like(left, len(left) ** -0.5))  # so that E L^T L is the identity
     assert index.row_size == size and len(index) == len(next(iter(g.values())))
     found = index.scores(queries)
     assert float((found - want).abs().max() / want.abs().max()) < 2e-3  # the rows are in float16
@@ -96,6 +96,11 @@ def test_wrong_use_of_an_index_is_said(tmp_path: Path) -> None:
     rows.write_bytes(rows.read_bytes()[:-1])
     with pytest.raises(BadInput, match="damaged"):
         GradientIndex(influence, tmp_path, 2)
+    (tmp_path / "samples.txt").write_text("many")
+    with pytest.raises(BadInput, match="no number of samples"):
+        GradientIndex(influence, tmp_path, 2)
+    with pytest.raises(BadInput, match="projection must be"):
+        GradientIndex(influence, tmp_path / "new", 2, "none")
     with pytest.raises(BadInput, match="rank"):
         GradientIndex(influence, tmp_path / "new", 0)
     assert lw.attribution.GradientIndex is GradientIndex

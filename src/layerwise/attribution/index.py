@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,36 +11,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.attribution.directions import Projections
 from layerwise.attribution.files import flushed, read, replaced, write
 from layerwise.attribution.influence import Best, Influence, Measure
 from layerwise.errors import BadInput
 from layerwise.quantities.base import positive
+from layerwise.quantities.inner_products import Projections
 from layerwise.rows.project import signs
 
 __all__ = ["GradientIndex"]
 
 _ROWS, _SCALES, _COUNT, _FACTS = "rows.float16", "scales.float32", "samples.txt", "index"
 _CHUNK = 2**26  # bytes of the index in memory at once
-_PROJECTIONS = ("eigen", "random")
 
 
 class GradientIndex:
     """The gradients of training samples, each layer's projected from both sides, memory-mapped on disk in float16.
 
     row[n] = (L g_n R^T of each parameter), with g_n as the matrix `[first axis, rest]`, L `[P,·]` and R `[Q,·]` of at
-    most `rank` rows; from the inputs and the output cotangents apart, so that no gradient is formed. A search gives
+    most `rank` rows (a vector's of rank²), from inputs and cotangents apart: no gradient is formed. A search gives
 
         score[q, n] ~ sum over parameters of <L v_q R^T, L g_n R^T>,  v_q = (G + λ I)⁻¹ g_q,
 
     the inner products that `Influence.scores` has exactly, from one product with the index in chunks.
 
-    influence: fitted (or loaded); its model, loss and parameters are the index's. folder: where the index is, or will
-    be.
-    rank: sides of up to this length are kept whole.
+    influence: fitted (or loaded); its model, loss and parameters are the index's. folder: where the index is.
+    rank: sides of up to this length are kept whole. seed: of the signs.
     projection: "eigen", the rank leading eigenvectors of either Kronecker factor, where the curvature has a basis
     (LoGra's PCA start), else random; "random": signs / sqrt(rank), unbiased, with an error of about |v| |g| / rank.
-    seed: of the signs.
     Size on disk: 2 · numbers(row) bytes a sample (`row_size`), and 4 for its scale.
     Raises BadInput, also for a folder that holds an index of another model or of other settings.
     Source: Choe et al. (2024), "What is your data worth to GPT?" (LoGra), section 3; Park et al. (2023), TRAK.
@@ -50,8 +48,8 @@ class GradientIndex:
     ) -> None:
         if positive("GradientIndex's rank", rank) is None:
             raise BadInput("GradientIndex's rank must be a whole number of at least 1, got None")
-        if projection not in _PROJECTIONS:
-            raise BadInput(f"projection must be one of {_PROJECTIONS}, got {projection!r}")
+        if projection not in ("eigen", "random"):
+            raise BadInput(f'projection must be "eigen" or "random", got {projection!r}')
         self._influence, self._folder = influence, Path(folder)
         shapes = influence.settings()["shapes"]
         self._settings = influence.settings() | {"rank": rank, "projection": projection, "signs": seed}
@@ -68,8 +66,7 @@ class GradientIndex:
                 other = [key for key, value in self._settings.items() if facts["settings"].get(key) != value]
                 raise BadInput(f"{folder} holds an index that differs in {', '.join(other)}; take another folder")
             self._sides = {name: (tensors[f"{name}/left"], tensors[f"{name}/right"]) for name in shapes}
-            self._count = self._said()
-            self._trim()
+            self._count = self._trimmed()
 
     def __len__(self) -> int:
         return self._count
@@ -78,8 +75,6 @@ class GradientIndex:
     def row_size(self) -> int:
         """The numbers of each sample's row."""
         return sum(len(left) * len(right) for left, right in self._sides.values())
-
-    # -- building ------------------------------------------------------------------------------------------
 
     def append(self, loader: Iterable[Any], skip: int = 0) -> Self:
         """Add the samples of all batches, in one pass over them; each batch is on disk before the next begins.
@@ -116,41 +111,33 @@ class GradientIndex:
         self._count += len(rows)
         replaced(self._folder / _COUNT, str(self._count))
 
-    def _said(self) -> int:
-        """How many samples count; what lies behind them on disk is of a run that was killed."""
+    def _trimmed(self) -> int:
+        """How many samples count, after what lies behind them on disk, of a run that was killed, is cut off."""
         path = self._folder / _COUNT
-        try:
-            return int(path.read_text(encoding="utf-8")) if path.exists() else 0
-        except ValueError as error:
-            raise BadInput(f"{path} holds no number of samples ({error}); build the index again") from None
-
-    def _trim(self) -> None:
+        text = path.read_text(encoding="utf-8") if path.exists() else "0"
+        if not text.isdecimal():
+            raise BadInput(f"{path} holds no number of samples, but {text!r}; build the index again")
         for name, each in ((_ROWS, 2 * self.row_size), (_SCALES, 4)):
-            path, size = self._folder / name, self._count * each
+            path, size = self._folder / name, int(text) * each
             seen = path.stat().st_size if path.exists() else 0
             if seen < size:
-                raise BadInput(
-                    f"{path} has {seen} bytes, {self._count} samples need {size}; it is damaged: build again"
-                )
+                raise BadInput(f"{path} has {seen} bytes, {text} samples need {size}; it is damaged: build again")
             if seen > size:
-                with path.open("rb+") as stream:
-                    stream.truncate(size)
+                os.truncate(path, size)
+        return int(text)
 
     def _side(self, name: str, shape: Sequence[int], rank: int, projection: str, seed: int) -> tuple[Tensor, Tensor]:
         """L and R of a parameter."""
         r, c = (shape[0] if shape else 1), int(np.prod(shape[1:]))
         like = torch.empty(0, dtype=torch.get_default_dtype())
-        random = signs(name, (r, c) if len(shape) > 1 else (r,), rank, seed, like)
+        most = rank if min(r, c) > 1 else rank**2  # of a vector as many numbers as of a matrix
+        random = signs(name, (r, c) if len(shape) > 1 else (r,), most, seed, like)
         bases = _bases(self._influence, name, r, c) if projection == "eigen" else (None, None)
         sides = []
         for n, vectors, basis in zip((r, c), random, bases, strict=True):
-            if n <= rank:
-                sides.append(torch.eye(n).to(like))
-            else:
-                sides.append(vectors / rank**0.5 if basis is None else basis[:rank].to(like))
+            kept = torch.eye(n) if n <= most else vectors / most**0.5 if basis is None else basis[:most]
+            sides.append(kept.to(like))
         return sides[0], sides[1]
-
-    # -- searching -----------------------------------------------------------------------------------------
 
     def search(self, queries: Iterable[Any], k: int, measure: Measure | None = None) -> tuple[Tensor, Tensor]:
         """The k largest approximate scores of each query and the numbers of their samples, `[Q, k]` both.
@@ -203,19 +190,15 @@ def _bases(influence: Influence, name: str, r: int, c: int) -> tuple[Tensor | No
     ]  # fmt: skip
     if len(blocks) != 1 or len(blocks[0].spectrum) != 1:
         return None, None
-    block = blocks[0]
-    place = block.matrix(torch.arange(r * c).reshape(block.shape))[0]
-    if torch.equal(place.flatten(), torch.arange(r * c)) and place.shape == (r, c):
-        sides = ((block.basis_out, 1), (block.basis_in, 0))
-    elif torch.equal(place.T.flatten(), torch.arange(r * c)) and place.shape == (c, r):
-        sides = ((block.basis_in, 0), (block.basis_out, 1))
-    else:
-        return None, None
-    left, right = (
+    block, order = blocks[0], torch.arange(r * c).reshape(r, c)
+    place = block.matrix(order.reshape(block.shape))[0]
+    outputs, inputs = (
         None if basis is None else basis[0].T[block.spectrum[0].sum(axis).argsort(descending=True)].contiguous()
-        for basis, axis in sides
+        for basis, axis in ((block.basis_out, 1), (block.basis_in, 0))
     )
-    return left, right
+    if torch.equal(place, order):
+        return outputs, inputs
+    return (inputs, outputs) if torch.equal(place.T, order) else (None, None)
 
 
 def _size_of(batch: Any) -> int:

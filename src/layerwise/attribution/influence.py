@@ -9,15 +9,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from layerwise.attribution.directions import InnerProducts, OwnGradients, SelfProducts
 from layerwise.attribution.files import read, write
 from layerwise.attribution.fit import resumable
-from layerwise.attribution.inverse import DampedInverse, described, diagonal_blocks, rebuilt
+from layerwise.attribution.inverse import DampedInverse, SelfProducts, diagonal_blocks
 from layerwise.attribution.passes import Chosen
 from layerwise.errors import BadInput, Undefined
 from layerwise.operators import EigenKronecker, Kronecker
+from layerwise.operators.described import described, rebuilt
 from layerwise.quantities import EKFAC, KFAC, KFLR, ByParameter, DiagGGN, Quantity
 from layerwise.quantities.base import positive
+from layerwise.quantities.inner_products import InnerProducts, OwnGradients
 from layerwise.ranks.group import digest_of, values_digest
 
 __all__ = ["Influence"]
@@ -116,9 +117,11 @@ class Influence:
 
     def settings(self) -> dict[str, Any]:
         """What must be the same where saved numbers are read; weights: a digest of all of the model's."""
-        weights = digest_of({name: values_digest(t) for name, t in self._chosen.model.state_dict().items()})
-        return {"curvature": self._curvature, "draws": self._draws, "seed": self._seed,
-                "shapes": self._chosen.shapes(), "weights": weights}  # fmt: skip
+        model = self._chosen.model
+        weights = digest_of({name: values_digest(t) for name, t in model.state_dict().items()})
+        shapes = {name: list(p.shape) for name, p in model.named_parameters() if name in self._chosen.names}
+        settings = {"curvature": self._curvature, "draws": self._draws, "seed": self._seed}
+        return settings | {"shapes": shapes, "weights": weights}
 
     def save(self, folder: str | Path) -> None:
         """Save the curvature as tensors and JSON, with versions and a checksum; raises BadInput before `fit`."""
@@ -189,8 +192,7 @@ class Influence:
 
         For the smallest scores negate the measure. Raises BadInput for a k below 1 or above the number of samples.
         """
-        if positive("top's k", k) is None:
-            raise BadInput("top's k must be a whole number of at least 1, got None")
+        positive("top's k", k)
         best = Best(k)
         for values in self._streamed(queries, train_loader, measure):
             best.add(sum_of(values).T)

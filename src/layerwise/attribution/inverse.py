@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerwise.errors import BadInput
+from layerwise.gradient.parameter import ParameterGradient
 from layerwise.operators import EigenBlock, EigenKronecker
 from layerwise.operators.diagonal import check_damping
-from layerwise.rows.layout import MatrixLayout, dense_layout
+from layerwise.quantities.inner_products import SampleQuantity
+from layerwise.rows.layout import dense_layout
 
-__all__ = ["SHARE", "DampedInverse", "described", "diagonal_blocks", "rebuilt"]
+__all__ = ["DampedInverse", "SelfProducts", "diagonal_blocks"]
 
-SHARE = 0.1  # of a block's mean eigenvalue: the damping where none is given
+_SHARE = 0.1  # of a block's mean eigenvalue: the damping where none is given
 
 
 class DampedInverse:
@@ -37,7 +35,7 @@ class DampedInverse:
         assert self.curvature is not None
         found: dict[str, list[EigenBlock]] = {}
         for key, block in self.curvature.blocks.items():
-            damping = SHARE * float(block.spectrum.mean()) if self.damping is None else self.damping
+            damping = _SHARE * float(block.spectrum.mean()) if self.damping is None else self.damping
             inverse = EigenKronecker({key: block}).inverse(damping).blocks[key]
             found.setdefault(block.parameter or key, []).append(inverse)
         return found
@@ -66,38 +64,17 @@ def diagonal_blocks(entries: Mapping[str, Tensor]) -> EigenKronecker:
     return EigenKronecker(blocks)
 
 
-def described(operator: EigenKronecker) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of an operator by name, and what else it consists of, as plain values for JSON; see `rebuilt`."""
-    tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
-    for key, block in operator.blocks.items():
-        laid = block.layout
-        fact: dict[str, Any] = {"form": block.form, "parameter": block.parameter, "layout": None}
-        if block.bias is not None:
-            raise BadInput(f"the block of {key!r} holds the bias {block.bias!r}; blocks of one parameter can be saved")
-        for what in ("basis_in", "basis_out", "spectrum"):
-            if (value := getattr(block, what)) is not None:
-                tensors[f"{key}/{what}"] = value.contiguous()
-        if laid is not None:
-            fact["layout"] = {"shape": laid.shape, "size": laid.size, "strides": laid.strides, "offset": laid.offset,
-                              "bias": laid.bias}  # fmt: skip
-            if laid.strides is None:
-                tensors[f"{key}/places"] = laid.places()
-        facts[key] = fact
-    return tensors, json.loads(json.dumps(facts))
+class SelfProducts(SampleQuantity):
+    """<g_n, (G + λ I)⁻¹ g_n> of every sample, `[N]`, from the gradients of a few samples at a time."""
 
+    powers = (2,)
 
-def rebuilt(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> EigenKronecker:
-    """The operator from what `described` gave."""
-    blocks = {}
-    for key, fact in facts.items():
-        laid, layout = fact["layout"], None
-        if laid is not None and laid["strides"] is not None:
-            layout = MatrixLayout.strided(laid["shape"], laid["size"], laid["strides"], laid["offset"], laid["bias"])
-        elif laid is not None:
-            layout = MatrixLayout.at(laid["shape"], tensors[f"{key}/places"], laid["bias"])
-        block = EigenBlock(
-            tensors.get(f"{key}/basis_in"), tensors.get(f"{key}/basis_out"), tensors[f"{key}/spectrum"], layout
-        )
-        blocks[key] = replace(block, form=fact["form"], parameter=fact["parameter"])
-    return EigenKronecker(blocks)
+    def __init__(self, inverse: DampedInverse) -> None:
+        self.inverse = inverse
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        """`[N]`."""
+        if self.inverse.curvature is None:
+            return (gradient.squared_norm()[0],)
+        found = [(g[0] * self.inverse.solve(gradient.name, g[0])).flatten(1).sum(1) for g in gradient.chunks()]
+        return (torch.cat(found),)

@@ -44,11 +44,6 @@ class Chosen:
         if not self.names:
             raise BadInput("asked to attribute to no parameter: none requires gradients, or no pattern was given")
 
-    def shapes(self) -> dict[str, list[int]]:
-        """The shapes of the parameters by name."""
-        named = dict(self.model.named_parameters())
-        return {name: list(named[name].shape) for name in self.names}
-
     def observed(self, loss_fn: Callable[..., Tensor], batch: Any, quantity: Quantity) -> Results:
         """The results of one forward and backward pass over a batch; loss_fn is called as `accumulate` calls it.
 

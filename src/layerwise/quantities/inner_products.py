@@ -1,22 +1,20 @@
-"""Quantities of attribution: inner products of each sample's gradient with others, and its projections."""
+"""Linear functions of each sample's own gradient: inner products with directions, and projections from both sides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from layerwise.attribution.inverse import DampedInverse
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 
-__all__ = ["InnerProducts", "OwnGradients", "Projections", "SelfProducts"]
+__all__ = ["InnerProducts", "OwnGradients", "Projections", "SampleQuantity"]
 
 
-class OfSamples(Quantity):
-    """Base: values `[N, ...]` that are linear in the gradients of the samples' own losses, without a mean's 1/terms."""
+class SampleQuantity(Quantity):
+    """Base: values `[N, ...]` of the gradients of the samples' own losses, without the 1/terms of a mean."""
 
     powers: tuple[float, ...] = (1,)
     concatenate = True
@@ -27,7 +25,7 @@ class OfSamples(Quantity):
         return ByParameter({name: v[0] * factor if factor != 1 else v[0] for name, v in values.items()})
 
 
-class OwnGradients(OfSamples):
+class OwnGradients(SampleQuantity):
     """The gradient of every sample's own loss, the sum of its terms, `[N, *shape]`."""
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
@@ -35,7 +33,7 @@ class OwnGradients(OfSamples):
         return (gradient.rows()[0],)
 
 
-class InnerProducts(OfSamples):
+class InnerProducts(SampleQuantity):
     """<g_n, v_q> for given directions v_q `[Q, *shape]` by parameter, `[N, Q]`, without holding `[N, P]`.
 
     by_position: what each position of the parameter's rows adds to it, `[N, T, Q]`. Raises Undefined where uses of the
@@ -63,23 +61,7 @@ class InnerProducts(OfSamples):
         return (value[0],)
 
 
-class SelfProducts(OfSamples):
-    """<g_n, (G + λ I)⁻¹ g_n> of every sample, `[N]`, from the gradients of a few samples at a time."""
-
-    powers = (2,)
-
-    def __init__(self, inverse: DampedInverse) -> None:
-        self.inverse = inverse
-
-    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
-        """`[N]`."""
-        if self.inverse.curvature is None:
-            return (gradient.squared_norm()[0],)
-        found = [(g[0] * self.inverse.solve(gradient.name, g[0])).flatten(1).sum(1) for g in gradient.chunks()]
-        return (torch.cat(found),)
-
-
-class Projections(OfSamples):
+class Projections(SampleQuantity):
     """L D_n R^T of every sample's gradient D_n as a matrix, `[N, P·Q]`, for L `[P,R]` and R `[Q,C]` by parameter."""
 
     def __init__(self, sides: Mapping[str, tuple[Tensor, Tensor]]) -> None:
