@@ -11,7 +11,7 @@ from ecosystem import prepare
 from ecosystem.base import Configuration, double_throughout, installed
 
 prepare()
-if missing := installed("transformers", "peft", "timm", "diffusers", "torch_geometric"):
+if missing := installed("transformers", "peft"):
     pytest.skip(f"{missing} is not installed (requirements/ecosystem.txt)", allow_module_level=True)
 
 from ecosystem.checks import COLUMNS, REL, Cell, Truth, outcome  # noqa: E402

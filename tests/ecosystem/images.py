@@ -83,6 +83,17 @@ def timm_model(name: str, size: int = 32, train: bool = False, **options: Any) -
     return images(size, model, lambda b: model(b["pixel_values"]), mixed=train)
 
 
+def mixer(block: str) -> Program:
+    """Patches mixed by multilayer perceptrons."""
+    from timm.models import mlp_mixer
+
+    sizes = {"img_size": 8, "patch_size": 4, "num_blocks": 1, "embed_dim": 8}
+    if block != "MixerBlock":
+        sizes["mlp_ratio"] = 4
+    model = shaken(mlp_mixer.MlpMixer(num_classes=CLASSES, block_layer=getattr(mlp_mixer, block), **sizes))
+    return images(8, model, lambda b: model(b["pixel_values"]))
+
+
 def denoiser(make: Callable[[Any], nn.Module], size: int, **given: Any) -> Program:
     """The noise of a noisy picture, by its time."""
     import diffusers
@@ -152,27 +163,6 @@ VISION = [
             "size": 16,
         },
         siglip={"vision_config": VIT},
-        cvt={
-            "embed_dim": [4, 6],
-            "num_heads": [1, 2],
-            "depth": [1, 1],
-            "patch_sizes": [3, 3],
-            "patch_stride": [2, 2],
-            "patch_padding": [1, 1],
-            "cls_token": [False, True],
-            "mlp_ratio": [2.0, 2.0],
-            "attention_drop_rate": [0.0, 0.0],
-            "drop_rate": [0.0, 0.0],
-            "drop_path_rate": [0.0, 0.0],
-            "qkv_bias": [True] * 2,
-            "qkv_projection_method": ["dw_bn"] * 2,
-            "kernel_qkv": [3, 3],
-            "padding_kv": [1, 1],
-            "stride_kv": [2, 2],
-            "padding_q": [1, 1],
-            "stride_q": [1, 1],
-            "size": 16,
-        },
     ),
     Configuration(
         "transformers",
@@ -202,9 +192,6 @@ TIMM = [
             "eva02_tiny_patch14_224",
             {"img_size": 8, "size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2},
         ),
-        ("mixer_s32_224", {"img_size": 64, "size": 64, "embed_dim": 8, "num_blocks": 1}),
-        ("gmlp_s16_224", {"img_size": 32, "size": 32, "embed_dim": 8, "num_blocks": 1}),
-        ("resmlp_12_224", {"img_size": 32, "size": 32, "embed_dim": 8, "num_blocks": 1}),
         ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (4, 4, 6, 6)}),
         (
             "swin_tiny_patch4_window7_224",
@@ -239,6 +226,10 @@ TIMM = [
         ("resnet10t", {"layers": (1, 1, 1, 1), "channels": (4, 4, 6, 6), "stem_width": 4, "train": True}),
         ("nf_resnet26", {"width_factor": 0.03}),
     )
+]
+TIMM += [
+    Configuration("timm", f"MlpMixer of {block}s", partial(mixer, block), ("timm", "torchvision"))
+    for block in ("MixerBlock", "ResBlock")
 ]
 UNET = {
     "sample_size": 8,

@@ -36,23 +36,24 @@ CONFIGURATIONS: Sequence[Configuration] = [
 _INTRO = """\
 # With other packages
 
-What the library gives on small models of {packages} packages, {count} configurations with random weights: per-sample
-gradients, squared norms and the variance against a loop that runs each sample by itself; `DiagGGN` and a product with the
-GGN against JᵀHJ from one backward pass for each output element; a product with the Hessian against the gradient's own
-derivative. In float64 throughout (where a model turns to float32 on the way, that is float64, too), to a relative error
-of {rel:g}. ✓ is equal, ✗ a typed error for the reason in the note; nothing else came out. An
-empty cell: the model makes its log density by itself, and where it ends and the loss begins is a choice. Models are in evaluation, where
-they do not say otherwise.
+What the library gives on small models of {packages} packages, {count} configurations with random weights:
+per-sample gradients, squared norms and the variance against a loop that runs each sample by itself; `DiagGGN` and a
+product with the GGN against JᵀHJ from a backward pass for each output element; a product with the Hessian against the
+gradient's own derivative. All in float64, also where a model asks for float32 on the way, to a relative error of {rel:g}.
+
+✓ is equal, ✗ a typed error for the reason in the note; nothing else came out. In an empty cell the model makes its log
+density by itself, and where it ends and the loss begins is a choice. Models are in evaluation, where they do not say
+otherwise.
 
 This page is written by `pytest tests/test_ecosystem.py --write-support` where the packages of
-`requirements/ecosystem.txt` are installed.
+`requirements/ecosystem.txt` and `requirements/timm.txt` are installed.
 """
 
 
 def render(outcome: Callable[[Configuration, str], Cell], rel: float) -> str:
     """The page."""
     notes: dict[str, int] = {}
-    body = []
+    body: list[str] = []
     for package, group in groupby(CONFIGURATIONS, lambda c: c.package):
         heading = f"## {package} {version(package)}"
         if heading not in body:

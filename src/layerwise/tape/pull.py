@@ -67,7 +67,8 @@ def pull(
     """Vector-Jacobian products of `outputs` with `cotangents` at `inputs` (edges or tensors).
 
     batched: each cotangent has a leading axis V, and so does each result; where a checkpointed block draws random
-    numbers again, or torch cannot batch a derivative, they are computed one by one. The graph is retained. An input that no output depends on gives None.
+    numbers again, or torch cannot batch a derivative, they are computed one by one. The graph is retained. An input
+    that no output depends on gives None. Raises UnsupportedCall where the cotangent of a call's output is sparse.
     """
     try:
         with _pulling():
@@ -97,8 +98,8 @@ def _strided(inputs: Sequence[Place], found: Sequence[Tensor | None]) -> list[Te
     for place, g in zip(inputs, found, strict=True):
         if g is not None and g.layout != torch.strided and not isinstance(place, Tensor):
             raise UnsupportedCall(
-                f"a parameter enters a call that gives a sparse tensor, in {place.node.name()}: its cotangent is sparse "
-                "too, which has no rows of samples. Write the values into a dense tensor (`w = torch.zeros(shape)`, "
+                f"a parameter enters a call that gives a sparse tensor, in {place.node.name()}: its cotangent is "
+                "sparse, too, which has no rows of samples. Write the values into a dense tensor (`w = torch.zeros(shape)`, "
                 "`w[rows, columns] = values`), or freeze them"
             )
     return list(found)
