@@ -51,9 +51,9 @@ format: $(INSTALLED)  ## Mend style and format where that is automatic
 support: $(INSTALLED)  ## Write docs/support.md, what works with what, from a run of the tests
 	$(BIN)/python -m pytest -q tests/test_matrix.py --write-support
 
-ecosystem: $(INSTALLED)  ## Install the trainers of docs/trainers.md, and run its snippets with them
+ecosystem: $(INSTALLED)  ## Install the packages of docs/trainers.md and docs/ecosystem.md, and run the tests with them
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/ecosystem.txt
-	$(BIN)/python -m pytest tests/test_trainers_page.py
+	$(BIN)/python -m pytest tests/test_trainers_page.py tests/test_ecosystem.py
 
 # Torch and all else that lock.txt names stay as they are; the site is made from the checkout, and asks no host.
 docs: $(INSTALLED)  ## Build the documentation into site/, every page run; open site/index.html

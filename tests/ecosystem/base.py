@@ -22,15 +22,16 @@ OPERATORS = ("nms", "qnms")
 class Program:
     """A loss over a batch of N samples, each of which is a batch of its own.
 
-    outputs: a batch -> the tensor (or tuple of tensors) that the loss calls receive. loss_of: outputs and their batch
-    -> the loss. loss: a batch -> the loss as a user writes it, where that is not loss_of(outputs(batch), batch).
+    outputs: a batch -> the tensor (or tuple of tensors) that the loss calls receive; None where the model makes the
+    loss by itself, so that what its outputs are is a choice. loss_of: outputs and their batch -> the loss.
+    loss: a batch -> the loss as a user writes it, where it is not loss_of(outputs(batch), batch).
     weights: the loss is the sum of them times the losses of the samples; 1 / N each by default.
     """
 
     model: nn.Module
     batch: Any
     samples: Sequence[Any]
-    outputs: Callable[[Any], Any]
+    outputs: Callable[[Any], Any] | None
     loss_of: Callable[[Any, Any], Tensor]
     loss: Callable[[Any], Tensor] | None = None
     weights: Sequence[float] | None = None
@@ -40,7 +41,10 @@ class Program:
     def value(self, batch: Any = None) -> Tensor:
         """The loss of a batch, of the whole one by default."""
         batch = self.batch if batch is None else batch
-        return self.loss_of(self.outputs(batch), batch) if self.loss is None else self.loss(batch)
+        if self.loss is not None:
+            return self.loss(batch)
+        assert self.outputs is not None
+        return self.loss_of(self.outputs(batch), batch)
 
     def terms(self) -> list[Callable[[], Tensor]]:
         """The loss of each sample in a run of its own, weighted."""
@@ -77,7 +81,8 @@ def sliced(batch: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
 
 def shaken(model: nn.Module) -> nn.Module:
     """The model in evaluation and float64, its parameters away from zeros, ones and equal values."""
-    model = model.to(torch.float64).eval()
+    wide = {False: torch.float64, True: torch.complex128}
+    model = model._apply(lambda t: t.to(wide[t.is_complex()]) if t.is_complex() or t.is_floating_point() else t).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:

@@ -60,7 +60,7 @@ def check_functions(roots: Iterable[Any], ends: Collection[Node] = ()) -> None:
 
 
 def check_sparse(roots: Iterable[Any]) -> None:
-    """Raise Undefined where sparse tensors are made below some edges: torch 2.13 holds their gradient constant."""
+    """Raise Undefined where sparse tensors are made below some edges: torch takes their gradient for a constant."""
     for node in nodes(roots):
         if node.name() in _SPARSE:
             raise Undefined(

@@ -143,9 +143,10 @@ def _scale_with_samples(
     def along(directions: list[Tensor]) -> Tensor:
         with twice(), own_loss.alone():
             found = pull([g for g, _ in kept], directions, r)
-        if all(x is None for x in found):  # of a function marked once_differentiable torch says no more
+        moving = [m * x for m, x in zip(mix, found, strict=True) if x is not None]
+        if not moving:  # a function of the user's own may give its gradient as a constant
             raise Undefined("no second derivative")
-        moved = torch.stack([m * x for m, x in zip(mix, found, strict=True) if x is not None]).sum(0)
+        moved = torch.stack(moving).sum(0)
         return moved.flatten(1).sum(1) if probe.rows and moved.dim() > 1 else moved
 
     a = along(v)

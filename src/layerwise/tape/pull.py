@@ -76,7 +76,7 @@ def pull(
 
     batched: each cotangent has a leading axis V, and so does each result; where a checkpointed block draws random
     numbers again, or torch cannot batch a derivative, they are computed one by one. The graph is retained. An input
-    that no output depends on gives None.
+    that no output depends on gives None. Raises UnsupportedCall where the cotangent of a call's output is sparse.
     """
     try:
         with _pulling(inputs):
