@@ -1,4 +1,4 @@
-"""Helpers for plain tensors: finiteness, complex squares, memory in huge pages, copy on write, sparse to dense.
+"""Helpers for plain tensors: finiteness, complex squares, huge pages, copy on write, sparse to dense, random states.
 
 Per-sample gradients are bound by page faults, not by arithmetic: on Linux a tensor of 400 MB touches 100,000 small
 pages for the first time. Asking for transparent huge pages (`madvise`) is only a hint, without which memory is
@@ -10,13 +10,17 @@ from __future__ import annotations
 import cmath
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "as_real", "dense", "empty", "is_finite", "lazy_copy", "squared"]
+__all__ = [
+    "all_finite", "as_real", "dense", "empty", "forked_random", "is_finite", "lazy_copy", "random_states_of",
+    "set_random_states", "squared",
+]  # fmt: skip
 
 
 def is_finite(x: Tensor) -> bool:
@@ -96,6 +100,36 @@ def lazy_copy(tensor: Tensor) -> Tensor:
         return torch._lazy_clone(tensor)
     except RuntimeError:  # memory without copy on write
         return tensor.clone()
+
+
+def random_states_of(devices: Iterable[torch.device]) -> dict[torch.device, Tensor]:
+    """The states of torch's generators of the accelerators among the devices."""
+    states = {}
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            states[device] = torch.get_device_module(device).get_rng_state(*_number(device))
+    return states
+
+
+def set_random_states(states: Mapping[torch.device, Tensor]) -> None:
+    """Set torch's generators of accelerators to the given states."""
+    for device, state in states.items():
+        torch.get_device_module(device).set_rng_state(state, *_number(device))
+
+
+def _number(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # its module has one device, and takes no number
+
+
+@contextmanager
+def forked_random(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Give torch's generators of the CPU and of the devices their state back at exit."""
+    states = random_states_of(devices)
+    with torch.random.fork_rng([]):
+        try:
+            yield
+        finally:
+            set_random_states(states)
 
 
 def dense(g: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ __all__ = [
     "InGraph",
     "Sampled",
     "Second",
-    "default_generator",
     "positions",
 ]
 
@@ -128,8 +127,7 @@ class Sampled(Columns):
 
     def columns(self, loss: Likelihood, rows: Samples | RowNumbers, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
-        generator = self.generator if self.generator is not None else default_generator(loss.logits.device)
-        yield from loss.sample(self.draws, generator).split(chunk)
+        yield from loss.sample(self.draws, self.generator).split(chunk)
 
 
 @dataclass(frozen=True)
@@ -144,13 +142,6 @@ class Second(InGraph):
     """No cotangent is sent; the quantity works on the double-differentiable graph in `compute_graph`."""
 
     twice = True
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    """Torch's own generator of a device."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    return torch.default_generator
 
 
 def positions(loss: Likelihood, rows: Samples | RowNumbers) -> Tensor:

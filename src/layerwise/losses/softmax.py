@@ -109,7 +109,7 @@ class Softmax(Likelihood):
         f = self._sqrt_weight * u.expand(j.shape[0], *u.shape).gather(self._axis + 1, j)
         return (f * reflected).scatter_add_(self._axis + 1, j, f)
 
-    def _sample(self, draws: int, generator: torch.Generator) -> Tensor:
+    def _sample(self, draws: int, generator: torch.Generator | None) -> Tensor:
         # The score of the label y is p - e_y, with covariance diag p - p pᵀ.
         factor = self._sqrt_weight / draws**0.5
         p = self._p.movedim(self._axis, -1)

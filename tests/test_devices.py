@@ -1,0 +1,32 @@
+"""Accelerators, shown on a pretend one: `device_checks.py` in a process of its own, where the device is registered."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("mark", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_pretend_device(mark: str) -> None:
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-m", mark, "tests/device_checks.py"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-3000:]
+
+
+def test_no_device_is_named() -> None:
+    """The library asks torch for its accelerator; CUDA has no place of its own."""
+    named = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in (ROOT / "src").rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"['\"]cuda|torch\.cuda\b", line)
+    ]
+    assert not named
