@@ -6,108 +6,24 @@ Run by `test_devices.py` in a process of its own, since a registered device chan
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import quantity_table
 import torch
 import torch.nn.functional as F
-from pretend_device import DEVICE, counted
-from quantity_checks import Truth
-from quantity_table import COLUMNS, Column
+from device_compare import APART, assert_same, compare
+from pretend_device import DEVICE, Count, counted
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from zoo import Case, Functional, Instance, case, cases
+from zoo import Case, case, cases
 
 import layerwise as lw
-from layerwise import errors
 
 torch.__future__.set_swap_module_params_on_conversion(True)  # or tied parameters would come apart
 
 FEW = ("mlp_tanh", "conv2d", "tied_embedding", "functional_conv", "residual")
-APART = {  # models that the pretend device cannot run, and why
-    "position_embedding": "its forward makes a tensor on the CPU",
-    "constant_start": "its forward makes a tensor on the CPU",
-    "char_gpt": "its forward makes a tensor on the CPU",
-    "softmax_weights": "torch's second derivative ends the process",
-}
-SECOND = {"embedding_bag", "embedding_bag_padded"}  # torch has second derivatives of these on the CPU alone
-
-
-def on_device(data: Any) -> Any:
-    """Tensors anywhere in the data, moved."""
-    return pytree.tree_map(lambda x: x.to(DEVICE) if isinstance(x, Tensor) else x, data)
-
-
-def moved(instance: Instance) -> Instance:
-    """The instance with its model and batch on the device."""
-    if isinstance(instance.model, Functional):
-        model: Any = Functional({}, instance.model.forward)
-        model.params = {n: p.detach().to(DEVICE).requires_grad_() for n, p in instance.model.params.items()}
-    else:
-        model = instance.model.to(DEVICE)
-    return replace(instance, model=model, x=on_device(instance.x), y=on_device(instance.y))
-
-
-def tensors_of(result: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a result, but where a parameter's elements lie, which is the same for all devices."""
-    if isinstance(result, Tensor):
-        yield path, result
-    elif isinstance(result, list | tuple):
-        for i, x in enumerate(result):
-            yield from tensors_of(x, f"{path}[{i}]")
-    elif hasattr(result, "items"):
-        for name, x in result.items():
-            yield from tensors_of(x, f"{path}.{name}")
-    elif hasattr(result, "__dict__"):
-        for name, x in vars(result).items():
-            if not name.startswith("_") and name != "layout":
-                yield from tensors_of(x, f"{path}.{name}")
-
-
-def assert_same(on_cpu: Any, found: Any, rel: float = 1e-12) -> None:
-    """Equal up to rounding, and every tensor on the device."""
-    one, two = list(tensors_of(on_cpu)), list(tensors_of(found))
-    assert one
-    assert [path for path, _ in one] == [path for path, _ in two]
-    for (path, want), (_, got) in zip(one, two, strict=True):
-        assert got.device == DEVICE, path
-        torch.testing.assert_close(got.cpu(), want, rtol=0.0, atol=rel * float(want.abs().max() if want.numel() else 0))
-
-
-def ask(column: Column, truth: Truth, instance: Instance, device: Any) -> Any:
-    """What the quantity gives; of an operator, its product with ones."""
-    quantity_table._generator = lambda: torch.Generator(device).manual_seed(7)
-    torch.manual_seed(3)
-    if column.build is not None:
-        ones = {name: torch.ones_like(p) for name, p in instance.params.items()}
-        return column.build(instance.subject, instance.loss) @ ones
-    with lw.observe(instance.subject, quantity := column.ask(truth), samples=truth.samples) as seen:
-        instance.loss().backward()
-    return seen[quantity]
-
-
-def compare(one: Case) -> int:
-    """Compare every quantity of a model; how many were compared."""
-    truth, compared = Truth(one), 0
-    there = moved(one.make(seed=0))
-    for name, column in COLUMNS.items():
-        if column.undefined(truth) or (column.second and one.problem.name in SECOND):
-            continue
-        try:
-            want = ask(column, truth, truth.fresh(), "cpu")
-        except errors.LayerwiseError:
-            continue  # refused on the CPU; on this device torch ends the process at an error in a backward pass
-        for p in there.params.values():
-            p.grad = None
-        try:
-            assert_same(want, ask(column, truth, there, DEVICE))
-        except Exception as error:
-            raise AssertionError(f"{name}: {error}") from error
-        compared += 1
-    return compared
+ENDS = {"softmax_weights": "torch's second derivative ends the process"}
+FIRST_ONLY = {"embedding_bag", "embedding_bag_padded"}  # torch has second derivatives of these on the CPU alone
 
 
 # The device itself ------------------------------------------------------------------------------
@@ -158,15 +74,18 @@ def test_it_counts() -> None:
 
 @pytest.mark.parametrize("name", FEW)
 def test_the_zoo(name: str) -> None:
-    assert compare(case(name)) >= 10
+    found = compare(case(name), DEVICE)
+    assert not found.differ
+    assert len(found.same) >= 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("one", cases(), ids=lambda one: one.id)
 def test_the_whole_zoo(one: Case) -> None:
-    if one.problem.name in APART:
-        pytest.skip(APART[one.problem.name])
-    compare(one)
+    name = one.problem.name
+    if reason := {**APART, **ENDS}.get(name):
+        pytest.skip(reason)
+    assert not compare(one, DEVICE, second=name not in FIRST_ONLY).differ
 
 
 X, Y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
@@ -218,7 +137,7 @@ def test_optimizers_and_their_checkpoints(name: str) -> None:
         optimizer.load_state_dict(loaded["optimizer"])
         optimizer.step(run.loss)
         states.append(run.model.state_dict())
-    assert_same(*states)
+    assert_same(*states, DEVICE)
 
 
 def test_a_preconditioner_in_front_of_an_optimizer_of_torch() -> None:
@@ -233,7 +152,7 @@ def test_a_preconditioner_in_front_of_an_optimizer_of_torch() -> None:
             preconditioner.step()
             sgd.step()
         states.append(run.model.state_dict())
-    assert_same(*states)
+    assert_same(*states, DEVICE)
 
 
 def test_inverses() -> None:
@@ -243,7 +162,7 @@ def test_inverses() -> None:
         with lw.observe(run.model, lw.KFLR(), lw.DiagGGN()) as seen:
             run.loss().backward()
         found.append([seen.kflr.inverse(damping=0.1) @ seen.grad, seen.diag_ggn])
-    assert_same(*found)
+    assert_same(*found, DEVICE)
 
 
 def test_accumulate() -> None:
@@ -253,7 +172,7 @@ def test_accumulate() -> None:
         batches = [(run.x[:5], run.y[:5]), (run.x[5:], run.y[5:])]
         seen = lw.accumulate(run.model, F.cross_entropy, batches, lw.Variance(), lw.EKFAC(1))
         found.append([seen.variance, seen.ekfac, seen.grad])
-    assert_same(*found)
+    assert_same(*found, DEVICE)
 
 
 def test_the_monitor() -> None:
@@ -271,3 +190,94 @@ def test_the_monitor() -> None:
     assert histories[0]
     for one, two in zip(*histories, strict=True):
         assert two == pytest.approx(one, rel=1e-10, nan_ok=True)
+
+
+# Costs: what is reached, which may fall and must not grow ---------------------------------------
+
+
+def deep(layers: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A chain with so many layers, and its loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[part for _ in range(layers - 1) for part in (nn.Linear(6, 6), nn.Tanh())], nn.Linear(6, 3))
+    model, x, y = model.double().to(DEVICE), X.to(DEVICE), Y.to(DEVICE)
+    return model, lambda: F.cross_entropy(model(x), y)
+
+
+def plain(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """The launches of the gradient alone."""
+    model.zero_grad()
+    with counted() as count:
+        loss().backward()
+    return count.launches
+
+
+def observed(layers: int, quantity: Callable[[], lw.Quantity]) -> Count:
+    """What the second observation of a layout costs; launches beyond those of the gradient."""
+    model, loss = deep(layers)
+    for _ in range(2):
+        model.zero_grad()
+        with counted() as count, lw.observe(model, quantity()):
+            loss().backward()
+    count.by_launch["the gradient's"] -= plain(model, loss)
+    return count
+
+
+def stepped(layers: int, make: Callable[[nn.Module], Any], steps: int = 4) -> Count:
+    """What the last of some steps costs; launches beyond those of the gradient."""
+    model, loss = deep(layers)
+    optimizer = make(model)
+    for _ in range(steps):
+        with counted() as count:
+            optimizer.step(loss)
+    count.by_launch["the gradient's"] -= plain(model, loss)
+    return count
+
+
+# The wait for the smallest and largest class index, which a mean and torch's own check need, and that for the verdict
+# over loss and gradient are in each; roots of the loss Hessian wait for the verdict over the terms' weights.
+WAITS: dict[str, tuple[Callable[[], lw.Quantity], int]] = {
+    "PerSampleGrad": (lw.PerSampleGrad, 2),
+    "SquaredNorm": (lw.SquaredNorm, 2),
+    "PairwiseDot": (lw.PairwiseDot, 2),
+    "SecondMoment": (lw.SecondMoment, 2),
+    "Variance": (lw.Variance, 2),
+    "NoiseScale": (lw.NoiseScale, 2),
+    "FisherDiag of the data": (lambda: lw.FisherDiag("data"), 2),
+    "ClippedGrad": (lambda: lw.ClippedGrad(1.0), 3),
+    "DiagGGN": (lw.DiagGGN, 3),
+    "DiagGGN sampled": (lambda: lw.DiagGGN(1), 3),
+    "KFAC": (lambda: lw.KFAC(1), 3),
+    "KFLR": (lw.KFLR, 3),
+    "EKFAC": (lambda: lw.EKFAC(None), 3),
+    "KFRA": (lw.KFRA, 18),
+    "DiagHessian": (lw.DiagHessian, 28),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_how_often_an_observation_waits(name: str) -> None:
+    quantity, most = WAITS[name]
+    assert observed(3, quantity).synchronisations <= most
+
+
+@pytest.mark.parametrize(("name", "most"), [("KFAC", 4), ("DiagNewton", 4), ("LocoProp", 5), ("AltMin", 7)])
+def test_how_often_a_step_waits(name: str, most: int) -> None:
+    assert stepped(3, OPTIMIZERS[name]).synchronisations <= most
+
+
+def test_launches_of_norms() -> None:
+    three, six = (observed(layers, lw.SquaredNorm).launches for layers in (3, 6))
+    assert (six - three) / 3 <= 8
+    assert six <= 12 * 6
+    assert observed(3, lw.PerSampleGrad).launches <= 18  # what an observation costs by itself
+
+
+def test_launches_of_a_step_outside_the_periods_of_kfac() -> None:
+    three, six = (stepped(layers, lw.optim.KFAC).launches for layers in (3, 6))
+    assert (six - three) / 3 <= 20
+
+
+def test_launches_of_a_local_step() -> None:
+    """Layers of different inputs are groups of their own."""
+    ten, twenty = (stepped(3, lambda model, n=n: lw.LocoProp(model, steps=n), 3).launches for n in (10, 20))
+    assert (twenty - ten) / 10 / 3 <= 20

@@ -7,6 +7,7 @@ sample: terms of the same sample must not add before they are squared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,6 +28,7 @@ __all__ = [
     "InGraph",
     "Sampled",
     "Second",
+    "position_count",
     "positions",
 ]
 
@@ -84,8 +86,7 @@ class Exact(Columns):
 
     def count(self, loss: Likelihood, rows: Samples | RowNumbers) -> int:
         """The number of columns of one loss."""
-        position = positions(loss, rows)
-        return max(1, loss.columns) * (int(position.max()) + 1 if position.numel() else 0)
+        return max(1, loss.columns) * position_count(loss, rows)
 
     def columns(self, loss: Likelihood, rows: Samples | RowNumbers, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
@@ -93,11 +94,11 @@ class Exact(Columns):
         if not len(root):  # one class: the loss is constant, and so is zero curvature
             yield torch.zeros_like(loss.logits)[None]
             return
-        position = positions(loss, rows)
-        count = int(position.max()) + 1 if position.numel() else 0
+        count = position_count(loss, rows)
+        position = positions(loss, rows) if count > 1 else None
         stack: list[Tensor] = []
         for p in range(count):
-            columns = root if count == 1 else root * (position == p).to(root.dtype)
+            columns = root if position is None else root * (position == p).to(root.dtype)
             for column in columns.split(1):
                 stack.append(column)
                 if len(stack) == chunk:
@@ -142,6 +143,17 @@ class Second(InGraph):
     """No cotangent is sent; the quantity works on the double-differentiable graph in `compute_graph`."""
 
     twice = True
+
+
+def position_count(loss: Likelihood, rows: Samples | RowNumbers) -> int:
+    """The most loss terms of a sample; without a wait for the device where samples lie on an axis."""
+    sizes = {axis: size for axis, size in enumerate(loss.logits.shape) if axis != loss.class_axis}
+    if not isinstance(rows, RowNumbers):
+        if rows.axis in sizes:
+            sizes[rows.axis] = sizes[rows.axis] // rows.n if rows.n else 1
+        return math.prod(sizes.values())
+    position = positions(loss, rows)
+    return int(position.max()) + 1 if position.numel() else 0
 
 
 def positions(loss: Likelihood, rows: Samples | RowNumbers) -> Tensor:

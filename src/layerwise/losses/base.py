@@ -142,17 +142,18 @@ class Likelihood:
     def _out(self, x: Tensor) -> Tensor:
         return x.to(self.logits.dtype)
 
-    def _check_weights(self, weights: Tensor) -> None:
-        """Refuse weights, or curvatures, of terms that have no real square root."""
-        if not weights.numel():
+    def _check_weights(self, *weights: Tensor) -> None:
+        """Refuse weights, or curvatures, of terms that have no real square root; all are read at once."""
+        ends = [end for each in weights if each.numel() for end in torch.aminmax(each)]
+        if not ends:
             return
-        low, high = (float(x) for x in torch.aminmax(weights))
-        if not math.isfinite(low) or not math.isfinite(high):
+        found = torch.stack(ends).tolist()
+        if not all(map(math.isfinite, found)):
             raise NonFinite(
                 f"{self.call}: the curvature of its terms holds nan or infinity; look at the model's output, "
                 "the targets and the scale of the loss."
             )
-        if low < 0:
+        if (low := min(found)) < 0:
             raise Undefined(
                 f"{self.call}: a term enters the total loss with the negative weight or curvature {low:.3g}, "
                 "so its Hessian has no real root; ask for a product with the Hessian or GGN instead, or keep "

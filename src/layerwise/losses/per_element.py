@@ -80,9 +80,8 @@ class Elementwise(Likelihood):
 
     @cached_property
     def _sqrt(self) -> Tensor:
-        self._check_weights(self._weight)
         curvature = self._weight * self._hessian
-        self._check_weights(curvature)
+        self._check_weights(self._weight, curvature)
         return curvature.sqrt()
 
 
