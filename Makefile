@@ -23,7 +23,7 @@ export LAYERWISE_DATA := $(CURDIR)/../shared/data
 endif
 endif
 
-.PHONY: help demo test test-all lint format support ecosystem docs reproduce-locoprop overhead benchmarks clean
+.PHONY: help demo test test-all lint format support ecosystem docs reproduce-locoprop overhead device-check benchmarks clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +66,9 @@ reproduce-locoprop: $(INSTALLED)  ## Train the LocoProp paper's autoencoder on M
 
 overhead: $(INSTALLED)  ## Measure costs beside the peers that are installed (hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.speed.overhead
+
+device-check: $(INSTALLED)  ## Show on this machine's GPU what works and what it costs (8 minutes; goes on where it stopped)
+	$(BIN)/python -m benchmarks.device
 
 benchmarks: $(INSTALLED)  ## Install what benchmarks/training needs (Benchopt, pytorch_optimizer); show its estimate
 	$(BIN)/python -m pip install --quiet -r requirements/benchmarks.txt -c requirements/lock.txt

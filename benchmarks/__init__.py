@@ -3,6 +3,7 @@
 speed/          what quantities, steps and the library's own parts cost, in time and memory
 training/       how far optimizers get: three studies on Benchopt, and how defaults were chosen
 distributed/    what a step costs over several processes
+device.py       what works on a GPU and what it costs there, in one command
 papers/         what the papers state, shown again
 results/        what was found, as JSON and pictures; the rows of the studies are training/rows/
 

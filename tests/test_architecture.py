@@ -29,7 +29,7 @@ ALLOWED = {
     "rows": "tensors",
     "ops": "rows tensors",
     "tape": "losses nn ops ranks tensors",
-    "replay": "nn ops tape",
+    "replay": "nn ops tape tensors",
     "graph": "losses ops rows tape",
     "gradient": "ops rows tape tensors",
     "operators": "graph losses rows tape tensors",

@@ -762,12 +762,15 @@ def test_nothing_passes_nan_on(value: float) -> None:
             lik.sample(1, rng())
 
 
-def test_sampling_needs_draws_and_a_generator() -> None:
+def test_sampling_needs_draws_and_takes_torchs_own_generator() -> None:
     lik = likelihood(bind(F.mse_loss, (Z, Z), {}), Z, 1.0)
     with pytest.raises(BadInput, match="0 draws"):
         lik.sample(0, rng())
     with pytest.raises(BadInput, match="generator"):
-        lik.sample(1, None)  # type: ignore[arg-type]
+        lik.sample(1, 7)  # type: ignore[arg-type]
+    torch.manual_seed(5)
+    own = lik.sample(2)
+    assert torch.equal(own, lik.sample(2, torch.Generator().manual_seed(5)))
 
 
 # Batches

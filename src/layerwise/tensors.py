@@ -1,4 +1,4 @@
-"""Helpers for plain tensors: finiteness, complex squares, memory in huge pages, copy on write, sparse to dense.
+"""Helpers for plain tensors: finiteness, complex squares, huge pages, copy on write, sparse to dense, random states.
 
 Per-sample gradients are bound by page faults, not by arithmetic: on Linux a tensor of 400 MB touches 100,000 small
 pages for the first time. Asking for transparent huge pages (`madvise`) is only a hint, without which memory is
@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import cmath
 import ctypes
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "as_real", "dense", "empty", "is_finite", "lazy_copy", "squared"]
+__all__ = [
+    "all_finite", "as_real", "dense", "empty", "forked_random", "is_finite", "lazy_copy", "random_states_of",
+    "set_random_states", "squared", "together_finite",
+]  # fmt: skip
 
 
 def is_finite(x: Tensor) -> bool:
@@ -24,6 +29,23 @@ def is_finite(x: Tensor) -> bool:
     x = x.detach()
     # NaN and infinity survive a sum, which costs a tenth; a sum of finite numbers may overflow
     return cmath.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
+
+
+def together_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds NaN or infinity: one launch for all and one wait for each accelerator and type.
+
+    The CPU waits for nothing, and a sum costs it less.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for t in tensors:
+        t = as_real(t.detach()) if t.layout is torch.strided else t.detach()
+        if t.device.type == "cpu" or t.layout is not torch.strided:
+            if not is_finite(t):
+                return False
+        elif t.numel():
+            kinds.setdefault((t.device, t.dtype), []).append(t)
+    largest = (torch.stack(list(torch._foreach_norm(some, math.inf))) for some in kinds.values())
+    return all(bool(torch.isfinite(found).all()) for found in largest)
 
 
 def as_real(x: Tensor) -> Tensor:
@@ -96,6 +118,36 @@ def lazy_copy(tensor: Tensor) -> Tensor:
         return torch._lazy_clone(tensor)
     except RuntimeError:  # memory without copy on write
         return tensor.clone()
+
+
+def random_states_of(devices: Iterable[torch.device]) -> dict[torch.device, Tensor]:
+    """The states of torch's generators of the accelerators among the devices."""
+    states = {}
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            states[device] = torch.get_device_module(device).get_rng_state(*_number(device))
+    return states
+
+
+def set_random_states(states: Mapping[torch.device, Tensor]) -> None:
+    """Set torch's generators of accelerators to the given states."""
+    for device, state in states.items():
+        torch.get_device_module(device).set_rng_state(state, *_number(device))
+
+
+def _number(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # its module has one device, and takes no number
+
+
+@contextmanager
+def forked_random(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Give torch's generators of the CPU and of the devices their state back at exit."""
+    states = random_states_of(devices)
+    with torch.random.fork_rng([]):
+        try:
+            yield
+        finally:
+            set_random_states(states)
 
 
 def dense(g: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ sample: terms of the same sample must not add before they are squared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,7 +28,7 @@ __all__ = [
     "InGraph",
     "Sampled",
     "Second",
-    "default_generator",
+    "position_count",
     "positions",
 ]
 
@@ -85,8 +86,7 @@ class Exact(Columns):
 
     def count(self, loss: Likelihood, rows: Samples | RowNumbers) -> int:
         """The number of columns of one loss."""
-        position = positions(loss, rows)
-        return max(1, loss.columns) * (int(position.max()) + 1 if position.numel() else 0)
+        return max(1, loss.columns) * position_count(loss, rows)
 
     def columns(self, loss: Likelihood, rows: Samples | RowNumbers, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
@@ -94,11 +94,11 @@ class Exact(Columns):
         if not len(root):  # one class: the loss is constant, and so is zero curvature
             yield torch.zeros_like(loss.logits)[None]
             return
-        position = positions(loss, rows)
-        count = int(position.max()) + 1 if position.numel() else 0
+        count = position_count(loss, rows)
+        position = positions(loss, rows) if count > 1 else None
         stack: list[Tensor] = []
         for p in range(count):
-            columns = root if count == 1 else root * (position == p).to(root.dtype)
+            columns = root if position is None else root * (position == p).to(root.dtype)
             for column in columns.split(1):
                 stack.append(column)
                 if len(stack) == chunk:
@@ -128,8 +128,7 @@ class Sampled(Columns):
 
     def columns(self, loss: Likelihood, rows: Samples | RowNumbers, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""
-        generator = self.generator if self.generator is not None else default_generator(loss.logits.device)
-        yield from loss.sample(self.draws, generator).split(chunk)
+        yield from loss.sample(self.draws, self.generator).split(chunk)
 
 
 @dataclass(frozen=True)
@@ -146,11 +145,15 @@ class Second(InGraph):
     twice = True
 
 
-def default_generator(device: torch.device) -> torch.Generator:
-    """Torch's own generator of a device."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    return torch.default_generator
+def position_count(loss: Likelihood, rows: Samples | RowNumbers) -> int:
+    """The most loss terms of a sample; without a wait for the device where samples lie on an axis."""
+    sizes = {axis: size for axis, size in enumerate(loss.logits.shape) if axis != loss.class_axis}
+    if not isinstance(rows, RowNumbers):
+        if rows.axis in sizes:
+            sizes[rows.axis] = sizes[rows.axis] // rows.n if rows.n else 1
+        return math.prod(sizes.values())
+    position = positions(loss, rows)
+    return int(position.max()) + 1 if position.numel() else 0
 
 
 def positions(loss: Likelihood, rows: Samples | RowNumbers) -> Tensor:

@@ -89,7 +89,7 @@ class Likelihood:
         """
         return self.root()
 
-    def sample(self, draws: int, generator: torch.Generator) -> Tensor:
+    def sample(self, draws: int, generator: torch.Generator | None = None) -> Tensor:
         """Random `s` `[draws, *S]` with mean zero and `E Σ_draws s sᵀ` equal to the loss Hessian.
 
         Each draw and each term takes its own label ŷ from the predictive distribution, and
@@ -97,13 +97,14 @@ class Likelihood:
         random sign per element. Different terms are independent, so all of them may share a cotangent.
         Source: Martens, Grosse (2015), "Optimizing neural networks with Kronecker-factored approximate
         curvature", section 5 (labels from the model's own distribution).
-        Raises: as `root`; `BadInput` for a missing generator or `draws < 1`.
+        generator: on the logits' device; None: torch's own of that device.
+        Raises: as `root`; `BadInput` for a generator of another device or `draws < 1`.
         """
         if draws < 1:
             raise BadInput(f"sample was asked for {draws} draws: ask for at least 1.")
-        if not isinstance(generator, torch.Generator):
-            raise BadInput(f"sample got {generator!r} as its generator: pass a torch.Generator.")
-        if generator.device.type != self.logits.device.type:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise BadInput(f"sample got {generator!r} as its generator: pass a torch.Generator, or None.")
+        if generator is not None and generator.device.type != self.logits.device.type:
             raise BadInput(
                 f"sample got a generator on {generator.device} for logits on {self.logits.device}: make one there."
             )
@@ -135,23 +136,24 @@ class Likelihood:
     def _root(self, start: int, stop: int) -> Tensor:
         raise NotImplementedError
 
-    def _sample(self, draws: int, generator: torch.Generator) -> Tensor:
+    def _sample(self, draws: int, generator: torch.Generator | None) -> Tensor:
         raise NotImplementedError
 
     def _out(self, x: Tensor) -> Tensor:
         return x.to(self.logits.dtype)
 
-    def _check_weights(self, weights: Tensor) -> None:
-        """Refuse weights, or curvatures, of terms that have no real square root."""
-        if not weights.numel():
+    def _check_weights(self, *weights: Tensor) -> None:
+        """Refuse weights, or curvatures, of terms that have no real square root; all are read at once."""
+        ends = [end for each in weights if each.numel() for end in torch.aminmax(each)]
+        if not ends:
             return
-        low, high = (float(x) for x in torch.aminmax(weights))
-        if not math.isfinite(low) or not math.isfinite(high):
+        found = torch.stack(ends).tolist()
+        if not all(map(math.isfinite, found)):
             raise NonFinite(
                 f"{self.call}: the curvature of its terms holds nan or infinity; look at the model's output, "
                 "the targets and the scale of the loss."
             )
-        if low < 0:
+        if (low := min(found)) < 0:
             raise Undefined(
                 f"{self.call}: a term enters the total loss with the negative weight or curvature {low:.3g}, "
                 "so its Hessian has no real root; ask for a product with the Hessian or GGN instead, or keep "
@@ -188,7 +190,7 @@ class FirstOrder(Likelihood):
     def _root(self, start: int, stop: int) -> Tensor:
         raise Undefined(f"{self.call}: {self._why}")
 
-    def _sample(self, draws: int, generator: torch.Generator) -> Tensor:
+    def _sample(self, draws: int, generator: torch.Generator | None) -> Tensor:
         raise Undefined(f"{self.call}: {self._why}")
 
 

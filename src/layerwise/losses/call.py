@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,6 +78,12 @@ class LossCall:
         if self.class_axis is not None:
             del shape[self.class_axis]
         return torch.Size(shape)
+
+    @cached_property
+    def class_range(self) -> tuple[int, int]:
+        """The smallest and largest class index of the target, in one wait for the device."""
+        low, high = torch.stack(torch.aminmax(self.target)).tolist()
+        return int(low), int(high)
 
     def __str__(self) -> str:
         return (
@@ -181,7 +188,7 @@ def check(call: LossCall) -> None:
     if call.class_axis is None or call.soft:
         return
     classes, ignored = call.logits.shape[call.class_axis], call.options["ignore_index"]
-    low, high = (int(x) for x in torch.aminmax(call.target))
+    low, high = call.class_range
     inside = low >= 0 and high < classes
     if inside and not low <= ignored <= high:
         return

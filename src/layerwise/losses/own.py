@@ -70,7 +70,7 @@ class OwnLikelihood(Likelihood):
     def _root(self, start: int, stop: int) -> Tensor:
         return self._columns[start:stop].clone()
 
-    def _sample(self, draws: int, generator: torch.Generator) -> Tensor:
+    def _sample(self, draws: int, generator: torch.Generator | None) -> Tensor:
         root, axis = self._columns, self.class_axis
         shape = [draws, *root.shape]
         if axis is not None:

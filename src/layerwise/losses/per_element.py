@@ -15,7 +15,7 @@ from .call import LossCall, _expanded
 
 __all__ = ["Elementwise", "elementwise"]
 
-Score = Callable[[torch.Size, torch.Generator], Tensor]
+Score = Callable[[torch.Size, torch.Generator | None], Tensor]
 
 
 class _Term(NamedTuple):
@@ -59,7 +59,7 @@ class Elementwise(Likelihood):
     def _root(self, start: int, stop: int) -> Tensor:
         return self._sqrt.expand(1, *self.logits.shape)[start:stop].clone()
 
-    def _sample(self, draws: int, generator: torch.Generator) -> Tensor:
+    def _sample(self, draws: int, generator: torch.Generator | None) -> Tensor:
         root = self._sqrt  # checks weights and curvature, also where its value is not needed
         shape = torch.Size([draws, *self.logits.shape])
         if self._score is not None:
@@ -80,9 +80,8 @@ class Elementwise(Likelihood):
 
     @cached_property
     def _sqrt(self) -> Tensor:
-        self._check_weights(self._weight)
         curvature = self._weight * self._hessian
-        self._check_weights(curvature)
+        self._check_weights(self._weight, curvature)
         return curvature.sqrt()
 
 
@@ -100,7 +99,7 @@ def elementwise(call: LossCall, logits: Tensor, c: Tensor | float) -> Likelihood
 def _normal(z: Tensor, variance: Tensor) -> Score:
     """Scores of `ŷ ~ N(z, 1/variance)`: normal with this variance."""
 
-    def score(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    def score(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=z.dtype, device=z.device) * variance.sqrt()
 
     return score
@@ -129,7 +128,7 @@ def _bce(name: str, z: Tensor, y: Tensor, options: Mapping[str, Any]) -> _Term:
         gradient = (1 - y) * p - positive * y * q
         kappa = positive * y + (1 - y) if weight is None else weight * (positive * y + (1 - y))
 
-    def score(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    def score(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         u = torch.rand(shape, generator=generator, dtype=z.dtype, device=z.device)
         return torch.where(u < p, -q, p)
 
@@ -196,7 +195,7 @@ def _poisson_nll(name: str, z: Tensor, y: Tensor, options: Mapping[str, Any]) ->
         return _Term(1 - y / shifted, y / shifted**2)
     rate = z.exp()
 
-    def score(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    def score(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         return rate - torch.poisson(rate.expand(shape), generator=generator)
 
     return _Term(rate - y, rate, None, score, "exp")

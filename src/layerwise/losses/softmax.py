@@ -16,7 +16,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import NonFinite
 from .base import FirstOrder, Likelihood, _wide, not_all, one_value
 from .call import LossCall
 
@@ -45,7 +44,9 @@ class _Masses:
         kept = call.target != call.options["ignore_index"]
         self.kept = kept.to(dtype)
         row = self.kept if self.alpha is None else self.alpha[self.index] * self.kept
-        self.terms = float(row.sum())
+        low, high = call.class_range
+        counts_all = self.alpha is None and not low <= call.options["ignore_index"] <= high
+        self.terms = float(row.numel()) if counts_all else float(row.sum())
         self.on_label = row * (1 - self.smoothing) if self.smoothing else row
         self.total = self.on_label
         if self.smoothing:
@@ -109,7 +110,7 @@ class Softmax(Likelihood):
         f = self._sqrt_weight * u.expand(j.shape[0], *u.shape).gather(self._axis + 1, j)
         return (f * reflected).scatter_add_(self._axis + 1, j, f)
 
-    def _sample(self, draws: int, generator: torch.Generator) -> Tensor:
+    def _sample(self, draws: int, generator: torch.Generator | None) -> Tensor:
         # The score of the label y is p - e_y, with covariance diag p - p pᵀ.
         factor = self._sqrt_weight / draws**0.5
         p = self._p.movedim(self._axis, -1)
@@ -139,9 +140,7 @@ class Softmax(Likelihood):
 
     @cached_property
     def _sqrt_weight(self) -> Tensor:
-        self._check_weights(self._weight)
-        if not bool(torch.isfinite(self._p.sum())):
-            raise NonFinite(f"{self.call}: the softmax of its input holds nan; look at the model's output.")
+        self._check_weights(self._weight, self._p.sum())
         return self._weight.sqrt()
 
     @cached_property

@@ -97,6 +97,14 @@ def _firsts(quantities: Sequence[Quantity], loader: Iterable[Any]) -> list[Quant
     return firsts
 
 
+def _devices() -> list[torch.device]:
+    """All devices of the accelerator, where torch has begun to use it."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or not getattr(torch.get_device_module(accelerator), "is_initialized", lambda: True)():
+        return []
+    return [torch.device(accelerator.type, n) for n in range(torch.accelerator.device_count())]
+
+
 def _in_two_passes(
     run: Callable[[Sequence[Quantity]], Results],
     quantities: Sequence[Quantity],
@@ -109,8 +117,7 @@ def _in_two_passes(
     """
     before = [first for first in firsts if first is not None]
     own = [getattr(q.cotangent, "generator", None) for q in before]
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    random = RandomState([torch.device("cuda", n) for n in cuda], ("torch",), [g for g in own if g is not None])
+    random = RandomState(_devices(), ("torch",), [g for g in own if g is not None])
     earlier = run(before)
     made = iter([earlier.result(i) for i in range(len(before))])
     seconds = [q if first is None else q.second_pass(next(made)) for q, first in zip(quantities, firsts, strict=True)]

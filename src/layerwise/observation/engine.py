@@ -133,8 +133,10 @@ class Observation:
         trainers: GraphTrainers,
     ) -> Any:
         device, scale = total.device.type, 1.0
+        waits = device != "cpu"  # then the loss is read with the gradient, once
         with alone(device), retained_grads_preserved(tape.retained()), trainers.paused():
-            check_finite(total)
+            if not waits:
+                check_finite(total)
             if self._settings.unscaled:
                 scale = loss_scale(tape.scaler_calls, total) or 1.0
             own_losses = tape.returned is not None
@@ -157,7 +159,7 @@ class Observation:
                 check_alone(within.strangers)
                 check_covered(tape, before, arrived, covered)
                 gradient = {name: arrived[name] for name in covered if name in arrived}
-                check_gradient(gradient)
+                check_gradient(gradient, total if waits else None)
                 stream.finish(gradient)
                 results.add(observed.batch, observed.values, {name: (g,) for name, g in gradient.items()}, scale)
         except BaseException:

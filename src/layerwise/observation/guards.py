@@ -13,7 +13,7 @@ from layerwise.errors import NonFinite, UncoveredUse, Undefined
 from layerwise.ranks.trainers import several
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
-from layerwise.tensors import as_real, is_finite
+from layerwise.tensors import as_real, is_finite, together_finite
 
 __all__ = [
     "Fingerprints",
@@ -65,13 +65,21 @@ def check_finite(total: Tensor) -> None:
     """Raise NonFinite for a loss of NaN or infinity."""
     if not bool(torch.isfinite(total).all()):
         raise NonFinite(
-            f"asked to observe a backward pass from a loss of {total.detach().tolist()}; nothing was computed. "
+            f"asked to observe a backward pass from a loss of {total.detach().tolist()}; .grad is as it was. "
             "Check the batch and the parameters for NaN and infinity"
         )
 
 
-def check_gradient(gradient: Mapping[str, Tensor]) -> None:
-    """Raise NonFinite for a gradient of NaN or infinity under a finite loss: an infinite input times zero is NaN."""
+def check_gradient(gradient: Mapping[str, Tensor], total: Tensor | None = None) -> None:
+    """Raise NonFinite for a gradient of NaN or infinity under a finite loss: an infinite input times zero is NaN.
+
+    total: a loss to check too, where it was not before the backward pass; all are read at once.
+    """
+    further = () if total is None else (total,)
+    if together_finite([*further, *gradient.values()]):
+        return
+    for loss in further:
+        check_finite(loss)
     for name, g in gradient.items():
         if not is_finite(g):
             raise NonFinite(

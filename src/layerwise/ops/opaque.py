@@ -13,6 +13,7 @@ from layerwise.errors import Undefined, UnsupportedCall
 from layerwise.ops.arguments import replace, writes_first
 from layerwise.ops.base import Call, DenseSlot
 from layerwise.rows.base import RowNumbers, Samples
+from layerwise.tensors import forked_random
 
 __all__ = ["OpaqueSlot"]
 
@@ -130,9 +131,8 @@ def _agrees(rows: Tensor, weights: Tensor, whole: Tensor) -> bool:
 @contextmanager
 def _isolated(used: Tensor) -> Iterator[None]:
     """Run a repeated call without effect on, or of, the caller's random state, autocast and warnings."""
-    devices = [used.device] if used.device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices),
+        forked_random([used.device]),
         torch.autocast(used.device.type, enabled=False),
         torch.enable_grad(),
         warnings.catch_warnings(),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import random_states_of, set_random_states
 
 __all__ = [
     "Buffers", "Gradients", "RandomState", "RunState", "check_loss", "put_random_states", "random_states", "seed_of",
@@ -99,14 +100,13 @@ class RandomState:
         generators: Iterable[torch.Generator] = (),
     ) -> None:  # fmt: skip
         self._process = random_states(kinds)
-        self._devices = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"}
+        self._devices = random_states_of(devices)
         self._further = [(generator, generator.get_state()) for generator in generators]
 
     def put_back(self) -> None:
         """Restore the generators."""
         put_random_states(self._process)
-        for device, state in self._devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+        set_random_states(self._devices)
         for generator, state in self._further:
             generator.set_state(state)
 

@@ -19,6 +19,7 @@ from torch.utils import _python_dispatch
 
 from layerwise.errors import UnsupportedCall
 from layerwise.losses import tensors_in
+from layerwise.tensors import forked_random
 
 __all__ = ["standing_in"]
 
@@ -41,8 +42,7 @@ def standing_in(
             f"{name} inside a checkpoint with a policy of what to save (create_selective_checkpoint_contexts), which "
             "counts the calls that it hides; checkpoint this block without a policy while it is observed"
         )
-    devices = {t.device for t in tensors_in((args, kwargs)) if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices), _no_modes():
+    with forked_random({t.device for t in tensors_in((args, kwargs))}), _no_modes():
         first = written(*args, **kwargs)
     with saved_tensors_hooks(Tensor.detach, _same):  # detached: a tensor with its node inside that node would never go
         out = parts(*args, **kwargs)

@@ -148,6 +148,7 @@ class LossRecord(TorchFunctionMode):
             edge = source.edge if call.log_softmax else get_gradient_edge(logits)
         else:
             call, edge = losses.bind(func, args, kwargs), get_gradient_edge(logits)
+        call = dataclasses.replace(call, logits=call.logits.detach())
         losses.check(call)
         out = func(*args, **kwargs)
         self.calls.append(func)
@@ -156,7 +157,6 @@ class LossRecord(TorchFunctionMode):
         if out.requires_grad:
             target = next((x for x in data if not x.requires_grad), None)
             origin = None if target is None else (self._made_from(target)[1], target.shape)
-            call = dataclasses.replace(call, logits=call.logits.detach())
             self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin, called_at()))
         return out
 

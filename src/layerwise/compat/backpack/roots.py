@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from layerwise.graph.cotangents import Exact, positions
+from layerwise.graph.cotangents import Exact, position_count, positions
 from layerwise.losses import Likelihood
 from layerwise.rows.base import RowNumbers, Samples
 
@@ -23,7 +23,7 @@ class ByClass(Exact):
     def count(self, loss: Likelihood, rows: Samples | RowNumbers) -> int:
         """The number of columns of one loss."""
         classes = 1 if loss.class_axis is None else loss.logits.shape[loss.class_axis]
-        return classes * (int(positions(loss, rows).max()) + 1)
+        return classes * position_count(loss, rows)
 
     def columns(self, loss: Likelihood, rows: Samples | RowNumbers, chunk: int) -> Iterator[Tensor]:
         """Stacks `[v, *logits.shape]` of at most `chunk` columns."""

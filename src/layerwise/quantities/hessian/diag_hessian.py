@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput, Undefined
-from layerwise.graph.cotangents import Second, default_generator
+from layerwise.graph.cotangents import Second
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import gradients
 from layerwise.graph.products import HessianProducts, gradient_of, twice
@@ -128,7 +128,6 @@ class DiagHessian(Quantity):
 
 
 def _signs(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    generator = default_generator(p.device) if generator is None else generator
     return torch.randint(2, p.shape, generator=generator, device=p.device).mul_(2).sub_(1).to(p.dtype)
 
 

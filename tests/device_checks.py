@@ -1,0 +1,283 @@
+"""What runs on the pretend device: the same values as on the CPU, on the parameters' device, and what it costs.
+
+Run by `test_devices.py` in a process of its own, since a registered device changes the whole process.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from device_compare import APART, assert_same, compare
+from pretend_device import DEVICE, Count, counted
+from torch import Tensor, nn
+from zoo import Case, case, cases
+
+import layerwise as lw
+
+torch.__future__.set_swap_module_params_on_conversion(True)  # or tied parameters would come apart
+
+FEW = ("mlp_tanh", "conv2d", "tied_embedding", "functional_conv", "residual")
+ENDS = {"softmax_weights": "torch's second derivative ends the process"}
+FIRST_ONLY = {"embedding_bag", "embedding_bag_padded"}  # torch has second derivatives of these on the CPU alone
+
+
+# The device itself ------------------------------------------------------------------------------
+
+
+def test_the_device_is_torchs_accelerator() -> None:
+    assert torch.accelerator.current_accelerator() == torch.device("pretend")
+    assert torch.get_device_module(DEVICE).device_count() == 1
+
+
+def test_it_raises_where_devices_meet() -> None:
+    x, y = torch.randn(3, 3, device=DEVICE), torch.randn(3, 3)
+    for mix in (lambda: x + y, lambda: x @ y, lambda: torch.cat([x, y]), lambda: y.add_(x), lambda: F.linear(x, y)):
+        with pytest.raises(RuntimeError, match="same device"):
+            mix()
+    assert (x + torch.tensor(2.0)).device == DEVICE  # a number
+    for draw in (lambda g: torch.randn(3, device=DEVICE, generator=g), lambda g: x.normal_(generator=g)):
+        with pytest.raises(RuntimeError, match="for generator"):
+            draw(torch.Generator())
+
+
+def test_it_draws_from_a_generator_of_its_own() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    x = torch.randn(4, device=DEVICE)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(x.cpu(), torch.randn(4))
+
+
+def test_it_counts() -> None:
+    x = torch.randn(3, 4, device=DEVICE)
+    with counted() as count:
+        y = (x.t() @ x).relu()
+    assert (count.launches, count.synchronisations, count.uploads) == (2, 0, 0)
+    for wait in (lambda: y.sum().item(), lambda: y.cpu(), lambda: y.tolist(), lambda: bool(y.any()), y.nonzero,
+                 lambda: y[y > 0], lambda: torch.equal(y, y)):  # fmt: skip
+        with counted() as count:
+            wait()
+        assert count.synchronisations == 1
+    with counted() as count:
+        torch.ones(3).to(DEVICE)
+    assert count.uploads == 1
+
+
+# The same values --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_zoo(name: str) -> None:
+    found = compare(case(name), DEVICE)
+    assert not found.differ
+    assert len(found.same) >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one", cases(), ids=lambda one: one.id)
+def test_the_whole_zoo(one: Case) -> None:
+    name = one.problem.name
+    if reason := {**APART, **ENDS}.get(name):
+        pytest.skip(reason)
+    assert not compare(one, DEVICE, second=name not in FIRST_ONLY).differ
+
+
+X, Y = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)
+    return nn.Sequential(*layers).double()
+
+
+class Run:
+    """A net with its batch on a device, and a loss."""
+
+    def __init__(self, device: Any) -> None:
+        self.model, self.x, self.y = net().to(device), X.to(device), Y.to(device)
+        torch.manual_seed(1)
+
+    def loss(self) -> Tensor:
+        return F.cross_entropy(self.model(self.x), self.y)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "KFAC": lw.optim.KFAC,
+    "DiagNewton": lw.optim.DiagNewton,
+    "LocoProp": lw.LocoProp,
+    "AltMin": lw.AltMin,
+    "AltMin memory": lambda model: lw.AltMin(model, weights="memory"),
+    "AltMin sweep": lambda model: lw.AltMin(model, codes="sweep"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_and_their_checkpoints(name: str) -> None:
+    """Three steps, and a fourth after a save and a load, move the parameters as on the CPU."""
+    states = []
+    for device in ("cpu", DEVICE):
+        run = Run(device)
+        optimizer = OPTIMIZERS[name](run.model)
+        for _ in range(3):
+            optimizer.step(run.loss)
+        saved = io.BytesIO()
+        torch.save({"model": run.model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+        saved.seek(0)
+        loaded = torch.load(saved)
+        run = Run(device)
+        run.model.load_state_dict(loaded["model"])
+        optimizer = OPTIMIZERS[name](run.model)
+        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.step(run.loss)
+        states.append(run.model.state_dict())
+    assert_same(*states, DEVICE)
+
+
+def test_a_preconditioner_in_front_of_an_optimizer_of_torch() -> None:
+    states = []
+    for device in ("cpu", DEVICE):
+        run = Run(device)
+        preconditioner, sgd = lw.optim.Preconditioner(run.model), torch.optim.SGD(run.model.parameters(), 0.1)
+        for _ in range(2):
+            sgd.zero_grad()
+            with preconditioner.watch():
+                run.loss().backward()
+            preconditioner.step()
+            sgd.step()
+        states.append(run.model.state_dict())
+    assert_same(*states, DEVICE)
+
+
+def test_inverses() -> None:
+    found = []
+    for device in ("cpu", DEVICE):
+        run = Run(device)
+        with lw.observe(run.model, lw.KFLR(), lw.DiagGGN()) as seen:
+            run.loss().backward()
+        found.append([seen.kflr.inverse(damping=0.1) @ seen.grad, seen.diag_ggn])
+    assert_same(*found, DEVICE)
+
+
+def test_accumulate() -> None:
+    found = []
+    for device in ("cpu", DEVICE):
+        run = Run(device)
+        batches = [(run.x[:5], run.y[:5]), (run.x[5:], run.y[5:])]
+        seen = lw.accumulate(run.model, F.cross_entropy, batches, lw.Variance(), lw.EKFAC(1))
+        found.append([seen.variance, seen.ekfac, seen.grad])
+    assert_same(*found, DEVICE)
+
+
+def test_the_monitor() -> None:
+    histories = []
+    for device in ("cpu", DEVICE):
+        run, history = Run(device), []
+        monitor = lw.monitor.Monitor(run.model, lambda step, record, into=history: into.append(record), every=1)
+        sgd = torch.optim.SGD(run.model.parameters(), 0.1)
+        for _ in range(2):
+            sgd.zero_grad()
+            with monitor.step():
+                run.loss().backward()
+            sgd.step()
+        histories.append(history)
+    assert histories[0]
+    for one, two in zip(*histories, strict=True):
+        assert two == pytest.approx(one, rel=1e-10, nan_ok=True)
+
+
+# Costs: what is reached, which may fall and must not grow ---------------------------------------
+
+
+def deep(layers: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A chain with so many layers, and its loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[part for _ in range(layers - 1) for part in (nn.Linear(6, 6), nn.Tanh())], nn.Linear(6, 3))
+    model, x, y = model.double().to(DEVICE), X.to(DEVICE), Y.to(DEVICE)
+    return model, lambda: F.cross_entropy(model(x), y)
+
+
+def plain(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """The launches of the gradient alone."""
+    model.zero_grad()
+    with counted() as count:
+        loss().backward()
+    return count.launches
+
+
+def observed(layers: int, quantity: Callable[[], lw.Quantity]) -> Count:
+    """What the second observation of a layout costs; launches beyond those of the gradient."""
+    model, loss = deep(layers)
+    for _ in range(2):
+        model.zero_grad()
+        with counted() as count, lw.observe(model, quantity()):
+            loss().backward()
+    count.by_launch["the gradient's"] -= plain(model, loss)
+    return count
+
+
+def stepped(layers: int, make: Callable[[nn.Module], Any], steps: int = 4) -> Count:
+    """What the last of some steps costs; launches beyond those of the gradient."""
+    model, loss = deep(layers)
+    optimizer = make(model)
+    for _ in range(steps):
+        with counted() as count:
+            optimizer.step(loss)
+    count.by_launch["the gradient's"] -= plain(model, loss)
+    return count
+
+
+# The wait for the smallest and largest class index, which a mean and torch's own check need, and that for the verdict
+# over loss and gradient are in each; roots of the loss Hessian wait for the verdict over the terms' weights.
+WAITS: dict[str, tuple[Callable[[], lw.Quantity], int]] = {
+    "PerSampleGrad": (lw.PerSampleGrad, 2),
+    "SquaredNorm": (lw.SquaredNorm, 2),
+    "PairwiseDot": (lw.PairwiseDot, 2),
+    "SecondMoment": (lw.SecondMoment, 2),
+    "Variance": (lw.Variance, 2),
+    "NoiseScale": (lw.NoiseScale, 2),
+    "FisherDiag of the data": (lambda: lw.FisherDiag("data"), 2),
+    "ClippedGrad": (lambda: lw.ClippedGrad(1.0), 3),
+    "DiagGGN": (lw.DiagGGN, 3),
+    "DiagGGN sampled": (lambda: lw.DiagGGN(1), 3),
+    "KFAC": (lambda: lw.KFAC(1), 3),
+    "KFLR": (lw.KFLR, 3),
+    "EKFAC": (lambda: lw.EKFAC(None), 3),
+    "KFRA": (lw.KFRA, 18),
+    "DiagHessian": (lw.DiagHessian, 28),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_how_often_an_observation_waits(name: str) -> None:
+    quantity, most = WAITS[name]
+    assert observed(3, quantity).synchronisations <= most
+
+
+@pytest.mark.parametrize(("name", "most"), [("KFAC", 4), ("DiagNewton", 4), ("LocoProp", 5), ("AltMin", 7)])
+def test_how_often_a_step_waits(name: str, most: int) -> None:
+    assert stepped(3, OPTIMIZERS[name]).synchronisations <= most
+
+
+def test_launches_of_norms() -> None:
+    three, six = (observed(layers, lw.SquaredNorm).launches for layers in (3, 6))
+    assert (six - three) / 3 <= 8
+    assert six <= 12 * 6
+    assert observed(3, lw.PerSampleGrad).launches <= 18  # what an observation costs by itself
+
+
+def test_launches_of_a_step_outside_the_periods_of_kfac() -> None:
+    three, six = (stepped(layers, lw.optim.KFAC).launches for layers in (3, 6))
+    assert (six - three) / 3 <= 20
+
+
+def test_launches_of_a_local_step() -> None:
+    """Layers of different inputs are groups of their own."""
+    ten, twenty = (stepped(3, lambda model, n=n: lw.LocoProp(model, steps=n), 3).launches for n in (10, 20))
+    assert (twenty - ten) / 10 / 3 <= 20
