@@ -138,8 +138,8 @@ class CodeFitter:
     ) -> str | None:  # fmt: skip
         """Fit layers to their codes, and return None; or move nothing, and return the first tensor that is not finite.
 
-        finish: the last thing that the step does, once it is decided. refit: only these layers move, without staleness or
-        trace.
+        finish: the last thing that the step does, once it is decided. refit: only these layers move, without staleness
+        or trace.
         """
         snapshot = self.snapshot(fitting, layers)
         stale = None if refit else self.stale
