@@ -417,7 +417,7 @@ def test_parts_without_a_union_are_refused_on_all_ranks(what: str, text: str) ->
 
 def test_a_rank_that_fails_stops_the_others() -> None:
     first, second = ranks(2)(odd_parts, "failing")
-    assert "rank 1: ValueError: no such file" in first and second == "no such file"
+    assert "rank 1 failed with ValueError: no such file" in first and second == "no such file"
 
 
 # Faults ----------------------------------------------------------------------------------------------------------

@@ -332,7 +332,7 @@ def test_an_error_in_one_ranks_solver_reaches_all_and_nothing_moves() -> None:
     assert ranks(2)(breaks, "nonfinite") == [("nothing", 1, True)] * 2
     found = ranks(2)(breaks, "value")
     assert all(skipped == 0 and unchanged for _, skipped, unchanged in found)
-    assert sorted(text.split(":")[0] for text, _, _ in found) == ["LayerwiseError", "ValueError"]
+    assert sorted(text.split(":")[0] for text, _, _ in found) == ["RankFailed", "ValueError"]
     assert all("told to" in text for text, _, _ in found)
 
 

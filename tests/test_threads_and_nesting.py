@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import layerwise as lw
 from benchmarks import faults
 from layerwise.errors import NoBackward, UncoveredUse
+from layerwise.local.layers.record import record
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 OTHER = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -182,3 +183,37 @@ def test_an_interrupt_on_the_way_out_leaves_no_mode_and_no_hook(quantity: Callab
             interrupted += 1
             assert not faults.left_over(model), place
     assert interrupted > 10 and not faults.left_over(model)
+
+
+class _Scaled(nn.Module):
+    """A layer, and a parameter that is in none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale.exp()
+
+
+def test_gradients_outside_of_layers_are_those_of_the_recorded_pass() -> None:
+    model, x = _Scaled(), torch.randn(8, 4)
+    (wanted,) = torch.autograd.grad(model(x).square().mean(), [model.scale])
+
+    def closure() -> Tensor:
+        loss = model(x).square().mean()
+        other = threading.Thread(target=(3 * model.scale).backward)
+
+        def meanwhile(g: Tensor) -> None:
+            other.start()
+            other.join()
+
+        hook = model.layer.weight.register_hook(meanwhile)
+        loss.backward()
+        hook.remove()
+        return loss
+
+    run = record(model, closure)
+    assert torch.equal(run.gradients["scale"], wanted)
+    assert model.scale.grad is not None and torch.allclose(model.scale.grad, wanted + 3)

@@ -200,6 +200,16 @@ def test_states_without_a_version_load(make: Make) -> None:
     assert same(opt.state_dict(), state)
 
 
+@every
+def test_a_state_loads_again_after_another_was_loaded(make: Make) -> None:
+    model, opt = trained(make)
+    state = copy.deepcopy(opt.state_dict())
+    for seed in (8, 9):
+        opt.step(closure_of(model, seed))
+        opt.load_state_dict(copy.deepcopy(state))
+    assert same(opt.state_dict()["state"], state["state"])
+
+
 def test_a_preconditioner_refuses_what_does_not_fit() -> None:
     model = net()
     pre = Preconditioner(model, update_factors_every=1)

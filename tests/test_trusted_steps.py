@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import ranks
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -34,6 +35,20 @@ def test_an_interrupt_between_two_lines_takes_the_step_back(name: str) -> None:
     make = faults.OPTIMIZERS[name]
     found = faults.tried(make, lines=True, every=max(1, faults.count(make, lines=True) // 6), first=3)
     assert found.tried >= 5 and not found.failed
+
+
+@pytest.mark.parametrize("name", faults.WATCHED)
+def test_an_operation_that_raises_in_a_watched_step_takes_it_back(name: str) -> None:
+    make = faults.OPTIMIZERS[name]
+    found = faults.tried(make, every=max(1, faults.count(make, step=faults.watched) // 8), step=faults.watched)
+    assert found.tried >= 6 and not found.failed
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("name", faults.RANKS)
+def test_an_operation_that_raises_in_one_rank_takes_the_step_back_on_both(name: str, failing: int) -> None:
+    for tried, failed in ranks(2)(faults.tried_in_rank, name, failing, 3):
+        assert tried >= 3 and not failed
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.distributed.cuts import Cuts, Output
 from layerwise.errors import BadInput
 from layerwise.local.codes.code_step import sweep
 from layerwise.local.layers.layer import Layer
@@ -32,8 +33,6 @@ from layerwise.tensors import is_finite
 
 __all__ = ["Pipeline"]
 
-_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_MOST_AXES = 8
 _REFUSED = {"parallel": "ranks are stages here", "trace": "it compares with the gradient of the whole model",
             "multipliers": "they pass between stages"}  # fmt: skip
 
@@ -132,18 +131,29 @@ class Pipeline(FittedToCodes):
         inputs: the batch, needed by the first stage. loss: the function from the model's output to the loss, needed by
         the last stage. All ranks get the loss. Raises BadInput where one is missing.
         """
-        if (self._first and inputs is None) or (self._last and loss is None):
-            raise BadInput("the first stage's step takes the inputs, and the last one's the loss of the outputs")
-        once = partial(self._guarded, _no_closure, partial(self._attempt_on, _Batch(inputs, loss)))
-        return repeated(self, self._fitter, self._model, once)
+        with self._shared():
+            cuts = [Cuts(self._stages, self._device)]
+
+            def once() -> Tensor:
+                self._turns.begin()
+                loss_before = self._guarded(_no_closure, partial(self._attempt_on, _Batch(inputs, loss), cuts[0]))
+                cuts[0] = Cuts(self._stages, self._device)
+                return loss_before
+
+            try:
+                return repeated(self, self._fitter, self._model, once)
+            except BaseException:
+                if not self.was_made:
+                    cuts[0].give_up()
+                raise
 
     def refit(self, closures: Iterable[Any]) -> float:
         """Raises BadInput: stages cannot refit."""
         raise BadInput("refit moves the last stage alone: load its checkpoint into a whole model with AltMin")
 
-    def _attempt_on(self, batch: _Batch, closure: Any, buffers: Buffers) -> tuple[Tensor, str | None]:
+    def _attempt_on(self, batch: _Batch, cuts: Cuts, closure: Any, buffers: Buffers) -> tuple[Tensor, str | None]:
         """Record the stage with all codes, and fit its layers; if one stage fails, all roll back."""
-        run = self._record(batch)
+        run = self._record(batch, cuts)
         fitting = self._fitting(run)
         where = self._agreed(run, unsafe(run, partial(self._fitter.gamma, fitting)) or buffers.spoiled())
         if where is not None:
@@ -154,10 +164,11 @@ class Pipeline(FittedToCodes):
 
         return run.loss, self._fitter.fit(fitting, Coded(run), run.layers, self, self._executor, finish)
 
-    def _record(self, batch: _Batch) -> Recorded:
+    def _record(self, batch: _Batch, cuts: Cuts) -> Recorded:
         """Exchange outputs and codes with the neighbouring stages, and record this stage's layers on the codes."""
-        self._turns.begin()
-        below = None if self._first else self._receive_up()
+        if (self._first and batch.inputs is None) or (self._last and batch.loss is None):
+            raise BadInput("the first stage's step takes the inputs, and the last one's the loss of the outputs")
+        below = None if self._first else cuts.receive_output()
         entry = None if below is None else below.value
         outputs: list[Tensor] = []
 
@@ -174,10 +185,10 @@ class Pipeline(FittedToCodes):
             raise BadInput(f"dim 0 is the samples' at every cut; {samples} came in, and here are {coded.samples}")
         layers = coded_layers(coded, self._ours, self._kinds)
         hidden = hidden_uses(coded, layers)
-        given = {} if self._last else self._given(coded, layers, hidden, outputs[0], samples)
+        given = {} if self._last else self._given(coded, layers, hidden, outputs[0], samples, cuts)
         if not layers or not all(map(is_finite, given.values())):
             if entry is not None:
-                self._stages.send(self._stages.rank - 1, [torch.full_like(entry, float("nan"))])
+                cuts.send_code(torch.full_like(entry, float("nan")))
             return Recorded(coded.loss.detach() * float("nan"), coded.tape, [], {}, {})
         groups = {i: self._group_at[id(layer.parameter)] for i, layer in hidden.items()}
         if below is not None:
@@ -189,12 +200,13 @@ class Pipeline(FittedToCodes):
             start[ENTRY] = entry
         codes = sweep(coded, start, terms, self._fitter.code_step, given)
         if entry is not None:
-            self._stages.send(self._stages.rank - 1, [codes[ENTRY]])
+            cuts.send_code(codes[ENTRY])
         return recorded_on_codes(coded, layers, codes, terms, self._ours)
 
     def _given(
-        self, coded: CodedModel, layers: Sequence[Layer], hidden: dict[int, Layer], out: Tensor, samples: int
-    ) -> dict[int, Tensor]:
+        self, coded: CodedModel, layers: Sequence[Layer], hidden: dict[int, Layer], out: Tensor, samples: int,
+        cuts: Cuts,
+    ) -> dict[int, Tensor]:  # fmt: skip
         """Send the output to the next stage, and receive its code; adds its layer to the `hidden` ones."""
         index = coded.use_behind(out)
         found = next((layer for layer in layers if index in {part.use.index for part in layer.parts}), None)
@@ -208,25 +220,9 @@ class Pipeline(FittedToCodes):
             hidden[index] = found
             group = self._group_at[id(found.parameter)]
             numbers = [float(group["coupling"]), float(group["code_l1"])]
-        out = out.detach()
-        if out.dtype not in _TYPES or out.dim() > _MOST_AXES:
-            raise BadInput(f"what passes between stages is floating-point with ≤ {_MOST_AXES} axes; got {out.dtype}")
-        shape = [out.dim(), *out.shape, *[0] * (_MOST_AXES - out.dim())]
-        header = [*numbers, float(samples), float(_TYPES.index(out.dtype)), *map(float, shape)]
-        code = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        above = self._stages.rank + 1
-        self._stages.send(above, [torch.tensor(header, dtype=torch.float64, device=out.device), out])
-        self._stages.receive(above, [code])
+        coupling, sparsity = numbers
+        code = cuts.exchange(Output(out.detach(), coupling, sparsity, samples))
         return {-2 if index is None else index: code}
-
-    def _receive_up(self) -> _Below:
-        header = torch.empty(4 + 1 + _MOST_AXES, dtype=torch.float64, device=self._device)
-        self._stages.receive(self._stages.rank - 1, [header])
-        coupling, sparsity, samples, kind, axes, *shape = header.tolist()
-        size = [int(n) for n in shape[: int(axes)]]
-        value = torch.empty(size, dtype=_TYPES[int(kind)], device=self._device)
-        self._stages.receive(self._stages.rank - 1, [value])
-        return _Below(value, coupling, sparsity, int(samples))
 
 
 def _no_closure() -> Tensor:
@@ -239,37 +235,29 @@ class _Batch:
     loss: Callable[[Tensor], Tensor] | None
 
 
-@dataclass(frozen=True)
-class _Below:
-    """The message from the previous stage: its output, the coupling μ and code penalty λ, and the batch size."""
-
-    value: Tensor
-    coupling: float
-    sparsity: float
-    samples: int
-
-
 class _Stages(Executor):
     """An executor for stages: each solves its own layers, and all commit or roll back together."""
 
     def __init__(self, ranks: Ranks, home: Executor) -> None:
         self._ranks, self._home, self._steps = ranks, home, 0
-        self._device = torch.device("cpu")
 
     def begin(self) -> None:
         """Count a step, for error messages."""
         self._steps += 1
         self._ranks.doing = f"step {self._steps} of this run"
 
+    def fail(self, error: BaseException) -> None:
+        """Tell the other stages."""
+        self._ranks.tell(error)
+
     def run(self, jobs: Sequence[LayerJob], rest: Sequence[GradientJob], state: State) -> None:
         """Solve the stage's jobs; an error of one stage is raised on all."""
-        all_or_none(self._ranks, self._device, lambda: self._home.run(jobs, rest, state))
+        all_or_none(self._ranks, lambda: self._home.run(jobs, rest, state))
 
     def agreed(
         self, where: str | None, loss: Tensor, facts: Callable[[], Facts], tensors: Callable[[], Mapping[str, Tensor]]
     ) -> str | None:
         """The first reason in any stage to skip the step, or None; broadcasts the last stage's loss into `loss`."""
-        self._device = loss.device
         value = loss.detach().double().reshape(())
         self._ranks.send_from(self._ranks.size - 1, [value])
         loss.data = value.to(loss.dtype).reshape(loss.shape)
@@ -277,4 +265,4 @@ class _Stages(Executor):
 
     def anywhere(self, where: str | None) -> str | None:
         """The first non-finite tensor after the step in any stage, or None."""
-        return self._ranks.first(where, self._device)
+        return self._ranks.first(where)

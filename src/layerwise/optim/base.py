@@ -18,13 +18,23 @@ from layerwise.tape.binding import refuse_replaced
 from layerwise.tape.modes import active, end_after
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["Attempt", "Closure", "NamedOptimizer"]
+__all__ = ["Attempt", "Closure", "NamedOptimizer", "completed"]
 
 # What torch keeps on an optimizer beside its state: hooks, and the marks of a scheduler on `step`.
 _OF_TORCH = frozenset(("step", "_step_count", "_opt_called", "_zero_grad_profile_name"))
+_OF_TORCH_DEFAULTS = frozenset(("differentiable",))  # which torch adds to a loaded or copied optimizer
 
 Closure = Callable[[], Tensor]
 Attempt = Callable[[Any, Buffers], tuple[Tensor, str | None]]  # of a closure, or of what was recorded
+
+
+def completed(commit: Callable[[], None]) -> None:
+    """Run what completes a decided step, and once more where it is interrupted; it gives the same when run again."""
+    try:
+        commit()
+    except BaseException:
+        commit()
+        raise
 
 
 class NamedOptimizer(torch.optim.Optimizer):
@@ -86,6 +96,9 @@ class NamedOptimizer(torch.optim.Optimizer):
         """As `_attempt`, from passes that were recorded."""
         raise NotImplementedError
 
+    def _tell(self, error: BaseException) -> None:
+        """Tell the other processes that take part in a step that this one has failed."""
+
     # -- a step --------------------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -99,19 +112,31 @@ class NamedOptimizer(torch.optim.Optimizer):
     def _step(self, closure: Closure | None, **asked: Any) -> Tensor:
         """As `step`; asked: what else an optimizer's `step` takes, for its attempts."""
         recording = self._recording
+        with self._shared():
+            try:
+                if recording is not None and recording.open:
+                    if closure is not None:
+                        with torch.enable_grad():
+                            closure()
+                    recording.stop()
+                elif closure is not None:
+                    recording = None
+            finally:
+                self._recording = None
+            if recording is None:
+                return self._guarded(closure, partial(self._attempt, **asked))
+            return self._guarded(recording.recorder, partial(self._attempt_recorded, **asked), recording.buffers)
+
+    @contextmanager
+    def _shared(self) -> Iterator[None]:
+        """Around what all processes do together: an error before it is done is one on all of them."""
+        self.was_made = False
         try:
-            if recording is not None and recording.open:
-                if closure is not None:
-                    with torch.enable_grad():
-                        closure()
-                recording.stop()
-            elif closure is not None:
-                recording = None
-        finally:
-            self._recording = None
-        if recording is None:
-            return self._guarded(closure, partial(self._attempt, **asked))
-        return self._guarded(recording.recorder, partial(self._attempt_recorded, **asked), recording.buffers)
+            yield
+        except BaseException as error:
+            if not self.was_made:
+                self._tell(error)
+            raise
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -134,18 +159,19 @@ class NamedOptimizer(torch.optim.Optimizer):
             )
         params = [p for group in self.param_groups for p in group["params"]]
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
-        if recording is None or holds_no_gradient(params):
-            recording = Recording(self._recorder(), Buffers(self._model))
-        self._recording = recording
-        try:
-            recording.start()
-            yield
-            recording.stop()
-        except BaseException as error:
-            if self._recording is recording:
-                self._recording = None
-            recording.stop(type(error), error, error.__traceback__)
-            raise
+        with self._shared():
+            if recording is None or holds_no_gradient(params):
+                recording = Recording(self._recorder(), Buffers(self._model))
+            self._recording = recording
+            try:
+                recording.start()
+                yield
+                recording.stop()
+            except BaseException as error:
+                if self._recording is recording:
+                    self._recording = None
+                recording.stop(type(error), error, error.__traceback__)
+                raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """torch's; what was recorded of the backward passes so far is dropped with their gradients."""
@@ -164,12 +190,13 @@ class NamedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.step needs a closure that runs the model and returns the loss{other}: "
                 "opt.step(lambda: F.cross_entropy(model(x), y))"
             )
+        self.was_made = False
         for group in self.param_groups:
             self._check(group)
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
         random = RandomState({p.device for group in self.param_groups for p in group["params"]}, ("torch",))
         buffers = Buffers(self._model) if buffers is None else buffers
-        self.was_made, modes = False, active()
+        modes = active()
         try:
             loss, where = attempt(closure, buffers)
             if where is not None and self._on_nonfinite == "raise":
@@ -273,9 +300,10 @@ class NamedOptimizer(torch.optim.Optimizer):
     def _differences(self, saved: Mapping[str, Any]) -> list[str]:
         """What of a saved state does not fit."""
         found, groups = [], saved["param_groups"]
+        required = self.defaults.keys() - _OF_TORCH_DEFAULTS
         for number, group in enumerate(groups):
             try:
-                if not (wrong := lacking(f"parameter group {number}", group, self.defaults)):
+                if not (wrong := lacking(f"parameter group {number}", group, required)):
                     self._check(group)
                 found += wrong
             except (LayerwiseError, TypeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 
 _SIGNS = ("connection", "timed out", "timeout", "closed", "socket", "broken pipe")  # of a message that was not heard
 _LARGE = 2**16  # numbers of a tensor that is worth a message of its own
+_MOST = 7  # numbers of a vote
 Group = Any  # torch.distributed.ProcessGroup, which some builds of torch do not have
 
 
@@ -36,12 +37,16 @@ class Ranks:
     `torch.distributed` was not started. Every method but `send` and `receive` is a collective: all ranks call it, in
     the same order. Where another rank is gone or gives no answer within the group's timeout, it raises RankLost.
     doing: what the ranks are at ("step 3"), for that message.
+
+    A vote of a few numbers goes ahead of every message. A rank that has failed takes part in the next one by `tell`, so
+    that the others raise RankFailed in place of waiting for it.
     """
 
     doing: str = ""
 
     def __init__(self, group: Group | None = None) -> None:
         self.group = group
+        self._known: BaseException | None = None  # the last error of this rank that the others know
         started = dist.is_available() and dist.is_initialized()
         if group is not None and not started:
             raise BadInput("asked for the ranks of a process group, but torch.distributed is not initialized")
@@ -54,14 +59,64 @@ class Ranks:
     def alone(cls) -> Ranks:
         """This process by itself, whatever groups there are."""
         ranks = cls.__new__(cls)
-        ranks.group, ranks.size, ranks.rank = None, 1, 0
+        ranks.group, ranks.size, ranks.rank, ranks._known = None, 1, 0, None
         return ranks
+
+    # -- failures ------------------------------------------------------------------------------------------------
+
+    def tell(self, error: BaseException) -> None:
+        """Make the others raise RankFailed at their next message, where they wait for this rank; else they do not know.
+
+        Nothing is sent where all ranks know of the error, and no error is raised.
+        """
+        if self.size == 1 or error is self._known or isinstance(error, RankLost):
+            return
+        self._known = error
+        with suppress(RankLost):
+            self._vote(failed=True)
+            self._texts(f"{type(error).__name__}: {str(error)[:500]}")
+
+    def _ask(self, numbers: Sequence[float] = ()) -> list[float]:
+        """The largest of each number over ranks. Raises RankFailed where another rank has failed before."""
+        found = self._vote(numbers)
+        if found[0]:
+            texts = [
+                f"rank {rank} failed with {text}" for rank, text in enumerate(self._texts(None)) if text is not None
+            ]
+            self._known = RankFailed(f"{'; '.join(texts)}. This rank, {self.rank}, has stopped with it")
+            raise self._known
+        return found[1 : 1 + len(numbers)]
+
+    def _vote(self, numbers: Sequence[float] = (), failed: bool = False) -> list[float]:
+        assert len(numbers) <= _MOST
+        said = [float(failed), *numbers, *[0.0] * (_MOST - len(numbers))]
+        message = torch.tensor(said, dtype=torch.float64, device=self._place)
+        with self._delivery():
+            dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group)
+        found: list[float] = message.tolist()
+        return found
+
+    def _texts(self, text: str | None) -> list[str | None]:
+        found: list[str | None] = [None] * self.size
+        with self._delivery():
+            dist.all_gather_object(found, text, group=self.group)
+        return found
+
+    @property
+    def _place(self) -> torch.device:
+        """Where votes live: on the CPU, unless the group has messages on GPUs alone."""
+        if "cpu" in dist.get_backend_config(self.group):
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    # -- messages ------------------------------------------------------------------------------------------------
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every rank, in the order of the ranks."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
+        self._ask()
         with self._delivery():
             dist.all_gather_object(found, value, group=self.group)
         return found
@@ -74,8 +129,9 @@ class Ranks:
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, t in enumerate(tensors):
             kinds.setdefault((t.dtype, t.device), []).append(i)
-        for members in kinds.values():
-            flat = torch.cat([tensors[i].detach().reshape(-1) for i in members])
+        flats = [torch.cat([tensors[i].detach().reshape(-1) for i in members]) for members in kinds.values()]
+        self._ask()
+        for members, flat in zip(kinds.values(), flats, strict=True):
             with self._delivery():
                 dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensors[i].numel() for i in members])
@@ -85,40 +141,35 @@ class Ranks:
 
     def send_from(self, source: int, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors with those of one rank: small ones in one message for each dtype and device."""
-        if self.size == 1:
-            return
-        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        sent = []
-        for t in tensors:
-            if t.numel() < _LARGE:
-                kinds.setdefault((t.dtype, t.device), []).append(t)
-                continue
-            buffer = t.detach().contiguous()  # large ones as they lie, without a copy where they are contiguous
-            with self._delivery():
-                work = dist.broadcast(buffer, group=self.group, group_src=source, async_op=True)
-            sent.append((work, buffer, t))
-        for members in kinds.values():
-            flat = torch.cat([t.detach().reshape(-1) for t in members])
-            with self._delivery():
-                dist.broadcast(flat, group=self.group, group_src=source)
-            if source == self.rank:
-                continue
-            with torch.no_grad():
-                for t, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
-                    t.copy_(part.view(t.shape))
-        for work, buffer, t in sent:
-            with self._delivery():
-                work.wait()
-            if source != self.rank and not t.is_contiguous():
-                with torch.no_grad():
-                    t.copy_(buffer)
+        self.broadcast_owned([(source, tensors)])
 
     def broadcast_owned(self, owned: Sequence[tuple[int, Sequence[Tensor]]]) -> None:
         """Overwrite tensors with those of their owners, given by rank: one broadcast for each owner that has any."""
+        if self.size == 1:
+            return
+        sent = []
         for rank in range(self.size):
-            tensors = [t for owner, held in owned if owner == rank for t in held]
-            if tensors:
-                self.send_from(rank, tensors)
+            kinds: dict[Any, list[Tensor]] = {}
+            for t in (t for owner, held in owned if owner == rank for t in held):
+                # large ones as they lie, without a copy where they are contiguous
+                kinds.setdefault(id(t) if t.numel() >= _LARGE else (t.dtype, t.device), []).append(t)
+            for members in kinds.values():
+                whole = len(members) == 1
+                flat = members[0].detach() if whole else torch.cat([t.detach().reshape(-1) for t in members])
+                sent.append((rank, flat.contiguous(), members))
+        if not sent:
+            return
+        self._ask()
+        with self._delivery():
+            for work in [
+                dist.broadcast(flat, group=self.group, group_src=rank, async_op=True) for rank, flat, _ in sent
+            ]:
+                work.wait()
+        with torch.no_grad():
+            for rank, flat, members in sent:
+                if rank != self.rank and not (len(members) == 1 and members[0].is_contiguous()):
+                    for t, part in zip(members, flat.reshape(-1).split([t.numel() for t in members]), strict=True):
+                        t.copy_(part.view(t.shape))
 
     def send(self, to: int, tensors: Sequence[Tensor]) -> None:
         """Send tensors to one rank, which receives them."""
@@ -132,21 +183,13 @@ class Ranks:
             with self._delivery():
                 dist.recv(t, group=self.group, group_src=source)
 
-    def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
-        """Whether any rank says so; device: where the message lives (a CUDA device for NCCL)."""
-        if self.size == 1:
-            return flag
-        return self.most([float(flag)], device)[0] > 0
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return self.most([float(flag)])[0] > 0
 
-    def most(self, numbers: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
-        """The largest over ranks of each number (no NaN), in double precision; device: as for `any`."""
-        if self.size == 1:
-            return list(numbers)
-        said = torch.tensor(numbers, dtype=torch.float64, device=device)
-        with self._delivery():
-            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
-        found: list[float] = said.tolist()
-        return found
+    def most(self, numbers: Sequence[float]) -> list[float]:
+        """The largest over ranks of each of up to seven numbers (no NaN), in double precision."""
+        return list(numbers) if self.size == 1 else self._ask(numbers)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise BadInput on all ranks, by name, where a fact is missing on a rank or its text differs."""
@@ -161,18 +204,15 @@ class Ranks:
             )
 
     def attempt(
-        self, run: Callable[[], Result], device: torch.device | None = None
+        self, run: Callable[[], Result]
     ) -> tuple[Result | None, Exception | None, list[tuple[str, str] | None]]:
-        """What `run` gives here, or its error; and the error of every rank by type and text, nothing where all is well.
-
-        device: where a message of one number lives that goes ahead, and spares the texts while all goes well.
-        """
+        """What `run` gives here, or its error; and every rank's error by type and text, nothing where all is well."""
         result, failure = None, None
         try:
             result = run()
         except Exception as error:
             failure = error
-        if device is not None and not self.any(failure is not None, device):
+        if not self.any(failure is not None):
             return result, None, []
         return result, failure, self.gather(None if failure is None else (type(failure).__name__, str(failure)))
 
@@ -185,17 +225,19 @@ class Ranks:
         if self.size == 1:
             return run()
         result, failure, said = self.attempt(run)
+        self._known = failure
         if failure is not None:
             raise failure
         failed = {rank: ": ".join(text) for rank, text in enumerate(said) if text is not None}
         if failed:
             texts = "; ".join(f"rank {rank} failed with {text}" for rank, text in failed.items())
-            raise RankFailed(f"{texts}. This rank, {self.rank}, has stopped with it")
+            self._known = RankFailed(f"{texts}. This rank, {self.rank}, has stopped with it")
+            raise self._known
         return result  # type: ignore[return-value]
 
-    def first(self, text: str | None, device: torch.device) -> str | None:
-        """The text of the first rank that has one; device: as for `any`, which spares the texts where there is none."""
-        if not self.any(text is not None, device):
+    def first(self, text: str | None) -> str | None:
+        """The text of the first rank that has one."""
+        if not self.any(text is not None):
             return None
         return next(found for found in self.gather(text) if found is not None)
 

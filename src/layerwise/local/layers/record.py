@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from layerwise.local.problem import LocalProblem, Pull, predict, target_m
 from layerwise.local.targets import Target
 from layerwise.local.transfer import Transfer
 from layerwise.replay.state import check_loss
-from layerwise.tape.pull import OnePass, differentiated, hooked, pull
+from layerwise.tape.pull import OnePass, accumulated, differentiated, hooked, pull
 from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, is_finite
 
@@ -127,8 +126,8 @@ def _recorded_pass(
     received: dict[int, Tensor] = {}
     samples = count(tape, graph, total)
     with (
-        _fresh_gradients(rest) as gradients,
         OnePass(total) as within,
+        accumulated(rest, within=within) as added,
         hooked(
             [part.use for layer in layers for part in layer.parts],
             lambda use, g: received.__setitem__(use.index, g.detach()),
@@ -136,6 +135,7 @@ def _recorded_pass(
         ),
     ):
         out = run()
+    gradients = {name: dense(g) for name, g in added.items()}
     _fill(layers, received)
     layers = [layer for layer in layers if layer.use.index in received]
     if passes and scale != passes[0].scale:
@@ -235,23 +235,6 @@ def _fill(layers: list[Layer], cotangents: dict[int, Tensor]) -> None:
             for part in layer.parts:
                 if part.use.index not in cotangents:
                     cotangents[part.use.index] = layer.parameter.new_zeros(part.use.call.out_shape)
-
-
-@contextmanager
-def _fresh_gradients(params: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """A dict that is filled on exit with what a backward pass inside adds to the parameters' `.grad`."""
-    before = {n: p.grad for n, p in params.items()}
-    found: dict[str, Tensor] = {}
-    for p in params.values():
-        p.grad = None
-    try:
-        yield found
-    finally:
-        for n, p in params.items():
-            new, old = p.grad, before[n]
-            if new is not None:
-                found[n] = dense(new.detach())
-            p.grad = new if old is None else old if new is None else old + new
 
 
 @torch.no_grad()

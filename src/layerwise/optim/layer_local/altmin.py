@@ -144,7 +144,8 @@ class AltMin(FittedToCodes):
         the targets and the losses do not say it.
         """
         attempt = partial(self._attempt, samples=samples)
-        return repeated(self, self._fitter, self._model, partial(self._guarded, closure, attempt))
+        with self._shared():
+            return repeated(self, self._fitter, self._model, partial(self._guarded, closure, attempt))
 
     def refit(self, closures: Iterable[Callable[[], Tensor]]) -> float:
         """Fit the layers that make a loss's logits alone, a step for each closure; returns the mean of the losses.
@@ -153,7 +154,8 @@ class AltMin(FittedToCodes):
         codes stand still; batch statistics advance, where the model is left in training. Raises BadInput where no
         layer makes a known loss's logits, or without closures.
         """
-        found = [self._guarded(closure, partial(self._attempt, refit=True)) for closure in closures]
+        with self._shared():
+            found = [self._guarded(closure, partial(self._attempt, refit=True)) for closure in closures]
         if not found:
             raise BadInput("refit needs at least one closure that returns a loss")
         return float(torch.stack(found).mean())

@@ -17,7 +17,7 @@ from layerwise.local.layers.layer import Layer, shaped
 from layerwise.local.layers.record import Recorded
 from layerwise.local.problem import Pull
 from layerwise.local.regularizers import Regularizer
-from layerwise.optim.base import NamedOptimizer
+from layerwise.optim.base import NamedOptimizer, completed
 from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, State
 from layerwise.optim.layer_local.owners import described
@@ -105,19 +105,22 @@ def solved(
     solve: Callable[[], None],
     snapshot: Snapshot,
     executor: Executor,
-    after: Callable[[], None],
+    after: Callable[[], Callable[[], None]],
     optimizer: NamedOptimizer,
 ) -> str | None:
     """Solve, and return None; or restore the snapshot, and return the first tensor that is not finite.
 
-    after: what else is part of the step, done where the solution is finite. Whatever raises, all is as it was.
+    after: prepares what else is part of the step, where the solution is finite; what it gives is run when the step is
+    decided, in all processes. Whatever raises before, all is as it was.
     """
     try:
         solve()
-        where = executor.anywhere(snapshot.spoiled())
+        where = snapshot.spoiled()
+        commit = after() if where is None else _nothing
+        where = executor.anywhere(where)
         if where is None:
-            after()
             optimizer.was_made = True
+            completed(commit)
     except NonFinite as error:
         where = f"a local problem ({error})"
     except BaseException:
@@ -127,6 +130,10 @@ def solved(
     if where is not None:
         snapshot.put_back()
     return where
+
+
+def _nothing() -> None:
+    """What completes a step that is taken back."""
 
 
 class LayerLocal(NamedOptimizer):
@@ -193,6 +200,9 @@ class LayerLocal(NamedOptimizer):
         self._check_parameters(run.tape.parameters)
         self._retyped()
         return Fitting(run, self._group_at, self.state, self._local, self._averages, self._backups)
+
+    def _tell(self, error: BaseException) -> None:
+        self._executor.fail(error)
 
     def _agreed(self, run: Recorded, where: str | None) -> str | None:
         """The first reason to skip the step, in this process or another that takes part; None where there is none."""

@@ -138,7 +138,8 @@ class CodeFitter:
     ) -> str | None:  # fmt: skip
         """Fit layers to their codes, and return None; or move nothing, and return the first tensor that is not finite.
 
-        finish: the last thing that the step does. refit: only these layers move, without staleness or trace.
+        finish: the last thing that the step does, once it is decided. refit: only these layers move, without staleness
+        or trace.
         """
         snapshot = self.snapshot(fitting, layers)
         stale = None if refit else self.stale
@@ -157,17 +158,26 @@ class CodeFitter:
             rest = [] if refit else fitting.gradient_jobs(partial(self._step_along, fitting))
             executor.run(jobs, rest, fitting.state)
 
-        def note() -> None:
-            self._raise_multipliers(layers, coded.codes)
+        def note() -> Callable[[], None]:
+            multipliers = self._raised_multipliers(layers, coded.codes)
+            write = None
             if trace is not None:
                 has_code = {layer.name: layer.likelihood is None or not self._has_local_steps(fitting, layer)
                             for layer in layers}  # fmt: skip
                 after = {layer.name: layer.parameter.detach() for layer in layers}
-                trace.note(before, after, coded.slopes(), {n: (made[n], outputs[n], has_code[n]) for n in made})
+                problems = {n: (made[n], outputs[n], has_code[n]) for n in made}
+                write = trace.noted(before, after, coded.slopes(), problems)
+            passed = 0 if self.trace is None else self.trace.passed + (not refit)
 
-            if self.trace is not None and not refit:
-                self.trace.passed()
-            finish()
+            def commit() -> None:
+                self.multipliers = multipliers
+                if write is not None:
+                    write()
+                if self.trace is not None:
+                    self.trace.passed = passed
+                finish()
+
+            return commit
 
         return solved(solve_all, snapshot, executor, note, optimizer)
 
@@ -234,15 +244,17 @@ class CodeFitter:
         return fitting.snapshot(layers, {name for name, update in updates.items() if isinstance(update.solver, Memory)})
 
     @torch.no_grad()
-    def _raise_multipliers(self, layers: Sequence[Layer], codes: Mapping[int, Tensor]) -> None:
-        """`u ← u + c − W a`, with the weights after their update."""
+    def _raised_multipliers(self, layers: Sequence[Layer], codes: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
+        """`u + c − W a`, with the weights after their update."""
         if self.multipliers is None:
-            return
+            return None
+        found = dict(self.multipliers)
         for part in (part for layer in layers for part in layer.parts if part.use.index in codes):
             index = part.use.index
             gap = codes[index] - part.again()
-            old = self.multipliers.get(index)
-            self.multipliers[index] = gap if old is None else old + gap
+            old = found.get(index)
+            found[index] = gap if old is None else old + gap
+        return found
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -304,6 +316,7 @@ def repeated(
         if random is not None and optimizer.skipped == skipped:
             with RunState(model):  # afterwards as after one run: batch statistics advance once a minibatch
                 for _ in range(fitter.repeats - 1):
+                    optimizer.was_made = False
                     random.put_back()
                     once()
                     if optimizer.skipped > skipped:

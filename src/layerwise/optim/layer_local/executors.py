@@ -68,6 +68,9 @@ class Executor:
         """The first non-finite tensor after the step in any process, or None. where: this process's."""
         return where
 
+    def fail(self, error: BaseException) -> None:
+        """Tell other processes that this one's step has failed."""
+
     def whole(self, state: State, params: Mapping[str, Tensor]) -> State:
         """The optimizer state of all parameters, gathered from the processes that keep it."""
         return state

@@ -213,29 +213,32 @@ class LocoProp(LayerLocal):
     def _fit(
         self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers, samples: int | Tensor | None
     ) -> tuple[Tensor, str | None]:
-        together, self._scaled = rerun is None, recorder.scale is not None
-        fitting, choices = self._fitting(run, samples), self._choices
-        where = self._agreed(run, unsafe(run, lambda name: _gamma(fitting, choices, name)) or buffers.spoiled())
+        fitting, choices, self._scaled = self._fitting(run, samples), self._choices, recorder.scale is not None
+        where = self._agreed(run, unsafe(run, partial(_gamma, fitting, choices)) or buffers.spoiled())
         if where is not None:
             return run.loss, where
-
         plans = [_plan(fitting, choices, layer) for layer in run.layers]
         _warn_of_stand_ins(plans, self._warned)
 
         def solve_all() -> None:
             if rerun is not None:
                 self._solve_in_turn(fitting, plans, rerun)
-            jobs = [_job(fitting, plan) for plan in plans] if together else []
+            jobs = [_job(fitting, plan) for plan in plans] if rerun is None else []
             self._executor.run(jobs, fitting.gradient_jobs(partial(_step_along, fitting, choices)), self.state)
 
-        def finish() -> None:
+        def finish() -> Callable[[], None]:
             last = [(plan.layer.names, _form(plan)) for plan in plans]
             last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
-            if self._write == "grad":
-                left = recorder.left_in(self._gradients())  # the scaler in front of the outer optimizer takes it out
-                self.zero_grad()
-                snapshot.to_gradients(left)
-            self._last, self._averages = last, self._averages | fitting.new_averages
+            averages = self._averages | fitting.new_averages
+            write = snapshot.as_gradients(recorder.left_in(self._gradients())) if self._write == "grad" else None
+
+            def commit() -> None:
+                if write is not None:
+                    self.zero_grad()
+                    write()
+                self._last, self._averages = last, averages
+
+            return commit
 
         snapshot = fitting.snapshot(run.layers)
         return run.loss, solved(solve_all, snapshot, self._executor, finish, self)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise import errors
-from layerwise.errors import BadInput, LayerwiseError
+from layerwise.errors import BadInput, LayerwiseError, RankFailed
 from layerwise.optim.layer_local.executors import (
     Executor,
     Facts,
@@ -68,7 +68,6 @@ class RankExecutor(Executor):
         self._owner: dict[str, int] = {}
         self._steps = 0
         self._met = False
-        self._device = torch.device("cpu")  # of the messages: where the losses are
 
     # -- what must be alike ------------------------------------------------------------------------------------
 
@@ -85,14 +84,13 @@ class RankExecutor(Executor):
         also of parameters and buffers.
         """
         self._steps += 1
-        self._device = loss.device
         self._ranks.doing = f"step {self._steps} of this run"
         bad, value = where is not None, 0.0 if where is not None else float(loss)
         marks = [0, 0] if bad else [_checksum(facts()), 0 if self._met else _checksum(digest(tensors()))]
         said = [value, *map(float, marks)]
-        most = self._ranks.most([float(bad), *said, *(-x for x in said)], loss.device)
+        most = self._ranks.most([float(bad), *said, *(-x for x in said)])
         if most[0] > 0:
-            return self._ranks.first(where, loss.device)
+            return self._ranks.first(where)
         high, low = most[1:4], [-x for x in most[4:]]
         if high[1] != low[1]:
             self._ranks.agree(facts())
@@ -109,7 +107,12 @@ class RankExecutor(Executor):
 
     def anywhere(self, where: str | None) -> str | None:
         """The first non-finite tensor after the step, of the lowest rank that has one."""
-        return self._ranks.first(where, self._device)
+        return self._ranks.first(where)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks; this rank's parameters may differ from theirs afterwards."""
+        self._met = False
+        self._ranks.tell(error)
 
     # -- solving -----------------------------------------------------------------------------------------------
 
@@ -121,7 +124,7 @@ class RankExecutor(Executor):
         mine = [job for job, owner in zip(jobs, owners, strict=False) if owner == me]
         ours = [job for job, owner in zip(rest, owners[len(jobs) :], strict=True) if owner == me]
         try:
-            all_or_none(self._ranks, self._device, lambda: self._home.run(mine, ours, state))
+            all_or_none(self._ranks, lambda: self._home.run(mine, ours, state))
         except Exception:
             self._met = False  # ranks may now differ
             raise
@@ -185,9 +188,9 @@ class RankExecutor(Executor):
         self._met = False
 
 
-def all_or_none(ranks: Ranks, device: torch.device, act: Callable[[], None]) -> None:
+def all_or_none(ranks: Ranks, act: Callable[[], None]) -> None:
     """Act on every rank; an error of one is raised on all: its own as it is, another rank's by type and text."""
-    _, failure, said = ranks.attempt(act, device)
+    _, failure, said = ranks.attempt(act)
     rank = next((r for r, error in enumerate(said) if error is not None), None)
     if rank is None:
         return
@@ -195,7 +198,7 @@ def all_or_none(ranks: Ranks, device: torch.device, act: Callable[[], None]) -> 
         raise failure
     name, text = said[rank] or ("", "")
     kind = getattr(errors, name, LayerwiseError)
-    raise kind(text) if kind is not LayerwiseError else LayerwiseError(f"rank {rank} raised {name}: {text}")
+    raise kind(text) if kind is not LayerwiseError else RankFailed(f"rank {rank} failed with {name}: {text}")
 
 
 class _TensorStub:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -98,12 +98,17 @@ class Snapshot:
                 self._state[p] = before
 
     @torch.no_grad()
-    def to_gradients(self, factor: float = 1.0) -> None:
-        """Restore the parameters, and write the movement `old − new`, times a factor, into their `.grad`."""
+    def as_gradients(self, factor: float = 1.0) -> Callable[[], None]:
+        """What restores the parameters and writes their movement `old − new`, times a factor, into `.grad`."""
         params = [p.detach() for _, p in self._params]
         values = self._copies[: len(params)]
         moved = [value - p for p, value in zip(params, values, strict=True)]
-        if params:
-            torch._foreach_copy_(params, values)
-        for (_, p), grad in zip(self._params, moved, strict=True):
-            p.grad = grad if factor == 1 else grad * factor
+        grads = moved if factor == 1 else [g * factor for g in moved]
+
+        def write() -> None:
+            if params:
+                torch._foreach_copy_(params, values)
+            for (_, p), grad in zip(self._params, grads, strict=True):
+                p.grad = grad
+
+        return write

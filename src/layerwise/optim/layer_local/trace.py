@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -40,7 +40,7 @@ class Trace:
     violation: Series = field(default_factory=dict, init=False)
     cosine: Series = field(default_factory=dict, init=False)
     drift: Series = field(default_factory=dict, init=False)
-    _seen: int = field(default=0, init=False, repr=False)
+    passed: int = field(default=0, init=False, repr=False)  # steps
     _start: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,18 +62,14 @@ class Trace:
 
     def due(self) -> bool:
         """Whether the next step is recorded."""
-        return self._seen % self.every == 0
-
-    def passed(self) -> None:
-        """Count a step."""
-        self._seen += 1
+        return self.passed % self.every == 0
 
     @torch.no_grad()
-    def note(
+    def noted(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], slopes: Mapping[str, Tensor],
         problems: Mapping[str, tuple[LocalProblem, Tensor, bool]],
-    ) -> None:  # fmt: skip
-        """Record a step from the weights before and after it, and backpropagation's gradients.
+    ) -> Callable[[], None]:  # fmt: skip
+        """What records a step, from the weights before and after it, and backpropagation's gradients.
 
         problems: each layer's problem, its outputs `z` at the weights before, and whether it has codes.
         """
@@ -86,16 +82,18 @@ class Trace:
             if coded:
                 found.append((self.displacement, name, _rms(problem.target - z)))
                 found.append((self.violation, name, _rms(problem.target - predict(problem))))
-        self._start = {**{name: before[name] for name in problems}, **self._start}
-        self.steps.append(self._seen)
-        for series, name, value in found:
-            self._add(series, name, value)
+        starts = {**{name: before[name] for name in problems}, **self._start}
+        steps = [*self.steps, self.passed]
 
-    def _add(self, series: Series, name: str, value: float) -> None:
-        """Append, with NaN for the steps at which the layer was not seen."""
-        values = series.setdefault(name, [])
-        values += [float("nan")] * (len(self.steps) - 1 - len(values))
-        values.append(value)
+        def write() -> None:
+            self._start, self.steps[:] = starts, steps
+            for series, name, value in found:
+                values = series.setdefault(name, [])
+                del values[len(steps) - 1 :]  # run again after an interrupt, it writes the same
+                # NaN for the steps at which the layer was not seen
+                values += [float("nan")] * (len(steps) - 1 - len(values)) + [value]
+
+        return write
 
 
 def _rms(x: Tensor) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.optim.base import NamedOptimizer
+from layerwise.optim.base import NamedOptimizer, completed
 from layerwise.optim.saved_state import Fit, like
 from layerwise.optim.second_order.preconditioner import Preconditioner
 from layerwise.optim.second_order.trust import ExactGGN, best_step, bound, clip_factor, dot, levenberg_marquardt
@@ -32,8 +32,8 @@ Product = Callable[[Values], Values]
 class _Run:
     """One run of a closure: loss, gradients by name, measured curvature, and the closure to run again.
 
-    named: the optimizer's parameters that require grad, in the model's order. groups: theirs. Loss and gradients become
-    those of the whole batch over all ranks. adapts: whether this step adapts the damping.
+    named: the optimizer's parameters that require grad, in the model's order. groups: of all its parameters. Loss and
+    gradients become those of the whole batch over all ranks. adapts: whether this step adapts the damping.
     """
 
     named: Values
@@ -139,7 +139,7 @@ class CurvatureOptimizer(NamedOptimizer):
             )
         if not is_finite(watched.loss) and watched.bad is None:
             watched.bad = "the loss"
-        return self._follow(_Run(named, self._groups(named), watched.loss, found, watched, None, False), buffers)
+        return self._follow(_Run(named, self._groups(), watched.loss, found, watched, None, False), buffers)
 
     def _run(self, closure: Callable[[], Tensor]) -> _Run:
         named = self._named()
@@ -158,10 +158,12 @@ class CurvatureOptimizer(NamedOptimizer):
                     found = _gradients(loss, named, watched)
         if not is_finite(loss) and watched.bad is None:
             watched.bad = "the loss"
-        return _Run(named, self._groups(named), loss.detach(), found, watched, rerun, adapts)
+        return _Run(named, self._groups(), loss.detach(), found, watched, rerun, adapts)
 
-    def _groups(self, named: Values) -> dict[str, dict[str, Any]]:
-        return {name: self._group_at[id(p)] for name, p in named.items()}
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """The group of each parameter, by name; also of frozen ones, which may still have a block."""
+        named = named_parameters_of(self._model)
+        return {name: self._group_at[id(p)] for name, p in named.items() if self._ours(p)}
 
     def _unsafe(self, run: _Run) -> str | None:
         return self.preconditioner.unsafe(run.watched, run.gradients, run.damping)
@@ -172,28 +174,29 @@ class CurvatureOptimizer(NamedOptimizer):
         run.gradients, run.loss = joint.gradients, joint.loss
         return joint.where
 
+    def _tell(self, error: BaseException) -> None:
+        self.preconditioner.exchange.fail(error)
+
     @torch.no_grad()
     def _move(self, run: _Run) -> str | None:
         before, dampings = self.preconditioner.snapshot(), [group["damping"] for group in self.param_groups]
         named = run.named
-        versions = [p._version for p in named.values()]
         old = {} if run.rerun is None else {name: p.clone() for name, p in named.items()}
         states = {p: self.state.get(p) for p in named.values()}
         try:
             self.preconditioner.advance(run.watched, run.damping)
             directions = self.preconditioner.precondition(run.gradients)
             groups = {name: run.groups[name] for name in directions}
-            where: str | None = None
             if run.rerun is None:
-                where = self._step_at_rate(named, groups, run.gradients, directions)
+                made = self._step_at_rate(named, groups, run.gradients, directions)
             else:
                 with run.rerun:
-                    where = self._step_by_quadratic_model(named, groups, run, directions, old)
-            if where is None:
+                    made = self._step_by_quadratic_model(named, groups, run, directions)
+            where = self.preconditioner.exchange.anywhere(made if isinstance(made, str) else None)
+            if where is None and not isinstance(made, str):
                 self.was_made = True
+                completed(made)
         except BaseException:
-            changed = versions != [p._version for p in named.values()]
-            self.was_made |= changed and not old  # in one write, the last thing that is done
             if not self.was_made:
                 _write(named, old)
                 self._put_back(states)
@@ -202,13 +205,14 @@ class CurvatureOptimizer(NamedOptimizer):
                     group["damping"] = damping
             raise
         if where is not None:
+            _write(named, old)
             self.preconditioner.restore(before)
         return where
 
     def _step_at_rate(
         self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values
-    ) -> str | None:
-        """M ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m, all parameters in one write at the end."""
+    ) -> str | Callable[[], None]:
+        """M ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m: what writes them, or the reason not to."""
         factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip)
         values: Values = {}
         buffers: Values = {}
@@ -220,15 +224,14 @@ class CurvatureOptimizer(NamedOptimizer):
             )
         if not all_finite([*values.values(), *buffers.values()]):
             return "the parameters after the step"
-        self._commit(named, values, buffers)
-        return None
 
-    def _commit(self, named: Values, values: Values, buffers: Values) -> None:
-        """Put new momentum buffers into the state, and in the end write all parameters at once."""
-        for name in values:
-            self.state[named[name]] = {"momentum": buffers[name]}
-        if values:
-            torch._foreach_copy_([named[name] for name in values], list(values.values()))
+        def commit() -> None:
+            for name in values:
+                self.state[named[name]] = {"momentum": buffers[name]}
+            if values:
+                torch._foreach_copy_([named[name] for name in values], list(values.values()))
+
+        return commit
 
     def _put_back(self, states: Mapping[Tensor, Any]) -> None:
         """Restore the state of parameters."""
@@ -238,9 +241,9 @@ class CurvatureOptimizer(NamedOptimizer):
                 self.state[p] = state
 
     def _step_by_quadratic_model(
-        self, named: Values, groups: dict[str, dict[str, Any]], run: _Run, directions: Values, old: Values
-    ) -> str | None:
-        """A step that uses products with the exact GGN; rolled back to `old` where the new loss is not finite."""
+        self, named: Values, groups: dict[str, dict[str, Any]], run: _Run, directions: Values
+    ) -> str | Callable[[], None]:
+        """Move by products with the exact GGN; gives what writes the momentum, or the reason to take it back."""
         rerun = run.rerun
         assert rerun is not None
         rates, decays = _each(groups, "lr"), _each(groups, "weight_decay")
@@ -254,7 +257,6 @@ class CurvatureOptimizer(NamedOptimizer):
         for name, move in moves.items():
             named[name].add_(move)
         if not all_finite([named[name] for name in moves]):
-            _write(named, old)
             return "the parameters after the step"
         if model is not None:
             here = torch.tensor(rerun.loss(), dtype=torch.float64, device=run.loss.device)
@@ -262,11 +264,8 @@ class CurvatureOptimizer(NamedOptimizer):
             if model < 0:  # otherwise there is no reduction to compare with
                 self._adapt((after - float(run.loss)) / model if math.isfinite(after) else math.nan)
             if not math.isfinite(after):
-                _write(named, old)
                 return "the loss after the step"
-        for name, m in new.items():
-            self.state[named[name]] = {"momentum": m}
-        return None
+        return lambda: self.state.update({named[name]: {"momentum": m} for name, m in new.items()})
 
     def _adapt(self, ratio: float) -> None:
         assert self.adapt_damping_every is not None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from layerwise.errors import BadInput, RankFailed, Undefined
+from layerwise.errors import BadInput, Undefined
 from layerwise.observation.union import Batch, in_proportion
 from layerwise.optim.second_order.watched_batch import NO_BATCH
 from layerwise.ranks.group import Ranks, facts_of, first_difference, values_digest
@@ -124,12 +124,11 @@ def facts_with_values(model: nn.Module | Mapping[str, Tensor], settings: Mapping
 class Report:
     """What a rank sends to the others before a step.
 
-    error: what it failed with. where: the reason to skip the step. by_hand: the differentiated value is not that of a
+    where: the reason to skip the step. by_hand: the differentiated value is not that of a
     loss call. averaged: its gradients are the mean over ranks. names, norms: of its gradients. measured: the shapes of
     the sums of curvature, by kind and name. left: parameters without factors.
     """
 
-    error: str | None = None
     where: str | None = None
     batch: Batch = NO_BATCH
     by_hand: bool = False
@@ -141,12 +140,9 @@ class Report:
 
 
 def gather_reports(ranks: Ranks, report: Report) -> list[Report]:
-    """The reports of all ranks. Raises RankFailed where another one failed, and Undefined by `_check_measured`."""
+    """The reports of all ranks. Raises Undefined by `_check_measured`."""
     reports: list[Report] = ranks.gather(report)
-    failed = [f"rank {rank}: {its.error}" for rank, its in enumerate(reports) if its.error is not None]
-    if failed and report.error is None:
-        raise RankFailed(f"this rank's batch was good, but no step was made, since another's failed with {failed[0]}")
-    if not failed and all(its.where is None for its in reports):
+    if all(its.where is None for its in reports):
         _check_measured(reports)
     return reports
 

@@ -105,10 +105,13 @@ class RankExchange:
 
     # -- one batch -----------------------------------------------------------------------------------------
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Report an error to the other ranks, which wait for this one."""
-        if self.size > 1:
-            gather_reports(self.ranks, Report(error=f"{type(error).__name__}: {str(error)[:500]}"))
+        self.ranks.tell(error)
+
+    def anywhere(self, where: str | None) -> str | None:
+        """The first reason of any rank not to make a step; after it all ranks make it, or none."""
+        return where if self.size == 1 else self.ranks.first(where)
 
     def join(
         self, watched: Watched, grads: Mapping[str, Tensor], where: str | None, named: Mapping[str, Tensor],

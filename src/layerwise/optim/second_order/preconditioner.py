@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
+from layerwise.optim.base import completed
 from layerwise.optim.recording import holds_no_gradient
 from layerwise.optim.saved_state import VERSION, present, refuse
 from layerwise.optim.second_order.averages import FORMS
@@ -128,8 +129,8 @@ class Preconditioner:
         self.check()
         named_parameters_of(model)
         self._quantities(self._request, False)
-        self._exchange = RankExchange(parallel, model)
-        self._exchange.check_kind(self.curvature.kind)
+        self.exchange = RankExchange(parallel, model)
+        self.exchange.check_kind(self.curvature.kind)
         self.agree({
             "damping": damping, "damping_form": damping_form, "seed": seed, "on_nonfinite": on_nonfinite,
             **KEYWORDS.of(values),
@@ -141,7 +142,7 @@ class Preconditioner:
 
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Raise BadInput on all ranks, by name, where their models or settings differ; a collective."""
-        self._exchange.agree(settings)
+        self.exchange.agree(settings)
 
     def check(self) -> None:
         """Raise BadInput for settings that cannot be."""
@@ -173,24 +174,24 @@ class Preconditioner:
     def new_batch(self, names: Collection[str] | None = None, count: bool = False) -> WatchedBatch:
         """A context that measures a batch, for `watch`. count: for a step that reads the passes."""
         watched = Watched(due=is_due(self.steps, self.update_factors_every))
-        exchanges = self._exchange.size > 1  # the ranks' terms are counted at every step
+        exchanges = self.exchange.size > 1  # the ranks' terms are counted at every step
         if not (watched.due or exchanges or count):
-            return WatchedBatch(watched, None, True, self._exchange.fail)
+            return WatchedBatch(watched, None, True, self.exchange.fail)
         request = self._request_for(names, watched) if watched.due else None
         asked: Callable[[bool], dict[str, Quantity]] | None = (lambda whole: {}) if exchanges else None
         if request is not None:
             asked = partial(self._quantities, request)
         watch = CurvatureWatch(self.model, asked, watched, self.on_nonfinite == "raise")
         watched.left = None if request is None else request.left
-        return WatchedBatch(watched, watch, not exchanges, self._exchange.fail, needs_pass=not count)
+        return WatchedBatch(watched, watch, not exchanges, self.exchange.fail, needs_pass=not count)
 
     def _request_for(self, names: Collection[str] | None, watched: Watched) -> Request:
         named = named_parameters_of(self.model)
         device = next((p.device for p in named.values()), torch.device("cpu"))
         # one seed a step needs no saved generator, and a resumed run draws the same labels
         seed = seed_of(self._seed, self.steps)
-        if self._exchange.rank and not self._kind.common:
-            seed = seed_of(seed, self._exchange.rank)
+        if self.exchange.rank and not self._kind.common:
+            seed = seed_of(seed, self.exchange.rank)
         generator = torch.Generator(device).manual_seed(seed)
         asked = set(named) if names is None else names
         watched.asked = frozenset((name, named[name].dtype) for name in asked if named[name].requires_grad)
@@ -211,18 +212,24 @@ class Preconditioner:
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self) -> bool:
         """Overwrite `.grad` with the preconditioned gradient; False where the batch was skipped."""
+        try:
+            return self._step()
+        except BaseException as error:
+            self.exchange.fail(error)
+            raise
+
+    def _damping_of(self, name: str) -> float:
+        return self.damping
+
+    @torch.no_grad()
+    def _step(self) -> bool:
         batch, self._batch = self._batch, None
         if batch is None:
             raise BadInput("pre.step() comes after a backward pass inside `with pre.watch()`, once for each")
         self.check()
-        watched = batch.watched
-
-        def damping_of(name: str) -> float:
-            return self.damping
-
+        watched, damping_of = batch.watched, self._damping_of
         named = {n: p for n, p in named_parameters_of(self.model).items() if p.requires_grad}
         own = {name: dense(p.grad) for name, p in named.items() if p.grad is not None}
         joint = self.join(watched, own, self.unsafe(watched, own, damping_of), named, damping_of)
@@ -235,18 +242,18 @@ class Preconditioner:
                 for p in named.values():
                     p.grad = None
             return False
-        before = self.snapshot()
+        before, decided = self.snapshot(), False
         try:
             self.advance(watched, damping_of)
             found = self.precondition(joint.gradients)
             written = {name: g for name in found if (g := named[name].grad) is not None and not g.is_sparse}
-            if written:
-                torch._foreach_copy_(list(written.values()), [found[name] for name in written])
+            self.exchange.anywhere(None)
+            decided = True
+            completed(partial(_write, named, found, written))
         except BaseException:
-            self.restore(before)
+            if not decided:
+                self.restore(before)
             raise
-        for name in found.keys() - written.keys():
-            named[name].grad = found[name]
         return True
 
     def unsafe(self, watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
@@ -266,15 +273,15 @@ class Preconditioner:
 
         named: the parameters that may have a gradient.
         """
-        joint = self._exchange.join(watched, grads, where, named, loss)
-        if joint.where is None and self._exchange.size > 1:
+        joint = self.exchange.join(watched, grads, where, named, loss)
+        if joint.where is None and self.exchange.size > 1:
             watched.finish()
             joint = replace(joint, where=self.unsafe(watched, joint.gradients, damping))
         return joint
 
     def total(self, watched: Watched, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values linear in the loss, from this rank's batch to the whole batch over ranks; a collective."""
-        return self._exchange.total(values, watched.weight)
+        return self.exchange.total(values, watched.weight)
 
     @torch.no_grad()
     def advance(self, watched: Watched, damping: Callable[[str], float]) -> None:
@@ -283,15 +290,15 @@ class Preconditioner:
         if watched.due:
             if self._asked not in (None, watched.asked):  # some may be gone
                 blocks = blocks.of_parameters(named_parameters_of(self.model))
-            blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self._exchange)
+            blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self.exchange)
             self._left, self._asked = frozenset(watched.left or ()), watched.asked
         due = is_due(self.steps, self.update_inverses_every)
-        self.blocks = blocks.inverted(new, due, damping, self.damping_form, self._exchange)
+        self.blocks = blocks.inverted(new, due, damping, self.damping_form, self.exchange)
         self.steps += 1
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients by parameter name, multiplied by the present inverses; those without one unchanged."""
-        return self.blocks.precondition(grads, self._exchange)
+        return self.blocks.precondition(grads, self.exchange)
 
     # -- what it holds -------------------------------------------------------------------------------------
 
@@ -307,16 +314,16 @@ class Preconditioner:
 
     def costs(self) -> list[RankCost]:
         """The cost of the curvature to each rank: blocks that it owns, memory, operations."""
-        return self._exchange.costs(self.blocks.averages, self.blocks.inverses)
+        return self.exchange.costs(self.blocks.averages, self.blocks.inverses)
 
     def snapshot(self) -> tuple[Any, ...]:
         """The state that steps change, for `restore`."""
-        mine = self.blocks, self._left, self.steps, self._exchange.owners, self.damping, self.skipped
+        mine = self.blocks, self._left, self.steps, self.exchange.owners, self.damping, self.skipped
         return *mine, self._asked
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Go back to a snapshot."""
-        self.blocks, self._left, self.steps, self._exchange.owners, self.damping, self.skipped, self._asked = state
+        self.blocks, self._left, self.steps, self.exchange.owners, self.damping, self.skipped, self._asked = state
         self._batch = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,7 +336,7 @@ class Preconditioner:
         return {
             "optimizer": _KIND, "version": VERSION,
             "kind": self.curvature.kind, "draws": self.curvature.draws, "damping": self.damping, "steps": self.steps,
-            "skipped": self.skipped, "left": left, "blocks": self.blocks.state(self._exchange),
+            "skipped": self.skipped, "left": left, "blocks": self.blocks.state(self.exchange),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -353,11 +360,11 @@ class Preconditioner:
 
     def prepared(self, state_dict: Mapping[str, Any]) -> tuple[Any, ...]:
         """What `restore` takes, from a saved state that fits."""
-        state, owners = _present(state_dict), self._exchange.owners
+        state, owners = _present(state_dict), self.exchange.owners
         try:
-            blocks = Blocks.of(state["blocks"], named_parameters_of(self.model), self._exchange)
+            blocks = Blocks.of(state["blocks"], named_parameters_of(self.model), self.exchange)
         finally:
-            its, self._exchange.owners = self._exchange.owners, owners
+            its, self.exchange.owners = self.exchange.owners, owners
         left = None if state["left"] is None else frozenset(state["left"])
         return blocks, left, state["steps"], its, state["damping"], state["skipped"], None
 
@@ -366,6 +373,14 @@ class Preconditioner:
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle, without a batch that was watched and not yet stepped on."""
         return {**vars(self), "_batch": None}
+
+
+def _write(named: Mapping[str, Tensor], found: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
+    """Put gradients in `.grad`. written: tensors there, which are overwritten."""
+    if written:
+        torch._foreach_copy_(list(written.values()), [found[name] for name in written])
+    for name in found.keys() - written.keys():
+        named[name].grad = found[name]
 
 
 def _present(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -267,7 +267,7 @@ class WatchedBatch:
     """
 
     def __init__(
-        self, watched: Watched, watch: CurvatureWatch | None, alone: bool, fail: Callable[[Exception], None],
+        self, watched: Watched, watch: CurvatureWatch | None, alone: bool, fail: Callable[[BaseException], None],
         needs_pass: bool = True,
     ) -> None:  # fmt: skip
         self.watched, self._needs_pass = watched, needs_pass
@@ -288,10 +288,10 @@ class WatchedBatch:
                 self._watch.collect()
                 if self._alone:
                     self.watched.finish()
-        except Exception as raised:
+        except BaseException as raised:
             self._fail(raised)
             raise
-        if isinstance(error, Exception):
+        if error is not None:
             self._fail(error)
 
     def forget_passes(self) -> None:
