@@ -239,6 +239,8 @@ def test_wrong_use_is_said() -> None:
     identity = lw.attribution.Influence(model, loss, curvature="identity")
     with pytest.raises(BadInput, match="gave no batch"):
         identity.scores(queries, [])
+    with pytest.raises(BadInput, match="one batch"):
+        identity.scores(queries[0], train)
     with pytest.raises(BadInput, match="of 10 samples"):
         identity.top(queries, train, 11)
     with pytest.raises(BadInput, match="as_loss"):

@@ -271,8 +271,8 @@ def sum_of(values: Mapping[str, Tensor]) -> Tensor:
 
 def _given(batches: Loader, what: str) -> Iterator[Any]:
     """The batches; raises BadInput where there are none."""
-    if isinstance(batches, Tensor):
-        raise BadInput(f"{what} is a tensor; give an iterable of batches, such as [(x, y)]")
+    if isinstance(batches, Tensor) or (isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches)):
+        raise BadInput(f"{what} is one batch; give an iterable of batches, such as [(x, y)]")
     none = True
     for batch in batches:
         none = False

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from layerwise.rows.base import Rows
+from layerwise.rows.contract import per_sample
 from layerwise.rows.cost import TRAFFIC
 from layerwise.rows.pieces import chunks, dims, in_pieces, ranges
 
@@ -42,12 +43,14 @@ def inner_by_position(rows: Rows, matrices: Tensor) -> Tensor:
     v, n, t, k, o, i = dims(rows)
     if rows.a is None:
         return rows.g.flatten(3) @ matrices.flatten(1).T
+    if o == i == 1 and rows.a.is_floating_point():
+        return (rows.g * rows.a)[..., 0] @ matrices.flatten(1).T
     result = rows.g.new_empty(v, n, t, len(matrices))
     for low, high in ranges(n, t * k * (o + i) * rows.g.element_size(), rows.g):
         a, g = rows.a[low:high], rows.g[:, low:high]
         for q, matrix in enumerate(matrices):
-            out = a.transpose(1, 2) @ matrix.mT if a.is_floating_point() else matrix[0].T[a][:, None]
-            result[:, low:high, :, q] = (g * out.transpose(1, 2)).sum((3, 4))
+            out = _times(a, matrix.mT) if a.is_floating_point() else matrix[0].T[a][:, :, None]
+            result[:, low:high, :, q] = (g * out).sum((3, 4))
     return result
 
 
@@ -61,18 +64,24 @@ def two_sided(rows: Rows, left: Tensor, right: Tensor) -> Tensor:
     other. Source: Choe et al. (2024), "What is your data worth to GPT?", section 3.
     """
     v, n, t, k, o, i = dims(rows)
-    u = left.permute(1, 2, 0)  # k, o, p
+    if o == i == 1 and rows.kind != "index":
+        return (per_sample(rows)[:, :, None, :, 0, 0] * left[..., 0]) @ right[..., 0].T
+    outputs, inputs = left.permute(1, 2, 0), right.permute(1, 2, 0)  # [K,O,P], [K,I,Q]
     result = rows.g.new_empty(v, n, len(left), len(right))
     start = 0
     for piece in in_pieces(rows):
         stop = start + piece.g.shape[1]
-        g = (piece.g.transpose(2, 3) @ u).flatten(2, 3)  # v, n, k·t, p
         if piece.a is None:
-            a = right[:, :, 0].T[:, None].expand(k, t, -1).flatten(0, 1).expand(stop - start, -1, -1)
-        elif piece.a.is_floating_point():
-            a = (piece.a.transpose(1, 2) @ right.permute(1, 2, 0)).flatten(1, 2)
+            a = inputs[:, 0].expand(stop - start, t, -1, -1)
         else:
-            a = right[:, 0].T[piece.a]
-        result[:, start:stop] = g.mT @ a
+            a = _times(piece.a, inputs) if piece.a.is_floating_point() else inputs[0][piece.a][:, :, None]
+        result[:, start:stop] = _times(piece.g, outputs).flatten(2, 3).mT @ a.flatten(1, 2)
         start = stop
     return result
+
+
+def _times(x: Tensor, w: Tensor) -> Tensor:
+    """`[..., K,P]`: rows `[..., K,F]` times a matrix for each group, `[K,F,P]`."""
+    if len(w) == 1:
+        return (x.squeeze(-2) @ w[0])[..., None, :]
+    return torch.einsum("...kf,kfp->...kp", x, w)
