@@ -48,8 +48,8 @@ format: $(INSTALLED)  ## Mend style and format where that is automatic
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-support: $(INSTALLED)  ## Write docs/support.md, what works with what, from a run of the tests
-	$(BIN)/python -m pytest -q tests/test_matrix.py --write-support
+support: $(INSTALLED)  ## Write docs/support.md and docs/calls.md, what works with what, from a run of the tests
+	$(BIN)/python -m pytest -q tests/test_matrix.py tests/test_every_name.py --write-support
 
 ecosystem: $(INSTALLED)  ## Install the packages of docs/trainers.md and docs/ecosystem.md, and run the tests with them
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/ecosystem.txt

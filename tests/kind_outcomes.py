@@ -157,10 +157,11 @@ def _quiet() -> Iterator[list[Exception]]:
 def _compare(name: str, got: Named, want: Named) -> None:
     """Relative to the largest value of all parameters: a bias before a norm is 0 in truth, noise in fact."""
     missing = [key for key in want if key not in got and bool(want[key].any())]  # else no path leads there
-    if missing or got.keys() - want.keys():
-        raise WrongValue(f"{name} is of {sorted(got)}, not of {sorted(want)}")
+    more = [key for key in got if key not in want and bool(got[key].any())]
+    if missing or more:
+        raise WrongValue(f"{name} has no {missing}, and has {more}")
     peak = max((float(v.abs().max()) for v in want.values() if v.numel()), default=0.0)
-    for key, value in ((key, want[key]) for key in got):
+    for key, value in ((key, want[key]) for key in got if key in want):
         if got[key].shape != value.shape:
             raise WrongValue(f"{name} of {key} has shape {tuple(got[key].shape)}, not {tuple(value.shape)}")
         error = float((got[key] - value).abs().max()) if value.numel() else 0.0

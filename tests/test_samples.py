@@ -452,3 +452,35 @@ def test_what_follows_a_frozen_layer_of_several_outputs(kind: str, n: int) -> No
     labels = torch.randint(3, (t * n,))  # here the first use reads the batch in an order that nothing tells
     with pytest.raises(errors.AmbiguousSamples, match=f"{n} samples"), observe(model, PerSampleGrad()):
         F.cross_entropy(model["head"](trunk(x.transpose(0, 1))).flatten(0, 1), labels).backward()
+
+
+class _Frozen(nn.Module):
+    """A frozen first layer, row by row, and a constant that all samples share."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4).requires_grad_(requires_grad=False)
+        self.table, self.head = nn.Embedding(4, 4), nn.Linear(4, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([self.first(row) for row in x])
+        return self.head((h + self.table(torch.tensor([3, 1]))).tanh())
+
+
+@pytest.mark.parametrize("outputs", [2, 3, 5])
+@pytest.mark.parametrize("kept", [[0, 1, 2, 4], [0, 1, 2, 3, 4], [0, 2, 4, 5]])
+def test_outputs_are_not_taken_for_samples(outputs: int, kept: list[int]) -> None:
+    """Three samples, whose rows no trained layer reads as they came, and of which some are chosen for the loss."""
+    model, x = _Frozen(outputs).double(), torch.randn(3, 2, 3, dtype=torch.float64)
+    at, y = torch.tensor(kept), torch.randn(len(kept), outputs, dtype=torch.float64)
+    rows = lambda: (model(x).flatten(0, 1)[at] - y).square().mean(1) / len(kept)  # noqa: E731
+    each = lambda: torch.zeros(3, dtype=torch.float64).index_add(0, at // 2, rows())  # noqa: E731
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for samples in (None, at // 2):
+        try:
+            with observe(model, PerSampleGrad(), samples=samples) as seen:
+                F.mse_loss(model(x).flatten(0, 1)[at], y).backward()
+        except (errors.SamplesMixed, errors.AmbiguousSamples, errors.BadInput) as error:
+            assert samples is None and "samples=" in str(error)
+            continue
+        oracle.assert_close(dict(seen.per_sample_grad), oracle.per_sample_grad(params, each))

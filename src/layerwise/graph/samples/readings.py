@@ -46,7 +46,7 @@ def hashed(argument: Any) -> Any:
     if isinstance(argument, (tuple, list)):
         return tuple(hashed(x) for x in argument)
     if isinstance(argument, Tensor):
-        return argument.shape, hash(argument.cpu().numpy().tobytes())
+        return argument.shape, hash(argument.detach().cpu().numpy().tobytes())
     return argument if isinstance(argument, (int, str)) else None
 
 

@@ -18,7 +18,7 @@ from layerwise.graph.samples.readings import on_output, origin_rows, outside, ro
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.separable import check_sum_over_samples
-from layerwise.rows.base import RowNumbers
+from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.origins import Origin, offsets_of, sources
 from layerwise.tape.uses import LossUse, Use
 
@@ -177,6 +177,8 @@ def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners
         calls = row_counts([origin for origin in graph.entered if origin.shape])
         if carrying or (calls and layout.n > 1 and layout.n not in calls):
             return False
+    if not owners and any(isinstance(where, Samples) and where.axis > 0 for where in layout.losses):
+        return False  # nothing tells samples from the outputs of one
     if not constants:
         return all(one or outside(graph, source) for source, _, one in owners)
     if any(len(owner) == 1 and not one for _, owner, one in owners):
