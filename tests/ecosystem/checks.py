@@ -108,7 +108,7 @@ def _first(
 
 
 def _squared_norm(grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: g.abs().square().flatten(1).sum(1) for name, g in grads.items()}
+    return {name: g.abs().square().reshape(len(g), -1).sum(1) for name, g in grads.items()}
 
 
 def _variance(grads: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ _INTRO = """\
 
 What the library gives on small models of {packages} packages, {count} configurations with random weights:
 per-sample gradients, squared norms and the variance against a loop that runs each sample by itself; `DiagGGN` and a
-product with the GGN against JᵀHJ from a backward pass for each output element; a product with the Hessian against
-the gradient's own derivative. All in float64, also where a model asks for float32 on the way, to a relative error of
+product with the GGN against JᵀHJ from a backward pass for each output element; a product with the Hessian against the
+gradient's own derivative. All in float64, also where a model asks for float32 on the way; to a relative error of
 {rel:g}.
 
 ✓ is equal, ✗ a typed error for the reason in the note; nothing else came out. In an empty cell the model makes its log
