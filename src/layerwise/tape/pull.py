@@ -99,7 +99,7 @@ def _strided(inputs: Sequence[Place], found: Sequence[Tensor | None]) -> list[Te
         if g is not None and g.layout != torch.strided and not isinstance(place, Tensor):
             raise UnsupportedCall(
                 f"a parameter enters a call that gives a sparse tensor, in {place.node.name()}: its cotangent is "
-                "sparse, too, and has no rows of samples. Write the values into a dense tensor (`w = torch.zeros(n, m)`, "
+                "sparse, too, and has no rows. Write the values into a dense tensor (`w = torch.zeros(n, m)`, "
                 "`w[rows, columns] = values`), or freeze them"
             )
     return list(found)
