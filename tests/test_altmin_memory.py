@@ -340,7 +340,7 @@ def test_gauss_newton_codes_of_huge_slopes_are_finite_or_the_batch_is_skipped(si
 
 def opt_run(opt: lw.AltMin, closure: Callable[[], Tensor]) -> Any:
     opt._group_at = {id(p): group for group in opt.param_groups for p in group["params"]}
-    return opt._record(closure).run
+    return opt._record(closure, None).run
 
 
 @pytest.mark.parametrize("kind", ["conv", "recurrent"])
