@@ -150,9 +150,10 @@ class ParameterGradient:
 
     def output_gram(self, g: Tensor) -> Tensor:
         """The Gram matrix `[K,O,O]` of the rows' cotangents g; cached for a weight and its bias."""
-        key = g.data_ptr(), g.shape, g.stride()
+        # not its data_ptr, which wrapped tensors of some devices have in common
+        key = g.untyped_storage()._cdata, g.storage_offset(), g.shape, g.stride()
         if key not in self.shared:
-            self.shared[key] = g, contract.output_gram(g)  # keeps g alive, so that its address stays unique
+            self.shared[key] = g, contract.output_gram(g)  # keeps g alive, so that its storage stays the one
         return self.shared[key][1]
 
     def dense_grams(self) -> tuple[Tensor, Tensor]:
