@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -54,14 +55,19 @@ def test_a_wrong_value_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda i, w: torch.sparse_coo_tensor(i.repeat(2, 1), w, (4, 4)),
     ],
 )
-def test_a_sparse_tensor_of_parameters_is_refused_by_name(make: object) -> None:
+def test_a_sparse_tensor_of_parameters_is_exact_or_refused(make: Callable[[Tensor, Tensor], Tensor]) -> None:
     w, i = nn.Parameter(torch.randn(4)), torch.arange(4)[None]
-    with (
-        pytest.raises(errors.UnsupportedCall, match=r"makes a sparse tensor of the parameters w"),
-        lw.observe({"w": w}),
-    ):
-        torch.sum(make(i, w).to_dense() * torch.ones(5, 1)).backward()  # type: ignore[operator]
-    assert w.grad is None
+    x = torch.randn(5, 1)
+    loss = lambda: torch.sum(make(i, w).to_dense() * x.expand(5, make(i, w).shape[-1]).unsqueeze(-2), 0).sum()  # noqa: E731
+    (want,) = torch.autograd.grad(loss(), w)
+    try:
+        with lw.observe({"w": w}, samples=5) as seen:
+            loss().backward()
+    except errors.LayerwiseError as error:
+        assert "dense tensor" in str(error) or "samples" in str(error)
+        assert w.grad is None
+    else:
+        torch.testing.assert_close(seen.grad["w"], want)
 
 
 @pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.distributed.cuts import Cuts, Output
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, RankLost
 from layerwise.local.codes.code_step import sweep
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.overflow import unsafe
@@ -144,7 +145,8 @@ class Pipeline(FittedToCodes):
                 return repeated(self, self._fitter, self._model, once)
             except BaseException:
                 if not self.was_made:
-                    cuts[0].give_up()
+                    with suppress(RankLost):  # the error is why the step failed, also where a neighbour is gone
+                        cuts[0].give_up()
                 raise
 
     def refit(self, closures: Iterable[Any]) -> float:

@@ -107,7 +107,7 @@ class Ranks:
         """Where votes live: on the CPU, unless the group has messages on GPUs alone."""
         if "cpu" in dist.get_backend_config(self.group):
             return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(torch.accelerator.current_device_index())
 
     # -- messages ------------------------------------------------------------------------------------------------
 

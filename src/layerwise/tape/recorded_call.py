@@ -146,12 +146,6 @@ def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tenso
             f"{describe_func(func)} uses the parameters {', '.join(names)} and returns "
             f"{type(result).__name__}, not one tensor; write it with calls that return one tensor each"
         )
-    if result.requires_grad and result.layout != torch.strided:
-        names = sorted(set().union(*(d.names for d in used)))
-        raise UnsupportedCall(
-            f"{describe_func(func)} makes a sparse tensor of the parameters {', '.join(names)}; make a dense one "
-            "(torch.zeros(...).index_put)"
-        )
     return out, result
 
 

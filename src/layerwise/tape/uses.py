@@ -227,7 +227,8 @@ def boundary_of(name: str, value: Any, reduction: str | None = None) -> list[Los
             edge = get_gradient_edge(z)
             if any(part.logits[:2] == edge[:2] for part in found):
                 continue
-            zeros = z.detach().new_zeros(()).expand(z.shape)  # its values would hold memory that nothing reads
+            with torch._C.DisableTorchFunction():  # values would hold memory that nothing reads
+                zeros = torch.zeros((), dtype=z.dtype, device=z.device).expand(z.shape)
             found.append(LossUse(losses.OwnCall(name, zeros, reduction), edge, edge))
     return found
 
