@@ -94,7 +94,7 @@ class LossRecord(TorchFunctionMode):
             if torch._C._current_graph_task_id() != -1:  # a checkpoint that runs again in a backward pass
                 return
             if id(module) != root and next(module.parameters(), None) is not None:  # the others may be the loss itself
-                self._returned((), out)
+                self._returned((), out, hold=False)  # layers called one by one: values that nothing reads
 
         # hooks on all modules are not told keyword arguments
         self._hooks.append(model.register_forward_hook(self._model_returned, with_kwargs=True))
@@ -192,14 +192,14 @@ class LossRecord(TorchFunctionMode):
     def _model_returned(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         self._returned((args, kwargs), out)
 
-    def _returned(self, given: Any, out: Any) -> None:
+    def _returned(self, given: Any, out: Any, hold: bool = True) -> None:
         """Record the tensors that the model's forward was called with, and those that a module returned."""
         for x in losses.tensors_in(given):
             own = x.requires_grad and x.is_leaf and id(x) not in self._known  # differentiated by in the loss
             if x.dim() and (own or not x.requires_grad):
                 self.entered.append(self._made_from(x)[1])
         if self.returned is not None and torch.is_grad_enabled():
-            self.returned += [part for part in boundary_of("the loss", out) if part.call.logits.dim()]
+            self.returned += [part for part in boundary_of("the loss", out, hold=hold) if part.call.logits.dim()]
             views = [z for z in losses.tensors_in(out) if z.requires_grad and z._base is not None and z._base.grad_fn]
             self._views += [(get_gradient_edge(z), z._base) for z in views if z._base is not None]
 

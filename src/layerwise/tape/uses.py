@@ -219,17 +219,19 @@ class OwnUse(NamedTuple):
     bypassed: Use | None = None
 
 
-def boundary_of(name: str, value: Any, reduction: str | None = None) -> list[LossUse]:
-    """The differentiable tensors in a value that the model made, as the boundary of a loss."""
+def boundary_of(name: str, value: Any, reduction: str | None = None, hold: bool = True) -> list[LossUse]:
+    """The differentiable tensors in a value that the model made, as the boundary of a loss; hold: with their values."""
     found: list[LossUse] = []
     for z in losses.tensors_in(value):
         if z.requires_grad and not z.is_leaf and z.is_floating_point():
             edge = get_gradient_edge(z)
             if any(part.logits[:2] == edge[:2] for part in found):
                 continue
-            with torch._C.DisableTorchFunction():  # values would hold memory that nothing reads
-                zeros = torch.zeros((), dtype=z.dtype, device=z.device).expand(z.shape)
-            found.append(LossUse(losses.OwnCall(name, zeros, reduction), edge, edge))
+            logits = z.detach()
+            if not hold:
+                with torch._C.DisableTorchFunction():
+                    logits = torch.zeros((), dtype=z.dtype, device=z.device).expand(z.shape)
+            found.append(LossUse(losses.OwnCall(name, logits, reduction), edge, edge))
     return found
 
 
