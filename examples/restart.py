@@ -50,6 +50,7 @@ def main() -> None:
     if start.step < args.steps and (not dist.is_initialized() or dist.get_rank() == 0):
         print(f"loss {loss:.4f} after step {args.steps}, started from {start.step}")
     if dist.is_initialized():
+        dist.barrier()  # gloo's threads have let go of the last messages before Python ends
         dist.destroy_process_group()
 
 
