@@ -177,3 +177,25 @@ def test_one_row_of_the_batch_alone() -> None:
         return ((model(x) - y) ** 2).sum(1) * torch.tensor([0.0, 1.0, 0.0, 0.0])
 
     oracle.assert_close(got, oracle.per_sample_grad(oracle.parameters(model), terms), 1e-12)
+
+
+@pytest.mark.parametrize("pool", ["split", "index_add", "matrix", "pairs"])
+def test_rows_pooled_below_a_frozen_trunk_ask_for_the_number(pool: str) -> None:
+    """Nothing is differentiated between the batch and the head, so nothing shows whose rows a term of the loss has."""
+    sizes = [2, 2, 2, 2, 2] if pool == "pairs" else [3, 1, 2, 1, 3]
+    segment = torch.arange(5).repeat_interleave(torch.tensor(sizes))
+    pools: dict[str, Callable[[Tensor], Tensor]] = {
+        "split": lambda h: torch.stack([part.mean(0) for part in h.split(sizes)]),
+        "index_add": lambda h: h.new_zeros(5, 4).index_add(0, segment, h),
+        "matrix": lambda h: (segment == torch.arange(5)[:, None]).double() @ h,
+        "pairs": lambda h: h.view(5, 2, 4).sum(1),
+    }
+    trunk, head = nn.Linear(3, 4), nn.Linear(4, 2)
+    model = Apply(lambda m, x: m.head(pools[pool](m.trunk(x).tanh())), trunk=trunk.requires_grad_(False), head=head)
+    model, x, y = model.double(), torch.randn(10, 3).double(), torch.randn(5, 2).double()
+    with pytest.raises((errors.SamplesMixed, errors.BadInput), match="pass samples="):
+        _each(model, lambda: F.mse_loss(model(x), y, reduction="sum"))
+    got = _each(model, lambda: F.mse_loss(model(x), y, reduction="sum"), 5)
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: ((model(x) - y) ** 2).sum(1))
+    oracle.assert_close(got, {k: v for k, v in want.items() if k in got}, 1e-12)
+    assert set(got) == {"head.weight", "head.bias"}

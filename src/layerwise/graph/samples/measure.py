@@ -15,7 +15,14 @@ from layerwise.graph.samples import readings
 from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.first_uses import FirstUses
 from layerwise.graph.samples.memo import Memo, Refused, key_of, memo_of, recalled, remember
-from layerwise.graph.samples.rows import by_rows, check_losses, one_row_a_sample, one_sample_a_row, owners_of_rows
+from layerwise.graph.samples.rows import (
+    Owners,
+    by_rows,
+    check_losses,
+    one_row_a_sample,
+    one_sample_a_row,
+    owners_of_rows,
+)
 from layerwise.graph.samples.sample_axes import by_axes, on_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
 from layerwise.rows.base import RowNumbers
@@ -212,14 +219,26 @@ def _checked(graph: Graph, layout: SampleLayout) -> SampleLayout:
     return layout
 
 
+def _why_not(graph: Graph, n: int, owners: Sequence[Owners]) -> str:
+    """Why n samples are not taken, where some row is of several or nothing shows which rows are a sample."""
+    if any(not one for _, _, one in owners):
+        return f"rows of the tensors that the first layers read belong to several of {n} samples"
+    return (
+        f"the number of samples may be {readings.named(graph, {n})}, but the calls between what the model was called "
+        f"with and the first trained layer do not show which rows are a sample; pass samples={n} if that is the "
+        "number, or a tensor with the sample number of each loss term"
+    )
+
+
 def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: Memo, by_rows: bool) -> SampleLayout:
     """The samples' axes. by_rows: whether each row of what the first layers read must belong to one sample."""
     found = recalled(memo, key)
     if isinstance(found, KeptLayout):
         return found.layout
     layout, proved = by_axes(tape, graph, n)
-    if by_rows and not one_sample_a_row(graph, layout, owners_of_rows(graph, layout)):
-        raise SamplesMixed(f"rows of the tensors that the first layers read belong to several of {n} samples")
+    owners = owners_of_rows(graph, layout) if by_rows else []
+    if by_rows and not one_sample_a_row(graph, layout, owners):
+        raise SamplesMixed(_why_not(graph, n, owners))
     if proved and structural(graph, layout):
         remember(memo, key, KeptLayout(layout))
     return layout

@@ -22,7 +22,7 @@ from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.origins import Origin, offsets_of, sources
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row", "owners_of_rows"]
+__all__ = ["Owners", "by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row", "owners_of_rows"]
 
 Owners = tuple[Origin, dict[int, int], bool]
 
