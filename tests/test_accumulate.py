@@ -248,15 +248,15 @@ def test_ekfac_in_constant_memory(derived: bool) -> None:
     if derived:
         nn.utils.parametrizations.weight_norm(model[3])
     ekfac, other = lw.EKFAC(None), lw.SecondMoment()
-    loader = _Loader(lambda _: _batches(x, y) * 4)
+    loader = _Loader(lambda _: _batches(x, y) * 2)
     seen = lw.accumulate(model, F.cross_entropy, loader, other, ekfac)
     half = len(loader.counts) // 2
     assert loader.asked == 2 and len(set(loader.counts[2:half])) == 1 == len(set(loader.counts[half + 2 :]))
     assert repr(seen.ekfac) == repr(seen[ekfac]) and set(seen.ekfac.names()) == set(seen[other])
     whole = lw.EKFAC(None)
     with lw.observe(model, whole) as once:
-        for _ in range(4):
-            (F.cross_entropy(model(x), y) / 4).backward()
+        for _ in range(2):
+            (F.cross_entropy(model(x), y) / 2).backward()
     _assert_same(seen[ekfac], once[whole], rel=1e-11)
 
 

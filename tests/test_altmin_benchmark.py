@@ -197,7 +197,12 @@ def test_repeats_take_two_steps_on_a_minibatch() -> None:
 
 @pytest.mark.parametrize(
     ("problem", "method"),
-    [(p, m) for p in STUDY.methods for m in STUDY.methods[p] if not p.endswith(("one-epoch", "2x500"))]
+    [
+        pytest.param(p, m, marks=pytest.mark.slow if p.startswith("cifar10") else ())
+        for p in STUDY.methods
+        for m in STUDY.methods[p]
+        if not p.endswith(("one-epoch", "2x500"))
+    ]
     + [("mnist-binary-2x500", m) for m in STUDY.methods["mnist-binary-2x500"]],
 )
 def test_methods_lower_the_loss_and_repeat(problem: str, method: str) -> None:

@@ -111,12 +111,14 @@ def _hooks(model: nn.Module) -> list[object]:
     return found
 
 
-def _check(model: nn.Module, make: Callable[[], list[lw.Quantity]], hows: tuple[str, ...], shape: tuple) -> None:
+def _check(
+    model: nn.Module, make: Callable[[], list[lw.Quantity]], hows: tuple[str, ...], shape: tuple, steps: int
+) -> None:
     quantities, marks = make(), _hooks(model)
     nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in model.parameters()]
     _steps(model, WARM, quantities, hows, shape)
     tensors, memory = _live(), _resident()
-    _steps(model, STEPS, quantities, hows, shape)
+    _steps(model, steps, quantities, hows, shape)
     assert _live() == tensors
     assert _resident() - memory < 2**20
     assert _hooks(model) == marks
@@ -134,10 +136,10 @@ HOWS = pytest.mark.parametrize("hows", [("well",), ("well", "before", "after", "
 
 @needs_statm
 @HOWS
-def test_a_thousand_steps_of_a_small_net(hows: tuple[str, ...]) -> None:
-    _check(
-        _mlp(), lambda: [lw.SecondMoment(), lw.Variance(), lw.PerSampleGrad(), lw.DiagGGN(), lw.KFAC()], hows, (6, 4)
-    )
+@pytest.mark.parametrize("steps", [300, pytest.param(STEPS, marks=pytest.mark.slow)])
+def test_a_thousand_steps_of_a_small_net(hows: tuple[str, ...], steps: int) -> None:
+    quantities = lambda: [lw.SecondMoment(), lw.Variance(), lw.PerSampleGrad(), lw.DiagGGN(), lw.KFAC()]  # noqa: E731
+    _check(_mlp(), quantities, hows, (6, 4), steps)
 
 
 @pytest.mark.slow
@@ -147,9 +149,9 @@ def test_a_thousand_steps_of_a_small_net(hows: tuple[str, ...]) -> None:
 def test_a_thousand_steps_of_everything(make: Callable[[], list[lw.Quantity]], hows: tuple[str, ...]) -> None:
     quantities = make
     if make is _curvature:  # derived weights have no Kronecker factors; the net of plain layers has them all
-        _check(_mlp(), quantities, hows, (6, 4))
+        _check(_mlp(), quantities, hows, (6, 4), STEPS)
     else:
-        _check(_model(), quantities, hows, (4, 2, 5))
+        _check(_model(), quantities, hows, (4, 2, 5), STEPS)
 
 
 def test_results_of_operators_and_streams_leave_no_tensor() -> None:

@@ -81,7 +81,7 @@ def _odd() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 @pytest.mark.parametrize(
     ("make", "steps", "error"),
-    [(_mlp, 1000, None), (_odd, 60, None)]
+    [(_mlp, 300, None), pytest.param(_mlp, 1000, None, marks=pytest.mark.slow), (_odd, 60, None)]
     + [(make, 60, error) for make in (_mlp, _odd) for error in ("body", "backward", "refused")],
 )
 def test_steps_leave_nothing(make: Callable, steps: int, error: str | None) -> None:

@@ -102,8 +102,9 @@ OPTIONS: dict[str, Any] = {"step_size": "quadratic", "adapt_damping_every": 3, "
 RESUMED = [(kind, {}) for kind in KINDS] + [(kind, OPTIONS) for kind in ("kfac", "ekfac", "diag-ggn drawn")]
 
 
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "options"), RESUMED, ids=[f"{k}{'-options' if o else ''}" for k, o in RESUMED])
-def test_resumed_at_each_of_twenty_steps_it_goes_on_bitwise(kind: str, options: dict[str, Any]) -> None:
+def test_resumed_at_any_of_twenty_steps_it_goes_on_bitwise(kind: str, options: dict[str, Any], every: int) -> None:
     """A scheduler, two groups, frozen and idle parameters; the state goes through a file without pickle."""
 
     def make(model: nn.Module) -> tuple[Any, Any]:
@@ -121,10 +122,10 @@ def test_resumed_at_each_of_twenty_steps_it_goes_on_bitwise(kind: str, options: 
         schedule.step()
         wanted.append(state_of(model, opt))
     assert opt.skipped == 0
-    for step, (weights, state, rates) in enumerate(saved):
+    for step, (weights, state, rates) in [*enumerate(saved)][every // 2 :: every]:
         other = model_for(kind)
         resumed, again = make(other)
-        if step % 4 == 0:
+        if step % 4 in (0, 2):
             resumed.step(closure_of(other, 77))  # nothing of it may stay
         other.load_state_dict(weights)
         resumed.load_state_dict(state)
@@ -244,13 +245,14 @@ def bad_factor(gen: torch.Generator, size: int) -> Tensor:
     return factor * 10.0 ** float(torch.empty(()).uniform_(-15, 15, generator=gen))
 
 
+@pytest.mark.parametrize("trials", [400, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["pi", "factored", "eigen", "input", "ekfac"])
-def test_ten_thousand_bad_factors(form: str) -> None:
-    """2,000 for each of five ways to an inverse: none raises, and each is finite and at most 1/λ long, or kept."""
+def test_ten_thousand_bad_factors(form: str, trials: int) -> None:
+    """For each of five ways to an inverse: none raises, and each is finite and at most 1/λ long, or kept."""
     gen = torch.Generator().manual_seed(0)
     counts = {"raised": 0, "kept": 0, "identity": 0}
     last: Inverse | None = None
-    for trial in range(2000):
+    for trial in range(trials):
         o, i = (int(torch.randint(1, 6, (), generator=gen)) for _ in range(2))
         block: Any = KroneckerBlock(bad_factor(gen, i), bad_factor(gen, o))
         damping = 10.0 ** float(torch.empty(()).uniform_(-8, 1, generator=gen))
@@ -278,7 +280,7 @@ def test_ten_thousand_bad_factors(form: str) -> None:
         assert bool(torch.isfinite(out).all()), trial
         assert float(out.norm()) <= 2.1 * max(o, i) * float(w.norm()) / damping, trial
         last = found
-    assert counts["identity"] < 800 and (counts["raised"] > 0 or form == "ekfac")
+    assert counts["identity"] < 0.4 * trials and (counts["raised"] > 0 or form == "ekfac")
     assert counts["kept"] > 0 or form == "ekfac"
 
 
