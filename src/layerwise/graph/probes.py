@@ -11,7 +11,7 @@ from torch import Tensor
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.rows.numbered import Order
 
-__all__ = ["draws", "join", "largest", "matrix_among", "near", "sample_axes", "signed", "split", "width"]
+__all__ = ["away_from_zero", "draws", "join", "largest", "matrix_among", "near", "sample_axes", "split", "width"]
 
 
 def split(x: Tensor, samples: Samples | RowNumbers) -> Tensor:
@@ -37,7 +37,7 @@ def join(x: Tensor, samples: Samples | RowNumbers, shape: torch.Size) -> Tensor:
     return x.reshape(len(x), *shape)
 
 
-def signed(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+def away_from_zero(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random numbers of either sign and of magnitude 0.5 to 1.5, so that none is near zero."""
     x = torch.rand(tuple(shape), generator=generator, dtype=dtype) + 0.5
     return x * (torch.randint(2, tuple(shape), generator=generator) * 2 - 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.coverage import Graph
-from layerwise.graph.probes import signed
+from layerwise.graph.probes import away_from_zero
 from layerwise.graph.walk import Node
 from layerwise.losses import Likelihood
 from layerwise.rows.base import Samples
@@ -162,7 +162,7 @@ def _left_out(node: Node) -> tuple[GradientEdge, Tensor] | None:
 def _noise(mask: Tensor, generator: torch.Generator) -> Tensor:
     """Random numbers of either sign where a mask is not zero: a product of one vector for each axis, cheap to draw."""
     for axis, size in enumerate(mask.shape):
-        x = signed((size,), generator)
+        x = away_from_zero((size,), generator)
         mask = mask * x.to(mask).reshape([-1 if a == axis else 1 for a in range(mask.dim())])
     return mask
 

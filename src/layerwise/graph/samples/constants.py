@@ -169,8 +169,8 @@ def shared_uses(
     """
     apart = [use for use in graph.uses if use.index not in mixed]
     called = [source for origin in graph.entered for source in sources(origin)]
-    carried = any(source.shape[:1] == (n,) for source in called)
-    beside = {i for i, use in mixed.items() if carried and use.origin is not None and outside(graph, use.origin[0])}
+    in_batch = any(source.shape[:1] == (n,) for source in called)
+    beside = {i for i, use in mixed.items() if in_batch and use.origin is not None and outside(graph, use.origin[0])}
     others = [use for i, use in mixed.items() if i not in beside]
     if not _other_sources(others, apart, n) or not _fed_by(mixed, apart):
         return None

@@ -18,7 +18,7 @@ from layerwise.graph.samples import readings
 from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.loss_rows import by_known_rows, by_target
 from layerwise.graph.samples.memo import Memo, key_below, recalled, remember
-from layerwise.graph.samples.numbers import MIXED, NONE, Root, joined, row_numbers
+from layerwise.graph.samples.numbers import MIXED, NONE, Root, numbers_of_both, row_numbers
 from layerwise.graph.samples.rows import one_sample_a_row, owners_of_rows
 from layerwise.graph.samples.sample_axes import on_axis, structural_below
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
@@ -85,7 +85,7 @@ class FirstUses(NamedTuple):
         for loss, where in zip(self.graph.losses, losses, strict=True):
             logits = loss.call.logits
             root = Root(loss.logits, logits, where.owners(logits.shape, logits.device))
-            numbers = [joined(a, b) for a, b in zip(numbers, row_numbers([root], n, ends), strict=True)]
+            numbers = [numbers_of_both(a, b) for a, b in zip(numbers, row_numbers([root], n, ends), strict=True)]
         for use, number in zip(self.front, numbers, strict=False):
             if number is None:  # there is no loss
                 return None

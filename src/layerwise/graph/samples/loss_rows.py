@@ -16,7 +16,7 @@ from layerwise.errors import Undefined
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
-from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, joined, over, row_numbers
+from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, numbers_of_both, over, row_numbers
 from layerwise.graph.samples.readings import on_output, origin_rows, outside
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import Where
@@ -213,7 +213,7 @@ def _by_terms(own_loss: OwnLossGraph, n: int, given: Tensor | None) -> list[Wher
                 return [None] * len(found)
             with own_loss.alone():
                 numbers = element_numbers([Root(GradientEdge(node, output), like, owners)], n, own_loss.edges)
-            found = [joined(a, b) for a, b in zip(found, numbers, strict=True)]
+            found = [numbers_of_both(a, b) for a, b in zip(found, numbers, strict=True)]
     if any(x is None or bool((x == MIXED).any()) for x in found):
         return [None] * len(found)
     return [RowNumbers(n, x) for x in found if x is not None]

@@ -43,13 +43,13 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
     settle([*readings.origins(graph), *graph.entered])
-    told = readings.hashed(samples)
-    key, memo = key_of(tape, graph, model, told), memo_of(model)
+    given = readings.hashed(samples)
+    key, memo = key_of(tape, graph, model, given), memo_of(model)
     place = key, readings.places(graph.entered, readings.origins(graph), graph.uses)
     found = recalled(memo, place)
     if isinstance(found, KeptLayout):
         return _checked(graph, found.on(graph))
-    first = None if isinstance(samples, Tensor) else FirstUses.of(tape, graph, model, told)
+    first = None if isinstance(samples, Tensor) else FirstUses.of(tape, graph, model, given)
     layout = None if first is None else first.recall(memo)
     if layout is None:
         layout = on_axes(graph, _measured(tape, graph, samples, key, memo))

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from layerwise.graph.probes import signed
+from layerwise.graph.probes import away_from_zero
 from layerwise.graph.samples.sample_layout import free_axes
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
-__all__ = ["MIXED", "NONE", "Root", "element_numbers", "joined", "over", "row_numbers"]
+__all__ = ["MIXED", "NONE", "Root", "element_numbers", "numbers_of_both", "over", "row_numbers"]
 
 NONE, MIXED = -1, -2  # of an element that answers for no sample, and for several
 
@@ -173,7 +173,7 @@ def over(axes: Sequence[int], elements: Tensor) -> Tensor:
     return torch.where(low == high, high, MIXED)
 
 
-def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def numbers_of_both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """The numbers of elements that answer for the terms of two losses."""
     if one is None or other is None:
         return other if one is None else one
@@ -183,7 +183,7 @@ def joined(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 def _noise(root: Root, generator: torch.Generator) -> Tensor:
     """Random cotangents; zero where an element belongs to no sample."""
-    x = signed(root.like.shape, generator, torch.float64)
+    x = away_from_zero(root.like.shape, generator, torch.float64)
     return x.to(root.like) * (root.owners >= 0)
 
 

@@ -13,7 +13,7 @@ from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
 from layerwise.graph.samples.loss_rows import numberings, unheard
 from layerwise.graph.samples.meeting import meeting
-from layerwise.graph.samples.numbers import MIXED, Root, joined, row_numbers
+from layerwise.graph.samples.numbers import MIXED, Root, numbers_of_both, row_numbers
 from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
@@ -118,7 +118,7 @@ def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
     roots = [_root(loss, where) for loss, where in zip(graph.losses, losses, strict=True)]
     numbers: list[Tensor | None] = [None] * len(graph.uses)
     for root in roots:  # each by itself: terms of two losses may cancel
-        numbers = [joined(a, b) for a, b in zip(numbers, row_numbers([root], n, graph.uses), strict=True)]
+        numbers = [numbers_of_both(a, b) for a, b in zip(numbers, row_numbers([root], n, graph.uses), strict=True)]
     uses: dict[int, Where] = {}
     mixed: dict[int, Use] = {}
     partly: set[int] = set()

@@ -210,8 +210,8 @@ class AltMin(FittedToCodes):
             params = {layer.name: layer.parameter for layer in layers}
             found = torch.autograd.grad(coded.loss, list(params.values()), retain_graph=True, allow_unused=True)
             slopes = {name: g for name, g in zip(params, found, strict=True) if g is not None}
-        told = said_count(samples, "samples of AltMin.step")
-        terms = self._fitter.terms(groups, samples_of(coded) if told is None else told)
+        count = said_count(samples, "samples of AltMin.step")
+        terms = self._fitter.terms(groups, samples_of(coded) if count is None else count)
         run, codes = swept(coded, layers, terms, self._fitter.code_step, self._ours)
         return Coded(run, codes, lambda: slopes)
 
