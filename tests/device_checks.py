@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zoo import Case, case, cases
 
 import layerwise as lw
+from layerwise.errors import BadInput, NonFinite, Undefined
 
 torch.__future__.set_swap_module_params_on_conversion(True)  # or tied parameters would come apart
 
@@ -235,24 +236,27 @@ def stepped(layers: int, make: Callable[[nn.Module], Any], steps: int = 4) -> Co
     return count
 
 
-# The wait for the smallest and largest class index, which a mean and torch's own check need, and that for the verdict
-# over loss and gradient are in each; roots of the loss Hessian wait for the verdict over the terms' weights.
+# The means of Kronecker factors run over rows that count, so the host must know whether a target is ignored. KFRA and the
+# exact diagonal of the Hessian measure the structure of each batch with probes.
 WAITS: dict[str, tuple[Callable[[], lw.Quantity], int]] = {
-    "PerSampleGrad": (lw.PerSampleGrad, 2),
-    "SquaredNorm": (lw.SquaredNorm, 2),
-    "PairwiseDot": (lw.PairwiseDot, 2),
-    "SecondMoment": (lw.SecondMoment, 2),
-    "Variance": (lw.Variance, 2),
-    "NoiseScale": (lw.NoiseScale, 2),
-    "FisherDiag of the data": (lambda: lw.FisherDiag("data"), 2),
-    "ClippedGrad": (lambda: lw.ClippedGrad(1.0), 3),
-    "DiagGGN": (lw.DiagGGN, 3),
-    "DiagGGN sampled": (lambda: lw.DiagGGN(1), 3),
-    "KFAC": (lambda: lw.KFAC(1), 3),
-    "KFLR": (lw.KFLR, 3),
-    "EKFAC": (lambda: lw.EKFAC(None), 3),
-    "KFRA": (lw.KFRA, 18),
-    "DiagHessian": (lw.DiagHessian, 28),
+    "PerSampleGrad": (lw.PerSampleGrad, 0),
+    "SquaredNorm": (lw.SquaredNorm, 0),
+    "PairwiseDot": (lw.PairwiseDot, 0),
+    "SecondMoment": (lw.SecondMoment, 0),
+    "Variance": (lw.Variance, 0),
+    "NoiseScale": (lw.NoiseScale, 0),
+    "FisherDiag of the data": (lambda: lw.FisherDiag("data"), 0),
+    "ClippedGrad": (lambda: lw.ClippedGrad(1.0), 0),
+    "DiagGGN": (lw.DiagGGN, 0),
+    "DiagGGN sampled": (lambda: lw.DiagGGN(1), 0),
+    "DiagHessian sampled": (lambda: lw.DiagHessian(1), 1),
+    "KFAC": (lambda: lw.KFAC(1), 1),
+    "KFAC of all rows": (lambda: lw.KFAC(1, rows="all"), 0),
+    "KFLR": (lw.KFLR, 1),
+    "KFLR of all rows": (lambda: lw.KFLR(rows="all"), 0),
+    "EKFAC": (lambda: lw.EKFAC(None), 1),
+    "KFRA": (lw.KFRA, 16),
+    "DiagHessian": (lw.DiagHessian, 26),
 }
 
 
@@ -260,6 +264,39 @@ WAITS: dict[str, tuple[Callable[[], lw.Quantity], int]] = {
 def test_how_often_an_observation_waits(name: str) -> None:
     quantity, most = WAITS[name]
     assert observed(3, quantity).synchronisations <= most
+
+
+def test_what_was_not_waited_for_is_judged_before_a_result_is_read() -> None:
+    """NaN in the batch, a weight without a root, a target out of range (which only some devices assert)."""
+    for spoil, quantity, error in (
+        (lambda run: run.x.fill_(float("nan")), lw.SquaredNorm(), NonFinite),
+        (lambda run: run.x.fill_(1e200), lw.ClippedGrad(1.0), NonFinite),
+        (lambda run: run.x.fill_(float("inf")), lw.DiagGGN(), NonFinite),
+    ):
+        run = Run(DEVICE)
+        spoil(run)
+        with lw.observe(run.model, quantity) as seen:
+            run.loss().backward()
+        for _ in range(2):
+            with pytest.raises(error):
+                seen[quantity]
+    run = Run(DEVICE)
+    with lw.observe(run.model, lw.DiagGGN()) as seen:
+        (-run.loss()).backward()
+    with pytest.raises(Undefined, match="negative"):
+        _ = seen.diag_ggn
+    low, judge = lw.losses.bind(F.cross_entropy, (run.x, run.y + 4), {}).unread_range()
+    with pytest.raises(BadInput, match=r"targets lie in \[4, 6\], but the input has 6 classes"):
+        judge(low.tolist())
+
+
+def test_a_pass_that_waits() -> None:
+    """As on the CPU: one wait, an error in `backward` itself would end the process here."""
+    model, loss = deep(3)
+    for _ in range(2):
+        with counted() as count, lw.observe(model, lw.SquaredNorm(), on_nonfinite="raise"):
+            loss().backward()
+    assert count.synchronisations == 1
 
 
 @pytest.mark.parametrize(("name", "most"), [("KFAC", 4), ("DiagNewton", 4), ("LocoProp", 5), ("AltMin", 7)])

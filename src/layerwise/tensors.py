@@ -1,4 +1,4 @@
-"""Helpers for plain tensors: finiteness, complex squares, huge pages, copy on write, sparse to dense, random states.
+"""Helpers for plain tensors: finiteness and late verdicts, complex squares, huge pages, copy on write, sparse to dense, random states.
 
 Per-sample gradients are bound by page faults, not by arithmetic: on Linux a tensor of 400 MB touches 100,000 small
 pages for the first time. Asking for transparent huge pages (`madvise`) is only a hint, without which memory is
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "all_finite", "as_real", "dense", "empty", "forked_random", "is_finite", "lazy_copy", "random_states_of",
-    "set_random_states", "squared", "together_finite",
+    "Verdict", "all_finite", "as_real", "dense", "empty", "forked_random", "is_finite", "largest_entries", "lazy_copy",
+    "random_states_of", "set_random_states", "squared", "together_finite",
 ]  # fmt: skip
 
 
@@ -44,8 +44,58 @@ def together_finite(tensors: Iterable[Tensor]) -> bool:
                 return False
         elif t.numel():
             kinds.setdefault((t.device, t.dtype), []).append(t)
-    largest = (torch.stack(list(torch._foreach_norm(some, math.inf))) for some in kinds.values())
-    return all(bool(torch.isfinite(found).all()) for found in largest)
+    return all(bool(torch.isfinite(found).all()) for found in map(_largest, kinds.values()))
+
+
+def largest_entries(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
+    """The largest |entry| of named tensors, NaN where one is: names and `[names]`, for each device and type.
+
+    The host does not wait.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, t in tensors.items():
+        t = t.detach()
+        t = as_real(t if t.layout is torch.strided else t._values() if t.is_sparse else t.to_dense())
+        if t.numel():
+            kinds.setdefault((t.device, t.dtype), {})[name] = t
+    for some in kinds.values():
+        yield list(some), _largest(list(some.values()))
+
+
+def _largest(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(list(torch._foreach_norm(tensors, math.inf)))
+
+
+class Verdict:
+    """Numbers that stay on their device until `read`, which waits once for each device, and raises for bad ones."""
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+        self._error: Exception | None = None
+
+    def ask(self, values: Tensor, judge: Callable[[list[float]], None]) -> None:
+        """Read some numbers with the others. judge: raises where they are bad."""
+        self._asked.append((values.detach().reshape(-1), judge))
+
+    def join(self, other: Verdict) -> None:
+        """Read the other's numbers with these."""
+        self._asked += other._asked
+
+    def read(self) -> None:
+        """Judge all numbers; raises the first error, and raises it again whenever it is called."""
+        if self._error is not None:
+            raise self._error
+        asked, self._asked = self._asked, []
+        devices: dict[torch.device, list[Tensor]] = {}
+        for values, _ in asked:
+            devices.setdefault(values.device, []).append(values)
+        found = {device: iter(torch.cat(some).tolist()) for device, some in devices.items()}
+        try:
+            for values, judge in asked:
+                judge([next(found[values.device]) for _ in range(len(values))])
+        except Exception as error:
+            self._error = error
+            raise
 
 
 def as_real(x: Tensor) -> Tensor:

@@ -105,15 +105,16 @@ class _Sums:
 
     def add(self, results: Results) -> None:
         """Add the values of one batch, and save."""
+        batch = results.batch.read()
         if self.count:
-            check_pooled(self._batch, results.batch, [self._quantity], "loss")
+            check_pooled(self._batch, batch, [self._quantity], "loss")
         self.know(results.values_of(0))
         for name, value in results.values_of(0).items():
-            new = weighed(value, self._quantity.powers, results.batch.weight)
+            new = weighed(value, self._quantity.powers, float(batch.weight))
             new = tuple(_replaced(v, [t.contiguous() for t in tensors_of(v)]) for v in new)  # as they are saved
             old = self._values.get(name)
             self._values[name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
-        self._batch = results.batch if not self.count else self._batch + results.batch
+        self._batch = batch if not self.count else self._batch + batch
         self.count += 1
         if self._folder is not None:
             named = {
@@ -138,7 +139,7 @@ class _Sums:
             ranks.agree({"the parameters that the batches use": sorted(values)})
             flat = iter(all_reduced(ranks, [v for name in sorted(values) for v in values[name]]))
             values = {name: tuple(next(flat) for _ in values[name]) for name in sorted(values)}
-        values = {name: weighed(value, self._quantity.powers, 1 / union.weight) for name, value in values.items()}
+        values = {name: weighed(value, self._quantity.powers, 1 / float(union.weight)) for name, value in values.items()}
         return self._quantity.finish(values, union.union("loss", pooled=True), Context({}))
 
 

@@ -160,8 +160,10 @@ def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Place]) ->
         return v, [torch.zeros_like(d) if h is None else h for d, h in zip(v, found, strict=True)]
 
     (u, hu), (v, hv) = product(), product()
-    pairs = [a.double().cpu() * b.double().cpu() for a, b in zip((*u, *v), (*hv, *(-h for h in hu)), strict=True)]
-    gap, scale = (float(torch.stack([x.sum() for x in xs]).sum()) for xs in (pairs, [x.abs() for x in pairs]))
+    pairs = [_wide(a) * _wide(b) for a, b in zip((*u, *v), (*hv, *(-h for h in hu)), strict=True)]
+    device = pairs[0].device  # all sums are read at once
+    sums = [torch.stack([x.sum().to(device) for x in xs]).sum() for xs in (pairs, [x.abs() for x in pairs])]
+    gap, scale = torch.stack(sums).tolist()
     if not math.isfinite(scale):
         raise NonFinite("asked for second derivatives, but the Hessian holds NaN or infinity")
     eps = max(torch.finfo(g.dtype).eps for g in outputs)
@@ -171,6 +173,11 @@ def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Place]) ->
             "an operation in it has a wrong second derivative in torch, or a custom autograd Function detaches "
             "something; write that operation with plain torch calls"
         )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float64 on the CPU; in at least float32 elsewhere, where a device may lack it."""
+    return x.double() if x.device.type == "cpu" else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gradient_of(graph: Graph, wanted: Place) -> Tensor | None:

@@ -7,6 +7,8 @@ The total loss is `L = Σ_r w_r l_r(z_r)`: the term r depends on its own outputs
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +27,9 @@ class Likelihood:
     elementwise: True where `class_axis` is None; the Hessian is then diagonal.
     columns: number of root columns, `C - 1` for classes, 1 for an elementwise loss, 0 where there is no root.
     terms: the denominator of the mean reduction: loss terms that count (rows or elements), or the sum of
-        their weights where torch divides by it. The same number for `sum` and `none`.
+        their weights where torch divides by it. The same number for `sum` and `none`. On an accelerator a tensor
+        without axes, where it depends on values: nobody waits for it.
+    unread: None, or a list that takes what is otherwise read at once: numbers, and what raises for bad ones.
     mean: True where the call's reduction is the mean; None for a loss of the user's own without a given reduction.
     link: the transfer function that belongs to the loss: "softmax", "sigmoid", "exp" or "identity".
     canonical: True where the Hessian is the Fisher information of the model's predictive distribution, so
@@ -37,8 +41,10 @@ class Likelihood:
     link: str = "identity"
     canonical: bool = False
     mean: bool | None
+    terms: float | Tensor
+    unread: list[tuple[Tensor, Callable[[list[float]], None]]] | None = None
 
-    def __init__(self, call: LossCall, logits: Tensor, c: Tensor | float, terms: float) -> None:
+    def __init__(self, call: LossCall, logits: Tensor, c: Tensor | float, terms: float | Tensor) -> None:
         self.call = str(call)
         self.logits = logits.detach()
         self.terms = terms
@@ -48,10 +54,14 @@ class Likelihood:
         shape = call.term_shape if call.reduction == "none" else torch.Size()
         if c.shape != shape:
             raise BadInput(f"{call}: c has shape {tuple(c.shape)}, but the call's output has {tuple(shape)}.")
-        if self.mean and terms == 0:
+        if self.mean and isinstance(terms, float) and terms == 0:
             raise BadInput(f"{call}: no target counts (all ignored, or of weight 0), so the mean is 0/0.")
-        # The weight of a term before the weights of the call: 0-dimensional, or one number per term.
-        self._scale = c / terms if self.mean else c
+        self._c = c
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        """The weight of a term before the weights of the call: 0-dimensional, or one number per term."""
+        return self._c / self.terms if self.mean else self._c
 
     @property
     def elementwise(self) -> bool:
@@ -147,7 +157,12 @@ class Likelihood:
         ends = [end for each in weights if each.numel() for end in torch.aminmax(each)]
         if not ends:
             return
-        found = torch.stack(ends).tolist()
+        if self.unread is None:
+            self._check_ends(torch.stack(ends).tolist())
+        else:
+            self.unread.append((torch.stack(ends), self._check_ends))
+
+    def _check_ends(self, found: list[float]) -> None:
         if not all(map(math.isfinite, found)):
             raise NonFinite(
                 f"{self.call}: the curvature of its terms holds nan or infinity; look at the model's output, "
@@ -165,7 +180,7 @@ class FirstOrder(Likelihood):
     """A loss of which the gradient alone is usable; `why` says so."""
 
     def __init__(
-        self, call: LossCall, logits: Tensor, c: Tensor | float, terms: float, gradient: Tensor, why: str
+        self, call: LossCall, logits: Tensor, c: Tensor | float, terms: float | Tensor, gradient: Tensor, why: str
     ) -> None:
         super().__init__(call, logits, c, terms)
         self.class_axis = call.class_axis
@@ -203,6 +218,11 @@ def one_value(weights: Tensor) -> float | None:
     """The positive number that all elements of a tensor equal, or None."""
     first = float(weights.reshape(-1)[0]) if weights.numel() else 0.0
     return first if first > 0 and bool((weights == first).all()) else None
+
+
+def number(x: Tensor) -> float | Tensor:
+    """A tensor without axes as a number; on an accelerator as it is, without a wait."""
+    return float(x) if x.device.type == "cpu" else x
 
 
 def _wide(x: Tensor) -> Tensor:

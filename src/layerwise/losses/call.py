@@ -85,6 +85,16 @@ class LossCall:
         low, high = torch.stack(torch.aminmax(self.target)).tolist()
         return int(low), int(high)
 
+    def unread_range(self) -> tuple[Tensor, Callable[[list[float]], None]] | None:
+        """On an accelerator: the class range without ignored targets, still there, and what raises BadInput for it.
+
+        None where `check` has read it, or where there is none.
+        """
+        if self.class_axis is None or self.soft or self.target.device.type == "cpu":
+            return None
+        kept = self.target.masked_fill(self.target == self.options["ignore_index"], 0)
+        return torch.stack(torch.aminmax(kept)), lambda found: _check_range(self, *map(int, found))
+
     def __str__(self) -> str:
         return (
             f"{self.name}(input {tuple(self.logits.shape)}, target {tuple(self.target.shape)}, "
@@ -176,7 +186,8 @@ def _prediction_first(name: str, logits: Any, target: Any) -> tuple[Any, Any]:
 def check(call: LossCall) -> None:
     """Refuse a batch for which torch has no loss, or nan; call it before the torch call.
 
-    Cost: one minimum and maximum over class indices.
+    Cost: one minimum and maximum over class indices. On an accelerator they are not waited for: torch's own kernels
+    assert the range there, and `LossCall.unread_range` reads it with other verdicts.
     Raises: `BadInput` for an empty batch, two devices, class indices out of range, a mean over ignored targets alone.
     """
     if call.logits.numel() == 0:
@@ -185,7 +196,7 @@ def check(call: LossCall) -> None:
         raise BadInput(
             f"{call}: its input lies on {call.logits.device} and its target on {call.target.device}; move one."
         )
-    if call.class_axis is None or call.soft:
+    if call.class_axis is None or call.soft or call.target.device.type != "cpu":
         return
     classes, ignored = call.logits.shape[call.class_axis], call.options["ignore_index"]
     low, high = call.class_range
@@ -200,7 +211,11 @@ def check(call: LossCall) -> None:
                 "0/0; skip the batch, or use reduction='sum'."
             )
         return
-    low, high = (int(x) for x in torch.aminmax(kept))
+    _check_range(call, *(int(x) for x in torch.aminmax(kept)))
+
+
+def _check_range(call: LossCall, low: int, high: int) -> None:
+    classes, ignored = call.logits.shape[call.class_axis or 0], call.options["ignore_index"]
     if low < 0 or high >= classes:
         raise BadInput(
             f"{call}: targets lie in [{low}, {high}], but the input has {classes} classes, 0 to "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .base import FirstOrder, Likelihood, _wide, not_all, one_value
+from .base import FirstOrder, Likelihood, _wide, not_all, number, one_value
 from .call import LossCall, _expanded
 
 __all__ = ["Elementwise", "elementwise"]
@@ -31,7 +31,7 @@ class _Term(NamedTuple):
     weight: Tensor | None = None
     score: Score | None = None
     link: str = "identity"
-    terms: float | None = None
+    terms: float | Tensor | None = None
 
 
 class Elementwise(Likelihood):
@@ -40,7 +40,7 @@ class Elementwise(Likelihood):
     columns = 1
 
     def __init__(
-        self, call: LossCall, logits: Tensor, c: Tensor | float, terms: float, term: _Term, hessian: Tensor
+        self, call: LossCall, logits: Tensor, c: Tensor | float, terms: float | Tensor, term: _Term, hessian: Tensor
     ) -> None:
         super().__init__(call, logits, c, terms)
         self.link = term.link
@@ -113,7 +113,7 @@ def _mse(name: str, z: Tensor, y: Tensor, options: Mapping[str, Any]) -> _Term:
     """(z - y)²: a normal distribution of variance 1/2; a weighted mean divides by the sum of the weights."""
     weight = _weight(z, options)
     two = torch.full_like(z, 2.0)
-    terms = None if weight is None else float(weight.sum())
+    terms = None if weight is None else number(weight.sum())
     return _Term(_weighted(2 * (z - y), weight), two, weight, _normal(z, two), terms=terms)
 
 
@@ -167,7 +167,7 @@ def _smooth_l1(name: str, z: Tensor, y: Tensor, options: Mapping[str, Any]) -> _
 def _l1(name: str, z: Tensor, y: Tensor, options: Mapping[str, Any]) -> _Term:
     """|z - y|: no curvature; a weighted mean divides by the sum of the weights."""
     weight = _weight(z, options)
-    terms = None if weight is None else float(weight.sum())
+    terms = None if weight is None else number(weight.sum())
     return _Term(_weighted((z - y).sign(), weight), None, terms=terms)
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .base import FirstOrder, Likelihood, _wide, not_all, one_value
+from .base import FirstOrder, Likelihood, _wide, not_all, number, one_value
 from .call import LossCall
 
 __all__ = ["Softmax", "softmax"]
@@ -39,14 +39,13 @@ class _Masses:
             m = call.target.to(dtype) * (1 - self.smoothing) + self.smoothing / classes
             self.soft = m if self.alpha is None else m * self._along_classes(self.alpha, m.dim())
             self.total = self.soft.sum(axis)
-            self.terms = float(self.total.numel())
+            self.terms: float | Tensor = float(self.total.numel())
             return
         kept = call.target != call.options["ignore_index"]
         self.kept = kept.to(dtype)
         row = self.kept if self.alpha is None else self.alpha[self.index] * self.kept
-        low, high = call.class_range
-        counts_all = self.alpha is None and not low <= call.options["ignore_index"] <= high
-        self.terms = float(row.numel()) if counts_all else float(row.sum())
+        counts_all = self.alpha is None and not _may_ignore(call)
+        self.terms = float(row.numel()) if counts_all else number(row.sum())
         self.on_label = row * (1 - self.smoothing) if self.smoothing else row
         self.total = self.on_label
         if self.smoothing:
@@ -74,6 +73,14 @@ class _Masses:
         return alpha.reshape([-1 if axis == self.axis else 1 for axis in range(dim)])
 
 
+def _may_ignore(call: LossCall) -> bool:
+    """Whether a target may be ignored; on an accelerator without a look at them."""
+    if call.target.device.type != "cpu":
+        return True
+    low, high = call.class_range
+    return low <= int(call.options["ignore_index"]) <= high
+
+
 class Softmax(Likelihood):
     """Categorical likelihood: each term is one softmax over the class axis."""
 
@@ -85,7 +92,10 @@ class Softmax(Likelihood):
         self.class_axis = self._axis = masses.axis
         self.columns = max(masses.classes - 1, 0)
         self._masses = masses
-        self._weight = (self._scale * masses.total).unsqueeze(self._axis)
+
+    @cached_property
+    def _weight(self) -> Tensor:
+        return (self._scale * self._masses.total).unsqueeze(self._axis)
 
     @cached_property
     def _p(self) -> Tensor:
@@ -130,7 +140,9 @@ class Softmax(Likelihood):
     def counting(self) -> Tensor | None:
         """Bool `[*S]` with one class, or None; without weights the number of terms tells, at no cost."""
         masses = self._masses
-        if masses.hard and masses.alpha is None and not self._scale.dim() and masses.terms == masses.total.numel():
+        terms = masses.terms
+        counts_all = isinstance(terms, float) and terms == masses.total.numel()
+        if masses.hard and masses.alpha is None and not self._scale.dim() and counts_all:
             return None
         return not_all(self._weight != 0)
 

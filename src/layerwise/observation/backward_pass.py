@@ -33,7 +33,8 @@ class PassSettings(NamedTuple):
 
     samples: their number N, or a sample number for each loss term. pooled: whether several backward passes join to one
     batch, of which a mean runs over all terms; else losses add up. unscaled: whether the quantities are those of the
-    loss without the factor by which a gradient scaler multiplied it.
+    loss without the factor by which a gradient scaler multiplied it. defer: whether NaN and infinity are looked for
+    when a result is read, and not in the backward pass; None: on accelerators.
     """
 
     samples: int | torch.Tensor | None = None
@@ -41,6 +42,7 @@ class PassSettings(NamedTuple):
     dtype: torch.dtype | None = None
     pooled: bool = False
     unscaled: bool = False
+    defer: bool | None = False
 
 
 class BackwardPass:
@@ -176,9 +178,9 @@ def _unknown_reduction(likelihoods: Sequence[Likelihood]) -> str | None:
     return next((lik.call for lik in likelihoods if lik.mean is None), None)
 
 
-def _terms(likelihoods: Sequence[Likelihood]) -> tuple[float, ...] | None:
+def _terms(likelihoods: Sequence[Likelihood]) -> tuple[float | torch.Tensor, ...] | None:
     if not all(lik.mean for lik in likelihoods):
         if any(lik.mean for lik in likelihoods):
-            return tuple(float(lik.terms) if lik.mean else float("nan") for lik in likelihoods)
+            return tuple(lik.terms if lik.mean else float("nan") for lik in likelihoods)
         return None
-    return tuple(float(lik.terms) for lik in likelihoods)
+    return tuple(lik.terms for lik in likelihoods)

@@ -17,6 +17,7 @@ from layerwise.graph.samples import said_count
 from layerwise.graph.walk import nodes
 from layerwise.observation.backward_pass import BackwardPass, PassSettings
 from layerwise.observation.guards import (
+    ask_finite,
     check_alone,
     check_covered,
     check_finite,
@@ -24,6 +25,7 @@ from layerwise.observation.guards import (
     retained_grads_preserved,
     rollback,
     snapshot,
+    unread,
 )
 from layerwise.observation.results import Results
 from layerwise.observation.root_columns import send_roots
@@ -32,6 +34,7 @@ from layerwise.quantities.base import Quantity
 from layerwise.ranks.trainers import GraphTrainers, whole_parameters
 from layerwise.tape.pull import OnePass, accumulated, alone, hooked
 from layerwise.tape.tape import Tape
+from layerwise.tensors import Verdict
 
 __all__ = ["Observation"]
 
@@ -132,15 +135,17 @@ class Observation:
         results: Results,
         trainers: GraphTrainers,
     ) -> Any:
-        device, scale = total.device.type, 1.0
-        waits = device != "cpu"  # then the loss is read with the gradient, once
+        device, scale, deferred = total.device.type, 1.0, self._settings.defer
+        deferred = device != "cpu" if deferred is None else deferred
+        at_once = device == "cpu" and not deferred  # else all is read after the backward pass, once, or with a result
         with alone(device), retained_grads_preserved(tape.retained()), trainers.paused():
-            if not waits:
+            if at_once:
                 check_finite(total)
             if self._settings.unscaled:
                 scale = loss_scale(tape.scaler_calls, total) or 1.0
             own_losses = tape.returned is not None
             graph, known = resolved(lambda without: prove(tape, total, weight, without=without), own_losses)
+            verdict = Verdict() if at_once else unread(graph, known)
             observed = BackwardPass(tape, graph, known, results.quantities, self._model, self._settings)
             results.check(observed.batch)
             send_roots(observed)
@@ -159,9 +164,15 @@ class Observation:
                 check_alone(within.strangers)
                 check_covered(tape, before, arrived, covered)
                 gradient = {name: arrived[name] for name in covered if name in arrived}
-                check_gradient(gradient, total if waits else None)
+                if at_once:
+                    check_gradient(gradient)
+                else:
+                    ask_finite(verdict, known, total, gradient, deferred)
+                    if not deferred:
+                        verdict.read()
                 stream.finish(gradient)
-                results.add(observed.batch, observed.values, {name: (g,) for name, g in gradient.items()}, scale)
+                values = {name: (g,) for name, g in gradient.items()}
+                results.add(observed.batch, observed.values, values, scale, verdict)
         except BaseException:
             rollback(tape, before)
             raise

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import NonFinite, UncoveredUse, Undefined
+from layerwise.graph.coverage import Graph
+from layerwise.losses import Likelihood, LossCall
 from layerwise.ranks.trainers import several
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
-from layerwise.tensors import as_real, is_finite, together_finite
+from layerwise.tensors import Verdict, as_real, is_finite, largest_entries, together_finite
 
 __all__ = [
     "Fingerprints",
+    "ask_finite",
     "check_alone",
     "check_covered",
     "check_finite",
@@ -24,7 +29,11 @@ __all__ = [
     "retained_grads_preserved",
     "rollback",
     "snapshot",
+    "unread",
 ]
+
+
+_THE_LOSS = ""  # no parameter is called so
 
 
 class Fingerprints:
@@ -70,22 +79,58 @@ def check_finite(total: Tensor) -> None:
         )
 
 
-def check_gradient(gradient: Mapping[str, Tensor], total: Tensor | None = None) -> None:
-    """Raise NonFinite for a gradient of NaN or infinity under a finite loss: an infinite input times zero is NaN.
-
-    total: a loss to check too, where it was not before the backward pass; all are read at once.
-    """
-    further = () if total is None else (total,)
-    if together_finite([*further, *gradient.values()]):
+def check_gradient(gradient: Mapping[str, Tensor]) -> None:
+    """Raise NonFinite for a gradient of NaN or infinity under a finite loss: an infinite input times zero is NaN."""
+    if together_finite(gradient.values()):
         return
-    for loss in further:
-        check_finite(loss)
     for name, g in gradient.items():
         if not is_finite(g):
-            raise NonFinite(
-                f"asked to observe a backward pass whose gradient of {name!r} holds NaN or infinity; .grad is as it "
-                "was. Check the batch and the parameters, or skip the batch"
-            )
+            raise NonFinite(_of_gradient(name, ".grad is as it was"))
+
+
+def unread(graph: Graph, known: Sequence[Likelihood]) -> Verdict:
+    """What is to be read of the losses; from now on they keep what they would wait for."""
+    verdict = Verdict()
+    for lik in known:
+        lik.unread = []
+    for loss in graph.known:
+        if isinstance(loss.call, LossCall) and (asked := loss.call.unread_range()) is not None:
+            verdict.ask(*asked)
+    return verdict
+
+
+def ask_finite(
+    verdict: Verdict, known: Sequence[Likelihood], total: Tensor, gradient: Mapping[str, Tensor], deferred: bool
+) -> None:
+    """As `check_finite` and `check_gradient`, when the verdict is read, and what the losses have kept for it.
+
+    deferred: whether that is with a result, when `.grad` is what torch has made of it.
+    """
+    left = ".grad is what it was without layerwise" if deferred else ".grad is as it was"
+    for lik in known:
+        for values, judge in lik.unread or ():
+            verdict.ask(values, judge)
+    for names, largest in largest_entries({_THE_LOSS: total, **gradient}):
+        verdict.ask(largest, partial(_judge, names, left))
+
+
+def _judge(names: Sequence[str], left: str, found: list[float]) -> None:
+    for name, largest in zip(names, found, strict=True):
+        if math.isfinite(largest):
+            continue
+        if name != _THE_LOSS:
+            raise NonFinite(_of_gradient(name, left))
+        raise NonFinite(
+            f"asked to observe a backward pass from a loss of NaN or infinity; {left}. Check the batch and the "
+            "parameters for NaN and infinity"
+        )
+
+
+def _of_gradient(name: str, left: str) -> str:
+    return (
+        f"asked to observe a backward pass whose gradient of {name!r} holds NaN or infinity; {left}. Check the batch "
+        "and the parameters, or skip the batch"
+    )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,12 @@ class observe:
     losses say. scale: "loss" (g_n sum to `.grad`) or "sample" (N g_n for a mean).
     dtype: of the sums and results of all quantities, by default each parameter's own (under autocast too). The
     cotangents come in the types of the graph, second derivatives are taken in them, and means are read off `.grad`.
-    Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed.
+    on_nonfinite: "raise" looks for NaN and infinity in the loss, the gradient and the loss's curvature, and for class
+    indices out of range, before `backward` returns; an accelerator waits for that once. "defer" waits for nothing:
+    `.grad` is then what torch makes of such a batch, and every result raises when it is read, so that none is wrong.
+    None: "raise" on the CPU, which has nothing to wait for, and "defer" elsewhere.
+    Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed, but for
+    what "defer" says.
     """
 
     def __init__(
@@ -44,8 +49,12 @@ class observe:
         samples: int | Tensor | None = None,
         scale: str = "loss",
         dtype: torch.dtype | None = None,
+        on_nonfinite: Literal["raise", "defer"] | None = None,
     ) -> None:
-        self._observation = Observation(model, quantities, PassSettings(samples, scale, dtype))
+        if on_nonfinite not in ("raise", "defer", None):
+            raise BadInput(f'on_nonfinite must be "raise", "defer" or None, got {on_nonfinite!r}')
+        defer = None if on_nonfinite is None else on_nonfinite == "defer"
+        self._observation = Observation(model, quantities, PassSettings(samples, scale, dtype, defer=defer))
 
     def __enter__(self) -> Seen:
         try:

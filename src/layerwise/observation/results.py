@@ -14,6 +14,7 @@ from layerwise.quantities.base import ByParameter, Context, Quantity
 from layerwise.ranks.group import Ranks
 from layerwise.ranks.trainers import Placements, placements_of
 from layerwise.tape.pull import alone
+from layerwise.tensors import Verdict
 
 __all__ = ["Results"]
 
@@ -32,6 +33,7 @@ class Results:
         self._scale, self._pooled = scale, pooled
         self._values = [UnionValues(q.powers, q.concatenate) for q in quantities]
         self._gradient = UnionValues((1,))
+        self._verdict = Verdict()
         self._made: dict[int, Any] = {}  # results, by the number of their quantity
         self._names: list[str] = []
         self._placements: Placements = {}
@@ -54,16 +56,23 @@ class Results:
                 "all backward passes first, or observe this one in a context of its own"
             )
         if self.count:
+            self.batch, batch = self.batch.read(), batch.read()
             check = check_pooled if self._pooled else check_sum
             check(self.batch, batch, self.quantities, self._scale)
 
-    def add(self, batch: Batch, values: Mapping[int, Values], gradient: Values, scale: float = 1.0) -> None:
-        """Take the results of one backward pass, which `check` has passed. scale: of its loss, to be taken out."""
+    def add(
+        self, batch: Batch, values: Mapping[int, Values], gradient: Values, scale: float, verdict: Verdict
+    ) -> None:
+        """Take the results of one backward pass, which `check` has passed.
+
+        scale: of its loss, to be taken out. verdict: on what the pass has not waited for, read before any result is.
+        """
         if scale != 1:
             values = {i: scaled(v, self.quantities[i].powers, 1 / scale) for i, v in values.items()}
             gradient = scaled(gradient, (1.0,), 1 / scale)
         first = self.count == 0
-        weight = batch.weight if self._pooled else 1.0
+        weight = float(batch.weight) if self._pooled else 1.0
+        self._verdict.join(verdict)
         for i, v in values.items():
             self._values[i].add(v, weight, first, (self.batch.samples, batch.samples))
         self._gradient.add(gradient, weight, first)
@@ -74,18 +83,20 @@ class Results:
     # -- results -------------------------------------------------------------------------------------------
 
     def require(self, name: str) -> None:
-        """Raise NoBackward before the first backward pass."""
+        """Raise NoBackward before the first backward pass, and what the verdict on the passes raises."""
         if not self.count:
             raise NoBackward(
                 f"asked for {name!r}, but no backward pass that reaches a parameter of the model has finished inside "
                 "`observe`; call loss.backward() there"
             )
+        self._verdict.read()
 
     def result(self, i: int) -> Any:
         """The result of the i-th quantity, made once."""
         quantity = self.quantities[i]
         self.require(quantity.name)
         if i not in self._made:
+            self.batch = self.batch.read()
             union = self.batch.union(self._scale)
             result = quantity.finish(self.values_of(i), union, Context(self._whole_gradient()))
             self._made[i] = result if any(self._values[i].concatenate[:1]) else self._placed(result)
@@ -104,7 +115,7 @@ class Results:
         return ByParameter({name: v[0] for name, v in self._ordered(self._gradient).items()})
 
     def _ordered(self, held: UnionValues) -> Values:
-        values = held.finish(self.batch.weight if self._pooled or self._reduced else 1.0)
+        values = held.finish(float(self.batch.weight) if self._pooled or self._reduced else 1.0)
         return {name: values[name] for name in self._names if name in values}
 
     def _placed(self, result: Any) -> Any:
@@ -131,6 +142,8 @@ class Results:
         """Check that the ranks' results join, and add them up."""
         settings = {f"quantity {i}": q.settings() for i, q in enumerate(self.quantities)}
         ranks.agree({"the observed quantities": list(self.quantities), "scale": self._scale} | self._kinds | settings)
+        ranks.together(self._verdict.read)
+        self.batch = self.batch.read()
         reports = ranks.gather((self.count, self.batch))
         union = union_of(reports, self.quantities, self._scale)
         tables = ranks.together(self._tables)
@@ -148,7 +161,7 @@ class Results:
 
     def _tables(self) -> list[Table]:
         """The gradient and values of the quantities, weighted as those of one of several pooled batches."""
-        weight = 1.0 if self._pooled else self.batch.weight  # a pooled one has weighted its own
+        weight = 1.0 if self._pooled else float(self.batch.weight)  # a pooled one has weighted its own
         found = [Table("the gradient", self._gradient.weighted(weight), (False,))]
         for i, (quantity, held) in enumerate(zip(self.quantities, self._values, strict=True)):
             found.append(Table(f"{quantity!r} ({i})", held.weighted(weight), held.concatenate, quantity.stacks))

@@ -7,7 +7,7 @@ pooled (those of `accumulate`, and of ranks) join to one batch: a mean runs over
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,13 +35,19 @@ Values = dict[str, tuple[Any, ...]]
 class Batch:
     """One backward pass, or several: the samples, and the denominators of the losses' means (None for sums).
 
-    A denominator is NaN where there is no one number: a sum beside a mean, passes over different mixes of terms.
+    A denominator is NaN where there is no one number: a sum beside a mean, passes over different mixes of terms. One
+    on an accelerator may be a tensor there; `read` waits for it.
     unknown_reduction: the name of a loss that does not say whether it is a mean.
     """
 
     samples: int
-    terms: tuple[float, ...] | None
+    terms: tuple[float | Tensor, ...] | None
     unknown_reduction: str | None = None
+
+    def read(self) -> Batch:
+        """The same with denominators that are numbers."""
+        terms = None if self.terms is None else tuple(map(float, self.terms))
+        return replace(self, terms=terms)
 
     def __add__(self, other: Batch) -> Batch:
         """Both together."""
@@ -54,7 +60,7 @@ class Batch:
         return Batch(self.samples + other.samples, terms, self.unknown_reduction or other.unknown_reduction)
 
     @property
-    def weight(self) -> float:
+    def weight(self) -> float | Tensor:
         """How much the batch counts among others that it is pooled with: the terms of its mean, or 1 for a sum."""
         return 1.0 if self.terms is None else self.terms[0]
 
@@ -153,12 +159,13 @@ def scaled(values: Values, powers: Sequence[float], factor: float) -> Values:
     return {name: weighed(value, powers, factor) for name, value in values.items()}
 
 
-def in_proportion(one: tuple[float, ...] | None, other: tuple[float, ...] | None) -> bool:
+def in_proportion(one: tuple[float | Tensor, ...] | None, other: tuple[float | Tensor, ...] | None) -> bool:
     """Whether the means of two batches run over the same mix of terms; None: sums."""
     if one is None or other is None:
         return one is other
     return len(one) == len(other) and all(
-        abs(a * other[0] - b * one[0]) <= 1e-9 * abs(a * other[0]) for a, b in zip(one, other, strict=True)
+        abs(a * float(other[0]) - b * float(one[0])) <= 1e-9 * abs(a * float(other[0]))
+        for a, b in zip(map(float, one), map(float, other), strict=True)
     )
 
 

@@ -39,7 +39,7 @@ class Union:
     samples: int
     mean: bool
     scale: str
-    terms: float = 1.0
+    terms: float | Tensor = 1.0
     pooled: bool = False
 
 

@@ -72,7 +72,7 @@ class ClippedGrad(Quantity):
                 "asked for ClippedGrad of several batches of one mean loss: |g_n| would depend on the number "
                 'of samples in the others; use scale="sample" (clips |N g_n|), a sum loss, or one context a batch'
             )
-        a, b = seen.terms / seen.samples, batch.terms / batch.samples
+        a, b = float(seen.terms) / seen.samples, float(batch.terms) / batch.samples
         if abs(a - b) > 1e-9 * abs(a):
             raise Undefined(
                 f"asked for ClippedGrad of several batches of one mean loss with {a:g} loss terms a sample so "
@@ -90,12 +90,16 @@ class ClippedGrad(Quantity):
         if not squares:
             return None, squares
         norms = torch.stack(list(squares.values())).sum(0).sqrt()
+        if norms.device.type == "cpu":  # an accelerator waits for it where the result is read
+            self._check_norms(norms)
+        return (self.max_norm / norms).clamp(max=1), squares
+
+    def _check_norms(self, norms: Tensor) -> None:
         if not bool(torch.isfinite(norms).all()):
             raise NonFinite(
                 f"asked for gradients clipped to {self.max_norm:g}, but the gradient of sample "
                 f"{int((~torch.isfinite(norms)).nonzero()[0])} has norm {float(norms[~torch.isfinite(norms)][0])}"
             )
-        return (self.max_norm / norms).clamp(max=1), squares
 
     def revisit(self, gradient: ParameterGradient, survey: Any) -> tuple[Tensor, ...]:
         """The weighted sum `[*shape]`, and the squared norms `[N]`."""
@@ -106,6 +110,7 @@ class ClippedGrad(Quantity):
         """The clipped gradients by parameter, with the norms over all parameters."""
         squares = [square for _, square in values.values()]
         norms = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(union.samples)
+        self._check_norms(norms)
         return Clipped({name: value for name, (value, _) in values.items()}, norms)
 
     def __repr__(self) -> str:

@@ -192,6 +192,6 @@ def weights_of(reports: Sequence[Report], reduction: str) -> list[float]:
     return _shares(first)
 
 
-def _shares(counts: Sequence[float]) -> list[float]:
-    total = sum(counts)
-    return [count / total for count in counts]
+def _shares(counts: Sequence[float | Tensor]) -> list[float]:
+    numbers = list(map(float, counts))
+    return [count / sum(numbers) for count in numbers]

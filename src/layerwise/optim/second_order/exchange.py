@@ -298,7 +298,7 @@ def _report(watched: Watched, grads: Mapping[str, Tensor], where: str | None, av
         return Report(where=where, averaged=averaged)
     norms = torch.stack([n.double() for n in torch._foreach_norm(list(grads.values()))]).tolist() if grads else []
     return Report(
-        batch=watched.batch, by_hand=watched.by_hand, averaged=averaged, names=tuple(grads),
+        batch=watched.batch.read(), by_hand=watched.by_hand, averaged=averaged, names=tuple(grads),
         norms=tuple(norms), left=tuple(sorted(watched.left or ())),
         measured=tuple((f"{found.kind} of {name}", text) for found in watched.found
                        for name, text in found.described().items()),
