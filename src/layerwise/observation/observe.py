@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class observe:
     losses say. scale: "loss" (g_n sum to `.grad`) or "sample" (N g_n for a mean).
     dtype: of the sums and results of all quantities, by default each parameter's own (under autocast too). The
     cotangents come in the types of the graph, second derivatives are taken in them, and means are read off `.grad`.
+    parameters: names of parameters or of modules that hold them, or patterns with * and ?, as `layers=` of the
+    optimizers takes them; only their quantities are computed, and only their gradients are in `seen.grad`. None: all.
     Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed.
     """
 
@@ -44,8 +46,9 @@ class observe:
         samples: int | Tensor | None = None,
         scale: str = "loss",
         dtype: torch.dtype | None = None,
+        parameters: str | Sequence[str] | None = None,
     ) -> None:
-        self._observation = Observation(model, quantities, PassSettings(samples, scale, dtype))
+        self._observation = Observation(model, quantities, PassSettings(samples, scale, dtype, parameters=parameters))
 
     def __enter__(self) -> Seen:
         try:
