@@ -236,8 +236,8 @@ def stepped(layers: int, make: Callable[[nn.Module], Any], steps: int = 4) -> Co
     return count
 
 
-# The means of Kronecker factors run over rows that count, so the host must know whether a target is ignored. KFRA and the
-# exact diagonal of the Hessian measure the structure of each batch with probes.
+# The means of Kronecker factors run over rows that count, so the host must know whether a target is ignored. KFRA and
+# the exact diagonal of the Hessian measure the structure of each batch with probes.
 WAITS: dict[str, tuple[Callable[[], lw.Quantity], int]] = {
     "PerSampleGrad": (lw.PerSampleGrad, 0),
     "SquaredNorm": (lw.SquaredNorm, 0),

@@ -209,7 +209,7 @@ def test_batches_do_not_matter_and_the_model_is_left_as_it_was() -> None:
     apart = [(x[n : n + 1], y[n : n + 1]) for x, y in train for n in range(len(x))]
     results = []
     for batches in (train, once, apart):
-        influence = lw.attribution.Influence(model, loss, [r".*\.weight"], draws=None).fit(batches)
+        influence = lw.attribution.Influence(model, loss, ["*.weight"], draws=None).fit(batches)
         results.append(influence.scores(queries, batches))
     assert_close(results[1], results[0])
     assert_close(results[2], results[0])
@@ -218,13 +218,13 @@ def test_batches_do_not_matter_and_the_model_is_left_as_it_was() -> None:
     assert not any("bias" in name for name in influence.names)
 
 
-def test_chosen_parameters_are_those_that_a_pattern_matches_whole() -> None:
+def test_chosen_parameters_are_those_that_a_pattern_matches() -> None:
     model, loss, train, queries = mlp()
     whole = lw.attribution.Influence(model, loss, draws=None).fit(train).per_layer(queries, train)
-    some = lw.attribution.Influence(model, loss, ["0.*", r"2\.bias"], draws=None).fit(train).per_layer(queries, train)
+    some = lw.attribution.Influence(model, loss, ["0", "2.b*"], draws=None).fit(train).per_layer(queries, train)
     assert_close(some, {name: whole[name] for name in ("0.weight", "0.bias", "2.bias")})
-    for wrong in ("weight", "("):
-        with pytest.raises(BadInput, match=r"2\.bias|no regular expression"):
+    for wrong in ("weight", r".*\.weight"):
+        with pytest.raises(BadInput, match=r"2\.bias"):
             lw.attribution.Influence(model, loss, wrong)
 
 

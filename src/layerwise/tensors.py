@@ -1,4 +1,4 @@
-"""Helpers for plain tensors: finiteness and late verdicts, complex squares, huge pages, copy on write, sparse to dense, random states.
+"""Helpers for plain tensors: finiteness, complex squares, huge pages, copy on write, sparse to dense, random states.
 
 Per-sample gradients are bound by page faults, not by arithmetic: on Linux a tensor of 400 MB touches 100,000 small
 pages for the first time. Asking for transparent huge pages (`madvise`) is only a hint, without which memory is

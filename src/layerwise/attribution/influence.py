@@ -37,7 +37,7 @@ class Influence:
 
     model, loss_fn: as for `accumulate`; loss_fn a known loss (or marked by `as_loss`). Padding and targets of -100
     count for nothing. Put the model into the mode, `eval()`, that it is asked about; it is left as it is.
-    parameters: regular expressions for the whole names of parameters; None: all that require gradients.
+    parameters: names or patterns, as for `observe`; None: all that require gradients.
     curvature: "ekfac", "kfac", "diag" (of the GGN), or "identity", which is TracIn's inner product of gradients, needs
     no fit, and takes no damping.
     damping: λ, in the units of G; None: a tenth of the mean eigenvalue of each block.

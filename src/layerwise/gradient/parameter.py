@@ -6,7 +6,7 @@ per-sample gradients otherwise: a derived tensor's gradients reach its parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -303,28 +303,33 @@ def _matrices(part: RowsPart, directions: Tensor) -> Tensor:
 
 
 class PartCollector:
-    """Collects the parts of every parameter's gradient, and returns the gradient once all its uses have parts."""
+    """Collects the parts of every parameter's gradient, and returns the gradient once all its uses have parts.
 
-    def __init__(self, tape: Tape, uses: Iterable[Use]) -> None:
+    asked: the names of the parameters whose gradients are wanted; None: all.
+    """
+
+    def __init__(self, tape: Tape, uses: Iterable[Use], asked: Collection[str] | None = None) -> None:
         self._tape = tape
         self._expected: dict[str, set[int]] = {}
         self._waiting: dict[str, list[Part]] = {}
         for use in uses:
             for name in use.names:
-                self._expected.setdefault(name, set()).add(use.index)
+                if asked is None or name in asked:
+                    self._expected.setdefault(name, set()).add(use.index)
 
     def add(self, use: Use, parts: Iterable[tuple[str, Part]]) -> Iterator[ParameterGradient]:
         """Add the parts of one use, and yield the gradients that are now complete."""
         for name, part in parts:
             self._waiting.setdefault(name, []).append(part)
         for name in use.names:
-            self._expected[name].discard(use.index)
-            if not self._expected[name]:
-                yield self._take(name)
+            if name in self._expected:
+                self._expected[name].discard(use.index)
+                if not self._expected[name]:
+                    yield self._take(name)
 
     def complete(self, use: Use) -> bool:
         """Whether the gradients of all parameters of a use have been returned."""
-        return not any(self._expected[name] for name in use.names)
+        return not any(self._expected.get(name) for name in use.names)
 
     def rest(self) -> Iterator[ParameterGradient]:
         """Yield the incomplete gradients, of which some use had no cotangent."""

@@ -176,6 +176,7 @@ def parts_of(
     later: bool = False,
     unstructured: Collection[str] = (),
     rows_only: bool = False,
+    asked: Collection[str] | None = None,
 ) -> list[tuple[str, Part]]:
     """The parts of each parameter's gradient from a stack of cotangents `[V, *out_shape]` of one use.
 
@@ -183,9 +184,13 @@ def parts_of(
     later: return a `LaterPart` for derived tensors, to backpropagate on demand.
     unstructured: names of parameters with rows that need no per-sample structure (Kronecker factors).
     rows_only: return a `Part` without numbers where a parameter has no rows.
+    asked: the names of the parameters whose parts are wanted; None: all.
     """
     parts: list[tuple[str, Part]] = []
     for derived, slot in zip(use.used, use.slots, strict=True):
+        names = sorted(derived.names if asked is None else derived.names.intersection(asked))
+        if not names:
+            continue
         if len(derived.names) == 1:
             (name,) = derived.names
             where = None if name in unstructured else samples
@@ -195,10 +200,10 @@ def parts_of(
                 parts.append((name, RowsPart(use, slot, found, view)))
                 continue
         if rows_only:
-            parts += [(name, Part(use)) for name in sorted(derived.names)]
+            parts += [(name, Part(use)) for name in names]
             continue
         assert samples is not None
-        leaves = {name: tape.parameters[name] for name in sorted(derived.names)}
+        leaves = {name: tape.parameters[name] for name in names}
         rows = slot.structured(g, samples) if later and not slot.used.is_leaf else None
         if rows is not None:
             parts += [(name, LaterPart(use, slot, rows, leaf, leaf.dtype)) for name, leaf in leaves.items()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Graph:
     known: losses with a likelihood, in call order. own: the user's own losses, which are the rest of the total.
     selections: the nodes between the losses' inputs and uses, or two uses, that pick elements by an index or a mask.
     in_losses: those between the total and the losses' inputs. entered: where the tensors come from that the model was
-    called with.
+    called with. asked: names of the parameters whose quantities are wanted; None: all.
     """
 
     total: Tensor
@@ -46,6 +47,7 @@ class Graph:
     selections: tuple[Node, ...] = ()
     in_losses: tuple[Node, ...] = ()
     entered: tuple[Origin, ...] = ()
+    asked: frozenset[str] | None = None
 
     @property
     def losses(self) -> list[LossUse]:
@@ -62,9 +64,20 @@ class Graph:
         """The batch that the first use read, possibly through maps that keep the samples."""
         return self.uses[0].batch if self.uses else None
 
-    def parameters(self) -> list[str]:
+    def covered(self) -> list[str]:
         """Names of the parameters with at least one use, in no particular order."""
         return sorted(set().union(*(d.names for use in self.uses for d in use.used)))
+
+    def parameters(self) -> list[str]:
+        """Names of those among them whose quantities are wanted."""
+        return [name for name in self.covered() if self.asked is None or name in self.asked]
+
+    @cached_property
+    def asked_uses(self) -> list[Use]:
+        """The uses of the parameters whose quantities are wanted."""
+        if self.asked is None:
+            return self.uses
+        return [use for use in self.uses if not self.asked.isdisjoint(use.names)]
 
 
 def prove(

@@ -22,9 +22,9 @@ from layerwise.quantities.base import Quantity
 from layerwise.ranks.group import Ranks, check_same_model
 from layerwise.ranks.trainers import placements_of, unreduced, unwrapped
 from layerwise.replay.state import RandomState
-from layerwise.tape.binding import Binding
+from layerwise.tape.binding import Binding, chosen_names
 
-__all__ = ["accumulate", "batch_loss"]
+__all__ = ["accumulate", "backward", "batch_loss"]
 
 _END = object()
 
@@ -40,6 +40,7 @@ def accumulate(
     progress: bool = False,
     distributed: bool = True,
     group: Any = None,
+    parameters: str | Sequence[str] | None = None,
 ) -> Seen:
     """Quantities of the loss of a whole data set, from one pass over its batches; from two for `EKFAC`.
 
@@ -53,7 +54,8 @@ def accumulate(
 
     loss_fn: of a module and batches `(x, y)` (a tuple or list of two), called as `loss_fn(model(x), y)`. For any
     other batch, and for a functional model, called as `loss_fn(batch)`: it runs the model itself.
-    samples, scale, dtype: as for `observe`; samples is the number in every batch, by default dim 0 of the batch.
+    samples, scale, dtype, parameters: as for `observe`; samples is the number in every batch, by default dim 0 of the
+    batch. The backward passes compute no gradient of parameters that are not asked for.
     distributed: where torch.distributed was started, every rank of `group` (None: all) calls this with a loader of its
     own share, and gets the results of all shares together, as `Seen.all_reduce` gives them. False: of its own alone.
     An error on one rank is one on all. DDP's hooks rest meanwhile; under FSDP2 all ranks need as many batches.
@@ -68,7 +70,7 @@ def accumulate(
     ranks = Ranks(group) if distributed else Ranks.alone()
     if ranks.size > 1:
         check_same_model(model, group)
-    settings = PassSettings(samples, scale, dtype, pooled=True)
+    settings = PassSettings(samples, scale, dtype, pooled=True, parameters=parameters)
     one_pass = partial(_pass, model, loss_fn, lambda: iter(_shown(loader) if progress else loader), ranks, settings)
 
     def run(asked: Sequence[Quantity]) -> Results:
@@ -161,7 +163,7 @@ def _pass(
                 if in_step:
                     with _pop_mode_temporarily():
                         ranks.together(partial(check_finite, loss))
-                loss.backward()
+                backward(loss, parameters, settings.parameters)
                 count += 1
     finally:
         for name, p in parameters.items():
@@ -208,6 +210,17 @@ def batch_loss(model: Any, loss_fn: Callable[..., Tensor], batch: Any) -> Tensor
         seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise BadInput(f"accumulate's loss_fn must return a loss of one number, got {seen}")
     return loss
+
+
+def backward(loss: Tensor, parameters: Mapping[str, Tensor], patterns: str | Sequence[str] | None) -> None:
+    """The backward pass of a batch; where patterns choose parameters, no gradient of others is computed.
+
+    parameters: the tensors whose `.grad` is set, by name. Sharded ones have gradients of whole copies, so all are sent.
+    """
+    if patterns is None or placements_of(parameters):
+        loss.backward()
+    else:
+        loss.backward(inputs=[parameters[name] for name in chosen_names("parameters", patterns, list(parameters))])
 
 
 def _shown(loader: Iterable[Any]) -> Iterator[Any]:

@@ -31,7 +31,8 @@ __all__ = ["BackwardPass", "PassSettings"]
 class PassSettings(NamedTuple):
     """How to observe: the samples (None: as the batch, the targets and the losses say), the scale, the results' type.
 
-    samples: their number N, or a sample number for each loss term. pooled: whether several backward passes join to one
+    samples: their number N, or a sample number for each loss term. parameters: patterns of the names of those whose
+    quantities are wanted; None: all. pooled: whether several backward passes join to one
     batch, of which a mean runs over all terms; else losses add up. unscaled: whether the quantities are those of the
     loss without the factor by which a gradient scaler multiplied it. defer: whether NaN and infinity are looked for
     when a result is read, and not in the backward pass; None: on accelerators.
@@ -42,6 +43,7 @@ class PassSettings(NamedTuple):
     dtype: torch.dtype | None = None
     pooled: bool = False
     unscaled: bool = False
+    parameters: str | Sequence[str] | None = None
     defer: bool | None = False
 
 
@@ -104,7 +106,7 @@ class BackwardPass:
         asked = [q for q in self.quantities if not (q.needs_samples or q.cotangent.in_graph)]
         if not asked:
             return set()
-        mixed = without_rows(self.tape, self.graph.uses)
+        mixed = without_rows(self.tape, self.graph.asked_uses)
         if all(q.rows_only for q in asked):
             self._unstructured = self.tape.parameters.keys()
             return set()
@@ -138,11 +140,15 @@ class BackwardPass:
         """What cotangents `[V, *out_shape]` of one use contribute to each parameter; arguments as for `parts_of`."""
         where = None if self.layout is None else self.layout.uses[use.index]
         unstructured: Collection[str] = () if needs_samples else self._unstructured
-        found = parts_of(self.tape, use, g, where, later, unstructured, rows_only)
+        found = parts_of(self.tape, use, g, where, later, unstructured, rows_only, self.graph.asked)
         if self._real_rows is not None:
             found = [(name, self._with_masks(part, None if name in unstructured else where)) for name, part in found]
         dtype = self._settings.dtype
         return found if dtype is None else [(name, part.to(dtype)) for name, part in found]
+
+    def read_uses(self) -> list[Use]:
+        """The uses of which something may be read for a quantity: all where real rows are told by those beside them."""
+        return self.graph.asked_uses if self._real_rows is None else self.graph.uses
 
     def _with_masks(self, part: Part, where: Any) -> Part:
         """The part with a function that tells its real rows; where: the place of the samples that its rows follow."""

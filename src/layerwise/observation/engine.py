@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,8 +33,10 @@ from layerwise.observation.root_columns import send_roots
 from layerwise.observation.stream import Stream
 from layerwise.quantities.base import Quantity
 from layerwise.ranks.trainers import GraphTrainers, whole_parameters
+from layerwise.tape.binding import chosen_names
 from layerwise.tape.pull import OnePass, accumulated, alone, hooked
 from layerwise.tape.tape import Tape
+from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import Verdict
 
 __all__ = ["Observation"]
@@ -68,6 +71,16 @@ class Observation:
         self._results: Results | None = None
         self._tape: Tape | None = None
         self._second_order: SecondOrder | None = None
+        if settings.parameters is not None:
+            self._asked([name for name, p in named_parameters_of(model).items() if p.requires_grad])
+
+    def _asked(self, names: Iterable[str]) -> list[str]:
+        """Those among the names of all parameters whose quantities are wanted."""
+        return chosen_names("parameters", self._settings.parameters, list(names))
+
+    def _follow(self, results: Results, tape: Tape) -> None:
+        names = self._asked(tape.parameters)
+        results.follow(names, {name: tape.owners[name] for name in names})
 
     def restart(self, quantities: Sequence[Quantity] | None = None) -> Results:
         """Observe these quantities (None: the same) from now on, with results of their own, empty at first."""
@@ -92,7 +105,7 @@ class Observation:
             if results is None:
                 results = self.restart()
             self._results = results
-            results.follow(tape.parameters, tape.owners)
+            self._follow(results, tape)
             tape.__enter__()
             if any(q.cotangent.twice for q in self._quantities):
                 self._second_order = SecondOrder()
@@ -119,7 +132,7 @@ class Observation:
             raise BadInput("asked to observe a backward pass from a loss on the meta device, which holds no numbers")
         results = self._results
         assert results is not None
-        results.follow(tape.parameters, tape.owners)
+        self._follow(results, tape)
         reached = list(nodes([(total.grad_fn, 0)]))
         if total.requires_grad and not any(map(tape.leaves().name, reached)):
             return _run_unobserved(tape, total, run)
@@ -146,12 +159,14 @@ class Observation:
             own_losses = tape.returned is not None
             graph, known = resolved(lambda without: prove(tape, total, weight, without=without), own_losses)
             verdict = Verdict() if at_once else unread(graph, known)
+            if self._settings.parameters is not None:
+                graph = replace(graph, asked=frozenset(self._asked(tape.parameters)))
             observed = BackwardPass(tape, graph, known, results.quantities, self._model, self._settings)
             results.check(observed.batch)
             send_roots(observed)
             stream = Stream(observed, self._keeps_inputs)
         before = {name: snapshot(p) for name, p in tape.owners.items()}
-        covered = graph.parameters()
+        covered = graph.covered()
         stream.release()
         try:
             with (
@@ -163,7 +178,7 @@ class Observation:
             with alone(device):
                 check_alone(within.strangers)
                 check_covered(tape, before, arrived, covered)
-                gradient = {name: arrived[name] for name in covered if name in arrived}
+                gradient = {name: arrived[name] for name in graph.parameters() if name in arrived}
                 if at_once:
                     check_gradient(gradient)
                 else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,8 @@ class observe:
     indices out of range, before `backward` returns; an accelerator waits for that once. "defer" waits for nothing:
     `.grad` is then what torch makes of such a batch, and every result raises when it is read, so that none is wrong.
     None: "raise" on the CPU, which has nothing to wait for, and "defer" elsewhere.
+    parameters: names of parameters or of modules that hold them, or patterns with * and ?, as `layers=` of the
+    optimizers takes them; only their quantities are computed, and only their gradients are in `seen.grad`. None: all.
     Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed, but for
     what "defer" says.
     """
@@ -50,11 +52,13 @@ class observe:
         scale: str = "loss",
         dtype: torch.dtype | None = None,
         on_nonfinite: Literal["raise", "defer"] | None = None,
+        parameters: str | Sequence[str] | None = None,
     ) -> None:
         if on_nonfinite not in ("raise", "defer", None):
             raise BadInput(f'on_nonfinite must be "raise", "defer" or None, got {on_nonfinite!r}')
         defer = None if on_nonfinite is None else on_nonfinite == "defer"
-        self._observation = Observation(model, quantities, PassSettings(samples, scale, dtype, defer=defer))
+        settings = PassSettings(samples, scale, dtype, defer=defer, parameters=parameters)
+        self._observation = Observation(model, quantities, settings)
 
     def __enter__(self) -> Seen:
         try:

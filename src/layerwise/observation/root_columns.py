@@ -37,7 +37,7 @@ def send_roots(observed: BackwardPass) -> None:
         chunk = _chunk_size(observed.graph)
         stacks: Stacks = {}
         for column, curvature, stack in cotangent.stacks(observed.curvatures, chunk):
-            _contract(observed, indices, _pulled(curvature, stack, observed.graph.uses), column, stacks)
+            _contract(observed, indices, _pulled(curvature, stack, observed.graph.asked_uses), column, stacks)
         for i, name in list(stacks):
             found = stacks.pop((i, name))
             observed.values[i][name] = tuple(torch.cat(t, 1) for t in zip(*found, strict=True))
@@ -45,7 +45,7 @@ def send_roots(observed: BackwardPass) -> None:
 
 def _chunk_size(graph: Graph) -> int:
     """Columns sent back at once: as many as the uses' cotangents fit in the cache's neighbourhood."""
-    elements = sum(use.call.out_shape.numel() for use in graph.uses)
+    elements = sum(use.call.out_shape.numel() for use in graph.asked_uses)
     return max(1, _COTANGENT_ELEMENTS // max(1, elements))
 
 
@@ -83,7 +83,7 @@ def _contract(
     flags = {q.needs_samples for _, q in asked}
     rows_only = {flag: all(q.rows_only for _, q in asked if q.needs_samples == flag) for flag in flags}
     parts: dict[tuple[str, bool], list[Part]] = {}
-    for use, g in zip(observed.graph.uses, pulled, strict=True):
+    for use, g in zip(observed.graph.asked_uses, pulled, strict=True):
         for flag in flags:
             for name, part in observed.parts(use, g, flag, rows_only[flag]):
                 parts.setdefault((name, flag), []).append(part)

@@ -37,17 +37,20 @@ class Stream:
             self._indices = [i for i in self._indices if i not in self._second.indices]
             self._second = SecondStage(observed, [])
         self._rows_only = all(quantities[i].rows_only for i in self._indices)
-        self._collector = PartCollector(observed.tape, observed.graph.uses)
+        self._collector = PartCollector(observed.tape, observed.graph.asked_uses, observed.graph.asked)
         self._received: set[int] = set()
 
     def awaited(self) -> list[Use]:
         """The uses whose cotangents are wanted from the user's backward pass."""
-        return self._observed.graph.uses if self._indices or self._fingerprints else []
+        return self._observed.graph.asked_uses if self._indices or self._fingerprints else []
 
     def release(self) -> None:
         """Let go of what uses hold, where nothing will read it: the user's backward pass wants the memory."""
-        if not (self._indices or self._keeps_inputs):
-            for use in self._observed.graph.uses:
+        if self._keeps_inputs:
+            return
+        read = {use.index for use in self._observed.read_uses()} if self._indices else set()
+        for use in self._observed.graph.uses:
+            if use.index not in read:
                 use.release()
 
     def receive(self, use: Use, g: Tensor) -> None:
@@ -85,8 +88,9 @@ class Stream:
             for i in self._indices:
                 values[i] = {name: v for name, v in values[i].items() if name in reached}
         else:
-            missing = [use for use in graph.uses if use.index not in self._received]
+            missing = [use for use in graph.asked_uses if use.index not in self._received]
             unseen = {name for use in missing for name in use.names} - set(values[self._indices[0]])
+            unseen = unseen if graph.asked is None else unseen & graph.asked
             if unseen:
                 raise Undefined(
                     f"the backward pass never reached {missing[0]}, so nothing was recorded for "
@@ -112,15 +116,16 @@ class SecondStage:
 
     def must_come_first(self) -> bool:
         """Whether both stages must run before the user's backward pass, which frees the graph of derived weights."""
-        tape, uses = self._observed.tape, self._observed.graph.uses
+        tape, uses = self._observed.tape, self._observed.graph.asked_uses
         return bool(self.indices) and not tape.partial and any(has_derived_gradient(tape, use) for use in uses)
 
     def run_both(self) -> Fingerprints:
         """Run both stages on cotangents pulled before the user's backward pass; what to compare its own with."""
         graph = self._observed.graph
         weight = torch.ones_like(graph.total) if graph.weight is None else graph.weight
-        pulled = pull([graph.total], [weight], [use.edge for use in graph.uses])
-        self._held = [(use, g.detach()[None], []) for use, g in zip(graph.uses, pulled, strict=True) if g is not None]
+        uses = graph.asked_uses
+        pulled = pull([graph.total], [weight], [use.edge for use in uses])
+        self._held = [(use, g.detach()[None], []) for use, g in zip(uses, pulled, strict=True) if g is not None]
         del pulled
         fingerprints = Fingerprints([(use, g) for use, g, _ in self._held])
         for gradient in self._gradients(list(self._held), later=True):
@@ -143,7 +148,8 @@ class SecondStage:
     def _gradients(
         self, held: list[tuple[Use, Tensor, list[tuple[str, Part]]]], later: bool
     ) -> Iterator[ParameterGradient]:
-        collector = PartCollector(self._observed.tape, self._observed.graph.uses)
+        graph = self._observed.graph
+        collector = PartCollector(self._observed.tape, graph.asked_uses, graph.asked)
         held.reverse()
         while held:
             use, g, parts = held.pop()

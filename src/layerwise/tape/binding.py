@@ -6,7 +6,8 @@ They are looked up again during a run, because FSDP2 and other trainers replace 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from layerwise.errors import BadInput, UnsupportedCall
 from layerwise.ranks.trainers import is_sharded, sharded_of
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["Binding", "Leaves", "check_sharded", "check_whole", "refuse_replaced"]
+__all__ = [
+    "Binding", "Leaves", "check_matched", "check_sharded", "check_whole", "chosen_names", "matches", "refuse_replaced",
+]  # fmt: skip
 
 
 class Binding:
@@ -107,6 +110,32 @@ class Leaves:
         if self._hidden is None:
             self._hidden = self._binding.hidden()
         return self._hidden.get(id(variable))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a parameter's name, or the name of a module that holds it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def check_matched(argument: str, patterns: Iterable[Any], names: Sequence[str]) -> None:
+    """Raise BadInput for a pattern that no parameter's name matches. argument: the keyword that took the patterns."""
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise BadInput(f"{argument}: patterns are texts, names of parameters or modules; got {pattern!r}")
+        if not any(matches(pattern, name) for name in names):
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise BadInput(f"{argument}: the pattern {pattern!r} matches no parameter; they are {shown}")
+
+
+def chosen_names(argument: str, patterns: str | Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """The names that one of the patterns matches, or all of them for None; raises BadInput as `check_matched`."""
+    if patterns is None:
+        return list(names)
+    each = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not each:
+        raise BadInput(f"{argument}: no pattern was given, which leaves no parameter; leave it out for all of them")
+    check_matched(argument, each, names)
+    return [name for name in names if any(matches(pattern, name) for pattern in each)]
 
 
 def check_sharded(owners: Mapping[str, Tensor]) -> None:

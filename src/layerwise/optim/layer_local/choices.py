@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 from layerwise.errors import BadInput
@@ -14,6 +13,7 @@ from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
 from layerwise.local.targets import GradientStep, Target
 from layerwise.local.transfer import Transfer
 from layerwise.optim.keywords import Effects, refuse_idle
+from layerwise.tape.binding import check_matched, matches
 
 __all__ = [
     "DEFAULTS", "NUMBERS", "PRESETS", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "check_patterns",
@@ -93,11 +93,6 @@ class Choice(NamedTuple):
         return f"Choice({self.target}, {self.regularizers}, {self.solver})"
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a parameter's name, or the name of a module that holds it."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-
 def first_match(patterns: Sequence[str], name: str) -> str | None:
     """The first pattern that a name matches."""
     return next((pattern for pattern in patterns if matches(pattern, name)), None)
@@ -109,9 +104,7 @@ def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str],
         unknown = sorted(set(settings) - set(keys))
         if unknown:
             raise BadInput(f"layers[{pattern!r}] sets {', '.join(unknown)}; a layer has {', '.join(keys)}")
-        if not any(matches(pattern, name) for name in names):
-            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise BadInput(f"layers: the pattern {pattern!r} matches no parameter; they are {shown}")
+        check_matched("layers", [pattern], names)
 
 
 def several(method: str, regularizer: Any) -> tuple[Regularizer, ...]:
