@@ -481,9 +481,10 @@ def rows(every: int, lines: int | None, only: str) -> Iterator[Row]:
 
 def table(found: Sequence[Row], every: int, lines: int | None) -> str:
     """The table as a page of Markdown."""
-    text = ["# Faults tried and survived", "", f"Every {every}th operation of a step raised in turn"
-            + ("." if lines is None else f", and Ctrl-C came in front of every {lines}th line of the library that ran.")
-            + " Written by `python -m benchmarks.faults`.", "",
+    said = "" if lines is None else f" --lines {lines}"
+    text = ["# Faults tried and survived", "", f"One in {every} of the operations of a step raised in turn"
+            + ("." if lines is None else f", and Ctrl-C came in front of one in {lines} of the library's lines.")
+            + f" Written by `python -m benchmarks.faults --every {every}{said}`.", "",
             "| optimizer | what raised | tried | survived |", "| --- | --- | ---: | ---: |"]  # fmt: skip
     text += [f"| {row.name} | {row.place} | {row.tried} | {row.tried - len(row.failed)} |" for row in found]
     total = sum(row.tried for row in found)

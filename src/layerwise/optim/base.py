@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from layerwise.tape.binding import refuse_replaced
 from layerwise.tape.modes import active, end_after
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["Attempt", "Closure", "NamedOptimizer", "completed"]
+__all__ = ["Attempt", "Closure", "NamedOptimizer", "completed", "refuse_unreached"]
 
 # What torch keeps on an optimizer beside its state: hooks, and the marks of a scheduler on `step`.
 _OF_TORCH = frozenset(("step", "_step_count", "_opt_called", "_zero_grad_profile_name"))
@@ -35,6 +35,15 @@ def completed(commit: Callable[[], None]) -> None:
     except BaseException:
         commit()
         raise
+
+
+def refuse_unreached(reached: Collection[Any]) -> None:
+    """Raise BadInput where a step would move nothing. reached: what a finite loss depends on, of what is to move."""
+    if not reached:
+        raise BadInput(
+            "the loss depends on none of the parameters that this step moves: was it detached, computed under no_grad, "
+            "by another model, or through frozen layers alone?"
+        )
 
 
 class NamedOptimizer(torch.optim.Optimizer):

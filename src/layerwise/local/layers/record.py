@@ -32,7 +32,7 @@ class Recorded:
     """One run of a closure.
 
     cotangents: by use index, `[*out_shape]`. gradients: of the parameters outside the layers, by name. samples: N.
-    Where the loss is not finite there are no layers and no gradients.
+    Where the loss is not finite, or depends on no parameter, there are no layers and no gradients.
     """
 
     loss: Tensor
@@ -213,6 +213,8 @@ def pulled(
     kinds: Kinds | None = None,
 ) -> Recorded:
     """The layers of a recorded loss, with cotangents from one vector-Jacobian product without weight gradients."""
+    if not loss.requires_grad:
+        return Recorded(loss.detach(), tape, [], {}, {})
     graph = prove(tape, loss, None, need_loss=False)
     if not is_finite(loss):
         return Recorded(loss.detach(), tape, [], {}, {})

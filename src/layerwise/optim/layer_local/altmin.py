@@ -35,6 +35,7 @@ from layerwise.optim.layer_local.updates import CodeKind, CodeUpdate, Minibatch,
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import is_finite
 
 __all__ = ["KEYWORDS", "AltMin", "AltMinWords"]
 
@@ -202,7 +203,7 @@ class AltMin(FittedToCodes):
         """Move the codes from the output to the input, and record the layers on them."""
         coded = CodedModel(self._model, closure, self._proofs)
         layers = coded_layers(coded, self._ours, self._kinds)
-        if not layers:
+        if not is_finite(coded.loss):
             return Coded(Recorded(coded.loss.detach(), coded.tape, [], {}, {}))
         groups = {i: self._group_at[id(layer.parameter)] for i, layer in hidden_uses(coded, layers).items()}
         slopes: dict[str, Tensor] = {}

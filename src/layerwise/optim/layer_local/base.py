@@ -17,7 +17,7 @@ from layerwise.local.layers.layer import Layer, shaped
 from layerwise.local.layers.record import Recorded
 from layerwise.local.problem import Pull
 from layerwise.local.regularizers import Regularizer
-from layerwise.optim.base import NamedOptimizer, completed
+from layerwise.optim.base import NamedOptimizer, completed, refuse_unreached
 from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, State
 from layerwise.optim.layer_local.owners import described
@@ -205,8 +205,14 @@ class LayerLocal(NamedOptimizer):
         self._executor.fail(error)
 
     def _agreed(self, run: Recorded, where: str | None) -> str | None:
-        """The first reason to skip the step, in this process or another that takes part; None where there is none."""
-        return self._executor.agreed(where, run.loss, lambda: self._facts(run), self._tensors)
+        """The first reason to skip the step, in this process or another that takes part; None where there is none.
+
+        Raises BadInput where the loss depends on nothing that moves.
+        """
+        found = self._executor.agreed(where, run.loss, lambda: self._facts(run), self._tensors)
+        if found is None:
+            refuse_unreached([*run.layers, *run.gradients])
+        return found
 
     def _tensors(self) -> dict[str, Tensor]:
         buffers = dict(self._model.named_buffers()) if isinstance(self._model, nn.Module) else {}

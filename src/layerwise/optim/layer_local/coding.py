@@ -21,6 +21,7 @@ from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.record import Recorded, pulled
 from layerwise.local.problem import contract
+from layerwise.optim.base import refuse_unreached
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import check_loss
 from layerwise.tape.tape import Tape
@@ -105,8 +106,13 @@ def swept(
 
 
 def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> list[Layer]:
-    """The layers of a coded model's first run; an empty list where its loss is not finite."""
+    """The layers of a coded model's first run; an empty list where its loss is not finite.
+
+    Raises BadInput where the loss depends on nothing that is ours.
+    """
+    refuse_unreached([coded.loss] if coded.loss.requires_grad else [])
     graph = prove(coded.tape, coded.loss, None, need_loss=False)
+    refuse_unreached([name for name in graph.parameters() if ours(coded.tape.parameters[name])])
     return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if is_finite(coded.loss) else []
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.optim.base import NamedOptimizer, completed
+from layerwise.optim.base import NamedOptimizer, completed, refuse_unreached
 from layerwise.optim.saved_state import Fit, like
 from layerwise.optim.second_order.preconditioner import Preconditioner
 from layerwise.optim.second_order.trust import ExactGGN, best_step, bound, clip_factor, dot, levenberg_marquardt
@@ -118,7 +118,10 @@ class CurvatureOptimizer(NamedOptimizer):
 
     def _follow(self, run: _Run, buffers: Buffers) -> tuple[Tensor, str | None]:
         """Move along a run, or give the reason not to."""
-        where = self._agreed(run, self._unsafe(run) or buffers.spoiled()) or self._move(run)
+        where = self._agreed(run, self._unsafe(run) or buffers.spoiled())
+        if where is None:
+            refuse_unreached(run.gradients)
+            where = self._move(run)
         return run.loss, where
 
     def _recorder(self) -> WatchedBatch:
@@ -356,8 +359,7 @@ def _gradients_in_grad(named: Mapping[str, Tensor], before: Mapping[str, Any]) -
 
 def _gradients(loss: Tensor, named: Mapping[str, Tensor], watched: Watched) -> Values:
     """The gradients of the loss that the closure returned, without writing `.grad`."""
-    if not loss.requires_grad:
-        raise BadInput("the closure's loss depends on no parameter; was it detached, or computed under no_grad?")
+    refuse_unreached(named if loss.requires_grad else ())
     assert watched.backward is not None
     found = watched.backward(loss, list(named.values()))
     return {name: dense(g) for name, g in zip(named, found, strict=True) if g is not None}

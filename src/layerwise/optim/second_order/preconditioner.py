@@ -242,6 +242,8 @@ class Preconditioner:
                 for p in named.values():
                     p.grad = None
             return False
+        if not joint.gradients:
+            raise BadInput("pre.step() turns the gradients in .grad, and there are none: were they zeroed before?")
         before, decided = self.snapshot(), False
         try:
             self.advance(watched, damping_of)

@@ -20,6 +20,7 @@ from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
 from layerwise.observation.results import Results
 from layerwise.observation.union import Batch, weighed
+from layerwise.optim.base import refuse_unreached
 from layerwise.optim.second_order.averages import Measured
 from layerwise.quantities.base import Context, Quantity, Union
 from layerwise.quantities.kronecker.factor_sums import Factors
@@ -169,11 +170,13 @@ class CurvatureWatch:
             self._results = self._observation.restart()
 
     def collect(self) -> None:
-        """Give the sums and the batch to `watched`. Raises BadInput where no backward pass ran."""
+        """Give the sums and the batch to `watched`. Raises BadInput where no pass reached a parameter."""
         results = self._results
         if results is None:
             return
         if not results.count:
+            if self.watched.passes:
+                refuse_unreached(())
             raise BadInput(
                 "this batch was watched to measure factors, but no backward pass ran; call loss.backward() "
                 "inside `with pre.watch()`"
