@@ -1,4 +1,4 @@
-"""Helpers for plain tensors: finiteness, complex squares, huge pages, copy on write, sparse to dense, random states.
+"""Helpers for plain tensors: finiteness, complex squares, memory, copy on write, sparse to dense, random states.
 
 Per-sample gradients are bound by page faults, not by arithmetic: on Linux a tensor of 400 MB touches 100,000 small
 pages for the first time. Asking for transparent huge pages (`madvise`) is only a hint, without which memory is
@@ -14,12 +14,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "Verdict", "all_finite", "as_real", "dense", "empty", "forked_random", "is_finite", "largest_entries", "lazy_copy",
+    "Verdict", "all_finite", "as_real", "dense", "empty", "forked_random", "free_memory", "is_finite",
+    "largest_entries", "lazy_copy",
     "random_states_of", "set_random_states", "squared", "together_finite",
 ]  # fmt: skip
 
@@ -168,6 +170,64 @@ def lazy_copy(tensor: Tensor) -> Tensor:
         return torch._lazy_clone(tensor)
     except RuntimeError:  # memory without copy on write
         return tensor.clone()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that can still be allocated on a device; None where that is not known.
+
+    CPU (Linux): what the kernel calls available, and no more than the memory cgroups leave. Accelerators: what
+    is free there, and what torch's allocator holds unused.
+    """
+    if device.type == "cpu":
+        return min(_available(), default=None)
+    try:
+        free, _ = torch.accelerator.get_memory_info(device)
+        return int(free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device))
+    except (RuntimeError, ValueError, AttributeError):  # a device, or a release of torch, that does not say
+        return None
+
+
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_OF_CGROUP = {  # by version: the folder, and the files of its limit and use, and in memory.stat the files that can go
+    2: ("", "memory.max", "memory.current", "inactive_file"),
+    1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _available() -> Iterator[int]:
+    """What the system leaves, and each cgroup of this process, in bytes."""
+    if (kilobytes := _field(_PROC / "meminfo", "MemAvailable:")) is not None:
+        yield 1024 * kilobytes
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        version = 1 if "memory" in controllers.split(",") else 2
+        if version == 1 or not controllers:
+            folder, limit, use, unneeded = _OF_CGROUP[version]
+            root, own = _CGROUPS / folder, Path(path.lstrip("/"))
+            for group in (root / own, *(root / parent for parent in own.parents)):
+                most, used = _whole_number(group / limit), _whole_number(group / use)
+                if most is not None and used is not None:
+                    yield max(0, most - used + (_field(group / "memory.stat", unneeded) or 0))
+
+
+def _whole_number(file: Path) -> int | None:
+    try:
+        return int(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no such file; "max"
+        return None
+
+
+def _field(file: Path, name: str) -> int | None:
+    """The whole number after a name, in a file of one name a line."""
+    try:
+        words = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+        return next((int(found[1]) for found in words if found[:1] == [name]), None)
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def random_states_of(devices: Iterable[torch.device]) -> dict[torch.device, Tensor]:

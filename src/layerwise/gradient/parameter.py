@@ -90,6 +90,11 @@ class ParameterGradient:
         return FactorForm("rows", found)
 
     @property
+    def size(self) -> torch.Size:
+        """(V, N)."""
+        return self.parts[0].size
+
+    @property
     def _fewest(self) -> Sequence[Part]:
         """The joined part alone where there is one, otherwise all parts."""
         return self.parts if self.joined is None else [self.joined]

@@ -24,6 +24,10 @@ class GGNTrace(DiagGGN):
 
     powers = (0,)  # batches are added without reweighting
 
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """One."""
+        return 1
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """The sum over v and n of the squared norms of the root columns' gradients."""
         return (gradient.squared_norm().sum(),)
@@ -39,6 +43,10 @@ class LargestEigenvalue(Quantity):
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.cotangent = Sampled(1, generator)
+
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """N²."""
+        return int(gradient.size[1] ** 2)
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N,N]`."""

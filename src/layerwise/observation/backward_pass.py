@@ -19,6 +19,7 @@ from layerwise.graph.loss_curvature import LossCurvature, loss_curvatures
 from layerwise.graph.real_rows import measure_rows
 from layerwise.graph.samples import SampleLayout, measure
 from layerwise.losses import DeclaredLikelihood, Likelihood
+from layerwise.observation.guards import Room
 from layerwise.observation.union import Batch, Values
 from layerwise.quantities.base import Quantity
 from layerwise.rows.base import RowNumbers
@@ -65,6 +66,7 @@ class BackwardPass:
         self.tape, self.graph, self.quantities = tape, graph, quantities
         self.layout: SampleLayout | None = None
         self._likelihoods, self._model, self._settings = known, model, settings
+        self._room = Room()
         self._unstructured: Collection[str] = ()  # parameters whose rows need no sample structure where none is asked
         declared = [*known, *(DeclaredLikelihood(own.call, self._samples()) for own in graph.own)]
         _check_scale(settings.scale, graph, declared)
@@ -156,6 +158,12 @@ class BackwardPass:
             return part
         order = None if isinstance(where, RowNumbers) else where
         return replace(part, real=partial(self._real_rows.mask, part.use, part.slot, order))
+
+    def compute(self, i: int, gradient: ParameterGradient) -> tuple[Any, ...]:
+        """The i-th quantity's values of one stack for the parameter; raises Undefined where memory has no room."""
+        quantity = self.quantities[i]
+        self._room.take(quantity, gradient, self.tape.parameters[gradient.name], self._settings.dtype)
+        return quantity.compute(gradient)
 
     def add(self, i: int, gradient: ParameterGradient, new: tuple[Any, ...]) -> None:
         """Add one stack's values of the i-th quantity to those of the parameter."""

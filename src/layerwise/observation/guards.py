@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import NonFinite, UncoveredUse, Undefined
+from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.coverage import Graph
 from layerwise.losses import Likelihood, LossCall
+from layerwise.quantities.base import Quantity
 from layerwise.ranks.trainers import several
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
-from layerwise.tensors import Verdict, as_real, is_finite, largest_entries, together_finite
+from layerwise.tensors import Verdict, as_real, free_memory, is_finite, largest_entries, together_finite
 
 __all__ = [
     "Fingerprints",
+    "Room",
     "ask_finite",
     "check_alone",
     "check_covered",
@@ -34,6 +37,7 @@ __all__ = [
 
 
 _THE_LOSS = ""  # no parameter is called so
+_GRANTED = 2**27  # bytes of results between two readings of what is free
 
 
 class Fingerprints:
@@ -68,6 +72,35 @@ class Fingerprints:
 def _fingerprint(g: Tensor) -> Tensor:
     g = as_real(g)
     return torch.stack([g.sum(dtype=torch.float64), g.abs().sum(dtype=torch.float64)])
+
+
+class Room:
+    """Refuses results that do not fit into the memory of the device that they would be on.
+
+    What is free is read whenever as much as the last reading granted was asked for, at most `_GRANTED` bytes at once.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[torch.device, int] = {}
+
+    def take(self, quantity: Quantity, gradient: ParameterGradient, like: Tensor, dtype: torch.dtype | None) -> None:
+        """Raise Undefined, before anything is allocated, where a quantity's numbers of one parameter do not fit.
+
+        like: the parameter; dtype: of the numbers, None for its own.
+        """
+        numbers = quantity.numbers(gradient)
+        size = numbers * (like.dtype if dtype is None else dtype).itemsize
+        if size > self._left.get(like.device, 0):
+            free = free_memory(like.device)
+            if free is not None and size > free:
+                raise Undefined(
+                    f"asked for {quantity!r}, which holds {numbers} numbers of {gradient.name!r} "
+                    f"{tuple(gradient.shape)}, {size / 1e9:.3g} GB, but {free / 1e9:.3g} GB of memory are free on "
+                    f"{like.device}; leave this parameter out (`parameters=` with the others, or freeze it)"
+                    + ("" if numbers <= gradient.shape.numel() else f", {quantity.smaller}")
+                )
+            self._left[like.device] = max(size, _GRANTED if free is None else min(free, _GRANTED))
+        self._left[like.device] -= size
 
 
 def check_finite(total: Tensor) -> None:

@@ -94,6 +94,6 @@ def _contract(
             if quantity.needs_samples != flag or not quantity.covers(gradient):
                 continue
             if quantity.stacks:
-                stacks.setdefault((i, name), []).append(quantity.compute(gradient))
+                stacks.setdefault((i, name), []).append(observed.compute(i, gradient))
             else:
-                observed.add(i, gradient, quantity.compute(gradient))
+                observed.add(i, gradient, observed.compute(i, gradient))

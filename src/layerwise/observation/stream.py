@@ -159,9 +159,8 @@ class SecondStage:
 
 def _compute(observed: BackwardPass, indices: Sequence[int], gradient: ParameterGradient) -> None:
     for i in indices:
-        quantity = observed.quantities[i]
-        if quantity.covers(gradient):
-            observed.add(i, gradient, tuple([_unshared(t, gradient) for t in quantity.compute(gradient)]))
+        if observed.quantities[i].covers(gradient):
+            observed.add(i, gradient, tuple([_unshared(t, gradient) for t in observed.compute(i, gradient)]))
 
 
 def _carried(part: Part) -> bool:

@@ -65,6 +65,7 @@ class Quantity:
         parameters that reach their uses through a derived tensor.
     rows_only: whether uses without row form may be passed as parts without numbers, which `covers` refuses.
     wirtinger: whether it is defined for complex parameters, with |g|² for a square (g = 2 dL/dw*, as in `.grad`).
+    smaller: how to ask for less, in words, where a result is larger than its parameter.
     real_rows: whether the parts must tell which rows are real: those that a loss term which counts can reach.
     """
 
@@ -78,6 +79,7 @@ class Quantity:
     rows_only: ClassVar[bool] = False
     wirtinger: ClassVar[bool] = False
     real_rows: bool = False
+    smaller: ClassVar[str] = "or take a smaller batch"
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
         """Raise Undefined where the quantity does not exist for these losses; called before backpropagation."""
@@ -95,6 +97,10 @@ class Quantity:
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """The quantity's tensors for one parameter and one stack of cotangents."""
         raise NotImplementedError
+
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """How many numbers `compute` returns for one parameter: what has no room is refused before."""
+        return gradient.shape.numel()
 
     def first_pass(self) -> Quantity | None:
         """The quantity that a two-pass quantity needs over all data first (the factors of a basis), or None."""

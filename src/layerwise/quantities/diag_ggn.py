@@ -33,6 +33,10 @@ class DiagGGN(Quantity):
         self.per_sample = self.concatenate = per_sample
         self.cotangent = Exact() if draws is None else Sampled(draws, generator)
 
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """P, or N·P."""
+        return gradient.shape.numel() * (gradient.size[1] if self.per_sample else 1)
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[*shape]`, or `[N, *shape]`."""
         return (gradient.squares() if self.per_sample else gradient.second_moment(),)

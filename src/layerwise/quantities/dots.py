@@ -28,6 +28,10 @@ class PairwiseDot(Quantity):
     computed_first = True  # SquaredNorm reads the norms off the diagonal
     wirtinger = True
 
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """V·N²."""
+        return gradient.size.numel() * gradient.size[1]
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N,N]`."""
         return (gradient.pairwise_dot()[0],)

@@ -35,6 +35,10 @@ class PerSampleGrad(Quantity):
     computed_first = True  # other quantities square these gradients
     wirtinger = True
 
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """V·N·P."""
+        return gradient.size.numel() * gradient.shape.numel()
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, *shape]`."""
         return (gradient.rows()[0],)

@@ -28,6 +28,10 @@ class SampleQuantity(Quantity):
 class OwnGradients(SampleQuantity):
     """The gradient of every sample's own loss, the sum of its terms, `[N, *shape]`."""
 
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """V·N·P."""
+        return gradient.size.numel() * gradient.shape.numel()
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, *shape]`."""
         return (gradient.rows()[0],)
@@ -66,6 +70,10 @@ class Projections(SampleQuantity):
 
     def __init__(self, sides: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         self.sides = sides
+
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """N·P·Q."""
+        return gradient.size.numel() * len(self.sides[gradient.name][0]) * len(self.sides[gradient.name][1])
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, P·Q]`."""

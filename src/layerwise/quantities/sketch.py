@@ -60,6 +60,10 @@ class Sketch(Quantity):
             sketches[name] = project.project_vectors(v.reshape(1, 1, -1), left, right)[0, 0] / self.dim**0.5
         return ByParameter(sketches, sum(sketches.values()) if sketches else None)
 
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """V·N·dim."""
+        return gradient.size.numel() * self.dim
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, dim]`."""
         left, right = project.signs(gradient.name, gradient.shape, self.dim, self._seed, gradient.like)

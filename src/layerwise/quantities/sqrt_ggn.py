@@ -57,6 +57,10 @@ class SqrtGGN(Quantity):
                 "parameters, or ask for DiagGGN"
             )
 
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """V·N·P."""
+        return gradient.size.numel() * gradient.shape.numel()
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N,v,*shape]`, samples first, so that batches join along them."""
         return (gradient.per_sample().transpose(0, 1),)

@@ -48,6 +48,10 @@ class Factors(Quantity):
         """As the quantity `of`."""
         self.of.check_size(columns, samples, sizes)
 
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """As the quantity `of`."""
+        return self.of.numbers(gradient)
+
     def compute_graph(self, tape: Tape, graph: Graph, layout: SampleLayout | None) -> dict[str, tuple[Tensor, ...]]:
         """The sums of `compute`, from the recursion of `KFRA`."""
         assert isinstance(self.of, KFRA)

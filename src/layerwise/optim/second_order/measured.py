@@ -97,6 +97,9 @@ class _FOOF(_Factors):
     def __init__(self, sharing: str, joint: bool, rows: str) -> None:
         super().__init__(Gradient(), sharing, joint, rows)
 
+    def _outputs(self, rows: Rows) -> int:
+        return rows.cotangents[0].shape[3:].numel()
+
     def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
         """1 `[K,O]`."""
         return rows.g.new_ones(rows.g.shape[3:])

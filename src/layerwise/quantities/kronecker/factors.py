@@ -33,6 +33,7 @@ class KroneckerFactors(Quantity):
     """
 
     powers: tuple[float, ...] = (1,)
+    smaller = "or take DiagGGN for it; optimizers do so above `largest_factor=`"
 
     def __init__(self, cotangent: Cotangent, sharing: str, joint: bool, rows: str = "real") -> None:
         if rows not in ROWS:
@@ -45,6 +46,23 @@ class KroneckerFactors(Quantity):
         self.needs_samples = sharing == "reduce"
         self.rows = rows
         self.real_rows = rows == "real"
+
+    def numbers(self, gradient: ParameterGradient) -> int:
+        """Those of the factors: K·I² and K·O² for each matrix, a diagonal of I for a look-up."""
+        groups = gradient.groups
+        if groups is None or self.from_gradients(gradient):
+            o, i, _ = layout.dense_sides(gradient.shape)
+            return o * o + (i if i > layout.LONG_SIDE else i * i)
+        inputs = 0 if gradient.column else sum(self._inputs(part.rows) for part in groups)
+        return inputs + sum(self._outputs(part.rows) for part in groups)
+
+    def _inputs(self, rows: Rows) -> int:
+        k, i = rows.cotangents[0].shape[3], rows.size_in
+        return k * (i if rows.kind == "index" and self.sharing == "expand" else i * i)
+
+    def _outputs(self, rows: Rows) -> int:
+        k, o = rows.cotangents[0].shape[3:]
+        return k * o * o
 
     def compute(self, gradient: ParameterGradient) -> tuple[Any, ...]:
         """The sums of the factors of each matrix."""
