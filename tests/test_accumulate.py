@@ -286,3 +286,20 @@ def test_a_loader_that_gives_its_batches_once_is_refused() -> None:
     basis = lw.accumulate(model, F.cross_entropy, _batches(x, y), quantities.KFLR()).kflr
     got = lw.accumulate(model, F.cross_entropy, iter(_batches(x, y)), lw.EKFAC(None, basis=basis)).ekfac
     _assert_same(got, lw.accumulate(model, F.cross_entropy, _batches(x, y), lw.EKFAC(None)).ekfac)
+
+
+@pytest.mark.parametrize("make", [lw.PerSampleGrad, lw.SecondMoment, lw.Variance, lw.DiagGGN, lw.KFLR], ids=str)
+def test_samples_said_of_each_batch(make: Callable[[], lw.Quantity]) -> None:
+    """Samples of uneven length in flat batches: a function of the batch gives the number of each loss term."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, C))
+    sizes = ([2, 1, 3], [1, 4], [2, 2, 1, 2])
+    gen = torch.Generator().manual_seed(4)
+    batches = [(torch.randn(sum(s), 3, generator=gen), torch.randint(C, (sum(s),), generator=gen)) for s in sizes]
+    numbers = {sum(s): torch.arange(len(s)).repeat_interleave(torch.tensor(s)) for s in sizes}
+    said = lambda batch: numbers[len(batch[0])]  # noqa: E731
+    got = lw.accumulate(net, F.cross_entropy, batches, quantity := make(), samples=said)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    whole = torch.arange(9).repeat_interleave(torch.tensor([n for s in sizes for n in s]))
+    with lw.observe(net, other := make(), samples=whole) as once:
+        F.cross_entropy(net(x), y).backward()
+    _assert_same(got[quantity], once[other])

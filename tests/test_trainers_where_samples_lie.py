@@ -105,6 +105,67 @@ def test_a_step_of_kfac_by_hand(program: Scattered) -> None:
         oracle.assert_close({name: got[name] for name in want}, want, 1e-9)
 
 
+def _recorded(made: ScatteredInstance, optimizer: Any, parts: int = 1) -> dict[str, Tensor]:
+    """By how much a step from recorded passes moved every parameter; the loss is that of equal parts."""
+    before = {name: p.detach().clone() for name, p in made.params.items()}
+    for _ in range(parts):
+        with optimizer.watch(samples=made.data.number):
+            (made.loss() / parts).backward()
+    optimizer.step()
+    assert optimizer.skipped == 0
+    return {name: p.detach() - before[name] for name, p in made.params.items()}
+
+
+@by_program([p for p in TRAINED if p.instance().samples is not None and not (p.own and no_root(truth_of(p)))])
+def test_a_step_of_kfac_with_what_the_user_says(program: Scattered) -> None:
+    """`step(closure, samples=)`, `watch(samples=)`, also of half the loss twice, and a preconditioner's."""
+    want = _by_hand(truth_of(program))
+    made = [program.instance() for _ in range(4)]
+    make = lambda one: _kfac(one.model, "kflr", damping_form="eigen")  # noqa: E731
+    pre = lw.optim.Preconditioner(
+        made[2].model, "kflr", damping=DAMPING, joint=False, damping_form="eigen", on_nonfinite="raise"
+    )
+    try:
+        found = [
+            _stepped(made[0], make(made[0]), samples=made[0].data.number),
+            _recorded(made[1], make(made[1])),
+            _recorded(made[3], make(made[3]), parts=2),
+        ]
+        with pre.watch(samples=made[2].data.number):
+            made[2].loss().backward()
+    except errors.LayerwiseError as error:
+        assert program.may_refuse is not None and allows(program.may_refuse, error)
+        return
+    assert pre.step()
+    found.append({name: -RATE * p.grad for name, p in made[2].params.items() if p.grad is not None})
+    for got in found:
+        oracle.assert_close({name: got[name] for name in want}, want, 1e-9)
+
+
+@by_program([p for p in TRAINED if p.instance().samples is not None])
+def test_a_target_per_sample_of_recorded_passes(program: Scattered) -> None:
+    per_sample = local.GradientStep(0.5, per="sample")
+    made, same = program.instance(), program.instance()
+    want = _or_asks(program, lambda: _stepped(
+        made, _locoprop(made.model, "squared", target=per_sample), samples=made.data.number
+    ))  # fmt: skip
+    if want is not None:
+        oracle.assert_close(_recorded(same, _locoprop(same.model, "squared", target=per_sample)), want, 1e-12)
+
+
+def test_what_is_said_of_recorded_passes_is_said_to_watch() -> None:
+    program = next(p for p in TRAINED if p.instance().samples is not None)
+    for make in (lambda m: lw.optim.KFAC(m), lambda m: lw.LocoProp(m)):
+        made = program.instance()
+        optimizer = make(made.model)
+        with optimizer.watch():
+            made.loss().backward()
+        with pytest.raises(errors.BadInput, match=r"watch\(samples="):
+            optimizer.step(samples=made.n)
+        with pytest.raises(errors.BadInput, match="whole number"), optimizer.watch(samples=0):
+            pass
+
+
 @pytest.mark.parametrize("kind", ["kfac", "ekfac"])
 @by_program(SAME_DRAWS)
 def test_a_step_of_kfac_and_ekfac_is_that_of_the_regular_form(program: Scattered, kind: str) -> None:

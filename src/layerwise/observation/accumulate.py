@@ -26,6 +26,8 @@ from layerwise.tape.binding import Binding, chosen_names
 
 __all__ = ["accumulate", "backward", "batch_loss"]
 
+SaidSamples = int | Callable[[Any], int | Tensor] | None  # of every batch, or of each; None: as a batch says
+
 _END = object()
 
 
@@ -34,7 +36,7 @@ def accumulate(
     loss_fn: Callable[..., Tensor],
     loader: Iterable[Any],
     *quantities: Quantity,
-    samples: int | None = None,
+    samples: SaidSamples = None,
     scale: str = "loss",
     dtype: torch.dtype | None = None,
     progress: bool = False,
@@ -54,8 +56,9 @@ def accumulate(
 
     loss_fn: of a module and batches `(x, y)` (a tuple or list of two), called as `loss_fn(model(x), y)`. For any
     other batch, and for a functional model, called as `loss_fn(batch)`: it runs the model itself.
-    samples, scale, dtype, parameters: as for `observe`; samples is the number in every batch, by default dim 0 of the
-    batch. The backward passes compute no gradient of parameters that are not asked for.
+    samples, scale, dtype, parameters: as for `observe`; samples is the number in every batch, by default what the batch
+    says, or a function of a batch that gives its number, or a tensor with the sample number of each loss term. The
+    backward passes compute no gradient of parameters that are not asked for.
     distributed: where torch.distributed was started, every rank of `group` (None: all) calls this with a loader of its
     own share, and gets the results of all shares together, as `Seen.all_reduce` gives them. False: of its own alone.
     An error on one rank is one on all. DDP's hooks rest meanwhile; under FSDP2 all ranks need as many batches.
@@ -70,8 +73,9 @@ def accumulate(
     ranks = Ranks(group) if distributed else Ranks.alone()
     if ranks.size > 1:
         check_same_model(model, group)
-    settings = PassSettings(samples, scale, dtype, pooled=True, parameters=parameters)
-    one_pass = partial(_pass, model, loss_fn, lambda: iter(_shown(loader) if progress else loader), ranks, settings)
+    settings = PassSettings(None, scale, dtype, pooled=True, parameters=parameters)
+    batches = lambda: iter(_shown(loader) if progress else loader)  # noqa: E731
+    one_pass = partial(_pass, model, loss_fn, batches, ranks, settings, samples)
 
     def run(asked: Sequence[Quantity]) -> Results:
         if ranks.size == 1:
@@ -144,6 +148,7 @@ def _pass(
     start: Callable[[], Iterator[Any]],
     ranks: Ranks,
     settings: PassSettings,
+    samples: SaidSamples,
     quantities: Sequence[Quantity],
 ) -> Results:
     """One pass over the batches that `start` gives."""
@@ -151,7 +156,8 @@ def _pass(
     before = {name: p.grad for name, p in parameters.items()}
     count = 0
     try:
-        with Observation(model, quantities, settings) as results, unreduced(model):
+        observation = Observation(model, quantities, settings)
+        with observation as results, unreduced(model):
             batches = start()
             in_step = ranks.size > 1 and bool(placements_of(parameters))
             if in_step:
@@ -159,6 +165,7 @@ def _pass(
             while (batch := _next(batches)) is not _END:
                 for p in parameters.values():
                     p.grad = None
+                observation.say(_said(samples, batch))
                 loss = batch_loss(unwrapped(model), loss_fn, batch)
                 if in_step:
                     with _pop_mode_temporarily():
@@ -197,6 +204,12 @@ def _next(batches: Iterator[Any]) -> Any:
     """The next batch, made outside the record: what a loader computes is data, however it comes about."""
     with _pop_mode_temporarily():
         return next(batches, _END)
+
+
+def _said(samples: SaidSamples, batch: Any) -> int | Tensor | None:
+    """What the user says of a batch's samples, made outside the record."""
+    with _pop_mode_temporarily():
+        return samples(batch) if callable(samples) else samples
 
 
 def batch_loss(model: Any, loss_fn: Callable[..., Tensor], batch: Any) -> Tensor:

@@ -82,6 +82,10 @@ class Observation:
         names = self._asked(tape.parameters)
         results.follow(names, {name: tape.owners[name] for name in names})
 
+    def say(self, samples: int | Tensor | None) -> None:
+        """What the user says of the samples of the backward passes to come, each."""
+        self._settings = self._settings._replace(samples=samples)
+
     def restart(self, quantities: Sequence[Quantity] | None = None) -> Results:
         """Observe these quantities (None: the same) from now on, with results of their own, empty at first."""
         self._quantities = self._quantities if quantities is None else quantities

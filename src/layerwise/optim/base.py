@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
-from layerwise.optim.recording import Recorder, Recording, holds_no_gradient
+from layerwise.optim.recording import Recorder, Recording, Samples, holds_no_gradient
 from layerwise.optim.saved_state import VERSION, Fit, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
@@ -85,12 +85,12 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Raise BadInput for settings that cannot be."""
         raise NotImplementedError
 
-    def _attempt(self, closure: Closure, buffers: Buffers) -> tuple[Tensor, str | None]:
+    def _attempt(self, closure: Closure, buffers: Buffers, samples: Samples = None) -> tuple[Tensor, str | None]:
         """Run the closure and move the parameters; returns the loss before the step, and None.
 
         A step that must not be taken moves nothing, and its reason is returned in place of None. `was_made` is set as
         soon as everything has moved.
-        buffers: a snapshot from before the run.
+        buffers: a snapshot from before the run. samples: as for `step`.
         """
         raise NotImplementedError
 
@@ -110,16 +110,16 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Closure | None = None, *, samples: Samples = None
+    ) -> Tensor:
         """Run the closure, move every parameter, and return the loss before the step.
 
         After, or at the end of, a `watch()`: move from what that recorded, and return the sum of its losses; a closure
         is run only where the context is still open.
+        samples: the number N of each of the closure's batches, or a tensor with the sample number of each loss term,
+        where the batch, the targets and the losses do not say it. `watch(samples=)` says it of recorded passes.
         """
-        return self._step(closure)
-
-    def _step(self, closure: Closure | None, **asked: Any) -> Tensor:
-        """As `step`; asked: what else an optimizer's `step` takes, for its attempts."""
         recording = self._recording
         with self._shared():
             try:
@@ -133,8 +133,13 @@ class NamedOptimizer(torch.optim.Optimizer):
             finally:
                 self._recording = None
             if recording is None:
-                return self._guarded(closure, partial(self._attempt, **asked))
-            return self._guarded(recording.recorder, partial(self._attempt_recorded, **asked), recording.buffers)
+                return self._guarded(closure, partial(self._attempt, samples=samples))
+            if samples is not None:
+                raise BadInput(
+                    f"{type(self).__name__}.step got samples= for passes that are recorded; say it of them, "
+                    "`with opt.watch(samples=...)`"
+                )
+            return self._guarded(recording.recorder, self._attempt_recorded, recording.buffers)
 
     @contextmanager
     def _shared(self) -> Iterator[None]:
@@ -148,7 +153,7 @@ class NamedOptimizer(torch.optim.Optimizer):
             raise
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
+    def watch(self, *, samples: Samples = None) -> Iterator[None]:
         """Record forward and backward passes that somebody else runs, for a `step()` without a closure.
 
             with opt.watch():
@@ -159,6 +164,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         The context holds the forward pass too, and may hold the step, which then ends the record. Several backward
         passes count as the sum of their losses: those of one context, and of several before a step, as long as `.grad`
         holds the gradients of the first. A gradient scaler's factor is left out. An exception discards the batch.
+        samples: of each backward pass in the context, as for `step`.
         Raises BadInput where a step needs to run the model itself (AltMin), and in an open context.
         """
         recording = self._recording
@@ -173,7 +179,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 recording = Recording(self._recorder(), Buffers(self._model))
             self._recording = recording
             try:
-                recording.start()
+                recording.start(samples)
                 yield
                 recording.stop()
             except BaseException as error:

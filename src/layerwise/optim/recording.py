@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerwise.replay.state import Buffers
 
-__all__ = ["Recorder", "Recording", "holds_no_gradient"]
+__all__ = ["Recorder", "Recording", "Samples", "holds_no_gradient"]
 
 
 def holds_no_gradient(params: Iterable[Tensor]) -> bool:
@@ -17,8 +17,14 @@ def holds_no_gradient(params: Iterable[Tensor]) -> bool:
     return not any(p.grad is not None and bool((p.grad != 0).any()) for p in params)
 
 
+Samples = int | Tensor | None  # the number of samples, or that of each loss term; None: as the batch says
+
+
 class Recorder(Protocol):
     """Records the passes inside its context; entered again, it goes on with the same batch."""
+
+    def say(self, samples: Samples) -> None:
+        """What the user says of the samples of the passes to come, each."""
 
     def __enter__(self) -> Any:
         """Record."""
@@ -40,8 +46,9 @@ class Recording:
         self.recorder, self.buffers = recorder, buffers
         self.open = False
 
-    def start(self) -> None:
-        """Open the recorder's context."""
+    def start(self, samples: Samples = None) -> None:
+        """Open the recorder's context. samples: of each of its passes."""
+        self.recorder.say(samples)
         self.open = True
         self.recorder.__enter__()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_scale import loss_scale, mixed_scales
-from layerwise.graph.samples import count
+from layerwise.graph.samples import count, said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, layers_of, over_passes
 from layerwise.local.problem import LocalProblem, Pull, predict, target_m
@@ -64,6 +64,8 @@ class RunRecorder:
     ) -> None:
         self._ours, self._matrices, self._kinds = ours, matrices, kinds
         self.scale: float | None = None
+        self._said: int | None = None
+        self._counted = 0  # passes from before what is said
         self._passes: list[_Pass] = []  # the tape's handler holds this list, not the recorder: `run` leaves no cycle
         self._tape = Tape(
             model, partial(_recorded_pass, self._passes, (ours, matrices, kinds)), keep_outputs=True, crosses=crosses
@@ -74,10 +76,18 @@ class RunRecorder:
 
     def __exit__(self, *exc: Any) -> None:
         self._tape.__exit__(*exc)
+        if self._said is not None:
+            for at in range(self._counted, len(self._passes)):
+                self._passes[at] = self._passes[at].of(self._said)
+
+    def say(self, samples: int | Tensor | None) -> None:
+        """What the user says of the samples of the passes to come, each; raises BadInput where it is no number."""
+        self._said, self._counted = said_count(samples, "samples of a step, or of watch(),"), len(self._passes)
 
     def forget_passes(self) -> None:
         """Drop the backward passes so far, but not the forward pass of those to come."""
         self._passes.clear()
+        self._counted = 0
 
     def run(self, loss: Tensor | None = None) -> Recorded:
         """What was recorded. loss: to be differentiated, where no backward pass ran.
@@ -95,7 +105,8 @@ class RunRecorder:
                 "step() follows a backward pass `with opt.watch()`, and none ran; call loss.backward() there"
             )
         self.scale = loss_scale(self._tape.scaler_calls, loss)
-        return _unscaled(pulled(self._tape, loss, self._ours, self._matrices, self._kinds), self.scale)
+        run = _unscaled(pulled(self._tape, loss, self._ours, self._matrices, self._kinds), self.scale)
+        return run if self._said is None else replace(run, samples=self._said)
 
     def left_in(self, grads: Sequence[Tensor]) -> float:
         """The factor of a scaler that is still in the gradients in `.grad` after the passes; 1 without a scaler."""
@@ -109,6 +120,10 @@ class _Pass(NamedTuple):
 
     run: Recorded
     scale: float | None
+
+    def of(self, samples: int) -> _Pass:
+        """The same pass of so many samples."""
+        return self._replace(run=replace(self.run, samples=samples))
 
 
 def _recorded_pass(

@@ -165,8 +165,8 @@ class AltMin(FittedToCodes):
         self,
         closure: Callable[[], Tensor],
         buffers: Buffers,
-        refit: bool = False,
         samples: int | Tensor | None = None,
+        refit: bool = False,
     ) -> tuple[Tensor, str | None]:
         """Record a run with codes, and fit the layers to them; roll back where a solution is not finite."""
         fitter, coded = self._fitter, self._record(closure, samples)

@@ -24,6 +24,7 @@ from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, Solver, name_of
 from layerwise.local.targets import GradientStep, Target, factor, fill_in
 from layerwise.local.transfer import IDENTITY, Transfer
+from layerwise.optim.base import Closure
 from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, solved
 from layerwise.optim.layer_local.choices import (
@@ -39,6 +40,7 @@ from layerwise.optim.layer_local.choices import (
 )
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
+from layerwise.optim.recording import Samples
 from layerwise.optim.saved_state import Fit, of_local_optimizer
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
@@ -170,15 +172,14 @@ class LocoProp(LayerLocal):
     # -- a step ------------------------------------------------------------------------------------------------
 
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Tensor] | None = None, *, samples: int | Tensor | None = None
+        self, closure: Closure | None = None, *, samples: Samples = None
     ) -> Tensor:
         """Run the closure, fit every layer (or write `.grad`), and return the loss before the step.
 
-        samples: the number N in the batch, or a tensor with the sample number of each loss term, where the batch, the
-        targets and the losses do not say it; a target per sample reads N.
+        samples: as for every optimizer; a target per sample reads their number N.
         """
         skipped = self.skipped
-        loss = self._step(closure, samples=samples)
+        loss = super().step(closure, samples=samples)
         if self._write == "grad" and self.skipped > skipped and (not self._scaled or all_finite(self._gradients())):
             self.zero_grad()  # nothing for an outer optimizer; what is not finite a scaler has still to find
         return loss
@@ -186,16 +187,15 @@ class LocoProp(LayerLocal):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
-    def _attempt(
-        self, closure: Callable[[], Tensor], buffers: Buffers, samples: int | Tensor | None = None
-    ) -> tuple[Tensor, str | None]:
+    def _attempt(self, closure: Closure, buffers: Buffers, samples: Samples = None) -> tuple[Tensor, str | None]:
         """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
         rerun = None if self._order == "together" else Rerun(self._model, closure, gradients=False)
         recorder = RunRecorder(self._model, self._ours, kinds=self._kinds)
+        recorder.say(samples)
         with recorder, torch.enable_grad():
             loss = closure()
         check_loss(loss)
-        return self._fit(recorder, recorder.run(loss), rerun, buffers, samples)
+        return self._fit(recorder, recorder.run(loss), rerun, buffers)
 
     def _recorder(self) -> RunRecorder:
         if self._order != "together":
@@ -205,15 +205,13 @@ class LocoProp(LayerLocal):
             )
         return RunRecorder(self._model, self._ours, kinds=self._kinds)
 
-    def _attempt_recorded(
-        self, recorder: RunRecorder, buffers: Buffers, samples: int | Tensor | None = None
-    ) -> tuple[Tensor, str | None]:
-        return self._fit(recorder, recorder.run(), None, buffers, samples)
+    def _attempt_recorded(self, recorder: RunRecorder, buffers: Buffers) -> tuple[Tensor, str | None]:
+        return self._fit(recorder, recorder.run(), None, buffers)
 
     def _fit(
-        self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers, samples: int | Tensor | None
+        self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers
     ) -> tuple[Tensor, str | None]:
-        fitting, choices, self._scaled = self._fitting(run, samples), self._choices, recorder.scale is not None
+        fitting, choices, self._scaled = self._fitting(run), self._choices, recorder.scale is not None
         where = self._agreed(run, unsafe(run, partial(_gamma, fitting, choices)) or buffers.spoiled())
         if where is not None:
             return run.loss, where

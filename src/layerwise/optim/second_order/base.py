@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.optim.base import NamedOptimizer, completed, refuse_unreached
+from layerwise.optim.recording import Samples
 from layerwise.optim.saved_state import Fit, like
 from layerwise.optim.second_order.preconditioner import Preconditioner
 from layerwise.optim.second_order.trust import ExactGGN, best_step, bound, clip_factor, dot, levenberg_marquardt
@@ -113,8 +114,10 @@ class CurvatureOptimizer(NamedOptimizer):
         self._retyped()
         return {name: p for name, p in named.items() if self._ours(p)}
 
-    def _attempt(self, closure: Callable[[], Tensor], buffers: Buffers) -> tuple[Tensor, str | None]:
-        return self._follow(self._run(closure), buffers)
+    def _attempt(
+        self, closure: Callable[[], Tensor], buffers: Buffers, samples: Samples = None
+    ) -> tuple[Tensor, str | None]:
+        return self._follow(self._run(closure, samples), buffers)
 
     def _follow(self, run: _Run, buffers: Buffers) -> tuple[Tensor, str | None]:
         """Move along a run, or give the reason not to."""
@@ -144,13 +147,14 @@ class CurvatureOptimizer(NamedOptimizer):
             watched.bad = "the loss"
         return self._follow(_Run(named, self._groups(), watched.loss, found, watched, None, False), buffers)
 
-    def _run(self, closure: Callable[[], Tensor]) -> _Run:
+    def _run(self, closure: Callable[[], Tensor], samples: Samples) -> _Run:
         named = self._named()
         every = self.adapt_damping_every
         adapts = every is not None and (self.preconditioner.steps + 1) % every == 0
         rerun = Rerun(self._model, closure) if self.step_size == "quadratic" or adapts else None
         before = {name: (p.grad, -1 if p.grad is None else p.grad._version) for name, p in named.items()}
         batch = self.preconditioner.new_batch(named, count=True)
+        batch.say(samples)
         with batch as watched, torch.enable_grad():
             loss = closure()
             check_loss(loss)

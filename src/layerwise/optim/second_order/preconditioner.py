@@ -156,17 +156,19 @@ class Preconditioner:
     # -- watching ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def watch(self, names: Collection[str] | None = None) -> Iterator[Watched]:
+    def watch(self, names: Collection[str] | None = None, *, samples: int | Tensor | None = None) -> Iterator[Watched]:
         """Measure the curvature in the backward pass inside, on steps where it is due.
 
-        names: of the parameters to measure, default all that require grad. Several backward passes count as the sum of
-        their losses, as in `observe`: those of one context, and of several before a step, as long as `.grad` holds the
-        gradients of the first. A gradient scaler's factor is left out. An exception discards the batch.
+        names: of the parameters to measure, default all that require grad. samples: of each pass, as for `observe`.
+        Several backward passes count as the sum of their losses, as in `observe`: those of one context, and of several
+        before a step, as long as `.grad` holds the gradients of the first. A gradient scaler's factor is left out. An
+        exception discards the batch.
         """
         batch, self._batch = self._batch, None
         named = named_parameters_of(self.model)
         if batch is None or holds_no_gradient(named.values()):
             batch = self.new_batch(names)
+        batch.say(samples)
         with batch as watched:
             yield watched
         self._batch = batch

@@ -16,6 +16,7 @@ from torch import Tensor
 from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_scale import loss_scale, mixed_scales
+from layerwise.graph.samples import said_count
 from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
 from layerwise.observation.results import Results
@@ -161,6 +162,10 @@ class CurvatureWatch:
         elif mode is not None:
             self._observation.stop(*exc)
 
+    def say(self, samples: int | Tensor | None) -> None:
+        """What the user says of the samples of the passes to come, each."""
+        self._observation.say(samples)
+
     def forget_passes(self) -> None:
         """Drop the passes so far, but not what was recorded for those to come."""
         self.watched.passes, self.watched.loss, self.watched.scale = 0, None, None
@@ -296,6 +301,12 @@ class WatchedBatch:
             raise
         if error is not None:
             self._fail(error)
+
+    def say(self, samples: int | Tensor | None) -> None:
+        """What the user says of the samples of the passes to come, each. Raises BadInput where it is no number."""
+        said_count(samples, "samples of a step, or of watch(),")
+        if self._watch is not None:
+            self._watch.say(samples)
 
     def forget_passes(self) -> None:
         """Drop the passes so far, but not what was recorded for those to come."""
