@@ -41,7 +41,8 @@ ALLOWED = {
     "optim.recording": "replay",
     "optim.saved_state": "tensors",
     "optim.keywords": "",
-    "optim.layer_local": "graph local optim.base optim.keywords optim.recording optim.saved_state ranks replay tape tensors",
+    "optim.layer_local": "graph local optim.base optim.keywords optim.recording optim.saved_state ranks replay tape "
+    "tensors",
     "optim.second_order": "gradient graph observation operators optim.base optim.keywords optim.recording "
     "optim.saved_state quantities ranks replay rows tape tensors",
     "monitor": "gradient graph observation quantities replay tape tensors",
