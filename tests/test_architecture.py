@@ -38,12 +38,12 @@ ALLOWED = {
     "local": "graph losses operators ops replay rows tape tensors",
     "optim": "optim.layer_local optim.second_order",
     "optim.base": "optim.recording optim.saved_state replay tape",
-    "optim.recording": "replay",
+    "optim.recording": "losses replay tensors",
     "optim.saved_state": "tensors",
     "optim.keywords": "",
     "optim.layer_local": "graph local optim.base optim.keywords optim.recording optim.saved_state ranks replay tape "
     "tensors",
-    "optim.second_order": "gradient graph observation operators optim.base optim.keywords optim.recording "
+    "optim.second_order": "gradient graph losses observation operators optim.base optim.keywords optim.recording "
     "optim.saved_state quantities ranks replay rows tape tensors",
     "monitor": "gradient graph observation quantities replay tape tensors",
     "attribution": "gradient observation operators quantities ranks replay rows tape",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.autograd.graph import Node
 
-__all__ = ["SCALER_CALLS", "ScalerCalls"]
+__all__ = ["SCALER_CALLS", "GradientsLeft", "ScalerCalls"]
 
 _UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
+_ROUNDED = 1e-2  # relative, of a largest entry that was multiplied in half precision
 SCALER_CALLS = frozenset((Tensor.mul, _UNSCALE))
 
 
@@ -40,10 +42,59 @@ class ScalerCalls:
     def taken_out(self, grad: Tensor) -> float:
         """What a scaler has multiplied a gradient by; 1 where it has not."""
         found = 1.0
-        for g, factor in self._unscaled:
-            if g is grad or (grad.is_sparse and g.data_ptr() == grad._values().data_ptr()):
-                found *= float(factor)
+        for factor in self._looks(grad):
+            found *= float(factor)
         return found
+
+    def has_looked(self, grad: Tensor) -> bool:
+        """Whether a scaler has looked for NaN and infinity in a gradient."""
+        return len(self._looks(grad)) > 0
+
+    def _looks(self, grad: Tensor) -> list[Tensor]:
+        return [factor for g, factor in self._unscaled
+                if g is grad or (grad.is_sparse and g.data_ptr() == grad._values().data_ptr())]  # fmt: skip
+
+
+class GradientsLeft:
+    """The gradients that passes of a scaled loss left in `.grad` of parameters, to tell later what was done to them.
+
+    scale: of the loss. calls: those of scalers so far.
+    """
+
+    def __init__(self, params: Iterable[Tensor], scale: float, calls: ScalerCalls) -> None:
+        self._params = list(params)
+        grads = [p.grad for p in self._params if p.grad is not None]
+        self._factor = scale * min(map(calls.taken_out, grads), default=1.0)
+        self._looked = any(map(calls.has_looked, grads))
+        self._sizes = self._largest()
+
+    def _largest(self) -> Tensor:
+        """The largest absolute entry of each gradient; −1 where there is none."""
+        grads = [None if p.grad is None else p.grad._values() if p.grad.is_sparse else p.grad for p in self._params]
+        there = [g.detach() for g in grads if g is not None]
+        norms = iter(torch._foreach_norm(there, float("inf")) if there else ())
+        return torch.tensor([-1.0 if g is None else float(next(norms)) for g in grads], dtype=torch.float64)
+
+    def awaits(self) -> bool:
+        """Whether the scaler has still to look for NaN and infinity in these gradients."""
+        known = bool((self._sizes > 0).any() or (self._sizes < 0).all())  # zeros do not tell
+        return not self._looked and self._factor != 1 and known and self.factor() == self._factor
+
+    def factor(self) -> float | None:
+        """The scaler's factor that is still in the gradients; None where something else was written to them, too.
+
+        Read off their values: a scaler that takes its factor out leaves no other mark, not even on `_version`.
+        """
+        if self._factor == 1:
+            return 1.0
+        now, then = self._largest(), self._sizes
+        if ((now < 0) != (then < 0)).any():
+            return None
+        ratios = (now / then)[then > 0]
+        for found, ratio in ((self._factor, 1.0), (1.0, 1 / self._factor)):
+            if bool(((ratios / ratio - 1).abs() < _ROUNDED).all()):
+                return found
+        return None
 
 
 def _called_by_a_scaler() -> bool:

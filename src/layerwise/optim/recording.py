@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from layerwise.errors import BadInput
+from layerwise.losses.gradient_scalers import GradientsLeft
 from layerwise.replay.state import Buffers
+from layerwise.tensors import all_finite, dense
 
-__all__ = ["Recorder", "Recording", "Samples", "holds_no_gradient"]
+__all__ = ["Recorder", "Recording", "Samples", "factor_left", "holds_no_gradient", "withhold"]
+
+Samples = int | Tensor | None  # the number of samples, or that of each loss term; None: as the batch says
 
 
 def holds_no_gradient(params: Iterable[Tensor]) -> bool:
@@ -17,7 +23,32 @@ def holds_no_gradient(params: Iterable[Tensor]) -> bool:
     return not any(p.grad is not None and bool((p.grad != 0).any()) for p in params)
 
 
-Samples = int | Tensor | None  # the number of samples, or that of each loss term; None: as the batch says
+@torch.no_grad()
+def withhold(params: Iterable[Tensor], left: GradientsLeft | None) -> None:
+    """Leave an outer optimizer no gradient of a batch that is skipped: None in `.grad`.
+
+    left: of a gradient scaler's passes. Where the scaler has still to look for NaN, it finds it, and skips the step.
+    """
+    params = list(params)
+    if left is not None and not all_finite([dense(p.grad) for p in params if p.grad is not None]):
+        return
+    awaits = left is not None and left.awaits()
+    for p in params:
+        p.grad = torch.full_like(p, float("nan")) if awaits else None
+
+
+def factor_left(left: GradientsLeft | None) -> float:
+    """The factor of a gradient scaler in `.grad`, which it has still to take out; 1 without a scaler.
+
+    Raises BadInput where the gradients do not tell.
+    """
+    found = 1.0 if left is None else left.factor()
+    if found is None:
+        raise BadInput(
+            "step() replaces the gradients, and those of the watched passes were written to before it, by clipping or "
+            "the like: clip after opt.step() and scaler.unscale_(outer)"
+        )
+    return found
 
 
 class Recorder(Protocol):

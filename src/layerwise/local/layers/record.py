@@ -19,6 +19,7 @@ from layerwise.local.layers.layer import Layer, layers_of, over_passes
 from layerwise.local.problem import LocalProblem, Pull, predict, target_m
 from layerwise.local.targets import Target
 from layerwise.local.transfer import Transfer
+from layerwise.losses.gradient_scalers import GradientsLeft
 from layerwise.replay.state import check_loss
 from layerwise.tape.pull import OnePass, accumulated, differentiated, hooked, pull
 from layerwise.tape.tape import Tape
@@ -46,7 +47,7 @@ class Recorded:
 class RunRecorder:
     """Records the layers of the passes inside its context, and their cotangents; entered again, it goes on.
 
-    scale: by what a gradient scaler multiplied the losses; None without one.
+    left: the gradients in `.grad` after the passes, where a gradient scaler multiplied the losses; else None.
     ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`; crosses: as
     for `Tape`.
 
@@ -63,7 +64,7 @@ class RunRecorder:
         kinds: Kinds | None = None,
     ) -> None:
         self._ours, self._matrices, self._kinds = ours, matrices, kinds
-        self.scale: float | None = None
+        self.left: GradientsLeft | None = None
         self._said: int | None = None
         self._counted = 0  # passes from before what is said
         self._passes: list[_Pass] = []  # the tape's handler holds this list, not the recorder: `run` leaves no cycle
@@ -76,9 +77,14 @@ class RunRecorder:
 
     def __exit__(self, *exc: Any) -> None:
         self._tape.__exit__(*exc)
+        self.left = self._left_in_grad(self._passes[0].scale if self._passes else None)
         if self._said is not None:
             for at in range(self._counted, len(self._passes)):
                 self._passes[at] = self._passes[at].of(self._said)
+
+    def _left_in_grad(self, scale: float | None) -> GradientsLeft | None:
+        ours = filter(self._ours, self._tape.parameters.values())
+        return None if scale is None else GradientsLeft(ours, scale, self._tape.scaler_calls)
 
     def say(self, samples: int | Tensor | None) -> None:
         """What the user says of the samples of the passes to come, each; raises BadInput where it is no number."""
@@ -96,7 +102,6 @@ class RunRecorder:
         """
         passes = list(self._passes)
         self._passes.clear()
-        self.scale = passes[0].scale if passes else None
         if passes:
             run = joined([one.run for one in passes])
             return run if loss is None else replace(run, loss=loss.detach())
@@ -104,15 +109,10 @@ class RunRecorder:
             raise BadInput(
                 "step() follows a backward pass `with opt.watch()`, and none ran; call loss.backward() there"
             )
-        self.scale = loss_scale(self._tape.scaler_calls, loss)
-        run = _unscaled(pulled(self._tape, loss, self._ours, self._matrices, self._kinds), self.scale)
+        scale = loss_scale(self._tape.scaler_calls, loss)
+        self.left = self._left_in_grad(scale)
+        run = _unscaled(pulled(self._tape, loss, self._ours, self._matrices, self._kinds), scale)
         return run if self._said is None else replace(run, samples=self._said)
-
-    def left_in(self, grads: Sequence[Tensor]) -> float:
-        """The factor of a scaler that is still in the gradients in `.grad` after the passes; 1 without a scaler."""
-        if self.scale is None:
-            return 1.0
-        return self.scale * min([self._tape.scaler_calls.taken_out(g) for g in grads], default=1.0)
 
 
 class _Pass(NamedTuple):

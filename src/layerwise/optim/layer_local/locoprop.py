@@ -40,13 +40,12 @@ from layerwise.optim.layer_local.choices import (
 )
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
-from layerwise.optim.recording import Samples
+from layerwise.optim.recording import Samples, factor_left, withhold
 from layerwise.optim.saved_state import Fit, of_local_optimizer
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import all_finite
 
 __all__ = ["LocoProp"]
 
@@ -134,7 +133,7 @@ class LocoProp(LayerLocal):
         self._order, self._write, self._workspace = order, write, Workspace()
         if order != "together" and execution != Execution():
             raise BadInput(f"layers in turn (order={order!r}) cannot be solved at once ({execution})")
-        self._scaled = False  # whether a gradient scaler multiplied the last loss
+        self._left: Any = None  # in `.grad`, where a gradient scaler multiplied the loss of the present step
         self._warned: set[str] = set()  # functions without a matching loss
         self._last: list[tuple[tuple[str, ...], str]] | None = None
         loss, squared = values["loss"], getattr(values["solver"], "squared_only", False)
@@ -180,12 +179,10 @@ class LocoProp(LayerLocal):
         """
         skipped = self.skipped
         loss = super().step(closure, samples=samples)
-        if self._write == "grad" and self.skipped > skipped and (not self._scaled or all_finite(self._gradients())):
-            self.zero_grad()  # nothing for an outer optimizer; what is not finite a scaler has still to find
+        if self._write == "grad" and self.skipped > skipped:
+            withhold((p for group in self.param_groups for p in group["params"]), self._left)
+        self._left = None
         return loss
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def _attempt(self, closure: Closure, buffers: Buffers, samples: Samples = None) -> tuple[Tensor, str | None]:
         """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
@@ -211,7 +208,7 @@ class LocoProp(LayerLocal):
     def _fit(
         self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers
     ) -> tuple[Tensor, str | None]:
-        fitting, choices, self._scaled = self._fitting(run), self._choices, recorder.scale is not None
+        fitting, choices, self._left = self._fitting(run), self._choices, recorder.left
         where = self._agreed(run, unsafe(run, partial(_gamma, fitting, choices)) or buffers.spoiled())
         if where is not None:
             return run.loss, where
@@ -228,7 +225,7 @@ class LocoProp(LayerLocal):
             last = [(plan.layer.names, _form(plan)) for plan in plans]
             last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
             averages = self._averages | fitting.new_averages
-            write = snapshot.as_gradients(recorder.left_in(self._gradients())) if self._write == "grad" else None
+            write = snapshot.as_gradients(factor_left(self._left)) if self._write == "grad" else None
 
             def commit() -> None:
                 if write is not None:

@@ -133,11 +133,14 @@ class CurvatureOptimizer(NamedOptimizer):
                 f'{type(self).__name__} with step_size="quadratic" or adapt_damping_every runs the model again in a '
                 'step, which passes recorded `with opt.watch()` cannot give: call step(closure), or use step_size="lr"'
             )
-        return self.preconditioner.new_batch(self._named(), count=True)
+        return self.preconditioner.new_batch(self._named(), needs_pass=False)
 
     def _attempt_recorded(self, batch: WatchedBatch, buffers: Buffers) -> tuple[Tensor, str | None]:
         named, watched = self._named(), batch.watched
         found = {name: dense(p.grad.detach()) for name, p in named.items() if p.grad is not None}
+        left = None if watched.left_in_grad is None else watched.left_in_grad.factor()
+        if left not in (None, 1.0):  # step() was not called by the scaler
+            found = {name: g / left for name, g in found.items()}
         if watched.loss is None or not found:
             raise BadInput(
                 "step() follows a backward pass `with opt.watch()`, and its gradients in .grad; "
@@ -153,7 +156,7 @@ class CurvatureOptimizer(NamedOptimizer):
         adapts = every is not None and (self.preconditioner.steps + 1) % every == 0
         rerun = Rerun(self._model, closure) if self.step_size == "quadratic" or adapts else None
         before = {name: (p.grad, -1 if p.grad is None else p.grad._version) for name, p in named.items()}
-        batch = self.preconditioner.new_batch(named, count=True)
+        batch = self.preconditioner.new_batch(named, needs_pass=False)
         batch.say(samples)
         with batch as watched, torch.enable_grad():
             loss = closure()

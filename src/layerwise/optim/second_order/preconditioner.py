@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.base import completed
-from layerwise.optim.recording import holds_no_gradient
+from layerwise.optim.recording import holds_no_gradient, withhold
 from layerwise.optim.saved_state import VERSION, present, refuse
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
@@ -39,7 +39,7 @@ from layerwise.optim.second_order.watched_batch import (
 from layerwise.quantities.base import Quantity
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import first_bad_call, named_parameters_of
-from layerwise.tensors import all_finite, dense
+from layerwise.tensors import dense
 
 __all__ = ["Preconditioner", "is_due"]
 
@@ -173,19 +173,17 @@ class Preconditioner:
             yield watched
         self._batch = batch
 
-    def new_batch(self, names: Collection[str] | None = None, count: bool = False) -> WatchedBatch:
-        """A context that measures a batch, for `watch`. count: for a step that reads the passes."""
+    def new_batch(self, names: Collection[str] | None = None, needs_pass: bool = True) -> WatchedBatch:
+        """A context that measures a batch, or counts its passes, for `watch`. needs_pass: as for `WatchedBatch`."""
         watched = Watched(due=is_due(self.steps, self.update_factors_every))
         exchanges = self.exchange.size > 1  # the ranks' terms are counted at every step
-        if not (watched.due or exchanges or count):
-            return WatchedBatch(watched, None, True, self.exchange.fail)
         request = self._request_for(names, watched) if watched.due else None
         asked: Callable[[bool], dict[str, Quantity]] | None = (lambda whole: {}) if exchanges else None
         if request is not None:
             asked = partial(self._quantities, request)
         watch = CurvatureWatch(self.model, asked, watched, self.on_nonfinite == "raise")
         watched.left = None if request is None else request.left
-        return WatchedBatch(watched, watch, not exchanges, self.exchange.fail, needs_pass=not count)
+        return WatchedBatch(watch, not exchanges, self.exchange.fail, needs_pass)
 
     def _request_for(self, names: Collection[str] | None, watched: Watched) -> Request:
         named = named_parameters_of(self.model)
@@ -239,10 +237,7 @@ class Preconditioner:
             if self.on_nonfinite == "raise":
                 raise NonFinite(f"{joint.where} holds NaN or infinity, or overflows; the batch changed no factor")
             self.skipped += 1
-            # a scaler has still to find what is not finite
-            if watched.scale is None or all_finite(list(own.values())):
-                for p in named.values():
-                    p.grad = None
+            withhold(named.values(), watched.left_in_grad)
             return False
         if not joint.gradients:
             raise BadInput("pre.step() turns the gradients in .grad, and there are none: were they zeroed before?")

@@ -17,6 +17,7 @@ from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_scale import loss_scale, mixed_scales
 from layerwise.graph.samples import said_count
+from layerwise.losses.gradient_scalers import GradientsLeft
 from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
 from layerwise.observation.results import Results
@@ -30,7 +31,7 @@ from layerwise.ranks.sums import all_reduced, describe, tensors_of
 from layerwise.tape.modes import PassWatch
 from layerwise.tape.pull import alone, differentiated
 from layerwise.tape.tape import Tape
-from layerwise.tape.uses import Use, first_bad_call
+from layerwise.tape.uses import Use, first_bad_call, named_parameters_of
 from layerwise.tensors import dense, is_finite
 
 __all__ = [
@@ -83,7 +84,8 @@ class Watched:
     ranks. in_grad: its gradients were read from `.grad`. by_hand: the differentiated value is not that of a loss call.
     left: the parameters without Kronecker factors. kinds: of each block. suspect: names the non-finite tensor, once
     the gradients are known. asked: the parameters to measure, with their types. passes: the backward passes.
-    scale: by which a gradient scaler multiplied the loss of all passes, or None. loss: their sum, without the scale.
+    scale: by which a gradient scaler multiplied the loss of all passes, or None; left_in_grad: what they then left in
+    `.grad`. loss: their sum, without the scale.
     """
 
     blocks: dict[str, Measured] = field(default_factory=dict)
@@ -102,6 +104,7 @@ class Watched:
     asked: frozenset[tuple[str, torch.dtype]] = frozenset()
     passes: int = 0
     scale: float | None = None
+    left_in_grad: GradientsLeft | None = None
     loss: Tensor | None = None
 
     def passed(self, total: Tensor, scale: float | None) -> None:
@@ -157,6 +160,9 @@ class CurvatureWatch:
 
     def __exit__(self, *exc: Any) -> None:
         mode, self._mode, self.watched.backward = self._mode, None, None
+        if mode is not None and self.watched.scale is not None:
+            params = [p for p in named_parameters_of(self._model).values() if p.requires_grad]
+            self.watched.left_in_grad = GradientsLeft(params, self.watched.scale, mode.scaler_calls)
         if isinstance(mode, PassWatch):
             mode.__exit__(*exc)
         elif mode is not None:
@@ -168,7 +174,7 @@ class CurvatureWatch:
 
     def forget_passes(self) -> None:
         """Drop the passes so far, but not what was recorded for those to come."""
-        self.watched.passes, self.watched.loss, self.watched.scale = 0, None, None
+        self.watched.passes, self.watched.loss, self.watched.scale, self.watched.left_in_grad = 0, None, None, None
         self.watched.bad = self.watched.suspect = None
         self.watched.found, self.watched.blocks, self.watched.kinds, self.watched.batch = [], {}, {}, NO_BATCH
         if self._results is not None:
@@ -270,25 +276,20 @@ class CurvatureWatch:
 class WatchedBatch:
     """A context around the passes of one batch, or several such contexts; then `watched` holds what was measured.
 
-    watch: None where nothing is measured. alone: whether no other rank has a part of the batch. fail: tells others of
-    an error. needs_pass: whether a context without a backward pass is an error.
+    alone: whether no other rank has a part of the batch. fail: tells others of an error. needs_pass: whether a context
+    that measures, without a backward pass, is an error.
     """
 
     def __init__(
-        self, watched: Watched, watch: CurvatureWatch | None, alone: bool, fail: Callable[[BaseException], None],
-        needs_pass: bool = True,
-    ) -> None:  # fmt: skip
-        self.watched, self._needs_pass = watched, needs_pass
+        self, watch: CurvatureWatch, alone: bool, fail: Callable[[BaseException], None], needs_pass: bool
+    ) -> None:
+        self.watched, self._needs_pass = watch.watched, needs_pass
         self._watch, self._alone, self._fail = watch, alone, fail
 
     def __enter__(self) -> Watched:
-        if self._watch is not None:
-            self._watch.__enter__()
-        return self.watched
+        return self._watch.__enter__()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self._watch is None:
-            return
         try:
             self._watch.__exit__(kind, error, trace)
             good = error is None and self.watched.bad is None and self.watched.suspect is None
@@ -305,17 +306,14 @@ class WatchedBatch:
     def say(self, samples: int | Tensor | None) -> None:
         """What the user says of the samples of the passes to come, each. Raises BadInput where it is no number."""
         said_count(samples, "samples of a step, or of watch(),")
-        if self._watch is not None:
-            self._watch.say(samples)
+        self._watch.say(samples)
 
     def forget_passes(self) -> None:
         """Drop the passes so far, but not what was recorded for those to come."""
-        if self._watch is not None:
-            self._watch.forget_passes()
+        self._watch.forget_passes()
 
     def unscaled(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What backward passes left in `.grad`, without a scaler's factor; inside the context."""
-        assert self._watch is not None
         return self._watch.unscaled(grads)
 
 
