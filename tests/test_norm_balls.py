@@ -135,6 +135,20 @@ def test_newton_schulz_is_near_the_exact_vertex() -> None:
     torch.testing.assert_close(many, EXACT.vertex(g), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+def test_shampoo_without_accumulation_is_the_spectral_vertex(shape: tuple[int, int]) -> None:
+    """(G Gᵀ)^(−¼) G (Gᵀ G)^(−¼) = U Vᵀ (Gupta, Koren and Singer, 2018, algorithm 1 with one gradient)."""
+
+    def power(m: Tensor, rank: int) -> Tensor:
+        values, basis = torch.linalg.eigh(m)
+        return basis[:, -rank:] * values[-rank:] ** -0.25 @ basis[:, -rank:].T
+
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rank = min(shape)
+    wanted = power(g @ g.T, rank) @ g @ power(g.T @ g, rank)
+    torch.testing.assert_close(EXACT.vertex(g[None])[0], wanted, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 5), (4, 5, 3)])
 def test_groups_are_orthogonalized_each_by_itself(shape: tuple[int, ...]) -> None:
     g = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
