@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
+from layerwise.local.norms import ColumnNorm, FrobeniusNorm, MaxNorm, NormBall, RowNorm, SpectralNorm
 from layerwise.local.problem import LocalProblem, Pull, local_gradient, local_loss
 from layerwise.local.regularizers import Elastic, Proximal, WeightDecay
 from layerwise.local.solvers.memory import Memory, mairal
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
-from layerwise.local.solvers.values import Anderson, ConjugateGradient, LocalSteps, Newton, ProximalSolve, Spectral
-from layerwise.local.targets import GradientStep, Mirror
+from layerwise.local.solvers.values import (
+    Anderson,
+    ConditionalGradient,
+    ConjugateGradient,
+    LocalSteps,
+    Newton,
+    ProximalSolve,
+    Spectral,
+)
+from layerwise.local.targets import GradientStep, Mirror, NaturalStep
 from layerwise.local.transfer import (
     ARCTAN,
     ELU,
@@ -30,7 +39,8 @@ from layerwise.local.transfer import (
 
 __all__ = [
     "ARCTAN", "ELU", "HARD_TANH", "IDENTITY", "RELU", "RELU_SQUARED", "SIGMOID", "SOFTMAX", "SOFTPLUS", "TANH",
-    "Anderson", "CodeStep", "ConjugateGradient", "Coupling", "Elastic", "GradientStep", "LocalProblem", "LocalSteps",
-    "Memory", "Mirror", "Newton", "Proximal", "ProximalSolve", "Pull", "Spectral", "TFRMSProp", "Transfer",
-    "WeightDecay", "elu", "hard_tanh", "leaky_relu", "local_gradient", "local_loss", "mairal", "softplus",
+    "Anderson", "CodeStep", "ColumnNorm", "ConditionalGradient", "ConjugateGradient", "Coupling", "Elastic",
+    "FrobeniusNorm", "GradientStep", "LocalProblem", "LocalSteps", "MaxNorm", "Memory", "Mirror", "NaturalStep",
+    "Newton", "NormBall", "Proximal", "ProximalSolve", "Pull", "RowNorm", "Spectral", "SpectralNorm", "TFRMSProp",
+    "Transfer", "WeightDecay", "elu", "hard_tanh", "leaky_relu", "local_gradient", "local_loss", "mairal", "softplus",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """One layer's local problem: fit its outputs to targets, with its inputs frozen.
 
-    min over W, b of   Σ_r D(W a_r + b, target_r) + Σ_j c_j/2 (‖W − C_j‖² + ‖b − d_j‖²)
+    min over W, b of   Σ_r D(W a_r + b, target_r) + Σ_j c_j/2 (‖W − C_j‖² + ‖b − d_j‖²),     W, b in a norm ball
 
 The layer is a grouped linear map on rows, `Z[r,k,o] = Σ_i W[k,o,i] A[r,k,i] + b[k,o]`, where the rows `r`
 are samples times positions. With `G = ∂L/∂Z` of the batch loss L as written, sums over rows are sums
@@ -10,6 +10,7 @@ Source: Amid, Anil and Warmuth, "LocoProp" (2022), sections 3 and 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
+from layerwise.local.norms import NormBall
 from layerwise.local.transfer import IDENTITY, Transfer
 
 __all__ = [
-    "Clip", "LocalProblem", "Pull", "contract", "local_gradient", "local_loss", "predict", "product", "pull_gradient",
-    "target_m",
+    "Clip", "LocalProblem", "Pull", "Term", "contract", "local_gradient", "local_loss", "predict", "product",
+    "pull_gradient", "refuse_ball", "split_terms", "target_m",
 ]  # fmt: skip
 
 Clip = Literal["range", "bounded"] | None
@@ -44,6 +46,17 @@ class Pull:
             raise BadInput(f"a term strength/2 ‖W − centre‖² needs a finite strength ≥ 0: got {self.strength}")
 
 
+Term = Pull | NormBall
+
+
+def split_terms(terms: Sequence[Term]) -> tuple[tuple[Pull, ...], NormBall | None]:
+    """The quadratic terms, and the norm ball or None. Raises BadInput for several balls."""
+    balls = [term for term in terms if isinstance(term, NormBall)]
+    if len(balls) > 1:
+        raise BadInput(f"a layer's weights can be kept in one norm ball, as two have no common vertices; got {balls}")
+    return tuple(term for term in terms if isinstance(term, Pull)), balls[0] if balls else None
+
+
 @dataclass(frozen=True)
 class LocalProblem:
     """The inputs, targets and loss of one layer, and the weights to start from.
@@ -53,6 +66,7 @@ class LocalProblem:
     transfer: the identity gives the squared loss `½‖z − y‖²` of LocoProp-S, the layer's own transfer
     function the matching loss `F(z) − y·z` of LocoProp-M.
     prox: η of the proximal term `(‖W − W₀‖² + ‖b − b₀‖²)/2η`, or None for no such term. pulls: further quadratic terms.
+    ball: a norm ball that W and b stay in, or None; its centre may be W₀, b₀.
     g, gamma: where the targets came from a backward pass, its cotangent `[R,K,O]` and γ, so that
     `f(z) − target = γ g` at the starting weights; the first step then needs no forward product.
     Leave `g` out where targets were clipped. rest: `[R,K,O]`, constant terms of the output, `z = W a + b + rest` (a
@@ -70,6 +84,7 @@ class LocalProblem:
     gamma: float = 1.0
     rest: Tensor | None = None
     pulls: tuple[Pull, ...] = ()
+    ball: NormBall | None = None
 
     @property
     def indexed(self) -> bool:
@@ -100,6 +115,15 @@ class LocalProblem:
             raise BadInput("a local problem needs at least one row: got an empty batch")
         if self.prox is not None and not self.prox > 0:
             raise BadInput(f"the proximal term ‖W − W₀‖²/2η needs η > 0, or None for no term: got {self.prox}")
+
+
+def refuse_ball(problem: LocalProblem, asker: str) -> None:
+    """Raise BadInput for a problem within a norm ball, in the name of a solver that knows quadratic terms alone."""
+    if problem.ball is not None:
+        raise BadInput(
+            f"{asker} knows quadratic terms alone, and this problem is kept in a norm ball, {problem.ball}: "
+            "use ConditionalGradient or LocalSteps"
+        )
 
 
 def target_m(
@@ -149,7 +173,8 @@ def local_loss(problem: LocalProblem, weight: Tensor | None = None, bias: Tensor
 
         Σ_r [F(z_r) − y_r·z_r] + Σ_j c_j/2 (‖W − C_j‖² + ‖b − d_j‖²)        (summed over rows, divided by nothing)
 
-    The term F*(y), constant in the weights, is left out: it is infinite for a target out of range.
+    The term F*(y), constant in the weights, is left out: it is infinite for a target out of range. So is a norm ball:
+    the loss is that of weights within it.
     """
     loss = problem.transfer.matching(predict(problem, weight, bias), problem.target).sum()
     pulls = problem.pulls if problem.prox is None else (Pull(1 / problem.prox), *problem.pulls)

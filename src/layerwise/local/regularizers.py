@@ -1,7 +1,8 @@
 """Regularizers: quadratic terms that pull a layer's weights to a centre while it is fitted.
 
-A regularizer is any function `(weight, bias, gamma, average) -> Pull` of the starting weight `[K,O,I]`, the starting
-bias `[K,O]` or None, the optimizer's γ, and the running averages `(weight, bias)` that an attribute `decay` asks for.
+A regularizer is any function `(weight, bias, gamma, average) -> Pull`, or to a norm ball (`norms`), of the starting
+weight `[K,O,I]`, the starting bias `[K,O]` or None, the optimizer's γ, and the running averages `(weight, bias)` that
+an attribute `decay` asks for.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import Pull
+from layerwise.local.problem import Pull, Term
 
 __all__ = ["Average", "Elastic", "Proximal", "Regularizer", "WeightDecay"]
 
 Average = tuple[Tensor, Tensor | None]
-Regularizer = Callable[[Tensor, Tensor | None, float, Average | None], Pull]
+Regularizer = Callable[[Tensor, Tensor | None, float, Average | None], Term]
 
 
 @dataclass(frozen=True)

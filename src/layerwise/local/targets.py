@@ -16,8 +16,9 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.problem import Clip, target_m
 from layerwise.local.transfer import Transfer
+from layerwise.operators.ridge import ridge
 
-__all__ = ["GradientStep", "Mirror", "Target", "factor", "fill_in"]
+__all__ = ["GradientStep", "Mirror", "NaturalStep", "Target", "factor", "fill_in"]
 
 Target = Callable[[Tensor, Tensor, Transfer], Tensor]
 Per = Literal["batch", "sample"]
@@ -78,6 +79,31 @@ class Mirror(_Step):
     def __call__(self, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
         """`f(z − γ g)`."""
         return transfer.f(z - self._size() * g)
+
+
+@dataclass(frozen=True)
+class NaturalStep(_Step):
+    """A step preconditioned on the output side, `y = f(z) − γ (B + λ tr(B)/O I)⁻¹ g` with `B = Σ_r g_r g_rᵀ` by group.
+
+    damping: λ, in units of B's mean diagonal. The squared problem with these targets, solved exactly, is a step of
+    K-FAC with the empirical Fisher's output factor, `−γ (B + λ_B)⁻¹ G (A + λ_A)⁻¹`. per: as for `GradientStep`.
+    Raises BadInput for settings that cannot be, NonFinite where B has no inverse.
+    Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015).
+    """
+
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.damping < float("inf"):
+            raise BadInput(f"NaturalStep needs a finite damping ≥ 0; got {self}")
+
+    def __call__(self, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
+        """`f(z) − γ (B + λ tr(B)/O I)⁻¹ g`."""
+        rows = g.transpose(0, 1)
+        second = rows.mT @ rows
+        damping = self.damping * second.diagonal(dim1=-2, dim2=-1).mean(-1)
+        return transfer.f(z) - self._size() * ridge(second, rows, damping).transpose(0, 1)
 
 
 def factor(target: Target, gamma: float, samples: int) -> float:

@@ -16,7 +16,7 @@ from layerwise.graph.loss_scale import loss_scale, mixed_scales
 from layerwise.graph.samples import count, said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, layers_of, over_passes
-from layerwise.local.problem import LocalProblem, Pull, predict, target_m
+from layerwise.local.problem import LocalProblem, Term, predict, split_terms, target_m
 from layerwise.local.targets import Target
 from layerwise.local.transfer import Transfer
 from layerwise.losses.gradient_scalers import GradientsLeft
@@ -257,13 +257,14 @@ def _fill(layers: list[Layer], cotangents: dict[int, Tensor]) -> None:
 @torch.no_grad()
 def problem_of(
     recorded: Recorded, layer: Layer, gamma: float, transfer: Transfer, target: Target | None = None,
-    pulls: tuple[Pull, ...] = (),
+    terms: tuple[Term, ...] = (),
 ) -> LocalProblem:  # fmt: skip
     """The local problem of a layer, from its rows, its targets and its parameters as matrices.
 
     target: `(z, g, transfer) -> y`; the default is `f(z) − γ g`, with which the problem keeps `g` and γ.
     """
     parts = layer.parts
+    pulls, ball = split_terms(terms)
     a = layer.join([part.input() for part in parts])
     g = layer.join([part.rows(recorded.cotangents[part.use.index]) for part in parts])
     weight = layer.matrix()
@@ -283,8 +284,8 @@ def problem_of(
         rest, z = (z - predicted, z) if z is not None else (None, predicted)
     if target is None:
         y = target_m(z, g, gamma, transfer, y=layer.join(after) if len(after) == len(parts) else None)
-        return LocalProblem(a, weight, bias, y, transfer, None, g, gamma, rest, pulls)
-    return LocalProblem(a, weight, bias, target(z, g, transfer), transfer, rest=rest, pulls=pulls)
+        return LocalProblem(a, weight, bias, y, transfer, None, g, gamma, rest, pulls, ball)
+    return LocalProblem(a, weight, bias, target(z, g, transfer), transfer, rest=rest, pulls=pulls, ball=ball)
 
 
 def refreshed(problem: LocalProblem, layer: Layer, now: Layer) -> LocalProblem:

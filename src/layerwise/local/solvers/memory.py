@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.local.problem import LocalProblem, pull_gradient
+from layerwise.local.problem import LocalProblem, pull_gradient, refuse_ball
 from layerwise.local.solvers.closed import inputs_with_ones, residual
 from layerwise.operators.ridge import coordinate_descent, inverse, ridge
 from layerwise.tensors import is_finite
@@ -110,6 +110,7 @@ class Memory:
 
         l1: λ of a term λ|W|₁ beside the squared errors' mean over rows. rate: the factor the update will be taken with.
         """
+        refuse_ball(problem, "Memory")
         _check(self, problem, state, l1)
         a, delta = inputs_with_ones(problem), residual(problem).transpose(0, 1)  # [K,R,I], [K,R,O]
         rows, step = a.shape[-2], int(state.get("steps", 0)) + 1

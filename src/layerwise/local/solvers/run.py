@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.layers.layer import shaped
-from layerwise.local.problem import LocalProblem
+from layerwise.local.problem import LocalProblem, refuse_ball
 from layerwise.local.solvers.memory import Memory
 from layerwise.local.solvers.steps import Owned, StepPlan, Workspace, local_steps
 from layerwise.local.solvers.values import LocalSteps, Solver
@@ -46,6 +46,8 @@ class Task:
 def solve(task: Task, workspace: Workspace | None = None) -> None:
     """Move the parameters of a task. Raises BadInput where a solver's result does not fit them."""
     problem, solver, params = task.problem, task.solver, task.params
+    if not getattr(solver, "balls", False):
+        refuse_ball(problem, repr(solver))
     if isinstance(solver, LocalSteps):
         assert task.optimizer is not None
         plan = StepPlan(solver.steps, solver.share(problem), solver.form, solver.rule, task.scale, task.l1)

@@ -137,6 +137,7 @@ def local_steps(
 
     The optimizer owns the parameters, by default the problem's weight and bias themselves, and keeps its state from
     batch to batch. It may own other parameters if their `.grad` is None. Rates and `.grad`s are restored at the end.
+    Within a norm ball, a projection follows every step (projected gradient; a heuristic for other optimizers than SGD).
     Raises BadInput for an impossible form, or tensors that share no memory.
     """
     weight, bias, fold = owned or Owned(problem.weight, problem.bias)
@@ -158,6 +159,8 @@ def local_steps(
     # a view of the scratch serves all steps; torch's fused optimizers need it contiguous as the weight is
     serves = grad_w.untyped_storage().data_ptr() == layer.dw.untyped_storage().data_ptr()
     serves &= grad_w.is_contiguous() or not weight.is_contiguous()
+    within = () if problem.ball is None else (problem.weight, problem.bias)
+    starts = [(now, now.clone()) for now in within if now is not None]
     with _stepping(optimizer, [weight] if bias is None else [weight, bias], steps, plan.schedule) as step:
         weight.grad = grad_w
         if bias is not None:
@@ -168,6 +171,8 @@ def local_steps(
             step(t)
             if plan.l1:
                 weight.copy_(F.softshrink(weight, plan.l1 * optimizer.param_groups[0]["lr"]))
+            for now, start in starts:
+                now.copy_(problem.ball.projected(now, start))  # type: ignore[union-attr]
 
 
 @torch.no_grad()

@@ -16,13 +16,14 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem
 from layerwise.local.solvers.closed import Side, largest_curvature, prox_step, spectral_step
+from layerwise.local.solvers.conditional import conditional_gradient, harmonic
 from layerwise.local.solvers.descent import anderson, conjugate_gradient, newton
 from layerwise.local.solvers.steps import Form, Schedule, StepPlan, constant, linear_floor, local_steps
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 
 __all__ = [
-    "Anderson", "ConjugateGradient", "LocalSteps", "Newton", "ProximalSolve", "Solver", "Spectral", "default_lr",
-    "name_of",
+    "Anderson", "ConditionalGradient", "ConjugateGradient", "LocalSteps", "Newton", "ProximalSolve", "Solver",
+    "Spectral", "default_lr", "name_of",
 ]  # fmt: skip
 
 Update = tuple[Tensor, Tensor | None]
@@ -51,6 +52,7 @@ class LocalSteps:
     schedule: Schedule | Literal["linear_floor", "constant"] = "linear_floor"
     state: Literal["persistent", "fresh"] = "persistent"
     form: Form = "auto"
+    balls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         counts = [self.steps] if self.rows in ("auto", "all") else [self.steps, self.rows]
@@ -157,6 +159,28 @@ class Spectral:
             rate = 1 / largest if largest > 0 else 0.0
         rule = _SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
         return spectral_step(problem, [rate * rule(t, self.steps) for t in range(self.steps)])
+
+
+@dataclass(frozen=True)
+class ConditionalGradient:
+    """T steps of the conditional gradient method (Frank-Wolfe) within a norm ball: see `conditional_gradient`.
+
+    It takes any loss, and needs a regularizer that is a ball, such as `SpectralNorm`. steps = 1 is steepest descent in
+    the ball's norm. schedule: the step sizes, "harmonic" (`2/(t + 2)`), "constant" or a function of t and T.
+    """
+
+    steps: int = 1
+    schedule: Schedule | Literal["harmonic", "constant"] = "harmonic"
+    balls: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        known = callable(self.schedule) or self.schedule in ("harmonic", "constant")
+        _check(self, _whole(self.steps) and known, 'whole steps ≥ 1 and a schedule: "harmonic", "constant", a function')
+
+    def __call__(self, problem: LocalProblem) -> Update:
+        """`(ΔW, Δb)`."""
+        named = harmonic if self.schedule == "harmonic" else constant
+        return conditional_gradient(problem, self.steps, self.schedule if callable(self.schedule) else named)
 
 
 @dataclass(frozen=True)

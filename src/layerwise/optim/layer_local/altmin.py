@@ -89,7 +89,7 @@ class AltMin(FittedToCodes):
         lr: rate of the weight steps; a solver's update is multiplied by it.
         layers: settings by pattern on parameter or module names; the first match wins.
         trace: a `lw.optim.Trace` to fill.
-        preset: "published" for the released program's settings.
+        preset: "published" for the released program's settings, or a known algorithm (Recoveries' page).
         on_nonfinite: "skip" a batch with NaN or infinity and count it in `skipped`, or "raise" NonFinite.
         code_update: a `CodeUpdate`, or its fields: codes, coupling, code_l1, code_step, multipliers.
         weight_update: a `WeightUpdate`, or its fields: weights, steps, rows, betas, eps, momentum, l1, normalise,
@@ -112,7 +112,7 @@ class AltMin(FittedToCodes):
         lr: float | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         trace: Trace | None = None,
-        preset: Literal["published"] | None = None,
+        preset: Literal["published", "mac", "predictive-coding"] | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
         **words: Unpack[AltMinWords],
     ) -> None:

@@ -15,7 +15,7 @@ from layerwise.graph.samples import said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, shaped
 from layerwise.local.layers.record import Recorded
-from layerwise.local.problem import Pull
+from layerwise.local.problem import Term
 from layerwise.local.regularizers import Regularizer
 from layerwise.optim.base import NamedOptimizer, completed, refuse_unreached
 from layerwise.optim.layer_local.choices import first_match
@@ -73,13 +73,13 @@ class Fitting:
         return kind, optimizer
 
     @torch.no_grad()
-    def pull(self, layer: Layer, term: Regularizer, gamma: float) -> Pull:
+    def term(self, layer: Layer, regularizer: Regularizer, gamma: float) -> Term:
         """A regularizer's term for a layer; updates the running averages that it asks for."""
         matrix = layer.matrix()
         shape = matrix.shape[:2]
         params = [p.detach() for p in self.params(layer)]
         bias = params[1].view(shape) if len(params) > 1 else None
-        decay = getattr(term, "decay", None)
+        decay = getattr(regularizer, "decay", None)
         average = None
         if decay is not None:
             for name, p in zip(layer.names, params, strict=True):
@@ -87,7 +87,7 @@ class Fitting:
                 self.new_averages[name] = p.clone() if old is None else decay * old + (1 - decay) * p
             found = [self.new_averages[name] for name in layer.names]
             average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
-        return term(matrix, bias, gamma, average)
+        return regularizer(matrix, bias, gamma, average)
 
     def snapshot(self, layers: Sequence[Layer], replaced: Collection[str] = ()) -> Snapshot:
         """A snapshot of all parameters that the step moves. replaced: as for `Snapshot`."""

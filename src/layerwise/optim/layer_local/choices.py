@@ -6,18 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from layerwise.errors import BadInput
-from layerwise.local.regularizers import Regularizer
+from layerwise.local.norms import ColumnNorm, FrobeniusNorm, MaxNorm, RowNorm, SpectralNorm
+from layerwise.local.regularizers import Proximal, Regularizer
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
-from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
-from layerwise.local.targets import GradientStep, Target
+from layerwise.local.solvers.values import ConditionalGradient, LocalSteps, ProximalSolve, Solver, default_lr
+from layerwise.local.targets import GradientStep, NaturalStep, Target
 from layerwise.local.transfer import Transfer
 from layerwise.optim.keywords import Effects, refuse_idle
 from layerwise.tape.binding import check_matched, matches
 
 __all__ = [
-    "DEFAULTS", "NUMBERS", "PRESETS", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "check_patterns",
-    "first_match", "implied", "matches", "several",
+    "DEFAULTS", "NUMBERS", "PRESETS", "RECOVERIES", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "Preset",
+    "check_patterns", "first_match", "implied", "matches", "several", "with_preset",
 ]  # fmt: skip
 
 NUMBERS = ("lr", "gamma", "steps", "rows", "decay", "momentum", "eps")
@@ -37,6 +40,35 @@ PRESETS: dict[str, dict[str, Any]] = {
     "published-M": {**_PUBLISHED, "loss": "matching"},
     "published-S": {**_PUBLISHED, "loss": "squared"},
 }
+Preset = Literal[
+    "M", "S", "published-M", "published-S", "gradient-descent", "normalized", "sign", "muon", "row-normalized",
+    "column-normalized", "proxprop", "foof", "kfac",
+]  # fmt: skip
+_LINEAR = {"target": GradientStep(1.0), "solver": ConditionalGradient(), "lr": 1e-3}
+# Known algorithms as choices of this one: each is the keywords that it stands for, and nothing else.
+RECOVERIES: dict[str, dict[str, Any]] = {
+    "gradient-descent": {"target": GradientStep(1.0), "solver": LocalSteps(1, torch.optim.SGD, "all")},
+    "normalized": {**_LINEAR, "regularizer": FrobeniusNorm()},
+    "sign": {**_LINEAR, "regularizer": MaxNorm()},
+    "muon": {**_LINEAR, "regularizer": SpectralNorm(adjust="original")},
+    "row-normalized": {**_LINEAR, "regularizer": RowNorm()},
+    "column-normalized": {**_LINEAR, "regularizer": ColumnNorm()},
+    "proxprop": {"target": GradientStep(1.0), "regularizer": Proximal(1.0), "solver": ProximalSolve()},
+    "foof": {"target": GradientStep(1.0, per="sample"), "solver": ProximalSolve(1.0)},
+    "kfac": {"target": NaturalStep(1.0), "solver": ProximalSolve(1.0)},
+}
+
+
+def with_preset(given: Mapping[str, Any], preset: str | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The keywords, beside those that a recovered algorithm stands for; and the numbers of another preset.
+
+    What is given wins. Raises BadInput for an unknown preset.
+    """
+    if preset is not None and preset not in PRESETS | RECOVERIES:
+        raise BadInput(f"LocoProp knows the presets {', '.join([*PRESETS, *RECOVERIES])}; got {preset!r}")
+    meant = RECOVERIES.get(preset or "", {})
+    spelled = {key: meant.get(key) if value is None else value for key, value in given.items()}
+    return spelled, PRESETS.get(preset or "")
 
 
 @dataclass(frozen=True)
@@ -44,9 +76,9 @@ class Objective:
     """What `LocoProp` fits each layer to; None: the preset's, or the default.
 
     loss: "matching", "squared", or a transfer function of `lw.local` whose matching loss is taken.
-    target: `GradientStep` (default), `Mirror`, or a function `(z, g, transfer) -> y`.
+    target: `GradientStep` (default), `Mirror`, `NaturalStep`, or a function `(z, g, transfer) -> y`.
     gamma: γ, against the gradient of the loss as written; default 10.
-    regularizer: None, `Proximal`, `WeightDecay`, `Elastic`, a function, or several.
+    regularizer: None, `Proximal`, `WeightDecay`, `Elastic`, a norm ball (`SpectralNorm`), a function, or several.
     Raises BadInput for a gamma beside a target with another one.
     """
 
@@ -110,7 +142,7 @@ def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str],
 def several(method: str, regularizer: Any) -> tuple[Regularizer, ...]:
     """One regularizer or a sequence of them, as a tuple. Raises BadInput for anything else."""
     terms = tuple(regularizer) if isinstance(regularizer, Sequence) else (regularizer,)
-    form = "(weight, bias, gamma, average) -> Pull, or a sequence of such"
+    form = "(weight, bias, gamma, average) -> Pull or norm ball, or a sequence of such"
     return tuple(_callable(method, "regularizer", t, form) for t in terms)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of
 from layerwise.local.problem import LocalProblem, predict
+from layerwise.local.regularizers import WeightDecay
 from layerwise.local.solvers.memory import Memory, moments_misfit
 from layerwise.local.solvers.run import Task
 from layerwise.local.solvers.steps import constant, linear_steps
-from layerwise.local.solvers.values import LocalSteps, Solver
+from layerwise.local.solvers.values import LocalSteps, ProximalSolve, Solver
 from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import NamedOptimizer
 from layerwise.optim.keywords import refuse_idle
@@ -43,11 +45,23 @@ from layerwise.optim.saved_state import Fit
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["CodeFitter", "Coded", "FittedToCodes", "repeated", "with_coupling"]
+__all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes", "repeated", "with_coupling"]
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
 }
+# Known algorithms as choices of this one: each is the keywords that it stands for, and nothing else.
+RECOVERIES: dict[str, dict[str, Any]] = {
+    "mac": {"codes": "sweep", "coupling": 1.0, "code_step": CodeStep(momentum=0.0), "weights": ProximalSolve(),
+            "regularizer": WeightDecay(1e-4)},
+    "predictive-coding": {"codes": "sweep", "coupling": 1.0, "code_step": CodeStep(lr=0.1, momentum=0.0),
+                          "weights": "sgd", "momentum": 0.0, "steps": 1, "rows": "all"},
+}  # fmt: skip
+
+
+def _filled(value: Any, meant: Mapping[str, Any]) -> Any:
+    """A value with fields that are None replaced by those of a recovered algorithm."""
+    return replace(value, **{k: v for k, v in meant.items() if getattr(value, k, v) is None})
 
 
 def with_coupling(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,9 +91,11 @@ class CodeFitter:
         self, codes: CodeUpdate, weights: WeightUpdate, minibatch: Minibatch, names: Sequence[str], lr: float | None,
         layers: Mapping[str, Mapping[str, Any]] | None, trace: Trace | None, preset: str | None,
     ) -> None:  # fmt: skip
-        if preset is not None and preset not in _PRESETS:
-            raise BadInput(f"AltMin knows the presets {', '.join(_PRESETS)}; got {preset!r}")
-        chosen = {"weights": "adam", **(_PRESETS[preset] if preset else {})}
+        if preset is not None and preset not in _PRESETS | RECOVERIES:
+            raise BadInput(f"AltMin knows the presets {', '.join([*_PRESETS, *RECOVERIES])}; got {preset!r}")
+        chosen = {"weights": "adam", **_PRESETS.get(preset or "", {})}
+        meant = RECOVERIES.get(preset or "", {})
+        codes, weights = _filled(codes, meant), _filled(weights, meant)
         way = chosen["weights"] if weights.weights is None else weights.weights
         self.updates = Updates(way, weights.regularizer, layers or {}, names)
         kind = self.updates.default.kind
@@ -192,8 +208,8 @@ class CodeFitter:
             weight = layer.uniform_weight()
             if weight:
                 gamma, transfer = 1 / weight, layer.transfer
-        pulls = tuple(fitting.pull(layer, term, gamma) for term in self._update(fitting, layer).regularizers)
-        return partial(problem_of, fitting.run, layer, gamma, transfer, pulls=pulls)
+        terms = tuple(fitting.term(layer, asked, gamma) for asked in self._update(fitting, layer).regularizers)
+        return partial(problem_of, fitting.run, layer, gamma, transfer, terms=terms)
 
     def _has_local_steps(self, fitting: Fitting, layer: Layer) -> bool:
         """Whether a layer takes local steps; an output layer then descends the loss itself."""

@@ -19,7 +19,7 @@ from layerwise.errors import BadInput
 from layerwise.local.layers.layer import Layer
 from layerwise.local.solvers.run import Task, pickled, solve, solve_pickled, take_result
 from layerwise.local.solvers.steps import Workspace
-from layerwise.local.solvers.values import Anderson, ConjugateGradient, LocalSteps, Newton, Solver
+from layerwise.local.solvers.values import Anderson, ConditionalGradient, ConjugateGradient, LocalSteps, Newton, Solver
 
 __all__ = ["Executor", "Facts", "GradientJob", "LayerJob", "State", "Workers", "executor_of", "operations"]
 
@@ -92,7 +92,7 @@ def operations(solver: Solver, layer: Layer) -> float:
         products = solver.iterations * solver.inner
     elif isinstance(solver, ConjugateGradient):
         products = solver.iterations
-    elif isinstance(solver, Anderson):
+    elif isinstance(solver, Anderson | ConditionalGradient):
         products = solver.steps
     if products:
         return float(2 * products * rows * weights)

@@ -16,7 +16,7 @@ from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
-from layerwise.local.problem import LocalProblem, Pull
+from layerwise.local.problem import LocalProblem, Term
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import Task, solve
 from layerwise.local.solvers.steps import Workspace, linear_steps
@@ -30,13 +30,14 @@ from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, 
 from layerwise.optim.layer_local.choices import (
     DEFAULTS,
     NUMBERS,
-    PRESETS,
     VALUES,
     Choice,
     Choices,
     LocalUpdate,
     Objective,
+    Preset,
     implied,
+    with_preset,
 )
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
@@ -94,7 +95,7 @@ class LocoProp(LayerLocal):
         layers: settings by pattern on parameter or module names, `{"encoder.*": {"lr": 1e-4}}`; the first match wins.
         order: "together", or one layer after another: "output_to_input", "input_to_output".
         write: "weights", or "grad" to put `W_old − W_new` into `.grad` for an outer optimizer.
-        preset: "M" or "S" for these defaults, "published-M" or "published-S" for the published settings.
+        preset: "M" or "S" for these defaults, "published-M" or "published-S", or a known algorithm (Recoveries' page).
         on_nonfinite: "skip" a batch with NaN or infinity and count it in `skipped`, or "raise" NonFinite.
         objective: an `Objective`, or its fields: loss, target, gamma, regularizer.
         local_update: a `LocalUpdate`, or its fields: solver, steps, rows, decay, momentum, eps.
@@ -115,17 +116,16 @@ class LocoProp(LayerLocal):
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         order: Literal["together", "output_to_input", "input_to_output"] = "together",
         write: Literal["weights", "grad"] = "weights",
-        preset: Literal["M", "S", "published-M", "published-S"] | None = None,
+        preset: Preset | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
         **words: Unpack[LocoPropWords],
     ) -> None:
         refuse_unknown(LocoProp.__init__, words)
-        if preset is not None and preset not in PRESETS:
-            raise BadInput(f"LocoProp knows the presets {', '.join(PRESETS)}; got {preset!r}")
         if order not in _ORDERS or write not in ("weights", "grad"):
             raise BadInput(f'order is one of {", ".join(_ORDERS)}, write "weights" or "grad"; got {order!r}, {write!r}')
         found = _KEYWORDS.values(words)
-        given, execution = {**_KEYWORDS.of(found), "lr": lr}, found["execution"]
+        given, published = with_preset({**_KEYWORDS.of(found), "lr": lr}, preset)
+        execution = found["execution"]
         values = {name: given[name] for name in VALUES}
         self._choices = Choices(
             given, layers or {}, list(named_parameters_of(model)), {k: v["lr"] for k, v in DEFAULTS.items()}
@@ -138,10 +138,10 @@ class LocoProp(LayerLocal):
         self._last: list[tuple[tuple[str, ...], str]] | None = None
         loss, squared = values["loss"], getattr(values["solver"], "squared_only", False)
         kind = loss if isinstance(loss, str) else "squared" if squared else "matching"
-        chosen = dict(PRESETS[preset] if preset else DEFAULTS.get(kind, DEFAULTS["matching"]))
-        if loss is not None or squared or preset is None:
+        chosen = dict(published or DEFAULTS.get(kind, DEFAULTS["matching"]))
+        if loss is not None or squared or published is None:
             chosen["loss"] = kind
-        chosen |= implied(self._choices.default, {**values, "lr": lr})
+        chosen |= implied(self._choices.default, {**values, "lr": given["lr"]})
         chosen |= {name: given[name] for name in NUMBERS if given[name] is not None}
         said = {**values, "layers": layers, "order": order, "write": write}
         super().__init__(model, params, chosen, on_nonfinite, executor_over(execution), said, self._choices.numbers)
@@ -289,7 +289,7 @@ class _Plan(NamedTuple):
     choice: Choice
     gamma: float
     transfer: Transfer
-    pulls: tuple[Pull, ...]
+    terms: tuple[Term, ...]
 
     @property
     def solver(self) -> Solver:
@@ -316,8 +316,8 @@ def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
             f"{name_of(choice.solver)} solves the squared loss, and {layer.name} has {transfer.name}'s matching "
             'loss: choose loss="squared" for it, or Newton, Anderson or LocalSteps'
         )
-    pulls = tuple(fitting.pull(layer, term, gamma) for term in choice.regularizers)
-    return _Plan(layer, group, choice, gamma, transfer, pulls)
+    terms = tuple(fitting.term(layer, asked, gamma) for asked in choice.regularizers)
+    return _Plan(layer, group, choice, gamma, transfer, terms)
 
 
 def _warn_of_stand_ins(plans: list[_Plan], warned: set[str]) -> None:
@@ -339,7 +339,7 @@ def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
     target, samples = plan.choice.target, fitting.run.samples
     plain = isinstance(target, GradientStep) and target.clip is None
     made = None if plain else fill_in(target, float(plan.group["gamma"]), samples)
-    problem = problem_of(fitting.run, plan.layer, plan.gamma, plan.transfer, made, plan.pulls)
+    problem = problem_of(fitting.run, plan.layer, plan.gamma, plan.transfer, made, plan.terms)
     if not plain and not bool(torch.isfinite(problem.target).all()):
         raise NonFinite(f"the target of {plan.layer.name} holds NaN or infinity")
     return problem
