@@ -16,7 +16,6 @@ from layerwise.observation.engine import Observation
 from layerwise.observation.results import Results
 from layerwise.quantities.base import Quantity
 from layerwise.ranks.trainers import unreduced, unwrapped
-from layerwise.replay.state import Gradients
 
 __all__ = ["Chosen"]
 
@@ -45,19 +44,13 @@ class Chosen:
             raise BadInput("asked to attribute to no parameter: none requires gradients, or no pattern was given")
 
     def observed(self, loss_fn: Callable[..., Tensor], batch: Any, quantity: Quantity) -> Results:
-        """The results of one forward and backward pass over a batch; loss_fn is called as `accumulate` calls it.
+        """The results of a forward pass over a batch, and of what the quantity sends back through it.
 
-        The others' gradients are computed, too: where samples lie is read off the first layers, whoever is asked about.
+        loss_fn is called as `accumulate` calls it. No `.grad` is made, and the model's are left as they are.
         """
-        gradients = Gradients(list(self.model.parameters()), values=False)
-        try:
-            for p in self.model.parameters():
-                p.grad = None
-            asked = [self._restricted(quantity)]
-            with Observation(self.model, asked, PassSettings(pooled=True)) as results, unreduced(self.model):
-                batch_loss(unwrapped(self.model), loss_fn, batch).backward()
-        finally:
-            gradients.put_back()
+        observation = Observation(self.model, [self._restricted(quantity)], PassSettings(pooled=True))
+        with observation as results, unreduced(self.model):
+            observation.send(batch_loss(unwrapped(self.model), loss_fn, batch))
         return results
 
     def _restricted(self, quantity: Quantity) -> Quantity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import NonFinite, UncoveredUse, Undefined
+from layerwise.ranks.sums import tensors_of
 from layerwise.ranks.trainers import several
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
@@ -21,6 +22,7 @@ __all__ = [
     "check_covered",
     "check_finite",
     "check_gradient",
+    "check_values",
     "retained_grads_preserved",
     "rollback",
     "snapshot",
@@ -85,6 +87,16 @@ def check_gradient(gradient: Mapping[str, Tensor], total: Tensor | None = None) 
             raise NonFinite(
                 f"asked to observe a backward pass whose gradient of {name!r} holds NaN or infinity; .grad is as it "
                 "was. Check the batch and the parameters, or skip the batch"
+            )
+
+
+def check_values(values: Mapping[str, Iterable[Any]]) -> None:
+    """Raise NonFinite for values of NaN or infinity by parameter, where no gradient is made that would show them."""
+    for name, value in values.items():
+        if not together_finite([t for v in value for t in tensors_of(v)]):
+            raise NonFinite(
+                f"asked to observe a backward pass whose values of {name!r} hold NaN or infinity. Check the batch and "
+                "the parameters, or skip the batch"
             )
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from layerwise.errors import Undefined
 from layerwise.gradient.derived import has_derived_gradient
 from layerwise.gradient.parameter import ParameterGradient, PartCollector
 from layerwise.gradient.parts import DensePart, LaterPart, Part, RowsPart
+from layerwise.graph.walk import nodes
 from layerwise.observation.backward_pass import BackwardPass
 from layerwise.observation.guards import Fingerprints
 from layerwise.tape.pull import alone, pull
@@ -49,6 +51,22 @@ class Stream:
         if not (self._indices or self._keeps_inputs):
             for use in self._observed.graph.uses:
                 use.release()
+
+    def send(self, total: Tensor) -> None:
+        """Send the cotangents of a total to the uses, and to no parameter; `receive` takes them as they arrive.
+
+        Autograd is asked for the uses that read no other, and for leaves that are no parameters: all other uses lie on
+        the way to these.
+        """
+        uses, leaves = self.awaited(), self._observed.tape.leaves()
+        lowest = [use for use in uses if not use.inputs]
+        reached = nodes([(total.grad_fn, 0)]) if len(lowest) < len(uses) else ()
+        strange = [node for node in reached if hasattr(node, "variable") and leaves.name(node) is None]
+        edges = [use.edge for use in lowest] + [GradientEdge(node, 0) for node in strange]
+        found = torch.autograd.grad([total], edges, allow_unused=True) if edges else ()
+        for use, g in zip(lowest, found, strict=False):
+            if g is not None and use.index not in self._received:
+                self.receive(use, g)
 
     def receive(self, use: Use, g: Tensor) -> None:
         """Take the cotangent of one use; a parameter whose uses have all arrived is contracted at once."""
