@@ -12,10 +12,12 @@ import torch
 from oracle import assert_close, ggn
 from ranks import ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import layerwise as lw
-from layerwise.errors import BadInput, Undefined
+from layerwise.errors import BadInput, NonFinite, Undefined
 
 Batch = tuple[Tensor, Tensor]
 
@@ -228,6 +230,26 @@ def test_chosen_parameters_are_those_that_a_pattern_matches() -> None:
             lw.attribution.Influence(model, loss, wrong)
 
 
+def test_inputs_that_require_a_gradient_are_data_like_others() -> None:
+    model, loss, train, queries = mlp()
+    want = lw.attribution.Influence(model, loss, draws=None).fit(train).scores(queries, train)
+    asked = [(x.clone().requires_grad_(), y) for x, y in train]
+    grown = [(2 * (x / 2), y) for x, y in asked]
+    for batches in (asked, grown):
+        influence = lw.attribution.Influence(model, loss, draws=None).fit(batches)
+        assert_close(influence.scores(queries, batches), want)
+    assert all(x.grad is None for x, _ in asked)
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    model, loss, train, queries = mlp()
+    influence = lw.attribution.Influence(model, loss, draws=None).fit(train)
+    wrong = [(x * torch.inf, y) for x, y in train[:1]]
+    for call in (lambda: influence.scores(queries, wrong), lambda: influence.fit(wrong)):
+        with pytest.raises(NonFinite):
+            call()
+
+
 def test_wrong_use_is_said() -> None:
     model, loss, train, queries = mlp()
     with pytest.raises(BadInput, match="fit"):
@@ -352,21 +374,29 @@ def test_other_or_damaged_files_are_refused(tmp_path: Any) -> None:
 # -- ranks ----------------------------------------------------------------------------------------------------------
 
 
-def fitted_in_ranks(rank: int, curvature: str) -> Tensor:
+def fitted_in_ranks(rank: int, curvature: str, trainer: str) -> list[Tensor]:
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(0)
         model, loss, train, queries = language()
+        if trainer == "ddp":
+            model = nn.parallel.DistributedDataParallel(model)
+        elif trainer == "fsdp2":
+            for part in (model.qkv, model.out, model):
+                fully_shard(part, mesh=init_device_mesh("cpu", (2,)))  # type: ignore[arg-type]
         influence = lw.attribution.Influence(model, loss, curvature=curvature, draws=None).fit(train[rank : rank + 1])
-        return influence.scores(queries, train)
+        return [influence.scores(queries, train), influence.self_influence(train)]
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diag"])
-def test_ranks_fit_their_shares_together(curvature: str) -> None:
+@pytest.mark.parametrize("trainer", ["none", "ddp", "fsdp2"])
+def test_ranks_fit_their_shares_together(curvature: str, trainer: str) -> None:
     torch.manual_seed(0)
     model, loss, train, queries = language()
-    want = lw.attribution.Influence(model, loss, curvature=curvature, draws=None).fit(train).scores(queries, train)
-    for found in ranks(2)(fitted_in_ranks, curvature):
-        assert_close(found, want)
+    whole = lw.attribution.Influence(model, loss, curvature=curvature, draws=None).fit(train)
+    want = [whole.scores(queries, train), whole.self_influence(train)]
+    for found in ranks(2)(fitted_in_ranks, curvature, trainer):
+        for one, other in zip(found, want, strict=True):
+            assert_close(one, other)

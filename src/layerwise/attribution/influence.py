@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from layerwise.attribution.files import read, write
 from layerwise.attribution.fit import resumable
-from layerwise.attribution.inverse import DampedInverse, SelfProducts, diagonal_blocks
+from layerwise.attribution.inverse import DampedInverse, Solved, diagonal_blocks
 from layerwise.attribution.passes import Chosen
 from layerwise.errors import BadInput, Undefined
 from layerwise.operators import EigenKronecker, Kronecker
 from layerwise.operators.described import described, rebuilt
 from layerwise.quantities import EKFAC, KFAC, KFLR, ByParameter, DiagGGN, Quantity
 from layerwise.quantities.base import positive
-from layerwise.quantities.inner_products import InnerProducts, OwnGradients
+from layerwise.quantities.inner_products import InnerProducts
 from layerwise.ranks.group import digest_of, values_digest
 
 __all__ = ["Influence"]
@@ -203,19 +203,19 @@ class Influence:
 
         Raises BadInput before `fit`. Source: Koh and Liang (2017), section 5.4.
         """
-        quantity = SelfProducts(self.inverse)
+        quantity = Solved(self.inverse, as_norm=True)
         return torch.cat([sum_of(self.observed(batch, quantity)) for batch in _given(loader, "loader")])
 
     def directions(self, queries: Loader, measure: Measure | None = None) -> dict[str, Tensor]:
         """(G + λ I)⁻¹ g_q of all queries, `[Q, *shape]` by parameter."""
-        found = [self.observed(batch, OwnGradients(), measure) for batch in _given(queries, "queries")]
+        found = [self.observed(batch, Solved(self.inverse), measure) for batch in _given(queries, "queries")]
         shapes = dict(self._chosen.model.named_parameters())
         counts = [len(next(iter(values.values()))) for values in found]
         return {
-            name: self.inverse.solve(name, torch.cat([
-                values[name] if name in values else shapes[name].new_zeros(n, *shapes[name].shape)
+            name: torch.cat([
+                values[name] if name in values else shapes[name].detach().new_zeros(n, *shapes[name].shape)
                 for values, n in zip(found, counts, strict=True)
-            ]).detach())
+            ])
             for name in self._chosen.names if any(name in values for values in found)
         }  # fmt: skip
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from layerwise.gradient.parameter import ParameterGradient
+from layerwise.gradient.parts import RowsPart
 from layerwise.operators import EigenBlock, EigenKronecker
 from layerwise.operators.diagonal import check_damping
 from layerwise.quantities.inner_products import SampleQuantity
+from layerwise.quantities.kronecker.ekfac import rotated_rows
+from layerwise.rows import contract
 from layerwise.rows.layout import dense_layout
 
-__all__ = ["DampedInverse", "SelfProducts", "diagonal_blocks"]
+__all__ = ["DampedInverse", "Solved", "diagonal_blocks"]
 
 _SHARE = 0.1  # of a block's mean eigenvalue: the damping where none is given
+_ELEMENTS = 2**22  # of gradients in memory at once
 
 
 class DampedInverse:
@@ -40,19 +44,43 @@ class DampedInverse:
             found.setdefault(block.parameter or key, []).append(inverse)
         return found
 
-    def solve(self, name: str, gradients: Tensor) -> Tensor:
-        """The product with gradients `[M,*shape]` of one parameter, `[M,*shape]`; zero for one without curvature."""
+    def solve(self, gradient: ParameterGradient) -> Tensor:
+        """The product with every sample's gradient, `[N,*shape]`; zero for a parameter without curvature."""
         if self.curvature is None:
-            return gradients
-        total = torch.zeros_like(gradients)
-        for block in self._blocks.get(name, ()):
-            w = (
-                torch.stack([block.matrix(g) for g in gradients])
-                if len(gradients)
-                else gradients.reshape(0, *block.size)
-            )
-            total = total + block.fold(block.apply(w.to(block.like.dtype)).to(gradients.dtype))
+            return gradient.rows()[0]
+        total = gradient.like.new_zeros(gradient.parts[0].size[1], *gradient.shape)
+        for block, w in self._rotated(gradient, 0, len(total)):
+            total += block.fold(block.rotate_back(w * block.spectrum).to(total.dtype))
         return total
+
+    def norm(self, gradient: ParameterGradient) -> Tensor:
+        """<g_n, (G + λ I)⁻¹ g_n> of every sample, `[N]`, from the gradients of a few samples at a time."""
+        if self.curvature is None:
+            return gradient.squared_norm()[0]
+        n = gradient.parts[0].size[1]
+        found = gradient.like.new_zeros(n)
+        step = max(1, _ELEMENTS // max(1, gradient.shape.numel()))
+        for low in range(0, n, step):
+            for block, w in self._rotated(gradient, low, low + step):
+                found[low : low + step] += w.square().flatten(1) @ block.spectrum.flatten()
+        return found
+
+    def _rotated(self, gradient: ParameterGradient, low: int, high: int) -> Iterator[tuple[EigenBlock, Tensor]]:
+        """For each block of the inverse, gradients of some samples in its eigenbasis, `[n,K,O,I]`."""
+        blocks, groups = self._blocks.get(gradient.name, []), gradient.groups or []
+        if [part.layout() for part in groups] == [b.layout for b in blocks] and all(map(_rows_first, groups, blocks)):
+            for part, block in zip(groups, blocks, strict=True):
+                yield block, contract.per_sample(rotated_rows(contract.narrow(part.rows, low, high - low), block))[0]
+            return
+        dense = gradient.per_sample(low, high)[0]
+        for block in blocks:
+            yield block, block.rotate(torch.stack([block.matrix(g) for g in dense]).to(block.like.dtype))
+
+
+def _rows_first(part: RowsPart, block: EigenBlock) -> bool:
+    """Whether rotating the inputs and cotangents of a sample takes fewer operations than rotating its gradient."""
+    _, o, i = block.size
+    return part.rows.g.shape[2] * (o * o + i * i) < o * i * (o + i)
 
 
 def diagonal_blocks(entries: Mapping[str, Tensor]) -> EigenKronecker:
@@ -64,17 +92,12 @@ def diagonal_blocks(entries: Mapping[str, Tensor]) -> EigenKronecker:
     return EigenKronecker(blocks)
 
 
-class SelfProducts(SampleQuantity):
-    """<g_n, (G + λ I)⁻¹ g_n> of every sample, `[N]`, from the gradients of a few samples at a time."""
+class Solved(SampleQuantity):
+    """(G + λ I)⁻¹ g_n of every sample, `[N, *shape]`; as_norm: <g_n, (G + λ I)⁻¹ g_n>, `[N]`."""
 
-    powers = (2,)
-
-    def __init__(self, inverse: DampedInverse) -> None:
-        self.inverse = inverse
+    def __init__(self, inverse: DampedInverse, as_norm: bool = False) -> None:
+        self._compute, self.powers = (inverse.norm, (2,)) if as_norm else (inverse.solve, (1,))
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
-        """`[N]`."""
-        if self.inverse.curvature is None:
-            return (gradient.squared_norm()[0],)
-        found = [(g[0] * self.inverse.solve(gradient.name, g[0])).flatten(1).sum(1) for g in gradient.chunks()]
-        return (torch.cat(found),)
+        """`[N, *shape]`, or `[N]`."""
+        return (self._compute(gradient),)

@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
-from layerwise.observation.accumulate import backward, batch_loss
+from layerwise.observation.accumulate import batch_loss
 from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
 from layerwise.observation.results import Results
 from layerwise.quantities.base import Quantity
 from layerwise.ranks.trainers import unreduced, unwrapped
-from layerwise.replay.state import Gradients
-from layerwise.tape.binding import Binding, chosen_names
+from layerwise.tape.binding import chosen_names
 
 __all__ = ["Chosen"]
 
@@ -38,15 +37,11 @@ class Chosen:
             raise BadInput("asked to attribute to no parameter: none requires gradients")
 
     def observed(self, loss_fn: Callable[..., Tensor], batch: Any, quantity: Quantity) -> Results:
-        """The results of one forward and backward pass over a batch; loss_fn is called as `accumulate` calls it."""
-        gradients = Gradients(list(self.model.parameters()), values=False)
-        try:
-            for p in self.model.parameters():
-                p.grad = None
-            settings = PassSettings(pooled=True, parameters=self._patterns)
-            with Observation(self.model, [quantity], settings) as results, unreduced(self.model):
-                loss = batch_loss(unwrapped(self.model), loss_fn, batch)
-                backward(loss, Binding(self.model).owners, self._patterns)
-        finally:
-            gradients.put_back()
+        """The results of a forward pass over a batch, and of what the quantity sends back through it.
+
+        loss_fn is called as `accumulate` calls it. No `.grad` is made, and the model's are left as they are.
+        """
+        observation = Observation(self.model, [quantity], PassSettings(pooled=True, parameters=self._patterns))
+        with observation as results, unreduced(self.model):
+            observation.send(batch_loss(unwrapped(self.model), loss_fn, batch))
         return results

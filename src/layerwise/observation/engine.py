@@ -23,6 +23,7 @@ from layerwise.observation.guards import (
     check_covered,
     check_finite,
     check_gradient,
+    check_values,
     retained_grads_preserved,
     rollback,
     snapshot,
@@ -130,15 +131,26 @@ class Observation:
         self._tape.close()
         self._tape = self._results = None  # at last, for after an interrupt it is called again
 
-    def run(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
-        """Run the user's backward pass from `total` (times `weight`) and observe it; the result of `run`."""
+    def send(self, total: Tensor) -> None:
+        """Observe the cotangents that `total` sends down the graph, in place of a backward pass: no `.grad` is made.
+
+        That saves the weights' own gradients, and all of a backward pass where every quantity sends its own columns.
+        """
+        assert self._tape is not None
+        self.run(self._tape, total, None, None)
+
+    def run(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any] | None) -> Any:
+        """Run the user's backward pass from `total` (times `weight`) and observe it; the result of `run`.
+
+        run: None sends cotangents down the graph alone, as `send` says.
+        """
         if total.is_meta:
             raise BadInput("asked to observe a backward pass from a loss on the meta device, which holds no numbers")
         results = self._results
         assert results is not None
         self._follow(results, tape)
         reached = list(nodes([(total.grad_fn, 0)]))
-        if total.requires_grad and not any(map(tape.leaves().name, reached)):
+        if run is not None and total.requires_grad and not any(map(tape.leaves().name, reached)):
             return _run_unobserved(tape, total, run)
         with whole_parameters(self._model, reached) as trainers:
             return self._run(tape, total, weight, run, results, trainers)
@@ -148,7 +160,7 @@ class Observation:
         tape: Tape,
         total: Tensor,
         weight: Tensor | None,
-        run: Callable[[], Any],
+        run: Callable[[], Any] | None,
         results: Results,
         trainers: GraphTrainers,
     ) -> Any:
@@ -178,7 +190,9 @@ class Observation:
                 hooked(stream.awaited(), stream.receive, within),
                 accumulated(tape.parameters, True, within) as arrived,
             ):
-                out = run()
+                out = run() if run is not None else None
+                if run is None:
+                    stream.send(total)
             with alone(device):
                 check_alone(within.strangers)
                 check_covered(tape, before, arrived, covered)
@@ -190,6 +204,8 @@ class Observation:
                     if not deferred:
                         verdict.read()
                 stream.finish(gradient)
+                for sent in observed.values.values() if run is None else ():
+                    check_values(sent)
                 values = {name: (g,) for name, g in gradient.items()}
                 results.add(observed.batch, observed.values, values, scale, verdict)
         except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.coverage import Graph
 from layerwise.losses import Likelihood, LossCall
 from layerwise.quantities.base import Quantity
+from layerwise.ranks.sums import tensors_of
 from layerwise.ranks.trainers import several
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
@@ -29,6 +30,7 @@ __all__ = [
     "check_covered",
     "check_finite",
     "check_gradient",
+    "check_values",
     "retained_grads_preserved",
     "rollback",
     "snapshot",
@@ -164,6 +166,16 @@ def _of_gradient(name: str, left: str) -> str:
         f"asked to observe a backward pass whose gradient of {name!r} holds NaN or infinity; {left}. Check the batch "
         "and the parameters, or skip the batch"
     )
+
+
+def check_values(values: Mapping[str, Iterable[Any]]) -> None:
+    """Raise NonFinite for values of NaN or infinity by parameter, where no gradient is made that would show them."""
+    for name, value in values.items():
+        if not together_finite([t for v in value for t in tensors_of(v)]):
+            raise NonFinite(
+                f"asked to observe a backward pass whose values of {name!r} hold NaN or infinity. Check the batch and "
+                "the parameters, or skip the batch"
+            )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from layerwise.errors import Undefined
 from layerwise.gradient.derived import has_derived_gradient
 from layerwise.gradient.parameter import ParameterGradient, PartCollector
 from layerwise.gradient.parts import DensePart, LaterPart, Part, RowsPart
+from layerwise.graph.walk import Node, by_node, finished
 from layerwise.observation.backward_pass import BackwardPass
 from layerwise.observation.guards import Fingerprints
 from layerwise.tape.pull import alone, pull
@@ -52,6 +53,17 @@ class Stream:
         for use in self._observed.graph.uses:
             if use.index not in read:
                 use.release()
+
+    def send(self, total: Tensor) -> None:
+        """Send the cotangents of a total to the uses, and to no parameter; `receive` takes them as they arrive.
+
+        Autograd is asked for the uses with no other one below them: the others lie on the way to these.
+        """
+        lowest = _lowest(total, self.awaited())
+        found = torch.autograd.grad([total], [use.edge for use in lowest], allow_unused=True) if lowest else ()
+        for use, g in zip(lowest, found, strict=True):
+            if g is not None and use.index not in self._received:
+                self.receive(use, g)
 
     def receive(self, use: Use, g: Tensor) -> None:
         """Take the cotangent of one use; a parameter whose uses have all arrived is contracted at once."""
@@ -155,6 +167,20 @@ class SecondStage:
             use, g, parts = held.pop()
             yield from collector.add(use, parts or self._observed.parts(use, g, later=later))
         yield from collector.rest()
+
+
+def _lowest(total: Tensor, uses: Sequence[Use]) -> list[Use]:
+    """The uses on the graph of a total that have none of the others below them."""
+    use_at = by_node(uses)
+    above: set[Node] = set()  # nodes with a use at or below them
+    found = []
+    for node in finished([total.grad_fn], {}):
+        lower = any(child in above for child, _ in node.next_functions)
+        if node in use_at and not lower:
+            found += use_at[node]
+        if node in use_at or lower:
+            above.add(node)
+    return found
 
 
 def _compute(observed: BackwardPass, indices: Sequence[int], gradient: ParameterGradient) -> None:

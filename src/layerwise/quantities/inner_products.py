@@ -10,7 +10,7 @@ from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 
-__all__ = ["InnerProducts", "OwnGradients", "Projections", "SampleQuantity"]
+__all__ = ["InnerProducts", "Projections", "SampleQuantity"]
 
 
 class SampleQuantity(Quantity):
@@ -23,18 +23,6 @@ class SampleQuantity(Quantity):
         """By parameter, each in the scale of the sum of the loss's terms."""
         factor = (union.terms if union.mean else 1.0) ** self.powers[0]
         return ByParameter({name: v[0] * factor if factor != 1 else v[0] for name, v in values.items()})
-
-
-class OwnGradients(SampleQuantity):
-    """The gradient of every sample's own loss, the sum of its terms, `[N, *shape]`."""
-
-    def numbers(self, gradient: ParameterGradient) -> int:
-        """V·N·P."""
-        return gradient.size.numel() * gradient.shape.numel()
-
-    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
-        """`[N, *shape]`."""
-        return (gradient.rows()[0],)
 
 
 class InnerProducts(SampleQuantity):

@@ -21,7 +21,7 @@ from layerwise.ranks.sums import TensorSpec
 from layerwise.rows import contract, gram
 from layerwise.rows.base import Rows
 
-__all__ = ["EKFAC", "Gradients", "HeldRows", "Spectra", "held_rows", "second_moment", "with_constant"]
+__all__ = ["EKFAC", "Gradients", "HeldRows", "Spectra", "held_rows", "rotated_rows", "second_moment", "with_constant"]
 
 Gradients = Rows | Tensor  # of one matrix: rows, or dense gradients `[M,O,I]`
 
@@ -80,15 +80,20 @@ def second_moment(gradients: Gradients, block: EigenBlock) -> Tensor:
     dtype = block.spectrum.dtype
     if isinstance(gradients, Tensor):
         return block.rotate(gradients[:, None].to(dtype)).square_().sum(0)
-    rows, g = with_constant(gradients, block), gradients.g.to(dtype)
+    return contract.second_moment(rotated_rows(gradients, block))
+
+
+def rotated_rows(rows: Rows, block: EigenBlock) -> Rows:
+    """Rows whose per-sample gradients are Q_Bᵀ D Q_A, in the block's dtype."""
+    dtype = block.spectrum.dtype
+    rows, g = with_constant(rows, block), rows.g.to(dtype)
     if block.basis_out is not None:
         g = (g.transpose(2, 3) @ block.basis_out).transpose(2, 3)
     a = rows.a
     if a is not None and block.basis_in is not None:
-        rows = rows if a.is_floating_point() else gram.written_out(rows)
-        assert rows.a is not None
-        a = (rows.a.to(dtype).transpose(1, 2) @ block.basis_in).transpose(1, 2)
-    return contract.second_moment(Rows(a, g, rows.size_in))
+        one = not a.is_floating_point()  # an index picks a row of the basis
+        a = block.basis_in[0][a][:, :, None] if one else (a.to(dtype).transpose(1, 2) @ block.basis_in).transpose(1, 2)
+    return Rows(a, g, rows.size_in)
 
 
 def with_constant(rows: Rows, block: EigenBlock) -> Rows:
