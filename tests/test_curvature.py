@@ -333,3 +333,51 @@ def test_an_asymmetric_hessian_is_refused() -> None:
     x = torch.randn(3, requires_grad=True)
     with pytest.raises(errors.Undefined, match="not symmetric"):
         check_second([torch.randn(3, 3) @ x], [x])
+
+
+def _by_hand(index: Tensor, table: Tensor, offsets: list[int], weights: Tensor | None, **options: Any) -> Tensor:
+    """`F.embedding_bag`, one bag after another."""
+    found = []
+    for start, stop in zip(offsets, [*offsets[1:], len(index)], strict=True):
+        places = [i for i in range(start, stop) if int(index[i]) != options.get("padding_idx")]
+        rows = [table[index[i]] * (1 if weights is None else weights[i]) for i in places]
+        some = torch.stack(rows) if rows else table.new_zeros(1, table.shape[1])
+        found.append({"sum": some.sum(0), "mean": some.mean(0), "max": some.amax(0)}[options["mode"]])
+    return torch.stack(found)
+
+
+BAGS: dict[str, dict[str, Any]] = {
+    "sum": {"mode": "sum"},
+    "mean": {"mode": "mean"},
+    "max": {"mode": "max"},
+    "mean, sparse": {"mode": "mean", "sparse": True},
+    "mean, a padding row": {"mode": "mean", "padding_idx": 2},
+    "max, a padding row": {"mode": "max", "padding_idx": 2},
+    "sum, learned weights": {"mode": "sum", "weighted": True},
+    "sum, ends given": {"mode": "sum", "include_last_offset": True},
+    "max, ends given": {"mode": "max", "include_last_offset": True},
+}
+
+
+@pytest.mark.parametrize("name", BAGS)
+def test_operators_through_embedding_bags_are_exact_though_torch_cannot_differentiate_them_twice(name: str) -> None:
+    options = dict(BAGS[name])
+    index, starts, y = torch.tensor([0, 2, 3, 1, 2, 2, 4, 0]), [0, 3, 4, 4], torch.tensor([0, 1, 1, 0])
+    model = nn.ModuleDict({"table": nn.Embedding(5, 3), "head": nn.Linear(3, 2)})
+    model.importance = nn.Parameter(torch.rand(8)) if options.pop("weighted", False) else None
+    table, weights = model["table"].weight, model.importance
+    ends = [*starts, len(index)] if options.get("include_last_offset") else starts
+
+    def logits() -> Tensor:
+        bags = F.embedding_bag(index, table, torch.tensor(ends), per_sample_weights=weights, **options)
+        return model["head"](bags.tanh())
+
+    def plain() -> Tensor:
+        return model["head"](_by_hand(index, table, starts, weights, **options).tanh())
+
+    params, loss_of = oracle.parameters(model), lambda z: F.cross_entropy(z, y)
+    want = oracle.ggn(params, plain, loss_of)
+    oracle.assert_close(lw.GGN(model, lambda: loss_of(logits())).to_dense(), want)
+    oracle.assert_close(
+        lw.Hessian(model, lambda: loss_of(logits())).to_dense(), oracle.hessian(params, lambda: loss_of(plain()))
+    )

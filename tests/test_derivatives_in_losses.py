@@ -15,6 +15,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import layerwise as lw
 from layerwise import errors
+from layerwise.local.layers.record import record
+from layerwise.optim.layer_local.coding import weight_gradients
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -222,3 +224,50 @@ def test_penalties_on_models_with_assembled_weights(kind: str, total: Callable[[
         oracle.assert_close(dict(seen.per_sample_grad), {name: want[name] for name in seen.grad})
     if kind != "table":  # torch has no second derivative of a bag's gradient
         check_first_order(model, lambda: total(each()), terms)
+
+
+# Local learning ------------------------------------------------------------------------------------------------------
+
+
+class _Deep(nn.Sequential):
+    """Three layers, and a slope by the first one's output, which reads the weights above it alone."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Softplus(), nn.Linear(3, 1))
+
+    def inner(self, x: Tensor) -> Tensor:
+        h = self[0](x)
+        u = self[4](self[3](self[2](self[1](h))))
+        return (u - _grad(u.sum(), h).norm(dim=1, keepdim=True)).square()[:, 0] / N
+
+
+LOCAL: dict[str, tuple[Callable[[_Deep, Tensor], Tensor], set[str]]] = {  # terms, and the weights with a local problem
+    "penalty": (_penalty, set()),
+    "equation": (_equation, set()),
+    "penalty within the model": (_Deep.inner, {"0.weight"}),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_local_problems_and_the_other_gradients_are_together_the_gradient(name: str) -> None:
+    model, x, (terms, local) = _Deep(), torch.randn(N, 3), LOCAL[name]
+    run = record(model, lambda: terms(model, x).sum())
+    found = {**weight_gradients(run), **run.gradients}
+    params = {
+        n: p for n, p in model.named_parameters() if n not in {b for layer in run.layers for b in layer.names[1:]}
+    }
+    grads = torch.autograd.grad(terms(model, x).sum(), list(params.values()), allow_unused=True)
+    want = {n: g for n, g in zip(params, grads, strict=True) if g is not None}
+    assert {layer.name for layer in run.layers} == local
+    oracle.assert_close({n: found[n] for n in want}, want)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_codes_are_refused_by_name_where_the_loss_holds_derivatives(name: str) -> None:
+    model, x, (terms, _) = _Deep(), torch.randn(N, 3), LOCAL[name]
+    before = [p.clone() for p in model.parameters()]
+    opt = lw.AltMin(model, codes="sweep")
+    with pytest.raises(errors.Undefined, match=r"takes derivatives of the model \(Use \d+: grad of .* codes='jacobi'"):
+        opt.step(lambda: terms(model, x).sum())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert float(lw.AltMin(model).step(lambda: terms(model, x).sum())) > 0

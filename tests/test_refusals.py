@@ -85,11 +85,12 @@ REFUSED: dict[str, tuple[Callable[[_Net], Tensor], type[Exception], list[str]]] 
     ),
     "contrastive": (
         lambda m: F.cross_entropy(m(X) @ m(X.flip(0)).T, torch.arange(4)), errors.SamplesMixed,
-        ["has a part in the loss of several samples", "they meet in the call 'mm'"],
+        ["has a part in the loss of several", r"they meet in the call 'mm' \(autograd's MmBackward0\) above it\."],
     ),
     "contrastive_by_hand": (
         lambda m: -(m(X) @ m(X).T).log_softmax(1).diagonal().mean(), errors.SamplesMixed,
-        ["no sum over samples", "the call 'log_softmax'", "linear, as a mean is"],
+        [r"the loss \(line \d+ of test_refusals.py\) is no sum over samples", "the call 'log_softmax'",
+         "linear, as a mean is"],
     ),
     "function_of_a_mean": (
         lambda m: (m(X).mean(0) - Y[0]).square().sum(), errors.SamplesMixed, ["the call 'pow'", "must come last"]
@@ -100,7 +101,24 @@ REFUSED: dict[str, tuple[Callable[[_Net], Tensor], type[Exception], list[str]]] 
     ),
     "marked": (
         lambda m: lw.as_loss(lambda z: (z - m.scale).abs().pow(3).mean())(m(X)), errors.UnknownLoss,
-        ["depends on the parameter 'scale' by another way than its first argument", "in a tuple"],
+        [r"<lambda> \(line \d+ of test_refusals.py\) is marked as a loss", "in a tuple",
+         "depends on the parameter 'scale' by another way than its first argument"],
+    ),
+    "marked_contrastive": (
+        lambda m: lw.as_loss(lambda z: -(z @ z.T).log_softmax(1).diagonal().mean())(m(X)), errors.SamplesMixed,
+        [r"<lambda> \(line \d+ of test_refusals.py\) is no sum over samples", "the call 'log_softmax'"],
+    ),
+    "largest_of_the_batch": (
+        lambda m: F.mse_loss(m.b((z := m.a(X)) + z / z.abs().sum(1).max()), Y), errors.SamplesMixed,
+        ["they meet in the call 'max'", "whose result the call 'div' .* reads for every sample"],
+    ),
+    "mean_of_the_batch": (
+        lambda m: F.mse_loss(m.b((z := m.a(X)) - z.mean(0)), Y), errors.SamplesMixed,
+        ["they meet in the call 'mean'", "whose result the call 'sub' .* reads for every sample"],
+    ),
+    "running_sum": (
+        lambda m: F.mse_loss(m.b((z := m.a(X)).tanh() + z.cumsum(0)), Y), errors.SamplesMixed,
+        ["they meet by way of the call 'tanh' .*, the call 'cumsum'|'cumsum' .*, the call 'tanh'"],
     ),
 }  # fmt: skip
 
@@ -127,6 +145,8 @@ def test_a_scripted_model_is_refused_by_that_name() -> None:
 ANSWERED: dict[str, Callable[[_Net], Tensor]] = {
     "penalty_in_the_terms": lambda m: (m(X) - Y).square().mean(1) + m.a.weight.square().sum(),
     "learned_scale_in_the_terms": lambda m: (m(X) - Y).square().mean(1) * m.scale.exp() - m.scale,
+    "cast_to_the_data": lambda m: (F.linear(X, m.a.weight.to(X), m.a.bias.type_as(X)).tanh() - 1).square().mean(1),
+    "data_cast_to_a_parameter": lambda m: (m(X[[2, 0, 3, 1]].to(m.a.weight)) - Y).square().mean(1),
     "learned_target": lambda m: F.mse_loss(m(X), m.scale.exp().expand(4, 2), reduction="none").mean(1),
     "learned_centre": lambda m: F.huber_loss(m(X), m.b.bias[None] * 2, reduction="none").mean(1),
     "learned_variance": lambda m: F.gaussian_nll_loss(m(X), Y, F.softplus(m.scale).expand(4, 2), reduction="none").mean(

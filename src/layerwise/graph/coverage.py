@@ -24,7 +24,7 @@ from layerwise.losses import OwnCall
 from layerwise.tape.gradient_calls import GradientUse
 from layerwise.tape.origins import Origin
 from layerwise.tape.tape import Tape
-from layerwise.tape.uses import LossUse, OwnUse, Use, place
+from layerwise.tape.uses import LossUse, OwnUse, Use, called_at, place
 
 __all__ = ["Graph", "known_losses", "prove"]
 
@@ -206,7 +206,7 @@ class _LossWalk:
             if node in self._use_at or name is not None:
                 what = f"the parameter {name!r}" if name is not None else self._use_at[node][0]
                 raise UnknownLoss(
-                    f"{own.call.name} is marked as a loss, but it depends on {what} by another way than its first "
+                    f"{own} is marked as a loss, but it depends on {what} by another way than its first "
                     "argument; hand all that it reads of the model over as that argument, in a tuple, and leave out "
                     "terms of parameters alone (a penalty), of which no sample has a part"
                 )
@@ -215,7 +215,8 @@ class _LossWalk:
 
 def _unexplained(boundary: list[LossUse], bypassing: list[Use]) -> OwnUse:
     """The part of the total without a known loss, as one loss of the model's output and of uses that bypass it."""
-    call = OwnCall("the loss", boundary[0].call.logits if boundary else torch.empty(0))
+    first = boundary[0].call.logits if boundary else torch.empty(0)
+    call = OwnCall("the loss", first, place=place(called_at()))
     parts = list(boundary)
     for use in bypassing:
         data = use.edge.node._input_metadata[use.edge.output_nr]
@@ -303,4 +304,4 @@ def _uncovered(tape: Tape, name: str, via: Node | None) -> str:
 
 
 def _seen(tape: Tape) -> str:
-    return ", ".join(loss.call.name for loss in tape.losses) or "no known loss call"
+    return ", ".join(str(loss) for loss in tape.losses) or "no known loss call"

@@ -189,7 +189,7 @@ class NotLinear(UnknownLoss):
     """The total is not linear in a known loss, so it counts as one of the user's own, where those are allowed."""
 
     def __init__(self, loss: LossUse) -> None:
-        super().__init__(not_linear(loss.call.name))
+        super().__init__(not_linear(str(loss)))
         self.loss = loss
 
 
@@ -205,7 +205,7 @@ def likelihoods(graph: Graph) -> list[Likelihood]:
     found = []
     for loss, c in zip(graph.known, scales(graph, [loss.value for loss in graph.known]), strict=True):
         if c is None:
-            raise UnknownLoss(f"the total does not depend on its {loss.call.name}")
+            raise UnknownLoss(f"the total does not depend on its {loss}")
         if c.requires_grad:
             raise NotLinear(loss)
         assert isinstance(loss.call, LossCall)

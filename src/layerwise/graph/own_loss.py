@@ -70,9 +70,9 @@ class OwnLossGraph:
             self.start = own.value
             (c,) = scales(graph, [own.value])
             if c is None:
-                raise UnknownLoss(f"the total does not depend on its {own.call.name}")
+                raise UnknownLoss(f"the total does not depend on its {own}")
             if c.requires_grad:
-                raise UnknownLoss(not_linear(own.call.name))
+                raise UnknownLoss(not_linear(str(own)))
             self._c = c.detach()
         self._gradient: list[Tensor] | None = None
 

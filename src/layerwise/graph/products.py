@@ -22,6 +22,7 @@ from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
 from layerwise.graph.custom_functions import check_adjoint, check_functions, check_sparse
 from layerwise.graph.walk import nodes
+from layerwise.ops import bags_of_rows
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.modes import leave
 from layerwise.tape.pull import Place, pull, pull_stack
@@ -51,7 +52,7 @@ class SecondOrder(TorchFunctionMode):
 
     Attention runs by its formula, since fused kernels have no second derivative; so does weight norm, whose
     second derivative in torch 2.13 is wrong for weights of more than two axes.
-    embedding: what looks up tables in place of `F.embedding`, where the graph is of no other use.
+    embedding: what looks up tables in place of `F.embedding`, and for bags, where the graph is of no other use.
     """
 
     def __init__(self, embedding: Callable[..., Tensor] | None = None) -> None:
@@ -63,6 +64,9 @@ class SecondOrder(TorchFunctionMode):
             return standing_in(func, _weight_norm, args, kwargs or {})
         if func is F.embedding and self._embedding is not None:
             return standing_in(func, self._embedding, args, kwargs or {})
+        if func is F.embedding_bag and self._embedding is not None:
+            rows = self._embedding
+            return standing_in(func, lambda *a, **kw: bags_of_rows(rows, a, kw), args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     _kernel: AbstractContextManager[None] | None = None

@@ -54,7 +54,7 @@ def check_sum_over_samples(own_loss: OwnLossGraph, samples: Sequence[Samples | R
     for probe in _probes(own_loss):
         if not _one_sample_each(own_loss, samples, probe):
             raise SamplesMixed(
-                f"asked for per-sample quantities of {samples[0].n} samples, but {own_loss.own.call.name} is no sum "
+                f"asked for per-sample quantities of {samples[0].n} samples, but {own_loss.own} is no sum "
                 f"over samples: a number that {probe.name} made in it depends on several of them, and the loss is not "
                 "linear in that number. What sums over the batch, or sets samples against each other, must come last "
                 "and be linear, as a mean is; quantities of the Hessian (DiagHessian, Hessian) and products (GGN) need "

@@ -55,6 +55,7 @@ class LossCall:
     class_axis: the axis of the classes in `logits`; None for an elementwise loss.
     log_softmax: True where `logits` are the input of `log_softmax`, not that of the call.
     learned: names of the arguments besides the prediction that require grad; not empty: no likelihood.
+    place: where the user called it, in words.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LossCall:
     class_axis: int | None
     log_softmax: bool
     learned: tuple[str, ...]
+    place: str = ""
 
     @property
     def soft(self) -> bool:
@@ -98,7 +100,7 @@ class LossCall:
     def __str__(self) -> str:
         return (
             f"{self.name}(input {tuple(self.logits.shape)}, target {tuple(self.target.shape)}, "
-            f"reduction={self.reduction!r})"
+            f"reduction={self.reduction!r}){self.place}"
         )
 
 

@@ -70,7 +70,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class OwnCall:
     """A call of a loss of the user's own, with the attributes of `LossCall`.
 
-    logits: one of the tensors that it depends on, or zeros of its shape.
+    logits: one of the tensors that it depends on, or zeros of its shape. place: where the user called it, in words.
     """
 
     name: str
@@ -78,6 +78,7 @@ class OwnCall:
     reduction: str | None = None
     class_axis: int | None = None
     learned: tuple[str, ...] = ()
+    place: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} (of outputs {tuple(self.logits.shape)})"
+        return f"{self.name}{self.place}, of outputs {tuple(self.logits.shape)}"

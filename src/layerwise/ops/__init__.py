@@ -13,6 +13,7 @@ from layerwise.ops import attention, contraction, recurrent
 from layerwise.ops.arguments import any_complex, bind, replace, writes_first
 from layerwise.ops.base import Call, Slot
 from layerwise.ops.elementwise import ElementwiseSlot
+from layerwise.ops.embedding import bags_of_rows
 from layerwise.ops.forms import Form
 from layerwise.ops.opaque import OpaqueSlot
 from layerwise.ops.registry import BUILD, LINEAR, Entry, register
@@ -27,6 +28,7 @@ __all__ = [
     "Rows",
     "Samples",
     "Slot",
+    "bags_of_rows",
     "bind",
     "decomposition",
     "refused",

@@ -14,7 +14,9 @@ from layerwise.ops.arguments import bind, count, plain
 from layerwise.ops.base import Call, Slot
 from layerwise.rows.base import Samples
 
-__all__ = ["FUNCTIONS", "BagSlot", "EmbeddingSlot", "slots"]
+__all__ = ["FUNCTIONS", "BagSlot", "EmbeddingSlot", "bags_of_rows", "slots"]
+_BAG = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse",
+        "per_sample_weights", "include_last_offset", "padding_idx")  # fmt: skip
 
 
 class EmbeddingSlot(Slot):
@@ -90,8 +92,7 @@ def _embedding(call: Call, used: Tensor) -> Slot | None:
 
 
 def _bag(call: Call, used: Tensor) -> Slot | None:
-    v = _bound(call, ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode",
-                      "sparse", "per_sample_weights", "include_last_offset", "padding_idx"))  # fmt: skip
+    v = _bound(call, _BAG)
     if v is None or v["weight"] is not used or count((call.args, call.kwargs), used) != 1:
         return None
     if v["mode"] not in ("sum", "mean") or v["max_norm"] is not None or v["scale_grad_by_freq"]:
@@ -102,13 +103,7 @@ def _bag(call: Call, used: Tensor) -> Slot | None:
     bags = call.out_shape[0]
 
     def counts() -> Tensor:
-        index = v["input"].long()
-        if index.ndim == 2:
-            bag = torch.arange(bags, device=index.device).repeat_interleave(index.shape[1])
-        else:
-            starts = v["offsets"][:bags].long()
-            bag = torch.searchsorted(starts, torch.arange(len(index), device=index.device), right=True) - 1
-        flat = index.flatten()
+        flat, bag = v["input"].long().flatten(), _bag_of_each(v["input"], v["offsets"], bags)
         one = used.new_ones(len(flat)) if weights is None else weights.flatten().to(used.dtype)
         if v["padding_idx"] is not None:
             one = one.masked_fill(flat == v["padding_idx"] % used.shape[0], 0)
@@ -116,6 +111,39 @@ def _bag(call: Call, used: Tensor) -> Slot | None:
         return rows if v["mode"] == "sum" else rows / rows.sum(1, keepdim=True).clamp(min=1)
 
     return BagSlot(used, bags, counts)
+
+
+def _bag_of_each(index: Tensor, offsets: Tensor | None, bags: int) -> Tensor:
+    """The number of the bag that each element of the index, flattened, goes to."""
+    if index.ndim == 2 or offsets is None:
+        return torch.arange(bags, device=index.device).repeat_interleave(index.shape[1])
+    places = torch.arange(len(index), device=index.device)
+    return torch.searchsorted(offsets[:bags].long(), places, right=True) - 1
+
+
+def bags_of_rows(embedding: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+    """`F.embedding_bag` by calls that can be differentiated twice; embedding: what looks up rows, as `F.embedding`."""
+    call = Call(F.embedding_bag, args, kwargs, torch.Size())
+    v = _bound(call, _BAG)
+    if v is None or v["max_norm"] is not None:
+        return F.embedding_bag(*args, **kwargs)
+    index, table, offsets, weights, padding = (
+        v[name] for name in ("input", "weight", "offsets", "per_sample_weights", "padding_idx")
+    )
+    bags = len(index) if index.ndim == 2 else len(offsets) - v["include_last_offset"]
+    flat, bag = index.long().flatten(), _bag_of_each(index, offsets, bags)
+    rows = embedding(flat, table, padding, None, 2.0, v["scale_grad_by_freq"])
+    counted = torch.ones_like(flat) if padding is None else (flat != padding % len(table)).long()
+    size = torch.zeros(bags, dtype=torch.int64, device=flat.device).index_add_(0, bag, counted).unsqueeze(1)
+    if v["mode"] == "max":
+        with torch.no_grad():  # which row gave each element; of an empty bag, none did
+            whole = torch.cat((size.new_zeros(1, 1), size.cumsum(0))).flatten()
+            kept = flat[counted.bool()]
+            chosen = torch.embedding_bag(table, kept, whole, False, 2, False, None, True)[3].long()
+        return table.gather(0, chosen.clamp(min=0)).masked_fill(size == 0, 0)
+    scale = counted.to(rows.dtype) if weights is None else counted * weights.flatten()
+    out = rows.new_zeros(bags, rows.shape[1]).index_add(0, bag, rows * scale.unsqueeze(1))
+    return out / size.clamp(min=1) if v["mode"] == "mean" else out
 
 
 def _index(call: Call, used: Tensor) -> Slot | None:

@@ -23,6 +23,7 @@ from layerwise.ops import writes_first
 from layerwise.replay.program import ENTRY, CodedTape, Ref
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
+from layerwise.tape.gradient_calls import GradientUse
 from layerwise.tape.uses import Use
 
 __all__ = ["CodedModel", "Outputs", "check_loss"]
@@ -64,6 +65,12 @@ class CodedModel:
         with tape, torch.enable_grad():
             self.loss = closure(*given)
         check_loss(self.loss)
+        if derivative := next((use for use in tape.uses if isinstance(use, GradientUse)), None):
+            raise Undefined(
+                f"asked for codes, but the closure takes derivatives of the model ({derivative}, by torch.autograd.grad"
+                " with create_graph=True), which read the weights past the layers' outputs and are no function of "
+                "codes in their place; use codes='jacobi', LocoProp, or leave that term out"
+            )
         self.tape = tape
         self.uses: list[Use] = tape.uses
         self._program = tape.program

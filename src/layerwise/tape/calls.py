@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "BACKWARD",
+    "CASTS",
     "CHOICE",
     "DATA",
     "FACTORIES",
@@ -66,6 +67,7 @@ GATHER = {Tensor.__getitem__, Tensor.__setitem__} | {
     if hasattr(owner, name)
 }
 CHOICE = {torch.where, Tensor.where}  # of these the mask's values count where both sides are activations
+CASTS = {Tensor.to, Tensor.type_as}  # of a second tensor these read the dtype and the device alone
 LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
 
 

@@ -20,7 +20,7 @@ from layerwise import losses, ops
 from layerwise.ranks.trainers import unwrapped
 from layerwise.tape.origins import Origin
 from layerwise.tape.recorded_call import sort
-from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of, called_at
+from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of, called_at, place
 
 __all__ = ["LossRecord"]
 
@@ -148,7 +148,7 @@ class LossRecord(TorchFunctionMode):
             edge = source.edge if call.log_softmax else get_gradient_edge(logits)
         else:
             call, edge = losses.bind(func, args, kwargs), get_gradient_edge(logits)
-        call = dataclasses.replace(call, logits=call.logits.detach())
+        call = dataclasses.replace(call, logits=call.logits.detach(), place=place(called_at()))
         losses.check(call)
         out = func(*args, **kwargs)
         self.calls.append(func)
@@ -157,7 +157,7 @@ class LossRecord(TorchFunctionMode):
         if out.requires_grad:
             target = next((x for x in data if not x.requires_grad), None)
             origin = None if target is None else (self._made_from(target)[1], target.shape)
-            self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin, called_at()))
+            self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin))
         return out
 
     def _learned(self, args: Any, kwargs: Any, logits: Tensor, used: list[Derived]) -> tuple[Any, Any]:
@@ -185,7 +185,7 @@ class LossRecord(TorchFunctionMode):
         if data:
             self._note_data(func, args, kwargs, data, out)
         if isinstance(out, Tensor) and out.requires_grad and parts:
-            call = losses.OwnCall(func.__name__, parts[0].call.logits, func.reduction)
+            call = losses.OwnCall(func.__name__, parts[0].call.logits, func.reduction, place=place(called_at()))
             self.own.append(OwnUse(call, parts, get_gradient_edge(out)))
         return out
 

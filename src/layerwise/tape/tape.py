@@ -34,7 +34,7 @@ from layerwise.nn.hard import crossed, hard
 from layerwise.ops.base import Call
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.binding import Binding, Leaves, check_sharded, check_whole, refuse_replaced
-from layerwise.tape.calls import BACKWARD, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
+from layerwise.tape.calls import BACKWARD, CASTS, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
 from layerwise.tape.gradient_calls import gradient_uses
 from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.modes import leave
@@ -179,9 +179,10 @@ class Tape(LossRecord):
             return self._gradients(func, args, kwargs)
         if func in losses.PROJECTED and torch.is_grad_enabled():
             return self._projected(func, args, kwargs)
-        used, data, tensors = sort(self._known, self.calls, args, kwargs)
+        read = (args[:1], {}) if func in CASTS else (args, kwargs)
+        used, data, tensors = sort(self._known, self.calls, *read)
         if data and torch.is_grad_enabled() and self._late(data):
-            used, data, tensors = sort(self._known, self.calls, args, kwargs)
+            used, data, tensors = sort(self._known, self.calls, *read)
         if used and data and torch.is_grad_enabled() and getattr(func, "__name__", "") != "__get__":
             run = self._use if ops.decomposition(func) is None else self._decompose
             return run(func, args, kwargs, used, data)

@@ -191,18 +191,16 @@ def place(at: tuple[str, int]) -> str:
 class LossUse(NamedTuple):
     """A call that makes a loss: its bound arguments, the edges of its logits and of its value.
 
-    target: where the rows of its target come from, and the target's shape; None where that is unknown. at: the file and
-    line of the user's code that made the call.
+    target: where the rows of its target come from, and the target's shape; None where that is unknown.
     """
 
     call: losses.LossCall | losses.OwnCall
     logits: GradientEdge
     value: GradientEdge
     target: tuple[Origin, torch.Size] | None = None
-    at: tuple[str, int] = ("", 0)
 
     def __str__(self) -> str:
-        return f"{self.call.name}{place(self.at)}"
+        return f"{self.call.name}{self.call.place}"
 
 
 class OwnUse(NamedTuple):
@@ -217,6 +215,9 @@ class OwnUse(NamedTuple):
     boundary: list[LossUse]
     value: GradientEdge | None = None
     bypassed: Use | None = None
+
+    def __str__(self) -> str:
+        return f"{self.call.name}{self.call.place}"
 
 
 def boundary_of(name: str, value: Any, reduction: str | None = None, hold: bool = True) -> list[LossUse]:

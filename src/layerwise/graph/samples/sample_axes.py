@@ -87,7 +87,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
         passed = _by_first_batch(graph, passed)
     if len(passed) > 1:
         raise AmbiguousSamples(
-            f"the {shape} outputs of {loss.call.name} can belong to {n} samples in {len(passed)} ways that this "
+            f"the {shape} outputs of {loss} can belong to {n} samples in {len(passed)} ways that this "
             "batch cannot tell apart (number of samples equal to number of positions?); use a batch of another "
             "size, or one whose first layer reads the batch as it is"
         )

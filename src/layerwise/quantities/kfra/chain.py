@@ -28,7 +28,7 @@ def chain(graph: Graph) -> list[Link]:
     Raises Undefined for several losses, a parameter that is used twice, or a path around a use.
     """
     if len(graph.losses) != 1:
-        names = ", ".join(loss.call.name for loss in graph.losses)
+        names = ", ".join(str(loss) for loss in graph.losses)
         raise Undefined(
             f"asked for a recursion down a chain, which starts at one loss, but the total is made of "
             f"{len(graph.losses)}: {names}; observe them one at a time, or ask for KFLR"
@@ -36,7 +36,7 @@ def chain(graph: Graph) -> list[Link]:
     _check_once(graph.uses)
     at = {use.edge.node: [use] for use in graph.uses}
     links: list[Link] = []
-    above: Any = graph.losses[0].call.name
+    above: Any = graph.losses[0]
     following = next_uses([graph.losses[0].logits], at)
     while following:
         if len(following) > 1:
