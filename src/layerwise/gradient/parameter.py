@@ -18,6 +18,7 @@ from layerwise import tensors
 from layerwise.gradient.parts import LaterPart, Part, RowsPart, bias_of, joined_parts, layouts_of
 from layerwise.rows import contract, gram, inner, layout, project
 from layerwise.rows.layout import FactorForm
+from layerwise.rows.project import TensorSketch
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
@@ -232,17 +233,14 @@ class ParameterGradient:
                 result[:, there, here] = result[:, here, there].mT.clone()
         return self._zeros((1, 0, 0), real=True) if result is None else result
 
-    def sketch(self, left: Tensor, right: Tensor) -> Tensor:
-        """`[V,N,J]`: inner products with the rank-one matrices `left[j] right[j]^T` of shape `[R,C]`, R·C = numel.
-
-        left: `[J,R]`; right: `[J,C]`. Elements are in the parameter's own order, whatever the layout of its uses.
-        """
+    def sketch(self, sketch: TensorSketch) -> Tensor:
+        """`[V,N,dim]`: sketches of the per-sample gradients, whatever the layout of the parameter's uses."""
         if (part := self.joined) is not None:
-            factors = project.in_layout(left, right, part.layout())
-            if factors is not None:
-                return project.project_rows(part.rows, *factors[:2])
-        chunks = [project.project_vectors(g.reshape(*g.shape[:2], -1), left, right) for g in self._in_chunks()]
-        return torch.cat(chunks, 1) if chunks else self._zeros((1, 0, len(left)))
+            found = sketch.of_rows(part.rows, part.layout())
+            if found is not None:
+                return found
+        chunks = [sketch.of_gradients(g.reshape(*g.shape[:2], -1)) for g in self._in_chunks()]
+        return torch.cat(chunks, 1) if chunks else self._zeros((1, 0, sketch.dim))
 
     def inner(self, directions: Tensor) -> Tensor:
         """`[V,N,Q]`: inner products of the per-sample gradients with directions `[Q,*shape]`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["ghost_is_cheaper", "grouped_is_cheaper", "pairs_are_cheaper"]
+import math
+
+__all__ = ["convolution_is_cheaper", "ghost_is_cheaper", "grouped_is_cheaper", "pairs_are_cheaper"]
 
 TRAFFIC = 12  # writing and rereading one number costs as much as this many multiply-adds
 
@@ -39,3 +41,13 @@ def grouped_is_cheaper(t: int, o: int, i: int) -> bool:
     (`python -m benchmarks.speed.convolutions`).
     """
     return t >= 256 and o * i <= 100_000
+
+
+def convolution_is_cheaper(t: int, o: int, i: int, dim: int) -> bool:
+    """Whether the tensor sketch of D costs less by Fourier transforms at each position than from D.
+
+    Multiply-adds per sample and group: two transforms of `dim` numbers a position and one back, measured as `3 log dim`
+    for each number, against D, which is written, read, and added up number by number (twice `TRAFFIC`).
+    """
+    transforms = (2 * t + 1) * dim * (3 * math.log2(max(2, dim)) + TRAFFIC)
+    return transforms < o * i * (t + 3 * TRAFFIC)

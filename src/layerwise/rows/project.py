@@ -1,24 +1,26 @@
-"""Random projections of per-sample gradients by rank-one sign matrices, from the rows, without the gradients.
+"""Random projections of per-sample gradients from the rows: sketches of a matrix, and rank-one sign matrices.
 
-The coordinate j of a parameter's gradient D, taken as a matrix `[R,C]`, is `sum_rc left[j,r] D[r,c] right[j,c]`.
-A rank-one matrix meets a layer's rows position by position, `sum_t (g_t · left_j)(a_t · right_j)`, so that it costs
-two thin matrix products.
+A tensor sketch adds the elements of a matrix, with random signs, into `dim` numbers. Place and sign of an element are
+those of its row and its column together, so that a matrix of one position, g a^T, is the circular convolution of a
+sketch of g with one of a, and needs not be formed where there are few positions.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from layerwise.rows.base import Rows
-from layerwise.rows.cost import TRAFFIC
+from layerwise.rows.cost import convolution_is_cheaper
 from layerwise.rows.layout import MatrixLayout
-from layerwise.rows.pieces import dims, ranges
+from layerwise.rows.pieces import chunks, dims, ranges
 
-__all__ = ["in_layout", "project_rows", "project_vectors", "signs"]
+__all__ = ["TensorSketch", "in_layout", "signs"]
 
 
 def signs(name: str, shape: Sequence[int], count: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,83 +29,143 @@ def signs(name: str, shape: Sequence[int], count: int, seed: int, like: Tensor) 
     R is the first axis of `shape` and C all others together; a parameter of one axis has C = 1 with the sign 1.
     Type and device are those of `like`; the draw itself is made on the CPU.
     """
-    shape = torch.Size(shape)
-    r, c = (shape[0], shape[1:].numel()) if len(shape) > 1 else (shape.numel(), 1)
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    (r, c), generator = _sides(shape), _generator(name, seed)
     left = torch.randint(2, (count, r), generator=generator).mul_(2).sub_(1)
     right = torch.randint(2, (count, c), generator=generator).mul_(2).sub_(1) if c > 1 else torch.ones(count, 1)
     return left.to(like), right.to(like)
 
 
+def _sides(shape: Sequence[int]) -> tuple[int, int]:
+    shape = torch.Size(shape)
+    return (shape[0], shape[1:].numel()) if len(shape) > 1 else (shape.numel(), 1)
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
 def in_layout(left: Tensor, right: Tensor, layout: MatrixLayout) -> tuple[Tensor, Tensor, bool] | None:
-    """The same rank-one matrices as factors `[J,K,O]` and `[J,K,I]` of the layout `[K,O,I]` of a parameter's uses.
+    """Values of rows `[J,R]` and of columns `[J,C]` of a parameter by those of its uses' layout, `[J,K,O]`, `[J,K,I]`.
 
     With them, whether the first of the two is made of `right`. None where they do not factor in that layout.
     """
+    found = _places(layout, right.shape[1])
+    if found is None:
+        return None
+    out, into, turned = found
+    outer, inner = (right, left) if turned else (left, right)
+    return outer[:, out.to(left.device)], inner[:, into.to(left.device)], turned
+
+
+@lru_cache(maxsize=2**10)
+def _places(layout: MatrixLayout, columns: int) -> tuple[Tensor, Tensor, bool] | None:
+    """The row and the column of the parameter at each O and I of a layout, and whether O runs over columns."""
     place = layout.places()
     if not place.numel():
         return None
-    row, column = place // right.shape[1], place % right.shape[1]
-    for out, into, outer, inner, turned in ((row, column, left, right, False), (column, row, right, left, True)):
+    row, column = place // columns, place % columns
+    for out, into, turned in ((row, column, False), (column, row, True)):
         if bool((out == out[:, :, :1]).all()) and bool((into == into[:, :1]).all()):
-            return outer[:, out[:, :, 0].to(left.device)], inner[:, into[:, 0].to(left.device)], turned
+            return out[:, :, 0].clone(), into[:, 0].clone(), turned
     return None
 
 
-@torch.no_grad()
-def project_vectors(g: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`[V,N,J]`: projections of per-sample gradients `[V,N,R·C]` by `left` `[J,R]` and `right` `[J,C]`."""
-    if not g.shape[2]:
-        return g.new_zeros(*g.shape[:2], len(left))
-    d = g.unflatten(2, (left.shape[1], right.shape[1]))
-    if right.shape[1] == 1:
-        return d[..., 0] @ (left * right).T
-    return ((d @ right.T) * left.T).sum(2)
+@dataclass(frozen=True)
+class TensorSketch:
+    """A linear map of a parameter, as a matrix `[R,C]` (the first axis, and all others), to `dim` numbers.
 
-
-@torch.no_grad()
-def project_rows(rows: Rows, left: Tensor, right: Tensor) -> Tensor:
-    """`[V,N,J]`: projections of the per-sample gradients D of any rows, without D of more than a few samples.
-
-    sum_{k,o,i} left[j,k,o] D[v,n,k,o,i] right[j,k,i], from thin products at each position, or from D chunk by chunk
-    where that costs less.
-    Shapes: left `[J,K,O]`, right `[J,K,I]`. Raises: `BadInput` where the rows contradict each other.
+    S(D)_j = sum of u_r v_c D[r,c] over all r, c with h_r + k_c = j modulo dim.
+    rows: h and u, int64 `[2,R]`; columns: k and v, int64 `[2,C]`.
+    Source: Pham and Pagh (2013), "Fast and scalable polynomial kernels via explicit feature maps", section 3.
     """
-    v, n, t, k, o, i = dims(rows)
-    j = len(left)
-    if rows.a is None:
-        return rows.g.sum(2).flatten(2) @ (left * right).flatten(1).T
-    result = rows.g.new_empty(v, n, j)
-    thin = not rows.a.is_floating_point() or _thin_is_cheaper(t, o, i, j)
-    project = _by_positions if thin else _by_gradients
-    each = k * t * j * 2 if thin else k * (o * i + o * j)
-    u, w = left.permute(1, 2, 0), right.permute(1, 2, 0)  # [K,O,J], [K,I,J]
-    for low, high in ranges(n, each * rows.g.element_size(), rows.g):
-        here = slice(low, high)
-        for c in range(v):
-            result[c, here] = project(rows.a[here], rows.g[c, here], u, w)
-    return result
+
+    dim: int
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def drawn(cls, name: str, shape: Sequence[int], dim: int, seed: int, device: torch.device) -> TensorSketch:
+        """Places and signs for a parameter, the same for the same name and seed on every device."""
+        generator = _generator(name, seed)
+        r, c = (_drawn(n, dim, generator) for n in _sides(shape))
+        if c.shape[1] == 1:  # a vector: nothing to tell apart
+            c = torch.tensor([[0], [1]])
+        return cls(dim, r.to(device), c.to(device))
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """The map as a matrix `[dim, R·C]`, in the type of `like`."""
+        size = self.rows.shape[1] * self.columns.shape[1]
+        return self.of_gradients(torch.eye(size).to(like)[None])[0].T
+
+    @torch.no_grad()
+    def of_gradients(self, g: Tensor) -> Tensor:
+        """`[V,N,dim]`: sketches of per-sample gradients `[V,N,R·C]` in the parameter's own order."""
+        place, sign = self._elements(self.rows[:, None], self.columns[:, None], g)
+        return self._added(g * sign, place)
+
+    @torch.no_grad()
+    def of_rows(self, rows: Rows, layout: MatrixLayout) -> Tensor | None:
+        """`[V,N,dim]`: sketches of the per-sample gradients of rows, without those of more than a few samples at once.
+
+        None where the elements of the layout do not factor. Raises `BadInput` where the rows contradict each other.
+        """
+        factors = in_layout(self.rows, self.columns, layout)
+        if factors is None:
+            return None
+        out, into, _ = factors
+        v, n, t, k, o, i = dims(rows)
+        if rows.a is None:
+            place, sign = self._elements(out, into, rows.g)
+            return self._added(rows.g.sum(2).flatten(2) * sign, place)
+        if not rows.a.is_floating_point():
+            return self._of_index(rows.a, rows.g, out, into)
+        known = rows.g.dtype in (torch.float32, torch.float64)  # of which all devices have a Fourier transform
+        if known and rows.laid_out and convolution_is_cheaper(t, o, i, self.dim):
+            return self._convolved(rows.a, rows.g, out, into)
+        place, sign = self._elements(out, into, rows.g)
+        result = rows.g.new_empty(v, n, self.dim)
+        for w, low, high, d in chunks(rows):
+            result[w, low:high] = self._added(d.flatten(1).mul_(sign), place)
+        return result
+
+    def _elements(self, out: Tensor, into: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The places of all elements of a matrix before they are taken modulo dim, and their signs, both `[K·O·I]`."""
+        place = out[0, :, :, None] + into[0, :, None]
+        sign = out[1].to(like.dtype)[:, :, None] * into[1].to(like.dtype)[:, None]
+        return place.flatten(), sign.flatten()
+
+    def _added(self, values: Tensor, place: Tensor) -> Tensor:
+        """`[..., dim]`: signed values `[..., M]` added up by their places."""
+        both = values.new_zeros(*values.shape[:-1], 2 * self.dim)
+        both.scatter_add_(-1, place.expand(values.shape), values)
+        return both[..., : self.dim] + both[..., self.dim :]
+
+    def _of_index(self, index: Tensor, g: Tensor, out: Tensor, into: Tensor) -> Tensor:
+        """Of an input that is a look-up, one row of O elements for each position."""
+        place = (into[0, 0][index][:, :, None] + out[0, 0]).flatten(1)
+        sign = into[1, 0][index][:, :, None] * out[1, 0]
+        return self._added((g[:, :, :, 0] * sign).flatten(2), place)
+
+    def _convolved(self, a: Tensor, g: Tensor, out: Tensor, into: Tensor) -> Tensor:
+        """Of each position by the transforms of the sketches of its input and its cotangent."""
+        v, n, t, k, _ = g.shape
+        result = g.new_empty(v, n, self.dim)
+        for low, high in ranges(n, 4 * t * k * self.dim * g.element_size(), g):
+            inputs = self._transformed(a[low:high], into)
+            for w in range(v):
+                product = self._transformed(g[w, low:high], out).mul_(inputs).sum((1, 2))
+                result[w, low:high] = torch.fft.irfft(product, self.dim)
+        return result
+
+    def _transformed(self, x: Tensor, side: Tensor) -> Tensor:
+        """`[n,T,K,dim/2+1]`: transforms of sketches of rows x `[n,T,K,F]`, by the places and signs of their side."""
+        sketch = x.new_zeros(*x.shape[:-1], self.dim)
+        sketch.scatter_add_(-1, side[0].expand(x.shape), x * side[1].to(x.dtype))
+        return torch.fft.rfft(sketch)
 
 
-def _thin_is_cheaper(t: int, o: int, i: int, j: int) -> bool:
-    """Whether two products at each position cost less than D and its product with one side."""
-    thin = t * j * (o + i + 2 * TRAFFIC)
-    return thin < o * i * (t + TRAFFIC) + o * j * (i + TRAFFIC)
-
-
-def _by_positions(a: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`[N,J]` = sum_{t,k} (g · left)(a · right); a: `[N,T,K,I]` or an index `[N,T]`."""
-    outputs = g.transpose(1, 2) @ left  # n, k, t, j
-    inputs = a.transpose(1, 2) @ right if a.is_floating_point() else right[0, a][:, None]
-    return (outputs * inputs).sum((1, 2))
-
-
-def _by_gradients(a: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`[N,J]` = sum_{k,o} left (D right), with D `[N,K,O,I]`."""
-    n, _, k, i = a.shape
-    o = g.shape[-1]
-    if o == i == 1:
-        return (g[..., 0] * a[..., 0]).sum(1) @ (left * right)[:, 0]
-    d = g.permute(0, 2, 3, 1) @ a.transpose(1, 2)
-    return ((d @ right) * left).sum((1, 2))
+def _drawn(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Places and signs, int64 `[2,count]`."""
+    places = torch.randint(dim, (count,), generator=generator)
+    return torch.stack([places, torch.randint(2, (count,), generator=generator).mul_(2).sub_(1)])
