@@ -1,4 +1,4 @@
-"""Helpers for plain tensors: finiteness and late verdicts, complex squares, huge pages, copy on write, sparse to dense, random states.
+"""Helpers for plain tensors: finiteness, late verdicts, complex squares, huge pages, lazy copies, random states.
 
 Per-sample gradients are bound by page faults, not by arithmetic: on Linux a tensor of 400 MB touches 100,000 small
 pages for the first time. Asking for transparent huge pages (`madvise`) is only a hint, without which memory is
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class Verdict:
 
     def __init__(self) -> None:
         self._asked: list[tuple[Tensor, Callable[[list[float]], None]]] = []
-        self._error: Exception | None = None
+        self._error: tuple[type[Exception], tuple[Any, ...]] | None = None  # a raised one would be in a cycle
 
     def ask(self, values: Tensor, judge: Callable[[list[float]], None]) -> None:
         """Read some numbers with the others. judge: raises where they are bad."""
@@ -84,7 +85,8 @@ class Verdict:
     def read(self) -> None:
         """Judge all numbers; raises the first error, and raises it again whenever it is called."""
         if self._error is not None:
-            raise self._error
+            kind, args = self._error
+            raise kind(*args)
         asked, self._asked = self._asked, []
         devices: dict[torch.device, list[Tensor]] = {}
         for values, _ in asked:
@@ -94,7 +96,7 @@ class Verdict:
             for values, judge in asked:
                 judge([next(found[values.device]) for _ in range(len(values))])
         except Exception as error:
-            self._error = error
+            self._error = type(error), error.args
             raise
 
 

@@ -139,7 +139,9 @@ class _Sums:
             ranks.agree({"the parameters that the batches use": sorted(values)})
             flat = iter(all_reduced(ranks, [v for name in sorted(values) for v in values[name]]))
             values = {name: tuple(next(flat) for _ in values[name]) for name in sorted(values)}
-        values = {name: weighed(value, self._quantity.powers, 1 / float(union.weight)) for name, value in values.items()}
+        values = {
+            name: weighed(value, self._quantity.powers, 1 / float(union.weight)) for name, value in values.items()
+        }
         return self._quantity.finish(values, union.union("loss", pooled=True), Context({}))
 
 

@@ -60,9 +60,7 @@ class Results:
             check = check_pooled if self._pooled else check_sum
             check(self.batch, batch, self.quantities, self._scale)
 
-    def add(
-        self, batch: Batch, values: Mapping[int, Values], gradient: Values, scale: float, verdict: Verdict
-    ) -> None:
+    def add(self, batch: Batch, values: Mapping[int, Values], gradient: Values, scale: float, verdict: Verdict) -> None:
         """Take the results of one backward pass, which `check` has passed.
 
         scale: of its loss, to be taken out. verdict: on what the pass has not waited for, read before any result is.

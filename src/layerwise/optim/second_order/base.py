@@ -14,13 +14,23 @@ from layerwise.errors import BadInput
 from layerwise.optim.base import NamedOptimizer, completed
 from layerwise.optim.saved_state import Fit, like
 from layerwise.optim.second_order.preconditioner import Preconditioner
-from layerwise.optim.second_order.trust import ExactGGN, best_step, bound, clip_factor, dot, levenberg_marquardt
-from layerwise.optim.second_order.watched_batch import Watched, WatchedBatch
+from layerwise.optim.second_order.trust import (
+    AFTER_STEP,
+    ExactGGN,
+    bad_step,
+    best_step,
+    bound,
+    clip_factor,
+    descend,
+    dot,
+    levenberg_marquardt,
+)
+from layerwise.optim.second_order.watched_batch import Watched, WatchedBatch, ask_safe, unsafe
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.pull import alone
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import all_finite, dense, is_finite
+from layerwise.tensors import Verdict, all_finite, dense, is_finite
 
 __all__ = ["CurvatureOptimizer"]
 
@@ -118,8 +128,21 @@ class CurvatureOptimizer(NamedOptimizer):
 
     def _follow(self, run: _Run, buffers: Buffers) -> tuple[Tensor, str | None]:
         """Move along a run, or give the reason not to."""
-        where = self._agreed(run, self._unsafe(run) or buffers.spoiled()) or self._move(run)
+        verdict = Verdict() if self._reads_late(run) else None
+        if verdict is not None:
+            ask_safe(verdict, run.watched, run.loss, run.gradients, run.damping)
+            buffers.ask(verdict)
+            return run.loss, self._move(run, verdict)
+        if not is_finite(run.loss) and run.watched.bad is None:
+            run.watched.bad = "the loss"
+        where = self._agreed(run, self._unsafe(run) or buffers.spoiled()) or self._move(run, None)
         return run.loss, where
+
+    def _reads_late(self, run: _Run) -> bool:
+        """Whether an accelerator is waited for once, after the step is computed, and no other rank or matrix before."""
+        made = self.preconditioner
+        waits = run.rerun is not None or run.watched.due or made.exchange.size > 1 or made.inverts_next
+        return run.loss.device.type != "cpu" and not waits and run.watched.bad is None
 
     def _recorder(self) -> WatchedBatch:
         if self.step_size == "quadratic" or self.adapt_damping_every is not None:
@@ -137,8 +160,6 @@ class CurvatureOptimizer(NamedOptimizer):
                 "step() follows a backward pass `with opt.watch()`, and its gradients in .grad; "
                 f"{watched.passes} passes were recorded, and {len(found)} parameters have a gradient"
             )
-        if not is_finite(watched.loss) and watched.bad is None:
-            watched.bad = "the loss"
         return self._follow(_Run(named, self._groups(), watched.loss, found, watched, None, False), buffers)
 
     def _run(self, closure: Callable[[], Tensor]) -> _Run:
@@ -156,8 +177,6 @@ class CurvatureOptimizer(NamedOptimizer):
                 watched.in_grad = bool(found)
                 if not found and watched.bad is None:
                     found = _gradients(loss, named, watched)
-        if not is_finite(loss) and watched.bad is None:
-            watched.bad = "the loss"
         return _Run(named, self._groups(), loss.detach(), found, watched, rerun, adapts)
 
     def _groups(self) -> dict[str, dict[str, Any]]:
@@ -166,7 +185,7 @@ class CurvatureOptimizer(NamedOptimizer):
         return {name: self._group_at[id(p)] for name, p in named.items() if self._ours(p)}
 
     def _unsafe(self, run: _Run) -> str | None:
-        return self.preconditioner.unsafe(run.watched, run.gradients, run.damping)
+        return unsafe(run.watched, run.gradients, run.damping)
 
     def _agreed(self, run: _Run, where: str | None) -> str | None:
         joint = self.preconditioner.join(run.watched, run.gradients, where, run.named, run.damping, run.loss)
@@ -178,7 +197,7 @@ class CurvatureOptimizer(NamedOptimizer):
         self.preconditioner.exchange.fail(error)
 
     @torch.no_grad()
-    def _move(self, run: _Run) -> str | None:
+    def _move(self, run: _Run, verdict: Verdict | None) -> str | None:
         before, dampings = self.preconditioner.snapshot(), [group["damping"] for group in self.param_groups]
         named = run.named
         old = {} if run.rerun is None else {name: p.clone() for name, p in named.items()}
@@ -188,7 +207,7 @@ class CurvatureOptimizer(NamedOptimizer):
             directions = self.preconditioner.precondition(run.gradients)
             groups = {name: run.groups[name] for name in directions}
             if run.rerun is None:
-                made = self._step_at_rate(named, groups, run.gradients, directions)
+                made = self._step_at_rate(named, groups, run.gradients, directions, verdict)
             else:
                 with run.rerun:
                     made = self._step_by_quadratic_model(named, groups, run, directions)
@@ -210,20 +229,21 @@ class CurvatureOptimizer(NamedOptimizer):
         return where
 
     def _step_at_rate(
-        self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values
-    ) -> str | Callable[[], None]:
-        """M ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m: what writes them, or the reason not to."""
-        factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip)
-        values: Values = {}
-        buffers: Values = {}
-        for name, d in directions.items():
-            p, group = named[name], groups[name]
-            buffer = self.state.get(p, {}).get("momentum")
-            values[name], buffers[name] = descend(
-                p, d, buffer, factor, group["lr"], group["momentum"], group["weight_decay"]
-            )
-        if not all_finite([*values.values(), *buffers.values()]):
-            return "the parameters after the step"
+        self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values,
+        verdict: Verdict | None,
+    ) -> str | Callable[[], None]:  # fmt: skip
+        """M ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m: what writes them, or the reason not to.
+
+        verdict: what has not been read before, or None.
+        """
+        factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, verdict is not None)
+        before = {name: self.state.get(named[name], {}).get("momentum") for name in directions}
+        values, buffers = descend(named, directions, before, factor, groups)
+        after = [*values.values(), *buffers.values()]
+        if verdict is None and not all_finite(after):
+            return AFTER_STEP
+        if verdict is not None and (where := bad_step(verdict, after)) is not None:
+            return where
 
         def commit() -> None:
             for name in values:
@@ -257,7 +277,7 @@ class CurvatureOptimizer(NamedOptimizer):
         for name, move in moves.items():
             named[name].add_(move)
         if not all_finite([named[name] for name in moves]):
-            return "the parameters after the step"
+            return AFTER_STEP
         if model is not None:
             here = torch.tensor(rerun.loss(), dtype=torch.float64, device=run.loss.device)
             after = float(self.preconditioner.total(run.watched, {"loss": here})["loss"])
@@ -283,7 +303,7 @@ class CurvatureOptimizer(NamedOptimizer):
         buffers = {name: self.state.get(named[name], {}).get("momentum") for name in directions}
         betas = _each(groups, "momentum")
         if self.step_size == "lr":
-            factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip)
+            factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, late=False)
             return {
                 name: d * factor if (m := buffers[name]) is None or not betas[name] else m * betas[name] + d * factor
                 for name, d in directions.items()
@@ -361,11 +381,3 @@ def _gradients(loss: Tensor, named: Mapping[str, Tensor], watched: Watched) -> V
     assert watched.backward is not None
     found = watched.backward(loss, list(named.values()))
     return {name: dense(g) for name, g in zip(named, found, strict=True) if g is not None}
-
-
-def descend(
-    p: Tensor, d: Tensor, buffer: Tensor | None, factor: float, lr: float, momentum: float, weight_decay: float
-) -> tuple[Tensor, Tensor]:
-    """P ← (1 - lr·weight_decay) p - lr m and m ← β m + ν d (without momentum ν d), in new memory."""
-    m = d * factor if buffer is None or not momentum else (buffer * momentum).add_(d, alpha=factor)
-    return ((p * (1 - lr * weight_decay)).sub_(m, alpha=lr) if weight_decay else torch.sub(p, m, alpha=lr)), m

@@ -12,10 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.errors import NonFinite
 from layerwise.operators.curvature import GGN
 from layerwise.replay.rerun import Rerun
+from layerwise.tensors import Verdict, largest_entries
 
-__all__ = ["ExactGGN", "best_step", "bound", "clip_factor", "dot", "levenberg_marquardt"]
+__all__ = [
+    "AFTER_STEP", "ExactGGN", "bad_step", "best_step", "bound", "clip_factor", "descend", "dot", "levenberg_marquardt",
+]  # fmt: skip
+
+AFTER_STEP = "the parameters after the step"
 
 _LEAST, _MOST = 1e-12, 1e12  # λ stays a divisor without overflow
 
@@ -25,20 +31,39 @@ def dot(one: Mapping[str, Tensor], two: Mapping[str, Tensor], weights: Mapping[s
     if not one:
         return 0.0
     device = next(iter(one.values())).device
-    dots = torch.stack([(x * two[name]).sum().to(device, torch.float64) for name, x in one.items()]).tolist()
+    dots = torch.stack([(x * two[name]).sum().to(device, _widest(device)) for name, x in one.items()]).tolist()
     return sum(d * (1.0 if weights is None else weights[name]) for name, d in zip(one, dots, strict=True))
 
 
+def _sum_of_dots(one: Mapping[str, Tensor], two: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    """Sum over some parameters of <one, two>, in a few launches whatever their number, without a wait."""
+    products = torch._foreach_mul([one[name] for name in names], [two[name] for name in names])
+    device = products[0].device
+    return torch.cat([x.reshape(-1).to(device) for x in products]).sum(dtype=_widest(device))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which has none
+
+
 def clip_factor(
-    gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor], rates: Mapping[str, float], clip: float | None
-) -> float:
+    gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor], rates: Mapping[str, float], clip: float | None,
+    late: bool,
+) -> float | Tensor:  # fmt: skip
     """ν = min(1, sqrt(κ / sum over parameters of lr² g·d)), at which the step's quadratic form is at most κ.
 
     Source: Ba, Grosse and Martens (2017), "Distributed second-order optimization using Kronecker-factored
-    approximations", section 5.
+    approximations", section 5. late: as a tensor, which the host does not wait for.
     """
     if clip is None or not directions:
         return 1.0
+    if late:
+        alike: dict[float, list[str]] = {}
+        for name in directions:
+            alike.setdefault(rates[name] ** 2, []).append(name)
+        sizes = [square * _sum_of_dots(directions, gradients, names) for square, names in alike.items()]
+        size = sizes[0] if len(sizes) == 1 else torch.stack(sizes).sum()
+        return torch.where(size > 0, (clip / size).sqrt().clamp(max=1), 1.0)
     return bound(dot(directions, gradients, {name: rate**2 for name, rate in rates.items()}), clip)
 
 
@@ -85,6 +110,58 @@ def levenberg_marquardt(damping: float, ratio: float, every: int) -> float:
     elif not ratio >= 0.25:
         damping /= omega
     return min(max(damping, _LEAST), _MOST)
+
+
+def bad_step(verdict: Verdict, after: Sequence[Tensor]) -> str | None:
+    """The reason not to step, of all that a step has asked. after: what it would write."""
+
+    def judge(largest: list[float]) -> None:
+        if not all(map(math.isfinite, largest)):
+            raise NonFinite(AFTER_STEP)
+
+    for _, largest in largest_entries({str(i): t for i, t in enumerate(after)}):
+        verdict.ask(largest, judge)
+    try:
+        verdict.read()
+    except NonFinite as error:
+        return str(error)
+    return None
+
+
+def descend(
+    named: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
+    before: Mapping[str, Tensor | None],
+    factor: float | Tensor,
+    groups: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """P ← (1 - lr·weight_decay) p - lr m and m ← β m + ν d (without momentum ν d), in new memory.
+
+    before: the buffers m, or None. factor: ν. Parameters of equal settings move in a few launches.
+    """
+    values: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    alike: dict[Any, list[str]] = {}
+    for name in directions:
+        lr, momentum, decay = (groups[name][key] for key in ("lr", "momentum", "weight_decay"))
+        momentum = 0.0 if before[name] is None else momentum
+        alike.setdefault((lr, momentum, decay), []).append(name)
+    for (lr, momentum, decay), names in alike.items():
+        ps, ds = [named[n] for n in names], [directions[n] for n in names]
+        if not momentum:
+            ms = torch._foreach_mul(ds, factor)
+        else:
+            ms = torch._foreach_mul([m for n in names if (m := before[n]) is not None], momentum)
+            more, alpha = (torch._foreach_mul(ds, factor), 1.0) if isinstance(factor, Tensor) else (ds, factor)
+            torch._foreach_add_(ms, more, alpha=alpha)
+        if decay:
+            new = torch._foreach_mul(ps, 1 - lr * decay)
+            torch._foreach_sub_(new, ms, alpha=lr)
+        else:
+            new = torch._foreach_sub(ps, ms, alpha=lr)
+        values |= zip(names, new, strict=True)
+        buffers |= zip(names, ms, strict=True)
+    return values, buffers
 
 
 class ExactGGN(GGN):

@@ -6,7 +6,7 @@ Where a gradient scaler multiplies the loss, curvature and gradient are those of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -29,10 +29,10 @@ from layerwise.tape.modes import PassWatch
 from layerwise.tape.pull import alone, differentiated
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use, first_bad_call
-from layerwise.tensors import dense, is_finite
+from layerwise.tensors import Verdict, dense, is_finite
 
 __all__ = [
-    "NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "WatchedBatch", "bad_curvature", "bad_gradient",
+    "NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "WatchedBatch", "ask_safe", "unsafe",
 ]  # fmt: skip
 
 _NO_SAMPLES = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # the samples are mixed, or cannot be found
@@ -318,20 +318,55 @@ def _is_loss(tape: Tape, total: Tensor) -> bool:
     return any(edge.node is total.grad_fn for edge in edges)
 
 
-def bad_gradient(grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
-    """The first gradient for which `|g|² / λ`, a bound of the preconditioned product, overflows or is NaN."""
-    if not grads:
-        return None
-    tensors = [g if g.dtype is torch.float64 else g.float() for g in grads.values()]
-    device = tensors[0].device
-    norms = torch.stack([n.to(device, torch.float64) for n in torch._foreach_norm(tensors)]).tolist()
-    for name, g, norm in zip(grads, tensors, norms, strict=True):
-        if not norm * norm / damping(name) < torch.finfo(g.dtype).max:
-            return f"the gradient of {name}"
+def unsafe(watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
+    """The first reason not to step on a batch, or None."""
+    if watched.bad is not None:
+        return watched.bad
+    try:
+        for asked in (_ask_gradient(watched, grads, damping), _ask_curvature(watched)):
+            verdict = Verdict()
+            for values, judge in asked:
+                verdict.ask(values, judge)
+            verdict.read()
+            if watched.suspect is not None:
+                return watched.suspect
+    except NonFinite as error:
+        return str(error)
     return None
 
 
-def bad_curvature(watched: Watched) -> str | None:
+def ask_safe(
+    verdict: Verdict, watched: Watched, loss: Tensor, grads: Mapping[str, Tensor], damping: Callable[[str], float]
+) -> None:
+    """As `unsafe`, and for the loss, when the verdict is read; NonFinite then holds the reason."""
+
+    def judge_loss(found: list[float]) -> None:
+        if not math.isfinite(found[0]):
+            raise NonFinite(first_bad_call(watched.uses) or "the loss")
+
+    verdict.ask(loss, judge_loss)
+    for values, judge in (*_ask_gradient(watched, grads, damping), *_ask_curvature(watched)):
+        verdict.ask(values, judge)
+
+
+Asked = Iterator[tuple[Tensor, Callable[[list[float]], None]]]
+
+
+def _ask_gradient(watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> Asked:
+    """The first gradient for which `|g|² / λ`, a bound of the preconditioned product, overflows or is NaN."""
+    if not grads:
+        return
+    tensors = [g if g.dtype is torch.float64 else g.float() for g in grads.values()]
+
+    def judge(found: list[float]) -> None:
+        for (name, g), norm in zip(grads.items(), found, strict=True):
+            if not norm * norm / damping(name) < torch.finfo(g.dtype).max:
+                raise NonFinite(first_bad_call(watched.uses) or f"the gradient of {name}")
+
+    yield _stacked(torch._foreach_norm(tensors)), judge
+
+
+def _ask_curvature(watched: Watched) -> Asked:
     """The first block (or sum, before `finish`) that holds NaN or infinity."""
     places = [
         ("the curvature" if measured.block.form == "diagonal" else "a Kronecker factor", name, x)
@@ -341,9 +376,19 @@ def bad_curvature(watched: Watched) -> str | None:
         for name, value in found.values.items():
             what = "a Kronecker factor" if isinstance(value[0], Factors) else "the curvature"
             places += [(what, name, t) for part in found.parts(name) for t in tensors_of(part)]
-    # a norm may overflow where no entry does, but takes a tenth of the time
-    norms = torch._foreach_norm([x for *_, x in places]) if places else []
-    for (what, name, x), norm in zip(places, norms, strict=True):
-        if not math.isfinite(norm) and not is_finite(x):
-            return first_bad_call(watched.uses) or f"{what} of {name}"
-    return None
+
+    def judge(norms: list[float]) -> None:
+        for (what, name, x), norm in zip(places, norms, strict=True):
+            if not math.isfinite(norm) and not is_finite(x):
+                raise NonFinite(first_bad_call(watched.uses) or f"{what} of {name}")
+
+    if places:  # a norm may overflow where no entry does, but takes a tenth of the time
+        yield _stacked(torch._foreach_norm([x for *_, x in places])), judge
+
+
+def _stacked(norms: Sequence[Tensor]) -> Tensor:
+    """Numbers of any types and devices as one tensor."""
+    device, dtypes = norms[0].device, {n.dtype for n in norms}
+    if len(dtypes) == 1 and all(n.device == device for n in norms):
+        return torch.stack(list(norms))
+    return torch.stack([n.to(device, torch.float64) for n in norms])
