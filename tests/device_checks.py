@@ -299,7 +299,9 @@ def test_a_pass_that_waits() -> None:
     assert count.synchronisations == 1
 
 
-@pytest.mark.parametrize(("name", "most"), [("KFAC", 1), ("DiagNewton", 1), ("LocoProp", 5), ("AltMin", 7)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("KFAC", 1), ("DiagNewton", 1), ("LocoProp", 1), ("AltMin", 2), ("AltMin sweep", 3)]
+)
 def test_how_often_a_step_waits(name: str, most: int) -> None:
     assert stepped(3, OPTIMIZERS[name]).synchronisations <= most
 
@@ -321,4 +323,4 @@ def test_launches_of_a_step_outside_the_periods_of_kfac() -> None:
 def test_launches_of_a_local_step() -> None:
     """Layers of different inputs are groups of their own."""
     ten, twenty = (stepped(3, lambda model, n=n: lw.LocoProp(model, steps=n), 3).launches for n in (10, 20))
-    assert (twenty - ten) / 10 / 3 <= 20
+    assert (twenty - ten) / 10 / 3 <= 13
