@@ -299,24 +299,28 @@ def test_a_pass_that_waits() -> None:
     assert count.synchronisations == 1
 
 
-@pytest.mark.parametrize(("name", "most"), [("KFAC", 4), ("DiagNewton", 4), ("LocoProp", 5), ("AltMin", 7)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("KFAC", 1), ("DiagNewton", 1), ("LocoProp", 1), ("AltMin", 2), ("AltMin sweep", 3)]
+)
 def test_how_often_a_step_waits(name: str, most: int) -> None:
     assert stepped(3, OPTIMIZERS[name]).synchronisations <= most
 
 
 def test_launches_of_norms() -> None:
+    """At most 12 a use, with what an observation costs by itself."""
     three, six = (observed(layers, lw.SquaredNorm).launches for layers in (3, 6))
-    assert (six - three) / 3 <= 8
-    assert six <= 12 * 6
-    assert observed(3, lw.PerSampleGrad).launches <= 18  # what an observation costs by itself
+    assert (six - three) / 3 <= 7
+    assert three <= 12 * 3
+    assert observed(3, lw.PerSampleGrad).launches <= 14
 
 
 def test_launches_of_a_step_outside_the_periods_of_kfac() -> None:
     three, six = (stepped(layers, lw.optim.KFAC).launches for layers in (3, 6))
-    assert (six - three) / 3 <= 20
+    assert (six - three) / 3 <= 3
+    assert six <= 23 + 3 * 6
 
 
 def test_launches_of_a_local_step() -> None:
     """Layers of different inputs are groups of their own."""
     ten, twenty = (stepped(3, lambda model, n=n: lw.LocoProp(model, steps=n), 3).launches for n in (10, 20))
-    assert (twenty - ten) / 10 / 3 <= 20
+    assert (twenty - ten) / 10 / 3 <= 13

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Verdict:
 
     def __init__(self) -> None:
         self._asked: list[tuple[Tensor, Callable[[list[float]], None]]] = []
-        self._error: Exception | None = None
+        self._error: tuple[type[Exception], tuple[Any, ...]] | None = None  # a raised one would be in a cycle
 
     def ask(self, values: Tensor, judge: Callable[[list[float]], None]) -> None:
         """Read some numbers with the others. judge: raises where they are bad."""
@@ -86,7 +87,8 @@ class Verdict:
     def read(self) -> None:
         """Judge all numbers; raises the first error, and raises it again whenever it is called."""
         if self._error is not None:
-            raise self._error
+            kind, args = self._error
+            raise kind(*args)
         asked, self._asked = self._asked, []
         devices: dict[torch.device, list[Tensor]] = {}
         for values, _ in asked:
@@ -96,7 +98,7 @@ class Verdict:
             for values, judge in asked:
                 judge([next(found[values.device]) for _ in range(len(values))])
         except Exception as error:
-            self._error = error
+            self._error = type(error), error.args
             raise
 
 

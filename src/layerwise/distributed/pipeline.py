@@ -185,7 +185,7 @@ class Pipeline(FittedToCodes):
         samples = coded.samples if below is None else below.samples
         if coded.samples != samples:
             raise BadInput(f"dim 0 is the samples' at every cut; {samples} came in, and here are {coded.samples}")
-        layers = coded_layers(coded, self._ours, self._kinds)
+        layers = coded_layers(coded, self._ours, self._kinds) or []
         hidden = hidden_uses(coded, layers)
         given = {} if self._last else self._given(coded, layers, hidden, outputs[0], samples, cuts)
         if not layers or not all(map(is_finite, given.values())):

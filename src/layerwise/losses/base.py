@@ -216,8 +216,8 @@ def not_all(mask: Tensor) -> Tensor | None:
 
 def one_value(weights: Tensor) -> float | None:
     """The positive number that all elements of a tensor equal, or None."""
-    first = float(weights.reshape(-1)[0]) if weights.numel() else 0.0
-    return first if first > 0 and bool((weights == first).all()) else None
+    low, high = torch.stack(torch.aminmax(weights)).tolist() if weights.numel() else (0.0, 0.0)
+    return low if low > 0 and low == high else None
 
 
 def number(x: Tensor) -> float | Tensor:

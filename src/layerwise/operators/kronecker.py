@@ -167,7 +167,8 @@ class KroneckerBlock(_Block):
         The bias column is multiplied separately: matrix products with 1001 columns take a third longer than with 1000.
         """
         w, b = self.apart(name, values)
-        if b is None or self.bias is None or self.A is None or self.A.ndim == 2:
+        few = self.B.device.type != "cpu"  # launches, which cost an accelerator more than a copy
+        if few or b is None or self.bias is None or self.A is None or self.A.ndim == 2:
             return super().product(name, values)
         kind, w, b = w.dtype, w.to(self.B.dtype), b.to(self.B.dtype)
         out_w = self._left(torch.baddbmm(b @ self.A[:, -1:, :-1], w, self.A[:, :-1, :-1]))

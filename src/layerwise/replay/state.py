@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, NonFinite
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import random_states_of, set_random_states
+from layerwise.tensors import Verdict, largest_entries, random_states_of, set_random_states
 
 __all__ = [
     "Buffers", "Gradients", "RandomState", "RunState", "check_loss", "put_random_states", "random_states", "seed_of",
@@ -40,15 +42,26 @@ class Buffers:
     @torch.no_grad()
     def spoiled(self) -> str | None:
         """The name of the first buffer that holds NaN or infinity now and did not in the snapshot, or None."""
-        floats = [(name, b, value) for name, b, value in self._values if b.is_floating_point() and b.numel()]
-        if not floats:
-            return None
-        device = floats[0][1].device
-        finite = torch.stack([torch.isfinite(b).all().to(device) for _, b, _ in floats]).tolist()
-        for ok, (name, _, value) in zip(finite, floats, strict=True):
-            if not ok and bool(torch.isfinite(value).all()):
-                return name
+        verdict = Verdict()
+        self.ask(verdict)
+        try:
+            verdict.read()
+        except NonFinite as error:
+            return str(error)
         return None
+
+    @torch.no_grad()
+    def ask(self, verdict: Verdict) -> None:
+        """As `spoiled`, when the verdict is read; NonFinite then holds the name."""
+        floats = {name: (b, value) for name, b, value in self._values if b.is_floating_point()}
+
+        def judge(names: list[str], largest: list[float]) -> None:
+            for name, most in zip(names, largest, strict=True):
+                if not math.isfinite(most) and bool(torch.isfinite(floats[name][1]).all()):
+                    raise NonFinite(name)
+
+        for names, largest in largest_entries({name: b for name, (b, _) in floats.items()}):
+            verdict.ask(largest, partial(judge, names))
 
     @torch.no_grad()
     def put_back(self) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from layerwise.errors import NonFinite
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded
 from layerwise.local.problem import contract
 from layerwise.tape.uses import first_bad_call
-from layerwise.tensors import is_finite
+from layerwise.tensors import Verdict, is_finite
 
-__all__ = ["first_bad_call", "unsafe"]
+__all__ = ["ask_safe", "first_bad_call", "unsafe"]
 
 # Norms bound every entry of a product; the factor allows for a convolution's windows, which repeat entries.
 MARGIN = 1e3
@@ -26,12 +28,41 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     It holds NaN or infinity, or makes `z`, `γ g` or `(γ ∂L/∂w)²` overflow. gamma: γ of a parameter's name.
     Cost: reads each layer's input, weight and cotangent once; one synchronization with the device.
     """
-    if not is_finite(recorded.loss):
-        return first_bad_call(recorded.tape.uses) or "the loss"
+    verdict = Verdict()
+    ask_safe(verdict, recorded, gamma)
+    try:
+        verdict.read()
+    except NonFinite as error:
+        return str(error)
+    return None
+
+
+@torch.no_grad()
+def ask_safe(verdict: Verdict, recorded: Recorded, gamma: Callable[[str], float]) -> None:
+    """As `unsafe`, when the verdict is read; NonFinite then holds the words."""
+
+    def judge_loss(found: list[float]) -> None:
+        if not math.isfinite(found[0]):
+            raise NonFinite(first_bad_call(recorded.tape.uses) or "the loss")
+
+    verdict.ask(recorded.loss, judge_loss)
+    places, tensors = _read(recorded)
+
+    def judge(norms: list[float]) -> None:
+        # a finite tensor with an infinite norm: bounded by its largest entry instead
+        exact = [float(t.double().norm()) if n == float("inf") else n for n, t in zip(norms, tensors, strict=True)]
+        if (where := _unsafe(recorded, gamma, places, exact)) is not None:
+            raise NonFinite(where)
+
+    if tensors:
+        verdict.ask(_norms(tensors), judge)
+
+
+def _read(recorded: Recorded) -> tuple[list[str], list[Tensor]]:
+    """The tensors that a step reads, and what they are."""
     places: list[str] = []
     tensors: list[Tensor] = []
-    parts = [part for layer in recorded.layers for part in layer.parts]
-    for part in parts:
+    for part in _parts(recorded):
         data = [t for t in part.data if t.is_floating_point()]
         places += [f"the input of {part.name}"] * len(data)
         places += [part.name, f"the cotangent at the output of {part.name}"]
@@ -39,12 +70,19 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     for name, g in recorded.gradients.items():
         places.append(f"the gradient of {name}")
         tensors.append(g)
-    norms = _norms(tensors)
+    return places, tensors
+
+
+def _parts(recorded: Recorded) -> list[Layer]:
+    return [part for layer in recorded.layers for part in layer.parts]
+
+
+def _unsafe(recorded: Recorded, gamma: Callable[[str], float], places: list[str], norms: list[float]) -> str | None:
     for place, norm in zip(places, norms, strict=True):
         if not norm < float("inf"):
             return place
     left = iter(norms)
-    for part in parts:
+    for part in _parts(recorded):
         a = sum(next(left) for t in part.data if t.is_floating_point())
         # the rows are not among the call's arguments: indices, or a norm's normalised input
         a += part.use.call.out_shape.numel() ** 0.5 if part.kind.indexed or part.kind.elementwise else 0.0
@@ -58,10 +96,8 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     return None
 
 
-def _norms(tensors: list[Tensor]) -> list[float]:
-    """Euclidean norms, copied from the device at once; infinite beyond the type's range."""
-    if not tensors:
-        return []
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norms; infinite beyond the type's range."""
     dtype, device = tensors[0].dtype, tensors[0].device
     if dtype in (torch.float32, torch.float64) and all(t.dtype is dtype and t.device == device for t in tensors):
         norms = list(torch._foreach_norm(tensors))
@@ -70,12 +106,7 @@ def _norms(tensors: list[Tensor]) -> list[float]:
         for t in tensors:
             kind = t.dtype if t.dtype is torch.float64 else torch.float32
             norms.append(torch.linalg.vector_norm(t, dtype=kind).to(device, torch.float64))
-    found: list[float] = torch.stack(norms).tolist()
-    # a finite tensor with an infinite norm: bounded by its largest entry instead
-    for j, norm in enumerate(found):
-        if norm == float("inf"):
-            found[j] = float(tensors[j].double().norm())
-    return found
+    return torch.stack(norms)
 
 
 def _largest_squarable(t: Tensor) -> float:

@@ -135,7 +135,7 @@ def _recorded_pass(
     ours, matrices, kinds = choices
     scale = loss_scale(tape.scaler_calls, total)
     graph = prove(tape, total, weight, need_loss=False)
-    layers = layers_of(tape, graph, ours, matrices, kinds) if is_finite(total) else []
+    layers = layers_of(tape, graph, ours, matrices, kinds) if _may_be_finite(total) else []
     inside = {name for layer in layers for name in layer.names}
     rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
     received: dict[int, Tensor] = {}
@@ -198,7 +198,7 @@ def joined(runs: Sequence[Recorded]) -> Recorded:
         cotangents |= run.cotangents
         for name, g in run.gradients.items():
             gradients[name] = gradients[name] + g if name in gradients else g
-    finite = all(is_finite(run.loss) for run in runs)
+    finite = all(_may_be_finite(run.loss) for run in runs)
     layers = [over_passes(found) for found in parts.values()] if finite else []
     mixed = [name for layer in layers for name in layer.names if name in gradients]
     if mixed:
@@ -208,6 +208,11 @@ def joined(runs: Sequence[Recorded]) -> Recorded:
         )
     loss = torch.stack([run.loss for run in runs]).sum()
     return Recorded(loss, runs[0].tape, layers, cotangents, gradients, sum(run.samples for run in runs))
+
+
+def _may_be_finite(loss: Tensor) -> bool:
+    """Whether a loss is finite; on an accelerator it is not waited for, and read before anything moves."""
+    return loss.device.type != "cpu" or is_finite(loss)
 
 
 def _unscaled(run: Recorded, scale: float | None) -> Recorded:
@@ -231,7 +236,7 @@ def pulled(
     if not loss.requires_grad:
         return Recorded(loss.detach(), tape, [], {}, {})
     graph = prove(tape, loss, None, need_loss=False)
-    if not is_finite(loss):
+    if not _may_be_finite(loss):
         return Recorded(loss.detach(), tape, [], {}, {})
     layers = layers_of(tape, graph, ours, matrices, kinds)
     inside = {name for layer in layers for name in layer.names}

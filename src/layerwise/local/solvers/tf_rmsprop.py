@@ -110,8 +110,12 @@ class TFRMSProp(torch.optim.Optimizer):
                  for group in self.param_groups]  # fmt: skip
 
         def advance() -> None:
+            alike: dict[_Numbers, list[tuple[Tensor, Tensor, Tensor]]] = {}
             for group, some in found:
-                self._move(some, _Numbers(group["lr"], group["decay"], group["momentum"], group["eps"]))
+                numbers = _Numbers(group["lr"], group["decay"], group["momentum"], group["eps"])
+                alike[numbers] = [*alike[numbers], *some] if numbers in alike else some
+            for numbers, some in alike.items():
+                self._move(some, numbers)
 
         return advance
 

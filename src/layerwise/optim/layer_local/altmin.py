@@ -13,7 +13,6 @@ from layerwise.errors import BadInput
 from layerwise.graph.samples import said_count
 from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
-from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded, record
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.values import Solver
@@ -35,7 +34,6 @@ from layerwise.optim.layer_local.updates import CodeKind, CodeUpdate, Minibatch,
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import is_finite
 
 __all__ = ["KEYWORDS", "AltMin", "AltMinWords"]
 
@@ -171,7 +169,7 @@ class AltMin(FittedToCodes):
         """Record a run with codes, and fit the layers to them; roll back where a solution is not finite."""
         fitter, coded = self._fitter, self._record(closure, samples)
         run, fitting = coded.run, self._fitting(coded.run, samples)
-        where = self._agreed(run, unsafe(run, partial(fitter.gamma, fitting)) or buffers.spoiled())
+        where, verdict = self._safe(run, partial(fitter.gamma, fitting), buffers, fitter.solvers(fitting))
         if where is not None:
             return run.loss, where
         layers = [layer for layer in run.layers if not refit or layer.likelihood is not None]
@@ -181,7 +179,7 @@ class AltMin(FittedToCodes):
         def finish() -> None:
             self._averages = self._averages | fitting.new_averages
 
-        return run.loss, fitter.fit(fitting, coded, layers, self, self._executor, finish, refit)
+        return run.loss, fitter.fit(fitting, coded, layers, self, self._executor, finish, refit, verdict)
 
     # -- codes -------------------------------------------------------------------------------------------------
 
@@ -203,7 +201,7 @@ class AltMin(FittedToCodes):
         """Move the codes from the output to the input, and record the layers on them."""
         coded = CodedModel(self._model, closure, self._proofs)
         layers = coded_layers(coded, self._ours, self._kinds)
-        if not is_finite(coded.loss):
+        if layers is None:
             return Coded(Recorded(coded.loss.detach(), coded.tape, [], {}, {}))
         groups = {i: self._group_at[id(layer.parameter)] for i, layer in hidden_uses(coded, layers).items()}
         slopes: dict[str, Tensor] = {}

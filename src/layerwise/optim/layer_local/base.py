@@ -14,17 +14,21 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.graph.samples import said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, shaped
+from layerwise.local.layers.overflow import ask_safe, unsafe
 from layerwise.local.layers.record import Recorded
 from layerwise.local.problem import Term
 from layerwise.local.regularizers import Regularizer
+from layerwise.local.solvers.values import LocalSteps
 from layerwise.optim.base import NamedOptimizer, completed, refuse_unreached
 from layerwise.optim.layer_local.choices import first_match
-from layerwise.optim.layer_local.executors import Executor, GradientJob, State
+from layerwise.optim.layer_local.executors import Executor, GradientJob, LocalExecutor, State
 from layerwise.optim.layer_local.owners import described
 from layerwise.optim.layer_local.snapshot import Backups, Snapshot
 from layerwise.optim.saved_state import non_finite
 from layerwise.ranks.group import facts_of
+from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import Verdict
 
 __all__ = ["Fitting", "LayerLocal", "check_common", "solved"]
 
@@ -107,15 +111,17 @@ def solved(
     executor: Executor,
     after: Callable[[], Callable[[], None]],
     optimizer: NamedOptimizer,
+    verdict: Verdict | None = None,
 ) -> str | None:
     """Solve, and return None; or restore the snapshot, and return the first tensor that is not finite.
 
     after: prepares what else is part of the step, where the solution is finite; what it gives is run when the step is
-    decided, in all processes. Whatever raises before, all is as it was.
+    decided, in all processes. Whatever raises before, all is as it was. verdict: on the batch, where that has not been
+    read before.
     """
     try:
         solve()
-        where = snapshot.spoiled()
+        where = snapshot.spoiled() if verdict is None else _read(verdict, snapshot)
         commit = after() if where is None else _nothing
         where = executor.anywhere(where)
         if where is None:
@@ -130,6 +136,16 @@ def solved(
     if where is not None:
         snapshot.put_back()
     return where
+
+
+def _read(verdict: Verdict, snapshot: Snapshot) -> str | None:
+    """The first bad tensor of a batch and of its solution, in one wait."""
+    snapshot.ask(verdict)
+    try:
+        verdict.read()
+    except NonFinite as error:
+        return str(error)
+    return None
 
 
 def _nothing() -> None:
@@ -203,6 +219,23 @@ class LayerLocal(NamedOptimizer):
 
     def _tell(self, error: BaseException) -> None:
         self._executor.fail(error)
+
+    def _safe(
+        self, run: Recorded, gamma: Callable[[str], float], buffers: Buffers, solvers: Iterable[Any]
+    ) -> tuple[str | None, Verdict | None]:
+        """The reason not to step on a batch, or None; or what is to be read with the solution.
+
+        The latter where an accelerator would wait, all layers take local steps, which need no finite numbers, and no
+        other process takes part.
+        """
+        alone = isinstance(self._executor, LocalExecutor)
+        late = alone and bool(run.layers or run.gradients) and all(isinstance(s, LocalSteps) for s in solvers)
+        if run.loss.device.type == "cpu" or not late:
+            return self._agreed(run, unsafe(run, gamma) or buffers.spoiled()), None
+        verdict = Verdict()
+        ask_safe(verdict, run, gamma)
+        buffers.ask(verdict)
+        return None, verdict
 
     def _agreed(self, run: Recorded, where: str | None) -> str | None:
         """The first reason to skip the step, in this process or another that takes part; None where there is none.

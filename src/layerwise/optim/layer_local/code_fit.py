@@ -44,6 +44,7 @@ from layerwise.optim.layer_local.updates import (
 from layerwise.optim.saved_state import Fit
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import Verdict
 
 __all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes", "repeated", "with_coupling"]
 
@@ -146,11 +147,17 @@ class CodeFitter:
     def _update(self, fitting: Fitting, layer: Layer) -> Update:
         return self.updates.of(layer.name, fitting.group(layer.name))
 
+    def solvers(self, fitting: Fitting) -> list[Any]:
+        """The solver of each layer; None where more is done with its problem."""
+        if self.stale is not None or self.trace is not None:
+            return [None for _ in fitting.run.layers]
+        return [self._update(fitting, layer).solver or LocalSteps() for layer in fitting.run.layers]
+
     # -- problems, solved or taken back ------------------------------------------------------------------------
 
     def fit(
         self, fitting: Fitting, coded: Coded, layers: Sequence[Layer], optimizer: NamedOptimizer,
-        executor: Executor, finish: Callable[[], None], refit: bool = False,
+        executor: Executor, finish: Callable[[], None], refit: bool = False, verdict: Verdict | None = None,
     ) -> str | None:  # fmt: skip
         """Fit layers to their codes, and return None; or move nothing, and return the first tensor that is not finite.
 
@@ -195,7 +202,7 @@ class CodeFitter:
 
             return commit
 
-        return solved(solve_all, snapshot, executor, note, optimizer)
+        return solved(solve_all, snapshot, executor, note, optimizer, verdict)
 
     def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:
         """A function that makes a layer's local problem, whose gradient is γ times the relaxed objective's.

@@ -105,15 +105,15 @@ def swept(
     return recorded_on_codes(coded, layers, codes, terms, ours), codes
 
 
-def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> list[Layer]:
-    """The layers of a coded model's first run; an empty list where its loss is not finite.
+def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> list[Layer] | None:
+    """The layers of a coded model's first run; None where its loss is not finite.
 
     Raises BadInput where the loss depends on nothing that is ours.
     """
     refuse_unreached([coded.loss] if coded.loss.requires_grad else [])
     graph = prove(coded.tape, coded.loss, None, need_loss=False)
     refuse_unreached([name for name in graph.parameters() if ours(coded.tape.parameters[name])])
-    return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if is_finite(coded.loss) else []
+    return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if is_finite(coded.loss) else None
 
 
 def samples_of(coded: CodedModel) -> int:

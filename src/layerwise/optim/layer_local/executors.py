@@ -21,7 +21,17 @@ from layerwise.local.solvers.run import Task, pickled, solve, solve_pickled, tak
 from layerwise.local.solvers.steps import Workspace
 from layerwise.local.solvers.values import Anderson, ConditionalGradient, ConjugateGradient, LocalSteps, Newton, Solver
 
-__all__ = ["Executor", "Facts", "GradientJob", "LayerJob", "State", "Workers", "executor_of", "operations"]
+__all__ = [
+    "Executor",
+    "Facts",
+    "GradientJob",
+    "LayerJob",
+    "LocalExecutor",
+    "State",
+    "Workers",
+    "executor_of",
+    "operations",
+]
 
 Facts = Mapping[str, Any]
 State = dict[Any, Any]

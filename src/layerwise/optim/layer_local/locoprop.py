@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
-from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
 from layerwise.local.problem import LocalProblem, Term
 from layerwise.local.regularizers import Regularizer
@@ -209,7 +208,8 @@ class LocoProp(LayerLocal):
         self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers
     ) -> tuple[Tensor, str | None]:
         fitting, choices, self._left = self._fitting(run), self._choices, recorder.left
-        where = self._agreed(run, unsafe(run, partial(_gamma, fitting, choices)) or buffers.spoiled())
+        solvers = [choices.of(layer.name).solver if rerun is None else rerun for layer in run.layers]
+        where, verdict = self._safe(run, partial(_gamma, fitting, choices), buffers, solvers)
         if where is not None:
             return run.loss, where
         plans = [_plan(fitting, choices, layer) for layer in run.layers]
@@ -236,7 +236,7 @@ class LocoProp(LayerLocal):
             return commit
 
         snapshot = fitting.snapshot(run.layers)
-        return run.loss, solved(solve_all, snapshot, self._executor, finish, self)
+        return run.loss, solved(solve_all, snapshot, self._executor, finish, self, verdict)
 
     def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
         """Solve one layer after another; each but the first takes its inputs from a new run of the closure."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerwise.tensors import all_finite
+from layerwise.errors import NonFinite
+from layerwise.tensors import Verdict, all_finite, largest_entries
 
 __all__ = ["Backups", "Snapshot"]
 
@@ -76,6 +79,18 @@ class Snapshot:
             return None
         bad = (name for name, p in self._params if not all_finite(self._checked([p])))
         return f"the solution of {next(bad)}'s local problem"
+
+    def ask(self, verdict: Verdict) -> None:
+        """As `spoiled`, when the verdict is read; NonFinite then holds the words."""
+        named = {f"{name} {i}": t for name, p in self._params for i, t in enumerate(self._checked([p]))}
+
+        def judge(names: list[str], largest: list[float]) -> None:
+            for name, most in zip(names, largest, strict=True):
+                if not math.isfinite(most):
+                    raise NonFinite(f"the solution of {name.rpartition(' ')[0]}'s local problem")
+
+        for names, largest in largest_entries(named):
+            verdict.ask(largest, partial(judge, names))
 
     def _checked(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Parameters and the tensors of their state, but for counters and what shows in the parameters."""

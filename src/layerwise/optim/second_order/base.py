@@ -15,13 +15,27 @@ from layerwise.optim.base import NamedOptimizer, completed, refuse_unreached
 from layerwise.optim.recording import Samples
 from layerwise.optim.saved_state import Fit, like
 from layerwise.optim.second_order.preconditioner import Preconditioner
-from layerwise.optim.second_order.trust import ExactGGN, best_step, bound, clip_factor, dot, levenberg_marquardt
+from layerwise.optim.second_order.trust import (
+    AFTER_STEP,
+    ExactGGN,
+    ask_safe,
+    bad_step,
+    best_step,
+    bound,
+    clip_factor,
+    combined,
+    descend,
+    dot,
+    levenberg_marquardt,
+    predicted_change,
+    unsafe,
+)
 from layerwise.optim.second_order.watched_batch import Watched, WatchedBatch
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.pull import alone
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import all_finite, dense, is_finite
+from layerwise.tensors import Verdict, all_finite, dense, is_finite
 
 __all__ = ["CurvatureOptimizer"]
 
@@ -121,11 +135,25 @@ class CurvatureOptimizer(NamedOptimizer):
 
     def _follow(self, run: _Run, buffers: Buffers) -> tuple[Tensor, str | None]:
         """Move along a run, or give the reason not to."""
+        if self._reads_late(run):
+            verdict = Verdict()
+            ask_safe(verdict, run.watched, run.loss, run.gradients, run.damping)
+            buffers.ask(verdict)
+            return run.loss, self._move(run, verdict)
+        if not is_finite(run.loss) and run.watched.bad is None:
+            run.watched.bad = "the loss"
         where = self._agreed(run, self._unsafe(run) or buffers.spoiled())
         if where is None:
             refuse_unreached(run.gradients)
-            where = self._move(run)
+            where = self._move(run, None)
         return run.loss, where
+
+    def _reads_late(self, run: _Run) -> bool:
+        """Whether an accelerator is waited for once, after the step is computed, and no other rank or matrix before."""
+        made = self.preconditioner
+        waits = run.rerun is not None or run.watched.due or made.exchange.size > 1 or made.inverts_next
+        found = run.watched.bad is None and bool(run.gradients)
+        return run.loss.device.type != "cpu" and found and not waits
 
     def _recorder(self) -> WatchedBatch:
         if self.step_size == "quadratic" or self.adapt_damping_every is not None:
@@ -146,8 +174,6 @@ class CurvatureOptimizer(NamedOptimizer):
                 "step() follows a backward pass `with opt.watch()`, and its gradients in .grad; "
                 f"{watched.passes} passes were recorded, and {len(found)} parameters have a gradient"
             )
-        if not is_finite(watched.loss) and watched.bad is None:
-            watched.bad = "the loss"
         return self._follow(_Run(named, self._groups(), watched.loss, found, watched, None, False), buffers)
 
     def _run(self, closure: Callable[[], Tensor], samples: Samples) -> _Run:
@@ -166,8 +192,6 @@ class CurvatureOptimizer(NamedOptimizer):
                 watched.in_grad = bool(found)
                 if not found and watched.bad is None:
                     found = _gradients(loss, named, watched)
-        if not is_finite(loss) and watched.bad is None:
-            watched.bad = "the loss"
         return _Run(named, self._groups(), loss.detach(), found, watched, rerun, adapts)
 
     def _groups(self) -> dict[str, dict[str, Any]]:
@@ -176,7 +200,7 @@ class CurvatureOptimizer(NamedOptimizer):
         return {name: self._group_at[id(p)] for name, p in named.items() if self._ours(p)}
 
     def _unsafe(self, run: _Run) -> str | None:
-        return self.preconditioner.unsafe(run.watched, run.gradients, run.damping)
+        return unsafe(run.watched, run.gradients, run.damping)
 
     def _agreed(self, run: _Run, where: str | None) -> str | None:
         joint = self.preconditioner.join(run.watched, run.gradients, where, run.named, run.damping, run.loss)
@@ -188,7 +212,7 @@ class CurvatureOptimizer(NamedOptimizer):
         self.preconditioner.exchange.fail(error)
 
     @torch.no_grad()
-    def _move(self, run: _Run) -> str | None:
+    def _move(self, run: _Run, verdict: Verdict | None) -> str | None:
         before, dampings = self.preconditioner.snapshot(), [group["damping"] for group in self.param_groups]
         named = run.named
         old = {} if run.rerun is None else {name: p.clone() for name, p in named.items()}
@@ -198,7 +222,7 @@ class CurvatureOptimizer(NamedOptimizer):
             directions = self.preconditioner.precondition(run.gradients)
             groups = {name: run.groups[name] for name in directions}
             if run.rerun is None:
-                made = self._step_at_rate(named, groups, run.gradients, directions)
+                made = self._step_at_rate(named, groups, run.gradients, directions, verdict)
             else:
                 with run.rerun:
                     made = self._step_by_quadratic_model(named, groups, run, directions)
@@ -220,20 +244,21 @@ class CurvatureOptimizer(NamedOptimizer):
         return where
 
     def _step_at_rate(
-        self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values
-    ) -> str | Callable[[], None]:
-        """M ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m: what writes them, or the reason not to."""
-        factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip)
-        values: Values = {}
-        buffers: Values = {}
-        for name, d in directions.items():
-            p, group = named[name], groups[name]
-            buffer = self.state.get(p, {}).get("momentum")
-            values[name], buffers[name] = descend(
-                p, d, buffer, factor, group["lr"], group["momentum"], group["weight_decay"]
-            )
-        if not all_finite([*values.values(), *buffers.values()]):
-            return "the parameters after the step"
+        self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values,
+        verdict: Verdict | None,
+    ) -> str | Callable[[], None]:  # fmt: skip
+        """M ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m: what writes them, or the reason not to.
+
+        verdict: what has not been read before, or None.
+        """
+        factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, verdict is not None)
+        before = {name: self.state.get(named[name], {}).get("momentum") for name in directions}
+        values, buffers = descend(named, directions, before, factor, groups)
+        after = [*values.values(), *buffers.values()]
+        if verdict is None and not all_finite(after):
+            return AFTER_STEP
+        if verdict is not None and (where := bad_step(verdict, after)) is not None:
+            return where
 
         def commit() -> None:
             for name in values:
@@ -262,12 +287,12 @@ class CurvatureOptimizer(NamedOptimizer):
         moves = {name: -rates[name] * (m + decays[name] * named[name]) for name, m in new.items()}
         if not all(is_finite(move) for move in moves.values()):
             return "the quadratic model of the step"
-        model = self._predicted_change(run.gradients, moves, ggn, _each(groups, "damping")) if run.adapts else None
+        model = predicted_change(run.gradients, moves, ggn, _each(groups, "damping")) if run.adapts else None
         del ggn
         for name, move in moves.items():
             named[name].add_(move)
         if not all_finite([named[name] for name in moves]):
-            return "the parameters after the step"
+            return AFTER_STEP
         if model is not None:
             here = torch.tensor(rerun.loss(), dtype=torch.float64, device=run.loss.device)
             after = float(self.preconditioner.total(run.watched, {"loss": here})["loss"])
@@ -293,7 +318,7 @@ class CurvatureOptimizer(NamedOptimizer):
         buffers = {name: self.state.get(named[name], {}).get("momentum") for name in directions}
         betas = _each(groups, "momentum")
         if self.step_size == "lr":
-            factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip)
+            factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, late=False)
             return {
                 name: d * factor if (m := buffers[name]) is None or not betas[name] else m * betas[name] + d * factor
                 for name, d in directions.items()
@@ -303,13 +328,9 @@ class CurvatureOptimizer(NamedOptimizer):
         tried = [directions, last] if dot(last, last) > 0 else [directions]
         products = [ggn(d) for d in tried]
         chosen = [-c for c in best_step(gradients, tried, products, _each(groups, "damping"))]
-        new = _combined(chosen, tried)
-        factor = bound(dot(new, _combined(chosen, products)), self.kl_clip)
+        new = combined(chosen, tried)
+        factor = bound(dot(new, combined(chosen, products)), self.kl_clip)
         return {name: m * factor for name, m in new.items()}
-
-    def _predicted_change(self, gradients: Values, moves: Values, ggn: Product, damping: Mapping[str, float]) -> float:
-        """The change of the loss in its damped quadratic model."""
-        return dot(moves, gradients) + (dot(moves, ggn(moves)) + dot(moves, moves, damping)) / 2
 
     # -- state -----------------------------------------------------------------------------------------------
 
@@ -344,14 +365,6 @@ def _each(groups: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float]
     return {name: float(group[key]) for name, group in groups.items()}
 
 
-def _combined(coefficients: Sequence[float], values: Sequence[Values]) -> Values:
-    first, *rest = zip(coefficients, values, strict=True)
-    total = {name: first[0] * x for name, x in first[1].items()}
-    for c, v in rest:
-        total = {name: x + c * v[name] for name, x in total.items()}
-    return total
-
-
 def _write(named: Values, values: Values) -> None:
     for name, value in values.items():
         named[name].copy_(value)
@@ -370,11 +383,3 @@ def _gradients(loss: Tensor, named: Mapping[str, Tensor], watched: Watched) -> V
     assert watched.backward is not None
     found = watched.backward(loss, list(named.values()))
     return {name: dense(g) for name, g in zip(named, found, strict=True) if g is not None}
-
-
-def descend(
-    p: Tensor, d: Tensor, buffer: Tensor | None, factor: float, lr: float, momentum: float, weight_decay: float
-) -> tuple[Tensor, Tensor]:
-    """P ← (1 - lr·weight_decay) p - lr m and m ← β m + ν d (without momentum ν d), in new memory."""
-    m = d * factor if buffer is None or not momentum else (buffer * momentum).add_(d, alpha=factor)
-    return ((p * (1 - lr * weight_decay)).sub_(m, alpha=lr) if weight_decay else torch.sub(p, m, alpha=lr)), m

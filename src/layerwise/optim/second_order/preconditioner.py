@@ -29,16 +29,11 @@ from layerwise.optim.second_order.settings import (
     present_state,
     spelled_out,
 )
-from layerwise.optim.second_order.watched_batch import (
-    CurvatureWatch,
-    Watched,
-    WatchedBatch,
-    bad_curvature,
-    bad_gradient,
-)
+from layerwise.optim.second_order.trust import unsafe
+from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, WatchedBatch
 from layerwise.quantities.base import Quantity
 from layerwise.replay.state import seed_of
-from layerwise.tape.uses import first_bad_call, named_parameters_of
+from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import dense
 
 __all__ = ["Preconditioner", "is_due"]
@@ -232,7 +227,7 @@ class Preconditioner:
         watched, damping_of = batch.watched, self._damping_of
         named = {n: p for n, p in named_parameters_of(self.model).items() if p.requires_grad}
         own = {name: dense(p.grad) for name, p in named.items() if p.grad is not None}
-        joint = self.join(watched, own, self.unsafe(watched, own, damping_of), named, damping_of)
+        joint = self.join(watched, own, unsafe(watched, own, damping_of), named, damping_of)
         if joint.where is not None:
             if self.on_nonfinite == "raise":
                 raise NonFinite(f"{joint.where} holds NaN or infinity, or overflows; the batch changed no factor")
@@ -255,15 +250,6 @@ class Preconditioner:
             raise
         return True
 
-    def unsafe(self, watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
-        """The first reason not to step on a batch, or None."""
-        if watched.bad is not None:
-            return watched.bad
-        found = bad_gradient(grads, damping)
-        if found is not None:
-            return first_bad_call(watched.uses) or found
-        return watched.suspect if watched.suspect is not None else bad_curvature(watched)
-
     def join(
         self, watched: Watched, grads: Mapping[str, Tensor], where: str | None, named: Mapping[str, Tensor],
         damping: Callable[[str], float], loss: Tensor | None = None,
@@ -275,7 +261,7 @@ class Preconditioner:
         joint = self.exchange.join(watched, grads, where, named, loss)
         if joint.where is None and self.exchange.size > 1:
             watched.finish()
-            joint = replace(joint, where=self.unsafe(watched, joint.gradients, damping))
+            joint = replace(joint, where=unsafe(watched, joint.gradients, damping))
         return joint
 
     def total(self, watched: Watched, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -291,9 +277,14 @@ class Preconditioner:
                 blocks = blocks.of_parameters(named_parameters_of(self.model))
             blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self.exchange)
             self._left, self._asked = frozenset(watched.left or ()), watched.asked
-        due = is_due(self.steps, self.update_inverses_every)
+        due = self.inverts_next
         self.blocks = blocks.inverted(new, due, damping, self.damping_form, self.exchange)
         self.steps += 1
+
+    @property
+    def inverts_next(self) -> bool:
+        """Whether the next step computes inverses."""
+        return is_due(self.steps, self.update_inverses_every)
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradients by parameter name, multiplied by the present inverses; those without one unchanged."""

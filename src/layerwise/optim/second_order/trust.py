@@ -1,4 +1,4 @@
-"""Step length and damping: KL clipping, the quadratic model, Levenberg-Marquardt, as pure functions.
+"""Whether and how far to step: what is not finite, KL clipping, the quadratic model, Levenberg-Marquardt.
 
 Sums over parameters are in float64.
 """
@@ -6,16 +6,27 @@ Sums over parameters are in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from layerwise.errors import NonFinite
 from layerwise.operators.curvature import GGN
+from layerwise.optim.second_order.watched_batch import Watched
+from layerwise.quantities.kronecker.factor_sums import Factors
+from layerwise.ranks.sums import tensors_of
 from layerwise.replay.rerun import Rerun
+from layerwise.tape.uses import first_bad_call
+from layerwise.tensors import Verdict, is_finite, largest_entries
 
-__all__ = ["ExactGGN", "best_step", "bound", "clip_factor", "dot", "levenberg_marquardt"]
+__all__ = [
+    "AFTER_STEP", "ExactGGN", "ask_safe", "bad_step", "best_step", "bound", "clip_factor", "combined", "descend", "dot",
+    "levenberg_marquardt", "predicted_change", "unsafe",
+]  # fmt: skip
+
+AFTER_STEP = "the parameters after the step"
 
 _LEAST, _MOST = 1e-12, 1e12  # λ stays a divisor without overflow
 
@@ -25,20 +36,39 @@ def dot(one: Mapping[str, Tensor], two: Mapping[str, Tensor], weights: Mapping[s
     if not one:
         return 0.0
     device = next(iter(one.values())).device
-    dots = torch.stack([(x * two[name]).sum().to(device, torch.float64) for name, x in one.items()]).tolist()
+    dots = torch.stack([(x * two[name]).sum().to(device, _widest(device)) for name, x in one.items()]).tolist()
     return sum(d * (1.0 if weights is None else weights[name]) for name, d in zip(one, dots, strict=True))
 
 
+def _sum_of_dots(one: Mapping[str, Tensor], two: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    """Sum over some parameters of <one, two>, in a few launches whatever their number, without a wait."""
+    products = torch._foreach_mul([one[name] for name in names], [two[name] for name in names])
+    device = products[0].device
+    return torch.cat([x.reshape(-1).to(device) for x in products]).sum(dtype=_widest(device))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which has none
+
+
 def clip_factor(
-    gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor], rates: Mapping[str, float], clip: float | None
-) -> float:
+    gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor], rates: Mapping[str, float], clip: float | None,
+    late: bool,
+) -> float | Tensor:  # fmt: skip
     """ν = min(1, sqrt(κ / sum over parameters of lr² g·d)), at which the step's quadratic form is at most κ.
 
     Source: Ba, Grosse and Martens (2017), "Distributed second-order optimization using Kronecker-factored
-    approximations", section 5.
+    approximations", section 5. late: as a tensor, which the host does not wait for.
     """
     if clip is None or not directions:
         return 1.0
+    if late:
+        alike: dict[float, list[str]] = {}
+        for name in directions:
+            alike.setdefault(rates[name] ** 2, []).append(name)
+        sizes = [square * _sum_of_dots(directions, gradients, names) for square, names in alike.items()]
+        size = sizes[0] if len(sizes) == 1 else torch.stack(sizes).sum()
+        return torch.where(size > 0, (clip / size).sqrt().clamp(max=1), 1.0)
     return bound(dot(directions, gradients, {name: rate**2 for name, rate in rates.items()}), clip)
 
 
@@ -73,6 +103,23 @@ def best_step(
     return found
 
 
+def combined(coefficients: Sequence[float], values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum of c_k v_k, by parameter."""
+    first, *rest = zip(coefficients, values, strict=True)
+    total = {name: first[0] * x for name, x in first[1].items()}
+    for c, v in rest:
+        total = {name: x + c * v[name] for name, x in total.items()}
+    return total
+
+
+def predicted_change(
+    gradients: Mapping[str, Tensor], moves: dict[str, Tensor],
+    ggn: Callable[[dict[str, Tensor]], Mapping[str, Tensor]], damping: Mapping[str, float],
+) -> float:  # fmt: skip
+    """The change of the loss in its damped quadratic model, <d, g> + (<d, G d> + λ<d, d>) / 2."""
+    return dot(moves, gradients) + (dot(moves, ggn(moves)) + dot(moves, moves, damping)) / 2
+
+
 def levenberg_marquardt(damping: float, ratio: float, every: int) -> float:
     """λ after a step that changed the loss by `ratio` times the prediction of its quadratic model.
 
@@ -85,6 +132,58 @@ def levenberg_marquardt(damping: float, ratio: float, every: int) -> float:
     elif not ratio >= 0.25:
         damping /= omega
     return min(max(damping, _LEAST), _MOST)
+
+
+def bad_step(verdict: Verdict, after: Sequence[Tensor]) -> str | None:
+    """The reason not to step, of all that a step has asked. after: what it would write."""
+
+    def judge(largest: list[float]) -> None:
+        if not all(map(math.isfinite, largest)):
+            raise NonFinite(AFTER_STEP)
+
+    for _, largest in largest_entries({str(i): t for i, t in enumerate(after)}):
+        verdict.ask(largest, judge)
+    try:
+        verdict.read()
+    except NonFinite as error:
+        return str(error)
+    return None
+
+
+def descend(
+    named: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
+    before: Mapping[str, Tensor | None],
+    factor: float | Tensor,
+    groups: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """P ← (1 - lr·weight_decay) p - lr m and m ← β m + ν d (without momentum ν d), in new memory.
+
+    before: the buffers m, or None. factor: ν. Parameters of equal settings move in a few launches.
+    """
+    values: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    alike: dict[Any, list[str]] = {}
+    for name in directions:
+        lr, momentum, decay = (groups[name][key] for key in ("lr", "momentum", "weight_decay"))
+        momentum = 0.0 if before[name] is None else momentum
+        alike.setdefault((lr, momentum, decay), []).append(name)
+    for (lr, momentum, decay), names in alike.items():
+        ps, ds = [named[n] for n in names], [directions[n] for n in names]
+        if not momentum:
+            ms = torch._foreach_mul(ds, factor)
+        else:
+            ms = torch._foreach_mul([m for n in names if (m := before[n]) is not None], momentum)
+            more, alpha = (torch._foreach_mul(ds, factor), 1.0) if isinstance(factor, Tensor) else (ds, factor)
+            torch._foreach_add_(ms, more, alpha=alpha)
+        if decay:
+            new = torch._foreach_mul(ps, 1 - lr * decay)
+            torch._foreach_sub_(new, ms, alpha=lr)
+        else:
+            new = torch._foreach_sub(ps, ms, alpha=lr)
+        values |= zip(names, new, strict=True)
+        buffers |= zip(names, ms, strict=True)
+    return values, buffers
 
 
 class ExactGGN(GGN):
@@ -105,3 +204,82 @@ class ExactGGN(GGN):
         full = {n: direction[n] if n in direction else torch.zeros_like(p) for n, p in self._parameters.items()}
         found = self @ full
         return {name: found[name] for name in direction}
+
+
+# What is not finite -------------------------------------------------------------------------------
+
+
+def unsafe(watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
+    """The first reason not to step on a batch, or None."""
+    if watched.bad is not None:
+        return watched.bad
+    try:
+        for asked in (_ask_gradient(watched, grads, damping), _ask_curvature(watched)):
+            verdict = Verdict()
+            for values, judge in asked:
+                verdict.ask(values, judge)
+            verdict.read()
+            if watched.suspect is not None:
+                return watched.suspect
+    except NonFinite as error:
+        return str(error)
+    return None
+
+
+def ask_safe(
+    verdict: Verdict, watched: Watched, loss: Tensor, grads: Mapping[str, Tensor], damping: Callable[[str], float]
+) -> None:
+    """As `unsafe`, and for the loss, when the verdict is read; NonFinite then holds the reason."""
+
+    def judge_loss(found: list[float]) -> None:
+        if not math.isfinite(found[0]):
+            raise NonFinite(first_bad_call(watched.uses) or "the loss")
+
+    verdict.ask(loss, judge_loss)
+    for values, judge in (*_ask_gradient(watched, grads, damping), *_ask_curvature(watched)):
+        verdict.ask(values, judge)
+
+
+Asked = Iterator[tuple[Tensor, Callable[[list[float]], None]]]
+
+
+def _ask_gradient(watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> Asked:
+    """The first gradient for which `|g|² / λ`, a bound of the preconditioned product, overflows or is NaN."""
+    if not grads:
+        return
+    tensors = [g if g.dtype is torch.float64 else g.float() for g in grads.values()]
+
+    def judge(found: list[float]) -> None:
+        for (name, g), norm in zip(grads.items(), found, strict=True):
+            if not norm * norm / damping(name) < torch.finfo(g.dtype).max:
+                raise NonFinite(first_bad_call(watched.uses) or f"the gradient of {name}")
+
+    yield _stacked(torch._foreach_norm(tensors)), judge
+
+
+def _ask_curvature(watched: Watched) -> Asked:
+    """The first block (or sum, before `finish`) that holds NaN or infinity."""
+    places = [
+        ("the curvature" if measured.block.form == "diagonal" else "a Kronecker factor", name, x)
+        for name, measured in watched.blocks.items() for x in measured.tensors()
+    ]  # fmt: skip
+    for found in watched.found:
+        for name, value in found.values.items():
+            what = "a Kronecker factor" if isinstance(value[0], Factors) else "the curvature"
+            places += [(what, name, t) for part in found.parts(name) for t in tensors_of(part)]
+
+    def judge(norms: list[float]) -> None:
+        for (what, name, x), norm in zip(places, norms, strict=True):
+            if not math.isfinite(norm) and not is_finite(x):
+                raise NonFinite(first_bad_call(watched.uses) or f"{what} of {name}")
+
+    if places:  # a norm may overflow where no entry does, but takes a tenth of the time
+        yield _stacked(torch._foreach_norm([x for *_, x in places])), judge
+
+
+def _stacked(norms: Sequence[Tensor]) -> Tensor:
+    """Numbers of any types and devices as one tensor."""
+    device, dtypes = norms[0].device, {n.dtype for n in norms}
+    if len(dtypes) == 1 and all(n.device == device for n in norms):
+        return torch.stack(list(norms))
+    return torch.stack([n.to(device, torch.float64) for n in norms])

@@ -5,7 +5,6 @@ Where a gradient scaler multiplies the loss, curvature and gradient are those of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from layerwise.optim.second_order.averages import Measured
 from layerwise.quantities.base import Context, Quantity, Union
 from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.group import Ranks
-from layerwise.ranks.sums import all_reduced, describe, tensors_of
+from layerwise.ranks.sums import all_reduced, describe
 from layerwise.tape.modes import PassWatch
 from layerwise.tape.pull import alone, differentiated
 from layerwise.tape.tape import Tape
@@ -35,7 +34,7 @@ from layerwise.tape.uses import Use, first_bad_call, named_parameters_of
 from layerwise.tensors import dense, is_finite
 
 __all__ = [
-    "NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "WatchedBatch", "bad_curvature", "bad_gradient",
+    "NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "WatchedBatch",
 ]  # fmt: skip
 
 _NO_SAMPLES = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # the samples are mixed, or cannot be found
@@ -328,34 +327,3 @@ def _is_loss(tape: Tape, total: Tensor) -> bool:
     """Whether the differentiated value is that of one loss call."""
     edges = [loss.value for loss in tape.losses] + [own.value for own in tape.own if own.value is not None]
     return any(edge.node is total.grad_fn for edge in edges)
-
-
-def bad_gradient(grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> str | None:
-    """The first gradient for which `|g|² / λ`, a bound of the preconditioned product, overflows or is NaN."""
-    if not grads:
-        return None
-    tensors = [g if g.dtype is torch.float64 else g.float() for g in grads.values()]
-    device = tensors[0].device
-    norms = torch.stack([n.to(device, torch.float64) for n in torch._foreach_norm(tensors)]).tolist()
-    for name, g, norm in zip(grads, tensors, norms, strict=True):
-        if not norm * norm / damping(name) < torch.finfo(g.dtype).max:
-            return f"the gradient of {name}"
-    return None
-
-
-def bad_curvature(watched: Watched) -> str | None:
-    """The first block (or sum, before `finish`) that holds NaN or infinity."""
-    places = [
-        ("the curvature" if measured.block.form == "diagonal" else "a Kronecker factor", name, x)
-        for name, measured in watched.blocks.items() for x in measured.tensors()
-    ]  # fmt: skip
-    for found in watched.found:
-        for name, value in found.values.items():
-            what = "a Kronecker factor" if isinstance(value[0], Factors) else "the curvature"
-            places += [(what, name, t) for part in found.parts(name) for t in tensors_of(part)]
-    # a norm may overflow where no entry does, but takes a tenth of the time
-    norms = torch._foreach_norm([x for *_, x in places]) if places else []
-    for (what, name, x), norm in zip(places, norms, strict=True):
-        if not math.isfinite(norm) and not is_finite(x):
-            return first_bad_call(watched.uses) or f"{what} of {name}"
-    return None
