@@ -160,7 +160,7 @@ def refusal(case: Case, column: Column) -> tuple[type[errors.LayerwiseError], st
     tags = case.problem.tags
     if "mixed" in tags and column.per_sample:
         return errors.SamplesMixed, MIXED
-    if "bag" in tags and column.second:
+    if "bag" in tags and column.second and column.build is None:  # operators run bags as rows
         return errors.Undefined, NOT_TWICE
     if column.chain and case.loss.name in SEVERAL:
         return errors.Undefined, HEADS

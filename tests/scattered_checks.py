@@ -201,10 +201,8 @@ def refusals(truth: ScatteredTruth, column: Column) -> tuple[list[Refusal], bool
         may.append(NO_REDUCTION)
     if name.startswith(ROOTS) and program.own and not must and no_root(truth):
         may, must = [*may, NO_ROOT], True
-    if not program.twice and column.second:
+    if not program.twice and column.second and column.build is None:  # operators run bags as rows
         may, must = [*may, NOT_TWICE], True
-    elif not program.twice and column.build is not None:
-        may.append(NOT_TWICE)
     return may, must
 
 

@@ -8,7 +8,6 @@ without passing a use is an error that names the parameter and the node.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
-from layerwise.graph.custom_functions import is_custom
+from layerwise.graph.custom_functions import is_custom, written_at
 from layerwise.graph.walk import SELECTIONS, Node, by_node, children, edges, inputs, nodes
 from layerwise.losses import OwnCall
 from layerwise.tape.gradient_calls import GradientUse
@@ -169,7 +168,7 @@ class _LossWalk:
 
     def _meet(self, uses: list[Use]) -> None:
         if not uses[0].call.out_shape:
-            raise Undefined(_enters(", ".join(uses[0].names), f"in {uses[0]}, whose output is one number"))
+            raise Undefined(_enters(str(uses[0]), "as one number"))
         if self._tape.returned is None:
             raise UnknownLoss(
                 f"a path from the loss to {uses[0]} passes through no loss that is known; seen: "
@@ -188,7 +187,7 @@ class _LossWalk:
         above = self._above(node)
         if above is None or is_custom(above) or not (self._tape.derives(name) or self._tape.losses):
             raise UncoveredUse(_uncovered(self._tape, name, above))
-        raise Undefined(_enters(name, f"through autograd's {above.name()}"))
+        raise Undefined(_enters(f"parameter {name!r}", f"through autograd's {above.name()}"))
 
     def _above(self, node: Node) -> Node | None:
         """A node through which a walk from the total came to a node."""
@@ -267,9 +266,9 @@ def _hides(node: Node) -> bool:
     return is_custom(node) or "DifferentiableGraph" in node.name()
 
 
-def _enters(name: str, via: str) -> str:
+def _enters(what: str, how: str) -> str:
     return (
-        f"parameter {name!r} enters the loss directly, {via}, and no call there takes it together with the data of "
+        f"{what} enters the loss directly, {how}, and no call there takes it together with the data of "
         "single samples: a term that all of them share (a penalty on weights, a log-determinant, a learned scale of "
         "the loss), of which no sample has a part. Where each sample's term should hold it, add it before the mean, "
         "(terms + it).mean() with terms of shape [N]; else leave it out of the observed backward pass and add its "
@@ -282,12 +281,9 @@ def _uncovered(tape: Tape, name: str, via: Node | None) -> str:
     node = "the loss" if via is None else f"the autograd node {via.name()}"
     text = f"parameter {name!r} is reached from the loss through {node}, and no recorded call lies between: "
     if via is not None and is_custom(via):
-        forward = inspect.unwrap(getattr(getattr(via, "_forward_cls", None), "forward", None) or type(via))
-        code = getattr(forward, "__code__", None)
-        at = "" if code is None else place((code.co_filename, code.co_firstlineno))
         return text + (
-            f"that is a function of your own{at}, and what it does with the parameter cannot be seen. Write it with "
-            "torch calls, give it no parameter but the output of a layer, or freeze the parameter"
+            f"that is a function of your own{written_at(via)}, and what it does with the parameter cannot be seen. "
+            "Write it with torch calls, give it no parameter but the output of a layer, or freeze the parameter"
         )
     if via is not None and "DifferentiableGraph" in via.name():
         return text + "it is a scripted block, whose calls cannot be seen. Use the module that was scripted"

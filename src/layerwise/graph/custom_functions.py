@@ -19,8 +19,9 @@ from torch.autograd.function import BackwardCFunction, Function
 from layerwise.errors import Undefined
 from layerwise.graph.walk import Edge, Node, nodes
 from layerwise.tape.pull import pull
+from layerwise.tape.uses import place
 
-__all__ = ["check_adjoint", "check_functions", "check_sparse", "custom_functions", "is_custom"]
+__all__ = ["check_adjoint", "check_functions", "check_sparse", "custom_functions", "is_custom", "written_at"]
 
 Map = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -91,10 +92,17 @@ def check_adjoint(
 
 def _refusal(node: Node, why: str) -> str:
     return (
-        f"asked for second derivatives through {node.name()}, the backward of a function of one's own "
-        f"(torch.autograd.Function, torch.library): {why}. Write that function with torch calls, which can be "
-        "differentiated twice, or freeze what is below it"
+        f"asked for second derivatives through {node.name()}, the backward of a function of one's own"
+        f"{written_at(node)} (torch.autograd.Function, torch.library): {why}. Write that function with torch calls, "
+        "which can be differentiated twice, or freeze what is below it"
     )
+
+
+def written_at(node: Any) -> str:
+    """The line where the forward of a function of one's own is written, in words; nothing where it is not known."""
+    forward = inspect.unwrap(getattr(getattr(node, "_forward_cls", None), "forward", None) or type(node))
+    code = getattr(forward, "__code__", None)
+    return "" if code is None else place((code.co_filename, code.co_firstlineno))
 
 
 def is_custom(node: Any) -> bool:
@@ -144,9 +152,9 @@ def _arguments(node: Any) -> list[Any] | None:
     given: list[Any] = [_NOT_FOUND] * len(needs)
     generator = torch.Generator().manual_seed(0)
     edge = iter(below)
-    for place, need in enumerate(needs):
-        given[place] = _random(*next(edge), generator) if need else kept.get(names[place], _NOT_FOUND)
-    left = [place for place, x in enumerate(given) if x is _NOT_FOUND]
+    for i, need in enumerate(needs):
+        given[i] = _random(*next(edge), generator) if need else kept.get(names[i], _NOT_FOUND)
+    left = [i for i, x in enumerate(given) if x is _NOT_FOUND]
     if left:
         saved = [t for t in node.saved_tensors if t is not None and not t.requires_grad]
         if len(left) > 1 or len(saved) != 1:

@@ -162,7 +162,7 @@ def _second(back: Sequence[Tensor | None], edges: Sequence[GradientEdge | None])
     seen = product(sent)
     if all(m is None or not m.any() for m in seen):
         return "flat", None
-    if len(wanted) > 1:
+    if len(wanted) > 1 or pairs[0][0].is_complex():  # of a complex number the second derivatives are a 2 by 2 block
         return "other", None
     (m,), (r,) = seen, product([torch.ones_like(b) for b, _ in pairs])
     assert m is not None and r is not None
@@ -171,7 +171,9 @@ def _second(back: Sequence[Tensor | None], edges: Sequence[GradientEdge | None])
 
 
 def powers(like: Tensor, seed: int) -> Tensor:
-    """Random powers of two with random signs, the same in every run."""
+    """Random powers of two with random signs, the same in every run; in both parts of complex numbers."""
+    if like.is_complex():
+        return torch.complex(powers(like.real, seed), powers(like.imag, seed + 2**16))
     steps = torch.arange(-_EXPONENTS, _EXPONENTS + 1, dtype=torch.float64).exp2()
     choice = torch.randint(2 * len(steps), like.shape, generator=torch.Generator().manual_seed(seed))
     return torch.cat([steps, -steps]).to(like.dtype)[choice].to(like.device)

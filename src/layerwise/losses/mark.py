@@ -81,4 +81,4 @@ class OwnCall:
     place: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}{self.place}, of outputs {tuple(self.logits.shape)}"
+        return f"{self.name} of outputs {tuple(self.logits.shape)}{self.place}"

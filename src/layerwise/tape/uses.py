@@ -34,6 +34,7 @@ __all__ = [
     "place",
 ]
 
+_NAMES = 4  # parameters that a text names
 _INTERNAL = {"layerwise", "torch", "contextlib", "functools"}
 
 
@@ -161,7 +162,8 @@ class Use:
         return sorted(set().union(*(d.names for d in self.used)))
 
     def __repr__(self) -> str:
-        return f"Use {self.index}: {describe_func(self.call.func)} of {', '.join(self.names)}{place(self.at)}"
+        names = ", ".join(self.names[:_NAMES]) + (f" and {more} more" if (more := len(self.names) - _NAMES) > 0 else "")
+        return f"Use {self.index}: {describe_func(self.call.func)} of {names}{place(self.at)}"
 
 
 def _unchanged(kept: tuple[Tensor, int] | None) -> Tensor | None:

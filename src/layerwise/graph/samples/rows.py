@@ -54,10 +54,17 @@ def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[Sampl
     if refusal:
         raise SamplesMixed(refusal)
     raise BadInput(
-        f"asked for per-sample quantities of {n} samples, but the terms of the loss "
-        f"({', '.join(str(tuple(loss.call.logits.shape)) for loss in graph.losses)}) do not say which sample each "
-        "belongs to; pass samples= an integer tensor with a sample number for each loss term"
+        f"asked for per-sample quantities of {n} samples, but {_unplaced(graph, n)}, which does not say which sample "
+        "each belongs to; pass samples= an integer tensor with a sample number for each loss term, or take what was "
+        "reduced over the batch out of the loss"
     )
+
+
+def _unplaced(graph: Graph, n: int) -> str:
+    """The losses whose outputs have no axis of n samples, or all of them, in words."""
+    losses = [loss for loss in graph.losses if not hypotheses(loss, n)] or graph.losses
+    read = [f"{loss} reads outputs of shape {tuple(loss.call.logits.shape)}" for loss in losses]
+    return " and ".join(dict.fromkeys(read))
 
 
 def _flat(graph: Graph, n: int) -> SampleLayout | None:
@@ -136,8 +143,9 @@ def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
         use = next((mixed[i] for i in partly), next(iter(mixed.values())))
         raise SamplesMixed(
             f"asked for per-sample quantities of {n} samples, but rows of the output {tuple(use.call.out_shape)} of "
-            f"{use} answer for the loss terms of several samples{_where(graph, losses, use)}; where N or what a sample "
-            "is are others, pass samples="
+            f"{use} answer for the loss terms of several samples{_where(graph, losses, use)}. Samples that meet have "
+            "no per-sample gradients (quantities of the Hessian and products with it need none); where N is another "
+            "number, or a sample is several rows, say so with samples="
         )
     return SampleLayout(n, {**uses, **shared[1]}, list(losses), shared[0], frozenset(mixed))
 

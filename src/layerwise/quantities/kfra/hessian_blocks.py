@@ -61,7 +61,10 @@ def probe(send: Send, n: int, size: int, like: Tensor) -> Probe:
     if found.shape[1] == size and torch.equal(found, random.expand(n, -1)):
         return Probe("gathered")
     if not math.isfinite(largest(found)):
-        raise NonFinite("asked for blocks of the loss Hessian, but a derivative between two layers is NaN or infinite")
+        raise NonFinite(
+            "asked for blocks of the loss Hessian, but a derivative between two layers is NaN or infinite; look at the "
+            "batch and the parameters"
+        )
     factor = send(like.new_ones(1, 1, 1).expand(1, n, size))[0]
     if factor.shape[1] == size and near(factor * random, found, epsilon):
         return Probe("gathered", factor)

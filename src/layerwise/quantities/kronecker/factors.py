@@ -39,7 +39,7 @@ class KroneckerFactors(Quantity):
         if rows not in ROWS:
             raise BadInput(f'{type(self).__name__}: rows must be "real" or "all", got {rows!r}')
         if sharing not in SHARING:
-            raise BadInput(f'{type(self).__name__}: sharing must be "expand" or "reduce", got {sharing!r}')
+            raise BadInput(f'{type(self).__name__.lstrip("_")}: sharing must be "expand" or "reduce", got {sharing!r}')
         self.cotangent = cotangent
         self.sharing = sharing
         self.joint = joint
