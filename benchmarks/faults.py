@@ -52,6 +52,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "AltMin memory": lambda m: lw.AltMin(m, weights="memory", codes="jacobi", coupling=0.1),
     "AltMin sweep": lambda m: lw.AltMin(m, codes="sweep"),
     "AltMin sweep, repeated": lambda m: lw.AltMin(m, codes="sweep", repeats=2, multipliers=True),
+    "AltMin adam, repeated": lambda m: lw.AltMin(m, repeats=2, regularizer=lw.local.Elastic(0.1)),
     "AltMin async": lambda m: lw.AltMin(m, schedule="async"),
     "K-FAC": lambda m: lw.optim.KFAC(m, update_factors_every=1, weight_decay=0.1),
     "K-FAC quadratic": lambda m: lw.optim.KFAC(m, update_factors_every=1, step_size="quadratic", adapt_damping_every=1),
@@ -90,6 +91,10 @@ RANKS: dict[str, tuple[Callable[[nn.Module], Any], Step]] = {
     "LocoProp, into .grad": (lambda m: lw.LocoProp(m, parallel=True, write="grad"), by_closure),
     "LocoProp, watched": (lambda m: lw.LocoProp(m, parallel=True), watched),
     "AltMin adam": (lambda m: lw.AltMin(m, parallel=True), by_closure),
+    "AltMin adam, repeated": (
+        lambda m: lw.AltMin(m, repeats=2, regularizer=lw.local.Elastic(0.1), parallel=True),
+        by_closure,
+    ),
     "AltMin sweep, repeated": (lambda m: lw.AltMin(m, codes="sweep", repeats=2, parallel=True), by_closure),
     "K-FAC": (lambda m: _kfac(m, "inverses"), by_closure),
     "K-FAC, owners only": (lambda m: _kfac(m, "updates"), by_closure),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,27 @@ def test_an_operation_that_raises_in_one_rank_takes_the_step_back_on_both(name: 
 @every
 def test_each_operation_that_raises_takes_the_step_back(name: str) -> None:
     assert not faults.tried(faults.OPTIMIZERS[name]).failed
+
+
+def test_an_error_in_a_later_repeat_takes_back_the_trace_and_the_coupling() -> None:
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    trace, calls = lw.optim.Trace(), [0]
+    opt = lw.AltMin(model, repeats=2, trace=trace, coupling=lw.local.Coupling(0.1, add=0.1))
+
+    def closure() -> Tensor:
+        calls[0] += 1
+        if calls[0] in (2, 6):
+            raise MemoryError
+        return F.cross_entropy(model(x), y)
+
+    for _ in range(3):  # of which the first one and the last one raise in their second repeat
+        before = copy.deepcopy((trace.rows(), trace.passed, opt.param_groups[0]["coupling"]))
+        with contextlib.suppress(MemoryError):
+            opt.step(closure)
+            continue
+        assert (trace.rows(), trace.passed, opt.param_groups[0]["coupling"]) == before
+    assert trace.steps == [0, 1] and calls == [6]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from layerwise.local.layers.record import Recorded
 from layerwise.optim.keywords import refuse_unknown
 from layerwise.optim.layer_local.altmin import KEYWORDS, AltMin
 from layerwise.optim.layer_local.choices import first_match
-from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes, repeated, with_coupling
+from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes, with_coupling
 from layerwise.optim.layer_local.coding import coded_layers, hidden_uses, recorded_on_codes
 from layerwise.optim.layer_local.executors import Executor, Facts, GradientJob, LayerJob, State, executor_of
 from layerwise.optim.layer_local.owners import all_or_none, described
@@ -142,7 +142,7 @@ class Pipeline(FittedToCodes):
                 return loss_before
 
             try:
-                return repeated(self, self._fitter, self._model, once)
+                return self._repeated(once)
             except BaseException:
                 if not self.was_made:
                     with suppress(RankLost):  # the error is why the step failed, also where a neighbour is gone

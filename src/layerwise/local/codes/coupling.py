@@ -34,11 +34,10 @@ class Coupling:
                 "coupling_most": self.most}  # fmt: skip
 
     @staticmethod
-    def advance(group: dict[str, Any]) -> None:
-        """Update μ of a parameter group after a minibatch."""
-        add, factor = group["coupling_add"], group["coupling_factor"]
-        if add or factor != 1:
-            group["coupling"] = min(group["coupling_most"], group["coupling"] * factor + add)
+    def grown(group: Mapping[str, Any]) -> float:
+        """μ of a parameter group after a minibatch."""
+        mu, add, factor = group["coupling"], group["coupling_add"], group["coupling_factor"]
+        return min(group["coupling_most"], mu * factor + add) if add or factor != 1 else mu
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:

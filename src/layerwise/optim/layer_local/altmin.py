@@ -17,7 +17,7 @@ from layerwise.local.layers.record import Recorded, record
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.values import Solver
 from layerwise.optim.keywords import Keywords, refuse_unknown
-from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes, repeated, with_coupling
+from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes, with_coupling
 from layerwise.optim.layer_local.coding import (
     coded_layers,
     gauss_newton,
@@ -144,7 +144,7 @@ class AltMin(FittedToCodes):
         """
         attempt = partial(self._attempt, samples=samples)
         with self._shared():
-            return repeated(self, self._fitter, self._model, partial(self._guarded, closure, attempt))
+            return self._repeated(partial(self._guarded, closure, attempt))
 
     def refit(self, closures: Iterable[Callable[[], Tensor]]) -> float:
         """Fit the layers that make a loss's logits alone, a step for each closure; returns the mean of the losses.

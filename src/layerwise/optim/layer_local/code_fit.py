@@ -22,7 +22,7 @@ from layerwise.local.solvers.run import Task
 from layerwise.local.solvers.steps import constant, linear_steps
 from layerwise.local.solvers.values import LocalSteps, ProximalSolve, Solver
 from layerwise.local.transfer import IDENTITY
-from layerwise.optim.base import NamedOptimizer
+from layerwise.optim.base import NamedOptimizer, completed
 from layerwise.optim.keywords import refuse_idle
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, solved
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
@@ -46,7 +46,7 @@ from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import Verdict
 
-__all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes", "repeated", "with_coupling"]
+__all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes", "with_coupling"]
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
@@ -170,7 +170,7 @@ class CodeFitter:
         made: dict[str, LocalProblem] = {}
         if stale is not None or trace is not None:
             made = {layer.name: self._problem(fitting, layer)() for layer in layers}
-            made = made if stale is None else stale.exchange(made)  # after an error, `repeated` takes it back
+            made = made if stale is None else stale.exchange(made)  # after an error, `_repeated` takes it back
         if trace is not None:
             before = {layer.name: layer.parameter.detach().clone() for layer in layers}
             outputs = {name: predict(problem) for name, problem in made.items()}
@@ -318,41 +318,62 @@ class FittedToCodes(LayerLocal):
     def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
         return self._fitter.updates.fits(p, name, groups)
 
+    def _repeated(self, once: Callable[[], Tensor]) -> Tensor:
+        """Repeat the step `once` with the same random numbers, then let μ grow; returns the first loss.
 
-def repeated(
-    optimizer: NamedOptimizer, fitter: CodeFitter, model: nn.Module | Mapping[str, Tensor], once: Callable[[], Tensor]
-) -> Tensor:
-    """Repeat the step `once` on its minibatch with the same random numbers, then let μ grow. Returns the first loss.
-
-    Where one of them raises, all are taken back.
-    """
-    skipped, stale = optimizer.skipped, None if fitter.stale is None else fitter.stale.held()
-    fitter.multipliers = None if fitter.multipliers is None else {}
-    undo: list[Callable[[], None]] = []
-    random = None
-    if fitter.repeats > 1:
-        random = RandomState({p.device for p in named_parameters_of(model).values()})
-        names = ((n, p) for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True))
-        undo = [Snapshot(names, optimizer.state).put_back, RunState(model).put_back]
-    try:
-        loss = once()
-        if random is not None and optimizer.skipped == skipped:
-            with RunState(model):  # afterwards as after one run: batch statistics advance once a minibatch
-                for _ in range(fitter.repeats - 1):
-                    optimizer.was_made = False
+        All repeats are one step, made with the last: where one raises before, all are taken back, on all ranks.
+        """
+        fitter, skipped, repeats = self._fitter, self.skipped, self._fitter.repeats
+        stale = None if fitter.stale is None else fitter.stale.held()
+        fitter.multipliers = None if fitter.multipliers is None else {}
+        undo = self._undo() if repeats > 1 else []
+        random = RandomState({p.device for p in named_parameters_of(self._model).values()}) if repeats > 1 else None
+        after: RunState | None = None
+        left, ended = repeats - 1, False
+        try:
+            first = once()
+            if random is not None and self.skipped == skipped:
+                after = RunState(self._model)  # as after one run: batch statistics advance once a minibatch
+                while left:
+                    self.was_made = False
+                    left -= 1
                     random.put_back()
                     once()
-                    if optimizer.skipped > skipped:
+                    if self.skipped > skipped:
                         break
-    except BaseException:
-        for back in undo:
-            back()
-        if fitter.stale is not None and stale is not None and (undo or not optimizer.was_made):
-            fitter.stale.hold(stale)
-        raise
-    if optimizer.skipped > skipped and fitter.stale is not None and stale is not None:
-        fitter.stale.hold(stale)
-    if optimizer.skipped == skipped:
-        for group in optimizer.param_groups:
-            Coupling.advance(group)
-    return loss
+            ended = True
+            if after is not None:
+                completed(after.put_back)
+        except BaseException:
+            if ended or (self.was_made and not left):
+                if after is not None:
+                    after.put_back()
+            else:
+                self.was_made = False  # so that other ranks are told
+                for back in undo:
+                    back()
+                if fitter.stale is not None and stale is not None:
+                    fitter.stale.hold(stale)
+            raise
+        if self.skipped > skipped:
+            if fitter.stale is not None and stale is not None:
+                fitter.stale.hold(stale)
+        else:
+            grown = [Coupling.grown(group) for group in self.param_groups]
+            completed(partial(self._couple, grown))
+        return first
+
+    def _couple(self, grown: Sequence[float]) -> None:
+        for group, mu in zip(self.param_groups, grown, strict=True):
+            group["coupling"] = mu
+
+    def _undo(self) -> list[Callable[[], None]]:
+        """What takes back all that steps change, but for the minibatches of stale layers."""
+        named = [(n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+        averages, trace = self._averages, self._fitter.trace
+        return [
+            Snapshot(named, self.state).put_back,
+            RunState(self._model).put_back,
+            partial(setattr, self, "_averages", averages),
+            *([] if trace is None else [partial(trace.hold, trace.held())]),
+        ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,23 @@ class Trace:
     def due(self) -> bool:
         """Whether the next step is recorded."""
         return self.passed % self.every == 0
+
+    def held(self) -> tuple[Any, ...]:
+        """What steps change, for `hold`."""
+        return len(self.steps), self.passed, self._start, [list(series) for series in self._series()]
+
+    def hold(self, held: tuple[Any, ...]) -> None:
+        """Go back to before the steps that were taken back."""
+        count, self.passed, self._start, names = held
+        del self.steps[count:]
+        for series, known in zip(self._series(), names, strict=True):
+            for name in list(series):
+                del series[name][count:]
+                if name not in known:
+                    del series[name]
+
+    def _series(self) -> list[Series]:
+        return [self.displacement, self.violation, self.cosine, self.drift]
 
     @torch.no_grad()
     def noted(
