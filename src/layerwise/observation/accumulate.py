@@ -24,7 +24,7 @@ from layerwise.ranks.trainers import placements_of, unreduced, unwrapped
 from layerwise.replay.state import RandomState
 from layerwise.tape.binding import Binding
 
-__all__ = ["accumulate", "batch_loss"]
+__all__ = ["accumulate", "batch_loss", "shown"]
 
 _END = object()
 
@@ -69,7 +69,7 @@ def accumulate(
     if ranks.size > 1:
         check_same_model(model, group)
     settings = PassSettings(samples, scale, dtype, pooled=True)
-    one_pass = partial(_pass, model, loss_fn, lambda: iter(_shown(loader) if progress else loader), ranks, settings)
+    one_pass = partial(_pass, model, loss_fn, lambda: iter(shown(loader) if progress else loader), ranks, settings)
 
     def run(asked: Sequence[Quantity]) -> Results:
         if ranks.size == 1:
@@ -210,28 +210,28 @@ def batch_loss(model: Any, loss_fn: Callable[..., Tensor], batch: Any) -> Tensor
     return loss
 
 
-def _shown(loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches, with a progress bar or line beside them."""
+def shown(loader: Iterable[Any], what: str = "accumulate") -> Iterator[Any]:
+    """The batches, with a progress bar or line beside them that says what runs."""
     total = len(loader) if isinstance(loader, Sized) else None
     try:
         rich = importlib.import_module("rich.progress")
     except ImportError:
-        yield from _lines(loader, total)
+        yield from _lines(loader, what, total)
         return
     columns = rich.Progress.get_default_columns()
     with rich.Progress(*columns, rich.MofNCompleteColumn(), console=_console()) as bar:
-        yield from bar.track(loader, total=total, description="accumulate")
+        yield from bar.track(loader, total=total, description=what)
 
 
 def _console() -> Any:
     return importlib.import_module("rich.console").Console(stderr=True)
 
 
-def _lines(loader: Iterable[Any], total: int | None) -> Iterator[Any]:
+def _lines(loader: Iterable[Any], what: str, total: int | None) -> Iterator[Any]:
     """One line on standard error, rewritten after every batch."""
     of = "" if total is None else f" of {total}"
     for done, batch in enumerate(loader, 1):
         yield batch
-        sys.stderr.write(f"\raccumulate: {done}{of} batches")
+        sys.stderr.write(f"\r{what}: {done}{of} batches")
         sys.stderr.flush()
     sys.stderr.write("\n")
