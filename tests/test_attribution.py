@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import layerwise as lw
-from layerwise.attribution.files import read
+from layerwise.attribution.files import read, write
 from layerwise.errors import BadInput, NonFinite, Undefined
 
 Batch = tuple[Tensor, Tensor]
@@ -492,6 +492,17 @@ def test_other_or_damaged_files_are_refused(tmp_path: Any) -> None:
     (tmp_path / "saved" / "influence.json").write_text("{")
     with pytest.raises(BadInput, match="no record"):
         influence.load(tmp_path / "saved")
+
+
+def test_a_file_of_safetensors_needs_the_package(tmp_path: Any, monkeypatch: Any) -> None:
+    write(tmp_path, "a", {"x": torch.ones(2)}, {})
+    (file,) = (path for path in tmp_path.iterdir() if path.suffix != ".json")
+    file.rename(file.with_suffix(".safetensors"))
+    said = tmp_path / "a.json"
+    said.write_text(said.read_text().replace(file.name, file.with_suffix(".safetensors").name))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"layerwise\[attribution\]"):
+        read(tmp_path, "a")
 
 
 # -- ranks ----------------------------------------------------------------------------------------------------------
