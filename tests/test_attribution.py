@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import layerwise as lw
+from layerwise.attribution.files import read, write
 from layerwise.errors import BadInput, NonFinite, Undefined
 
 Batch = tuple[Tensor, Tensor]
@@ -87,6 +89,89 @@ SUBJECTS: list[Callable[[], tuple[nn.Module, Any, list[Batch], list[Batch]]]] = 
     mlp, regression, grouped, language, tied
 ]  # fmt: skip
 
+Made = tuple[nn.Module, Any, list[Batch], list[Batch]]
+
+
+class TiedLanguage(nn.Module):
+    """A GPT block whose head is its embedding, with biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.norm = nn.Embedding(5, 4), nn.LayerNorm(4)
+        self.block = nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True, norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return F.linear(self.norm(self.block(self.token(x), src_mask=mask, is_causal=True)), self.token.weight)
+
+
+class Recurrent(nn.Module):
+    """An LSTM's last state, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTM(3, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x)[0][:, -1])
+
+
+class Experts(nn.Module):
+    """Two experts, each for the samples that the gate sends to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(3, 2), nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.gate(x).softmax(-1)
+        chosen = shares.argmax(-1)
+        out = x
+        for e, expert in enumerate(self.experts):
+            out = out + (chosen == e).to(x)[:, None] * shares[:, e : e + 1] * expert(x)
+        return out
+
+
+class Residual(nn.Module):
+    """Layer norms, and one layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer, self.head = nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + torch.tanh(self.layer(self.norm(x)))
+        return self.head(x)
+
+
+def tied_language() -> Made:
+    _, loss, train, queries = language()
+    return TiedLanguage(), loss, train, queries
+
+
+def recurrent() -> Made:
+    x, y = torch.randn(6, 3, 3), torch.arange(6) % 3
+    return Recurrent(), F.cross_entropy, [(x[:4], y[:4]), (x[4:], y[4:])], [(x[:2] + 1, y[:2])]
+
+
+def experts() -> Made:
+    return Experts(), *mlp()[1:]
+
+
+def residual() -> Made:
+    return Residual(), *mlp()[1:]
+
+
+def images() -> Made:
+    layers = nn.Conv2d(2, 4, 3, stride=2, groups=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()
+    x, y = torch.randn(6, 2, 6, 6), torch.arange(6) % 3
+    model = nn.Sequential(*layers, nn.Linear(4, 3)).eval()
+    return model, F.cross_entropy, [(x[:4], y[:4]), (x[4:], y[4:])], [(x[:2] + 1, y[:2])]
+
+
+TEN = [*SUBJECTS, tied_language, recurrent, experts, residual, images]
+
 
 @pytest.fixture(autouse=True)
 def double() -> Any:
@@ -122,7 +207,7 @@ def is_mean(loss: Any) -> bool:
     return loss in (F.cross_entropy, F.mse_loss, tokens_loss)
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("subject", TEN)
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diag", "identity"])
 def test_scores_are_those_of_all_gradients_and_the_dense_inverse(subject: Any, curvature: str) -> None:
     model, loss, train, queries = subject()
@@ -250,6 +335,44 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
             call()
 
 
+@pytest.mark.parametrize("subject", [language, images, recurrent])
+def test_queries_of_a_rank_are_their_best_approximations(subject: Any) -> None:
+    model, loss, train, queries = subject()
+    influence = lw.attribution.Influence(model, loss, draws=None).fit(train)
+    g = own(model, loss, train, True)
+    want = torch.zeros(())
+    for name, (v,) in influence.directions(queries).items():
+        u, s, w = torch.linalg.svd(v.reshape(len(v), len(v[0]), -1) if v.dim() > 1 else v[:, None], full_matrices=False)
+        nearest = (u[..., :2] * s[:, None, :2]) @ w[:, :2]
+        want = want + nearest.flatten(1) @ g[name].flatten(1).T
+    assert_close(influence.scores(queries, train, rank=2), want)
+    apart = [(x[n : n + 1], y[n : n + 1]) for x, y in queries for n in range(len(x))]
+    assert_close(influence.scores(apart, train, rank=2), want)
+    assert_close(influence.scores(queries, train, rank=99), influence.scores(queries, train))
+    with pytest.raises(BadInput, match="rank"):
+        influence.scores(queries, train, rank=0)
+
+
+def test_work_is_estimated_and_shown(tmp_path: Any, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "rich.progress", None)  # then lines on standard error
+    model, loss, train, queries = language()
+    influence = lw.attribution.Influence(model, loss)
+    seconds, size = influence.estimate(train)
+    influence.fit(train, tmp_path, progress=True)
+    influence.scores(queries, train, progress=True)
+    influence.top(queries, train, 2, progress=True)
+    lw.attribution.GradientIndex(influence, tmp_path / "index", 2).append(train, progress=True)
+    said = capsys.readouterr().err
+    for words in ("fit, pass 1: 2 of 2", "fit, pass 2: 2 of 2", "scores: 2 of 2", "index: 2 of 2"):
+        assert words in said
+    stored = sum(path.stat().st_size for path in tmp_path.iterdir() if path.suffix in (".pt", ".safetensors"))
+    held = sum(t.nbytes for n in range(2) for t in read(tmp_path, f"sums{n}")[0].values())  # type: ignore[index]
+    assert seconds > 0 and size == held <= stored
+    assert lw.attribution.Influence(model, loss, curvature="identity").estimate(train) == (0, 0)
+    with pytest.raises(BadInput, match="how many batches"):
+        influence.estimate(iter(train))
+
+
 def test_wrong_use_is_said() -> None:
     model, loss, train, queries = mlp()
     with pytest.raises(BadInput, match="fit"):
@@ -369,6 +492,17 @@ def test_other_or_damaged_files_are_refused(tmp_path: Any) -> None:
     (tmp_path / "saved" / "influence.json").write_text("{")
     with pytest.raises(BadInput, match="no record"):
         influence.load(tmp_path / "saved")
+
+
+def test_a_file_of_safetensors_needs_the_package(tmp_path: Any, monkeypatch: Any) -> None:
+    write(tmp_path, "a", {"x": torch.ones(2)}, {})
+    (file,) = (path for path in tmp_path.iterdir() if path.suffix != ".json")
+    file.rename(file.with_suffix(".safetensors"))
+    said = tmp_path / "a.json"
+    said.write_text(said.read_text().replace(file.name, file.with_suffix(".safetensors").name))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"layerwise\[attribution\]"):
+        read(tmp_path, "a")
 
 
 # -- ranks ----------------------------------------------------------------------------------------------------------

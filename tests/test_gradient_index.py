@@ -27,7 +27,7 @@ def test_rows_are_projections_of_all_gradients(subject: Any, projection: str, tm
     influence, model, loss, train, queries = fitted(subject)
     index = GradientIndex(influence, tmp_path, rank=2, projection=projection).append(train)
     g = own(model, loss, train, is_mean(loss))
-    v = influence.directions(queries)
+    v = {name: found for name, (found,) in influence.directions(queries).items()}
     want = torch.zeros(len(next(iter(v.values()))), len(index))
     size = 0
     sides, _ = read(tmp_path, "index")  # type: ignore[misc]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from layerwise.attribution.files import read, write
 from layerwise.attribution.passes import Chosen
 from layerwise.errors import BadInput
+from layerwise.observation.accumulate import shown
 from layerwise.observation.results import Results
 from layerwise.observation.union import Batch, Values, check_pooled, union_of, weighed
 from layerwise.quantities.base import Context, Quantity
@@ -18,7 +20,7 @@ from layerwise.ranks.group import Ranks
 from layerwise.ranks.sums import all_reduced, tensors_of
 from layerwise.replay.state import seed_of
 
-__all__ = ["resumable"]
+__all__ = ["estimated", "resumable"]
 
 
 def resumable(
@@ -29,11 +31,13 @@ def resumable(
     seed: int,
     folder: str | Path | None,
     settings: Mapping[str, Any],
+    progress: bool = False,
 ) -> Any:
     """The result of a quantity of the pooled loss of all batches, as of `accumulate`, in one pass or two.
 
     Draws of each batch are seeded by its number, so that a resumed result has the bits of one that ran through.
     folder: where the sums are; None: nowhere. settings: what a resumed fit must have in common with the killed one.
+    progress: show a bar for each pass.
     Raises BadInput for a folder of other settings, an empty loader, or a loader that gives its batches once.
     """
     first = quantity.first_pass()
@@ -51,7 +55,7 @@ def resumable(
             asked.broadcast(ranks)
         sums = _Sums(asked, place, f"sums{number}", settings)
         generator = getattr(asked.cotangent, "generator", None)
-        for i, batch in enumerate(loader):
+        for i, batch in enumerate(shown(loader, f"fit, pass {number + 1}") if progress else loader):
             if i >= sums.count:
                 if generator is not None:
                     generator.manual_seed(seed_of(seed, i * ranks.size + ranks.rank))
@@ -62,6 +66,20 @@ def resumable(
                 break
         result = sums.finish(ranks)
     return result
+
+
+def estimated(chosen: Chosen, loss_fn: Any, loader: Iterable[Any], quantity: Quantity) -> tuple[float, int]:
+    """Seconds of a fit over a loader that tells its length, and bytes that its folder holds, from its first batch."""
+    if not isinstance(loader, Sized) or not len(loader):
+        raise BadInput(f"asked how long a fit takes, but {type(loader).__name__} does not tell how many batches it has")
+    first, start = quantity.first_pass(), time.perf_counter()
+    values = chosen.observed(loss_fn, next(iter(loader)), first or quantity).values_of(0)
+    seconds = (time.perf_counter() - start) * len(loader)
+    size = sum(t.nbytes for value in values.values() for v in value for t in tensors_of(v))
+    if first is None:
+        return seconds, size
+    weights = dict(chosen.model.named_parameters())  # a second moment of each comes with the second pass
+    return 2 * seconds, size + sum(weights[name].nbytes for name in values)
 
 
 class _Sums:

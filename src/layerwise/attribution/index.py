@@ -14,6 +14,7 @@ from torch import Tensor
 from layerwise.attribution.files import flushed, read, replaced, write
 from layerwise.attribution.influence import Best, Influence, Measure
 from layerwise.errors import BadInput
+from layerwise.observation.accumulate import shown
 from layerwise.quantities.base import positive
 from layerwise.quantities.inner_products import Projections
 from layerwise.rows.project import signs
@@ -76,14 +77,14 @@ class GradientIndex:
         """The numbers of each sample's row."""
         return sum(len(left) * len(right) for left, right in self._sides.values())
 
-    def append(self, loader: Iterable[Any], skip: int = 0) -> Self:
+    def append(self, loader: Iterable[Any], skip: int = 0, progress: bool = False) -> Self:
         """Add the samples of all batches, in one pass over them; each batch is on disk before the next begins.
 
         skip: how many samples the loader begins with that are in the index already (`len(index)`, after a kill): whole
-        batches of them are not computed again. Raises BadInput where that number ends inside a batch.
+        batches of them are not computed again; BadInput where that number ends inside a batch. progress: show a bar.
         """
         quantity = Projections(self._sides)
-        for batch in loader:
+        for batch in shown(loader, "index") if progress else loader:
             if skip > 0:
                 skip -= _size_of(batch)
                 if skip < 0:
@@ -171,7 +172,7 @@ class GradientIndex:
             raise BadInput("the index is empty; append(loader) first")
         solved = self._influence.directions(queries, measure)
         projected = {}
-        for name, v in solved.items():
+        for name, (v,) in solved.items():
             left, right = (side.to(v) for side in self._sides[name])
             projected[name] = (left @ v.reshape(len(v), left.shape[1], right.shape[1]) @ right.T).flatten(1)
         q = self._flat(projected).float().cpu()

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.attribution.files import read, write
-from layerwise.attribution.fit import resumable
-from layerwise.attribution.inverse import DampedInverse, Solved, diagonal_blocks
+from layerwise.attribution.fit import estimated, resumable
+from layerwise.attribution.inverse import DampedInverse, Solved, diagonal_blocks, of_rank
 from layerwise.attribution.passes import Chosen
 from layerwise.errors import BadInput, Undefined
+from layerwise.observation.accumulate import shown
 from layerwise.operators import EigenKronecker, Kronecker
 from layerwise.operators.described import described, rebuilt
 from layerwise.quantities import EKFAC, KFAC, KFLR, ByParameter, DiagGGN, Quantity
 from layerwise.quantities.base import positive
-from layerwise.quantities.inner_products import InnerProducts
+from layerwise.quantities.inner_products import Direction, InnerProducts
 from layerwise.ranks.group import digest_of, values_digest
 
 __all__ = ["Influence"]
@@ -86,12 +87,22 @@ class Influence:
 
     # -- the curvature -------------------------------------------------------------------------------------
 
-    def fit(self, loader: Loader, folder: str | Path | None = None) -> Self:
+    def estimate(self, loader: Loader) -> tuple[float, int]:
+        """Seconds that `fit` takes, and bytes that its folder holds, told from one batch before work begins.
+
+        Eigendecompositions come on top, once: of the order of I³ + O³ for each matrix `[O, I]`.
+        Raises BadInput for a loader without a length.
+        """
+        quantity = self._quantity()
+        return (0.0, 0) if quantity is None else estimated(self._chosen, self._loss_fn, loader, quantity)
+
+    def fit(self, loader: Loader, folder: str | Path | None = None, progress: bool = False) -> Self:
         """Compute the curvature of the loss of all batches, in one pass over them, or two for "ekfac".
 
         folder: where the sums are saved after each batch; a fit that was killed goes on from there when it is called
         again with the same batches, and gives the bits that it would have given. Batches that were done are still
-        loaded. Several processes each give the loader of their own share, and get the curvature of all.
+        loaded. progress: show a bar for each pass. Several processes each give the loader of their own share, and get
+        the curvature of all.
         Raises BadInput: a folder of another fit, no batch, an iterator where two passes, or a folder, need the batches
         again.
         """
@@ -99,7 +110,7 @@ class Influence:
         if quantity is None:
             return self
         settings = self.settings() if folder is not None else {}
-        found = resumable(self._chosen, self._loss_fn, loader, quantity, self._seed, folder, settings)
+        found = resumable(self._chosen, self._loss_fn, loader, quantity, self._seed, folder, settings, progress)
         operator = found.eigh() if isinstance(found, Kronecker) else found
         if isinstance(operator, ByParameter):
             operator = diagonal_blocks(operator)
@@ -151,22 +162,31 @@ class Influence:
 
     # -- scores --------------------------------------------------------------------------------------------
 
-    def scores(self, queries: Loader, train_loader: Loader, measure: Measure | None = None) -> Tensor:
+    def scores(
+        self,
+        queries: Loader,
+        train_loader: Loader,
+        measure: Measure | None = None,
+        rank: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
         """The scores of all training samples for each query, `[Q, N]`, summed over the parameters.
 
-        Exact, from one pass over the training data, and no per-sample gradient is kept. The queries' gradients `[Q, P]`
-        are held at once: ask about fewer queries where memory is short.
+        From one pass over the training data, and no per-sample gradient is kept. Exact without a `rank`; the queries'
+        preconditioned gradients `[Q, P]` are then held at once: ask about fewer queries where memory is short.
 
         queries: batches like those of the training data. measure: a function of queries, called as loss_fn is, whose
         value is a sum over its samples (a logit difference, minus the log-probability of an answer); None: loss_fn.
-        Raises BadInput before `fit`, SamplesMixed, or what `observe` raises.
+        rank: hold each query's matrix `[O, I]` as its best approximation of this rank, `rank * (O + I)` numbers.
+        progress: show a bar. Raises BadInput before `fit`, SamplesMixed, or what `observe` raises.
         """
-        parts = [sum_of(values) for values in self._streamed(queries, train_loader, measure)]
+        directions = self.directions(queries, measure, rank)
+        parts = [sum_of(values) for values in self._streamed(directions, train_loader, progress=progress)]
         return torch.cat(parts).T.contiguous()
 
     def per_layer(self, queries: Loader, train_loader: Loader, measure: Measure | None = None) -> dict[str, Tensor]:
         """The parts of the scores, `[Q, N]` for each parameter; they add up to `scores`."""
-        parts = list(self._streamed(queries, train_loader, measure))
+        parts = list(self._streamed(self.directions(queries, measure), train_loader))
         return {name: torch.cat([values[name] for values in parts]).T.contiguous() for name in parts[0]}
 
     def per_token(self, queries: Loader, train_loader: Loader, measure: Measure | None = None) -> list[Tensor]:
@@ -178,7 +198,7 @@ class Influence:
         Source: Grosse et al. (2023), section 3.3.
         """
         parts = []
-        for values in self._streamed(queries, train_loader, measure, by_position=True):
+        for values in self._streamed(self.directions(queries, measure), train_loader, by_position=True):
             lengths = {name: v.shape[1] for name, v in values.items()}
             if len(set(lengths.values())) > 1:
                 raise Undefined(f"parameters have other numbers of positions, {lengths}; choose some by `parameters=`")
@@ -186,7 +206,7 @@ class Influence:
         return parts
 
     def top(
-        self, queries: Loader, train_loader: Loader, k: int, measure: Measure | None = None
+        self, queries: Loader, train_loader: Loader, k: int, measure: Measure | None = None, progress: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The k largest scores of each query and the numbers of their samples, `[Q, k]` both, in memory of two batches.
 
@@ -194,7 +214,7 @@ class Influence:
         """
         positive("top's k", k)
         best = Best(k)
-        for values in self._streamed(queries, train_loader, measure):
+        for values in self._streamed(self.directions(queries, measure), train_loader, progress=progress):
             best.add(sum_of(values).T)
         return best.result()
 
@@ -206,18 +226,23 @@ class Influence:
         quantity = Solved(self.inverse, as_norm=True)
         return torch.cat([sum_of(self.observed(batch, quantity)) for batch in _given(loader, "loader")])
 
-    def directions(self, queries: Loader, measure: Measure | None = None) -> dict[str, Tensor]:
-        """(G + λ I)⁻¹ g_q of all queries, `[Q, *shape]` by parameter."""
-        found = [self.observed(batch, Solved(self.inverse), measure) for batch in _given(queries, "queries")]
-        shapes = dict(self._chosen.model.named_parameters())
-        counts = [len(next(iter(values.values()))) for values in found]
-        return {
-            name: torch.cat([
-                values[name] if name in values else shapes[name].detach().new_zeros(n, *shapes[name].shape)
-                for values, n in zip(found, counts, strict=True)
-            ])
-            for name in self._chosen.names if any(name in values for values in found)
-        }  # fmt: skip
+    def directions(
+        self, queries: Loader, measure: Measure | None = None, rank: int | None = None
+    ) -> dict[str, Direction]:
+        """(G + λ I)⁻¹ g_q of all queries by parameter: `[Q, *shape]` alone, or its two factors of a rank."""
+        positive("scores' rank", rank)
+        found = []
+        for batch in _given(queries, "queries"):
+            values = self.observed(batch, Solved(self.inverse), measure)
+            found.append((len(next(iter(values.values()))), {name: of_rank(v, rank) for name, v in values.items()}))
+        joined: dict[str, Direction] = {}
+        for name in self._chosen.names:
+            like = next((part[name] for _, part in found if name in part), ())
+            each = [part.get(name) or tuple(t.new_zeros(n, *t.shape[1:]) for t in like) for n, part in found]
+            whole = tuple(torch.cat(parts) for parts in zip(*each, strict=True))
+            if whole:
+                joined[name] = whole
+        return joined
 
     def observed(self, batch: Any, quantity: Quantity, measure: Measure | None = None) -> Mapping[str, Tensor]:
         """The values of a quantity of one batch, by parameter; measure: as for `scores`."""
@@ -231,14 +256,18 @@ class Influence:
         return values
 
     def _streamed(
-        self, queries: Loader, train_loader: Loader, measure: Measure | None, by_position: bool = False
+        self,
+        directions: Mapping[str, Direction],
+        train_loader: Loader,
+        by_position: bool = False,
+        progress: bool = False,
     ) -> Iterator[dict[str, Tensor]]:
         """For each training batch `[n, Q]`, or `[n, T, Q]`, by parameter; zero for those that a batch does not use."""
-        quantity = InnerProducts(self.directions(queries, measure), by_position)
-        for batch in _given(train_loader, "train_loader"):
+        quantity = InnerProducts(directions, by_position)
+        for batch in _given(train_loader, "train_loader", "scores" if progress else None):
             values = self.observed(batch, quantity)
             like = next(iter(values.values()))
-            yield {name: values[name] if name in values else torch.zeros_like(like) for name in quantity.directions}
+            yield {name: values[name] if name in values else torch.zeros_like(like) for name in directions}
 
 
 class Best:
@@ -269,12 +298,12 @@ def sum_of(values: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(values.values())).sum(0)
 
 
-def _given(batches: Loader, what: str) -> Iterator[Any]:
-    """The batches; raises BadInput where there are none."""
+def _given(batches: Loader, what: str, shown_as: str | None = None) -> Iterator[Any]:
+    """The batches, with a bar where it has a name; raises BadInput where there are none."""
     if isinstance(batches, Tensor) or (isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches)):
         raise BadInput(f"{what} is one batch; give an iterable of batches, such as [(x, y)]")
     none = True
-    for batch in batches:
+    for batch in batches if shown_as is None else shown(batches, shown_as):
         none = False
         yield batch
     if none:

@@ -12,12 +12,12 @@ from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import RowsPart
 from layerwise.operators import EigenBlock, EigenKronecker
 from layerwise.operators.diagonal import check_damping
-from layerwise.quantities.inner_products import SampleQuantity
+from layerwise.quantities.inner_products import Direction, SampleQuantity
 from layerwise.quantities.kronecker.ekfac import rotated_rows
 from layerwise.rows import contract
 from layerwise.rows.layout import dense_layout
 
-__all__ = ["DampedInverse", "Solved", "diagonal_blocks"]
+__all__ = ["DampedInverse", "Solved", "diagonal_blocks", "of_rank"]
 
 _SHARE = 0.1  # of a block's mean eigenvalue: the damping where none is given
 _ELEMENTS = 2**22  # of gradients in memory at once
@@ -90,6 +90,21 @@ def diagonal_blocks(entries: Mapping[str, Tensor]) -> EigenKronecker:
         laid = dense_layout(entry.shape)
         blocks[name] = EigenBlock(None, None, laid.matrix(entry), laid)
     return EigenKronecker(blocks)
+
+
+def of_rank(vectors: Tensor, rank: int | None) -> Direction:
+    """Vectors `[Q, *shape]` as factors of their best approximations of a rank (None: as they are, exact).
+
+    Each is the matrix `[first axis, rest]`; its leading singular vectors come from the product of its shorter side with
+    itself. Where that side has no more than `rank` rows nothing is gained: they stay whole.
+    """
+    m = vectors.reshape(len(vectors), vectors.shape[1] if vectors.dim() > 1 else 1, -1)
+    if rank is None or min(m.shape[1:]) <= rank:
+        return (vectors,)
+    turned = m.shape[1] > m.shape[2]
+    m = m.mT if turned else m
+    short = torch.linalg.eigh(m @ m.mT)[1][..., -rank:].mT
+    return (short @ m, short) if turned else (short, short @ m)
 
 
 class Solved(SampleQuantity):

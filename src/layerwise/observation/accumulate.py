@@ -24,7 +24,7 @@ from layerwise.ranks.trainers import placements_of, unreduced, unwrapped
 from layerwise.replay.state import RandomState
 from layerwise.tape.binding import Binding, chosen_names
 
-__all__ = ["accumulate", "backward", "batch_loss"]
+__all__ = ["accumulate", "batch_loss", "shown"]
 
 SaidSamples = int | Callable[[Any], int | Tensor] | None  # of every batch, or of each; None: as a batch says
 
@@ -74,7 +74,7 @@ def accumulate(
     if ranks.size > 1:
         check_same_model(model, group)
     settings = PassSettings(None, scale, dtype, pooled=True, parameters=parameters)
-    batches = lambda: iter(_shown(loader) if progress else loader)  # noqa: E731
+    batches = lambda: iter(shown(loader) if progress else loader)  # noqa: E731
     one_pass = partial(_pass, model, loss_fn, batches, ranks, settings, samples)
 
     def run(asked: Sequence[Quantity]) -> Results:
@@ -170,7 +170,7 @@ def _pass(
                 if in_step:
                     with _pop_mode_temporarily():
                         ranks.together(partial(check_finite, loss))
-                backward(loss, parameters, settings.parameters)
+                _backward(loss, parameters, settings.parameters)
                 count += 1
     finally:
         for name, p in parameters.items():
@@ -225,7 +225,7 @@ def batch_loss(model: Any, loss_fn: Callable[..., Tensor], batch: Any) -> Tensor
     return loss
 
 
-def backward(loss: Tensor, parameters: Mapping[str, Tensor], patterns: str | Sequence[str] | None) -> None:
+def _backward(loss: Tensor, parameters: Mapping[str, Tensor], patterns: str | Sequence[str] | None) -> None:
     """The backward pass of a batch; where patterns choose parameters, no gradient of others is computed.
 
     parameters: the tensors whose `.grad` is set, by name. Sharded ones have gradients of whole copies, so all are sent.
@@ -236,28 +236,28 @@ def backward(loss: Tensor, parameters: Mapping[str, Tensor], patterns: str | Seq
         loss.backward(inputs=[parameters[name] for name in chosen_names("parameters", patterns, list(parameters))])
 
 
-def _shown(loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches, with a progress bar or line beside them."""
+def shown(loader: Iterable[Any], what: str = "accumulate") -> Iterator[Any]:
+    """The batches, with a progress bar or line beside them that says what runs."""
     total = len(loader) if isinstance(loader, Sized) else None
     try:
         rich = importlib.import_module("rich.progress")
     except ImportError:
-        yield from _lines(loader, total)
+        yield from _lines(loader, what, total)
         return
     columns = rich.Progress.get_default_columns()
     with rich.Progress(*columns, rich.MofNCompleteColumn(), console=_console()) as bar:
-        yield from bar.track(loader, total=total, description="accumulate")
+        yield from bar.track(loader, total=total, description=what)
 
 
 def _console() -> Any:
     return importlib.import_module("rich.console").Console(stderr=True)
 
 
-def _lines(loader: Iterable[Any], total: int | None) -> Iterator[Any]:
+def _lines(loader: Iterable[Any], what: str, total: int | None) -> Iterator[Any]:
     """One line on standard error, rewritten after every batch."""
     of = "" if total is None else f" of {total}"
     for done, batch in enumerate(loader, 1):
         yield batch
-        sys.stderr.write(f"\raccumulate: {done}{of} batches")
+        sys.stderr.write(f"\r{what}: {done}{of} batches")
         sys.stderr.flush()
     sys.stderr.write("\n")

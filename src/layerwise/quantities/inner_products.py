@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 
-__all__ = ["InnerProducts", "Projections", "SampleQuantity"]
+__all__ = ["Direction", "InnerProducts", "Projections", "SampleQuantity"]
+
+
+Direction = tuple[Tensor, ...]
 
 
 class SampleQuantity(Quantity):
@@ -26,13 +30,15 @@ class SampleQuantity(Quantity):
 
 
 class InnerProducts(SampleQuantity):
-    """<g_n, v_q> for given directions v_q `[Q, *shape]` by parameter, `[N, Q]`, without holding `[N, P]`.
+    """<g_n, v_q> for given directions v_q by parameter, `[N, Q]`, without holding `[N, P]`.
 
+    A direction is v_q alone, `[Q, *shape]`, or its factors L `[Q,r,R]` and R `[Q,r,C]`: L_q^T R_q is v_q as a matrix
+    `[first axis, rest]`.
     by_position: what each position of the parameter's rows adds to it, `[N, T, Q]`. Raises Undefined where uses of the
     parameter have no rows, or unlike numbers of positions.
     """
 
-    def __init__(self, directions: Mapping[str, Tensor], by_position: bool = False) -> None:
+    def __init__(self, directions: Mapping[str, Direction], by_position: bool = False) -> None:
         self.directions, self.by_position = directions, by_position
 
     def covers(self, gradient: ParameterGradient) -> bool:
@@ -42,9 +48,12 @@ class InnerProducts(SampleQuantity):
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, Q]`, or `[N, T, Q]`."""
         directions = self.directions[gradient.name]
+        if len(directions) > 1:
+            found = [gradient.two_sided(left, right)[0] for left, right in zip(*directions, strict=True)]
+            return (torch.stack([products.diagonal(dim1=1, dim2=2).sum(1) for products in found], 1),)
         if not self.by_position:
-            return (gradient.inner(directions)[0],)
-        value = gradient.inner_by_position(directions)
+            return (gradient.inner(*directions)[0],)
+        value = gradient.inner_by_position(*directions)
         if value is None:
             raise Undefined(
                 f"asked for scores by token, but the uses of {gradient.name!r} have no rows in common (a derived "
