@@ -147,10 +147,7 @@ def taken_steps(
     problem: LocalProblem, optimizer: torch.optim.Optimizer, plan: StepPlan, owned: Owned | None = None,
     workspace: Workspace | None = None,
 ) -> Iterator[Callable[[], Any]]:  # fmt: skip
-    """`local_steps` one at a time: yields what moves the parameters, which the caller runs; all under no_grad.
-
-    What a TFRMSProp yields can be run for several problems at once, by `TFRMSProp.together`.
-    """
+    """`local_steps` one at a time: yields what moves the parameters, which the caller runs; all under no_grad."""
     weight, bias, fold = owned or Owned(problem.weight, problem.bias)
     _check_shared("weight", weight, problem.weight)
     _check_shared("bias", bias, problem.bias)
