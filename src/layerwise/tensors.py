@@ -92,11 +92,13 @@ class Verdict:
         asked, self._asked = self._asked, []
         devices: dict[torch.device, list[Tensor]] = {}
         for values, _ in asked:
-            devices.setdefault(values.device, []).append(values)
+            if values.device.type != "cpu":
+                devices.setdefault(values.device, []).append(values)
         found = {device: iter(torch.cat(some).tolist()) for device, some in devices.items()}
         try:
             for values, judge in asked:
-                judge([next(found[values.device]) for _ in range(len(values))])
+                there = found.get(values.device)
+                judge(values.tolist() if there is None else [next(there) for _ in range(len(values))])
         except Exception as error:
             self._error = type(error), error.args
             raise

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput, NonFinite
 
-__all__ = ["Diagonal", "check_damping", "check_names", "reciprocal", "sum_parts"]
+__all__ = ["Diagonal", "check_damping", "check_names", "precise", "reciprocal", "sum_parts"]
 
 
 class Diagonal:
@@ -81,6 +81,16 @@ def reciprocal(name: str, x: Tensor) -> Tensor:
             f"inverse of {name!r}: the matrix holds NaN, infinity or entries too small to invert; raise the damping."
         )
     return result
+
+
+def precise(name: str, factor: Tensor) -> Tensor:
+    """The factor; raises BadInput for one in float16 or bfloat16, which have no matrix decompositions in torch."""
+    if factor.dtype in (torch.float16, torch.bfloat16):
+        raise BadInput(
+            f"asked for an inverse or eigenvectors of the factors of {name!r}, which are {factor.dtype}; measure them "
+            "in float32: observe(..., dtype=torch.float32)"
+        )
+    return factor
 
 
 def check_damping(asked: str, damping: float) -> None:

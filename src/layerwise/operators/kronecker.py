@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.operators.diagonal import check_damping, check_names, reciprocal, sum_parts
+from layerwise.operators.diagonal import check_damping, check_names, precise, reciprocal, sum_parts
 from layerwise.operators.ridge import inverse
 from layerwise.rows.layout import MatrixLayout
 
@@ -372,7 +372,7 @@ def _owners(key: str, block: _Block) -> tuple[str, ...]:
 
 
 def _damped(name: str, x: Tensor, damping: Tensor) -> Tensor:
-    return inverse(x, damping) if x.ndim == 3 else reciprocal(name, x + damping[:, None])
+    return inverse(precise(name, x), damping) if x.ndim == 3 else reciprocal(name, x + damping[:, None])
 
 
 def _trace(x: Tensor) -> Tensor:
@@ -386,7 +386,7 @@ def _eigh(name: str, factor: Tensor) -> tuple[Tensor, Tensor | None]:
         raise NonFinite(f"Kronecker: a factor of {name!r} {tuple(factor.shape)} holds NaN or infinity.")
     if factor.ndim == 2:
         return factor, None
-    symmetric = factor / 2 + factor.mT / 2
+    symmetric = precise(name, factor) / 2 + factor.mT / 2
     try:
         values, vectors = torch.linalg.eigh(symmetric)
         if torch.isfinite(values).all() and torch.isfinite(vectors).all():

@@ -42,6 +42,8 @@ class Buffers:
     @torch.no_grad()
     def spoiled(self) -> str | None:
         """The name of the first buffer that holds NaN or infinity now and did not in the snapshot, or None."""
+        if not self._values:
+            return None
         verdict = Verdict()
         self.ask(verdict)
         try:

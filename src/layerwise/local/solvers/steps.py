@@ -17,7 +17,7 @@ from layerwise.local.problem import LocalProblem, contract, predict, pull_gradie
 
 __all__ = [
     "Owned", "Schedule", "StepPlan", "Workspace", "constant", "linear_floor", "linear_steps", "local_steps",
-    "row_slices",
+    "row_slices", "taken_steps",
 ]  # fmt: skip
 
 _MOST_VIEWS = 256
@@ -140,6 +140,15 @@ def local_steps(
     Within a norm ball, a projection follows every step (projected gradient; a heuristic for other optimizers than SGD).
     Raises BadInput for an impossible form, or tensors that share no memory.
     """
+    for advance in taken_steps(problem, optimizer, plan, owned, workspace):
+        advance()
+
+
+def taken_steps(
+    problem: LocalProblem, optimizer: torch.optim.Optimizer, plan: StepPlan, owned: Owned | None = None,
+    workspace: Workspace | None = None,
+) -> Iterator[Callable[[], Any]]:  # fmt: skip
+    """`local_steps` one at a time: yields what moves the parameters, which the caller runs; all under no_grad."""
     weight, bias, fold = owned or Owned(problem.weight, problem.bias)
     _check_shared("weight", weight, problem.weight)
     _check_shared("bias", bias, problem.bias)
@@ -168,7 +177,7 @@ def local_steps(
         for t, _ in enumerate(gradients):
             if not serves and fold is not None:
                 weight.grad = fold(layer.dw).contiguous()
-            step(t)
+            yield step(t)
             if plan.l1:
                 weight.copy_(F.softshrink(weight, plan.l1 * optimizer.param_groups[0]["lr"]))
             for now, start in starts:
@@ -183,26 +192,26 @@ def linear_steps(
     with _stepping(optimizer, [p], steps, schedule) as step:
         for t in range(steps):
             p.grad = g.contiguous() if p.is_contiguous() else g
-            step(t)
+            step(t)()
 
 
 @contextmanager
 def _stepping(
     optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int, schedule: Schedule
-) -> Iterator[Callable[[int], None]]:
-    """A function that takes step t at the schedule's rate; on exit rates and `.grad`s are restored."""
+) -> Iterator[Callable[[int], Callable[[], Any]]]:
+    """A function that gives what takes step t, at the schedule's rate; on exit rates and `.grad`s are restored."""
     rates = [group["lr"] for group in optimizer.param_groups]
     saved = [p.grad for p in params]
     advance: Callable[[], Any] | None = None
 
-    def step(t: int) -> None:
+    def step(t: int) -> Callable[[], Any]:
         nonlocal advance
         if advance is None:  # optimizers with `ready` skip torch's hooks
             advance = optimizer.ready() if hasattr(optimizer, "ready") else optimizer.step
         factor = schedule(t, steps)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        advance()
+        return advance
 
     try:
         yield step

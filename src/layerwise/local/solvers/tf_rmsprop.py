@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 
-__all__ = ["TFRMSProp", "tf_rmsprop_update"]
+__all__ = ["RMSPropStep", "TFRMSProp", "tf_rmsprop_update"]
 
 # Elements a slice of the in-place update holds. Beyond it the four operands and the scratch of a slice
 # leave the cache between two of the seven kernels; below it the calls cost more than the arithmetic.
@@ -42,6 +42,31 @@ class _Numbers(NamedTuple):
     decay: float
     momentum: float
     eps: float
+
+
+_Held = tuple[Tensor, Tensor, Tensor]  # a parameter with its mean square and its momentum buffer
+
+
+class RMSPropStep:
+    """A step of one optimizer, taken when it is called. move: takes parameters of equal numbers."""
+
+    def __init__(
+        self, move: Callable[[list[_Held], _Numbers], None], groups: list[tuple[dict[str, Any], list[_Held]]]
+    ) -> None:
+        self.move, self._groups = move, groups
+
+    def alike(self) -> dict[_Numbers, list[_Held]]:
+        """What moves, by the present numbers."""
+        found: dict[_Numbers, list[_Held]] = {}
+        for group, some in self._groups:
+            numbers = _Numbers(group["lr"], group["decay"], group["momentum"], group["eps"])
+            found[numbers] = [*found[numbers], *some] if numbers in found else some
+        return found
+
+    def __call__(self) -> None:
+        """Take the step."""
+        for numbers, some in self.alike().items():
+            self.move(some, numbers)
 
 
 class TFRMSProp(torch.optim.Optimizer):
@@ -101,25 +126,26 @@ class TFRMSProp(torch.optim.Optimizer):
         self.ready()()
         return loss
 
-    def ready(self) -> Callable[[], None]:
+    def ready(self) -> RMSPropStep:
         """A step without torch's hooks.
 
         Call it under no_grad, with gradients on the same parameters in the same groups each time.
         """
         found = [(group, [(p, *self._state_of(p)) for p in group["params"] if p.grad is not None])
                  for group in self.param_groups]  # fmt: skip
+        return RMSPropStep(self._move, found)
 
-        def advance() -> None:
-            alike: dict[_Numbers, list[tuple[Tensor, Tensor, Tensor]]] = {}
-            for group, some in found:
-                numbers = _Numbers(group["lr"], group["decay"], group["momentum"], group["eps"])
-                alike[numbers] = [*alike[numbers], *some] if numbers in alike else some
-            for numbers, some in alike.items():
-                self._move(some, numbers)
+    @staticmethod
+    def together(steps: Sequence[RMSPropStep]) -> None:
+        """Take steps of several optimizers, in a few launches where their numbers are equal."""
+        alike: dict[_Numbers, list[_Held]] = {}
+        for step in steps:
+            for numbers, some in step.alike().items():
+                alike[numbers] = [*alike.get(numbers, ()), *some]
+        for numbers, some in alike.items():
+            steps[0].move(some, numbers)
 
-        return advance
-
-    def _move(self, some: list[tuple[Tensor, Tensor, Tensor]], numbers: _Numbers) -> None:
+    def _move(self, some: list[_Held], numbers: _Numbers) -> None:
         whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for p, mean_square, momentum_buffer in some:
             assert p.grad is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.layers.layer import Layer
-from layerwise.local.solvers.run import Task, pickled, solve, solve_pickled, take_result
+from layerwise.local.solvers.run import Task, pickled, solve, solve_pickled, solve_together, take_result
 from layerwise.local.solvers.steps import Workspace
 from layerwise.local.solvers.values import Anderson, ConditionalGradient, ConjugateGradient, LocalSteps, Newton, Solver
 
@@ -123,14 +123,18 @@ class LocalExecutor(Executor):
 
 
 class Sequential(LocalExecutor):
-    """Solves one layer after another, in one scratch memory."""
+    """Solves one layer after another, in one scratch memory; on an accelerator side by side, for fewer launches."""
 
     def __init__(self) -> None:
-        self._workspace = Workspace()
+        self._workspaces = [Workspace()]
 
     def _solve(self, jobs: Sequence[LayerJob]) -> None:
+        if any(p.device.type != "cpu" for job in jobs for p in job.params.values()):
+            self._workspaces += [Workspace() for _ in jobs[len(self._workspaces) :]]
+            solve_together([job.task() for job in jobs], self._workspaces[: len(jobs)])
+            return
         for job in jobs:
-            solve(job.task(), self._workspace)
+            solve(job.task(), self._workspaces[0])
 
 
 class Threads(LocalExecutor):

@@ -1,0 +1,114 @@
+"""float16, bfloat16 and autocast: sums are accumulated in float32, and held to a loop over samples in float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import layerwise as lw
+from layerwise.errors import BadInput
+
+LOW = pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["parameters", "autocast"])
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def batch(n: int) -> tuple[Tensor, Tensor]:
+    """Inputs around 1 and one class: sums that a type of few digits would cease to add to."""
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(1)) * 0.5 + 1, torch.zeros(n, dtype=torch.int64)
+
+
+def brute(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Squared norms, second moments and variances of a sum loss, and the GGN's diagonal, by loops in float64."""
+    params = dict(model.named_parameters())
+    rows: dict[str, list[Tensor]] = {name: [] for name in params}
+    ggn = {name: torch.zeros_like(p) for name, p in params.items()}
+    for xn, yn in zip(x, y, strict=True):
+        z = model(xn[None])
+        grads = torch.autograd.grad(F.cross_entropy(z, yn[None]), list(params.values()), retain_graph=True)
+        for name, g in zip(params, grads, strict=True):
+            rows[name].append(g)
+        p = z[0].detach().softmax(0)
+        jacobian = [torch.autograd.grad(zc, params.values(), retain_graph=True) for zc in z[0]]
+        for i, name in enumerate(params):
+            j = torch.stack([row[i] for row in jacobian])
+            ggn[name] += torch.einsum("c,c...->...", p, j.square()) - torch.einsum("c,c...->...", p, j).square()
+    g = {name: torch.stack(found) for name, found in rows.items()}
+    return {
+        "squared_norm": {name: r.flatten(1).square().sum(1) for name, r in g.items()},
+        "second_moment": {name: r.square().sum(0) for name, r in g.items()},
+        "variance": {name: r.var(0, unbiased=False) for name, r in g.items()},
+        "diag_ggn": ggn,
+    }
+
+
+@cache
+def wanted(low: torch.dtype, autocast: bool, n: int) -> dict[str, dict[str, Tensor]]:
+    """Brute force on the model's weights and inputs as they are in few digits, or for autocast in float32."""
+    x, y = batch(n)
+    model, x = (net(), x) if autocast else (net().to(low), x.to(low))
+    return brute(model.double(), x.double(), y)
+
+
+def seen_in(low: torch.dtype, autocast: bool, n: int, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """What is observed of a model in few digits, and brute force in float64 on its weights and inputs."""
+    x, y = batch(n)
+    model, x = (net(), x) if autocast else (net().to(low), x.to(low))
+    with lw.observe(model, lw.SquaredNorm(), lw.SecondMoment(), lw.Variance(), lw.DiagGGN(), dtype=dtype) as seen:
+        with torch.autocast("cpu", low, enabled=autocast):
+            z = model(x)
+        F.cross_entropy(z.float(), y, reduction="sum").backward()
+    return seen, wanted(low, autocast, n)
+
+
+@LOW
+@AUTOCAST
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("n", [16, 320])
+def test_quantities(low: torch.dtype, autocast: bool, dtype: torch.dtype | None, n: int) -> None:
+    """Within two units of the type's last place, whatever the number of samples.
+
+    A variance is a difference of a second moment and the square of a mean: that share of the second moment.
+    """
+    seen, want = seen_in(low, autocast, n, dtype)
+    tol = 2 * torch.finfo(low).eps
+    for quantity, values in want.items():
+        for name, value in values.items():
+            found = getattr(seen, quantity)[name].double()
+            scale = want["second_moment"][name] / n if quantity == "variance" else value
+            assert (found - value).norm() <= tol * scale.norm(), (quantity, name)
+
+
+@LOW
+def test_sums_in_float32_are_closer_than_the_type_of_the_model(low: torch.dtype) -> None:
+    """Rounding of the model's own numbers averages out in a sum of many; what is left is far below its last place."""
+    seen, want = seen_in(low, False, 320, torch.float32)
+    for quantity in ("second_moment", "diag_ggn"):
+        for name, value in want[quantity].items():
+            assert (getattr(seen, quantity)[name] - value).norm() <= 0.1 * torch.finfo(low).eps * value.norm()
+
+
+@LOW
+@pytest.mark.parametrize("quantity", [lw.KFAC(1), lw.KFLR(), lw.EKFAC(None)], ids=repr)
+def test_inverses_need_factors_in_float32(low: torch.dtype, quantity: lw.Quantity) -> None:
+    x, y = batch(8)
+
+    def inverse(dtype: torch.dtype | None) -> dict[str, Tensor]:
+        model = net().to(low)
+        with lw.observe(model, quantity, dtype=dtype) as seen:
+            F.cross_entropy(model(x.to(low)).float(), y).backward()
+        found: dict[str, Tensor] = seen[quantity].inverse(damping=0.1) @ seen.grad
+        return found
+
+    with pytest.raises(BadInput, match=r"observe\(\.\.\., dtype=torch\.float32\)"):
+        inverse(None)
+    assert all(bool(torch.isfinite(v).all()) for v in inverse(torch.float32).values())
