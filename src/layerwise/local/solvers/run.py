@@ -14,9 +14,10 @@ from layerwise.errors import BadInput
 from layerwise.local.layers.layer import shaped
 from layerwise.local.problem import LocalProblem, refuse_ball
 from layerwise.local.solvers.memory import Memory
-from layerwise.local.solvers.steps import Owned, StepPlan, Workspace, local_steps, taken_steps
+from layerwise.local.solvers.steps import Owned, StepPlan, local_steps, taken_steps
 from layerwise.local.solvers.tf_rmsprop import RMSPropStep, TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, Solver
+from layerwise.local.solvers.workspace import Workspace
 
 __all__ = ["Task", "pickled", "solve", "solve_pickled", "solve_together", "take_result"]
 

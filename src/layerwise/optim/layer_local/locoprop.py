@@ -18,9 +18,10 @@ from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, ref
 from layerwise.local.problem import LocalProblem, Term
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import Task, solve
-from layerwise.local.solvers.steps import Workspace, linear_steps
+from layerwise.local.solvers.steps import linear_steps
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, Solver, name_of
+from layerwise.local.solvers.workspace import Workspace
 from layerwise.local.targets import GradientStep, Target, factor, fill_in
 from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.base import Closure
