@@ -91,7 +91,9 @@ def test_json_lines_go_on_after_a_crash(tmp_path: Path) -> None:
         assert path.read_bytes().endswith(b"}\n") and len(path.read_bytes().splitlines()) == 7
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "x"}', '{"step": 1, "loss": "much"}', "\xff"])
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", '{"loss": 1}', '{"step": "x"}', '{"step": 1, "loss": "much"}', "\xff", "[" * 5000]
+)
 def test_a_broken_line_is_named_and_skipped(line: str, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_bytes(b'{"step": 0, "loss": 1.0}\n' + line.encode("latin-1") + b'\n{"step": 1}\n')

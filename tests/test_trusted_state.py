@@ -182,6 +182,9 @@ def test_what_is_no_state_is_refused(make: Make) -> None:
     for wrong in (None, [], 3, {}, {"state": {}}, {**state, "version": 99}, {**state, "state": None},
                   {**state, "param_groups": None}, {**state, "param_groups": []}):  # fmt: skip
         refused(opt, wrong, "saved")
+    for change in ({"params": None}, {"param_names": None}, {"params": 3}):
+        refused(opt, {**state, "param_groups": [{**state["param_groups"][0], **change}]}, "saved")
+    refused(opt, {**state, "state": {**state["state"], 0: None}}, "not a dict")
     refused(opt, {**state, "state": {**state["state"], 99: {"x": torch.ones(1)}}}, "99")
     torch_opt = torch.optim.Adam(model.parameters())
     refused(opt, torch_opt.state_dict(), "lacks")

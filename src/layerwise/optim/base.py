@@ -37,6 +37,14 @@ def completed(commit: Callable[[], None]) -> None:
         raise
 
 
+def _is_group(saved: Any) -> bool:
+    """Whether a saved parameter group has lists of parameters, and of names where it has any."""
+    lists = list | tuple
+    return isinstance(saved, Mapping) and all(
+        isinstance(held, lists) for held in (saved.get("params"), saved.get("param_names", ()))
+    )
+
+
 def refuse_unreached(reached: Collection[Any]) -> None:
     """Raise BadInput where a step would move nothing. reached: what a finite loss depends on, of what is to move."""
     if not reached:
@@ -332,7 +340,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         state = dict(saved["state"])
         for theirs, ours in zip(groups, self.param_groups, strict=True):
             for number, p, name in zip(theirs["params"], ours["params"], ours["param_names"], strict=True):
-                if own := state.pop(number, {}):
+                if (own := state.pop(number, {})) != {}:
                     found += misfits(name, own, list(self._fits(p, name, groups)))
         return found + [f"there is state of parameter number {key!r}, which no group has" for key in state]
 
@@ -347,8 +355,8 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def _in_our_order(self, groups: Any) -> list[dict[str, Any]]:
         """Saved groups with their parameters in this optimizer's order."""
-        if not isinstance(groups, list | tuple) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
-            raise BadInput("the saved parameter groups are a list of dicts with params")
+        if not isinstance(groups, list | tuple) or not all(map(_is_group, groups)):
+            raise BadInput("the saved parameter groups are a list of dicts with params, and lists of their names")
         if len(groups) != len(self.param_groups):
             raise BadInput(f"the saved state has {len(groups)} parameter groups, and ours {len(self.param_groups)}")
         ordered = []

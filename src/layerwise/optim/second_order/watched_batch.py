@@ -138,7 +138,7 @@ class CurvatureWatch:
         self._asked = {} if ask is None else ask(False)
         self._model, self._ask, self._keep = model, ask, keep
         # read afterwards, to name the call whose gradient overflowed
-        self._observation = Observation(
+        self._observation: Any = None if ask is None else Observation(
             model, tuple(self._asked.values()), PassSettings(unscaled=True), keeps_inputs=True
         )  # fmt: skip
         self._results: Results | None = None
