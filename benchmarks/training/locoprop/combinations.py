@@ -65,7 +65,8 @@ class Muon(torch.optim.Optimizer):
                 continue
             average = self.state[p].setdefault("average", torch.zeros_like(p))
             average.lerp_(p.grad, 1 - momentum)
-            p += lr * self._ball.lowest(p.grad.lerp(average, momentum).flatten(1)[None], p).view_as(p)
+            change = self._ball.lowest(p.grad.lerp(average, momentum).flatten(1)[None], p)
+            p.add_(change.view_as(p), alpha=lr)
         self._adam.step()
 
 
