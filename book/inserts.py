@@ -34,6 +34,7 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "ranks": tables.ranks,
     "reproduction": tables.reproduction,
     "demo-tuning": tables.demo_tuning,
+    "combinations": tables.combinations,
     "step-times": tables.step_times,
     "study": tables.study,
     "summary": studies.summary,

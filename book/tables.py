@@ -12,6 +12,7 @@ from benchmarks.read import LIBRARIES, NETS, STUDIES, best_peer
 __all__ = [
     "altmin",
     "charts",
+    "combinations",
     "cost",
     "demo_tuning",
     "numbers",
@@ -159,6 +160,24 @@ def demo_tuning(_: str) -> str:
         f"{table}\n\n*`python -m benchmarks.training.tune_demo`: {found['epochs']} epochs, mean of seeds {seeds}. "
         "The demo itself runs on other seeds.*"
     )
+
+
+def combinations(problem: str) -> str:
+    """A pilot's best run of each method on a problem, and the same rate on another seed."""
+    command = "`python -m benchmarks.training.locoprop.combinations`"
+    try:
+        found = [row for row in read.result("combinations") if row["problem"] == problem]
+    except FileNotFoundError:
+        return f"*Not run yet: {command}.*"
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in found):
+        tried = [row for row in found if row["method"] == method]
+        best = min((row for row in tried if row["seed"] == 0), key=lambda row: float(row["train"]))
+        again = next((row for row in tried if row["seed"] == 1), None)
+        losses = (f"{run[part]:.2f}" if run else "-" for part in ("train", "test") for run in (best, again))
+        rows.append([method, f"{best['rate']:g}", best["steps"], f"{1000 * best['seconds a step']:.0f}", *losses])
+    head = ["method", "rate", "steps", "ms a step", "train loss", "seed 1", "test loss", "seed 1"]
+    return f"{_table(head, rows)}\n\n*{command}, {problem}: one thread of a shared CPU, seconds of processor time.*"
 
 
 def step_times(problems: str) -> str:

@@ -180,7 +180,7 @@ def test_muon_with_weight_decay_is_a_ball_around_zero(make: Any) -> None:
 
 
 def test_muon_with_momentum_is_an_optimizer_of_local_steps() -> None:
-    """The momentum of torch's Muon is state from batch to batch, which local steps have: bitwise, at T = 1."""
+    """The momentum of torch's Muon is state from batch to batch, which local steps have, at T = 1."""
     (ours, x), (theirs, _) = dense(bias=False), dense(bias=False)
     rule = flat_muon(theirs, 0.95, lr=0.02)
     opt = lw.LocoProp(ours, target=local.GradientStep(1.0), lr=0.02, rows="all", steps=1,

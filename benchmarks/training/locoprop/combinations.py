@@ -1,0 +1,176 @@
+"""A pilot of new combinations: norm balls with T > 1, and local results as the gradient of another optimizer.
+
+    python -m benchmarks.training.locoprop.combinations [--out benchmarks/results/combinations.json]
+
+Declared beforehand: three rates a method on seed 0, each for the same seconds of processor time on one thread (steps
+alone, whatever else runs on the machine); the best rate again on seed 1, which is reported beside it. Prints its budget
+first. Runs already in the file are not run again.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import layerwise as lw
+from benchmarks import probe
+from benchmarks.training.problem import mean_loss
+from benchmarks.training.problems import PROBLEMS
+from layerwise import local
+
+__all__ = ["METHODS", "RATES", "Muon", "main", "run"]
+
+PROBLEM, SECONDS = "text-transformer", 12.0
+# The settings that the study chose for each method on this problem, and a factor of two to either side of the rate.
+LOCAL: dict[str, Any] = {"gamma": 31_300.0, "steps": 4, "momentum": 0.9457, "lr": 5.68e-4}
+ADAM: dict[str, Any] = {"betas": (0.777, 0.999), "eps": 5.31e-5, "fused": True}
+_ADAM, _MUON, _BALL = (2.5e-3, 5e-3, 1e-2), (0.018, 0.037, 0.073), (0.01, 0.03, 0.1)
+RATES = {
+    "adam": _ADAM, "muon": _MUON, "locoprop-m": (2.8e-4, 5.7e-4, 1.1e-3), "spectral T=1": _BALL, "spectral T=3": _BALL,
+    "spectral T=3 > momentum": _BALL, "locoprop-m > adamw": _ADAM, "locoprop-m > muon": _MUON,
+}  # fmt: skip
+Closure = Callable[[], Tensor]
+Step = Callable[[Closure], Tensor]
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` for matrices and filters, in float32, and Adam for what is left.
+
+    torch's own runs in bfloat16, for which processors without such units take many times as long.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, momentum: float = 0.777, rest_lr: float = 3e-3) -> None:
+        super().__init__(list(model.parameters()), {"lr": lr, "momentum": momentum})
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        params = list(model.parameters())
+        self._matrices = [p for p in params if p.dim() > 1 and id(p) not in tables]
+        rest = [p for p in params if p.dim() < 2 or id(p) in tables]
+        self._adam = torch.optim.Adam(rest, lr=rest_lr, betas=(0.9, 0.95))
+        self._ball = local.SpectralNorm(adjust="original", dtype=None)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move all parameters along their gradients."""
+        lr, momentum = self.param_groups[0]["lr"], self.param_groups[0]["momentum"]
+        for p in self._matrices:
+            if p.grad is None:
+                continue
+            average = self.state[p].setdefault("average", torch.zeros_like(p))
+            average.lerp_(p.grad, 1 - momentum)
+            change = self._ball.lowest(p.grad.lerp(average, momentum).flatten(1)[None], p)
+            p.add_(change.view_as(p), alpha=lr)
+        self._adam.step()
+
+
+def _plain(optimizer: torch.optim.Optimizer) -> Step:
+    def step(closure: Closure) -> Tensor:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+        loss = closure()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _before(first: lw.LocoProp, optimizer: torch.optim.Optimizer) -> Step:
+    """The local result as the gradient of another optimizer."""
+
+    def step(closure: Closure) -> Tensor:
+        loss = first.step(closure)
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def _locoprop(model: nn.Module, **words: Any) -> lw.LocoProp:
+    return lw.LocoProp(model, **{**LOCAL, **words})
+
+
+def _ball(model: nn.Module, rate: float, steps: int, write: Any = "weights") -> lw.LocoProp:
+    ball = local.SpectralNorm(rate, adjust="original", dtype=None)
+    solver = local.ConditionalGradient(steps)
+    return lw.LocoProp(model, gamma=LOCAL["gamma"], regularizer=ball, solver=solver, lr=1.0, write=write)
+
+
+METHODS: dict[str, Callable[[nn.Module, float], Step]] = {
+    "adam": lambda m, lr: _plain(torch.optim.Adam(m.parameters(), lr=lr, **ADAM)),
+    "muon": lambda m, lr: _plain(Muon(m, lr)),
+    "locoprop-m": lambda m, lr: _locoprop(m, lr=lr).step,
+    "spectral T=1": lambda m, r: _ball(m, r, 1).step,
+    "spectral T=3": lambda m, r: _ball(m, r, 3).step,
+    "spectral T=3 > momentum": lambda m, r: _before(
+        _ball(m, r, 3, "grad"), torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)
+    ),
+    "locoprop-m > adamw": lambda m, lr: _before(
+        _locoprop(m, write="grad"), torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0, **ADAM)
+    ),
+    "locoprop-m > muon": lambda m, lr: _before(_locoprop(m, write="grad"), Muon(m, lr)),
+}
+
+
+def batches(rows: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Shuffled epochs for ever."""
+    epoch = 0
+    while True:
+        generator = torch.Generator().manual_seed(10_000 * seed + epoch)
+        yield from torch.randperm(rows, generator=generator).split(size)
+        epoch += 1
+
+
+def run(method: str, rate: float, seed: int) -> dict[str, Any]:
+    """Train for the seconds; the train loss, the steps taken and the seconds of one."""
+    problem = PROBLEMS[PROBLEM]
+    torch.manual_seed(seed)
+    split = problem.split(problem.rows)
+    model = problem.model(seed, {})
+    step = METHODS[method](model, rate)
+    spent, count = 0.0, 0
+    for index in batches(len(split.x), problem.batch, seed):
+        x, y = split.x[index], split.y[index]
+        start = time.process_time()
+        step(partial(problem.loss, model, x, y))
+        spent += time.process_time() - start
+        count += 1
+        if spent >= SECONDS:
+            break
+    train, test = (mean_loss(problem, model, *pair) for pair in ((split.x, split.y), (split.x_test, split.y_test)))
+    row = {"problem": PROBLEM, "method": method, "rate": rate, "seed": seed, "steps": count}
+    return {**row, "seconds a step": round(spent / count, 4), "train": round(train, 4), "test": round(test, 4)}
+
+
+def main(out: Path) -> None:
+    """Run what the file lacks."""
+    torch.set_num_threads(1)
+    found: list[dict[str, Any]] = probe.read(out) if out.exists() else []
+    print(f"at most {SECONDS * len(METHODS) * 4 / 60:.0f} minutes of a processor; {len(found)} runs are there already")
+
+    def value(method: str, rate: float, seed: int) -> float:
+        key = {"problem": PROBLEM, "method": method, "rate": rate, "seed": seed}
+        row = next((r for r in found if key.items() <= r.items()), None)
+        if row is None:
+            row = run(method, rate, seed)
+            found.append(row)
+            probe.write(out, found)
+            print(row, flush=True)
+        loss = float(row["train"])
+        return loss if math.isfinite(loss) else math.inf
+
+    for method, rates in RATES.items():
+        tried = {rate: value(method, rate, 0) for rate in rates}
+        value(method, min(tried, key=tried.__getitem__), 1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[2] if sys.argv[1:2] == ["--out"] else "benchmarks/results/combinations.json"))
