@@ -14,8 +14,9 @@ with its standard error. Scores are means over networks trained on all data, one
     similarity            cosine of the last hidden layers
     random                normal numbers
 
-The figure beside the file shows the table. The file holds each network's losses when it is trained, so that a run that was stopped goes on where it was. How well
-the index finds the best samples stands beside it: its recall of the ten best of the exact scores, by rank.
+The figure beside the file shows the table. The file holds each network's losses when it is trained, so that a run that
+was stopped goes on where it was. How well the index finds the best samples stands beside it: its recall of the ten best
+of the exact scores, by rank.
 Source: Park et al. (2023), "TRAK", section 2.3 (the score); Pruthi et al. (2020) (TracIn).
 """
 

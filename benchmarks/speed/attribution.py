@@ -283,14 +283,15 @@ def ratios(body: dict[str, Any]) -> str:
     for net, found in body["nets"].items():
         for peer in PEERS:
             for task in ("fit", "scores", "products"):
-                if f"{peer}, {task}" in found["passes"]:
-                    mine, its = (
-                        (found["passes"][f"{name}, {task}"], found["megabytes"][f"{name}, {task}"])
-                        for name in ("layerwise", peer)
+                mine, its = f"layerwise, {task}", f"{peer}, {task}"
+                if its in found["passes"]:
+                    passes, held = found["passes"], found.get("megabytes", {})
+                    row = [f"{net}, {task}", f"{passes[mine]:.2f}", f"{passes[its]:.2f} ({peer})"]
+                    row += [f"{passes[mine] / passes[its]:.2f}"]
+                    row += (
+                        [f"{held[mine]:.0f}", f"{held[its]:.0f}", f"{held[mine] / held[its]:.2f}"] if held else [""] * 3
                     )
-                    rows.append([f"{net}, {task}", f"{mine[0]:.2f}", f"{its[0]:.2f} ({peer})",
-                                 f"{mine[0] / its[0]:.2f}", f"{mine[1]:.0f}", f"{its[1]:.0f}",
-                                 f"{mine[1] / its[1]:.2f}"])  # fmt: skip
+                    rows.append(row)
     return probe.table(["", "passes", "peer's", "ratio", "peak MB", "peer's", "ratio"], rows)
 
 
@@ -310,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.index:
         body["index"] = index(options.index)
         probe.write(options.out, body)
+    options.out.with_suffix(".md").write_text(ratios(body) + "\n", encoding="utf-8")
     print(ratios(body))
     print(probe.table(["index", ""], body.get("index", {}).items()))
     return 0

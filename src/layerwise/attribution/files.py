@@ -68,7 +68,9 @@ def read(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, An
         raise BadInput(f"{file} is missing, or its checksum is not the one in {said.name}; it is damaged: save again")
     if file.suffix == ".safetensors":
         if importlib.util.find_spec("safetensors") is None:
-            raise BadInput(f"{file} needs the package safetensors: install `layerwise[attribution]`, or save without it")
+            raise BadInput(
+                f"{file} needs the package safetensors: install `layerwise[attribution]`, or save without it"
+            )
         return importlib.import_module("safetensors.torch").load_file(file), facts
     return torch.load(file, weights_only=True), facts
 
