@@ -55,5 +55,6 @@ def test_a_stopped_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     assert calls == [20, 20, 20, 40, 40]  # three that were left, and one of all data for each seed
     assert "| tracin |" in capsys.readouterr().out
     assert set(probe.read(out)["scores"]) == {*attribution.CURVATURES, "tracin", "similarity", "random"}
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="other settings"):
         attribution.main(["--subsets", "2", "--out", str(out)])

@@ -14,8 +14,9 @@ with its standard error. Scores are means over networks trained on all data, one
     similarity            cosine of the last hidden layers
     random                normal numbers
 
-The file holds each network's losses when it is trained, so that a run that was stopped goes on where it was. How well
-the index finds the best samples stands beside it: its recall of the ten best of the exact scores, by rank.
+The figure beside the file shows the table. The file holds each network's losses when it is trained, so that a run that
+was stopped goes on where it was. How well the index finds the best samples stands beside it: its recall of the ten best
+of the exact scores, by rank.
 Source: Park et al. (2023), "TRAK", section 2.3 (the score); Pruthi et al. (2020) (TracIn).
 """
 
@@ -145,6 +146,19 @@ def recalls(model: nn.Module, data: tuple[Tensor, ...]) -> dict[str, float]:
     return found
 
 
+def draw(path: Path, body: dict[str, Any]) -> None:
+    """The score of each method, with its standard error."""
+    methods = list(body["scores"])[::-1]
+    means, errors = zip(*(body["scores"][m] for m in methods), strict=True)
+    figure = probe.figure(7, 2.8)
+    axes = figure.subplots()
+    axes.barh(methods, means, xerr=errors, color="#3b6ea5", ecolor="#333333", height=0.65)
+    axes.set(xlabel="linear datamodeling score (mean over queries, ± its standard error)", xlim=(-0.06, 1))
+    axes.axvline(0, color="#333333", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    probe.save(figure, path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is not trained yet, and print the table."""
     arguments = probe.parsed(
@@ -168,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         body["scores"][method] = [round(mean, 4), round(error, 4)]
     body["recall of the ten best"] = recalls(runs[0][-1], data)
     probe.write(arguments.out, body, indent=None)
+    draw(arguments.out.with_suffix(".png"), body)
     print(probe.table(["method", "linear datamodeling score", "±"], [[m, *v] for m, v in body["scores"].items()]))
     print(probe.table(["index", "recall of the ten best"], body["recall of the ten best"].items()))
     return 0

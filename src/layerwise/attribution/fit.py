@@ -47,11 +47,12 @@ def resumable(
             "fit that resumes, need a list or a DataLoader that gives the same batches each time"
         )
     result: Any = None
+    sums: _Sums | None = None
     ranks = Ranks()
     place = None if folder is None else Path(folder) / (f"rank{ranks.rank}" if ranks.size > 1 else "")
     for number, asked in enumerate([quantity] if first is None else [first, quantity]):
         if number:
-            asked = quantity.second_pass(result)
+            asked, result, sums = quantity.second_pass(result), None, None  # the factors are in its basis
             asked.broadcast(ranks)
         sums = _Sums(asked, place, f"sums{number}", settings)
         generator = getattr(asked.cotangent, "generator", None)
@@ -152,14 +153,14 @@ class _Sums:
         if self._saved:
             raise BadInput(f"the batches do not use {sorted({k.split('/', 2)[2] for k in self._saved})}, as before")
         union, values = self._batch, self._values
+        self._values = {}
         if ranks.size > 1:
             union = union_of([(1, batch) for batch in ranks.gather(union)], [self._quantity], "loss")
             ranks.agree({"the parameters that the batches use": sorted(values)})
             flat = iter(all_reduced(ranks, [v for name in sorted(values) for v in values[name]]))
             values = {name: tuple(next(flat) for _ in values[name]) for name in sorted(values)}
-        values = {
-            name: weighed(value, self._quantity.powers, 1 / float(union.weight)) for name, value in values.items()
-        }
+        for name in list(values):  # one by one, for a factor is as large as its layer
+            values[name] = weighed(values.pop(name), self._quantity.powers, 1 / float(union.weight))
         return self._quantity.finish(values, union.union("loss", pooled=True), Context({}))
 
 

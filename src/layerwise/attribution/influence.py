@@ -239,7 +239,7 @@ class Influence:
         for name in self._chosen.names:
             like = next((part[name] for _, part in found if name in part), ())
             each = [part.get(name) or tuple(t.new_zeros(n, *t.shape[1:]) for t in like) for n, part in found]
-            whole = tuple(torch.cat(parts) for parts in zip(*each, strict=True))
+            whole = tuple(torch.cat(t) if len(t) > 1 else t[0] for t in zip(*each, strict=True))
             if whole:
                 joined[name] = whole
         return joined

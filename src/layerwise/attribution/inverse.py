@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -48,10 +48,11 @@ class DampedInverse:
         """The product with every sample's gradient, `[N,*shape]`; zero for a parameter without curvature."""
         if self.curvature is None:
             return gradient.rows()[0]
-        total = gradient.like.new_zeros(gradient.parts[0].size[1], *gradient.shape)
-        for block, w in self._rotated(gradient, 0, len(total)):
-            total += block.fold(block.rotate_back(w * block.spectrum).to(total.dtype))
-        return total
+        n, dtype = gradient.parts[0].size[1], gradient.like.dtype
+        each = [
+            block.fold(block.rotate_back(w * block.spectrum).to(dtype)) for block, w in self._rotated(gradient, 0, n)
+        ]
+        return reduce(torch.add, each) if each else gradient.like.new_zeros(n, *gradient.shape)
 
     def norm(self, gradient: ParameterGradient) -> Tensor:
         """<g_n, (G + λ I)⁻¹ g_n> of every sample, `[N]`, from the gradients of a few samples at a time."""
