@@ -713,6 +713,34 @@ def test_factors_of_a_bfloat16_model_in_float32() -> None:
     assert torch.equal(a[0], torch.tensor([[1.0, 0.5], [0.5, 0.25]], dtype=torch.float32))
 
 
+def test_nan_is_told_when_a_result_is_read() -> None:
+    """`on_nonfinite="defer"`: the backward pass raises nothing, `.grad` is torch's own, and no result is given."""
+    x, y = _batch()
+    model = _mlp()
+    with observe(model, SecondMoment(), DiagGGN(), on_nonfinite="defer") as seen:
+        F.cross_entropy(model(x * float("nan")), y).backward()
+    assert all(p.grad is not None and bool(p.grad.isnan().any()) for p in model.parameters())
+    for read in (lambda: seen.second_moment, lambda: seen.diag_ggn, lambda: seen.grad, lambda: seen.second_moment):
+        with pytest.raises(errors.NonFinite, match="a loss of NaN or infinity"):
+            read()
+
+
+def test_what_is_deferred_is_the_same_otherwise() -> None:
+    x, y = _batch()
+    model = _mlp()
+    want = _ce_want(model, x, y)
+    with observe(model, *_quantities(), on_nonfinite="defer") as seen:
+        F.cross_entropy(model(x), y).backward()
+    _check(seen, want)
+    model.zero_grad()
+    with observe(model, DiagGGN(), on_nonfinite="defer") as seen:  # a root of a negative curvature, which is NaN
+        (-F.cross_entropy(model(x), y)).backward()
+    with pytest.raises(errors.Undefined, match="negative"):
+        _ = seen.diag_ggn
+    with pytest.raises(errors.BadInput, match="on_nonfinite"):
+        observe(model, DiagGGN(), on_nonfinite="skip")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", ["float32", torch.int64, float])
 def test_a_type_that_holds_no_fractions(dtype: object) -> None:
     with pytest.raises(errors.BadInput, match="floating-point"):

@@ -142,11 +142,11 @@ def ask_finite(
     deferred: whether that is with a result, when `.grad` is what torch has made of it.
     """
     left = ".grad is what it was without layerwise" if deferred else ".grad is as it was"
+    for names, largest in largest_entries({_THE_LOSS: total, **gradient}):
+        verdict.ask(largest, partial(_judge, names, left))
     for lik in known:
         for values, judge in lik.unread or ():
             verdict.ask(values, judge)
-    for names, largest in largest_entries({_THE_LOSS: total, **gradient}):
-        verdict.ask(largest, partial(_judge, names, left))
 
 
 def _judge(names: Sequence[str], left: str, found: list[float]) -> None:
