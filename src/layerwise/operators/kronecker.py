@@ -117,8 +117,7 @@ class KroneckerBlock(_Block):
     """One parameter's block: for each group k, `B_k ⊗ A_k`, acting on `W[k,o,i]` as `B W A`.
 
     A: input factor `[K,I,I]`; `[K,I]` where it is diagonal; None where it is 1 (a bias, I = 1).
-    B: output factor `[K,O,O]`; `[K,O]` where it is diagonal. Both symmetric positive semidefinite.
-    Other fields: as in `_Block`.
+    B: output factor `[K,O,O]`; `[K,O]` where it is diagonal. Both positive semidefinite. Other fields: as in `_Block`.
     """
 
     A: Tensor | None
