@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -110,6 +111,32 @@ def test_accumulate_gives_the_same_and_leaves_grad_alone() -> None:
         torch.testing.assert_close(some.grad[name], whole.grad[name], rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(some.kflr.factors["7.weight"], whole.kflr.factors["7.weight"])
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "make", [lw.DiagHessian, lambda: lw.EKFAC(None), lw.NoiseScale], ids=["hessian", "ekfac", "noise"]
+)
+@pytest.mark.parametrize("derived", [False, True])
+def test_accumulate_is_that_of_the_model_whose_other_parameters_are_frozen(
+    make: Callable[[], Any], derived: bool
+) -> None:
+    model = net()
+    if derived:
+        parametrizations.weight_norm(model[5])
+    frozen = copy.deepcopy(model)
+    for name, p in frozen.named_parameters():
+        p.requires_grad_(name.startswith("5.") or name == "7.bias")
+    x, y = batch()
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    one, other = make(), make()
+    found = lw.accumulate(model, F.cross_entropy, batches, one, parameters=["5", "7.bias"])[one]
+    expected = lw.accumulate(frozen, F.cross_entropy, batches, other)[other]
+    if isinstance(expected, lw.EigenKronecker):
+        found, expected = ({name: op.to_dense(name) for name in op.names()} for op in (found, expected))
+    mine, its = tensors(found), tensors(expected)
+    assert set(mine) == set(its) and len(its) >= 3
+    for key, value in its.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-9, atol=1e-14)
 
 
 # -- what is not done ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from layerwise.errors import BadInput, NonFinite
+from layerwise.operators.low_rank import inverse_of_low_rank
 from layerwise.tensors import is_finite
 
 __all__ = ["coordinate_descent", "inverse", "ridge"]
@@ -48,12 +49,15 @@ def ridge(A: Tensor, B: Tensor, damping: float | Tensor = 0.0) -> Tensor:
 def inverse(A: Tensor, damping: float | Tensor = 0.0) -> Tensor:
     """Invert a damped positive semidefinite matrix by the solvers of `ridge`.
 
-    (A + damping I)⁻¹, exactly symmetric; the zero matrix where `A + damping I` is zero.
+    (A + damping I)⁻¹, exactly symmetric; the zero matrix where `A + damping I` is zero. A large matrix of low rank is
+    inverted by a root of it (`inverse_of_low_rank`).
 
     Shapes: A `[..., i, i]`, damping a number or `[...]`; returns `[..., i, i]`. Units: one over A's.
     Raises: as `ridge`.
     """
-    return _solve("inverse", A, None, damping)
+    with torch.no_grad():
+        found = inverse_of_low_rank(A, torch.as_tensor(damping, dtype=A.dtype, device=A.device))
+        return _solve("inverse", A, None, damping) if found is None else found
 
 
 def coordinate_descent(

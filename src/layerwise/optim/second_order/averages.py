@@ -15,7 +15,9 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.operators.diagonal import reciprocal
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
+from layerwise.operators.low_rank import ThinInverse
 from layerwise.operators.ridge import inverse
+from layerwise.operators.thin_block import thin_block
 from layerwise.rows.layout import MatrixLayout
 
 __all__ = [
@@ -216,14 +218,19 @@ def _inverted(name: str, block: Block, damping: float, form: str) -> Block | Non
         found = replace(block, A=inverse(a, damping) if a.ndim == 3 else reciprocal(name, a + damping))
         largest = _largest(found.input_factor).double()
     else:
-        found = block.inverse(name, damping, balanced=form == "pi")
-        largest = _largest(found.input_factor).double() * _largest(found.B).double()
+        thin = thin_block(block, damping, form == "pi")
+        found = block.inverse(name, damping, balanced=form == "pi") if thin is None else thin
+        sides = (found.input_factor, found.B) if thin is None else (thin.right, thin.left)
+        right, left = (_largest(x).double() for x in sides)
+        largest = right * left
     # NaN compares false
     return found if bool((largest * damping <= _SLACK).all()) and bool(torch.isfinite(largest).all()) else None
 
 
-def _largest(x: Tensor) -> Tensor:
+def _largest(x: Tensor | ThinInverse) -> Tensor:
     """For each group the largest diagonal entry, which no entry of a positive semidefinite matrix exceeds."""
+    if isinstance(x, ThinInverse):
+        return x.largest()[None]
     diagonal = x if x.ndim == 2 else x.diagonal(dim1=-2, dim2=-1)
     low, high = x.flatten(1).aminmax(dim=1)
     spoiled = ~(torch.isfinite(low) & torch.isfinite(high)) | (diagonal.amin(-1) < 0)
