@@ -54,7 +54,10 @@ class Chosen:
             for p in self.model.parameters():
                 p.grad = None
             asked = [self._restricted(quantity)]
-            with Observation(self.model, asked, PassSettings(pooled=True)) as results, unreduced(self.model):
+            with (
+                Observation(self.model, asked, PassSettings(pooled=True, grad="rows")) as results,
+                unreduced(self.model),
+            ):
                 batch_loss(unwrapped(self.model), loss_fn, batch).backward()
         finally:
             gradients.put_back()

@@ -68,7 +68,7 @@ def accumulate(
     ranks = Ranks(group) if distributed else Ranks.alone()
     if ranks.size > 1:
         check_same_model(model, group)
-    settings = PassSettings(samples, scale, dtype, pooled=True)
+    settings = PassSettings(samples, scale, dtype, pooled=True, grad="rows")
     one_pass = partial(_pass, model, loss_fn, lambda: iter(_shown(loader) if progress else loader), ranks, settings)
 
     def run(asked: Sequence[Quantity]) -> Results:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
+from layerwise.gradient.row_sums import add_to_grad, backward_without
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import resolved
 from layerwise.graph.loss_scale import loss_scale
@@ -54,6 +56,8 @@ class Observation:
             if not isinstance(q, Quantity):
                 hint = " (an instance, not the class)" if isinstance(q, type) else ""
                 raise BadInput(f"asked to observe {q!r}; give quantities such as Variance(){hint}")
+        if settings.grad not in ("autograd", "rows"):
+            raise BadInput(f'grad must be "autograd" or "rows", got {settings.grad!r}')
         if settings.scale not in ("loss", "sample"):
             raise BadInput(f'scale must be "loss" or "sample", got {settings.scale!r}')
         dtype = settings.dtype
@@ -148,6 +152,10 @@ class Observation:
         before = {name: snapshot(p) for name, p in tape.owners.items()}
         covered = graph.parameters()
         stream.release()
+        if stream.summed:
+            weights = [tape.parameters[name] for name in stream.summed]
+            without = backward_without(weights, graph.uses, nodes([(total.grad_fn, 0)]))
+            run = partial(without, total, weight, retain_graph=tape.retain)
         try:
             with (
                 OnePass(total) as within,
@@ -158,9 +166,12 @@ class Observation:
             with alone(device):
                 check_alone(within.strangers)
                 check_covered(tape, before, arrived, covered)
-                gradient = {name: arrived[name] for name in covered if name in arrived}
+                found = arrived | stream.complete()
+                gradient = {name: found[name] for name in covered if name in found}
                 check_gradient(gradient, total if waits else None)
                 stream.finish(gradient)
+            add_to_grad(tape.parameters, stream.sums)
+            with alone(device):
                 results.add(observed.batch, observed.values, {name: (g,) for name, g in gradient.items()}, scale)
         except BaseException:
             rollback(tape, before)

@@ -34,6 +34,10 @@ class observe:
     losses say. scale: "loss" (g_n sum to `.grad`) or "sample" (N g_n for a mean).
     dtype: of the sums and results of all quantities, by default each parameter's own (under autocast too). The
     cotangents come in the types of the graph, second derivatives are taken in them, and means are read off `.grad`.
+    grad: "autograd": `.grad` is to the bit what it would have been. "rows": where a quantity forms the per-sample
+    gradients of a weight with positions (`PerSampleGrad`, `SecondMoment`, `Variance`, ...), `.grad` is their sum, equal
+    up to rounding, and autograd leaves its own product out. Hooks on parameters run as always, after the rest of the
+    pass. Where that cannot be (`inputs`, `create_graph`, torch.distributed, other modes, derived weights), autograd's.
     Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed.
     """
 
@@ -44,8 +48,9 @@ class observe:
         samples: int | Tensor | None = None,
         scale: str = "loss",
         dtype: torch.dtype | None = None,
+        grad: str = "autograd",
     ) -> None:
-        self._observation = Observation(model, quantities, PassSettings(samples, scale, dtype))
+        self._observation = Observation(model, quantities, PassSettings(samples, scale, dtype, grad=grad))
 
     def __enter__(self) -> Seen:
         try:

@@ -34,6 +34,7 @@ class PerSampleGrad(Quantity):
     concatenate = True
     computed_first = True  # other quantities square these gradients
     wirtinger = True
+    forms_rows = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, *shape]`."""
@@ -76,6 +77,7 @@ class SecondMoment(Quantity):
     """
 
     wirtinger = True
+    forms_rows = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[*shape]`."""
@@ -95,6 +97,7 @@ class Variance(Quantity):
     """
 
     wirtinger = True
+    forms_rows = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """Second moment, `[*shape]`; the mean is taken from `.grad`."""

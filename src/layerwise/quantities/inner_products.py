@@ -28,6 +28,8 @@ class SampleQuantity(Quantity):
 class OwnGradients(SampleQuantity):
     """The gradient of every sample's own loss, the sum of its terms, `[N, *shape]`."""
 
+    forms_rows = True
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, *shape]`."""
         return (gradient.rows()[0],)

@@ -38,13 +38,13 @@ PANELS_FROM = 256  # below this size the panels cost more than they save
 
 
 @torch.no_grad()
-def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
+def per_sample(rows: Rows, out: Tensor | None = None, sums: Tensor | None = None) -> Tensor:
     """Per-sample gradients of the layer's matrix, one for each cotangent.
 
     D[v,n,k,o,i] = sum_t g[v,n,t,k,o] a[n,t,k,i].
 
     Shapes: returns `[V,N,K,O,I]`, in the memory of `out` where that is given (fresh memory is what
-    this costs most). Units: those of `g` times those of `a`.
+    this costs most); their sum over v and n is added to `sums` `[K,O,I]`. Units: those of `g` times those of `a`.
     Raises: `BadInput` where the rows contradict each other or `out` has another shape.
     """
     v, n, t, k, o, i = dims(rows)
@@ -64,7 +64,10 @@ def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
             d = tensors.empty((v, n, k, o, i), rows.g)
         else:
             d = out
-        fill(d, rows)
+        fill(d, rows, sums)
+        sums = None
+    if sums is not None:
+        sums += d.sum((0, 1))
     return d if out is None or d is out else out.copy_(d)
 
 
@@ -163,18 +166,19 @@ def _ghost_norm(a: Tensor, g: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def second_moment(rows: Rows) -> Tensor:
+def second_moment(rows: Rows, sums: Tensor | None = None) -> Tensor:
     """Elementwise squares of the per-sample gradients, summed over samples and cotangents.
 
     sum_{v,n} D[v,n,k,o,i]². With one position it is one matrix product of squares; with many
-    cotangents it is one over pairs of positions; else D is squared chunk by chunk in reused memory.
+    cotangents it is one over pairs of positions; else D is squared chunk by chunk in reused memory. For a float input,
+    `sums` `[K,O,I]` asks for D itself, whose sum over v and n is added to it.
 
     Shapes: returns `[K,O,I]`. Raises: `BadInput` where the rows contradict each other.
     """
     v, n, t, k, o, i = dims(rows)
     if pieces.product_of(rows) is not None and not pairs_are_cheaper(v, t, o, i):
-        return _moment(rows)
-    return _second_moment(rows)
+        return _moment(rows, sums)
+    return _second_moment(rows) if sums is None else summed(partial(_moment, sums=sums))(rows)
 
 
 @summed
@@ -195,10 +199,13 @@ def _second_moment(rows: Rows) -> Tensor:
     return _moment(rows)
 
 
-def _moment(rows: Rows) -> Tensor:
+def _moment(rows: Rows, sums: Tensor | None = None) -> Tensor:
+    """The second moment; the sum of the per-sample gradients is added to `sums`."""
     _, _, _, k, o, i = dims(rows)
     result = rows.g.new_zeros(k, o, i)
     for _, low, high, d in chunks(rows):
+        if sums is not None:
+            sums += d[0] if high - low == 1 else d.sum(0)
         if high - low == 1:
             result.addcmul_(d[0], d[0])
         else:
