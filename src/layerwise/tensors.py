@@ -13,15 +13,33 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "all_finite", "as_real", "dense", "empty", "forked_random", "is_finite", "lazy_copy", "random_states_of",
-    "set_random_states", "squared", "together_finite",
+    "set_random_states", "squared", "together_finite", "without_grad",
 ]  # fmt: skip
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_grad(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: `torch.no_grad()`, entered only where gradients are recorded, as in no hook of a backward pass."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return called
 
 
 def is_finite(x: Tensor) -> bool:

@@ -7,13 +7,14 @@ weights themselves, so that autograd accumulates them and runs every hook on the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from layerwise.gradient.row_views import Remembered, layout_of_call
 from layerwise.ops.base import Slot
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.rows.cost import sums_are_cheaper
@@ -31,12 +32,21 @@ def summed_weights(tape: Tape, uses: Iterable[Use], layout: Mapping[int, Samples
     """
     positions: dict[str, int] = {}
     for use in uses:
-        for derived, slot in zip(use.used, use.slots, strict=True):
+        where = layout[use.index]
+        key = layout_of_call(use, where, tape.parameters)
+        each = None if key is None else _POSITIONS.get(key)
+        if each is None:
+            each = [_positions(use, slot, where) for slot in use.slots]
+            if key is not None:
+                _POSITIONS.enter(key, each)
+        for derived, t in zip(use.used, each, strict=True):
             for name in derived.names:
                 own = derived.tensor is tape.owners.get(name) and derived.tensor.is_leaf
-                t = _positions(use, slot, layout[use.index]) if own else 0
-                positions[name] = positions.get(name, t) + t if t and positions.get(name, t) else 0
+                positions[name] = positions.get(name, t) + t if own and t and positions.get(name, t) else 0
     return frozenset(name for name, t in positions.items() if sums_are_cheaper(t))
+
+
+_POSITIONS: Remembered[Sequence[int]] = Remembered()  # of each slot of a use, by the layout of its call
 
 
 def _positions(use: Use, slot: Slot, samples: Samples | RowNumbers) -> int:

@@ -21,6 +21,7 @@ from layerwise.rows import pieces
 from layerwise.rows.base import Rows
 from layerwise.rows.cost import ghost_is_cheaper, pairs_are_cheaper
 from layerwise.rows.pieces import chosen, chunks, concat, dims, fill, flatten_samples, in_pieces, narrow, summed
+from layerwise.tensors import without_grad
 
 __all__ = [
     "chosen", "concat", "flatten_samples", "ghost_is_cheaper", "input_gram", "narrow", "output_gram",
@@ -37,7 +38,7 @@ PANELS_FROM = 256  # below this size the panels cost more than they save
 # --- the per-sample gradient ----------------------------------------------------------------------
 
 
-@torch.no_grad()
+@without_grad
 def per_sample(rows: Rows, out: Tensor | None = None, sums: Tensor | None = None) -> Tensor:
     """Per-sample gradients of the layer's matrix, one for each cotangent.
 
@@ -71,7 +72,7 @@ def per_sample(rows: Rows, out: Tensor | None = None, sums: Tensor | None = None
     return d if out is None or d is out else out.copy_(d)
 
 
-@torch.no_grad()
+@without_grad
 @summed
 def total(rows: Rows) -> Tensor:
     """Gradients summed over the samples, one for each cotangent.
@@ -93,7 +94,7 @@ def total(rows: Rows) -> Tensor:
     return d
 
 
-@torch.no_grad()
+@without_grad
 def weighted_sum(rows: Rows, weights: Tensor) -> Tensor:
     """Per-sample gradients summed with one weight for each cotangent and sample.
 
@@ -115,7 +116,7 @@ def weighted_sum(rows: Rows, weights: Tensor) -> Tensor:
 # --- squares --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@without_grad
 def squared_norm(rows: Rows) -> Tensor:
     """Squared Euclidean norm of each per-sample gradient.
 
@@ -165,7 +166,7 @@ def _ghost_norm(a: Tensor, g: Tensor) -> Tensor:
     return result
 
 
-@torch.no_grad()
+@without_grad
 def second_moment(rows: Rows, sums: Tensor | None = None) -> Tensor:
     """Elementwise squares of the per-sample gradients, summed over samples and cotangents.
 
@@ -236,7 +237,7 @@ def squares_need_rows(rows: Rows) -> bool:
     return rows.kind == "float" and t >= REREAD_FROM and direct
 
 
-@torch.no_grad()
+@without_grad
 def sum_of_squares(d: Tensor) -> Tensor:
     """Elementwise squares summed over the first axis, without a copy of it all."""
     result = torch.zeros_like(d[0]) if len(d) else d.new_zeros(d.shape[1:])
@@ -245,7 +246,7 @@ def sum_of_squares(d: Tensor) -> Tensor:
     return result
 
 
-@torch.no_grad()
+@without_grad
 def pairwise_dot(rows: Rows) -> Tensor:
     """Inner products of the per-sample gradients, for each cotangent.
 
@@ -292,7 +293,7 @@ def _ghost_dot(a: Tensor, g: Tensor) -> Tensor:
 # --- Gram matrices --------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@without_grad
 def input_gram(rows: Rows | Tensor) -> Tensor:
     """Sum of the outer products of the input rows, over samples and positions.
 
@@ -323,7 +324,7 @@ def _input_gram(rows: Rows) -> Tensor:
     return torch.bincount(rows.a.flatten(), minlength=i).to(rows.g.dtype)[None]
 
 
-@torch.no_grad()
+@without_grad
 def output_gram(g: Tensor) -> Tensor:
     """Sum of the outer products of the cotangent rows, over cotangents, samples and positions.
 

@@ -17,6 +17,7 @@ from layerwise.rows.base import Rows
 from layerwise.rows.cost import TRAFFIC
 from layerwise.rows.layout import MatrixLayout
 from layerwise.rows.pieces import dims, ranges
+from layerwise.tensors import without_grad
 
 __all__ = ["in_layout", "project_rows", "project_vectors", "signs"]
 
@@ -51,7 +52,7 @@ def in_layout(left: Tensor, right: Tensor, layout: MatrixLayout) -> tuple[Tensor
     return None
 
 
-@torch.no_grad()
+@without_grad
 def project_vectors(g: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`[V,N,J]`: projections of per-sample gradients `[V,N,R·C]` by `left` `[J,R]` and `right` `[J,C]`."""
     if not g.shape[2]:
@@ -62,7 +63,7 @@ def project_vectors(g: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return ((d @ right.T) * left.T).sum(2)
 
 
-@torch.no_grad()
+@without_grad
 def project_rows(rows: Rows, left: Tensor, right: Tensor) -> Tensor:
     """`[V,N,J]`: projections of the per-sample gradients D of any rows, without D of more than a few samples.
 
