@@ -102,7 +102,7 @@ def main() -> None:
         then = load(options.revision, Path(folder))
         for quantity in options.quantities:
             for net in options.nets:
-                if net in QUANTITIES[quantity].nets or net not in ALL:
+                if net in QUANTITIES[quantity].nets:
                     found.append(cell(net, quantity, then, options.repeats))
                     print("{quantity}, {net}: {ratio:.3f}, values same: {same}".format(**found[-1]), flush=True)
     ratios = [each["ratio"] for each in found]
