@@ -40,7 +40,7 @@ _EVERY = (*INGREDIENTS, *KINDS, *(f"net_{name}" for name in FAMILIES))
 _EACH = 20  # programs of an ingredient with one seed
 
 
-def outcome(program: Any) -> str:
+def outcome(program: Any, grad: str = "autograd") -> str:
     """Observe a program: "exact", "refused" (samples that nothing tells apart), or "empty" where there is no answer.
 
     Raises: AssertionError where a value is wrong, or an error is not one that the program may raise.
@@ -49,7 +49,7 @@ def outcome(program: Any) -> str:
     params = program.model.parameters()
     quantities = [PerSampleGrad(), SquaredNorm(), SecondMoment(), Variance(), DiagGGN(), KFAC()]
     try:
-        with observe(program.model, *quantities, samples=program.samples) as seen:
+        with observe(program.model, *quantities, samples=program.samples, grad=grad) as seen:
             loss = program.loss()
             if loss.requires_grad:
                 loss.backward()
@@ -79,11 +79,14 @@ def compare(program: Any, seen: Any) -> None:
     The truth of a layout is in float64: the Hessian of a softmax near 1 is a difference that float32 hardly holds.
     """
     rel = 2e-4 if program.single else 1e-10
+    for name, p in oracle.parameters(program.model).items():
+        assert p.grad is None or torch.equal(p.grad, seen.grad[name]), name
     program = program.in_double() if program.single and isinstance(program, Layout) else program
     params = oracle.parameters(program.model)
     grads = oracle.per_sample_grad(params, program.terms)
     used = set(seen.grad)
     want = {
+        "grad": {name: g.sum(0) for name, g in grads.items()},
         "per_sample_grad": grads, "squared_norm": oracle.squared_norm(grads),
         "second_moment": oracle.second_moment(grads), "variance": oracle.variance(grads),
         "diag_ggn": oracle.diag_ggn(params, program.logits, program.loss_of),
@@ -136,20 +139,20 @@ def outcomes(ingredient: str, count: int, seed: int, only: int | None = None) ->
         number += 1
         if only is None or only == number - 1:
             repeat = f"--ingredients {ingredient} --count {count} --seed {seed} --only {number - 1}"
-            _check(program, repeat, found, only is not None)
+            _check(program, repeat, found, only is not None, "rows" if number % 2 else "autograd")
 
     check()
     return found
 
 
-def _check(program: Any, repeat: str, found: Outcomes, aloud: bool) -> None:
+def _check(program: Any, repeat: str, found: Outcomes, aloud: bool, grad: str) -> None:
     try:
         if isinstance(program, Kind):
             seen = verdict(program)
             found.counts[seen.word] += 1
             found.refusals.update(f"{name}: {re.sub('[0-9]+', '#', text)}" for name, text in seen.refusals.items())
         else:
-            word = outcome(program)
+            word = outcome(program, grad)
             found.counts["no answer" if word == "empty" else word] += 1
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1].name

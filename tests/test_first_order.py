@@ -647,7 +647,7 @@ def test_contractions_are_shared_between_quantities_but_not_their_values(monkeyp
     calls: list[str] = []
     for name in ("second_moment", "squared_norm", "pairwise_dot"):
         real = getattr(contract, name)
-        monkeypatch.setattr(contract, name, lambda rows, name=name, real=real: (calls.append(name), real(rows))[1])
+        monkeypatch.setattr(contract, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
 
     def observed(*quantities: lw.Quantity) -> list:
         with lw.observe(model, *quantities) as seen:

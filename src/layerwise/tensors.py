@@ -13,9 +13,9 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,25 @@ from torch import Tensor
 __all__ = [
     "Verdict", "all_finite", "as_real", "dense", "empty", "forked_random", "free_memory", "is_finite",
     "largest_entries", "lazy_copy",
-    "random_states_of", "set_random_states", "squared", "together_finite",
+    "random_states_of", "set_random_states", "squared", "together_finite", "without_grad",
 ]  # fmt: skip
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_grad(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: `torch.no_grad()`, entered only where gradients are recorded, as in no hook of a backward pass."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return called
 
 
 def is_finite(x: Tensor) -> bool:

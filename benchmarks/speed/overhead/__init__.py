@@ -12,7 +12,7 @@ Peers are development extras, found by import and never needed: BackPACK, torch.
 (`pip install --no-deps -r requirements/peers.txt`, beside the project or into a folder on PYTHONPATH). One that is
 missing is named as missing in the results. A contender is charged with the gradient as well, by its cheapest way to it.
 
-    nets.py         the five nets              measure.py   one cell: values, then time
+    nets.py         the nets                   measure.py   one cell: values, then time
     quantities.py   the quantities             memory.py    one cell: peak memory
     contenders/     one file a library         store.py     results, kept by cell
     bounds.py       what bounds a step         report.py    table and chart

@@ -163,6 +163,86 @@ class Encoder(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
+class DecoderBlock(nn.Module):
+    """Pre-norm attention with a causal mask, from one linear layer for all three of its inputs, and feed-forward."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(self.norm1(x)).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Decoder blocks with a causal mask; logits `[N, vocabulary, length]`. Source: Radford et al. (2019), pre-norm."""
+
+    def __init__(self, vocabulary: int, length: int, width: int, heads: int, blocks: int) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(DecoderBlock(width, heads) for _ in range(blocks)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.places(torch.arange(tokens.shape[1]))
+        return self.head(self.norm(self.blocks(x))).mT
+
+
+class RelativeBlock(nn.Module):
+    """T5's: no biases, RMS norms, and a bias that is added to the attention's logits."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        h = self.norm1(x)
+        q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.out(((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+class RelativeEncoder(nn.Module):
+    """T5's encoder, with one bias by distance for all blocks; logits `[N, vocabulary, length]`.
+
+    Source: Raffel et al. (2020), section 2.1.
+    """
+
+    def __init__(self, vocabulary: int, length: int, width: int, heads: int, blocks: int) -> None:
+        super().__init__()
+        self.tokens, self.distances = nn.Embedding(vocabulary, width), nn.Embedding(32, heads)
+        places = torch.arange(length)
+        self.register_buffer("buckets", (places[None] - places[:, None]).clamp(-16, 15) + 16)
+        self.blocks = nn.ModuleList(RelativeBlock(width, heads) for _ in range(blocks))
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, bias = self.tokens(tokens), self.distances(self.buckets).permute(2, 0, 1)[None]
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.head(self.norm(x)).mT
+
+
+def _sequences(n: int) -> tuple[Tensor, Tensor]:
+    return torch.randint(1000, (n, 64)), torch.randint(1000, (n, 64))
+
+
+def _resnet18() -> nn.Module:
+    """He et al. (2016), table 1, with batch norm in evaluation mode."""
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    widths = (64, 64, 128, 256, 512)
+    blocks = [block for i, o in itertools.pairwise(widths) for block in (Block(i, o, 1 + (i != o)), Block(o, o, 1))]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000)).eval()
+
+
 def _tokens(n: int) -> tuple[Tensor, Tensor]:
     return torch.randint(1000, (n, 64)), torch.randint(10, (n,))
 
@@ -177,4 +257,12 @@ NETS = {
         "encoder: 64 tokens of 1000, width 128, 4 heads, hidden 512, 2 layers",
         lambda: Encoder(1000, 64, 128, 4, 512, 10), _tokens, 32,
     ),
+    "gpt": Net(
+        "decoder: 64 tokens of 1000, width 128, 4 heads, 4 blocks", lambda: GPT(1000, 64, 128, 4, 4), _sequences, 8
+    ),
+    "t5-like": Net(
+        "encoder with a learned bias by distance: 64 tokens of 1000, width 128, 4 heads, 4 blocks",
+        lambda: RelativeEncoder(1000, 64, 128, 4, 4), _sequences, 8,
+    ),
+    "resnet18": Net("ResNet-18, 3x64x64, BatchNorm eval", _resnet18, _images((3, 64, 64), 1000), 8),
 }  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 __all__ = ["QUANTITIES", "Row"]
 
 ALL = ("mlp", "3c3d", "all-cnn-c", "resnet8", "transformer")
+LARGE = ("gpt", "t5-like", "resnet18")
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Row:
 QUANTITIES = {
     row.key: row
     for row in (
-        Row("empty observe", reduced=False),
-        Row("per-sample gradient", reduced=False),
-        Row("norms"),
-        Row("second moment"),
+        Row("empty observe", ALL + LARGE, reduced=False),
+        Row("per-sample gradient", ALL + LARGE, reduced=False),
+        Row("norms", ALL + LARGE),
+        Row("second moment", ALL + LARGE),
         Row("variance"),
         Row("four first-order", reduced=False),
         Row("six reduced first-order"),
@@ -40,7 +41,7 @@ QUANTITIES = {
         Row("KFLR", exact=True),
         Row("KFRA", ("mlp",)),
         Row("Hessian diagonal", ("mlp", "mlp-sigmoid", "3c3d"), exact=True),
-        Row("GGN times a vector", reduced=False),
+        Row("GGN times a vector", ALL + LARGE, reduced=False),
         Row("pairwise dots"),
     )
 }

@@ -35,6 +35,7 @@ class ParameterGradient:
     Second moments, norms and inner products are cached for all quantities that ask for them.
 
     shared: a cache for results that other parameters of the same stack can reuse (a weight and its bias).
+    summed: whether `sum` will be asked for, so that whoever forms the per-sample gradients adds them up.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ParameterGradient:
     parts: Sequence[Part]
     column: int = 0
     shared: dict[Any, Any] = field(default_factory=dict)
+    summed: bool = False
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -128,7 +130,24 @@ class ParameterGradient:
 
     def rows(self) -> Tensor:
         """`per_sample()` of all samples, cached; second moments and norms then reuse it."""
-        return self._once("rows", self.per_sample)
+        return self._once("rows", self._rows)
+
+    def _rows(self) -> Tensor:
+        if (part := self.joined) is None or (sums := self._sums(part)) is None:
+            return self.per_sample()
+        rows = contract.per_sample(part.rows, sums=sums)
+        self._kept["sum"] = part.fold(sums)
+        return part.fold(rows)
+
+    def _sums(self, part: RowsPart) -> Tensor | None:
+        """Zeros `[K,O,I]`, to which whoever forms the per-sample gradients adds them; None where nobody needs it."""
+        if not self.summed or part.rows.kind != "float":
+            return None
+        return part.rows.g.new_zeros((*part.rows.g.shape[3:], part.rows.size_in))
+
+    def sum(self) -> Tensor:
+        """`[*shape]`: the gradient summed over stacks, samples and uses, from where they were formed if they were."""
+        return self._once("sum", lambda: self.total().sum(0))
 
     def _held_rows(self) -> Tensor | None:
         """The cached per-sample gradients, unless there are none or their squares are cheaper from rows."""
@@ -151,7 +170,11 @@ class ParameterGradient:
         if (held := self._held_rows()) is not None and not held.is_complex():
             return contract.sum_of_squares(held.flatten(0, 1))
         if (part := self.joined) is not None:
-            return part.fold(contract.second_moment(part.rows))
+            sums = self._sums(part)
+            squares = contract.second_moment(part.rows, sums)
+            if sums is not None:
+                self._kept["sum"] = part.fold(sums)
+            return part.fold(squares)
         return sum((tensors.squared(g).sum((0, 1)) for g in self._in_chunks()), self._zeros(self.shape, real=True))
 
     def output_gram(self, g: Tensor) -> Tensor:
@@ -308,11 +331,13 @@ def _matrices(part: RowsPart, directions: Tensor) -> Tensor:
 class PartCollector:
     """Collects the parts of every parameter's gradient, and returns the gradient once all its uses have parts.
 
-    asked: the names of the parameters whose gradients are wanted; None: all.
+    asked: the names of the parameters whose gradients are wanted; None: all. summed: of those whose sum is wanted, too.
     """
 
-    def __init__(self, tape: Tape, uses: Iterable[Use], asked: Collection[str] | None = None) -> None:
-        self._tape = tape
+    def __init__(
+        self, tape: Tape, uses: Iterable[Use], asked: Collection[str] | None = None, summed: Collection[str] = ()
+    ) -> None:
+        self._tape, self._summed = tape, summed
         self._expected: dict[str, set[int]] = {}
         self._waiting: dict[str, list[Part]] = {}
         for use in uses:
@@ -340,4 +365,5 @@ class PartCollector:
             yield self._take(name)
 
     def _take(self, name: str) -> ParameterGradient:
-        return ParameterGradient(name, self._tape.parameters[name].shape, self._waiting.pop(name))
+        parts, shape = self._waiting.pop(name), self._tape.parameters[name].shape
+        return ParameterGradient(name, shape, parts, summed=name in self._summed)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.gradient.derived import leaf_gradients
+from layerwise.gradient.row_views import PlannedRows, Remembered, layout_of_call, layout_of_rows
 from layerwise.ops.base import Slot
 from layerwise.rows import contract, gram
 from layerwise.rows.base import RowNumbers, Rows, Samples
@@ -52,10 +53,15 @@ class Part:
 
 @dataclass(frozen=True)
 class _OfSlot(Part):
-    """A contribution as the rows of one slot of a use."""
+    """A contribution as the rows of one slot of a use; place: the slot's number."""
 
-    slot: Slot
+    place: int
     rows: Rows
+
+    @property
+    def slot(self) -> Slot:
+        """How the tensor enters the call, which a plan of its rows need not ask."""
+        return self.use.slots[self.place]
 
     @property
     def size(self) -> torch.Size:
@@ -66,21 +72,17 @@ class _OfSlot(Part):
         """The contribution to the v-th cotangent alone."""
         return replace(self, rows=self.rows.sent(self.rows.g[v : v + 1]))
 
-    def _folded(self, start: int, stop: int | None) -> Tensor:
-        """`[V,n,*used.shape]`: per-sample gradients of the tensor that the slot reads."""
-        length = len(range(self.size[1])[start:stop])
-        return self.slot.fold(contract.per_sample(contract.narrow(self.rows, start, length)))
-
 
 @dataclass(frozen=True)
 class RowsPart(_OfSlot):
     """Rows of the parameter itself; view: the layout in the parameter of the tensor that the slot reads.
 
-    real: gives bool `[N,T]`, the rows that a loss term which counts can send a cotangent to, before rows of irregular
-    samples are gathered; or None: all of them.
+    laid: the layout of the rows' matrix in the parameter, where that is known. real: gives bool `[N,T]`, the rows that
+    a loss term which counts can send a cotangent to, before rows of irregular samples are gathered; or None: all.
     """
 
     view: MatrixLayout
+    laid: MatrixLayout | None = None
     real: Callable[[], Tensor | None] | None = None
 
     def mask(self, real: bool) -> Tensor | None:
@@ -91,15 +93,16 @@ class RowsPart(_OfSlot):
 
     def fold(self, w: Tensor) -> Tensor:
         """Reshape `[..., K,O,I]` to the parameter, `[..., *shape]`."""
-        return self.view.fold(self.slot.fold(w))
+        return self.view.fold(self.slot.fold(w)) if self.laid is None else self.laid.fold(w)
 
     def layout(self) -> MatrixLayout:
         """The layout of the rows' matrix in the parameter."""
-        return self.view.then(self.slot.matrix, self.slot.bias)
+        return self.view.then(self.slot.matrix, self.slot.bias) if self.laid is None else self.laid
 
     def per_sample(self, start: int, stop: int | None) -> Tensor:
         """`[V,n,*shape]`: the gradients of the samples from `start` to `stop`."""
-        return self.view.fold(self._folded(start, stop))
+        length = len(range(self.size[1])[start:stop])
+        return self.fold(contract.per_sample(contract.narrow(self.rows, start, length)))
 
     def zeros(self, shape: Sequence[int]) -> Tensor:
         """Zeros of the type and on the device of the gradient."""
@@ -157,7 +160,9 @@ class LaterPart(_OfSlot):
 
     def per_sample(self, start: int, stop: int | None) -> Tensor:
         """`[V,n,*shape]`: the gradients of the samples from `start` to `stop`."""
-        return leaf_gradients(self.slot.used, self._folded(start, stop), [self.leaf])[0].to(self.dtype)
+        length = len(range(self.size[1])[start:stop])
+        dense = self.slot.fold(contract.per_sample(contract.narrow(self.rows, start, length)))
+        return leaf_gradients(self.slot.used, dense, [self.leaf])[0].to(self.dtype)
 
     def zeros(self, shape: Sequence[int]) -> Tensor:
         """Zeros of the type and on the device of the gradient."""
@@ -186,6 +191,51 @@ def parts_of(
     rows_only: return a `Part` without numbers where a parameter has no rows.
     asked: the names of the parameters whose parts are wanted; None: all.
     """
+    key = layout_of_rows(layout_of_call(use, samples, tape.parameters, unstructured), g)
+    plan = None if key is None else _PLANS.get(key)
+    if plan is not None:
+        names = [next(iter(derived.names)) for derived in use.used]
+        return [
+            (name, _planned(use, i, p, g)) for i, (name, p) in enumerate(zip(names, plan, strict=True))
+            if asked is None or name in asked
+        ]  # fmt: skip
+    parts = _parts_by_slots(tape, use, g, samples, later, unstructured, rows_only, asked)
+    whole = asked is None or set(use.names) <= set(asked)
+    if key is not None and whole and key not in _PLANS:
+        _PLANS.enter(key, _plan(use, g, [part for _, part in parts]))
+    return parts
+
+
+# By layout, of all models; None for a layout whose rows are no views.
+_PLANS: Remembered[Sequence[PlannedRows] | None] = Remembered()
+
+
+def _planned(use: Use, place: int, plan: PlannedRows, g: Tensor) -> RowsPart:
+    return RowsPart(use, place, plan.rows(use, g), MatrixLayout.whole(plan.laid.shape), plan.laid)
+
+
+def _plan(use: Use, g: Tensor, parts: Sequence[Part]) -> list[PlannedRows] | None:
+    """What makes the same parts again; None where the slots do more than view the call's tensors."""
+    found = []
+    for part in parts:
+        views = isinstance(part, RowsPart) and part.slot.by_view
+        plan = PlannedRows.of(use, g, part.rows, part.layout()) if views else None  # type: ignore[attr-defined]
+        if plan is None:
+            return None
+        found.append(plan)
+    return found
+
+
+def _parts_by_slots(
+    tape: Tape,
+    use: Use,
+    g: Tensor,
+    samples: Samples | RowNumbers | None,
+    later: bool,
+    unstructured: Collection[str],
+    rows_only: bool,
+    asked: Collection[str] | None,
+) -> list[tuple[str, Part]]:
     parts: list[tuple[str, Part]] = []
     for derived, slot in zip(use.used, use.slots, strict=True):
         names = sorted(derived.names if asked is None else derived.names.intersection(asked))
@@ -197,7 +247,7 @@ def parts_of(
             view = MatrixLayout.of_view(slot.used, tape.parameters[name])
             found = None if view is None else slot.structured(g, where)
             if view is not None and found is not None:
-                parts.append((name, RowsPart(use, slot, found, view)))
+                parts.append((name, RowsPart(use, slot.place, found, view)))
                 continue
         if rows_only:
             parts += [(name, Part(use)) for name in names]
@@ -206,7 +256,7 @@ def parts_of(
         leaves = {name: tape.parameters[name] for name in names}
         rows = slot.structured(g, samples) if later and not slot.used.is_leaf else None
         if rows is not None:
-            parts += [(name, LaterPart(use, slot, rows, leaf, leaf.dtype)) for name, leaf in leaves.items()]
+            parts += [(name, LaterPart(use, slot.place, rows, leaf, leaf.dtype)) for name, leaf in leaves.items()]
             continue
         dense = slot.dense(g, samples)
         derived_tensor = not slot.used.is_leaf
@@ -242,6 +292,9 @@ def layouts_of(parts: Sequence[RowsPart]) -> list[MatrixLayout]:
     known: dict[Any, MatrixLayout] = {}
     found = []
     for part in parts:
+        if part.laid is not None:
+            found.append(part.laid)
+            continue
         slot, arranged = part.slot, part.slot.arrangement
         key = (part.view, type(slot), slot.used.shape, arranged) if arranged is not None else id(slot)
         if key not in known:

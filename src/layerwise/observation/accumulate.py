@@ -73,7 +73,7 @@ def accumulate(
     ranks = Ranks(group) if distributed else Ranks.alone()
     if ranks.size > 1:
         check_same_model(model, group)
-    settings = PassSettings(None, scale, dtype, pooled=True, parameters=parameters)
+    settings = PassSettings(None, scale, dtype, pooled=True, parameters=parameters, grad="rows")
     batches = lambda: iter(shown(loader) if progress else loader)  # noqa: E731
     one_pass = partial(_pass, model, loss_fn, batches, ranks, settings, samples)
 

@@ -22,6 +22,7 @@ from layerwise.losses import DeclaredLikelihood, Likelihood
 from layerwise.observation.guards import Room
 from layerwise.observation.union import Batch, Values
 from layerwise.quantities.base import Quantity
+from layerwise.ranks.trainers import started
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
@@ -36,7 +37,8 @@ class PassSettings(NamedTuple):
     quantities are wanted; None: all. pooled: whether several backward passes join to one
     batch, of which a mean runs over all terms; else losses add up. unscaled: whether the quantities are those of the
     loss without the factor by which a gradient scaler multiplied it. defer: whether NaN and infinity are looked for
-    when a result is read, and not in the backward pass; None: on accelerators.
+    when a result is read, and not in the backward pass; None: on accelerators. grad: "autograd", or "rows" for the
+    gradients of weights as sums of the per-sample gradients that a quantity forms.
     """
 
     samples: int | torch.Tensor | None = None
@@ -46,6 +48,7 @@ class PassSettings(NamedTuple):
     unscaled: bool = False
     parameters: str | Sequence[str] | None = None
     defer: bool | None = False
+    grad: str = "autograd"
 
 
 class BackwardPass:
@@ -88,6 +91,12 @@ class BackwardPass:
         self.streamed = [i for i in numbers if quantities[i].cotangent.streamed]
         self.columns = [i for i in numbers if i not in self.in_graph and i not in self.streamed]
         self.values: dict[int, Values] = {i: {} for i in numbers}
+
+    @property
+    def sums_rows(self) -> bool:
+        """Whether the gradients of weights may be sums of rows, each in its parameter's own type."""
+        asked = self._settings.grad == "rows" and self._settings.dtype is None
+        return asked and self.tape.ordinary and not started()
 
     def _layout_if_shared(self) -> SampleLayout | None:
         """The samples' layout where a use's output is shared by all of them, which takes its rows apart."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
+from layerwise.gradient.row_sums import add_to_grad, backward_without
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import resolved
 from layerwise.graph.loss_scale import loss_scale
@@ -61,6 +63,8 @@ class Observation:
             if not isinstance(q, Quantity):
                 hint = " (an instance, not the class)" if isinstance(q, type) else ""
                 raise BadInput(f"asked to observe {q!r}; give quantities such as Variance(){hint}")
+        if settings.grad not in ("autograd", "rows"):
+            raise BadInput(f'grad must be "autograd" or "rows", got {settings.grad!r}')
         if settings.scale not in ("loss", "sample"):
             raise BadInput(f'scale must be "loss" or "sample", got {settings.scale!r}')
         dtype = settings.dtype
@@ -184,6 +188,10 @@ class Observation:
         before = {name: snapshot(p) for name, p in tape.owners.items()}
         covered = graph.covered()
         stream.release()
+        if stream.summed:
+            weights = [tape.parameters[name] for name in stream.summed]
+            without = backward_without(weights, graph.uses, nodes([(total.grad_fn, 0)]))
+            run = partial(without, total, weight, retain_graph=tape.retain)
         try:
             with (
                 OnePass(total) as within,
@@ -196,7 +204,8 @@ class Observation:
             with alone(device):
                 check_alone(within.strangers)
                 check_covered(tape, before, arrived, covered)
-                gradient = {name: arrived[name] for name in graph.parameters() if name in arrived}
+                found = arrived | stream.complete()
+                gradient = {name: found[name] for name in graph.parameters() if name in found}
                 if at_once:
                     check_gradient(gradient)
                 else:
@@ -206,6 +215,8 @@ class Observation:
                 stream.finish(gradient)
                 for sent in observed.values.values() if run is None else ():
                     check_values(sent)
+            add_to_grad(tape.parameters, stream.sums)
+            with alone(device):
                 values = {name: (g,) for name, g in gradient.items()}
                 results.add(observed.batch, observed.values, values, scale, verdict)
         except BaseException:

@@ -34,6 +34,10 @@ class observe:
     losses say. scale: "loss" (g_n sum to `.grad`) or "sample" (N g_n for a mean).
     dtype: of the sums and results of all quantities, by default each parameter's own (under autocast too). The
     cotangents come in the types of the graph, second derivatives are taken in them, and means are read off `.grad`.
+    grad: "autograd": `.grad` is to the bit what it would have been. "rows": where a quantity forms the per-sample
+    gradients of a weight with positions (`PerSampleGrad`, `SecondMoment`, `Variance`, ...), `.grad` is their sum, equal
+    up to rounding, and autograd leaves its own product out. Hooks on parameters run as always, after the rest of the
+    pass. Where that cannot be (`inputs`, `create_graph`, torch.distributed, other modes, derived weights), autograd's.
     on_nonfinite: "raise" looks for NaN and infinity in the loss, the gradient and the loss's curvature, and for class
     indices out of range, before `backward` returns; an accelerator waits for that once. "defer" waits for nothing:
     `.grad` is then what torch makes of such a batch, and every result raises when it is read, so that none is wrong.
@@ -53,11 +57,12 @@ class observe:
         dtype: torch.dtype | None = None,
         on_nonfinite: Literal["raise", "defer"] | None = None,
         parameters: str | Sequence[str] | None = None,
+        grad: str = "autograd",
     ) -> None:
         if on_nonfinite not in ("raise", "defer", None):
             raise BadInput(f'on_nonfinite must be "raise", "defer" or None, got {on_nonfinite!r}')
         defer = None if on_nonfinite is None else on_nonfinite == "defer"
-        settings = PassSettings(samples, scale, dtype, defer=defer, parameters=parameters)
+        settings = PassSettings(samples, scale, dtype, defer=defer, parameters=parameters, grad=grad)
         self._observation = Observation(model, quantities, settings)
 
     def __enter__(self) -> Seen:

@@ -12,11 +12,13 @@ from layerwise.errors import Undefined
 from layerwise.gradient.derived import has_derived_gradient
 from layerwise.gradient.parameter import ParameterGradient, PartCollector
 from layerwise.gradient.parts import DensePart, LaterPart, Part, RowsPart
+from layerwise.gradient.row_sums import summed_weights
 from layerwise.graph.walk import Node, by_node, finished
 from layerwise.observation.backward_pass import BackwardPass
 from layerwise.observation.guards import Fingerprints
 from layerwise.tape.pull import alone, pull
 from layerwise.tape.uses import Use
+from layerwise.tensors import lazy_copy
 
 __all__ = ["SecondStage", "Stream"]
 
@@ -24,7 +26,8 @@ __all__ = ["SecondStage", "Stream"]
 class Stream:
     """Contract every parameter's gradient as soon as the cotangents of all its uses have arrived.
 
-    keeps_inputs: whether what uses hold is read after the user's backward pass.
+    keeps_inputs: whether what uses hold is read after the user's backward pass. summed: the weights whose gradient that
+    pass may leave out, for `sums` will have it.
     """
 
     def __init__(self, observed: BackwardPass, keeps_inputs: bool) -> None:
@@ -38,8 +41,21 @@ class Stream:
             self._indices = [i for i in self._indices if i not in self._second.indices]
             self._second = SecondStage(observed, [])
         self._rows_only = all(quantities[i].rows_only for i in self._indices)
-        self._collector = PartCollector(observed.tape, observed.graph.asked_uses, observed.graph.asked)
+        self.summed = self._summed_weights()
+        self.sums: dict[str, Tensor] = {}
+        graph = observed.graph
+        self._collector = PartCollector(observed.tape, graph.asked_uses, graph.asked, self.summed)
         self._received: set[int] = set()
+
+    def _summed_weights(self) -> frozenset[str]:
+        """The weights whose gradient is the sum of per-sample gradients that some quantity forms."""
+        observed = self._observed
+        forms = any(observed.quantities[i].forms_rows for i in self._indices)
+        if not (observed.sums_rows and forms and observed.layout is not None):
+            return frozenset()
+        graph = observed.graph
+        found = summed_weights(observed.tape, graph.asked_uses, observed.layout.uses)
+        return found if graph.asked is None else found & graph.asked
 
     def awaited(self) -> list[Use]:
         """The uses whose cotangents are wanted from the user's backward pass."""
@@ -79,22 +95,32 @@ class Stream:
         parts = self._observed.parts(use, g, rows_only=self._rows_only)
         self._second.hold(use, g, parts)
         for gradient in self._collector.add(use, parts):
-            _compute(self._observed, self._indices, gradient)
+            self._contract(gradient)
             if not (self._second.indices or self._keeps_inputs):
                 for part in gradient.parts:
                     if self._collector.complete(part.use):
                         part.use.release()
 
+    def _contract(self, gradient: ParameterGradient) -> None:
+        _compute(self._observed, self._indices, gradient)
+        if gradient.name in self.summed:
+            self.sums[gradient.name] = gradient.sum()
+
+    def complete(self) -> dict[str, Tensor]:
+        """Contract gradients of which some use received no cotangent, which counts as zero; copies of all `sums`."""
+        self._fingerprints.check()
+        if self._indices:
+            for gradient in self._collector.rest():
+                self._contract(gradient)
+        return {name: lazy_copy(g) for name, g in self.sums.items()}
+
     def finish(self, reached: Collection[str]) -> None:
-        """Complete the values: a use that received no cotangent counts as zero, or is refused.
+        """Complete the values, or refuse a use that received no cotangent and is the only one of its parameter.
 
         reached: the parameters that the backward pass gave a gradient.
         """
-        self._fingerprints.check()
         if not self._indices:
             return
-        for gradient in self._collector.rest():  # some of its uses received no cotangent: they contribute nothing
-            _compute(self._observed, self._indices, gradient)
         values, graph = self._observed.values, self._observed.graph
         if self._observed.tape.partial:  # `inputs=` asks for the gradients of some parameters alone
             for i in self._indices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,13 +37,16 @@ def bind(call: Call, names: tuple[str, ...], defaults: tuple[Any, ...]) -> list[
 
 def count(value: Any, tensor: Tensor) -> int:
     """How often `tensor` itself occurs in nested arguments."""
-    if value is tensor:
-        return 1
-    if isinstance(value, (tuple, list)):
-        return sum(count(v, tensor) for v in value)
-    if isinstance(value, dict):
-        return sum(count(v, tensor) for v in value.values())
-    return 0
+    found, left = 0, [value]
+    while left:
+        value = left.pop()
+        if value is tensor:
+            found += 1
+        elif isinstance(value, (tuple, list)):
+            left += value
+        elif isinstance(value, dict):
+            left += value.values()
+    return found
 
 
 def replace(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -57,6 +61,7 @@ def replace(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+@lru_cache(maxsize=2**12)
 def writes_first(func: Callable[..., Any]) -> bool:
     """Whether a torch call overwrites its first argument (`add_`, `+=`), by torch's naming rule."""
     name = getattr(func, "__name__", "")

@@ -48,6 +48,8 @@ class Slot:
         False where `input` is only the derivative of the call at the present value.
     factored: False where only `dense` is defined (the operation has no known row form).
     indexed: True where `input` gives int64 indices in place of rows.
+    by_view: True where `rows` are views of the call's arguments and of the cotangent wherever strides allow, and depend
+        on the layouts of these and on the call's other arguments alone, not on the values of any tensor.
     through_graph: True where `dense` sends cotangents through the recorded graph, which a backward pass frees.
     place: the number of the tensor among those that the call uses.
     """
@@ -60,6 +62,7 @@ class Slot:
     linear: bool = True
     factored: bool = True
     indexed: bool = False
+    by_view: bool = False
     through_graph: bool = False
     place: int = 0
 

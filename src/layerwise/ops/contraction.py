@@ -56,6 +56,8 @@ def _letter_kinds(used: Letters, others: tuple[Letters, ...], out: Letters, batc
 class ContractionSlot(Slot):
     """One operand of an einsum that is linear in it."""
 
+    by_view = True
+
     def __init__(
         self,
         used: Tensor,

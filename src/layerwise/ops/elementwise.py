@@ -26,6 +26,7 @@ class BiasSlot(Slot):
     """A vector added along one axis of the output: K = 1, O its length, the input the constant 1."""
 
     bias = True
+    by_view = True
 
     def __init__(self, used: Tensor, feature: int, axes: Sequence[int], out_shape: torch.Size) -> None:
         self.used, self.axes = used, axes
@@ -64,6 +65,7 @@ class ElementwiseSlot(Slot):
     """
 
     elementwise = True
+    by_view = True
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.ops.arguments import bind, count
+from layerwise.ops.arguments import bind
 from layerwise.ops.base import Call, Slot
 from layerwise.ops.elementwise import ElementwiseSlot, one_by_one
 
@@ -41,7 +42,8 @@ _DEFAULTS = {"training": False, "use_input_stats": True, "momentum": 0.1, "eps":
 def _normalised(kind: str, v: dict[str, Any], dtype: torch.dtype) -> Tensor:
     """The normalised input that the scale multiplies. Running statistics are read, never written."""
     x = v["input"].detach().to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    lowered = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if lowered else nullcontext():
         if kind == "layer":
             return F.layer_norm(x, v["normalized_shape"], eps=v["eps"])
         if kind == "rms":
@@ -62,7 +64,7 @@ def _norm(kind: str, names: tuple[str, ...], call: Call, argument: Tensor) -> Sl
     if bound is None:
         return None
     v = dict(zip(names, bound, strict=True))
-    if count((call.args, call.kwargs), argument) != 1:
+    if sum(1 for value in bound if value is argument) != 1:
         return None
     if kind in ("layer", "rms"):
         view = (1,) * (len(call.out_shape) - argument.ndim) + tuple(argument.shape)

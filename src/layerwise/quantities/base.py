@@ -66,6 +66,8 @@ class Quantity:
     rows_only: whether uses without row form may be passed as parts without numbers, which `covers` refuses.
     wirtinger: whether it is defined for complex parameters, with |g|² for a square (g = 2 dL/dw*, as in `.grad`).
     smaller: how to ask for less, in words, where a result is larger than its parameter.
+    forms_rows: whether `compute` forms the per-sample gradients of weights, all of them or a few at a time, so that
+        their sum costs little more.
     real_rows: whether the parts must tell which rows are real: those that a loss term which counts can reach.
     """
 
@@ -78,6 +80,7 @@ class Quantity:
     revisits: ClassVar[bool] = False
     rows_only: ClassVar[bool] = False
     wirtinger: ClassVar[bool] = False
+    forms_rows: bool = False
     real_rows: bool = False
     smaller: ClassVar[str] = "or take a smaller batch"
 

@@ -34,6 +34,7 @@ class PerSampleGrad(Quantity):
     concatenate = True
     computed_first = True  # other quantities square these gradients
     wirtinger = True
+    forms_rows = True
 
     def numbers(self, gradient: ParameterGradient) -> int:
         """V·N·P."""
@@ -80,6 +81,7 @@ class SecondMoment(Quantity):
     """
 
     wirtinger = True
+    forms_rows = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[*shape]`."""
@@ -99,6 +101,7 @@ class Variance(Quantity):
     """
 
     wirtinger = True
+    forms_rows = True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """Second moment, `[*shape]`; the mean is taken from `.grad`."""

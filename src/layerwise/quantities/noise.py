@@ -59,7 +59,7 @@ class NoiseScale(Quantity):
     wirtinger = True
 
     def __init__(self, snr: bool = True) -> None:
-        self.snr = snr
+        self.snr = self.forms_rows = snr
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """Second moment `[*shape]`, or its sum over the elements for `snr=False`; the mean is taken from `.grad`."""

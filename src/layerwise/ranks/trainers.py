@@ -25,6 +25,7 @@ __all__ = [
     "placements_of",
     "several",
     "sharded_of",
+    "started",
     "unreduced",
     "unwrapped",
     "whole_parameters",
@@ -35,7 +36,12 @@ Placements = Mapping[str, Tensor]  # parameters as DTensors
 
 def several() -> bool:
     """Whether torch.distributed runs with more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return started() and dist.get_world_size() > 1
+
+
+def started() -> bool:
+    """Whether torch.distributed runs, so that trainers may act on backward passes."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def unwrapped(model: Any) -> Any:
@@ -95,7 +101,7 @@ class GraphTrainers:
     """
 
     def __init__(self, model: Any, nodes: Iterable[Node]) -> None:
-        found: list[Any] = list(nodes) if dist.is_available() and dist.is_initialized() else []
+        found: list[Any] = list(nodes) if started() else []
         own = {id(group): group for group in _groups(model)}
         for node in found:
             if node.name() == "RegisterPostBackwardFunctionBackward":

@@ -21,6 +21,7 @@ from layerwise.rows import pieces
 from layerwise.rows.base import Rows
 from layerwise.rows.cost import ghost_is_cheaper, pairs_are_cheaper
 from layerwise.rows.pieces import chosen, chunks, concat, dims, fill, flatten_samples, in_pieces, narrow, summed
+from layerwise.tensors import without_grad
 
 __all__ = [
     "chosen", "concat", "flatten_samples", "ghost_is_cheaper", "input_gram", "narrow", "output_gram",
@@ -37,14 +38,14 @@ PANELS_FROM = 256  # below this size the panels cost more than they save
 # --- the per-sample gradient ----------------------------------------------------------------------
 
 
-@torch.no_grad()
-def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
+@without_grad
+def per_sample(rows: Rows, out: Tensor | None = None, sums: Tensor | None = None) -> Tensor:
     """Per-sample gradients of the layer's matrix, one for each cotangent.
 
     D[v,n,k,o,i] = sum_t g[v,n,t,k,o] a[n,t,k,i].
 
     Shapes: returns `[V,N,K,O,I]`, in the memory of `out` where that is given (fresh memory is what
-    this costs most). Units: those of `g` times those of `a`.
+    this costs most); their sum over v and n is added to `sums` `[K,O,I]`. Units: those of `g` times those of `a`.
     Raises: `BadInput` where the rows contradict each other or `out` has another shape.
     """
     v, n, t, k, o, i = dims(rows)
@@ -64,11 +65,14 @@ def per_sample(rows: Rows, out: Tensor | None = None) -> Tensor:
             d = tensors.empty((v, n, k, o, i), rows.g)
         else:
             d = out
-        fill(d, rows)
+        fill(d, rows, sums)
+        sums = None
+    if sums is not None:
+        sums += d.sum((0, 1))
     return d if out is None or d is out else out.copy_(d)
 
 
-@torch.no_grad()
+@without_grad
 @summed
 def total(rows: Rows) -> Tensor:
     """Gradients summed over the samples, one for each cotangent.
@@ -90,7 +94,7 @@ def total(rows: Rows) -> Tensor:
     return d
 
 
-@torch.no_grad()
+@without_grad
 def weighted_sum(rows: Rows, weights: Tensor) -> Tensor:
     """Per-sample gradients summed with one weight for each cotangent and sample.
 
@@ -112,7 +116,7 @@ def weighted_sum(rows: Rows, weights: Tensor) -> Tensor:
 # --- squares --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@without_grad
 def squared_norm(rows: Rows) -> Tensor:
     """Squared Euclidean norm of each per-sample gradient.
 
@@ -163,19 +167,20 @@ def _ghost_norm(a: Tensor, g: Tensor) -> Tensor:
     return result
 
 
-@torch.no_grad()
-def second_moment(rows: Rows) -> Tensor:
+@without_grad
+def second_moment(rows: Rows, sums: Tensor | None = None) -> Tensor:
     """Elementwise squares of the per-sample gradients, summed over samples and cotangents.
 
     sum_{v,n} D[v,n,k,o,i]². With one position it is one matrix product of squares; with many
-    cotangents it is one over pairs of positions; else D is squared chunk by chunk in reused memory.
+    cotangents it is one over pairs of positions; else D is squared chunk by chunk in reused memory. For a float input,
+    `sums` `[K,O,I]` asks for D itself, whose sum over v and n is added to it.
 
     Shapes: returns `[K,O,I]`. Raises: `BadInput` where the rows contradict each other.
     """
     v, n, t, k, o, i = dims(rows)
     if pieces.product_of(rows) is not None and not pairs_are_cheaper(v, t, o, i):
-        return _moment(rows)
-    return _second_moment(rows)
+        return _moment(rows, sums)
+    return _second_moment(rows) if sums is None else summed(partial(_moment, sums=sums))(rows)
 
 
 @summed
@@ -196,10 +201,13 @@ def _second_moment(rows: Rows) -> Tensor:
     return _moment(rows)
 
 
-def _moment(rows: Rows) -> Tensor:
+def _moment(rows: Rows, sums: Tensor | None = None) -> Tensor:
+    """The second moment; the sum of the per-sample gradients is added to `sums`."""
     _, _, _, k, o, i = dims(rows)
     result = rows.g.new_zeros(k, o, i)
     for _, low, high, d in chunks(rows):
+        if sums is not None:
+            sums += d[0] if high - low == 1 else d.sum(0)
         if high - low == 1:
             result.addcmul_(d[0], d[0])
         else:
@@ -230,7 +238,7 @@ def squares_need_rows(rows: Rows) -> bool:
     return rows.kind == "float" and t >= REREAD_FROM and direct
 
 
-@torch.no_grad()
+@without_grad
 def sum_of_squares(d: Tensor) -> Tensor:
     """Elementwise squares summed over the first axis, without a copy of it all."""
     result = torch.zeros_like(d[0]) if len(d) else d.new_zeros(d.shape[1:])
@@ -239,7 +247,7 @@ def sum_of_squares(d: Tensor) -> Tensor:
     return result
 
 
-@torch.no_grad()
+@without_grad
 def pairwise_dot(rows: Rows) -> Tensor:
     """Inner products of the per-sample gradients, for each cotangent.
 
@@ -286,7 +294,7 @@ def _ghost_dot(a: Tensor, g: Tensor) -> Tensor:
 # --- Gram matrices --------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@without_grad
 def input_gram(rows: Rows | Tensor) -> Tensor:
     """Sum of the outer products of the input rows, over samples and positions.
 
@@ -317,7 +325,7 @@ def _input_gram(rows: Rows) -> Tensor:
     return torch.bincount(rows.a.flatten(), minlength=i).to(rows.g.dtype)[None]
 
 
-@torch.no_grad()
+@without_grad
 def output_gram(g: Tensor) -> Tensor:
     """Sum of the outer products of the cotangent rows, over cotangents, samples and positions.
 

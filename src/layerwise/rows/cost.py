@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["convolution_is_cheaper", "ghost_is_cheaper", "grouped_is_cheaper", "pairs_are_cheaper"]
+__all__ = [
+    "convolution_is_cheaper",
+    "ghost_is_cheaper",
+    "grouped_is_cheaper",
+    "pairs_are_cheaper",
+    "sums_are_cheaper",
+]
 
 TRAFFIC = 12  # writing and rereading one number costs as much as this many multiply-adds
 
@@ -51,3 +57,12 @@ def convolution_is_cheaper(t: int, o: int, i: int, dim: int) -> bool:
     """
     transforms = (2 * t + 1) * dim * (3 * math.log2(max(2, dim)) + TRAFFIC)
     return transforms < o * i * (t + 3 * TRAFFIC)
+
+
+def sums_are_cheaper(t: int) -> bool:
+    """Whether adding up per-sample gradients that are in the cache costs less than a matrix product over all rows.
+
+    The product takes `t` multiply-adds for each number that the sum reads. Float32 on a CPU, one thread, from 128x128
+    to 3072x768: 0.2 to 0.6 times the product's time from 8 positions on, 1.4 times at 4.
+    """
+    return t >= 8

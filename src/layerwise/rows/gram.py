@@ -9,11 +9,12 @@ from torch import Tensor
 
 from layerwise.rows.base import Rows
 from layerwise.rows.layout import LONG_SIDE, dense_sides
+from layerwise.tensors import without_grad
 
 __all__ = ["as_matrices", "dense_grams", "written_out"]
 
 
-@torch.no_grad()
+@without_grad
 def dense_grams(chunks: Iterable[Tensor], shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of D D^T and D^T D over gradients `[..., *shape]` that come in chunks, D as `layout.dense_layout`.
 

@@ -9,11 +9,12 @@ from layerwise.rows.base import Rows
 from layerwise.rows.contract import per_sample
 from layerwise.rows.cost import TRAFFIC
 from layerwise.rows.pieces import chunks, dims, in_pieces, ranges
+from layerwise.tensors import without_grad
 
 __all__ = ["inner", "inner_by_position", "two_sided"]
 
 
-@torch.no_grad()
+@without_grad
 def inner(rows: Rows, matrices: Tensor) -> Tensor:
     """Inner products of each per-sample gradient D with Q matrices.
 
@@ -34,7 +35,7 @@ def inner(rows: Rows, matrices: Tensor) -> Tensor:
     return result
 
 
-@torch.no_grad()
+@without_grad
 def inner_by_position(rows: Rows, matrices: Tensor) -> Tensor:
     """What each position adds to `inner`: sum_{k,o} g[v,n,t,k,o] (M[q] a)[n,t,k,o].
 
@@ -54,7 +55,7 @@ def inner_by_position(rows: Rows, matrices: Tensor) -> Tensor:
     return result
 
 
-@torch.no_grad()
+@without_grad
 def two_sided(rows: Rows, left: Tensor, right: Tensor) -> Tensor:
     """Each per-sample gradient D multiplied from both sides, inputs and cotangents apart.
 

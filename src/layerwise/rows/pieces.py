@@ -202,19 +202,33 @@ def chunks(rows: Rows) -> Iterator[tuple[int, int, int, Tensor]]:
             yield w, low, high, own(rows.g[w, low:high], low, high)
 
 
-def fill(d: Tensor, rows: Rows) -> None:
-    """Write D into `[V,N,K,O,I]`, by the rows' own product or from their input a piece at a time."""
+def fill(d: Tensor, rows: Rows, sums: Tensor | None = None) -> None:
+    """Write D into `[V,N,K,O,I]`, by the rows' own product or from their input a piece at a time.
+
+    Its sum over v and n is added to `sums` `[K,O,I]`, of each piece while it is in the cache.
+    """
     if product_of(rows) is not None:
         for w, low, high, part in chunks(rows):
             d[w, low:high] = part
+            if sums is not None:
+                sums += part.sum(0)
         return
     start = 0
-    for piece in in_pieces(rows):
+    for piece in _in_chunks(rows) if sums is not None and rows.laid_out else in_pieces(rows):
         stop = start + piece.g.shape[1]
         assert piece.a is not None
         for w in range(len(d)):
             product(piece.g[w], piece.a, out=d[w, start:stop])
+            if sums is not None:
+                sums += d[w, start:stop].sum(0)
         start = stop
+
+
+def _in_chunks(rows: Rows) -> Iterator[Rows]:
+    """As many samples at a time as have their D in one chunk."""
+    _, n, _, k, o, i = dims(rows)
+    for low, high in ranges(n, k * o * i * rows.g.element_size(), rows.g):
+        yield narrow(rows, low, high - low)
 
 
 def ranges(n: int, each: int, like: Tensor) -> Iterator[tuple[int, int]]:

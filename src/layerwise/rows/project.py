@@ -19,6 +19,7 @@ from layerwise.rows.base import Rows
 from layerwise.rows.cost import convolution_is_cheaper
 from layerwise.rows.layout import MatrixLayout
 from layerwise.rows.pieces import chunks, dims, ranges
+from layerwise.tensors import without_grad
 
 __all__ = ["TensorSketch", "in_layout", "signs"]
 
@@ -98,13 +99,13 @@ class TensorSketch:
         size = self.rows.shape[1] * self.columns.shape[1]
         return self.of_gradients(torch.eye(size).to(like)[None])[0].T
 
-    @torch.no_grad()
+    @without_grad
     def of_gradients(self, g: Tensor) -> Tensor:
         """`[V,N,dim]`: sketches of per-sample gradients `[V,N,R·C]` in the parameter's own order."""
         place, sign = self._elements(self.rows[:, None], self.columns[:, None], g)
         return self._added(g * sign, place)
 
-    @torch.no_grad()
+    @without_grad
     def of_rows(self, rows: Rows, layout: MatrixLayout) -> Tensor | None:
         """`[V,N,dim]`: sketches of the per-sample gradients of rows, without those of more than a few samples at once.
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from layerwise.rows import contract
 from layerwise.rows.base import Rows
+from layerwise.tensors import without_grad
 
 __all__ = ["add_squares", "second_moment", "squares"]
 
 
-@torch.no_grad()
+@without_grad
 def second_moment(rows: Rows, weights: Tensor | None) -> Tensor:
     """sum_{v,n} w[v,n] D[v,n,k,o,i]², `[K,O,I]`; weights `[V,N]`, None: all 1."""
     if weights is None:
@@ -30,7 +30,7 @@ def second_moment(rows: Rows, weights: Tensor | None) -> Tensor:
     return result if result.dim() else rows.g.new_zeros(rows.g.shape[3], rows.g.shape[4], rows.size_in)
 
 
-@torch.no_grad()
+@without_grad
 def squares(rows: Rows, weights: Tensor | None) -> Tensor:
     """sum_v w[v,n] D[v,n,k,o,i]², `[N,K,O,I]`, one cotangent at a time; weights `[V,N]`, None: all 1."""
     _, n, _, k, o = rows.g.shape

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -150,12 +150,22 @@ def _agree(mix: Tensor, batched: Tensor | None, single: Tensor | None) -> bool:
     return bool((_combine(mix, batched) - single).abs().max() <= 1e4 * torch.finfo(batched.dtype).eps * scale)
 
 
-@contextmanager
-def alone(device: str) -> Iterator[None]:
+class alone:
     """Run the library's own computations outside the user's torch-function modes and without autocast."""
-    lowered = torch.is_autocast_enabled(device)
-    with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False) if lowered else nullcontext():
-        yield
+
+    def __init__(self, device: str) -> None:
+        self._without = torch._C.DisableTorchFunction()
+        self._whole = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
+
+    def __enter__(self) -> None:
+        if self._whole is not None:
+            self._whole.__enter__()
+        self._without.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._without.__exit__(*error)
+        if self._whole is not None:
+            self._whole.__exit__(*error)
 
 
 def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:

@@ -66,6 +66,8 @@ class Tape(LossRecord):
     crosses: whether functions without a derivative (`lw.nn.Hard`) pass on their surrogate gradients.
     whole: whether the handler keeps FSDP2's whole parameters in place while it reads the record.
     partial: whether the running backward pass was given `inputs`, and may leave out parts of the graph.
+    ordinary: whether it is torch's own, into all leaves, without a graph of the gradients (`create_graph`) and outside
+        of other modes, which would see another in its place. retain: its `retain_graph`.
     choice: where in the record an index or a mask first picked among activations; None where none did.
     spent: nodes of forgotten uses whose graph was retained, so that another backward pass may run through them.
     """
@@ -84,7 +86,8 @@ class Tape(LossRecord):
         self._constants = list(model.buffers()) if isinstance(model, nn.Module) else []
         self._on_backward = on_backward
         self._stance: contextlib.AbstractContextManager[Any] | None = None
-        self.whole, self.partial = False, False
+        self.whole, self.partial, self.ordinary = False, False, False
+        self.retain: bool | None = None
         self.spent: set[Any] = set()
         self.clear()
 
@@ -346,8 +349,9 @@ class Tape(LossRecord):
         total, weight = backward_arguments(func, args, kwargs)
         options = dict(zip(OPTIONS[func], args, strict=False)) | kwargs
         self.partial = options.get("inputs") is not None
-        retain = options.get("retain_graph")
+        retain = self.retain = options.get("retain_graph")
         retain = options.get("create_graph") if retain is None else retain
+        self.ordinary = not (self.partial or options.get("create_graph") or torch._C._len_torch_function_stack())
         nodes = [use.edge.node for use in self.uses] if retain else []
         assert self._on_backward is not None
         self._binding.check_names()

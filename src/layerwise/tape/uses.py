@@ -52,7 +52,7 @@ class Use:
     edge: gradient edge of the output. inputs: gradient edges of the data arguments, read before the call.
     batch: the tensor that the data was made from by maps that keep the samples. origin: where the rows of the data come
     from, and the data's shape; None where the data requires a gradient.
-    at: the file and line of the user's code that made the call.
+    at: the file and line of the user's code that made the call. names: those of all parameters that it depends on.
     consumers: the calls that read the output, as (function, args, kwargs without tensors).
     """
 
@@ -68,6 +68,7 @@ class Use:
         "edge",
         "index",
         "inputs",
+        "names",
         "origin",
         "output",
         "used",
@@ -86,6 +87,7 @@ class Use:
         self.index, self.at = index, called_at()
         self.call = call
         self.used = used
+        self.names = sorted(used[0].names if len(used) == 1 else used[0].names.union(*(d.names for d in used[1:])))
         self.inputs = inputs
         self.batch = batch
         self.origin: tuple[Origin, torch.Size] | None = None
@@ -155,11 +157,6 @@ class Use:
         self._released, self._slots, self._read = True, None, None
         self.call = Call(self.call.func, (), {}, self.call.out_shape)
         self.consumers.clear()
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all parameters that this call depends on."""
-        return sorted(set().union(*(d.names for d in self.used)))
 
     def __repr__(self) -> str:
         names = ", ".join(self.names[:_NAMES]) + (f" and {more} more" if (more := len(self.names) - _NAMES) > 0 else "")

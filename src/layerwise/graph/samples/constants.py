@@ -76,6 +76,7 @@ class SharedUse(Use):
         self.index, self.at, self.edge, self.inputs = index, members[0].at, edge, []
         self.call = Call(members[0].call.func, (), {}, torch.Size(shape))
         self.used = [d for use in members for d in use.used]
+        self.names = sorted(set().union(*(use.names for use in members)))
         self.batch, self.origin, self.output = members[0].batch, None, members[0].output
         self.consumers: list[Any] = []
         self._kept = self._read = None
