@@ -169,7 +169,8 @@ class CurvatureWatch:
 
     def say(self, samples: int | Tensor | None) -> None:
         """What the user says of the samples of the passes to come, each."""
-        self._observation.say(samples)
+        if self._observation is not None:
+            self._observation.say(samples)
 
     def forget_passes(self) -> None:
         """Drop the passes so far, but not what was recorded for those to come."""
