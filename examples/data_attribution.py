@@ -44,7 +44,7 @@ def main(argv=None):
     said = torch.tensor([characters.index(c) for c in args.sentence if c in characters][: LENGTH + 1])
     query = [(said[None, :-1], said[None, 1:])]
     loader = [(part[:, :-1], part[:, 1:]) for part in rows.split(64)]
-    influence = lw.attribution.Influence(model, token_loss, r"blocks\..*linear\d\.(weight|bias)").fit(loader)
+    influence = lw.attribution.Influence(model, token_loss, "blocks.*.linear?").fit(loader)
     scores, best = influence.top(query, loader, k=10)
     tokens = influence.per_token(query, [(rows[best[0], :-1], rows[best[0], 1:])])[0][0]  # [10, LENGTH]
     words = ["".join(characters[c] for c in row) for row in rows[best[0], 1:].tolist()]
