@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -70,17 +70,39 @@ class NormBall:
         return centre + (self.nearest(matrix / size) * size).view_as(change)
 
 
-@dataclass(frozen=True)
-class FrobeniusNorm(NormBall):
-    """The l2 ball of a whole weight: `vertex(G) = G/‖G‖`, normalized gradient descent."""
+class _LengthBall(NormBall):
+    """The largest l2 norm of the parts of a matrix `[K,O,I]` that run over some of its dimensions."""
+
+    _over: ClassVar[tuple[int, ...]]
 
     def vertex(self, g: Tensor) -> Tensor:
-        """`G/‖G‖`."""
-        return _unit(g, (0, 1, 2))
+        """`G/‖G‖`, each part at length 1."""
+        return _unit(g, self._over)
 
     def nearest(self, change: Tensor) -> Tensor:
-        """`D/max(1, ‖D‖)`."""
-        return _shrunk(change, (0, 1, 2))
+        """`D/max(1, ‖D‖)`, each part."""
+        return change / torch.linalg.vector_norm(change, dim=self._over, keepdim=True).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class FrobeniusNorm(_LengthBall):
+    """The l2 ball of a whole weight: `vertex(G) = G/‖G‖`, normalized gradient descent."""
+
+    _over: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class RowNorm(_LengthBall):
+    """The largest l2 norm of a row, the weights into one output: `vertex(G)` has every row of G at length 1."""
+
+    _over: ClassVar[tuple[int, ...]] = (2,)
+
+
+@dataclass(frozen=True)
+class ColumnNorm(_LengthBall):
+    """The largest l2 norm of a column, the weights out of one input: `vertex(G)` has every column at length 1."""
+
+    _over: ClassVar[tuple[int, ...]] = (1,)
 
 
 @dataclass(frozen=True)
@@ -94,32 +116,6 @@ class MaxNorm(NormBall):
     def nearest(self, change: Tensor) -> Tensor:
         """Elements clipped to [−1, 1]."""
         return change.clamp(-1, 1)
-
-
-@dataclass(frozen=True)
-class RowNorm(NormBall):
-    """The largest l2 norm of a row, the weights into one output: `vertex(G)` has every row of G at length 1."""
-
-    def vertex(self, g: Tensor) -> Tensor:
-        """`G[o]/‖G[o]‖`."""
-        return _unit(g, (2,))
-
-    def nearest(self, change: Tensor) -> Tensor:
-        """`D[o]/max(1, ‖D[o]‖)`."""
-        return _shrunk(change, (2,))
-
-
-@dataclass(frozen=True)
-class ColumnNorm(NormBall):
-    """The largest l2 norm of a column, the weights out of one input: `vertex(G)` has every column at length 1."""
-
-    def vertex(self, g: Tensor) -> Tensor:
-        """`G[:,i]/‖G[:,i]‖`."""
-        return _unit(g, (1,))
-
-    def nearest(self, change: Tensor) -> Tensor:
-        """`D[:,i]/max(1, ‖D[:,i]‖)`."""
-        return _shrunk(change, (1,))
 
 
 @dataclass(frozen=True)
@@ -200,7 +196,3 @@ def _unit(g: Tensor, dims: tuple[int, ...]) -> Tensor:
     most = g.abs().amax(dims, keepdim=True)
     scaled = g / torch.where(most > 0, most, 1)
     return scaled / torch.linalg.vector_norm(scaled, dim=dims, keepdim=True).clamp_min(1)
-
-
-def _shrunk(change: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return change / torch.linalg.vector_norm(change, dim=dims, keepdim=True).clamp_min(1)
