@@ -120,6 +120,14 @@ class Verdict:
             self._error = type(error), error.args
             raise
 
+    def reason(self, kind: type[Exception]) -> str | None:
+        """As `read`, with the words of an error of this kind in place of raising it; None where all is well."""
+        try:
+            self.read()
+        except kind as error:
+            return str(error)
+        return None
+
 
 def as_real(x: Tensor) -> Tensor:
     """A complex tensor with its two parts as a last axis, `[*shape, 2]`; a real one as it is."""

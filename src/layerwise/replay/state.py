@@ -46,11 +46,7 @@ class Buffers:
             return None
         verdict = Verdict()
         self.ask(verdict)
-        try:
-            verdict.read()
-        except NonFinite as error:
-            return str(error)
-        return None
+        return verdict.reason(NonFinite)
 
     @torch.no_grad()
     def ask(self, verdict: Verdict) -> None:

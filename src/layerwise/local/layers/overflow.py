@@ -30,11 +30,7 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     """
     verdict = Verdict()
     ask_safe(verdict, recorded, gamma)
-    try:
-        verdict.read()
-    except NonFinite as error:
-        return str(error)
-    return None
+    return verdict.reason(NonFinite)
 
 
 @torch.no_grad()

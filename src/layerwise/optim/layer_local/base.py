@@ -141,11 +141,7 @@ def solved(
 def _read(verdict: Verdict, snapshot: Snapshot) -> str | None:
     """The first bad tensor of a batch and of its solution, in one wait."""
     snapshot.ask(verdict)
-    try:
-        verdict.read()
-    except NonFinite as error:
-        return str(error)
-    return None
+    return verdict.reason(NonFinite)
 
 
 def _nothing() -> None:

@@ -143,11 +143,7 @@ def bad_step(verdict: Verdict, after: Sequence[Tensor]) -> str | None:
 
     for _, largest in largest_entries({str(i): t for i, t in enumerate(after)}):
         verdict.ask(largest, judge)
-    try:
-        verdict.read()
-    except NonFinite as error:
-        return str(error)
-    return None
+    return verdict.reason(NonFinite)
 
 
 def descend(
@@ -213,16 +209,12 @@ def unsafe(watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str
     """The first reason not to step on a batch, or None."""
     if watched.bad is not None:
         return watched.bad
-    try:
-        for asked in (_ask_gradient(watched, grads, damping), _ask_curvature(watched)):
-            verdict = Verdict()
-            for values, judge in asked:
-                verdict.ask(values, judge)
-            verdict.read()
-            if watched.suspect is not None:
-                return watched.suspect
-    except NonFinite as error:
-        return str(error)
+    for asked in (_ask_gradient(watched, grads, damping), _ask_curvature(watched)):
+        verdict = Verdict()
+        for values, judge in asked:
+            verdict.ask(values, judge)
+        if (where := verdict.reason(NonFinite) or watched.suspect) is not None:
+            return where
     return None
 
 
