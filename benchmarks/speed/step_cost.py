@@ -68,7 +68,7 @@ def ours(library: ModuleType) -> dict[str, Build]:
         "LocoProp-S": lambda model: library.LocoProp(model, loss="squared"),
         "LocoProp-S, all rows": lambda model: library.LocoProp(model, loss="squared", rows="all"),
         "AltMin (Adam)": library.AltMin,
-        "AltMin (SGD)": lambda model: library.AltMin(model, weights="sgd"),
+        "AltMin (SGD)": lambda model: library.AltMin(model, weights="sgd", lr=1e-3),
         "AltMin (memory)": lambda model: library.AltMin(model, weights="memory"),
         "AltMin (sweep)": lambda model: library.AltMin(model, codes="sweep"),
         "KFAC, no factors due": kfac(NEVER, NEVER),
