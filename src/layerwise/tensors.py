@@ -144,7 +144,7 @@ def _one(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
 
 
-@torch.no_grad()
+@without_grad
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity: one call and one wait for each device.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.losses.gradient_scalers import GradientsLeft
 from layerwise.replay.state import Buffers
-from layerwise.tensors import all_finite, dense
+from layerwise.tensors import all_finite, dense, without_grad
 
 __all__ = ["Recorder", "Recording", "Samples", "factor_left", "holds_no_gradient", "withhold"]
 
@@ -23,7 +23,7 @@ def holds_no_gradient(params: Iterable[Tensor]) -> bool:
     return not any(p.grad is not None and bool((p.grad != 0).any()) for p in params)
 
 
-@torch.no_grad()
+@without_grad
 def withhold(params: Iterable[Tensor], left: GradientsLeft | None) -> None:
     """Leave an outer optimizer no gradient of a batch that is skipped: None in `.grad`.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import Verdict, largest_entries, random_states_of, set_random_states
+from layerwise.tensors import Verdict, largest_entries, random_states_of, set_random_states, without_grad
 
 __all__ = [
     "Buffers", "Gradients", "RandomState", "RunState", "check_loss", "put_random_states", "random_states", "seed_of",
@@ -39,7 +39,7 @@ class Buffers:
         buffers = model.named_buffers() if isinstance(model, nn.Module) else ()
         self._values = [(name, b, b.clone()) for name, b in buffers if b.is_floating_point() or not b.dim()]
 
-    @torch.no_grad()
+    @without_grad
     def spoiled(self) -> str | None:
         """The name of the first buffer that holds NaN or infinity now and did not in the snapshot, or None."""
         if not self._values:
@@ -48,7 +48,7 @@ class Buffers:
         self.ask(verdict)
         return verdict.reason(NonFinite)
 
-    @torch.no_grad()
+    @without_grad
     def ask(self, verdict: Verdict) -> None:
         """As `spoiled`, when the verdict is read; NonFinite then holds the name."""
         floats = {name: (b, value) for name, b, value in self._values if b.is_floating_point()}
@@ -61,7 +61,7 @@ class Buffers:
         for names, largest in largest_entries({name: b for name, (b, _) in floats.items()}):
             verdict.ask(largest, partial(judge, names))
 
-    @torch.no_grad()
+    @without_grad
     def put_back(self) -> None:
         """Restore the buffers that have changed."""
         for _, buffer, value in self._values:
@@ -78,7 +78,7 @@ class Gradients:
             (p, p.grad, None if p.grad is None or not values else p.grad.detach().clone()) for p in parameters
         ]
 
-    @torch.no_grad()
+    @without_grad
     def put_back(self) -> None:
         """Restore the same `.grad` tensors, and their contents where copied."""
         for p, grad, value in self._grads:

@@ -6,6 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -171,9 +172,15 @@ def _unchanged(kept: tuple[Tensor, int] | None) -> Tensor | None:
 def _users_frame() -> tuple[int, FrameType]:
     """The frame of the user's code that runs now, and its level above the function that calls this."""
     level, frame = 0, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INTERNAL:
+    while frame.f_back is not None and _is_internal(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
     return level, frame
+
+
+@cache
+def _is_internal(module: str) -> bool:
+    """Whether code of a module is not the user's."""
+    return module.split(".")[0] in _INTERNAL
 
 
 def called_at() -> tuple[str, int]:

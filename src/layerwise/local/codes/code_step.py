@@ -22,6 +22,7 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.operators.ridge import ridge
 from layerwise.replay.coded import CodedModel
+from layerwise.tensors import without_grad
 
 __all__ = ["CodeStep", "Terms", "code_energy", "sweep"]
 
@@ -135,7 +136,7 @@ def _descended(
     return code
 
 
-@torch.no_grad()
+@without_grad
 def _closed(
     coded: CodedModel, codes: Mapping[int, Tensor], index: int, readers: tuple[Sequence[int], bool], terms: Terms,
     step: CodeStep,

@@ -20,6 +20,7 @@ from layerwise.operators.ridge import ridge
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
+from layerwise.tensors import without_grad
 
 __all__ = ["damped_cotangents", "pulled_roots"]
 
@@ -45,7 +46,7 @@ def damped_cotangents(
     return replace(recorded, cotangents=cotangents)
 
 
-@torch.no_grad()
+@without_grad
 def _damped(g: Tensor, columns: Tensor, samples: Samples | RowNumbers, gamma: float) -> Tensor:
     """The damped cotangent; NaN where the solve fails, so that the batch is skipped."""
     rows = _by_sample(g[None], samples)  # [N,1,F]

@@ -24,6 +24,7 @@ from layerwise.ops.base import Call, Slot
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
+from layerwise.tensors import without_grad
 
 __all__ = ["Layer", "layers_of", "over_passes", "shaped"]
 
@@ -121,7 +122,7 @@ class Layer:
         """The output `[*out_shape]`; recomputed where it was overwritten in place."""
         return self.again() if self.value is None else self.value
 
-    @torch.no_grad()
+    @without_grad
     def again(self) -> Tensor:
         """The call's output at the present weights."""
         args = self.call.args

@@ -13,7 +13,7 @@ from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded
 from layerwise.local.problem import contract
 from layerwise.tape.uses import first_bad_call
-from layerwise.tensors import Verdict, is_finite
+from layerwise.tensors import Verdict, is_finite, without_grad
 
 __all__ = ["ask_safe", "first_bad_call", "unsafe"]
 
@@ -21,7 +21,7 @@ __all__ = ["ask_safe", "first_bad_call", "unsafe"]
 MARGIN = 1e3
 
 
-@torch.no_grad()
+@without_grad
 def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     """The first tensor that forbids a step, in words, or None.
 
@@ -33,7 +33,7 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     return verdict.reason(NonFinite)
 
 
-@torch.no_grad()
+@without_grad
 def ask_safe(verdict: Verdict, recorded: Recorded, gamma: Callable[[str], float]) -> None:
     """As `unsafe`, when the verdict is read; NonFinite then holds the words."""
 

@@ -23,7 +23,7 @@ from layerwise.losses.gradient_scalers import GradientsLeft
 from layerwise.replay.state import check_loss
 from layerwise.tape.pull import OnePass, accumulated, differentiated, hooked, pull
 from layerwise.tape.tape import Tape
-from layerwise.tensors import dense, is_finite
+from layerwise.tensors import dense, is_finite, without_grad
 
 __all__ = ["Recorded", "RunRecorder", "dense", "problem_of", "pulled", "record", "refreshed"]
 
@@ -259,7 +259,7 @@ def _fill(layers: list[Layer], cotangents: dict[int, Tensor]) -> None:
                     cotangents[part.use.index] = layer.parameter.new_zeros(part.use.call.out_shape)
 
 
-@torch.no_grad()
+@without_grad
 def problem_of(
     recorded: Recorded, layer: Layer, gamma: float, transfer: Transfer, target: Target | None = None,
     terms: tuple[Term, ...] = (),

@@ -11,13 +11,14 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient, refuse_ball
 from layerwise.operators.ridge import ridge
+from layerwise.tensors import without_grad
 
 __all__ = ["Side", "inputs_with_ones", "largest_curvature", "prox_step", "residual", "spectral_step"]
 
 Side = Literal["auto", "inputs", "rows"]
 
 
-@torch.no_grad()
+@without_grad
 def prox_step(problem: LocalProblem, side: Side = "auto") -> tuple[Tensor, Tensor | None]:
     """The exact minimiser of the squared local problem with its quadratic terms, as `(ΔW, Δb)`.
 
@@ -48,7 +49,7 @@ def prox_step(problem: LocalProblem, side: Side = "auto") -> tuple[Tensor, Tenso
     return _split(problem, -ridge(a.mT @ a, right if m is None else right + m, c))
 
 
-@torch.no_grad()
+@without_grad
 def spectral_step(problem: LocalProblem, rates: Sequence[float], side: Side = "auto") -> tuple[Tensor, Tensor | None]:
     """Gradient descent on the squared local problem after `len(rates)` steps, as `(ΔW, Δb)`.
 
@@ -76,7 +77,7 @@ def spectral_step(problem: LocalProblem, rates: Sequence[float], side: Side = "a
     return _split(problem, moved)
 
 
-@torch.no_grad()
+@without_grad
 def largest_curvature(problem: LocalProblem) -> Tensor:
     """The largest eigenvalue of `AᵀA + c I` over the groups, with a bias as an input of 1."""
     if _diagonal(problem):

@@ -8,6 +8,7 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, contract, local_gradient
 from layerwise.local.solvers.steps import Schedule
+from layerwise.tensors import without_grad
 
 __all__ = ["conditional_gradient", "harmonic"]
 
@@ -17,7 +18,7 @@ def harmonic(t: int, steps: int) -> float:
     return 2 / (t + 2)
 
 
-@torch.no_grad()
+@without_grad
 def conditional_gradient(problem: LocalProblem, steps: int, schedule: Schedule) -> tuple[Tensor, Tensor | None]:
     """T steps towards the vertices of the problem's ball where its linear part is least, as `(ΔW, Δb)`.
 

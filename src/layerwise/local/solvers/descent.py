@@ -15,6 +15,7 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, contract, local_gradient, local_loss, predict, product, refuse_ball
 from layerwise.local.solvers.closed import largest_curvature
+from layerwise.tensors import without_grad
 
 __all__ = ["anderson", "conjugate_gradient", "newton"]
 
@@ -96,7 +97,7 @@ def _solve(curvature: Callable[[Tensor], Tensor], g: Tensor, iterations: int, to
     return x
 
 
-@torch.no_grad()
+@without_grad
 def conjugate_gradient(problem: LocalProblem, iterations: int = 50, tol: float = 1e-6) -> Update:
     """The squared local problem's minimiser by conjugate gradient on its normal equations, as `(ΔW, Δb)`.
 
@@ -115,7 +116,7 @@ def conjugate_gradient(problem: LocalProblem, iterations: int = 50, tol: float =
     return flat.split(_solve(flat.curvature(start), flat.gradient(start), iterations, tol))
 
 
-@torch.no_grad()
+@without_grad
 def newton(
     problem: LocalProblem, iterations: int = 10, damping: float = 0.0, inner: int = 50, tol: float = 1e-8
 ) -> Update:
@@ -152,7 +153,7 @@ def newton(
     return flat.split(x)
 
 
-@torch.no_grad()
+@without_grad
 def anderson(problem: LocalProblem, steps: int = 20, memory: int = 5, tol: float = 1e-8) -> Update:
     """Gradient descent at the rate 1/L, extrapolated from its last `memory` steps, as `(ΔW, Δb)`.
 

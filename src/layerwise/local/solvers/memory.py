@@ -14,7 +14,7 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.local.problem import LocalProblem, pull_gradient, refuse_ball
 from layerwise.local.solvers.closed import inputs_with_ones, residual
 from layerwise.operators.ridge import coordinate_descent, inverse, ridge
-from layerwise.tensors import is_finite
+from layerwise.tensors import is_finite, without_grad
 
 __all__ = ["Memory", "mairal", "moments_misfit"]
 
@@ -104,7 +104,7 @@ class Memory:
         """`(ΔW, Δb)` from this batch alone."""
         return self.step(problem, {})
 
-    @torch.no_grad()
+    @without_grad
     def step(self, problem: LocalProblem, state: dict[str, Any], l1: float = 0.0, rate: float = 1.0) -> Update:
         """`(ΔW, Δb)`; replaces entries of the state, never in place.
 

@@ -18,6 +18,7 @@ from layerwise.local.solvers.steps import Owned, StepPlan, local_steps, taken_st
 from layerwise.local.solvers.tf_rmsprop import RMSPropStep, TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, Solver
 from layerwise.local.solvers.workspace import Workspace
+from layerwise.tensors import without_grad
 
 __all__ = ["Task", "pickled", "solve", "solve_pickled", "solve_together", "take_result"]
 
@@ -44,7 +45,7 @@ class Task:
     kind: Any = None
 
 
-@torch.no_grad()
+@without_grad
 def solve(task: Task, workspace: Workspace | None = None) -> None:
     """Move the parameters of a task. Raises BadInput where a solver's result does not fit them."""
     problem, solver = task.problem, task.solver
@@ -85,7 +86,7 @@ def _forget(task: Task, solver: LocalSteps) -> None:
             task.optimizer.state.pop(p, None)
 
 
-@torch.no_grad()
+@without_grad
 def solve_together(tasks: Sequence[Task], workspaces: Sequence[Workspace]) -> None:
     """As `solve` for each task; all that take local steps by TFRMSProp step side by side, in fewer launches.
 
@@ -167,7 +168,7 @@ def solve_pickled(content: bytes) -> bytes:
     return pickle.dumps((params, states, found["memory"]))
 
 
-@torch.no_grad()
+@without_grad
 def take_result(task: Task, result: bytes) -> None:
     """Put a result of `solve_pickled` into the task's parameters and their state."""
     params, states, memory = pickle.loads(result)

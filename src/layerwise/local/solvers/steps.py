@@ -14,6 +14,7 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient
 from layerwise.local.solvers.workspace import Workspace
+from layerwise.tensors import without_grad
 
 __all__ = [
     "Owned", "Schedule", "StepPlan", "constant", "linear_floor", "linear_steps", "local_steps",
@@ -86,7 +87,7 @@ class Owned(NamedTuple):
     fold: Callable[[Tensor], Tensor] | None = None
 
 
-@torch.no_grad()
+@without_grad
 def local_steps(
     problem: LocalProblem,
     optimizer: torch.optim.Optimizer,
@@ -145,7 +146,7 @@ def taken_steps(
                 now.copy_(problem.ball.projected(now, start))  # type: ignore[union-attr]
 
 
-@torch.no_grad()
+@without_grad
 def linear_steps(
     p: Tensor, g: Tensor, optimizer: torch.optim.Optimizer, steps: int, *, schedule: Schedule = linear_floor
 ) -> None:

@@ -17,6 +17,7 @@ from layerwise.local.layers.record import Recorded, record
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.values import Solver
 from layerwise.optim.keywords import Keywords, refuse_unknown
+from layerwise.optim.layer_local.base import Fitting
 from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes, with_coupling
 from layerwise.optim.layer_local.coding import (
     coded_layers,
@@ -34,6 +35,7 @@ from layerwise.optim.layer_local.updates import CodeKind, CodeUpdate, Minibatch,
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import without_grad
 
 __all__ = ["KEYWORDS", "AltMin", "AltMinWords"]
 
@@ -166,9 +168,14 @@ class AltMin(FittedToCodes):
         samples: int | Tensor | None = None,
         refit: bool = False,
     ) -> tuple[Tensor, str | None]:
-        """Record a run with codes, and fit the layers to them; roll back where a solution is not finite."""
-        fitter, coded = self._fitter, self._record(closure, samples)
-        run, fitting = coded.run, self._fitting(coded.run, samples)
+        """Record a run with codes, and fit the layers to them."""
+        coded = self._record(closure, samples)
+        return self._fit(coded, self._fitting(coded.run, samples), buffers, refit)
+
+    @without_grad
+    def _fit(self, coded: Coded, fitting: Fitting, buffers: Buffers, refit: bool) -> tuple[Tensor, str | None]:
+        """Fit the layers to their codes; roll back where a solution is not finite."""
+        fitter, run = self._fitter, coded.run
         where, verdict = self._safe(run, partial(fitter.gamma, fitting), buffers, fitter.solvers(fitting))
         if where is not None:
             return run.loss, where

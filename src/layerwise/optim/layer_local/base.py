@@ -28,7 +28,7 @@ from layerwise.optim.saved_state import non_finite
 from layerwise.ranks.group import facts_of
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import Verdict
+from layerwise.tensors import Verdict, without_grad
 
 __all__ = ["Fitting", "LayerLocal", "check_common", "solved"]
 
@@ -76,7 +76,7 @@ class Fitting:
             group.update(settings if mine is owner else rates(mine)[1])
         return kind, optimizer
 
-    @torch.no_grad()
+    @without_grad
     def term(self, layer: Layer, regularizer: Regularizer, gamma: float) -> Term:
         """A regularizer's term for a layer; updates the running averages that it asks for."""
         matrix = layer.matrix()

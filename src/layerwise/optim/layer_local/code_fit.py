@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
@@ -44,7 +43,7 @@ from layerwise.optim.layer_local.updates import (
 from layerwise.optim.saved_state import Fit
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import Verdict
+from layerwise.tensors import Verdict, without_grad
 
 __all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes", "with_coupling"]
 
@@ -266,7 +265,7 @@ class CodeFitter:
         updates = {layer.name: self._update(fitting, layer) for layer in layers}
         return fitting.snapshot(layers, {name for name, update in updates.items() if isinstance(update.solver, Memory)})
 
-    @torch.no_grad()
+    @without_grad
     def _raised_multipliers(self, layers: Sequence[Layer], codes: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
         """`u + c − W a`, with the weights after their update."""
         if self.multipliers is None:

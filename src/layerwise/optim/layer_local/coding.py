@@ -25,7 +25,7 @@ from layerwise.optim.base import refuse_unreached
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import check_loss
 from layerwise.tape.tape import Tape
-from layerwise.tensors import dense, is_finite
+from layerwise.tensors import dense, is_finite, without_grad
 
 __all__ = [
     "coded_layers",
@@ -64,7 +64,7 @@ def gauss_newton(
     return damped_cotangents(plain, pulled_roots(model, plain, loss, samples), lambda name: gamma(plain, name)), plain
 
 
-@torch.no_grad()
+@without_grad
 def weight_gradients(run: Recorded) -> dict[str, Tensor]:
     """The gradients of the layers' weights by name, from the cotangents of a run."""
     found = {}
@@ -75,7 +75,7 @@ def weight_gradients(run: Recorded) -> dict[str, Tensor]:
     return found
 
 
-@torch.no_grad()
+@without_grad
 def sparse(recorded: Recorded, gamma: Callable[[str], float], threshold: Callable[[Layer], float]) -> Recorded:
     """The run with codes soft-thresholded: `c = S(z − γ g, λ/μ)`. threshold: λ/μ of a layer, 0 for none."""
     cotangents = dict(recorded.cotangents)

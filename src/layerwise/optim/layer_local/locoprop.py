@@ -47,6 +47,7 @@ from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import named_parameters_of
+from layerwise.tensors import without_grad
 
 __all__ = ["LocoProp"]
 
@@ -205,6 +206,7 @@ class LocoProp(LayerLocal):
     def _attempt_recorded(self, recorder: RunRecorder, buffers: Buffers) -> tuple[Tensor, str | None]:
         return self._fit(recorder, recorder.run(), None, buffers)
 
+    @without_grad
     def _fit(
         self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers
     ) -> tuple[Tensor, str | None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import NonFinite
-from layerwise.tensors import Verdict, all_finite, largest_entries
+from layerwise.tensors import Verdict, all_finite, largest_entries, without_grad
 
 __all__ = ["Backups", "Snapshot"]
 
@@ -24,7 +24,7 @@ class Backups:
         self._forms: list[Any] = []
         self._copies: list[Tensor] = []
 
-    @torch.no_grad()
+    @without_grad
     def of(self, tensors: list[Tensor]) -> list[Tensor]:
         """Copies of tensors, valid until the next call."""
         forms = [(t.shape, t.dtype, t.device) for t in tensors]
@@ -102,7 +102,7 @@ class Snapshot:
                     found.append(value)
         return found
 
-    @torch.no_grad()
+    @without_grad
     def put_back(self) -> None:
         """Restore parameters and state."""
         for t, value in zip(self._live, self._copies, strict=True):
@@ -112,7 +112,7 @@ class Snapshot:
             if before is not None:
                 self._state[p] = before
 
-    @torch.no_grad()
+    @without_grad
     def as_gradients(self, factor: float = 1.0) -> Callable[[], None]:
         """What restores the parameters and writes their movement `old − new`, times a factor, into `.grad`."""
         params = [p.detach() for _, p in self._params]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, predict
+from layerwise.tensors import without_grad
 
 __all__ = ["Trace"]
 
@@ -82,7 +82,7 @@ class Trace:
     def _series(self) -> list[Series]:
         return [self.displacement, self.violation, self.cosine, self.drift]
 
-    @torch.no_grad()
+    @without_grad
     def noted(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], slopes: Mapping[str, Tensor],
         problems: Mapping[str, tuple[LocalProblem, Tensor, bool]],

@@ -19,6 +19,7 @@ from layerwise.operators.low_rank import ThinInverse
 from layerwise.operators.ridge import inverse
 from layerwise.operators.thin_block import thin_block
 from layerwise.rows.layout import MatrixLayout
+from layerwise.tensors import without_grad
 
 __all__ = [
     "FORMS",
@@ -180,7 +181,7 @@ class Inverse(NamedTuple):
     kept: bool = False
 
 
-@torch.no_grad()
+@without_grad
 def invert(name: str, block: Block, damping: float, form: str, last: Inverse | None = None) -> Inverse:
     """The damped inverse, with fallbacks that never raise and never give NaN.
 

@@ -35,7 +35,7 @@ from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.pull import alone
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import Verdict, all_finite, dense, is_finite
+from layerwise.tensors import Verdict, all_finite, dense, is_finite, without_grad
 
 __all__ = ["CurvatureOptimizer"]
 
@@ -211,7 +211,7 @@ class CurvatureOptimizer(NamedOptimizer):
     def _tell(self, error: BaseException) -> None:
         self.preconditioner.exchange.fail(error)
 
-    @torch.no_grad()
+    @without_grad
     def _move(self, run: _Run, verdict: Verdict | None) -> str | None:
         before, dampings = self.preconditioner.snapshot(), [group["damping"] for group in self.param_groups]
         named = run.named

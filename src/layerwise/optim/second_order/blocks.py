@@ -26,6 +26,7 @@ from layerwise.optim.second_order.averages import (
 from layerwise.optim.second_order.exchange import RankExchange
 from layerwise.optim.second_order.measured import KINDS
 from layerwise.optim.second_order.settings import described
+from layerwise.tensors import without_grad
 
 __all__ = ["Blocks", "misfits"]
 
@@ -95,7 +96,7 @@ class Blocks:
                 made[name] = invert(name, block, much, its, inverses.get(name))
         return replace(self, averages=averages, inverses=inverses | exchange.inverses(wanted, made, inverses))
 
-    @torch.no_grad()
+    @without_grad
     def precondition(self, grads: Mapping[str, Tensor], exchange: RankExchange) -> dict[str, Tensor]:
         """Gradients by parameter name, multiplied by the inverses; those without an inverse unchanged."""
         out = dict(grads)

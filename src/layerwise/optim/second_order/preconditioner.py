@@ -34,7 +34,7 @@ from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, 
 from layerwise.quantities.base import Quantity
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import dense
+from layerwise.tensors import dense, without_grad
 
 __all__ = ["Preconditioner", "is_due"]
 
@@ -218,7 +218,7 @@ class Preconditioner:
     def _damping_of(self, name: str) -> float:
         return self.damping
 
-    @torch.no_grad()
+    @without_grad
     def _step(self) -> bool:
         batch, self._batch = self._batch, None
         if batch is None:
@@ -268,7 +268,7 @@ class Preconditioner:
         """Values linear in the loss, from this rank's batch to the whole batch over ranks; a collective."""
         return self.exchange.total(values, watched.weight)
 
-    @torch.no_grad()
+    @without_grad
     def advance(self, watched: Watched, damping: Callable[[str], float]) -> None:
         """Update the averages with a batch, compute the inverses that are due, and count the step."""
         blocks, new = self.blocks, watched.blocks

@@ -31,7 +31,7 @@ from layerwise.tape.modes import PassWatch
 from layerwise.tape.pull import alone, differentiated
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use, first_bad_call, named_parameters_of
-from layerwise.tensors import dense, is_finite
+from layerwise.tensors import dense, is_finite, without_grad
 
 __all__ = [
     "NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "WatchedBatch",
@@ -317,7 +317,7 @@ class WatchedBatch:
         return self._watch.unscaled(grads)
 
 
-@torch.no_grad()
+@without_grad
 def _spoil(params: Mapping[str, Tensor]) -> None:
     """Put NaN into `.grad`, where a gradient scaler looks for it, to skip the step and to lower its factor."""
     for p in params.values():
