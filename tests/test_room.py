@@ -19,6 +19,12 @@ from layerwise.observation import guards
 N, HEAD = 5, 40
 
 
+@pytest.fixture(autouse=True)
+def small_results_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nets of these tests are smaller than what an observation grants unread."""
+    monkeypatch.setattr(guards, "_UNREAD", 0)
+
+
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, HEAD)).double()
@@ -111,6 +117,9 @@ def test_free_memory_is_read_again_when_as_much_was_asked_for(monkeypatch: pytes
     monkeypatch.setattr(guards, "_GRANTED", 0)
     observe(net(), lw.PerSampleGrad())
     assert len(readings) == 1 + 5  # each of the parameters
+    monkeypatch.setattr(guards, "_UNREAD", 8 * N * sum(p.numel() for p in net().parameters()))
+    observe(net(), lw.PerSampleGrad())
+    assert len(readings) == 1 + 5  # as much is granted unread
 
 
 def test_an_unknown_device_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

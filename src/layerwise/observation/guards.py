@@ -40,6 +40,7 @@ __all__ = [
 
 _THE_LOSS = ""  # no parameter is called so
 _GRANTED = 2**27  # bytes of results between two readings of what is free
+_UNREAD = 2**24  # bytes of results of one pass before the first: reading costs as much as a small model's layer
 
 
 class Fingerprints:
@@ -79,7 +80,8 @@ def _fingerprint(g: Tensor) -> Tensor:
 class Room:
     """Refuses results that do not fit into the memory of the device that they would be on.
 
-    What is free is read whenever as much as the last reading granted was asked for, at most `_GRANTED` bytes at once.
+    What is free is read whenever as much as the last reading granted was asked for, at most `_GRANTED` bytes at once;
+    the first `_UNREAD` bytes are granted without.
     """
 
     def __init__(self) -> None:
@@ -92,7 +94,7 @@ class Room:
         """
         numbers = quantity.numbers(gradient)
         size = numbers * (like.dtype if dtype is None else dtype).itemsize
-        if size > self._left.get(like.device, 0):
+        if size > self._left.setdefault(like.device, _UNREAD):
             free = free_memory(like.device)
             if free is not None and size > free:
                 raise Undefined(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os.path
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -191,7 +191,7 @@ def called_at() -> tuple[str, int]:
 
 def place(at: tuple[str, int]) -> str:
     """A file and line in words; nothing where there is none."""
-    return f" (line {at[1]} of {Path(at[0]).name})" if at[0] else ""
+    return f" (line {at[1]} of {os.path.basename(at[0])})" if at[0] else ""
 
 
 class LossUse(NamedTuple):
