@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -111,13 +112,13 @@ class Run:
         return F.cross_entropy(self.model(self.x), self.y)
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "KFAC": lw.optim.KFAC,
     "DiagNewton": lw.optim.DiagNewton,
     "LocoProp": lw.LocoProp,
     "AltMin": lw.AltMin,
-    "AltMin memory": lambda model: lw.AltMin(model, weights="memory"),
-    "AltMin sweep": lambda model: lw.AltMin(model, codes="sweep"),
+    "AltMin memory": partial(lw.AltMin, weights="memory"),
+    "AltMin sweep": partial(lw.AltMin, codes="sweep"),
 }
 
 
@@ -304,6 +305,26 @@ def test_a_pass_that_waits() -> None:
 )
 def test_how_often_a_step_waits(name: str, most: int) -> None:
     assert stepped(3, OPTIMIZERS[name]).synchronisations <= most
+
+
+DEFERRED = ("KFAC", "DiagNewton", "LocoProp")
+
+
+@pytest.mark.parametrize("name", DEFERRED)
+def test_a_deferred_step_waits_for_nothing(name: str) -> None:
+    """Also not where it is bad; then the device has taken it back, to the bit."""
+    model, loss = deep(3)
+    optimizer = OPTIMIZERS[name](model, on_nonfinite="defer")
+    for _ in range(6):
+        optimizer.step(loss)
+    before = [p.clone() for p in model.parameters()]
+    for factor in (float("nan"), 1.0):
+        with counted() as count:
+            optimizer.step(lambda factor=factor: factor * loss())
+        assert (count.synchronisations, count.uploads) == (0, 0)
+        same = [torch.equal(b, p) for b, p in zip(before, model.parameters(), strict=True)]
+        assert all(same) if factor != 1.0 else not any(same)
+    assert optimizer.skipped == 1
 
 
 def test_launches_of_norms() -> None:

@@ -23,6 +23,7 @@ from layerwise.local.solvers.steps import constant, linear_steps
 from layerwise.local.solvers.values import LocalSteps, ProximalSolve, Solver
 from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import NamedOptimizer, completed
+from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import refuse_idle
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, solved
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
@@ -44,7 +45,6 @@ from layerwise.optim.layer_local.updates import (
 from layerwise.optim.saved_state import Fit
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import Verdict
 
 __all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes", "with_coupling"]
 
@@ -157,8 +157,8 @@ class CodeFitter:
 
     def fit(
         self, fitting: Fitting, coded: Coded, layers: Sequence[Layer], optimizer: NamedOptimizer,
-        executor: Executor, finish: Callable[[], None], refit: bool = False, verdict: Verdict | None = None,
-    ) -> str | None:  # fmt: skip
+        executor: Executor, finish: Callable[[], None], refit: bool = False, late: Late | None = None,
+    ) -> str | Late | None:  # fmt: skip
         """Fit layers to their codes, and return None; or move nothing, and return the first tensor that is not finite.
 
         finish: the last thing that the step does, once it is decided. refit: only these layers move, without staleness
@@ -202,7 +202,7 @@ class CodeFitter:
 
             return commit
 
-        return solved(solve_all, snapshot, executor, note, optimizer, verdict)
+        return solved(solve_all, snapshot, executor, note, optimizer, late)
 
     def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:
         """A function that makes a layer's local problem, whose gradient is γ times the relaxed objective's.
@@ -318,12 +318,18 @@ class FittedToCodes(LayerLocal):
     def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
         return self._fitter.updates.fits(p, name, groups)
 
+    def _defers(self, run: Recorded) -> bool:
+        """As `LayerLocal._defers`; repeats, multipliers, and a μ that grows are the host's."""
+        grows = any(Coupling.grown(group) != group["coupling"] for group in self.param_groups)
+        once = self._fitter.repeats == 1 and self._fitter.multipliers is None
+        return once and not grows and super()._defers(run)
+
     def _repeated(self, once: Callable[[], Tensor]) -> Tensor:
         """Repeat the step `once` with the same random numbers, then let μ grow; returns the first loss.
 
         All repeats are one step, made with the last: where one raises before, all are taken back, on all ranks.
         """
-        fitter, skipped, repeats = self._fitter, self.skipped, self._fitter.repeats
+        fitter, skipped, repeats = self._fitter, self._skips.known, self._fitter.repeats
         stale = None if fitter.stale is None else fitter.stale.held()
         fitter.multipliers = None if fitter.multipliers is None else {}
         undo = self._undo() if repeats > 1 else []
@@ -332,14 +338,14 @@ class FittedToCodes(LayerLocal):
         left, ended = repeats - 1, False
         try:
             first = once()
-            if random is not None and self.skipped == skipped:
+            if random is not None and self._skips.known == skipped:
                 after = RunState(self._model)  # as after one run: batch statistics advance once a minibatch
                 while left:
                     self.was_made = False
                     left -= 1
                     random.put_back()
                     once()
-                    if self.skipped > skipped:
+                    if self._skips.known > skipped:
                         break
             ended = True
             if after is not None:
@@ -355,7 +361,7 @@ class FittedToCodes(LayerLocal):
                 if fitter.stale is not None and stale is not None:
                     fitter.stale.hold(stale)
             raise
-        if self.skipped > skipped:
+        if self._skips.known > skipped:
             if fitter.stale is not None and stale is not None:
                 fitter.stale.hold(stale)
         else:
