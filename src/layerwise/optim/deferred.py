@@ -39,6 +39,10 @@ class Late:
         self.verdict = Verdict()  # its judges hold the batch
         return None
 
+    def anew(self) -> Late:
+        """For the same step, computed again; the batch has been judged."""
+        return Late(self._buffers, self.deferred)
+
     def write(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Write values to targets where a deferred step is good; gives the same when run again."""
         if self.good is not None:

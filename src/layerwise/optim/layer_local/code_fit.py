@@ -15,6 +15,7 @@ from layerwise.local.codes.code_step import CodeStep, Terms
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of
+from layerwise.local.layers.term_weights import OtherWeight, TermWeights
 from layerwise.local.problem import LocalProblem, predict
 from layerwise.local.regularizers import WeightDecay
 from layerwise.local.solvers.memory import Memory, moments_misfit
@@ -118,6 +119,7 @@ class CodeFitter:
         self.repeats, self.trace, self._reduction = minibatch.repeats, trace, minibatch.reduction
         self.multipliers: dict[int, Tensor] | None = {} if codes.multipliers else None
         staleness = 2 if minibatch.staleness is None else minibatch.staleness
+        self._weights = TermWeights()
         self.stale = Stale(staleness) if minibatch.schedule == "async" else None
 
     def refuse_idle(self, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -202,7 +204,14 @@ class CodeFitter:
 
             return commit
 
-        return solved(solve_all, snapshot, executor, note, optimizer, late)
+        self._weights.verdict = None if late is None or late.deferred else late.verdict
+        try:
+            return solved(solve_all, snapshot, executor, note, optimizer, late)
+        except OtherWeight:
+            assert late is not None
+            return self.fit(fitting, coded, layers, optimizer, executor, finish, refit, late.anew())
+        finally:
+            self._weights.verdict = None
 
     def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:
         """A function that makes a layer's local problem, whose gradient is γ times the relaxed objective's.
@@ -212,7 +221,7 @@ class CodeFitter:
         """
         gamma, transfer = self.gamma(fitting, layer.name), IDENTITY
         if self._has_local_steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
-            weight = layer.uniform_weight()
+            weight = self._weights.of(layer)
             if weight:
                 gamma, transfer = 1 / weight, layer.transfer
         terms = tuple(fitting.term(layer, asked, gamma) for asked in self._update(fitting, layer).regularizers)
