@@ -5,6 +5,7 @@ Run by `test_devices.py` in a process of its own, since a registered device chan
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from functools import partial
@@ -142,6 +143,21 @@ def test_optimizers_and_their_checkpoints(name: str) -> None:
         optimizer.step(run.loss)
         states.append(run.model.state_dict())
     assert_same(*states, DEVICE)
+
+
+@pytest.mark.parametrize("name", ["KFAC", "LocoProp", "AltMin"])
+def test_a_checkpoint_of_the_cpu_goes_on_on_the_device(name: str) -> None:
+    here = Run("cpu")
+    optimizer = OPTIMIZERS[name](here.model)
+    for _ in range(2):
+        optimizer.step(here.loss)
+    there = Run(DEVICE)
+    there.model.load_state_dict(here.model.state_dict())
+    other = OPTIMIZERS[name](there.model)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for run, its in ((here, optimizer), (there, other)):
+        its.step(run.loss)
+    assert_same(here.model.state_dict(), there.model.state_dict(), DEVICE)
 
 
 def test_a_preconditioner_in_front_of_an_optimizer_of_torch() -> None:
