@@ -37,17 +37,18 @@ ALLOWED = {
     "observation": "gradient graph losses quantities ranks replay rows tape tensors",
     "local": "graph losses operators ops replay rows tape tensors",
     "optim": "optim.layer_local optim.second_order",
-    "optim.base": "optim.recording optim.saved_state replay tape",
+    "optim.base": "optim.deferred optim.recording optim.saved_state replay tape",
+    "optim.deferred": "replay tensors",
     "optim.recording": "losses replay tensors",
     "optim.saved_state": "tensors",
     "optim.keywords": "",
-    "optim.layer_local": "graph local optim.base optim.keywords optim.recording optim.saved_state ranks replay tape "
-    "tensors",
-    "optim.second_order": "gradient graph losses observation operators optim.base optim.keywords optim.recording "
-    "optim.saved_state quantities ranks replay rows tape tensors",
+    "optim.layer_local": "graph local optim.base optim.deferred optim.keywords optim.recording optim.saved_state ranks "
+    "replay tape tensors",
+    "optim.second_order": "gradient graph losses observation operators optim.base optim.deferred optim.keywords "
+    "optim.recording optim.saved_state quantities ranks replay rows tape tensors",
     "monitor": "gradient graph observation quantities replay tape tensors",
     "attribution": "gradient observation operators quantities ranks replay rows tape",
-    "distributed": "local optim.keywords optim.layer_local ranks replay tape tensors",
+    "distributed": "local optim.deferred optim.keywords optim.layer_local ranks replay tape tensors",
     "": "attribution distributed local losses monitor nn observation operators optim optim.layer_local quantities",
     "compat": "gradient graph losses monitor observation operators quantities replay rows tape",
     "demo": "",

@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = [
     "Verdict", "all_finite", "as_real", "dense", "empty", "forked_random", "free_memory", "is_finite",
     "largest_entries", "lazy_copy",
-    "random_states_of", "set_random_states", "squared", "together_finite", "without_grad",
+    "random_states_of", "set_random_states", "squared", "together_finite", "without_grad", "write_where",
 ]  # fmt: skip
 
 
@@ -91,15 +91,40 @@ class Verdict:
 
     def __init__(self) -> None:
         self._asked: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+        self._flags: list[tuple[Tensor, Sequence[str], Callable[[Tensor], Tensor] | None]] = []
         self._error: tuple[type[Exception], tuple[Any, ...]] | None = None  # a raised one would be in a cycle
 
-    def ask(self, values: Tensor, judge: Callable[[list[float]], None]) -> None:
-        """Read some numbers with the others. judge: raises where they are bad."""
+    def ask(
+        self, values: Tensor, judge: Callable[[list[float]], None], places: Sequence[str] = (),
+        good: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Read some numbers with the others. judge: raises where they are bad.
+
+        places, good: for `flags`, what is judged and, by the numbers on their device, whether it is well; by default
+        where they are finite.
+        """
         self._asked.append((values.detach().reshape(-1), judge))
+        self._flags.append((self._asked[-1][0], places, good))
 
     def join(self, other: Verdict) -> None:
         """Read the other's numbers with these."""
         self._asked += other._asked
+        self._flags += other._flags
+
+    @torch.no_grad()
+    def flags(self) -> tuple[Tensor, list[str]]:
+        """Whether all is well at each place, `[places]`, on one device; the host does not wait, and no judge is asked.
+
+        Only for a verdict whose numbers were all asked with their places.
+        """
+        device, plain = self._flags[0][0].device, [i for i, (*_, good) in enumerate(self._flags) if good is None]
+        found = [] if not plain else [torch.cat([self._flags[i][0].to(device) for i in plain]).abs() < math.inf]
+        names = [name for i in plain for name in self._flags[i][1]]
+        for values, places, good in self._flags:
+            if good is not None:
+                found.append(good(values).to(device))
+                names += places
+        return found[0] if len(found) == 1 else torch.cat(found), names
 
     def read(self) -> None:
         """Judge all numbers; raises the first error, and raises it again whenever it is called."""
@@ -137,6 +162,21 @@ def as_real(x: Tensor) -> Tensor:
 def squared(x: Tensor) -> Tensor:
     """|x|², real."""
     return as_real(x).square().sum(-1) if x.is_complex() else x.square()
+
+
+@torch.no_grad()
+def write_where(flag: Tensor, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Targets ← values where a flag `[]` on a device holds, else unchanged: in a few launches, without a wait.
+
+    Bits are chosen, so that NaN stays out.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for target, value in zip(targets, values, strict=True):
+        kinds.setdefault((target.device, target.dtype), []).append((target, value))
+    for (device, dtype), pairs in kinds.items():
+        old, new = (torch.cat([t.detach().reshape(-1).to(dtype) for t in some]) for some in zip(*pairs, strict=True))
+        chosen = torch.where(flag.to(device), new, old).split([t.numel() for t, _ in pairs])
+        torch._foreach_copy_([t for t, _ in pairs], [c.view(t.shape) for c, (t, _) in zip(chosen, pairs, strict=True)])
 
 
 @cache

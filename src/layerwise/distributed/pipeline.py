@@ -17,6 +17,7 @@ from layerwise.local.codes.code_step import sweep
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.overflow import unsafe
 from layerwise.local.layers.record import Recorded
+from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import refuse_unknown
 from layerwise.optim.layer_local.altmin import KEYWORDS, AltMin
 from layerwise.optim.layer_local.choices import first_match
@@ -153,7 +154,9 @@ class Pipeline(FittedToCodes):
         """Raises BadInput: stages cannot refit."""
         raise BadInput("refit moves the last stage alone: load its checkpoint into a whole model with AltMin")
 
-    def _attempt_on(self, batch: _Batch, cuts: Cuts, closure: Any, buffers: Buffers) -> tuple[Tensor, str | None]:
+    def _attempt_on(
+        self, batch: _Batch, cuts: Cuts, closure: Any, buffers: Buffers
+    ) -> tuple[Tensor, str | Late | None]:
         """Record the stage with all codes, and fit its layers; if one stage fails, all roll back."""
         run = self._record(batch, cuts)
         fitting = self._fitting(run)

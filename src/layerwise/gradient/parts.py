@@ -282,9 +282,18 @@ def bias_of(part: RowsPart) -> str | None:
         if not torch.equal(slot.matrix(elements).flatten(), elements.flatten()):
             continue
         mine, its = (s.output(places, None)[0].flatten(0, 1).flatten(1) for s in (part.slot, slot))
-        if mine.shape == its.shape and torch.equal(mine[mine[:, 0].argsort()], its[its[:, 0].argsort()]):
+        if mine.shape == its.shape and (_is_one_view(mine, its) or _has_same_rows(mine, its)):
             return next(iter(derived.names))
     return None
+
+
+def _is_one_view(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors of one shape are the same view of the same memory, which is known without a wait."""
+    return one.data_ptr() == two.data_ptr() and one.stride() == two.stride()
+
+
+def _has_same_rows(one: Tensor, two: Tensor) -> bool:
+    return torch.equal(one[one[:, 0].argsort()], two[two[:, 0].argsort()])
 
 
 def layouts_of(parts: Sequence[RowsPart]) -> list[MatrixLayout]:

@@ -128,10 +128,10 @@ class Likelihood:
         """
         return None
 
-    def uniform_weight(self) -> float | None:
-        """The w of `gradient() = w (f(z) − y)` with f the link and w > 0 the same for all terms; else None.
+    def weights(self) -> Tensor | None:
+        """The weights w of the terms, where `gradient() = w (f(z) − y)` with f the link; else None.
 
-        The loss is then w times the matching loss of its link, with targets y.
+        Where w > 0 is the same for all terms, the loss is w times the matching loss of its link, with targets y.
         """
         return None
 
@@ -212,12 +212,6 @@ class FirstOrder(Likelihood):
 def not_all(mask: Tensor) -> Tensor | None:
     """The mask, or None where it is True everywhere."""
     return None if bool(mask.all()) else mask
-
-
-def one_value(weights: Tensor) -> float | None:
-    """The positive number that all elements of a tensor equal, or None."""
-    low, high = torch.stack(torch.aminmax(weights)).tolist() if weights.numel() else (0.0, 0.0)
-    return low if low > 0 and low == high else None
 
 
 def number(x: Tensor) -> float | Tensor:

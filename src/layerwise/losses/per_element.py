@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .base import FirstOrder, Likelihood, _wide, not_all, number, one_value
+from .base import FirstOrder, Likelihood, _wide, not_all, number
 from .call import LossCall, _expanded
 
 __all__ = ["Elementwise", "elementwise"]
@@ -71,12 +71,11 @@ class Elementwise(Likelihood):
         """Bool `[*S]`, or None; without weights all elements count."""
         return not_all(self._weight != 0) if self._weight.dim() else None
 
-    def uniform_weight(self) -> float | None:
-        """For the squared error and the logistic loss, where no element has a weight of its own."""
+    def weights(self) -> Tensor | None:
+        """Of the squared error and the logistic loss."""
         if not self.canonical or self.link == "exp":
             return None
-        curved = self._weight * self._hessian if self.link == "identity" else self._weight
-        return one_value(curved)
+        return self._weight * self._hessian if self.link == "identity" else self._weight
 
     @cached_property
     def _sqrt(self) -> Tensor:

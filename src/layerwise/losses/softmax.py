@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .base import FirstOrder, Likelihood, _wide, not_all, number, one_value
+from .base import FirstOrder, Likelihood, _wide, not_all, number
 from .call import LossCall
 
 __all__ = ["Softmax", "softmax"]
@@ -146,9 +146,9 @@ class Softmax(Likelihood):
             return None
         return not_all(self._weight != 0)
 
-    def uniform_weight(self) -> float | None:
-        """Without class weights and ignored targets, one weight for all terms."""
-        return one_value(self._weight)
+    def weights(self) -> Tensor | None:
+        """One for all terms without class weights and ignored targets."""
+        return self._weight
 
     @cached_property
     def _sqrt_weight(self) -> Tensor:

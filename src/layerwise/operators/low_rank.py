@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ThinInverse", "inverse_of_low_rank", "thin_inverse"]
+__all__ = ["LOW_RANK_FROM", "ThinInverse", "inverse_of_low_rank", "thin_inverse"]
 
-_FROM = 512  # rows from which looking for a root pays
+LOW_RANK_FROM = 512  # rows from which looking for a root pays
 _SHARE = 4  # the rank may be this part of the rows
 _LEFT = 8  # times eps times the trace: rounding errors of a matrix, and of its factorization
 _PIVOTS = 64  # chosen at once
@@ -47,7 +47,7 @@ def inverse_of_low_rank(A: Tensor, damping: Tensor) -> Tensor | None:
     Shapes: A `[..., i, i]`, damping `[...]`; returns `[..., i, i]`, exactly symmetric.
     """
     found, i = [], A.shape[-1]
-    if i >= _FROM and A.shape[-2:] == (i, i):
+    if i >= LOW_RANK_FROM and A.shape[-2:] == (i, i):
         for matrix, extra in zip(A.reshape(-1, i, i), damping.expand(A.shape[:-2]).flatten(), strict=True):
             inverse = thin_inverse(matrix, extra)
             if inverse is None:
@@ -64,7 +64,7 @@ def thin_inverse(A: Tensor, damping: Tensor) -> ThinInverse | None:
     diagonal is tried on a vector.
     Source: Woodbury (1950); for L, Higham (1990), "Analysis of the Cholesky decomposition of a semi-definite matrix".
     """
-    if len(A) < _FROM or A.dtype not in (torch.float32, torch.float64) or not float(damping) > 0:
+    if len(A) < LOW_RANK_FROM or A.dtype not in (torch.float32, torch.float64) or not float(damping) > 0:
         return None
     root = _root(A)
     if root is None:

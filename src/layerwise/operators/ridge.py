@@ -6,6 +6,8 @@ all three solve `W (A + damping I) = B` with a positive semidefinite `A`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -14,8 +16,9 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.low_rank import inverse_of_low_rank
 from layerwise.tensors import is_finite
 
-__all__ = ["coordinate_descent", "inverse", "ridge"]
+__all__ = ["by_cholesky", "coordinate_descent", "inverse", "ridge"]
 
+_TYPES = (torch.float32, torch.float64)
 JITTERS = (1.0, 10.0, 100.0)  # times `floor`: at the size of the rounding errors in A itself
 
 
@@ -41,9 +44,29 @@ def ridge(A: Tensor, B: Tensor, damping: float | Tensor = 0.0) -> Tensor:
             f"ridge: A is {A.dtype} {tuple(A.shape)} on {A.device} and B {B.dtype} {tuple(B.shape)} on "
             f"{B.device}; expected A [..., i, i] and B [..., o, i] of one type on one device."
         )
-    if not is_finite(B):
-        raise NonFinite(f"ridge: B {tuple(B.shape)} holds NaN or infinity; skip this batch.")
     return _solve("ridge", A, B, damping)
+
+
+@torch.no_grad()
+def by_cholesky(A: Tensor, B: Tensor | None, damping: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
+    """`ridge`, or for B = None `inverse`, by Cholesky alone: the solutions, and whether each is theirs, `[...]`.
+
+    Nothing is waited for, and nothing raised: where a flag is False, `ridge` or `inverse` tells why, or finds another
+    way. Shapes: as those.
+    """
+    damped = _symmetric(A)
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None] if isinstance(damping, Tensor) else damping)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if B is None:  # torch waits for an inverse from the factor
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        found = torch.cholesky_solve(eye.expand_as(factor), factor)
+        found = (found + found.mT).div_(2)
+    else:
+        batch = torch.broadcast_shapes(factor.shape[:-2], B.shape[:-2])
+        factor, B = factor.expand(*batch, *factor.shape[-2:]), B.expand(*batch, *B.shape[-2:])
+        found = torch.cholesky_solve(B.mT, factor).mT
+    given, made = ((t.abs() < math.inf).all(-1).all(-1) for t in (damped, found))
+    return found, (info == 0) & given & made & (damping >= 0)
 
 
 def inverse(A: Tensor, damping: float | Tensor = 0.0) -> Tensor:
@@ -56,7 +79,8 @@ def inverse(A: Tensor, damping: float | Tensor = 0.0) -> Tensor:
     Raises: as `ridge`.
     """
     with torch.no_grad():
-        found = inverse_of_low_rank(A, torch.as_tensor(damping, dtype=A.dtype, device=A.device))
+        extra = damping.to(A.dtype) if isinstance(damping, Tensor) else A.new_full((), damping)
+        found = inverse_of_low_rank(A, extra)
         return _solve("inverse", A, None, damping) if found is None else found
 
 
@@ -108,7 +132,7 @@ def coordinate_descent(
 
 def _damped(name: str, A: Tensor, damping: float | Tensor) -> Tensor:
     """The checked, symmetrized `A + damping I`."""
-    if A.ndim < 2 or A.shape[-1] != A.shape[-2] or A.dtype not in (torch.float32, torch.float64):
+    if A.ndim < 2 or A.shape[-1] != A.shape[-2] or A.dtype not in _TYPES:
         raise BadInput(f"{name}: A is {A.dtype} {tuple(A.shape)}; expected a square float32 or float64 [..., i, i].")
     extra = torch.as_tensor(damping, dtype=A.dtype, device=A.device)
     if not is_finite(A) or not is_finite(extra):
@@ -134,7 +158,13 @@ def _floor(A: Tensor) -> Tensor:
 
 def _solve(name: str, A: Tensor, B: Tensor | None, damping: float | Tensor) -> Tensor:
     """`B (A + damping I)⁻¹`, or the inverse for B = None; each matrix of the batch falls back by itself."""
+    if A.device.type != "cpu" and A.ndim > 1 and A.shape[-1] == A.shape[-2] and A.dtype in _TYPES and A.numel():
+        found, sound = by_cholesky(A, B, damping)
+        if bool(sound.all()):
+            return found
     with torch.no_grad():
+        if B is not None and not is_finite(B):
+            raise NonFinite(f"{name}: B {tuple(B.shape)} holds NaN or infinity; skip this batch.")
         damped = _damped(name, A, damping)
         batch = damped.shape[:-2]
         if B is not None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
+from layerwise.optim.deferred import CHOICES, Late, Skips
 from layerwise.optim.recording import Recorder, Recording, Samples, holds_no_gradient
-from layerwise.optim.saved_state import VERSION, Fit, lacking, misfits, present, refuse
+from layerwise.optim.saved_state import VERSION, Fit, in_order, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
 from layerwise.tape.modes import active, end_after
@@ -25,7 +26,7 @@ _OF_TORCH = frozenset(("step", "_step_count", "_opt_called", "_zero_grad_profile
 _OF_TORCH_DEFAULTS = frozenset(("differentiable",))  # which torch adds to a loaded or copied optimizer
 
 Closure = Callable[[], Tensor]
-Attempt = Callable[[Any, Buffers], tuple[Tensor, str | None]]  # of a closure, or of what was recorded
+Attempt = Callable[[Any, Buffers], tuple[Tensor, str | Late | None]]  # of a closure, or of what was recorded
 
 
 def completed(commit: Callable[[], None]) -> None:
@@ -35,14 +36,6 @@ def completed(commit: Callable[[], None]) -> None:
     except BaseException:
         commit()
         raise
-
-
-def _is_group(saved: Any) -> bool:
-    """Whether a saved parameter group has lists of parameters, and of names where it has any."""
-    lists = list | tuple
-    return isinstance(saved, Mapping) and all(
-        isinstance(held, lists) for held in (saved.get("params"), saved.get("param_names", ()))
-    )
 
 
 def refuse_unreached(reached: Collection[Any]) -> None:
@@ -58,8 +51,9 @@ class NamedOptimizer(torch.optim.Optimizer):
     """Base of optimizers that know their parameters by name and move them from one run of a closure.
 
     A batch with NaN or infinity changes no parameter, no state and no buffer: it is counted in `skipped`, or raises
-    NonFinite with `on_nonfinite="raise"`. Whatever raises in a step leaves parameters, buffers, state and torch's
-    random generators as they were.
+    NonFinite with `on_nonfinite="raise"`. With "defer" the verdict stays on the device wherever the host would wait for
+    it alone: what the step writes is chosen there, and `skipped` and `why_skipped` read it. Whatever raises in a step
+    leaves parameters, buffers, state and torch's random generators as they were.
     """
 
     _kind: str  # the name in saved states, which classes derived from this one share
@@ -71,8 +65,8 @@ class NamedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         on_nonfinite: str,
     ) -> None:
-        if on_nonfinite not in ("skip", "raise"):
-            raise BadInput(f'on_nonfinite must be "skip" or "raise", got {on_nonfinite!r}')
+        if on_nonfinite not in CHOICES:
+            raise BadInput(f"on_nonfinite must be one of {', '.join(CHOICES)}; got {on_nonfinite!r}")
         named = named_parameters_of(model)
         given = [p for p in named.values() if p.requires_grad] if params is None else list(params)
         if not given:
@@ -83,9 +77,28 @@ class NamedOptimizer(torch.optim.Optimizer):
         self.all_parameters = params is None  # whether parameters that no group has are an error
         self._forms: list[Any] = []  # types and devices of the parameters with a state
         self._recording: Recording | None = None
-        self.skipped = 0
+        self._skips = Skips()
         self.was_made = False  # whether the present step, or the last one, is whole: an error then takes nothing back
         super().__init__(given, defaults)
+
+    # -- what was skipped --------------------------------------------------------------------------------
+
+    @property
+    def skipped(self) -> int:
+        """The number of batches that changed nothing; with `on_nonfinite="defer"` the host waits for it."""
+        return self._skips.count()
+
+    @skipped.setter
+    def skipped(self, count: int) -> None:
+        self._skips = Skips()
+        self._skips.known = count
+
+    def why_skipped(self) -> str | None:
+        """What was not finite in the last step, in words; None where it was taken.
+
+        With `on_nonfinite="defer"` the host waits for it.
+        """
+        return self._skips.reason()
 
     # -- what a method implements ------------------------------------------------------------------------
 
@@ -93,11 +106,12 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Raise BadInput for settings that cannot be."""
         raise NotImplementedError
 
-    def _attempt(self, closure: Closure, buffers: Buffers, samples: Samples = None) -> tuple[Tensor, str | None]:
+    def _attempt(self, closure: Closure, buffers: Buffers, samples: Samples = None) -> tuple[Tensor, str | Late | None]:
         """Run the closure and move the parameters; returns the loss before the step, and None.
 
-        A step that must not be taken moves nothing, and its reason is returned in place of None. `was_made` is set as
-        soon as everything has moved.
+        A step that must not be taken moves nothing, and its reason is returned in place of None; one whose verdict is
+        left on the device has chosen there what it wrote, and returns the verdict. `was_made` is set as soon as
+        everything has moved.
         buffers: a snapshot from before the run. samples: as for `step`.
         """
         raise NotImplementedError
@@ -109,7 +123,7 @@ class NamedOptimizer(torch.optim.Optimizer):
             "passes of a trainer cannot give: call step(closure)"
         )
 
-    def _attempt_recorded(self, recorder: Any, buffers: Buffers) -> tuple[Tensor, str | None]:
+    def _attempt_recorded(self, recorder: Any, buffers: Buffers) -> tuple[Tensor, str | Late | None]:
         """As `_attempt`, from passes that were recorded."""
         raise NotImplementedError
 
@@ -222,14 +236,19 @@ class NamedOptimizer(torch.optim.Optimizer):
         modes = active()
         try:
             loss, where = attempt(closure, buffers)
+            if isinstance(where, Late):
+                self._skips.left(where)
+                return loss
             if where is not None and self._on_nonfinite == "raise":
                 raise NonFinite(
                     f"{where} holds NaN or infinity, or overflows; the batch changed no parameter. Look at the batch, "
                     'or leave on_nonfinite="skip" to pass over such batches'
                 )
-            if where is not None:
+            if where is None:
+                self._skips.took()
+            else:
                 buffers.put_back()
-                self.skipped += 1
+                self._skips.skipped(where)
         except BaseException as error:
             end_after(modes)
             if not self.was_made:
@@ -314,7 +333,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         parameters, shapes or types, with settings that cannot be, or NaN. Nothing is changed then.
         """
         saved = present(state_dict, self._kind, self._saved_keys, ("skipped",))
-        saved = {**saved, "param_groups": self._in_our_order(saved["param_groups"])}
+        saved = {**saved, "param_groups": in_order(saved["param_groups"], self.param_groups)}
         refuse(self._differences(saved), self._kind)
         self._take(saved)
 
@@ -352,25 +371,6 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Take over a state that fits."""
         super().load_state_dict({"state": saved["state"], "param_groups": saved["param_groups"]})
         self.skipped = saved.get("skipped", 0)
-
-    def _in_our_order(self, groups: Any) -> list[dict[str, Any]]:
-        """Saved groups with their parameters in this optimizer's order."""
-        if not isinstance(groups, list | tuple) or not all(map(_is_group, groups)):
-            raise BadInput("the saved parameter groups are a list of dicts with params, and lists of their names")
-        if len(groups) != len(self.param_groups):
-            raise BadInput(f"the saved state has {len(groups)} parameter groups, and ours {len(self.param_groups)}")
-        ordered = []
-        for number, (theirs, ours) in enumerate(zip(groups, self.param_groups, strict=True)):
-            ids = dict(zip(theirs.get("param_names", ours["param_names"]), theirs["params"], strict=False))
-            wrong = sorted(set(ids) ^ set(ours["param_names"]))
-            if wrong or len(theirs["params"]) != len(ours["params"]):
-                raise BadInput(
-                    f"group {number} of the saved state holds {len(theirs['params'])} parameters and ours "
-                    f"{len(ours['params'])}; in one of them only: {', '.join(wrong[:5]) or 'none'}"
-                )
-            names = ours["param_names"]
-            ordered.append({**theirs, "params": [ids[n] for n in names], "param_names": list(names)})
-        return ordered
 
     # -- copies --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,18 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.tensors import is_finite
 
-__all__ = ["VERSION", "Fit", "lacking", "like", "misfits", "non_finite", "of_local_optimizer", "present", "refuse"]
+__all__ = [
+    "VERSION",
+    "Fit",
+    "in_order",
+    "lacking",
+    "like",
+    "misfits",
+    "non_finite",
+    "of_local_optimizer",
+    "present",
+    "refuse",
+]
 
 VERSION = 2  # states of releases 0.1 and 0.2 have neither a version nor the optimizer's name
 _SHOWN = 5
@@ -120,3 +131,31 @@ def of_local_optimizer(kind: Any, settings: Mapping[str, Any], p: Tensor) -> Ite
             continue
         yield like(dict(optimizer.state.get(probe, {})))
         return
+
+
+def in_order(groups: Any, own: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Saved groups with their parameters in the order of an optimizer's own. Raises BadInput where they do not fit."""
+    if not isinstance(groups, list | tuple) or not all(map(_is_group, groups)):
+        raise BadInput("the saved parameter groups are a list of dicts with params, and lists of their names")
+    if len(groups) != len(own):
+        raise BadInput(f"the saved state has {len(groups)} parameter groups, and ours {len(own)}")
+    ordered = []
+    for number, (theirs, ours) in enumerate(zip(groups, own, strict=True)):
+        ids = dict(zip(theirs.get("param_names", ours["param_names"]), theirs["params"], strict=False))
+        wrong = sorted(set(ids) ^ set(ours["param_names"]))
+        if wrong or len(theirs["params"]) != len(ours["params"]):
+            raise BadInput(
+                f"group {number} of the saved state holds {len(theirs['params'])} parameters and ours "
+                f"{len(ours['params'])}; in one of them only: {', '.join(wrong[:5]) or 'none'}"
+            )
+        names = ours["param_names"]
+        ordered.append({**theirs, "params": [ids[n] for n in names], "param_names": list(names)})
+    return ordered
+
+
+def _is_group(saved: Any) -> bool:
+    """Whether a saved parameter group has lists of parameters, and of names where it has any."""
+    lists = list | tuple
+    return isinstance(saved, Mapping) and all(
+        isinstance(held, lists) for held in (saved.get("params"), saved.get("param_names", ()))
+    )

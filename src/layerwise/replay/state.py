@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import Verdict, largest_entries, random_states_of, set_random_states, without_grad
+from layerwise.tensors import Verdict, largest_entries, random_states_of, set_random_states, without_grad, write_where
 
 __all__ = [
     "Buffers", "Gradients", "RandomState", "RunState", "check_loss", "put_random_states", "random_states", "seed_of",
@@ -58,8 +58,18 @@ class Buffers:
                 if not math.isfinite(most) and bool(torch.isfinite(floats[name][1]).all()):
                     raise NonFinite(name)
 
+        def good(names: list[str], largest: Tensor) -> Tensor:
+            before = torch.cat([x for _, x in largest_entries({name: floats[name][1] for name in names})])
+            return torch.isfinite(largest) | ~torch.isfinite(before)
+
         for names, largest in largest_entries({name: b for name, (b, _) in floats.items()}):
-            verdict.ask(largest, partial(judge, names))
+            verdict.ask(largest, partial(judge, names), names, partial(good, names))
+
+    @without_grad
+    def keep_where(self, flag: Tensor) -> None:
+        """Leave the buffers as they are where a flag `[]` on a device holds, else restore them; without a wait."""
+        if self._values:
+            write_where(~flag, [buffer for _, buffer, _ in self._values], [value for *_, value in self._values])
 
     @without_grad
     def put_back(self) -> None:

@@ -16,7 +16,7 @@ from layerwise.graph.loss_curvature import loss_curvatures, resolved
 from layerwise.graph.probes import join, split
 from layerwise.graph.samples import measure
 from layerwise.local.layers.record import Recorded
-from layerwise.operators.ridge import ridge
+from layerwise.operators.ridge import by_cholesky, ridge
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
@@ -36,23 +36,39 @@ def damped_cotangents(
     gamma: γ of a layer's name, B/μ. Where curvature is small, d is `codes="jacobi"`'s.
     Source: Schraudolph (2002) for the Gauss-Newton matrix; Woodbury's identity.
     """
-    cotangents = dict(recorded.cotangents)
-    for layer in recorded.layers:
-        for part in layer.parts:
-            index = part.use.index
-            if index in roots:
-                columns, samples = roots[index]
-                cotangents[index] = _damped(cotangents[index], columns, samples, gamma(layer.name))
-    return replace(recorded, cotangents=cotangents)
+    sound: list[Tensor] = []
+
+    def late(A: Tensor, B: Tensor, damping: float) -> Tensor:
+        """As `ridge`; whether it is, an accelerator says of all uses at once."""
+        found, good = by_cholesky(A, B, damping)
+        sound.append(good.all())
+        return found
+
+    def solved(solve: Callable[[Tensor, Tensor, float], Tensor]) -> Recorded:
+        cotangents = dict(recorded.cotangents)
+        for layer in recorded.layers:
+            for part in layer.parts:
+                index = part.use.index
+                if index in roots:
+                    cotangents[index] = _damped(cotangents[index], *roots[index], gamma(layer.name), solve)
+        return replace(recorded, cotangents=cotangents)
+
+    if recorded.loss.device.type == "cpu":
+        return solved(ridge)
+    found = solved(late)
+    return found if not sound or all(torch.stack(sound).tolist()) else solved(ridge)
 
 
 @without_grad
-def _damped(g: Tensor, columns: Tensor, samples: Samples | RowNumbers, gamma: float) -> Tensor:
+def _damped(
+    g: Tensor, columns: Tensor, samples: Samples | RowNumbers, gamma: float,
+    solve: Callable[[Tensor, Tensor, float], Tensor],
+) -> Tensor:  # fmt: skip
     """The damped cotangent; NaN where the solve fails, so that the batch is skipped."""
     rows = _by_sample(g[None], samples)  # [N,1,F]
     s = _by_sample(columns, samples)  # [N,V,F]
     try:
-        part = ridge(s @ s.mT, rows @ s.mT, 1 / gamma)  # [N,1,V]
+        part = solve(s @ s.mT, rows @ s.mT, 1 / gamma)  # [N,1,V]
     except NonFinite:
         return torch.full_like(g, torch.nan)
     return _from_sample(rows - part @ s, g, samples)

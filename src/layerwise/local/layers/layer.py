@@ -26,7 +26,7 @@ from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 from layerwise.tensors import without_grad
 
-__all__ = ["Layer", "layers_of", "over_passes", "shaped"]
+__all__ = ["Layer", "layers_of", "one_weight", "over_passes", "shaped"]
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,22 @@ class Layer:
         out = self.call.func(*args, **self.call.kwargs)
         return args[0] if out is None else out
 
-    def uniform_weight(self) -> float | None:
-        """The weight of the terms of all losses that read the outputs, up to rounding; None where there is no one."""
-        found = {None if part.likelihood is None else part.likelihood.uniform_weight() for part in self.parts}
-        first = next(iter(found))
-        same = first is not None and all(w is not None and abs(w - first) <= 1e-6 * abs(first) for w in found)
-        return first if same else None
+    def weight_ends(self) -> Tensor | None:
+        """The least and the largest weight of the terms of each loss that reads the outputs, `[2 parts]`.
+
+        None where a loss does not have the form of a weighted matching loss (`Likelihood.weights`).
+        """
+        found = [None if part.likelihood is None else part.likelihood.weights() for part in self.parts]
+        if any(weights is None or not weights.numel() for weights in found):
+            return None
+        return torch.stack([end for weights in found if weights is not None for end in torch.aminmax(weights)])
+
+
+def one_weight(ends: list[float]) -> float | None:
+    """The positive weight of all terms, up to rounding between losses; None where there is no one. ends: as numbers."""
+    first, pairs = ends[0], zip(ends[::2], ends[1::2], strict=True)
+    same = all(low == high and abs(low - first) <= 1e-6 * abs(first) for low, high in pairs)
+    return first if first > 0 and same else None
 
 
 def over_passes(layers: list[Layer]) -> Layer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def ask_safe(verdict: Verdict, recorded: Recorded, gamma: Callable[[str], float]
         if not math.isfinite(found[0]):
             raise NonFinite(first_bad_call(recorded.tape.uses) or "the loss")
 
-    verdict.ask(recorded.loss, judge_loss)
+    verdict.ask(recorded.loss, judge_loss, ["the loss"])
     places, tensors = _read(recorded)
 
     def judge(norms: list[float]) -> None:
@@ -51,7 +52,9 @@ def ask_safe(verdict: Verdict, recorded: Recorded, gamma: Callable[[str], float]
             raise NonFinite(where)
 
     if tensors:
-        verdict.ask(_norms(tensors), judge)
+        products = [f"a product with {part.name}" for part in _parts(recorded)]
+        products += [f"the square of the gradient of {name}" for name in recorded.gradients]
+        verdict.ask(_norms(tensors), judge, [*places, *products], partial(_good, recorded, gamma))
 
 
 def _read(recorded: Recorded) -> tuple[list[str], list[Tensor]]:
@@ -90,6 +93,33 @@ def _unsafe(recorded: Recorded, gamma: Callable[[str], float], places: list[str]
         if norm * factor > _largest_squarable(rest) and not is_finite((rest * factor).square()):
             return f"the square of the gradient of {name}"
     return None
+
+
+def _good(recorded: Recorded, gamma: Callable[[str], float], norms: Tensor) -> Tensor:
+    """As `_unsafe`, from norms alone and on their device: by place, then by layer and by gradient.
+
+    A product that only the check entry by entry would find within its type's range is not good.
+    """
+    left = iter(norms.unbind())
+    sizes, others, factors, most = [], [], [], []
+    for part in _parts(recorded):
+        a = sum((next(left) for t in part.data if t.is_floating_point()), 0.0)
+        a = a + (part.use.call.out_shape.numel() ** 0.5 if part.kind.indexed or part.kind.elementwise else 0.0)
+        sizes.append(a if isinstance(a, Tensor) else norms.new_full((), a))
+        others += [next(left), next(left)]
+        factors += [1.0, gamma(part.name)]
+        most += [_largest_squarable(part.parameter) / MARGIN] * 2
+    for name, rest in recorded.gradients.items():
+        factors.append(gamma(name))
+        most.append(_largest_squarable(rest))
+        others.append(next(left))
+    # in shares of what the type holds, which no number of another type can exceed
+    shares = torch.stack(torch._foreach_mul(others, [f / m for f, m in zip(factors, most, strict=True)]))
+    if not sizes:
+        return torch.cat([norms < math.inf, shares <= 1])
+    pairs = 2 * len(sizes)
+    products = shares[:pairs].view(-1, 2).amax(1) * torch.stack(sizes).clamp(min=1)
+    return torch.cat([norms < math.inf, products <= 1, shares[pairs:] <= 1])
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

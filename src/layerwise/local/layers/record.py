@@ -25,7 +25,7 @@ from layerwise.tape.pull import OnePass, accumulated, differentiated, hooked, pu
 from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, is_finite, without_grad
 
-__all__ = ["Recorded", "RunRecorder", "dense", "problem_of", "pulled", "record", "refreshed"]
+__all__ = ["Recorded", "RunRecorder", "dense", "may_be_finite", "problem_of", "pulled", "record", "refreshed"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _recorded_pass(
     ours, matrices, kinds = choices
     scale = loss_scale(tape.scaler_calls, total)
     graph = prove(tape, total, weight, need_loss=False)
-    layers = layers_of(tape, graph, ours, matrices, kinds) if _may_be_finite(total) else []
+    layers = layers_of(tape, graph, ours, matrices, kinds) if may_be_finite(total) else []
     inside = {name for layer in layers for name in layer.names}
     rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
     received: dict[int, Tensor] = {}
@@ -198,7 +198,7 @@ def joined(runs: Sequence[Recorded]) -> Recorded:
         cotangents |= run.cotangents
         for name, g in run.gradients.items():
             gradients[name] = gradients[name] + g if name in gradients else g
-    finite = all(_may_be_finite(run.loss) for run in runs)
+    finite = all(may_be_finite(run.loss) for run in runs)
     layers = [over_passes(found) for found in parts.values()] if finite else []
     mixed = [name for layer in layers for name in layer.names if name in gradients]
     if mixed:
@@ -210,7 +210,7 @@ def joined(runs: Sequence[Recorded]) -> Recorded:
     return Recorded(loss, runs[0].tape, layers, cotangents, gradients, sum(run.samples for run in runs))
 
 
-def _may_be_finite(loss: Tensor) -> bool:
+def may_be_finite(loss: Tensor) -> bool:
     """Whether a loss is finite; on an accelerator it is not waited for, and read before anything moves."""
     return loss.device.type != "cpu" or is_finite(loss)
 
@@ -236,7 +236,7 @@ def pulled(
     if not loss.requires_grad:
         return Recorded(loss.detach(), tape, [], {}, {})
     graph = prove(tape, loss, None, need_loss=False)
-    if not _may_be_finite(loss):
+    if not may_be_finite(loss):
         return Recorded(loss.detach(), tape, [], {}, {})
     layers = layers_of(tape, graph, ours, matrices, kinds)
     inside = {name for layer in layers for name in layer.names}

@@ -14,7 +14,7 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.local.problem import LocalProblem, pull_gradient, refuse_ball
 from layerwise.local.solvers.closed import inputs_with_ones, residual
 from layerwise.operators.ridge import coordinate_descent, inverse, ridge
-from layerwise.tensors import is_finite, without_grad
+from layerwise.tensors import is_finite, together_finite, without_grad
 
 __all__ = ["Memory", "mairal", "moments_misfit"]
 
@@ -120,7 +120,8 @@ class Memory:
         w = _weight_and_bias(problem)
         fresh: dict[str, Any] = {"A": seen, "rows": kept + rows, "steps": step}
         diagonal = seen.diagonal(dim1=-2, dim2=-1)
-        if not is_finite(diagonal):  # the diagonal bounds all entries
+        # the diagonal bounds all entries; an accelerator is waited for once, at the end
+        if diagonal.device.type == "cpu" and not is_finite(diagonal):
             raise NonFinite(f"the moments of {step} batches are not finite")
         damping = self._ridge * diagonal.mean(-1) + problem.stiffness / rows
         leaning = _pull_gradient_with_bias(problem)
@@ -138,7 +139,7 @@ class Memory:
             right = fresh["B"] if leaning is None else fresh["B"] - leaning / rows
             right = right + w * (problem.stiffness / rows)
             moved = self._absolute(_System(w, seen, right, damping, sparse)) - w
-        if not is_finite(moved):
+        if not together_finite((diagonal, moved)):
             raise NonFinite(f"the solution of a Memory of {step} batches is not finite; raise its ridge")
         state |= fresh
         return (moved, None) if problem.bias is None else (moved[..., :-1], moved[..., -1])

@@ -16,6 +16,7 @@ from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.record import Recorded, record
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.values import Solver
+from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.layer_local.base import Fitting
 from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes, with_coupling
@@ -90,7 +91,7 @@ class AltMin(FittedToCodes):
         layers: settings by pattern on parameter or module names; the first match wins.
         trace: a `lw.optim.Trace` to fill.
         preset: "published" for the released program's settings, or a known algorithm (Recoveries' page).
-        on_nonfinite: "skip" a batch with NaN or infinity and count it in `skipped`, or "raise" NonFinite.
+        on_nonfinite: "skip" a batch with NaN or infinity and count it in `skipped`; "raise"; or "defer" (page Devices).
         code_update: a `CodeUpdate`, or its fields: codes, coupling, code_l1, code_step, multipliers.
         weight_update: a `WeightUpdate`, or its fields: weights, steps, rows, betas, eps, momentum, l1, normalise,
             regularizer.
@@ -113,7 +114,7 @@ class AltMin(FittedToCodes):
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         trace: Trace | None = None,
         preset: Literal["published", "mac", "predictive-coding"] | None = None,
-        on_nonfinite: Literal["skip", "raise"] = "skip",
+        on_nonfinite: Literal["skip", "raise", "defer"] = "skip",
         **words: Unpack[AltMinWords],
     ) -> None:
         refuse_unknown(AltMin.__init__, words)
@@ -167,16 +168,16 @@ class AltMin(FittedToCodes):
         buffers: Buffers,
         samples: int | Tensor | None = None,
         refit: bool = False,
-    ) -> tuple[Tensor, str | None]:
+    ) -> tuple[Tensor, str | Late | None]:
         """Record a run with codes, and fit the layers to them."""
         coded = self._record(closure, samples)
         return self._fit(coded, self._fitting(coded.run, samples), buffers, refit)
 
     @without_grad
-    def _fit(self, coded: Coded, fitting: Fitting, buffers: Buffers, refit: bool) -> tuple[Tensor, str | None]:
+    def _fit(self, coded: Coded, fitting: Fitting, buffers: Buffers, refit: bool) -> tuple[Tensor, str | Late | None]:
         """Fit the layers to their codes; roll back where a solution is not finite."""
         fitter, run = self._fitter, coded.run
-        where, verdict = self._safe(run, partial(fitter.gamma, fitting), buffers, fitter.solvers(fitting))
+        where, late = self._safe(run, partial(fitter.gamma, fitting), buffers, fitter.solvers(fitting))
         if where is not None:
             return run.loss, where
         layers = [layer for layer in run.layers if not refit or layer.likelihood is not None]
@@ -186,7 +187,7 @@ class AltMin(FittedToCodes):
         def finish() -> None:
             self._averages = self._averages | fitting.new_averages
 
-        return run.loss, fitter.fit(fitting, coded, layers, self, self._executor, finish, refit, verdict)
+        return run.loss, fitter.fit(fitting, coded, layers, self, self._executor, finish, refit, late)
 
     # -- codes -------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from layerwise.local.problem import Term
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.values import LocalSteps
 from layerwise.optim.base import NamedOptimizer, completed, refuse_unreached
+from layerwise.optim.deferred import Late
 from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, LocalExecutor, State
 from layerwise.optim.layer_local.owners import described
@@ -28,7 +29,7 @@ from layerwise.optim.saved_state import non_finite
 from layerwise.ranks.group import facts_of
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import Verdict, without_grad
+from layerwise.tensors import without_grad
 
 __all__ = ["Fitting", "LayerLocal", "check_common", "solved"]
 
@@ -96,7 +97,8 @@ class Fitting:
     def snapshot(self, layers: Sequence[Layer], replaced: Collection[str] = ()) -> Snapshot:
         """A snapshot of all parameters that the step moves. replaced: as for `Snapshot`."""
         names = [name for layer in layers for name in layer.names] + list(self.run.gradients)
-        return Snapshot(((name, self.run.tape.parameters[name]) for name in names), self.state, replaced, self.backups)
+        params = [(name, self.run.tape.parameters[name]) for name in names]
+        return Snapshot(params, self.state, replaced, self.backups, self.new_averages)
 
     def gradient_jobs(self, move: Callable[[str, Tensor, Tensor], None]) -> list[GradientJob]:
         """A job for each parameter outside the layers. move: called with its name, itself and its gradient."""
@@ -111,22 +113,23 @@ def solved(
     executor: Executor,
     after: Callable[[], Callable[[], None]],
     optimizer: NamedOptimizer,
-    verdict: Verdict | None = None,
-) -> str | None:
+    late: Late | None = None,
+) -> str | Late | None:
     """Solve, and return None; or restore the snapshot, and return the first tensor that is not finite.
 
     after: prepares what else is part of the step, where the solution is finite; what it gives is run when the step is
-    decided, in all processes. Whatever raises before, all is as it was. verdict: on the batch, where that has not been
-    read before.
+    decided, in all processes. Whatever raises before, all is as it was. late: judges the batch too, where that has not
+    been read before; returned where it stays on the device.
     """
     try:
         solve()
-        where = snapshot.spoiled() if verdict is None else _read(verdict, snapshot)
+        where = snapshot.spoiled() if late is None else _judged(late, snapshot)
         commit = after() if where is None else _nothing
         where = executor.anywhere(where)
         if where is None:
             optimizer.was_made = True
-            completed(commit)
+            completed(partial(_complete, commit, late, snapshot))
+            return late if late is not None and late.deferred else None
     except NonFinite as error:
         where = f"a local problem ({error})"
     except BaseException:
@@ -138,10 +141,18 @@ def solved(
     return where
 
 
-def _read(verdict: Verdict, snapshot: Snapshot) -> str | None:
-    """The first bad tensor of a batch and of its solution, in one wait."""
-    snapshot.ask(verdict)
-    return verdict.reason(NonFinite)
+def _judged(late: Late, snapshot: Snapshot) -> str | None:
+    """The first bad tensor of a batch and of its solution, in one wait; or None, left on the device."""
+    snapshot.ask(late.verdict)
+    late.deferred = late.deferred and snapshot.is_on_device()
+    return late.reason()
+
+
+def _complete(commit: Callable[[], None], late: Late | None, snapshot: Snapshot) -> None:
+    commit()
+    if late is not None:
+        snapshot.restore(late)
+        late.commit()
 
 
 def _nothing() -> None:
@@ -218,20 +229,27 @@ class LayerLocal(NamedOptimizer):
 
     def _safe(
         self, run: Recorded, gamma: Callable[[str], float], buffers: Buffers, solvers: Iterable[Any]
-    ) -> tuple[str | None, Verdict | None]:
-        """The reason not to step on a batch, or None; or what is to be read with the solution.
+    ) -> tuple[str | None, Late | None]:
+        """The reason not to step on a batch, or None; or what judges it with the solution.
 
-        The latter where an accelerator would wait, all layers take local steps, which need no finite numbers, and no
-        other process takes part.
+        The latter where an accelerator would wait, or the verdict is deferred; all layers take local steps, which need
+        no finite numbers, and no other process takes part.
         """
         alone = isinstance(self._executor, LocalExecutor)
         late = alone and bool(run.layers or run.gradients) and all(isinstance(s, LocalSteps) for s in solvers)
-        if run.loss.device.type == "cpu" or not late:
+        deferred = self._on_nonfinite == "defer"
+        if (run.loss.device.type == "cpu" and not deferred) or not late:
             return self._agreed(run, unsafe(run, gamma) or buffers.spoiled()), None
-        verdict = Verdict()
-        ask_safe(verdict, run, gamma)
-        buffers.ask(verdict)
-        return None, verdict
+        found = Late(buffers, deferred and self._defers(run))
+        ask_safe(found.verdict, run, gamma)
+        return None, found
+
+    def _defers(self, run: Recorded) -> bool:
+        """Whether a device can take back the step of a run, with nothing of it on the host.
+
+        In half precision norms are too coarse a bound of products.
+        """
+        return all(layer.parameter.dtype in (torch.float32, torch.float64) for layer in run.layers)
 
     def _agreed(self, run: Recorded, where: str | None) -> str | None:
         """The first reason to skip the step, in this process or another that takes part; None where there is none.

@@ -14,6 +14,7 @@ from layerwise.local.codes.code_step import CodeStep, Terms
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of
+from layerwise.local.layers.term_weights import OtherWeight, TermWeights
 from layerwise.local.problem import LocalProblem, predict
 from layerwise.local.regularizers import WeightDecay
 from layerwise.local.solvers.memory import Memory, moments_misfit
@@ -22,6 +23,7 @@ from layerwise.local.solvers.steps import constant, linear_steps
 from layerwise.local.solvers.values import LocalSteps, ProximalSolve, Solver
 from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import NamedOptimizer, completed
+from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import refuse_idle
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, solved
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
@@ -43,7 +45,7 @@ from layerwise.optim.layer_local.updates import (
 from layerwise.optim.saved_state import Fit
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import Verdict, without_grad
+from layerwise.tensors import without_grad
 
 __all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes", "with_coupling"]
 
@@ -117,6 +119,7 @@ class CodeFitter:
         self.repeats, self.trace, self._reduction = minibatch.repeats, trace, minibatch.reduction
         self.multipliers: dict[int, Tensor] | None = {} if codes.multipliers else None
         staleness = 2 if minibatch.staleness is None else minibatch.staleness
+        self._weights = TermWeights()
         self.stale = Stale(staleness) if minibatch.schedule == "async" else None
 
     def refuse_idle(self, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -156,8 +159,8 @@ class CodeFitter:
 
     def fit(
         self, fitting: Fitting, coded: Coded, layers: Sequence[Layer], optimizer: NamedOptimizer,
-        executor: Executor, finish: Callable[[], None], refit: bool = False, verdict: Verdict | None = None,
-    ) -> str | None:  # fmt: skip
+        executor: Executor, finish: Callable[[], None], refit: bool = False, late: Late | None = None,
+    ) -> str | Late | None:  # fmt: skip
         """Fit layers to their codes, and return None; or move nothing, and return the first tensor that is not finite.
 
         finish: the last thing that the step does, once it is decided. refit: only these layers move, without staleness
@@ -201,7 +204,14 @@ class CodeFitter:
 
             return commit
 
-        return solved(solve_all, snapshot, executor, note, optimizer, verdict)
+        self._weights.verdict = None if late is None or late.deferred else late.verdict
+        try:
+            return solved(solve_all, snapshot, executor, note, optimizer, late)
+        except OtherWeight:
+            assert late is not None
+            return self.fit(fitting, coded, layers, optimizer, executor, finish, refit, late.anew())
+        finally:
+            self._weights.verdict = None
 
     def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:
         """A function that makes a layer's local problem, whose gradient is γ times the relaxed objective's.
@@ -211,7 +221,7 @@ class CodeFitter:
         """
         gamma, transfer = self.gamma(fitting, layer.name), IDENTITY
         if self._has_local_steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
-            weight = layer.uniform_weight()
+            weight = self._weights.of(layer)
             if weight:
                 gamma, transfer = 1 / weight, layer.transfer
         terms = tuple(fitting.term(layer, asked, gamma) for asked in self._update(fitting, layer).regularizers)
@@ -317,12 +327,18 @@ class FittedToCodes(LayerLocal):
     def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
         return self._fitter.updates.fits(p, name, groups)
 
+    def _defers(self, run: Recorded) -> bool:
+        """As `LayerLocal._defers`; repeats, multipliers, and a μ that grows are the host's."""
+        grows = any(Coupling.grown(group) != group["coupling"] for group in self.param_groups)
+        once = self._fitter.repeats == 1 and self._fitter.multipliers is None
+        return once and not grows and super()._defers(run)
+
     def _repeated(self, once: Callable[[], Tensor]) -> Tensor:
         """Repeat the step `once` with the same random numbers, then let μ grow; returns the first loss.
 
         All repeats are one step, made with the last: where one raises before, all are taken back, on all ranks.
         """
-        fitter, skipped, repeats = self._fitter, self.skipped, self._fitter.repeats
+        fitter, skipped, repeats = self._fitter, self._skips.known, self._fitter.repeats
         stale = None if fitter.stale is None else fitter.stale.held()
         fitter.multipliers = None if fitter.multipliers is None else {}
         undo = self._undo() if repeats > 1 else []
@@ -331,14 +347,14 @@ class FittedToCodes(LayerLocal):
         left, ended = repeats - 1, False
         try:
             first = once()
-            if random is not None and self.skipped == skipped:
+            if random is not None and self._skips.known == skipped:
                 after = RunState(self._model)  # as after one run: batch statistics advance once a minibatch
                 while left:
                     self.was_made = False
                     left -= 1
                     random.put_back()
                     once()
-                    if self.skipped > skipped:
+                    if self._skips.known > skipped:
                         break
             ended = True
             if after is not None:
@@ -354,7 +370,7 @@ class FittedToCodes(LayerLocal):
                 if fitter.stale is not None and stale is not None:
                     fitter.stale.hold(stale)
             raise
-        if self.skipped > skipped:
+        if self._skips.known > skipped:
             if fitter.stale is not None and stale is not None:
                 fitter.stale.hold(stale)
         else:

@@ -19,13 +19,13 @@ from layerwise.local.codes.code_step import CodeStep, Terms, sweep
 from layerwise.local.codes.gauss_newton import damped_cotangents, pulled_roots
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, layers_of
-from layerwise.local.layers.record import Recorded, pulled
+from layerwise.local.layers.record import Recorded, may_be_finite, pulled
 from layerwise.local.problem import contract
 from layerwise.optim.base import refuse_unreached
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import check_loss
 from layerwise.tape.tape import Tape
-from layerwise.tensors import dense, is_finite, without_grad
+from layerwise.tensors import dense, without_grad
 
 __all__ = [
     "coded_layers",
@@ -106,14 +106,14 @@ def swept(
 
 
 def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> list[Layer] | None:
-    """The layers of a coded model's first run; None where its loss is not finite.
+    """The layers of a coded model's first run; None where its loss is known not to be finite.
 
     Raises BadInput where the loss depends on nothing that is ours.
     """
     refuse_unreached([coded.loss] if coded.loss.requires_grad else [])
     graph = prove(coded.tape, coded.loss, None, need_loss=False)
     refuse_unreached([name for name in graph.parameters() if ours(coded.tape.parameters[name])])
-    return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if is_finite(coded.loss) else None
+    return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if may_be_finite(coded.loss) else None
 
 
 def samples_of(coded: CodedModel) -> int:

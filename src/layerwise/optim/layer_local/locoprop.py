@@ -25,6 +25,7 @@ from layerwise.local.solvers.workspace import Workspace
 from layerwise.local.targets import GradientStep, Target, factor, fill_in
 from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.base import Closure
+from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, solved
 from layerwise.optim.layer_local.choices import (
@@ -97,7 +98,7 @@ class LocoProp(LayerLocal):
         order: "together", or one layer after another: "output_to_input", "input_to_output".
         write: "weights", or "grad" to put `W_old − W_new` into `.grad` for an outer optimizer.
         preset: "M" or "S" for these defaults, "published-M" or "published-S", or a known algorithm (Recoveries' page).
-        on_nonfinite: "skip" a batch with NaN or infinity and count it in `skipped`, or "raise" NonFinite.
+        on_nonfinite: "skip" a batch with NaN or infinity and count it in `skipped`; "raise"; or "defer" (page Devices).
         objective: an `Objective`, or its fields: loss, target, gamma, regularizer.
         local_update: a `LocalUpdate`, or its fields: solver, steps, rows, decay, momentum, eps.
         execution: an `Execution`, or its fields: workers, parallel.
@@ -118,12 +119,14 @@ class LocoProp(LayerLocal):
         order: Literal["together", "output_to_input", "input_to_output"] = "together",
         write: Literal["weights", "grad"] = "weights",
         preset: Preset | None = None,
-        on_nonfinite: Literal["skip", "raise"] = "skip",
+        on_nonfinite: Literal["skip", "raise", "defer"] = "skip",
         **words: Unpack[LocoPropWords],
     ) -> None:
         refuse_unknown(LocoProp.__init__, words)
         if order not in _ORDERS or write not in ("weights", "grad"):
             raise BadInput(f'order is one of {", ".join(_ORDERS)}, write "weights" or "grad"; got {order!r}, {write!r}')
+        if write == "grad" and on_nonfinite == "defer":
+            raise BadInput('write="grad" has another optimizer behind it: on_nonfinite is "skip" or "raise" there')
         found = _KEYWORDS.values(words)
         given, published = with_preset({**_KEYWORDS.of(found), "lr": lr}, preset)
         execution = found["execution"]
@@ -178,14 +181,14 @@ class LocoProp(LayerLocal):
 
         samples: as for every optimizer; a target per sample reads their number N.
         """
-        skipped = self.skipped
+        skipped = self._skips.known
         loss = super().step(closure, samples=samples)
-        if self._write == "grad" and self.skipped > skipped:
+        if self._write == "grad" and self._skips.known > skipped:
             withhold((p for group in self.param_groups for p in group["params"]), self._left)
         self._left = None
         return loss
 
-    def _attempt(self, closure: Closure, buffers: Buffers, samples: Samples = None) -> tuple[Tensor, str | None]:
+    def _attempt(self, closure: Closure, buffers: Buffers, samples: Samples = None) -> tuple[Tensor, str | Late | None]:
         """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
         rerun = None if self._order == "together" else Rerun(self._model, closure, gradients=False)
         recorder = RunRecorder(self._model, self._ours, kinds=self._kinds)
@@ -203,16 +206,16 @@ class LocoProp(LayerLocal):
             )
         return RunRecorder(self._model, self._ours, kinds=self._kinds)
 
-    def _attempt_recorded(self, recorder: RunRecorder, buffers: Buffers) -> tuple[Tensor, str | None]:
+    def _attempt_recorded(self, recorder: RunRecorder, buffers: Buffers) -> tuple[Tensor, str | Late | None]:
         return self._fit(recorder, recorder.run(), None, buffers)
 
     @without_grad
     def _fit(
         self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers
-    ) -> tuple[Tensor, str | None]:
+    ) -> tuple[Tensor, str | Late | None]:
         fitting, choices, self._left = self._fitting(run), self._choices, recorder.left
         solvers = [choices.of(layer.name).solver if rerun is None else rerun for layer in run.layers]
-        where, verdict = self._safe(run, partial(_gamma, fitting, choices), buffers, solvers)
+        where, late = self._safe(run, partial(_gamma, fitting, choices), buffers, solvers)
         if where is not None:
             return run.loss, where
         plans = [_plan(fitting, choices, layer) for layer in run.layers]
@@ -239,7 +242,7 @@ class LocoProp(LayerLocal):
             return commit
 
         snapshot = fitting.snapshot(run.layers)
-        return run.loss, solved(solve_all, snapshot, self._executor, finish, self, verdict)
+        return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late)
 
     def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
         """Solve one layer after another; each but the first takes its inputs from a new run of the closure."""

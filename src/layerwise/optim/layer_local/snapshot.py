@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import NonFinite
+from layerwise.optim.deferred import Late
 from layerwise.tensors import Verdict, all_finite, largest_entries, without_grad
 
 __all__ = ["Backups", "Snapshot"]
@@ -44,12 +45,14 @@ class Backups:
 _IN_PARAMETER = frozenset(("exp_avg", "momentum_buffer", "momentum"))
 _NUMBERS = (int, float, type(None))
 _NOTHING: dict[str, Any] = {}
+_NO_AVERAGES: Mapping[str, Tensor] = {}
 
 
 class Snapshot:
     """Copies of named parameters and of their optimizer state.
 
     replaced: parameters whose state is never written in place; it is not copied. backups: memory to copy into.
+    averages: running averages of parameters that the step makes, if any.
     """
 
     def __init__(
@@ -58,8 +61,9 @@ class Snapshot:
         state: dict[Any, Any],
         replaced: Collection[str] = (),
         backups: Backups | None = None,
+        averages: Mapping[str, Tensor] = _NO_AVERAGES,
     ) -> None:
-        self._params, self._state = list(params), state
+        self._params, self._state, self._averages = list(params), state, averages
         self._before: list[dict[str, Any] | None] = []
         self._live = live = [p for _, p in self._params]
         for name, p in self._params:
@@ -90,7 +94,27 @@ class Snapshot:
                     raise NonFinite(f"the solution of {name.rpartition(' ')[0]}'s local problem")
 
         for names, largest in largest_entries(named):
-            verdict.ask(largest, partial(judge, names))
+            places = [f"the solution of {name.rpartition(' ')[0]}'s local problem" for name in names]
+            verdict.ask(largest, partial(judge, names), places)
+
+    def is_on_device(self) -> bool:
+        """Whether all that has changed are tensors beside their parameters, which a device can restore."""
+        if self._averages:
+            return False
+        for (_, p), before in zip(self._params, self._before, strict=True):
+            now = self._state.get(p, _NOTHING)
+            if now.keys() != (before or _NOTHING).keys():
+                return False
+            for key, value in now.items():
+                held = (before or _NOTHING)[key]
+                kept = value is held and value.device == p.device if isinstance(value, Tensor) else value == held
+                if not kept:
+                    return False
+        return True
+
+    def restore(self, late: Late) -> None:
+        """Restore what a bad step has written, where its verdict is left on the device."""
+        late.restore(self._live, self._copies)
 
     def _checked(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Parameters and the tensors of their state, but for counters and what shows in the parameters."""

@@ -255,10 +255,23 @@ _FUSED: dict[Any, Any] = {
 
 
 def fused(kind: Any, params: Sequence[Tensor]) -> Any:
-    """The fused form of an optimizer class, for contiguous CPU parameters: the kernels ignore strides."""
+    """The fused form of an optimizer class, for contiguous parameters: the kernels ignore strides.
+
+    Its state lies with the parameters, Adam's count of steps too.
+    """
     ours = _FUSED.get(kind)
-    able = ours is not None and all(p.device.type == "cpu" and p.is_contiguous() for p in params)
+    able = ours is not None and all(_has_fused(p.device) and p.is_contiguous() for p in params)
     return ours if able else kind
+
+
+@cache
+def _has_fused(device: torch.device) -> bool:
+    """Whether torch has fused kernels for a device's parameters: it raises where it has none."""
+    try:
+        torch.optim.Adam([torch.zeros((), device=device)], fused=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 @cache

@@ -15,14 +15,15 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.operators.diagonal import reciprocal
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
-from layerwise.operators.low_rank import ThinInverse
-from layerwise.operators.ridge import inverse
+from layerwise.operators.low_rank import LOW_RANK_FROM, ThinInverse
+from layerwise.operators.ridge import by_cholesky, inverse
 from layerwise.operators.thin_block import thin_block
 from layerwise.rows.layout import MatrixLayout
 from layerwise.tensors import without_grad
 
 __all__ = [
     "FORMS",
+    "Asked",
     "Average",
     "Block",
     "Inverse",
@@ -32,6 +33,7 @@ __all__ = [
     "fields_of",
     "inversion_cost",
     "invert",
+    "invert_together",
     "load",
     "merge",
     "names_of",
@@ -203,6 +205,56 @@ def invert(name: str, block: Block, damping: float, form: str, last: Inverse | N
         if found is not None:
             return Inverse(found, attempt > 0)
     return Inverse(None, True) if last is None or last.block is None else last._replace(kept=True)
+
+
+class Asked(NamedTuple):
+    """A block to be inverted, as by `invert`."""
+
+    block: Block
+    damping: float
+    form: str
+
+
+@without_grad
+def invert_together(asked: Mapping[str, Asked]) -> dict[str, Inverse]:
+    """What `invert` gives at its first attempt, by name: in few launches and one wait; without those where it fails.
+
+    Factors of equal shape are inverted as one batch, by Cholesky. Blocks with another form than a pair of factors, and
+    factors that are large enough to have a root of low rank, are left to `invert`.
+    """
+    pairs = {name: each for name, each in asked.items() if _is_small_pair(*each)}
+    sides: list[tuple[Tensor, Tensor]] = []
+    for each in pairs.values():
+        assert isinstance(each.block, KroneckerBlock)
+        dampings = each.block.dampings(each.damping, balanced=each.form == "pi")
+        sides += zip((each.block.input_factor, each.block.B), dampings, strict=True)
+    alike: dict[Any, list[int]] = {}
+    for i, (factor, _) in enumerate(sides):
+        alike.setdefault((factor.shape[1:], factor.dtype, factor.device), []).append(i)
+    found: dict[int, Tensor] = {}
+    for chosen in alike.values():
+        factors, extra = (torch.cat([sides[i][part] for i in chosen]) for part in (0, 1))
+        if factors.ndim == 2:
+            made = 1 / (factors + extra[:, None])
+        else:
+            made, sound = by_cholesky(factors, None, extra)
+            made = made.masked_fill(~sound[:, None, None], torch.nan)
+        found |= zip(chosen, made.split([len(sides[i][0]) for i in chosen]), strict=True)
+    largest = [_largest(found[2 * n]).double() * _largest(found[2 * n + 1]).double() * each.damping
+               for n, each in enumerate(pairs.values())]  # fmt: skip
+    if not largest:
+        return {}
+    # NaN compares false
+    good = torch.stack([(each <= _SLACK).all() for each in largest]).tolist()
+    return {
+        name: Inverse(with_fields(each.block, {"A": found[2 * n], "B": found[2 * n + 1]}))
+        for n, (name, each) in enumerate(pairs.items()) if good[n]
+    }  # fmt: skip
+
+
+def _is_small_pair(block: Block, damping: float, form: str) -> bool:
+    factored = isinstance(block, KroneckerBlock) and form in ("pi", "factored") and 0 not in block.size
+    return factored and max(block.size[1:]) < LOW_RANK_FROM
 
 
 def _inverted(name: str, block: Block, damping: float, form: str) -> Block | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.optim.base import NamedOptimizer, completed, refuse_unreached
+from layerwise.optim.deferred import Late
 from layerwise.optim.recording import Samples
 from layerwise.optim.saved_state import Fit, like
 from layerwise.optim.second_order.preconditioner import Preconditioner
 from layerwise.optim.second_order.trust import (
     AFTER_STEP,
     ExactGGN,
+    ask_after,
     ask_safe,
-    bad_step,
     best_step,
     bound,
     clip_factor,
@@ -29,13 +31,14 @@ from layerwise.optim.second_order.trust import (
     levenberg_marquardt,
     predicted_change,
     unsafe,
+    write_late,
 )
-from layerwise.optim.second_order.watched_batch import Watched, WatchedBatch
+from layerwise.optim.second_order.watched_batch import Watched, WatchedBatch, gradients_in_grad, gradients_of
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.pull import alone
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import Verdict, all_finite, dense, is_finite, without_grad
+from layerwise.tensors import all_finite, dense, is_finite, without_grad
 
 __all__ = ["CurvatureOptimizer"]
 
@@ -130,30 +133,33 @@ class CurvatureOptimizer(NamedOptimizer):
 
     def _attempt(
         self, closure: Callable[[], Tensor], buffers: Buffers, samples: Samples = None
-    ) -> tuple[Tensor, str | None]:
+    ) -> tuple[Tensor, str | Late | None]:
         return self._follow(self._run(closure, samples), buffers)
 
-    def _follow(self, run: _Run, buffers: Buffers) -> tuple[Tensor, str | None]:
+    def _follow(self, run: _Run, buffers: Buffers) -> tuple[Tensor, str | Late | None]:
         """Move along a run, or give the reason not to."""
         if self._reads_late(run):
-            verdict = Verdict()
-            ask_safe(verdict, run.watched, run.loss, run.gradients, run.damping)
-            buffers.ask(verdict)
-            return run.loss, self._move(run, verdict)
+            late = Late(buffers, self._on_nonfinite == "defer")
+            ask_safe(late.verdict, run.watched, run.loss, run.gradients, run.damping)
+            return run.loss, self._move(run, late)
         if not is_finite(run.loss) and run.watched.bad is None:
             run.watched.bad = "the loss"
         where = self._agreed(run, self._unsafe(run) or buffers.spoiled())
         if where is None:
             refuse_unreached(run.gradients)
-            where = self._move(run, None)
+            return run.loss, self._move(run, None)
         return run.loss, where
 
     def _reads_late(self, run: _Run) -> bool:
-        """Whether an accelerator is waited for once, after the step is computed, and no other rank or matrix before."""
+        """Whether a step is judged after it is computed: on an accelerator, or deferred, and with no wait before that.
+
+        Another rank, and a matrix that is due, are waited for.
+        """
         made = self.preconditioner
         waits = run.rerun is not None or run.watched.due or made.exchange.size > 1 or made.inverts_next
         found = run.watched.bad is None and bool(run.gradients)
-        return run.loss.device.type != "cpu" and found and not waits
+        late = run.loss.device.type != "cpu" or self._on_nonfinite == "defer"
+        return late and found and not waits
 
     def _recorder(self) -> WatchedBatch:
         if self.step_size == "quadratic" or self.adapt_damping_every is not None:
@@ -163,7 +169,7 @@ class CurvatureOptimizer(NamedOptimizer):
             )
         return self.preconditioner.new_batch(self._named(), needs_pass=False)
 
-    def _attempt_recorded(self, batch: WatchedBatch, buffers: Buffers) -> tuple[Tensor, str | None]:
+    def _attempt_recorded(self, batch: WatchedBatch, buffers: Buffers) -> tuple[Tensor, str | Late | None]:
         named, watched = self._named(), batch.watched
         found = {name: dense(p.grad.detach()) for name, p in named.items() if p.grad is not None}
         left = None if watched.left_in_grad is None else watched.left_in_grad.factor()
@@ -188,10 +194,10 @@ class CurvatureOptimizer(NamedOptimizer):
             loss = closure()
             check_loss(loss)
             with alone(loss.device.type):
-                found = batch.unscaled(_gradients_in_grad(named, before))
+                found = batch.unscaled(gradients_in_grad(named, before))
                 watched.in_grad = bool(found)
                 if not found and watched.bad is None:
-                    found = _gradients(loss, named, watched)
+                    found = gradients_of(loss, named, watched)
         return _Run(named, self._groups(), loss.detach(), found, watched, rerun, adapts)
 
     def _groups(self) -> dict[str, dict[str, Any]]:
@@ -212,7 +218,7 @@ class CurvatureOptimizer(NamedOptimizer):
         self.preconditioner.exchange.fail(error)
 
     @without_grad
-    def _move(self, run: _Run, verdict: Verdict | None) -> str | None:
+    def _move(self, run: _Run, late: Late | None) -> str | Late | None:
         before, dampings = self.preconditioner.snapshot(), [group["damping"] for group in self.param_groups]
         named = run.named
         old = {} if run.rerun is None else {name: p.clone() for name, p in named.items()}
@@ -222,7 +228,7 @@ class CurvatureOptimizer(NamedOptimizer):
             directions = self.preconditioner.precondition(run.gradients)
             groups = {name: run.groups[name] for name in directions}
             if run.rerun is None:
-                made = self._step_at_rate(named, groups, run.gradients, directions, verdict)
+                made = self._step_at_rate(named, groups, run.gradients, directions, late)
             else:
                 with run.rerun:
                     made = self._step_by_quadratic_model(named, groups, run, directions)
@@ -241,24 +247,27 @@ class CurvatureOptimizer(NamedOptimizer):
         if where is not None:
             _write(named, old)
             self.preconditioner.restore(before)
-        return where
+            return where
+        return None if late is None or late.good is None else late
 
     def _step_at_rate(
         self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values,
-        verdict: Verdict | None,
+        late: Late | None,
     ) -> str | Callable[[], None]:  # fmt: skip
         """M ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m: what writes them, or the reason not to.
 
-        verdict: what has not been read before, or None.
+        late: what has not been judged before, or None.
         """
-        factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, verdict is not None)
+        factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, late is not None)
         before = {name: self.state.get(named[name], {}).get("momentum") for name in directions}
         values, buffers = descend(named, directions, before, factor, groups)
         after = [*values.values(), *buffers.values()]
-        if verdict is None and not all_finite(after):
+        if late is None and not all_finite(after):
             return AFTER_STEP
-        if verdict is not None and (where := bad_step(verdict, after)) is not None:
-            return where
+        if late is not None:
+            ask_after(late.verdict, after)
+            if (where := late.reason()) is not None or late.deferred:
+                return where or partial(write_late, late, self.state, named, values, buffers)
 
         def commit() -> None:
             for name in values:
@@ -368,18 +377,3 @@ def _each(groups: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float]
 def _write(named: Values, values: Values) -> None:
     for name, value in values.items():
         named[name].copy_(value)
-
-
-def _gradients_in_grad(named: Mapping[str, Tensor], before: Mapping[str, Any]) -> Values:
-    """The gradients in `.grad`, where the closure ran a backward pass (some of them changed); else none."""
-    found = {name: p.grad for name, p in named.items() if p.grad is not None}
-    changed = any(g is not before[name][0] or g._version != before[name][1] for name, g in found.items())
-    return found if changed else {}
-
-
-def _gradients(loss: Tensor, named: Mapping[str, Tensor], watched: Watched) -> Values:
-    """The gradients of the loss that the closure returned, without writing `.grad`."""
-    refuse_unreached(named if loss.requires_grad else ())
-    assert watched.backward is not None
-    found = watched.backward(loss, list(named.values()))
-    return {name: dense(g) for name, g in zip(named, found, strict=True) if g is not None}

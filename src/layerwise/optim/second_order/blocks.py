@@ -12,11 +12,13 @@ from torch import Tensor
 from layerwise.operators.kronecker import EigenBlock
 from layerwise.optim.saved_state import lacking, non_finite
 from layerwise.optim.second_order.averages import (
+    Asked,
     Average,
     Inverse,
     Measured,
     average,
     invert,
+    invert_together,
     load,
     merge,
     rebased,
@@ -89,11 +91,15 @@ class Blocks:
             for name, held in averages.items()
             if due or name not in inverses or (KINDS[self.kinds[name]].instant and name in new)
         }
-        made = {}
-        for name, block in wanted.items():
-            if exchange.inverts(name, block):
-                much, its = damping(block.parameter or name), KINDS[self.kinds[name]].form or form
-                made[name] = invert(name, block, much, its, inverses.get(name))
+        asked = {
+            name: Asked(block, damping(block.parameter or name), KINDS[self.kinds[name]].form or form)
+            for name, block in wanted.items() if exchange.inverts(name, block)
+        }  # fmt: skip
+        # on the CPU launches cost little, and a batch is a copy
+        made = invert_together({n: each for n, each in asked.items() if each.block.like.device.type != "cpu"})
+        for name, each in asked.items():
+            if name not in made:
+                made[name] = invert(name, *each, inverses.get(name))
         return replace(self, averages=averages, inverses=inverses | exchange.inverses(wanted, made, inverses))
 
     @without_grad

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.base import completed
+from layerwise.optim.deferred import CHOICES
 from layerwise.optim.recording import holds_no_gradient, withhold
 from layerwise.optim.saved_state import VERSION, present, refuse
 from layerwise.optim.second_order.averages import FORMS
@@ -82,7 +83,8 @@ class Preconditioner:
         sharing, joint, rows: as for `lw.KFAC`.
         largest_factor: a parameter with a larger factor has the diagonal of the GGN from the draws in its place.
         seed: of the draws; torch's own generators are left alone.
-        on_nonfinite: of a batch with NaN or infinity: "skip" and count it, gradients None; or "raise" NonFinite.
+        on_nonfinite: of a batch with NaN or infinity: "skip" and count it, gradients None; or "raise" NonFinite;
+            "defer", of `KFAC` and `DiagNewton` alone: as "skip", with the verdict left on the device (page Devices).
         parallel: a `DataParallel`, for several processes.
         curvature, schedule: the values `Curvature` and `Schedule`, in place of the keywords for their fields.
 
@@ -106,7 +108,7 @@ class Preconditioner:
         damping: float = 1e-2,
         damping_form: Literal["pi", "factored", "eigen"] = "pi",
         seed: int = 0,
-        on_nonfinite: Literal["skip", "raise"] = "skip",
+        on_nonfinite: Literal["skip", "raise", "defer"] = "skip",
         parallel: DataParallel | None = None,
         **words: Unpack[ValueWords],
     ) -> None:
@@ -145,8 +147,8 @@ class Preconditioner:
             raise BadInput(f"damping_form must be one of {', '.join(FORMS)}; got {self.damping_form!r}")
         if not 0 < self.damping < float("inf"):
             raise BadInput(f"a preconditioner needs a finite damping > 0; got damping={self.damping}")
-        if self.on_nonfinite not in ("skip", "raise"):
-            raise BadInput(f'on_nonfinite must be "skip" or "raise", got {self.on_nonfinite!r}')
+        if self.on_nonfinite not in CHOICES:
+            raise BadInput(f"on_nonfinite must be one of {', '.join(CHOICES)}; got {self.on_nonfinite!r}")
 
     # -- watching ------------------------------------------------------------------------------------------
 
@@ -159,6 +161,11 @@ class Preconditioner:
         before a step, as long as `.grad` holds the gradients of the first. A gradient scaler's factor is left out. An
         exception discards the batch.
         """
+        if self.on_nonfinite == "defer":
+            raise BadInput(
+                "a Preconditioner has another optimizer behind it, which would take the gradients of a bad batch: with "
+                'on_nonfinite="defer" the steps of KFAC and DiagNewton alone are judged late; use "skip" or "raise"'
+            )
         batch, self._batch = self._batch, None
         named = named_parameters_of(self.model)
         if batch is None or holds_no_gradient(named.values()):

@@ -119,7 +119,7 @@ class KroneckerWords(ValueWords, total=False):
     damping: float
     damping_form: Literal["pi", "factored", "eigen"]
     seed: int
-    on_nonfinite: Literal["skip", "raise"]
+    on_nonfinite: Literal["skip", "raise", "defer"]
     parallel: DataParallel | None
 
 
@@ -134,7 +134,7 @@ class DiagonalWords(TypedDict, total=False):
     update_every: int
     damping: float
     seed: int
-    on_nonfinite: Literal["skip", "raise"]
+    on_nonfinite: Literal["skip", "raise", "defer"]
     parallel: DataParallel | None
     samples: int
 

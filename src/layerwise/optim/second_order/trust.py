@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerwise.errors import NonFinite
 from layerwise.operators.curvature import GGN
+from layerwise.optim.deferred import Late
 from layerwise.optim.second_order.watched_batch import Watched
 from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.sums import tensors_of
@@ -22,8 +23,8 @@ from layerwise.tape.uses import first_bad_call
 from layerwise.tensors import Verdict, is_finite, largest_entries
 
 __all__ = [
-    "AFTER_STEP", "ExactGGN", "ask_safe", "bad_step", "best_step", "bound", "clip_factor", "combined", "descend", "dot",
-    "levenberg_marquardt", "predicted_change", "unsafe",
+    "AFTER_STEP", "ExactGGN", "ask_after", "ask_safe", "best_step", "bound", "clip_factor", "combined", "descend",
+    "dot", "levenberg_marquardt", "predicted_change", "unsafe", "write_late",
 ]  # fmt: skip
 
 AFTER_STEP = "the parameters after the step"
@@ -134,16 +135,15 @@ def levenberg_marquardt(damping: float, ratio: float, every: int) -> float:
     return min(max(damping, _LEAST), _MOST)
 
 
-def bad_step(verdict: Verdict, after: Sequence[Tensor]) -> str | None:
-    """The reason not to step, of all that a step has asked. after: what it would write."""
+def ask_after(verdict: Verdict, after: Sequence[Tensor]) -> None:
+    """For what a step would write, when the verdict is read; NonFinite then holds the words."""
 
     def judge(largest: list[float]) -> None:
         if not all(map(math.isfinite, largest)):
             raise NonFinite(AFTER_STEP)
 
-    for _, largest in largest_entries({str(i): t for i, t in enumerate(after)}):
-        verdict.ask(largest, judge)
-    return verdict.reason(NonFinite)
+    for names, largest in largest_entries({str(i): t for i, t in enumerate(after)}):
+        verdict.ask(largest, judge, [AFTER_STEP] * len(names))
 
 
 def descend(
@@ -182,6 +182,21 @@ def descend(
     return values, buffers
 
 
+def write_late(
+    late: Late, state: Mapping[Any, dict[str, Any]], named: Mapping[str, Tensor], values: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Write a step where its device finds it good; a bad first one leaves zeros as momentum, the same as none.
+
+    values, buffers: what `descend` gave.
+    """
+    for name, m in buffers.items():
+        state[named[name]].setdefault("momentum", torch.zeros_like(m))
+    held = [state[named[name]]["momentum"] for name in buffers]
+    late.write([*(named[name] for name in values), *held], [*values.values(), *buffers.values()])
+    late.commit()
+
+
 class ExactGGN(GGN):
     """The exact `GGN` of a closure, whose own backward call is left out."""
 
@@ -211,8 +226,8 @@ def unsafe(watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str
         return watched.bad
     for asked in (_ask_gradient(watched, grads, damping), _ask_curvature(watched)):
         verdict = Verdict()
-        for values, judge in asked:
-            verdict.ask(values, judge)
+        for each in asked:
+            verdict.ask(*each)
         if (where := verdict.reason(NonFinite) or watched.suspect) is not None:
             return where
     return None
@@ -227,12 +242,15 @@ def ask_safe(
         if not math.isfinite(found[0]):
             raise NonFinite(first_bad_call(watched.uses) or "the loss")
 
-    verdict.ask(loss, judge_loss)
-    for values, judge in (*_ask_gradient(watched, grads, damping), *_ask_curvature(watched)):
-        verdict.ask(values, judge)
+    verdict.ask(loss, judge_loss, ["the loss"])
+    for asked in (*_ask_gradient(watched, grads, damping), *_ask_curvature(watched)):
+        verdict.ask(*asked)
 
 
-Asked = Iterator[tuple[Tensor, Callable[[list[float]], None]]]
+Asked = Iterator[
+    tuple[Tensor, Callable[[list[float]], None], Sequence[str]]
+    | tuple[Tensor, Callable[[list[float]], None], Sequence[str], Callable[[Tensor], Tensor]]
+]
 
 
 def _ask_gradient(watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> Asked:
@@ -246,7 +264,15 @@ def _ask_gradient(watched: Watched, grads: Mapping[str, Tensor], damping: Callab
             if not norm * norm / damping(name) < torch.finfo(g.dtype).max:
                 raise NonFinite(first_bad_call(watched.uses) or f"the gradient of {name}")
 
-    yield _stacked(torch._foreach_norm(tensors)), judge
+    limits = [math.sqrt(damping(name)) * math.sqrt(torch.finfo(g.dtype).max) for name, g in grads.items()]
+
+    def good(norms: Tensor) -> Tensor:
+        if len(set(limits)) == 1:
+            return norms < limits[0]
+        return torch.stack(torch._foreach_mul(norms.unbind(), [1 / limit for limit in limits])) < 1
+
+    places = [f"the gradient of {name}" for name in grads]
+    yield _stacked(torch._foreach_norm(tensors)), judge, places, good
 
 
 def _ask_curvature(watched: Watched) -> Asked:
@@ -266,7 +292,8 @@ def _ask_curvature(watched: Watched) -> Asked:
                 raise NonFinite(first_bad_call(watched.uses) or f"{what} of {name}")
 
     if places:  # a norm may overflow where no entry does, but takes a tenth of the time
-        yield _stacked(torch._foreach_norm([x for *_, x in places])), judge
+        words = [f"{what} of {name}" for what, name, _ in places]
+        yield _stacked(torch._foreach_norm([x for *_, x in places])), judge, words
 
 
 def _stacked(norms: Sequence[Tensor]) -> Tensor:

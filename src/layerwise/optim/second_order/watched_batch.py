@@ -34,7 +34,7 @@ from layerwise.tape.uses import Use, first_bad_call, named_parameters_of
 from layerwise.tensors import dense, is_finite, without_grad
 
 __all__ = [
-    "NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "WatchedBatch",
+    "NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "WatchedBatch", "gradients_in_grad", "gradients_of",
 ]  # fmt: skip
 
 _NO_SAMPLES = (SamplesMixed, AmbiguousSamples, BadInput, Undefined)  # the samples are mixed, or cannot be found
@@ -328,3 +328,18 @@ def _is_loss(tape: Tape, total: Tensor) -> bool:
     """Whether the differentiated value is that of one loss call."""
     edges = [loss.value for loss in tape.losses] + [own.value for own in tape.own if own.value is not None]
     return any(edge.node is total.grad_fn for edge in edges)
+
+
+def gradients_in_grad(named: Mapping[str, Tensor], before: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The gradients in `.grad`, where the closure ran a backward pass (some of them changed); else none."""
+    found = {name: p.grad for name, p in named.items() if p.grad is not None}
+    changed = any(g is not before[name][0] or g._version != before[name][1] for name, g in found.items())
+    return found if changed else {}
+
+
+def gradients_of(loss: Tensor, named: Mapping[str, Tensor], watched: Watched) -> dict[str, Tensor]:
+    """The gradients of the loss that the closure returned, without writing `.grad`."""
+    refuse_unreached(named if loss.requires_grad else ())
+    assert watched.backward is not None
+    found = watched.backward(loss, list(named.values()))
+    return {name: dense(g) for name, g in zip(named, found, strict=True) if g is not None}

@@ -98,15 +98,17 @@ def block_names(name: str, laid: FactorForm) -> list[str]:
 def blocks_of(values: Mapping[str, Factors], joint: bool) -> dict[str, KroneckerBlock]:
     """The blocks of all parameters by name; joint: put a bias into the block of its weight."""
     blocks: dict[str, KroneckerBlock] = {}
-    pairs = _pairs(values) if joint else {}
+    counts = _counts(values)
+    pairs = _pairs(values, counts) if joint else {}
     inside = set(pairs.values())
     for name, factors in values.items():
         laid, bias = factors.laid, pairs.get(name)
         assert laid is not None
         if name in inside:
             continue
-        for key, matrix, sums in zip(block_names(name, laid), laid.matrices, factors.sums, strict=True):
-            a = None if matrix.bias else _divided(sums.inputs, float(sums.counts[0]))
+        keys = block_names(name, laid)
+        for key, matrix, sums, (seen, _) in zip(keys, laid.matrices, factors.sums, counts[name], strict=True):
+            a = None if matrix.bias else _divided(sums.inputs, seen)
             if bias is not None:
                 count = sums.counts[0].clamp(min=1)
                 a = _with_constant(sums.inputs / count, sums.mean / count)
@@ -125,7 +127,16 @@ def _divided(total: Tensor, count: float) -> Tensor:
     return total if count in (0, 1) else total / count
 
 
-def _pairs(values: Mapping[str, Factors]) -> dict[str, str]:
+def _counts(values: Mapping[str, Factors]) -> dict[str, list[tuple[float, float]]]:
+    """The counts of each parameter's sums as numbers; the host waits once for all."""
+    tensors = [sums.counts for factors in values.values() for sums in factors.sums]
+    if not tensors:
+        return {name: [] for name in values}
+    numbers = iter(torch.cat([t.to(tensors[0].device) for t in tensors]).tolist())
+    return {name: [(next(numbers), next(numbers)) for _ in factors.sums] for name, factors in values.items()}
+
+
+def _pairs(values: Mapping[str, Factors], counts: Mapping[str, list[tuple[float, float]]]) -> dict[str, str]:
     """Pairs of a weight and its bias that share every row."""
     pairs: dict[str, str] = {}
     for name, factors in values.items():
@@ -135,7 +146,7 @@ def _pairs(values: Mapping[str, Factors]) -> dict[str, str]:
         if bias is None or bias not in values or not sums.mean.dim() or bias in pairs.values():
             continue
         its = values[bias]
-        if its.form == "rows" and bool(its.sums[0].counts[1] == sums.counts[1]):
+        if its.form == "rows" and counts[bias][0][1] == counts[name][0][1]:
             pairs[name] = bias
     return pairs
 

@@ -95,7 +95,8 @@ class KroneckerFactors(Quantity):
         if real is not None:
             chosen = real.any(1, keepdim=True) if self.sharing == "reduce" else real
             rows, count = contract.chosen(rows, chosen), int(chosen.sum())
-        counts = b.new_tensor([count, size])
+        counts = b.new_full((2,), size)  # a copy from the host would wait for the device
+        counts[0].fill_(count)
         mean = nothing
         if self.joint and rows.kind == "float":
             assert rows.a is not None
