@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
-from layerwise.graph.custom_functions import is_custom, written_at
+from layerwise.graph.second.custom_functions import is_custom, written_at
 from layerwise.graph.walk import SELECTIONS, Node, by_node, children, edges, inputs, nodes
 from layerwise.losses import OwnCall
 from layerwise.tape.gradient_calls import GradientUse

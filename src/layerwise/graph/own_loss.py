@@ -16,8 +16,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise.errors import UnknownLoss
 from layerwise.graph.coverage import Graph
-from layerwise.graph.custom_functions import check_functions
 from layerwise.graph.products import twice
+from layerwise.graph.second.custom_functions import check_functions
 from layerwise.graph.walk import Node
 from layerwise.tape.pull import pull, pull_stack, stopped
 from layerwise.tape.uses import OwnUse

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
-from layerwise.graph.custom_functions import check_adjoint, check_functions, check_sparse
+from layerwise.graph.second.custom_functions import check_adjoint, check_functions, check_sparse
+from layerwise.graph.second.known_zeros import KnownZeros
 from layerwise.graph.walk import nodes
 from layerwise.ops import bags_of_rows
 from layerwise.tape.activation_checkpoints import standing_in
@@ -252,12 +253,21 @@ class GaussNewtonProducts:
         self._diagonals = [d for _, d in diagonals]
         self._parameters = parameters
         places = [*(loss.call.logits for loss in losses), *self._diagonals]
-        self._dummies = [torch.zeros_like(x).requires_grad_() for x in places]
-        with twice():
-            self._pulled = pull(self._edges, self._dummies, parameters, create_graph=True)
+        self._pull(places)
         _check_once(self._pulled)
         check_sparse(self._edges)
         check_adjoint(self._edges, self._dummies, parameters, (self._forward, self._back))
+
+    def _pull(self, places: Sequence[Tensor]) -> None:
+        """Make the graph of J^T u at u = 0: its values are zeros, which nobody reads."""
+        zeros = self._zeros = KnownZeros()
+
+        def pulled() -> list[Tensor | None]:
+            self._dummies = [zeros.zeros(x, x.shape).detach().requires_grad_() for x in places]
+            with twice():
+                return pull(self._edges, self._dummies, self._parameters, create_graph=True)
+
+        self._pulled = zeros.run(pulled, dense=True)
 
     def _forward(self, v: Sequence[Tensor]) -> list[Tensor]:
         return [x[0] for x in self._pushed([d[None] for d in v])]
@@ -273,6 +283,9 @@ class GaussNewtonProducts:
             for w, d in zip(self._pulled, directions, strict=True)
             if w is not None and w.requires_grad and d is not None
         ]
+        if torch.ops.aten.convolution_backward.default in self._zeros.skipped:
+            found = self._zeros.run(lambda: _rows(pairs, self._dummies, directions))
+            return [x.clone() if self._zeros.known(x) else x for x in found]
         return _rows(pairs, self._dummies, directions)
 
     def apply(self, directions: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:

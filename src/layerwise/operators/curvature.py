@@ -188,7 +188,7 @@ class CurvatureOperator:
             return stack
         each = max(1, _STACK_ELEMENTS // max(1, self.shape[0]))
         chunks = [self._one([s[start : start + each] for s in stack]) for start in range(0, count, each)]
-        return [torch.cat(rows) for rows in zip(*chunks, strict=True)]
+        return chunks[0] if len(chunks) == 1 else [torch.cat(rows) for rows in zip(*chunks, strict=True)]
 
     def _one(self, stack: list[Tensor]) -> list[Tensor]:
         device = stack[0].device.type

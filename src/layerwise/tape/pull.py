@@ -124,6 +124,8 @@ def pull_stack(outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Seque
     Torch batches some derivatives wrongly, so the results are compared with that of one combination of them.
     """
     count = len(stacks[0])
+    if count == 1:
+        return _single(stacks, pull(outputs, [s[0] for s in stacks], inputs))
     if count > 2:  # below that the check costs as much as it saves
         with suppress(RuntimeError):  # an operation without a batching rule
             batched = pull(outputs, stacks, inputs, batched=True)
@@ -134,6 +136,19 @@ def pull_stack(outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Seque
                 return batched
     rows = [pull(outputs, [s[v] for s in stacks], inputs) for v in range(count)]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _single(stacks: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Results with a leading axis; copied where autograd hands on a cotangent, or one tensor to several inputs."""
+    seen = {s.data_ptr() for s in stacks}
+    rows: list[Tensor | None] = []
+    for g in found:
+        if g is not None:
+            g = g.clone() if g.data_ptr() in seen else g
+            seen.add(g.data_ptr())
+            g = g.unsqueeze(0)
+        rows.append(g)
+    return rows
 
 
 def _combine(mix: Tensor, stack: Tensor) -> Tensor:

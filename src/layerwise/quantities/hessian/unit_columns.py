@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from layerwise.graph.coverage import Graph
-from layerwise.graph.custom_functions import check_functions, check_sparse
 from layerwise.graph.products import check_second, gradient_of, twice
 from layerwise.graph.samples import SampleLayout
+from layerwise.graph.second.custom_functions import check_functions, check_sparse
 from layerwise.ops.base import Slot
 from layerwise.rows.base import Rows, Samples
 from layerwise.rows.layout import MatrixLayout
