@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.autograd.graph import Node
 
-__all__ = ["SCALER_CALLS", "GradientsLeft", "ScalerCalls"]
+__all__ = ["SCALER_CALLS", "GradientsLeft", "ScalerCalls", "factor_in"]
 
 _UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
 _ROUNDED = 1e-2  # relative, of a largest entry that was multiplied in half precision
@@ -33,11 +33,9 @@ class ScalerCalls:
         if func is _UNSCALE:
             self._unscaled += [(g, args[2]) for g in args[0]]
             return
-        factor = args[1] if len(args) == 2 else None
-        if isinstance(factor, Tensor) and not factor.dim() and not factor.requires_grad and _called_by_a_scaler():
-            node = out.grad_fn
-            if node is not None:
-                self.factors[node] = factor.detach().clone()  # the scaler updates its own in place
+        factor = factor_in(func, args)
+        if factor is not None and out.grad_fn is not None:
+            self.factors[out.grad_fn] = factor.detach().clone()  # the scaler updates its own in place
 
     def taken_out(self, grad: Tensor) -> float:
         """What a scaler has multiplied a gradient by; 1 where it has not."""
@@ -95,6 +93,14 @@ class GradientsLeft:
             if bool(((ratios / ratio - 1).abs() < _ROUNDED).all()):
                 return found
         return None
+
+
+def factor_in(func: Any, args: Any) -> Tensor | None:
+    """By what a call that a mode handles now multiplies a loss, where a gradient scaler made it; else None."""
+    factor = args[1] if func is Tensor.mul and len(args) == 2 else None
+    if isinstance(factor, Tensor) and not factor.dim() and not factor.requires_grad and _called_by_a_scaler():
+        return factor
+    return None
 
 
 def _called_by_a_scaler() -> bool:

@@ -24,6 +24,7 @@ from layerwise.replay.program import ENTRY, CodedTape, Ref
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.gradient_calls import GradientUse
+from layerwise.tape.modes import WithoutScalers
 from layerwise.tape.uses import Use
 
 __all__ = ["CodedModel", "Outputs", "check_loss"]
@@ -62,7 +63,7 @@ class CodedModel:
         given: tuple[Tensor, ...] = () if entry is None else (entry.clone(),)  # the closure may overwrite it
         tape = CodedTape(model, {}, entry=given[0] if given else None)
         self._rerun = Rerun(model, closure, gradients=False)
-        with tape, torch.enable_grad():
+        with tape, WithoutScalers(), torch.enable_grad():
             self.loss = closure(*given)
         check_loss(self.loss)
         if derivative := next((use for use in tape.uses if isinstance(use, GradientUse)), None):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.replay.state import RunState, check_loss
+from layerwise.tape.modes import WithoutScalers
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import named_parameters_of
 
@@ -49,8 +50,9 @@ class Rerun:
         return self.run()
 
     def run(self, *given: Tensor) -> Tensor:
-        """Run the closure from the present state."""
-        return self._closure(*given)
+        """Run the closure from the present state; gives its loss without a gradient scaler's factor."""
+        with WithoutScalers():
+            return self._closure(*given)
 
     def loss(self) -> float:
         """The loss at the present parameters. Graphs of earlier runs can no longer be backpropagated through."""

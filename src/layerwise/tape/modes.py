@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from layerwise.losses.gradient_scalers import SCALER_CALLS, ScalerCalls
+from layerwise.losses.gradient_scalers import SCALER_CALLS, ScalerCalls, factor_in
 from layerwise.tape.calls import BACKWARD
 from layerwise.tape.pull import backward_arguments
 
-__all__ = ["PassWatch", "active", "end_after", "leave"]
+__all__ = ["PassWatch", "WithoutScalers", "active", "end_after", "leave"]
 
 
 def active() -> int:
@@ -54,6 +54,19 @@ class PassWatch(TorchFunctionMode):
         if func in SCALER_CALLS:
             self.scaler_calls.note(func, args, out)
         return out
+
+    def __exit__(self, *exc: Any) -> None:
+        leave(self)
+
+
+class WithoutScalers(TorchFunctionMode):
+    """Leaves out the factors of gradient scalers: inside the context `scaler.scale(loss)` is the loss.
+
+    For runs of a closure of which no gradient reaches `.grad`, so that nobody takes the factor out again.
+    """
+
+    def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if factor_in(func, args) is not None else func(*args, **(kwargs or {}))
 
     def __exit__(self, *exc: Any) -> None:
         leave(self)

@@ -177,11 +177,15 @@ class CodeFitter:
             before = {layer.name: layer.parameter.detach().clone() for layer in layers}
             outputs = {name: predict(problem) for name, problem in made.items()}
 
+        spoiled: list[str] = []
+
         def solve_all() -> None:
             jobs = [self._job(fitting, layer, partial(made.__getitem__, layer.name) if made else
                               self._problem(fitting, layer)) for layer in layers]  # fmt: skip
             rest = [] if refit else fitting.gradient_jobs(partial(self._step_along, fitting))
+            spoiled.extend(made)  # where it raises, nothing tells which
             executor.run(jobs, rest, fitting.state)
+            spoiled[:] = [] if stale is None else snapshot.spoiled_names()
 
         def note() -> Callable[[], None]:
             multipliers = self._raised_multipliers(layers, coded.codes)
@@ -206,12 +210,15 @@ class CodeFitter:
 
         self._weights.verdict = None if late is None or late.deferred else late.verdict
         try:
-            return solved(solve_all, snapshot, executor, note, optimizer, late)
+            where = solved(solve_all, snapshot, executor, note, optimizer, late)
         except OtherWeight:
             assert late is not None
             return self.fit(fitting, coded, layers, optimizer, executor, finish, refit, late.anew())
         finally:
             self._weights.verdict = None
+        if isinstance(where, str) and stale is not None:
+            stale.blame(spoiled)
+        return where
 
     def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:
         """A function that makes a layer's local problem, whose gradient is γ times the relaxed objective's.

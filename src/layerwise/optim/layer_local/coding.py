@@ -24,6 +24,7 @@ from layerwise.local.problem import contract
 from layerwise.optim.base import refuse_unreached
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import check_loss
+from layerwise.tape.modes import WithoutScalers
 from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, without_grad
 
@@ -55,7 +56,7 @@ def gauss_newton(
     as `pulled_roots`.
     """
     tape = Tape(model, lambda tape, total, weight, run: None, keep_outputs=True, crosses=True)
-    with tape, torch.enable_grad():
+    with tape, WithoutScalers(), torch.enable_grad():
         loss = closure()
     check_loss(loss)
     plain = pulled(tape, loss, ours, matrices=True, kinds=kinds)

@@ -79,10 +79,14 @@ class Snapshot:
 
     def spoiled(self) -> str | None:
         """The first parameter with NaN or infinity in its value or state, or None."""
+        bad = self.spoiled_names()
+        return f"the solution of {bad[0]}'s local problem" if bad else None
+
+    def spoiled_names(self) -> list[str]:
+        """The parameters with NaN or infinity in their values or state."""
         if all_finite(self._checked(p for _, p in self._params)):
-            return None
-        bad = (name for name, p in self._params if not all_finite(self._checked([p])))
-        return f"the solution of {next(bad)}'s local problem"
+            return []
+        return [name for name, p in self._params if not all_finite(self._checked([p]))]
 
     def ask(self, verdict: Verdict) -> None:
         """As `spoiled`, when the verdict is read; NonFinite then holds the words."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,8 @@ class Stale:
         self._most = most
         self._steps = 0
         self._history: deque[dict[str, LayerData]] = deque(maxlen=most + 1)
+        self._old: dict[str, dict[str, LayerData]] = {}  # earlier minibatches that layers of the last step were given
+        self._blamed: list[str] = []
 
     def delay(self, name: str, step: int) -> int:
         """The age d of a layer's data at a step, in minibatches."""
@@ -46,23 +48,35 @@ class Stale:
             for name, p in problems.items()
         })  # fmt: skip
         found = {}
+        self._old, self._blamed = {}, []
         for name, problem in problems.items():
             back = min(self.delay(name, self._steps), len(self._history) - 1)
             old = self._history[-1 - back].get(name) if back else None
             # g gives the first local gradient only at the weights that made it
             if old is not None and old["target"].dtype != problem.target.dtype:  # the model was converted since
                 old = None
+            if old is not None:
+                self._old[name] = self._history[-1 - back]
             found[name] = problem if old is None else replace(problem, **old, g=None)
         self._steps += 1
         return found
+
+    def blame(self, names: Iterable[str]) -> None:
+        """Say which layers of the last step had no finite solution: an earlier minibatch that did it is let go.
+
+        Else every step that is given it would be skipped, and as a skipped step puts back what there was, for ever.
+        """
+        self._blamed = [name for name in names if name in self._old]
 
     def held(self) -> tuple[Any, ...]:
         """What a step changes, for `hold`."""
         return self._steps, deque(self._history, maxlen=self._most + 1)
 
     def hold(self, held: tuple[Any, ...]) -> None:
-        """Go back to before the steps that were rolled back."""
+        """Go back to before the steps that were rolled back, but for what is blamed."""
         self._steps, self._history = held
+        for name in self._blamed:
+            self._old[name].pop(name, None)
 
     def state(self) -> dict[str, Any]:
         """For `state_dict`."""
