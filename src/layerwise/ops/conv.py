@@ -160,7 +160,7 @@ class ConvSlot(Slot):
         g = samples.split(g, 1)
         v, n, r = g.shape[:3]
         g = g.reshape(v, n, r, k, o, places).permute(0, 1, 2, 5, 3, 4)
-        return g.flatten(2, 3) if r > 1 else g.squeeze(2)
+        return g.squeeze(2) if r == 1 else g.flatten(2, 3)  # r = 0: no rows at all
 
     def matrix(self, used: Tensor) -> Tensor:
         """The kernel as `[K,O,I]`, flipped where the convolution is transposed."""

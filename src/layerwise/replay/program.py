@@ -79,7 +79,7 @@ class CodedTape(Tape):
         self._parts_noted = False
         if entry is not None:
             self._slots[id(entry)] = (entry, self._new_slot(), False)
-        super().__init__(model, on_backward=lambda tape, total, weight, run: None, keep_outputs=True, crosses=True)
+        super().__init__(model, lambda tape, total, weight, run: None, keep_outputs=True, own_losses=True, crosses=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -198,7 +198,9 @@ class LossRecord(TorchFunctionMode):
             own = x.requires_grad and x.is_leaf and id(x) not in self._known  # differentiated by in the loss
             if x.dim() and (own or not x.requires_grad):
                 self.entered.append(self._made_from(x)[1])
-        if self.returned is not None and torch.is_grad_enabled():
+        if self.returned is None or not torch.is_grad_enabled():
+            return
+        with torch._C.DisableTorchFunction():  # else the tape would take what is asked here for readers of the output
             self.returned += [part for part in boundary_of("the loss", out, hold=hold) if part.call.logits.dim()]
             views = [z for z in losses.tensors_in(out) if z.requires_grad and z._base is not None and z._base.grad_fn]
             self._views += [(get_gradient_edge(z), z._base) for z in views if z._base is not None]

@@ -276,10 +276,13 @@ def _may_hold(use: Use, n: int) -> bool:
 
 
 def _position_of(edge: GradientEdge, numbers: Tensor, use: Use, n: int, stops: Collection[Node]) -> bool:
-    """Whether each row of a shared use's output reaches, in every sample, one index of an axis other than the samples'.
+    """Whether each row of a shared use's output reaches, in every sample, one index of axes other than the samples'.
 
     An output with an axis of N·r rows could else be one of N samples that are mixed further up (batch statistics).
     """
+    axes = free_axes(use)
+    open_axes = {a for a in axes if use.call.out_shape[a] % n == 0 or len(axes) == 1}
+    some = bool(open_axes)
     like = torch.zeros((), dtype=edge.node._input_metadata[edge.output_nr].dtype, device=numbers.device)
     like = like.expand(numbers.shape)
     for axis in range(numbers.dim()):
@@ -294,9 +297,9 @@ def _position_of(edge: GradientEdge, numbers: Tensor, use: Use, n: int, stops: C
         with stopped(stops):
             (found,) = element_numbers([Root(edge, like, owners)], size, [use.edge])
         if found is not None and not bool((found == MIXED).any()):
-            index = [a for a in free_axes(use) if use.call.out_shape[a] % n == 0 or len(free_axes(use)) == 1]
-            if index and all(_varies(found, a) for a in index):
-                return True
+            open_axes = {a for a in open_axes if not _varies(found, a)}
+        if some and not open_axes:
+            return True
     return False
 
 

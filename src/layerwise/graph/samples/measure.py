@@ -28,6 +28,7 @@ from layerwise.graph.samples.sample_layout import SampleLayout
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Source, settle
 from layerwise.tape.tape import Tape
+from layerwise.tape.uses import LossUse
 
 __all__ = ["count", "measure", "said_count"]
 
@@ -115,22 +116,34 @@ def _parts(error: LayerwiseError) -> Refused:
     return type(error), str(error)
 
 
-def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int:
-    """The number of samples, for those who need nothing else: measured only where the tensors seen disagree on it.
+def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int | str:
+    """The number of samples, for those who need nothing else: measured where the loss is the user's own, or disagrees.
 
-    graph: of `total`, with or without its losses. Where samples are mixed it is dim 0 of the batch, or of the losses'
-    terms where these are fewer.
+    graph: of `total`, with or without its losses. Where samples are mixed it is the number of the losses' terms if the
+    model was called with as many rows, else dim 0 of the batch, or of the terms where these are fewer. Where several
+    numbers hold, the words of AmbiguousSamples, to be raised by whoever needs the number.
     """
     first = readings.first_count(graph) or 1
-    shapes = [loss.call.logits.shape for loss in tape.losses]
-    if not readings.contradictory(graph) and all(any(size % first == 0 for size in shape) for shape in shapes if shape):
+    sizes = [_term_sizes(loss) for loss in tape.losses]
+    divides = bool(sizes) and all(any(size % first == 0 for size in axes) for axes in sizes if axes)
+    if divides and not readings.contradictory(graph):
         return first
     try:
         whole = graph if graph.losses else prove(tape, total, graph.weight)
         return measure(tape, whole, model).n
+    except AmbiguousSamples as error:
+        return str(error)
     except LayerwiseError:
-        lead = {shape[0] for shape in shapes if shape}
-        return min(first, *lead) if len(lead) == 1 else first
+        lead = {axes[0] for axes in sizes if axes}
+        if len(lead) != 1:
+            return first
+        called = readings.row_counts([origin for origin in graph.entered if origin.shape])
+        return next(iter(lead)) if lead <= set(called) else min(first, *lead)
+
+
+def _term_sizes(loss: LossUse) -> list[int]:
+    """The sizes of the axes of a loss's terms."""
+    return [size for a, size in enumerate(loss.call.logits.shape) if a != loss.call.class_axis]
 
 
 def said_count(samples: int | Tensor | None, what: str) -> int | None:
@@ -141,10 +154,11 @@ def said_count(samples: int | Tensor | None, what: str) -> int | None:
     if samples is None:
         return None
     if not isinstance(samples, Tensor):
-        if not isinstance(samples, int) or samples < 1:
+        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
             raise BadInput(f"{what} must be None, a whole number of at least 1, or a tensor, got {samples!r}")
         return samples
-    if samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool or not samples.numel():
+    whole = not (samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool)
+    if not whole or not samples.dim() or not samples.numel():
         raise BadInput(
             f"{what} as a tensor must hold a whole number for each loss term, 0 to N - 1, got "
             f"{samples.dtype} of shape {tuple(samples.shape)}"

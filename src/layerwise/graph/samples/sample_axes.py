@@ -85,7 +85,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
         raise SamplesMixed(mixed_text(tape, failed, n, meeting(loss, ways[0], failed)))
     if len(passed) > 1:
         passed = _by_first_batch(graph, passed)
-    if len(passed) > 1:
+    if len(passed) > 1 and n > 1:  # of one sample all axes say the same
         raise AmbiguousSamples(
             f"the {shape} outputs of {loss} can belong to {n} samples in {len(passed)} ways that this "
             "batch cannot tell apart (number of samples equal to number of positions?); use a batch of another "

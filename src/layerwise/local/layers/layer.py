@@ -64,6 +64,11 @@ class Layer:
         """The weight's parameter name."""
         return self.names[0]
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether any use has a row: an expert to which nothing is routed has none, and stays as it is."""
+        return any(part.use.call.out_shape.numel() for part in self.parts)
+
     @cached_property
     def _weight(self) -> Slot:
         if self.call is self.use.call:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput, Undefined
-from layerwise.graph.coverage import prove
+from layerwise.errors import AmbiguousSamples, BadInput, Undefined
+from layerwise.graph.coverage import Graph, prove
 from layerwise.graph.loss_scale import loss_scale, mixed_scales
 from layerwise.graph.samples import count, said_count
 from layerwise.local.layers.kinds import Kinds
@@ -25,14 +25,17 @@ from layerwise.tape.pull import OnePass, accumulated, differentiated, hooked, pu
 from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, is_finite, without_grad
 
-__all__ = ["Recorded", "RunRecorder", "dense", "may_be_finite", "problem_of", "pulled", "record", "refreshed"]
+__all__ = [
+    "Recorded", "RunRecorder", "dense", "may_be_finite", "problem_of", "pulled", "record", "refreshed", "told",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recorded:
     """One run of a closure.
 
-    cotangents: by use index, `[*out_shape]`. gradients: of the parameters outside the layers, by name. samples: N.
+    cotangents: by use index, `[*out_shape]`. gradients: of the parameters outside the layers, by name. counted: the
+    number of samples, or in words which it may be.
     Where the loss is not finite, or depends on no parameter, there are no layers and no gradients.
     """
 
@@ -41,7 +44,19 @@ class Recorded:
     layers: list[Layer]
     cotangents: Mapping[int, Tensor]
     gradients: Mapping[str, Tensor]
-    samples: int = 1
+    counted: int | str = 1
+
+    @property
+    def samples(self) -> int:
+        """N. Raises AmbiguousSamples where it may be several numbers."""
+        return told(self.counted)
+
+
+def told(counted: int | str) -> int:
+    """A number of samples. Raises AmbiguousSamples where there are words on the numbers it may be in its place."""
+    if isinstance(counted, str):
+        raise AmbiguousSamples(counted)
+    return counted
 
 
 class RunRecorder:
@@ -49,7 +64,7 @@ class RunRecorder:
 
     left: the gradients in `.grad` after the passes, where a gradient scaler multiplied the losses; else None.
     ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`; crosses: as
-    for `Tape`.
+    for `Tape`. counted: whether the number of samples is asked for; else it is 1.
 
     Several backward passes are the sum of their losses: each layer has its rows of all of them. Cotangents
     and gradients are those of the losses without a gradient scaler's factor.
@@ -62,14 +77,16 @@ class RunRecorder:
         matrices: bool = False,
         crosses: bool = False,
         kinds: Kinds | None = None,
+        counted: bool = True,
     ) -> None:
-        self._ours, self._matrices, self._kinds = ours, matrices, kinds
+        self._ours, self._asked = ours, _Asked(ours, matrices, kinds, partial(count, model=model) if counted else None)
         self.left: GradientsLeft | None = None
         self._said: int | None = None
         self._counted = 0  # passes from before what is said
         self._passes: list[_Pass] = []  # the tape's handler holds this list, not the recorder: `run` leaves no cycle
         self._tape = Tape(
-            model, partial(_recorded_pass, self._passes, (ours, matrices, kinds)), keep_outputs=True, crosses=crosses
+            model, partial(_recorded_pass, self._passes, self._asked), keep_outputs=True, own_losses=True,
+            crosses=crosses,
         )  # fmt: skip
 
     def __enter__(self) -> None:
@@ -111,8 +128,30 @@ class RunRecorder:
             )
         scale = loss_scale(self._tape.scaler_calls, loss)
         self.left = self._left_in_grad(scale)
-        run = _unscaled(pulled(self._tape, loss, self._ours, self._matrices, self._kinds), scale)
-        return run if self._said is None else replace(run, samples=self._said)
+        run = _unscaled(_pulled(self._tape, loss, self._asked), scale)
+        return run if self._said is None else replace(run, counted=self._said)
+
+
+class _Asked(NamedTuple):
+    """What is read of a pass. ours, matrices, kinds: as for `layers_of`. counter: of samples; None: not asked for."""
+
+    ours: Callable[[Tensor], bool]
+    matrices: bool
+    kinds: Kinds | None
+    counter: Callable[[Tape, Graph, Tensor], int | str] | None
+
+    def layers(self, tape: Tape, graph: Graph) -> list[Layer]:
+        """The layers of a graph."""
+        return layers_of(tape, graph, self.ours, self.matrices, self.kinds)
+
+    def rest(self, tape: Tape, layers: Sequence[Layer]) -> dict[str, Tensor]:
+        """The parameters to be moved outside the layers."""
+        inside = {name for layer in layers for name in layer.names}
+        return {n: p for n, p in tape.parameters.items() if n not in inside and self.ours(p)}
+
+    def counted(self, tape: Tape, graph: Graph, total: Tensor) -> int | str:
+        """The number of samples, or in words which it may be; 1 where it is not asked for."""
+        return 1 if self.counter is None else self.counter(tape, graph, total)
 
 
 class _Pass(NamedTuple):
@@ -123,23 +162,21 @@ class _Pass(NamedTuple):
 
     def of(self, samples: int) -> _Pass:
         """The same pass of so many samples."""
-        return self._replace(run=replace(self.run, samples=samples))
+        return self._replace(run=replace(self.run, counted=samples))
 
 
 def _recorded_pass(
     passes: list[_Pass],
-    choices: tuple[Callable[[Tensor], bool], bool, Kinds | None],
+    asked: _Asked,
     tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any],
 ) -> Any:  # fmt: skip
-    """Run a backward pass, and add what it gives to the passes. choices: ours, matrices and kinds of the recorder."""
-    ours, matrices, kinds = choices
+    """Run a backward pass, and add what it gives to the passes."""
     scale = loss_scale(tape.scaler_calls, total)
     graph = prove(tape, total, weight, need_loss=False)
-    layers = layers_of(tape, graph, ours, matrices, kinds) if may_be_finite(total) else []
-    inside = {name for layer in layers for name in layer.names}
-    rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
+    layers = asked.layers(tape, graph) if may_be_finite(total) else []
+    rest = asked.rest(tape, layers)
     received: dict[int, Tensor] = {}
-    samples = count(tape, graph, total)
+    counted = asked.counted(tape, graph, total)
     with (
         OnePass(total) as within,
         accumulated(rest, within=within) as added,
@@ -151,11 +188,10 @@ def _recorded_pass(
     ):
         out = run()
     gradients = {name: dense(g) for name, g in added.items()}
-    _fill(layers, received)
-    layers = [layer for layer in layers if layer.use.index in received]
+    layers = _reached(layers, received)
     if passes and scale != passes[0].scale:
         raise BadInput(mixed_scales(passes[0].scale, scale))
-    recorded = Recorded(differentiated(total, weight), tape, layers, received, gradients, samples)
+    recorded = Recorded(differentiated(total, weight), tape, layers, received, gradients, counted)
     passes.append(_Pass(_unscaled(recorded, scale), scale))
     read = {use.edge.node for use in graph.uses}
     tape.forget_losses([loss for loss in tape.losses if loss.logits.node in read])
@@ -207,7 +243,9 @@ def joined(runs: Sequence[Recorded]) -> Recorded:
             "the passes of one step must use each weight alike"
         )
     loss = torch.stack([run.loss for run in runs]).sum()
-    return Recorded(loss, runs[0].tape, layers, cotangents, gradients, sum(run.samples for run in runs))
+    unclear = next((run.counted for run in runs if isinstance(run.counted, str)), None)
+    counted = sum(run.samples for run in runs) if unclear is None else unclear
+    return Recorded(loss, runs[0].tape, layers, cotangents, gradients, counted)
 
 
 def may_be_finite(loss: Tensor) -> bool:
@@ -233,30 +271,33 @@ def pulled(
     kinds: Kinds | None = None,
 ) -> Recorded:
     """The layers of a recorded loss, with cotangents from one vector-Jacobian product without weight gradients."""
+    return _pulled(tape, loss, _Asked(ours, matrices, kinds, count))
+
+
+def _pulled(tape: Tape, loss: Tensor, asked: _Asked) -> Recorded:
     if not loss.requires_grad:
         return Recorded(loss.detach(), tape, [], {}, {})
     graph = prove(tape, loss, None, need_loss=False)
     if not may_be_finite(loss):
         return Recorded(loss.detach(), tape, [], {}, {})
-    layers = layers_of(tape, graph, ours, matrices, kinds)
-    inside = {name for layer in layers for name in layer.names}
-    rest = {n: p for n, p in tape.parameters.items() if n not in inside and ours(p)}
+    layers = asked.layers(tape, graph)
+    rest = asked.rest(tape, layers)
     uses = [part.use for layer in layers for part in layer.parts]
     found = pull([loss], [torch.ones_like(loss)], [*(use.edge for use in uses), *rest.values()])
     cotangents = {use.index: g for use, g in zip(uses, found, strict=False) if g is not None}
-    _fill(layers, cotangents)
-    layers = [layer for layer in layers if layer.use.index in cotangents]
+    layers = _reached(layers, cotangents)
     gradients = {n: dense(g) for n, g in zip(rest, found[len(uses) :], strict=True) if g is not None}
-    return Recorded(loss.detach(), tape, layers, cotangents, gradients, count(tape, graph, loss))
+    return Recorded(loss.detach(), tape, layers, cotangents, gradients, asked.counted(tape, graph, loss))
 
 
-def _fill(layers: list[Layer], cotangents: dict[int, Tensor]) -> None:
-    """Set zero cotangents at uses that the loss does not depend on, of layers with another use that it does."""
-    for layer in layers:
-        if len(layer.others) and any(part.use.index in cotangents for part in layer.parts):
-            for part in layer.parts:
-                if part.use.index not in cotangents:
-                    cotangents[part.use.index] = layer.parameter.new_zeros(part.use.call.out_shape)
+def _reached(layers: list[Layer], cotangents: dict[int, Tensor]) -> list[Layer]:
+    """The layers that have rows, and a use that the loss depends on; zero cotangents are set at their other uses."""
+    found = [layer for layer in layers if layer.has_rows and any(part.use.index in cotangents for part in layer.parts)]
+    for layer in found:
+        for part in layer.parts:
+            if part.use.index not in cotangents:
+                cotangents[part.use.index] = layer.parameter.new_zeros(part.use.call.out_shape)
+    return found
 
 
 @without_grad

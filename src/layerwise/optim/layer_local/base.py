@@ -219,7 +219,7 @@ class LayerLocal(NamedOptimizer):
         samples: what the user says of them, in place of what the run does.
         """
         count = said_count(samples, f"samples of {type(self).__name__}.step")
-        run = run if count is None else replace(run, samples=count)
+        run = run if count is None else replace(run, counted=count)
         self._check_parameters(run.tape.parameters)
         self._retyped()
         return Fitting(run, self._group_at, self.state, self._local, self._averages, self._backups)

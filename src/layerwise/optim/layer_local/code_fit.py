@@ -13,7 +13,7 @@ from layerwise.errors import BadInput
 from layerwise.local.codes.code_step import CodeStep, Terms
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
-from layerwise.local.layers.record import Recorded, problem_of
+from layerwise.local.layers.record import Recorded, problem_of, told
 from layerwise.local.layers.term_weights import OtherWeight, TermWeights
 from layerwise.local.problem import LocalProblem, predict
 from layerwise.local.regularizers import WeightDecay
@@ -130,21 +130,24 @@ class CodeFitter:
 
     def gamma(self, fitting: Fitting, name: str) -> float:
         """γ = B/μ of a parameter, by which its cotangents are multiplied."""
-        return self._batch(fitting.run.samples) / float(fitting.group(name)["coupling"])
+        return self._batch(fitting.run.counted) / float(fitting.group(name)["coupling"])
 
     def threshold(self, fitting: Fitting, layer: Layer) -> float:
         """λ/μ of a layer's code; 0 where there is none."""
         group = fitting.group(layer.name)
         return 0.0 if layer.likelihood is not None else float(group["code_l1"] / group["coupling"])
 
-    def terms(self, groups: Mapping[int, Mapping[str, Any]], samples: int) -> Terms:
-        """The numbers of the relaxed objective for codes at some uses, from the groups of their layers' weights."""
+    def terms(self, groups: Mapping[int, Mapping[str, Any]], counted: int | str) -> Terms:
+        """The numbers of the relaxed objective for codes at some uses, from the groups of their layers' weights.
+
+        counted: the samples, as `Recorded.counted`.
+        """
         coupling = {i: float(group["coupling"]) for i, group in groups.items()}
         sparsity = {i: float(group["code_l1"]) for i, group in groups.items()}
-        return Terms(coupling, self._batch(samples), sparsity, self.multipliers)
+        return Terms(coupling, self._batch(counted), sparsity, self.multipliers)
 
-    def _batch(self, samples: int) -> float:
-        return float(samples) if self._reduction == "mean" else 1.0
+    def _batch(self, counted: int | str) -> float:
+        return float(told(counted)) if self._reduction == "mean" else 1.0
 
     def _update(self, fitting: Fitting, layer: Layer) -> Update:
         return self.updates.of(layer.name, fitting.group(layer.name))

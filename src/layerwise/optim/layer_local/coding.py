@@ -117,8 +117,8 @@ def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> l
     return layers_of(coded.tape, graph, ours, matrices=True, kinds=kinds) if may_be_finite(coded.loss) else None
 
 
-def samples_of(coded: CodedModel) -> int:
-    """The number of samples of a coded model's batch."""
+def samples_of(coded: CodedModel) -> int | str:
+    """The number of samples of a coded model's batch, as `Recorded.counted`."""
     return count(coded.tape, prove(coded.tape, coded.loss, None, need_loss=False), coded.loss)
 
 
@@ -144,7 +144,7 @@ def recorded_on_codes(
     cotangents = {i: g for i, g in zip(every, found, strict=False) if g is not None}
     moved = []
     for layer in layers:
-        if any(part.use.index in cotangents for part in layer.parts):
+        if layer.has_rows and any(part.use.index in cotangents for part in layer.parts):
             indices = [part.use.index for part in layer.parts]
             parts = [
                 _on_new_data(part, out.calls[i], out.predictions[i])

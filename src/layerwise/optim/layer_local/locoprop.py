@@ -191,7 +191,7 @@ class LocoProp(LayerLocal):
     def _attempt(self, closure: Closure, buffers: Buffers, samples: Samples = None) -> tuple[Tensor, str | Late | None]:
         """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
         rerun = None if self._order == "together" else Rerun(self._model, closure, gradients=False)
-        recorder = RunRecorder(self._model, self._ours, kinds=self._kinds)
+        recorder = self._new_recorder()
         recorder.say(samples)
         with recorder, torch.enable_grad():
             loss = closure()
@@ -204,7 +204,11 @@ class LocoProp(LayerLocal):
                 f"LocoProp(order={self._order!r}) runs the model again in a step, which passes recorded "
                 '`with opt.watch()` cannot give: call step(closure), or use order="together"'
             )
-        return RunRecorder(self._model, self._ours, kinds=self._kinds)
+        return self._new_recorder()
+
+    def _new_recorder(self) -> RunRecorder:
+        per_sample = any(getattr(choice.target, "per", "batch") == "sample" for choice in self._choices.every())
+        return RunRecorder(self._model, self._ours, kinds=self._kinds, counted=per_sample)
 
     def _attempt_recorded(self, recorder: RunRecorder, buffers: Buffers) -> tuple[Tensor, str | Late | None]:
         return self._fit(recorder, recorder.run(), None, buffers)
