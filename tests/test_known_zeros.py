@@ -120,3 +120,19 @@ def test_infinite_weights_do_not_turn_zeros_into_nan() -> None:
     w = torch.full((2, 2), torch.inf)
     found = zeros.run(lambda: torch.mm(zeros.zeros(w, (2, 2)), w))
     assert torch.equal(found, torch.zeros(2, 2))
+
+
+def test_a_flat_net_costs_the_columns_of_its_losses_alone() -> None:
+    """In multiply-adds: the exact Hessian diagonal of a ReLU net is the GGN's, and no pass proves it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3))
+    x, y = torch.randn(4, 6), torch.randint(3, (4,))
+    counts, values = [], []
+    for quantity in (lw.DiagGGN(), lw.DiagHessian()):
+        with FlopCounterMode(display=False) as counter, lw.observe(model, quantity) as seen:
+            F.cross_entropy(model(x), y).backward()
+        counts.append(counter.get_total_flops())
+        values.append(seen[quantity])
+    assert counts[1] <= counts[0]
+    for name, want in values[0].items():
+        torch.testing.assert_close(values[1][name], want)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,14 @@ from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.coverage import Graph
 from layerwise.graph.products import twice
-from layerwise.graph.walk import Edge, Node, by_node, children, distinct, finished, inputs, next_uses
+from layerwise.graph.second.known_zeros import KnownZeros
+from layerwise.graph.walk import Edge, Node, by_node, children, distinct, finished, inputs, next_uses, nodes
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 
 __all__ = ["Residual", "ResidualCurvature", "powers", "proved", "residual_curvature"]
 
+_Sent = Callable[["_Walk", Node, int], Tensor | None]  # the cotangent that is sent into an output of a node
 LossHessian = Callable[[Sequence[Tensor]], list[Tensor]]
 
 _EXPONENTS = 12  # probes are powers of two up to this exponent: products with them round like those with one
@@ -49,12 +52,13 @@ class ResidualCurvature:
     """The curvature between the losses of a graph and its uses.
 
     residuals: in the order in which cotangents meet them. other: by the index of a use, the name of a node above the
-    use that is curved in another way.
+    use that is curved in another way. flat: whether each node's second derivatives were found to be zero.
     """
 
     residuals: Sequence[Residual]
     other: dict[int, str]
     walk: _Walk
+    flat: bool = False
 
     def next_uses(self, edges: Sequence[GradientEdge]) -> list[Use]:
         """The uses nearest to some edges: those that are reached without passing through another one."""
@@ -64,14 +68,17 @@ class ResidualCurvature:
 def residual_curvature(graph: Graph) -> ResidualCurvature:
     """The residuals of a graph, and the uses with nodes above them that are curved in another way.
 
+    Second derivatives times gradients are zero for any gradient where they are for random ones, which takes no pass.
     Raises Undefined where an operation has no second derivative.
     """
     walk = _Walk(graph)
+    if all(_of(node, walk, _Walk.noise)[0] == "flat" for node in walk.order):
+        return ResidualCurvature([], {}, walk, flat=True)
     found: dict[Edge, Residual] = {}
     other: dict[int, str] = {}
     for node in walk.order:
         edges = walk.live(node)
-        kind, value = _of_uses(node, edges, walk) if node in walk.use_at else _of_node(node, edges, walk)
+        kind, value = _of(node, walk, _Walk.gradient)
         if kind == "other":
             name = ", ".join(map(repr, walk.use_at[node])) if node in walk.use_at else node.name()
             for index in walk.indices(edges):
@@ -97,9 +104,22 @@ class _Walk:
             for child, *_ in children(node, self._below):
                 self._reach[node] |= self._reach[child]
         self.order = [node for node in reversed(self._reach) if node is not None and self._reach[node]]
+        self._graph = graph
+
+    @cached_property
+    def _gradients(self) -> dict[Edge, Tensor | None]:
         places = [(node, nr) for node in self.order for nr in range(len(node._input_metadata))]
-        pulled = pull([graph.total], [graph.seed], [GradientEdge(*place) for place in places])
-        self.gradients = {place: None if g is None else g.detach() for place, g in zip(places, pulled, strict=True)}
+        pulled = pull([self._graph.total], [self._graph.seed], [GradientEdge(*place) for place in places])
+        return {place: None if g is None else g.detach() for place, g in zip(places, pulled, strict=True)}
+
+    def gradient(self, node: Node, nr: int) -> Tensor | None:
+        """The gradient of the total at one output of a node; None where there is no path."""
+        return self._gradients[node, nr]
+
+    def noise(self, node: Node, nr: int) -> Tensor | None:
+        """Random numbers in the place of a gradient."""
+        like = node._input_metadata[nr]
+        return _random(like.shape, like.dtype, like.device, nr)
 
     def live(self, node: Node) -> list[GradientEdge | None]:
         """The edges of a node's data, in the node's order; None where no use is below."""
@@ -120,30 +140,48 @@ class _Walk:
 # -- one node -----------------------------------------------------------------------------------------------
 
 
-def _of_node(node: Node, edges: Sequence[GradientEdge | None], walk: _Walk) -> tuple[str, Tensor | None]:
-    """A node's kind: flat, elementwise (with its second derivative times the gradient) or other."""
-    gradients = [walk.gradients[node, nr] for nr in range(len(node._input_metadata))]
-    if all(g is None for g in gradients):
+def _of(node: Node, walk: _Walk, sent: _Sent) -> tuple[str, Tensor | None]:
+    """A node's kind for some cotangents: flat, elementwise (with its second derivative times them) or other."""
+    return (_of_uses if node in walk.use_at else _of_node)(node, walk, sent)
+
+
+def _of_node(node: Node, walk: _Walk, sent: _Sent) -> tuple[str, Tensor | None]:
+    """The kind of a node without uses."""
+    cotangents = [sent(walk, node, nr) for nr in range(len(node._input_metadata))]
+    if all(g is None for g in cotangents):
         return "flat", None
     if not callable(node):  # a Python function: its backward may read anything
         return "other", None
     with twice():
-        back = node(*gradients)
+        back = node(*cotangents)
     back = (back,) if isinstance(back, Tensor) or back is None else back
-    return _second(list(back), edges)
+    return _second(list(back), walk.live(node))
 
 
-def _of_uses(node: Node, edges: Sequence[GradientEdge | None], walk: _Walk) -> tuple[str, Tensor | None]:
+def _of_uses(node: Node, walk: _Walk, sent: _Sent) -> tuple[str, Tensor | None]:
     """The kind of a node of uses, as a function of their data: linear uses are flat, all others other."""
-    wanted = distinct(edges)
-    arrived = {use.edge.output_nr: (use.edge, walk.gradients[node, use.edge.output_nr]) for use in walk.use_at[node]}
-    sent = [(edge, g) for edge, g in arrived.values() if g is not None]
-    if not wanted or not sent:
+    wanted = distinct(walk.live(node))
+    places = {use.edge.output_nr: use.edge for use in walk.use_at[node]}
+    pairs = [(edge, g) for nr, edge in places.items() if (g := sent(walk, node, nr)) is not None]
+    if not wanted or not pairs or _reads_no_data([edge for edge, _ in pairs], [g for _, g in pairs], wanted):
         return "flat", None
     with twice():
-        back = pull([edge for edge, _ in sent], [g for _, g in sent], wanted, create_graph=True)
+        back = pull([edge for edge, _ in pairs], [g for _, g in pairs], wanted, create_graph=True)
     kind, value = _second(back, wanted)
     return ("flat" if kind == "flat" else "other"), None
+
+
+def _reads_no_data(edges: Sequence[GradientEdge], like: Sequence[Tensor], wanted: Sequence[GradientEdge]) -> bool:
+    """Whether the graph of the cotangents sent from some edges, of zeros, does not lead to where they are sent."""
+    zeros = KnownZeros()
+
+    def sent() -> list[Tensor | None]:
+        with twice():
+            return pull(edges, [zeros.zeros(g, g.shape) for g in like], wanted, create_graph=True)
+
+    found = zeros.run(sent, dense=True)
+    ends = {edge.node for edge in wanted}
+    return not any(node in ends for node in nodes((g.grad_fn, 0) for g in found if g is not None))
 
 
 def _second(back: Sequence[Tensor | None], edges: Sequence[GradientEdge | None]) -> tuple[str, Tensor | None]:
@@ -152,22 +190,28 @@ def _second(back: Sequence[Tensor | None], edges: Sequence[GradientEdge | None])
     wanted = distinct(edges)
     if not pairs:
         return "flat", None
-    signs = {(e.node, e.output_nr): powers(b, seed) for seed, (b, e) in enumerate(pairs)}
-    sent = [signs[e.node, e.output_nr].expand_as(b) for b, e in pairs]
 
     def product(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
         with twice():
             return pull([b for b, _ in pairs], cotangents, wanted)
 
-    seen = product(sent)
+    seen = product([_random(b.shape, b.dtype, b.device, seed) for seed, (b, _) in enumerate(pairs)])
     if all(m is None or not m.any() for m in seen):
         return "flat", None
     if len(wanted) > 1 or pairs[0][0].is_complex():  # of a complex number the second derivatives are a 2 by 2 block
         return "other", None
-    (m,), (r,) = seen, product([torch.ones_like(b) for b, _ in pairs])
-    assert m is not None and r is not None
-    same = m.shape == sent[0].shape and torch.equal(m, r * sent[0])  # bitwise, in each element by itself
+    signs = powers(pairs[0][0], 0)
+    (m,), (r,) = (product([x.expand_as(b) for b, _ in pairs]) for x in (signs, torch.ones_like(signs)))
+    if m is None or r is None:
+        return "other", None
+    same = m.shape == signs.shape and torch.equal(m, r * signs)  # bitwise, in each element by itself
     return ("elementwise", r.detach()) if same else ("other", None)
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """Uniform random numbers, the same in every run: no sum of products with them is zero by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(tuple(shape), generator=generator, dtype=dtype if dtype.is_complex else None).to(device, dtype)
 
 
 def powers(like: Tensor, seed: int) -> Tensor:
@@ -187,8 +231,11 @@ def proved(graph: Graph, hessian: LossHessian, found: ResidualCurvature, uses: C
 
     hessian: products with the Hessian of the total in what its losses receive.
 
-    The comparison is made at the uses that have no other one of `uses` below them: all curvature above acts there.
+    It is where all is flat: only the losses are curved then. Otherwise both are compared, at the uses that have no
+    other one of `uses` below them: all curvature above acts there.
     """
+    if found.flat:
+        return True
     covered = [use for use in graph.uses if use.index in uses]
     below = {use.index: {u for u in found.walk.indices([use.edge]) if u != use.index} for use in covered}
     edges = [use.edge for use in covered if not below[use.index] & set(uses)]
