@@ -148,3 +148,49 @@ def test_stale_layers_refuse_minibatches_of_another_shape(key: str, value: objec
     state["stale"]["heard"][0]["0.weight"][key] = value
     with pytest.raises(lw.errors.BadInput, match=r"of a minibatch of 0\.weight is"):
         opt.load_state_dict(state)
+
+
+@pytest.mark.parametrize("words", [{}, {"codes": "sweep"}], ids=str)
+def test_parts_of_tensors_of_their_own_are_one_batch_where_their_number_is_said(words: dict[str, str]) -> None:
+    model, (x, y) = _model(), _batch(0)
+    parts = [(a.clone(), b.clone()) for a, b in zip(x.chunk(3), y.chunk(3), strict=True)]
+    other = copy.deepcopy(model)
+    lw.AltMin(model, rows="all", **words).step(lambda: F.cross_entropy(model(x), y))  # type: ignore[arg-type]
+    opt = lw.AltMin(other, rows="all", **words)  # type: ignore[arg-type]
+    before = _flat(other)
+    loss = opt.step(lambda: torch.stack([F.cross_entropy(other(a), b) for a, b in parts]).sum() / 3, samples=12)
+    assert torch.isfinite(loss)
+    assert float((_flat(model) - _flat(other)).norm() / (_flat(model) - before).norm()) < 1e-10
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_scaler_goes_on_after_a_non_finite_batch_was_caught(unscaled: bool) -> None:
+    """As the page on trainers says."""
+    model, scaler = _model(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    pre = lw.optim.Preconditioner(model, on_nonfinite="raise")
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    caught = 0
+    for seed in range(3):
+        x, y = _batch(seed)
+        opt.zero_grad()
+        try:
+            with pre.watch():
+                scaler.scale(F.cross_entropy(model(x * float("inf") if seed == 1 else x), y)).backward()
+            if unscaled:
+                scaler.unscale_(opt)
+            pre.step()
+        except lw.errors.NonFinite:
+            caught += 1
+            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+        else:
+            scaler.step(opt)
+            scaler.update()
+    assert caught == 1 and scaler.get_scale() == 512 and torch.isfinite(_flat(model)).all()
+
+
+def test_a_stage_without_a_layer_says_so() -> None:
+    x, _ = _batch(0, torch.float32)
+    opt = lw.distributed.Pipeline(lw.distributed.Stage({"0": nn.LayerNorm(6), "1": nn.PReLU()}))
+    with pytest.raises(lw.errors.BadInput, match=r"the stage of 0\.weight, 0\.bias, 1\.weight has no layer"):
+        opt.step(x, lambda out: F.mse_loss(out, x))
+    assert opt.skipped == 0
