@@ -92,7 +92,8 @@ def test_json_lines_go_on_after_a_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[1]", '{"loss": 1}', '{"step": "x"}', '{"step": 1, "loss": "much"}', "\xff", "[" * 5000]
+    "line",
+    ["{", "[1]", '{"loss": 1}', '{"step": "x"}', '{"step": 1, "loss": "much"}', '{"step": 1e999}', "\xff", "[" * 5000],
 )
 def test_a_broken_line_is_named_and_skipped(line: str, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"

@@ -188,7 +188,13 @@ class Pipeline(FittedToCodes):
         samples = coded.samples if below is None else below.samples
         if coded.samples != samples:
             raise BadInput(f"dim 0 is the samples' at every cut; {samples} came in, and here are {coded.samples}")
-        layers = coded_layers(coded, self._ours, self._kinds) or []
+        found = coded_layers(coded, self._ours, self._kinds)
+        if found is not None and not found:
+            raise BadInput(
+                f"the stage of {', '.join(coded.tape.parameters)} has no layer whose outputs can be codes (a linear or "
+                "convolution layer, say): cut the model elsewhere, so that each stage has one"
+            )
+        layers = found or []
         hidden = hidden_uses(coded, layers)
         given = {} if self._last else self._given(coded, layers, hidden, outputs[0], samples, cuts)
         if not layers or not all(map(is_finite, given.values())):

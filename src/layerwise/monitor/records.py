@@ -169,7 +169,7 @@ def _lines(content: bytes) -> tuple[list[tuple[int, Record]], list[str]]:
             record = {key: _number(key, value) for key, value in json.loads(line).items()}
             record["step"] = int(record["step"])
             found.append((int(record.pop("run", 0)), record))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             bad.append(f"line {number}: {error!r}")
     return found, bad
 

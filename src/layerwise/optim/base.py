@@ -76,6 +76,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._group_at: dict[int, dict[str, Any]] = {}
         self.all_parameters = params is None  # whether parameters that no group has are an error
         self._forms: list[Any] = []  # types and devices of the parameters with a state
+        self._shapes: dict[Tensor, torch.Size] = {}  # of the parameters, when their state was made
         self._recording: Recording | None = None
         self._skips = Skips()
         self.was_made = False  # whether the present step, or the last one, is whole: an error then takes nothing back
@@ -289,7 +290,19 @@ class NamedOptimizer(torch.optim.Optimizer):
         return sum(p.requires_grad for group in self.param_groups for p in group["params"])
 
     def _retyped(self) -> None:
-        """Convert the state to the types and devices of parameters that were converted after it was made."""
+        """Convert the state to the types and devices of parameters that were converted after it was made.
+
+        Raises BadInput for a parameter of another shape than its state was made for.
+        """
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                then = self._shapes.get(p)
+                if then is not None and then != p.shape and self.state.get(p):
+                    raise BadInput(
+                        f"{name} was of shape {tuple(then)} when {type(self).__name__} made its state, and is of shape "
+                        f"{tuple(p.shape)} now; make a new optimizer for the changed model"
+                    )
+                self._shapes[p] = p.shape
         forms = [(p.dtype, p.device) for p in self.state]
         if forms == self._forms:
             return
@@ -371,6 +384,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Take over a state that fits."""
         super().load_state_dict({"state": saved["state"], "param_groups": saved["param_groups"]})
         self.skipped = saved.get("skipped", 0)
+        self._shapes = {p: p.shape for p in self.state}
 
     # -- copies --------------------------------------------------------------------------------------------------
 

@@ -12,17 +12,9 @@ from layerwise.errors import BadInput
 from layerwise.tensors import is_finite
 
 __all__ = [
-    "VERSION",
-    "Fit",
-    "in_order",
-    "lacking",
-    "like",
-    "misfits",
-    "non_finite",
-    "of_local_optimizer",
-    "present",
-    "refuse",
-]
+    "VERSION", "Fit", "in_order", "is_count", "lacking", "like", "misfits", "non_finite", "of_local_optimizer", "present",
+    "refuse", "unlike",
+]  # fmt: skip
 
 VERSION = 2  # states of releases 0.1 and 0.2 have neither a version nor the optimizer's name
 _SHOWN = 5
@@ -69,6 +61,22 @@ def lacking(what: str, values: Mapping[str, Any], required: Iterable[str]) -> li
     return [f"{what} lacks {', '.join(missing)}"] if missing else []
 
 
+def unlike(what: str, values: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], bool]]) -> list[str]:
+    """The required keys that are missing, or else the values that cannot be. kinds: what must hold of each."""
+    bad = [key for key, holds in kinds.items() if key in values and not holds(values[key])]
+    said = [f"{key} of {what} is {_said(values[key])}" for key in bad]
+    return lacking(what, values, kinds) or said
+
+
+def is_count(value: Any) -> bool:
+    """Whether a saved value is a whole number of at least 0."""
+    return isinstance(value, int) and value >= 0
+
+
+def _said(value: Any) -> str:
+    return _form(value) if isinstance(value, Tensor | Mapping) else repr(value)
+
+
 def non_finite(what: str, values: Mapping[str, Any]) -> list[str]:
     """The first number or tensor among values that holds NaN or infinity."""
     for key, value in values.items():
@@ -98,7 +106,7 @@ def like(entries: Mapping[str, Any]) -> Fit:
         found += [f"has {', '.join(foreign)}, which belongs to another optimizer"] if foreign else []
         for key in entries.keys() & saved.keys():
             said, wanted = _form(saved[key]), _form(entries[key])
-            if said != wanted and None not in (saved[key], entries[key]):
+            if said != wanted and entries[key] is not None:
                 found.append(f"has {key} of {said}, and here it is {wanted}")
         return found
 
@@ -109,7 +117,7 @@ def _form(value: Any) -> str:
     """Shape and type in words; numbers, and tensors of one element, are counters of whatever type."""
     if isinstance(value, Tensor) and value.dim():
         return f"shape {tuple(value.shape)}, {value.dtype}"
-    if isinstance(value, Tensor | int | float):
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and not value.is_complex()):
         return "one number"
     return type(value).__name__
 

@@ -197,6 +197,8 @@ def moments_misfit(weight: Tensor, state: Mapping[str, Any]) -> list[str]:
         return [f"has {', '.join(foreign)}, which belongs to another optimizer"]
     if ("inverse" in state) != ("inverted" in state):
         return ["has one of inverse and inverted"]
+    if wrong := [key for key in ("rows", "steps", "inverted") if not _is_number(state.get(key, 0))]:
+        return [f"has {wrong[0]} {state[wrong[0]]!r}, which is no number of at least 0"]
     seen: Any = state["A"]
     numel = weight.numel()
     size = tuple(seen.shape) if isinstance(seen, Tensor) else ()
@@ -209,6 +211,10 @@ def moments_misfit(weight: Tensor, state: Mapping[str, Any]) -> list[str]:
             form = f"shape {tuple(t.shape)}, {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
             return [f"has {key} of {form} beside A of {size} and a weight of {weight.dtype}"]
     return []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < float("inf")
 
 
 def _largest_step(pull: Tensor, a: Tensor, strength: float, stiffness: float, rate: float, moved: Tensor) -> Tensor:

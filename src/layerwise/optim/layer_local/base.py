@@ -309,6 +309,8 @@ class LayerLocal(NamedOptimizer):
     def _differences(self, saved: Mapping[str, Any]) -> list[str]:
         """What of a saved state does not fit; running averages are of our parameters."""
         averages, params = saved["averages"], named_parameters_of(self._model)
+        if not isinstance(averages, Mapping):
+            return [*super()._differences(saved), f"the running averages are a {type(averages).__name__}, not a dict"]
         found = [
             f"the saved averages are of other parameters than ours: {name}" for name, t in averages.items()
             if name not in params or not isinstance(t, Tensor) or t.shape != params[name].shape

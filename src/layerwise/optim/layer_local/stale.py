@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem
-from layerwise.optim.saved_state import lacking, non_finite
+from layerwise.optim.saved_state import is_count, non_finite, unlike
 
 __all__ = ["Stale"]
 
@@ -84,14 +84,18 @@ class Stale:
 
     def differences(self, state: Any, params: Mapping[str, Tensor]) -> list[str]:
         """What of a saved state does not fit."""
-        if not isinstance(state, Mapping) or not {"steps", "heard"} <= state.keys():
-            return ["the minibatches of stale layers lack steps or heard"]
+        what = "the minibatches of stale layers"
+        if not isinstance(state, Mapping):
+            return [f"{what} are a {type(state).__name__}, not a dict"]
+        if wrong := unlike(what, state, {"steps": is_count, "heard": _are_minibatches}):
+            return wrong
         found = []
-        for heard in state["heard"]:
-            for name, data in heard.items():
-                wrong = [] if name in params else [f"there are minibatches of {name}, which the model does not have"]
-                found += wrong or lacking(f"a minibatch of {name}", data, ("a", "target", "rest", "gamma"))
-                found += non_finite(f"a minibatch of {name}", data)
+        for name, data in (item for heard in state["heard"] for item in heard.items()):
+            if name in params:
+                wrong = unlike(f"a minibatch of {name}", data, _of_weight(params[name], data))
+                found += wrong or non_finite(f"a minibatch of {name}", data)
+            else:
+                found.append(f"there are minibatches of {name}, which the model does not have")
         return found
 
     def restore(self, state: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
@@ -105,3 +109,30 @@ class Stale:
             ),
             maxlen=self._most + 1,
         )  # fmt: skip
+
+
+def _are_minibatches(value: Any) -> bool:
+    """Whether a saved value is a list of dicts of dicts."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(heard, Mapping) and all(isinstance(data, Mapping) for data in heard.values()) for heard in value
+    )
+
+
+def _of_weight(weight: Tensor, data: Mapping[str, Any]) -> dict[str, Callable[[Any], bool]]:
+    """What must hold of a layer's data: inputs `[R,K,I]`, targets `[R,K,O]` and the rest like them, γ > 0."""
+
+    def rows(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()
+
+    def target(value: Any) -> bool:
+        a = data.get("a")
+        if not (rows(value) and isinstance(a, Tensor) and rows(a) and a.shape[:2] == value.shape[:2]):
+            return False
+        return a.shape[1] * a.shape[2] * int(value.shape[2]) == weight.numel()
+
+    return {
+        "a": rows,
+        "target": target,
+        "rest": lambda value: value is None or (target(value) and value.shape == data["target"].shape),
+        "gamma": lambda value: isinstance(value, int | float) and 0 < value < float("inf"),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.operators.kronecker import EigenBlock
-from layerwise.optim.saved_state import lacking, non_finite
+from layerwise.optim.saved_state import is_count, non_finite, unlike
 from layerwise.optim.second_order.averages import (
     Asked,
     Average,
@@ -199,9 +200,6 @@ def _in(measured: Measured, basis: EigenBlock) -> Tensor:
     return measured.moments(basis)
 
 
-_SAVED = ("kind", "bias", "parameter", "form", "batches", "shape", "size", "index", "axes", "inverse", "eigen")
-
-
 def misfits(state: Any, named: Mapping[str, Tensor]) -> list[str]:
     """What of saved blocks does not fit the parameters."""
     if not isinstance(state, Mapping):
@@ -210,37 +208,70 @@ def misfits(state: Any, named: Mapping[str, Tensor]) -> list[str]:
     for key, its in state.items():
         if not isinstance(its, Mapping):
             found.append(f"the saved factors of {key} are a {type(its).__name__}, not a dict")
-        elif not (wrong := lacking(f"the block of {key}", its, _SAVED)):
-            found += _misfit(key, its, named)
         else:
-            found += wrong
+            found += unlike(f"the block of {key}", its, _SAVED) or _misfit(key, its, named)
     return found
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(is_count, value))
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_part(value: Any) -> bool:
+    return value is None or isinstance(value, Mapping)
+
+
+_SAVED: dict[str, Callable[[Any], bool]] = {
+    "kind": lambda value: isinstance(value, str) and value in KINDS,
+    "bias": _is_name, "parameter": _is_name, "form": lambda value: isinstance(value, str),
+    "batches": is_count, "shape": _are_sizes, "size": lambda value: _are_sizes(value) and len(value) == 3,
+    "index": lambda value: value is None or (isinstance(value, Tensor) and value.dtype == torch.int64),
+    "axes": lambda value: value is None or (_are_sizes(value) and sorted(value) == [0, 1, 2]),
+    "inverse": _is_part, "eigen": _is_part,
+}  # fmt: skip
+_INVERSE: dict[str, Callable[[Any], bool]] = {key: lambda value: isinstance(value, bool) for key in ("raised", "kept")}
+_FACTORS, _EIGEN = {"A", "B"}, {"basis_in", "basis_out", "spectrum"}
 
 
 def _misfit(key: str, state: Mapping[str, Any], named: Mapping[str, Tensor]) -> list[str]:
     """What of one saved block does not fit its parameter, and the bias in it."""
     p, bias = named.get(state["parameter"] or key), state["bias"]
-    if p is None or tuple(p.shape) != tuple(state["shape"]):
+    if p is None or tuple(p.shape) != tuple(state["shape"]) or not _lies_in(p, state):
         return [f"the saved factors of {key} fit no parameter of the model"]
     groups, size_out, size_in = state["size"]
     size_in += bias is not None
     if bias is not None and (bias not in named or named[bias].numel() != groups * size_out):
         return [f"the saved factors of {key} have the bias {bias}, which the model does not have in that shape"]
-    if state["kind"] not in KINDS:
-        return [f"the block of {key} is of the unknown kind {state['kind']!r}"]
     wanted = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
-    sources = {"average": state, "inverse": state["inverse"] or {}, "eigenbasis": state["eigen"] or {}}
-    for what, source in sources.items():
+    sources = {"average": state, "inverse": state["inverse"], "eigenbasis": state["eigen"]}
+    for what, source in ((what, source) for what, source in sources.items() if source is not None):
+        if what == "inverse" and (wrong := unlike(f"the inverse of {key}", source, _INVERSE)):
+            return wrong
+        have = source.keys() & (_FACTORS | _EIGEN)
+        if have not in ([_FACTORS, _EIGEN, set()] if what == "inverse" else [_FACTORS, _EIGEN]):
+            return [f"the {what} of {key} has {', '.join(sorted(have)) or 'no factors'}, which is no form of a block"]
         shapes = {"A": size_in, "B": size_out, "basis_in": size_in, "basis_out": size_out}
-        tensors = {name: source[name] for name in (*shapes, "spectrum") if source.get(name) is not None}
-        if what == "average" and not ({"A", "B"} <= source.keys() or "spectrum" in tensors):
-            return [f"the block of {key} lacks its factors"]
-        for name, t in tensors.items():
+        for name in sorted(have):
+            t = source[name]
+            if t is None and (name.startswith("basis") or (name == "A" and size_in == 1)):
+                continue
             diagonal, whole = (groups, shapes.get(name)), (groups, size_out, size_in)
             fits = [diagonal, (*diagonal, shapes[name])] if name in shapes else [whole]
             if not isinstance(t, Tensor) or tuple(t.shape) not in fits or t.dtype != wanted:
                 seen = f"shape {tuple(t.shape)}, {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
                 return [f"the {what} of {key} has {name} of {seen}; here its matrix is {state['size']}, {wanted}"]
-        if bad := non_finite(f"the {what} of {key}", tensors):
+        if bad := non_finite(f"the {what} of {key}", {name: source[name] for name in have}):
             return bad
     return []
+
+
+def _lies_in(p: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether a saved layout is one of a parameter's elements: all of them in some order, or those at an index."""
+    size, index, axes = tuple(state["size"]), state["index"], state["axes"]
+    if index is None:
+        return axes is not None and math.prod(size) == p.numel()
+    return tuple(index.shape) == size and (index.numel() == 0 or 0 <= int(index.min()) <= int(index.max()) < p.numel())

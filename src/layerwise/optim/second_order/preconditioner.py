@@ -15,7 +15,7 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.base import completed
 from layerwise.optim.deferred import CHOICES
 from layerwise.optim.recording import holds_no_gradient, withhold
-from layerwise.optim.saved_state import VERSION, present, refuse
+from layerwise.optim.saved_state import VERSION, is_count, present, refuse, unlike
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
 from layerwise.optim.second_order.data_parallel import DataParallel
@@ -351,8 +351,7 @@ class Preconditioner:
         theirs = described(state["kind"], state["draws"])
         if (state["kind"], state["draws"] is None) != (ours.kind, ours.draws is None):
             return [f"the saved factors are of kind {theirs!r}, and ours {described(ours.kind, ours.draws)!r}"]
-        found = [] if _is_damping(state["damping"]) else [f"its damping is {state['damping']!r}"]
-        found += [f"its {key} is {state[key]!r}" for key in ("steps", "skipped") if not _is_count(state[key])]
+        found = unlike("the preconditioner", state, _SAVED)
         return found + misfits(state["blocks"], named_parameters_of(self.model))
 
     def prepared(self, state_dict: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -386,9 +385,10 @@ def _present(state: Mapping[str, Any]) -> dict[str, Any]:
     return present_state(present(state, _KIND, required))
 
 
-def _is_damping(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < float("inf")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
+_SAVED: dict[str, Callable[[Any], bool]] = {
+    "damping": lambda value: isinstance(value, int | float) and 0 < value < float("inf"),
+    "draws": lambda value: value is None or (is_count(value) and value > 0),
+    "steps": is_count,
+    "skipped": is_count,
+    "left": lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+}
