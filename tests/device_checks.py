@@ -323,6 +323,18 @@ def test_how_often_a_step_waits(name: str, most: int) -> None:
     assert stepped(3, OPTIMIZERS[name]).synchronisations <= most
 
 
+@pytest.mark.parametrize("layers", [3, 6])
+@pytest.mark.parametrize(("steps", "most"), [(5, 10), (6, 9)], ids=["inverts", "measures"])
+def test_how_often_a_step_in_the_periods_of_kfac_waits(layers: int, steps: int, most: int) -> None:
+    count = stepped(layers, lw.optim.KFAC, steps)
+    assert count.synchronisations <= most and not count.uploads
+
+
+def test_how_often_a_memory_waits() -> None:
+    for layers in (3, 6):
+        assert stepped(layers, OPTIMIZERS["AltMin memory"]).synchronisations <= 4 + 2 * layers
+
+
 def test_a_weight_of_the_terms_that_was_assumed_and_is_another() -> None:
     """AltMin assumes that its output layer's loss is weighted as before; where it is not, the step is made again."""
     states = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -14,6 +13,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.diagonal import check_damping, check_names, precise, reciprocal, sum_parts
+from layerwise.operators.factor_pairs import split_damping, trace
 from layerwise.operators.ridge import inverse
 from layerwise.rows.layout import MatrixLayout
 
@@ -173,7 +173,7 @@ class KroneckerBlock(_Block):
 
     def trace(self) -> Tensor:
         """sum_k tr(B_k) tr(A_k)."""
-        return (_trace(self.B) * _trace(self.input_factor)).sum()
+        return (trace(self.B) * trace(self.input_factor)).sum()
 
     def eigh(self, name: str) -> EigenBlock:
         """Eigenvectors of both factors, and the products of their eigenvalues, clamped at zero."""
@@ -189,13 +189,8 @@ class KroneckerBlock(_Block):
 
     def dampings(self, damping: float, balanced: bool = True) -> tuple[Tensor, Tensor]:
         """What is added to A and to B, `[K]`, split as by Martens and Grosse (π = 1 unless balanced)."""
-        a, i, o = self.input_factor, self.size[2], self.size[1]
-        trace_a, trace_b = _trace(a) / i, _trace(self.B) / o
-        usable = (trace_a > 0) & (trace_b > 0)
-        limits = torch.finfo(a.dtype)
-        ratio = torch.where(usable, trace_a / trace_b.where(usable, 1), 1)
-        pi = ratio.clamp(limits.tiny, limits.max).sqrt() if balanced else torch.ones_like(ratio)
-        return pi * math.sqrt(damping), math.sqrt(damping) / pi
+        a, (_, size_out, size_in) = self.input_factor, self.size
+        return split_damping(trace(a) / size_in, trace(self.B) / size_out, damping, balanced)
 
 
 @dataclass(frozen=True)
@@ -373,11 +368,6 @@ def _owners(key: str, block: _Block) -> tuple[str, ...]:
 
 def _damped(name: str, x: Tensor, damping: Tensor) -> Tensor:
     return inverse(precise(name, x), damping) if x.ndim == 3 else reciprocal(name, x + damping[:, None])
-
-
-def _trace(x: Tensor) -> Tensor:
-    """The trace for each group, of matrices `[K,I,I]` or diagonals `[K,I]`."""
-    return x.sum(-1) if x.ndim == 2 else x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _eigh(name: str, factor: Tensor) -> tuple[Tensor, Tensor | None]:

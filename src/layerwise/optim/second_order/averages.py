@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.operators.diagonal import reciprocal
+from layerwise.operators.factor_pairs import bound_of_entries, inverted_pairs
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
 from layerwise.operators.low_rank import LOW_RANK_FROM, ThinInverse
-from layerwise.operators.ridge import by_cholesky, inverse
+from layerwise.operators.ridge import inverse
 from layerwise.operators.thin_block import thin_block
 from layerwise.rows.layout import MatrixLayout
 from layerwise.tensors import without_grad
@@ -222,34 +224,24 @@ def invert_together(asked: Mapping[str, Asked]) -> dict[str, Inverse]:
     Factors of equal shape are inverted as one batch, by Cholesky. Blocks with another form than a pair of factors, and
     factors that are large enough to have a root of low rank, are left to `invert`.
     """
-    pairs = {name: each for name, each in asked.items() if _is_small_pair(*each)}
-    sides: list[tuple[Tensor, Tensor]] = []
-    for each in pairs.values():
-        assert isinstance(each.block, KroneckerBlock)
-        dampings = each.block.dampings(each.damping, balanced=each.form == "pi")
-        sides += zip((each.block.input_factor, each.block.B), dampings, strict=True)
-    alike: dict[Any, list[int]] = {}
-    for i, (factor, _) in enumerate(sides):
-        alike.setdefault((factor.shape[1:], factor.dtype, factor.device), []).append(i)
-    found: dict[int, Tensor] = {}
-    for chosen in alike.values():
-        factors, extra = (torch.cat([sides[i][part] for i in chosen]) for part in (0, 1))
-        if factors.ndim == 2:
-            made = 1 / (factors + extra[:, None])
-        else:
-            made, sound = by_cholesky(factors, None, extra)
-            made = made.masked_fill(~sound[:, None, None], torch.nan)
-        found |= zip(chosen, made.split([len(sides[i][0]) for i in chosen]), strict=True)
-    largest = [_largest(found[2 * n]).double() * _largest(found[2 * n + 1]).double() * each.damping
-               for n, each in enumerate(pairs.values())]  # fmt: skip
-    if not largest:
-        return {}
+    alike: dict[Any, list[str]] = {}
+    for name, each in asked.items():
+        if _is_small_pair(*each):
+            like = each.block.like
+            alike.setdefault((like.dtype, like.device, each.damping, each.form), []).append(name)
+    found: dict[str, Inverse] = {}
+    sizes: list[Tensor] = []  # bounds of the entries, as multiples of 1/λ
+    for (_, _, damping, form), names in alike.items():
+        blocks = [asked[name].block for name in names]
+        pairs = [(block.input_factor, block.B) for block in blocks if isinstance(block, KroneckerBlock)]
+        inverses, bounds = inverted_pairs(pairs, damping, balanced=form == "pi")
+        sizes += [bound * damping for bound in bounds]
+        for name, block, (a, b) in zip(names, blocks, inverses, strict=True):
+            found[name] = Inverse(with_fields(block, {"A": a, "B": b}))
+    numbers = iter(torch.cat([x.to(sizes[0].device) for x in sizes]).tolist() if sizes else ())
+    largest = [list(islice(numbers, len(size))) for size in sizes]
     # NaN compares false
-    good = torch.stack([(each <= _SLACK).all() for each in largest]).tolist()
-    return {
-        name: Inverse(with_fields(each.block, {"A": found[2 * n], "B": found[2 * n + 1]}))
-        for n, (name, each) in enumerate(pairs.items()) if good[n]
-    }  # fmt: skip
+    return {name: found[name] for name, some in zip(found, largest, strict=True) if all(x <= _SLACK for x in some)}
 
 
 def _is_small_pair(block: Block, damping: float, form: str) -> bool:
@@ -284,10 +276,7 @@ def _largest(x: Tensor | ThinInverse) -> Tensor:
     """For each group the largest diagonal entry, which no entry of a positive semidefinite matrix exceeds."""
     if isinstance(x, ThinInverse):
         return x.largest()[None]
-    diagonal = x if x.ndim == 2 else x.diagonal(dim1=-2, dim2=-1)
-    low, high = x.flatten(1).aminmax(dim=1)
-    spoiled = ~(torch.isfinite(low) & torch.isfinite(high)) | (diagonal.amin(-1) < 0)
-    return diagonal.amax(-1).masked_fill(spoiled, float("nan"))
+    return bound_of_entries(x)
 
 
 # --- costs -------------------------------------------------------------------------------------------
