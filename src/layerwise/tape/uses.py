@@ -244,7 +244,7 @@ def describe_func(func: Any) -> str:
 def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of a module, or of a functional model given as a mapping, by name."""
     if isinstance(model, nn.Module):
-        found = dict(model.named_parameters())
+        found: dict[str, Tensor] = dict(model.named_parameters())
         unmade = [name for name, p in found.items() if is_lazy(p)]
         if unmade:
             raise BadInput(
