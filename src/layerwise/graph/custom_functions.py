@@ -96,9 +96,10 @@ def check_adjoint(
         return
     if found is None:
         raise Undefined(
-            f"asked for products with the Jacobian through F.grid_sample, some points of "
+            "asked for products with the Jacobian through F.grid_sample, some points of "
             "which lie on the centre of a pixel, where the interpolation has a kink: torch takes one side of it in "
-            'the gradient and the other in its derivative. Move the points a little (grid + 1e-6), take mode="bicubic", or ask for '
+            "the gradient and the other in its derivative. Move the points a little (grid + 1e-6), take "
+            'mode="bicubic", or ask for '
             "DiagGGN or a Kronecker factor, which need the gradient's side alone"
         )
     raise Undefined(_refusal(found, _DETACHED))
