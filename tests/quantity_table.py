@@ -148,7 +148,6 @@ _TABLE = [
 
 COLUMNS: Mapping[str, Column] = {column.name: column for column in _TABLE}
 
-NOT_TWICE = "an operation without a second derivative"
 MIXED = "samples are mixed"
 BRANCHES = "the recursion is for chains"
 HEADS = "the recursion starts at one loss"
@@ -160,8 +159,6 @@ def refusal(case: Case, column: Column) -> tuple[type[errors.LayerwiseError], st
     tags = case.problem.tags
     if "mixed" in tags and column.per_sample:
         return errors.SamplesMixed, MIXED
-    if "bag" in tags and column.second and column.build is None:  # operators run bags as rows
-        return errors.Undefined, NOT_TWICE
     if column.chain and case.loss.name in SEVERAL:
         return errors.Undefined, HEADS
     if column.chain and case.problem.name in NO_CHAIN:

@@ -212,7 +212,7 @@ class _Once(_Prepared):
 @pytest.mark.parametrize("function", [_Prepared, _Once])
 def test_a_prepared_number_is_not_known_to_be_a_sum_over_samples(function: Any) -> None:
     model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
-    with pytest.raises(errors.SamplesMixed, match="no sum over samples"), lw.observe(model, lw.PerSampleGrad()):
+    with pytest.raises(errors.SamplesMixed, match="a number for each sample"), lw.observe(model, lw.PerSampleGrad()):
         function.apply(model(x), y).backward()
     with lw.observe(model) as seen:
         function.apply(model(x), y).backward()

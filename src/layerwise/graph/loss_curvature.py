@@ -96,6 +96,10 @@ def loss_curvatures(graph: Graph, known: Sequence[Likelihood], layout: SampleLay
         mine = [s for s in rows[at : at + len(own.boundary)] if s is not None]
         at += len(own.boundary)
         found += _own_curvatures(OwnLossGraph(graph, own), mine)
+    parts = [curvature.likelihood for curvature in found]
+    for lik in parts:
+        if isinstance(lik, OwnLikelihood):
+            lik.beside = [other for other in parts if other is not lik]
     return found
 
 

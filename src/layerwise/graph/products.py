@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -43,7 +44,8 @@ __all__ = [
 
 _NO_SECOND = re.compile(
     r"derivative for .* is not implemented|once_differentiable|use_reentrant=True|double.?backward|invalid strides"
-    r"|expected sparse coordinate tensor layout",
+    r"|expected sparse coordinate tensor layout"
+    r"|expected a proper tensor but got none|cannot reshape tensor of 0 elements",
     re.IGNORECASE,
 )
 
@@ -51,24 +53,22 @@ _NO_SECOND = re.compile(
 class SecondOrder(TorchFunctionMode):
     """Run a forward so that it can be differentiated twice: enter it after the tape.
 
-    Attention runs by its formula, since fused kernels have no second derivative; so does weight norm, whose
-    second derivative in torch 2.13 is wrong for weights of more than two axes.
-    embedding: what looks up tables in place of `F.embedding`, and for bags, where the graph is of no other use.
+    Attention runs by its formula, since fused kernels have no second derivative; so do bags of embeddings and the calls
+    in `_FORMULAS`, whose second derivatives torch 2.13 lacks or gets wrong.
+    embedding: what looks up tables in place of `F.embedding`, where the graph is of no other use.
     """
 
-    def __init__(self, embedding: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, embedding: Callable[..., Tensor] = F.embedding) -> None:
         super().__init__()
         self._embedding = embedding
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._weight_norm:
-            return standing_in(func, _weight_norm, args, kwargs or {})
-        if func is F.embedding and self._embedding is not None:
-            return standing_in(func, self._embedding, args, kwargs or {})
-        if func is F.embedding_bag and self._embedding is not None:
-            rows = self._embedding
-            return standing_in(func, lambda *a, **kw: bags_of_rows(rows, a, kw), args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        parts, kwargs = _FORMULAS.get(func), kwargs or {}
+        if func is F.embedding and self._embedding is not func:
+            parts = self._embedding
+        elif func is F.embedding_bag:
+            parts = partial(bags_of_rows, self._embedding)
+        return func(*args, **kwargs) if parts is None else standing_in(func, parts, args, kwargs)
 
     _kernel: AbstractContextManager[None] | None = None
 
@@ -91,6 +91,45 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`g v / |v|`, the norm over all axes but `dim` (-1: over all)."""
     axes = [axis for axis in range(v.dim()) if axis != dim]
     return v * (g / v.square().sum(axes, keepdim=dim != -1).sqrt())
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
+                eps: float = 1e-5) -> Tensor:  # fmt: skip
+    """`F.layer_norm`; torch fails at the second derivative of a bias without a weight."""
+    if weight is not None or bias is None:
+        return F.layer_norm(x, shape, weight, bias, eps)
+    return F.layer_norm(x, shape, None, None, eps) + bias
+
+
+def _norms(x: Tensor, p: float) -> Tensor:
+    """p-norms along the last axis, with derivatives of zero at zero."""
+    if p == 1:
+        return x.abs().sum(-1)
+    if p == math.inf:
+        return x.abs().amax(-1)
+    powers = (x.square() if p == 2 else x.abs().pow(p)).sum(-1)
+    zero = powers == 0
+    return powers.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0)
+
+
+def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """The p-norms of the differences of all rows of two tensors."""
+    return _norms(x.unsqueeze(-2) - y.unsqueeze(-3), p) if p else torch.cdist(x, y, p)
+
+
+def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
+    """The p-norms of the differences of all pairs of rows of a tensor."""
+    one, other = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return _norms(x[one] - x[other], p) if p else torch.pdist(x, p)
+
+
+_FORMULAS: dict[Any, Callable[..., Tensor]] = {
+    torch._weight_norm: _weight_norm,
+    F.layer_norm: _layer_norm,
+    torch.cdist: _cdist,
+    torch.pdist: _pdist,
+    F.pdist: _pdist,
+}
 
 
 def dense_embedding(index: Tensor, table: Tensor, *args: Any, sparse: bool = False, **kwargs: Any) -> Tensor:

@@ -255,6 +255,8 @@ def proved(graph: Graph, hessian: LossHessian, found: ResidualCurvature, uses: C
     mine = _gauss_newton(graph, hessian, found.residuals, wanted, v)
     for h, m, x in zip(whole, mine, v, strict=True):
         h, m = (torch.zeros_like(x) if y is None else y for y in (h, m))
+        if not x.numel():
+            continue
         gap, scale = (h - m).abs().max(), torch.maximum(h.abs().max(), m.abs().max())
         if not bool(gap <= 1e4 * torch.finfo(x.dtype).eps * scale):  # NaN: not proved
             return False

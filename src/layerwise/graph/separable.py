@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise.errors import SamplesMixed, Undefined
+from layerwise.graph.custom_functions import is_custom
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.probes import sample_axes
 from layerwise.graph.products import twice
@@ -53,12 +54,16 @@ def check_sum_over_samples(own_loss: OwnLossGraph, samples: Sequence[Samples | R
         return
     for probe in _probes(own_loss):
         if not _one_sample_each(own_loss, samples, probe):
+            why = (
+                f"no function that is seen to be a sum over samples: {probe.name}, a function of one's own, makes one "
+                "number of several of them. Let it return a number for each sample, and take their mean or sum outside"
+                if any(is_custom(node) for node, _ in probe.edges)
+                else f"no sum over samples: {probe.name}, which is not linear, takes several of them together. What "
+                "sums over the batch, or sets samples against each other, must come last and be linear, as a mean is"
+            )
             raise SamplesMixed(
-                f"asked for per-sample quantities of {samples[0].n} samples, but {own_loss.own} is no sum "
-                f"over samples: a number that {probe.name} made in it depends on several of them, and the loss is not "
-                "linear in that number. What sums over the batch, or sets samples against each other, must come last "
-                "and be linear, as a mean is; quantities of the Hessian (DiagHessian, Hessian) and products (GGN) need "
-                "no samples"
+                f"asked for per-sample quantities of {samples[0].n} samples, but {own_loss.own} is {why}; quantities "
+                "of the Hessian (DiagHessian, Hessian) and products (GGN) need no samples"
             )
 
 

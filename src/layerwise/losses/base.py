@@ -64,6 +64,11 @@ class Likelihood:
         return self._c / self.terms if self.mean else self._c
 
     @property
+    def curved(self) -> bool:
+        """Whether the loss has second derivatives in its outputs that are not all zero."""
+        return self.columns > 0
+
+    @property
     def elementwise(self) -> bool:
         """True where each element of the logits is its own term, so that the Hessian is diagonal."""
         return self.class_axis is None

@@ -81,4 +81,5 @@ class OwnCall:
     place: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} of outputs {tuple(self.logits.shape)}{self.place}"
+        outputs = f" of outputs {tuple(self.logits.shape)}" if self.logits.numel() else ""
+        return f"{self.name}{outputs}{self.place}"

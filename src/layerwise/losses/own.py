@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -37,7 +37,10 @@ class OwnLikelihood(Likelihood):
 
     Roots are eigenvectors times roots of eigenvalues of the blocks; they exist where the loss is convex in the
     outputs at this batch. `sample` draws a random sign for every root column and loss term.
+    beside: the other parts of the total; where one of them is curved, a part without curvature has a root of zeros.
     """
+
+    beside: Sequence[Likelihood] = ()
 
     def __init__(
         self,
@@ -59,6 +62,12 @@ class OwnLikelihood(Likelihood):
     def columns(self) -> int:  # type: ignore[override]
         """The rank of the largest block."""
         return len(self._columns)
+
+    @property
+    def curved(self) -> bool:
+        """Whether the product with a random direction is not zero."""
+        v = torch.rand(self.logits.shape, generator=torch.Generator().manual_seed(0)).to(self.logits)
+        return bool((self._apply(v[None]) != 0).any())
 
     def _gradient(self) -> Tensor:
         return self._slope
@@ -91,6 +100,7 @@ class OwnLikelihood(Likelihood):
         values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
         tiny = self._check(values, blocks.shape[-1])
         kept = values.flatten(0, -2).amax(0) > tiny
+        kept[-1:] = True  # of a part without curvature, a column of zeros
         root = vectors[..., kept] * values[..., kept].clamp(min=0).sqrt().unsqueeze(-2)
         return root.movedim(-1, 0).movedim(-1, self.class_axis + 1)
 
@@ -121,7 +131,7 @@ class OwnLikelihood(Likelihood):
         if not math.isfinite(low) or not math.isfinite(high):
             raise NonFinite(self._not_finite)
         scale = max(-low, high)
-        if scale == 0:
+        if scale == 0 and not any(other.curved for other in self.beside):
             raise Undefined(
                 f"{self.call}: its second derivative in the outputs is zero everywhere (a piecewise linear loss?), so "
                 "only its gradient is of use; take a smooth one such as huber_loss"

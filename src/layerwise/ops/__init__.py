@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.ops import attention, contraction, recurrent
+from layerwise.ops import attention, contraction, elementwise, recurrent
 from layerwise.ops.arguments import any_complex, bind, replace, writes_first
 from layerwise.ops.base import Call, Slot
 from layerwise.ops.elementwise import ElementwiseSlot
@@ -38,7 +38,9 @@ __all__ = [
     "writes_first",
 ]
 
-_FAMILIES = {func: family for family in (attention, contraction, recurrent) for func in family.DECOMPOSITIONS}
+_FAMILIES = {
+    func: family for family in (attention, contraction, elementwise, recurrent) for func in family.DECOMPOSITIONS
+}
 _INFERENCE = {getattr(torch, name, None) for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")}
 
 

@@ -19,7 +19,7 @@ from layerwise.ops.arguments import bind, count, expanded, plain, replace, write
 from layerwise.ops.base import Call, Slot
 from layerwise.rows.base import Samples
 
-__all__ = ["FUNCTIONS", "BiasSlot", "ElementwiseSlot", "one_by_one", "shift", "slots"]
+__all__ = ["DECOMPOSITIONS", "FUNCTIONS", "BiasSlot", "ElementwiseSlot", "one_by_one", "refused", "shift", "slots"]
 
 
 class BiasSlot(Slot):
@@ -282,3 +282,27 @@ def slots(call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
 def one_by_one(build: Callable[[Call, Tensor], Slot | None], call: Call, used: Sequence[Tensor]) -> list[Slot | None]:
     """The slot that `build` makes for each tensor; None for a tensor that is not dense, strided and real."""
     return [build(call, u) if plain(u) else None for u in used]
+
+
+def _broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
+    """`torch.broadcast_tensors`, by a call for each tensor."""
+    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    shape = torch.broadcast_shapes(*(t.shape for t in given))
+    return tuple(t.expand(shape) for t in given)
+
+
+def _meshgrid(*tensors: Any, indexing: str | None = None) -> tuple[Tensor, ...]:
+    """`torch.meshgrid`, by calls that return one tensor each."""
+    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    grids = _broadcast_tensors([t.reshape(-1, *[1] * (len(given) - 1 - i)) for i, t in enumerate(given)])
+    return tuple(g.transpose(0, 1) for g in grids) if indexing == "xy" and len(given) > 1 else grids
+
+
+def refused(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Nothing is refused."""
+
+
+DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.broadcast_tensors: _broadcast_tensors,
+    torch.meshgrid: _meshgrid,
+}

@@ -121,11 +121,11 @@ def _bag_of_each(index: Tensor, offsets: Tensor | None, bags: int) -> Tensor:
     return torch.searchsorted(offsets[:bags].long(), places, right=True) - 1
 
 
-def bags_of_rows(embedding: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+def bags_of_rows(embedding: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """`F.embedding_bag` by calls that can be differentiated twice; embedding: what looks up rows, as `F.embedding`."""
     call = Call(F.embedding_bag, args, kwargs, torch.Size())
     v = _bound(call, _BAG)
-    if v is None or v["max_norm"] is not None:
+    if v is None or v["max_norm"] is not None or (v["sparse"] and embedding is F.embedding):
         return F.embedding_bag(*args, **kwargs)
     index, table, offsets, weights, padding = (
         v[name] for name in ("input", "weight", "offsets", "per_sample_weights", "padding_idx")

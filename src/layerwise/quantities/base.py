@@ -79,7 +79,7 @@ class Quantity:
     computed_first: ClassVar[bool] = False
     revisits: ClassVar[bool] = False
     rows_only: ClassVar[bool] = False
-    wirtinger: ClassVar[bool] = False
+    wirtinger: bool = False
     forms_rows: bool = False
     real_rows: bool = False
     smaller: ClassVar[str] = "or take a smaller batch"

@@ -39,7 +39,7 @@ class FisherDiag(Quantity):
             raise BadInput("FisherDiag's draws must be a whole number of at least 1, got None")
         self.labels, self.draws = labels, draws
         self.cotangent = Sampled(draws, generator) if labels == "model" else Gradient()
-        self.forms_rows = labels == "data"
+        self.forms_rows = self.wirtinger = labels == "data"
         self.powers = (1,) if labels == "model" else (2,)
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:

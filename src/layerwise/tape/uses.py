@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.parameter import is_lazy
 
 from layerwise import losses, ops
 from layerwise.errors import BadInput, SlowPath, Undefined
@@ -250,7 +251,14 @@ def describe_func(func: Any) -> str:
 def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of a module, or of a functional model given as a mapping, by name."""
     if isinstance(model, nn.Module):
-        return dict(model.named_parameters())
+        found: dict[str, Tensor] = dict(model.named_parameters())
+        unmade = [name for name, p in found.items() if is_lazy(p)]
+        if unmade:
+            raise BadInput(
+                f"the parameters {', '.join(unmade[:_NAMES])} of lazy modules have no shape before the model has run: "
+                "run it once on a batch (`model(x)`) first"
+            )
+        return found
     if isinstance(model, Mapping) and all(isinstance(p, Tensor) for p in model.values()):
         return dict(model)
     raise BadInput(

@@ -38,6 +38,8 @@ _UNKNOWN = (
     "they cannot be proved, since it cannot be run again (keep its arguments under their own names on the context, "
     "`ctx.gamma = gamma`)"
 )
+_OPERATOR = "they cannot be proved, since operators of torch.library cannot be run again as autograd ran them"
+_GRID = "GridSampler"
 _SPARSE = ("SparseCooTensorWithDimsAndTensorsBackward0",)
 _OUTLIERS = 0.02  # of the elements: those next to a kink
 
@@ -57,7 +59,8 @@ def check_functions(roots: Iterable[Any], ends: Collection[Node] = ()) -> None:
     for node in custom_functions(roots, ends):
         found = _proved(node)
         if not found:
-            raise Undefined(_refusal(node, _WRONG if found is False else _UNKNOWN))
+            unknown = _OPERATOR if _is_operator(node) else _UNKNOWN
+            raise Undefined(_refusal(node, _WRONG if found is False else unknown))
 
 
 def check_sparse(roots: Iterable[Any]) -> None:
@@ -74,20 +77,32 @@ def check_sparse(roots: Iterable[Any]) -> None:
 def check_adjoint(
     roots: Iterable[Any], outputs: Sequence[Tensor], inputs: Sequence[Tensor], maps: tuple[Map, Map]
 ) -> None:
-    """Raise Undefined where functions of the user's own below some edges make J v other than the adjoint of J^T.
+    """Raise Undefined where J v, by two backward passes, is other than the adjoint of J^T below some edges.
 
+    Functions of the user's own may do so, and bilinear sampling of a grid at the centres of pixels, where it has a kink
+    and torch takes another side of it in the second pass.
     outputs, inputs: tensors of the shapes of those of J. maps: v to J v, and u to J^T u.
     """
     found = next(custom_functions(roots), None)
-    if found is None:
+    grid = next((node for node in nodes(roots) if node.name().startswith(_GRID)), None) if found is None else None
+    if found is None and grid is None:
         return
     forward, back = maps
     u, v = ([d.detach() for d in _noise(like, 3 + i)] for i, like in enumerate((outputs, inputs)))
     pairs = zip((*u, *back(u)), (*forward(v), *(-x for x in v)), strict=True)
     terms = torch.cat([(a.double() * b.double()).flatten().cpu() for a, b in pairs])
     eps = max(torch.finfo(x.dtype).eps for x in (*u, *v))
-    if not float(terms.sum().abs()) <= eps**0.5 * float(terms.abs().sum()):
-        raise Undefined(_refusal(found, _DETACHED))
+    if float(terms.sum().abs()) <= eps**0.5 * float(terms.abs().sum()):
+        return
+    if found is None:
+        raise Undefined(
+            "asked for products with the Jacobian through F.grid_sample, some points of "
+            "which lie on the centre of a pixel, where the interpolation has a kink: torch takes one side of it in "
+            "the gradient and the other in its derivative. Move the points a little (grid + 1e-6), take "
+            'mode="bicubic", or ask for '
+            "DiagGGN or a Kronecker factor, which need the gradient's side alone"
+        )
+    raise Undefined(_refusal(found, _DETACHED))
 
 
 def _refusal(node: Node, why: str) -> str:
@@ -100,6 +115,8 @@ def _refusal(node: Node, why: str) -> str:
 
 def written_at(node: Any) -> str:
     """The line where the forward of a function of one's own is written, in words; nothing where it is not known."""
+    if _is_operator(node):  # written in torch
+        return ""
     forward = inspect.unwrap(getattr(getattr(node, "_forward_cls", None), "forward", None) or type(node))
     code = getattr(forward, "__code__", None)
     return "" if code is None else place((code.co_filename, code.co_firstlineno))
@@ -110,7 +127,12 @@ def is_custom(node: Any) -> bool:
     if not isinstance(node, BackwardCFunction):
         return "CppNode" in node.name()
     module = node._forward_cls.__module__  # type: ignore[attr-defined]
-    return module.split(".")[0] not in ("torch", "layerwise") or module == "torch._library.autograd"
+    return module.split(".")[0] not in ("torch", "layerwise") or _is_operator(node)
+
+
+def _is_operator(node: Any) -> bool:
+    """Whether a node is the backward of an operator of `torch.library`."""
+    return getattr(getattr(node, "_forward_cls", None), "__module__", None) == "torch._library.autograd"
 
 
 def _proved(node: Any) -> bool | None:

@@ -68,7 +68,7 @@ class Unit:
                 columns = torch.arange(start, min(start + each, self.count), device=rows.g.device)
                 self._add(found, gradient, columns, inputs, rows, per_sample)
         return {
-            name: (self._finish(s, p, total.view(lead, k, o, -1), per_sample),)
+            name: (self._finish(s, p, total.view(lead, k, o, total.shape[-1]), per_sample),)
             for (name, s, p), total in zip(self.slots, found, strict=True)
         }
 

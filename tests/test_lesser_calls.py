@@ -1,0 +1,107 @@
+"""Lesser-used calls and parameters: exact where there is an answer, else refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import layerwise as lw
+from layerwise import errors
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore::layerwise.errors.SlowPath"),
+]
+
+
+class Learned(nn.Module):
+    """Outputs and a scale that is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.log_scale = nn.Linear(4, 3), nn.Parameter(torch.randn(3))
+
+
+@pytest.mark.parametrize("kind", ["Normal", "Laplace", "Gumbel"])
+def test_distributions_with_a_learned_scale(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = Learned(), torch.randn(5, 4), torch.randn(5, 3)
+
+    def terms() -> Tensor:
+        found = getattr(torch.distributions, kind)(model.mean(x), model.log_scale.exp()).log_prob(y)
+        return -found.sum(1) / 5
+
+    with lw.observe(model, lw.PerSampleGrad()) as seen:
+        terms().sum().backward()
+    for name, p in model.named_parameters():
+        want = torch.stack([torch.autograd.grad(term, p, retain_graph=True)[0] for term in terms()])
+        oracle.assert_close({name: seen.per_sample_grad[name]}, {name: want})
+
+
+@pytest.mark.parametrize("quantity", [lw.DiagGGN(), lw.SqrtGGN(), lw.ClippedGrad(0.1), lw.KFAC(), lw.DiagHessian()])
+def test_a_parameter_without_elements_alone_is_no_error(quantity: lw.Quantity) -> None:
+    model = nn.ParameterDict({"none": nn.Parameter(torch.zeros(0))})
+    layer, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
+    model["weight"] = layer.weight
+    with lw.observe(model, quantity):
+        rows = torch.cat([x, model["none"].expand(5, -1)], 1)
+        F.cross_entropy(rows @ model["weight"].T, y).backward()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda z, c: torch.cdist(z, c),
+        lambda z, c: torch.cdist(z, c, p=3),
+        lambda z, c: F.layer_norm(z, (4,), None, c[0]),
+    ],
+)
+def test_products_through_calls_that_torch_cannot_differentiate_twice(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
+    params = nn.ParameterDict({"weight": model.weight, "bias": model.bias, "c": nn.Parameter(torch.randn(4, 4))})
+
+    def loss() -> Tensor:
+        return F.cross_entropy(call(F.linear(x, params["weight"], params["bias"]), params["c"]), y)
+
+    operator = lw.GGN(params, loss)
+    got = torch.stack([operator @ e for e in torch.eye(operator.shape[0])]).diagonal()
+    with lw.observe(params, lw.DiagGGN()) as seen:
+        loss().backward()
+    zero = {name: torch.zeros_like(p) for name, p in params.items()}  # of a parameter that a call does not read
+    want = torch.cat([(zero | dict(seen.diag_ggn))[name].flatten() for name in operator.names])
+    oracle.assert_close({"diagonal": got}, {"diagonal": want})
+
+
+def test_a_linear_part_beside_a_curved_loss_adds_no_curvature() -> None:
+    torch.manual_seed(0)
+    body, x, y = nn.Linear(4, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
+
+    def run(weight: float) -> Tensor:
+        with lw.observe(body, lw.DiagGGN()) as seen:
+            z = body(x)
+            (F.cross_entropy(z[:, :3], y) + weight * lw.as_loss(lambda u: u.mean())(z[:, 3])).backward()
+        return seen.diag_ggn["weight"][:3]
+
+    oracle.assert_close({"weight": run(0.5)}, {"weight": run(0.1)})
+
+
+def test_lazy_parameters_are_named() -> None:
+    with pytest.raises(errors.BadInput, match=r"0\.weight, 0\.bias of lazy modules"):
+        lw.LocoProp(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_products_through_a_grid_on_the_centres_of_pixels_are_refused() -> None:
+    x, theta = torch.randn(5, 2, 3, 3), nn.Parameter(torch.eye(2, 3)[None])
+
+    def loss() -> Tensor:
+        grid = F.affine_grid(theta.expand(5, -1, -1), [5, 2, 3, 3], align_corners=False)
+        return F.mse_loss(F.grid_sample(x, grid, align_corners=False), torch.zeros(5, 2, 3, 3))
+
+    with pytest.raises(errors.Undefined, match="centre of a pixel"):
+        lw.GGN({"theta": theta}, loss)
