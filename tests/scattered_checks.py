@@ -23,7 +23,6 @@ ROOTS = ("DiagGGN", "SqrtGGN", "KFAC", "KFLR", "EKFAC")  # of the loss's curvatu
 NO_ROOT = Refusal("Undefined", "curvature|convex|negative|zero|root", "the loss has no positive curvature")
 NO_LIKELIHOOD = Refusal("Undefined", "likelihood|label", "the loss is no likelihood")
 NO_REDUCTION = Refusal("Undefined|UnknownLoss|BadInput", "mean|sum|reduction|likelihood", "the loss is no mean, no sum")
-NOT_TWICE = Refusal("Undefined", "derivative|twice|second", "an operation without a second derivative")
 
 
 def reference(program: Scattered) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -201,8 +200,6 @@ def refusals(truth: ScatteredTruth, column: Column) -> tuple[list[Refusal], bool
         may.append(NO_REDUCTION)
     if name.startswith(ROOTS) and program.own and not must and no_root(truth):
         may, must = [*may, NO_ROOT], True
-    if not program.twice and column.second and column.build is None:  # operators run bags as rows
-        may, must = [*may, NOT_TWICE], True
     return may, must
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise.errors import SamplesMixed, Undefined
-from layerwise.graph.custom_functions import is_custom
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.probes import sample_axes
 from layerwise.graph.products import twice
+from layerwise.graph.second.custom_functions import is_custom
 from layerwise.graph.walk import Edge, Node, call_of, children, edges, finished
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.pull import pull

@@ -12,8 +12,8 @@ from layerwise.errors import BadInput
 from layerwise.tensors import is_finite
 
 __all__ = [
-    "VERSION", "Fit", "in_order", "is_count", "lacking", "like", "misfits", "non_finite", "of_local_optimizer", "present",
-    "refuse", "unlike",
+    "VERSION", "Fit", "in_order", "is_count", "lacking", "like", "misfits", "non_finite", "of_local_optimizer",
+    "present", "refuse", "unlike",
 ]  # fmt: skip
 
 VERSION = 2  # states of releases 0.1 and 0.2 have neither a version nor the optimizer's name

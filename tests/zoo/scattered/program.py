@@ -53,7 +53,6 @@ class Scattered:
         that must be another one with the same parameters.
     reduction: "mean" or "sum"; None for a loss that is neither.
     own: whether the loss is no call that the library knows: it counts as a sum, and draws are no labels.
-    twice: whether torch can differentiate the backward pass.
     refused: what the program's per-sample quantities must raise. may_refuse: what they may raise instead of a value.
     """
 
@@ -69,7 +68,6 @@ class Scattered:
     regular_make: Callable[[], nn.Module] | None = None
     reduction: str | None = "mean"
     own: bool = False
-    twice: bool = True
     refused: Refusal | None = None
     may_refuse: Refusal | None = None
     dtype: torch.dtype = torch.float64

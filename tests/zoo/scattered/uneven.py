@@ -127,7 +127,7 @@ def repeated_to_their_rows():
     return Apply(forward, whole=nn.Linear(2, 5), **_layers())
 
 
-@program(_bags, lambda m, b: m(b.x, b.offsets), twice=False)
+@program(_bags, lambda m, b: m(b.x, b.offsets))
 def bags_by_offsets():
     """`EmbeddingBag` with offsets."""
     return Apply(

@@ -19,7 +19,7 @@ from layerwise.local.solvers.values import Solver
 from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import Keywords, refuse_unknown
 from layerwise.optim.layer_local.base import Fitting
-from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes, with_coupling
+from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes
 from layerwise.optim.layer_local.coding import (
     coded_layers,
     gauss_newton,
@@ -32,7 +32,14 @@ from layerwise.optim.layer_local.coding import (
 from layerwise.optim.layer_local.executors import Workers
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.layer_local.trace import Trace
-from layerwise.optim.layer_local.updates import CodeKind, CodeUpdate, Minibatch, WeightUpdate, check_group
+from layerwise.optim.layer_local.updates import (
+    CodeKind,
+    CodeUpdate,
+    Minibatch,
+    WeightUpdate,
+    check_group,
+    with_coupling,
+)
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of

@@ -19,8 +19,23 @@ from layerwise.optim.keywords import Effects, refuse_idle
 from layerwise.tape.binding import check_matched, matches
 
 __all__ = [
-    "DEFAULTS", "NUMBERS", "PRESETS", "RECOVERIES", "VALUES", "Choice", "Choices", "LocalUpdate", "Objective", "Preset",
-    "check_patterns", "first_match", "implied", "matches", "several", "with_preset",
+    "DEFAULTS",
+    "NUMBERS",
+    "PRESETS",
+    "RECOVERIES",
+    "VALUES",
+    "Choice",
+    "Choices",
+    "LocalUpdate",
+    "Objective",
+    "Preset",
+    "check_patterns",
+    "first_match",
+    "implied",
+    "matches",
+    "settings_for",
+    "several",
+    "with_preset",
 ]  # fmt: skip
 
 NUMBERS = ("lr", "gamma", "steps", "rows", "decay", "momentum", "eps")
@@ -241,3 +256,13 @@ def _callable(method: str, what: str, value: Any, form: str) -> Callable[..., An
     if not callable(value) or isinstance(value, type):
         raise BadInput(f"{method}'s {what} is a value of lw.local or a function {form}; got {value!r}")
     return value
+
+
+def settings_for(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The kind of local optimizer that goes with a solver, and its settings from a parameter group."""
+    if isinstance(solver, LocalSteps) and solver.optimizer is not TFRMSProp:
+        return solver.optimizer, {"lr": group["lr"]}
+    rates = {key: group[key] for key in ("lr", "decay", "momentum", "eps")}
+    if not isinstance(solver, LocalSteps):
+        rates["lr"] = DEFAULTS["matching"]["lr"] * group["lr"]
+    return TFRMSProp, rates

@@ -41,13 +41,14 @@ from layerwise.optim.layer_local.updates import (
     rate_of,
     rates_of,
     share,
-)
+    with_coupling,
+)  # fmt: skip
 from layerwise.optim.saved_state import Fit
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import without_grad
 
-__all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes", "with_coupling"]
+__all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes"]
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
@@ -64,12 +65,6 @@ RECOVERIES: dict[str, dict[str, Any]] = {
 def _filled(value: Any, meant: Mapping[str, Any]) -> Any:
     """A value with fields that are None replaced by those of a recovered algorithm."""
     return replace(value, **{k: v for k, v in meant.items() if getattr(value, k, v) is None})
-
-
-def with_coupling(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group with a `Coupling` replaced by its numbers."""
-    coupling = group.get("coupling")
-    return {**group, **(coupling.numbers() if isinstance(coupling, Coupling) else {})}
 
 
 class Coded(NamedTuple):

@@ -19,7 +19,6 @@ from layerwise.local.problem import LocalProblem, Term
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import Task, solve
 from layerwise.local.solvers.steps import linear_steps
-from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, Solver, name_of
 from layerwise.local.solvers.workspace import Workspace
 from layerwise.local.targets import GradientStep, Target, factor, fill_in
@@ -38,8 +37,9 @@ from layerwise.optim.layer_local.choices import (
     Objective,
     Preset,
     implied,
+    settings_for,
     with_preset,
-)
+)  # fmt: skip
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.recording import Samples, factor_left, withhold
@@ -158,7 +158,7 @@ class LocoProp(LayerLocal):
         """The state of the local optimizers of all choices; a bias has that of its weight's."""
         for choice in self._choices.every():
             for group in groups:
-                yield from of_local_optimizer(*_rates(choice.solver, group), p)
+                yield from of_local_optimizer(*settings_for(choice.solver, group), p)
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common("LocoProp", group)
@@ -370,7 +370,7 @@ def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
     params, solver = fitting.params(plan.layer), plan.solver
     kind = optimizer = None
     if isinstance(solver, LocalSteps):
-        kind, optimizer = fitting.local_optimizer(params, partial(_rates, solver))
+        kind, optimizer = fitting.local_optimizer(params, partial(settings_for, solver))
     rates = [float(fitting.group(name)["lr"]) for name in plan.layer.names]
     return Task(problem, solver, params, rates, optimizer, plan.layer.fold, kind=kind)
 
@@ -379,20 +379,10 @@ def _step_along(fitting: Fitting, choices: Choices, name: str, p: Tensor, g: Ten
     """Take T steps on the linear loss `γ g·w`, for a parameter without a local problem."""
     solver = choices.of(name).solver
     steps = solver if isinstance(solver, LocalSteps) else _DEFAULT_STEPS
-    _, optimizer = fitting.local_optimizer([p], partial(_rates, solver))
+    _, optimizer = fitting.local_optimizer([p], partial(settings_for, solver))
     linear_steps(p, _gamma(fitting, choices, name) * g, optimizer, fitting.group(name)["steps"], schedule=steps.rule)
     if steps.state == "fresh":
         fitting.state.pop(p, None)
-
-
-def _rates(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The kind of local optimizer that goes with a solver, and its settings from a parameter group."""
-    if isinstance(solver, LocalSteps) and solver.optimizer is not TFRMSProp:
-        return solver.optimizer, {"lr": group["lr"]}
-    rates = {key: group[key] for key in ("lr", "decay", "momentum", "eps")}
-    if not isinstance(solver, LocalSteps):
-        rates["lr"] = DEFAULTS["matching"]["lr"] * group["lr"]
-    return TFRMSProp, rates
 
 
 def _form(plan: _Plan) -> str:

@@ -24,7 +24,7 @@ from layerwise.optim.saved_state import Fit, of_local_optimizer
 
 __all__ = [
     "DEFAULTS", "CodeKind", "CodeUpdate", "Minibatch", "Update", "Updates", "WeightUpdate", "check_group", "fused",
-    "rate_of", "rates_of", "share",
+    "rate_of", "rates_of", "share", "with_coupling",
 ]  # fmt: skip
 
 _COMMON: dict[str, Any] = {
@@ -232,6 +232,12 @@ def _update(base: Update, weights: Any, regularizer: Any) -> Update:
     if regularizer is not None:
         base = base._replace(regularizers=several("AltMin", regularizer))
     return base
+
+
+def with_coupling(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group with a `Coupling` replaced by its numbers."""
+    coupling = group.get("coupling")
+    return {**group, **(coupling.numbers() if isinstance(coupling, Coupling) else {})}
 
 
 def check_group(group: Mapping[str, Any]) -> None:
