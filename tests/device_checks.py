@@ -273,7 +273,7 @@ WAITS: dict[str, tuple[Callable[[], lw.Quantity], int]] = {
     "KFLR of all rows": (lambda: lw.KFLR(rows="all"), 0),
     "EKFAC": (lambda: lw.EKFAC(None), 1),
     "KFRA": (lw.KFRA, 16),
-    "DiagHessian": (lw.DiagHessian, 26),
+    "DiagHessian": (lw.DiagHessian, 31),
 }
 
 

@@ -400,7 +400,7 @@ def test_a_sweep_over_time_steps_sends_each_of_them_backprops_direction(kind: st
     hidden = hidden_uses(coded, coded_layers(coded, lambda p: True))
     assert sorted(hidden) == [0, 1, 2, 3, 4]  # W x for all steps, and U h for each
     terms = Terms(dict.fromkeys(hidden, 1.0), 6.0)
-    run, codes = swept(coded, coded_layers(coded, lambda p: True), terms, step, lambda p: True)
+    run, codes = swept(coded, coded_layers(coded, lambda p: True), terms, step, lambda p: True, 1)
     plain = torch.autograd.grad(coded.loss, [use.edge for use in coded.uses], allow_unused=True)
     for index in hidden:
         one, two = run.cotangents[index], plain[index]

@@ -105,3 +105,36 @@ def test_products_through_a_grid_on_the_centres_of_pixels_are_refused() -> None:
 
     with pytest.raises(errors.Undefined, match="centre of a pixel"):
         lw.GGN({"theta": theta}, loss)
+
+
+def test_a_known_loss_and_a_linear_term_by_hand() -> None:
+    """The term has slopes alone: the curvature is that of the known loss."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(5, 4), torch.randn(5, 3)
+
+    def loss_of(rows: slice) -> Tensor:
+        z = model(x[rows])
+        return F.mse_loss(z, y[rows]) + 0.1 * z.abs().mean()
+
+    with lw.observe(model, lw.PerSampleGrad(), lw.DiagGGN()) as seen:
+        loss_of(slice(None)).backward()
+    for name, p in model.named_parameters():
+        want = torch.stack([torch.autograd.grad(loss_of(slice(n, n + 1)) / 5, p)[0] for n in range(5)])
+        oracle.assert_close({name: seen.per_sample_grad[name]}, {name: want})
+        jacobian = torch.stack([torch.autograd.grad(z, p, retain_graph=True)[0] for z in model(x).flatten()])
+        oracle.assert_close({name: seen.diag_ggn[name]}, {name: 2 / 15 * jacobian.square().sum(0)})
+
+
+def test_a_mesh_of_parameters() -> None:
+    torch.manual_seed(0)
+    model, x = nn.ParameterDict({"a": torch.randn(3), "b": torch.randn(4)}), torch.randn(5, 3, 4)
+
+    def terms() -> Tensor:
+        a, b = torch.meshgrid(model["a"], model["b"], indexing="ij")
+        return (x * (a * b).tanh()).square().sum((1, 2)) / 5
+
+    with lw.observe(model, lw.PerSampleGrad()) as seen:
+        terms().sum().backward()
+    for name, p in model.named_parameters():
+        want = torch.stack([torch.autograd.grad(term, p, retain_graph=True)[0] for term in terms()])
+        oracle.assert_close({name: seen.per_sample_grad[name]}, {name: want})

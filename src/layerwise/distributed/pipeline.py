@@ -212,7 +212,7 @@ class Pipeline(FittedToCodes):
         codes = sweep(coded, start, terms, self._fitter.code_step, given)
         if entry is not None:
             cuts.send_code(codes[ENTRY])
-        return recorded_on_codes(coded, layers, codes, terms, self._ours)
+        return recorded_on_codes(coded, layers, codes, terms, self._ours, samples)
 
     def _given(
         self, coded: CodedModel, layers: Sequence[Layer], hidden: dict[int, Layer], out: Tensor, samples: int,

@@ -225,8 +225,9 @@ class AltMin(FittedToCodes):
             found = torch.autograd.grad(coded.loss, list(params.values()), retain_graph=True, allow_unused=True)
             slopes = {name: g for name, g in zip(params, found, strict=True) if g is not None}
         count = said_count(samples, "samples of AltMin.step")
-        terms = self._fitter.terms(groups, samples_of(coded) if count is None else count)
-        run, codes = swept(coded, layers, terms, self._fitter.code_step, self._ours)
+        counted = samples_of(coded) if count is None else count
+        terms = self._fitter.terms(groups, counted)
+        run, codes = swept(coded, layers, terms, self._fitter.code_step, self._ours, counted)
         return Coded(run, codes, lambda: slopes)
 
     # -- state ---------------------------------------------------------------------------------------------------

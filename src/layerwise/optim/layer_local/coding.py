@@ -97,13 +97,16 @@ def hidden_uses(coded: CodedModel, layers: list[Layer]) -> dict[int, Layer]:
 
 
 def swept(
-    coded: CodedModel, layers: list[Layer], terms: Terms, step: CodeStep, ours: Ours
+    coded: CodedModel, layers: list[Layer], terms: Terms, step: CodeStep, ours: Ours, counted: int | str
 ) -> tuple[Recorded, dict[int, Tensor]]:
-    """Move the codes from the layers' outputs; returns the layers recorded on them, and the codes by use."""
+    """Move the codes from the layers' outputs; returns the layers recorded on them, and the codes by use.
+
+    counted: the samples, as `Recorded.counted`.
+    """
     start = {part.use.index: part.output() for layer in layers for part in layer.parts
              if part.use.index in terms.coupling}  # fmt: skip
     codes = sweep(coded, start, terms, step)
-    return recorded_on_codes(coded, layers, codes, terms, ours), codes
+    return recorded_on_codes(coded, layers, codes, terms, ours, counted), codes
 
 
 def coded_layers(coded: CodedModel, ours: Ours, kinds: Kinds | None = None) -> list[Layer] | None:
@@ -123,7 +126,7 @@ def samples_of(coded: CodedModel) -> int | str:
 
 
 def recorded_on_codes(
-    coded: CodedModel, layers: list[Layer], codes: Mapping[int, Tensor], terms: Terms, ours: Ours
+    coded: CodedModel, layers: list[Layer], codes: Mapping[int, Tensor], terms: Terms, ours: Ours, counted: int | str
 ) -> Recorded:
     """The layers on inputs computed from the codes, with the relaxed objective's cotangents and gradients.
 
@@ -154,7 +157,7 @@ def recorded_on_codes(
             for part in parts:
                 cotangents.setdefault(part.use.index, torch.zeros_like(out.predictions[part.use.index]))
     gradients = {n: dense(g) for n, g in zip(rest, found[len(every) :], strict=True) if g is not None}
-    return Recorded(coded.loss.detach(), coded.tape, moved, cotangents, gradients, samples_of(coded))
+    return Recorded(coded.loss.detach(), coded.tape, moved, cotangents, gradients, counted)
 
 
 def _on_new_data(part: Layer, given: tuple[Any, Any], value: Tensor) -> Layer:
