@@ -38,6 +38,13 @@ def test_an_interrupt_between_two_lines_takes_the_step_back(name: str) -> None:
     assert found.tried >= 5 and not found.failed
 
 
+@pytest.mark.parametrize("name", ["K-FAC", "DiagNewton", "LocoProp"])
+def test_an_interrupt_at_the_end_of_a_step_takes_it_back_or_comes_after_it(name: str) -> None:
+    make = faults.OPTIMIZERS[name]
+    found = faults.tried(make, lines=True, first=faults.count(make, lines=True) - 40)
+    assert found.tried >= 40 and not found.failed
+
+
 @pytest.mark.parametrize("name", faults.WATCHED)
 def test_an_operation_that_raises_in_a_watched_step_takes_it_back(name: str) -> None:
     make = faults.OPTIMIZERS[name]

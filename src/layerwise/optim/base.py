@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
-from layerwise.optim.deferred import CHOICES, Late, Skips
+from layerwise.optim.deferred import CHOICES, Late, Skips, completed
 from layerwise.optim.recording import Recorder, Recording, Samples, holds_no_gradient
 from layerwise.optim.saved_state import VERSION, Fit, in_order, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
@@ -19,7 +19,7 @@ from layerwise.tape.binding import refuse_replaced
 from layerwise.tape.modes import active, end_after
 from layerwise.tape.uses import named_parameters_of
 
-__all__ = ["Attempt", "Closure", "NamedOptimizer", "completed", "refuse_unreached"]
+__all__ = ["Attempt", "Closure", "NamedOptimizer", "refuse_unreached"]
 
 # What torch keeps on an optimizer beside its state: hooks, and the marks of a scheduler on `step`.
 _OF_TORCH = frozenset(("step", "_step_count", "_opt_called", "_zero_grad_profile_name"))
@@ -27,15 +27,6 @@ _OF_TORCH_DEFAULTS = frozenset(("differentiable",))  # which torch adds to a loa
 
 Closure = Callable[[], Tensor]
 Attempt = Callable[[Any, Buffers], tuple[Tensor, str | Late | None]]  # of a closure, or of what was recorded
-
-
-def completed(commit: Callable[[], None]) -> None:
-    """Run what completes a decided step, and once more where it is interrupted; it gives the same when run again."""
-    try:
-        commit()
-    except BaseException:
-        commit()
-        raise
 
 
 def refuse_unreached(reached: Collection[Any]) -> None:
@@ -127,6 +118,15 @@ class NamedOptimizer(torch.optim.Optimizer):
     def _attempt_recorded(self, recorder: Any, buffers: Buffers) -> tuple[Tensor, str | Late | None]:
         """As `_attempt`, from passes that were recorded."""
         raise NotImplementedError
+
+    def complete(self, commit: Callable[[], None]) -> None:
+        """`completed`, for a decided step: it is made as soon as its commit begins, and not before."""
+
+        def made() -> None:
+            self.was_made = True
+            commit()
+
+        completed(made)
 
     def _tell(self, error: BaseException) -> None:
         """Tell the other processes that take part in a step that this one has failed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -10,9 +10,18 @@ from layerwise.errors import NonFinite
 from layerwise.replay.state import Buffers
 from layerwise.tensors import Verdict, write_where
 
-__all__ = ["CHOICES", "Late", "Skips"]
+__all__ = ["CHOICES", "Late", "Skips", "completed"]
 
 CHOICES = ("skip", "raise", "defer")  # of `on_nonfinite`
+
+
+def completed(commit: Callable[[], None]) -> None:
+    """Run what completes a decided step, and once more where it is interrupted; it gives the same when run again."""
+    try:
+        commit()
+    except BaseException:
+        commit()
+        raise
 
 
 class Late:

@@ -19,7 +19,7 @@ from layerwise.local.layers.record import Recorded
 from layerwise.local.problem import Term
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.values import LocalSteps
-from layerwise.optim.base import NamedOptimizer, completed, refuse_unreached
+from layerwise.optim.base import NamedOptimizer, refuse_unreached
 from layerwise.optim.deferred import Late
 from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, LocalExecutor, State
@@ -127,8 +127,7 @@ def solved(
         commit = after() if where is None else _nothing
         where = executor.anywhere(where)
         if where is None:
-            optimizer.was_made = True
-            completed(partial(_complete, commit, late, snapshot))
+            optimizer.complete(partial(_complete, commit, late, snapshot))
             return late if late is not None and late.deferred else None
     except NonFinite as error:
         where = f"a local problem ({error})"

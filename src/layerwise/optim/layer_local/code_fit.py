@@ -22,8 +22,8 @@ from layerwise.local.solvers.run import Task
 from layerwise.local.solvers.steps import constant, linear_steps
 from layerwise.local.solvers.values import LocalSteps, ProximalSolve, Solver
 from layerwise.local.transfer import IDENTITY
-from layerwise.optim.base import NamedOptimizer, completed
-from layerwise.optim.deferred import Late
+from layerwise.optim.base import NamedOptimizer
+from layerwise.optim.deferred import Late, completed
 from layerwise.optim.keywords import refuse_idle
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, solved
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.optim.base import NamedOptimizer, completed, refuse_unreached
+from layerwise.optim.base import NamedOptimizer, refuse_unreached
 from layerwise.optim.deferred import Late
 from layerwise.optim.recording import Samples
 from layerwise.optim.saved_state import Fit, like
@@ -234,8 +234,7 @@ class CurvatureOptimizer(NamedOptimizer):
                     made = self._step_by_quadratic_model(named, groups, run, directions)
             where = self.preconditioner.exchange.anywhere(made if isinstance(made, str) else None)
             if where is None and not isinstance(made, str):
-                self.was_made = True
-                completed(made)
+                self.complete(made)
         except BaseException:
             if not self.was_made:
                 _write(named, old)

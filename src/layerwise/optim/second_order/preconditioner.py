@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.optim.base import completed
-from layerwise.optim.deferred import CHOICES
+from layerwise.optim.deferred import CHOICES, completed
 from layerwise.optim.recording import holds_no_gradient, withhold
 from layerwise.optim.saved_state import VERSION, is_count, present, refuse, unlike
 from layerwise.optim.second_order.averages import FORMS
@@ -249,8 +248,13 @@ class Preconditioner:
             found = self.precondition(joint.gradients)
             written = {name: g for name in found if (g := named[name].grad) is not None and not g.is_sparse}
             self.exchange.anywhere(None)
-            decided = True
-            completed(partial(_write, named, found, written))
+
+            def commit() -> None:
+                nonlocal decided
+                decided = True
+                _write(named, found, written)
+
+            completed(commit)
         except BaseException:
             if not decided:
                 self.restore(before)
