@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import layerwise as lw
 from layerwise import errors
+from layerwise.tape.pull import pull
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -138,3 +139,14 @@ def test_a_mesh_of_parameters() -> None:
     for name, p in model.named_parameters():
         want = torch.stack([torch.autograd.grad(term, p, retain_graph=True)[0] for term in terms()])
         oracle.assert_close({name: seen.per_sample_grad[name]}, {name: want})
+
+
+def test_a_derivative_that_torch_cannot_batch_is_taken_one_by_one() -> None:
+    """The second derivative of group norm, with one loss that holds the first."""
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 2, 2, requires_grad=True), torch.randn(2, requires_grad=True)
+    (g,) = torch.autograd.grad(F.group_norm(x, 1, w).pow(3).sum(), x, create_graph=True)
+    stack = torch.randn(3, *x.shape)
+    for found, p in zip(pull([g], [stack], [x, w], batched=True), (x, w), strict=True):
+        rows = [torch.autograd.grad(g, p, c, retain_graph=True)[0] for c in stack]
+        oracle.assert_close({"": found}, {"": torch.stack(rows)})

@@ -36,11 +36,6 @@ __all__ = [
 Place = Tensor | GradientEdge  # where a reverse pass starts or ends
 
 
-# What torch says where it cannot run a reverse pass for a batch of cotangents: a checkpointed block that draws random
-# numbers again; a kernel that asks for the memory format of its cotangent (group norm of a channels-last input).
-_UNBATCHED = ("random operations inside of vmap", "inside of vmap for memory_format")
-
-
 class _State(threading.local):
     pulling = False
 
@@ -98,8 +93,8 @@ def pull(
                 "asked for the gradient at a view that the model writes onto after it was read, which torch cannot "
                 "give: make a new tensor there (z = z + y for z += y)"
             ) from error
-        if not batched or not any(text in str(error) for text in _UNBATCHED):
-            raise
+        if not batched or isinstance(error, torch.OutOfMemoryError):
+            raise  # else: a derivative that torch cannot batch, or an error that shows again one by one
     rows = [
         pull(outputs, [c[v] for c in cotangents], inputs, create_graph=create_graph) for v in range(len(cotangents[0]))
     ]
