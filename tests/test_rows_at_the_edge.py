@@ -201,3 +201,34 @@ def test_two_numbers_that_hold_are_asked_for_where_a_trainer_needs_one() -> None
         step()
     step(reduction="sum")
     lw.AltMin(model).step(lambda: F.mse_loss(model(x, points), y), samples=1)
+
+
+# --- rows of one batch, put together and sorted ---------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [torch.stack, lambda rows: torch.cat([row[None] for row in rows])])
+def test_rows_sorted_by_expert_below_which_a_frozen_layer_went_sample_by_sample(together: Any) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 2, 2).double(), torch.randint(3, (3, 2))
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        rows = together([m.frozen(row) for row in x]).tanh().flatten(0, 1)
+        route = rows.sum(-1).gt(0).long()
+        order = route.argsort(stable=True)
+        pieces = rows[order].split(route.bincount(minlength=2).tolist())
+        out = torch.cat([layer(piece) for layer, piece in zip((m.a, m.b), pieces, strict=True)])
+        return m.head(out[order.argsort()].tanh())
+
+    model = Apply(forward, frozen=nn.Linear(2, 3).requires_grad_(False), a=nn.Linear(3, 4), b=nn.Linear(3, 4),
+                  head=nn.Linear(4, 3)).double()  # fmt: skip
+
+    def loss_of(rows: slice) -> Tensor:
+        return F.cross_entropy(model(x[rows]), y[rows].flatten(), reduction="sum")
+
+    with lw.observe(model, lw.PerSampleGrad()) as seen:
+        loss_of(slice(None)).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
+        terms = [loss_of(slice(n, n + 1)) for n in range(3)]
+        want = torch.stack([torch.autograd.grad(t, p, materialize_grads=True)[0] for t in terms])
+        oracle.assert_close({name: seen.per_sample_grad[name]}, {name: want})

@@ -131,7 +131,10 @@ def _draws(func: Any, args: Any) -> bool:
 
 
 def settle(origins: Sequence[Origin]) -> None:
-    """Decide which drawn rows are batches of their own: those of a tensor that nothing else of these was made of."""
+    """Decide which drawn rows are batches of their own: those of a tensor that nothing else of these was made of.
+
+    Nor may anything else be made of the parts that such a tensor was put together from.
+    """
     draws: dict[Origin, set[Origin | None]] = {}  # by the tensor drawn from: the draws, and None for another use of it
     for origin in origins:
         path = [origin]
@@ -141,8 +144,10 @@ def settle(origins: Sequence[Origin]) -> None:
         for x in drawn:
             x.own = False
         draws.setdefault(path[-1], set()).add(drawn[-1] if drawn else None)
-    for found in draws.values():
-        for draw in found if len(found) == 1 else ():
+    parts = {drawn_from: set(sources(drawn_from)) for drawn_from in draws}
+    for drawn_from, found in draws.items():
+        alone = all(other is drawn_from or parts[other].isdisjoint(parts[drawn_from]) for other in draws)
+        for draw in found if len(found) == 1 and alone else ():
             if isinstance(draw, Moved):
                 draw.own = True
 
