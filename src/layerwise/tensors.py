@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -86,12 +86,20 @@ def _largest(tensors: list[Tensor]) -> Tensor:
     return torch.stack(list(torch._foreach_norm(tensors, math.inf)))
 
 
+class _Question(NamedTuple):
+    """Numbers of a `Verdict`, with what was said of them."""
+
+    values: Tensor
+    judge: Callable[[list[float]], None]
+    places: Sequence[str]
+    good: Callable[[Tensor], Tensor] | None
+
+
 class Verdict:
     """Numbers that stay on their device until `read`, which waits once for each device, and raises for bad ones."""
 
     def __init__(self) -> None:
-        self._asked: list[tuple[Tensor, Callable[[list[float]], None]]] = []
-        self._flags: list[tuple[Tensor, Sequence[str], Callable[[Tensor], Tensor] | None]] = []
+        self._asked: list[_Question] = []
         self._error: tuple[type[Exception], tuple[Any, ...]] | None = None  # a raised one would be in a cycle
 
     def ask(
@@ -103,13 +111,11 @@ class Verdict:
         places, good: for `flags`, what is judged and, by the numbers on their device, whether it is well; by default
         where they are finite.
         """
-        self._asked.append((values.detach().reshape(-1), judge))
-        self._flags.append((self._asked[-1][0], places, good))
+        self._asked.append(_Question(values.detach().reshape(-1), judge, places, good))
 
     def join(self, other: Verdict) -> None:
         """Read the other's numbers with these."""
         self._asked += other._asked
-        self._flags += other._flags
 
     @torch.no_grad()
     def flags(self) -> tuple[Tensor, list[str]]:
@@ -117,10 +123,10 @@ class Verdict:
 
         Only for a verdict whose numbers were all asked with their places.
         """
-        device, plain = self._flags[0][0].device, [i for i, (*_, good) in enumerate(self._flags) if good is None]
-        found = [] if not plain else [torch.cat([self._flags[i][0].to(device) for i in plain]).abs() < math.inf]
-        names = [name for i in plain for name in self._flags[i][1]]
-        for values, places, good in self._flags:
+        device, plain = self._asked[0].values.device, [each for each in self._asked if each.good is None]
+        found = [] if not plain else [torch.cat([each.values.to(device) for each in plain]).abs() < math.inf]
+        names = [name for each in plain for name in each.places]
+        for values, _, places, good in self._asked:
             if good is not None:
                 found.append(good(values).to(device))
                 names += places
@@ -133,12 +139,12 @@ class Verdict:
             raise kind(*args)
         asked, self._asked = self._asked, []
         devices: dict[torch.device, list[Tensor]] = {}
-        for values, _ in asked:
+        for values, *_ in asked:
             if values.device.type != "cpu":
                 devices.setdefault(values.device, []).append(values)
         found = {device: iter(torch.cat(some).tolist()) for device, some in devices.items()}
         try:
-            for values, judge in asked:
+            for values, judge, *_ in asked:
                 there = found.get(values.device)
                 judge(values.tolist() if there is None else [next(there) for _ in range(len(values))])
         except Exception as error:

@@ -104,7 +104,7 @@ class Room:
                     + ("" if numbers <= gradient.shape.numel() else f", {quantity.smaller}")
                 )
             self._left[like.device] = max(size, _GRANTED if free is None else min(free, _GRANTED))
-        self._left[like.device] = self._left.get(like.device, 0) - size
+        self._left[like.device] -= size
 
 
 def check_finite(total: Tensor) -> None:

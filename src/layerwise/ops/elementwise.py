@@ -284,16 +284,21 @@ def one_by_one(build: Callable[[Call, Tensor], Slot | None], call: Call, used: S
     return [build(call, u) if plain(u) else None for u in used]
 
 
+def _given(tensors: Sequence[Any]) -> Sequence[Tensor]:
+    """The tensors of a call that takes them one by one or as one list."""
+    return tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+
+
 def _broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
     """`torch.broadcast_tensors`, by a call for each tensor."""
-    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    given = _given(tensors)
     shape = torch.broadcast_shapes(*(t.shape for t in given))
     return tuple(t.expand(shape) for t in given)
 
 
 def _meshgrid(*tensors: Any, indexing: str | None = None) -> tuple[Tensor, ...]:
     """`torch.meshgrid`, by calls that return one tensor each."""
-    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    given = _given(tensors)
     grids = _broadcast_tensors([t.reshape(-1, *[1] * (len(given) - 1 - i)) for i, t in enumerate(given)])
     return tuple(g.transpose(0, 1) for g in grids) if indexing == "xy" and len(given) > 1 else grids
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
-from layerwise.optim.deferred import CHOICES, Late, Skips, completed
+from layerwise.optim.deferred import Late, Skips, check_on_nonfinite, completed
 from layerwise.optim.recording import Recorder, Recording, Samples, holds_no_gradient
 from layerwise.optim.saved_state import VERSION, Fit, in_order, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
@@ -56,8 +56,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         on_nonfinite: str,
     ) -> None:
-        if on_nonfinite not in CHOICES:
-            raise BadInput(f"on_nonfinite must be one of {', '.join(CHOICES)}; got {on_nonfinite!r}")
+        check_on_nonfinite(on_nonfinite)
         named = named_parameters_of(model)
         given = [p for p in named.values() if p.requires_grad] if params is None else list(params)
         if not given:

@@ -6,13 +6,19 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from layerwise.errors import NonFinite
+from layerwise.errors import BadInput, NonFinite
 from layerwise.replay.state import Buffers
 from layerwise.tensors import Verdict, write_where
 
-__all__ = ["CHOICES", "Late", "Skips", "completed"]
+__all__ = ["Late", "Skips", "check_on_nonfinite", "completed"]
 
-CHOICES = ("skip", "raise", "defer")  # of `on_nonfinite`
+_CHOICES = ("skip", "raise", "defer")
+
+
+def check_on_nonfinite(asked: str) -> None:
+    """Raise BadInput for a choice of `on_nonfinite` that there is not."""
+    if asked not in _CHOICES:
+        raise BadInput(f"on_nonfinite must be one of {', '.join(_CHOICES)}; got {asked!r}")
 
 
 def completed(commit: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ of the first tensor holds its number along dim 0, the result holds the number th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,7 @@ def settle(origins: Sequence[Origin]) -> None:
 
     Nor may anything else be made of the parts that such a tensor was put together from.
     """
-    draws: dict[Origin, set[Origin | None]] = {}  # by the tensor drawn from: the draws, and None for another use of it
+    draws: dict[Origin, set[Moved | None]] = {}  # by the tensor drawn from: the draws, and None for another use of it
     for origin in origins:
         path = [origin]
         while isinstance(path[-1], Moved) and not isinstance(path[-1].args[0], list):
@@ -144,12 +144,16 @@ def settle(origins: Sequence[Origin]) -> None:
         for x in drawn:
             x.own = False
         draws.setdefault(path[-1], set()).add(drawn[-1] if drawn else None)
-    parts = {drawn_from: set(sources(drawn_from)) for drawn_from in draws}
-    for drawn_from, found in draws.items():
-        alone = all(other is drawn_from or parts[other].isdisjoint(parts[drawn_from]) for other in draws)
-        for draw in found if len(found) == 1 and alone else ():
-            if isinstance(draw, Moved):
-                draw.own = True
+    single = [(drawn_from, next(iter(found))) for drawn_from, found in draws.items() if len(found) == 1]
+    own = [draw for drawn_from, draw in single if draw is not None and not _shares_parts(drawn_from, draws)]
+    for draw in own:
+        draw.own = True
+
+
+def _shares_parts(one: Origin, others: Iterable[Origin]) -> bool:
+    """Whether any other tensor was made of the parts that one was made of."""
+    parts = set(sources(one))
+    return any(other is not one and not parts.isdisjoint(sources(other)) for other in others)
 
 
 def sources(origin: Origin) -> list[Origin]:

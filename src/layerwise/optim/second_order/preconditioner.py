@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.optim.deferred import CHOICES, completed
+from layerwise.optim.deferred import check_on_nonfinite, completed
 from layerwise.optim.recording import holds_no_gradient, withhold
 from layerwise.optim.saved_state import VERSION, is_count, present, refuse, unlike
 from layerwise.optim.second_order.averages import FORMS
@@ -146,8 +146,7 @@ class Preconditioner:
             raise BadInput(f"damping_form must be one of {', '.join(FORMS)}; got {self.damping_form!r}")
         if not 0 < self.damping < float("inf"):
             raise BadInput(f"a preconditioner needs a finite damping > 0; got damping={self.damping}")
-        if self.on_nonfinite not in CHOICES:
-            raise BadInput(f"on_nonfinite must be one of {', '.join(CHOICES)}; got {self.on_nonfinite!r}")
+        check_on_nonfinite(self.on_nonfinite)
 
     # -- watching ------------------------------------------------------------------------------------------
 
