@@ -166,14 +166,15 @@ def _in_message() -> bool:
 class Lines(AbstractContextManager["Lines"]):
     """Counts the lines of the library that run, and raises KeyboardInterrupt in front of one of them.
 
+    within: a part of the paths of the files whose lines count.
     Lines of a `with` do not count: a trace is called there again before `__exit__`, which Python then leaves out.
     """
 
-    def __init__(self, at: int) -> None:
-        self.at, self.seen = at, 0
+    def __init__(self, at: int, within: str = "/layerwise/") -> None:
+        self.at, self.seen, self.within = at, 0, within
 
     def _trace(self, frame: Any, event: str, arg: Any) -> Any:
-        if "/layerwise/" not in frame.f_code.co_filename:
+        if self.within not in frame.f_code.co_filename:
             return None
         if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
             self.seen += 1

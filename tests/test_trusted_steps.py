@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -122,6 +123,27 @@ def test_an_interrupt_on_the_way_in_leaves_no_mode_and_no_hook(quantities: Any) 
             assert torch.isfinite(seen.grad["0.weight"]).all() and not faults.left_over(model)
     context.__exit__(None, None, None)
     assert place > 20 and not faults.left_over(model)
+
+
+@pytest.mark.parametrize("casts", [False, True], ids=["", "autocast"])
+def test_an_interrupt_among_the_products_leaves_torch_functions_and_autocast_as_they_were(casts: bool) -> None:
+    model, x, y = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)), torch.ones(2, 2), torch.tensor([1, 0])
+    hooks: list[Tensor] = []
+    model[0].weight.register_hook(lambda g: hooks.append(g))
+
+    def observed(fault: faults.Lines) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            with suppress(KeyboardInterrupt), fault, lw.observe(model, lw.SecondMoment(), lw.DiagGGN()):
+                F.cross_entropy(model(x), y).backward()
+            assert torch.is_autocast_enabled("cpu") == casts, fault.at
+
+    total = faults.Lines(0, "/layerwise/tape/pull.py")
+    observed(total)
+    for place in range(1, total.seen + 1):
+        observed(faults.Lines(place, "/layerwise/tape/pull.py"))
+        assert torch._C._is_torch_function_enabled() and not faults.left_over(model), place
+        assert len(model[0].weight._backward_hooks or ()) == 1, place
+    assert total.seen > 20 and hooks
 
 
 # Finite batches ---------------------------------------------------------------------------------------------------

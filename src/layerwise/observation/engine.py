@@ -37,7 +37,7 @@ from layerwise.observation.stream import Stream
 from layerwise.quantities.base import Quantity
 from layerwise.ranks.trainers import GraphTrainers, whole_parameters
 from layerwise.tape.binding import chosen_names
-from layerwise.tape.pull import OnePass, accumulated, alone, hooked
+from layerwise.tape.pull import OnePass, accumulated, hooked, without_autocast
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import Verdict
@@ -171,7 +171,12 @@ class Observation:
         device, scale, deferred = total.device.type, 1.0, self._settings.defer
         deferred = device != "cpu" if deferred is None else deferred
         at_once = device == "cpu" and not deferred  # else all is read after the backward pass, once, or with a result
-        with alone(device), retained_grads_preserved(tape.retained()), trainers.paused():
+        with (
+            torch._C.DisableTorchFunction(),
+            without_autocast(device),
+            retained_grads_preserved(tape.retained()),
+            trainers.paused(),
+        ):
             if at_once:
                 check_finite(total)
             if self._settings.unscaled:
@@ -201,7 +206,7 @@ class Observation:
                 out = run() if run is not None else None
                 if run is None:
                     stream.send(total)
-            with alone(device):
+            with torch._C.DisableTorchFunction(), without_autocast(device):
                 check_alone(within.strangers)
                 check_covered(tape, before, arrived, covered)
                 found = arrived | stream.complete()
@@ -216,7 +221,7 @@ class Observation:
                 for sent in observed.values.values() if run is None else ():
                     check_values(sent)
             add_to_grad(tape.parameters, stream.sums)
-            with alone(device):
+            with torch._C.DisableTorchFunction(), without_autocast(device):
                 values = {name: (g,) for name, g in gradient.items()}
                 results.add(observed.batch, observed.values, values, scale, verdict)
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput, NoBackward
@@ -13,7 +14,7 @@ from layerwise.observation.union import Batch, UnionValues, Values, check_pooled
 from layerwise.quantities.base import ByParameter, Context, Quantity
 from layerwise.ranks.group import Ranks
 from layerwise.ranks.trainers import Placements, placements_of
-from layerwise.tape.pull import alone
+from layerwise.tape.pull import without_autocast
 from layerwise.tensors import Verdict
 
 __all__ = ["Results"]
@@ -128,7 +129,7 @@ class Results:
             raise BadInput("asked for a second all_reduce(): these results are those of all ranks already")
         ranks = Ranks(group)
         if ranks.size > 1:
-            with alone(self._device()):
+            with torch._C.DisableTorchFunction(), without_autocast(self._device()):
                 self._join(ranks)
             self._made, self._reduced = {}, True
 

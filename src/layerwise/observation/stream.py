@@ -16,7 +16,7 @@ from layerwise.gradient.row_sums import summed_weights
 from layerwise.graph.walk import Node, by_node, finished
 from layerwise.observation.backward_pass import BackwardPass
 from layerwise.observation.guards import Fingerprints
-from layerwise.tape.pull import alone, pull
+from layerwise.tape.pull import pull, without_autocast
 from layerwise.tape.uses import Use
 from layerwise.tensors import lazy_copy
 
@@ -83,7 +83,7 @@ class Stream:
 
     def receive(self, use: Use, g: Tensor) -> None:
         """Take the cotangent of one use; a parameter whose uses have all arrived is contracted at once."""
-        with alone(g.device.type):
+        with torch._C.DisableTorchFunction(), without_autocast(g.device.type):
             self._receive(use, g)
 
     def _receive(self, use: Use, g: Tensor) -> None:

@@ -28,6 +28,7 @@ from layerwise.graph.residuals import proved, residual_curvature
 from layerwise.losses import Likelihood
 from layerwise.operators.diagonal import check_names
 from layerwise.rows.layout import MatrixLayout
+from layerwise.tape.pull import without_autocast
 from layerwise.tape.tape import Tape
 
 __all__ = ["GGN", "PCH", "CurvatureOperator", "Hessian"]
@@ -192,7 +193,7 @@ class CurvatureOperator:
 
     def _one(self, stack: list[Tensor]) -> list[Tensor]:
         device = stack[0].device.type
-        with torch._C.DisableTorchFunction(), torch.autocast(device, enabled=False):
+        with torch._C.DisableTorchFunction(), without_autocast(device):
             if self.blocks is None:
                 return self._products.apply(stack, range(len(stack)))
             rows = []

@@ -7,8 +7,9 @@ knows every activation, pooling and residual sum.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ __all__ = [
     "OnePass",
     "Place",
     "accumulated",
-    "alone",
     "backward_arguments",
     "differentiated",
     "hooked",
@@ -31,6 +31,7 @@ __all__ = [
     "pull_stack",
     "silent",
     "stopped",
+    "without_autocast",
 ]
 
 Place = Tensor | GradientEdge  # where a reverse pass starts or ends
@@ -48,11 +49,11 @@ def _pulling(inputs: Sequence[Place]) -> Iterator[None]:
     """Without the user's hooks on the leaves among the inputs (masks, scaling), which torch would run."""
     leaves = (x if isinstance(x, Tensor) else getattr(x.node, "variable", None) for x in inputs)
     tables = [p._backward_hooks for p in leaves if p is not None and p.is_leaf and p._backward_hooks]
-    kept = [dict(table) for table in tables]
-    for table in tables:
-        table.clear()
-    before, _STATE.pulling = _STATE.pulling, True
+    kept, before = [dict(table) for table in tables], _STATE.pulling
     try:
+        for table in tables:
+            table.clear()
+        _STATE.pulling = True
         yield
     finally:
         _STATE.pulling = before
@@ -160,22 +161,12 @@ def _agree(mix: Tensor, batched: Tensor | None, single: Tensor | None) -> bool:
     return bool((_combine(mix, batched) - single).abs().max() <= 1e4 * torch.finfo(batched.dtype).eps * scale)
 
 
-class alone:
-    """Run the library's own computations outside the user's torch-function modes and without autocast."""
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context without autocast; nothing where none is active.
 
-    def __init__(self, device: str) -> None:
-        self._without = torch._C.DisableTorchFunction()
-        self._whole = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
-
-    def __enter__(self) -> None:
-        if self._whole is not None:
-            self._whole.__enter__()
-        self._without.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._without.__exit__(*error)
-        if self._whole is not None:
-            self._whole.__exit__(*error)
+    It stands beside `torch._C.DisableTorchFunction()`, whose end, as no Python code, no interrupt cuts short.
+    """
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def silent(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -195,7 +186,8 @@ class OnePass:
 
     def __enter__(self) -> OnePass:
         if self._root is not None:
-            self._handle = self._root.register_prehook(self._begin)
+            begin = weakref.WeakMethod(self._begin)  # the node is held here: a hook that holds it back is never freed
+            self._handle = self._root.register_prehook(lambda grads: None if (call := begin()) is None else call(grads))
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -36,7 +36,7 @@ from layerwise.optim.second_order.trust import (
 from layerwise.optim.second_order.watched_batch import Watched, WatchedBatch, gradients_in_grad, gradients_of
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
-from layerwise.tape.pull import alone
+from layerwise.tape.pull import without_autocast
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import all_finite, dense, is_finite, without_grad
 
@@ -193,7 +193,7 @@ class CurvatureOptimizer(NamedOptimizer):
         with batch as watched, torch.enable_grad():
             loss = closure()
             check_loss(loss)
-            with alone(loss.device.type):
+            with torch._C.DisableTorchFunction(), without_autocast(loss.device.type):
                 found = batch.unscaled(gradients_in_grad(named, before))
                 watched.in_grad = bool(found)
                 if not found and watched.bad is None:

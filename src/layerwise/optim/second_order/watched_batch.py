@@ -28,7 +28,7 @@ from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.group import Ranks
 from layerwise.ranks.sums import all_reduced, describe
 from layerwise.tape.modes import PassWatch
-from layerwise.tape.pull import alone, differentiated
+from layerwise.tape.pull import differentiated, without_autocast
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use, first_bad_call, named_parameters_of
 from layerwise.tensors import dense, is_finite, without_grad
@@ -216,7 +216,7 @@ class CurvatureWatch:
 
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         watched = self.watched
-        with alone(total.device.type):
+        with torch._C.DisableTorchFunction(), without_autocast(total.device.type):
             self._count(total, weight)
             finite = is_finite(total)
             watched.by_hand |= weight is not None or not _is_loss(tape, total)

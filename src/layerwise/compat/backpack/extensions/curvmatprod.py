@@ -20,6 +20,7 @@ from layerwise.graph.products import GaussNewtonProducts, HessianProducts, Produ
 from layerwise.graph.samples import SampleLayout
 from layerwise.operators.curvature import PCH
 from layerwise.quantities.base import Context, Quantity, Union
+from layerwise.tape.pull import without_autocast
 from layerwise.tape.tape import Tape
 
 __all__ = ["GGNMP", "HMP", "PCHMP"]
@@ -47,7 +48,7 @@ class BlockProduct:
             )
         directions: list[Tensor | None] = [None] * len(self._parameters)
         directions[self._place] = mat.detach().to(p)
-        with torch._C.DisableTorchFunction(), torch.autocast(p.device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), without_autocast(p.device.type):
             return self._products.apply(directions, [self._place])[0]
 
 
