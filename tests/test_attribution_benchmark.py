@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import probe
 from benchmarks.papers import attribution
+from benchmarks.speed import attribution as speed
 
 
 def test_the_score_is_the_rank_correlation_of_sums_with_losses() -> None:
@@ -26,6 +27,16 @@ def test_the_score_is_the_rank_correlation_of_sums_with_losses() -> None:
         b = [sorted(losses[:, q].tolist()).index(v) for v in losses[:, q].tolist()]
         want += (1 - 6 * sum((i - j) ** 2 for i, j in zip(a, b, strict=True)) / (8 * 63)) / 3
     assert attribution.datamodeling(scores, losses, halves)[0] == pytest.approx(want)
+
+
+def test_the_speed_benchmark_runs_its_arms_and_its_index_on_a_small_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(speed.NETS, "gpt-2m", speed.NETS["tiny"])
+    monkeypatch.setattr(speed, "PEERS", {})
+    runs = speed.ours(speed.subject("tiny", 8, 16))
+    runs["fit"]()
+    assert runs["scores"]().shape == runs["products"]().shape == (speed.QUERIES, 8)
+    found = speed.index(50)
+    assert found["samples"] == 50 and found["numbers a row"] == 4 * 16 and found["query, ms"] > 0
 
 
 def test_a_stopped_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

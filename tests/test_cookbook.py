@@ -449,6 +449,17 @@ def test_influence_finds_wrong_labels() -> None:
     assert space["index"].recall(space["queries"], space["loader"], 30) > 0.7
 
 
+def test_names_of_other_attribution_libraries_give_inner_products_of_gradients() -> None:
+    space = run("attribution-names", torch.float64)
+    model, x, y = space["model"], space["x"], space["y"]
+    g, q = gradients(model, x, y), gradients(model, x[:4], y[:4])
+    last = {name: value for name, value in g.items() if name.startswith("2.")}
+    assert_close(space["tracin"], flat(q) @ flat(g).T)
+    assert_close(space["fast"], flat({name: q[name] for name in last}) @ flat(last).T)
+    assert space["scores"].shape == space["measured"].shape == (4, 90) and space["who"].shape == (4, 5)
+    assert not torch.equal(space["scores"], space["measured"]) and (space["alone"] > 0).all()
+
+
 # -- layer Hessians -------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,9 @@ from test_attribution import SUBJECTS, double, is_mean, language, mlp, own  # no
 
 import layerwise as lw
 from layerwise.attribution import GradientIndex, Influence
+from layerwise.attribution import index as index_module
 from layerwise.attribution.files import read
+from layerwise.attribution.inverse import ProjectedSolved
 from layerwise.errors import BadInput
 
 
@@ -46,6 +48,30 @@ def test_rows_are_projections_of_all_gradients(subject: Any, projection: str, tm
     values, numbers = index.search(queries, 3)
     assert_close(values, found.topk(3, 1).values)
     assert_close(found.gather(1, numbers), values)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diag"])
+def test_a_query_along_eigenvectors_is_the_projection_of_its_solution(
+    subject: Any, curvature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    influence, _, _, train, queries = fitted(subject, curvature)
+    GradientIndex(influence, tmp_path, rank=2).append(train)
+    sides, _ = read(tmp_path, "index")  # type: ignore[misc]
+    sides = {name: (sides[f"{name}/left"], sides[f"{name}/right"]) for name in influence.names}
+    asked: list[ProjectedSolved] = []
+    monkeypatch.setattr(
+        index_module, "ProjectedSolved", lambda *given: asked.append(ProjectedSolved(*given)) or asked[-1]
+    )
+    GradientIndex(influence, tmp_path, rank=2).search(queries, 2)
+    (quantity,) = asked
+    solved, along = influence.directions(queries), 0
+    for name, value in influence.observed(queries[0], quantity).items():
+        (v,), (left, right) = solved[name], sides[name]
+        want = left @ v.reshape(len(v), left.shape[1], right.shape[1]) @ right.T
+        assert_close(value, want[: len(value)].flatten(1))
+        along += name in quantity.eigenvalues
+    assert along == 0 if curvature == "diag" else along > 0
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)

@@ -35,7 +35,7 @@ import layerwise as lw
 from benchmarks import probe
 
 WORDS, LENGTH, SEQUENCES, QUERIES, BATCH = 65, 64, 64, 16, 8
-BLOCKS = r"blocks\..*(qkv|out|up|down)\.weight"
+BLOCKS = [f"blocks.*.{layer}.weight" for layer in ("qkv", "out", "up", "down")]
 
 Run = Callable[[], Any]
 

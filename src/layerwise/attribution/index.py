@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from layerwise.attribution.files import flushed, read, replaced, write
-from layerwise.attribution.influence import Best, Influence, Measure
+from layerwise.attribution.influence import Best, Influence, Measure, given
+from layerwise.attribution.inverse import ProjectedSolved
 from layerwise.errors import BadInput
 from layerwise.observation.accumulate import shown
 from layerwise.quantities.base import positive
@@ -132,13 +134,24 @@ class GradientIndex:
         r, c = (shape[0] if shape else 1), int(np.prod(shape[1:]))
         like = torch.empty(0, dtype=torch.get_default_dtype())
         most = rank if min(r, c) > 1 else rank**2  # of a vector as many numbers as of a matrix
+        if projection == "eigen" and (basis := _eigenbasis(self._influence, name, r, c)) is not None:
+            return basis.left[:most].to(like), basis.right[:most].to(like)
         random = signs(name, (r, c) if len(shape) > 1 else (r,), most, seed, like)
-        bases = _bases(self._influence, name, r, c) if projection == "eigen" else (None, None)
-        sides = []
-        for n, vectors, basis in zip((r, c), random, bases, strict=True):
-            kept = torch.eye(n) if n <= most else vectors / most**0.5 if basis is None else basis[:most]
-            sides.append(kept.to(like))
-        return sides[0], sides[1]
+        left, right = (
+            torch.eye(n) if n <= most else vectors / most**0.5 for n, vectors in zip((r, c), random, strict=True)
+        )
+        return left.to(like), right.to(like)
+
+    @cached_property
+    def _eigenvalues(self) -> dict[str, Tensor]:
+        """Those of the damped inverse along both sides, `[P,Q]`, of parameters whose sides are eigenvectors."""
+        found = {}
+        for name, (left, right) in self._sides.items():
+            if self._settings["projection"] == "eigen":
+                basis = _eigenbasis(self._influence, name, left.shape[1], right.shape[1])
+                if basis is not None:
+                    found[name] = basis.inverse[: len(left), : len(right)]
+        return found
 
     def search(self, queries: Iterable[Any], k: int, measure: Measure | None = None) -> tuple[Tensor, Tensor]:
         """The k largest approximate scores of each query and the numbers of their samples, `[Q, k]` both.
@@ -170,12 +183,9 @@ class GradientIndex:
         """`[Q, n]` for one chunk of the index after the other."""
         if not self._count:
             raise BadInput("the index is empty; append(loader) first")
-        solved = self._influence.directions(queries, measure)
-        projected = {}
-        for name, (v,) in solved.items():
-            left, right = (side.to(v) for side in self._sides[name])
-            projected[name] = (left @ v.reshape(len(v), left.shape[1], right.shape[1]) @ right.T).flatten(1)
-        q = self._flat(projected).float().cpu()
+        quantity = ProjectedSolved(self._influence.inverse, self._sides, self._eigenvalues)
+        found = (self._influence.observed(batch, quantity, measure) for batch in given(queries, "queries"))
+        q = torch.cat([self._flat(values) for values in found]).float().cpu()
         rows = np.memmap(self._folder / _ROWS, np.float16, "r", shape=(self._count, self.row_size))
         scales = torch.from_numpy(np.fromfile(self._folder / _SCALES, np.float32, self._count))
         step = max(1, _CHUNK // (4 * self.row_size))
@@ -184,22 +194,31 @@ class GradientIndex:
             yield (q @ chunk.T) * scales[low : low + step]
 
 
-def _bases(influence: Influence, name: str, r: int, c: int) -> tuple[Tensor | None, Tensor | None]:
-    """The eigenvectors of both sides of a parameter as rows, of the most curvature first; None where there are none."""
+class _Eigenbasis(NamedTuple):
+    """The eigenvectors of both sides of a parameter as rows, the most curvature first; (G + λ I)⁻¹ along them."""
+
+    left: Tensor
+    right: Tensor
+    inverse: Tensor
+
+
+def _eigenbasis(influence: Influence, name: str, r: int, c: int) -> _Eigenbasis | None:
+    """Of a parameter that has one block in a Kronecker eigenbasis; else None."""
     blocks = [] if influence.curvature is None else [
         block for key, block in influence.curvature.blocks.items() if (block.parameter or key) == name
     ]  # fmt: skip
     if len(blocks) != 1 or len(blocks[0].spectrum) != 1:
-        return None, None
-    block, order = blocks[0], torch.arange(r * c).reshape(r, c)
-    place = block.matrix(order.reshape(block.shape))[0]
-    outputs, inputs = (
-        None if basis is None else basis[0].T[block.spectrum[0].sum(axis).argsort(descending=True)].contiguous()
-        for basis, axis in ((block.basis_out, 1), (block.basis_in, 0))
-    )
-    if torch.equal(place, order):
-        return outputs, inputs
-    return (inputs, outputs) if torch.equal(place.T, order) else (None, None)
+        return None
+    (block,), numbers = blocks, torch.arange(r * c).reshape(r, c)
+    if block.basis_in is None or block.basis_out is None:
+        return None
+    rows, columns = (block.spectrum[0].sum(axis).argsort(descending=True) for axis in (1, 0))
+    left, right = block.basis_out[0].T[rows], block.basis_in[0].T[columns]
+    inverse = influence.inverse.spectrum(name)[0][rows][:, columns]
+    place = block.matrix(numbers.reshape(block.shape))[0]
+    if torch.equal(place, numbers):
+        return _Eigenbasis(left, right, inverse)
+    return _Eigenbasis(right, left, inverse.T) if torch.equal(place.T, numbers) else None
 
 
 def _size_of(batch: Any) -> int:

@@ -22,7 +22,7 @@ from layerwise.quantities.base import positive
 from layerwise.quantities.inner_products import Direction, InnerProducts
 from layerwise.ranks.group import digest_of, values_digest
 
-__all__ = ["Influence"]
+__all__ = ["Best", "Influence", "Measure", "given"]
 
 Loader = Iterable[Any]
 Measure = Callable[..., Tensor]
@@ -224,7 +224,7 @@ class Influence:
         Raises BadInput before `fit`. Source: Koh and Liang (2017), section 5.4.
         """
         quantity = Solved(self.inverse, as_norm=True)
-        return torch.cat([sum_of(self.observed(batch, quantity)) for batch in _given(loader, "loader")])
+        return torch.cat([sum_of(self.observed(batch, quantity)) for batch in given(loader, "loader")])
 
     def directions(
         self, queries: Loader, measure: Measure | None = None, rank: int | None = None
@@ -232,7 +232,7 @@ class Influence:
         """(G + λ I)⁻¹ g_q of all queries by parameter: `[Q, *shape]` alone, or its two factors of a rank."""
         positive("scores' rank", rank)
         found = []
-        for batch in _given(queries, "queries"):
+        for batch in given(queries, "queries"):
             values = self.observed(batch, Solved(self.inverse), measure)
             found.append((len(next(iter(values.values()))), {name: of_rank(v, rank) for name, v in values.items()}))
         joined: dict[str, Direction] = {}
@@ -264,7 +264,7 @@ class Influence:
     ) -> Iterator[dict[str, Tensor]]:
         """For each training batch `[n, Q]`, or `[n, T, Q]`, by parameter; zero for those that a batch does not use."""
         quantity = InnerProducts(directions, by_position)
-        for batch in _given(train_loader, "train_loader", "scores" if progress else None):
+        for batch in given(train_loader, "train_loader", "scores" if progress else None):
             values = self.observed(batch, quantity)
             like = next(iter(values.values()))
             yield {name: values[name] if name in values else torch.zeros_like(like) for name in directions}
@@ -298,7 +298,7 @@ def sum_of(values: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(values.values())).sum(0)
 
 
-def _given(batches: Loader, what: str, shown_as: str | None = None) -> Iterator[Any]:
+def given(batches: Loader, what: str, shown_as: str | None = None) -> Iterator[Any]:
     """The batches, with a bar where it has a name; raises BadInput where there are none."""
     if isinstance(batches, Tensor) or (isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches)):
         raise BadInput(f"{what} is one batch; give an iterable of batches, such as [(x, y)]")

@@ -12,12 +12,12 @@ from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import RowsPart
 from layerwise.operators import EigenBlock, EigenKronecker
 from layerwise.operators.diagonal import check_damping
-from layerwise.quantities.inner_products import Direction, SampleQuantity
+from layerwise.quantities.inner_products import Direction, Projections, SampleQuantity
 from layerwise.quantities.kronecker.ekfac import rotated_rows
 from layerwise.rows import contract
 from layerwise.rows.layout import dense_layout
 
-__all__ = ["DampedInverse", "Solved", "diagonal_blocks", "of_rank"]
+__all__ = ["DampedInverse", "ProjectedSolved", "Solved", "diagonal_blocks", "of_rank"]
 
 _SHARE = 0.1  # of a block's mean eigenvalue: the damping where none is given
 _ELEMENTS = 2**22  # of gradients in memory at once
@@ -43,6 +43,10 @@ class DampedInverse:
             inverse = EigenKronecker({key: block}).inverse(damping).blocks[key]
             found.setdefault(block.parameter or key, []).append(inverse)
         return found
+
+    def spectrum(self, name: str) -> Tensor:
+        """The eigenvalues 1 / (σ + λ) of the one block of a parameter, `[K,O,I]`."""
+        return self._blocks[name][0].spectrum
 
     def solve(self, gradient: ParameterGradient) -> Tensor:
         """The product with every sample's gradient, `[N,*shape]`; zero for a parameter without curvature."""
@@ -117,3 +121,25 @@ class Solved(SampleQuantity):
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N, *shape]`, or `[N]`."""
         return (self._compute(gradient),)
+
+
+class ProjectedSolved(Projections):
+    """L v_n R^T of v_n = (G + λ I)⁻¹ g_n of every sample, `[N, P·Q]`, for L `[P,R]` and R `[Q,C]` by parameter.
+
+    eigenvalues: `[P,Q]` of the inverse for parameters whose rows of L and R are its eigenvectors. There it is L g_n R^T
+    times these, from rows apart, and neither g_n nor v_n is formed.
+    """
+
+    def __init__(
+        self, inverse: DampedInverse, sides: Mapping[str, tuple[Tensor, Tensor]], eigenvalues: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(sides)
+        self._inverse, self.eigenvalues = inverse, eigenvalues
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        """`[N, P·Q]`."""
+        if (values := self.eigenvalues.get(gradient.name)) is not None:
+            return (super().compute(gradient)[0] * values.flatten().to(gradient.like),)
+        v = self._inverse.solve(gradient)
+        left, right = (side.to(v) for side in self.sides[gradient.name])
+        return ((left @ v.reshape(len(v), left.shape[1], right.shape[1]) @ right.T).flatten(1),)
