@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class Memory:
     sweeps: int = 1
     every: int = 10
     gain: float = 20.0
+    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         known = self.forget == "mairal" or callable(self.forget)

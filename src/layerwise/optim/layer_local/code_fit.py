@@ -15,7 +15,7 @@ from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of, told
 from layerwise.local.layers.term_weights import OtherWeight, TermWeights
-from layerwise.local.problem import LocalProblem, predict
+from layerwise.local.problem import LocalProblem, predict, refuse_half
 from layerwise.local.regularizers import WeightDecay
 from layerwise.local.solvers.memory import Memory, moments_misfit
 from layerwise.local.solvers.run import Task
@@ -225,6 +225,7 @@ class CodeFitter:
         which is its matching loss with γ = 1/w for terms of one weight w.
         """
         gamma, transfer = self.gamma(fitting, layer.name), IDENTITY
+        refuse_half(layer.name, layer.parameter, (self._update(fitting, layer).solver,))
         if self._has_local_steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
             weight = self._weights.of(layer)
             if weight:

@@ -15,7 +15,7 @@ from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
-from layerwise.local.problem import LocalProblem, Term
+from layerwise.local.problem import LocalProblem, Term, refuse_half
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import Task, solve
 from layerwise.local.solvers.steps import linear_steps
@@ -326,6 +326,7 @@ def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
             f"{name_of(choice.solver)} solves the squared loss, and {layer.name} has {transfer.name}'s matching "
             'loss: choose loss="squared" for it, or Newton, Anderson or LocalSteps'
         )
+    refuse_half(layer.name, layer.parameter, (choice.solver, choice.target))
     terms = tuple(fitting.term(layer, asked, gamma) for asked in choice.regularizers)
     return _Plan(layer, group, choice, gamma, transfer, terms)
 
