@@ -164,9 +164,9 @@ class LocoProp(LayerLocal):
         check_common("LocoProp", group)
         if not 0 < group["gamma"] < float("inf"):
             raise BadInput(f"LocoProp needs a finite gamma > 0; got gamma={group['gamma']}")
-        if not (0 <= group["decay"] < 1 and 0 <= group["momentum"] < 1 and group["eps"] >= 0):
+        if not (0 <= group["decay"] < 1 and 0 <= group["momentum"] < 1 and 0 <= group["eps"] < float("inf")):
             raise BadInput(
-                f"LocoProp needs decay and momentum in [0, 1) and eps ≥ 0; got decay={group['decay']}, "
+                f"LocoProp needs decay and momentum in [0, 1) and a finite eps ≥ 0; got decay={group['decay']}, "
                 f"momentum={group['momentum']}, eps={group['eps']}"
             )
         if group["loss"] not in ("matching", "squared"):
