@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import layerwise as lw
+from layerwise import local
 from layerwise.errors import BadInput
 
 LOW = pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -112,3 +113,49 @@ def test_inverses_need_factors_in_float32(low: torch.dtype, quantity: lw.Quantit
     with pytest.raises(BadInput, match=r"observe\(\.\.\., dtype=torch\.float32\)"):
         inverse(None)
     assert all(bool(torch.isfinite(v).all()) for v in inverse(torch.float32).values())
+
+
+# Matrix decompositions -----------------------------------------------------------------------------------------------
+
+_SPECTRAL = local.SpectralNorm(0.5, steps=None)
+DECOMPOSING: dict[str, Any] = {
+    "exact": lambda m: lw.LocoProp(m, solver=local.ProximalSolve(1.0)),
+    "exact, threads": lambda m: lw.LocoProp(m, solver=local.ProximalSolve(1.0), workers=2),
+    "spectral": lambda m: lw.LocoProp(m, solver=local.Spectral()),
+    "Anderson": lambda m: lw.LocoProp(m, solver=local.Anderson()),
+    "natural": lambda m: lw.LocoProp(m, target=local.NaturalStep(1.0)),
+    "one layer": lambda m: lw.LocoProp(m, layers={"2.weight": {"solver": local.ProximalSolve(1.0)}}),
+    "AltMin solver": lambda m: lw.AltMin(m, weights=local.ProximalSolve(1.0)),
+    "memory": lambda m: lw.AltMin(m, weights="memory", codes="jacobi"),
+    "columns": lambda m: lw.AltMin(m, weights=local.Memory(solve="columns"), codes="jacobi"),
+    "Gauss-Newton codes": lambda m: lw.AltMin(m, codes="gauss-newton"),
+    "codes in closed form": lambda m: lw.AltMin(m, codes="sweep", code_step=local.CodeStep(solve="closed")),
+}
+
+
+def _half(make: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    x, y, opt = torch.randn(8, 4).to(dtype), torch.randint(3, (8,)), make(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        for _ in range(2):
+            opt.step(lambda: F.cross_entropy(model(x), y))
+    except BaseException:
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)) and not opt.state
+        raise
+    assert not opt.skipped and not all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", DECOMPOSING)
+def test_a_choice_that_decomposes_matrices_is_refused_in_half_precision_by_layer(name: str, dtype: torch.dtype) -> None:
+    with pytest.raises(BadInput, match=rf"^[024]\.(weight|bias).* is {dtype}, and .* decomposes matrices"):
+        _half(DECOMPOSING[name], dtype)
+    _half(DECOMPOSING[name], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("solver", [local.LocalSteps(3), local.ConditionalGradient(2)], ids=["steps", "Frank-Wolfe"])
+def test_a_spectral_ball_decomposes_half_precision_in_float32(solver: Any, dtype: torch.dtype) -> None:
+    _half(lambda m: lw.LocoProp(m, regularizer=_SPECTRAL, solver=solver), dtype)

@@ -175,6 +175,110 @@ def test_settings_that_cannot_be_are_refused(make: Make, change: dict[str, Any])
     refused(opt, {**state, "param_groups": [{**state["param_groups"][0], **change}]}, "parameter group 0")
 
 
+_SETTINGS: dict[str, list[tuple[str, Any]]] = {
+    "AltMin": [("normalise", "no"), ("normalise", 1), ("betas", (0.9,)), ("betas", 0.9), ("eps", float("inf")),
+               ("weights", "sgd"), ("weights", None), ("steps", True), ("rows", 2.0), ("coupling", 0.0),
+               ("l1", float("nan")), ("momentum", "0.9")],
+    "LocoProp": [("loss", "other"), ("gamma", 0.0), ("decay", 1.0), ("eps", float("nan")), ("eps", float("inf")),
+                 ("steps", 1.5), ("rows", True), ("momentum", None)],
+    "KFAC": [("damping", 0.0), ("momentum", 1.0), ("weight_decay", -1.0), ("weight_decay", "no")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _SETTINGS)
+def test_each_setting_of_another_kind_or_range_is_refused_by_name(name: str) -> None:
+    _, opt = trained(MAKERS[name])
+    state = opt.state_dict()
+    for key, value in _SETTINGS[name]:
+        refused(opt, {**state, "param_groups": [{**state["param_groups"][0], key: value}]}, "parameter group 0")
+
+
+def _numbers_in(state: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The ways to all numbers, and tensors of one number, of a state."""
+    if isinstance(state, int | float) or (isinstance(state, Tensor) and not state.dim()):
+        return [way]
+    parts = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return [found for key, value in parts for found in _numbers_in(value, (*way, key))]
+
+
+@every
+def test_each_counter_is_of_its_own_type_and_range(make: Make) -> None:
+    _, opt = trained(make)
+    state = {key: value for key, value in opt.state_dict().items() if key != "param_groups"}
+    for way in _numbers_in(state):
+        old = get(state, way)
+        if way[-1] == "version" or isinstance(old, bool) or {"shape", "size", "axes"} & set(way):
+            continue
+        wrong: list[Any] = ["3", None, -1 if not isinstance(old, Tensor) else torch.tensor(-1.0), True]
+        wrong += [float(old)] * isinstance(old, Tensor) + [torch.tensor(float(old))] * (not isinstance(old, Tensor))
+        for value in wrong:
+            changed = copy.deepcopy(opt.state_dict())
+            put(changed, way, value)
+            refused(opt, changed, "|".join(str(key) for key in way if isinstance(key, str)))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("AltMin", "exp_avg_sq"), ("LocoProp", "mean_square"), ("AltMin memory", "A")]
+)
+def test_squares_that_are_negative_are_refused(name: str, key: str) -> None:
+    _, opt = trained(MAKERS[name])
+    state = copy.deepcopy(opt.state_dict())
+    next(own for own in state["state"].values() if key in own)[key].neg_()
+    refused(opt, state, f"{key}.*negative")
+
+
+@pytest.mark.parametrize("theirs", ["adam", "sgd", "memory"])
+@pytest.mark.parametrize("ours", ["adam", "sgd", "memory"])
+def test_the_state_of_another_way_to_update_weights_is_refused(ours: str, theirs: str) -> None:
+    def made(weights: str) -> Make:
+        return lambda m: lw.AltMin(m, weights=weights, codes="jacobi")  # type: ignore[arg-type]
+
+    _, opt = trained(made(ours))
+    _, other = trained(made(theirs))
+    if ours == theirs:
+        opt.load_state_dict(other.state_dict())
+    else:
+        refused(opt, other.state_dict(), f"saved with weights='{theirs}', and ours has '{ours}'")
+
+
+@every
+def test_a_loaded_state_shares_no_memory_with_the_given_one(make: Make) -> None:
+    _, other = trained(make)
+    model, opt = trained(make)
+    given = copy.deepcopy(other.state_dict())
+    kept = copy.deepcopy(given)
+    opt.load_state_dict(given)
+    assert same(given, kept)
+    for seed in range(5, 8):
+        opt.step(closure_of(model, seed))
+    assert same(given, kept)
+    opt.load_state_dict(given)
+    for way in _ways_to_tensors(given):
+        get(given, way).zero_()
+    assert same(opt.state_dict(), kept)
+
+
+def _ways_to_tensors(state: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The ways to all tensors of a state."""
+    if isinstance(state, Tensor):
+        return [way]
+    parts = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return [found for key, value in parts for found in _ways_to_tensors(value, (*way, key))]
+
+
+@every
+def test_a_setting_that_was_deleted_is_named(make: Make) -> None:
+    model, opt = trained(make)
+    for key in set(opt.param_groups[0]) & set(opt.defaults):
+        held = opt.param_groups[0].pop(key)
+        before = copy.deepcopy((model.state_dict(), opt.state_dict()["state"]))
+        with pytest.raises(BadInput, match=f"parameter group 0 lacks {key}"):
+            opt.step(closure_of(model, 5))
+        assert same((model.state_dict(), opt.state_dict()["state"]), before)
+        opt.param_groups[0][key] = held
+    opt.step(closure_of(model, 5))
+
+
 @every
 def test_what_is_no_state_is_refused(make: Make) -> None:
     model, opt = trained(make)

@@ -118,6 +118,11 @@ class MaxNorm(NormBall):
         return change.clamp(-1, 1)
 
 
+def _decomposable(matrix: Tensor) -> Tensor:
+    """A matrix in half precision in float32, in which torch decomposes it."""
+    return matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
+
+
 @dataclass(frozen=True)
 class SpectralNorm(NormBall):
     """The largest singular value: `vertex(G) = U Vᵀ` of `G = U S Vᵀ`, the orthogonalized update of Muon.
@@ -149,16 +154,16 @@ class SpectralNorm(NormBall):
     def vertex(self, g: Tensor) -> Tensor:
         """`U Vᵀ`, or Newton-Schulz's approximation."""
         if self.steps is None:
-            u, s, vt = torch.linalg.svd(g, full_matrices=False)
+            u, s, vt = torch.linalg.svd(_decomposable(g), full_matrices=False)
             kept = s > s.amax(-1, keepdim=True) * max(g.shape[-2:]) * torch.finfo(g.dtype).eps
-            return (u * kept.unsqueeze(-2)) @ vt
+            return ((u * kept.unsqueeze(-2)) @ vt).to(g.dtype)
         dtype = g.dtype if self.dtype is None else self.dtype
         return orthogonalized(g.to(dtype), self.steps, self.coefficients, self.eps).to(g.dtype)
 
     def nearest(self, change: Tensor) -> Tensor:
         """Singular values clipped to 1."""
-        u, s, vt = torch.linalg.svd(change, full_matrices=False)
-        return (u * s.clamp_max(1).unsqueeze(-2)) @ vt
+        u, s, vt = torch.linalg.svd(_decomposable(change), full_matrices=False)
+        return ((u * s.clamp_max(1).unsqueeze(-2)) @ vt).to(change.dtype)
 
     def extent(self, shape: torch.Size) -> float:
         """The radius, adjusted to a matrix `[K,O,I]`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -92,6 +92,7 @@ class NaturalStep(_Step):
     """
 
     damping: float = 1e-3
+    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

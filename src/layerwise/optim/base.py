@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
 from layerwise.optim.deferred import Late, Skips, check_on_nonfinite, completed
 from layerwise.optim.recording import Recorder, Recording, Samples, holds_no_gradient
-from layerwise.optim.saved_state import VERSION, Fit, in_order, lacking, misfits, present, refuse
+from layerwise.optim.saved_state import VERSION, Fit, copied, in_order, is_count, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
 from layerwise.tape.modes import active, end_after
@@ -228,7 +228,9 @@ class NamedOptimizer(torch.optim.Optimizer):
                 "opt.step(lambda: F.cross_entropy(model(x), y))"
             )
         self.was_made = False
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
+            if missing := lacking(f"parameter group {number}", group, self._required()):
+                raise BadInput(f"{type(self).__name__}'s {missing[0]}: that was deleted from opt.param_groups; set it")
             self._check(group)
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
         random = RandomState({p.device for group in self.param_groups for p in group["params"]}, ("torch",))
@@ -351,10 +353,12 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     _saved_keys: tuple[str, ...] = ("state", "param_groups", "skipped")
 
+    def _required(self) -> set[str]:
+        return self.defaults.keys() - _OF_TORCH_DEFAULTS
+
     def _differences(self, saved: Mapping[str, Any]) -> list[str]:
         """What of a saved state does not fit."""
-        found, groups = [], saved["param_groups"]
-        required = self.defaults.keys() - _OF_TORCH_DEFAULTS
+        found, groups, required = [], saved["param_groups"], self._required()
         for number, group in enumerate(groups):
             try:
                 if not (wrong := lacking(f"parameter group {number}", group, required)):
@@ -365,7 +369,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         if found:
             return found
         skipped = saved.get("skipped", 0)
-        found += [] if isinstance(skipped, int) and skipped >= 0 else [f"skipped is {skipped!r}"]
+        found += [] if is_count(skipped) else [f"skipped is {skipped!r}"]
         if not isinstance(saved["state"], Mapping):
             return [*found, f"the state by parameter is a {type(saved['state']).__name__}, not a dict"]
         state = dict(saved["state"])
@@ -381,7 +385,7 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def _take(self, saved: Mapping[str, Any]) -> None:
         """Take over a state that fits."""
-        super().load_state_dict({"state": saved["state"], "param_groups": saved["param_groups"]})
+        super().load_state_dict({"state": copied(saved["state"]), "param_groups": saved["param_groups"]})
         self.skipped = saved.get("skipped", 0)
         self._shapes = {p: p.shape for p in self.state}
 

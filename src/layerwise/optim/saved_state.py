@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from layerwise.errors import BadInput
 from layerwise.tensors import is_finite
 
 __all__ = [
-    "VERSION", "Fit", "in_order", "is_count", "lacking", "like", "misfits", "non_finite", "of_local_optimizer",
+    "VERSION", "Fit", "copied", "in_order", "is_count", "is_number", "lacking", "like", "misfits", "non_finite",
+    "of_local_optimizer",
     "present", "refuse", "unlike",
 ]  # fmt: skip
 
@@ -70,7 +72,12 @@ def unlike(what: str, values: Mapping[str, Any], kinds: Mapping[str, Callable[[A
 
 def is_count(value: Any) -> bool:
     """Whether a saved value is a whole number of at least 0."""
-    return isinstance(value, int) and value >= 0
+    return isinstance(value, int) and is_number(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a saved value is a finite number of at least 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def _said(value: Any) -> str:
@@ -94,7 +101,25 @@ def misfits(name: str, saved: Any, fits: Sequence[Fit]) -> list[str]:
         return []
     found = [fit(saved) for fit in fits]
     nearest = min(found, key=len, default=[])
-    return [f"the state of {name} {text}" for text in nearest] or non_finite(name, saved)
+    return [f"the state of {name} {text}" for text in nearest] or non_finite(name, saved) or _out_of_range(name, saved)
+
+
+# What torch's optimizers and ours take the root of, or count.
+_SQUARES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "mean_square", "exp_inf"))
+_COUNTS = frozenset(("step",))
+
+
+def _out_of_range(name: str, saved: Mapping[str, Any]) -> list[str]:
+    """The first entry with a value that its kind cannot have."""
+    for key in (_SQUARES | _COUNTS) & saved.keys():
+        value = saved[key]
+        t = value if isinstance(value, Tensor) else torch.tensor(value) if isinstance(value, int | float) else None
+        if t is None or t.is_meta or t.is_complex():
+            continue
+        if bool((t < 0).any()) or (key in _COUNTS and bool((t != t.round()).any())):
+            what = "is no count" if key in _COUNTS else "holds a negative number, and is of squares"
+            return [f"{key} of {name} {what}"]
+    return []
 
 
 def like(entries: Mapping[str, Any]) -> Fit:
@@ -114,12 +139,22 @@ def like(entries: Mapping[str, Any]) -> Fit:
 
 
 def _form(value: Any) -> str:
-    """Shape and type in words; numbers, and tensors of one element, are counters of whatever type."""
+    """Shape and type in words; the types of counters differ between devices and forms of an optimizer."""
     if isinstance(value, Tensor) and value.dim():
         return f"shape {tuple(value.shape)}, {value.dtype}"
-    if isinstance(value, int | float) or (isinstance(value, Tensor) and not value.is_complex()):
+    if isinstance(value, Tensor) and not value.is_complex() and value.dtype is not torch.bool:
+        return "a tensor of one number"
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return "one number"
     return type(value).__name__
+
+
+def copied(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The state of parameters in tensors of its own: torch's `load_state_dict` takes over those that it is given."""
+    return {
+        number: {key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                 for key, value in own.items()} for number, own in state.items()
+    }  # fmt: skip
 
 
 def of_local_optimizer(kind: Any, settings: Mapping[str, Any], p: Tensor) -> Iterator[Fit]:

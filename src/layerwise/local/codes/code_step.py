@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import BadInput
+from layerwise.local.problem import refuse_half
 from layerwise.operators.ridge import ridge
 from layerwise.replay.coded import CodedModel
 from layerwise.tensors import without_grad
@@ -146,6 +147,7 @@ def _closed(
     if at_loss or not uses or not all(m in codes and coded.reads_directly(m, index, F.linear) for m in uses):
         return None
     z, own = codes[index], step.own * terms.coupling[index]
+    refuse_half(", ".join(sorted(coded.uses[index].names)), z, ('CodeStep(solve="closed")',))
     u = (terms.multipliers or NONE).get(index)
     size = z.shape[-1]
     curvature, right = z.new_zeros(size, size), (own + step.prox) * z

@@ -16,6 +16,7 @@ from layerwise.graph.loss_curvature import loss_curvatures, resolved
 from layerwise.graph.probes import join, split
 from layerwise.graph.samples import measure
 from layerwise.local.layers.record import Recorded
+from layerwise.local.problem import refuse_half
 from layerwise.operators.ridge import by_cholesky, ridge
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.pull import pull
@@ -47,6 +48,7 @@ def damped_cotangents(
     def solved(solve: Callable[[Tensor, Tensor, float], Tensor]) -> Recorded:
         cotangents = dict(recorded.cotangents)
         for layer in recorded.layers:
+            refuse_half(layer.name, layer.parameter, ('codes="gauss-newton"',))
             for part in layer.parts:
                 index = part.use.index
                 if index in roots:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class Memory:
     sweeps: int = 1
     every: int = 10
     gain: float = 20.0
+    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         known = self.forget == "mairal" or callable(self.forget)
@@ -197,8 +198,10 @@ def moments_misfit(weight: Tensor, state: Mapping[str, Any]) -> list[str]:
         return [f"has {', '.join(foreign)}, which belongs to another optimizer"]
     if ("inverse" in state) != ("inverted" in state):
         return ["has one of inverse and inverted"]
-    if wrong := [key for key in ("rows", "steps", "inverted") if not _is_number(state.get(key, 0))]:
-        return [f"has {wrong[0]} {state[wrong[0]]!r}, which is no number of at least 0"]
+    if not _is_number(state["rows"]):
+        return [f"has rows {state['rows']!r}, which is no number of at least 0"]
+    if wrong := [key for key in ("steps", "inverted") if not _is_count(state.get(key, 0))]:
+        return [f"has {wrong[0]} {state[wrong[0]]!r}, which is no whole number of at least 0"]
     seen: Any = state["A"]
     numel = weight.numel()
     size = tuple(seen.shape) if isinstance(seen, Tensor) else ()
@@ -210,11 +213,17 @@ def moments_misfit(weight: Tensor, state: Mapping[str, Any]) -> list[str]:
         if not isinstance(t, Tensor) or t.dtype != weight.dtype or t.shape[:1] + t.shape[2:] != (size[0], size[2]):
             form = f"shape {tuple(t.shape)}, {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
             return [f"has {key} of {form} beside A of {size} and a weight of {weight.dtype}"]
+    if bool((seen.diagonal(dim1=-2, dim2=-1) < 0).any()):
+        return ["has moments A with a negative diagonal, and they are of squares"]
     return []
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value)
 
 
 def _largest_step(pull: Tensor, a: Tensor, strength: float, stiffness: float, rate: float, moved: Tensor) -> Tensor:

@@ -99,8 +99,8 @@ def local_steps(
 
     The optimizer owns the parameters, by default the problem's weight and bias themselves, and keeps its state from
     batch to batch. It may own other parameters if their `.grad` is None. Rates and `.grad`s are restored at the end.
-    Within a norm ball, a projection follows every step (projected gradient; a heuristic for other optimizers than SGD).
-    Raises BadInput for an impossible form, or tensors that share no memory.
+    Within a norm ball, a projection follows every step (projected gradient; a heuristic for other optimizers than SGD),
+    but one at a rate of 0. Raises BadInput for an impossible form, or tensors that share no memory.
     """
     for advance in taken_steps(problem, optimizer, plan, owned, workspace):
         advance()
@@ -142,8 +142,14 @@ def taken_steps(
             yield step(t)
             if plan.l1:
                 weight.copy_(F.softshrink(weight, plan.l1 * optimizer.param_groups[0]["lr"]))
-            for now, start in starts:
-                now.copy_(problem.ball.projected(now, start))  # type: ignore[union-attr]
+            for (now, start), p in zip(starts, (weight, bias), strict=False):
+                if p is not None and _moves(optimizer, p):
+                    now.copy_(problem.ball.projected(now, start))  # type: ignore[union-attr]
+
+
+def _moves(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
+    """Whether a parameter's rate is not 0."""
+    return any(group["lr"] != 0 and any(p is q for q in group["params"]) for group in optimizer.param_groups)
 
 
 @without_grad

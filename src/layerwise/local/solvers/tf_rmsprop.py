@@ -72,9 +72,10 @@ class RMSPropStep:
 class TFRMSProp(torch.optim.Optimizer):
     """TensorFlow 1's RMSProp; defaults are LocoProp's published local optimizer.
 
-    The update is `tf_rmsprop_update`, in place. On the CPU it runs in slices that stay in the cache: each
-    parameter then costs 28 bytes of memory traffic in float32 (read g; read and write ms, m, w) where
-    seven kernels over whole tensors cost 72. On other devices all tensors of a group go through
+    The update is `tf_rmsprop_update`, in place; but a group whose lr is 0 stands still, as with every optimizer of
+    `torch.optim`, while its state advances (TensorFlow's goes on by its momentum). On the CPU the update runs in
+    slices that stay in the cache: each parameter then costs 28 bytes of memory traffic in float32 (read g; read and
+    write ms, m, w) where seven kernels over whole tensors cost 72. On other devices all tensors of a group go through
     `torch._foreach_*` kernels. State: `mean_square` (starts at 1) and `momentum_buffer` (starts at 0).
     Raises BadInput for a negative lr or eps, or a decay or momentum outside [0, 1).
     """
@@ -192,7 +193,8 @@ def _update(
     mean_square.mul_(_scalar(decay)).addcmul_(grad, grad, value=1 - decay)
     torch.add(mean_square, _scalar(eps), out=root).rsqrt_()  # a product costs less than a division
     momentum_buffer.mul_(_scalar(momentum)).addcmul_(grad, root, value=lr)
-    param.sub_(momentum_buffer)
+    if lr:
+        param.sub_(momentum_buffer)
 
 
 @lru_cache(maxsize=64)
@@ -210,4 +212,5 @@ def _update_foreach(tensors: list[tuple[Tensor, Tensor, Tensor, Tensor]], number
     torch._foreach_rsqrt_(roots)
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_addcmul_(buffers, grads, roots, value=lr)
-    torch._foreach_sub_(params, buffers)
+    if lr:
+        torch._foreach_sub_(params, buffers)

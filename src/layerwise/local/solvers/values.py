@@ -106,6 +106,7 @@ class ProximalSolve:
     eta: float | None = None
     side: Side = "auto"
     squared_only: ClassVar[bool] = True
+    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self, self.eta is None or 0 < self.eta < math.inf, "eta > 0 or None")
@@ -143,6 +144,7 @@ class Spectral:
     rate: float | None = None
     schedule: Schedule | Literal["linear_floor", "constant"] = "constant"
     squared_only: ClassVar[bool] = True
+    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         known = callable(self.schedule) or self.schedule in _SCHEDULES
@@ -190,6 +192,7 @@ class Anderson:
     steps: int = 20
     memory: int = 5
     tol: float = 1e-8
+    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(

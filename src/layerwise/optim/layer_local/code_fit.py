@@ -15,7 +15,7 @@ from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of, told
 from layerwise.local.layers.term_weights import OtherWeight, TermWeights
-from layerwise.local.problem import LocalProblem, predict
+from layerwise.local.problem import LocalProblem, predict, refuse_half
 from layerwise.local.regularizers import WeightDecay
 from layerwise.local.solvers.memory import Memory, moments_misfit
 from layerwise.local.solvers.run import Task
@@ -38,6 +38,7 @@ from layerwise.optim.layer_local.updates import (
     Updates,
     WeightUpdate,
     fused,
+    other_weights,
     rate_of,
     rates_of,
     share,
@@ -98,12 +99,11 @@ class CodeFitter:
         kind = self.updates.default.kind
         if kind != chosen["weights"]:
             chosen.pop("lr", None)  # which is the other kind's
-        said = {**vars(codes), **vars(weights), **vars(minibatch)}
+        self._given = said = {**vars(codes), **vars(weights), **vars(minibatch)}
         given = {key: value for key, value in {**said, "lr": lr}.items() if key in DEFAULTS[kind] and value is not None}
         chosen = {**DEFAULTS[kind], "lr": rate_of(self.updates.default), **chosen, **given, "weights": kind}
         self.codes = chosen.pop("codes")
         self.defaults = with_coupling(chosen)
-        self._given = said
         self.said = {**said, "codes": self.codes, "layers": layers}
         if codes.multipliers and (self.codes != "sweep" or minibatch.repeats < 2):
             raise BadInput(
@@ -224,12 +224,13 @@ class CodeFitter:
         A hidden layer has γ = B/μ and the squared loss; the layer that makes a loss's logits has the loss itself,
         which is its matching loss with γ = 1/w for terms of one weight w.
         """
-        gamma, transfer = self.gamma(fitting, layer.name), IDENTITY
+        gamma, transfer, update = self.gamma(fitting, layer.name), IDENTITY, self._update(fitting, layer)
+        refuse_half(layer.name, layer.parameter, (update.solver,))
         if self._has_local_steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
             weight = self._weights.of(layer)
             if weight:
                 gamma, transfer = 1 / weight, layer.transfer
-        terms = tuple(fitting.term(layer, asked, gamma) for asked in self._update(fitting, layer).regularizers)
+        terms = tuple(fitting.term(layer, asked, gamma) for asked in update.regularizers)
         return partial(problem_of, fitting.run, layer, gamma, transfer, terms=terms)
 
     def _has_local_steps(self, fitting: Fitting, layer: Layer) -> bool:
@@ -250,9 +251,8 @@ class CodeFitter:
     def _task(self, fitting: Fitting, layer: Layer, problem: LocalProblem) -> Task:
         """A layer's problem with its solver, and its optimizer for local steps."""
         params, groups = fitting.params(layer), [fitting.group(name) for name in layer.names]
-        group, scale = groups[0], 1 / problem.gamma
+        group, scale, kind, optimizer, state = groups[0], 1 / problem.gamma, None, None, None
         solver: Solver | None = self._update(fitting, layer).solver
-        kind = optimizer = state = None
         if solver is None:
             solver = share(group["steps"], group["rows"], problem.a.shape[0])
         if isinstance(solver, LocalSteps):
@@ -323,7 +323,8 @@ class FittedToCodes(LayerLocal):
         return {**super().local_state_dict(), **self._fitter.state()}
 
     def _differences(self, saved: Mapping[str, Any]) -> list[str]:
-        return [*super()._differences(saved), *self._fitter.differences(saved, self._model)]
+        found = other_weights(saved["param_groups"], self.param_groups) + super()._differences(saved)
+        return found + self._fitter.differences(saved, self._model)
 
     def _take(self, saved: Mapping[str, Any]) -> None:
         super()._take(saved)

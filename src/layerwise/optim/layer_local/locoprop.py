@@ -15,7 +15,7 @@ from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
-from layerwise.local.problem import LocalProblem, Term
+from layerwise.local.problem import LocalProblem, Term, refuse_half
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import Task, solve
 from layerwise.local.solvers.steps import linear_steps
@@ -164,9 +164,9 @@ class LocoProp(LayerLocal):
         check_common("LocoProp", group)
         if not 0 < group["gamma"] < float("inf"):
             raise BadInput(f"LocoProp needs a finite gamma > 0; got gamma={group['gamma']}")
-        if not (0 <= group["decay"] < 1 and 0 <= group["momentum"] < 1 and group["eps"] >= 0):
+        if not (0 <= group["decay"] < 1 and 0 <= group["momentum"] < 1 and 0 <= group["eps"] < float("inf")):
             raise BadInput(
-                f"LocoProp needs decay and momentum in [0, 1) and eps ≥ 0; got decay={group['decay']}, "
+                f"LocoProp needs decay and momentum in [0, 1) and a finite eps ≥ 0; got decay={group['decay']}, "
                 f"momentum={group['momentum']}, eps={group['eps']}"
             )
         if group["loss"] not in ("matching", "squared"):
@@ -326,6 +326,7 @@ def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
             f"{name_of(choice.solver)} solves the squared loss, and {layer.name} has {transfer.name}'s matching "
             'loss: choose loss="squared" for it, or Newton, Anderson or LocalSteps'
         )
+    refuse_half(layer.name, layer.parameter, (choice.solver, choice.target))
     terms = tuple(fitting.term(layer, asked, gamma) for asked in choice.regularizers)
     return _Plan(layer, group, choice, gamma, transfer, terms)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem
-from layerwise.optim.saved_state import is_count, non_finite, unlike
+from layerwise.optim.saved_state import is_count, is_number, non_finite, unlike
 
 __all__ = ["Stale"]
 
@@ -134,5 +134,5 @@ def _of_weight(weight: Tensor, data: Mapping[str, Any]) -> dict[str, Callable[[A
         "a": rows,
         "target": target,
         "rest": lambda value: value is None or (target(value) and value.shape == data["target"].shape),
-        "gamma": lambda value: isinstance(value, int | float) and 0 < value < float("inf"),
+        "gamma": lambda value: is_number(value) and value > 0,
     }

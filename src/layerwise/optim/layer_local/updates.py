@@ -24,7 +24,7 @@ from layerwise.optim.saved_state import Fit, of_local_optimizer
 
 __all__ = [
     "DEFAULTS", "CodeKind", "CodeUpdate", "Minibatch", "Update", "Updates", "WeightUpdate", "check_group", "fused",
-    "rate_of", "rates_of", "share", "with_coupling",
+    "other_weights", "rate_of", "rates_of", "share", "with_coupling",
 ]  # fmt: skip
 
 _COMMON: dict[str, Any] = {
@@ -246,13 +246,26 @@ def check_group(group: Mapping[str, Any]) -> None:
     Coupling.check(group)
     if group["weights"] not in DEFAULTS:
         raise BadInput(f"AltMin's weights are updated by {', '.join(DEFAULTS)}; got {group['weights']!r}")
-    if not (all(0 <= b < 1 for b in group["betas"]) and group["eps"] >= 0 and 0 <= group["momentum"] < 1):
+    betas = group["betas"]
+    two = isinstance(betas, list | tuple) and len(betas) == 2 and all(0 <= b < 1 for b in betas)
+    if not (two and 0 <= group["eps"] < float("inf") and 0 <= group["momentum"] < 1):
         raise BadInput(
-            f"AltMin needs betas and momentum in [0, 1) and eps ≥ 0; got betas={group['betas']}, "
+            f"AltMin needs two betas and a momentum in [0, 1) and a finite eps ≥ 0; got betas={betas}, "
             f"momentum={group['momentum']}, eps={group['eps']}"
         )
+    if not isinstance(group["normalise"], bool):
+        raise BadInput(f"AltMin's normalise is True or False; got {group['normalise']!r}")
     if not all(0 <= group[key] < float("inf") for key in ("l1", "code_l1")):
         raise BadInput(f"AltMin needs finite l1 and code_l1 ≥ 0; got {group['l1']} and {group['code_l1']}")
+
+
+def other_weights(saved: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The parameter groups of a saved state whose weights are updated in another way than ours."""
+    return [
+        f"parameter group {number} was saved with weights={theirs['weights']!r}, and ours has {own['weights']!r}"
+        for number, (theirs, own) in enumerate(zip(saved, ours, strict=True))
+        if theirs.get("weights", own["weights"]) != own["weights"]
+    ]
 
 
 _FUSED: dict[Any, Any] = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.deferred import check_on_nonfinite, completed
 from layerwise.optim.recording import holds_no_gradient, withhold
-from layerwise.optim.saved_state import VERSION, is_count, present, refuse, unlike
+from layerwise.optim.saved_state import VERSION, is_count, is_number, present, refuse, unlike
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
 from layerwise.optim.second_order.data_parallel import DataParallel
@@ -353,7 +353,10 @@ class Preconditioner:
         state, ours = _present(state_dict), self.curvature
         theirs = described(state["kind"], state["draws"])
         if (state["kind"], state["draws"] is None) != (ours.kind, ours.draws is None):
-            return [f"the saved factors are of kind {theirs!r}, and ours {described(ours.kind, ours.draws)!r}"]
+            return [
+                f"the saved factors are of kind {theirs!r}, and ours {described(ours.kind, ours.draws)!r}; their draws "
+                f"are {state['draws']}, and ours {ours.draws}"
+            ]
         found = unlike("the preconditioner", state, _SAVED)
         return found + misfits(state["blocks"], named_parameters_of(self.model))
 
@@ -389,7 +392,7 @@ def _present(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _SAVED: dict[str, Callable[[Any], bool]] = {
-    "damping": lambda value: isinstance(value, int | float) and 0 < value < float("inf"),
+    "damping": lambda value: is_number(value) and value > 0,
     "draws": lambda value: value is None or (is_count(value) and value > 0),
     "steps": is_count,
     "skipped": is_count,
