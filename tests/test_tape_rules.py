@@ -8,6 +8,8 @@ models (test_observe), composites (test_composite), memory (test_memory).
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -285,3 +287,42 @@ def test_a_compiled_layer_with_in_place_calls() -> None:
     model.c.compile(backend="eager")
     model(torch.randn(N, 4))
     _check(model)
+
+
+def _saved_and_loaded(x: Tensor) -> Tensor:
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("read", [_saved_and_loaded, lambda x: pickle.loads(pickle.dumps(x))], ids=["load", "pickle"])
+def test_a_batch_that_is_read_inside_is_data(read: Callable[[Tensor], Tensor]) -> None:
+    """As from a file, or from the workers of a loader; torch makes it of `torch.empty(0)`, a constant."""
+    _check(_apply(lambda m, x: m.b(m.a(read(x)).tanh())))
+
+
+def test_a_tensor_without_elements_stays_a_constant() -> None:
+    _check(_apply(lambda m, x: F.linear(m.a(x).tanh(), torch.cat([torch.empty(0, 4), m.b.weight]), m.b.bias)))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_derivatives_by_torch_func_beside_the_observed_pass(recorded: bool) -> None:
+    """Transformed tensors stand for others, and a target has no values to read."""
+    model, x, y = nn.Linear(4, 3), torch.randn(N, 4), torch.randint(3, (N,))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(p: dict[str, Tensor], row: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, p, (row,)), label)
+
+    want = {"weight": [], "bias": []}
+    for row, label in zip(x, y, strict=True):
+        one = torch.autograd.grad(F.cross_entropy(model(row), label), [model.weight, model.bias])
+        want = {name: [*found, g] for (name, found), g in zip(want.items(), one, strict=True)}
+    with observe(model, PerSampleGrad()) as seen:
+        if recorded:
+            total = F.cross_entropy(model(x), y)
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, y)
+        (total if recorded else F.cross_entropy(model(x), y)).backward()
+    oracle.assert_close(found, {name: torch.stack(g) for name, g in want.items()})
+    oracle.assert_close(dict(seen.per_sample_grad), {name: g / N for name, g in found.items()})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import layerwise as lw
-from layerwise.errors import BadInput, NonFinite
+from layerwise.errors import BadInput, NonFinite, Undefined
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -528,3 +528,33 @@ def test_a_scheduler_and_clipping_take_part(name: str) -> None:
     assert opt.param_groups[0]["lr"] == start / 2
     moved = sum(float((t - before[n]).abs().sum()) for n, t in model.state_dict().items())
     assert (moved < 1e-20) == ("LocoProp" not in name)
+
+
+@pytest.mark.parametrize("two_heads", [False, True])
+@every
+def test_a_second_pass_through_one_forward_is_refused_for_its_reason(name: str, two_heads: bool) -> None:
+    model = nn.ModuleDict({"trunk": net(), "head": nn.Linear(3, 2)})
+    opt, (x, y), before = OPTIMIZERS[name](model), batch(0), [p.detach().clone() for p in model.parameters()]
+    with opt.watch():
+        z = model["trunk"](x)
+        last = model["head"](z) if two_heads else z
+        F.cross_entropy(z, y).backward(retain_graph=True)
+        gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        with pytest.raises(Undefined, match="retain_graph"):
+            last.square().mean().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], gradients, rtol=0, atol=0)
+    torch.testing.assert_close([p.detach() for p in model.parameters()], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["LocoProp", "AltMin, jacobi"])
+def test_a_closure_with_two_passes_through_one_forward_is_refused(name: str) -> None:
+    model, (x, y) = net(), batch(0)
+
+    def closure() -> Tensor:
+        z = model(x)
+        F.cross_entropy(z, y).backward(retain_graph=True)
+        z.square().mean().backward()
+        return z.detach().sum()
+
+    with pytest.raises(Undefined, match="retain_graph"):
+        (OPTIMIZERS | CODES)[name](model).step(closure)

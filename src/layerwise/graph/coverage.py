@@ -25,7 +25,7 @@ from layerwise.tape.origins import Origin
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, OwnUse, Use, called_at, place
 
-__all__ = ["Graph", "known_losses", "prove"]
+__all__ = ["Graph", "known_losses", "observed_before", "prove"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,8 @@ class _LossWalk:
         self.bypassing += uses
 
     def _pass(self, node: Node) -> None:
+        if node in self._tape.spent:
+            raise observed_before()
         if node.name() in SELECTIONS:
             self.selections.append(node)
         name = self._leaves.name(node)
@@ -240,10 +242,7 @@ def _walk_to_uses(roots: Iterable[Any], tape: Tape, use_at: dict[Node, list[Use]
             passed.append(node)
             continue
         if node in spent:
-            raise Undefined(
-                "this backward pass runs through a forward that was observed before (retain_graph), so its samples "
-                "would count twice; add the losses up and call backward once, or run the forward again"
-            )
+            raise observed_before()
         kind = node.name()
         if kind in SELECTIONS:
             selections.append(node)
@@ -259,6 +258,14 @@ def _walk_to_uses(roots: Iterable[Any], tape: Tape, use_at: dict[Node, list[Use]
             raise UncoveredUse(_uncovered(tape, name, next(hidden, None) or next(above, None)))
         passed.append(node)
     return reached, selections
+
+
+def observed_before() -> Undefined:
+    """The error for a second backward pass through a forward."""
+    return Undefined(
+        "this backward pass runs through a forward that was observed before (retain_graph), so its samples "
+        "would count twice; add the losses up and call backward once, or run the forward again"
+    )
 
 
 def _hides(node: Node) -> bool:

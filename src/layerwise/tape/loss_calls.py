@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from layerwise import losses, ops
 from layerwise.ranks.trainers import unwrapped
 from layerwise.tape.origins import Origin
-from layerwise.tape.recorded_call import sort
+from layerwise.tape.recorded_call import Known, sort
 from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of, called_at, place
 
 __all__ = ["LossRecord"]
@@ -47,7 +47,7 @@ class LossRecord(TorchFunctionMode):
     """
 
     calls: list[Any]
-    _known: dict[int, Derived | Tensor]
+    _known: Known
 
     def __init__(self, model: Any, own_losses: bool) -> None:
         super().__init__()

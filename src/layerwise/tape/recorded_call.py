@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,16 @@ from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
 from layerwise.tape.uses import Derived, bad_call, describe_func
 
-__all__ = ["Known", "classify", "distinct", "is_view", "kept", "own_output", "run", "sort", "tensors_in"]
+__all__ = ["Hollow", "Known", "classify", "distinct", "is_view", "kept", "own_output", "run", "sort", "tensors_in"]
 
-Known = MutableMapping[int, Derived | Tensor]  # derived tensors and constants, by id
+
+class Hollow(NamedTuple):
+    """A constant without elements, until it is given memory of another: unpickling fills what `torch.empty` made so."""
+
+    tensor: Tensor
+
+
+Known = MutableMapping[int, Derived | Hollow | Tensor]  # derived tensors and constants, by id
 _LISTS = (list, tuple)
 _SIMPLE = (int, str, type(None))  # arguments that enter the signature of a run; floats (rates, temperatures) may change
 
@@ -44,6 +51,8 @@ def sort(known: Known, calls: list[Any], args: Any, kwargs: Any) -> tuple[list[D
                     data.append(arg)
             elif type(kind) is Derived:
                 used.append(kind)
+            elif type(kind) is Hollow and arg.numel():
+                data.append(arg)
         elif isinstance(arg, _LISTS):
             u, d, c = sort(known, calls, arg, None)
             used += u
@@ -64,7 +73,7 @@ def classify(known: Known, out: Any, used: list[Derived]) -> None:
             if names and not tensor.is_leaf:  # fused in-place calls return the parameters themselves
                 known[id(tensor)] = Derived(tensor, names)
         else:
-            known[id(tensor)] = tensor
+            known[id(tensor)] = tensor if tensor.numel() else Hollow(tensor)
 
 
 def tensors_in(out: Any) -> Sequence[Tensor]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
@@ -40,7 +41,7 @@ from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
-from layerwise.tape.recorded_call import classify, distinct, is_view, kept, own_output, run, sort
+from layerwise.tape.recorded_call import Known, classify, distinct, is_view, kept, own_output, run, sort, tensors_in
 from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
 from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
@@ -124,7 +125,7 @@ class Tape(LossRecord):
         self.calls: list[Any] = []
         self.scaler_calls = ScalerCalls()
         self.first: Tensor | None = None
-        self._known: dict[int, Derived | Tensor] = {}
+        self._known: Known = {}
         for name, p in self.parameters.items():
             self._known[id(p)] = Derived(p, frozenset((name,)))
         for c in (*self._binding.frozen, *self._constants):
@@ -172,6 +173,8 @@ class Tape(LossRecord):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if peek_interpreter_stack() is not None:  # under torch.func tensors stand for others, and autograd is its own
+            return func(*args, **kwargs)
         if func is hard and self._crosses:
             func = crossed
         if func in BACKWARD and self._on_backward is not None:
@@ -186,7 +189,8 @@ class Tape(LossRecord):
         used, data, tensors = sort(self._known, self.calls, *read)
         if data and torch.is_grad_enabled() and self._late(data):
             used, data, tensors = sort(self._known, self.calls, *read)
-        if used and data and torch.is_grad_enabled() and getattr(func, "__name__", "") != "__get__":
+        asks = getattr(func, "__name__", "") == "__get__"  # for a property
+        if used and data and torch.is_grad_enabled() and not asks:
             run = self._use if ops.decomposition(func) is None else self._decompose
             return run(func, args, kwargs, used, data)
         if func in LOG_SOFTMAX and data and data[0].requires_grad:
@@ -202,7 +206,7 @@ class Tape(LossRecord):
         if func in SCALER_CALLS:
             self.scaler_calls.note(func, args, out)
         if not isinstance(out, (Tensor, list, tuple)):
-            if data and out is None:
+            if data and out is None and not asks:
                 self._note_data(func, args, kwargs, data, None)  # a write onto an output reads it as well
                 self._written(func, args)
             return out
@@ -237,8 +241,12 @@ class Tape(LossRecord):
             forget_written(self._known, args[0])
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
-        """Note the calls that read a use's output, and the batch that each result was made from."""
-        if self._outputs:
+        """Note the calls that read a use's output, and the batch that each result was made from.
+
+        A call that no gradient comes back from (of a shape, of detached values) is no reader: the loss cannot wish for
+        another output by it, and what a program or a tape inside this one looks at would count.
+        """
+        if self._outputs and (out is None or any(t.requires_grad for t in tensors_in(out))):
             for tensor in data:
                 use = self._outputs.get(id(tensor))
                 if use is not None and use.output() is tensor:

@@ -82,7 +82,7 @@ def assembled(known: Known, target: Tensor, names: frozenset[str]) -> None:
     names: of these parameters.
     """
     tensors = [target] if target._base is None else [target, target._base]
-    tensors += [kind.tensor if type(kind) is Derived else kind for _, kind in _alike(known, target)]
+    tensors += [kind if isinstance(kind, Tensor) else kind.tensor for _, kind in _alike(known, target)]
     for tensor in tensors:
         if tensor.requires_grad and not tensor.is_leaf:
             kind = known.get(id(tensor))
@@ -107,7 +107,7 @@ def _alike(known: Known, target: Tensor) -> Iterator[tuple[int, Any]]:
     """The constants and derived tensors in the memory of a tensor."""
     storage = _storage(target)
     for key, kind in list(known.items()):
-        tensor = kind.tensor if type(kind) is Derived else kind
+        tensor = kind if isinstance(kind, Tensor) else kind.tensor
         if storage is not None and _storage(tensor) == storage:
             yield key, kind
 

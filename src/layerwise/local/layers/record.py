@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import AmbiguousSamples, BadInput, Undefined
-from layerwise.graph.coverage import Graph, prove
+from layerwise.graph.coverage import Graph, observed_before, prove
 from layerwise.graph.loss_scale import loss_scale, mixed_scales
 from layerwise.graph.samples import count, said_count
 from layerwise.local.layers.kinds import Kinds
@@ -66,8 +66,9 @@ class RunRecorder:
     ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`; crosses: as
     for `Tape`. counted: whether the number of samples is asked for; else it is 1.
 
-    Several backward passes are the sum of their losses: each layer has its rows of all of them. Cotangents
-    and gradients are those of the losses without a gradient scaler's factor.
+    Several backward passes are the sum of their losses: each layer has its rows of all of them. A second one through
+    the same forward (`retain_graph`) is Undefined. Cotangents and gradients are those of the losses without a gradient
+    scaler's factor.
     """
 
     def __init__(
@@ -155,10 +156,11 @@ class _Asked(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """A recorded backward pass, and by what a gradient scaler multiplied its loss, or None."""
+    """A recorded backward pass, by what a gradient scaler multiplied its loss, or None, and the uses it ran through."""
 
     run: Recorded
     scale: float | None
+    uses: frozenset[int]
 
     def of(self, samples: int) -> _Pass:
         """The same pass of so many samples."""
@@ -173,6 +175,9 @@ def _recorded_pass(
     """Run a backward pass, and add what it gives to the passes."""
     scale = loss_scale(tape.scaler_calls, total)
     graph = prove(tape, total, weight, need_loss=False)
+    uses = frozenset(use.index for use in graph.uses)
+    if any(uses & before.uses for before in passes):
+        raise observed_before()
     layers = asked.layers(tape, graph) if may_be_finite(total) else []
     rest = asked.rest(tape, layers)
     received: dict[int, Tensor] = {}
@@ -192,7 +197,7 @@ def _recorded_pass(
     if passes and scale != passes[0].scale:
         raise BadInput(mixed_scales(passes[0].scale, scale))
     recorded = Recorded(differentiated(total, weight), tape, layers, received, gradients, counted)
-    passes.append(_Pass(_unscaled(recorded, scale), scale))
+    passes.append(_Pass(_unscaled(recorded, scale), scale, uses))
     read = {use.edge.node for use in graph.uses}
     tape.forget_losses([loss for loss in tape.losses if loss.logits.node in read])
     return out
