@@ -89,7 +89,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
         raise AmbiguousSamples(
             f"the {shape} outputs of {loss} can belong to {n} samples in {len(passed)} ways that this "
             "batch cannot tell apart (number of samples equal to number of positions?); use a batch of another "
-            "size, or one whose first layer reads the batch as it is"
+            "size, or pass samples= a tensor with the sample number of each loss term"
         )
     return passed[0]
 
@@ -248,7 +248,8 @@ def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLa
         if len(common) > 1 and n > 1 and reached:
             raise AmbiguousSamples(
                 f"the output {tuple(use.call.out_shape)} of {use} can carry {n} samples on several axes that this "
-                "batch cannot tell apart; use a batch of another size"
+                "batch cannot tell apart; use a batch of another size, or pass samples= a tensor with the sample "
+                "number of each loss term"
             )
         proved &= reached  # where no cotangent arrives the gradient is zero, wherever the samples lie
         uses[use.index] = common[0]
