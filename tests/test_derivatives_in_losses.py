@@ -149,8 +149,23 @@ def test_a_third_derivative_that_torch_gets_wrong_is_refused() -> None:
     with lw.observe(model, lw.PerSampleGrad()) as seen:
         _critic(model, x).sum().backward()
     oracle.assert_close(dict(seen.per_sample_grad), want)
-    with pytest.raises(errors.Undefined, match="not symmetric"):
+    with pytest.raises(errors.Undefined, match=r"not symmetric.*layer norm by its mean and variance"):
         lw.Hessian(model, lambda: _critic(model, x).sum())
+
+
+class _NormedByFormula(nn.LayerNorm):
+    """A layer norm by its mean and variance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
+
+
+def test_the_advice_on_that_derivative_helps() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), _NormedByFormula(3), nn.Sigmoid(), nn.Linear(3, 1)), torch.randn(N, 3)
+    named = oracle.parameters(model)
+    got = lw.Hessian(model, lambda: _critic(model, x).sum()).to_dense()
+    oracle.assert_close({"hessian": got}, {"hessian": oracle.hessian(named, lambda: _critic(model, x).sum())})
 
 
 @pytest.mark.parametrize("quantity", [lw.DiagGGN(), lw.KFAC(), lw.KFLR(), lw.EKFAC()], ids=repr)

@@ -133,7 +133,8 @@ class Stream:
             if unseen:
                 raise Undefined(
                     f"the backward pass never reached {missing[0]}, so nothing was recorded for "
-                    f"{', '.join(sorted(unseen))}: something between it and the loss passes no gradient on"
+                    f"{', '.join(sorted(unseen))}, which may have a gradient by another way: a hook or a function of "
+                    "your own between that call and the loss keeps its gradient back; take it out, or freeze these"
                 )
         self._second.run()
 

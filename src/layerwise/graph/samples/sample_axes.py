@@ -243,7 +243,9 @@ def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLa
         reached = any(use.index in f.reached for f in found)
         if not common:
             raise SamplesMixed(
-                f"no axis of the output {tuple(use.call.out_shape)} of {use} carries the {n} samples for all losses"
+                f"no axis of the output {tuple(use.call.out_shape)} of {use} carries the {n} samples for all losses: "
+                "lay them along the same axis for each loss, or pass samples= a tensor with the sample number of each "
+                "loss term"
             )
         if len(common) > 1 and n > 1 and reached:
             raise AmbiguousSamples(
