@@ -114,6 +114,34 @@ def test_convolutions_under_a_penalty() -> None:
     check_first_order(model, lambda: _critic(model, x).sum(), lambda: _critic(model, x))
 
 
+BIASED: dict[str, Callable[[], nn.Module]] = {
+    "layer_norm": lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)),
+    "group_norm": lambda: nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)),
+    "layer_norm_of_positions": lambda: nn.Sequential(nn.Unflatten(1, (3, 1)), nn.Linear(1, 4), nn.LayerNorm(4)),
+    "instance_norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 1), nn.InstanceNorm1d(4, affine=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_that_a_penalty_does_not_reach_has_a_gradient_of_zero(name: str) -> None:
+    """The call reads it beside a weight that the penalty does reach."""
+    torch.manual_seed(0)
+    model, x = BIASED[name](), torch.randn(N, 3)
+    terms = lambda: _penalty(nn.Sequential(model, nn.Tanh()) if "instance" in name else model, x)  # noqa: E731
+    grads = oracle.per_sample_grad(oracle.parameters(model), terms)
+    with lw.observe(model, lw.Variance(), lw.NoiseScale()) as seen:
+        terms().sum().backward()
+    got = dict(seen.variance)
+    assert len(got) >= 3
+    oracle.assert_close(got, {key: grads[key].var(0, correction=0) for key in got})
+    bias = f"{len(model) - 1}.bias"
+    if name.startswith("layer_norm"):
+        assert not seen.grad[bias].any()
+        assert not seen.noise_scale.snr[bias].any()
+
+
 def test_a_third_derivative_that_torch_gets_wrong_is_refused() -> None:
     """That of a layer norm in torch 2.13; the gradient of a penalty needs the second alone."""
     model, x = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Sigmoid(), nn.Linear(3, 1)), torch.randn(N, 3)
@@ -121,8 +149,23 @@ def test_a_third_derivative_that_torch_gets_wrong_is_refused() -> None:
     with lw.observe(model, lw.PerSampleGrad()) as seen:
         _critic(model, x).sum().backward()
     oracle.assert_close(dict(seen.per_sample_grad), want)
-    with pytest.raises(errors.Undefined, match="not symmetric"):
+    with pytest.raises(errors.Undefined, match=r"not symmetric.*layer norm by its mean and variance"):
         lw.Hessian(model, lambda: _critic(model, x).sum())
+
+
+class _NormedByFormula(nn.LayerNorm):
+    """A layer norm by its mean and variance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
+
+
+def test_the_advice_on_that_derivative_helps() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), _NormedByFormula(3), nn.Sigmoid(), nn.Linear(3, 1)), torch.randn(N, 3)
+    named = oracle.parameters(model)
+    got = lw.Hessian(model, lambda: _critic(model, x).sum()).to_dense()
+    oracle.assert_close({"hessian": got}, {"hessian": oracle.hessian(named, lambda: _critic(model, x).sum())})
 
 
 @pytest.mark.parametrize("quantity", [lw.DiagGGN(), lw.KFAC(), lw.KFLR(), lw.EKFAC()], ids=repr)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import layerwise as lw
 from layerwise import errors
@@ -77,6 +78,66 @@ def test_products_through_calls_that_torch_cannot_differentiate_twice(call: Call
     zero = {name: torch.zeros_like(p) for name, p in params.items()}  # of a parameter that a call does not read
     want = torch.cat([(zero | dict(seen.diag_ggn))[name].flatten() for name in operator.names])
     oracle.assert_close({"diagonal": got}, {"diagonal": want})
+
+
+PIECEWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "hardsigmoid": F.hardsigmoid, "hardsigmoid_": lambda z: F.hardsigmoid(z * 1, inplace=True),
+    "hardsigmoid_, checkpointed": lambda z: checkpoint(
+        lambda u: F.hardsigmoid(3 * u, inplace=True) * u, z, use_reentrant=False
+    ),
+    "squeezed": lambda z: z * nn.Hardsigmoid()(z.mean(1, keepdim=True)),
+    "hardswish": F.hardswish, "hardswish_": lambda z: F.hardswish(z * 1, inplace=True),
+    "hardtanh": lambda z: F.hardtanh(z, -0.3, 0.4), "hardtanh_": lambda z: F.hardtanh_(z * 1, -0.3, 0.4),
+    "relu6": lambda z: F.relu6(6 * z), "threshold": lambda z: F.threshold(z, 0.1, 0.3),
+    "hardshrink": F.hardshrink, "softshrink": lambda z: F.softshrink(z, 0.2), "leaky_relu": F.leaky_relu,
+    "elu": F.elu, "celu": lambda z: F.celu(z, 0.5), "selu": F.selu, "clamp": lambda z: z.clamp(-0.3, 0.4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_second_order_through_functions_in_pieces(name: str) -> None:
+    """Against differences of the gradient, which need no second derivative of torch."""
+    torch.manual_seed(3)
+    model, act = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), PIECEWISE[name]
+    x, y = 3 * torch.randn(6, 4), torch.randn(6, 2)
+
+    def loss() -> Tensor:
+        return F.mse_loss(model[1](act(model[0](x))), y)
+
+    check_against_differences(model, loss)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, float("inf")])
+def test_second_order_through_distances_of_pairs(p: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    check_against_differences(model, lambda: lw.as_loss(lambda d: (d - 1).square().sum())(F.pdist(model(x), p)))
+
+
+def check_against_differences(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """Compare the Hessian, its diagonal and the symmetry of GGN products with central differences of the gradient."""
+    step, params = 1e-5, list(model.parameters())
+    columns = []
+    for p in params:
+        for i in range(p.numel()):
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    p.view(-1)[i] += sign * step
+                ends.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss(), params)]))
+                with torch.no_grad():
+                    p.view(-1)[i] -= sign * step
+            columns.append((ends[0] - ends[1]) / (2 * step))
+    want = torch.stack(columns, 1)
+    got = lw.Hessian(model, loss).to_dense()
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7 * float(want.abs().max()))
+    with lw.observe(model, lw.DiagHessian()) as seen:
+        loss().backward()
+    diagonal = torch.cat([seen.diag_hessian[name].flatten() for name, _ in model.named_parameters()])
+    oracle.assert_close({"diagonal": diagonal}, {"diagonal": got.diagonal()})
+    ggn = lw.GGN(model, loss).to_dense()
+    oracle.assert_close({"ggn": ggn}, {"ggn": ggn.T})
+    assert float(torch.linalg.eigvalsh(ggn)[0]) > -1e-9 * float(ggn.abs().max())
 
 
 def test_a_linear_part_beside_a_curved_loss_adds_no_curvature() -> None:

@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[Callable[[_Net], Tensor], type[Exception], list[str]]] 
     "contrastive_by_hand": (
         lambda m: -(m(X) @ m(X).T).log_softmax(1).diagonal().mean(), errors.SamplesMixed,
         [r"the loss \(line \d+ of test_refusals.py\) is no sum over samples", "the call 'log_softmax'",
-         "linear, as a mean is"],
+         "linear, as a mean is", "where 4 is not their number, pass samples=N"],
     ),
     "function_of_a_mean": (
         lambda m: (m(X).mean(0) - Y[0]).square().sum(), errors.SamplesMixed, ["the call 'pow'", "must come last"]

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from layerwise.errors import Undefined, UnknownLoss
 from layerwise.graph.coverage import Graph
-from layerwise.graph.own_loss import OwnLossGraph, not_linear, scales
+from layerwise.graph.own_loss import OwnLossGraph, not_linear, scales, unconnected
 from layerwise.graph.probes import draws, join, near, split, width
 from layerwise.graph.samples import SampleLayout
 from layerwise.losses import Likelihood, LossCall, OwnLikelihood, likelihood
@@ -203,13 +203,16 @@ def likelihoods(graph: Graph) -> list[Likelihood]:
     Raises UnknownLoss where there is no loss at all, or NotLinear where L is not linear in one.
     """
     if not graph.losses:
-        raise UnknownLoss("the loss depends on the parameters through no call that is known as a loss")
+        raise UnknownLoss(
+            "the loss depends on the parameters through no call that is known as a loss; make it with "
+            "torch.nn.functional's cross_entropy, mse_loss, ..., or mark it: layerwise.as_loss(fn)(outputs, ...)"
+        )
     if not graph.known:
         return []
     found = []
     for loss, c in zip(graph.known, scales(graph, [loss.value for loss in graph.known]), strict=True):
         if c is None:
-            raise UnknownLoss(f"the total does not depend on its {loss}")
+            raise UnknownLoss(unconnected(str(loss)))
         if c.requires_grad:
             raise NotLinear(loss)
         assert isinstance(loss.call, LossCall)

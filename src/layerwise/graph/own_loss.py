@@ -22,7 +22,7 @@ from layerwise.graph.walk import Node
 from layerwise.tape.pull import pull, pull_stack, stopped
 from layerwise.tape.uses import OwnUse
 
-__all__ = ["OwnLossGraph", "gradients", "not_linear", "scales"]
+__all__ = ["OwnLossGraph", "gradients", "not_linear", "scales", "unconnected"]
 
 
 def scales(graph: Graph, values: Sequence[GradientEdge]) -> list[Tensor | None]:
@@ -38,6 +38,14 @@ def not_linear(name: str) -> str:
     return (
         f"the total is not linear in its {name} (a power, a product of losses, or a learned weight), so it is no sum "
         "over samples; observe the loss itself, times constants"
+    )
+
+
+def unconnected(name: str) -> str:
+    """The error text for a loss that no gradient of the total reaches."""
+    return (
+        f"the total does not depend on its {name}: what lies between them passes no gradient on. Leave that loss out "
+        "of the total, or write what follows it with calls that have a derivative"
     )
 
 
@@ -70,7 +78,7 @@ class OwnLossGraph:
             self.start = own.value
             (c,) = scales(graph, [own.value])
             if c is None:
-                raise UnknownLoss(f"the total does not depend on its {own}")
+                raise UnknownLoss(unconnected(str(own)))
             if c.requires_grad:
                 raise UnknownLoss(not_linear(str(own)))
             self._c = c.detach()

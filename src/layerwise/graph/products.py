@@ -63,12 +63,16 @@ class SecondOrder(TorchFunctionMode):
         self._embedding = embedding
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        parts, kwargs = _FORMULAS.get(func), kwargs or {}
+        parts, kwargs = _FORMULAS.get(func), dict(kwargs or {})
         if func is F.embedding and self._embedding is not func:
             parts = self._embedding
         elif func is F.embedding_bag:
             parts = partial(bags_of_rows, self._embedding)
-        return func(*args, **kwargs) if parts is None else standing_in(func, parts, args, kwargs)
+        if parts is None:
+            return func(*args, **kwargs)
+        written = kwargs.pop("inplace", False)
+        out = standing_in(func, parts, args, kwargs)
+        return args[0].copy_(out) if written else out
 
     _kernel: AbstractContextManager[None] | None = None
 
@@ -123,7 +127,13 @@ def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
     return _norms(x[one] - x[other], p) if p else torch.pdist(x, p)
 
 
+def _hardsigmoid(x: Tensor) -> Tensor:
+    """`min(max(x / 6 + 1/2, 0), 1)`."""
+    return F.relu6(x + 3) / 6
+
+
 _FORMULAS: dict[Any, Callable[..., Tensor]] = {
+    F.hardsigmoid: _hardsigmoid,
     torch._weight_norm: _weight_norm,
     F.layer_norm: _layer_norm,
     torch.cdist: _cdist,
@@ -214,9 +224,9 @@ def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Place]) ->
     if abs(gap) > 1e4 * eps * scale:
         raise Undefined(
             f"asked for second derivatives, but those of this graph are not symmetric (off by {abs(gap) / scale:.1e}): "
-            "an operation in it has a wrong second derivative in torch, a custom autograd Function detaches something, "
-            "or what its backward returns is no derivative (a table with scale_grad_by_freq); write that operation "
-            "with plain torch calls"
+            "an operation in it has a wrong derivative in torch (a layer norm under torch.autograd.grad does), a "
+            "custom autograd Function detaches something, or what its backward returns is no derivative (a table with "
+            "scale_grad_by_freq); write that operation with plain torch calls (a layer norm by its mean and variance)"
         )
 
 

@@ -62,8 +62,9 @@ def check_sum_over_samples(own_loss: OwnLossGraph, samples: Sequence[Samples | R
                 "sums over the batch, or sets samples against each other, must come last and be linear, as a mean is"
             )
             raise SamplesMixed(
-                f"asked for per-sample quantities of {samples[0].n} samples, but {own_loss.own} is {why}; quantities "
-                "of the Hessian (DiagHessian, Hessian) and products (GGN) need no samples"
+                f"asked for per-sample quantities of {samples[0].n} samples, but {own_loss.own} is {why}; where "
+                f"{samples[0].n} is not their number, pass samples=N; quantities of the Hessian (DiagHessian, Hessian) "
+                "and products (GGN) need no samples"
             )
 
 

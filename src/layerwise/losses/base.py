@@ -55,7 +55,7 @@ class Likelihood:
         if c.shape != shape:
             raise BadInput(f"{call}: c has shape {tuple(c.shape)}, but the call's output has {tuple(shape)}.")
         if self.mean and isinstance(terms, float) and terms == 0:
-            raise BadInput(f"{call}: no target counts (all ignored, or of weight 0), so the mean is 0/0.")
+            raise BadInput(f"{call}: no target counts (all ignored, or of weight 0), so the mean is 0/0; skip it.")
         self._c = c
 
     @cached_property

@@ -27,7 +27,8 @@ def likelihood(call: LossCall, logits: Tensor, c: Tensor | float) -> Likelihood:
     if call.learned:
         raise UnknownLoss(
             f"{call}: {' and '.join(call.learned)} requires grad, so the loss is not a function of the "
-            "prediction alone and its likelihood is unknown; detach it."
+            "prediction alone and its likelihood is unknown; detach it where it is not trained, or write the loss as a "
+            "function of both and mark it: layerwise.as_loss(fn)((prediction, it), ...)."
         )
     if logits.shape != call.logits.shape:
         raise BadInput(f"{call}: got logits of shape {tuple(logits.shape)}.")

@@ -61,7 +61,8 @@ class LargestEigenvalue(Quantity):
         """Raise Undefined for a second batch."""
         raise Undefined(
             f"asked for the largest eigenvalue of the sampled GGN of {seen.samples} samples and {batch.samples} more "
-            "from a further backward pass: the products between the two batches' roots are not available"
+            "from a further backward pass: the products between the two batches' roots are not available; measure each "
+            "by itself"
         )
 
     def finish(self, values: Mapping[str, tuple[Tensor, ...]], union: Union, context: Context) -> ByParameter:

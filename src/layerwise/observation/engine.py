@@ -222,6 +222,9 @@ class Observation:
                     check_values(sent)
             add_to_grad(tape.parameters, stream.sums)
             with torch._C.DisableTorchFunction(), without_autocast(device):
+                # a parameter with a use that gave it no gradient, as a bias below a penalty on slopes: of zero
+                unmoved = {name for sent in observed.values.values() for name in sent} - gradient.keys()
+                gradient |= {name: torch.zeros_like(tape.parameters[name]) for name in unmoved}
                 values = {name: (g,) for name, g in gradient.items()}
                 results.add(observed.batch, observed.values, values, scale, verdict)
         except BaseException:

@@ -115,7 +115,7 @@ class Stream:
         return {name: lazy_copy(g) for name, g in self.sums.items()}
 
     def finish(self, reached: Collection[str]) -> None:
-        """Complete the values, or refuse a use that received no cotangent and is the only one of its parameter.
+        """Complete the values, or refuse a use that received no cotangent though its parameter got a gradient.
 
         reached: the parameters that the backward pass gave a gradient.
         """
@@ -128,11 +128,13 @@ class Stream:
         else:
             missing = [use for use in graph.asked_uses if use.index not in self._received]
             unseen = {name for use in missing for name in use.names} - set(values[self._indices[0]])
+            unseen &= {*reached, *self.summed}  # what got no gradient at all is left out, as what no call reads
             unseen = unseen if graph.asked is None else unseen & graph.asked
             if unseen:
                 raise Undefined(
                     f"the backward pass never reached {missing[0]}, so nothing was recorded for "
-                    f"{', '.join(sorted(unseen))}: something between it and the loss passes no gradient on"
+                    f"{', '.join(sorted(unseen))}, which may have a gradient by another way: a hook or a function of "
+                    "your own between that call and the loss keeps its gradient back; take it out, or freeze these"
                 )
         self._second.run()
 

@@ -101,7 +101,8 @@ class OpaqueSlot(DenseSlot):
         """The refusal of rows."""
         return Undefined(
             f"{_name(self._call)} is not known as a linear map, so a tensor of shape "
-            f"{tuple(self.used.shape)} used by it has per-sample gradients but no input and output rows"
+            f"{tuple(self.used.shape)} used by it has per-sample gradients but no input and output rows; ask for "
+            "quantities of the gradient, diagonals or operators, or describe the call by layerwise.ops.register"
         )
 
 

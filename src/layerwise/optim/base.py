@@ -326,7 +326,10 @@ class NamedOptimizer(torch.optim.Optimizer):
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         strangers = sum(id(p) not in names for p in tensors)
         if strangers:
-            raise BadInput(f"{type(self).__name__} got {strangers} parameters that are not the model's")
+            raise BadInput(
+                f"{type(self).__name__} got {strangers} parameters that are not the model's: make the optimizer with "
+                "the model that holds them, or leave them out"
+            )
         if (wrong := next((p for p in tensors if p.is_complex()), None)) is not None:
             raise BadInput(
                 f"{type(self).__name__} moves real parameters, but {names[id(wrong)]!r} is complex; hold its parts as "

@@ -180,7 +180,9 @@ class ByParameter(Mapping[str, Tensor]):
         if self._total is not None:
             return self._total
         if not self._values:
-            raise NoBackward("asked for the total of a result that holds no parameter")
+            raise NoBackward(
+                "asked for the total of a result that holds no parameter: the loss reached none that was asked for"
+            )
         return torch.stack([v.sum() for v in self._values.values()]).sum()
 
     def __repr__(self) -> str:

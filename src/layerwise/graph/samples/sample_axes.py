@@ -89,7 +89,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
         raise AmbiguousSamples(
             f"the {shape} outputs of {loss} can belong to {n} samples in {len(passed)} ways that this "
             "batch cannot tell apart (number of samples equal to number of positions?); use a batch of another "
-            "size, or one whose first layer reads the batch as it is"
+            "size, or pass samples= a tensor with the sample number of each loss term"
         )
     return passed[0]
 
@@ -243,12 +243,15 @@ def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLa
         reached = any(use.index in f.reached for f in found)
         if not common:
             raise SamplesMixed(
-                f"no axis of the output {tuple(use.call.out_shape)} of {use} carries the {n} samples for all losses"
+                f"no axis of the output {tuple(use.call.out_shape)} of {use} carries the {n} samples for all losses: "
+                "lay them along the same axis for each loss, or pass samples= a tensor with the sample number of each "
+                "loss term"
             )
         if len(common) > 1 and n > 1 and reached:
             raise AmbiguousSamples(
                 f"the output {tuple(use.call.out_shape)} of {use} can carry {n} samples on several axes that this "
-                "batch cannot tell apart; use a batch of another size"
+                "batch cannot tell apart; use a batch of another size, or pass samples= a tensor with the sample "
+                "number of each loss term"
             )
         proved &= reached  # where no cotangent arrives the gradient is zero, wherever the samples lie
         uses[use.index] = common[0]

@@ -189,7 +189,10 @@ class AltMin(FittedToCodes):
             return run.loss, where
         layers = [layer for layer in run.layers if not refit or layer.likelihood is not None]
         if refit and not layers:
-            raise BadInput("refit moves layers that make a known loss's logits, and the closure's loss has none")
+            raise BadInput(
+                "refit moves the layers whose outputs a known loss reads, and the closure's loss reads none of a layer "
+                "that moves: return a loss such as F.cross_entropy(model(x), y), with the last layer trained"
+            )
 
         def finish() -> None:
             self._averages = self._averages | fitting.new_averages
