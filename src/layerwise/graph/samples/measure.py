@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import AmbiguousSamples, BadInput, LayerwiseError, SamplesMixed
-from layerwise.graph.coverage import Graph, prove
+from layerwise.graph.coverage import Graph, known_losses, prove
 from layerwise.graph.samples import readings
 from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.first_uses import FirstUses
+from layerwise.graph.samples.loss_rows import numberings
 from layerwise.graph.samples.memo import Memo, Refused, key_of, memo_of, recalled, remember
 from layerwise.graph.samples.rows import (
     Owners,
@@ -119,26 +120,60 @@ def _parts(error: LayerwiseError) -> Refused:
 def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int | str:
     """The number of samples, for those who need nothing else: measured where the loss is the user's own, or disagrees.
 
-    graph: of `total`, with or without its losses. Where samples are mixed it is the number of the losses' terms if the
-    model was called with as many rows, else dim 0 of the batch, or of the terms where these are fewer. Where several
-    numbers hold, the words of AmbiguousSamples, to be raised by whoever needs the number.
+    graph: of `total`, with or without its losses. Where samples are mixed below a loss that adds up so many terms it is
+    the number of the losses' terms if the model was called with as many rows, else dim 0 of the batch, or of the terms
+    where these are fewer. Where several numbers hold, or a loss of the user's own is no sum over so many samples, the
+    words of AmbiguousSamples, to be raised by whoever needs the number.
     """
     first = readings.first_count(graph) or 1
     sizes = [_term_sizes(loss) for loss in tape.losses]
-    divides = bool(sizes) and all(any(size % first == 0 for size in axes) for axes in sizes if axes)
-    if divides and not readings.contradictory(graph):
+    divides = bool(sizes) and all(any(size % first == 0 for size in axes) for axes in sizes)
+    if divides and not readings.contradictory(graph) and not _has_own_part(tape, total):
         return first
+    whole = graph
     try:
         whole = graph if graph.losses else prove(tape, total, graph.weight)
         return measure(tape, whole, model).n
     except AmbiguousSamples as error:
         return str(error)
     except LayerwiseError:
-        lead = {axes[0] for axes in sizes if axes}
-        if len(lead) != 1:
-            return first
-        called = readings.row_counts([origin for origin in graph.entered if origin.shape])
-        return next(iter(lead)) if lead <= set(called) else min(first, *lead)
+        n = _of_terms_or_batch(graph, sizes, first)
+        if whole.own and not _adds_up(whole, n):
+            return (
+                f"the batch seems to have {n} samples, but {whole.own[0]} is not seen to be a sum over so "
+                "many; where a sample is several rows (a pair, a group) or the whole batch, pass samples=N, the number "
+                "of samples that the loss adds up"
+            )
+        return n
+
+
+def _has_own_part(tape: Tape, total: Tensor) -> bool:
+    """Whether something else than the value of a known loss call, times a number or added up, is in the total."""
+    if any(total.grad_fn is loss.value.node for loss in tape.losses):
+        return False
+    try:
+        return bool(known_losses(tape, total).own)
+    except LayerwiseError:
+        return False  # the known losses' terms are all that is known
+
+
+def _of_terms_or_batch(graph: Graph, sizes: Sequence[Sequence[int]], first: int) -> int:
+    """The losses' terms if the model was called with as many rows, else dim 0 of the batch, or of fewer terms."""
+    lead = {axes[0] if axes else 1 for axes in sizes}
+    if len(lead) != 1:
+        return first
+    called = readings.row_counts([origin for origin in graph.entered if origin.shape])
+    return next(iter(lead)) if lead <= set(called) else min(first, *lead)
+
+
+def _adds_up(graph: Graph, n: int) -> bool:
+    """Whether every loss of the user's own is a sum over n samples of what it reads, wherever samples meet below it."""
+    with suppress(LayerwiseError):
+        for losses in numberings(graph, n, None):
+            with suppress(SamplesMixed):
+                check_losses(graph, SampleLayout(n, {}, losses))
+                return True
+    return False
 
 
 def _term_sizes(loss: LossUse) -> list[int]:
