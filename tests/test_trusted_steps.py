@@ -176,6 +176,37 @@ def test_a_finite_batch_never_ends_a_model(name: str, scale: float, norm: bool) 
     assert opt.skipped == skipped
 
 
+# Whose steps have no bound: they follow a huge batch as far as finite numbers reach, as `torch.optim.SGD` does.
+_UNBOUNDED = {"AltMin sgd", "K-FAC quadratic"}
+# A memory holds a huge batch until it has faded; with write="grad" the optimizer behind moves the parameters.
+_SLOW = {"AltMin memory", "LocoProp, into .grad"}
+
+
+@pytest.mark.parametrize("name", sorted(faults.OPTIMIZERS.keys() - _UNBOUNDED))
+@pytest.mark.parametrize("scale", [1e4, *(pytest.param(s, marks=pytest.mark.slow) for s in (1e8, 1e12, 1e30, 1e38))])
+def test_a_model_trains_on_after_a_whole_batch_of_huge_numbers(name: str, scale: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    opt, labels = faults.OPTIMIZERS[name](model), torch.randn(4, 3)
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(32, 4, generator=torch.Generator().manual_seed(seed))
+        return x, (x @ labels).argmax(1)
+
+    losses, skipped = [], []
+    for seed in range(30):
+        x, y = batch(seed)
+        x = x * scale if seed == 5 else x
+        opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        skipped.append(opt.skipped)
+        with torch.no_grad():
+            losses.append(float(F.cross_entropy(model(batch(99)[0]), batch(99)[1])))
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    stale = 3 if name == "AltMin async" else 0  # layers may be fitted to the huge batch later
+    assert skipped[5 + stale] == skipped[-1]
+    assert losses[-1] < losses[6] + 1e-3 or name in _SLOW
+
+
 # Parameters that change -------------------------------------------------------------------------------------------
 
 

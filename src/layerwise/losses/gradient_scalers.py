@@ -70,8 +70,9 @@ class GradientsLeft:
         """The largest absolute entry of each gradient; −1 where there is none."""
         grads = [None if p.grad is None else p.grad._values() if p.grad.is_sparse else p.grad for p in self._params]
         there = [g.detach() for g in grads if g is not None]
-        norms = iter(torch._foreach_norm(there, float("inf")) if there else ())
-        return torch.tensor([-1.0 if g is None else float(next(norms)) for g in grads], dtype=torch.float64)
+        norms = torch._foreach_norm(there, float("inf")) if there else ()
+        sizes = iter(torch.stack([n.to(norms[0].device) for n in norms]).tolist() if norms else ())  # one wait
+        return torch.tensor([-1.0 if g is None else next(sizes) for g in grads], dtype=torch.float64)
 
     def awaits(self) -> bool:
         """Whether the scaler has still to look for NaN and infinity in these gradients."""

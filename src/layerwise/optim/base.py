@@ -65,7 +65,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._on_nonfinite = on_nonfinite
         self._group_at: dict[int, dict[str, Any]] = {}
         self.all_parameters = params is None  # whether parameters that no group has are an error
-        self._forms: list[Any] = []  # types and devices of the parameters with a state
+        self._forms: list[Any] = []  # shapes, types and devices of the parameters in the last step
         self._shapes: dict[Tensor, torch.Size] = {}  # of the parameters, when their state was made
         self._recording: Recording | None = None
         self._skips = Skips()
@@ -295,6 +295,9 @@ class NamedOptimizer(torch.optim.Optimizer):
 
         Raises BadInput for a parameter of another shape than its state was made for.
         """
+        forms = [(p.shape, p.dtype, p.device) for group in self.param_groups for p in group["params"]]
+        if forms == self._forms:
+            return
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 then = self._shapes.get(p)
@@ -304,9 +307,6 @@ class NamedOptimizer(torch.optim.Optimizer):
                         f"{tuple(p.shape)} now; make a new optimizer for the changed model"
                     )
                 self._shapes[p] = p.shape
-        forms = [(p.dtype, p.device) for p in self.state]
-        if forms == self._forms:
-            return
         for p, own in self.state.items():
             for key, t in own.items():
                 if isinstance(t, Tensor) and t.dim() and t.is_floating_point():
@@ -390,7 +390,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Take over a state that fits."""
         super().load_state_dict({"state": copied(saved["state"]), "param_groups": saved["param_groups"]})
         self.skipped = saved.get("skipped", 0)
-        self._shapes = {p: p.shape for p in self.state}
+        self._forms, self._shapes = [], {p: p.shape for p in self.state}
 
     # -- copies --------------------------------------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ class RunRecorder:
 
     left: the gradients in `.grad` after the passes, where a gradient scaler multiplied the losses; else None.
     ours: whether a parameter is to be moved; the others are constants. matrices, kinds: as in `layers_of`; crosses: as
-    for `Tape`. counted: whether the number of samples is asked for; else it is 1.
+    for `Tape`. counted: whether the number of samples is asked for, which losses of one's own may say; else it is 1.
 
     Several backward passes are the sum of their losses: each layer has its rows of all of them. A second one through
     the same forward (`retain_graph`) is Undefined. Cotangents and gradients are those of the losses without a gradient
@@ -86,7 +86,7 @@ class RunRecorder:
         self._counted = 0  # passes from before what is said
         self._passes: list[_Pass] = []  # the tape's handler holds this list, not the recorder: `run` leaves no cycle
         self._tape = Tape(
-            model, partial(_recorded_pass, self._passes, self._asked), keep_outputs=True, own_losses=True,
+            model, partial(_recorded_pass, self._passes, self._asked), keep_outputs=True, own_losses=counted,
             crosses=crosses,
         )  # fmt: skip
 

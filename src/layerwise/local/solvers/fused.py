@@ -44,7 +44,8 @@ class _Fused(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             for key in self._kept:  # a saved or an older state may count steps on the CPU
-                state[key] = state[key].to(p.device)
+                if state[key].device != p.device:
+                    state[key] = state[key].to(p.device)
         return [[state[key] for state in states] for key in self._kept]
 
     def _alike(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:

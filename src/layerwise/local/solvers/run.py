@@ -93,10 +93,12 @@ def solve_together(tasks: Sequence[Task], workspaces: Sequence[Workspace]) -> No
     workspaces: scratch memory, one for each task, since all are held at once.
     """
     under_way: list[Iterator[Callable[[], Any]]] = []
+    together: list[tuple[Task, LocalSteps]] = []
     try:
         for task, workspace in zip(tasks, workspaces, strict=True):
             if isinstance(task.solver, LocalSteps) and isinstance(task.optimizer, TFRMSProp):
                 plan = _plan(task, task.solver)
+                together.append((task, task.solver))
                 under_way.append(taken_steps(task.problem, task.optimizer, plan, _owned(task), workspace))
             else:
                 solve(task, workspace)
@@ -110,9 +112,8 @@ def solve_together(tasks: Sequence[Task], workspaces: Sequence[Workspace]) -> No
     finally:
         for run in under_way:  # an error of one: rates and `.grad`s of all are put back
             run.close()  # type: ignore[attr-defined]
-    for task in tasks:
-        if isinstance(task.solver, LocalSteps):
-            _forget(task, task.solver)
+    for task, steps in together:
+        _forget(task, steps)
 
 
 def pickled(task: Task) -> bytes:

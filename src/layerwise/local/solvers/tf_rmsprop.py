@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -44,6 +44,10 @@ class _Numbers(NamedTuple):
     eps: float
 
 
+def _numbers(group: Mapping[str, Any]) -> _Numbers:
+    return _Numbers(group["lr"], group["decay"], group["momentum"], group["eps"])
+
+
 _Held = tuple[Tensor, Tensor, Tensor]  # a parameter with its mean square and its momentum buffer
 
 
@@ -54,17 +58,22 @@ class RMSPropStep:
         self, move: Callable[[list[_Held], _Numbers], None], groups: list[tuple[dict[str, Any], list[_Held]]]
     ) -> None:
         self.move, self._groups = move, groups
+        self._apart = all(held[0].device.type == "cpu" for _, some in groups for held in some)  # no launches to save
 
     def alike(self) -> dict[_Numbers, list[_Held]]:
         """What moves, by the present numbers."""
         found: dict[_Numbers, list[_Held]] = {}
         for group, some in self._groups:
-            numbers = _Numbers(group["lr"], group["decay"], group["momentum"], group["eps"])
+            numbers = _numbers(group)
             found[numbers] = [*found[numbers], *some] if numbers in found else some
         return found
 
     def __call__(self) -> None:
         """Take the step."""
+        if self._apart:
+            for group, some in self._groups:
+                self.move(some, _numbers(group))
+            return
         for numbers, some in self.alike().items():
             self.move(some, numbers)
 
