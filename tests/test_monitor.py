@@ -720,3 +720,11 @@ def test_a_group_is_freed_without_the_garbage_collector() -> None:
         assert freed() is None
     finally:
         gc.enable()
+
+
+def test_a_log_without_a_record_is_refused(tmp_path: Any) -> None:
+    for name, content in (("empty", ""), ("cut", '{"step": 0, "lo')):
+        path = tmp_path / name
+        path.write_text(content)
+        with pytest.raises(BadInput, match=f"{name} is a record of a monitor: it has no complete line"):
+            lw.monitor.read(path)
