@@ -898,6 +898,9 @@ def _operators(rank: int) -> list[str]:
             operator = make(model, lambda: F.cross_entropy(model(x), y))
             operator @ {name: torch.ones(p.shape).double() for name, p in model.named_parameters()}
         said.append(str(error.value))
+    for make in (lw.optim.KFAC, lw.optim.DiagNewton, lw.optim.Preconditioner):
+        with pytest.raises(errors.BadInput, match=r"0\.0\.weight is a DTensor"):
+            make(model)
     split = nn.Sequential(nn.Linear(4, 6)).double()
     parallelize_module(split, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
     with pytest.raises(errors.UnsupportedCall) as error, lw.observe(split, lw.Variance()):

@@ -7,6 +7,7 @@ import copy
 import gc
 import itertools
 import math
+import pickle
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -720,3 +721,25 @@ def test_a_group_is_freed_without_the_garbage_collector() -> None:
         assert freed() is None
     finally:
         gc.enable()
+
+
+def test_a_log_without_a_record_is_refused(tmp_path: Any) -> None:
+    for name, content in (("empty", ""), ("cut", '{"step": 0, "lo')):
+        path = tmp_path / name
+        path.write_text(content)
+        with pytest.raises(BadInput, match=f"{name} is a record of a monitor: it has no complete line"):
+            lw.monitor.read(path)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copied_monitor_goes_on_for_the_copied_model(copied: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 3)
+    measures = [*watching.default(), watching.signal_to_noise(), watching.largest_eigenvalue()]
+    pair = model, Monitor(model, History(), measures=measures, every=1)
+    for _ in range(2):
+        its, twin = copied(pair), pair
+        for net, monitor in (its, twin):
+            with monitor.step():
+                F.cross_entropy(net(x), torch.arange(6) % 2).backward()
+        assert repr(its[1]._log.records[-1]) == repr(twin[1]._log.records[-1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -217,3 +219,45 @@ def test_gradients_outside_of_layers_are_those_of_the_recorded_pass() -> None:
     run = record(model, closure)
     assert torch.equal(run.gradients["scale"], wanted)
     assert model.scale.grad is not None and torch.allclose(model.scale.grad, wanted + 3)
+
+
+# Optimizers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lw.LocoProp, lw.AltMin, lw.optim.KFAC, lw.optim.DiagNewton])
+def test_threads_that_step_one_optimizer_take_turns(make: Any) -> None:
+    """Each step is whole: as many steps one after another end at the same bits."""
+    steps, errors = 8, []
+
+    def run(opt: Any, model: nn.Module, n: int) -> None:
+        try:
+            for _ in range(n):
+                opt.step(lambda: loss(model))
+        except Exception as error:
+            errors.append(error)
+
+    alone, shared = mlp(4, 5, 3), mlp(4, 5, 3)
+    run(make(alone), alone, 2 * steps)
+    opt = make(shared)
+    threads = [threading.Thread(target=run, args=(opt, shared, steps)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    torch.testing.assert_close(list(shared.parameters()), list(alone.parameters()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("make", [lw.LocoProp, lw.optim.KFAC])
+def test_a_copy_that_is_made_inside_a_context_has_nothing_of_it(make: Any, copied: Callable[[Any], Any]) -> None:
+    model = mlp(4, 5, 3)
+    opt = make(model)
+    with opt.watch(), lw.observe(model, lw.SecondMoment()) as seen:
+        twin, its = copied((model, opt))
+        loss(twin, OTHER).backward()  # as of a teacher: no part of what is recorded
+        loss(model).backward()
+    same(seen.second_moment, moments(model))
+    opt.step()
+    its.step(lambda: loss(twin))
+    torch.testing.assert_close(list(twin.parameters()), list(model.parameters()), rtol=0, atol=0)

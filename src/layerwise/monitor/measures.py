@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,12 +74,12 @@ class Measure:
 
 def loss() -> Measure:
     """The loss L, in its own units."""
-    return Measure("loss", lambda step: {WHOLE: step.loss})
+    return Measure("loss", _loss)
 
 
 def gradient_norm() -> Measure:
     """The Euclidean norm ‖∂L/∂θ‖ by parameter and whole, loss per parameter unit."""
-    return Measure("gradient_norm", lambda step: _norms(step.gradient))
+    return Measure("gradient_norm", _gradient_norm)
 
 
 def update_size() -> Measure:
@@ -86,12 +87,7 @@ def update_size() -> Measure:
 
     Infinite for a parameter that was zero and moved, NaN for one that was zero and stayed so.
     """
-
-    def of(step: Step) -> dict[str, Tensor]:
-        moved, size = _norms(_moves(step)), _norms(step.before)
-        return {name: moved[name] / size[name] for name in moved}
-
-    return Measure("update_size", of)
+    return Measure("update_size", _update_size)
 
 
 def update_cosine() -> Measure:
@@ -100,16 +96,32 @@ def update_cosine() -> Measure:
     1 for plain gradient descent; smaller the more an optimizer, a preconditioner or a layer-local problem turns the
     step away from the gradient. NaN where either is zero.
     """
+    return Measure("update_cosine", _update_cosine)
 
-    def of(step: Step) -> dict[str, Tensor]:
-        moves = {name: d for name, d in _moves(step).items() if name in step.gradient}
-        dots = {name: -(d * step.gradient[name]).sum() for name, d in moves.items()}
-        down = {name: step.gradient[name] for name in moves}
-        a, b = _norms(moves), _norms(down)
-        dots |= {WHOLE: _sum(dots)} if dots else {}
-        return {name: dot / (a[name] * b[name]) for name, dot in dots.items()}
 
-    return Measure("update_cosine", of)
+# What they compute stands at the top level, so that monitors can be pickled.
+
+
+def _loss(step: Step) -> dict[str, Tensor]:
+    return {WHOLE: step.loss}
+
+
+def _gradient_norm(step: Step) -> dict[str, Tensor]:
+    return _norms(step.gradient)
+
+
+def _update_size(step: Step) -> dict[str, Tensor]:
+    moved, size = _norms(_moves(step)), _norms(step.before)
+    return {name: moved[name] / size[name] for name in moved}
+
+
+def _update_cosine(step: Step) -> dict[str, Tensor]:
+    moves = {name: d for name, d in _moves(step).items() if name in step.gradient}
+    dots = {name: -(d * step.gradient[name]).sum() for name, d in moves.items()}
+    down = {name: step.gradient[name] for name in moves}
+    a, b = _norms(moves), _norms(down)
+    dots |= {WHOLE: _sum(dots)} if dots else {}
+    return {name: dot / (a[name] * b[name]) for name, dot in dots.items()}
 
 
 def _moves(step: Step) -> dict[str, Tensor]:
@@ -138,7 +150,7 @@ def noise_scale() -> Measure:
     Infinite where the batch is too small to estimate |G|². Needs per-sample gradients.
     Source: McCandlish et al. (2018), eq. 2.9.
     """
-    return Measure("noise_scale", _with_total, lambda generator: [NoiseScale(snr=False)])
+    return Measure("noise_scale", _with_total, partial(_asked, partial(NoiseScale, snr=False)))
 
 
 def signal_to_noise() -> Measure:
@@ -148,14 +160,14 @@ def signal_to_noise() -> Measure:
     `lw.NoiseScale().snr`. Needs per-sample gradients.
     Source: Mahsereci et al. (2017), who stop training when the mean over elements falls to 1/N.
     """
+    return Measure("signal_to_noise", _medians, partial(_asked, NoiseScale))
 
-    def of(step: Step, noise: Any) -> dict[str, Tensor]:
-        flat = {name: r.flatten() for name, r in noise.snr.items() if r.numel()}
-        whole = torch.cat([r.to(next(iter(flat.values()))) for r in flat.values()]) if flat else None
-        found = {name: r.median() for name, r in flat.items()}
-        return found if whole is None else {**found, WHOLE: whole.median()}
 
-    return Measure("signal_to_noise", of, lambda generator: [NoiseScale()])
+def _medians(step: Step, noise: Any) -> dict[str, Tensor]:
+    flat = {name: r.flatten() for name, r in noise.snr.items() if r.numel()}
+    whole = torch.cat([r.to(next(iter(flat.values()))) for r in flat.values()]) if flat else None
+    found = {name: r.median() for name, r in flat.items()}
+    return found if whole is None else {**found, WHOLE: whole.median()}
 
 
 def alignment() -> Measure:
@@ -165,11 +177,11 @@ def alignment() -> Measure:
     per-sample gradients, one backward pass in the step, N ≥ 2 (NaN for N = 1), and memory N² for each parameter.
     Source: Fort et al. (2019), stiffness measured by the cosine.
     """
+    return Measure("alignment", _cosines, partial(_asked, PairwiseDot))
 
-    def of(step: Step, dots: Any) -> dict[str, Tensor]:
-        return {**{name: _cosine(d) for name, d in dots.items()}, WHOLE: _cosine(sum(dots.values()))}
 
-    return Measure("alignment", of, lambda generator: [PairwiseDot()])
+def _cosines(step: Step, dots: Any) -> dict[str, Tensor]:
+    return {**{name: _cosine(d) for name, d in dots.items()}, WHOLE: _cosine(sum(dots.values()))}
 
 
 def _cosine(dots: Tensor) -> Tensor:
@@ -190,7 +202,7 @@ def curvature(draws: int | None = 1) -> Measure:
     Needs per-sample gradients, and a loss whose Hessian has a root.
     Source: Dangel et al. (2020), eq. 19; Schneider, Dangel and Hennig (2021), instrument "HessTrace".
     """
-    return Measure("curvature", _with_total, lambda generator: [GGNTrace(draws, generator)])
+    return Measure("curvature", _with_total, partial(_drawn, partial(GGNTrace, draws)))
 
 
 def largest_eigenvalue() -> Measure:
@@ -201,7 +213,15 @@ def largest_eigenvalue() -> Measure:
     Needs per-sample gradients, one loss call and one backward pass in the step.
     Source: Dangel, Tatzel and Hennig (2022), ViViT.
     """
-    return Measure("largest_eigenvalue", _with_total, lambda generator: [LargestEigenvalue(generator)])
+    return Measure("largest_eigenvalue", _with_total, partial(_drawn, LargestEigenvalue))
+
+
+def _asked(quantity: Callable[[], Quantity], generator: torch.Generator) -> list[Quantity]:
+    return [quantity()]
+
+
+def _drawn(quantity: Callable[[torch.Generator], Quantity], generator: torch.Generator) -> list[Quantity]:
+    return [quantity(generator)]
 
 
 def _with_total(step: Step, found: Any) -> dict[str, Tensor]:

@@ -138,14 +138,14 @@ def read(path: str | Path, run: int | None = None) -> History:
     found, bad = _lines(Path(path).read_bytes())
     if bad:
         warnings.warn(f"skipped {len(bad)} lines of {path} that are no records: {bad[0]}", LogDamaged, stacklevel=2)
-    if bad and not found:
-        raise BadInput(f"no line of {path} is a record of a monitor: {bad[0]}")
+    if not found:
+        raise BadInput(f"no line of {path} is a record of a monitor: {bad[0] if bad else 'it has no complete line'}")
     chains: dict[int, list[Record]] = {}
     for number, record in found:
         chains.setdefault(number, []).append(record)
     numbers = sorted(chains)
     if run is not None and run not in chains:
-        raise BadInput(f"asked for run {run} of {path}, which holds the runs {', '.join(map(str, numbers)) or 'none'}")
+        raise BadInput(f"asked for run {run} of {path}, which holds the runs {', '.join(map(str, numbers))}")
     resumed = {new: chains[new][0]["step"] > chains[old][0]["step"] for old, new in pairwise(numbers)}
     heads = [n for n, after in zip(numbers, [*numbers[1:], None], strict=True) if not resumed.get(after or -1)]
     if run is None and len(heads) > 1:
@@ -154,8 +154,8 @@ def read(path: str | Path, run: int | None = None) -> History:
             f"{path} holds {len(heads)} runs ({runs}); this is the last, read(path, run=n) gives another",
             LogDamaged, stacklevel=2,
         )  # fmt: skip
-    wanted = [] if not numbers else [numbers[-1] if run is None else run]
-    while wanted and resumed.get(wanted[0]):
+    wanted = [numbers[-1] if run is None else run]
+    while resumed.get(wanted[0]):
         wanted.insert(0, numbers[numbers.index(wanted[0]) - 1])
     return History(record for number in wanted for record in chains[number])
 

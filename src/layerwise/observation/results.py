@@ -86,7 +86,7 @@ class Results:
         if not self.count:
             raise NoBackward(
                 f"asked for {name!r}, but no backward pass that reaches a parameter of the model has finished inside "
-                "`observe`; call loss.backward() there"
+                "`observe`; call loss.backward() there, in the same thread (torch.autograd.grad is no such pass)"
             )
         self._verdict.read()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -69,6 +70,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._shapes: dict[Tensor, torch.Size] = {}  # of the parameters, when their state was made
         self._recording: Recording | None = None
         self._skips = Skips()
+        self._turn = threading.RLock()  # one step at a time, in whatever thread
         self.was_made = False  # whether the present step, or the last one, is whole: an error then takes nothing back
         super().__init__(given, defaults)
 
@@ -141,9 +143,10 @@ class NamedOptimizer(torch.optim.Optimizer):
         is run only where the context is still open.
         samples: the number N of each of the closure's batches, or a tensor with the sample number of each loss term,
         where the batch, the targets and the losses do not say it. `watch(samples=)` says it of recorded passes.
+        Threads that step one optimizer take turns, each with its own closure.
         """
-        recording = self._recording
-        with self._shared():
+        with self._turn, self._shared():
+            recording = self._recording
             try:
                 if recording is not None and recording.open:
                     if closure is not None:
@@ -396,6 +399,9 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle, which leave out hooks and schedulers, as torch's optimizers do."""
-        left_out = _OF_TORCH | {"_group_at", "_recording"}
+        left_out = _OF_TORCH | {"_group_at", "_recording", "_turn"}
         own = {k: v for k, v in vars(self).items() if k not in left_out and not k.startswith("_optimizer_")}
         return {**own, "_group_at": {}, "_recording": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_turn": threading.RLock()})

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,20 @@ class _LogSoftmax(NamedTuple):
     logits: Tensor
     edge: GradientEdge
     dim: int | None
+
+
+class _OwnHook:
+    """A forward hook of one record. A copy of the model that is made meanwhile has one that does nothing."""
+
+    def __init__(self, note: Callable[[nn.Module, Any, Any, Any], None] | None = None) -> None:
+        self._note = note
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if self._note is not None:
+            self._note(module, args, kwargs, out)
+
+    def __reduce__(self) -> Any:
+        return _OwnHook, ()
 
 
 class LossRecord(TorchFunctionMode):
@@ -97,7 +111,7 @@ class LossRecord(TorchFunctionMode):
                 self._returned((), out, hold=False)  # layers called one by one: values that nothing reads
 
         # hooks on all modules are not told keyword arguments
-        self._hooks.append(model.register_forward_hook(self._model_returned, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(_OwnHook(self._model_returned), with_kwargs=True))
         self._hooks.append(register_module_forward_pre_hook(enter))
         self._hooks.append(register_module_forward_hook(leave, always_call=True))
         # inserted without `warnings.filterwarnings`, which would make torch and others warn anew of what they have said

@@ -125,7 +125,8 @@ class RunRecorder:
             return run if loss is None else replace(run, loss=loss.detach())
         if loss is None:
             raise BadInput(
-                "step() follows a backward pass `with opt.watch()`, and none ran; call loss.backward() there"
+                "step() follows a backward pass `with opt.watch()`, and none ran; call loss.backward() there, in the "
+                "same thread"
             )
         scale = loss_scale(self._tape.scaler_calls, loss)
         self.left = self._left_in_grad(scale)

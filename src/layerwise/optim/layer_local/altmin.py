@@ -153,7 +153,7 @@ class AltMin(FittedToCodes):
         the targets and the losses do not say it.
         """
         attempt = partial(self._attempt, samples=samples)
-        with self._shared():
+        with self._turn, self._shared():
             return self._repeated(partial(self._guarded, closure, attempt))
 
     def refit(self, closures: Iterable[Callable[[], Tensor]]) -> float:
@@ -163,7 +163,7 @@ class AltMin(FittedToCodes):
         codes stand still; batch statistics advance, where the model is left in training. Raises BadInput where no
         layer makes a known loss's logits, or without closures.
         """
-        with self._shared():
+        with self._turn, self._shared():
             found = [self._guarded(closure, partial(self._attempt, refit=True)) for closure in closures]
         if not found:
             raise BadInput("refit needs at least one closure that returns a loss")

@@ -178,7 +178,8 @@ class CurvatureOptimizer(NamedOptimizer):
         if watched.loss is None or not found:
             raise BadInput(
                 "step() follows a backward pass `with opt.watch()`, and its gradients in .grad; "
-                f"{watched.passes} passes were recorded, and {len(found)} parameters have a gradient"
+                f"{watched.passes} passes were recorded, and {len(found)} parameters have a gradient. Call "
+                "loss.backward() there, in the same thread (torch.autograd.grad is no such pass)"
             )
         return self._follow(_Run(named, self._groups(), watched.loss, found, watched, None, False), buffers)
 

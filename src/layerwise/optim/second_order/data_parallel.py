@@ -89,6 +89,12 @@ class DataParallel:
 
 def ranks_of(parallel: DataParallel | None, model: Any) -> Ranks:
     """The ranks of the settings. Raises BadInput for a wrapped model without settings, and for sharded parameters."""
+    sharded = [name for name, p in named_parameters_of(model).items() if is_sharded(p)]
+    if sharded:
+        raise BadInput(
+            f"{sharded[0]} is a DTensor, of which a rank holds a part, and its factors need the whole gradient; use "
+            'the plain model or DistributedDataParallel, with share="updates" where memory is short'
+        )
     if parallel is None:
         if isinstance(model, DistributedDataParallel) and Ranks(model.process_group).size > 1:
             raise BadInput(
@@ -98,12 +104,6 @@ def ranks_of(parallel: DataParallel | None, model: Any) -> Ranks:
         return Ranks.alone()
     if not isinstance(parallel, DataParallel):
         raise BadInput(f"parallel must be None or lw.optim.DataParallel(...), got {parallel!r}")
-    sharded = [name for name, p in named_parameters_of(model).items() if is_sharded(p)]
-    if sharded:
-        raise BadInput(
-            f"{sharded[0]} is a DTensor, of which a rank holds a part, and its factors need the whole gradient; use "
-            'the plain model or DistributedDataParallel, with share="updates" where memory is short'
-        )
     return Ranks(parallel.group)
 
 

@@ -116,7 +116,6 @@ class Preconditioner:
         self.curvature, self.schedule = values["curvature"], values["schedule"]
         self.damping, self.damping_form = damping, damping_form
         self.model, self.on_nonfinite, self._seed = model, on_nonfinite, seed
-        self._request = Request((), torch.Generator(), self.curvature)
         self.blocks = Blocks()
         self._asked: frozenset[Any] | None = None  # the parameters of the last measured batch; None: not known
         self._left: frozenset[str] | None = None  # parameters without factors; None: not known yet
@@ -124,7 +123,7 @@ class Preconditioner:
         self.steps = self.skipped = 0
         self.check()
         named_parameters_of(model)
-        self._quantities(self._request, False)
+        self._quantities(Request((), torch.Generator(), self.curvature), False)
         self.exchange = RankExchange(parallel, model)
         self.exchange.check_kind(self.curvature.kind)
         self.agree({
@@ -197,7 +196,7 @@ class Preconditioner:
         watched.asked = frozenset((name, named[name].dtype) for name in asked if named[name].requires_grad)
         # frozen, thawed or converted since, a parameter has another block, which the present basis does not fit
         bases = self.blocks.bases if self._asked in (None, watched.asked) else {}
-        return replace(self._request, names=asked, generator=generator, bases=bases, left=set())
+        return Request(asked, generator, self.curvature, bases)
 
     def _quantities(self, request: Request, whole: bool) -> dict[str, Quantity]:
         """The quantities by kind; whole: the batch mixes its samples, for which a kind may have none."""
