@@ -59,6 +59,38 @@ def test_prompts_that_all_samples_share(loss_of: Callable[[Tensor, Tensor], Tens
     oracle.assert_close(dict(seen.diag_ggn), oracle.diag_ggn(params, lambda: model(x), lambda z: loss_of(z, x)))
 
 
+class Placed(nn.Module):
+    """Positions looked up once and carried through layers of their own, added to every sample."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.places = nn.Embedding(T, D)
+        self.above = nn.Sequential(*[m for _ in range(layers) for m in (nn.Tanh(), nn.Linear(D, D))])
+        self.first, self.head = nn.Linear(2, D), nn.Linear(D, V)
+        self.numbers = [torch.arange(T)[None]]  # in a list: no buffer, which would be a constant of the model's
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.first(x) + self.above(self.places(self.numbers[0]))).tanh())
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("told", [False, True])
+def test_chosen_positions_above_layers_that_all_samples_share(layers: int, told: bool) -> None:
+    """A position that one sample alone chose is still no row of that sample."""
+    model, x = Placed(layers), torch.randn(5, T, 2)
+    keep = torch.zeros(5, T, dtype=torch.bool)
+    keep[torch.arange(5), [0, 1, 1, 3, 1]] = True
+    keep[0, 1] = True
+    number, y = keep.nonzero()[:, 0], torch.randint(V, (6,))
+    each = lambda: F.cross_entropy(model(x)[keep], y, reduction="none")  # noqa: E731
+    terms = lambda: torch.zeros(5).index_add(0, number, each())  # noqa: E731
+    with lw.observe(model, lw.PerSampleGrad(), lw.Variance(), samples=number if told else None) as seen:
+        F.cross_entropy(model(x)[keep], y, reduction="sum").backward()
+    grads = oracle.per_sample_grad(oracle.parameters(model), terms)
+    oracle.assert_close(dict(seen.per_sample_grad), grads)
+    oracle.assert_close(dict(seen.variance), oracle.variance(grads))
+
+
 @pytest.mark.parametrize("by_position", [False, True])
 def test_prompts_with_flat_targets_that_name_no_sample(by_position: bool) -> None:
     """Each sample has prompts of its own rows, and these say which terms are its own."""

@@ -165,13 +165,14 @@ def shared_uses(
 ) -> tuple[list[SharedUse], dict[int, Where]] | None:
     """What stands in for the uses whose outputs answer for several samples; None where some of them mix samples.
 
-    A use that read none of the tensors that the model was called with mixes none where one of these has n rows.
+    A use that read none of the tensors that the model was called with, nor what was computed from one, mixes none where
+    one of these has n rows.
     roots: the losses' numbered terms. partly: the numbers of those with rows that answer for a single sample.
     """
     apart = [use for use in graph.uses if use.index not in mixed]
     called = [source for origin in graph.entered for source in sources(origin)]
     in_batch = any(source.shape[:1] == (n,) for source in called)
-    beside = {i for i, use in mixed.items() if in_batch and use.origin is not None and outside(graph, use.origin[0])}
+    beside = _beside(graph, mixed) if in_batch else set()
     others = [use for i, use in mixed.items() if i not in beside]
     if not _other_sources(others, apart, n) or not _fed_by(mixed, apart):
         return None
@@ -212,6 +213,23 @@ def _other_sources(mixed: Iterable[Use], apart: Sequence[Use], n: int) -> bool:
     own = {s for use in mixed if use.origin is not None for s in sources(use.origin[0])}
     rival = any(source.shape[:1] == (n,) for source in own)  # N may have been read off it
     return not carrying & own and (not rival or any(source.shape[:1] == (n,) for source in carrying))
+
+
+def _beside(graph: Graph, mixed: Mapping[int, Use]) -> set[int]:
+    """The shared uses that read tensors beside what the model was called with, or what such uses made."""
+    stops = dict.fromkeys({use.edge.node for use in mixed.values()}, ())
+    found: set[int] = set()
+    seen: dict[Node, bool] = {}
+    for i, use in sorted(mixed.items()):
+        if use.origin is not None:
+            alone = outside(graph, use.origin[0])
+        else:
+            below = [node for node, _ in edges([(e.node, e.output_nr) for e in use.inputs], stops, ())]
+            read = [seen.get(node, False) for node in below if node in stops]
+            alone = bool(read) and all(read)
+        found |= {i} if alone else set()
+        seen[use.edge.node] = seen.get(use.edge.node, True) and alone
+    return found
 
 
 def _fed_by(mixed: Mapping[int, Use], apart: Sequence[Use]) -> bool:
