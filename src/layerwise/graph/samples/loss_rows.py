@@ -17,7 +17,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, numbers_of_both, over, row_numbers
-from layerwise.graph.samples.readings import on_output, origin_rows, outside
+from layerwise.graph.samples.readings import on_output, origin_rows, outside, term_shape
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import Where
 from layerwise.graph.separable import loss_terms
@@ -95,7 +95,7 @@ def _by_inputs(graph: Graph, loss: LossUse, n: int) -> Where | None:
 def by_known_rows(loss: LossUse, n: int, known: Sequence[tuple[Use, Tensor]]) -> Where | None:
     """The known rows of uses' outputs, carried to the loss's terms by vector-Jacobian products."""
     logits = loss.call.logits
-    terms = _term_shape(loss)
+    terms = term_shape(loss)
     count = terms.numel()
     owners = torch.arange(count, device=logits.device).reshape(terms)
     owners = owners if loss.call.class_axis is None else owners.unsqueeze(loss.call.class_axis)
@@ -237,7 +237,7 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
     """The user's numbers: of every loss's terms, of those that a loss of their own adds up, or of the batch's rows."""
     given = given.detach().long()
     known = [_fitted(loss, given, n) for loss in graph.known]
-    sizes = [_term_shape(loss).numel() for loss in graph.known]
+    sizes = [term_shape(loss).numel() for loss in graph.known]
     if len(sizes) > 1 and sum(sizes) == given.numel():  # the terms of all losses, one loss after another
         parts = given.flatten().split(sizes)
         known = [_fitted(loss, part, n) for loss, part in zip(graph.known, parts, strict=True)]
@@ -260,16 +260,11 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
             ]
 
 
-def _term_shape(loss: LossUse) -> torch.Size:
-    """The shape of a loss's terms: the logits' without the axis of classes."""
-    return torch.Size(size for a, size in enumerate(loss.call.logits.shape) if a != loss.call.class_axis)
-
-
 def _fitted(loss: LossUse, given: Tensor, n: int) -> RowNumbers | None:
-    """The user's numbers for the terms of one loss: in its terms' shape, or flat."""
-    shape = _term_shape(loss)
+    """The user's numbers for the terms of one loss: in the shape of its terms, or of their leading axes, or flat."""
+    shape = term_shape(loss)
     if given.numel() == shape.numel():
         return _of_terms(loss, given.reshape(shape), n)
-    if given.dim() == 1 and shape and len(given) == shape[0]:
-        return _of_terms(loss, given.reshape(-1, *[1] * (len(shape) - 1)), n)
+    if given.shape == shape[: given.dim()]:
+        return _of_terms(loss, given.reshape(*given.shape, *[1] * (len(shape) - given.dim())), n)
     return None
