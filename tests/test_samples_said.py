@@ -236,3 +236,27 @@ def test_a_tensor_that_does_not_fit_is_refused_with_both_shapes() -> None:
     with pytest.raises(BadInput) as caught:
         _norms(model, loss, torch.arange(n).expand(5, n))
     assert f"of shape ({len(number)},)" in str(caught.value) and f"(5, {n})" in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [3, 6])  # 3: as many as actions
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_list_of_losses_of_ones_own_has_a_number_for_each(steps: int, stacked: bool) -> None:
+    """REINFORCE: a term for each step of three episodes, summed; the terms of an episode are one sample's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, action, reward = torch.randn(steps, 4).double(), torch.randint(3, (steps,)), torch.randn(steps).double()
+    episode = torch.arange(steps) % 2
+
+    def term(t: int) -> Tensor:
+        return -torch.log_softmax(model(x[t]), -1)[action[t]] * reward[t]
+
+    def loss() -> Tensor:
+        terms = [term(t) for t in range(steps)]
+        return torch.stack(terms).sum() if stacked else sum(terms, x.new_zeros(()))
+
+    params = list(model.parameters())
+    want = torch.zeros(2, dtype=torch.float64)
+    for i in range(2):
+        of = sum((term(t) for t in range(steps) if episode[t] == i), x.new_zeros(()))
+        want[i] = sum(g.square().sum() for g in torch.autograd.grad(of, params))
+    torch.testing.assert_close(_norms(model, loss, episode), want, rtol=1e-10, atol=0)

@@ -21,6 +21,7 @@ from layerwise.graph.samples.readings import on_output, origin_rows, outside, te
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import Where
 from layerwise.graph.separable import loss_terms
+from layerwise.graph.walk import Edge
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.origins import Origin, sources
 from layerwise.tape.pull import pull
@@ -201,22 +202,42 @@ def _sample_rows(origin: Origin, shape: torch.Size, n: int) -> Tensor | None:
     return place if len(different) == n and len(found) == 1 else None
 
 
-def _by_terms(own_loss: OwnLossGraph, n: int, given: Tensor | None) -> list[Where | None]:
+def _by_terms(own_loss: OwnLossGraph, n: int, given: Tensor | None, apart: bool = False) -> list[Where | None]:
     """The samples of a boundary's elements, from the terms that a loss of the user's own adds up."""
     found: list[Tensor | None] = [None] * len(own_loss.edges)
-    for probe in loss_terms(own_loss):
-        for node, output in probe.edges:
-            data = node._input_metadata[output]
-            like = torch.zeros((), dtype=data.dtype, device=data.device).expand(torch.Size(data.shape))
-            owners = _term_owners(like.shape, n, given)
-            if owners is None:
-                return [None] * len(found)
-            with own_loss.alone():
-                numbers = element_numbers([Root(GradientEdge(node, output), like, owners)], n, own_loss.edges)
-            found = [numbers_of_both(a, b) for a, b in zip(found, numbers, strict=True)]
+    terms = _own_terms(own_loss, given, apart)
+    for (node, output), its in terms:
+        data = node._input_metadata[output]
+        like = torch.zeros((), dtype=data.dtype, device=data.device).expand(torch.Size(data.shape))
+        owners = _term_owners(like.shape, n, its)
+        if owners is None:
+            return [None] * len(found)
+        with own_loss.alone():
+            numbers = element_numbers([Root(GradientEdge(node, output), like, owners)], n, own_loss.edges)
+        found = [numbers_of_both(a, b) for a, b in zip(found, numbers, strict=True)]
     if any(x is None or bool((x == MIXED).any()) for x in found):
         return [None] * len(found)
     return [RowNumbers(n, x) for x in found if x is not None]
+
+
+def _own_terms(own_loss: OwnLossGraph, given: Tensor | None, apart: bool) -> list[tuple[Edge, Tensor | None]]:
+    """The terms of a loss of the user's own in the order of their calls, each with its part of the user's numbers.
+
+    apart: as many numbers as terms, or as calls (a list of losses that is summed), are taken one after another; else,
+    and where they are not as many, all calls have the same.
+    """
+    terms = [(edge, probe.rows) for probe in loss_terms(own_loss) for edge in probe.edges]
+    if given is None or not apart:
+        return [(edge, given) for edge, _ in terms]
+    terms.sort(key=lambda term: term[0][0]._sequence_nr())
+    shapes = [torch.Size(node._input_metadata[output].shape) for (node, output), _ in terms]
+    units = [shape[:-1] if rows else shape for shape, (_, rows) in zip(shapes, terms, strict=True)]
+    for each in ([torch.Size()] * len(terms), units):
+        sizes = [unit.numel() for unit in each]
+        if sum(sizes) == given.numel():
+            parts = given.flatten().split(sizes)
+            return [(e, part.reshape(unit)) for (e, _), part, unit in zip(terms, parts, each, strict=True)]
+    return [(edge, given) for edge, _ in terms]
 
 
 def _term_owners(shape: torch.Size, n: int, given: Tensor | None) -> Tensor | None:
@@ -241,11 +262,12 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
     if len(sizes) > 1 and sum(sizes) == given.numel():  # the terms of all losses, one loss after another
         parts = given.flatten().split(sizes)
         known = [_fitted(loss, part, n) for loss, part in zip(graph.known, parts, strict=True)]
-    own: list[Where | None] = []
-    for o in graph.own:
-        own += _by_terms(OwnLossGraph(graph, o), n, given)
-    if all(where is not None for where in (*known, *own)):
-        yield [where for where in (*known, *own) if where is not None]
+    for apart in (False, True) if graph.own else (False,):
+        own: list[Where | None] = []
+        for o in graph.own:
+            own += _by_terms(OwnLossGraph(graph, o), n, given, apart)
+        if all(where is not None for where in (*known, *own)):
+            yield [where for where in (*known, *own) if where is not None]
     rows = len(given)
     if given.dim() == 1 and rows > 1:
         found = [
