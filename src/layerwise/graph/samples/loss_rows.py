@@ -17,10 +17,11 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, numbers_of_both, over, row_numbers
-from layerwise.graph.samples.readings import on_output, origin_rows, outside
+from layerwise.graph.samples.readings import on_output, origin_rows, outside, term_shape
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import Where
 from layerwise.graph.separable import loss_terms
+from layerwise.graph.walk import Edge
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.origins import Origin, sources
 from layerwise.tape.pull import pull
@@ -95,7 +96,7 @@ def _by_inputs(graph: Graph, loss: LossUse, n: int) -> Where | None:
 def by_known_rows(loss: LossUse, n: int, known: Sequence[tuple[Use, Tensor]]) -> Where | None:
     """The known rows of uses' outputs, carried to the loss's terms by vector-Jacobian products."""
     logits = loss.call.logits
-    terms = _term_shape(loss)
+    terms = term_shape(loss)
     count = terms.numel()
     owners = torch.arange(count, device=logits.device).reshape(terms)
     owners = owners if loss.call.class_axis is None else owners.unsqueeze(loss.call.class_axis)
@@ -201,22 +202,42 @@ def _sample_rows(origin: Origin, shape: torch.Size, n: int) -> Tensor | None:
     return place if len(different) == n and len(found) == 1 else None
 
 
-def _by_terms(own_loss: OwnLossGraph, n: int, given: Tensor | None) -> list[Where | None]:
+def _by_terms(own_loss: OwnLossGraph, n: int, given: Tensor | None, apart: bool = False) -> list[Where | None]:
     """The samples of a boundary's elements, from the terms that a loss of the user's own adds up."""
     found: list[Tensor | None] = [None] * len(own_loss.edges)
-    for probe in loss_terms(own_loss):
-        for node, output in probe.edges:
-            data = node._input_metadata[output]
-            like = torch.zeros((), dtype=data.dtype, device=data.device).expand(torch.Size(data.shape))
-            owners = _term_owners(like.shape, n, given)
-            if owners is None:
-                return [None] * len(found)
-            with own_loss.alone():
-                numbers = element_numbers([Root(GradientEdge(node, output), like, owners)], n, own_loss.edges)
-            found = [numbers_of_both(a, b) for a, b in zip(found, numbers, strict=True)]
+    terms = _own_terms(own_loss, given, apart)
+    for (node, output), its in terms:
+        data = node._input_metadata[output]
+        like = torch.zeros((), dtype=data.dtype, device=data.device).expand(torch.Size(data.shape))
+        owners = _term_owners(like.shape, n, its)
+        if owners is None:
+            return [None] * len(found)
+        with own_loss.alone():
+            numbers = element_numbers([Root(GradientEdge(node, output), like, owners)], n, own_loss.edges)
+        found = [numbers_of_both(a, b) for a, b in zip(found, numbers, strict=True)]
     if any(x is None or bool((x == MIXED).any()) for x in found):
         return [None] * len(found)
     return [RowNumbers(n, x) for x in found if x is not None]
+
+
+def _own_terms(own_loss: OwnLossGraph, given: Tensor | None, apart: bool) -> list[tuple[Edge, Tensor | None]]:
+    """The terms of a loss of the user's own in the order of their calls, each with its part of the user's numbers.
+
+    apart: as many numbers as terms, or as calls (a list of losses that is summed), are taken one after another; else,
+    and where they are not as many, all calls have the same.
+    """
+    terms = [(edge, probe.rows) for probe in loss_terms(own_loss) for edge in probe.edges]
+    if given is None or not apart:
+        return [(edge, given) for edge, _ in terms]
+    terms.sort(key=lambda term: term[0][0]._sequence_nr())
+    shapes = [torch.Size(node._input_metadata[output].shape) for (node, output), _ in terms]
+    units = [shape[:-1] if rows else shape for shape, (_, rows) in zip(shapes, terms, strict=True)]
+    for each in ([torch.Size()] * len(terms), units):
+        sizes = [unit.numel() for unit in each]
+        if sum(sizes) == given.numel():
+            parts = given.flatten().split(sizes)
+            return [(e, part.reshape(unit)) for (e, _), part, unit in zip(terms, parts, each, strict=True)]
+    return [(edge, given) for edge, _ in terms]
 
 
 def _term_owners(shape: torch.Size, n: int, given: Tensor | None) -> Tensor | None:
@@ -237,15 +258,16 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
     """The user's numbers: of every loss's terms, of those that a loss of their own adds up, or of the batch's rows."""
     given = given.detach().long()
     known = [_fitted(loss, given, n) for loss in graph.known]
-    sizes = [_term_shape(loss).numel() for loss in graph.known]
+    sizes = [term_shape(loss).numel() for loss in graph.known]
     if len(sizes) > 1 and sum(sizes) == given.numel():  # the terms of all losses, one loss after another
         parts = given.flatten().split(sizes)
         known = [_fitted(loss, part, n) for loss, part in zip(graph.known, parts, strict=True)]
-    own: list[Where | None] = []
-    for o in graph.own:
-        own += _by_terms(OwnLossGraph(graph, o), n, given)
-    if all(where is not None for where in (*known, *own)):
-        yield [where for where in (*known, *own) if where is not None]
+    for apart in (False, True) if graph.own else (False,):
+        own: list[Where | None] = []
+        for o in graph.own:
+            own += _by_terms(OwnLossGraph(graph, o), n, given, apart)
+        if all(where is not None for where in (*known, *own)):
+            yield [where for where in (*known, *own) if where is not None]
     rows = len(given)
     if given.dim() == 1 and rows > 1:
         found = [
@@ -260,16 +282,11 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
             ]
 
 
-def _term_shape(loss: LossUse) -> torch.Size:
-    """The shape of a loss's terms: the logits' without the axis of classes."""
-    return torch.Size(size for a, size in enumerate(loss.call.logits.shape) if a != loss.call.class_axis)
-
-
 def _fitted(loss: LossUse, given: Tensor, n: int) -> RowNumbers | None:
-    """The user's numbers for the terms of one loss: in its terms' shape, or flat."""
-    shape = _term_shape(loss)
+    """The user's numbers for the terms of one loss: in the shape of its terms, or of their leading axes, or flat."""
+    shape = term_shape(loss)
     if given.numel() == shape.numel():
         return _of_terms(loss, given.reshape(shape), n)
-    if given.dim() == 1 and shape and len(given) == shape[0]:
-        return _of_terms(loss, given.reshape(-1, *[1] * (len(shape) - 1)), n)
+    if given.shape == shape[: given.dim()]:
+        return _of_terms(loss, given.reshape(*given.shape, *[1] * (len(shape) - given.dim())), n)
     return None

@@ -237,7 +237,7 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
     if confirmed and len(possible) > 1:
         raise AmbiguousSamples(
             f"several numbers of samples may hold: {readings.named(graph, possible)}; this batch cannot tell which it "
-            "is; pass samples=N, or a tensor with the sample number of each loss term"
+            f"is; pass samples=N, or {readings.tensor_asked(graph)}"
         )
     if confirmed or second:
         return confirmed[0] if confirmed else second[min(second)]
@@ -271,11 +271,14 @@ def _checked(graph: Graph, layout: SampleLayout) -> SampleLayout:
 def _why_not(graph: Graph, n: int, owners: Sequence[Owners]) -> str:
     """Why n samples are not taken, where some row is of several or nothing shows which rows are a sample."""
     if any(not one for _, _, one in owners):
-        return f"rows of the tensors that the first layers read belong to several of {n} samples"
+        return (
+            "in the likeliest order of the loss terms, rows of the tensors that the first layers read belong to "
+            f"several of {n} samples; where {n} is right, pass samples={n}, or {readings.tensor_asked(graph)}"
+        )
     return (
         f"the number of samples may be {readings.named(graph, {n})}, but the calls between what the model was called "
         f"with and the first trained layer do not show which rows are a sample; pass samples={n} if that is the "
-        "number, or a tensor with the sample number of each loss term"
+        f"number, or {readings.tensor_asked(graph)}"
     )
 
 

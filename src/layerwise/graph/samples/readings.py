@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.errors import LayerwiseError
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.separable import loss_terms
 from layerwise.tape.origins import Moved, Origin, Source, ancestors, numbers, offsets_of, parents, sources
-from layerwise.tape.uses import Use
+from layerwise.tape.uses import LossUse, Use
 
 __all__ = [
     "candidates", "contradictory", "first_count", "hashed", "named", "on_output", "origin_rows", "origins", "outside",
-    "places", "row_counts", "terms",
+    "places", "row_counts", "tensor_asked", "term_shape", "terms",
 ]  # fmt: skip
 
 
@@ -186,13 +187,38 @@ def _whole_batch(graph: Graph) -> list[int]:
 
 def _own_terms(graph: Graph) -> list[int]:
     """The sizes of the first axes of the terms that the user's own losses add up."""
-    shapes = [
-        node._input_metadata[output].shape
+    return [int(shape[0]) for shape in _own_shapes(graph) if len(shape)]
+
+
+def _own_shapes(graph: Graph) -> list[torch.Size]:
+    """The shapes of the terms that the user's own losses add up."""
+    return [
+        torch.Size(node._input_metadata[output].shape)
         for own in graph.own
         for probe in loss_terms(OwnLossGraph(graph, own))
         for node, output in probe.edges
     ]
-    return [int(shape[0]) for shape in shapes if len(shape)]
+
+
+def term_shape(loss: LossUse) -> torch.Size:
+    """The shape of a loss's terms: the logits' without the axis of classes."""
+    return torch.Size(size for a, size in enumerate(loss.call.logits.shape) if a != loss.call.class_axis)
+
+
+def tensor_asked(graph: Graph) -> str:
+    """The tensor that `samples=` takes, in words: its shape, where the losses say it."""
+    tensor = "an integer tensor with the sample number of each loss term"
+    known = [term_shape(loss) for loss in graph.known]
+    try:
+        shapes = list(dict.fromkeys([*known, *_own_shapes(graph)]))
+    except LayerwiseError:
+        return tensor
+    if len(shapes) == 1:
+        return f"{tensor}, of shape {tuple(shapes[0])}" if shapes[0] else tensor
+    if graph.own or not shapes:
+        return f"{tensor}, or of each row of the batch"
+    total = sum(shape.numel() for shape in known)
+    return f"{tensor}, of shape ({total},): those of {', '.join(str(tuple(x)) for x in known)} one after another"
 
 
 def row_counts(found: Iterable[Origin]) -> list[int]:

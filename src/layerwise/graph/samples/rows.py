@@ -14,7 +14,7 @@ from layerwise.graph.samples.constants import shared_uses
 from layerwise.graph.samples.loss_rows import numberings, unheard
 from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.numbers import MIXED, Root, numbers_of_both, row_numbers
-from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts
+from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts, tensor_asked
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.separable import check_sum_over_samples
@@ -55,8 +55,9 @@ def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[Sampl
         raise SamplesMixed(refusal)
     raise BadInput(
         f"asked for per-sample quantities of {n} samples, but {_unplaced(graph, n)}, which does not say which sample "
-        "each belongs to; pass samples= an integer tensor with a sample number for each loss term, or take what was "
-        "reduced over the batch out of the loss"
+        f"each belongs to; pass samples= {tensor_asked(graph)}"
+        + ("" if given is None else f" (and not {tuple(given.shape)})")
+        + ", or take what was reduced over the batch out of the loss"
     )
 
 
@@ -78,16 +79,19 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             continue
         # a tensor that no one called the model with may be a constant, whose rows are those of all samples
         owners = owners_of_rows(graph, layout)
-        found += [layout] if all(one or outside(graph, source) for source, _, one in owners) else []
+        told = all(one or outside(graph, source) for source, _, one in owners)
+        # where all that reads the batch would be shared by its samples, nothing tells which terms are one sample's
+        heard = not layout.replaced or any(one and len(set(owner.values())) > 1 for _, owner, one in owners)
+        found += [layout] if told and heard else []
     if len(found) > 1:
         raise AmbiguousSamples(
             f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "
-            "pass samples= a tensor with the sample number of each loss term"
+            f"pass samples= {tensor_asked(graph)}"
         )
     if found and any(unheard(graph, loss, n) for loss in graph.losses):
         raise AmbiguousSamples(
             f"some terms of the loss answer for no row of the batch, and may belong to any of its {n} samples; "
-            "pass samples= a tensor with the sample number of each loss term"
+            f"pass samples= {tensor_asked(graph)}"
         )
     return found[0] if found else None
 
@@ -145,7 +149,7 @@ def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
             f"asked for per-sample quantities of {n} samples, but rows of the output {tuple(use.call.out_shape)} of "
             f"{use} answer for the loss terms of several samples{_where(graph, losses, use)}. Samples that meet have "
             "no per-sample gradients (quantities of the Hessian and products with it need none); where N is another "
-            "number, or a sample is several rows, say so with samples="
+            f"number, or a sample is several rows, say so with samples=N, or samples= {tensor_asked(graph)}"
         )
     return SampleLayout(n, {**uses, **shared[1]}, list(losses), shared[0], frozenset(mixed))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
 from layerwise.graph.samples.meeting import meeting
+from layerwise.graph.samples.readings import tensor_asked
 from layerwise.graph.samples.sample_layout import SampleLayout, Where, free_axes
 from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
@@ -69,8 +70,8 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
         raise BadInput(
             f"asked for per-sample quantities of {n} samples, but {loss} reads outputs of shape {shape}, of which no "
             f"axis holds {n} rows or a multiple of them. Where {n} (read off the batch, unless you passed it) is not "
-            "the number of samples, pass samples=N; where the outputs were reduced over the batch before the loss, "
-            "there is none for each sample"
+            f"the number of samples, pass samples=N, or samples= {tensor_asked(graph)}; where the outputs were reduced "
+            "over the batch before the loss, there is none for each sample"
         )
     passed: list[_Candidates] = []
     failed: Use | None = None
@@ -82,14 +83,14 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
             failed = failed or culprit
     if not passed:
         assert failed is not None
-        raise SamplesMixed(mixed_text(tape, failed, n, meeting(loss, ways[0], failed)))
+        raise SamplesMixed(mixed_text(tape, failed, n, meeting(loss, ways[0], failed), tensor_asked(graph)))
     if len(passed) > 1:
         passed = _by_first_batch(graph, passed)
     if len(passed) > 1 and n > 1:  # of one sample all axes say the same
         raise AmbiguousSamples(
             f"the {shape} outputs of {loss} can belong to {n} samples in {len(passed)} ways that this "
-            "batch cannot tell apart (number of samples equal to number of positions?); use a batch of another "
-            "size, or pass samples= a tensor with the sample number of each loss term"
+            "batch cannot tell apart (number of samples equal to number of positions?); pass samples= "
+            f"{tensor_asked(graph)}, or use a batch of another size"
         )
     return passed[0]
 
@@ -250,21 +251,23 @@ def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLa
         if len(common) > 1 and n > 1 and reached:
             raise AmbiguousSamples(
                 f"the output {tuple(use.call.out_shape)} of {use} can carry {n} samples on several axes that this "
-                "batch cannot tell apart; use a batch of another size, or pass samples= a tensor with the sample "
-                "number of each loss term"
+                f"batch cannot tell apart; pass samples= {tensor_asked(graph)}, or use a batch of another size"
             )
         proved &= reached  # where no cotangent arrives the gradient is zero, wherever the samples lie
         uses[use.index] = common[0]
     return SampleLayout(n, uses, [f.rows for f in found]), proved
 
 
-def mixed_text(tape: Tape, use: Use, n: int, where: str = "") -> str:
-    """The error text for a use at whose output several samples meet; where: the call at which they do, in words."""
+def mixed_text(tape: Tape, use: Use, n: int, where: str, tensor: str) -> str:
+    """The error text for a use at whose output several samples meet.
+
+    where: the call at which they do; tensor: the one that `samples=` takes; both in words.
+    """
     norms = any(getattr(c, "__name__", "") in ("batch_norm", "instance_norm") for c in tape.calls)
     hint = "; a batch norm in training mode mixes them: call model.eval()" if norms else ""
     return (
         f"asked for per-sample quantities of {n} samples, but each row of the output {tuple(use.call.out_shape)} of "
         f"{use} has a part in the loss of several samples{where}{hint}. Statistics of the batch, and losses that set "
         "samples against each other, have no per-sample gradients (quantities of the Hessian and products with it "
-        "need none); where a sample is several rows, pass samples= a tensor with the sample number of each loss term"
+        f"need none); where a sample is several rows, pass samples= {tensor}"
     )

@@ -74,8 +74,8 @@ class _Factors(KroneckerFactors):
         return found
 
     def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> dict[str, Measured]:
-        """The blocks, restricted to the elements that are used."""
-        blocks = blocks_of({name: value[0] for name, value in values.items()}, self.joint)
+        """The blocks, restricted to the elements that are used, of what had rows: no mean over none is averaged."""
+        blocks = blocks_of({name: value[0] for name, value in values.items()}, self.joint, seen_only=True)
         return {key: Measured(block) for key, block in blocks.items() if not key.endswith("[rest]")}
 
 

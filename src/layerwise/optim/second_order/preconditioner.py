@@ -77,6 +77,8 @@ class Preconditioner:
         damping: λ, in the units of the GGN of the loss as written (foof: of A).
         damping_form: of kfac, kflr, kfra: "pi", split by the factors' traces; "factored", evenly; "eigen", exact.
         factor_decay: ρ of the running averages M_t = ρ M_{t-1} + (1-ρ) X_t, corrected by 1/(1 - ρ^t).
+            A batch that sends a parameter no real row (an expert that nothing is routed to) has no mean over rows, and
+            leaves its averages and t as they are; the gradient of one that never had a row is unchanged.
         update_factors_every: steps from one measured batch to the next; diagonals are inverted as often.
         update_inverses_every: steps from one inversion of Kronecker factors to the next.
         sharing, joint, rows: as for `lw.KFAC`.

@@ -95,8 +95,11 @@ def block_names(name: str, laid: FactorForm) -> list[str]:
     return [f"{name}[{i}]" for i in range(len(laid.matrices))] if laid.form == "slices" else [name]
 
 
-def blocks_of(values: Mapping[str, Factors], joint: bool) -> dict[str, KroneckerBlock]:
-    """The blocks of all parameters by name; joint: put a bias into the block of its weight."""
+def blocks_of(values: Mapping[str, Factors], joint: bool, seen_only: bool = False) -> dict[str, KroneckerBlock]:
+    """The blocks of all parameters by name.
+
+    joint: put a bias into the block of its weight. seen_only: without blocks of no row, whose A is the mean of nothing.
+    """
     blocks: dict[str, KroneckerBlock] = {}
     counts = _counts(values)
     pairs = _pairs(values, counts) if joint else {}
@@ -108,6 +111,8 @@ def blocks_of(values: Mapping[str, Factors], joint: bool) -> dict[str, Kronecker
             continue
         keys = block_names(name, laid)
         for key, matrix, sums, (seen, _) in zip(keys, laid.matrices, factors.sums, counts[name], strict=True):
+            if seen_only and not seen:
+                continue
             a = None if matrix.bias else _divided(sums.inputs, seen)
             if bias is not None:
                 count = sums.counts[0].clamp(min=1)
