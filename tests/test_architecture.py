@@ -37,9 +37,10 @@ ALLOWED = {
     "observation": "gradient graph losses quantities ranks replay rows tape tensors",
     "local": "graph losses operators ops replay rows tape tensors",
     "optim": "optim.layer_local optim.second_order",
-    "optim.base": "optim.deferred optim.recording optim.saved_state replay tape",
+    "optim.base": "optim.deferred optim.parameter_forms optim.recording optim.saved_state replay tape",
     "optim.deferred": "replay tensors",
     "optim.recording": "losses replay tensors",
+    "optim.parameter_forms": "",
     "optim.saved_state": "tensors",
     "optim.keywords": "",
     "optim.layer_local": "graph local optim.base optim.deferred optim.keywords optim.recording optim.saved_state ranks "

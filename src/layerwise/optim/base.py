@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
 from layerwise.optim.deferred import Late, Skips, check_on_nonfinite, completed
+from layerwise.optim.parameter_forms import ParameterForms
 from layerwise.optim.recording import Recorder, Recording, Samples, holds_no_gradient
 from layerwise.optim.saved_state import VERSION, Fit, copied, in_order, is_count, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
@@ -66,8 +67,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._on_nonfinite = on_nonfinite
         self._group_at: dict[int, dict[str, Any]] = {}
         self.all_parameters = params is None  # whether parameters that no group has are an error
-        self._forms: list[Any] = []  # shapes, types and devices of the parameters in the last step
-        self._shapes: dict[Tensor, torch.Size] = {}  # of the parameters, when their state was made
+        self._forms = ParameterForms(type(self).__name__)
         self._recording: Recording | None = None
         self._skips = Skips()
         self._turn = threading.RLock()  # one step at a time, in whatever thread
@@ -293,29 +293,6 @@ class NamedOptimizer(torch.optim.Optimizer):
         """The number of parameters in the groups that require grad."""
         return sum(p.requires_grad for group in self.param_groups for p in group["params"])
 
-    def _retyped(self) -> None:
-        """Convert the state to the types and devices of parameters that were converted after it was made.
-
-        Raises BadInput for a parameter of another shape than its state was made for.
-        """
-        forms = [(p.shape, p.dtype, p.device) for group in self.param_groups for p in group["params"]]
-        if forms == self._forms:
-            return
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                then = self._shapes.get(p)
-                if then is not None and then != p.shape and self.state.get(p):
-                    raise BadInput(
-                        f"{name} was of shape {tuple(then)} when {type(self).__name__} made its state, and is of shape "
-                        f"{tuple(p.shape)} now; make a new optimizer for the changed model"
-                    )
-                self._shapes[p] = p.shape
-        for p, own in self.state.items():
-            for key, t in own.items():
-                if isinstance(t, Tensor) and t.dim() and t.is_floating_point():
-                    own[key] = t.to(p.device, p.dtype)
-        self._forms = forms
-
     # -- groups and state ------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -393,7 +370,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Take over a state that fits."""
         super().load_state_dict({"state": copied(saved["state"]), "param_groups": saved["param_groups"]})
         self.skipped = saved.get("skipped", 0)
-        self._forms, self._shapes = [], {p: p.shape for p in self.state}
+        self._forms = ParameterForms(type(self).__name__, self.state)
 
     # -- copies --------------------------------------------------------------------------------------------------
 

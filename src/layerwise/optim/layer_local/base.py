@@ -220,7 +220,7 @@ class LayerLocal(NamedOptimizer):
         count = said_count(samples, f"samples of {type(self).__name__}.step")
         run = run if count is None else replace(run, counted=count)
         self._check_parameters(run.tape.parameters)
-        self._retyped()
+        self._forms.follow(self.param_groups, self.state)
         return Fitting(run, self._group_at, self.state, self._local, self._averages, self._backups)
 
     def _tell(self, error: BaseException) -> None:

@@ -128,7 +128,7 @@ class CurvatureOptimizer(NamedOptimizer):
         """
         named = {name: p for name, p in named_parameters_of(self._model).items() if p.requires_grad}
         self._check_parameters(named)
-        self._retyped()
+        self._forms.follow(self.param_groups, self.state)
         return {name: p for name, p in named.items() if self._ours(p)}
 
     def _attempt(

@@ -358,8 +358,7 @@ class Preconditioner:
                 f"the saved factors are of kind {theirs!r}, and ours {described(ours.kind, ours.draws)!r}; their draws "
                 f"are {state['draws']}, and ours {ours.draws}"
             ]
-        found = unlike("the preconditioner", state, _SAVED)
-        return found + misfits(state["blocks"], named_parameters_of(self.model))
+        return unlike("the preconditioner", state, _SAVED) + misfits(state["blocks"], named_parameters_of(self.model))
 
     def prepared(self, state_dict: Mapping[str, Any]) -> tuple[Any, ...]:
         """What `restore` takes, from a saved state that fits."""
