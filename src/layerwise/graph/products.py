@@ -224,9 +224,10 @@ def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Place]) ->
     if abs(gap) > 1e4 * eps * scale:
         raise Undefined(
             f"asked for second derivatives, but those of this graph are not symmetric (off by {abs(gap) / scale:.1e}): "
-            "an operation in it has a wrong derivative in torch (a layer norm under torch.autograd.grad does), a "
-            "custom autograd Function detaches something, or what its backward returns is no derivative (a table with "
-            "scale_grad_by_freq); write that operation with plain torch calls (a layer norm by its mean and variance)"
+            "an operation in it has a wrong derivative in torch (layer norm, and batch norm in training mode, under "
+            "torch.autograd.grad do), a custom autograd Function detaches something, or what its backward returns is "
+            "no derivative (a table with scale_grad_by_freq); write that operation with plain torch calls (a norm by "
+            "its mean and variance)"
         )
 
 
