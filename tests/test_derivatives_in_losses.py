@@ -149,8 +149,15 @@ def test_a_third_derivative_that_torch_gets_wrong_is_refused() -> None:
     with lw.observe(model, lw.PerSampleGrad()) as seen:
         _critic(model, x).sum().backward()
     oracle.assert_close(dict(seen.per_sample_grad), want)
-    with pytest.raises(errors.Undefined, match=r"not symmetric.*layer norm by its mean and variance"):
+    with pytest.raises(errors.Undefined, match=r"not symmetric.*layer norm.*by its mean and variance"):
         lw.Hessian(model, lambda: _critic(model, x).sum())
+
+
+def test_so_is_that_of_batch_norm_in_training_mode() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Sigmoid(), nn.Linear(3, 1)), torch.randn(N, 3)
+    with pytest.raises(errors.Undefined, match=r"not symmetric.*batch norm in training mode"):
+        lw.Hessian(model, lambda: _critic(model, x).sum())
+    lw.Hessian(model.eval(), lambda: _critic(model, x).sum())
 
 
 class _NormedByFormula(nn.LayerNorm):
