@@ -28,15 +28,6 @@ settings.register_profile(
 )
 settings.load_profile("layerwise")
 
-
-def _seed_this_processor(number: int) -> torch.Generator:
-    return torch.default_generator.manual_seed(int(number))
-
-
-# `torch.manual_seed` keeps a printed stack for each kind of accelerator, lest one be found later: 1 ms a call.
-if not torch.accelerator.is_available():
-    torch.manual_seed = torch.random.manual_seed = _seed_this_processor
-
 # One thread: sums come out in the same order every time, and small tensors are faster.
 torch.set_num_threads(1)
 

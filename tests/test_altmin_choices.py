@@ -294,7 +294,7 @@ def test_refit_moves_the_output_layer_alone() -> None:
     assert losses[2] < losses[0]
     moved = [not torch.equal(p, q) for p, q in zip(before, net.parameters(), strict=True)]
     assert moved == [False, False, True, True] and opt._fitter.trace is not None and opt._fitter.trace.steps == [0]
-    with pytest.raises(BadInput, match="logits"):
+    with pytest.raises(BadInput, match="reads none of a layer that moves"):
         opt.refit([lambda: net(x).abs().pow(1.5).mean()])
     with pytest.raises(BadInput, match="closure"):
         opt.refit([])
