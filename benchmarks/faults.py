@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from linecache import getline
 from multiprocessing import parent_process
 from pathlib import Path
@@ -163,6 +163,11 @@ def _in_message() -> bool:
     return False
 
 
+@cache
+def _is_with(file: str, line: int) -> bool:
+    return getline(file, line).lstrip().startswith("with ")
+
+
 class Lines(AbstractContextManager["Lines"]):
     """Counts the lines of the library that run, and raises KeyboardInterrupt in front of one of them.
 
@@ -176,7 +181,7 @@ class Lines(AbstractContextManager["Lines"]):
     def _trace(self, frame: Any, event: str, arg: Any) -> Any:
         if self.within not in frame.f_code.co_filename:
             return None
-        if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+        if event == "line" and not _is_with(frame.f_code.co_filename, frame.f_lineno):
             self.seen += 1
             if self.seen == self.at:
                 raise KeyboardInterrupt(f"{frame.f_code.co_filename}:{frame.f_lineno}")
