@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import layerwise as lw
 
 __all__ = [
-    "OPTIMIZERS", "RANKS", "WATCHED", "Counted", "Lines", "count", "left_over", "tried", "tried_in_rank",
+    "OPTIMIZERS", "RANKS", "WATCHED", "Counted", "Lines", "left_over", "tried", "tried_in_rank",
     "tried_in_workers", "watched",
 ]  # fmt: skip
 
@@ -290,29 +290,31 @@ def tried_in_workers() -> Counted:
     return Counted(len(places), failed)
 
 
-def count(make: Callable[[nn.Module], Any], lines: bool = False, step: Step = by_closure) -> int:
-    """The number of places of a step at which something can raise."""
-    model, opt = copy.deepcopy(_start(make, step))
-    fault = Lines(0) if lines else _Operations(0)
-    batch = _batch(7)
-    with _seeded(), fault:
-        step(model, opt, batch)
-    return fault.seen
-
-
 def tried(
-    make: Callable[[nn.Module], Any], lines: bool = False, every: int = 1, first: int = 1, step: Step = by_closure
+    make: Callable[[nn.Module], Any],
+    lines: bool = False,
+    every: int = 1,
+    first: int = 1,
+    step: Step = by_closure,
+    most: int | None = None,
 ) -> Counted:
-    """Raise at each place of a step in turn, or at every so many."""
+    """Raise at each place of a step in turn, or at every so many.
+
+    first: the first place; below 0, so many before the last one. most: about how many places, in place of every so
+    many.
+    """
     start, batch = _start(make, step), _batch(7)
     whole = copy.deepcopy(start)
+    counting = Lines(0) if lines else _Operations(0)
     with _seeded():
         before = _everything(*start)
-        step(*whole, _batch(7))
+        with counting:
+            step(*whole, batch)
     after = _everything(*whole)
     step(*whole, _batch(8))
     later = _everything(*whole)
-    places = range(first, count(make, lines, step) + 1, every)
+    first = first if first > 0 else counting.seen + first
+    places = range(first, counting.seen + 1, every if most is None else max(1, counting.seen // most))
     failed = []
     for place in places:
         model, opt = copy.deepcopy(start)
