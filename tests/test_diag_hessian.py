@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from support_page import loss_cases, model_cases
+from support_page import table_cases
 from torch import Tensor, nn
 from zoo import Case, cases
 from zoo import case as zoo_case
@@ -22,7 +22,7 @@ from layerwise.quantities.hessian import diag_hessian
 pytestmark = pytest.mark.usefixtures("float64")
 
 # test_matrix.py compares those of the table: the diagonal, and of each sample some elements, and the sum over samples.
-TABLE = [*model_cases(), *loss_cases()]
+TABLE = table_cases()
 CASES = [
     c for c in cases(exclude=("bag",))
     if c not in TABLE and c.loss.name not in ("ce_module", "mse_scaled", "ce_user_mean")
