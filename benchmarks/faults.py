@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from linecache import getline
 from multiprocessing import parent_process
 from pathlib import Path
@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import layerwise as lw
 
 __all__ = [
-    "OPTIMIZERS", "RANKS", "WATCHED", "Counted", "Lines", "count", "left_over", "tried", "tried_in_rank",
+    "OPTIMIZERS", "RANKS", "WATCHED", "Counted", "Lines", "left_over", "tried", "tried_in_rank",
     "tried_in_workers", "watched",
 ]  # fmt: skip
 
@@ -163,6 +163,11 @@ def _in_message() -> bool:
     return False
 
 
+@cache
+def _is_with(file: str, line: int) -> bool:
+    return getline(file, line).lstrip().startswith("with ")
+
+
 class Lines(AbstractContextManager["Lines"]):
     """Counts the lines of the library that run, and raises KeyboardInterrupt in front of one of them.
 
@@ -176,7 +181,7 @@ class Lines(AbstractContextManager["Lines"]):
     def _trace(self, frame: Any, event: str, arg: Any) -> Any:
         if self.within not in frame.f_code.co_filename:
             return None
-        if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+        if event == "line" and not _is_with(frame.f_code.co_filename, frame.f_lineno):
             self.seen += 1
             if self.seen == self.at:
                 raise KeyboardInterrupt(f"{frame.f_code.co_filename}:{frame.f_lineno}")
@@ -285,29 +290,31 @@ def tried_in_workers() -> Counted:
     return Counted(len(places), failed)
 
 
-def count(make: Callable[[nn.Module], Any], lines: bool = False, step: Step = by_closure) -> int:
-    """The number of places of a step at which something can raise."""
-    model, opt = copy.deepcopy(_start(make, step))
-    fault = Lines(0) if lines else _Operations(0)
-    batch = _batch(7)
-    with _seeded(), fault:
-        step(model, opt, batch)
-    return fault.seen
-
-
 def tried(
-    make: Callable[[nn.Module], Any], lines: bool = False, every: int = 1, first: int = 1, step: Step = by_closure
+    make: Callable[[nn.Module], Any],
+    lines: bool = False,
+    every: int = 1,
+    first: int = 1,
+    step: Step = by_closure,
+    most: int | None = None,
 ) -> Counted:
-    """Raise at each place of a step in turn, or at every so many."""
+    """Raise at each place of a step in turn, or at every so many.
+
+    first: the first place; below 0, so many before the last one. most: about how many places, in place of every so
+    many.
+    """
     start, batch = _start(make, step), _batch(7)
     whole = copy.deepcopy(start)
+    counting = Lines(0) if lines else _Operations(0)
     with _seeded():
         before = _everything(*start)
-        step(*whole, _batch(7))
+        with counting:
+            step(*whole, batch)
     after = _everything(*whole)
     step(*whole, _batch(8))
     later = _everything(*whole)
-    places = range(first, count(make, lines, step) + 1, every)
+    first = first if first > 0 else counting.seen + first
+    places = range(first, counting.seen + 1, every if most is None else max(1, counting.seen // most))
     failed = []
     for place in places:
         model, opt = copy.deepcopy(start)

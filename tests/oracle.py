@@ -258,16 +258,22 @@ def _sizes(params: Mapping[str, Tensor]) -> list[int]:
 
 
 def hessian(params: Mapping[str, Tensor], loss: Callable[[], Tensor]) -> Tensor:
-    """The Hessian of the loss over all parameters, flat in their order: `[P, P]`, one row at a time."""
-    leaves = list(params.values())
-    grads = torch.autograd.grad(loss(), leaves, create_graph=True, allow_unused=True)
+    """The Hessian of the loss over all parameters, flat in their order: `[P, P]`, one row at a time.
+
+    It is symmetric: a row is found from its own parameter on, and the columns to the left are those of earlier rows.
+    """
+    names = list(params)
+    grads = torch.autograd.grad(loss(), list(params.values()), create_graph=True, allow_unused=True)
     rows = torch.zeros(sum(_sizes(params)), sum(_sizes(params)), dtype=torch.float64)
     start = 0
-    for p, grad in zip(leaves, grads, strict=True):
+    for k, grad in enumerate(grads):
+        later = {name: params[name] for name in names[k:]}
+        stop = start + params[names[k]].numel()
         if grad is not None and grad.requires_grad:
             for i, g in enumerate(grad.reshape(-1)):
-                rows[start + i] = torch.cat([row.reshape(-1) for row in _pull(g, params)])
-        start += p.numel()
+                rows[start + i, start:] = torch.cat([row.reshape(-1) for row in _pull(g, later)])
+        rows[stop:, start:stop] = rows[start:stop, stop:].T
+        start = stop
     return rows
 
 

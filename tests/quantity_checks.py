@@ -310,17 +310,17 @@ def diag_hessian_each(truth: Truth, got: Any, _: Drawn) -> None:
     """Every element of small models, some of large ones; their sum over the samples is the whole diagonal."""
     _close(truth, {name: g.sum(0) for name, g in got.items()}, truth.named(truth.hessian.diagonal()))
     instance, flat = truth.instance, truth.flat(got, lead=1)
-    count = sum(p.numel() for p in truth.params.values())
-    some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(1, FEW // instance.n)]
+    places = [(name, i) for name, p in truth.params.items() for i in range(p.numel())]
+    some = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[: max(1, FEW // instance.n)]
     want = torch.zeros(instance.n, len(some), dtype=torch.float64)
     with oracle.plain_operations():
         for n, term in enumerate(instance.terms()):
             found = torch.autograd.grad(term, list(truth.params.values()), create_graph=True, allow_unused=True)
-            rows = [torch.zeros_like(p) if g is None else g for g, p in zip(found, truth.params.values(), strict=True)]
-            elements = torch.cat([row.reshape(-1) for row in rows])
-            for j, i in enumerate(some.tolist()):
-                second = oracle._pull(elements[i], truth.params)
-                want[n, j] = torch.cat([row.reshape(-1) for row in second])[i]
+            grads = dict(zip(truth.params, found, strict=True))
+            for j, (name, i) in enumerate(places[k] for k in some.tolist()):
+                if (grad := grads[name]) is not None:
+                    (second,) = oracle._pull(grad.reshape(-1)[i], {name: truth.params[name]})
+                    want[n, j] = second.reshape(-1)[i]
     oracle.assert_close(flat[:, some], want, rel=1e-9 if truth.rel < 1e-9 else truth.rel)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from zoo import LOSSES, PROBLEMS, REFUSED, Case, Functional, Problem
 from zoo.scattered import KINDS, MIXED, SCATTERED, Scattered
 
-__all__ = ["PAGE", "loss_cases", "model_cases", "render"]
+__all__ = ["PAGE", "loss_cases", "model_cases", "render", "table_cases"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 
@@ -88,6 +88,11 @@ def loss_cases() -> list[Case]:
     """Every loss, on the first model that has it."""
     first = {name: next(p for p in PROBLEMS.values() if name in p.losses) for name in LOSSES}
     return [Case(problem, LOSSES[name]) for name, problem in first.items()]
+
+
+def table_cases() -> list[Case]:
+    """The cases that test_matrix.py compares with brute force in every run, a test for each cell."""
+    return [*model_cases(), *loss_cases()]
 
 
 def render(outcome: Callable[[Case, Column], Cell], scattered: Callable[[Scattered, Column], Cell]) -> str:

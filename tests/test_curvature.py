@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from support_page import table_cases
 from torch import Tensor, nn
 from zoo import Case, Instance, cases
 
@@ -18,12 +19,18 @@ from layerwise.graph.products import check_second
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+TABLE = table_cases()  # whose products test_matrix.py compares with the dense matrices
 CASES = [c for c in cases() if c.loss.name not in ("ce_module", "mse_scaled", "ce_user_mean")]
+
+
+def _owner(params: dict[str, Tensor]) -> Tensor:
+    """`[P]`: which parameter an element is of."""
+    return torch.cat([torch.full((p.numel(),), i) for i, p in enumerate(params.values())])
 
 
 def _block_mask(params: dict[str, Tensor]) -> Tensor:
     """True in the diagonal blocks of the parameters."""
-    owner = torch.cat([torch.full((p.numel(),), i) for i, p in enumerate(params.values())])
+    owner = _owner(params)
     return owner[:, None] == owner[None, :]
 
 
@@ -31,7 +38,19 @@ def _operators(instance: Instance, kind: type[Any], **options: Any) -> Any:
     return kind(instance.subject, instance.loss, **options)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [c for c in CASES if c in TABLE], ids=lambda case: case.id)
+def test_the_zoos_blocks_are_those_of_the_whole(case: Case) -> None:
+    instance = case.make(seed=0)
+    owner = _owner(instance.params)
+    v = torch.randn(len(owner), generator=torch.Generator().manual_seed(3))
+    parts = torch.stack([v * (owner == i) for i in range(len(instance.params))], 1)
+    for kind in (lw.Hessian, lw.GGN):
+        whole, blocks = _operators(instance, kind), _operators(instance, kind, blocks="parameter")
+        oracle.assert_close(blocks @ v, (whole @ parts)[torch.arange(len(owner)), owner])
+    assert all(p.grad is None for p in instance.params.values())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in TABLE], ids=lambda case: case.id)
 def test_operators_equal_the_dense_matrices(case: Case) -> None:
     instance = case.make(seed=0)
     params = instance.params
