@@ -177,3 +177,70 @@ def test_a_derivative_that_torch_cannot_batch() -> None:
         F.mse_loss(model(x), y).backward()
     want = oracle.diag_ggn(oracle.parameters(model), lambda: model(x), lambda z: F.mse_loss(z, y))
     oracle.assert_close(dict(seen.diag_ggn), want)
+
+
+class Towers(nn.Module):
+    """Two encoders and the inner products of their rows; the second reads an argument or what the model keeps."""
+
+    def __init__(self, kept: Tensor | None = None) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, D), nn.Linear(5, D)
+        self.register_buffer("kept", kept)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        return F.normalize(self.a(x), dim=1) @ F.normalize(self.b(self.kept if other is None else other), dim=1).T
+
+
+CONTRASTS = {
+    "info_nce": lambda z: F.cross_entropy(z, torch.arange(len(z))),
+    "sigmoid": lambda z: -F.logsigmoid(z * (2 * torch.eye(*z.shape) - 1)).sum() / len(z),
+}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("loss", "candidates"), [("info_nce", N), ("info_nce", 2 * N), ("sigmoid", N)])
+def test_rows_of_another_tower_that_all_samples_are_compared_with(loss: str, candidates: int, apart: bool) -> None:
+    model, x, other = Towers(), torch.randn(N, 4), torch.randn(candidates, 5)
+    with pytest.raises(lw.errors.SamplesMixed, match=f"of {N} samples"), lw.observe(model, lw.PerSampleGrad()):
+        CONTRASTS[loss](model.a(x) @ model.b(other).T if apart else model(x, other)).backward()
+
+
+def test_one_model_called_with_both_sides_of_a_contrast() -> None:
+    model, x, other = nn.Linear(4, D), torch.randn(N, 4), torch.randn(N, 4)
+    with pytest.raises(lw.errors.SamplesMixed, match="mm"), lw.observe(model, lw.PerSampleGrad()):
+        CONTRASTS["info_nce"](model(x) @ model(other).T).backward()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_class_prompts(kept: bool) -> None:
+    """As many as samples where the model keeps them; of another number as an argument."""
+    prompts = torch.randn(N if kept else N + 1, 5)
+    model, x, y = Towers(prompts if kept else None), torch.randn(N, 4), torch.randint(N, (N,))
+    rest = () if kept else (prompts,)
+    params = oracle.parameters(model)
+    each = [F.cross_entropy(model(x[n : n + 1], *rest), y[n : n + 1]) / N for n in range(N)]
+    grads = oracle.per_sample_grad(params, lambda: torch.stack(each))
+    with lw.observe(model, lw.PerSampleGrad()) as seen:
+        F.cross_entropy(model(x, *rest), y).backward()
+    oracle.assert_close(dict(seen.per_sample_grad), grads)
+
+
+@pytest.mark.parametrize("lead", [(), (1,)])
+def test_as_many_positions_as_samples_in_an_argument(lead: tuple[int, ...]) -> None:
+    """A token has one position, so that positions are no samples that others are compared with."""
+    tables = nn.ModuleDict({"token": nn.Embedding(V, D), "place": nn.Embedding(N, D), "head": nn.Linear(D, V)})
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of = tables
+
+        def forward(self, x: Tensor, position: Tensor) -> Tensor:
+            return self.of["head"]((self.of["token"](x) + self.of["place"](position)).tanh())
+
+    model, x, position = Placed(), torch.randint(V, (N, N)), torch.arange(N).view(*lead, N)
+    each = [F.cross_entropy(model(s[None], position)[0], s) / N for s in x]
+    grads = oracle.per_sample_grad(oracle.parameters(model), lambda: torch.stack(each))
+    with lw.observe(model, lw.PerSampleGrad()) as seen:
+        F.cross_entropy(model(x, position).flatten(0, 1), x.flatten()).backward()
+    oracle.assert_close(dict(seen.per_sample_grad), grads)

@@ -184,7 +184,7 @@ def shared_uses(
             holds_none[use.index] &= (
                 use.index in beside
                 or (use.index not in partly and not _may_hold(use, n))
-                or _position_of(edge, numbers, use, n, stops)
+                or _position_of(edge, numbers, use, n, _meets(use, n, stops, region))
             )
     if not all(holds_none[use.index] or _alike(use, mixed.values(), holds_none) for use in mixed.values()):
         return None
@@ -293,10 +293,30 @@ def _may_hold(use: Use, n: int) -> bool:
     return any(size % n == 0 for size in sizes)
 
 
-def _position_of(edge: GradientEdge, numbers: Tensor, use: Use, n: int, stops: Collection[Node]) -> bool:
+class _Met(NamedTuple):
+    """What a shared use meets. stops: nodes at which the samples are apart again. edges: where they are reached.
+
+    compared: whether what the use read has a multiple of N rows, which may be the samples themselves.
+    """
+
+    stops: Collection[Node]
+    edges: list[GradientEdge]
+    compared: bool
+
+
+def _meets(use: Use, n: int, stops: Collection[Node], region: _Region) -> _Met:
+    compared = use.origin is not None and any(s.shape and s.shape[0] % n == 0 for s in sources(use.origin[0]))
+    below = (edge for node in region.met for edge in node.next_functions) if compared else ()
+    places = dict.fromkeys((c, nr) for c, nr in below if c is not None and c in stops)
+    return _Met(stops, [GradientEdge(*place) for place in places], compared)
+
+
+def _position_of(edge: GradientEdge, numbers: Tensor, use: Use, n: int, met: _Met) -> bool:
     """Whether each row of a shared use's output reaches, in every sample, one index of axes other than the samples'.
 
     An output with an axis of N·r rows could else be one of N samples that are mixed further up (batch statistics).
+    Where what the use read has room for N samples, each row of the samples' own must have one such index, too, as a
+    token has one position: a row that all N are compared with (in-batch negatives) has none.
     """
     axes = free_axes(use)
     open_axes = {a for a in axes if use.call.out_shape[a] % n == 0 or len(axes) == 1}
@@ -312,8 +332,11 @@ def _position_of(edge: GradientEdge, numbers: Tensor, use: Use, n: int, stops: C
         owners = torch.arange(size, device=numbers.device).reshape(
             [-1 if a == axis else 1 for a in range(numbers.dim())]
         )
-        with stopped(stops):
-            (found,) = element_numbers([Root(edge, like, owners)], size, [use.edge])
+        with stopped(met.stops):
+            found, *others = element_numbers([Root(edge, like, owners)], size, [use.edge, *met.edges])
+        reached = [number for number in others if number is not None]
+        if met.compared and (not reached or any(bool((number == MIXED).any()) for number in reached)):
+            continue
         if found is not None and not bool((found == MIXED).any()):
             open_axes = {a for a in open_axes if not _varies(found, a)}
         if some and not open_axes:

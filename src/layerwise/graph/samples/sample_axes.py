@@ -269,5 +269,6 @@ def mixed_text(tape: Tape, use: Use, n: int, where: str, tensor: str) -> str:
         f"asked for per-sample quantities of {n} samples, but each row of the output {tuple(use.call.out_shape)} of "
         f"{use} has a part in the loss of several samples{where}{hint}. Statistics of the batch, and losses that set "
         "samples against each other, have no per-sample gradients (quantities of the Hessian and products with it "
-        f"need none); where a sample is several rows, pass samples= {tensor}"
+        f"need none); where a sample is several rows, pass samples= {tensor}; rows that all samples share, {n} or a "
+        "multiple of it, are told from samples only where the model keeps them (a buffer) in place of an argument"
     )
