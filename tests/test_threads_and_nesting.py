@@ -248,6 +248,40 @@ def test_threads_that_step_one_optimizer_take_turns(make: Any) -> None:
     torch.testing.assert_close(list(shared.parameters()), list(alone.parameters()), rtol=0, atol=0)
 
 
+def test_threads_that_step_one_preconditioner_take_turns() -> None:
+    entered, go, errors = threading.Event(), threading.Event(), []
+
+    class Slow(lw.optim.Preconditioner):
+        def join(self, *args: Any, **kwargs: Any) -> Any:
+            entered.set()
+            go.wait(10)
+            return super().join(*args, **kwargs)
+
+    model = mlp(4, 5, 3)
+    pre = Slow(model)
+
+    def step() -> None:
+        try:
+            pre.step()
+        except Exception as error:
+            errors.append(error)
+
+    with pre.watch():
+        loss(model).backward()
+    first, second = threading.Thread(target=step), threading.Thread(target=step)
+    first.start()
+    assert entered.wait(10)
+    second.start()
+    second.join(0.05)
+    waits = second.is_alive()
+    go.set()
+    first.join()
+    second.join()
+    assert waits and pre.steps == 1
+    assert [type(error) for error in errors] == [lw.errors.BadInput]  # the second had no batch
+    assert isinstance(pickle.loads(pickle.dumps(lw.optim.Preconditioner(model))), lw.optim.Preconditioner)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 @pytest.mark.parametrize("make", [lw.LocoProp, lw.optim.KFAC])
 def test_a_copy_that_is_made_inside_a_context_has_nothing_of_it(make: Any, copied: Callable[[Any], Any]) -> None:

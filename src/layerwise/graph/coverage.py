@@ -36,6 +36,8 @@ class Graph:
     selections: the nodes between the losses' inputs and uses, or two uses, that pick elements by an index or a mask.
     in_losses: those between the total and the losses' inputs. entered: where the tensors come from that the model was
     called with. asked: names of the parameters whose quantities are wanted; None: all.
+    passed: the nodes on the way from the total, or from the losses' inputs, to the parameters. hidden: the edges that
+    those among them read whose calls cannot be seen: functions of the user's own, and writes through views.
     """
 
     total: Tensor
@@ -47,6 +49,8 @@ class Graph:
     in_losses: tuple[Node, ...] = ()
     entered: tuple[Origin, ...] = ()
     asked: frozenset[str] | None = None
+    passed: frozenset[Node] = frozenset()
+    hidden: frozenset[tuple[Node | None, int]] = frozenset()
 
     @property
     def losses(self) -> list[LossUse]:
@@ -99,12 +103,14 @@ def prove(
         )
     graph = known_losses(tape, total, without) if need_loss else Graph(total, None, [], [], [])
     roots = [loss.logits for loss in graph.losses] if need_loss else [(total.grad_fn, 0)]
-    reached, selections = _walk_to_uses(roots, tape, by_node(tape.uses))
-    uses = sorted(reached, key=lambda u: u.index)
-    in_losses = tuple(node for node in graph.in_losses if node not in selections)
+    walk = _UseWalk(tape)
+    walk.to_uses(roots)
+    uses = sorted(walk.reached, key=lambda u: u.index)
+    in_losses = tuple(node for node in graph.in_losses if node not in walk.selections)
     return replace(
-        graph, weight=weight, uses=uses, selections=tuple(selections), in_losses=in_losses, entered=tuple(tape.entered)
-    )
+        graph, weight=weight, uses=uses, selections=tuple(walk.selections), in_losses=in_losses,
+        entered=tuple(tape.entered), passed=frozenset(walk.passed), hidden=frozenset(walk.hidden),
+    )  # fmt: skip
 
 
 def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> Graph:
@@ -227,37 +233,49 @@ def _unexplained(boundary: list[LossUse], bypassing: list[Use]) -> OwnUse:
     return OwnUse(call, parts, None, next(iter(derivatives or bypassing), None))
 
 
-def _walk_to_uses(roots: Iterable[Any], tape: Tape, use_at: dict[Node, list[Use]]) -> tuple[list[Use], list[Node]]:
-    """The uses below the roots, following the data of each use, and the selections above and between them.
+class _UseWalk:
+    """The walk from the losses' inputs, or a total, down to the uses, following the data of each use.
 
-    A parameter met on the way is an error.
+    reached: the uses. selections: the nodes above and between them that pick elements. passed: all nodes, in order.
+    hidden: the edges that nodes whose calls cannot be seen read.
     """
-    data, leaves, spent = inputs(use_at), tape.leaves(), tape.spent
-    reached: list[Use] = []
-    selections: list[Node] = []
-    passed: list[Node] = []  # in the order of the walk, to name the node above an uncovered parameter
-    for node in nodes(roots, data):
-        if node in use_at:
-            reached += use_at[node]
-            passed.append(node)
-            continue
-        if node in spent:
-            raise observed_before()
-        kind = node.name()
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+        self.reached: list[Use] = []
+        self.selections: list[Node] = []
+        self.passed: list[Node] = []
+        self.hidden: list[tuple[Node | None, int]] = []
+
+    def to_uses(self, roots: Iterable[Any]) -> None:
+        """Walk from the roots; a parameter met on the way is an error."""
+        use_at = by_node(self._tape.uses)
+        data, leaves, spent = inputs(use_at), self._tape.leaves(), self._tape.spent
+        for node in nodes(roots, data):
+            if node in use_at:
+                self.reached += use_at[node]
+                self.passed.append(node)
+                continue
+            if node in spent:
+                raise observed_before()
+            self._note(node, node.name())
+            name = leaves.name(node)
+            if name is not None:
+                unseen = (n for n in self.passed if _hides(n) and any(m is node for m in nodes([(n, 0)], data)))
+                above = (n for n in reversed(self.passed) if any(edge[0] is node for edge in children(n, data)))
+                raise UncoveredUse(_uncovered(self._tape, name, next(unseen, None) or next(above, None)))
+            self.passed.append(node)
+
+    def _note(self, node: Node, kind: str) -> None:
         if kind in SELECTIONS:
-            selections.append(node)
-        if kind == "CheckpointFunctionBackward":
+            self.selections.append(node)
+        elif kind == "CheckpointFunctionBackward":
             raise UncoveredUse(
                 "the model runs a block under torch.utils.checkpoint with use_reentrant=True, which hides the "
                 "block's parameters; pass use_reentrant=False"
             )
-        name = leaves.name(node)
-        if name is not None:
-            hidden = (n for n in passed if _hides(n) and any(m is node for m in nodes([(n, 0)], data)))
-            above = (n for n in reversed(passed) if any(edge[0] is node for edge in children(n, data)))
-            raise UncoveredUse(_uncovered(tape, name, next(hidden, None) or next(above, None)))
-        passed.append(node)
-    return reached, selections
+        elif kind == "torch::autograd::CopySlices" or is_custom(node):
+            self.hidden += node.next_functions
 
 
 def observed_before() -> Undefined:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
 from layerwise.optim.deferred import Late, Skips, check_on_nonfinite, completed
 from layerwise.optim.parameter_forms import ParameterForms
-from layerwise.optim.recording import Recorder, Recording, Samples, holds_no_gradient
+from layerwise.optim.recording import Recorder, Recording, Samples, Turn, holds_no_gradient
 from layerwise.optim.saved_state import VERSION, Fit, copied, in_order, is_count, lacking, misfits, present, refuse
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
@@ -70,7 +69,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._forms = ParameterForms(type(self).__name__)
         self._recording: Recording | None = None
         self._skips = Skips()
-        self._turn = threading.RLock()  # one step at a time, in whatever thread
+        self._turn = Turn()  # one step at a time, in whatever thread
         self.was_made = False  # whether the present step, or the last one, is whole: an error then takes nothing back
         super().__init__(given, defaults)
 
@@ -376,9 +375,6 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle, which leave out hooks and schedulers, as torch's optimizers do."""
-        left_out = _OF_TORCH | {"_group_at", "_recording", "_turn"}
+        left_out = _OF_TORCH | {"_group_at", "_recording"}
         own = {k: v for k, v in vars(self).items() if k not in left_out and not k.startswith("_optimizer_")}
         return {**own, "_group_at": {}, "_recording": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_turn": threading.RLock()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from layerwise.losses.gradient_scalers import GradientsLeft
 from layerwise.replay.state import Buffers
 from layerwise.tensors import all_finite, dense, without_grad
 
-__all__ = ["Recorder", "Recording", "Samples", "factor_left", "holds_no_gradient", "withhold"]
+__all__ = ["Recorder", "Recording", "Samples", "Turn", "factor_left", "holds_no_gradient", "withhold"]
 
 Samples = int | Tensor | None  # the number of samples, or that of each loss term; None: as the batch says
 
@@ -49,6 +50,22 @@ def factor_left(left: GradientsLeft | None) -> float:
             "the like: clip after opt.step() and scaler.unscale_(outer)"
         )
     return found
+
+
+class Turn:
+    """A lock by which threads take turns, and one thread may enter again; a copy is a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> Any:
+        return Turn, ()
 
 
 class Recorder(Protocol):

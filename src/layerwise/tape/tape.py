@@ -207,7 +207,8 @@ class Tape(LossRecord):
             self.scaler_calls.note(func, args, out)
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None and not asks:
-                self._note_data(func, args, kwargs, data, None)  # a write onto an output reads it as well
+                self._note_readers(func, args, kwargs, data, args[0] if args else None)  # a write reads, too
+                self._note_data(func, args, kwargs, data, None)
                 self._written(func, args)
             return out
         self.calls.append(func)
@@ -241,21 +242,26 @@ class Tape(LossRecord):
             forget_written(self._known, args[0])
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
-        """Note the calls that read a use's output, and the batch that each result was made from.
-
-        A call that no gradient comes back from (of a shape, of detached values) is no reader: the loss cannot wish for
-        another output by it, and what a program or a tape inside this one looks at would count.
-        """
-        if self._outputs and (out is None or any(t.requires_grad for t in tensors_in(out))):
-            for tensor in data:
-                use = self._outputs.get(id(tensor))
-                if use is not None and use.output() is tensor:
-                    use.read_by(func, args[1:], kwargs, out)
-                    if out is tensor:
-                        del self._outputs[id(tensor)]  # overwritten in place: it holds another value from now on
+        """Note the calls that read a use's output, and the batch that each result was made from."""
+        if self._outputs:
+            self._note_readers(func, args, kwargs, data, out)
         if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):
             self._note_places(args, kwargs)
         self._origins.note(func, args, kwargs, data, out)
+
+    def _note_readers(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
+        """Note a call with the uses whose outputs it reads. out: what it returned, or wrote onto.
+
+        A call that no gradient comes back from (of a shape, of detached values) is no reader; nor is one that the loss
+        does not reach, which only a proved graph tells.
+        """
+        results = [t for t in tensors_in(out) if t.requires_grad and not t.is_leaf] if self._outputs else []
+        for tensor in data if results else ():
+            use = self._outputs.get(id(tensor))
+            if use is not None and use.output() is tensor:
+                use.read_by(func, args[1:], kwargs, results)
+                if out is tensor:
+                    del self._outputs[id(tensor)]  # overwritten in place: it holds another value from now on
 
     def _note_places(self, args: Any, kwargs: Any) -> None:
         """Enter the values of an index or a mask into the signature: they decide which elements are combined."""
@@ -281,6 +287,7 @@ class Tape(LossRecord):
         if self.first is None:
             self.first = batch
         self._note_data(func, args, kwargs, data, None)
+        given = func, args, kwargs, data
         write = Write.of(self._known, func, args, used, data)
         func, args, used, data, target, _ = write
         if target is not None:
@@ -303,11 +310,14 @@ class Tape(LossRecord):
             self._origins.set(result, batch, origin)
             self._recorded += 1
             self.uses.append(use)
-            self._outputs[id(result)] = use
+            if self._keep_outputs:
+                self._note_readers(*given, result)
+                self._outputs[id(result)] = use
             self.calls.append(result.shape)
         if target is not None:
             self._note_data(Tensor.copy_, (target, result), {}, [result], None)
             write.back(result)
+            self._note_readers(Tensor.copy_, (target, result), {}, [result], target)
             out = None if out is None else target
         return out
 

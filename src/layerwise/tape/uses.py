@@ -6,14 +6,14 @@ import os.path
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.parameter import is_lazy
 
 from layerwise import losses, ops
@@ -26,6 +26,7 @@ __all__ = [
     "Derived",
     "LossUse",
     "OwnUse",
+    "Reader",
     "Use",
     "bad_call",
     "boundary_of",
@@ -47,6 +48,24 @@ class Derived(NamedTuple):
     names: frozenset[str]
 
 
+class Reader(NamedTuple):
+    """A call that reads a use's output: its function and further arguments, and the nodes of its results.
+
+    kept: the result and its version, where autograd keeps it too.
+    """
+
+    func: Any
+    args: Any
+    kwargs: Any
+    nodes: tuple[Node, ...]
+    kept: tuple[Tensor, int] | None
+
+    @property
+    def result(self) -> Tensor | None:
+        """What the call returned; None where it was not kept or was overwritten since."""
+        return _unchanged(self.kept)
+
+
 class Use:
     """One call of parameters with data.
 
@@ -55,24 +74,23 @@ class Use:
     batch: the tensor that the data was made from by maps that keep the samples. origin: where the rows of the data come
     from, and the data's shape; None where the data requires a gradient.
     at: the file and line of the user's code that made the call. names: those of all parameters that it depends on.
-    consumers: the calls that read the output, as (function, args, kwargs without tensors).
+    readers: the calls that read the output, where the tape keeps outputs, on the way to the loss or beside it.
     """
 
     __slots__ = (
         "_kept",
-        "_read",
         "_released",
         "_slots",
         "at",
         "batch",
         "call",
-        "consumers",
         "edge",
         "index",
         "inputs",
         "names",
         "origin",
         "output",
+        "readers",
         "used",
     )
 
@@ -95,29 +113,24 @@ class Use:
         self.origin: tuple[Origin, torch.Size] | None = None
         self.edge = get_gradient_edge(output)
         self.output = weakref.ref(output)
-        self.consumers: list[Any] = []
+        self.readers: list[Reader] = []
         self._slots: list[Slot] | None = None
         self._released = False
         self._kept = (output.detach(), output._version) if keep else None
-        self._read: tuple[Tensor, int] | None = None
 
     @property
     def value(self) -> Tensor | None:
         """The output's value; None where the tape keeps no outputs or the output was overwritten since."""
         return _unchanged(self._kept)
 
-    @property
-    def read(self) -> Tensor | None:
-        """The result of the first call that reads the output; None where it was not kept or was overwritten since."""
-        return _unchanged(self._read)
-
-    def read_by(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note a call that reads the output; where outputs are kept, so is the first result that autograd saves."""
-        if self._kept is not None and not self.consumers and isinstance(out, Tensor):
+    def read_by(self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> None:
+        """Note a call that reads the output. A result is kept where autograd saves it."""
+        nodes = tuple(t.grad_fn for t in results if t.grad_fn is not None)
+        kept, out = None, results[0]
+        if self._kept is not None and hasattr(type(nodes[0]), "_saved_result"):
             alike = out.shape == self.call.out_shape and out.dtype == self._kept[0].dtype
-            if alike and hasattr(type(out.grad_fn), "_saved_result"):
-                self._read = out.detach(), out._version
-        self.consumers.append((func, args, kwargs))
+            kept = (out.detach(), out._version) if alike else None
+        self.readers.append(Reader(func, args, kwargs, nodes, kept))
 
     @property
     def slots(self) -> list[Slot]:
@@ -156,9 +169,9 @@ class Use:
 
     def release(self) -> None:
         """Drop the call's arguments, which are not read any more, so that autograd's own freeing takes effect."""
-        self._released, self._slots, self._read = True, None, None
+        self._released, self._slots = True, None
         self.call = Call(self.call.func, (), {}, self.call.out_shape)
-        self.consumers.clear()
+        self.readers.clear()
 
     def __repr__(self) -> str:
         names = ", ".join(self.names[:_NAMES]) + (f" and {more} more" if (more := len(self.names) - _NAMES) > 0 else "")

@@ -78,8 +78,8 @@ class SharedUse(Use):
         self.used = [d for use in members for d in use.used]
         self.names = sorted(set().union(*(use.names for use in members)))
         self.batch, self.origin, self.output = members[0].batch, None, members[0].output
-        self.consumers: list[Any] = []
-        self._kept = self._read = None
+        self.readers: list[Any] = []
+        self._kept = None
         self._released = False
         self._members, self._stops = list(members), set(stops)
         self._last: tuple[Tensor, dict[int, Tensor | None]] | None = None

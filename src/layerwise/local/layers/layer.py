@@ -23,7 +23,7 @@ from layerwise.ops import writes_first
 from layerwise.ops.base import Call, Slot
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
-from layerwise.tape.uses import Use
+from layerwise.tape.uses import Reader, Use
 from layerwise.tensors import without_grad
 
 __all__ = ["Layer", "layers_of", "one_weight", "over_passes", "shaped"]
@@ -262,7 +262,8 @@ def _parts(tape: Tape, graph: Graph, uses: Sequence[tuple[Use, Kind]], count: Ma
         shifted = kind.shifted or len(own) < len(kind.names)
         transfer, likelihood = _transfer_and_likelihood(tape, graph, use, kind)
         fixed = use, use.call, kind, own, shifted, tape.parameters[names[0]]
-        parts.append(Layer(*fixed, transfer, likelihood, use.value, _transferred_output(use, transfer)))
+        after = None if transfer.is_squared or likelihood is not None else _readers(graph, use)[0].result
+        parts.append(Layer(*fixed, transfer, likelihood, use.value, after))
     return parts
 
 
@@ -275,11 +276,6 @@ def _as_one_layer(parts: list[Layer]) -> Layer:
         transfer = squared(" and ".join(sorted({part.transfer.name for part in parts})))
     made = parts[0].likelihood if all(part.likelihood is not None for part in parts) else None
     return replace(parts[0], transfer=transfer, likelihood=made, others=tuple(parts[1:]))
-
-
-def _transferred_output(use: Use, transfer: Transfer) -> Tensor | None:
-    """The model's own `f(z)`, where f is the only reader of z and its result is kept; else None."""
-    return None if transfer.is_squared or is_loss(use.consumers[0][0]) else use.read
 
 
 def _is_matrix(use: Use, slot: Slot, bias: Slot | None) -> bool:
@@ -298,9 +294,10 @@ _LINKS = {"identity": IDENTITY, "sigmoid": SIGMOID, "softmax": SOFTMAX}
 
 def _transfer_and_likelihood(tape: Tape, graph: Graph, use: Use, kind: Kind) -> tuple[Transfer, Likelihood | None]:
     """The transfer function of a use's output, and the likelihood of the loss call that reads it, or None."""
-    if len(use.consumers) != 1:
+    readers = _readers(graph, use)
+    if len(readers) != 1 or (use.edge.node, use.edge.output_nr) in graph.hidden:
         return IDENTITY, None
-    func, args, kwargs = use.consumers[0]
+    func, args, kwargs, *_ = readers[0]
     if not is_loss(func):
         transfer = find(func, (None, *args), kwargs)
         if transfer is not None and transfer.name.startswith("softmax"):
@@ -317,6 +314,11 @@ def _transfer_and_likelihood(tape: Tape, graph: Graph, use: Use, kind: Kind) -> 
                 return squared(found.link), found
             return _LINKS.get(found.link, squared(found.link)), found
     return IDENTITY, None
+
+
+def _readers(graph: Graph, use: Use) -> list[Reader]:
+    """The calls that read a use's output on the way to the loss."""
+    return [reader for reader in use.readers if not graph.passed.isdisjoint(reader.nodes)]
 
 
 def _scale(total: Tensor, value: GradientEdge) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.deferred import check_on_nonfinite, completed
-from layerwise.optim.recording import holds_no_gradient, withhold
+from layerwise.optim.recording import Turn, holds_no_gradient, withhold
 from layerwise.optim.saved_state import VERSION, is_count, is_number, present, refuse, unlike
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
@@ -122,6 +122,7 @@ class Preconditioner:
         self._asked: frozenset[Any] | None = None  # the parameters of the last measured batch; None: not known
         self._left: frozenset[str] | None = None  # parameters without factors; None: not known yet
         self._batch: WatchedBatch | None = None
+        self._turn = Turn()  # one step at a time, in whatever thread
         self.steps = self.skipped = 0
         self.check()
         named_parameters_of(model)
@@ -214,12 +215,13 @@ class Preconditioner:
     # -- a step --------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Overwrite `.grad` with the preconditioned gradient; False where the batch was skipped."""
-        try:
-            return self._step()
-        except BaseException as error:
-            self.exchange.fail(error)
-            raise
+        """Overwrite `.grad` with the preconditioned gradient; False where the batch was skipped. Threads take turns."""
+        with self._turn:
+            try:
+                return self._step()
+            except BaseException as error:
+                self.exchange.fail(error)
+                raise
 
     def _damping_of(self, name: str) -> float:
         return self.damping
@@ -319,8 +321,7 @@ class Preconditioner:
 
     def snapshot(self) -> tuple[Any, ...]:
         """The state that steps change, for `restore`."""
-        mine = self.blocks, self._left, self.steps, self.exchange.owners, self.damping, self.skipped
-        return *mine, self._asked
+        return self.blocks, self._left, self.steps, self.exchange.owners, self.damping, self.skipped, self._asked
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Go back to a snapshot."""
@@ -387,8 +388,7 @@ def _write(named: Mapping[str, Tensor], found: Mapping[str, Tensor], written: Ma
 
 def _present(state: Mapping[str, Any]) -> dict[str, Any]:
     """A saved state in present words. Raises BadInput for one that is not a preconditioner's, or lacks keys."""
-    required = ("kind", "damping", "steps", "skipped", "left", "blocks")
-    return present_state(present(state, _KIND, required))
+    return present_state(present(state, _KIND, ("kind", "damping", "steps", "skipped", "left", "blocks")))
 
 
 _SAVED: dict[str, Callable[[Any], bool]] = {
