@@ -199,3 +199,30 @@ def test_rows_pooled_below_a_frozen_trunk_ask_for_the_number(pool: str) -> None:
     want = oracle.per_sample_grad(oracle.parameters(model), lambda: ((model(x) - y) ** 2).sum(1))
     oracle.assert_close(got, {k: v for k, v in want.items() if k in got}, 1e-12)
     assert set(got) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("ends", ["all", "chosen", "mean"])
+@pytest.mark.parametrize("pieces", ["every other", "every third", "halves"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_pieces_of_the_batch_stacked_beside_each_other_are_rows_again(pieces: str, ends: str, frozen: bool) -> None:
+    """A frozen layer in between gives its rows other features, and the batch that was stacked has fewer rows."""
+    x, cls = torch.randn(6, 3, 1).double(), torch.tensor([0, 1, 1, 0, 1, 0])
+    keep = torch.eye(3).repeat(2, 1).bool()
+    step = {"every other": 2, "every third": 3, "halves": 2}[pieces]
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        if pieces == "halves":  # the second half behind the first: rows of two halves in one row of the stack
+            h = torch.stack([m.trunk(part) for part in x.chunk(2)]).flatten(0, 1)
+        else:
+            h = torch.stack([m.trunk(x[k::step]) for k in range(step)], 1).flatten(0, 1)
+        z = m.head(h.tanh().cumsum(1))
+        return z[keep] if ends == "chosen" else z.mean(1) if ends == "mean" else z.flatten(0, 1)
+
+    model = Apply(forward, trunk=nn.Linear(1, 4).requires_grad_(not frozen), head=nn.Linear(4, 2)).double()
+    y = cls.repeat_interleave(3) if ends == "all" else cls
+    got = _each(model, lambda: F.cross_entropy(model(x), y))
+    want = oracle.per_sample_grad(
+        oracle.parameters(model), lambda: F.cross_entropy(model(x), y, reduction="none").view(6, -1).sum(1) / len(y)
+    )
+    oracle.assert_close(got, {k: v for k, v in want.items() if k in got}, 1e-12)
+    assert {"head.weight", "head.bias"} <= set(got)

@@ -210,10 +210,21 @@ def _run(origin: Origin, offsets: Mapping[Origin, int], done: dict[int, Tensor])
         rest = [_on_cpu(x) for x in origin.args[1:]]
         others = {key: _on_cpu(x) for key, x in origin.kwargs.items()}
         out = _padded(again, *rest, **others) if origin.func is F.pad else origin.func(again, *rest, **others)
-        found = out if origin.place is None else out[origin.place]
-        if found.shape != origin.shape:
-            raise ValueError("the moves gave another shape")
+        found = _fitted(out if origin.place is None else out[origin.place], origin.shape)
     done[id(origin)] = found
+    return found
+
+
+def _fitted(found: Tensor, shape: torch.Size) -> Tensor:
+    """Numbers in the shape of the data: a map in between may have given it other features, along which rows are one."""
+    if found.dim() != len(shape):
+        raise ValueError("the moves gave another shape")
+    for axis, size in enumerate(shape):
+        if found.shape[axis] != size:
+            one = found.narrow(axis, 0, 1)
+            if not bool((found == one).all()):
+                raise ValueError("the moves gave another shape")
+            found = one.expand(*found.shape[:axis], size, *found.shape[axis + 1 :])
     return found
 
 

@@ -79,7 +79,7 @@ def contradictory(graph: Graph) -> bool:
     made = [_of_batch(use.origin[0], use.batch.shape) for use in graph.uses if use.origin is not None]
     if len(batches) > 1:
         return any(isinstance(origin, Moved) for origin in made)
-    return any(_cuts_samples(origin) for origin in made[:1])
+    return any(_cuts_samples(origin) or _joins_rows(origin) for origin in made[:1])
 
 
 def outside(graph: Graph, origin: Origin) -> bool:
@@ -95,6 +95,17 @@ def _of_batch(origin: Origin, shape: torch.Size) -> Origin:
     return origin
 
 
+def _joins_rows(origin: Origin) -> bool:
+    """Whether a row of a batch that was put together holds several rows of what it was put together from."""
+    if isinstance(origin, Source) or not isinstance(origin.args[0], list) or not origin.shape:
+        return False
+    found = _numbered(origin)
+    if found is None or not found.numel() or found.shape[0] != origin.shape[0]:
+        return False
+    flat = found.reshape(len(found), -1)
+    return not bool((flat == flat[:, :1]).all())
+
+
 def _cuts_samples(origin: Origin) -> bool:
     """Whether several rows of a batch come from one row of what it was made of."""
     if isinstance(origin, Source) or not origin.shape or isinstance(origin.args[0], list):
@@ -108,16 +119,21 @@ def _row_of(origin: Origin, shape: torch.Size) -> Tensor | None:
 
     The rows of several sources are numbered one after another.
     """
+    found = _numbered(origin)
+    if found is None or found.dim() == 0 or not shape or found.shape[0] != shape[0]:
+        return None
+    flat = found.reshape(len(found), -1)
+    return flat[:, 0] if flat.numel() and bool((flat == flat[:, :1]).all()) else None
+
+
+def _numbered(origin: Origin) -> Tensor | None:
+    """The row of its source for each element of the data, those of several sources numbered one after another."""
     offsets: dict[Origin, int] = {}
     total = 0
     for source in sources(origin):
         offsets[source] = total
         total += source.shape[0] if source.shape else 1
-    found = numbers(origin, offsets)
-    if found is None or found.dim() == 0 or not shape or found.shape[0] != shape[0]:
-        return None
-    flat = found.reshape(len(found), -1)
-    return flat[:, 0] if flat.numel() and bool((flat == flat[:, :1]).all()) else None
+    return numbers(origin, offsets)
 
 
 def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Origin, int]) -> Tensor | None:
