@@ -155,6 +155,20 @@ def test_a_gradient_scaled_by_frequency_has_no_hessian(name: str) -> None:
         F.cross_entropy(model(IDS), Y).backward()
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding", [None, 4])
+def test_bags_scaled_by_frequency_have_first_order_and_no_products(mode: str, padding: int | None) -> None:
+    """Their rows are torch's own, which divides by the counts of other rows; no formula of it is symmetric."""
+    model = Words(nn.EmbeddingBag(6, 4, mode=mode, scale_grad_by_freq=True, padding_idx=padding))
+    with lw.observe(model, lw.PerSampleGrad()) as seen:
+        F.cross_entropy(model(IDS), Y).backward()
+    oracle.assert_close(seen.per_sample_grad["table.weight"].sum(0), model.table.weight.grad)
+    for operator in (lw.GGN, lw.Hessian):
+        with pytest.raises(errors.Undefined, match="embedding_bag with scale_grad_by_freq=True"):
+            made = operator(model, lambda: F.cross_entropy(model(IDS), Y))
+            made @ {name: torch.ones_like(p) for name, p in model.named_parameters()}
+
+
 # Models that change -----------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.errors import Undefined
 from layerwise.ops.arguments import bind, count, plain
 from layerwise.ops.base import Call, Slot
 from layerwise.rows.base import Samples
@@ -122,17 +123,25 @@ def _bag_of_each(index: Tensor, offsets: Tensor | None, bags: int) -> Tensor:
 
 
 def bags_of_rows(embedding: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """`F.embedding_bag` by calls that can be differentiated twice; embedding: what looks up rows, as `F.embedding`."""
+    """`F.embedding_bag` by calls that can be differentiated twice; embedding: what looks up rows, as `F.embedding`.
+
+    Raises Undefined under `scale_grad_by_freq`, where torch divides by counts of its own.
+    """
     call = Call(F.embedding_bag, args, kwargs, torch.Size())
     v = _bound(call, _BAG)
     if v is None or v["max_norm"] is not None or (v["sparse"] and embedding is F.embedding):
         return F.embedding_bag(*args, **kwargs)
+    if v["scale_grad_by_freq"]:
+        raise Undefined(
+            "asked for products with the curvature of an embedding_bag with scale_grad_by_freq=True, whose gradient in "
+            "torch 2.13 is divided by counts of other rows on the CPU, and is no derivative: leave that option out"
+        )
     index, table, offsets, weights, padding = (
         v[name] for name in ("input", "weight", "offsets", "per_sample_weights", "padding_idx")
     )
     bags = len(index) if index.ndim == 2 else len(offsets) - v["include_last_offset"]
     flat, bag = index.long().flatten(), _bag_of_each(index, offsets, bags)
-    rows = embedding(flat, table, padding, None, 2.0, v["scale_grad_by_freq"])
+    rows = embedding(flat, table, padding)
     counted = torch.ones_like(flat) if padding is None else (flat != padding % len(table)).long()
     size = torch.zeros(bags, dtype=torch.int64, device=flat.device).index_add_(0, bag, counted).unsqueeze(1)
     if v["mode"] == "max":
