@@ -19,18 +19,18 @@ __all__ = ["has_derived_gradient", "leaf_gradients", "without_rows"]
 def leaf_gradients(used: Tensor, dense: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Vector-Jacobian products of gradients `[V,N,*used.shape]` to the leaves of `used`, `[V,N,*leaf.shape]` each."""
     flat = dense.flatten(0, 1)
-    carried: Sequence[Tensor | None]
+    pulled: Sequence[Tensor | None]
     try:
-        carried = pull([used], [flat], leaves, batched=True) if len(flat) else [None for _ in leaves]
+        pulled = pull([used], [flat], leaves, batched=True) if len(flat) else [None for _ in leaves]
     except RuntimeError:  # an operation without a batching rule
         each = [pull([used], [row], leaves) for row in flat]
         columns = zip(*each, strict=True)
-        carried = [
+        pulled = [
             torch.stack([torch.zeros_like(p) if g is None else g for g in column])
             for p, column in zip(leaves, columns, strict=True)
         ]
     gradients = []
-    for leaf, value in zip(leaves, carried, strict=True):
+    for leaf, value in zip(leaves, pulled, strict=True):
         value = leaf.new_zeros(len(flat), *leaf.shape) if value is None else value
         gradients.append(value.to(leaf.dtype).unflatten(0, dense.shape[:2]))
     return gradients

@@ -47,7 +47,7 @@ class ParameterGradient:
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
-    def joined(self) -> RowsPart | None:
+    def all_rows(self) -> RowsPart | None:
         """The parts as one pair of rows, or None where they have no common row form."""
         if len(self.parts) == 1:
             (first,) = self.parts
@@ -73,8 +73,8 @@ class ParameterGradient:
     @cached_property
     def groups(self) -> list[RowsPart] | None:
         """One pair of rows for the parameter, or for each of its disjoint slices; None where neither exists."""
-        if self.joined is not None:
-            return [self.joined]
+        if self.all_rows is not None:
+            return [self.all_rows]
         parts = self._row_parts
         if parts is None or self._groups is None:
             return None
@@ -99,8 +99,8 @@ class ParameterGradient:
 
     @property
     def _fewest(self) -> Sequence[Part]:
-        """The joined part alone where there is one, otherwise all parts."""
-        return self.parts if self.joined is None else [self.joined]
+        """The part with all rows alone where there is one, otherwise all parts."""
+        return self.parts if self.all_rows is None else [self.all_rows]
 
     def per_sample(self, start: int = 0, stop: int | None = None) -> Tensor:
         """`[V,n,*shape]`: the gradient of each sample from `start` to `stop`, summed over uses."""
@@ -124,7 +124,7 @@ class ParameterGradient:
 
     def total(self) -> Tensor:
         """`[V,*shape]`: the gradient, summed over samples and uses."""
-        if (part := self.joined) is not None:
+        if (part := self.all_rows) is not None:
             return part.fold(contract.total(part.rows))
         return sum((g.sum(1) for g in self._in_chunks()), self._zeros(()))
 
@@ -133,7 +133,7 @@ class ParameterGradient:
         return self._once("rows", self._rows)
 
     def _rows(self) -> Tensor:
-        if (part := self.joined) is None or (sums := self._sums(part)) is None:
+        if (part := self.all_rows) is None or (sums := self._sums(part)) is None:
             return self.per_sample()
         rows = contract.per_sample(part.rows, sums=sums)
         self._kept["sum"] = part.fold(sums)
@@ -151,7 +151,7 @@ class ParameterGradient:
 
     def _held_rows(self) -> Tensor | None:
         """The cached per-sample gradients, unless there are none or their squares are cheaper from rows."""
-        part, held = self.joined, self._kept.get("rows")
+        part, held = self.all_rows, self._kept.get("rows")
         if held is None or part is None:
             return held
         return held if contract.squares_need_rows(part.rows) else None
@@ -169,7 +169,7 @@ class ParameterGradient:
     def _second_moment(self) -> Tensor:
         if (held := self._held_rows()) is not None and not held.is_complex():
             return contract.sum_of_squares(held.flatten(0, 1))
-        if (part := self.joined) is not None:
+        if (part := self.all_rows) is not None:
             sums = self._sums(part)
             squares = contract.second_moment(part.rows, sums)
             if sums is not None:
@@ -198,7 +198,7 @@ class ParameterGradient:
             return self._kept["dots"].diagonal(dim1=1, dim2=2).clone()
         if (held := self._held_rows()) is not None:
             return torch.linalg.vector_norm(held.reshape(*held.shape[:2], -1), dim=2).square_()
-        if (part := self.joined) is not None:
+        if (part := self.all_rows) is not None:
             return contract.squared_norm(part.rows)
         norms = [tensors.squared(g.reshape(*g.shape[:2], -1)).sum(2) for g in self._in_chunks()]
         return torch.cat(norms, 1) if norms else self._zeros((1, 0), real=True)
@@ -224,7 +224,7 @@ class ParameterGradient:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """`[*shape]`: sum over v and n of the per-sample gradient times `weights` `[V,N]`."""
-        if (part := self.joined) is not None:
+        if (part := self.all_rows) is not None:
             return part.fold(contract.weighted_sum(part.rows, weights))
         total, start = self._zeros(self.shape), 0
         for g in self._in_chunks():
@@ -241,7 +241,7 @@ class ParameterGradient:
         if (held := self._held_rows()) is not None:
             flat = tensors.as_real(held).reshape(*held.shape[:2], -1)
             return flat @ flat.mT
-        if (part := self.joined) is not None:
+        if (part := self.all_rows) is not None:
             return contract.pairwise_dot(part.rows)
         n, each = self.parts[0].size[1], self._each()
         blocks = [slice(low, min(n, low + each)) for low in range(0, n, each)]
@@ -258,7 +258,7 @@ class ParameterGradient:
 
     def sketch(self, sketch: TensorSketch) -> Tensor:
         """`[V,N,dim]`: sketches of the per-sample gradients, whatever the layout of the parameter's uses."""
-        if (part := self.joined) is not None:
+        if (part := self.all_rows) is not None:
             found = sketch.of_rows(part.rows, part.layout())
             if found is not None:
                 return found
@@ -297,7 +297,7 @@ class ParameterGradient:
 
         left: `[P,R]`; right: `[Q,C]`.
         """
-        if (part := self.joined) is not None:
+        if (part := self.all_rows) is not None:
             factors = project.in_layout(left, right, part.layout())
             if factors is not None:
                 u, w, turned = factors

@@ -121,10 +121,10 @@ def _in_dtype(dtype: torch.dtype, rows: Rows) -> Rows:
 
 @dataclass(frozen=True)
 class DensePart(Part):
-    """Per-sample gradients `[V,N,*shape]`; carried: whether they came through a derived tensor by autograd."""
+    """Per-sample gradients `[V,N,*shape]`; by_autograd: whether they came through a derived tensor by autograd."""
 
     values: Tensor
-    carried: bool
+    by_autograd: bool
 
     @property
     def size(self) -> torch.Size:
@@ -261,8 +261,8 @@ def _parts_by_slots(
         dense = slot.dense(g, samples)
         derived_tensor = not slot.used.is_leaf
         values = leaf_gradients(slot.used, dense, list(leaves.values())) if derived_tensor else [dense]
-        carried = derived_tensor or slot.through_graph
-        parts += [(name, DensePart(use, v, carried)) for name, v in zip(leaves, values, strict=True)]
+        by_autograd = derived_tensor or slot.through_graph
+        parts += [(name, DensePart(use, v, by_autograd)) for name, v in zip(leaves, values, strict=True)]
     return parts
 
 

@@ -152,7 +152,7 @@ class SecondStage:
     def hold(self, use: Use, g: Tensor, parts: list[tuple[str, Part]]) -> None:
         """Keep a cotangent, and its parts where they came back through a graph that the backward pass frees."""
         if self.indices:
-            self._held.append((use, g, parts if any(_carried(part) for _, part in parts) else []))
+            self._held.append((use, g, parts if any(_by_autograd(part) for _, part in parts) else []))
 
     def must_come_first(self) -> bool:
         """Whether both stages must run before the user's backward pass, which frees the graph of derived weights."""
@@ -217,9 +217,9 @@ def _compute(observed: BackwardPass, indices: Sequence[int], gradient: Parameter
             observed.add(i, gradient, tuple([_unshared(t, gradient) for t in observed.compute(i, gradient)]))
 
 
-def _carried(part: Part) -> bool:
+def _by_autograd(part: Part) -> bool:
     """Whether a contribution came back through a graph of parameters, which a backward pass frees."""
-    return isinstance(part, LaterPart) or (isinstance(part, DensePart) and part.carried)
+    return isinstance(part, LaterPart) or (isinstance(part, DensePart) and part.by_autograd)
 
 
 def _unshared(t: Any, gradient: ParameterGradient) -> Any:

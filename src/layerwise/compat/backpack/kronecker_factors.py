@@ -87,13 +87,13 @@ class Factors(Quantity):
 def _rows(gradient: ParameterGradient) -> tuple[Rows, MatrixLayout]:
     """The rows of a parameter that is used as one matrix, and the layout of the matrix in it."""
     laid = gradient.laid()
-    if laid.form != "rows" or gradient.joined is None:
+    if laid.form != "rows" or gradient.all_rows is None:
         uses = ", ".join(repr(part.use) for part in gradient.parts)
         raise Undefined(
             f"asked for Kronecker factors of {gradient.name!r}, which its uses do not read as one matrix: {uses}; take "
             f"layerwise's KFAC or KFLR, which have its factors from {laid.form}, or freeze the parameter"
         )
-    return gradient.joined.rows, laid.matrices[0]
+    return gradient.all_rows.rows, laid.matrices[0]
 
 
 def _in_memory_order(a: Tensor, layout: MatrixLayout) -> Tensor:

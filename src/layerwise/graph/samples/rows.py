@@ -79,10 +79,10 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             continue
         # a tensor that no one called the model with may be a constant, whose rows are those of all samples
         owners = owners_of_rows(graph, layout)
-        told = all(one or outside(graph, source) for source, _, one in owners)
+        shown = all(one or outside(graph, source) for source, _, one in owners)
         # where all that reads the batch would be shared by its samples, nothing tells which terms are one sample's
         heard = not layout.replaced or any(one and len(set(owner.values())) > 1 for _, owner, one in owners)
-        found += [layout] if told and heard else []
+        found += [layout] if shown and heard else []
     if len(found) > 1:
         raise AmbiguousSamples(
             f"the terms of the loss can belong to {n} samples in {len(found)} ways that this batch cannot tell apart; "

@@ -26,7 +26,7 @@ from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, is_finite, without_grad
 
 __all__ = [
-    "Recorded", "RunRecorder", "dense", "may_be_finite", "problem_of", "pulled", "record", "refreshed", "told",
+    "Recorded", "RunRecorder", "dense", "may_be_finite", "problem_of", "pulled", "record", "refreshed", "single_count",
 ]  # fmt: skip
 
 
@@ -49,10 +49,10 @@ class Recorded:
     @property
     def samples(self) -> int:
         """N. Raises AmbiguousSamples where it may be several numbers."""
-        return told(self.counted)
+        return single_count(self.counted)
 
 
-def told(counted: int | str) -> int:
+def single_count(counted: int | str) -> int:
     """A number of samples. Raises AmbiguousSamples where there are words on the numbers it may be in its place."""
     if isinstance(counted, str):
         raise AmbiguousSamples(counted)

@@ -13,7 +13,7 @@ from layerwise.errors import BadInput
 from layerwise.local.codes.code_step import CodeStep, Terms
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
-from layerwise.local.layers.record import Recorded, problem_of, told
+from layerwise.local.layers.record import Recorded, problem_of, single_count
 from layerwise.local.layers.term_weights import OtherWeight, TermWeights
 from layerwise.local.problem import LocalProblem, predict, refuse_half
 from layerwise.local.regularizers import WeightDecay
@@ -142,7 +142,7 @@ class CodeFitter:
         return Terms(coupling, self._batch(counted), sparsity, self.multipliers)
 
     def _batch(self, counted: int | str) -> float:
-        return float(told(counted)) if self._reduction == "mean" else 1.0
+        return float(single_count(counted)) if self._reduction == "mean" else 1.0
 
     def _update(self, fitting: Fitting, layer: Layer) -> Update:
         return self.updates.of(layer.name, fitting.group(layer.name))

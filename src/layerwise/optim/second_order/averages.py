@@ -88,8 +88,8 @@ def average(old: Average | None, block: Block, decay: float) -> Average:
         return Average(new)
     batches = old.batches + 1
     weight, its = _weight(decay, batches), fields_of(new)
-    joined = {key: None if t is None else t.lerp(its[key], weight) for key, t in fields_of(old.block).items()}
-    return old._replace(block=with_fields(old.block, joined), batches=batches)
+    averaged = {key: None if t is None else t.lerp(its[key], weight) for key, t in fields_of(old.block).items()}
+    return old._replace(block=with_fields(old.block, averaged), batches=batches)
 
 
 def with_moments(held: Average, basis: EigenBlock, moments: Tensor, decay: float) -> Average:
