@@ -333,6 +333,18 @@ def test_nothing_imports_what_needs_another_library() -> None:
     assert not importers
 
 
+def test_every_public_name_is_there_and_the_optimizers_wait_for_their_first_use() -> None:
+    program = (
+        "import sys, layerwise\n"
+        "early = [p for p in ('attribution', 'distributed', 'local', 'monitor', 'optim') "
+        "if f'layerwise.{p}' in sys.modules]\n"
+        "missing = [n for n in layerwise.__all__ if n not in dir(layerwise) or not hasattr(layerwise, n)]\n"
+        "print(early, missing, layerwise.AltMin is layerwise.optim.AltMin)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.split("\n")[0] == "[] [] True"
+
+
 def code_lines(path: Path) -> int:
     """The lines that hold code: neither blank, nor comment, nor docstring."""
     skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
