@@ -80,6 +80,7 @@ class Memory:
     sweeps: int = 1
     every: int = 10
     gain: float = 20.0
+    squared_only: ClassVar[bool] = True
     decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -15,12 +15,12 @@ from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.fused import FusedAdam, FusedSGD
-from layerwise.local.solvers.memory import Memory, moments_misfit
+from layerwise.local.solvers.memory import Memory
 from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
 from layerwise.optim.keywords import Effects
-from layerwise.optim.layer_local.base import check_common
+from layerwise.optim.layer_local.base import check_common, forms_of_state
 from layerwise.optim.layer_local.choices import check_patterns, first_match, several
-from layerwise.optim.saved_state import Fit, of_local_optimizer
+from layerwise.optim.saved_state import Fit
 
 __all__ = [
     "DEFAULTS", "CodeKind", "CodeUpdate", "Minibatch", "Update", "Updates", "WeightUpdate", "check_group", "fused",
@@ -170,9 +170,7 @@ class Updates:
         """The forms that a parameter's saved state may have: of all updates, since a bias has that of its weight's."""
         for group in groups:
             for update in (*self.every(), self.of(name, group)):
-                yield from of_local_optimizer(*rates_of(update, group), p)
-                if isinstance(update.solver, Memory):
-                    yield partial(moments_misfit, p.detach())
+                yield from forms_of_state(update.solver, rates_of(update, group), p)
 
     def effects(self, codes: str, groups: Iterable[Mapping[str, Any]]) -> Effects:
         """Which numbers move something; Adam also moves what has no code beside a memory or a solver."""
