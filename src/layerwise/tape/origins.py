@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.tape.calls import assembles
+from layerwise.tape.calls import SCATTER, assembles
 
 __all__ = ["Moved", "Origin", "Origins", "Source", "ancestors", "numbers", "offsets_of", "parents", "settle", "sources"]
 
@@ -86,6 +86,9 @@ class Origins:
         elif not results or assembles(func, args, kwargs):
             for x in results or args[:1]:  # a write returns nothing
                 self._put_together(x, data)
+        elif func in SCATTER and not any(x is data[0] for x in [*args[:1], kwargs.get("input")]):
+            for x in results:
+                self._scattered(x, data)
         else:
             for x in results:  # a frozen recurrent layer returns several
                 self._mapped(x, data)
@@ -94,6 +97,11 @@ class Origins:
         found = self._noted.get(id(out))
         if isinstance(out, Tensor) and (found is None or found[0]() is not out):
             self.set(out, out.detach(), Source(out.shape, tuple(self.of(x)[1] for x in data if x is not out)))
+
+    def _scattered(self, out: Tensor, data: Sequence[Tensor]) -> None:
+        """Note rows that were written onto a constant: made of what has the values, and open which row of it."""
+        batch, origin = self.of(next((d for d in reversed(data) if d.is_floating_point()), data[-1]))
+        self.set(out, batch, Moved(_unknown_rows, (origin,), {}, None, out.shape))
 
     def _mapped(self, out: Tensor, data: Sequence[Tensor]) -> None:
         parent = data[0]
@@ -118,6 +126,10 @@ class Origins:
             if not table:
                 origin = Moved(func, (moved, *args[1:]), others, i if several else None, x.shape, drawn)
             self.set(x, x.detach() if collects else kept, origin)
+
+
+def _unknown_rows(*_: Any) -> Tensor:
+    raise ValueError("an index decides which rows of the result are made of which")
 
 
 def _draws(func: Any, args: Any) -> bool:

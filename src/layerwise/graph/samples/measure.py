@@ -19,7 +19,9 @@ from layerwise.graph.samples.memo import Memo, Refused, key_of, memo_of, recalle
 from layerwise.graph.samples.rows import (
     Owners,
     by_rows,
+    are_parts,
     check_losses,
+    exchanged,
     one_row_a_sample,
     one_sample_a_row,
     owners_of_rows,
@@ -82,7 +84,7 @@ def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, 
     if isinstance(samples, Tensor):
         return next(by_rows(graph, int(samples.max()) + 1, samples))
     n = samples if samples is not None else readings.first_count(graph)
-    if n is None or (samples is None and readings.contradictory(graph)):
+    if n is None or (samples is None and readings.contradictory(graph, len(graph.losses))):
         return _first_that_holds(tape, graph, readings.candidates(graph))
     refusal = recalled(memo, (key, "axes"))
     if not isinstance(refusal, tuple):
@@ -128,7 +130,7 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int | s
     first = readings.first_count(graph) or 1
     sizes = [_term_sizes(loss) for loss in tape.losses]
     divides = bool(sizes) and all(any(size % first == 0 for size in axes) for axes in sizes)
-    if divides and not readings.contradictory(graph) and not _has_own_part(tape, total):
+    if divides and not readings.contradictory(graph, len(tape.losses)) and not _has_own_part(tape, total):
         return first
     whole = graph
     try:
@@ -233,7 +235,13 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
             refusals.append(_parts(error))
             possible |= {n} & set(counts[0]) if isinstance(error, AmbiguousSamples) else set()
         if confirmed and n in counts[1]:
+            possible |= {n}
             break
+    if confirmed:
+        parts, other = are_parts(graph), exchanged(graph, confirmed[0])
+        possible |= {confirmed[0].n, parts.n} if parts is not None else set()
+        told = other is not None and confirmed[0].n in counts[0] and confirmed[0].n in readings.labelled(graph)
+        possible |= {confirmed[0].n, other} if other is not None and not told else set()
     if confirmed and len(possible) > 1:
         raise AmbiguousSamples(
             f"several numbers of samples may hold: {readings.named(graph, possible)}; this batch cannot tell which it "
