@@ -67,7 +67,9 @@ def _in_both_forms(names: str) -> set[Any]:
 
 
 # Calls that write rows onto a tensor where an index or a mask says.
-SCATTER = _in_both_forms("index_add index_copy index_put index_reduce scatter scatter_add scatter_reduce masked_scatter")
+SCATTER = _in_both_forms(
+    "index_add index_copy index_put index_reduce scatter scatter_add scatter_reduce masked_scatter"
+)
 # Calls that move elements according to the values of an index or a mask.
 GATHER = {Tensor.__getitem__, Tensor.__setitem__, *SCATTER} | _in_both_forms(
     "where gather take take_along_dim index_select masked_select repeat_interleave"

@@ -62,6 +62,7 @@ class Origins:
 
     def __init__(self) -> None:
         self._noted: dict[int, tuple[weakref.ref[Tensor], Tensor, Origin]] = {}
+        self.together: dict[tuple[int, int], tuple[Origin, Origin]] = {}  # tensors whose rows a call took one by one
 
     def of(self, tensor: Tensor) -> tuple[Tensor, Origin]:
         """The batch and the origin; the tensor itself where none was noted."""
@@ -108,8 +109,17 @@ class Origins:
         if len(data) > 1 and out.dim():  # `mean - x`: the argument with as many rows as the result
             rows, dims = out.shape[0], out.dim()
             parent = next((d for d in data if d.dim() == dims and d.shape[0] == rows), parent)
+            self._meet(parent, [d for d in data if d.dim() and d.shape[0] == rows])
         if parent is not out:
             self.set(out, *self.of(parent))
+
+    def _meet(self, one: Tensor, others: Sequence[Tensor]) -> None:
+        """Note that a call took rows of several tensors together, one by one."""
+        batch, origin = self.of(one)
+        for other in others:
+            if other is not one and self.of(other)[0] is not batch:
+                met = self.of(other)[1]
+                self.together[id(origin), id(met)] = origin, met
 
     def _moved(self, func: Any, args: Any, kwargs: Any, data: Tensor, results: Sequence[Tensor], several: bool) -> None:
         """Note the results of a moving call; one that collects samples makes a new batch."""

@@ -257,18 +257,26 @@ def _term_owners(shape: torch.Size, n: int, given: Tensor | None) -> Tensor | No
 
 
 def one_after_another(graph: Graph, n: int) -> list[Where] | None:
-    """The samples of several losses that have n rows of terms together: those of one loss after those of another."""
+    """The samples of several losses that have n rows of terms together: those of one loss after those of another.
+
+    In the order of the calls: of the known losses, then of the modules that returned what the user's own losses read.
+    """
     sizes = terms(graph)
     if len(sizes) < 2 or sum(sizes) != n:
         return None
-    found: list[Where] = []
-    for loss, size in zip(graph.losses, sizes, strict=True):
-        shape = [1] * loss.call.logits.dim()
-        axis = next((a for a in range(len(shape)) if a != loss.call.class_axis), None)
-        shape = shape if axis is None else [*shape[:axis], size, *shape[axis + 1 :]]
-        start = sum(where.numbers.numel() for where in found if isinstance(where, RowNumbers))
-        found.append(RowNumbers(n, torch.arange(start, start + size).reshape(shape)))
-    return found
+    order = list(range(len(sizes)))
+    order.sort(
+        key=lambda i: (i, 0) if i < len(graph.known) else (len(sizes), graph.losses[i].logits.node._sequence_nr())
+    )
+    found: dict[int, Where] = {}
+    start = 0
+    for i in order:
+        call, size = graph.losses[i].call, sizes[i]
+        axis = next((a for a in range(call.logits.dim()) if a != call.class_axis), None)
+        shape = [size if a == axis else 1 for a in range(call.logits.dim())]
+        found[i] = RowNumbers(n, torch.arange(start, start + size).reshape(shape))
+        start += size
+    return [found[i] for i in range(len(sizes))]
 
 
 def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
@@ -291,8 +299,8 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
             _by_target(graph, x, rows) or _first_axis(graph, x, rows) or _by_inputs(graph, x, rows)
             for x in graph.losses
         ]
-        for ways in (found, one_after_another(graph, rows) or [None]):
-            if all(where is not None for where in ways):
+        for ways in (found, one_after_another(graph, rows)):
+            if ways is not None and all(where is not None for where in ways):
                 shapes = [loss.call.logits.shape for loss in graph.losses]
                 yield [
                     RowNumbers(n, given.to(where.owners(shape).device)[where.owners(shape)])

@@ -11,13 +11,13 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
-from layerwise.graph.separable import loss_terms
+from layerwise.graph.separable import loss_terms, sequences
 from layerwise.tape.origins import Moved, Origin, Source, ancestors, numbers, offsets_of, parents, sources
 from layerwise.tape.uses import LossUse, Use
 
 __all__ = [
-    "candidates", "contradictory", "first_count", "hashed", "labelled", "named", "on_output", "origin_rows", "origins", "outside",
-    "places", "row_counts", "tensor_asked", "term_shape", "terms",
+    "candidates", "contradictory", "first_count", "hashed", "labelled", "named", "on_output", "origin_rows", "origins",
+    "outside", "places", "row_counts", "said_by_loss", "tensor_asked", "term_shape", "terms",
 ]  # fmt: skip
 
 
@@ -54,6 +54,14 @@ def hashed(argument: Any) -> Any:
 def first_count(graph: Graph) -> int | None:
     """Dim 0 of the batch that the first use's input was made from; None where there is no such batch."""
     return graph.batch.shape[0] if graph.batch is not None and graph.batch.dim() else None
+
+
+def said_by_loss(graph: Graph) -> int | None:
+    """The number of sequences, where every loss is one that is defined on a batch of these, on whatever axis."""
+    if graph.known or not graph.own:
+        return None
+    counts = {sequences(OwnLossGraph(graph, own)) for own in graph.own}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def terms(graph: Graph) -> list[int]:

@@ -12,18 +12,21 @@ from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
-from layerwise.graph.samples.loss_rows import axis_of, numberings, one_after_another, unheard
+from layerwise.graph.samples.loss_rows import numberings, unheard
 from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.numbers import MIXED, Root, numbers_of_both, row_numbers
-from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts, tensor_asked, terms
+from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts, tensor_asked
 from layerwise.graph.samples.sample_axes import hypotheses
-from layerwise.graph.samples.sample_layout import SampleLayout, Where, free_axes
+from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.separable import check_sum_over_samples
 from layerwise.rows.base import RowNumbers, Samples
-from layerwise.tape.origins import Origin, ancestors, offsets_of, sources
+from layerwise.tape.origins import Origin, offsets_of, sources
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["Owners", "by_rows", "check_losses", "are_parts", "exchanged", "one_row_a_sample", "one_sample_a_row", "owners_of_rows"]
+__all__ = [
+    "Owners", "by_rows", "check_losses", "layout_by", "one_row_a_sample", "one_sample_a_row", "owners_of_rows",
+    "root_of", "rows_by_source",
+]  # fmt: skip
 
 Owners = tuple[Origin, dict[int, int], bool]
 
@@ -40,7 +43,7 @@ def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[Sampl
     confirmed = 0
     for losses in numberings(graph, n, given):
         try:
-            layout = _layout(graph, n, losses)
+            layout = layout_by(graph, n, losses)
             check_losses(graph, layout)
             if given is None:
                 _check_rows_apart(graph, layout)
@@ -76,7 +79,7 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
     found: list[SampleLayout] = []
     for ways in _ways(graph, n):
         try:
-            layout = _layout(graph, n, ways)
+            layout = layout_by(graph, n, ways)
             check_losses(graph, layout)
         except SamplesMixed:
             continue
@@ -141,8 +144,9 @@ def check_losses(graph: Graph, layout: SampleLayout) -> None:
         at += len(own.boundary)
 
 
-def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
-    roots = [_root(loss, where) for loss, where in zip(graph.losses, losses, strict=True)]
+def layout_by(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
+    """The layout by which the losses' terms belong to n samples as given. Raises SamplesMixed."""
+    roots = [root_of(loss, where) for loss, where in zip(graph.losses, losses, strict=True)]
     numbers: list[Tensor | None] = [None] * len(graph.uses)
     for root in roots:  # each by itself: terms of two losses may cancel
         numbers = [numbers_of_both(a, b) for a, b in zip(numbers, row_numbers([root], n, graph.uses), strict=True)]
@@ -175,7 +179,8 @@ def _where(graph: Graph, losses: Sequence[Where], use: Use) -> str:
     return next((text for text in found if text), "")
 
 
-def _root(loss: LossUse, where: Where) -> Root:
+def root_of(loss: LossUse, where: Where) -> Root:
+    """A loss's outputs with the numbers of their samples."""
     logits = loss.call.logits
     return Root(loss.logits, logits, where.owners(logits.shape, logits.device))
 
@@ -216,102 +221,30 @@ def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners
 
 def owners_of_rows(graph: Graph, layout: SampleLayout) -> list[Owners]:
     """For each tensor that inputs were made of, a sample of each of its rows, and whether it is the only one."""
-    found = _RowOwners(layout.n)
+    owners: dict[Origin, dict[int, int]] = {}
+    single: dict[Origin, bool] = {}
     for use in graph.uses:
         where = layout.uses.get(use.index)
         if use.origin is None or where is None or use.index in layout.replaced:
             continue
-        for source in sources(use.origin[0]):
-            rows = origin_rows(*use.origin, offsets_of(source, use.origin[0]))
-            rows = None if rows is None else on_output(rows, use)
-            if rows is not None:
-                found.note(source, rows, where.owners(use.call.out_shape).cpu())
-    return found.all()
+        for source, of_source in rows_by_source(use.origin):
+            rows = on_output(of_source, use)
+            if rows is None:
+                continue
+            numbers = where.owners(use.call.out_shape).cpu()
+            row, number = (x.flatten() for x in torch.broadcast_tensors(rows, numbers))
+            held = (row >= 0) & (number >= 0)
+            seen = owners.setdefault(source, {})
+            single.setdefault(source, True)
+            for pair in (row[held] * layout.n + number[held]).unique().tolist():
+                r, sample = divmod(pair, layout.n)
+                single[source] &= seen.setdefault(r, sample) == sample
+    return [(source, owner, single[source]) for source, owner in owners.items()]
 
 
-class _RowOwners:
-    """The samples of the rows of some tensors, noted one set of rows after another."""
-
-    def __init__(self, n: int) -> None:
-        self._n = n
-        self._owners: dict[Origin, dict[int, int]] = {}
-        self._single: dict[Origin, bool] = {}
-
-    def note(self, source: Origin, rows: Tensor, numbers: Tensor) -> None:
-        """Note elements made of rows of a source, and the samples that they belong to; less than 0: none of either."""
-        row, number = (x.flatten() for x in torch.broadcast_tensors(rows, numbers))
-        held = (row >= 0) & (number >= 0)
-        seen = self._owners.setdefault(source, {})
-        self._single.setdefault(source, True)
-        for pair in (row[held] * self._n + number[held]).unique().tolist():
-            r, sample = divmod(pair, self._n)
-            self._single[source] &= seen.setdefault(r, sample) == sample
-
-    def all(self) -> list[Owners]:
-        """What `owners_of_rows` gives."""
-        return [(source, owner, self._single[source]) for source, owner in self._owners.items()]
-
-
-# -- other readings of one batch ------------------------------------------------------------------------------------
-
-
-def are_parts(graph: Graph) -> SampleLayout | None:
-    """The layout by which the losses are of parts of a batch, each of samples of its own; None where it is not so.
-
-    It is not where a row of some tensor, of a target too, has a part in two losses, nor where one call of the model
-    was given rows of both.
-    """
-    n = sum(terms(graph))
-    losses = one_after_another(graph, n)
-    if losses is None:
-        return None
-    try:
-        layout = _layout(graph, n, losses)
-        check_losses(graph, layout)
-    except SamplesMixed:
-        return None
-    owners = owners_of_rows(graph, layout)
-    if layout.replaced or not owners or not all(one for _, _, one in owners + _owners_of_targets(graph, layout)):
-        return None
-    samples = {source: set(owner.values()) for source, owner, _ in owners}
-    for call in graph.calls:
-        held = [set().union(*(samples.get(s, set()) for s in sources(origin))) for origin in call]
-        if any(a and b and not a & b for i, a in enumerate(held) for b in held[:i]):
-            return None
-    return layout
-
-
-def _owners_of_targets(graph: Graph, layout: SampleLayout) -> list[Owners]:
-    found = _RowOwners(layout.n)
-    for loss, where in zip(graph.losses, layout.losses, strict=True):
-        numbers = where.owners(loss.call.logits.shape).cpu()
-        if loss.target is None:
-            continue
-        origin, shape = loss.target
-        if len(shape) == numbers.dim() - 1 and loss.call.class_axis is not None:
-            numbers = numbers.select(loss.call.class_axis, 0)
-        for source in ancestors(origin):
-            rows = origin_rows(origin, shape, offsets_of(source, origin)) if source in sources(origin) else None
-            if rows is not None and rows.dim() == numbers.dim():
-                found.note(source, rows, numbers)
-    return found.all()
-
-
-def exchanged(graph: Graph, layout: SampleLayout) -> int | None:
-    """The rows that all samples share, where these may as well be the samples, compared with all rows of the batch.
-
-    So it is where each of these rows, which the model was called with, has loss terms of its own, by an axis of the
-    losses that no layer on the batch has. None where it is not so.
-    """
-    called = {source for origin in graph.entered for source in sources(origin)}
-    shared = [use for use in graph.uses if use.index in layout.replaced and use.origin is not None]
-    others = [use for use in graph.uses if use.index not in layout.replaced]
-    counts = [s.shape[0] for use in shared if use.origin for s in sources(use.origin[0]) if s in called and s.shape]
-    for m in dict.fromkeys(counts):
-        ways = [axis_of(loss, m) for loss in graph.losses]
-        if m in (1, layout.n) or any(use.call.out_shape[a] == m for use in others for a in free_axes(use)):
-            continue
-        roots = [_root(loss, way) for loss, way in zip(graph.losses, ways, strict=True) if way is not None]
-        if len(roots) == len(ways) and all(bool((r != MIXED).all()) for r in row_numbers(roots, m, shared)):
-            return m
-    return None
+def rows_by_source(made: tuple[Origin, torch.Size] | None) -> Iterator[tuple[Origin, Tensor]]:
+    """Each tensor that some data was made of, with the number of its row for each element of the data."""
+    for source in () if made is None else sources(made[0]):
+        rows = None if made is None else origin_rows(*made, offsets_of(source, made[0]))
+        if rows is not None:
+            yield source, rows
