@@ -34,8 +34,9 @@ class Graph:
 
     known: losses with a likelihood, in call order. own: the user's own losses, which are the rest of the total.
     selections: the nodes between the losses' inputs and uses, or two uses, that pick elements by an index or a mask.
-    in_losses: those between the total and the losses' inputs. entered: where the tensors come from that the model was
-    called with. asked: names of the parameters whose quantities are wanted; None: all.
+    in_losses: those between the total and the losses' inputs. calls: where the tensors come from that the model was
+    called with, those of each call. met: the same of calls that took rows of several tensors together.
+    asked: names of the parameters whose quantities are wanted; None: all.
     passed: the nodes on the way from the total, or from the losses' inputs, to the parameters. hidden: the edges that
     those among them read whose calls cannot be seen: functions of the user's own, and writes through views.
     """
@@ -47,7 +48,8 @@ class Graph:
     own: list[OwnUse]
     selections: tuple[Node, ...] = ()
     in_losses: tuple[Node, ...] = ()
-    entered: tuple[Origin, ...] = ()
+    calls: tuple[tuple[Origin, ...], ...] = ()
+    met: tuple[tuple[Origin, ...], ...] = ()
     asked: frozenset[str] | None = None
     passed: frozenset[Node] = frozenset()
     hidden: frozenset[tuple[Node | None, int]] = frozenset()
@@ -56,6 +58,11 @@ class Graph:
     def losses(self) -> list[LossUse]:
         """The inputs of all losses: the logits of the known ones, then the boundary of the user's own."""
         return [*self.known, *(part for own in self.own for part in own.boundary)]
+
+    @property
+    def entered(self) -> list[Origin]:
+        """Where all tensors come from that the model was called with."""
+        return [origin for call in self.calls for origin in call]
 
     @property
     def seed(self) -> Tensor:
@@ -109,7 +116,7 @@ def prove(
     in_losses = tuple(node for node in graph.in_losses if node not in walk.selections)
     return replace(
         graph, weight=weight, uses=uses, selections=tuple(walk.selections), in_losses=in_losses,
-        entered=tuple(tape.entered), passed=frozenset(walk.passed), hidden=frozenset(walk.hidden),
+        calls=tuple(tape.entered), met=tuple(tape.met), passed=frozenset(walk.passed), hidden=frozenset(walk.hidden),
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class LossRecord(TorchFunctionMode):
     losses: the known calls. own: the marked ones. returned: the boundary of all other losses, the tensors that the
     model's forward returned, or where the user called others of its modules, in methods such as `encode`, those that
     these returned; recorded by global module hooks while the context is active; None without `own_losses`.
-    entered: where the tensors come from that the model's forward was called with.
+    entered: where the tensors come from that the model's forward was called with, those of each call.
     """
 
     calls: list[Any]
@@ -76,7 +76,7 @@ class LossRecord(TorchFunctionMode):
         self.own: list[OwnUse] = []
         self.returned = None if self.returned is None else []
         self._views: list[tuple[GradientEdge, Tensor]] = []  # returned views: their edges, and what they are views of
-        self.entered: list[Origin] = []
+        self.entered: list[tuple[Origin, ...]] = []
         self._log_softmax: dict[int, _LogSoftmax] = {}
 
     def forget_losses(self, made: Iterable[LossUse]) -> None:
@@ -203,15 +203,17 @@ class LossRecord(TorchFunctionMode):
             self.own.append(OwnUse(call, parts, get_gradient_edge(out)))
         return out
 
+    def _is_input(self, x: Tensor) -> bool:
+        """Whether a tensor that requires grad is differentiated by in the loss, and no parameter."""
+        return x.is_leaf and id(x) not in self._known
+
     def _model_returned(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         self._returned((args, kwargs), out)
 
     def _returned(self, given: Any, out: Any, hold: bool = True) -> None:
         """Record the tensors that the model's forward was called with, and those that a module returned."""
-        for x in losses.tensors_in(given):
-            own = x.requires_grad and x.is_leaf and id(x) not in self._known  # differentiated by in the loss
-            if x.dim() and (own or not x.requires_grad):
-                self.entered.append(self._made_from(x)[1])
+        own = (x for x in losses.tensors_in(given) if not x.requires_grad or self._is_input(x))
+        self.entered.append(tuple(self._made_from(x)[1] for x in own if x.dim()))
         if self.returned is None or not torch.is_grad_enabled():
             return
         with torch._C.DisableTorchFunction():  # else the tape would take what is asked here for readers of the output

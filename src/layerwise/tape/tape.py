@@ -273,6 +273,11 @@ class Tape(LossRecord):
                     self.choice = self.choice or FirstChoice(len(self.calls), self._recorded)
                     self.calls.append(hash(place.tobytes()))
 
+    @property
+    def met(self) -> list[tuple[Origin, ...]]:
+        """The tensors whose rows some call took together, one by one."""
+        return list(self._origins.together.values())
+
     def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
         return self._origins.of(tensor)
 
