@@ -93,8 +93,11 @@ class Factors:
         return f"{self.form}: {'; '.join(shown)}, of layout {rest[:8]}"
 
     def _described(self) -> str:
-        sizes = [list(s.outputs.shape[:2]) for s in self.sums]
-        return f"{self.form}, [K,O] = {', '.join(map(str, sizes))}"
+        """The matrices in words: their sizes `[K,O,I]`, and the elements of the parameter where they begin."""
+        assert self.laid is not None
+        sized = [m for m in self.laid.matrices if 0 not in m.size]
+        shown = [f"{list(m.size)} from element {int(m.places().flatten()[0])}" for m in sized]
+        return f"{self.form}, [K,O,I] = {', '.join(shown)}"
 
 
 def _shown(t: Any) -> str:
