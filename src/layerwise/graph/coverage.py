@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
+from layerwise.errors import BadInput, UncoveredUse, Undefined, UnknownLoss
 from layerwise.graph.second.custom_functions import is_custom, written_at
 from layerwise.graph.walk import SELECTIONS, Node, by_node, children, edges, inputs, nodes
 from layerwise.losses import OwnCall
@@ -101,7 +101,7 @@ def prove(
 
     With `need_loss`, every path must also pass through a known loss, or through the model's output where the tape
     recorded it. without: losses to treat as unknown.
-    Raises UncoveredUse, UnknownLoss, or Undefined (a parameter enters the loss directly).
+    Raises UncoveredUse, UnknownLoss, Undefined (a parameter enters the loss directly), or BadInput (one was frozen).
     """
     if not total.requires_grad or total.grad_fn is None:
         raise UnknownLoss(
@@ -113,6 +113,12 @@ def prove(
     walk = _UseWalk(tape)
     walk.to_uses(roots)
     uses = sorted(walk.reached, key=lambda u: u.index)
+    for use in uses:
+        if frozen := next((name for name in use.names if name not in tape.parameters), None):
+            raise BadInput(
+                f"the parameter {frozen!r} was frozen after a call with it, {use}, and before the backward pass from "
+                "it; freeze it before the forward pass, or after the backward pass"
+            )
     in_losses = tuple(node for node in graph.in_losses if node not in walk.selections)
     return replace(
         graph, weight=weight, uses=uses, selections=tuple(walk.selections), in_losses=in_losses,

@@ -124,7 +124,7 @@ class Memory:
         diagonal = seen.diagonal(dim1=-2, dim2=-1)
         # the diagonal bounds all entries; an accelerator is waited for once, at the end
         if diagonal.device.type == "cpu" and not is_finite(diagonal):
-            raise NonFinite(f"the moments of {step} batches are not finite")
+            raise NonFinite(f"the moments of the layer's inputs, after {step} of its batches, hold NaN or infinity")
         damping = self._ridge * diagonal.mean(-1) + problem.stiffness / rows
         leaning = _pull_gradient_with_bias(problem)
         sparse = _thresholds(w, l1, problem.bias is not None) if l1 else None

@@ -271,8 +271,8 @@ class LocoProp(LayerLocal):
             if other.names == layer.names and [part.use.index for part in other.parts] == wanted:
                 return other
         raise Undefined(
-            f"run again for order='output_to_input' or 'input_to_output', the closure made other calls with "
-            f'{layer.name}: use order="together"'
+            f"run again for order={self._order!r}, the closure made other calls with {layer.name}: make the same ones "
+            'in each run, or use order="together"'
         )
 
     # -- what it did -------------------------------------------------------------------------------------------
