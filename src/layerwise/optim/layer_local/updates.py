@@ -141,6 +141,7 @@ class Updates:
         self.default = _update(Update(), weights, regularizer)
         check_patterns(layers, (*_NUMBERS, "weights", "regularizer"), names)
         self._by_pattern: dict[str, Update] = {}
+        self._of_name: dict[str, Update] = {}  # as they were asked for
         self.numbers: dict[str, dict[str, Any]] = {}
         for pattern, settings in layers.items():
             update = _update(self.default, settings.get("weights"), settings.get("regularizer"))
@@ -157,9 +158,11 @@ class Updates:
 
         Raises BadInput for a group that asks for a solver where none was given.
         """
-        pattern = first_match(tuple(self._by_pattern), name)
-        found = self.default if pattern is None else self._by_pattern[pattern]
-        if found.kind != group["weights"]:
+        found, kind = self._of_name.get(name), group["weights"]
+        if found is None:
+            pattern = first_match(tuple(self._by_pattern), name)
+            found = self._of_name[name] = self.default if pattern is None else self._by_pattern[pattern]
+        if found.kind != kind:
             if group["weights"] == "solver":
                 raise BadInput(f'the group of {name} asks for weights="solver": give the solver by weights= or layers=')
             solver = Memory() if group["weights"] == "memory" else None
