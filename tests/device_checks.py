@@ -254,7 +254,7 @@ def stepped(layers: int, make: Callable[[nn.Module], Any], steps: int = 4) -> Co
 
 
 # The means of Kronecker factors run over rows that count, so the host must know whether a target is ignored. KFRA and
-# the exact diagonal of the Hessian measure the structure of each batch with probes.
+# the exact diagonal of the Hessian decide by what they measure: they assume what was so before, and compare once.
 WAITS: dict[str, tuple[Callable[[], lw.Quantity], int]] = {
     "PerSampleGrad": (lw.PerSampleGrad, 0),
     "SquaredNorm": (lw.SquaredNorm, 0),
@@ -266,14 +266,14 @@ WAITS: dict[str, tuple[Callable[[], lw.Quantity], int]] = {
     "ClippedGrad": (lambda: lw.ClippedGrad(1.0), 0),
     "DiagGGN": (lw.DiagGGN, 0),
     "DiagGGN sampled": (lambda: lw.DiagGGN(1), 0),
-    "DiagHessian sampled": (lambda: lw.DiagHessian(1), 1),
+    "DiagHessian sampled": (lambda: lw.DiagHessian(1), 0),
     "KFAC": (lambda: lw.KFAC(1), 1),
     "KFAC of all rows": (lambda: lw.KFAC(1, rows="all"), 0),
     "KFLR": (lw.KFLR, 1),
     "KFLR of all rows": (lambda: lw.KFLR(rows="all"), 0),
     "EKFAC": (lambda: lw.EKFAC(None), 1),
-    "KFRA": (lw.KFRA, 16),
-    "DiagHessian": (lw.DiagHessian, 31),
+    "KFRA": (lw.KFRA, 1),
+    "DiagHessian": (lw.DiagHessian, 1),
 }
 
 
@@ -305,6 +305,38 @@ def test_what_was_not_waited_for_is_judged_before_a_result_is_read() -> None:
     low, judge = lw.losses.bind(F.cross_entropy, (run.x, run.y + 4), {}).unread_range()
     with pytest.raises(BadInput, match=r"targets lie in \[4, 6\], but the input has 6 classes"):
         judge(low.tolist())
+
+
+@pytest.mark.parametrize("make", [lw.KFRA, lw.DiagHessian])
+def test_what_was_assumed_of_a_batch_and_is_not_so(make: Callable[[], lw.Quantity]) -> None:
+    """Rectifiers that are all open are an identity, and softplus beyond its threshold has no curvature."""
+    found, waits = [], []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        layers = nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.Softplus(threshold=3.0), nn.Linear(4, 3)
+        model = nn.Sequential(*layers).double().to(device)
+        with torch.no_grad():
+            model[0].bias.fill_(9.0)
+            model[2].weight.abs_()
+        values = []
+        for factor in (1.0, 1.0, 30.0, 30.0, 1.0):
+            with counted() as count, lw.observe(model, quantity := make()) as seen:
+                F.cross_entropy(model(factor * X.to(device)), Y.to(device)).backward()
+            values.append(seen[quantity])
+            waits.append(count.synchronisations)
+        found.append(values)
+    assert_same(*found, DEVICE)
+    assert [n == 1 for n in waits[5:]] == [False, True, False, True, False]
+
+
+def test_second_derivatives_that_are_wrong_are_refused_when_a_result_is_read() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Tanh(), nn.Linear(4, 3)).to(DEVICE)
+    x = torch.tensor([0, 0, 0, 1, 2], device=DEVICE)
+    with lw.observe(model, lw.DiagHessian(1)) as seen:
+        F.cross_entropy(model(x), Y[:5].to(DEVICE)).backward()
+    with pytest.raises(Undefined, match="not symmetric"):
+        _ = seen.diag_hessian
 
 
 def test_a_pass_that_waits() -> None:
