@@ -362,9 +362,38 @@ def test_how_often_a_step_in_the_periods_of_kfac_waits(layers: int, steps: int, 
     assert count.synchronisations <= most and not count.uploads
 
 
-def test_how_often_a_memory_waits() -> None:
+@pytest.mark.parametrize("steps", [4, 5, 6])
+def test_how_often_a_memory_waits(steps: int) -> None:
+    """Once for the codes' curvature, and once for the step, whether a memory inverts or not."""
     for layers in (3, 6):
-        assert stepped(layers, OPTIMIZERS["AltMin memory"]).synchronisations <= 4 + 2 * layers
+        assert stepped(layers, OPTIMIZERS["AltMin memory"], steps).synchronisations <= 2
+
+
+def test_a_step_of_a_memory_that_was_assumed_to_be_short_and_is_too_long() -> None:
+    """An old inverse goes too far where the inputs grow, and Cholesky fails where they are one row, undamped."""
+    for ridge, factors in ((None, (1, 1, 1, 1, 1, 40, 1, 1)), (0.0, (1, 1, 1))):
+        states, waits = [], []
+        for device in ("cpu", DEVICE):
+            run = Run(device)
+            optimizer = lw.AltMin(run.model, weights=lw.local.Memory(ridge=ridge))
+            x = run.x if ridge is None else run.x[:1].expand(8, 6)
+            for factor in factors:
+                with counted() as count:
+                    optimizer.step(lambda x=factor * x, run=run: F.cross_entropy(run.model(x), run.y))
+                waits.append(count.synchronisations)
+            states.append(run.model.state_dict())
+        assert_same(*states, DEVICE)
+        assert max(waits[1 - len(factors) :]) > 6  # a step after the first was computed again
+
+
+def test_a_bad_batch_of_a_memory_is_skipped() -> None:
+    run = Run(DEVICE)
+    optimizer = lw.AltMin(run.model, weights="memory")
+    for skipped, factor in enumerate((1.0, float("nan"), 1e300)):
+        before = [p.clone() for p in run.model.parameters()]
+        optimizer.step(lambda factor=factor: F.cross_entropy(run.model(factor * run.x), run.y))
+        same = [torch.equal(b, p) for b, p in zip(before, run.model.parameters(), strict=True)]
+        assert optimizer.skipped == skipped and (all(same) if skipped else not any(same))
 
 
 def test_a_weight_of_the_terms_that_was_assumed_and_is_another() -> None:
