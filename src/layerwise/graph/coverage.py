@@ -19,7 +19,7 @@ from torch import Tensor
 from layerwise.errors import BadInput, UncoveredUse, Undefined, UnknownLoss
 from layerwise.graph.second.custom_functions import is_custom, written_at
 from layerwise.graph.walk import SELECTIONS, Node, by_node, children, edges, inputs, nodes
-from layerwise.losses import OwnCall
+from layerwise.losses import OwnCall, Unread
 from layerwise.tape.gradient_calls import GradientUse
 from layerwise.tape.origins import Origin
 from layerwise.tape.tape import Tape
@@ -39,6 +39,7 @@ class Graph:
     asked: names of the parameters whose quantities are wanted; None: all.
     passed: the nodes on the way from the total, or from the losses' inputs, to the parameters. hidden: the edges that
     those among them read whose calls cannot be seen: functions of the user's own, and writes through views.
+    unread: None, or a list that takes what is otherwise read at once: numbers, and what raises for bad ones.
     """
 
     total: Tensor
@@ -53,6 +54,7 @@ class Graph:
     asked: frozenset[str] | None = None
     passed: frozenset[Node] = frozenset()
     hidden: frozenset[tuple[Node | None, int]] = frozenset()
+    unread: Unread | None = None
 
     @property
     def losses(self) -> list[LossUse]:

@@ -217,4 +217,5 @@ def likelihoods(graph: Graph) -> list[Likelihood]:
             raise NotLinear(loss)
         assert isinstance(loss.call, LossCall)
         found.append(likelihood(loss.call, loss.call.logits, c.detach()))
+        found[-1].unread = graph.unread
     return found

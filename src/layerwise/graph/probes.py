@@ -8,10 +8,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from layerwise.graph.decisions import decided
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.rows.numbered import Order
 
-__all__ = ["away_from_zero", "draws", "join", "largest", "matrix_among", "near", "sample_axes", "split", "width"]
+__all__ = [
+    "away_from_zero", "draws", "join", "largest", "matrix_among", "near", "same", "sample_axes", "split",
+    "width",
+]  # fmt: skip
 
 
 def split(x: Tensor, samples: Samples | RowNumbers) -> Tensor:
@@ -69,7 +73,7 @@ def matrix_among(tensors: Iterable[Tensor], r: Tensor, back: Tensor) -> Tensor |
         for matrix in (w, w.mT) if w.dim() == 2 else ():
             if matrix.shape == (r.shape[1], back.shape[1]):
                 bound = r.norm(dim=1)[:, None] * matrix.norm(dim=0)  # Cauchy and Schwarz: rounding is far below
-                if bool(((back - r @ matrix).abs() <= 16 * torch.finfo(r.dtype).eps * bound).all()):
+                if decided(((back - r @ matrix).abs() <= 16 * torch.finfo(r.dtype).eps * bound).all()):
                     return matrix
     return None
 
@@ -87,14 +91,19 @@ def _normal(count: int, size: int) -> Tensor:
 
 def near(x: Tensor, y: Tensor, epsilon: float) -> bool:
     """Whether two tensors are equal up to rounding of their largest element."""
-    return largest(x - y) <= epsilon**0.7 * largest(y)
+    return decided(largest(x - y) <= epsilon**0.7 * largest(y))
 
 
-def largest(x: Tensor) -> float:
-    """The largest absolute value; NaN where there is one."""
+def same(x: Tensor, y: Tensor) -> bool:
+    """`torch.equal`, whose answer may be assumed."""
+    return x.shape == y.shape and decided((x == y).all())
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest absolute value `[]`; NaN where there is one."""
     if not x.numel():
-        return 0.0
+        return x.new_zeros(()).abs()
     if x.is_complex():
-        return float(x.abs().max())
+        return x.abs().max()
     low, high = torch.aminmax(x)
-    return float(torch.maximum(-low, high))
+    return torch.maximum(-low, high)

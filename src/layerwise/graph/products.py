@@ -24,6 +24,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.second.custom_functions import check_adjoint, check_functions, check_sparse
 from layerwise.graph.second.known_zeros import KnownZeros
 from layerwise.graph.walk import nodes
+from layerwise.losses import Unread
 from layerwise.ops import bags_of_rows
 from layerwise.tape.activation_checkpoints import standing_in
 from layerwise.tape.modes import leave
@@ -195,10 +196,11 @@ def twice() -> Iterator[None]:
         raise Undefined(_once(str(error).rstrip("."))) from error
 
 
-def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Place]) -> None:
+def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Place], unread: Unread | None = None) -> None:
     """Refuse second derivatives that torch lacks or gets wrong; the latter show as an asymmetric Hessian.
 
-    gradients: of one scalar by `inputs`, tensors or edges. Raises Undefined or NonFinite.
+    gradients: of one scalar by `inputs`, tensors or edges. unread: takes what is read later. Raises Undefined or
+    NonFinite.
     """
     _check_once(gradients)
     kept = [(g, x) for g, x in zip(gradients, inputs, strict=True) if g is not None and g.requires_grad]
@@ -217,10 +219,17 @@ def check_second(gradients: Sequence[Tensor | None], inputs: Sequence[Place]) ->
     pairs = [_wide(a) * _wide(b) for a, b in zip((*u, *v), (*hv, *(-h for h in hu)), strict=True)]
     device = pairs[0].device  # all sums are read at once
     sums = [torch.stack([x.sum().to(device) for x in xs]).sum() for xs in (pairs, [x.abs() for x in pairs])]
-    gap, scale = torch.stack(sums).tolist()
+    judge = partial(_judge_symmetry, max(torch.finfo(g.dtype).eps for g in outputs))
+    if unread is None:
+        judge(torch.stack(sums).tolist())
+    else:
+        unread.append((torch.stack(sums), judge))
+
+
+def _judge_symmetry(eps: float, found: list[float]) -> None:
+    gap, scale = found
     if not math.isfinite(scale):
         raise NonFinite("asked for second derivatives, but the Hessian holds NaN or infinity")
-    eps = max(torch.finfo(g.dtype).eps for g in outputs)
     if abs(gap) > 1e4 * eps * scale:
         raise Undefined(
             f"asked for second derivatives, but those of this graph are not symmetric (off by {abs(gap) / scale:.1e}): "
@@ -261,14 +270,16 @@ class HessianProducts:
         self._parameters = parameters
 
     @classmethod
-    def of(cls, total: Tensor, weight: Tensor | None, parameters: Sequence[Tensor]) -> HessianProducts:
-        """Products with the Hessian of `total` (times `weight`); raises Undefined without a second derivative."""
+    def of(
+        cls, total: Tensor, weight: Tensor | None, parameters: Sequence[Tensor], unread: Unread | None = None
+    ) -> HessianProducts:
+        """Products with the Hessian of `total` (times `weight`); raises as `check_second`, whose `unread` is."""
         weight = torch.ones_like(total) if weight is None else weight
         check_functions([(total.grad_fn, 0)])
         check_sparse([(total.grad_fn, 0)])
         with twice():
             gradients = pull([total], [weight], parameters, create_graph=True)
-        check_second(gradients, parameters)
+        check_second(gradients, parameters, unread)
         return cls(gradients, parameters)
 
     def apply(self, directions: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.coverage import Graph
+from layerwise.graph.decisions import decided
+from layerwise.graph.probes import same
 from layerwise.graph.products import twice
 from layerwise.graph.second.known_zeros import KnownZeros
 from layerwise.graph.walk import Edge, Node, by_node, children, distinct, finished, inputs, next_uses, nodes
@@ -196,7 +198,7 @@ def _second(back: Sequence[Tensor | None], edges: Sequence[GradientEdge | None])
             return pull([b for b, _ in pairs], cotangents, wanted)
 
     seen = product([_random(b.shape, b.dtype, b.device, seed) for seed, (b, _) in enumerate(pairs)])
-    if all(m is None or not m.any() for m in seen):
+    if all(m is None or not decided(m.any()) for m in seen):
         return "flat", None
     if len(wanted) > 1 or pairs[0][0].is_complex():  # of a complex number the second derivatives are a 2 by 2 block
         return "other", None
@@ -204,8 +206,8 @@ def _second(back: Sequence[Tensor | None], edges: Sequence[GradientEdge | None])
     (m,), (r,) = (product([x.expand_as(b) for b, _ in pairs]) for x in (signs, torch.ones_like(signs)))
     if m is None or r is None:
         return "other", None
-    same = m.shape == signs.shape and torch.equal(m, r * signs)  # bitwise, in each element by itself
-    return ("elementwise", r.detach()) if same else ("other", None)
+    by_element = m.shape == signs.shape and same(m, r * signs)  # bitwise, in each element by itself
+    return ("elementwise", r.detach()) if by_element else ("other", None)
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
@@ -258,7 +260,7 @@ def proved(graph: Graph, hessian: LossHessian, found: ResidualCurvature, uses: C
         if not x.numel():
             continue
         gap, scale = (h - m).abs().max(), torch.maximum(h.abs().max(), m.abs().max())
-        if not bool(gap <= 1e4 * torch.finfo(x.dtype).eps * scale):  # NaN: not proved
+        if not decided(gap <= 1e4 * torch.finfo(x.dtype).eps * scale):  # NaN: not proved
             return False
     return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Likelihood
+from .base import Likelihood, Unread
 from .call import LossCall, bind, check, is_loss, logits_of
 from .likelihood import likelihood, scale_to_union
 from .mark import OwnCall, OwnLoss, as_loss, tensors_in
@@ -17,6 +17,7 @@ __all__ = [
     "OwnCall",
     "OwnLikelihood",
     "OwnLoss",
+    "Unread",
     "as_loss",
     "bind",
     "check",

@@ -16,7 +16,10 @@ from torch import Tensor
 from ..errors import BadInput, NonFinite, Undefined
 from .call import LossCall
 
-__all__ = ["FirstOrder", "Likelihood"]
+__all__ = ["FirstOrder", "Likelihood", "Unread"]
+
+Unread = list[tuple[Tensor, Callable[[list[float]], None]]]
+"""Numbers that are read with a result, each with what raises where they are bad."""
 
 
 class Likelihood:
@@ -42,7 +45,7 @@ class Likelihood:
     canonical: bool = False
     mean: bool | None
     terms: float | Tensor
-    unread: list[tuple[Tensor, Callable[[list[float]], None]]] | None = None
+    unread: Unread | None = None
 
     def __init__(self, call: LossCall, logits: Tensor, c: Tensor | float, terms: float | Tensor) -> None:
         self.call = str(call)

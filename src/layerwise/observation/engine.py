@@ -183,6 +183,7 @@ class Observation:
                 scale = loss_scale(tape.scaler_calls, total) or 1.0
             own_losses = tape.returned is not None
             graph, known = resolved(lambda without: prove(tape, total, weight, without=without), own_losses)
+            graph = replace(graph, unread=None if at_once else [])
             verdict = Verdict() if at_once else unread(graph, known)
             if self._settings.parameters is not None:
                 graph = replace(graph, asked=frozenset(self._asked(tape.parameters)))
@@ -214,7 +215,7 @@ class Observation:
                 if at_once:
                     check_gradient(gradient)
                 else:
-                    ask_finite(verdict, known, total, gradient, deferred)
+                    ask_finite(verdict, graph, total, gradient, deferred)
                     if not deferred:
                         verdict.read()
                 stream.finish(gradient)

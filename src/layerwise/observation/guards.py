@@ -129,26 +129,23 @@ def unread(graph: Graph, known: Sequence[Likelihood]) -> Verdict:
     """What is to be read of the losses; from now on they keep what they would wait for."""
     verdict = Verdict()
     for lik in known:
-        lik.unread = []
+        lik.unread = graph.unread
     for loss in graph.known:
         if isinstance(loss.call, LossCall) and (asked := loss.call.unread_range()) is not None:
             verdict.ask(*asked)
     return verdict
 
 
-def ask_finite(
-    verdict: Verdict, known: Sequence[Likelihood], total: Tensor, gradient: Mapping[str, Tensor], deferred: bool
-) -> None:
-    """As `check_finite` and `check_gradient`, when the verdict is read, and what the losses have kept for it.
+def ask_finite(verdict: Verdict, graph: Graph, total: Tensor, gradient: Mapping[str, Tensor], deferred: bool) -> None:
+    """As `check_finite` and `check_gradient`, when the verdict is read, and what the graph has kept for it.
 
     deferred: whether that is with a result, when `.grad` is what torch has made of it.
     """
     left = ".grad is what it was without layerwise" if deferred else ".grad is as it was"
     for names, largest in largest_entries({_THE_LOSS: total, **gradient}):
         verdict.ask(largest, partial(_judge, names, left))
-    for lik in known:
-        for values, judge in lik.unread or ():
-            verdict.ask(values, judge)
+    for values, judge in graph.unread or ():
+        verdict.ask(values, judge)
 
 
 def _judge(names: Sequence[str], left: str, found: list[float]) -> None:

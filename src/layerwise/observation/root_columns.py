@@ -11,6 +11,7 @@ from torch import Tensor
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part
 from layerwise.graph.coverage import Graph
+from layerwise.graph.decisions import with_assumed_decisions
 from layerwise.graph.loss_curvature import LossCurvature
 from layerwise.observation.backward_pass import BackwardPass
 from layerwise.quantities.base import Quantity
@@ -27,8 +28,7 @@ Stacks = dict[tuple[int, str], list[tuple[Any, ...]]]  # by quantity and paramet
 def send_roots(observed: BackwardPass) -> None:
     """Send the columns that the quantities ask for, shared between those that ask for the same."""
     for i in observed.in_graph:
-        layout = observed.known_layout()
-        observed.values[i] = observed.quantities[i].compute_graph(observed.tape, observed.graph, layout)
+        observed.values[i] = _on_graph(observed, observed.quantities[i])
     wanted: dict[Any, list[int]] = {}
     for i in observed.columns:
         wanted.setdefault(observed.quantities[i].cotangent, []).append(i)
@@ -41,6 +41,19 @@ def send_roots(observed: BackwardPass) -> None:
         for i, name in list(stacks):
             found = stacks.pop((i, name))
             observed.values[i][name] = tuple(torch.cat(t, 1) for t in zip(*found, strict=True))
+
+
+def _on_graph(observed: BackwardPass, quantity: Quantity) -> dict[str, tuple[Any, ...]]:
+    """A quantity's values on the graph; what it decides by numbers is read with an accelerator's one wait."""
+    graph, layout = observed.graph, observed.known_layout()
+    before = len(graph.unread or ())
+
+    def run() -> dict[str, tuple[Any, ...]]:
+        del (graph.unread or [])[before:]
+        return quantity.compute_graph(observed.tape, graph, layout)
+
+    calls = tuple((use.call.func, use.call.out_shape, *use.names) for use in graph.uses)
+    return with_assumed_decisions((repr(quantity), calls, tuple(map(str, graph.losses))), run)
 
 
 def _chunk_size(graph: Graph) -> int:

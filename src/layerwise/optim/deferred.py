@@ -35,10 +35,11 @@ class Late:
 
     buffers: of the model, from before the run. deferred: whether the verdict stays on the device. Then `good` `[]`
     says there whether the step is kept, and everything that the step writes is chosen by it, without a wait.
+    again: whether the step is computed again, since what it had assumed was not so.
     """
 
-    def __init__(self, buffers: Buffers, deferred: bool) -> None:
-        self.verdict, self.deferred = Verdict(), deferred
+    def __init__(self, buffers: Buffers, deferred: bool, again: bool = False) -> None:
+        self.verdict, self.deferred, self.again = Verdict(), deferred, again
         self._buffers = buffers
         self.good: Tensor | None = None
         self.flags: Tensor | None = None
@@ -56,7 +57,7 @@ class Late:
 
     def anew(self) -> Late:
         """For the same step, computed again; the batch has been judged."""
-        return Late(self._buffers, self.deferred)
+        return Late(self._buffers, self.deferred, True)
 
     def write(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Write values to targets where a deferred step is good; gives the same when run again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from layerwise.rows import contract
@@ -12,8 +14,8 @@ __all__ = ["add_squares", "second_moment", "squares"]
 
 
 @without_grad
-def second_moment(rows: Rows, weights: Tensor | None) -> Tensor:
-    """sum_{v,n} w[v,n] D[v,n,k,o,i]², `[K,O,I]`; weights `[V,N]`, None: all 1."""
+def second_moment(rows: Rows, weights: Tensor | None, holds: Callable[[Tensor], bool] = bool) -> Tensor:
+    """sum_{v,n} w[v,n] D[v,n,k,o,i]², `[K,O,I]`; weights `[V,N]`, None: all 1. holds: reads a flag `[]`."""
     if weights is None:
         return contract.second_moment(rows)
     if rows.g.shape[2] == 1:
@@ -24,7 +26,7 @@ def second_moment(rows: Rows, weights: Tensor | None) -> Tensor:
     result = rows.g.new_zeros(())
     for sign in (1, -1):  # the cheap forms of the second moment have no weights, so these enter the cotangents
         root = (sign * weights).clamp(min=0).sqrt()
-        if bool(root.any()):
+        if holds(root.any()):
             g = rows.g * root[:, :, None, None, None]
             result = result + sign * contract.second_moment(Rows(rows.a, g, rows.size_in))
     return result if result.dim() else rows.g.new_zeros(rows.g.shape[3], rows.g.shape[4], rows.size_in)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerwise.errors import Undefined
+from layerwise.graph.decisions import decided
 
 __all__ = ["KnownZeros"]
 
@@ -55,7 +56,7 @@ class KnownZeros(TorchDispatchMode):
             with suppress(RuntimeError, Undefined):
                 with self:
                     found = passed()
-                if not any(bool(x.any()) for *_, x in self._all):
+                if not any(decided(x.any()) for *_, x in self._all):
                     return found
             self._plain = True
         return passed()

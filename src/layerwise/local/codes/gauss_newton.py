@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,24 +18,29 @@ from layerwise.graph.probes import join, split
 from layerwise.graph.samples import measure
 from layerwise.local.layers.record import Recorded
 from layerwise.local.problem import refuse_half
+from layerwise.losses import Unread
 from layerwise.operators.ridge import by_cholesky, ridge
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
-from layerwise.tensors import without_grad
+from layerwise.tensors import Verdict, without_grad
 
 __all__ = ["damped_cotangents", "pulled_roots"]
 
 
 def damped_cotangents(
-    recorded: Recorded, roots: Mapping[int, tuple[Tensor, Samples | RowNumbers]], gamma: Callable[[str], float]
+    recorded: Recorded,
+    roots: Mapping[int, tuple[Tensor, Samples | RowNumbers]],
+    gamma: Callable[[str], float],
+    unread: Unread | None = None,
 ) -> Recorded:
     """The run with cotangents `−d/γ` of the Gauss-Newton displacements d, of each sample at each use on its own.
 
         d = argmin g·d + ½ dᵀ S Sᵀ d + |d|²/2γ = −γ (g − S (I/γ + SᵀS)⁻¹ Sᵀ g)
 
     roots: by use index, S as columns `[V, *out_shape]` with the samples' axis; `S Sᵀ` is the GGN of the use's output.
-    gamma: γ of a layer's name, B/μ. Where curvature is small, d is `codes="jacobi"`'s.
+    gamma: γ of a layer's name, B/μ. unread: of the roots, read with whether the solves are sound.
+    Where curvature is small, d is `codes="jacobi"`'s.
     Source: Schraudolph (2002) for the Gauss-Newton matrix; Woodbury's identity.
     """
     sound: list[Tensor] = []
@@ -57,8 +63,14 @@ def damped_cotangents(
 
     if recorded.loss.device.type == "cpu":
         return solved(ridge)
-    found = solved(late)
-    return found if not sound or all(torch.stack(sound).tolist()) else solved(ridge)
+    found, held, verdict = solved(late), list[float](), Verdict()
+    for values, judge in unread or ():
+        verdict.ask(values, judge)
+    if sound:
+        verdict.ask(torch.stack(sound), held.extend)
+    with suppress(NonFinite):  # the cotangents are NaN then, too, and the batch is skipped
+        verdict.read()
+    return found if all(held) else solved(ridge)
 
 
 @without_grad
@@ -94,14 +106,17 @@ def _from_sample(x: Tensor, like: Tensor, samples: Samples | RowNumbers) -> Tens
 
 
 def pulled_roots(
-    model: Any, recorded: Recorded, loss: Tensor, samples: int | Tensor | None = None
+    model: Any, recorded: Recorded, loss: Tensor, samples: int | Tensor | None = None, unread: Unread | None = None
 ) -> dict[int, tuple[Tensor, Samples | RowNumbers]]:
     """The exact root of the loss's Hessian, pulled back to each use of the layers, with the samples' axis there.
 
-    loss: with its graph. samples: as the user says. Raises UnknownLoss for a loss without a known Hessian
+    loss: with its graph. samples: as the user says. unread: None, or takes what is to be read of the loss.
+    Raises UnknownLoss for a loss without a known Hessian
     root, SamplesMixed where batch statistics tie the samples together.
     """
     graph, known = resolved(lambda without: prove(recorded.tape, loss, without=without), own_losses=False)
+    for likelihood in known:
+        likelihood.unread = unread
     layout = measure(recorded.tape, graph, model, samples)
     uses: list[Use] = [part.use for layer in recorded.layers for part in layer.parts]
     if shared := next((use for use in uses if use.index in layout.replaced), None):

@@ -8,13 +8,13 @@ from typing import NamedTuple
 from layerwise.local.layers.layer import Layer, one_weight
 from layerwise.tensors import Verdict
 
-__all__ = ["OtherWeight", "TermWeights"]
+__all__ = ["TermWeights", "WrongAssumption"]
 
 _TIMES = 2  # so often in a row a weight was the same before it is assumed
 
 
-class OtherWeight(Exception):
-    """The weight that a step has assumed is another: the step is to be computed with the right one."""
+class WrongAssumption(Exception):
+    """What a step has assumed is not so: it is to be computed again, with what is read."""
 
 
 class _SeenWeight(NamedTuple):
@@ -50,4 +50,4 @@ class TermWeights:
     def _compare(self, key: tuple[str, tuple[int, ...]], ends: list[float]) -> None:
         if one_weight(ends) != self._seen[key].weight:
             del self._seen[key]
-            raise OtherWeight
+            raise WrongAssumption

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput, NonFinite
+from layerwise.local.layers.term_weights import WrongAssumption
 from layerwise.local.problem import LocalProblem, pull_gradient, refuse_ball
 from layerwise.local.solvers.closed import inputs_with_ones, residual
-from layerwise.operators.ridge import coordinate_descent, inverse, ridge
-from layerwise.tensors import is_finite, together_finite, without_grad
+from layerwise.operators.low_rank import LOW_RANK_FROM
+from layerwise.operators.ridge import by_cholesky, coordinate_descent, inverse, ridge
+from layerwise.tensors import Verdict, is_finite, largest_entries, together_finite, without_grad
 
 __all__ = ["Memory", "mairal", "moments_misfit"]
 
@@ -107,10 +110,15 @@ class Memory:
         return self.step(problem, {})
 
     @without_grad
-    def step(self, problem: LocalProblem, state: dict[str, Any], l1: float = 0.0, rate: float = 1.0) -> Update:
+    def step(
+        self, problem: LocalProblem, state: dict[str, Any], l1: float = 0.0, rate: float = 1.0,
+        verdict: Verdict | None = None,
+    ) -> Update:  # fmt: skip
         """`(ΔW, Δb)`; replaces entries of the state, never in place.
 
         l1: λ of a term λ|W|₁ beside the squared errors' mean over rows. rate: the factor the update will be taken with.
+        verdict: takes what is otherwise waited for: that an old inverse goes not too far, that Cholesky inverts, and
+        that the solution is finite. It raises WrongAssumption, or NonFinite.
         """
         refuse_ball(problem, "Memory")
         _check(self, problem, state, l1)
@@ -133,7 +141,7 @@ class Memory:
             pull = (delta.mT @ a).mul_(-strength / rows)
             pull = pull if leaning is None else pull - leaning / rows
             bound = partial(_largest_step, pull, a, strength, problem.stiffness, rate)
-            moved = self._recentred(_System(w, seen, pull, damping, sparse), bound, state, fresh)
+            moved = self._recentred(_System(w, seen, pull, damping, sparse), bound, state, fresh, verdict)
         else:
             codes = w @ a.mT - delta.mT
             fresh["B"] = _average(state.get("B"), codes, a, share)
@@ -141,8 +149,12 @@ class Memory:
             right = fresh["B"] if leaning is None else fresh["B"] - leaning / rows
             right = right + w * (problem.stiffness / rows)
             moved = self._absolute(_System(w, seen, right, damping, sparse)) - w
-        if not together_finite((diagonal, moved)):
-            raise NonFinite(f"the solution of a Memory of {step} batches is not finite; raise its ridge")
+        bad = f"the solution of a Memory of {step} batches is not finite; raise its ridge"
+        if verdict is not None:
+            for _, largest in largest_entries({"A": diagonal, "W": moved}):
+                verdict.ask(largest, partial(_judge_finite, bad))
+        elif not together_finite((diagonal, moved)):
+            raise NonFinite(bad)
         state |= fresh
         return (moved, None) if problem.bias is None else (moved[..., :-1], moved[..., -1])
 
@@ -150,28 +162,38 @@ class Memory:
     def _ridge(self) -> float:
         return self.ridge if self.ridge is not None else 3.0 if self.recentre else 1e-4
 
-    def _recentred(self, asked: _System, bound: StepBound, state: dict[str, Any], fresh: dict[str, Any]) -> Tensor:
+    @property
+    def judged_late(self) -> bool:
+        """Whether a step needs nothing of its numbers on the host before its end."""
+        return self.recentre and self.solve == "exact" and self.every > 1
+
+    def _recentred(
+        self, asked: _System, bound: StepBound, state: dict[str, Any], fresh: dict[str, Any], verdict: Verdict | None
+    ) -> Tensor:
         if self.solve == "columns":
             moved = self._columns(asked)
         elif self.every == 1:
             moved = ridge(asked.seen, asked.right, asked.damping)
         else:
-            served = self._by_old_inverse(asked, bound, state, fresh)
+            served = self._by_old_inverse(asked, bound, state, fresh, verdict)
             if served is not None:
                 return served
-            fresh["inverse"], fresh["inverted"] = inverse(asked.seen, asked.damping), fresh["steps"]
+            fresh["inverse"], fresh["inverted"] = _inverse(asked, verdict), fresh["steps"]
             moved = asked.right @ fresh["inverse"]
         return moved * bound(moved).clamp(max=1)
 
     def _by_old_inverse(
-        self, asked: _System, bound: StepBound, state: dict[str, Any], fresh: dict[str, Any]
+        self, asked: _System, bound: StepBound, state: dict[str, Any], fresh: dict[str, Any], verdict: Verdict | None
     ) -> Tensor | None:
         """The step by the last inverse; None where it goes too far, or a new inverse is due."""
         made = int(state.get("inverted", 0))
         if not made or fresh["steps"] - made >= min(self.every, made):
             return None
         moved = asked.right @ state["inverse"]
-        if bool((bound(moved) < 1).any()):
+        short = bound(moved) < 1
+        if verdict is not None:
+            verdict.ask(~short, _judge_assumed)
+        elif bool(short.any()):
             return None
         fresh["inverse"], fresh["inverted"] = state["inverse"], made
         return moved
@@ -225,6 +247,24 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and _is_number(value)
+
+
+def _inverse(asked: _System, verdict: Verdict | None) -> Tensor:
+    if verdict is None or asked.seen.shape[-1] >= LOW_RANK_FROM:
+        return inverse(asked.seen, asked.damping)
+    found, sound = by_cholesky(asked.seen, None, asked.damping)
+    verdict.ask(sound, _judge_assumed)
+    return found
+
+
+def _judge_assumed(flags: list[float]) -> None:
+    if not all(flags):
+        raise WrongAssumption
+
+
+def _judge_finite(bad: str, largest: list[float]) -> None:
+    if not all(map(math.isfinite, largest)):
+        raise NonFinite(bad)
 
 
 def _largest_step(pull: Tensor, a: Tensor, strength: float, stiffness: float, rate: float, moved: Tensor) -> Tensor:

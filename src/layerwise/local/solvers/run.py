@@ -18,7 +18,7 @@ from layerwise.local.solvers.steps import Owned, StepPlan, local_steps, taken_st
 from layerwise.local.solvers.tf_rmsprop import RMSPropStep, TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, Solver, name_of
 from layerwise.local.solvers.workspace import Workspace
-from layerwise.tensors import without_grad
+from layerwise.tensors import Verdict, without_grad
 
 __all__ = ["Task", "pickled", "solve", "solve_pickled", "solve_together", "take_result"]
 
@@ -31,6 +31,7 @@ class Task:
     optimizer: of local steps, None for another solver; kind: its class. fold: from `[K,O,I]` to the weight's shape.
     scale: factor of the objective of local steps. state: of a `Memory`, kept from batch to batch. l1: λ of a term λ|W|₁
     beside `scale` times the problem: a soft threshold of lr·λ after each local step, or in a `Memory`'s columns.
+    verdict: takes what a `Memory` would wait for.
     """
 
     problem: LocalProblem
@@ -43,6 +44,7 @@ class Task:
     state: dict[str, Any] | None = None
     l1: float = 0.0
     kind: Any = None
+    verdict: Verdict | None = None
 
 
 @without_grad
@@ -59,7 +61,7 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
     if isinstance(solver, Memory):
         assert task.state is not None
         l1 = task.l1 / (task.scale * problem.a.shape[0])
-        update = solver.step(problem, task.state, l1, max(task.rates))
+        update = solver.step(problem, task.state, l1, max(task.rates), task.verdict)
     elif task.l1:
         raise BadInput(f"a term l1·|W|₁ goes with local steps or a Memory; {solver!r} knows none")
     else:

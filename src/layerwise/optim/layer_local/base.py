@@ -248,13 +248,15 @@ class LayerLocal(NamedOptimizer):
     ) -> tuple[str | None, Late | None]:
         """The reason not to step on a batch, or None; or what judges it with the solution.
 
-        The latter where an accelerator would wait, or the verdict is deferred; all layers take local steps, which need
-        no finite numbers, and no other process takes part.
+        The latter where an accelerator would wait, or the verdict is deferred; all layers' solvers may be judged at the
+        end, and no other process takes part.
         """
         alone = isinstance(self._executor, LocalExecutor)
-        late = alone and bool(run.layers or run.gradients) and all(isinstance(s, LocalSteps) for s in solvers)
-        deferred = self._on_nonfinite == "defer"
-        if (run.loss.device.type == "cpu" and not deferred) or not late:
+        here, deferred = run.loss.device.type == "cpu", self._on_nonfinite == "defer"
+        late = alone and bool(run.layers or run.gradients) and all(
+            isinstance(s, LocalSteps) or (not here and getattr(s, "judged_late", False)) for s in solvers
+        )  # fmt: skip
+        if (here and not deferred) or not late:
             return self._agreed(run, unsafe(run, gamma) or buffers.spoiled()), None
         found = Late(buffers, deferred and self._defers(run))
         ask_safe(found.verdict, run, gamma)

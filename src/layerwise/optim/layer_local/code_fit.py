@@ -14,7 +14,7 @@ from layerwise.local.codes.code_step import CodeStep, Terms
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of, single_count
-from layerwise.local.layers.term_weights import OtherWeight, TermWeights
+from layerwise.local.layers.term_weights import TermWeights, WrongAssumption
 from layerwise.local.problem import LocalProblem, predict, refuse_half
 from layerwise.local.regularizers import WeightDecay
 from layerwise.local.solvers.memory import Memory
@@ -47,7 +47,7 @@ from layerwise.optim.layer_local.updates import (
 from layerwise.optim.saved_state import Fit
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import without_grad
+from layerwise.tensors import Verdict, without_grad
 
 __all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes"]
 
@@ -115,6 +115,7 @@ class CodeFitter:
         self.multipliers: dict[int, Tensor] | None = {} if codes.multipliers else None
         staleness = 2 if minibatch.staleness is None else minibatch.staleness
         self._weights = TermWeights()
+        self._assuming: Verdict | None = None  # what memories of the present step are judged by
         self.stale = Stale(staleness) if minibatch.schedule == "async" else None
 
     def refuse_idle(self, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -207,13 +208,14 @@ class CodeFitter:
             return commit
 
         self._weights.verdict = None if late is None or late.deferred else late.verdict
+        self._assuming = None if late is None or late.again else late.verdict
         try:
             where = solved(solve_all, snapshot, executor, note, optimizer, late)
-        except OtherWeight:
+        except WrongAssumption:
             assert late is not None
             return self.fit(fitting, coded, layers, optimizer, executor, finish, refit, late.anew())
         finally:
-            self._weights.verdict = None
+            self._weights.verdict = self._assuming = None
         if isinstance(where, str) and stale is not None:
             stale.blame(spoiled)
         return where
@@ -259,7 +261,8 @@ class CodeFitter:
             kind, optimizer = fitting.local_optimizer(params, partial(self._rates, layer.name, params))
             scale *= fitting.run.samples / problem.a.shape[0] if group["normalise"] else 1.0
         rates, state = [float(g["lr"]) for g in groups], fitting.moments(solver, params[0])
-        return Task(problem, solver, params, rates, optimizer, layer.fold, scale, state, float(group["l1"]), kind)
+        l1, late = float(group["l1"]), self._assuming
+        return Task(problem, solver, params, rates, optimizer, layer.fold, scale, state, l1, kind, late)
 
     def _step_along(self, fitting: Fitting, name: str, p: Tensor, g: Tensor) -> None:
         """Take T steps along the gradient, for a parameter without a code."""

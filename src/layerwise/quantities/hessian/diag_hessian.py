@@ -72,7 +72,7 @@ class DiagHessian(Quantity):
         names = [name for name in tape.parameters if name in set(graph.parameters())]
         parameters = [tape.parameters[name] for name in names]
         if self.draws is not None:
-            hessian = HessianProducts.of(graph.total, graph.weight, parameters)
+            hessian = HessianProducts.of(graph.total, graph.weight, parameters, graph.unread)
             return dict(zip(names, self._sampled(hessian, parameters), strict=True))
         plans, rest = plan(tape, graph, layout, names)
         columns: ResidualPlan | None = None
@@ -80,7 +80,7 @@ class DiagHessian(Quantity):
             columns, plans = residual_columns.plan(graph, layout, plans)
         self._check_cost(columns, plans, rest, tape, layout)
         if rest:  # refuses wrong second derivatives, as `Unit.diagonals` does
-            HessianProducts.of(graph.total, graph.weight, [tape.parameters[name] for name in rest])
+            HessianProducts.of(graph.total, graph.weight, [tape.parameters[name] for name in rest], graph.unread)
         values = {} if columns is None else columns.diagonals(self.per_sample)
         for unit in plans:
             values |= unit.diagonals(graph, self.per_sample)

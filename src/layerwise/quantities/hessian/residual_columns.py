@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ from torch.autograd.graph import GradientEdge
 from layerwise.errors import NonFinite, Undefined, UnknownLoss
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
+from layerwise.graph.decisions import decided
 from layerwise.graph.loss_curvature import LossCurvature, likelihoods, loss_curvatures, loss_hessian
-from layerwise.graph.probes import join, matrix_among, near, split
+from layerwise.graph.probes import join, matrix_among, near, same, split
 from layerwise.graph.residuals import Residual, ResidualCurvature, powers, proved, residual_curvature
 from layerwise.graph.samples import SampleLayout
 from layerwise.ops.base import Slot
@@ -58,8 +60,7 @@ class _Source:
     def stacks(self, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield cotangents `[V, *shape]` and their weights `[V,N]`; elements: how many one column needs in memory."""
         n = self.samples.n
-        alive = self.weights.any(0).nonzero().flatten()  # units whose residuals are all zero are left out
-        for units in alive.split(max(1, _STACK_ELEMENTS // max(1, elements))):
+        for units in self._units.split(max(1, _STACK_ELEMENTS // max(1, elements))):
             if self.rows is not None:
                 sent = self.rows[units][:, None].expand(-1, n, -1)
             else:
@@ -70,7 +71,15 @@ class _Source:
     @property
     def count(self) -> int:
         """The number of columns."""
-        return int(self.weights.any(0).sum())
+        return len(self._units)
+
+    @cached_property
+    def _units(self) -> Tensor:
+        """The units whose residuals are not all zero."""
+        alive = self.weights.any(0)
+        if decided(alive.all()):
+            return torch.arange(len(alive), device=alive.device)
+        return alive.nonzero().flatten()
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,9 @@ class _Sum:
             weighted.add_squares(self.flat, g, None if weights is None else _along(weights, self.samples, g[0]))
             return
         for i, (_, slot, _) in enumerate(self._slots):
-            moment = (weighted.squares if self._per_sample else weighted.second_moment)(
-                slot.rows(g, self.samples), weights
+            rows = slot.rows(g, self.samples)
+            moment = (
+                weighted.squares(rows, weights) if self._per_sample else weighted.second_moment(rows, weights, decided)
             )
             total = self._totals[i]
             self._totals[i] = moment if total is None else total + moment
@@ -214,8 +224,9 @@ def _able(index: int, units: Sequence[Unit], layout: SampleLayout) -> bool:
     x = powers(slots[0].used.new_empty(1, *use.call.out_shape), index) + 1
     for slot in slots:
         rows = slot.output(x, layout.axes[index])
-        same = torch.equal(rows.square(), slot.output(x.square(), layout.axes[index]))
-        if not (same and rows.numel() == x.numel() and near(rows.sum()[None], x.sum()[None], torch.finfo(x.dtype).eps)):
+        squares = same(rows.square(), slot.output(x.square(), layout.axes[index]))
+        once = squares and rows.numel() == x.numel()
+        if not (once and near(rows.sum()[None], x.sum()[None], torch.finfo(x.dtype).eps)):
             return False
     return True
 
@@ -293,7 +304,7 @@ def _factor(edge: GradientEdge, like: Tensor, use: Use) -> Tensor | None:
     ones, back = (pull([edge], [x], [use.edge])[0] for x in (torch.ones_like(like), probe))
     if ones is None or back is None or ones.numel() != like.numel():
         return None
-    return ones if torch.equal(ones.flatten() * probe.flatten(), back.flatten()) else None
+    return ones if same(ones.flatten() * probe.flatten(), back.flatten()) else None
 
 
 def _matrix(use: Use, like: Tensor, inputs: Sequence[GradientEdge], samples: Samples) -> Tensor | None:

@@ -61,7 +61,7 @@ class Unit:
         check_functions([(graph.total.grad_fn, 0)], [self.use.edge.node])
         check_sparse([(graph.total.grad_fn, 0)])
         gradient = gradient_of(graph, self.use.edge)
-        check_second([gradient], [self.use.edge])
+        check_second([gradient], [self.use.edge], graph.unread)
         if gradient is not None and gradient.requires_grad:
             each = max(1, _STACK_ELEMENTS // max(1, n * t * max(k * o, *sizes)))
             for start in range(0, self.count, each):

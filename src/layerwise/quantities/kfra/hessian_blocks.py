@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import NonFinite
-from layerwise.graph.probes import draws, largest, near
+from layerwise.graph.decisions import decided
+from layerwise.graph.probes import draws, largest, near, same
 from layerwise.rows import contract
 
 __all__ = ["Probe", "Send", "congruence", "draws", "near", "probe", "through", "uniform"]
@@ -58,9 +59,9 @@ def probe(send: Send, n: int, size: int, like: Tensor) -> Probe:
     epsilon = torch.finfo(like.dtype).eps
     random = draws(1, size, like)[0]
     found = send(random.expand(1, n, -1))[0]
-    if found.shape[1] == size and torch.equal(found, random.expand(n, -1)):
+    if found.shape[1] == size and same(found, random.expand(n, -1)):
         return Probe("gathered")
-    if not math.isfinite(largest(found)):
+    if not decided(largest(found) < math.inf):
         raise NonFinite(
             "asked for blocks of the loss Hessian, but a derivative between two layers is NaN or infinite; look at the "
             "batch and the parameters"
