@@ -437,6 +437,30 @@ def test_random_passes_are_warned_of_once(recwarn: Any) -> None:
     assert not recwarn.list
 
 
+def test_models_in_half_precision_are_measured_in_float32(tmp_path: Any) -> None:
+    model, loss, train, queries = language()
+    model.bfloat16()
+    products = lw.attribution.Influence(model, loss, curvature="identity").scores(queries, train)
+    want: Any = 0
+    for name in dict(model.named_parameters()):
+        q, g = (torch.cat([sample_gradients(model, loss, b, name) for b in bs]) for bs in (queries, train))
+        want = want + q @ g.T
+    assert products.dtype == torch.float32
+    torch.testing.assert_close(products, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    for curvature in ("ekfac", "kfac", "diag"):
+        influence = lw.attribution.Influence(model, loss, curvature=curvature).fit(train, tmp_path / curvature)
+        scores = influence.scores(queries, train)
+        index = lw.attribution.GradientIndex(influence, tmp_path / f"{curvature} index", 99).append(train)
+        torch.testing.assert_close(index.scores(queries), scores, rtol=1e-2, atol=2e-3 * float(scores.abs().max()))
+
+
+def sample_gradients(model: nn.Module, loss: Any, batch: Batch, name: str) -> Tensor:
+    """Of the sum of a sample's terms, in float32."""
+    with lw.observe(model, lw.PerSampleGrad(), dtype=torch.float32) as seen:
+        loss(model(batch[0]), batch[1]).backward()
+    return seen.per_sample_grad[name].flatten(1) * (batch[1] != -100).sum()
+
+
 def test_a_curvature_of_other_weights_is_refused(tmp_path: Any) -> None:
     model, loss, train, queries = mlp()
     influence = lw.attribution.Influence(model, loss).fit(train)
@@ -453,7 +477,7 @@ def test_a_curvature_of_other_weights_is_refused(tmp_path: Any) -> None:
         lambda: index.append(train),
         lambda: index.search(queries, 1),
     ):
-        with pytest.raises(BadInput, match="weights were written"):
+        with pytest.raises(BadInput, match="weights were written or frozen"):
             asked()
     model.load_state_dict(before)
     assert torch.equal(influence.load(tmp_path).scores(queries, train), want)

@@ -83,10 +83,13 @@ class GradientIndex:
         """Add the samples of all batches, in one pass over them; each batch is on disk before the next begins.
 
         skip: how many samples the loader begins with that are in the index already (`len(index)`, after a kill): whole
-        batches of them are not computed again; BadInput where that number ends inside a batch. progress: show a bar.
+        batches of them are not computed again; BadInput where that number ends inside a batch, or behind the last one.
+        progress: show a bar.
         """
         quantity = Projections(self._sides)
         self._check_weights()
+        if skip < 0:
+            raise BadInput(f"asked to skip {skip} samples; give len(index), or 0")
         for batch in given(loader, "append's loader", "index" if progress else None):
             if skip > 0:
                 skip -= _size_of(batch)
@@ -94,11 +97,13 @@ class GradientIndex:
                     raise BadInput(f"the samples to skip end {-skip} before the end of a batch; skip whole batches")
                 continue
             self._add(self._flat(self._influence.observed(batch, quantity)))
+        if skip > 0:
+            raise BadInput(f"the loader ended {skip} samples before the end of those to skip; it is not the index's")
         return self
 
     def _check_weights(self) -> None:
         if self._written != self._influence.written():
-            raise BadInput("the model's weights were written after the index was opened; make a new index of them")
+            raise BadInput("the weights were written or frozen after the index was opened; make a new index of them")
 
     def _flat(self, values: Mapping[str, Tensor]) -> Tensor:
         """`[N, row_size]` of the parameters' values, zero for those that a batch does not use."""

@@ -65,7 +65,7 @@ class Influence:
         self._curvature, self._draws, self._seed = curvature, positive("Influence's draws", draws), seed
         self._inverse = DampedInverse(None, damping)
         self._fitted = curvature == "identity"
-        self._written: list[tuple[int, int]] | None = None  # the weights of the curvature
+        self._written: list[tuple[int, int, bool]] | None = None  # the weights of the curvature
 
     @property
     def names(self) -> list[str]:
@@ -84,13 +84,13 @@ class Influence:
             raise BadInput(f'curvature="{self._curvature}" is not known yet; call fit(loader) or load(folder) first')
         if self._written not in (None, self.written()):
             raise BadInput(
-                "the model's weights were written after `fit`; fit again, or load(folder) for the same weights"
+                "the weights were written or frozen after `fit`; fit again, or load(folder) for the same weights"
             )
         return self._inverse
 
-    def written(self) -> list[tuple[int, int]]:
-        """What changes where a parameter of the model is replaced or written."""
-        return [(id(p), p._version) for p in self._chosen.model.parameters()]
+    def written(self) -> list[tuple[int, int, bool]]:
+        """What changes where a parameter of the model is replaced, written or frozen."""
+        return [(id(p), p._version, p.requires_grad) for p in self._chosen.model.parameters()]
 
     # -- the curvature -------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, RandomPass
@@ -24,7 +25,7 @@ Loader = Iterable[Any]
 
 
 class Chosen:
-    """The parameters of a model that are attributed to, and passes that observe these alone.
+    """The parameters of a model that are attributed to, and passes that observe these alone, at least in float32.
 
     patterns: as `parameters=` of `observe`; None: all parameters. Those that do not require gradients are left out.
     Raises BadInput for a pattern that matches no such parameter.
@@ -45,7 +46,10 @@ class Chosen:
 
         loss_fn is called as `accumulate` calls it. No `.grad` is made, and the model's are left as they are.
         """
-        observation = Observation(self.model, [quantity], PassSettings(pooled=True, parameters=self._patterns))
+        types = {p.dtype for name, p in self.model.named_parameters() if name in self.names}
+        half = any(dtype.itemsize < 4 for dtype in types)  # too few digits for eigenvectors, and for sums
+        settings = PassSettings(dtype=torch.float32 if half else None, pooled=True, parameters=self._patterns)
+        observation = Observation(self.model, [quantity], settings)
         with observation as results, unreduced(self.model):
             before = RandomState({p.device for p in self.model.parameters()}, ("torch",))
             loss = batch_loss(unwrapped(self.model), loss_fn, batch)
