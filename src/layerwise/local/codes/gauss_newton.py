@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,22 +25,29 @@ from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 from layerwise.tensors import Verdict, without_grad
 
-__all__ = ["damped_cotangents", "pulled_roots"]
+__all__ = ["PulledRoots", "damped_cotangents", "pulled_roots"]
+
+
+class PulledRoots(NamedTuple):
+    """Roots of the loss's Hessian at uses, and what of the loss is still to be read; None: it was read at once.
+
+    by_use: by use index, S as columns `[V, *out_shape]` with the samples' axis; `S Sᵀ` is the GGN of the use's output.
+    """
+
+    by_use: Mapping[int, tuple[Tensor, Samples | RowNumbers]]
+    unread: Unread | None
 
 
 def damped_cotangents(
     recorded: Recorded,
-    roots: Mapping[int, tuple[Tensor, Samples | RowNumbers]],
+    roots: PulledRoots,
     gamma: Callable[[str], float],
-    unread: Unread | None = None,
 ) -> Recorded:
     """The run with cotangents `−d/γ` of the Gauss-Newton displacements d, of each sample at each use on its own.
 
         d = argmin g·d + ½ dᵀ S Sᵀ d + |d|²/2γ = −γ (g − S (I/γ + SᵀS)⁻¹ Sᵀ g)
 
-    roots: by use index, S as columns `[V, *out_shape]` with the samples' axis; `S Sᵀ` is the GGN of the use's output.
-    gamma: γ of a layer's name, B/μ. unread: of the roots, read with whether the solves are sound.
-    Where curvature is small, d is `codes="jacobi"`'s.
+    gamma: γ of a layer's name, B/μ. Where curvature is small, d is `codes="jacobi"`'s.
     Source: Schraudolph (2002) for the Gauss-Newton matrix; Woodbury's identity.
     """
     sound: list[Tensor] = []
@@ -57,14 +64,14 @@ def damped_cotangents(
             refuse_half(layer.name, layer.parameter, ('codes="gauss-newton"',))
             for part in layer.parts:
                 index = part.use.index
-                if index in roots:
-                    cotangents[index] = _damped(cotangents[index], *roots[index], gamma(layer.name), solve)
+                if index in roots.by_use:
+                    cotangents[index] = _damped(cotangents[index], *roots.by_use[index], gamma(layer.name), solve)
         return replace(recorded, cotangents=cotangents)
 
     if recorded.loss.device.type == "cpu":
         return solved(ridge)
     found, held, verdict = solved(late), list[float](), Verdict()
-    for values, judge in unread or ():
+    for values, judge in roots.unread or ():
         verdict.ask(values, judge)
     if sound:
         verdict.ask(torch.stack(sound), held.extend)
@@ -105,16 +112,14 @@ def _from_sample(x: Tensor, like: Tensor, samples: Samples | RowNumbers) -> Tens
     return out
 
 
-def pulled_roots(
-    model: Any, recorded: Recorded, loss: Tensor, samples: int | Tensor | None = None, unread: Unread | None = None
-) -> dict[int, tuple[Tensor, Samples | RowNumbers]]:
+def pulled_roots(model: Any, recorded: Recorded, loss: Tensor, samples: int | Tensor | None = None) -> PulledRoots:
     """The exact root of the loss's Hessian, pulled back to each use of the layers, with the samples' axis there.
 
-    loss: with its graph. samples: as the user says. unread: None, or takes what is to be read of the loss.
-    Raises UnknownLoss for a loss without a known Hessian
+    loss: with its graph. samples: as the user says. Raises UnknownLoss for a loss without a known Hessian
     root, SamplesMixed where batch statistics tie the samples together.
     """
     graph, known = resolved(lambda without: prove(recorded.tape, loss, without=without), own_losses=False)
+    unread: Unread | None = None if loss.device.type == "cpu" else []
     for likelihood in known:
         likelihood.unread = unread
     layout = measure(recorded.tape, graph, model, samples)
@@ -125,8 +130,9 @@ def pulled_roots(
     for head in loss_curvatures(graph, known, layout):
         chunk = max(1, Exact().count(head.likelihood, head.rows))
         for stack in Exact().columns(head.likelihood, head.rows, chunk):
-            found = pull(head.edges, head.cotangents(stack), [use.edge for use in uses], batched=True)
-            for use, s in zip(uses, found, strict=True):
+            pulled = pull(head.edges, head.cotangents(stack), [use.edge for use in uses], batched=True)
+            for use, s in zip(uses, pulled, strict=True):
                 if s is not None:
                     stacks[use.index].append(s)
-    return {use.index: (torch.cat(stacks[use.index]), layout.uses[use.index]) for use in uses if stacks[use.index]}
+    found = {i: (torch.cat(columns), layout.uses[i]) for i, columns in stacks.items() if columns}
+    return PulledRoots(found, unread)

@@ -21,7 +21,6 @@ from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.record import Recorded, may_be_finite, pulled
 from layerwise.local.problem import contract
-from layerwise.losses import Unread
 from layerwise.optim.base import refuse_unreached
 from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import check_loss
@@ -63,9 +62,7 @@ def gauss_newton(
     plain = pulled(tape, loss, ours, matrices=True, kinds=kinds)
     if not plain.layers:
         return plain, plain
-    unread: Unread | None = None if loss.device.type == "cpu" else []
-    roots = pulled_roots(model, plain, loss, samples, unread)
-    return damped_cotangents(plain, roots, lambda name: gamma(plain, name), unread), plain
+    return damped_cotangents(plain, pulled_roots(model, plain, loss, samples), lambda name: gamma(plain, name)), plain
 
 
 @without_grad
