@@ -217,3 +217,30 @@ def test_ragged_clips_are_the_samples_of_a_ctc_loss(reduction: str) -> None:
     weight = torch.tensor([1 / (3 * n) if reduction == "mean" else 1.0 for n in letters], dtype=torch.float64)
     terms = lambda: F.ctc_loss(model(x).log_softmax(2), target, frames, letters, reduction="none") * weight  # noqa: E731
     oracle.assert_close(_each(model, loss), oracle.per_sample_grad(oracle.parameters(model), terms), 1e-10)
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turned", ["and put back", "in the loss", "and chosen", "and said"])
+def test_results_are_in_the_order_of_the_terms_numbers(turned: str) -> None:
+    """As on the page of conventions: an axis of the terms numbers them; else the rows of the batch, or the user."""
+    model, ((x, y),) = _net(), _parts(N)
+    turn, keep = torch.tensor([2, 0, 3, 1]), torch.tensor([True, False, True, True])
+
+    def terms() -> Tensor:
+        each = F.cross_entropy(model(x), y, reduction="none")
+        return each[turn] if turned == "in the loss" else each
+
+    losses: dict[str, Loss] = {
+        "and put back": lambda: F.cross_entropy(model(x[turn])[turn.argsort()], y, reduction="sum"),
+        "in the loss": lambda: F.cross_entropy(model(x)[turn], y[turn], reduction="sum"),
+        "and chosen": lambda: F.cross_entropy(model(x)[turn][keep], y[turn][keep], reduction="sum"),
+        "and said": lambda: F.cross_entropy(model(x)[turn], y[turn], reduction="sum"),
+    }
+    numbers = torch.arange(N)[turn] if turned == "and said" else None
+    want = oracle.per_sample_grad(oracle.parameters(model), terms)
+    if turned == "and chosen":
+        for g in want.values():
+            g[turn[~keep]] = 0
+    oracle.assert_close(_each(model, losses[turned], numbers), want, 1e-12)
