@@ -222,25 +222,24 @@ def test_ragged_clips_are_the_samples_of_a_ctc_loss(reduction: str) -> None:
 # -- order -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("turned", ["and put back", "in the loss", "and chosen", "and said"])
+@pytest.mark.parametrize("turned", ["and put back", "in the loss", "never, but chosen", "drawn and chosen", "and said"])
 def test_results_are_in_the_order_of_the_terms_numbers(turned: str) -> None:
     """As on the page of conventions: an axis of the terms numbers them; else the rows of the batch, or the user."""
     model, ((x, y),) = _net(), _parts(N)
     turn, keep = torch.tensor([2, 0, 3, 1]), torch.tensor([True, False, True, True])
-
-    def terms() -> Tensor:
-        each = F.cross_entropy(model(x), y, reduction="none")
-        return each[turn] if turned == "in the loss" else each
-
     losses: dict[str, Loss] = {
         "and put back": lambda: F.cross_entropy(model(x[turn])[turn.argsort()], y, reduction="sum"),
         "in the loss": lambda: F.cross_entropy(model(x)[turn], y[turn], reduction="sum"),
-        "and chosen": lambda: F.cross_entropy(model(x)[turn][keep], y[turn][keep], reduction="sum"),
+        "never, but chosen": lambda: F.cross_entropy(model(x)[keep], y[keep], reduction="sum"),
+        "drawn and chosen": lambda: F.cross_entropy(model(x)[turn][keep], y[turn][keep], reduction="sum"),
         "and said": lambda: F.cross_entropy(model(x)[turn], y[turn], reduction="sum"),
     }
-    numbers = torch.arange(N)[turn] if turned == "and said" else None
+
+    def terms() -> Tensor:
+        each = F.cross_entropy(model(x), y, reduction="none")
+        each = each[turn] if turned in ("in the loss", "drawn and chosen") else each
+        return each * keep if "chosen" in turned else each
+
+    numbers = turn if turned == "and said" else None
     want = oracle.per_sample_grad(oracle.parameters(model), terms)
-    if turned == "and chosen":
-        for g in want.values():
-            g[turn[~keep]] = 0
     oracle.assert_close(_each(model, losses[turned], numbers), want, 1e-12)
