@@ -37,7 +37,7 @@ class Sage(nn.Module):
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         summed = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])
-        return self.head((self.own(x) + self.neighbours(summed)).tanh())
+        return self.head((self.own(summed + x) + self.neighbours(summed)).tanh())
 
 
 @pytest.mark.parametrize("edges", [RING, RING[:, :7], torch.cat([RING, RING.flip(0)], 1)], ids=["nodes", "7", "both"])
@@ -217,3 +217,40 @@ def test_ragged_clips_are_the_samples_of_a_ctc_loss(reduction: str) -> None:
     weight = torch.tensor([1 / (3 * n) if reduction == "mean" else 1.0 for n in letters], dtype=torch.float64)
     terms = lambda: F.ctc_loss(model(x).log_softmax(2), target, frames, letters, reduction="none") * weight  # noqa: E731
     oracle.assert_close(_each(model, loss), oracle.per_sample_grad(oracle.parameters(model), terms), 1e-10)
+
+
+def test_a_known_loss_beside_ones_own_of_other_rows() -> None:
+    """The rows of both are numbered in the order of the model's calls."""
+    model, ((x, _), (u, y)) = _net(), _parts(6, 3)
+    loss = lambda: model(x).square().sum() + F.cross_entropy(model(u), y, reduction="sum")  # noqa: E731
+    with pytest.raises(lw.errors.AmbiguousSamples, match="9"):
+        _each(model, loss)
+    terms = lambda: torch.cat([model(x).square().sum(1), F.cross_entropy(model(u), y, reduction="none")])  # noqa: E731
+    want = oracle.per_sample_grad(oracle.parameters(model), terms)
+    oracle.assert_close(_each(model, loss, 9), want, 1e-12)
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turned", ["and put back", "in the loss", "never, but chosen", "drawn and chosen", "and said"])
+def test_results_are_in_the_order_of_the_terms_numbers(turned: str) -> None:
+    """As on the page of conventions: an axis of the terms numbers them; else the rows of the batch, or the user."""
+    model, ((x, y),) = _net(), _parts(N)
+    turn, keep = torch.tensor([2, 0, 3, 1]), torch.tensor([True, False, True, True])
+    losses: dict[str, Loss] = {
+        "and put back": lambda: F.cross_entropy(model(x[turn])[turn.argsort()], y, reduction="sum"),
+        "in the loss": lambda: F.cross_entropy(model(x)[turn], y[turn], reduction="sum"),
+        "never, but chosen": lambda: F.cross_entropy(model(x)[keep], y[keep], reduction="sum"),
+        "drawn and chosen": lambda: F.cross_entropy(model(x)[turn][keep], y[turn][keep], reduction="sum"),
+        "and said": lambda: F.cross_entropy(model(x)[turn], y[turn], reduction="sum"),
+    }
+
+    def terms() -> Tensor:
+        each = F.cross_entropy(model(x), y, reduction="none")
+        each = each[turn] if turned in ("in the loss", "drawn and chosen") else each
+        return each * keep if "chosen" in turned else each
+
+    numbers = turn if turned == "and said" else None
+    want = oracle.per_sample_grad(oracle.parameters(model), terms)
+    oracle.assert_close(_each(model, losses[turned], numbers), want, 1e-12)

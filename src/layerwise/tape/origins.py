@@ -108,7 +108,8 @@ class Origins:
         parent = data[0]
         if len(data) > 1 and out.dim():  # `mean - x`: the argument with as many rows as the result
             rows, dims = out.shape[0], out.dim()
-            parent = next((d for d in data if d.dim() == dims and d.shape[0] == rows), parent)
+            alike = [d for d in data if d.dim() == dims and d.shape[0] == rows] or [parent]
+            parent = next((d for d in alike if not _is_open(self.of(d)[1])), alike[0])
             self._meet(parent, [d for d in data if d.dim() and d.shape[0] == rows])
         if parent is not out:
             self.set(out, *self.of(parent))
@@ -140,6 +141,15 @@ class Origins:
 
 def _unknown_rows(*_: Any) -> Tensor:
     raise ValueError("an index decides which rows of the result are made of which")
+
+
+def _is_open(origin: Origin) -> bool:
+    """Whether an index decided, on the way to some data, which of its rows are made of which."""
+    while isinstance(origin, Moved) and not isinstance(origin.args[0], list):
+        if origin.func is _unknown_rows:
+            return True
+        origin = origin.args[0]
+    return False
 
 
 def _draws(func: Any, args: Any) -> bool:

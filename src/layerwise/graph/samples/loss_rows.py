@@ -259,15 +259,14 @@ def _term_owners(shape: torch.Size, n: int, given: Tensor | None) -> Tensor | No
 def one_after_another(graph: Graph, n: int) -> list[Where] | None:
     """The samples of several losses that have n rows of terms together: those of one loss after those of another.
 
-    In the order of the calls: of the known losses, then of the modules that returned what the user's own losses read.
+    In the order of the loss calls; where some loss is the user's own, of the calls that made what the losses read.
     """
     sizes = terms(graph)
     if len(sizes) < 2 or sum(sizes) != n:
         return None
     order = list(range(len(sizes)))
-    order.sort(
-        key=lambda i: (i, 0) if i < len(graph.known) else (len(sizes), graph.losses[i].logits.node._sequence_nr())
-    )
+    if graph.own:
+        order.sort(key=lambda i: graph.losses[i].logits.node._sequence_nr())
     found: dict[int, Where] = {}
     start = 0
     for i in order:

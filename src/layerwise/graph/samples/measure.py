@@ -131,7 +131,8 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int | s
     first = readings.first_count(graph) or 1
     sizes = [_term_sizes(loss) for loss in tape.losses]
     divides = bool(sizes) and all(any(size % first == 0 for size in axes) for axes in sizes)
-    if divides and not readings.contradictory(graph, len(tape.losses)) and not _has_own_part(tape, total):
+    agree = divides and not readings.contradictory(graph, len(tape.losses))
+    if not graph.uses or (agree and not _has_own_part(tape, total)):  # without uses nothing is moved
         return first
     whole = graph
     try:
