@@ -348,7 +348,7 @@ def test_a_closure_that_changes_its_calls_cannot_be_swept() -> None:
         return F.cross_entropy(net[2](h), y)
 
     before = params_of(net)
-    with pytest.raises(Undefined, match="order='output_to_input', the closure made other calls with 0.weight"):
+    with pytest.raises(Undefined, match=r"order=.output_to_input., the closure made other calls with 0\.weight"):
         lw.LocoProp(net, order="output_to_input", lr=1e-3).step(closure)
     assert same(params_of(net), before)
 
