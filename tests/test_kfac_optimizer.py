@@ -418,7 +418,7 @@ def test_states_of_others_are_refused() -> None:
     before = copy.deepcopy(opt.state_dict())
     exact = KFAC(model, kind="kflr")
     exact.step(closure_of(model))
-    with pytest.raises(BadInput, match="kind 'kflr'"):
+    with pytest.raises(BadInput, match=r"the saved factors are of kind 'kflr', and ours 'kfac'$"):
         opt.load_state_dict(exact.state_dict())
     wide = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     foreign = KFAC(wide)

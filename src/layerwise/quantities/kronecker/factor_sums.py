@@ -93,10 +93,14 @@ class Factors:
         return f"{self.form}: {'; '.join(shown)}, of layout {rest[:8]}"
 
     def _described(self) -> str:
-        """The matrices in words: their sizes `[K,O,I]`, and the elements of the parameter where they begin."""
+        """The matrices in words: their sizes `[K,O,I]`, and where they lie in the parameter."""
         assert self.laid is not None
-        sized = [m for m in self.laid.matrices if 0 not in m.size]
-        shown = [f"{list(m.size)} from element {int(m.places().flatten()[0])}" for m in sized]
+        shown = [
+            f"{list(m.size)} at irregular places {repr(m.index)[:8]}"
+            if m.strides is None
+            else f"{list(m.size)} with strides {list(m.strides)} from element {m.offset}"
+            for m in self.laid.matrices
+        ]
         return f"{self.form}, [K,O,I] = {', '.join(shown)}"
 
 
