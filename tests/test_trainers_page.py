@@ -170,6 +170,14 @@ def run(section: str, folder: Path, space: dict[str, Any] | None = None) -> dict
     return space
 
 
+def forget_accelerators() -> None:
+    """Accelerate's settings are the process's, and Trainer may have left its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.filterwarnings("default")
@@ -179,11 +187,8 @@ def test_a_snippet_takes_the_steps_of_a_closure(
 ) -> None:
     skip_without(section)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    if section == "Accelerate":  # whose settings are the process's, and Trainer may have left its own
-        from accelerate.state import AcceleratorState, GradientState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    if section == "Accelerate":
+        forget_accelerators()
     if section in WITH_GROUP:
         request.getfixturevalue("group")
     space = run(section, tmp_path)
@@ -192,6 +197,34 @@ def test_a_snippet_takes_the_steps_of_a_closure(
     for name, p in wanted.items():
         torch.testing.assert_close(found[name].to(p), p, rtol=1e-12, atol=1e-13)
         assert not torch.equal(p, before[name])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("make", [lw.optim.KFAC, lw.LocoProp, lw.AltMin], ids=["KFAC", "LocoProp", "AltMin"])
+def test_accelerates_wrapper_takes_a_closures_step_and_returns_none(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without("Accelerate")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    forget_accelerators()
+    from accelerate import Accelerator
+
+    wanted = by_closure(make)
+    space = prepared()
+    model, wrapped = Accelerator(cpu=True).prepare(space["model"], make(space["model"]))
+    for x, y in space["loader"]:
+        losses: list[Tensor] = []
+
+        def closure(x: Tensor = x, y: Tensor = y, losses: list[Tensor] = losses) -> Tensor:
+            losses.append(F.cross_entropy(model(x), y))
+            return losses[-1]
+
+        assert wrapped.step(closure) is None
+        assert len(losses) == 1 and losses[0].isfinite()  # the loss is to be had in the closure
+    for name, p in parameters(space["model"]).items():
+        torch.testing.assert_close(p, wanted[name], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.slow
