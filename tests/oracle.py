@@ -243,6 +243,10 @@ def _embedding_bag(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
         bags = torch.tensor_split(x, offsets[1:])
         return torch.cat([_embedding_bag(bag[None], weight, None, *options[1:]) for bag in bags])
     kept = (x != (-1 if padding is None else padding)).to(weight.dtype)
+    if mode == "max":  # an empty bag is zero
+        none = weight.new_full((len(x), 1, weight.shape[1]), -torch.inf)
+        rows = weight[x].masked_fill(kept.unsqueeze(-1) == 0, -torch.inf)
+        return torch.cat([rows, none], 1).amax(1).masked_fill(kept.sum(1, keepdim=True) == 0, 0)
     out = (weight[x] * kept.unsqueeze(-1)).sum(1)
     return out / kept.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else out
 

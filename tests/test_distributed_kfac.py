@@ -395,6 +395,7 @@ def odd_parts(rank: int, what: str) -> str:
     model, (x, y) = perceptron(), batch(0, rank)
     opt = lw.optim.KFAC(model, kind="kflr", parallel=DataParallel())
     before = digest(model)
+    model[1].weight.requires_grad_(what != "frozen" or not rank)
 
     def closure() -> Tensor:
         if what == "mixed":
@@ -409,7 +410,14 @@ def odd_parts(rank: int, what: str) -> str:
     return found
 
 
-@pytest.mark.parametrize(("what", "text"), [("mixed", "have no union"), ("unused", "nothing")])
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("mixed", "have no union"),
+        ("unused", "but the kflr of 5.weight has no sum over them: the batch of rank 0 does not use 5.weight;"),
+        ("frozen", "but the kflr of 1.weight has no sum over them: 1.weight is frozen on rank 1; freeze it on all"),
+    ],
+)
 def test_parts_without_a_union_are_refused_on_all_ranks(what: str, text: str) -> None:
     for error in ranks(2)(odd_parts, what):
         assert text in error

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import layerwise as lw
 from layerwise import ops
 from layerwise.errors import SamplesMixed, Undefined
 from layerwise.ops import Call, Samples, Slot
@@ -592,6 +593,26 @@ def test_opaque_refuses_random_calls_and_keeps_the_random_state() -> None:
     with pytest.raises(Undefined, match="random"):
         slot.dense(g, Samples(4, 0))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@torch.library.custom_op("layerwise_tests::noisy", mutates_args=())
+def noisy(x: Tensor, w: Tensor) -> Tensor:
+    return x * w * torch.rand_like(x)
+
+
+noisy.register_autograd(
+    lambda ctx, g: (None, (g * ctx.saved_tensors[1] / ctx.saved_tensors[0]).sum(0)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], output),
+)
+
+
+@pytest.mark.filterwarnings("ignore::layerwise.errors.SlowPath")
+@pytest.mark.parametrize("quantity", [lw.Variance, lw.KFLR])
+def test_the_refusal_of_a_random_call_names_parameter_and_line(quantity: Callable[[], lw.Quantity]) -> None:
+    w = nn.Parameter(torch.ones(3))
+    asked = r"at Use 0: noisy\S* of gate \(line \d+ of test_ops.py\), .* the call is random"
+    with pytest.raises(Undefined, match=asked), lw.observe({"gate": w}, quantity()):
+        F.mse_loss(noisy(torch.randn(4, 3), w), torch.zeros(4, 3)).backward()
 
 
 def test_opaque_refuses_a_wrong_batched_derivative_and_loops() -> None:

@@ -128,6 +128,32 @@ def test_piecewise_linear_models_have_no_residuals() -> None:
     oracle.assert_close(lw.PCH(model, closure).to_dense(), lw.GGN(model, closure).to_dense())
 
 
+@MODIFIED
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 0}, {"offsets": torch.tensor([0, 2, 2, 7])}], ids=str)
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_are_linear_in_their_tables(mode: str, options: dict[str, Any], trained: bool, modify: str) -> None:
+    """The largest entry of a bag is one of the table's elements, which piecewise is linear as ReLU is."""
+
+    class Bag(Noted):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.table = nn.EmbeddingBag(6, 3, mode=mode, padding_idx=options.get("padding_idx"))
+            self.mix, self.head, self.calls = nn.Linear(3, 4), nn.Linear(4, 3), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.clear()
+            bags = self.table(*((x,) if "offsets" not in options else (x.flatten(), options["offsets"])))
+            return self.head(self.noted(torch.tanh, self.mix(bags)))
+
+    model = Bag()
+    model.table.requires_grad_(trained)
+    x, y = torch.randint(6, (4, 3)), torch.randint(3, (4,))
+    with oracle.plain_operations():
+        want = _want(model, lambda: F.cross_entropy(model(x), y), x, y, MODIFY[modify])
+    oracle.assert_close(lw.PCH(model, lambda: F.cross_entropy(model(x), y), modify=modify).to_dense(), want)
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @MODIFIED
 @pytest.mark.parametrize("act", [nn.Sigmoid, nn.Tanh, nn.ReLU])

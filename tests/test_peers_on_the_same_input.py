@@ -101,6 +101,26 @@ def test_opacus_trains_the_padding_row() -> None:
     assert not model[0].weight.grad[0].any() and model[0].weight.grad_sample[:, 0].any()
 
 
+def test_opacus_ghost_norms_refuse_token_ids_that_are_a_slice() -> None:
+    peer("opacus", "opacus", "1.6.0")
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+
+    ids = torch.tensor([[1, 0, 2], [2, 3, 3], [0, 4, 4]])
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 3))
+    want = oracle.total(oracle.squared_norm(ours_is_exact(model, ids[:, :-1]))).sqrt()
+
+    def ghost_norms(x: Tensor) -> Tensor:
+        inner = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 3))
+        inner.load_state_dict(model.state_dict())
+        wrapped = GradSampleModuleFastGradientClipping(inner, loss_reduction="sum", max_grad_norm=1.0)
+        F.cross_entropy(wrapped(x), TARGETS, reduction="sum").backward()
+        return wrapped.get_norm_sample()
+
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        ghost_norms(ids[:, :-1])
+    oracle.assert_close(ghost_norms(ids[:, :-1].contiguous()), want)
+
+
 def test_backpacks_factors_of_a_convolution_are_neither_expand_nor_reduce() -> None:
     backpack = peer("backpack", "backpack-for-pytorch", "1.7.1")
     model, x, y = (

@@ -265,3 +265,75 @@ def test_second_order_of_overwritten_rows_and_sparse_tables(kind: str) -> None:
     with lw.observe(model, lw.DiagHessian()) as seen:
         loss().backward()
     oracle.assert_close(dict(seen.diag_hessian), want)
+
+
+# Parameters frozen and trained inside of a context ---------------------------------------------------------------
+
+
+def _by_method(model: nn.Module, trained: bool) -> None:
+    model[0].requires_grad_(trained)  # type: ignore[index]
+
+
+def _by_attribute(model: nn.Module, trained: bool) -> None:
+    model[0].weight.requires_grad = trained  # type: ignore[index]
+
+
+TURN = pytest.mark.parametrize("turn", [_by_method, _by_attribute])
+
+
+def _perceptron() -> tuple[nn.Sequential, Callable[[], Tensor]]:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(5, 4)
+    return model, lambda: F.cross_entropy(model(x), Y)
+
+
+@TURN
+@pytest.mark.parametrize("trained", [True, False])
+def test_parameters_that_are_frozen_or_trained_inside(turn: Callable[..., None], trained: bool) -> None:
+    model, loss = _perceptron()
+
+    def begin() -> None:
+        turn(model, not trained)
+
+    def inside() -> Tensor:
+        turn(model, trained)
+        return loss()
+
+    quantities = lw.Variance(), lw.DiagGGN(), lw.KFLR()
+    turn(model, trained)
+    with lw.observe(model, *quantities) as want:
+        loss().backward()
+    hessian = lw.Hessian(model, loss)
+    begin()
+    with lw.observe(model, *quantities) as seen:
+        inside().backward()
+    for quantity in quantities[:2]:
+        oracle.assert_close(dict(seen[quantity]), dict(want[quantity]))
+    assert set(dense_factors(seen[quantities[2]])) == set(dense_factors(want[quantities[2]]))
+    begin()
+    found = lw.Hessian(model, inside)
+    assert found.names == hessian.names
+    oracle.assert_close(found.to_dense(), hessian.to_dense())
+
+
+@TURN
+@pytest.mark.parametrize("kind", [lw.optim.KFAC, lw.optim.DiagNewton, lw.LocoProp, lw.AltMin])
+def test_optimizers_leave_what_the_closure_froze(kind: Any, turn: Callable[..., None]) -> None:
+    model, loss = _perceptron()
+    before = model[0].weight.detach().clone(), model[2].weight.detach().clone()
+
+    def closure() -> Tensor:
+        turn(model, False)
+        return loss()
+
+    kind(model).step(closure)
+    assert torch.equal(model[0].weight, before[0]) and not torch.equal(model[2].weight, before[1])
+
+
+@TURN
+def test_freezing_between_forward_and_backward_is_refused(turn: Callable[..., None]) -> None:
+    model, loss = _perceptron()
+    asked = r"'0\.\w+' was frozen after a call with it, Use 0: linear of 0.bias, 0.weight"
+    with pytest.raises(errors.BadInput, match=asked), lw.observe(model, lw.Variance()):
+        total = loss()
+        turn(model, False)
+        total.backward()

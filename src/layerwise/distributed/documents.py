@@ -138,11 +138,17 @@ def put_into_optimizer(optimizer: torch.optim.Optimizer, model: Model, content: 
         names = [name_of[number] for number in group["params"]]
         missing = [name for name in names if name not in settings]
         if missing:
-            raise BadInput(f"the checkpoint's optimizer did not have {', '.join(missing[:5])}")
+            raise BadInput(
+                f"the checkpoint's optimizer did not have {', '.join(missing[:5])}; make the optimizer with the "
+                "parameters that it had, load, and then call add_param_group"
+            )
         own = settings[names[0]][0]
         different = [name for name in names if repr(settings[name][0]) != repr(own)]
         if different:
-            raise BadInput(f"{names[0]} and {different[0]} are in one parameter group here, and had different settings")
+            raise BadInput(
+                f"{names[0]} and {different[0]} are in one parameter group here, and had different settings; give "
+                "each its own group"
+            )
         groups.append({**group, **own})
     numbers = {name: number for number, name in name_of.items()}
     optimizer.load_state_dict({

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.errors import UncoveredUse, Undefined, UnknownLoss
+from layerwise.errors import BadInput, UncoveredUse, Undefined, UnknownLoss
 from layerwise.graph.second.custom_functions import is_custom, written_at
 from layerwise.graph.walk import SELECTIONS, Node, by_node, children, edges, inputs, nodes
 from layerwise.losses import OwnCall, Unread
@@ -34,8 +34,9 @@ class Graph:
 
     known: losses with a likelihood, in call order. own: the user's own losses, which are the rest of the total.
     selections: the nodes between the losses' inputs and uses, or two uses, that pick elements by an index or a mask.
-    in_losses: those between the total and the losses' inputs. entered: where the tensors come from that the model was
-    called with. asked: names of the parameters whose quantities are wanted; None: all.
+    in_losses: those between the total and the losses' inputs. calls: where the tensors come from that the model was
+    called with, those of each call. met: the same of calls that took rows of several tensors together.
+    asked: names of the parameters whose quantities are wanted; None: all.
     passed: the nodes on the way from the total, or from the losses' inputs, to the parameters. hidden: the edges that
     those among them read whose calls cannot be seen: functions of the user's own, and writes through views.
     unread: None, or a list that takes what is otherwise read at once: numbers, and what raises for bad ones.
@@ -48,7 +49,8 @@ class Graph:
     own: list[OwnUse]
     selections: tuple[Node, ...] = ()
     in_losses: tuple[Node, ...] = ()
-    entered: tuple[Origin, ...] = ()
+    calls: tuple[tuple[Origin, ...], ...] = ()
+    met: tuple[tuple[Origin, ...], ...] = ()
     asked: frozenset[str] | None = None
     passed: frozenset[Node] = frozenset()
     hidden: frozenset[tuple[Node | None, int]] = frozenset()
@@ -58,6 +60,11 @@ class Graph:
     def losses(self) -> list[LossUse]:
         """The inputs of all losses: the logits of the known ones, then the boundary of the user's own."""
         return [*self.known, *(part for own in self.own for part in own.boundary)]
+
+    @property
+    def entered(self) -> list[Origin]:
+        """Where all tensors come from that the model was called with."""
+        return [origin for call in self.calls for origin in call]
 
     @property
     def seed(self) -> Tensor:
@@ -96,7 +103,7 @@ def prove(
 
     With `need_loss`, every path must also pass through a known loss, or through the model's output where the tape
     recorded it. without: losses to treat as unknown.
-    Raises UncoveredUse, UnknownLoss, or Undefined (a parameter enters the loss directly).
+    Raises UncoveredUse, UnknownLoss, Undefined (a parameter enters the loss directly), or BadInput (one was frozen).
     """
     if not total.requires_grad or total.grad_fn is None:
         raise UnknownLoss(
@@ -108,10 +115,16 @@ def prove(
     walk = _UseWalk(tape)
     walk.to_uses(roots)
     uses = sorted(walk.reached, key=lambda u: u.index)
+    for use in uses:
+        if frozen := next((name for name in use.names if name not in tape.parameters), None):
+            raise BadInput(
+                f"the parameter {frozen!r} was frozen after a call with it, {use}, and before the backward pass from "
+                "it; freeze it before the forward pass, or after the backward pass"
+            )
     in_losses = tuple(node for node in graph.in_losses if node not in walk.selections)
     return replace(
         graph, weight=weight, uses=uses, selections=tuple(walk.selections), in_losses=in_losses,
-        entered=tuple(tape.entered), passed=frozenset(walk.passed), hidden=frozenset(walk.hidden),
+        calls=tuple(tape.entered), met=tuple(tape.met), passed=frozenset(walk.passed), hidden=frozenset(walk.hidden),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from layerwise.graph.walk import Edge, Node, call_of, children, edges, finished
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.pull import pull
 
-__all__ = ["check_sum_over_samples", "loss_terms"]
+__all__ = ["check_sum_over_samples", "loss_terms", "read_together", "sequences"]
 
 _LEVELS = 8  # powers of two in use: each measurement reads one octal digit of the samples' numbers
 _LINEAR = frozenset(
@@ -38,6 +38,9 @@ _SUMS = frozenset(
     """MseLoss HuberLoss SmoothL1Loss BinaryCrossEntropy BinaryCrossEntropyWithLogits SoftMarginLoss""".split()
 )
 _ROW_SUMS = frozenset("MultiMarginLoss MultilabelMarginLoss".split())  # losses that add up a function of single rows
+
+
+_SEQUENCES = frozenset(["CtcLoss"])  # calls whose results are a number for each sequence of a batch, by definition
 
 
 class TermProbe(NamedTuple):
@@ -76,6 +79,23 @@ def loss_terms(own_loss: OwnLossGraph) -> list[TermProbe]:
     return list(_probes(own_loss, whole=False))
 
 
+def sequences(own_loss: OwnLossGraph) -> int | None:
+    """The number of sequences, each a sample, where all that a loss adds up is a number for each; else None."""
+    terms = [edge for probe in loss_terms(own_loss) for edge in probe.edges]
+    if not terms or any(_kind(node) not in _SEQUENCES for node, _ in terms):
+        return None
+    counts = {torch.Size(node._input_metadata[output].shape).numel() for node, output in terms}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def read_together(own_loss: OwnLossGraph) -> list[set[int]]:
+    """The boundary tensors, by number, that each term of a loss is made of."""
+    number = {(edge.node, edge.output_nr): i for i, edge in enumerate(own_loss.edges)}
+    stops: dict[Node, tuple[()]] = dict.fromkeys(own_loss.others, ())
+    terms = [edge for probe in loss_terms(own_loss) for edge in probe.edges]
+    return [{number[edge] for edge in edges([term], stops, number) if edge in number} for term in terms]
+
+
 def _probes(own_loss: OwnLossGraph, whole: bool = True) -> Iterator[TermProbe]:
     """The tensors whose elements must depend on one sample each, from the total down; whole: those below others too."""
     ends: set[Edge] = {(edge.node, edge.output_nr) for edge in own_loss.edges}
@@ -84,13 +104,17 @@ def _probes(own_loss: OwnLossGraph, whole: bool = True) -> Iterator[TermProbe]:
     for node, output in edges([own_loss.start], below, ends, by_output=True):
         if (node, output) in ends or not dependent[node]:
             continue
-        kind = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
+        kind = _kind(node)
         sums = kind in _SUMS or kind in _ROW_SUMS
         if not sums and _is_linear(kind, node, dependent[node]):
             continue
         if not whole:
             below[node] = ()
         yield TermProbe(call_of(node), dependent[node] if sums else [(node, output)], kind in _ROW_SUMS)
+
+
+def _kind(node: Node) -> str:
+    return str(node.name().removesuffix("0").removesuffix("1").removesuffix("Backward"))
 
 
 def _is_linear(kind: str, node: Node, below: Sequence[Edge]) -> bool:

@@ -21,12 +21,19 @@ __all__ = [
     "edges",
     "finished",
     "inputs",
+    "moves",
     "next_uses",
     "nodes",
 ]
 
 SELECTIONS = frozenset(  # nodes of calls that pick elements by an index or a mask, and pass the others nothing
     ["IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "GatherBackward0"]
+)
+_MOVES = frozenset(
+    f"{kind}Backward{i}"
+    for kind in """View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Select Slice Transpose Permute T Clone ToCopy
+        Alias Unbind Split SplitWithSizes""".split()
+    for i in range(3)
 )
 Edge = tuple[Node, int]
 Below = Mapping[Node, Sequence[Any]]
@@ -68,6 +75,11 @@ def edges(roots: Iterable[Any], below: Below, ends: Container[Any], by_output: b
         yield node, output
         if not end:
             stack += children(node, below)
+
+
+def moves(node: Node) -> bool:
+    """Whether a node is that of a call that moves elements, or picks some, and computes nothing."""
+    return node.name() in SELECTIONS or node.name() in _MOVES
 
 
 def children(node: Node, below: Below) -> Sequence[Any]:

@@ -30,6 +30,7 @@ from layerwise.operators.diagonal import check_names
 from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.pull import without_autocast
 from layerwise.tape.tape import Tape
+from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["GGN", "PCH", "CurvatureOperator", "Hessian"]
 
@@ -69,6 +70,7 @@ class CurvatureOperator:
         self.blocks = blocks
         with torch.enable_grad(), tape, SecondOrder(self._embedding):
             total = closure()
+        self._parameters = {name: p for name, p in named_parameters_of(model).items() if name in tape.parameters}
         self._check_total(total)
         device = total.device.type
         with torch.autocast(device, enabled=False):
@@ -182,8 +184,9 @@ class CurvatureOperator:
 
     def _apply(self, stack: list[Tensor]) -> list[Tensor]:
         """The product with a stack of directions `[m, *shape]`, computed a few directions at a time."""
-        if self._state != [_state(p) for p in self._parameters.values()]:
-            raise BadInput(f"{self._asked} @: the parameters have changed since it was made; make the operator again")
+        for (name, p), state in zip(self._parameters.items(), self._state, strict=True):
+            if _state(p) != state:
+                raise BadInput(f"{self._asked} @: {name!r} has changed since it was made; make the operator again")
         count = len(stack[0])
         if not count:
             return stack

@@ -61,7 +61,10 @@ class Diagonal:
         check_damping("Diagonal.logdet", damping)
         for name, entry in self.entries.items():
             if (entry + damping < 0).any():
-                raise BadInput(f"Diagonal.logdet: {name!r} has entries below −{damping}; raise the damping.")
+                raise BadInput(
+                    f"Diagonal.logdet: {name!r} has an entry of {float(entry.min())}, which damping {damping} leaves "
+                    "negative; raise the damping."
+                )
         return sum_parts((entry + damping).log().sum() for entry in self.entries.values())
 
     def to_dense(self, name: str) -> Tensor:
@@ -78,7 +81,9 @@ def reciprocal(name: str, x: Tensor) -> Tensor:
     result = torch.where(x == 0, torch.zeros_like(x), 1 / x)
     if not (torch.isfinite(result).all() and torch.isfinite(x).all()):
         raise NonFinite(
-            f"inverse of {name!r}: the matrix holds NaN, infinity or entries too small to invert; raise the damping."
+            f"inverse of {name!r}: the matrix holds NaN or infinity, which no damping helps; skip this batch."
+            if not torch.isfinite(x).all()
+            else f"inverse of {name!r}: the matrix holds entries too small to invert; raise the damping."
         )
     return result
 

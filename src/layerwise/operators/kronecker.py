@@ -96,7 +96,7 @@ class _Block:
         if p * p * like.element_size() > DENSE_BYTES:
             raise BadInput(
                 f"to_dense: {name!r} has {p} elements, its block would take "
-                f"{p * p * like.element_size():.1e} bytes; use @ instead."
+                f"{p * p * like.element_size():.1e} bytes, more than {DENSE_BYTES:.1e}; use @ instead."
             )
         columns = self.apply(torch.eye(size).to(like).view(size, *self.size))
 

@@ -150,11 +150,12 @@ class Slot:
 class DenseSlot(Slot):
     """A slot of a use without input and output rows: only `dense` is defined.
 
-    factored: False. linear: False.
+    factored: False. linear: False. use: the use that it belongs to, in words, where a tape has recorded it.
     """
 
     factored = False
     linear = False
+    use: str | None = None
 
     def no_rows(self) -> Undefined:
         """The refusal of rows, with its reason."""

@@ -149,7 +149,9 @@ def bags_of_rows(embedding: Callable[..., Tensor], *args: Any, **kwargs: Any) ->
             whole = torch.cat((size.new_zeros(1, 1), size.cumsum(0))).flatten()
             kept = flat[counted.bool()]
             chosen = torch.embedding_bag(table, kept, whole, False, 2, False, None, True)[3].long()
-        return table.gather(0, chosen.clamp(min=0)).masked_fill(size == 0, 0)
+        width = table.shape[1]  # each element is a row of the table's elements, which is linear
+        places = chosen.clamp(min=0) * width + torch.arange(width, device=flat.device)
+        return embedding(places, table.reshape(-1, 1), None).squeeze(-1).masked_fill(size == 0, 0)
     scale = counted.to(rows.dtype) if weights is None else counted * weights.flatten()
     out = rows.new_zeros(bags, rows.shape[1]).index_add(0, bag, rows * scale.unsqueeze(1))
     return out / size.clamp(min=1) if v["mode"] == "mean" else out

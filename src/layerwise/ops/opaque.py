@@ -50,9 +50,9 @@ class OpaqueSlot(DenseSlot):
                 if rows is not None and _agrees(rows, weights.to(rows.dtype), whole):
                     return rows
         raise Undefined(
-            f"per-sample gradients of a tensor of shape {tuple(self.used.shape)} through "
-            f"{_name(self._call)}: they do not sum to the call's own gradient, so the call is random or "
-            "its derivative is not reproducible; draw its random numbers outside, in a call of their own"
+            f"asked for per-sample gradients at {self._where}, but they do not sum to the gradient of the call when it "
+            "is run again, so the call is random or its derivative is not reproducible; draw its random numbers "
+            "outside, in a call of their own, and give them to it"
         )
 
     def _rows(self, out: Tensor, leaf: Tensor, g: Tensor, owner: Tensor, n: int, batched: bool) -> Tensor | None:
@@ -92,18 +92,22 @@ class OpaqueSlot(DenseSlot):
         if not isinstance(out, Tensor) or out.shape != call.out_shape or not out.requires_grad:
             seen = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise UnsupportedCall(
-                f"{_name(call)} uses a parameter and gave {seen} when run again, where one differentiable "
-                f"tensor of shape {tuple(call.out_shape)} was recorded; write it with other torch functions"
+                f"{self._where} gave {seen} when it was run again, where one differentiable tensor of shape "
+                f"{tuple(call.out_shape)} was recorded; write it with other torch functions"
             )
         return out, leaf
 
     def no_rows(self) -> Undefined:
         """The refusal of rows."""
         return Undefined(
-            f"{_name(self._call)} is not known as a linear map, so a tensor of shape "
-            f"{tuple(self.used.shape)} used by it has per-sample gradients but no input and output rows; ask for "
-            "quantities of the gradient, diagonals or operators, or describe the call by layerwise.ops.register"
+            f"{self._where} is not known as a linear map, so it has per-sample gradients but no input and output rows; "
+            "ask for quantities of the gradient, diagonals or operators, or describe the call by layerwise.ops.register"
         )
+
+    @property
+    def _where(self) -> str:
+        """The call, and what it uses, in words."""
+        return self.use or f"{_name(self._call)} of a tensor of shape {tuple(self.used.shape)}"
 
 
 def _pull(out: Tensor, leaf: Tensor, cotangents: Tensor, batched: bool) -> Tensor:

@@ -89,4 +89,6 @@ def refuse_idle(given: Mapping[str, Any], effects: Effects, where: str = "") -> 
     """Raise BadInput for a keyword that was given and changes nothing. where: in front of the keyword."""
     for word, (has_one, owner) in effects.items():
         if given.get(word) is not None and not has_one:
-            raise BadInput(f"{where}{word}={given[word]!r} changes nothing here: it belongs to {owner}")
+            raise BadInput(
+                f"{where}{word}={given[word]!r} changes nothing here: it belongs to {owner}; leave it out, or ask for that"
+            )

@@ -33,7 +33,7 @@ class Binding:
         named = named_parameters_of(model)
         self._model = weakref.ref(model) if isinstance(model, nn.Module) else None
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
-        self.frozen = [p for p in named.values() if not p.requires_grad]
+        self.frozen = {name: p for name, p in named.items() if not p.requires_grad}
         sharded = sharded_of(model)
         self.owners = {name: sharded.get(id(p), p) for name, p in self.parameters.items()}
         self._foreign: dict[int, Tensor] = {}  # not the model's; kept, so that no other tensor takes their ids
@@ -55,7 +55,7 @@ class Binding:
             self._foreign |= {id(p): p for p in unknown if id(p) not in ids}
         if not any(id(p) in ids for p in unknown):
             return {}
-        known = {id(p) for p in (*self.parameters.values(), *self.frozen)}
+        known = {id(p) for p in (*self.parameters.values(), *self.frozen.values())}
         return {name: p for name, p in named.items() if id(p) not in known and not is_sharded(p)}
 
     def check_names(self) -> None:
@@ -80,12 +80,21 @@ class Binding:
         found = {id(p): name for name, p in self._named().items() if p.requires_grad}
         return found | {whole: at[id(owner)] for whole, owner in sharded_of(model).items() if id(owner) in at}
 
+    def turned(self, p: Tensor) -> str | None:
+        """Follow a parameter that was frozen so far, or no longer one that was trained; its name, or None."""
+        before = self.frozen if p.requires_grad else self.parameters
+        name = next((name for name, one in before.items() if one is p), None)
+        if name is not None:
+            self.bind(name, p)
+        return name
+
     def bind(self, name: str, p: Tensor) -> Tensor | None:
         """Bind a name to another parameter; returns the parameter that had the name before."""
         old = self.parameters.pop(name, None)
+        self.frozen.pop(name, None)
         if not p.requires_grad:
             self.owners.pop(name, None)
-            self.frozen.append(p)
+            self.frozen[name] = p
             return old
         self.parameters[name] = p
         if not is_sharded(self.owners.get(name)):

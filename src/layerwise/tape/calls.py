@@ -20,6 +20,7 @@ __all__ = [
     "LOG_SOFTMAX",
     "OPTIONS",
     "RANDOM",
+    "SCATTER",
     "assembles",
 ]
 
@@ -57,15 +58,22 @@ _SPLIT = {
     for owner in (torch, Tensor)
     for name, place in (("split", 2), ("chunk", 2), ("tensor_split", 2), ("unbind", 1))
 }
+
+
+def _in_both_forms(names: str) -> set[Any]:
+    """Calls by name, and those that write in place."""
+    both = [name for base in names.split() for name in (base, base + "_")]
+    return {getattr(owner, name) for owner in (torch, Tensor) for name in both if hasattr(owner, name)}
+
+
+# Calls that write rows onto a tensor where an index or a mask says.
+SCATTER = _in_both_forms(
+    "index_add index_copy index_put index_reduce scatter scatter_add scatter_reduce masked_scatter"
+)
 # Calls that move elements according to the values of an index or a mask.
-GATHER = {Tensor.__getitem__, Tensor.__setitem__} | {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for base in """where gather take take_along_dim index_select masked_select index_add index_copy index_put
-        index_reduce scatter scatter_add scatter_reduce masked_scatter repeat_interleave""".split()
-    for name in (base, base + "_")
-    if hasattr(owner, name)
-}
+GATHER = {Tensor.__getitem__, Tensor.__setitem__, *SCATTER} | _in_both_forms(
+    "where gather take take_along_dim index_select masked_select repeat_interleave"
+)
 CHOICE = {torch.where, Tensor.where}  # of these the mask's values count where both sides are activations
 CASTS = {Tensor.to, Tensor.type_as}  # of a second tensor these read the dtype and the device alone
 LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}

@@ -7,6 +7,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -38,17 +39,32 @@ class _LogSoftmax(NamedTuple):
 
 
 class _OwnHook:
-    """A forward hook of one record. A copy of the model that is made meanwhile has one that does nothing."""
+    """A hook of one record. A copy of the model that is made meanwhile has one that does nothing."""
 
-    def __init__(self, note: Callable[[nn.Module, Any, Any, Any], None] | None = None) -> None:
+    def __init__(self, note: Callable[..., None] | None = None) -> None:
         self._note = note
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def __call__(self, *args: Any) -> None:
         if self._note is not None:
-            self._note(module, args, kwargs, out)
+            self._note(*args)
 
     def __reduce__(self) -> Any:
         return _OwnHook, ()
+
+
+class _Parts:
+    """The ids of a model's modules, without its own; found when they are first asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._root = weakref.ref(model), id(model)
+
+    @cached_property
+    def _ids(self) -> set[int]:
+        model = self._model()
+        return set() if model is None else set(map(id, model.modules()))
+
+    def __contains__(self, part: int) -> bool:
+        return part != self._root and part in self._ids
 
 
 class LossRecord(TorchFunctionMode):
@@ -57,7 +73,7 @@ class LossRecord(TorchFunctionMode):
     losses: the known calls. own: the marked ones. returned: the boundary of all other losses, the tensors that the
     model's forward returned, or where the user called others of its modules, in methods such as `encode`, those that
     these returned; recorded by global module hooks while the context is active; None without `own_losses`.
-    entered: where the tensors come from that the model's forward was called with.
+    entered: where the tensors come from that the model's forward was called with, those of each call.
     """
 
     calls: list[Any]
@@ -67,6 +83,7 @@ class LossRecord(TorchFunctionMode):
         super().__init__()
         self._model = weakref.ref(model) if own_losses and isinstance(model, nn.Module) else None
         self._hooks: list[RemovableHandle] = []
+        self._hooks_on_all: list[RemovableHandle] = []
         self._filters: list[Any] = []
         self.returned: list[LossUse] | None = [] if own_losses else None
 
@@ -76,7 +93,7 @@ class LossRecord(TorchFunctionMode):
         self.own: list[OwnUse] = []
         self.returned = None if self.returned is None else []
         self._views: list[tuple[GradientEdge, Tensor]] = []  # returned views: their edges, and what they are views of
-        self.entered: list[Origin] = []
+        self.entered: list[tuple[Origin, ...]] = []
         self._log_softmax: dict[int, _LogSoftmax] = {}
 
     def forget_losses(self, made: Iterable[LossUse]) -> None:
@@ -94,26 +111,49 @@ class LossRecord(TorchFunctionMode):
         model = None if self._model is None else unwrapped(self._model())  # DDP's own output may be a view of it
         if model is None or isinstance(model, torch.jit.ScriptModule):  # whose calls cannot be seen anyway
             return
-        ours, root, depth = set(map(id, model.modules())), id(model), 0
+        parts = _Parts(model)
+        depth = inside = 0  # calls of its modules, one in another, and of the model itself
 
         def enter(module: nn.Module, args: Any) -> None:
             nonlocal depth
-            depth += id(module) in ours
+            depth += id(module) in parts
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             nonlocal depth
-            depth -= id(module) in ours
-            if depth or out is None or id(module) not in ours:  # None: of a call that failed
+            if id(module) not in parts:
+                return
+            depth -= 1
+            if depth or out is None:  # None: of a call that failed
                 return
             if torch._C._current_graph_task_id() != -1:  # a checkpoint that runs again in a backward pass
                 return
-            if id(module) != root and next(module.parameters(), None) is not None:  # the others may be the loss itself
+            if next(module.parameters(), None) is not None:  # the others may be the loss itself
                 self._returned((), out, hold=False)  # layers called one by one: values that nothing reads
 
+        def see_all() -> None:
+            self._hooks_on_all.append(register_module_forward_pre_hook(enter))
+            self._hooks_on_all.append(register_module_forward_hook(leave, always_call=True))
+
+        def model_called(*_: Any) -> None:
+            nonlocal inside
+            inside += 1
+            while self._hooks_on_all:  # what the model itself calls is no result of its own
+                self._hooks_on_all.pop().remove()
+
+        def model_returned(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            nonlocal inside
+            if inside:
+                inside -= 1
+                if not inside and self._hooks:
+                    see_all()
+            if out is not None:
+                self._returned((args, kwargs), out)
+
         # hooks on all modules are not told keyword arguments
-        self._hooks.append(model.register_forward_hook(_OwnHook(self._model_returned), with_kwargs=True))
-        self._hooks.append(register_module_forward_pre_hook(enter))
-        self._hooks.append(register_module_forward_hook(leave, always_call=True))
+        called, returned = _OwnHook(model_called), _OwnHook(model_returned)
+        self._hooks.append(model.register_forward_pre_hook(called, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(returned, with_kwargs=True, always_call=True))
+        see_all()
         # inserted without `warnings.filterwarnings`, which would make torch and others warn anew of what they have said
         self._filters = warnings.filters  # type: ignore[assignment]
         self._filters.insert(0, _OF_HOOKS)
@@ -122,6 +162,8 @@ class LossRecord(TorchFunctionMode):
         """Remove the hooks."""
         while self._hooks:
             self._hooks.pop().remove()
+        while self._hooks_on_all:
+            self._hooks_on_all.pop().remove()
         if _OF_HOOKS in self._filters:
             self._filters.remove(_OF_HOOKS)
         self._filters = []
@@ -203,18 +245,17 @@ class LossRecord(TorchFunctionMode):
             self.own.append(OwnUse(call, parts, get_gradient_edge(out)))
         return out
 
-    def _model_returned(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        self._returned((args, kwargs), out)
+    def _is_input(self, x: Tensor) -> bool:
+        """Whether a tensor that requires grad is differentiated by in the loss, and no parameter."""
+        return x.is_leaf and id(x) not in self._known
 
     def _returned(self, given: Any, out: Any, hold: bool = True) -> None:
         """Record the tensors that the model's forward was called with, and those that a module returned."""
-        for x in losses.tensors_in(given):
-            own = x.requires_grad and x.is_leaf and id(x) not in self._known  # differentiated by in the loss
-            if x.dim() and (own or not x.requires_grad):
-                self.entered.append(self._made_from(x)[1])
-        if self.returned is None or not torch.is_grad_enabled():
-            return
         with torch._C.DisableTorchFunction():  # else the tape would take what is asked here for readers of the output
+            own = (x for x in losses.tensors_in(given) if not x.requires_grad or self._is_input(x))
+            self.entered.append(tuple(self._made_from(x)[1] for x in own if x.dim()))
+            if self.returned is None or not torch.is_grad_enabled():
+                return
             self.returned += [part for part in boundary_of("the loss", out, hold=hold) if part.call.logits.dim()]
             views = [z for z in losses.tensors_in(out) if z.requires_grad and z._base is not None and z._base.grad_fn]
             self._views += [(get_gradient_edge(z), z._base) for z in views if z._base is not None]

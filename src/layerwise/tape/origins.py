@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.tape.calls import assembles
+from layerwise.tape.calls import SCATTER, assembles
 
 __all__ = ["Moved", "Origin", "Origins", "Source", "ancestors", "numbers", "offsets_of", "parents", "settle", "sources"]
 
@@ -62,6 +62,7 @@ class Origins:
 
     def __init__(self) -> None:
         self._noted: dict[int, tuple[weakref.ref[Tensor], Tensor, Origin]] = {}
+        self.together: dict[tuple[int, int], tuple[Origin, Origin]] = {}  # tensors whose rows a call took one by one
 
     def of(self, tensor: Tensor) -> tuple[Tensor, Origin]:
         """The batch and the origin; the tensor itself where none was noted."""
@@ -86,6 +87,9 @@ class Origins:
         elif not results or assembles(func, args, kwargs):
             for x in results or args[:1]:  # a write returns nothing
                 self._put_together(x, data)
+        elif func in SCATTER and not any(x is data[0] for x in [*args[:1], kwargs.get("input")]):
+            for x in results:
+                self._scattered(x, data)
         else:
             for x in results:  # a frozen recurrent layer returns several
                 self._mapped(x, data)
@@ -95,13 +99,27 @@ class Origins:
         if isinstance(out, Tensor) and (found is None or found[0]() is not out):
             self.set(out, out.detach(), Source(out.shape, tuple(self.of(x)[1] for x in data if x is not out)))
 
+    def _scattered(self, out: Tensor, data: Sequence[Tensor]) -> None:
+        """Note rows that were written onto a constant: made of what has the values, and open which row of it."""
+        batch, origin = self.of(next((d for d in reversed(data) if d.is_floating_point()), data[-1]))
+        self.set(out, batch, Moved(_unknown_rows, (origin,), {}, None, out.shape))
+
     def _mapped(self, out: Tensor, data: Sequence[Tensor]) -> None:
         parent = data[0]
         if len(data) > 1 and out.dim():  # `mean - x`: the argument with as many rows as the result
             rows, dims = out.shape[0], out.dim()
             parent = next((d for d in data if d.dim() == dims and d.shape[0] == rows), parent)
+            self._meet(parent, [d for d in data if d.dim() and d.shape[0] == rows])
         if parent is not out:
             self.set(out, *self.of(parent))
+
+    def _meet(self, one: Tensor, others: Sequence[Tensor]) -> None:
+        """Note that a call took rows of several tensors together, one by one."""
+        batch, origin = self.of(one)
+        for other in others:
+            if other is not one and self.of(other)[0] is not batch:
+                met = self.of(other)[1]
+                self.together[id(origin), id(met)] = origin, met
 
     def _moved(self, func: Any, args: Any, kwargs: Any, data: Tensor, results: Sequence[Tensor], several: bool) -> None:
         """Note the results of a moving call; one that collects samples makes a new batch."""
@@ -118,6 +136,10 @@ class Origins:
             if not table:
                 origin = Moved(func, (moved, *args[1:]), others, i if several else None, x.shape, drawn)
             self.set(x, x.detach() if collects else kept, origin)
+
+
+def _unknown_rows(*_: Any) -> Tensor:
+    raise ValueError("an index decides which rows of the result are made of which")
 
 
 def _draws(func: Any, args: Any) -> bool:

@@ -47,6 +47,8 @@ from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
 __all__ = ["Tape"]
 
+_SETS_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+
 
 class FirstChoice(NamedTuple):
     """How many entries of the signature, and how many uses, were recorded before a choice."""
@@ -128,7 +130,7 @@ class Tape(LossRecord):
         self._known: Known = {}
         for name, p in self.parameters.items():
             self._known[id(p)] = Derived(p, frozenset((name,)))
-        for c in (*self._binding.frozen, *self._constants):
+        for c in (*self._binding.frozen.values(), *self._constants):
             self._known[id(c)] = c
         self._outputs: dict[int, Use] = {}
         self._origins = Origins()
@@ -210,11 +212,15 @@ class Tape(LossRecord):
                 self._note_readers(func, args, kwargs, data, args[0] if args else None)  # a write reads, too
                 self._note_data(func, args, kwargs, data, None)
                 self._written(func, args)
+            if tensors and func == _SETS_GRAD:
+                self._frozen_or_trained(args[0])
             return out
         self.calls.append(func)
         if not data:
             if tensors or func not in DATA:
                 classify(self._known, out, used)
+            if func is Tensor.requires_grad_:
+                self._frozen_or_trained(args[0])
         elif func in FACTORIES:
             classify(self._known, out, [])
         else:
@@ -272,6 +278,11 @@ class Tape(LossRecord):
                 if hasattr(place, "tobytes"):  # an array of numpy's is an index, too
                     self.choice = self.choice or FirstChoice(len(self.calls), self._recorded)
                     self.calls.append(hash(place.tobytes()))
+
+    @property
+    def met(self) -> list[tuple[Origin, ...]]:
+        """The tensors whose rows some call took together, one by one."""
+        return list(self._origins.together.values())
 
     def _made_from(self, tensor: Tensor) -> tuple[Tensor, Origin]:
         return self._origins.of(tensor)
@@ -361,6 +372,12 @@ class Tape(LossRecord):
     def retained(self) -> list[Tensor]:
         """The live activations with `retain_grad`."""
         return [t for t in (ref() for ref in self._retained) if t is not None and not t.is_leaf]
+
+    def _frozen_or_trained(self, p: Tensor) -> None:
+        """Take a parameter that was just frozen for a constant, and one that is trained from now on for a parameter."""
+        name = self._binding.turned(p)
+        if name is not None:
+            self._known[id(p)] = Derived(p, frozenset((name,))) if p.requires_grad else p
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Hand the user's backward pass to the handler."""

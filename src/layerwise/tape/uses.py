@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from layerwise import losses, ops
 from layerwise.errors import BadInput, SlowPath, Undefined
-from layerwise.ops.base import Call, Slot
+from layerwise.ops.base import Call, DenseSlot, Slot
 from layerwise.tape.origins import Origin
 from layerwise.tensors import is_finite
 
@@ -145,6 +145,9 @@ class Use:
             if sum(len(d.names) for d in self.used) > len(self.names):  # a parameter enters more than once
                 for slot in self._slots:
                     slot.linear = False
+            for slot in self._slots:
+                if isinstance(slot, DenseSlot):
+                    slot.use = repr(self)
             if not all(slot.factored for slot in self._slots):
                 warnings.warn(
                     f"{describe_func(self.call.func)} of {', '.join(self.names)} has no row form: its per-sample "

@@ -17,7 +17,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, numbers_of_both, over, row_numbers
-from layerwise.graph.samples.readings import on_output, origin_rows, outside, term_shape
+from layerwise.graph.samples.readings import on_output, origin_rows, outside, term_shape, terms
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import Where
 from layerwise.graph.separable import loss_terms
@@ -27,7 +27,7 @@ from layerwise.tape.origins import Origin, sources
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["by_known_rows", "by_target", "numberings", "unheard"]
+__all__ = ["axis_of", "by_known_rows", "by_target", "numberings", "one_after_another", "unheard"]
 
 
 def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Where]]:
@@ -49,11 +49,19 @@ def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Wher
             rest += _by_terms(OwnLossGraph(graph, o), n, None)
         if all(where is not None for where in rest):
             yield [where for where in rest if where is not None]
-    if not graph.own:
-        yield from _one_after_another(graph, n)
+    if not graph.own and len(graph.known) == n > 1:
+        yield [RowNumbers(n, torch.full([1] * loss.call.logits.dim(), i)) for i, loss in enumerate(graph.known)]
+    parts = one_after_another(graph, n)
+    if parts is not None:
+        yield parts
 
 
 def _exact_axis(graph: Graph, loss: LossUse, n: int) -> Where | None:
+    return axis_of(loss, n)
+
+
+def axis_of(loss: LossUse, n: int) -> Where | None:
+    """The axis of a loss's terms with one index for each sample."""
     return next((s for s in hypotheses(loss, n) if s.axis < 0 or loss.call.logits.shape[s.axis] == n), None) or (
         _all_of_one(loss) if n == 1 else None
     )
@@ -248,10 +256,27 @@ def _term_owners(shape: torch.Size, n: int, given: Tensor | None) -> Tensor | No
     return None if axis is None else Samples(n, axis).owners(shape)
 
 
-def _one_after_another(graph: Graph, n: int) -> Iterator[list[Where]]:
-    """As many losses as samples, of as many terms each: the samples one after another."""
-    if len(graph.known) == n > 1:
-        yield [RowNumbers(n, torch.full([1] * loss.call.logits.dim(), i)) for i, loss in enumerate(graph.known)]
+def one_after_another(graph: Graph, n: int) -> list[Where] | None:
+    """The samples of several losses that have n rows of terms together: those of one loss after those of another.
+
+    In the order of the calls: of the known losses, then of the modules that returned what the user's own losses read.
+    """
+    sizes = terms(graph)
+    if len(sizes) < 2 or sum(sizes) != n:
+        return None
+    order = list(range(len(sizes)))
+    order.sort(
+        key=lambda i: (i, 0) if i < len(graph.known) else (len(sizes), graph.losses[i].logits.node._sequence_nr())
+    )
+    found: dict[int, Where] = {}
+    start = 0
+    for i in order:
+        call, size = graph.losses[i].call, sizes[i]
+        axis = next((a for a in range(call.logits.dim()) if a != call.class_axis), None)
+        shape = [size if a == axis else 1 for a in range(call.logits.dim())]
+        found[i] = RowNumbers(n, torch.arange(start, start + size).reshape(shape))
+        start += size
+    return [found[i] for i in range(len(sizes))]
 
 
 def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
@@ -274,12 +299,13 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
             _by_target(graph, x, rows) or _first_axis(graph, x, rows) or _by_inputs(graph, x, rows)
             for x in graph.losses
         ]
-        if all(where is not None for where in found):
-            shapes = [loss.call.logits.shape for loss in graph.losses]
-            yield [
-                RowNumbers(n, given.to(where.owners(shape).device)[where.owners(shape)])
-                for where, shape in zip((w for w in found if w is not None), shapes, strict=True)
-            ]
+        for ways in (found, one_after_another(graph, rows)):
+            if ways is not None and all(where is not None for where in ways):
+                shapes = [loss.call.logits.shape for loss in graph.losses]
+                yield [
+                    RowNumbers(n, given.to(where.owners(shape).device)[where.owners(shape)])
+                    for where, shape in zip((w for w in ways if w is not None), shapes, strict=True)
+                ]
 
 
 def _fitted(loss: LossUse, given: Tensor, n: int) -> RowNumbers | None:

@@ -16,6 +16,7 @@ from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.first_uses import FirstUses
 from layerwise.graph.samples.loss_rows import numberings
 from layerwise.graph.samples.memo import Memo, Refused, key_of, memo_of, recalled, remember
+from layerwise.graph.samples.rivals import rivals
 from layerwise.graph.samples.rows import (
     Owners,
     by_rows,
@@ -26,6 +27,7 @@ from layerwise.graph.samples.rows import (
 )
 from layerwise.graph.samples.sample_axes import by_axes, on_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
+from layerwise.graph.walk import by_node, edges, moves
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Source, settle
 from layerwise.tape.tape import Tape
@@ -45,6 +47,7 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
     settle([*readings.origins(graph), *graph.entered])
+    samples = readings.said_by_loss(graph) if samples is None else samples
     given = readings.hashed(samples)
     key, memo = key_of(tape, graph, model, given), memo_of(model)
     place = key, readings.places(graph.entered, readings.origins(graph), graph.uses)
@@ -82,7 +85,7 @@ def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, 
     if isinstance(samples, Tensor):
         return next(by_rows(graph, int(samples.max()) + 1, samples))
     n = samples if samples is not None else readings.first_count(graph)
-    if n is None or (samples is None and readings.contradictory(graph)):
+    if n is None or (samples is None and readings.contradictory(graph, len(graph.losses))):
         return _first_that_holds(tape, graph, readings.candidates(graph))
     refusal = recalled(memo, (key, "axes"))
     if not isinstance(refusal, tuple):
@@ -128,7 +131,7 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int | s
     first = readings.first_count(graph) or 1
     sizes = [_term_sizes(loss) for loss in tape.losses]
     divides = bool(sizes) and all(any(size % first == 0 for size in axes) for axes in sizes)
-    if divides and not readings.contradictory(graph) and not _has_own_part(tape, total):
+    if divides and not readings.contradictory(graph, len(tape.losses)) and not _has_own_part(tape, total):
         return first
     whole = graph
     try:
@@ -138,6 +141,8 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int | s
         return str(error)
     except LayerwiseError:
         n = _of_terms_or_batch(graph, sizes, first)
+        with suppress(LayerwiseError):  # what is made of the model's output is part of the loss
+            whole = whole if whole.own else prove(tape, total, graph.weight, without=tape.losses)
         if whole.own and not _adds_up(whole, n):
             return (
                 f"the batch seems to have {n} samples, but {whole.own[0]} is not seen to be a sum over so "
@@ -148,13 +153,27 @@ def count(tape: Tape, graph: Graph, total: Tensor, model: Any = None) -> int | s
 
 
 def _has_own_part(tape: Tape, total: Tensor) -> bool:
-    """Whether something else than the value of a known loss call, times a number or added up, is in the total."""
+    """Whether something else than the value of a known loss call, times a number or added up, is in the total.
+
+    So is what is made of the model's output before such a call, but for moves of elements.
+    """
+    if any(_past_output(tape, loss) for loss in tape.losses):
+        return True
     if any(total.grad_fn is loss.value.node for loss in tape.losses):
         return False
     try:
         return bool(known_losses(tape, total).own)
     except LayerwiseError:
         return False  # the known losses' terms are all that is known
+
+
+def _past_output(tape: Tape, loss: LossUse) -> bool:
+    """Whether a loss reads anything but elements of the model's output, where that is recorded."""
+    if tape.returned is None:
+        return False
+    ends = {(part.logits.node, part.logits.output_nr) for part in tape.returned}
+    found = edges([loss.logits], dict.fromkeys(by_node(tape.uses), ()), ends)
+    return any(edge not in ends and not moves(edge[0]) for edge in found)
 
 
 def _of_terms_or_batch(graph: Graph, sizes: Sequence[Sequence[int]], first: int) -> int:
@@ -233,7 +252,11 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
             refusals.append(_parts(error))
             possible |= {n} & set(counts[0]) if isinstance(error, AmbiguousSamples) else set()
         if confirmed and n in counts[1]:
+            possible |= {n}
             break
+    if confirmed:
+        others = rivals(graph, confirmed[0], confirmed[0].n in counts[0])
+        possible |= {confirmed[0].n, *others} if others else set()
     if confirmed and len(possible) > 1:
         raise AmbiguousSamples(
             f"several numbers of samples may hold: {readings.named(graph, possible)}; this batch cannot tell which it "

@@ -11,13 +11,13 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
-from layerwise.graph.separable import loss_terms
+from layerwise.graph.separable import loss_terms, sequences
 from layerwise.tape.origins import Moved, Origin, Source, ancestors, numbers, offsets_of, parents, sources
 from layerwise.tape.uses import LossUse, Use
 
 __all__ = [
-    "candidates", "contradictory", "first_count", "hashed", "named", "on_output", "origin_rows", "origins", "outside",
-    "places", "row_counts", "tensor_asked", "term_shape", "terms",
+    "candidates", "contradictory", "first_count", "hashed", "labelled", "named", "on_output", "origin_rows", "origins",
+    "outside", "places", "row_counts", "said_by_loss", "tensor_asked", "term_shape", "terms",
 ]  # fmt: skip
 
 
@@ -56,6 +56,14 @@ def first_count(graph: Graph) -> int | None:
     return graph.batch.shape[0] if graph.batch is not None and graph.batch.dim() else None
 
 
+def said_by_loss(graph: Graph) -> int | None:
+    """The number of sequences, where every loss is one that is defined on a batch of these, on whatever axis."""
+    if graph.known or not graph.own:
+        return None
+    counts = {sequences(OwnLossGraph(graph, own)) for own in graph.own}
+    return counts.pop() if len(counts) == 1 else None
+
+
 def terms(graph: Graph) -> list[int]:
     """The size of each loss's first axis of loss terms."""
     found = []
@@ -65,10 +73,11 @@ def terms(graph: Graph) -> list[int]:
     return found
 
 
-def contradictory(graph: Graph) -> bool:
+def contradictory(graph: Graph, losses: int) -> bool:
     """Whether the tensors that the uses read differ in what they say on the number of samples.
 
-    So they do where the first of them is none that the model was called with, while others are.
+    So they do where the first of them is none that the model was called with, while others are; and where there are
+    several, of several losses, which may be of samples of their own.
     """
     first = first_count(graph)
     if graph.uses and graph.uses[0].origin is not None and outside(graph, graph.uses[0].origin[0]):
@@ -78,7 +87,7 @@ def contradictory(graph: Graph) -> bool:
         return True
     made = [_of_batch(use.origin[0], use.batch.shape) for use in graph.uses if use.origin is not None]
     if len(batches) > 1:
-        return any(isinstance(origin, Moved) for origin in made)
+        return losses > 1 or any(isinstance(origin, Moved) for origin in made)
     return any(_cuts_samples(origin) or _joins_rows(origin) for origin in made[:1])
 
 
@@ -176,6 +185,11 @@ def candidates(graph: Graph) -> tuple[list[int], list[int]]:
     return list(dict.fromkeys(first)), [x for x in dict.fromkeys(rest) if x > 1 and x not in first]
 
 
+def labelled(graph: Graph) -> list[int]:
+    """The numbers of rows of the losses' targets."""
+    return row_counts([loss.target[0] for loss in graph.losses if loss.target is not None])
+
+
 def named(graph: Graph, counts: Iterable[int]) -> str:
     """Numbers of samples in words, each with what says it."""
     said = _said(graph)
@@ -188,7 +202,7 @@ def _said(graph: Graph) -> dict[str, list[int]]:
     return {
         "rows that the model was called with": row_counts([origin for origin in graph.entered if origin.shape]),
         "rows that the layers read": row_counts([u.origin[0] for u in graph.uses if u.origin is not None]),
-        "rows of the targets": row_counts([loss.target[0] for loss in graph.losses if loss.target is not None]),
+        "rows of the targets": labelled(graph),
         "terms of the loss": terms(graph),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice, product
 
 import torch
 from torch import Tensor
@@ -22,9 +23,14 @@ from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.origins import Origin, offsets_of, sources
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["Owners", "by_rows", "check_losses", "one_row_a_sample", "one_sample_a_row", "owners_of_rows"]
+__all__ = [
+    "Owners", "by_rows", "check_losses", "layout_by", "one_row_a_sample", "one_sample_a_row", "owners_of_rows",
+    "root_of", "rows_by_source",
+]  # fmt: skip
 
 Owners = tuple[Origin, dict[int, int], bool]
+
+_MOST_WAYS = 64  # in which the terms of several losses are tried to be laid out together
 
 
 def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[SampleLayout]:
@@ -37,7 +43,7 @@ def by_rows(graph: Graph, n: int, given: Tensor | None = None) -> Iterator[Sampl
     confirmed = 0
     for losses in numberings(graph, n, given):
         try:
-            layout = _layout(graph, n, losses)
+            layout = layout_by(graph, n, losses)
             check_losses(graph, layout)
             if given is None:
                 _check_rows_apart(graph, layout)
@@ -71,9 +77,9 @@ def _unplaced(graph: Graph, n: int) -> str:
 def _flat(graph: Graph, n: int) -> SampleLayout | None:
     """The layout where a loss's terms lie in n equal pieces of an axis, if the batch allows one order alone."""
     found: list[SampleLayout] = []
-    for ways in zip(*(hypotheses(loss, n) for loss in graph.losses), strict=False):
+    for ways in _ways(graph, n):
         try:
-            layout = _layout(graph, n, ways)
+            layout = layout_by(graph, n, ways)
             check_losses(graph, layout)
         except SamplesMixed:
             continue
@@ -94,6 +100,19 @@ def _flat(graph: Graph, n: int) -> SampleLayout | None:
             f"pass samples= {tensor_asked(graph)}"
         )
     return found[0] if found else None
+
+
+def _ways(graph: Graph, n: int) -> list[list[Samples]]:
+    """The axes and orders of the losses' terms, together; outputs of one shape have them alike."""
+    shapes = [(loss.call.logits.shape, loss.call.class_axis) for loss in graph.losses]
+    each = {shape: hypotheses(loss, n) for shape, loss in zip(shapes, graph.losses, strict=True)}
+    found = list(islice(product(*each.values()), _MOST_WAYS + 1))
+    if len(found) > _MOST_WAYS:
+        raise AmbiguousSamples(
+            f"the terms of the {len(shapes)} losses can belong to {n} samples in more than {_MOST_WAYS} ways; pass "
+            f"samples= {tensor_asked(graph)}"
+        )
+    return [[dict(zip(each, ways, strict=True))[shape] for shape in shapes] for ways in found]
 
 
 def _check_rows_apart(graph: Graph, layout: SampleLayout) -> None:
@@ -125,8 +144,9 @@ def check_losses(graph: Graph, layout: SampleLayout) -> None:
         at += len(own.boundary)
 
 
-def _layout(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
-    roots = [_root(loss, where) for loss, where in zip(graph.losses, losses, strict=True)]
+def layout_by(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
+    """The layout by which the losses' terms belong to n samples as given. Raises SamplesMixed."""
+    roots = [root_of(loss, where) for loss, where in zip(graph.losses, losses, strict=True)]
     numbers: list[Tensor | None] = [None] * len(graph.uses)
     for root in roots:  # each by itself: terms of two losses may cancel
         numbers = [numbers_of_both(a, b) for a, b in zip(numbers, row_numbers([root], n, graph.uses), strict=True)]
@@ -159,7 +179,8 @@ def _where(graph: Graph, losses: Sequence[Where], use: Use) -> str:
     return next((text for text in found if text), "")
 
 
-def _root(loss: LossUse, where: Where) -> Root:
+def root_of(loss: LossUse, where: Where) -> Root:
+    """A loss's outputs with the numbers of their samples."""
     logits = loss.call.logits
     return Root(loss.logits, logits, where.owners(logits.shape, logits.device))
 
@@ -206,9 +227,8 @@ def owners_of_rows(graph: Graph, layout: SampleLayout) -> list[Owners]:
         where = layout.uses.get(use.index)
         if use.origin is None or where is None or use.index in layout.replaced:
             continue
-        for source in sources(use.origin[0]):
-            rows = origin_rows(*use.origin, offsets_of(source, use.origin[0]))
-            rows = None if rows is None else on_output(rows, use)
+        for source, of_source in rows_by_source(use.origin):
+            rows = on_output(of_source, use)
             if rows is None:
                 continue
             numbers = where.owners(use.call.out_shape).cpu()
@@ -220,3 +240,11 @@ def owners_of_rows(graph: Graph, layout: SampleLayout) -> list[Owners]:
                 r, sample = divmod(pair, layout.n)
                 single[source] &= seen.setdefault(r, sample) == sample
     return [(source, owner, single[source]) for source, owner in owners.items()]
+
+
+def rows_by_source(made: tuple[Origin, torch.Size] | None) -> Iterator[tuple[Origin, Tensor]]:
+    """Each tensor that some data was made of, with the number of its row for each element of the data."""
+    for source in () if made is None else sources(made[0]):
+        rows = None if made is None else origin_rows(*made, offsets_of(source, made[0]))
+        if rows is not None:
+            yield source, rows

@@ -83,6 +83,7 @@ class Memory:
     sweeps: int = 1
     every: int = 10
     gain: float = 20.0
+    squared_only: ClassVar[bool] = True
     decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -131,7 +132,7 @@ class Memory:
         diagonal = seen.diagonal(dim1=-2, dim2=-1)
         # the diagonal bounds all entries; an accelerator is waited for once, at the end
         if diagonal.device.type == "cpu" and not is_finite(diagonal):
-            raise NonFinite(f"the moments of {step} batches are not finite")
+            raise NonFinite(f"the moments of the layer's inputs, after {step} of its batches, hold NaN or infinity")
         damping = self._ridge * diagonal.mean(-1) + problem.stiffness / rows
         leaning = _pull_gradient_with_bias(problem)
         sparse = _thresholds(w, l1, problem.bias is not None) if l1 else None

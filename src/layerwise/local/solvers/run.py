@@ -16,7 +16,7 @@ from layerwise.local.problem import LocalProblem, refuse_ball
 from layerwise.local.solvers.memory import Memory
 from layerwise.local.solvers.steps import Owned, StepPlan, local_steps, taken_steps
 from layerwise.local.solvers.tf_rmsprop import RMSPropStep, TFRMSProp
-from layerwise.local.solvers.values import LocalSteps, Solver
+from layerwise.local.solvers.values import LocalSteps, Solver, name_of
 from layerwise.local.solvers.workspace import Workspace
 from layerwise.tensors import Verdict, without_grad
 
@@ -52,7 +52,7 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
     """Move the parameters of a task. Raises BadInput where a solver's result does not fit them."""
     problem, solver = task.problem, task.solver
     if not getattr(solver, "balls", False):
-        refuse_ball(problem, repr(solver))
+        refuse_ball(problem, name_of(solver))
     if isinstance(solver, LocalSteps):
         assert task.optimizer is not None
         local_steps(problem, task.optimizer, _plan(task, solver), _owned(task), workspace)
@@ -69,7 +69,10 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
     for part, moved, rate in zip((problem.weight, problem.bias), update, [*task.rates, 0.0], strict=False):
         if (part is None) != (moved is None) or (part is not None and moved is not None and part.shape != moved.shape):
             shapes = [None if t is None else tuple(t.shape) for t in (*update, problem.weight, problem.bias)]
-            raise BadInput(f"the solver {solver!r} gave updates of shapes {shapes[:2]}; the problem's are {shapes[2:]}")
+            raise BadInput(
+                f"the solver {name_of(solver)} gave updates of shapes {shapes[:2]} for a weight and bias of "
+                f"{shapes[2:]}, [K,O,I] and [K,O]; it must return one of each shape, ΔW and Δb (None without a bias)"
+            )
         if part is not None and moved is not None:
             part.add_(moved, alpha=rate)
 

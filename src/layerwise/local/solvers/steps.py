@@ -168,7 +168,7 @@ def _stepping(
     optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int, schedule: Schedule
 ) -> Iterator[Callable[[int], Callable[[], Any]]]:
     """A function that gives what takes step t, at the schedule's rate; on exit rates and `.grad`s are restored."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [(group, group["lr"]) for group in optimizer.param_groups]
     saved = [p.grad for p in params]
     advance: Callable[[], Any] | None = None
 
@@ -177,7 +177,7 @@ def _stepping(
         if advance is None:  # optimizers with `ready` skip torch's hooks
             advance = optimizer.ready() if hasattr(optimizer, "ready") else optimizer.step
         factor = schedule(t, steps)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in rates:
             group["lr"] = rate * factor
         return advance
 
@@ -186,7 +186,7 @@ def _stepping(
     finally:
         for p, grad in zip(params, saved, strict=True):
             p.grad = grad
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in rates:
             group["lr"] = rate
 
 
@@ -233,6 +233,7 @@ class _Layer:
         self.wt = self.w.mT
         self.fma = torch.addmm if self.single else torch.baddbmm
         self.mul = torch.mm if self.single else torch.bmm
+        self._ones: tuple[float, int, Tensor] | None = None  # the last constant vector that rows were summed with
 
     def plain(self, steps: int, rows: int, offset: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yields the gradients of T steps from slices of rows; a later one overwrites an earlier one."""
@@ -289,7 +290,10 @@ class _Layer:
         if not first:
             self.out_b.add_(delta.sum(-2), alpha=scale)
         elif self.single:
-            torch.mv(across, self.workspace.constant(scale, delta.shape[0], delta), out=self.out_b)
+            ones, rows = self._ones, delta.shape[0]
+            if ones is None or ones[0] != scale or ones[1] != rows:
+                ones = self._ones = scale, rows, self.workspace.constant(scale, rows, delta)
+            torch.mv(across, ones[2], out=self.out_b)
         else:
             torch.sum(delta, -2, out=self.out_b).mul_(scale)
 

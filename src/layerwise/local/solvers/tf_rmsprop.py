@@ -48,17 +48,38 @@ def _numbers(group: Mapping[str, Any]) -> _Numbers:
     return _Numbers(group["lr"], group["decay"], group["momentum"], group["eps"])
 
 
+class _Factors(NamedTuple):
+    """The numbers of an update that no schedule changes, as tensors where torch would make one at every call."""
+
+    decay: Tensor
+    rest: float
+    eps: Tensor
+    momentum: Tensor
+
+
+def _factors(numbers: _Numbers) -> _Factors:
+    return _Factors(_scalar(numbers.decay), 1 - numbers.decay, _scalar(numbers.eps), _scalar(numbers.momentum))
+
+
 _Held = tuple[Tensor, Tensor, Tensor]  # a parameter with its mean square and its momentum buffer
 
 
 class RMSPropStep:
-    """A step of one optimizer, taken when it is called. move: takes parameters of equal numbers."""
+    """A step of one optimizer, taken when it is called. move: takes parameters of equal numbers.
+
+    small: by group, the parameters with their scratch, where all are small ones on the CPU; else None. Of their numbers
+    the rate alone is read at every step, the others once.
+    """
 
     def __init__(
-        self, move: Callable[[list[_Held], _Numbers], None], groups: list[tuple[dict[str, Any], list[_Held]]]
-    ) -> None:
+        self, move: Callable[[list[_Held], _Numbers], None], groups: list[tuple[dict[str, Any], list[_Held]]],
+        small: list[list[tuple[_Held, Tensor]]] | None,
+    ) -> None:  # fmt: skip
         self.move, self._groups = move, groups
         self._apart = all(held[0].device.type == "cpu" for _, some in groups for held in some)  # no launches to save
+        self._small = None if small is None else [
+            (group, _factors(_numbers(group)), some) for (group, _), some in zip(groups, small, strict=True)
+        ]  # fmt: skip
 
     def alike(self) -> dict[_Numbers, list[_Held]]:
         """What moves, by the present numbers."""
@@ -70,12 +91,17 @@ class RMSPropStep:
 
     def __call__(self) -> None:
         """Take the step."""
-        if self._apart:
+        if self._small is not None:
+            for group, factors, each in self._small:
+                lr = group["lr"]
+                for held, root in each:
+                    _update(held, held[0].grad, root, lr, factors)  # type: ignore[arg-type]
+        elif self._apart:
             for group, some in self._groups:
                 self.move(some, _numbers(group))
-            return
-        for numbers, some in self.alike().items():
-            self.move(some, numbers)
+        else:
+            for numbers, some in self.alike().items():
+                self.move(some, numbers)
 
 
 class TFRMSProp(torch.optim.Optimizer):
@@ -143,7 +169,9 @@ class TFRMSProp(torch.optim.Optimizer):
         """
         found = [(group, [(p, *self._state_of(p)) for p in group["params"] if p.grad is not None])
                  for group in self.param_groups]  # fmt: skip
-        return RMSPropStep(self._move, found)
+        small = all(p.device.type == "cpu" and p.numel() <= SLICE for _, some in found for p, *_ in some)
+        roots = [[(held, self._root(held[0])) for held in some] for _, some in found] if small else None
+        return RMSPropStep(self._move, found, roots)
 
     @staticmethod
     def together(steps: Sequence[RMSPropStep]) -> None:
@@ -163,7 +191,7 @@ class TFRMSProp(torch.optim.Optimizer):
             if p.device.type != "cpu":
                 whole.append(tensors)
             elif p.numel() <= SLICE:
-                _update(*tensors, self._root(p), numbers)
+                _update((p, mean_square, momentum_buffer), p.grad, self._root(p), numbers.lr, _factors(numbers))
             elif _sliceable(tensors):
                 _update_in_slices(*tensors, self._root(p), numbers)
             else:
@@ -191,17 +219,17 @@ def _update_in_slices(
     param: Tensor, grad: Tensor, mean_square: Tensor, momentum_buffer: Tensor, root: Tensor, numbers: _Numbers
 ) -> None:
     pieces = (_flat(t).split(SLICE) for t in (param, grad, mean_square, momentum_buffer))
+    factors = _factors(numbers)
     for w, g, ms, m in zip(*pieces, strict=True):
-        _update(w, g, ms, m, root[: w.numel()], numbers)
+        _update((w, ms, m), g, root[: w.numel()], numbers.lr, factors)
 
 
-def _update(
-    param: Tensor, grad: Tensor, mean_square: Tensor, momentum_buffer: Tensor, root: Tensor, numbers: _Numbers
-) -> None:
-    lr, decay, momentum, eps = numbers
-    mean_square.mul_(_scalar(decay)).addcmul_(grad, grad, value=1 - decay)
-    torch.add(mean_square, _scalar(eps), out=root).rsqrt_()  # a product costs less than a division
-    momentum_buffer.mul_(_scalar(momentum)).addcmul_(grad, root, value=lr)
+def _update(held: _Held, grad: Tensor, root: Tensor, lr: float, factors: _Factors) -> None:
+    param, mean_square, momentum_buffer = held
+    decay, rest, eps, momentum = factors
+    mean_square.mul_(decay).addcmul_(grad, grad, value=rest)
+    torch.add(mean_square, eps, out=root).rsqrt_()  # a product costs less than a division
+    momentum_buffer.mul_(momentum).addcmul_(grad, root, value=lr)
     if lr:
         param.sub_(momentum_buffer)
 

@@ -5,6 +5,7 @@ Any function of that form is a solver. `LocalSteps` alone has state, its optimiz
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -66,6 +67,11 @@ class LocalSteps:
             raise BadInput(f'LocalSteps has state "persistent" or "fresh", form "auto", "plain" or "gram"; got {self}')
         if not callable(self.optimizer):
             raise BadInput(f"LocalSteps needs an optimizer class, or a function that makes one; got {self.optimizer!r}")
+        if _runs_a_closure(self.optimizer):
+            raise BadInput(
+                f"LocalSteps takes each step along one local gradient, and {self.optimizer!r} runs a closure in its "
+                "step: choose an optimizer whose step() takes none, or lw.local.Newton or Anderson"
+            )
 
     @property
     def rule(self) -> Schedule:
@@ -93,6 +99,13 @@ class LocalSteps:
         local_steps(problem, optimizer, StepPlan(self.steps, rows, self.form, self.rule))
         moved = [new - old for new, old in zip(params, (start.weight, start.bias), strict=False) if old is not None]
         return moved[0], moved[1] if len(moved) > 1 else None
+
+
+def _runs_a_closure(optimizer: Callable[..., torch.optim.Optimizer]) -> bool:
+    """Whether the step of an optimizer's class, or of a `functools.partial` of it, demands a closure (L-BFGS)."""
+    step = getattr(getattr(optimizer, "func", optimizer), "step", None)
+    closure = inspect.signature(step).parameters.get("closure") if step is not None else None
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,20 +18,21 @@ from layerwise.local.layers.overflow import ask_safe, unsafe
 from layerwise.local.layers.record import Recorded
 from layerwise.local.problem import Term
 from layerwise.local.regularizers import Regularizer
-from layerwise.local.solvers.values import LocalSteps
+from layerwise.local.solvers.memory import Memory, moments_misfit
+from layerwise.local.solvers.values import LocalSteps, Solver
 from layerwise.optim.base import NamedOptimizer, refuse_unreached
 from layerwise.optim.deferred import Late
 from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, LocalExecutor, State
 from layerwise.optim.layer_local.owners import described
 from layerwise.optim.layer_local.snapshot import Backups, Snapshot
-from layerwise.optim.saved_state import non_finite
+from layerwise.optim.saved_state import Fit, non_finite, of_local_optimizer
 from layerwise.ranks.group import facts_of
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import without_grad
 
-__all__ = ["Fitting", "LayerLocal", "check_common", "solved"]
+__all__ = ["Fitting", "LayerLocal", "check_common", "forms_of_state", "solved"]
 
 Rates = Callable[[Mapping[str, Any]], tuple[Any, dict[str, Any]]]
 
@@ -77,6 +78,15 @@ class Fitting:
             group.update(settings if mine is owner else rates(mine)[1])
         return kind, optimizer
 
+    def moments(self, solver: Solver, weight: Tensor) -> dict[str, Any] | None:
+        """What a `Memory` keeps from batch to batch, in the state of a layer's weight; None for another solver."""
+        return self.state[weight] if isinstance(solver, Memory) else None
+
+    def forget_moments(self, p: Tensor) -> None:
+        """Delete the moments of a parameter that a `Memory` moved and that has no local problem any more."""
+        if p in self.state and not moments_misfit(p, self.state[p]):
+            del self.state[p]
+
     @without_grad
     def term(self, layer: Layer, regularizer: Regularizer, gamma: float) -> Term:
         """A regularizer's term for a layer; updates the running averages that it asks for."""
@@ -105,6 +115,13 @@ class Fitting:
         params = self.run.tape.parameters
         return [GradientJob({name: params[name]}, g.numel, partial(move, name, params[name], g))
                 for name, g in self.run.gradients.items()]  # fmt: skip
+
+
+def forms_of_state(solver: Solver | None, rates: tuple[Any, dict[str, Any]], p: Tensor) -> Iterator[Fit]:
+    """The forms that a parameter's saved state has beside a solver: a local optimizer's, or a memory's moments."""
+    yield from of_local_optimizer(*rates, p)
+    if isinstance(solver, Memory):
+        yield partial(moments_misfit, p.detach())
 
 
 def solved(
@@ -227,17 +244,23 @@ class LayerLocal(NamedOptimizer):
         self._executor.fail(error)
 
     def _safe(
-        self, run: Recorded, gamma: Callable[[str], float], buffers: Buffers, solvers: Iterable[Any]
+        self,
+        run: Recorded,
+        gamma: Callable[[str], float],
+        buffers: Buffers,
+        solvers: Iterable[Any],
+        assumes: bool = False,
     ) -> tuple[str | None, Late | None]:
         """The reason not to step on a batch, or None; or what judges it with the solution.
 
         The latter where an accelerator would wait, or the verdict is deferred; all layers' solvers may be judged at the
-        end, and no other process takes part.
+        end, and no other process takes part. assumes: whether a step is computed again where a solver assumed wrongly.
         """
         alone = isinstance(self._executor, LocalExecutor)
         here, deferred = run.loss.device.type == "cpu", self._on_nonfinite == "defer"
+        assumes = assumes and not here
         late = alone and bool(run.layers or run.gradients) and all(
-            isinstance(s, LocalSteps) or (not here and getattr(s, "judged_late", False)) for s in solvers
+            isinstance(s, LocalSteps) or (assumes and getattr(s, "judged_late", False)) for s in solvers
         )  # fmt: skip
         if (here and not deferred) or not late:
             return self._agreed(run, unsafe(run, gamma) or buffers.spoiled()), None

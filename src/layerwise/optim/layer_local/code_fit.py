@@ -17,7 +17,7 @@ from layerwise.local.layers.record import Recorded, problem_of, single_count
 from layerwise.local.layers.term_weights import TermWeights, WrongAssumption
 from layerwise.local.problem import LocalProblem, predict, refuse_half
 from layerwise.local.regularizers import WeightDecay
-from layerwise.local.solvers.memory import Memory, moments_misfit
+from layerwise.local.solvers.memory import Memory
 from layerwise.local.solvers.run import Task
 from layerwise.local.solvers.steps import constant, linear_steps
 from layerwise.local.solvers.values import LocalSteps, ProximalSolve, Solver
@@ -253,23 +253,20 @@ class CodeFitter:
     def _task(self, fitting: Fitting, layer: Layer, problem: LocalProblem) -> Task:
         """A layer's problem with its solver, and its optimizer for local steps."""
         params, groups = fitting.params(layer), [fitting.group(name) for name in layer.names]
-        group, scale, kind, optimizer, state = groups[0], 1 / problem.gamma, None, None, None
+        group, scale, kind, optimizer = groups[0], 1 / problem.gamma, None, None
         solver: Solver | None = self._update(fitting, layer).solver
         if solver is None:
             solver = share(group["steps"], group["rows"], problem.a.shape[0])
         if isinstance(solver, LocalSteps):
             kind, optimizer = fitting.local_optimizer(params, partial(self._rates, layer.name, params))
             scale *= fitting.run.samples / problem.a.shape[0] if group["normalise"] else 1.0
-        elif isinstance(solver, Memory):
-            state = fitting.state[params[0]]
-        rates = [float(g["lr"]) for g in groups]
+        rates, state = [float(g["lr"]) for g in groups], fitting.moments(solver, params[0])
         l1, late = float(group["l1"]), self._assuming
         return Task(problem, solver, params, rates, optimizer, layer.fold, scale, state, l1, kind, late)
 
     def _step_along(self, fitting: Fitting, name: str, p: Tensor, g: Tensor) -> None:
         """Take T steps along the gradient, for a parameter without a code."""
-        if p in fitting.state and not moments_misfit(p, fitting.state[p]):
-            del fitting.state[p]  # of a weight that had a code, and was pruned since
+        fitting.forget_moments(p)
         _, optimizer = fitting.local_optimizer([p], partial(self._rates, name, [p]))
         linear_steps(p, g, optimizer, fitting.group(name)["steps"], schedule=constant)
 

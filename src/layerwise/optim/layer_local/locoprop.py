@@ -26,7 +26,7 @@ from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.base import Closure
 from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import Keywords, refuse_unknown
-from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, solved
+from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, forms_of_state, solved
 from layerwise.optim.layer_local.choices import (
     DEFAULTS,
     NUMBERS,
@@ -43,7 +43,7 @@ from layerwise.optim.layer_local.choices import (
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.recording import Samples, factor_left, withhold
-from layerwise.optim.saved_state import Fit, of_local_optimizer
+from layerwise.optim.saved_state import Fit
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.tape import Tape
@@ -158,7 +158,7 @@ class LocoProp(LayerLocal):
         """The state of the local optimizers of all choices; a bias has that of its weight's."""
         for choice in self._choices.every():
             for group in groups:
-                yield from of_local_optimizer(*settings_for(choice.solver, group), p)
+                yield from forms_of_state(choice.solver, settings_for(choice.solver, group), p)
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common("LocoProp", group)
@@ -271,8 +271,8 @@ class LocoProp(LayerLocal):
             if other.names == layer.names and [part.use.index for part in other.parts] == wanted:
                 return other
         raise Undefined(
-            f"run again for order='output_to_input' or 'input_to_output', the closure made other calls with "
-            f'{layer.name}: use order="together"'
+            f"run again for order={self._order!r}, the closure made other calls with {layer.name}: make the same ones "
+            'in each run, or use order="together"'
         )
 
     # -- what it did -------------------------------------------------------------------------------------------
@@ -373,13 +373,15 @@ def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
     if isinstance(solver, LocalSteps):
         kind, optimizer = fitting.local_optimizer(params, partial(settings_for, solver))
     rates = [float(fitting.group(name)["lr"]) for name in plan.layer.names]
-    return Task(problem, solver, params, rates, optimizer, plan.layer.fold, kind=kind)
+    state = fitting.moments(solver, params[0])
+    return Task(problem, solver, params, rates, optimizer, plan.layer.fold, state=state, kind=kind)
 
 
 def _step_along(fitting: Fitting, choices: Choices, name: str, p: Tensor, g: Tensor) -> None:
     """Take T steps on the linear loss `γ g·w`, for a parameter without a local problem."""
     solver = choices.of(name).solver
     steps = solver if isinstance(solver, LocalSteps) else _DEFAULT_STEPS
+    fitting.forget_moments(p)
     _, optimizer = fitting.local_optimizer([p], partial(settings_for, solver))
     linear_steps(p, _gamma(fitting, choices, name) * g, optimizer, fitting.group(name)["steps"], schedule=steps.rule)
     if steps.state == "fresh":

@@ -15,12 +15,12 @@ from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.fused import FusedAdam, FusedSGD
-from layerwise.local.solvers.memory import Memory, moments_misfit
+from layerwise.local.solvers.memory import Memory
 from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
 from layerwise.optim.keywords import Effects
-from layerwise.optim.layer_local.base import check_common
+from layerwise.optim.layer_local.base import check_common, forms_of_state
 from layerwise.optim.layer_local.choices import check_patterns, first_match, several
-from layerwise.optim.saved_state import Fit, of_local_optimizer
+from layerwise.optim.saved_state import Fit
 
 __all__ = [
     "DEFAULTS", "CodeKind", "CodeUpdate", "Minibatch", "Update", "Updates", "WeightUpdate", "check_group", "fused",
@@ -141,6 +141,7 @@ class Updates:
         self.default = _update(Update(), weights, regularizer)
         check_patterns(layers, (*_NUMBERS, "weights", "regularizer"), names)
         self._by_pattern: dict[str, Update] = {}
+        self._of_name: dict[str, Update] = {}  # as they were asked for
         self.numbers: dict[str, dict[str, Any]] = {}
         for pattern, settings in layers.items():
             update = _update(self.default, settings.get("weights"), settings.get("regularizer"))
@@ -157,9 +158,11 @@ class Updates:
 
         Raises BadInput for a group that asks for a solver where none was given.
         """
-        pattern = first_match(tuple(self._by_pattern), name)
-        found = self.default if pattern is None else self._by_pattern[pattern]
-        if found.kind != group["weights"]:
+        found, kind = self._of_name.get(name), group["weights"]
+        if found is None:
+            pattern = first_match(tuple(self._by_pattern), name)
+            found = self._of_name[name] = self.default if pattern is None else self._by_pattern[pattern]
+        if found.kind != kind:
             if group["weights"] == "solver":
                 raise BadInput(f'the group of {name} asks for weights="solver": give the solver by weights= or layers=')
             solver = Memory() if group["weights"] == "memory" else None
@@ -170,9 +173,7 @@ class Updates:
         """The forms that a parameter's saved state may have: of all updates, since a bias has that of its weight's."""
         for group in groups:
             for update in (*self.every(), self.of(name, group)):
-                yield from of_local_optimizer(*rates_of(update, group), p)
-                if isinstance(update.solver, Memory):
-                    yield partial(moments_misfit, p.detach())
+                yield from forms_of_state(update.solver, rates_of(update, group), p)
 
     def effects(self, codes: str, groups: Iterable[Mapping[str, Any]]) -> Effects:
         """Which numbers move something; Adam also moves what has no code beside a memory or a solver."""

@@ -126,7 +126,7 @@ class Report:
 
     where: the reason to skip the step. by_hand: the differentiated value is not that of a
     loss call. averaged: its gradients are the mean over ranks. names, norms: of its gradients. measured: the shapes of
-    the sums of curvature, by kind and name. left: parameters without factors.
+    the sums of curvature, by kind and name. left: parameters without factors. frozen: those that are frozen.
     """
 
     where: str | None = None
@@ -137,6 +137,7 @@ class Report:
     norms: tuple[float, ...] = ()
     measured: tuple[tuple[str, str], ...] = ()
     left: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
 
 def gather_reports(ranks: Ranks, report: Report) -> list[Report]:
@@ -153,9 +154,26 @@ def _check_measured(reports: Sequence[Report]) -> None:
     found = first_difference([dict(its.measured) for its in reports], "nothing")
     if found is not None:
         raise Undefined(
-            f"asked for the curvature of the ranks' batches together, but the {found[0]} has no sum over them "
-            f"({found[1]}): every rank's batch must use every parameter, and as the same matrices"
+            f"asked for the curvature of the ranks' batches together, but the {found[0]} has no sum over them: "
+            f"{_why_no_sum(reports, *found)}"
         )
+
+
+def _why_no_sum(reports: Sequence[Report], what: str, said: str) -> str:
+    """Why the ranks do not measure the same of a parameter, and what to do. said: what each of them holds."""
+    name = what.partition(" of ")[2]
+    without = [rank for rank, its in enumerate(reports) if what not in dict(its.measured)]
+    if frozen := [rank for rank in without if name in reports[rank].frozen]:
+        return f"{name} is frozen on {_ranks(frozen)}; freeze it on all ranks, or on none"
+    if left := [rank for rank in without if name in reports[rank].left]:
+        return f"{name} has no factors on {_ranks(left)}; every rank must use it in the same calls"
+    if without:
+        return f"the batch of {_ranks(without)} does not use {name}; every rank's batch must use every parameter"
+    return f"{name} is used as different matrices ({said}); every rank must use it as the same ones"
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def weights_of(reports: Sequence[Report], reduction: str) -> list[float]:

@@ -33,6 +33,7 @@ from layerwise.optim.second_order.data_parallel import (
 from layerwise.optim.second_order.watched_batch import Watched
 from layerwise.ranks.ownership import assigned
 from layerwise.ranks.sums import TensorSpec, summed
+from layerwise.tape.uses import named_parameters_of
 
 __all__ = ["JoinedBatch", "RankCost", "RankExchange", "block_owners"]
 
@@ -124,7 +125,7 @@ class RankExchange:
         if self.size == 1:
             return JoinedBatch(where, dict(grads), loss)
         averaged = self.settings.says_averaged(self._model, watched.in_grad)
-        reports = gather_reports(self.ranks, _report(watched, grads, where, averaged))
+        reports = gather_reports(self.ranks, _report(self._model, watched, grads, where, averaged))
         for rank, its in enumerate(reports):
             if its.where is not None:
                 return JoinedBatch(f"rank {rank}: {its.where}", dict(grads), loss)
@@ -293,13 +294,17 @@ def block_owners(blocks: Mapping[str, Block], size: int, owners: Mapping[str, in
     return {key: owner_of[name] for key, name in names.items()}
 
 
-def _report(watched: Watched, grads: Mapping[str, Tensor], where: str | None, averaged: bool) -> Report:
+def _report(
+    model: nn.Module | Mapping[str, Tensor], watched: Watched, grads: Mapping[str, Tensor], where: str | None,
+    averaged: bool,
+) -> Report:  # fmt: skip
     if where is not None:
         return Report(where=where, averaged=averaged)
     norms = torch.stack([n.double() for n in torch._foreach_norm(list(grads.values()))]).tolist() if grads else []
     return Report(
         batch=watched.batch.read(), by_hand=watched.by_hand, averaged=averaged, names=tuple(grads),
         norms=tuple(norms), left=tuple(sorted(watched.left or ())),
+        frozen=tuple(name for name, p in named_parameters_of(model).items() if not p.requires_grad),
         measured=tuple((f"{found.kind} of {name}", text) for found in watched.found
                        for name, text in found.described().items()),
     )  # fmt: skip

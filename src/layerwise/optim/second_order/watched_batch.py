@@ -339,6 +339,7 @@ def gradients_in_grad(named: Mapping[str, Tensor], before: Mapping[str, Any]) ->
 
 def gradients_of(loss: Tensor, named: Mapping[str, Tensor], watched: Watched) -> dict[str, Tensor]:
     """The gradients of the loss that the closure returned, without writing `.grad`."""
+    named = {name: p for name, p in named.items() if p.requires_grad}  # the closure may have frozen some
     refuse_unreached(named if loss.requires_grad else ())
     assert watched.backward is not None
     found = watched.backward(loss, list(named.values()))

@@ -115,10 +115,11 @@ class DiagHessian(Quantity):
         total = sum(counts.values())
         if self.max_products is not None and total > self.max_products:
             most = max(counts, key=lambda name: counts[name])
+            share = f"; {most} alone takes {counts[most]}. Freeze that layer" if len(counts) > 1 else ". Freeze layers"
             raise Undefined(
                 f"asked for the exact Hessian diagonal, which takes {total} columns or products with the Hessian here, "
-                f"each as long as one or two backward passes, more than max_products={self.max_products}; {most} alone "
-                f"takes {counts[most]}. Raise max_products, freeze that layer, or take DiagHessian(draws=k)"
+                f"each as long as one or two backward passes, more than max_products={self.max_products}"
+                f"{share}, raise max_products, or take DiagHessian(draws=k)"
             )
 
     def __repr__(self) -> str:

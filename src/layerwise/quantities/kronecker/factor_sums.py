@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerwise.errors import Undefined
 from layerwise.operators.kronecker import KroneckerBlock
+from layerwise.ranks.group import digest_of
 from layerwise.ranks.sums import TensorSpec
 from layerwise.rows.layout import FactorForm, rest_of
 
@@ -40,7 +41,7 @@ class Sums:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Factors:
     """The sums for all matrices of a parameter; supports `+`, `*` and `/` like a tensor, scaling with the squared loss.
 
@@ -85,9 +86,22 @@ class Factors:
         """The same form and matrices with `TensorSpec`s in place of the sums."""
         return self.replaced([TensorSpec.of(t) for t in self.tensors()])
 
+    def __repr__(self) -> str:
+        """Short, and another one where two have no sum."""
+        shown = [f"A {_shown(s.inputs)}, B {_shown(s.outputs)}" for s in self.sums]
+        rest = digest_of({"laid": repr(self.laid), "sums": repr(self.sums), "shape": repr(self.shape)})
+        return f"{self.form}: {'; '.join(shown)}, of layout {rest[:8]}"
+
     def _described(self) -> str:
-        sizes = [list(s.outputs.shape[:2]) for s in self.sums]
-        return f"{self.form}, [K,O] = {', '.join(map(str, sizes))}"
+        """The matrices in words: their sizes `[K,O,I]`, and the elements of the parameter where they begin."""
+        assert self.laid is not None
+        sized = [m for m in self.laid.matrices if 0 not in m.size]
+        shown = [f"{list(m.size)} from element {int(m.places().flatten()[0])}" for m in sized]
+        return f"{self.form}, [K,O,I] = {', '.join(shown)}"
+
+
+def _shown(t: Any) -> str:
+    return repr(t if isinstance(t, TensorSpec) else TensorSpec.of(t))
 
 
 def block_names(name: str, laid: FactorForm) -> list[str]:

@@ -1,0 +1,219 @@
+"""What a sample is where several tensors meet in one loss: graphs, parts of a batch, rows compared with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import layerwise as lw
+
+Loss = Callable[[], Tensor]
+N = 4
+
+
+def _each(model: nn.Module, loss: Loss, samples: int | Tensor | None = None) -> dict[str, Tensor]:
+    with lw.observe(model, lw.PerSampleGrad(), samples=samples) as seen:
+        loss().backward()
+    return dict(seen.per_sample_grad)
+
+
+# -- graphs ----------------------------------------------------------------------------------------------------------
+
+RING = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8], [1, 0, 3, 4, 2, 6, 7, 8, 5]])
+GRAPH_OF = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
+
+
+class Sage(nn.Module):
+    """Nodes beside the sum of their neighbours; the edges come as `[2, E]`, as many as nodes or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.neighbours, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        summed = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])
+        return self.head((self.own(x) + self.neighbours(summed)).tanh())
+
+
+@pytest.mark.parametrize("edges", [RING, RING[:, :7], torch.cat([RING, RING.flip(0)], 1)], ids=["nodes", "7", "both"])
+@pytest.mark.parametrize("of", ["graphs", "nodes"])
+def test_rows_of_an_edge_index_are_no_samples(of: str, edges: Tensor) -> None:
+    model, x = Sage().double(), torch.randn(9, 3).double()
+    n = 3 if of == "graphs" else 9
+    y = torch.randn(n, 2).double()
+
+    def loss(reduction: str = "sum") -> Tensor:
+        z = model(x, edges)
+        z = z if of == "nodes" else z.new_zeros(3, 2).index_add(0, GRAPH_OF, z)
+        return F.mse_loss(z, y, reduction=reduction)
+
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: loss("none").sum(1))
+    oracle.assert_close(_each(model, loss), want, 1e-12)
+
+
+# -- parts of a batch in tensors of their own -------------------------------------------------------------------------
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def _parts(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(size, 3).double(), torch.randint(2, (size,))) for size in sizes]
+
+
+def _known(model: nn.Module, parts: list[tuple[Tensor, Tensor]]) -> Loss:
+    return lambda: sum((F.cross_entropy(model(x), y, reduction="sum") for x, y in parts), torch.zeros(()).double())
+
+
+def _own(model: nn.Module, parts: list[tuple[Tensor, Tensor]]) -> Loss:
+    return lambda: sum(((model(x) - y[:, None]).square().sum() for x, y in parts), torch.zeros(()).double())
+
+
+MAKE = {"known": _known, "own": _own}
+OF_A_ROW = {
+    "known": lambda z, y: F.cross_entropy(z, y, reduction="none"),
+    "own": lambda z, y: (z - y[:, None]).square().sum(1),
+}
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (4, 2), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("kind", MAKE)
+def test_parts_of_a_batch_are_asked_about_and_exact_once_told(kind: str, sizes: tuple[int, ...]) -> None:
+    model, parts, n = _net(), _parts(*sizes), sum(sizes)
+    loss = MAKE[kind](model, parts)
+    with pytest.raises(lw.errors.LayerwiseError, match="samples="):
+        _each(model, loss)
+    x, y = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: OF_A_ROW[kind](model(x), y))
+    for said in (n, torch.arange(n)):
+        oracle.assert_close(_each(model, loss, said), want, 1e-12)
+    for optimizer in (lw.AltMin(model), lw.LocoProp(model, target=lw.local.GradientStep(0.1, per="sample"))):
+        with pytest.raises(lw.errors.AmbiguousSamples, match="samples="):
+            optimizer.step(loss)
+
+
+def test_labelled_and_unlabelled_rows_of_one_forward_pass() -> None:
+    """A weighted sum of two means, of 4 and of 8 rows: what a sample is cannot be told."""
+    model, ((x, y), (u, label)) = _net(), _parts(N, 2 * N)
+
+    def terms() -> tuple[Tensor, Tensor]:
+        z = model(torch.cat([x, u]))
+        return F.cross_entropy(z[:N], y), 0.5 * F.cross_entropy(z[N:], label)
+
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"4 .* and .*12"):
+        _each(model, lambda: sum(terms(), torch.zeros(()).double()))
+    weight = torch.cat([torch.full((N,), 1 / N), torch.full((2 * N,), 0.5 / (2 * N))]).double()
+    both, labels = torch.cat([x, u]), torch.cat([y, label])
+    want = oracle.per_sample_grad(
+        oracle.parameters(model), lambda: F.cross_entropy(model(both), labels, reduction="none") * weight
+    )
+    oracle.assert_close(_each(model, lambda: sum(terms(), torch.zeros(()).double()), 3 * N), want, 1e-12)
+
+
+@pytest.mark.parametrize("link", ["target", "term", "detached", "call"])
+def test_two_views_of_each_sample_are_one_batch(link: str) -> None:
+    model, (x, y), (view, _) = _net(), *_parts(N, N)
+    two = Two(model)
+
+    def terms() -> Tensor:
+        if link == "call":
+            a, b = two(x, view)
+            return F.cross_entropy(a, y, reduction="none") + (b - 1).square().sum(1)
+        a, b = model(x), model(view)
+        if link == "target":
+            return F.cross_entropy(a, y, reduction="none") + F.cross_entropy(b, y, reduction="none")
+        if link == "term":
+            return (a * b).sum(1)
+        return (a * b.detach()).sum(1) + (b * a.detach()).sum(1)
+
+    def loss() -> Tensor:
+        if link == "target":
+            return F.cross_entropy(model(x), y, reduction="sum") + F.cross_entropy(model(view), y, reduction="sum")
+        return terms().sum()
+
+    want = oracle.per_sample_grad(oracle.parameters(model), terms)
+    got = _each(two if link == "call" else model, loss)
+    oracle.assert_close({name.removeprefix("net."): g for name, g in got.items()}, want, 1e-12)
+
+
+class Two(nn.Module):
+    """One network on each of two tensors."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(a), self.net(b)
+
+
+# -- losses that compare rows ------------------------------------------------------------------------------------------
+
+
+class Compared(nn.Module):
+    """Two encoders, or one for both, and the inner products of their rows."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.image = nn.Linear(3, 5)
+        self.text = self.image if shared else nn.Linear(3, 5)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return F.normalize(self.image(image), dim=1) @ F.normalize(self.text(text), dim=1).T
+
+
+@pytest.mark.parametrize("texts", [3, 7, 2 * N, 3 * N])
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_compared_with_rows_of_another_number(texts: int, shared: bool) -> None:
+    """Either may be the samples, and the others what all share."""
+    model, image, text = Compared(shared).double(), torch.randn(N, 3).double(), torch.randn(texts, 3).double()
+    sign = 2 * torch.eye(N, texts).double() - 1
+    loss = lambda: -F.logsigmoid(model(image, text) * sign).sum() / N  # noqa: E731
+    low, high = sorted((N, texts))
+    with pytest.raises(lw.errors.AmbiguousSamples, match=rf"{low} .* and .*{high}"):
+        _each(model, loss)
+    if texts % N:
+        want = oracle.per_sample_grad(
+            oracle.parameters(model), lambda: -F.logsigmoid(model(image, text) * sign).sum(1) / N
+        )
+        oracle.assert_close(_each(model, loss, N), want, 1e-12)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_trainers_do_not_take_contrasted_views_for_samples(calls: int) -> None:
+    """NT-Xent: every row is set against all others, so that the loss is no sum over as many samples as rows."""
+    model, ((a, _), (b, _)) = _net(), _parts(N, N)
+
+    def loss() -> Tensor:
+        z = F.normalize(model(torch.cat([a, b])) if calls == 1 else torch.cat([model(a), model(b)]), dim=1)
+        return F.cross_entropy((z @ z.T).masked_fill(torch.eye(2 * N).bool(), -1e9), torch.arange(2 * N).roll(N))
+
+    with pytest.raises(lw.errors.SamplesMixed):
+        _each(model, loss)
+    for optimizer in (lw.AltMin(model), lw.LocoProp(model, target=lw.local.GradientStep(0.1, per="sample"))):
+        with pytest.raises(lw.errors.AmbiguousSamples, match="not seen to be a sum"):
+            optimizer.step(loss)
+    lw.AltMin(model).step(loss, samples=N)
+
+
+# -- sequences ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_ragged_clips_are_the_samples_of_a_ctc_loss(reduction: str) -> None:
+    """Time lies on the first axis; the loss is defined on a batch of sequences, whatever it is reduced to."""
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)).double(), torch.randn(7, 3, 3).double()
+    target, frames, letters = torch.tensor([[1, 2, 3], [2, 3, 0], [4, 0, 0]]), [7, 5, 6], [3, 2, 1]
+
+    def loss(reduction: str = reduction) -> Tensor:
+        return F.ctc_loss(model(x).log_softmax(2), target, frames, letters, reduction=reduction).sum()
+
+    weight = torch.tensor([1 / (3 * n) if reduction == "mean" else 1.0 for n in letters], dtype=torch.float64)
+    terms = lambda: F.ctc_loss(model(x).log_softmax(2), target, frames, letters, reduction="none") * weight  # noqa: E731
+    oracle.assert_close(_each(model, loss), oracle.per_sample_grad(oracle.parameters(model), terms), 1e-10)
