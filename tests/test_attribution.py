@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import layerwise as lw
 from layerwise.attribution.files import read, write
-from layerwise.errors import BadInput, NonFinite, Undefined
+from layerwise.errors import BadInput, NonFinite, RandomPass, Undefined
 
 Batch = tuple[Tensor, Tensor]
 
@@ -34,10 +34,13 @@ class Attention(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.token(x) + self.place(torch.arange(x.shape[1]))
+        h = self.token(x) + self.place(self.positions(x))
         q, k, v = self.qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.head(self.norm(h + self.out(mixed.transpose(1, 2).flatten(2))))
+
+    def positions(self, x: Tensor) -> Tensor:
+        return torch.arange(x.shape[1])
 
 
 def tokens_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -255,8 +258,13 @@ def test_one_linear_layer_of_one_sample_has_its_exact_ggn() -> None:
 
 def test_tokens_add_up_and_are_the_positions_of_each_use() -> None:
     model, loss, train, queries = language()
-    with pytest.raises(Undefined, match=r"place\.weight"):  # one position embedding serves all samples: it has no rows
+    with pytest.raises(Undefined, match=r"place\.weight.*once for all samples.*0 \* tokens"):
         lw.attribution.Influence(model, loss, curvature="identity").per_token(queries, train)
+    model.positions = lambda x: torch.arange(x.shape[1]) + 0 * x  # as the error says
+    whole = lw.attribution.Influence(model, loss, curvature="identity")
+    tokens = whole.per_token(queries, train)
+    assert_close(torch.cat(tokens, 1).sum(2), whole.scores(queries, train))
+    del model.positions
     rows = [n for n, _ in model.named_parameters() if n != "place.weight"]
     influence = lw.attribution.Influence(model, loss, rows, draws=None).fit(train)
     tokens = influence.per_token(queries, train)
@@ -392,6 +400,99 @@ def test_wrong_use_is_said() -> None:
         lw.attribution.Influence(model, lambda out, y: out.square().mean(), curvature="identity").scores(queries, train)
     with pytest.raises(BadInput, match="its batches once"):
         lw.attribution.Influence(model, loss).fit(iter(train))
+    for wrong, said in (
+        (train[0], "one batch"),
+        ({"x": train[0][0]}, "one batch"),
+        (None, "NoneType"),
+        ([], "no batch"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            lw.attribution.Influence(model, loss).fit(wrong)
+    with pytest.raises(BadInput, match="damping is 'auto'"):
+        lw.attribution.Influence(model, loss, damping="auto")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="k must be"):
+        identity.top(queries, train, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diag", "identity"])
+def test_the_inverse_takes_products(curvature: str) -> None:
+    model, loss, train, queries = grouped()
+    influence = lw.attribution.Influence(model, loss, curvature=curvature).fit(train)
+    g = own(model, loss, queries, True)
+    directions = influence.directions(queries)
+    for q in range(len(queries[0][0])):
+        product = influence.inverse @ {n: v[q].reshape(model.get_parameter(n).shape) for n, v in g.items()}
+        for name, found in product.items():
+            assert_close(found, directions[name][0][q])
+
+
+def test_random_passes_are_warned_of_once(recwarn: Any) -> None:
+    _, loss, train, queries = mlp()
+    model = nn.Sequential(nn.Linear(train[0][0].shape[1], 6), nn.Dropout(0.5), nn.Linear(6, 3))
+    influence = lw.attribution.Influence(model, loss)
+    with pytest.warns(RandomPass, match="Sequential draws random numbers.*eval"):
+        influence.fit(train)
+    influence.scores(queries, train)
+    lw.attribution.Influence(model.eval(), loss).fit(train).scores(queries, train)
+    assert not recwarn.list
+
+
+def test_models_in_half_precision_are_measured_in_float32(tmp_path: Any) -> None:
+    model, loss, train, queries = language()
+    model.bfloat16()
+    products = lw.attribution.Influence(model, loss, curvature="identity").scores(queries, train)
+    want: Any = 0
+    for name in dict(model.named_parameters()):
+        q, g = (torch.cat([sample_gradients(model, loss, b, name) for b in bs]) for bs in (queries, train))
+        want = want + q @ g.T
+    assert products.dtype == torch.float32
+    torch.testing.assert_close(products, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    for curvature in ("ekfac", "kfac", "diag"):
+        influence = lw.attribution.Influence(model, loss, curvature=curvature).fit(train, tmp_path / curvature)
+        scores = influence.scores(queries, train)
+        index = lw.attribution.GradientIndex(influence, tmp_path / f"{curvature} index", 99).append(train)
+        torch.testing.assert_close(index.scores(queries), scores, rtol=1e-2, atol=2e-3 * float(scores.abs().max()))
+
+
+def sample_gradients(model: nn.Module, loss: Any, batch: Batch, name: str) -> Tensor:
+    """Of the sum of a sample's terms, in float32."""
+    with lw.observe(model, lw.PerSampleGrad(), dtype=torch.float32) as seen:
+        loss(model(batch[0]), batch[1]).backward()
+    return seen.per_sample_grad[name].flatten(1) * (batch[1] != -100).sum()
+
+
+def test_a_curvature_of_other_weights_is_refused(tmp_path: Any) -> None:
+    model, loss, train, queries = mlp()
+    influence = lw.attribution.Influence(model, loss).fit(train)
+    want = influence.scores(queries, train)
+    influence.save(tmp_path)
+    index = lw.attribution.GradientIndex(influence, tmp_path / "index", 2).append(train)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    for asked in (
+        lambda: influence.scores(queries, train),
+        lambda: influence.self_influence(train),
+        lambda: influence.save(tmp_path / "new"),
+        lambda: index.append(train),
+        lambda: index.search(queries, 1),
+    ):
+        with pytest.raises(BadInput, match="weights were written or frozen"):
+            asked()
+    model.load_state_dict(before)
+    assert torch.equal(influence.load(tmp_path).scores(queries, train), want)
+
+
+def test_a_fit_resumes_with_the_same_batches_alone(tmp_path: Any) -> None:
+    model, loss, train, _ = mlp()
+    make = lambda: lw.attribution.Influence(model, loss)  # noqa: E731
+    with contextlib.suppress(Killed):
+        make().fit(killed_after(train, 1), tmp_path)
+    with pytest.raises(BadInput, match="not the first ones now"):
+        make().fit(train[::-1], tmp_path)
+    make().fit(train, tmp_path)
+    with pytest.raises(BadInput, match="the loader gave 1"):
+        make().fit(train[:1], tmp_path)
 
 
 # -- on disk --------------------------------------------------------------------------------------------------------

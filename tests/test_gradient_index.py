@@ -106,6 +106,10 @@ def test_an_index_grows_and_a_kill_loses_one_batch(tmp_path: Path) -> None:
     assert torch.equal(again.scores(queries), whole.scores(queries))
     with pytest.raises(BadInput, match="skip whole batches"):
         again.append(train, skip=1)
+    with pytest.raises(BadInput, match="ended 2 samples before"):
+        again.append(train, skip=9)
+    with pytest.raises(BadInput, match="asked to skip -1"):
+        again.append(train, skip=-1)
 
 
 def test_wrong_use_of_an_index_is_said(tmp_path: Path) -> None:

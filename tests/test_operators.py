@@ -458,7 +458,7 @@ def test_diagonal_refuses() -> None:
         Diagonal({"w": torch.tensor([math.nan])}).inverse(1.0)
     with pytest.raises(NonFinite):
         Diagonal({"w": torch.tensor([1e-40])}).inverse()
-    with pytest.raises(BadInput, match="an entry of -1.0, which damping 0.0 leaves"):
+    with pytest.raises(BadInput, match=r"an entry of -1.0, which damping 0.0 leaves"):
         Diagonal({"w": torch.tensor([-1.0])}).logdet()
     assert torch.equal(Diagonal({"w": torch.tensor([0.0, 2.0])}).inverse()["w"], torch.tensor([0.0, 0.5]))
     assert Diagonal({}).trace() == 0

@@ -12,6 +12,7 @@ __all__ = [
     "LogDamaged",
     "NoBackward",
     "NonFinite",
+    "RandomPass",
     "RankFailed",
     "RankLost",
     "Renamed",
@@ -91,6 +92,10 @@ class SquaredInstead(LayerwiseWarning):
 
 class LeftOut(LayerwiseWarning):
     """A measure of `lw.monitor` does not exist for this model, loss or batch; said once for each, with the reason."""
+
+
+class RandomPass(LayerwiseWarning):
+    """The model draws random numbers, as dropout does: what `lw.attribution` computes is of one draw; said once."""
 
 
 class CutShort(LayerwiseWarning):

@@ -18,7 +18,7 @@ from layerwise.errors import BadInput
 
 __all__ = ["flushed", "read", "replaced", "write"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def write(folder: str | Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

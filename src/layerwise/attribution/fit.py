@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from layerwise.attribution.files import read, write
-from layerwise.attribution.passes import Chosen
+from layerwise.attribution.passes import Chosen, given
 from layerwise.errors import BadInput
-from layerwise.observation.accumulate import shown
 from layerwise.observation.results import Results
 from layerwise.observation.union import Batch, Values, check_pooled, union_of, weighed
 from layerwise.quantities.base import Context, Quantity
-from layerwise.ranks.group import Ranks
+from layerwise.ranks.group import Ranks, digest_of, values_digest
 from layerwise.ranks.sums import all_reduced, tensors_of
 from layerwise.replay.state import seed_of
 
@@ -38,7 +37,8 @@ def resumable(
     Draws of each batch are seeded by its number, so that a resumed result has the bits of one that ran through.
     folder: where the sums are; None: nowhere. settings: what a resumed fit must have in common with the killed one.
     progress: show a bar for each pass.
-    Raises BadInput for a folder of other settings, an empty loader, or a loader that gives its batches once.
+    Raises BadInput for a folder of other settings or of other batches, an empty loader, or one that gives its batches
+    once.
     """
     first = quantity.first_pass()
     if isinstance(loader, Iterator) and (first is not None or folder is not None):
@@ -56,8 +56,10 @@ def resumable(
             asked.broadcast(ranks)
         sums = _Sums(asked, place, f"sums{number}", settings)
         generator = getattr(asked.cotangent, "generator", None)
-        for i, batch in enumerate(shown(loader, f"fit, pass {number + 1}") if progress else loader):
-            if i >= sums.count:
+        done = sums.count
+        for i, batch in enumerate(given(loader, "fit's loader", f"fit, pass {number + 1}" if progress else None)):
+            sums.read(batch)
+            if i >= done:
                 if generator is not None:
                     generator.manual_seed(seed_of(seed, i * ranks.size + ranks.rank))
                 sums.add(chosen.observed(loss_fn, batch, asked))
@@ -94,6 +96,7 @@ class _Sums:
         self._values: Values = {}
         self._saved: dict[str, Tensor] = {}
         self.count, self._batch = 0, Batch(0, None)
+        self._read, self._then, self._digest = 0, "", ""  # batches of this run; digests of those read, saved and now
         found = None if folder is None else read(folder, name)
         if found is not None:
             self._saved, facts = found
@@ -102,7 +105,7 @@ class _Sums:
                     f"{folder} holds a fit of other settings: {facts['settings']}; asked for {self._settings}. Take "
                     "another folder, or delete this one"
                 )
-            self.count = facts["batches"]
+            self.count, self._then = facts["batches"], facts["digest"]
             terms = facts["terms"]
             self._batch = Batch(facts["samples"], None if terms is None else tuple(terms))
 
@@ -110,6 +113,18 @@ class _Sums:
     def known(self) -> bool:
         """Whether all that was saved has its place."""
         return not self._saved
+
+    def read(self, batch: Any) -> None:
+        """Note the next batch; raises BadInput where the batches that were done before are not those read again."""
+        if self._folder is None:
+            return
+        self._read += 1
+        self._digest = digest_of({"": self._digest} | _digests(batch))
+        if self._read == self.count and self._digest != self._then:
+            raise BadInput(
+                f"{self._folder} holds a fit of {self.count} batches that are not the first ones now; give the same in "
+                "the same order (no shuffling), or take another folder"
+            )
 
     def know(self, values: Values) -> None:
         """Put the saved tensors in the place of those of a batch, as far as it has them."""
@@ -143,13 +158,16 @@ class _Sums:
                 for k, t in enumerate(tensors_of(v))
             }
             facts = {"settings": self._settings, "batches": self.count, "samples": self._batch.samples,
-                     "terms": self._batch.terms}  # fmt: skip
+                     "terms": self._batch.terms, "digest": self._digest}  # fmt: skip
             write(self._folder, self._name, named | self._saved, facts)
 
     def finish(self, ranks: Ranks) -> Any:
         """The quantity's result, of the batches of all ranks."""
-        if not self.count:
-            raise BadInput("asked to fit over a loader that gave no batch; an iterator can be used up: make a new one")
+        if self._folder is not None and self._read < self.count:
+            raise BadInput(
+                f"{self._folder} holds a fit of {self.count} batches, the loader gave {self._read}; give the same, or "
+                "take another folder"
+            )
         if self._saved:
             raise BadInput(f"the batches do not use {sorted({k.split('/', 2)[2] for k in self._saved})}, as before")
         union, values = self._batch, self._values
@@ -162,6 +180,14 @@ class _Sums:
         for name in list(values):  # one by one, for a factor is as large as its layer
             values[name] = weighed(values.pop(name), self._quantity.powers, 1 / float(union.weight))
         return self._quantity.finish(values, union.union("loss", pooled=True), Context({}))
+
+
+def _digests(batch: Any, place: str = "batch") -> dict[str, str]:
+    """Texts that differ where the tensors do, of nested tuples, lists and mappings, by place."""
+    if isinstance(batch, Tensor):
+        return {place: f"{batch.dtype} {tuple(batch.shape)} {values_digest(batch)}"}
+    each = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (tuple, list)) else ()
+    return {key: text for name, part in each for key, text in _digests(part, f"{place}/{name}").items()}
 
 
 def _replaced(value: Any, tensors: list[Tensor]) -> Any:

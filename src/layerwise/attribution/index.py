@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from layerwise.attribution.files import flushed, read, replaced, write
-from layerwise.attribution.influence import Best, Influence, Measure, given
+from layerwise.attribution.influence import Best, Influence, Measure
 from layerwise.attribution.inverse import ProjectedSolved
+from layerwise.attribution.passes import given
 from layerwise.errors import BadInput
-from layerwise.observation.accumulate import shown
 from layerwise.quantities.base import positive
 from layerwise.quantities.inner_products import Projections
 from layerwise.rows.project import signs
@@ -49,12 +49,12 @@ class GradientIndex:
     def __init__(
         self, influence: Influence, folder: str | Path, rank: int = 16, projection: str = "eigen", seed: int = 0
     ) -> None:
-        if positive("GradientIndex's rank", rank) is None:
-            raise BadInput("GradientIndex's rank must be a whole number of at least 1, got None")
+        positive("GradientIndex's rank", rank, none=False)
         if projection not in ("eigen", "random"):
             raise BadInput(f'projection must be "eigen" or "random", got {projection!r}')
         self._influence, self._folder = influence, Path(folder)
         shapes = influence.settings()["shapes"]
+        self._written = influence.written()
         self._settings = influence.settings() | {"rank": rank, "projection": projection, "signs": seed}
         found = read(self._folder, _FACTS)
         if found is None:
@@ -83,17 +83,27 @@ class GradientIndex:
         """Add the samples of all batches, in one pass over them; each batch is on disk before the next begins.
 
         skip: how many samples the loader begins with that are in the index already (`len(index)`, after a kill): whole
-        batches of them are not computed again; BadInput where that number ends inside a batch. progress: show a bar.
+        batches of them are not computed again; BadInput where that number ends inside a batch, or behind the last one.
+        progress: show a bar.
         """
         quantity = Projections(self._sides)
-        for batch in shown(loader, "index") if progress else loader:
+        self._check_weights()
+        if skip < 0:
+            raise BadInput(f"asked to skip {skip} samples; give len(index), or 0")
+        for batch in given(loader, "append's loader", "index" if progress else None):
             if skip > 0:
                 skip -= _size_of(batch)
                 if skip < 0:
                     raise BadInput(f"the samples to skip end {-skip} before the end of a batch; skip whole batches")
                 continue
             self._add(self._flat(self._influence.observed(batch, quantity)))
+        if skip > 0:
+            raise BadInput(f"the loader ended {skip} samples before the end of those to skip; it is not the index's")
         return self
+
+    def _check_weights(self) -> None:
+        if self._written != self._influence.written():
+            raise BadInput("the weights were written or frozen after the index was opened; make a new index of them")
 
     def _flat(self, values: Mapping[str, Tensor]) -> Tensor:
         """`[N, row_size]` of the parameters' values, zero for those that a batch does not use."""
@@ -158,6 +168,7 @@ class GradientIndex:
 
         queries, measure: as for `Influence.scores`. Raises BadInput for more than the index holds.
         """
+        positive("search's k", k, none=False)
         best = Best(k)
         for part in self._products(queries, measure):
             best.add(part)
@@ -183,6 +194,7 @@ class GradientIndex:
         """`[Q, n]` for one chunk of the index after the other."""
         if not self._count:
             raise BadInput("the index is empty; append(loader) first")
+        self._check_weights()
         quantity = ProjectedSolved(self._influence.inverse, self._sides, self._eigenvalues)
         found = (self._influence.observed(batch, quantity, measure) for batch in given(queries, "queries"))
         q = torch.cat([self._flat(values) for values in found]).float().cpu()

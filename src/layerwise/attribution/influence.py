@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from layerwise.attribution.files import read, write
 from layerwise.attribution.fit import estimated, resumable
 from layerwise.attribution.inverse import DampedInverse, Solved, diagonal_blocks, of_rank
-from layerwise.attribution.passes import Chosen
+from layerwise.attribution.passes import Chosen, Loader, given
 from layerwise.errors import BadInput, Undefined
-from layerwise.observation.accumulate import shown
 from layerwise.operators import EigenKronecker, Kronecker
 from layerwise.operators.described import described, rebuilt
 from layerwise.quantities import EKFAC, KFAC, KFLR, ByParameter, DiagGGN, Quantity
@@ -22,9 +21,8 @@ from layerwise.quantities.base import positive
 from layerwise.quantities.inner_products import Direction, InnerProducts
 from layerwise.ranks.group import digest_of, values_digest
 
-__all__ = ["Best", "Influence", "Measure", "given"]
+__all__ = ["Best", "Influence", "Measure"]
 
-Loader = Iterable[Any]
 Measure = Callable[..., Tensor]
 
 
@@ -67,6 +65,7 @@ class Influence:
         self._curvature, self._draws, self._seed = curvature, positive("Influence's draws", draws), seed
         self._inverse = DampedInverse(None, damping)
         self._fitted = curvature == "identity"
+        self._written: list[tuple[int, int, bool]] | None = None  # the weights of the curvature
 
     @property
     def names(self) -> list[str]:
@@ -80,10 +79,18 @@ class Influence:
 
     @property
     def inverse(self) -> DampedInverse:
-        """`(G + λ I)⁻¹`. Raises BadInput before `fit` or `load`."""
+        """`(G + λ I)⁻¹`. Raises BadInput before `fit` or `load`, and where the weights were written since."""
         if not self._fitted:
             raise BadInput(f'curvature="{self._curvature}" is not known yet; call fit(loader) or load(folder) first')
+        if self._written not in (None, self.written()):
+            raise BadInput(
+                "the weights were written or frozen after `fit`; fit again, or load(folder) for the same weights"
+            )
         return self._inverse
+
+    def written(self) -> list[tuple[int, int, bool]]:
+        """What changes where a parameter of the model is replaced, written or frozen."""
+        return [(id(p), p._version, p.requires_grad) for p in self._chosen.model.parameters()]
 
     # -- the curvature -------------------------------------------------------------------------------------
 
@@ -115,8 +122,11 @@ class Influence:
         if isinstance(operator, ByParameter):
             operator = diagonal_blocks(operator)
         saved = rebuilt(*described(operator))  # in the memory order of a loaded one, for the same bits
-        self._inverse, self._fitted = DampedInverse(saved, self._inverse.damping), True
+        self._take(DampedInverse(saved, self._inverse.damping))
         return self
+
+    def _take(self, inverse: DampedInverse) -> None:
+        self._inverse, self._fitted, self._written = inverse, True, self.written()
 
     def _quantity(self) -> Quantity | None:
         generator = None if self._draws is None else torch.Generator().manual_seed(self._seed)
@@ -156,8 +166,7 @@ class Influence:
         if self._curvature != "identity":
             device = next(self._chosen.model.parameters()).device
             operator = rebuilt({key: t.to(device) for key, t in tensors.items()}, facts["blocks"])
-            self._inverse = DampedInverse(operator, self._inverse.damping)
-        self._fitted = True
+            self._take(DampedInverse(operator, self._inverse.damping))
         return self
 
     # -- scores --------------------------------------------------------------------------------------------
@@ -212,7 +221,7 @@ class Influence:
 
         For the smallest scores negate the measure. Raises BadInput for a k below 1 or above the number of samples.
         """
-        positive("top's k", k)
+        positive("top's k", k, none=False)
         best = Best(k)
         for values in self._streamed(self.directions(queries, measure), train_loader, progress=progress):
             best.add(sum_of(values).T)
@@ -296,15 +305,3 @@ class Best:
 def sum_of(values: Mapping[str, Tensor]) -> Tensor:
     """The sum over the parameters."""
     return torch.stack(list(values.values())).sum(0)
-
-
-def given(batches: Loader, what: str, shown_as: str | None = None) -> Iterator[Any]:
-    """The batches, with a bar where it has a name; raises BadInput where there are none."""
-    if isinstance(batches, Tensor) or (isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches)):
-        raise BadInput(f"{what} is one batch; give an iterable of batches, such as [(x, y)]")
-    none = True
-    for batch in batches if shown_as is None else shown(batches, shown_as):
-        none = False
-        yield batch
-    if none:
-        raise BadInput(f"{what} gave no batch; an iterator can be used up: make a new one")

@@ -35,14 +35,24 @@ class DampedInverse:
         self.curvature, self.damping = curvature, damping
 
     @cached_property
-    def _blocks(self) -> dict[str, list[EigenBlock]]:
+    def _operator(self) -> EigenKronecker:
         assert self.curvature is not None
-        found: dict[str, list[EigenBlock]] = {}
+        inverses: dict[str, EigenBlock] = {}
         for key, block in self.curvature.blocks.items():
             damping = _SHARE * float(block.spectrum.mean()) if self.damping is None else self.damping
-            inverse = EigenKronecker({key: block}).inverse(damping).blocks[key]
-            found.setdefault(block.parameter or key, []).append(inverse)
+            inverses |= EigenKronecker({key: block}).inverse(damping).blocks
+        return EigenKronecker(inverses)
+
+    @cached_property
+    def _blocks(self) -> dict[str, list[EigenBlock]]:
+        found: dict[str, list[EigenBlock]] = {}
+        for key, block in self._operator.blocks.items():
+            found.setdefault(block.parameter or key, []).append(block)
         return found
+
+    def __matmul__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The product with a tensor of each parameter's shape, by name; raises BadInput as the operators do."""
+        return dict(other) if self.curvature is None else self._operator @ other
 
     def spectrum(self, name: str) -> Tensor:
         """The eigenvalues 1 / (σ + λ) of the one block of a parameter, `[K,O,I]`."""

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput
-from layerwise.observation.accumulate import batch_loss
+from layerwise.errors import BadInput, RandomPass
+from layerwise.observation.accumulate import batch_loss, shown
 from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
 from layerwise.observation.results import Results
 from layerwise.quantities.base import Quantity
 from layerwise.ranks.trainers import unreduced, unwrapped
+from layerwise.replay.state import RandomState
 from layerwise.tape.binding import chosen_names
 
-__all__ = ["Chosen"]
+__all__ = ["Chosen", "Loader", "given"]
+
+Loader = Iterable[Any]
 
 
 class Chosen:
-    """The parameters of a model that are attributed to, and passes that observe these alone.
+    """The parameters of a model that are attributed to, and passes that observe these alone, at least in float32.
 
     patterns: as `parameters=` of `observe`; None: all parameters. Those that do not require gradients are left out.
     Raises BadInput for a pattern that matches no such parameter.
@@ -32,7 +37,7 @@ class Chosen:
         self.model = model
         known = [name for name, p in model.named_parameters() if p.requires_grad]
         self.names = chosen_names("parameters", patterns, known)
-        self._patterns = patterns
+        self._patterns, self._warned = patterns, False
         if not self.names:
             raise BadInput("asked to attribute to no parameter: none requires gradients")
 
@@ -41,7 +46,35 @@ class Chosen:
 
         loss_fn is called as `accumulate` calls it. No `.grad` is made, and the model's are left as they are.
         """
-        observation = Observation(self.model, [quantity], PassSettings(pooled=True, parameters=self._patterns))
+        types = {p.dtype for name, p in self.model.named_parameters() if name in self.names}
+        half = any(dtype.itemsize < 4 for dtype in types)  # too few digits for eigenvectors, and for sums
+        settings = PassSettings(dtype=torch.float32 if half else None, pooled=True, parameters=self._patterns)
+        observation = Observation(self.model, [quantity], settings)
         with observation as results, unreduced(self.model):
-            observation.send(batch_loss(unwrapped(self.model), loss_fn, batch))
+            before = RandomState({p.device for p in self.model.parameters()}, ("torch",))
+            loss = batch_loss(unwrapped(self.model), loss_fn, batch)
+            if not self._warned and before.moved():
+                self._warned = True
+                warnings.warn(
+                    f"{type(self.model).__name__} draws random numbers in its forward pass (dropout in train mode?), "
+                    "so that each pass, and what is computed from it, is of another network; call model.eval() first",
+                    RandomPass,
+                    stacklevel=2,
+                )
+            observation.send(loss)
         return results
+
+
+def given(batches: Loader, what: str, shown_as: str | None = None) -> Iterator[Any]:
+    """The batches, with a bar where it has a name; raises BadInput for what gives none, or is one batch."""
+    one = isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches)
+    if one or isinstance(batches, (Tensor, Mapping)):
+        raise BadInput(f"{what} is one batch; give an iterable of batches, such as [(x, y)]")
+    if not isinstance(batches, Iterable):
+        raise BadInput(f"{what} is {type(batches).__name__}, no iterable of batches; give a DataLoader or [(x, y)]")
+    none = True
+    for batch in batches if shown_as is None else shown(batches, shown_as):
+        none = False
+        yield batch
+    if none:
+        raise BadInput(f"{what} gave no batch; an iterator can be used up: make a new one")

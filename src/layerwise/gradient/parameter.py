@@ -284,10 +284,15 @@ class ParameterGradient:
         found = [part.per_sample(low, low + each).flatten(2) @ flat for low in starts]
         return torch.cat(found, 1) if found else self._zeros((part.size[0], 0, len(directions)))
 
+    @property
+    def positions(self) -> list[int]:
+        """The numbers of positions that rows of its uses have; none where not all uses have rows."""
+        return sorted({part.rows.g.shape[2] for part in self._row_parts or ()})
+
     def inner_by_position(self, directions: Tensor) -> Tensor | None:
         """`[V,N,T,Q]`: what each position of the uses' rows adds to `inner`; None where the uses share no positions."""
         parts = self._row_parts
-        if parts is None or len({part.rows.g.shape[2] for part in parts}) > 1:
+        if parts is None or len(self.positions) > 1:
             return None
         each = [inner.inner_by_position(part.rows, _matrices(part, directions)) for part in parts]
         return torch.stack(each).sum(0)

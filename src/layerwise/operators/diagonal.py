@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -100,8 +101,8 @@ def precise(name: str, factor: Tensor) -> Tensor:
 
 def check_damping(asked: str, damping: float) -> None:
     """Raise BadInput for a damping that is negative or not finite."""
-    if not 0 <= damping < float("inf"):
-        raise BadInput(f"{asked}: damping is {damping}; it must be a finite number that is not negative.")
+    if not isinstance(damping, (Real, Tensor)) or not 0 <= damping < float("inf"):
+        raise BadInput(f"{asked}: damping is {damping!r}; it must be a finite number that is not negative.")
 
 
 def check_names(asked: str, known: Iterable[str], seen: Iterable[str], whole: bool = True) -> None:

@@ -90,5 +90,6 @@ def refuse_idle(given: Mapping[str, Any], effects: Effects, where: str = "") -> 
     for word, (has_one, owner) in effects.items():
         if given.get(word) is not None and not has_one:
             raise BadInput(
-                f"{where}{word}={given[word]!r} changes nothing here: it belongs to {owner}; leave it out, or ask for that"
+                f"{where}{word}={given[word]!r} changes nothing here: it belongs to {owner}; leave it out, or ask "
+                "for that"
             )

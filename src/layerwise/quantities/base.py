@@ -200,10 +200,10 @@ def sum_of_stacks(quantity: Quantity, gradients: Iterable[ParameterGradient]) ->
     return values
 
 
-def positive(what: str, value: int | None) -> int | None:
-    """Return the count if it is None or a whole number of at least 1; raise BadInput otherwise."""
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise BadInput(f"{what} must be None or a whole number of at least 1, got {value!r}")
+def positive(what: str, value: int | None, none: bool = True) -> int | None:
+    """Return the count if it is a whole number of at least 1, or None where `none`; raise BadInput otherwise."""
+    if (value is None and not none) or (value is not None and (not isinstance(value, int) or value < 1)):
+        raise BadInput(f"{what} must be {'None or ' * none}a whole number of at least 1, got {value!r}")
     return value
 
 

@@ -55,9 +55,16 @@ class InnerProducts(SampleQuantity):
             return (gradient.inner(*directions)[0],)
         value = gradient.inner_by_position(*directions)
         if value is None:
+            lengths = gradient.positions
+            seen = (
+                f"its uses have {' and '.join(map(str, lengths))} positions"
+                if lengths
+                else "it is read once for all samples (a position table looked up by `arange(T)`: give the indices "
+                "with the batch, or look up `arange(T) + 0 * tokens`), or the weight that is used is derived from it"
+            )
             raise Undefined(
-                f"asked for scores by token, but the uses of {gradient.name!r} have no rows in common (a derived "
-                "weight, or uses with other numbers of positions); leave it out by `parameters=`"
+                f"asked for scores by token, but {gradient.name!r} has no rows by position: {seen}; leave it out by "
+                "`parameters=`"
             )
         return (value[0],)
 

@@ -124,6 +124,12 @@ class RandomState:
         self._devices = random_states_of(devices)
         self._further = [(generator, generator.get_state()) for generator in generators]
 
+    def moved(self) -> bool:
+        """Whether one of torch's generators in the snapshot has given numbers since."""
+        held = [*self._process.values(), *self._devices.values()]
+        now = [*random_states(self._process).values(), *random_states_of(self._devices).values()]
+        return any(isinstance(s, Tensor) and not torch.equal(s, t) for s, t in zip(held, now, strict=True))
+
     def put_back(self) -> None:
         """Restore the generators."""
         put_random_states(self._process)
