@@ -290,11 +290,15 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"# {found['device']}", "", found["state"], ""]
     lines += [f"Correctness: {len(right)} models, {same} quantities as on the CPU; that differ or stop:", ""]
     lines += [f"- {name}: {cell}" for name, cell in wrong.items() if cell] or ["- none"]
-    lines += ["", "| what | finding |", "|---|---|"]
+    lines += [
+        "",
+        "cost/net/batch: multiples of the gradient's time; steps/net: seconds of a step; memory is its peak, where the",
+    ]
+    lines += ["device counts it.", "", "| what | finding |", "|---|---|"]
     for name, cell in results.items():
         if name not in right:
             items = cell.items() if isinstance(cell, dict) else [("", cell)]
-            lines += [f"| {name} {key} | {_short(value)} |" for key, value in items]
+            lines += [f"| {name} {key} | {_short(value)} |" for key, value in items if value is not None]
     return "\n".join(lines) + "\n"
 
 

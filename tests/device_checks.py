@@ -117,6 +117,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "KFAC": lw.optim.KFAC,
     "DiagNewton": lw.optim.DiagNewton,
     "LocoProp": lw.LocoProp,
+    "LocoProp memory": partial(lw.LocoProp, solver=lw.local.Memory()),
     "AltMin": lw.AltMin,
     "AltMin memory": partial(lw.AltMin, weights="memory"),
     "AltMin sweep": partial(lw.AltMin, codes="sweep"),
@@ -386,14 +387,16 @@ def test_a_step_of_a_memory_that_was_assumed_to_be_short_and_is_too_long() -> No
         assert max(waits[1 - len(factors) :]) > 6  # a step after the first was computed again
 
 
-def test_a_bad_batch_of_a_memory_is_skipped() -> None:
+@pytest.mark.parametrize("name", ["LocoProp memory", "AltMin memory"])
+def test_a_bad_batch_of_a_memory_is_skipped(name: str) -> None:
     run = Run(DEVICE)
-    optimizer = lw.AltMin(run.model, weights="memory")
+    optimizer = OPTIMIZERS[name](run.model)
     for skipped, factor in enumerate((1.0, float("nan"), 1e300)):
         before = [p.clone() for p in run.model.parameters()]
         optimizer.step(lambda factor=factor: F.cross_entropy(run.model(factor * run.x), run.y))
         same = [torch.equal(b, p) for b, p in zip(before, run.model.parameters(), strict=True)]
         assert optimizer.skipped == skipped and (all(same) if skipped else not any(same))
+        assert not skipped or "the input of 0" in str(optimizer.why_skipped())
 
 
 def test_a_weight_of_the_terms_that_was_assumed_and_is_another() -> None:

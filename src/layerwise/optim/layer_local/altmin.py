@@ -184,7 +184,7 @@ class AltMin(FittedToCodes):
     def _fit(self, coded: Coded, fitting: Fitting, buffers: Buffers, refit: bool) -> tuple[Tensor, str | Late | None]:
         """Fit the layers to their codes; roll back where a solution is not finite."""
         fitter, run = self._fitter, coded.run
-        where, late = self._safe(run, partial(fitter.gamma, fitting), buffers, fitter.solvers(fitting))
+        where, late = self._safe(run, partial(fitter.gamma, fitting), buffers, fitter.solvers(fitting), True)
         if where is not None:
             return run.loss, where
         layers = [layer for layer in run.layers if not refit or layer.likelihood is not None]

@@ -244,17 +244,23 @@ class LayerLocal(NamedOptimizer):
         self._executor.fail(error)
 
     def _safe(
-        self, run: Recorded, gamma: Callable[[str], float], buffers: Buffers, solvers: Iterable[Any]
+        self,
+        run: Recorded,
+        gamma: Callable[[str], float],
+        buffers: Buffers,
+        solvers: Iterable[Any],
+        assumes: bool = False,
     ) -> tuple[str | None, Late | None]:
         """The reason not to step on a batch, or None; or what judges it with the solution.
 
         The latter where an accelerator would wait, or the verdict is deferred; all layers' solvers may be judged at the
-        end, and no other process takes part.
+        end, and no other process takes part. assumes: whether a step is computed again where a solver assumed wrongly.
         """
         alone = isinstance(self._executor, LocalExecutor)
         here, deferred = run.loss.device.type == "cpu", self._on_nonfinite == "defer"
+        assumes = assumes and not here
         late = alone and bool(run.layers or run.gradients) and all(
-            isinstance(s, LocalSteps) or (not here and getattr(s, "judged_late", False)) for s in solvers
+            isinstance(s, LocalSteps) or (assumes and getattr(s, "judged_late", False)) for s in solvers
         )  # fmt: skip
         if (here and not deferred) or not late:
             return self._agreed(run, unsafe(run, gamma) or buffers.spoiled()), None
