@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from layerwise.errors import SamplesMixed
 from layerwise.observation.observe import observe
 from layerwise.quantities import KFAC, PerSampleGrad, SquaredNorm
+from layerwise.rows.layout import MatrixLayout
 from layerwise.rows.numbered import Order
 
 N, T, D, C = 4, 3, 5, 3
@@ -310,3 +311,18 @@ def test_an_order_keeps_one_other() -> None:
         seen.append(weakref.ref(other))
         del other, whole
     assert [ref() is None for ref in seen] == [True, True, False]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_layout_takes_stacks_and_any_strides(seed: int) -> None:
+    torch.manual_seed(seed)
+    whole = MatrixLayout.whole((4, 6), (1, 6, 4), (0, 2, 1))
+    every_second = MatrixLayout.strided((4, 6), (1, 2, 3), (0, 12, 2), 1)
+    scattered = MatrixLayout.at((4, 6), torch.randperm(24)[:6].reshape(1, 2, 3))
+    for laid in (whole, every_second, scattered):
+        stack = torch.randn(3, 4, 6, 2)[..., seed % 2]  # its last step is 2
+        found = laid.matrix(stack)
+        for one, matrix in zip(stack, found, strict=True):
+            want = one.contiguous().flatten()[laid.places()]
+            assert torch.equal(laid.matrix(one), want) and torch.equal(matrix, want)
+        assert torch.equal(laid.matrix(laid.fold(found)), found)

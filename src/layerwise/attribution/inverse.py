@@ -89,7 +89,7 @@ class DampedInverse:
             return
         dense = gradient.per_sample(low, high)[0]
         for block in blocks:
-            yield block, block.rotate(torch.stack([block.matrix(g) for g in dense]).to(block.like.dtype))
+            yield block, block.rotate(block.matrix(dense).to(block.like.dtype))
 
 
 def _rows_first(part: RowsPart, block: EigenBlock) -> bool:

@@ -270,7 +270,7 @@ class ParameterGradient:
         total: Tensor | None = None
         for part in self._fewest:
             if isinstance(part, RowsPart):
-                value = inner.inner(part.rows, _matrices(part, directions))
+                value = inner.inner(part.rows, part.layout().matrix(directions))
             else:
                 value = self._inner_in_chunks(part, directions)
             total = value if total is None else total + value
@@ -294,7 +294,7 @@ class ParameterGradient:
         parts = self._row_parts
         if parts is None or len(self.positions) > 1:
             return None
-        each = [inner.inner_by_position(part.rows, _matrices(part, directions)) for part in parts]
+        each = [inner.inner_by_position(part.rows, part.layout().matrix(directions)) for part in parts]
         return torch.stack(each).sum(0)
 
     def two_sided(self, left: Tensor, right: Tensor) -> Tensor:
@@ -325,12 +325,6 @@ class ParameterGradient:
     def _zeros(self, shape: Sequence[int], real: bool = False) -> Tensor:
         zeros = self.parts[0].zeros(shape)
         return zeros.real if real and zeros.is_complex() else zeros
-
-
-def _matrices(part: RowsPart, directions: Tensor) -> Tensor:
-    """Directions `[Q,*shape]` in the layout of a part's rows, `[Q,K,O,I]`."""
-    laid = part.layout()
-    return torch.stack([laid.matrix(direction) for direction in directions])
 
 
 class PartCollector:

@@ -57,7 +57,7 @@ class _Block:
         return self.layout.fold(w) if self.layout else w
 
     def matrix(self, p: Tensor) -> Tensor:
-        """Reshape a tensor of the parameter's shape to `[K,O,I]`; the left inverse of `fold`."""
+        """Reshape tensors `[..., *shape]` of the parameter to `[..., K,O,I]`; the left inverse of `fold`."""
         return self.layout.matrix(p) if self.layout else p
 
     def product(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

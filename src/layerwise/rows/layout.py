@@ -158,17 +158,20 @@ class MatrixLayout:
         return memory.view((*lead, *self.shape))
 
     def matrix(self, p: Tensor) -> Tensor:
-        """A tensor of the parameter's shape as the matrix; the left inverse of `fold`, and a view where it can be."""
+        """Tensors `[..., *shape]` as matrices `[..., *size]`; the left inverse of `fold`, a view where it can be."""
+        lead = p.shape[: p.dim() - len(self.shape)]
         if self.axes is not None:
             if self._in_order:
-                return p.reshape(self.size)
-            back = [self.axes.index(i) for i in range(len(self.axes))]
-            return p.reshape([self.size[a] for a in self.axes]).permute(back)
-        flat = p.reshape(-1)
+                return p.reshape((*lead, *self.size))
+            back = [len(lead) + self.axes.index(i) for i in range(len(self.axes))]
+            return p.reshape((*lead, *(self.size[a] for a in self.axes))).permute(*range(len(lead)), *back)
+        flat = p.reshape((*lead, math.prod(self.shape)))
         if self.strides is None:
             assert self.index is not None
-            return flat[self.index.on(p.device)]
-        return flat.as_strided(self.size, self.strides, int(flat.storage_offset()) + self.offset)
+            return flat[..., self.index.on(p.device)]
+        *outer, step = flat.stride()
+        strides = (*outer, *(step * s for s in self.strides))
+        return flat.as_strided((*lead, *self.size), strides, int(flat.storage_offset()) + step * self.offset)
 
 
 @lru_cache(maxsize=2**12)
