@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from layerwise.errors import BadInput
 from layerwise.graph.products import SecondOrder
 from layerwise.graph.walk import nodes
+from layerwise.tape.origins import Origin
 from layerwise.tape.pull import silent
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Derived, LossUse, Use
@@ -249,6 +250,11 @@ class Joined(Tape):
         made = [loss for record in records for loss in record.losses]
         self.losses = [loss._replace(logits=below_marks(loss.logits)) for loss in made]
         self.calls = [call for record in records for call in record.calls]
+
+    @property
+    def met(self) -> list[tuple[Origin, ...]]:
+        """What all layers read, as if one call had: in BackPACK a sample has the same place in each forward pass."""
+        return [tuple(use.origin[0] for use in self.uses if use.origin is not None)]
 
     def retained(self) -> list[Tensor]:
         """The live activations with `retain_grad()`."""
