@@ -454,6 +454,43 @@ def test_nan_is_refused_and_nothing_is_left_behind() -> None:
     assert not model._forward_hooks and all(p.grad is None for p in model.parameters())
 
 
+class _Interrupted(nn.Module):
+    """A model whose forward raises where it is asked to, in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.above = nn.Linear(4, 5), nn.Linear(5, C)
+        self.raises = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.below(x))
+        if self.raises:
+            raise ValueError("in the middle")
+        return self.above(h)
+
+
+def test_layers_called_one_by_one_are_seen_after_a_call_of_the_model_that_failed() -> None:
+    model, (x, _, t) = _Interrupted(), _batch()
+
+    def by_layers() -> Tensor:
+        return (model.above(torch.tanh(model.below(x))) - t).pow(4).mean()
+
+    def failing_first() -> Tensor:
+        model.raises = True
+        with pytest.raises(ValueError, match="in the middle"):
+            model(x)
+        model.raises = False
+        return by_layers()
+
+    wanted = _observe(model, lambda: (model(x) - t).pow(4).mean(), lw.DiagGGN())
+    for loss in (by_layers, failing_first):
+        found = _observe(model, loss, lw.DiagGGN())
+        for name in dict(model.named_parameters()):
+            oracle.assert_close(found.diag_ggn[name], wanted.diag_ggn[name], rel=1e-9)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert not nn.modules.module._global_forward_hooks
+
+
 def test_parameters_inside_the_loss_are_refused_by_name() -> None:
     model, (x, _, t) = _net(), _batch()
     decay = lambda: (model(x) - t).pow(4).mean() + 0.1 * model[0].weight.square().sum()  # noqa: E731
