@@ -67,7 +67,7 @@ class LocalSteps:
             raise BadInput(f'LocalSteps has state "persistent" or "fresh", form "auto", "plain" or "gram"; got {self}')
         if not callable(self.optimizer):
             raise BadInput(f"LocalSteps needs an optimizer class, or a function that makes one; got {self.optimizer!r}")
-        if _runs_a_closure(self.optimizer):
+        if self.optimizer is not TFRMSProp and _runs_a_closure(self.optimizer):  # solvers are made at each step
             raise BadInput(
                 f"LocalSteps takes each step along one local gradient, and {self.optimizer!r} runs a closure in its "
                 "step: choose an optimizer whose step() takes none, or lw.local.Newton or Anderson"
