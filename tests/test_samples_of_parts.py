@@ -185,6 +185,35 @@ def test_rows_compared_with_rows_of_another_number(texts: int, shared: bool) -> 
         oracle.assert_close(_each(model, loss, N), want, 1e-12)
 
 
+class Operator(nn.Module):
+    """Values of N functions at points that all share, from two nets (a DeepONet); the points are its own, or given."""
+
+    def __init__(self, points: Tensor) -> None:
+        super().__init__()
+        self.branch, self.trunk = nn.Linear(5, 3), nn.Linear(1, 3)
+        self.register_buffer("points", points)
+
+    def forward(self, u: Tensor, points: Tensor | None = None) -> Tensor:
+        return self.branch(u).tanh() @ self.trunk(self.points if points is None else points).tanh().T
+
+
+@pytest.mark.parametrize("count", [N - 1, N, 2 * N])
+def test_points_that_all_functions_share(count: int) -> None:
+    points, u, y = (torch.randn(*shape).double() for shape in ((count, 1), (N, 5), (N, count)))
+    model = Operator(points).double()
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: F.mse_loss(model(u), y, reduction="none").sum(1))
+    mine = torch.arange(N)[:, None].expand(N, count)
+    for samples in (None, N, mine):
+        oracle.assert_close(_each(model, lambda: F.mse_loss(model(u), y, reduction="sum"), samples), want, 1e-12)
+    given = lambda: F.mse_loss(model(u, points.clone()), y, reduction="sum")  # noqa: E731
+    for samples in (N, mine):
+        if count % N:
+            oracle.assert_close(_each(model, given, samples), want, 1e-12)
+        else:
+            with pytest.raises(lw.errors.SamplesMixed, match=r"the model keeps them \(a buffer\)"):
+                _each(model, given, samples)
+
+
 @pytest.mark.parametrize("calls", [1, 2])
 def test_trainers_do_not_take_contrasted_views_for_samples(calls: int) -> None:
     """NT-Xent: every row is set against all others, so that the loss is no sum over as many samples as rows."""

@@ -16,7 +16,7 @@ from layerwise.graph.samples.loss_rows import numberings, unheard
 from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.numbers import MIXED, Root, numbers_of_both, row_numbers
 from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts, tensor_asked
-from layerwise.graph.samples.sample_axes import hypotheses
+from layerwise.graph.samples.sample_axes import advice_on_shared_rows, hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where
 from layerwise.graph.separable import check_sum_over_samples
 from layerwise.rows.base import RowNumbers, Samples
@@ -169,7 +169,8 @@ def layout_by(graph: Graph, n: int, losses: Sequence[Where]) -> SampleLayout:
             f"asked for per-sample quantities of {n} samples, but rows of the output {tuple(use.call.out_shape)} of "
             f"{use} answer for the loss terms of several samples{_where(graph, losses, use)}. Samples that meet have "
             "no per-sample gradients (quantities of the Hessian and products with it need none); where N is another "
-            f"number, or a sample is several rows, say so with samples=N, or samples= {tensor_asked(graph)}"
+            f"number, or a sample is several rows, say so with samples=N, or samples= {tensor_asked(graph)}; "
+            f"{advice_on_shared_rows(n)}"
         )
     return SampleLayout(n, {**uses, **shared[1]}, list(losses), shared[0], frozenset(mixed))
 

@@ -24,7 +24,10 @@ from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["by_axes", "free_axes", "hypotheses", "mixed_text", "on_axes", "on_axis", "structural", "structural_below"]
+__all__ = [
+    "advice_on_shared_rows", "by_axes", "free_axes", "hypotheses", "mixed_text", "on_axes", "on_axis", "structural",
+    "structural_below",
+]  # fmt: skip
 
 
 def by_axes(tape: Tape, graph: Graph, n: int) -> tuple[SampleLayout, bool]:
@@ -269,6 +272,13 @@ def mixed_text(tape: Tape, use: Use, n: int, where: str, tensor: str) -> str:
         f"asked for per-sample quantities of {n} samples, but each row of the output {tuple(use.call.out_shape)} of "
         f"{use} has a part in the loss of several samples{where}{hint}. Statistics of the batch, and losses that set "
         "samples against each other, have no per-sample gradients (quantities of the Hessian and products with it "
-        f"need none); where a sample is several rows, pass samples= {tensor}; rows that all samples share, {n} or a "
-        "multiple of it, are told from samples only where the model keeps them (a buffer) in place of an argument"
+        f"need none); where a sample is several rows, pass samples= {tensor}; {advice_on_shared_rows(n)}"
+    )
+
+
+def advice_on_shared_rows(n: int) -> str:
+    """What to do with rows that all samples share and whose number is a multiple of N."""
+    return (
+        f"rows that all samples share, {n} or a multiple of it, are told from samples only where the model keeps them "
+        "(a buffer) in place of an argument"
     )
