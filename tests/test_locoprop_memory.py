@@ -95,6 +95,32 @@ def test_moments_of_another_size_are_refused() -> None:
         lw.LocoProp(_net(), solver=lw.local.Memory()).load_state_dict(saved)
 
 
+@pytest.mark.parametrize("solver", [lw.local.Memory(), lw.local.ProximalSolve(eta=0.1)], ids=["memory", "proximal"])
+def test_the_state_of_a_matching_loss_is_refused_by_solvers_of_the_squared_one(solver: lw.local.Solver) -> None:
+    """Its settings would come along, and every later step would be refused."""
+    net = _net()
+    theirs, ours = lw.LocoProp(net), lw.LocoProp(net, solver=solver)
+    _step(net, theirs, _batches(1)[0])
+    with pytest.raises(BadInput, match="solves the squared loss"):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["loss"] == "squared" and not ours.state
+    _step(net, ours, _batches(1)[0])
+
+
+def test_a_memory_starts_anew_from_the_state_of_local_steps() -> None:
+    """And what it then saves is its own alone, so that it loads."""
+    net, batches = _net(), _batches(3)
+    theirs = lw.LocoProp(net, preset="S")
+    _step(net, theirs, batches[0])
+    solver = lw.local.Memory()
+    ours = lw.LocoProp(net, solver=solver)
+    ours.load_state_dict(theirs.state_dict())
+    for batch in batches[1:]:
+        _step(net, ours, batch)
+    lw.LocoProp(_net(), solver=solver).load_state_dict(ours.state_dict())
+    assert set(ours.state[net[0].weight]) == {"A", "rows", "steps", "inverse", "inverted"}  # type: ignore[index]
+
+
 def test_local_steps_refuse_an_optimizer_that_runs_a_closure() -> None:
     with pytest.raises(BadInput, match="runs a closure"):
         lw.local.LocalSteps(optimizer=torch.optim.LBFGS)

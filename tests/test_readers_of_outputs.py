@@ -81,6 +81,43 @@ def test_a_look_at_an_output_leaves_the_step_as_it_is(make: Any, look: Callable[
     torch.testing.assert_close(stepped(make, look, plain), stepped(make, lambda h: None, plain), rtol=0, atol=0)
 
 
+HOOKED = {"layer": ["a"], "last layer": ["b"], "model": [""], "all": ["", "a", "b"], "transfer": ["tanh"]}
+
+
+class Blocks(nn.Module):
+    """The perceptron of `Looking`, with its transfer function a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.tanh, self.b = nn.Linear(5, 7).double(), nn.Tanh(), nn.Linear(7, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.b(self.tanh(self.a(x)))
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # the batch requires no gradient
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("hooked", HOOKED.values(), ids=HOOKED.keys())
+def test_backward_hooks_of_modules_leave_the_step_as_it_is(make: Any, hooked: list[str]) -> None:
+    """A module with such a hook hands its output on through a function, which is no reader of its own."""
+    seen: list[Tensor] = []
+
+    def watch(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        seen.append(outputs[0].norm())
+
+    plain, watched = Blocks(), Blocks()
+    for name in hooked:
+        watched.get_submodule(name).register_full_backward_hook(watch)
+    for model in (plain, watched):
+        opt = make(model)
+        for _ in range(2):
+            opt.step(lambda model=model: F.cross_entropy(model(X), Y))
+    assert seen
+    torch.testing.assert_close(watched.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
 def with_a_head(model: Any) -> Tensor:
     """A feature and a second head that are returned, and nothing reads."""
     h = model.a(X)

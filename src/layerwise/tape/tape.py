@@ -42,7 +42,7 @@ from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
 from layerwise.tape.recorded_call import Known, classify, distinct, is_view, kept, own_output, run, sort, tensors_in
-from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func
+from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func, output_of
 from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
 __all__ = ["Tape"]
@@ -263,8 +263,8 @@ class Tape(LossRecord):
         """
         results = [t for t in tensors_in(out) if t.requires_grad and not t.is_leaf] if self._outputs else []
         for tensor in data if results else ():
-            use = self._outputs.get(id(tensor))
-            if use is not None and use.output() is tensor:
+            use = output_of(tensor, self._outputs, self.uses)
+            if use is not None:
                 use.read_by(func, args[1:], kwargs, results)
                 if out is tensor:
                     del self._outputs[id(tensor)]  # overwritten in place: it holds another value from now on

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.parameter import is_lazy
 
 from layerwise import losses, ops
@@ -34,11 +35,28 @@ __all__ = [
     "describe_func",
     "first_bad_call",
     "named_parameters_of",
+    "output_of",
     "place",
+    "unhooked",
 ]
 
 _NAMES = 4  # parameters that a text names
 _INTERNAL = {"layerwise", "torch", "contextlib", "functools"}
+
+
+def _is_hook(node: Node | None) -> bool:
+    """Whether a node stands for the backward hooks of a module, whose call returns its arguments."""
+    return getattr(node, "_forward_cls", None) is BackwardHookFunction
+
+
+def unhooked(edge: GradientEdge) -> GradientEdge:
+    """The edge of a tensor before modules with backward hooks handed it on."""
+    while _is_hook(edge.node):
+        below, number = edge.node.next_functions[edge.output_nr]
+        if below is None:  # an input without a gradient
+            break
+        edge = GradientEdge(below, number)
+    return edge
 
 
 class Derived(NamedTuple):
@@ -280,6 +298,17 @@ def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Te
     raise BadInput(
         f"asked for the parameters of {type(model).__name__}; give an nn.Module, or a mapping of names to tensors"
     )
+
+
+def output_of(tensor: Tensor, outputs: Mapping[int, Use], uses: Sequence[Use]) -> Use | None:
+    """The use that made a tensor, also where a module with backward hooks handed it on. outputs: uses by `id`."""
+    use = outputs.get(id(tensor))
+    if use is not None and use.output() is tensor:
+        return use
+    if not _is_hook(tensor.grad_fn):
+        return None
+    below = unhooked(get_gradient_edge(tensor))[:2]
+    return next((use for use in reversed(uses) if use.edge[:2] == below), None)
 
 
 def bad_call(func: Any, used: list[Derived], data: list[Tensor], error: Exception | None = None) -> Exception:

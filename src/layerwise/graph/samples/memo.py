@@ -54,7 +54,8 @@ def key_of(tape: Tape, graph: Graph, model: Any, samples: Any) -> Any:
     """The cache key: all that a measurement depends on, other than values, whose influence `structural` rules out."""
     logits = tuple((loss.call.name, loss.call.logits.shape) for loss in graph.losses)
     wiring = _wiring([loss.logits for loss in graph.losses], graph.uses)
-    return samples, _state(model), logits, _named(graph.uses), tuple(tape.calls), wiring
+    called = tuple(origin.shape for origin in graph.entered)  # a constant is one that the model was not called with
+    return samples, _state(model), logits, called, _named(graph.uses), tuple(tape.calls), wiring
 
 
 def key_below(tape: Tape, model: Any, samples: Any, uses: Sequence[Use], front: Iterable[Use]) -> Any:

@@ -23,7 +23,7 @@ from layerwise.ops import writes_first
 from layerwise.ops.base import Call, Slot
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
-from layerwise.tape.uses import Reader, Use
+from layerwise.tape.uses import Reader, Use, unhooked
 from layerwise.tensors import without_grad
 
 __all__ = ["Layer", "layers_of", "one_weight", "over_passes", "shaped"]
@@ -304,7 +304,7 @@ def _transfer_and_likelihood(tape: Tape, graph: Graph, use: Use, kind: Kind) -> 
             transfer = _softmax(use, kind, func, args, kwargs)
         return (IDENTITY if transfer is None else transfer), None
     for loss in tape.losses:
-        if loss.logits.node is use.edge.node and loss.logits.output_nr == use.edge.output_nr:
+        if unhooked(loss.logits)[:2] == use.edge[:2]:
             c = _scale(graph.total, loss.value)
             if c is None or loss.call.learned or not isinstance(loss.call, LossCall):
                 continue

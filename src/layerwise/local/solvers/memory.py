@@ -321,6 +321,7 @@ def _check(memory: Memory, problem: LocalProblem, state: dict[str, Any], l1: flo
     size = problem.weight.shape[-1] + (problem.bias is not None)
     if "A" in state and state["A"].shape[-1] != size:
         raise BadInput(
-            f"the memory holds moments of {state['A'].shape[-1]} inputs, and the layer has {size}: its bias was frozen "
-            "or thawed since; make a new optimizer, whose memory starts anew"
+            f"the memory holds moments of {state['A'].shape[-1]} inputs, and the layer has {size} (with a 1 for a "
+            "bias): the bias was frozen or thawed since, or a state of another model was loaded; make a new optimizer, "
+            "whose memory starts anew"
         )

@@ -79,8 +79,15 @@ class Fitting:
         return kind, optimizer
 
     def moments(self, solver: Solver, weight: Tensor) -> dict[str, Any] | None:
-        """What a `Memory` keeps from batch to batch, in the state of a layer's weight; None for another solver."""
-        return self.state[weight] if isinstance(solver, Memory) else None
+        """What a `Memory` keeps from batch to batch, in the state of a layer's weight; None for another solver.
+
+        The state of another solver, which a saved state may bring, is no memory's: it starts anew.
+        """
+        if not isinstance(solver, Memory):
+            return None
+        if "A" not in self.state[weight]:
+            self.state[weight] = {}
+        return self.state[weight]
 
     def forget_moments(self, p: Tensor) -> None:
         """Delete the moments of a parameter that a `Memory` moved and that has no local problem any more."""

@@ -12,7 +12,7 @@ from layerwise.errors import BadInput
 from layerwise.local.norms import ColumnNorm, FrobeniusNorm, MaxNorm, RowNorm, SpectralNorm
 from layerwise.local.regularizers import Proximal, Regularizer
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
-from layerwise.local.solvers.values import ConditionalGradient, LocalSteps, ProximalSolve, Solver, default_lr
+from layerwise.local.solvers.values import ConditionalGradient, LocalSteps, ProximalSolve, Solver, default_lr, name_of
 from layerwise.local.targets import GradientStep, NaturalStep, Target
 from layerwise.local.transfer import Transfer
 from layerwise.optim.keywords import Effects, refuse_idle
@@ -204,6 +204,14 @@ class Choices:
             pattern = first_match(self.patterns, name)
             found = self._known[name] = self._default if pattern is None else self._by_pattern[pattern]
         return found
+
+    def unsolved(self, saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The saved groups with the matching loss, where a solver of the squared one has brought that along."""
+        asked = [(self.of(ours["param_names"][0]).solver, theirs.get("loss"), ours["loss"])
+                 for theirs, ours in zip(saved, groups, strict=True)]  # fmt: skip
+        return [f'it asks for loss="matching", and {name_of(solver)} solves the squared loss'
+                for solver, *losses in asked
+                if getattr(solver, "squared_only", False) and losses == ["matching", "squared"]]  # fmt: skip
 
     def every(self) -> list[Choice]:
         """The default and those of the patterns."""

@@ -160,6 +160,9 @@ class LocoProp(LayerLocal):
             for group in groups:
                 yield from forms_of_state(choice.solver, settings_for(choice.solver, group), p)
 
+    def _differences(self, saved: Mapping[str, Any]) -> list[str]:
+        return super()._differences(saved) + self._choices.unsolved(saved["param_groups"], self.param_groups)
+
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common("LocoProp", group)
         if not 0 < group["gamma"] < float("inf"):
@@ -318,9 +321,8 @@ def _gamma(fitting: Fitting, choices: Choices, name: str) -> float:
 def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
     """The plan of a layer. Raises BadInput for another loss with a solver of the squared one."""
     choice, group, gamma = choices.of(layer.name), fitting.group(layer.name), _gamma(fitting, choices, layer.name)
-    transfer = choice.transfer
-    if transfer is None:
-        transfer = layer.transfer if group["loss"] == "matching" else IDENTITY
+    found = layer.transfer if group["loss"] == "matching" else IDENTITY
+    transfer = found if choice.transfer is None else choice.transfer
     if getattr(choice.solver, "squared_only", False) and not transfer.is_squared:
         raise BadInput(
             f"{name_of(choice.solver)} solves the squared loss, and {layer.name} has {transfer.name}'s matching "

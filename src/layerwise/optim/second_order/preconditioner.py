@@ -355,10 +355,9 @@ class Preconditioner:
         state, ours = _present(state_dict), self.curvature
         theirs = described(state["kind"], state["draws"])
         if (state["kind"], state["draws"] is None) != (ours.kind, ours.draws is None):
-            own = described(ours.kind, ours.draws)
-            if theirs == own:
-                return [f"the saved factors have draws={state['draws']!r}, and ours draws={ours.draws!r}"]
-            return [f"the saved factors are of kind {theirs!r}, and ours {own!r}"]
+            mine = described(ours.kind, ours.draws)
+            draws = f", with draws={state['draws']!r} and {ours.draws!r}" if theirs == mine else ""
+            return [f"in the preconditioner, the saved factors are of kind {theirs!r}, and ours {mine!r}{draws}"]
         return unlike("the preconditioner", state, _SAVED) + misfits(state["blocks"], named_parameters_of(self.model))
 
     def prepared(self, state_dict: Mapping[str, Any]) -> tuple[Any, ...]:
