@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -9,14 +10,13 @@ import torch
 
 from layerwise.errors import SamplesMixed
 from layerwise.graph.coverage import Graph
-from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.loss_rows import axis_of, one_after_another
 from layerwise.graph.samples.numbers import MIXED, NONE, row_numbers
-from layerwise.graph.samples.readings import labelled, on_output, terms
+from layerwise.graph.samples.readings import labelled, on_output, read_as_one, terms
 from layerwise.graph.samples.rows import check_losses, layout_by, root_of, rows_by_source
 from layerwise.graph.samples.sample_layout import SampleLayout, Where, free_axes
-from layerwise.graph.separable import read_together
-from layerwise.tape.origins import Origin, sources
+from layerwise.graph.walk import by_node, nodes
+from layerwise.tape.origins import Origin, Source, sources
 from layerwise.tape.uses import LossUse
 
 __all__ = ["rivals"]
@@ -41,26 +41,29 @@ def _in_parts(graph: Graph, layout: SampleLayout) -> int:
     A row of a target counts, and rows that one call of the model was given beside each other.
     """
     read = {source for use in graph.uses if use.origin is not None for source in sources(use.origin[0])}
-    if len(graph.losses) < 2 or len(read) < 2:
+    whole_batches = _differentiated(graph)
+    if len(graph.losses) < 2 or len(read) + len(set(whole_batches.values())) < 2:
         return layout.n
-    found = [_rows_of_loss(graph, loss, where) for loss, where in zip(graph.losses, layout.losses, strict=True)]
+    found = [
+        _rows_of_loss(graph, loss, where, whole_batches)
+        for loss, where in zip(graph.losses, layout.losses, strict=True)
+    ]
     if not all(group.rows for group in found):
         return layout.n  # a loss without known rows may have a part in any
-    for own in graph.own:
-        for joined in read_together(OwnLossGraph(graph, own)):
-            first = len(graph.known) + sum(len(o.boundary) for o in graph.own[: graph.own.index(own)])
-            found.append(_Group(set().union(*(found[first + i].rows for i in joined)), set()))
+    together = read_as_one(graph)
+    found += [_Group(set().union(*(found[i].rows for i in joined)), set()) for joined in together if len(joined) > 1]
     groups: list[_Group] = []
     for group in found:
         for other in [g for g in groups if g.rows & group.rows or _called_together(graph, g, group)]:
             groups.remove(other)
             group = _Group(group.rows | other.rows, group.samples | other.samples)
         groups.append(group)
-    whole = sum(terms(graph))
-    apart = one_after_another(graph, whole)
-    if len(groups) < 2 or apart is None:
+    if len(groups) < 2:
         return layout.n
-    if all(len(group.samples) == 1 for group in groups):  # each loss is one sample's, or its rows are samples
+    whole = sum(terms(graph)[joined[0]] for joined in together)
+    apart = one_after_another(graph, whole, together)
+    if apart is not None and all(len(group.samples) == 1 for group in groups):
+        # each loss is one sample's, or its rows are samples
         with suppress(SamplesMixed):
             check_losses(graph, layout_by(graph, whole, apart))
             return whole
@@ -74,12 +77,29 @@ class _Group(NamedTuple):
     samples: set[int]
 
 
-def _rows_of_loss(graph: Graph, loss: LossUse, where: Where) -> _Group:
-    """The rows of the tensors that the layers and the target of one loss were made of, and its samples."""
-    uses = [use for use in graph.uses if use.origin is not None]
+def _differentiated(graph: Graph) -> dict[int, Source]:
+    """The batch of each use that reads one with a gradient of its own, whose rows are not followed; by use.
+
+    None where other uses read the same batch without a gradient: which of its rows is which is not known then.
+    """
+    above = by_node(graph.uses)
+    followed = {id(use.batch) for use in graph.uses if use.origin is not None}
+    first = [u for u in graph.uses if u.origin is None and not any(node in above for node in nodes(u.inputs))]
+    batches = {id(use.batch): Source(use.batch.shape) for use in first if id(use.batch) not in followed}
+    return {use.index: batches[id(use.batch)] for use in first if id(use.batch) in batches}
+
+
+def _rows_of_loss(graph: Graph, loss: LossUse, where: Where, whole_batches: Mapping[int, Source]) -> _Group:
+    """The rows of the tensors that the layers and the target of one loss were made of, and its samples.
+
+    whole_batches: for some uses the batch that is known as a whole alone, and counts as one row.
+    """
+    uses = [use for use in graph.uses if use.origin is not None or use.index in whole_batches]
     numbers = row_numbers([root_of(loss, where)], where.n, uses)
     rows: set[tuple[Origin, int]] = set()
     for use, number in zip(uses, numbers, strict=True):
+        if use.index in whole_batches and bool((number != NONE).any()):
+            rows.add((whole_batches[use.index], 0))
         for source, of_source in rows_by_source(use.origin):
             held = on_output(of_source, use)
             if held is not None:
