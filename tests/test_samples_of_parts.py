@@ -98,6 +98,14 @@ def test_parts_of_a_batch_are_asked_about_and_exact_once_told(kind: str, sizes: 
             optimizer.step(loss)
 
 
+def test_the_error_names_every_tensor_that_samples_takes() -> None:
+    model, parts = _net(), _parts(N, N)
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"of shape \(4,\), .* or \(8,\): those of \(4,\), \(4,\)"):
+        _each(model, _known(model, parts))
+    for said in (torch.arange(N), torch.arange(2 * N)):
+        assert _each(model, _known(model, parts), said)["0.weight"].shape[0] == len(said)
+
+
 def test_labelled_and_unlabelled_rows_of_one_forward_pass() -> None:
     """A weighted sum of two means, of 4 and of 8 rows: what a sample is cannot be told."""
     model, ((x, y), (u, label)) = _net(), _parts(N, 2 * N)
@@ -149,6 +157,32 @@ def test_a_penalty_on_the_derivative_by_the_same_rows_is_not_asked_about() -> No
 
     want = oracle.per_sample_grad(oracle.parameters(model), terms)
     oracle.assert_close(_each(model, lambda: terms().sum()), want, 1e-12)
+
+
+def _slope(model: nn.Module, x: Tensor) -> Tensor:
+    at = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model(at).square().sum(), at, create_graph=True)
+    return slope.square().sum(1)
+
+
+def test_a_penalty_on_rows_made_of_both_parts_joins_them() -> None:
+    """Real and generated rows: with a penalty on the real ones alone they are asked about, on their mixture not."""
+    model, ((x, y), (z, _)) = _net(), _parts(N, N)
+
+    def terms(penalty: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y, reduction="none") + model(z).square().sum(1) + penalty
+
+    def mixture() -> Tensor:
+        share = torch.linspace(0.1, 0.9, N).double()[:, None]
+        return _slope(model, share * x + (1 - share) * z)
+
+    def loss(penalty: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y, reduction="sum") + model(z).square().sum() + penalty.sum()
+
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"4 .* and 8"):
+        _each(model, lambda: loss(_slope(model, x)))
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: terms(mixture()))
+    oracle.assert_close(_each(model, lambda: loss(mixture())), want, 1e-12)
 
 
 @pytest.mark.parametrize("link", ["target", "term", "detached", "call", "compared"])

@@ -261,12 +261,14 @@ def tensor_asked(graph: Graph) -> str:
         shapes = list(dict.fromkeys([*known, *_own_shapes(graph)]))
     except LayerwiseError:
         return tensor
+    total = sum(shape.numel() for shape in known)
+    each = f"({total},): those of {', '.join(str(tuple(x)) for x in known)} one after another"
     if len(shapes) == 1:
-        return f"{tensor}, of shape {tuple(shapes[0])}" if shapes[0] else tensor
+        several = "" if graph.own or len(known) < 2 else f", the same for all losses, or {each}"
+        return f"{tensor}, of shape {tuple(shapes[0])}{several}" if shapes[0] else tensor
     if graph.own or not shapes:
         return f"{tensor}, or of each row of the batch"
-    total = sum(shape.numel() for shape in known)
-    return f"{tensor}, of shape ({total},): those of {', '.join(str(tuple(x)) for x in known)} one after another"
+    return f"{tensor}, of shape {each}"
 
 
 def row_counts(found: Iterable[Origin]) -> list[int]:

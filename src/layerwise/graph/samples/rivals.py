@@ -16,7 +16,7 @@ from layerwise.graph.samples.readings import labelled, on_output, read_as_one, t
 from layerwise.graph.samples.rows import check_losses, layout_by, root_of, rows_by_source
 from layerwise.graph.samples.sample_layout import SampleLayout, Where, free_axes
 from layerwise.graph.walk import by_node, nodes
-from layerwise.tape.origins import Origin, Source, sources
+from layerwise.tape.origins import Origin, sources
 from layerwise.tape.uses import LossUse
 
 __all__ = ["rivals"]
@@ -41,11 +41,12 @@ def _in_parts(graph: Graph, layout: SampleLayout) -> int:
     A row of a target counts, and rows that one call of the model was given beside each other.
     """
     read = {source for use in graph.uses if use.origin is not None for source in sources(use.origin[0])}
-    whole_batches = _differentiated(graph)
-    if len(graph.losses) < 2 or len(read) + len(set(whole_batches.values())) < 2:
+    differentiated = _differentiated(graph)
+    read |= {source for made in differentiated.values() for source in made}
+    if len(graph.losses) < 2 or len(read) < 2:
         return layout.n
     found = [
-        _rows_of_loss(graph, loss, where, whole_batches)
+        _rows_of_loss(graph, loss, where, differentiated)
         for loss, where in zip(graph.losses, layout.losses, strict=True)
     ]
     if not all(group.rows for group in found):
@@ -77,29 +78,27 @@ class _Group(NamedTuple):
     samples: set[int]
 
 
-def _differentiated(graph: Graph) -> dict[int, Source]:
-    """The batch of each use that reads one with a gradient of its own, whose rows are not followed; by use.
+def _differentiated(graph: Graph) -> dict[int, list[Origin]]:
+    """What the batch of each use that reads one with a gradient of its own was made of, by use.
 
-    None where other uses read the same batch without a gradient: which of its rows is which is not known then.
+    Its rows are not followed: it may have any of those of the tensors that it was made of.
     """
     above = by_node(graph.uses)
-    followed = {id(use.batch) for use in graph.uses if use.origin is not None}
     first = [u for u in graph.uses if u.origin is None and not any(node in above for node in nodes(u.inputs))]
-    batches = {id(use.batch): Source(use.batch.shape) for use in first if id(use.batch) not in followed}
-    return {use.index: batches[id(use.batch)] for use in first if id(use.batch) in batches}
+    return {use.index: sources(use.made_from) for use in first if use.made_from is not None}
 
 
-def _rows_of_loss(graph: Graph, loss: LossUse, where: Where, whole_batches: Mapping[int, Source]) -> _Group:
+def _rows_of_loss(graph: Graph, loss: LossUse, where: Where, whole: Mapping[int, list[Origin]]) -> _Group:
     """The rows of the tensors that the layers and the target of one loss were made of, and its samples.
 
-    whole_batches: for some uses the batch that is known as a whole alone, and counts as one row.
+    whole: for some uses the tensors all of whose rows count, since it is not known which of them were read.
     """
-    uses = [use for use in graph.uses if use.origin is not None or use.index in whole_batches]
+    uses = [use for use in graph.uses if use.origin is not None or use.index in whole]
     numbers = row_numbers([root_of(loss, where)], where.n, uses)
     rows: set[tuple[Origin, int]] = set()
     for use, number in zip(uses, numbers, strict=True):
-        if use.index in whole_batches and bool((number != NONE).any()):
-            rows.add((whole_batches[use.index], 0))
+        if bool((number != NONE).any()):
+            rows |= {(s, r) for s in whole.get(use.index, ()) for r in range(s.shape[0] if s.shape else 1)}
         for source, of_source in rows_by_source(use.origin):
             held = on_output(of_source, use)
             if held is not None:
