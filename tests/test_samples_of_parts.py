@@ -98,6 +98,14 @@ def test_parts_of_a_batch_are_asked_about_and_exact_once_told(kind: str, sizes: 
             optimizer.step(loss)
 
 
+def test_the_error_names_every_tensor_that_samples_takes() -> None:
+    model, parts = _net(), _parts(N, N)
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"of shape \(4,\), .* or \(8,\): those of \(4,\), \(4,\)"):
+        _each(model, _known(model, parts))
+    for said in (torch.arange(N), torch.arange(2 * N)):
+        assert _each(model, _known(model, parts), said)["0.weight"].shape[0] == len(said)
+
+
 def test_labelled_and_unlabelled_rows_of_one_forward_pass() -> None:
     """A weighted sum of two means, of 4 and of 8 rows: what a sample is cannot be told."""
     model, ((x, y), (u, label)) = _net(), _parts(N, 2 * N)
@@ -116,7 +124,68 @@ def test_labelled_and_unlabelled_rows_of_one_forward_pass() -> None:
     oracle.assert_close(_each(model, lambda: sum(terms(), torch.zeros(()).double()), 3 * N), want, 1e-12)
 
 
-@pytest.mark.parametrize("link", ["target", "term", "detached", "call"])
+@pytest.mark.parametrize("fixed", [7, 3])
+def test_parts_that_read_the_derivative_by_the_batch(fixed: int) -> None:
+    """A differential equation on points and values on others: output and derivative of a point are one sample's."""
+    model, points, (x, _), y = _net(), torch.randn(3, 3).double(), *_parts(fixed), torch.randn(fixed, 2).double()
+
+    def residual() -> Tensor:
+        at = points.clone().requires_grad_()
+        z = model(at)
+        (slope,) = torch.autograd.grad(z.sum(), at, create_graph=True)
+        return (slope[:, :2] - z).square().sum(1)
+
+    def loss() -> Tensor:
+        return residual().mean() + F.mse_loss(model(x), y, reduction="sum")
+
+    with pytest.raises(lw.errors.AmbiguousSamples, match=f"{3 + fixed}"):
+        _each(model, loss)
+    want = oracle.per_sample_grad(
+        oracle.parameters(model), lambda: torch.cat([residual() / 3, (model(x) - y).square().sum(1)])
+    )
+    for said in (3 + fixed, torch.arange(3 + fixed)):
+        oracle.assert_close(_each(model, loss, said), want, 1e-12)
+
+
+def test_a_penalty_on_the_derivative_by_the_same_rows_is_not_asked_about() -> None:
+    model, ((x, y),) = _net(), _parts(N)
+
+    def terms() -> Tensor:
+        at = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(at).square().sum(), at, create_graph=True)
+        return F.cross_entropy(model(x), y, reduction="none") + slope.square().sum(1)
+
+    want = oracle.per_sample_grad(oracle.parameters(model), terms)
+    oracle.assert_close(_each(model, lambda: terms().sum()), want, 1e-12)
+
+
+def _slope(model: nn.Module, x: Tensor) -> Tensor:
+    at = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model(at).square().sum(), at, create_graph=True)
+    return slope.square().sum(1)
+
+
+def test_a_penalty_on_rows_made_of_both_parts_joins_them() -> None:
+    """Real and generated rows: with a penalty on the real ones alone they are asked about, on their mixture not."""
+    model, ((x, y), (z, _)) = _net(), _parts(N, N)
+
+    def terms(penalty: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y, reduction="none") + model(z).square().sum(1) + penalty
+
+    def mixture() -> Tensor:
+        share = torch.linspace(0.1, 0.9, N).double()[:, None]
+        return _slope(model, share * x + (1 - share) * z)
+
+    def loss(penalty: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y, reduction="sum") + model(z).square().sum() + penalty.sum()
+
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"4 .* and 8"):
+        _each(model, lambda: loss(_slope(model, x)))
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: terms(mixture()))
+    oracle.assert_close(_each(model, lambda: loss(mixture())), want, 1e-12)
+
+
+@pytest.mark.parametrize("link", ["target", "term", "detached", "call", "compared"])
 def test_two_views_of_each_sample_are_one_batch(link: str) -> None:
     model, (x, y), (view, _) = _net(), *_parts(N, N)
     two = Two(model)
@@ -130,11 +199,16 @@ def test_two_views_of_each_sample_are_one_batch(link: str) -> None:
             return F.cross_entropy(a, y, reduction="none") + F.cross_entropy(b, y, reduction="none")
         if link == "term":
             return (a * b).sum(1)
+        if link == "compared":
+            return F.cross_entropy(a, y, reduction="none") + (a - b).square().sum(1)
         return (a * b.detach()).sum(1) + (b * a.detach()).sum(1)
 
     def loss() -> Tensor:
         if link == "target":
             return F.cross_entropy(model(x), y, reduction="sum") + F.cross_entropy(model(view), y, reduction="sum")
+        if link == "compared":
+            a = model(x)
+            return F.cross_entropy(a, y, reduction="sum") + F.mse_loss(a, model(view), reduction="sum")
         return terms().sum()
 
     want = oracle.per_sample_grad(oracle.parameters(model), terms)

@@ -89,11 +89,11 @@ def sequences(own_loss: OwnLossGraph) -> int | None:
 
 
 def read_together(own_loss: OwnLossGraph) -> list[set[int]]:
-    """The boundary tensors, by number, that each term of a loss is made of."""
+    """The boundary tensors, by number, that each call which makes terms of a loss is made of."""
     number = {(edge.node, edge.output_nr): i for i, edge in enumerate(own_loss.edges)}
     stops: dict[Node, tuple[()]] = dict.fromkeys(own_loss.others, ())
-    terms = [edge for probe in loss_terms(own_loss) for edge in probe.edges]
-    return [{number[edge] for edge in edges([term], stops, number) if edge in number} for term in terms]
+    probes = loss_terms(own_loss)  # a call that reduces is known by what it reads, such as both sides of mse_loss
+    return [{number[edge] for edge in edges(probe.edges, stops, number) if edge in number} for probe in probes]
 
 
 def _probes(own_loss: OwnLossGraph, whole: bool = True) -> Iterator[TermProbe]:

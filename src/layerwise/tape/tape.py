@@ -317,6 +317,7 @@ class Tape(LossRecord):
         if result.requires_grad:
             call = Call(func, call_args, call_kwargs, result.shape)
             use = Use(self._recorded, call, used, inputs, result, batch, self._keep_outputs)
+            use.made_from = origin
             use.origin = None if data[0].requires_grad else (origin, data[0].shape)
             self._origins.set(result, batch, origin)
             self._recorded += 1

@@ -90,7 +90,7 @@ class Use:
     call: function and arguments, data detached. used: the parameters and derived tensors among them.
     edge: gradient edge of the output. inputs: gradient edges of the data arguments, read before the call.
     batch: the tensor that the data was made from by maps that keep the samples. origin: where the rows of the data come
-    from, and the data's shape; None where the data requires a gradient.
+    from, and the data's shape; None where the data requires a gradient. made_from: where the data comes from even so.
     at: the file and line of the user's code that made the call. names: those of all parameters that it depends on.
     readers: the calls that read the output, where the tape keeps outputs, on the way to the loss or beside it.
     """
@@ -105,6 +105,7 @@ class Use:
         "edge",
         "index",
         "inputs",
+        "made_from",
         "names",
         "origin",
         "output",
@@ -129,6 +130,7 @@ class Use:
         self.inputs = inputs
         self.batch = batch
         self.origin: tuple[Origin, torch.Size] | None = None
+        self.made_from: Origin | None = None
         self.edge = get_gradient_edge(output)
         self.output = weakref.ref(output)
         self.readers: list[Reader] = []

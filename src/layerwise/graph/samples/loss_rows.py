@@ -17,7 +17,14 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, numbers_of_both, over, row_numbers
-from layerwise.graph.samples.readings import on_output, origin_rows, outside, term_shape, terms
+from layerwise.graph.samples.readings import (
+    on_output,
+    origin_rows,
+    outside,
+    read_as_one,
+    term_shape,
+    terms,
+)
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import Where
 from layerwise.graph.separable import loss_terms
@@ -51,7 +58,7 @@ def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Wher
             yield [where for where in rest if where is not None]
     if not graph.own and len(graph.known) == n > 1:
         yield [RowNumbers(n, torch.full([1] * loss.call.logits.dim(), i)) for i, loss in enumerate(graph.known)]
-    parts = one_after_another(graph, n)
+    parts = one_after_another(graph, n, read_as_one(graph))
     if parts is not None:
         yield parts
 
@@ -256,25 +263,28 @@ def _term_owners(shape: torch.Size, n: int, given: Tensor | None) -> Tensor | No
     return None if axis is None else Samples(n, axis).owners(shape)
 
 
-def one_after_another(graph: Graph, n: int) -> list[Where] | None:
+def one_after_another(graph: Graph, n: int, groups: Sequence[Sequence[int]]) -> list[Where] | None:
     """The samples of several losses that have n rows of terms together: those of one loss after those of another.
 
     In the order of the loss calls; where some loss is the user's own, of the calls that made what the losses read.
+    groups: the losses by number, those together that are of the same samples.
     """
     sizes = terms(graph)
-    if len(sizes) < 2 or sum(sizes) != n:
+    if len(groups) < 2 or any(sizes[i] != sizes[group[0]] for group in groups for i in group):
         return None
-    order = list(range(len(sizes)))
+    if sum(sizes[group[0]] for group in groups) != n:
+        return None
     if graph.own:
-        order.sort(key=lambda i: graph.losses[i].logits.node._sequence_nr())
+        groups = sorted(groups, key=lambda group: min(graph.losses[i].logits.node._sequence_nr() for i in group))
     found: dict[int, Where] = {}
     start = 0
-    for i in order:
-        call, size = graph.losses[i].call, sizes[i]
-        axis = next((a for a in range(call.logits.dim()) if a != call.class_axis), None)
-        shape = [size if a == axis else 1 for a in range(call.logits.dim())]
-        found[i] = RowNumbers(n, torch.arange(start, start + size).reshape(shape))
-        start += size
+    for group in groups:
+        for i in group:
+            call, size = graph.losses[i].call, sizes[i]
+            axis = next((a for a in range(call.logits.dim()) if a != call.class_axis), None)
+            shape = [size if a == axis else 1 for a in range(call.logits.dim())]
+            found[i] = RowNumbers(n, torch.arange(start, start + size).reshape(shape))
+        start += sizes[group[0]]
     return [found[i] for i in range(len(sizes))]
 
 
@@ -298,7 +308,9 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
             _by_target(graph, x, rows) or _first_axis(graph, x, rows) or _by_inputs(graph, x, rows)
             for x in graph.losses
         ]
-        for ways in (found, one_after_another(graph, rows)):
+        alone = [[i] for i in range(len(graph.losses))]
+        orders = [one_after_another(graph, rows, groups) for groups in (alone, read_as_one(graph))]
+        for ways in (found, *orders):
             if ways is not None and all(where is not None for where in ways):
                 shapes = [loss.call.logits.shape for loss in graph.losses]
                 yield [

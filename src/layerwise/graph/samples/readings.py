@@ -11,7 +11,7 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
-from layerwise.graph.separable import loss_terms, sequences
+from layerwise.graph.separable import loss_terms, read_together, sequences
 from layerwise.tape.origins import Moved, Origin, Source, ancestors, numbers, offsets_of, parents, sources
 from layerwise.tape.uses import LossUse, Use
 
@@ -71,6 +71,18 @@ def terms(graph: Graph) -> list[int]:
         axes = [a for a in range(loss.call.logits.dim()) if a != loss.call.class_axis]
         found.append(loss.call.logits.shape[axes[0]] if axes else 1)
     return found
+
+
+def read_as_one(graph: Graph) -> list[list[int]]:
+    """The losses, by number, those together that some term of the user's own loss reads together."""
+    groups = [{i} for i in range(len(graph.losses))]
+    first = len(graph.known)
+    for own in graph.own:
+        for read in read_together(OwnLossGraph(graph, own)):
+            met = [group for group in groups if group & {first + i for i in read}]
+            groups = [group for group in groups if group not in met] + ([set().union(*met)] if met else [])
+        first += len(own.boundary)
+    return sorted(sorted(group) for group in groups)
 
 
 def contradictory(graph: Graph, losses: int) -> bool:
@@ -181,7 +193,7 @@ def candidates(graph: Graph) -> tuple[list[int], list[int]]:
     rows = [x for x in rows if x > 1] or one  # a tensor of one row beside others is a constant
     first = [x for x in alike if x in rows] or [x for x in labels if x in rows]
     first = first or [*rows, *(x for x in alike if x in labels)]
-    rest = [*rows, *_whole_batch(graph), sum(rows), *labels, *alike, sum(lead), *_own_terms(graph)]
+    rest = [*rows, *_whole_batch(graph), sum(rows), *labels, *alike, _terms_apart(graph), *_own_terms(graph)]
     return list(dict.fromkeys(first)), [x for x in dict.fromkeys(rest) if x > 1 and x not in first]
 
 
@@ -215,6 +227,12 @@ def _whole_batch(graph: Graph) -> list[int]:
     return list(use.batch.shape[:1])
 
 
+def _terms_apart(graph: Graph) -> int:
+    """The number of loss terms of all losses, those counted once that are read together."""
+    sizes = terms(graph)
+    return sum(sizes[group[0]] for group in read_as_one(graph))
+
+
 def _own_terms(graph: Graph) -> list[int]:
     """The sizes of the first axes of the terms that the user's own losses add up."""
     return [int(shape[0]) for shape in _own_shapes(graph) if len(shape)]
@@ -243,12 +261,14 @@ def tensor_asked(graph: Graph) -> str:
         shapes = list(dict.fromkeys([*known, *_own_shapes(graph)]))
     except LayerwiseError:
         return tensor
+    total = sum(shape.numel() for shape in known)
+    each = f"({total},): those of {', '.join(str(tuple(x)) for x in known)} one after another"
     if len(shapes) == 1:
-        return f"{tensor}, of shape {tuple(shapes[0])}" if shapes[0] else tensor
+        several = "" if graph.own or len(known) < 2 else f", the same for all losses, or {each}"
+        return f"{tensor}, of shape {tuple(shapes[0])}{several}" if shapes[0] else tensor
     if graph.own or not shapes:
         return f"{tensor}, or of each row of the batch"
-    total = sum(shape.numel() for shape in known)
-    return f"{tensor}, of shape ({total},): those of {', '.join(str(tuple(x)) for x in known)} one after another"
+    return f"{tensor}, of shape {each}"
 
 
 def row_counts(found: Iterable[Origin]) -> list[int]:

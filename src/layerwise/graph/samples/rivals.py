@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -9,13 +10,12 @@ import torch
 
 from layerwise.errors import SamplesMixed
 from layerwise.graph.coverage import Graph
-from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.loss_rows import axis_of, one_after_another
 from layerwise.graph.samples.numbers import MIXED, NONE, row_numbers
-from layerwise.graph.samples.readings import labelled, on_output, terms
+from layerwise.graph.samples.readings import labelled, on_output, read_as_one, terms
 from layerwise.graph.samples.rows import check_losses, layout_by, root_of, rows_by_source
 from layerwise.graph.samples.sample_layout import SampleLayout, Where, free_axes
-from layerwise.graph.separable import read_together
+from layerwise.graph.walk import by_node, nodes
 from layerwise.tape.origins import Origin, sources
 from layerwise.tape.uses import LossUse
 
@@ -41,26 +41,30 @@ def _in_parts(graph: Graph, layout: SampleLayout) -> int:
     A row of a target counts, and rows that one call of the model was given beside each other.
     """
     read = {source for use in graph.uses if use.origin is not None for source in sources(use.origin[0])}
+    differentiated = _differentiated(graph)
+    read |= {source for made in differentiated.values() for source in made}
     if len(graph.losses) < 2 or len(read) < 2:
         return layout.n
-    found = [_rows_of_loss(graph, loss, where) for loss, where in zip(graph.losses, layout.losses, strict=True)]
+    found = [
+        _rows_of_loss(graph, loss, where, differentiated)
+        for loss, where in zip(graph.losses, layout.losses, strict=True)
+    ]
     if not all(group.rows for group in found):
         return layout.n  # a loss without known rows may have a part in any
-    for own in graph.own:
-        for joined in read_together(OwnLossGraph(graph, own)):
-            first = len(graph.known) + sum(len(o.boundary) for o in graph.own[: graph.own.index(own)])
-            found.append(_Group(set().union(*(found[first + i].rows for i in joined)), set()))
+    together = read_as_one(graph)
+    found += [_Group(set().union(*(found[i].rows for i in joined)), set()) for joined in together if len(joined) > 1]
     groups: list[_Group] = []
     for group in found:
         for other in [g for g in groups if g.rows & group.rows or _called_together(graph, g, group)]:
             groups.remove(other)
             group = _Group(group.rows | other.rows, group.samples | other.samples)
         groups.append(group)
-    whole = sum(terms(graph))
-    apart = one_after_another(graph, whole)
-    if len(groups) < 2 or apart is None:
+    if len(groups) < 2:
         return layout.n
-    if all(len(group.samples) == 1 for group in groups):  # each loss is one sample's, or its rows are samples
+    whole = sum(terms(graph)[joined[0]] for joined in together)
+    apart = one_after_another(graph, whole, together)
+    if apart is not None and all(len(group.samples) == 1 for group in groups):
+        # each loss is one sample's, or its rows are samples
         with suppress(SamplesMixed):
             check_losses(graph, layout_by(graph, whole, apart))
             return whole
@@ -74,12 +78,27 @@ class _Group(NamedTuple):
     samples: set[int]
 
 
-def _rows_of_loss(graph: Graph, loss: LossUse, where: Where) -> _Group:
-    """The rows of the tensors that the layers and the target of one loss were made of, and its samples."""
-    uses = [use for use in graph.uses if use.origin is not None]
+def _differentiated(graph: Graph) -> dict[int, list[Origin]]:
+    """What the batch of each use that reads one with a gradient of its own was made of, by use.
+
+    Its rows are not followed: it may have any of those of the tensors that it was made of.
+    """
+    above = by_node(graph.uses)
+    first = [u for u in graph.uses if u.origin is None and not any(node in above for node in nodes(u.inputs))]
+    return {use.index: sources(use.made_from) for use in first if use.made_from is not None}
+
+
+def _rows_of_loss(graph: Graph, loss: LossUse, where: Where, whole: Mapping[int, list[Origin]]) -> _Group:
+    """The rows of the tensors that the layers and the target of one loss were made of, and its samples.
+
+    whole: for some uses the tensors all of whose rows count, since it is not known which of them were read.
+    """
+    uses = [use for use in graph.uses if use.origin is not None or use.index in whole]
     numbers = row_numbers([root_of(loss, where)], where.n, uses)
     rows: set[tuple[Origin, int]] = set()
     for use, number in zip(uses, numbers, strict=True):
+        if bool((number != NONE).any()):
+            rows |= {(s, r) for s in whole.get(use.index, ()) for r in range(s.shape[0] if s.shape else 1)}
         for source, of_source in rows_by_source(use.origin):
             held = on_output(of_source, use)
             if held is not None:
