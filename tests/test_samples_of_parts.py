@@ -279,13 +279,15 @@ def test_points_that_all_functions_share(count: int) -> None:
     mine = torch.arange(N)[:, None].expand(N, count)
     for samples in (None, N, mine):
         oracle.assert_close(_each(model, lambda: F.mse_loss(model(u), y, reduction="sum"), samples), want, 1e-12)
-    given = lambda: F.mse_loss(model(u, points.clone()), y, reduction="sum")  # noqa: E731
-    for samples in (N, mine):
-        if count % N:
-            oracle.assert_close(_each(model, given, samples), want, 1e-12)
-        else:
-            with pytest.raises(lw.errors.SamplesMixed, match=r"the model keeps them \(a buffer\)"):
-                _each(model, given, samples)
+
+
+@pytest.mark.parametrize("count", [N, 2 * N])
+def test_points_that_are_given_may_be_samples(count: int) -> None:
+    points, u, y = (torch.randn(*shape).double() for shape in ((count, 1), (N, 5), (N, count)))
+    model = Operator(torch.zeros(1, 1)).double()
+    for samples in (N, torch.arange(N)[:, None].expand(N, count)):
+        with pytest.raises(lw.errors.SamplesMixed, match=r"the model keeps them \(a buffer\)"):
+            _each(model, lambda: F.mse_loss(model(u, points), y, reduction="sum"), samples)
 
 
 @pytest.mark.parametrize("calls", [1, 2])
