@@ -56,6 +56,25 @@ def test_rows_of_an_edge_index_are_no_samples(of: str, edges: Tensor) -> None:
     oracle.assert_close(_each(model, loss), want, 1e-12)
 
 
+class OneWritten(nn.Module):
+    """A row of the batch is written to zeros, by a frozen map, before the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.tensor([1])
+        written = torch.zeros_like(x[:, 0]).index_add(0, rows, x.flatten(0, 1).index_select(0, rows).tanh())
+        return self.layer(written.view_as(x)).flatten(0, 1)
+
+
+def test_a_batch_of_which_one_row_is_written() -> None:
+    model, x, y = OneWritten().double(), torch.randn(2, 1, 3).double(), torch.tensor([0, 2])
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: F.cross_entropy(model(x), y, reduction="none"))
+    oracle.assert_close(_each(model, lambda: F.cross_entropy(model(x), y, reduction="sum")), want, 1e-12)
+
+
 # -- parts of a batch in tensors of their own -------------------------------------------------------------------------
 
 

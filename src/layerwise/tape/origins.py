@@ -17,7 +17,10 @@ from torch import Tensor
 
 from layerwise.tape.calls import SCATTER, assembles
 
-__all__ = ["Moved", "Origin", "Origins", "Source", "ancestors", "numbers", "offsets_of", "parents", "settle", "sources"]
+__all__ = [
+    "Moved", "Origin", "Origins", "Source", "ancestors", "is_open", "numbers", "offsets_of", "parents", "settle",
+    "sources",
+]  # fmt: skip
 
 _MOVE_NAMES = """__getitem__ index_select narrow select gather take take_along_dim masked_select split chunk
     tensor_split unbind split_with_sizes view reshape flatten unflatten ravel squeeze unsqueeze permute transpose
@@ -109,7 +112,7 @@ class Origins:
         if len(data) > 1 and out.dim():  # `mean - x`: the argument with as many rows as the result
             rows, dims = out.shape[0], out.dim()
             alike = [d for d in data if d.dim() == dims and d.shape[0] == rows] or [parent]
-            parent = next((d for d in alike if not _is_open(self.of(d)[1])), alike[0])
+            parent = next((d for d in alike if not is_open(self.of(d)[1])), alike[0])
             self._meet(parent, [d for d in data if d.dim() and d.shape[0] == rows])
         if parent is not out:
             self.set(out, *self.of(parent))
@@ -143,7 +146,7 @@ def _unknown_rows(*_: Any) -> Tensor:
     raise ValueError("an index decides which rows of the result are made of which")
 
 
-def _is_open(origin: Origin) -> bool:
+def is_open(origin: Origin) -> bool:
     """Whether an index decided, on the way to some data, which of its rows are made of which."""
     while isinstance(origin, Moved) and not isinstance(origin.args[0], list):
         if origin.func is _unknown_rows:

@@ -12,7 +12,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.separable import loss_terms, read_together, sequences
-from layerwise.tape.origins import Moved, Origin, Source, ancestors, numbers, offsets_of, parents, sources
+from layerwise.tape.origins import Moved, Origin, Source, ancestors, is_open, numbers, offsets_of, parents, sources
 from layerwise.tape.uses import LossUse, Use
 
 __all__ = [
@@ -97,6 +97,8 @@ def contradictory(graph: Graph, losses: int) -> bool:
     batches = {id(use.batch): use.batch for use in graph.uses}
     if any(b.dim() == 0 or b.shape[0] != first for b in batches.values()):
         return True
+    if any(use.origin is not None and is_open(use.origin[0]) for use in graph.uses):
+        return True  # the batch is what was written to some rows, which may be as many as it, or more
     made = [_of_batch(use.origin[0], use.batch.shape) for use in graph.uses if use.origin is not None]
     if len(batches) > 1:
         return losses > 1 or any(isinstance(origin, Moved) for origin in made)
