@@ -240,8 +240,8 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
         try:
             for layout in _layouts(tape, graph, n):
                 owners = owners_of_rows(graph, layout)
-                if not owners and graph.own and n != readings.first_count(graph):
-                    continue  # no row of the batch shows that terms of one's own are of so many samples
+                if not owners and graph.own and n not in {readings.first_count(graph), *readings.terms(graph)}:
+                    continue  # no row of the batch shows that the terms of several losses are of other samples each
                 if one_sample_a_row(graph, layout, owners):
                     confirmed.append(layout)
                     possible |= {n} & set(counts[0])
