@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ __all__ = [
     "PRESETS",
     "RECOVERIES",
     "VALUES",
+    "ByPattern",
     "Choice",
     "Choices",
     "LocalUpdate",
@@ -37,6 +38,8 @@ __all__ = [
     "several",
     "with_preset",
 ]  # fmt: skip
+
+T = TypeVar("T")
 
 NUMBERS = ("lr", "gamma", "steps", "rows", "decay", "momentum", "eps")
 VALUES = ("loss", "target", "regularizer", "solver")
@@ -161,7 +164,33 @@ def several(method: str, regularizer: Any) -> tuple[Regularizer, ...]:
     return tuple(_callable(method, "regularizer", t, form) for t in terms)
 
 
-class Choices:
+class ByPattern(Generic[T]):
+    """What is chosen for each parameter: that of the first pattern that its name matches, else the default."""
+
+    def __init__(self, default: T) -> None:
+        self.default = default
+        self._chosen: dict[str, T] = {}
+        self._of_name: dict[str, T] = {}  # as they were asked for
+
+    def choose(self, pattern: str, value: T) -> None:
+        """Choose a value for a pattern, behind those that were chosen before."""
+        self._chosen[pattern] = value
+        self._of_name.clear()
+
+    def of(self, name: str) -> T:
+        """The value for a name."""
+        found = self._of_name.get(name)
+        if found is None:
+            pattern = first_match(tuple(self._chosen), name)
+            found = self._of_name[name] = self.default if pattern is None else self._chosen[pattern]
+        return found
+
+    def every(self) -> list[T]:
+        """The default and those of the patterns."""
+        return [self.default, *self._chosen.values()]
+
+
+class Choices(ByPattern[Choice]):
     """The choices of all layers: a default, and `layers`, a mapping of patterns to settings; the first match wins.
 
     default: the keywords. names: of the model's parameters. rates: the default rate of TFRMSProp, by loss. numbers: the
@@ -171,39 +200,23 @@ class Choices:
 
     def __init__(self, default: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], names: Sequence[str],
                  rates: Mapping[str, float]) -> None:  # fmt: skip
-        self._default = _choice(Choice(), default)
-        self.patterns = tuple(layers)
-        self._by_pattern: dict[str, Choice] = {}
+        super().__init__(_choice(Choice(), default))
         self.numbers: dict[str, dict[str, Any]] = {}
         check_patterns(layers, (*NUMBERS, *VALUES), names)
         for pattern, settings in layers.items():
-            choice = self._by_pattern[pattern] = _choice(self._default, settings)
+            choice = _choice(self.default, settings)
             refuse_idle(settings, _effects([choice]), f"in layers[{pattern!r}], ")
             self.numbers[pattern] = {**implied(choice, settings), **{k: settings[k] for k in NUMBERS if k in settings}}
             loss, solver = settings.get("loss"), settings.get("solver")
-            if loss is None and getattr(solver, "squared_only", False):
-                loss = "squared"
-                self._by_pattern[pattern] = choice._replace(transfer=None)
+            brings = loss is None and getattr(solver, "squared_only", False)
+            loss = "squared" if brings else loss
+            self.choose(pattern, choice._replace(transfer=None) if brings else choice)
             if loss is not None:
                 self.numbers[pattern]["loss"] = loss if isinstance(loss, str) else "matching"
-            foreign = default_lr(choice.solver) is None and default_lr(self._default.solver) is not None
+            foreign = default_lr(choice.solver) is None and default_lr(self.default.solver) is not None
             if foreign and settings.get("lr") is None:  # the default's rate is of another optimizer
                 self.numbers[pattern]["lr"] = rates[self.numbers[pattern].get("loss", "matching")]
         refuse_idle(default, _effects(self.every()))
-        self._known: dict[str, Choice] = {}
-
-    @property
-    def default(self) -> Choice:
-        """The choice of layers that no pattern matches."""
-        return self._default
-
-    def of(self, name: str) -> Choice:
-        """The choice for a weight's name."""
-        found = self._known.get(name)
-        if found is None:
-            pattern = first_match(self.patterns, name)
-            found = self._known[name] = self._default if pattern is None else self._by_pattern[pattern]
-        return found
 
     def unsolved(self, saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> list[str]:
         """The saved groups with the matching loss, where a solver of the squared one has brought that along."""
@@ -212,10 +225,6 @@ class Choices:
         return [f'it asks for loss="matching", and {name_of(solver)} solves the squared loss'
                 for solver, *losses in asked
                 if getattr(solver, "squared_only", False) and losses == ["matching", "squared"]]  # fmt: skip
-
-    def every(self) -> list[Choice]:
-        """The default and those of the patterns."""
-        return [self._default, *self._by_pattern.values()]
 
 
 def implied(choice: Choice, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class CodeFitter:
         return float(single_count(counted)) if self._reduction == "mean" else 1.0
 
     def _update(self, fitting: Fitting, layer: Layer) -> Update:
-        return self.updates.of(layer.name, fitting.group(layer.name))
+        return self.updates.of_group(layer.name, fitting.group(layer.name))
 
     def solvers(self, fitting: Fitting) -> list[Any]:
         """The solver of each layer; None where more is done with its problem."""
@@ -272,7 +272,7 @@ class CodeFitter:
 
     def _rates(self, name: str, params: Sequence[Tensor], group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The class of a layer's local optimizer, and its settings from a group."""
-        kind, settings = rates_of(self.updates.of(name, group), group)
+        kind, settings = rates_of(self.updates.of_group(name, group), group)
         return fused(kind, params), settings
 
     def snapshot(self, fitting: Fitting, layers: Sequence[Layer]) -> Snapshot:

@@ -19,7 +19,7 @@ from layerwise.local.solvers.memory import Memory
 from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
 from layerwise.optim.keywords import Effects
 from layerwise.optim.layer_local.base import check_common, forms_of_state
-from layerwise.optim.layer_local.choices import check_patterns, first_match, several
+from layerwise.optim.layer_local.choices import ByPattern, check_patterns, several
 from layerwise.optim.saved_state import Fit
 
 __all__ = [
@@ -128,7 +128,7 @@ class Update(NamedTuple):
     regularizers: tuple[Regularizer, ...] = ()
 
 
-class Updates:
+class Updates(ByPattern[Update]):
     """The updates of all layers: a default, and `layers`, a mapping of patterns to settings; the first match wins.
 
     names: of the model's parameters. Raises BadInput for values of the wrong kind, unknown keys, and patterns that no
@@ -138,14 +138,12 @@ class Updates:
     def __init__(
         self, weights: Any, regularizer: Any, layers: Mapping[str, Mapping[str, Any]], names: Sequence[str]
     ) -> None:
-        self.default = _update(Update(), weights, regularizer)
+        super().__init__(_update(Update(), weights, regularizer))
         check_patterns(layers, (*_NUMBERS, "weights", "regularizer"), names)
-        self._by_pattern: dict[str, Update] = {}
-        self._of_name: dict[str, Update] = {}  # as they were asked for
         self.numbers: dict[str, dict[str, Any]] = {}
         for pattern, settings in layers.items():
             update = _update(self.default, settings.get("weights"), settings.get("regularizer"))
-            self._by_pattern[pattern] = update
+            self.choose(pattern, update)
             own = {k: settings[k] for k in _NUMBERS if k in settings}
             if settings.get("weights") is not None:
                 own = {"lr": rate_of(update), "weights": update.kind, **own}
@@ -153,26 +151,22 @@ class Updates:
                 own |= own["coupling"].numbers()
             self.numbers[pattern] = own
 
-    def of(self, name: str, group: Mapping[str, Any]) -> Update:
+    def of_group(self, name: str, group: Mapping[str, Any]) -> Update:
         """The update of a weight, in a group that may say another kind than the default's.
 
         Raises BadInput for a group that asks for a solver where none was given.
         """
-        found, kind = self._of_name.get(name), group["weights"]
-        if found is None:
-            pattern = first_match(tuple(self._by_pattern), name)
-            found = self._of_name[name] = self.default if pattern is None else self._by_pattern[pattern]
-        if found.kind != kind:
-            if group["weights"] == "solver":
-                raise BadInput(f'the group of {name} asks for weights="solver": give the solver by weights= or layers=')
-            solver = Memory() if group["weights"] == "memory" else None
-            found = found._replace(kind=group["weights"], solver=solver)
-        return found
+        found, kind = self.of(name), group["weights"]
+        if found.kind == kind:
+            return found
+        if kind == "solver":
+            raise BadInput(f'the group of {name} asks for weights="solver": give the solver by weights= or layers=')
+        return found._replace(kind=kind, solver=Memory() if kind == "memory" else None)
 
     def fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
         """The forms that a parameter's saved state may have: of all updates, since a bias has that of its weight's."""
         for group in groups:
-            for update in (*self.every(), self.of(name, group)):
+            for update in (*self.every(), self.of_group(name, group)):
                 yield from forms_of_state(update.solver, rates_of(update, group), p)
 
     def effects(self, codes: str, groups: Iterable[Mapping[str, Any]]) -> Effects:
@@ -189,10 +183,6 @@ class Updates:
             "rows": (steps, 'weights="adam" and "sgd"'),
             "normalise": (steps or own, 'weights="adam" and "sgd", and LocalSteps'),
         }  # fmt: skip
-
-    def every(self) -> list[Update]:
-        """The default and those of the patterns."""
-        return [self.default, *self._by_pattern.values()]
 
 
 def rate_of(update: Update) -> float:
