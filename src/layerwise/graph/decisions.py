@@ -8,7 +8,7 @@ was assumed, everything is run again with each flag read. Nothing remembered cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -18,7 +18,6 @@ from torch import Tensor
 __all__ = ["decided", "with_assumed_decisions"]
 
 R = TypeVar("R")
-_MOST = 256  # layouts that are remembered
 
 
 class _Answers:
@@ -54,7 +53,6 @@ class _Answers:
 
 
 _NOW: ContextVar[_Answers | None] = ContextVar("answers", default=None)
-_REMEMBERED: dict[Hashable, tuple[bool, ...]] = {}
 
 
 def decided(flag: Tensor) -> bool:
@@ -63,12 +61,12 @@ def decided(flag: Tensor) -> bool:
     return bool(flag) if answers is None or flag.device.type == "cpu" else answers.of(flag)
 
 
-def with_assumed_decisions(layout: Hashable, run: Callable[[], R]) -> R:
-    """The result of a function without side effects, whose decisions are those of its last run with the same layout.
+def with_assumed_decisions(assumed: tuple[bool, ...] | None, run: Callable[[], R]) -> tuple[R, tuple[bool, ...]]:
+    """The result of a function without side effects, and the answers by which it was made, to be assumed the next time.
 
-    The host waits once for all of them; where one is another now, the function is run again, and waits for each.
+    assumed: the answers of its last run with the same layout, if any. The host waits once for all of them; where one is
+    another now, the function is run again, and waits for each.
     """
-    assumed = _REMEMBERED.get(layout)
     if assumed:
         answers = _Answers(assumed)
         try:
@@ -78,13 +76,10 @@ def with_assumed_decisions(layout: Hashable, run: Callable[[], R]) -> R:
                 raise
         else:
             if answers.hold():
-                _remember(layout, answers)
-                return found
+                return found, answers.all
             del found
     answers = _Answers()
-    found = _answered(run, answers)
-    _remember(layout, answers)
-    return found
+    return _answered(run, answers), answers.all
 
 
 def _answered(run: Callable[[], R], answers: _Answers) -> R:
@@ -93,10 +88,3 @@ def _answered(run: Callable[[], R], answers: _Answers) -> R:
         return run()
     finally:
         _NOW.reset(token)
-
-
-def _remember(layout: Hashable, answers: _Answers) -> None:
-    _REMEMBERED.pop(layout, None)
-    if len(_REMEMBERED) >= _MOST:
-        del _REMEMBERED[next(iter(_REMEMBERED))]
-    _REMEMBERED[layout] = answers.all

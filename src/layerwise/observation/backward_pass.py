@@ -68,7 +68,7 @@ class BackwardPass:
     ) -> None:
         self.tape, self.graph, self.quantities = tape, graph, quantities
         self.layout: SampleLayout | None = None
-        self._likelihoods, self._model, self._settings = known, model, settings
+        self._likelihoods, self.model, self._settings = known, model, settings
         self._room = Room()
         self._unstructured: Collection[str] = ()  # parameters whose rows need no sample structure where none is asked
         declared = [*known, *(DeclaredLikelihood(own.call, self._samples()) for own in graph.own)]
@@ -137,7 +137,7 @@ class BackwardPass:
         """The samples' layout, or None where they cannot be told apart."""
         if self.layout is None:
             with suppress(SamplesMixed, AmbiguousSamples, BadInput):
-                return measure(self.tape, self.graph, self._model, self._settings.samples)
+                return measure(self.tape, self.graph, self.model, self._settings.samples)
         return self.layout
 
     @cached_property

@@ -11,7 +11,6 @@ from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from layerwise.errors import LayerwiseError
 from layerwise.graph.coverage import Graph
-from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.walk import Node, by_node, inputs, nodes
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
@@ -19,7 +18,7 @@ from layerwise.tape.uses import Use
 __all__ = ["Memo", "Refused", "key_below", "key_of", "memo_of", "recalled", "remember"]
 
 Refused = tuple[type[LayerwiseError], str]
-Memo = dict[Any, KeptLayout | Refused | None]
+Memo = dict[Any, Any]  # layouts, refusals, and the answers of decisions
 
 # A cache of measurements, one entry per live model: nothing in it changes a result. The entry of a functional model
 # lives as long as the model's first tensor; the other tensors are in the key.
@@ -28,14 +27,14 @@ _FUNCTIONAL: MutableMapping[Tensor, Memo] = WeakTensorKeyDictionary()
 _MEMO_LIMIT = 64
 
 
-def remember(memo: Memo, key: Any, found: KeptLayout | Refused | None) -> None:
+def remember(memo: Memo, key: Any, found: Any) -> None:
     """Enter what was found, None for a key that was seen; what was not asked for longest makes room."""
     if len(memo) >= _MEMO_LIMIT:
         del memo[next(iter(memo))]
     memo[key] = found
 
 
-def recalled(memo: Memo, key: Any) -> KeptLayout | Refused | None:
+def recalled(memo: Memo, key: Any) -> Any:
     """What was found before."""
     if key in memo:
         memo[key] = memo.pop(key)
