@@ -51,9 +51,9 @@ class Chosen:
         settings = PassSettings(dtype=torch.float32 if half else None, pooled=True, parameters=self._patterns)
         observation = Observation(self.model, [quantity], settings)
         with observation as results, unreduced(self.model):
-            before = RandomState({p.device for p in self.model.parameters()}, ("torch",))
+            before = None if self._warned else RandomState({p.device for p in self.model.parameters()}, ("torch",))
             loss = batch_loss(unwrapped(self.model), loss_fn, batch)
-            if not self._warned and before.moved():
+            if before is not None and before.moved():
                 self._warned = True
                 warnings.warn(
                     f"{type(self.model).__name__} draws random numbers in its forward pass (dropout in train mode?), "

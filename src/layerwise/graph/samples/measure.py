@@ -47,7 +47,6 @@ def measure(tape: Tape, graph: Graph, model: Any = None, samples: int | Tensor |
     Raises SamplesMixed, AmbiguousSamples, or BadInput (N fits no axis of the loss).
     """
     settle([*readings.origins(graph), *graph.entered])
-    samples = readings.said_by_loss(graph) if samples is None else samples
     given = readings.hashed(samples)
     key, memo = key_of(tape, graph, model, given), memo_of(model)
     place = key, readings.places(graph.entered, readings.origins(graph), graph.uses)
@@ -82,6 +81,7 @@ def _for_all_values(graph: Graph, layout: SampleLayout, proved: Any) -> bool:
 
 def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, memo: Memo) -> SampleLayout:
     """The layout of a graph that was not measured before."""
+    samples = readings.said_by_loss(graph) if samples is None else samples
     if isinstance(samples, Tensor):
         return next(by_rows(graph, int(samples.max()) + 1, samples))
     n = samples if samples is not None else readings.first_count(graph)
@@ -158,7 +158,7 @@ def _has_own_part(tape: Tape, total: Tensor) -> bool:
 
     So is what is made of the model's output before such a call, but for moves of elements.
     """
-    if any(_past_output(tape, loss) for loss in tape.losses):
+    if _past_output(tape):
         return True
     if any(total.grad_fn is loss.value.node for loss in tape.losses):
         return False
@@ -168,12 +168,15 @@ def _has_own_part(tape: Tape, total: Tensor) -> bool:
         return False  # the known losses' terms are all that is known
 
 
-def _past_output(tape: Tape, loss: LossUse) -> bool:
+def _past_output(tape: Tape) -> bool:
     """Whether a loss reads anything but elements of the model's output, where that is recorded."""
     if tape.returned is None:
         return False
-    ends = {(part.logits.node, part.logits.output_nr) for part in tape.returned}
-    found = edges([loss.logits], dict.fromkeys(by_node(tape.uses), ()), ends)
+    ends = {part.logits[:2] for part in tape.returned}
+    past = [loss.logits for loss in tape.losses if loss.logits[:2] not in ends]
+    if not past:
+        return False
+    found = edges(past, dict.fromkeys(by_node(tape.uses), ()), ends)
     return any(edge not in ends and not moves(edge[0]) for edge in found)
 
 

@@ -112,7 +112,8 @@ def _ways(graph: Graph, n: int) -> list[list[Samples]]:
             f"the terms of the {len(shapes)} losses can belong to {n} samples in more than {_MOST_WAYS} ways; pass "
             f"samples= {tensor_asked(graph)}"
         )
-    return [[dict(zip(each, ways, strict=True))[shape] for shape in shapes] for ways in found]
+    orders = [dict(zip(each, ways, strict=True)) for ways in found]
+    return [[order[shape] for shape in shapes] for order in orders]
 
 
 def _check_rows_apart(graph: Graph, layout: SampleLayout) -> None:
@@ -245,7 +246,9 @@ def owners_of_rows(graph: Graph, layout: SampleLayout) -> list[Owners]:
 
 def rows_by_source(made: tuple[Origin, torch.Size] | None) -> Iterator[tuple[Origin, Tensor]]:
     """Each tensor that some data was made of, with the number of its row for each element of the data."""
-    for source in () if made is None else sources(made[0]):
-        rows = None if made is None else origin_rows(*made, offsets_of(source, made[0]))
+    if made is None:
+        return
+    for source in sources(made[0]):
+        rows = origin_rows(*made, offsets_of(source, made[0]))
         if rows is not None:
             yield source, rows
