@@ -35,8 +35,7 @@ class FisherDiag(Quantity):
     def __init__(self, labels: str = "model", draws: int = 1, generator: torch.Generator | None = None) -> None:
         if labels not in ("model", "data"):
             raise BadInput(f'FisherDiag\'s labels must be "model" or "data", got {labels!r}')
-        if positive("FisherDiag's draws", draws) is None:
-            raise BadInput("FisherDiag's draws must be a whole number of at least 1, got None")
+        positive("FisherDiag's draws", draws, none=False)
         self.labels, self.draws = labels, draws
         self.cotangent = Sampled(draws, generator) if labels == "model" else Gradient()
         self.forms_rows = self.wirtinger = labels == "data"

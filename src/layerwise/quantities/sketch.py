@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.errors import BadInput
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive
 from layerwise.quantities.first_order import sample_factor
@@ -42,8 +41,7 @@ class Sketch(Quantity):
     concatenate = True
 
     def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:
-        if positive("Sketch's dim", dim) is None:
-            raise BadInput("Sketch's dim must be a whole number of at least 1, got None")
+        positive("Sketch's dim", dim, none=False)
         self.dim = dim
         self._known: dict[Any, TensorSketch] = {}  # two numbers for each row and column of a parameter
         device = generator.device if generator is not None else None

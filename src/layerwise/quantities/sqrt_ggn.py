@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from layerwise.errors import BadInput, Undefined
+from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.graph.cotangents import Exact, Sampled
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive, takes_draws
@@ -40,8 +40,7 @@ class SqrtGGN(Quantity):
         self, draws: int | None = None, generator: torch.Generator | None = None, max_elements: int = 2**28
     ) -> None:
         self.draws = positive("SqrtGGN's draws", draws)
-        if positive("SqrtGGN's max_elements", max_elements) is None:
-            raise BadInput("SqrtGGN's max_elements must be a whole number of at least 1, got None")
+        positive("SqrtGGN's max_elements", max_elements, none=False)
         self.max_elements = max_elements
         self.cotangent = Exact() if draws is None else Sampled(draws, generator)
 
