@@ -345,6 +345,16 @@ def test_one_optimizer_and_workspace_may_serve_several_layers() -> None:
         assert torch.equal(p.weight, w) and torch.equal(p.bias, b)
 
 
+def test_scratch_memory_is_what_the_layers_need_and_stays() -> None:
+    problems = [problem_of(TANH, seed=s, i=i) for s, i in ((1, 6), (2, 9))]
+    workspace, kept = Workspace(), []
+    for _ in range(4):
+        for p in problems:
+            local_steps(p, sgd([p.weight, p.bias]), StepPlan(2), workspace=workspace)
+        kept.append(sum(len(each) for each in vars(workspace).values()))
+    assert kept[0] > 0 and kept[1:] == [kept[1]] * 3
+
+
 def test_a_failing_step_puts_rates_and_gradients_back() -> None:
     problem = problem_of(TANH)
     optimizer = sgd([problem.weight, problem.bias])
