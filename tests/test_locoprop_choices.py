@@ -280,12 +280,27 @@ def test_a_squared_solver_refuses_a_matching_loss_before_anything_moves() -> Non
     assert same(params_of(net), before)
 
 
-def test_a_solver_whose_update_does_not_fit_changes_nothing() -> None:
+@pytest.mark.parametrize(
+    ("update", "given"),
+    [
+        (lambda problem: (problem.weight[:, :3], problem.bias), r"\[\(1, 3, 5\), \(1, 6\)\]"),
+        (lambda problem: (problem.weight, None), r"\[\(1, 6, 5\), None\]"),
+        (lambda problem: problem.weight, r"\[\(1, 6, 5\)\]"),
+        (lambda problem: None, r"\[None\]"),
+    ],
+)
+def test_a_solver_whose_update_does_not_fit_changes_nothing(update: Any, given: str) -> None:
     net = mlp(5, 6, 3)
     before = params_of(net)
-    with pytest.raises(BadInput, match=r"solver <lambda> gave updates of shapes \[\(1, 3, 5\), \(1, 6\)\]"):
-        lw.LocoProp(net, solver=lambda problem: (problem.weight[:, :3], problem.bias)).step(closure_of(net))
+    with pytest.raises(BadInput, match=rf"solver <lambda> gave, for 0\.weight, updates of shapes {given} for a weight"):
+        lw.LocoProp(net, solver=update).step(closure_of(net))
     assert same(params_of(net), before)
+
+
+def test_a_target_that_is_not_finite_is_named_once() -> None:
+    opt = lw.LocoProp(net := mlp(5, 6, 3), target=lambda a, g, gamma: a * float("nan"), on_nonfinite="raise")
+    with pytest.raises(NonFinite, match=r"^the target of 0\.weight holds NaN or infinity, or overflows; the batch"):
+        opt.step(closure_of(net))
 
 
 # Order, writing, workers ------------------------------------------------------------------------------------------

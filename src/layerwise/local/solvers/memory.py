@@ -132,7 +132,7 @@ class Memory:
         diagonal = seen.diagonal(dim1=-2, dim2=-1)
         # the diagonal bounds all entries; an accelerator is waited for once, at the end
         if diagonal.device.type == "cpu" and not is_finite(diagonal):
-            raise NonFinite(f"the moments of the layer's inputs, after {step} of its batches, hold NaN or infinity")
+            raise NonFinite(f"a moment of the layer's inputs, after {step} of its batches, holds NaN or infinity")
         damping = self._ridge * diagonal.mean(-1) + problem.stiffness / rows
         leaning = _pull_gradient_with_bias(problem)
         sparse = _thresholds(w, l1, problem.bias is not None) if l1 else None
@@ -149,7 +149,7 @@ class Memory:
             right = fresh["B"] if leaning is None else fresh["B"] - leaning / rows
             right = right + w * (problem.stiffness / rows)
             moved = self._absolute(_System(w, seen, right, damping, sparse)) - w
-        bad = f"the solution of a Memory of {step} batches is not finite; raise its ridge"
+        bad = f"the solution of a Memory of {step} batches (a larger ridge bounds it) holds NaN or infinity"
         if verdict is not None:
             for _, largest in largest_entries({"A": diagonal, "W": moved}):
                 verdict.ask(largest, partial(_judge_finite, bad))

@@ -27,8 +27,9 @@ __all__ = ["Task", "pickled", "solve", "solve_pickled", "solve_together", "take_
 class Task:
     """A problem, the parameters of which its weights are views, and their optimizer.
 
-    params: the weight and, if it is fitted, the bias. rates: their groups' `lr`, the factor of a closed form's update.
-    optimizer: of local steps, None for another solver; kind: its class. fold: from `[K,O,I]` to the weight's shape.
+    name: the layer's. params: the weight and, if it is fitted, the bias. rates: their groups' `lr`, the factor of a
+    closed form's update. optimizer: of local steps, None for another solver; kind: its class. fold: from `[K,O,I]` to
+    the weight's shape.
     scale: factor of the objective of local steps. state: of a `Memory`, kept from batch to batch. l1: λ of a term λ|W|₁
     beside `scale` times the problem: a soft threshold of lr·λ after each local step, or in a `Memory`'s columns.
     verdict: takes what a `Memory` would wait for.
@@ -36,6 +37,7 @@ class Task:
 
     problem: LocalProblem
     solver: Solver
+    name: str
     params: list[Tensor]
     rates: list[float]
     optimizer: torch.optim.Optimizer | None
@@ -66,15 +68,22 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
         raise BadInput(f"a term l1·|W|₁ goes with local steps or a Memory; {solver!r} knows none")
     else:
         update = solver(problem)
-    for part, moved, rate in zip((problem.weight, problem.bias), update, [*task.rates, 0.0], strict=False):
-        if (part is None) != (moved is None) or (part is not None and moved is not None and part.shape != moved.shape):
-            shapes = [None if t is None else tuple(t.shape) for t in (*update, problem.weight, problem.bias)]
-            raise BadInput(
-                f"the solver {name_of(solver)} gave updates of shapes {shapes[:2]} for a weight and bias of "
-                f"{shapes[2:]}, [K,O,I] and [K,O]; it must return one of each shape, ΔW and Δb (None without a bias)"
-            )
+    parts = problem.weight, problem.bias
+    _refuse_misfit(task, parts, update)
+    for part, moved, rate in zip(parts, update, [*task.rates, 0.0], strict=False):
         if part is not None and moved is not None:
             part.add_(moved, alpha=rate)
+
+
+def _refuse_misfit(task: Task, parts: tuple[Tensor | None, ...], update: Any) -> None:
+    wanted = [None if p is None else tuple(p.shape) for p in parts]
+    pair = update if isinstance(update, tuple | list) else [update]
+    given = [tuple(u.shape) if isinstance(u, Tensor) else u for u in pair]
+    if given != wanted:
+        raise BadInput(
+            f"the solver {name_of(task.solver)} gave, for {task.name}, updates of shapes {given} for a weight and bias "
+            f"of {wanted}, [K,O,I] and [K,O]; it must return one of each shape, ΔW and Δb (None without a bias)"
+        )
 
 
 def _plan(task: Task, solver: LocalSteps) -> StepPlan:
@@ -134,7 +143,7 @@ def pickled(task: Task) -> bytes:
     content = {
         "problem": bare, "solver": task.solver, "params": [p.detach() for p in task.params], "rates": task.rates,
         "groups": groups, "state": state, "kind": task.kind, "layout": (tuple(weight.shape), weight.stride()),
-        "scale": task.scale, "memory": task.state, "l1": task.l1,
+        "scale": task.scale, "memory": task.state, "l1": task.l1, "name": task.name,
     }  # fmt: skip
     try:
         return pickle.dumps(content)
@@ -169,7 +178,7 @@ def solve_pickled(content: bytes) -> bytes:
 
     problem = replace(problem, weight=view, bias=bias)
     more = found["scale"], found["memory"], found["l1"]
-    solve(Task(problem, found["solver"], params, found["rates"], optimizer, fold, *more))
+    solve(Task(problem, found["solver"], found["name"], params, found["rates"], optimizer, fold, *more))
     states = [] if optimizer is None else [dict(optimizer.state.get(p, {})) for p in params]
     return pickle.dumps((params, states, found["memory"]))
 

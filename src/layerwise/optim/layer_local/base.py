@@ -154,7 +154,7 @@ def solved(
             optimizer.complete(partial(_complete, commit, late, snapshot))
             return late if late is not None and late.deferred else None
     except NonFinite as error:
-        where = f"a local problem ({error})"
+        where = str(error).removesuffix(" holds NaN or infinity")
     except BaseException:
         if not optimizer.was_made:
             snapshot.put_back()

@@ -262,7 +262,7 @@ class CodeFitter:
             scale *= fitting.run.samples / problem.a.shape[0] if group["normalise"] else 1.0
         rates, state = [float(g["lr"]) for g in groups], fitting.moments(solver, params[0])
         l1, late = float(group["l1"]), self._assuming
-        return Task(problem, solver, params, rates, optimizer, layer.fold, scale, state, l1, kind, late)
+        return Task(problem, solver, layer.name, params, rates, optimizer, layer.fold, scale, state, l1, kind, late)
 
     def _step_along(self, fitting: Fitting, name: str, p: Tensor, g: Tensor) -> None:
         """Take T steps along the gradient, for a parameter without a code."""

@@ -376,7 +376,7 @@ def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
         kind, optimizer = fitting.local_optimizer(params, partial(settings_for, solver))
     rates = [float(fitting.group(name)["lr"]) for name in plan.layer.names]
     state = fitting.moments(solver, params[0])
-    return Task(problem, solver, params, rates, optimizer, plan.layer.fold, state=state, kind=kind)
+    return Task(problem, solver, plan.layer.name, params, rates, optimizer, plan.layer.fold, state=state, kind=kind)
 
 
 def _step_along(fitting: Fitting, choices: Choices, name: str, p: Tensor, g: Tensor) -> None:
