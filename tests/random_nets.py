@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,11 @@ class Program:
     def single(self) -> bool:
         """Whether it computes in float32."""
         return next(self.model.parameters()).dtype == torch.float32
+
+    def in_double(self) -> Self:
+        """The same program in float64."""
+        x, y = (tuple(t.double() if t.is_floating_point() else t for t in ts) for ts in (self.x, (self.y,)))
+        return replace(self, model=deepcopy(self.model).double(), x=x, y=y[0])
 
     def logits(self) -> Tensor:
         """What the loss receives."""
