@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["NETS", "Net", "Problem", "all_cnn_c", "c3d3"]
+__all__ = ["NETS", "DecoderBlock", "Net", "Problem", "all_cnn_c", "c3d3"]
 
 
 @dataclass(frozen=True)
