@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import layerwise as lw
 
 Loss = Callable[[], Tensor]
+Step = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 N = 4
 
 
@@ -202,6 +203,57 @@ def test_a_penalty_on_rows_made_of_both_parts_joins_them() -> None:
         _each(model, lambda: loss(_slope(model, x)))
     want = oracle.per_sample_grad(oracle.parameters(model), lambda: terms(mixture()))
     oracle.assert_close(_each(model, lambda: loss(mixture())), want, 1e-12)
+
+
+def _softplus(model: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    real = real.detach().requires_grad_()
+    out = model(real)
+    (slope,) = torch.autograd.grad(out.sum(), real, create_graph=True)
+    return (F.softplus(-out) + slope.square().sum(1, keepdim=True)), F.softplus(model(fake))
+
+
+def _fake_first(model: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """A hinge on the generated rows, then on the real ones, with a penalty on both."""
+    real, fake = (x.detach().requires_grad_() for x in (real, fake))
+    made, true = model(fake), model(real)
+    (down,) = torch.autograd.grad(made.sum(), fake, create_graph=True)
+    (up,) = torch.autograd.grad(true.sum(), real, create_graph=True)
+    return F.relu(1 + made) + down.square().sum(1, keepdim=True), F.relu(1 - true) + up.square().sum(1, keepdim=True)
+
+
+def _again(model: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """The penalty of a forward pass of its own, and a target for each part."""
+    terms = [
+        F.binary_cross_entropy_with_logits(z, torch.full_like(z, y), reduction="none")
+        for z, y in ((model(real), 1.0), (model(fake), 0.0))
+    ]
+    return terms[0] + _slope(model, real)[:, None], terms[1]
+
+
+def _one_pass(model: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    real = real.detach().requires_grad_()
+    true, made = model(torch.cat([real, fake])).split([len(real), len(fake)])
+    (slope,) = torch.autograd.grad(true.sum(), real, create_graph=True)
+    return F.softplus(-true) + slope.square().sum(1, keepdim=True), F.softplus(made)
+
+
+@pytest.mark.parametrize("sizes", [(N, N), (N, 6)], ids=str)
+@pytest.mark.parametrize("step", [_softplus, _fake_first, _again, _one_pass])
+def test_a_penalty_on_the_derivative_by_one_part_of_the_batch(step: Step, sizes: tuple[int, int]) -> None:
+    """A discriminator's step with an R1 penalty: the penalty of a row and its score are one sample's."""
+    model, ((real, _), (fake, _)) = nn.Sequential(*_net(), nn.Linear(2, 1).double()), _parts(*sizes)
+    loss = lambda: sum((part.mean() for part in step(model, real, fake)), torch.zeros(()).double())  # noqa: E731
+    weights = [1 / len(real), 1 / len(fake)][:: -1 if step is _fake_first else 1]
+    want = oracle.per_sample_grad(
+        oracle.parameters(model),
+        lambda: torch.cat([w * part[:, 0] for w, part in zip(weights, step(model, real, fake), strict=True)]),
+    )
+    n = sum(sizes)
+    if step is not _one_pass:  # else the batch of all rows is seen
+        with pytest.raises(lw.errors.LayerwiseError, match="samples="):
+            _each(model, loss)
+    for said in (n, torch.arange(n), *([None] if step is _one_pass else [])):
+        oracle.assert_close(_each(model, loss, said), want, 1e-12)
 
 
 @pytest.mark.parametrize("link", ["target", "term", "detached", "call", "compared"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from layerwise.tape.uses import LossUse, Use
 
 __all__ = [
     "candidates", "contradictory", "first_count", "hashed", "labelled", "named", "on_output", "origin_rows", "origins",
-    "outside", "places", "row_counts", "said_by_loss", "tensor_asked", "term_shape", "terms",
+    "outside", "places", "row_counts", "rows_by_source", "said_by_loss", "tensor_asked", "term_shape", "terms",
 ]  # fmt: skip
 
 
@@ -183,10 +183,21 @@ def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Origin, int]
     return lead.reshape(*lead.shape, *(1,) * (len(shape) - keep))
 
 
-def candidates(graph: Graph) -> tuple[list[int], list[int]]:
+def rows_by_source(made: tuple[Origin, torch.Size] | None) -> Iterator[tuple[Origin, Tensor]]:
+    """Each tensor that some data was made of, with the number of its row for each element of the data."""
+    if made is None:
+        return
+    for source in sources(made[0]):
+        rows = origin_rows(*made, offsets_of(source, made[0]))
+        if rows is not None:
+            yield source, rows
+
+
+def candidates(graph: Graph, apart: Iterable[int]) -> tuple[list[int], list[int]]:
     """The numbers of samples that the batches, targets and losses allow: those that two of them say, and others.
 
     Among the first only one can be true; the others are in order, the likeliest first.
+    apart: how many terms all losses have if some are of samples of their own.
     """
     entered, read, labels, lead = _said(graph).values()
     rows = list(dict.fromkeys([*entered, *read]))
@@ -195,7 +206,7 @@ def candidates(graph: Graph) -> tuple[list[int], list[int]]:
     rows = [x for x in rows if x > 1] or one  # a tensor of one row beside others is a constant
     first = [x for x in alike if x in rows] or [x for x in labels if x in rows]
     first = first or [*rows, *(x for x in alike if x in labels)]
-    rest = [*rows, *_whole_batch(graph), sum(rows), *labels, *alike, _terms_apart(graph), *_own_terms(graph)]
+    rest = [*rows, *_whole_batch(graph), sum(rows), *labels, *alike, *apart, *_own_terms(graph)]
     return list(dict.fromkeys(first)), [x for x in dict.fromkeys(rest) if x > 1 and x not in first]
 
 
@@ -224,15 +235,9 @@ def _said(graph: Graph) -> dict[str, list[int]]:
 def _whole_batch(graph: Graph) -> list[int]:
     """Dim 0 of the first use's batch, where that is no piece of another tensor."""
     use = graph.uses[0] if graph.uses else None
-    if use is None or use.origin is None or isinstance(_of_batch(use.origin[0], use.batch.shape), Moved):
+    if use is None or use.made_from is None or isinstance(_of_batch(use.made_from, use.batch.shape), Moved):
         return []
     return list(use.batch.shape[:1])
-
-
-def _terms_apart(graph: Graph) -> int:
-    """The number of loss terms of all losses, those counted once that are read together."""
-    sizes = terms(graph)
-    return sum(sizes[group[0]] for group in read_as_one(graph))
 
 
 def _own_terms(graph: Graph) -> list[int]:
