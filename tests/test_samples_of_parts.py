@@ -256,6 +256,64 @@ def test_a_penalty_on_the_derivative_by_one_part_of_the_batch(step: Step, sizes:
         oracle.assert_close(_each(model, loss, said), want, 1e-12)
 
 
+@pytest.mark.parametrize(
+    "noise",
+    [
+        torch.randn_like,
+        lambda x: torch.rand_like(x) - 0.5,
+        lambda x: torch.randn(x.shape).double(),
+        lambda x: x.new_tensor(torch.randn(x.shape).tolist()),
+        lambda x: torch.empty_like(x).normal_(),
+    ],
+    ids=["randn_like", "rand_like", "randn", "new_tensor", "empty_like"],
+)
+def test_noise_in_the_shape_of_a_batch_has_rows_of_its_own(noise: Callable[[Tensor], Tensor]) -> None:
+    """Rows that a generator made of noise are no views of the real rows."""
+    model, generator, ((real, _),) = _net(), nn.Linear(3, 3).double(), _parts(N)
+
+    def parts() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            fake = generator(noise(real))
+        return F.softplus(-model(real)), F.softplus(model(fake))
+
+    loss = lambda: sum((part.mean() for part in parts()), torch.zeros(()).double())  # noqa: E731
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"4 .* and 8"):
+        _each(model, loss)
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: torch.cat([p.mean(1) / N for p in parts()]))
+    oracle.assert_close(_each(model, loss, 2 * N), want, 1e-12)
+
+
+class Noisy(nn.Module):
+    """A layer on the batch with noise in front of it."""
+
+    def __init__(self, apply: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.apply_noise, self.layer = apply, nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return self.layer(self.apply_noise(x))
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda x: torch.randn_like(x) * 0.1 + x,
+        lambda x: torch.where(torch.rand_like(x) < 0.5, x, 0.0),
+        lambda x: torch.rand((*x.shape[:1], 1, 1)).double() * x,
+        lambda x: torch.empty_like(x).uniform_() * x,
+    ],
+    ids=["added", "mask", "scaled rows", "written"],
+)
+def test_noise_that_meets_the_batch_has_the_rows_of_the_batch(apply: Callable[[Tensor], Tensor]) -> None:
+    model, x, y = Noisy(apply).double(), torch.randn(N, 5, 3).double(), torch.randint(2, (N, 5))
+    terms = lambda: F.cross_entropy(model(x).mT, y, reduction="none").sum(1)  # noqa: E731
+    want = oracle.per_sample_grad(oracle.parameters(model), terms)
+    loss = lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")  # noqa: E731
+    oracle.assert_close(_each(model, loss), want, 1e-12)
+
+
 @pytest.mark.parametrize("link", ["target", "term", "detached", "call", "compared"])
 def test_two_views_of_each_sample_are_one_batch(link: str) -> None:
     model, (x, y), (view, _) = _net(), *_parts(N, N)

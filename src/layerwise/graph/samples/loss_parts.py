@@ -113,18 +113,21 @@ def _differentiated(graph: Graph) -> dict[int, list[Origin]]:
 def _rows_of_loss(graph: Graph, loss: LossUse, whole: Mapping[int, list[Origin]]) -> set[tuple[Origin, int]]:
     """The rows of the tensors that the layers and the target of one loss were made of.
 
-    whole: for some uses the tensors all of whose rows count, since it is not known which of them were read.
+    whole: for uses whose rows are not followed the tensors that they may have any row of.
     """
     uses = [use for use in graph.uses if use.origin is not None or use.index in whole]
     logits = loss.call.logits
     root = Root(loss.logits, logits, torch.zeros([1] * logits.dim(), dtype=torch.long, device=logits.device))
     rows: set[tuple[Origin, int]] = set()
     for use, number in zip(uses, row_numbers([root], 1, uses), strict=True):
-        if bool((number != NONE).any()):
-            rows |= {(s, r) for s in whole.get(use.index, ()) for r in range(s.shape[0] if s.shape else 1)}
-        for source, of_source in rows_by_source(use.origin):
-            held = on_output(of_source, use)
-            if held is not None:
+        if not bool((number != NONE).any()):
+            continue
+        known = {source: on_output(of_source, use) for source, of_source in rows_by_source(use.origin)}
+        for source in whole[use.index] if use.origin is None else sources(use.origin[0]):
+            held = known.get(source)
+            if held is None:  # it may have any of them
+                rows |= {(source, r) for r in range(source.shape[0] if source.shape else 1)}
+            else:
                 held, answers = torch.broadcast_tensors(held, number.cpu() != NONE)
                 rows |= {(source, r) for r in held[answers & (held >= 0)].unique().tolist()}
     for source, of_source in rows_by_source(loss.target):
