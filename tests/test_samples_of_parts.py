@@ -314,6 +314,77 @@ def test_noise_that_meets_the_batch_has_the_rows_of_the_batch(apply: Callable[[T
     oracle.assert_close(_each(model, loss), want, 1e-12)
 
 
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "binary": F.binary_cross_entropy_with_logits,
+    "squares": F.mse_loss,
+    "classes": lambda z, y, reduction: F.cross_entropy(z, y[:, 0].long(), reduction=reduction),
+}
+
+
+@pytest.mark.parametrize("given", ["whole", "sliced"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_constant_target_that_parts_share_links_no_rows(loss: str, given: str) -> None:
+    """The label of all real rows, for two critics' inputs: no row of one is a view of the other's."""
+    model, ((x, _), (u, _)) = _net(), _parts(N, N)
+    label = torch.ones(N if given == "whole" else 2 * N, 2).double()[:N]
+
+    def parts(reduction: str) -> list[Tensor]:
+        return [LOSSES[loss](model(a), label, reduction=reduction) for a in (x, u)]
+
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"4 .* and 8"):
+        _each(model, lambda: sum(parts("sum"), torch.zeros(()).double()))
+    want = oracle.per_sample_grad(
+        oracle.parameters(model), lambda: torch.cat([p.reshape(N, -1).sum(1) for p in parts("none")])
+    )
+    for said in (2 * N, torch.arange(2 * N)):
+        oracle.assert_close(_each(model, lambda: sum(parts("sum"), torch.zeros(()).double()), said), want, 1e-12)
+
+
+def test_a_weight_that_parts_share_links_no_rows() -> None:
+    """The weights of classes, where the targets are constants of the program."""
+    model, ((x, _), (u, _)), weight = _net(), _parts(2, 2), torch.tensor([0.3, 0.7]).double()
+
+    def parts(reduction: str) -> list[Tensor]:
+        labels = torch.zeros(2).long(), torch.ones(2).long()
+        return [F.cross_entropy(model(a), y, weight, reduction=reduction) for a, y in zip((x, u), labels, strict=True)]
+
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"2 .* and 4"):
+        _each(model, lambda: sum(parts("sum"), torch.zeros(()).double()))
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: torch.cat(parts("none")))
+    oracle.assert_close(_each(model, lambda: sum(parts("sum"), torch.zeros(()).double()), 4), want, 1e-12)
+
+
+@pytest.mark.parametrize("label", ["constant", "of the rows"])
+def test_heads_on_the_same_rows_share_labels(label: str) -> None:
+    model = nn.ModuleDict({"trunk": _net(), "one": nn.Linear(2, 2), "other": nn.Linear(2, 2)}).double()
+    ((x, y),) = _parts(N)
+    y = torch.ones_like(y) if label == "constant" else torch.arange(N) % 2
+
+    def terms(reduction: str) -> Tensor:
+        h = model["trunk"](x).tanh()
+        return sum((F.cross_entropy(model[k](h), y, reduction=reduction) for k in ("one", "other")), torch.zeros(()))
+
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: terms("none"))
+    oracle.assert_close(_each(model, lambda: terms("sum")), want, 1e-12)
+
+
+@pytest.mark.parametrize("teacher", ["given", "of the rows"])
+def test_a_soft_target_that_views_share_is_one_of_each_row(teacher: str) -> None:
+    """Consistency of two views with what a teacher says of each row."""
+    model, mean, ((x, _), (weak, _), (strong, _)) = _net(), _net(), _parts(N, N, N)
+    soft = torch.randn(N, 2).double().softmax(1)
+
+    def terms(reduction: str) -> Tensor:
+        with torch.no_grad():
+            y = soft if teacher == "given" else mean(x).softmax(1)
+        return F.cross_entropy(model(weak), y, reduction=reduction) + F.cross_entropy(
+            model(strong), y, reduction=reduction
+        )
+
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: terms("none"))
+    oracle.assert_close(_each(model, lambda: terms("sum")), want, 1e-12)
+
+
 @pytest.mark.parametrize("link", ["target", "term", "detached", "call", "compared"])
 def test_two_views_of_each_sample_are_one_batch(link: str) -> None:
     model, (x, y), (view, _) = _net(), *_parts(N, N)

@@ -13,7 +13,7 @@ import torch
 
 from layerwise.graph.coverage import Graph
 from layerwise.graph.samples.numbers import NONE, Root, row_numbers
-from layerwise.graph.samples.readings import on_output, read_as_one, rows_by_source, terms
+from layerwise.graph.samples.readings import on_output, read_as_one, rows_by_source, telling_target, terms
 from layerwise.graph.samples.sample_layout import Where
 from layerwise.graph.walk import by_node, nodes
 from layerwise.rows.base import RowNumbers
@@ -130,7 +130,7 @@ def _rows_of_loss(graph: Graph, loss: LossUse, whole: Mapping[int, list[Origin]]
             else:
                 held, answers = torch.broadcast_tensors(held, number.cpu() != NONE)
                 rows |= {(source, r) for r in held[answers & (held >= 0)].unique().tolist()}
-    for source, of_source in rows_by_source(loss.target):
+    for source, of_source in rows_by_source(telling_target(graph, loss)):
         rows |= {(source, r) for r in of_source[of_source >= 0].unique().tolist()}
     return rows
 

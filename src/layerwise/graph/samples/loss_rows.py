@@ -22,6 +22,7 @@ from layerwise.graph.samples.readings import (
     on_output,
     origin_rows,
     outside,
+    telling_target,
     term_shape,
 )
 from layerwise.graph.samples.sample_axes import hypotheses
@@ -42,7 +43,7 @@ def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Wher
         yield from _given(graph, n, given)
         return
     known = list(graph.known)
-    for way in (_exact_axis, _by_target, _by_inputs, _by_derivatives):
+    for way in (_exact_axis, by_target, _by_inputs, _by_derivatives):
         found = [way(graph, loss, n) for loss in known]
         own: list[Where | None] = []
         for boundary in (o.boundary for o in graph.own):
@@ -50,7 +51,7 @@ def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Wher
         if all(where is not None for where in (*found, *own)):
             yield [where for where in (*found, *own) if where is not None]
     if graph.own:
-        rest: list[Where | None] = [_exact_axis(graph, x, n) or _by_target(graph, x, n) for x in known]
+        rest: list[Where | None] = [_exact_axis(graph, x, n) or by_target(graph, x, n) for x in known]
         for o in graph.own:
             rest += _by_terms(OwnLossGraph(graph, o), n, None)
         if all(where is not None for where in rest):
@@ -79,15 +80,12 @@ def _all_of_one(loss: LossUse) -> RowNumbers:
     return RowNumbers(1, torch.zeros([1] * loss.call.logits.dim(), dtype=torch.long))
 
 
-def _by_target(graph: Graph, loss: LossUse, n: int) -> Where | None:
-    return by_target(loss, n)
-
-
-def by_target(loss: LossUse, n: int) -> Where | None:
+def by_target(graph: Graph, loss: LossUse, n: int) -> Where | None:
     """The rows that the target of a loss was taken from."""
-    if loss.target is None:
+    target = telling_target(graph, loss)
+    if target is None:
         return None
-    rows = _sample_rows(*loss.target, n)
+    rows = _sample_rows(*target, n)
     return None if rows is None else _of_terms(loss, rows, n)
 
 
@@ -289,8 +287,7 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
     rows = len(given)
     if given.dim() == 1 and rows > 1:
         found = [
-            _by_target(graph, x, rows) or _first_axis(graph, x, rows) or _by_inputs(graph, x, rows)
-            for x in graph.losses
+            by_target(graph, x, rows) or _first_axis(graph, x, rows) or _by_inputs(graph, x, rows) for x in graph.losses
         ]
         alone = one_after_another(graph, rows, [[i] for i in range(len(graph.losses))])
         for ways in (found, alone, *orders(graph, rows)):

@@ -12,12 +12,14 @@ from layerwise.errors import LayerwiseError
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.separable import loss_terms, read_together, sequences
+from layerwise.losses import OwnCall
 from layerwise.tape.origins import Moved, Origin, Source, ancestors, is_open, numbers, offsets_of, parents, sources
 from layerwise.tape.uses import LossUse, Use
 
 __all__ = [
     "candidates", "contradictory", "first_count", "hashed", "labelled", "named", "on_output", "origin_rows", "origins",
-    "outside", "places", "row_counts", "rows_by_source", "said_by_loss", "tensor_asked", "term_shape", "terms",
+    "outside", "places", "read_as_one", "row_counts", "rows_by_source", "said_by_loss", "telling_target",
+    "tensor_asked", "term_shape", "terms",
 ]  # fmt: skip
 
 
@@ -213,6 +215,20 @@ def candidates(graph: Graph, apart: Iterable[int]) -> tuple[list[int], list[int]
 def labelled(graph: Graph) -> list[int]:
     """The numbers of rows of the losses' targets."""
     return row_counts([loss.target[0] for loss in graph.losses if loss.target is not None])
+
+
+def telling_target(graph: Graph, loss: LossUse) -> tuple[Origin, torch.Size] | None:
+    """Where the rows of a loss's target come from, and its shape, if they tell samples.
+
+    None where the target is a constant, of equal rows, that other losses were given too.
+    """
+    if loss.target is None or isinstance(loss.call, OwnCall):
+        return None
+    mine = set(sources(loss.target[0]))
+    others = [other.target for other in graph.known if other is not loss and other.target is not None]
+    target = loss.call.target
+    shared = target.dim() and len(target) > 1 and any(not mine.isdisjoint(sources(made[0])) for made in others)
+    return None if shared and bool((target == target[:1]).all()) else loss.target
 
 
 def named(graph: Graph, counts: Iterable[int]) -> str:
