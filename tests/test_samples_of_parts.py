@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import oracle
 import pytest
@@ -505,6 +506,51 @@ def test_trainers_do_not_take_contrasted_views_for_samples(calls: int) -> None:
         with pytest.raises(lw.errors.AmbiguousSamples, match="not seen to be a sum"):
             optimizer.step(loss)
     lw.AltMin(model).step(loss, samples=N)
+
+
+def _both_ways(model: nn.Module, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    scores = F.normalize(model(a), dim=1) @ F.normalize(model(b), dim=1).T
+    return F.cross_entropy(scores, labels[: len(a)]) + F.cross_entropy(scores.T, labels[: len(b)])
+
+
+def _all_with_all(model: nn.Module, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    z = F.normalize(torch.cat([model(a), model(b)]), dim=1)
+    return F.cross_entropy((z @ z.T).masked_fill(torch.eye(len(z)).bool(), -1e9), labels.roll(len(a)))
+
+
+def _pairs(model: nn.Module, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    scores = model(a) @ model(b).T
+    return F.binary_cross_entropy_with_logits(scores, (labels[: len(a), None] == labels[None, : len(b)]).double())
+
+
+@pytest.mark.parametrize("labels", ["of the program", "given"])
+@pytest.mark.parametrize("contrast", [_both_ways, _all_with_all, _pairs])
+def test_contrasts_of_a_functional_model(contrast: Callable[..., Tensor], labels: str) -> None:
+    """What such a model was called with is not known: its rows are not taken for what all samples share."""
+    net, ((a, _), (b, _)) = _net(), _parts(N, N)
+    params, given = dict(net.named_parameters()), torch.arange(2 * N)
+
+    def loss() -> Tensor:
+        model: Any = lambda x: torch.func.functional_call(net, params, (x,))  # noqa: E731
+        return contrast(model, a, b, torch.arange(2 * N) if labels == "of the program" else given)
+
+    with pytest.raises(lw.errors.SamplesMixed), lw.observe(params, lw.PerSampleGrad()):
+        loss().backward()
+    for optimizer in (lw.AltMin(params), lw.LocoProp(params, target=lw.local.GradientStep(0.1, per="sample"))):
+        with pytest.raises(lw.errors.AmbiguousSamples, match="samples="):
+            optimizer.step(loss)
+    lw.AltMin(params).step(loss, samples=N)
+
+
+def test_what_a_functional_model_reads_is_its_batch() -> None:
+    net, ((x, y),) = _net(), _parts(N)
+    params = dict(net.named_parameters())
+    terms = lambda: F.cross_entropy(torch.func.functional_call(net, params, (x,)), y, reduction="none")  # noqa: E731
+    want = oracle.per_sample_grad(params, terms)
+    with lw.observe(params, lw.PerSampleGrad()) as seen:
+        terms().sum().backward()
+    oracle.assert_close(dict(seen.per_sample_grad), want, 1e-12)
+    lw.LocoProp(params, target=lw.local.GradientStep(0.1, per="sample")).step(lambda: terms().mean())
 
 
 # -- sequences ---------------------------------------------------------------------------------------------------------

@@ -204,7 +204,8 @@ def one_row_a_sample(layout: SampleLayout, owners: Sequence[Owners]) -> bool:
 def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners], constants: bool = False) -> bool:
     """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample.
 
-    Where the model was called with tensors, one of them must carry the samples, or have as many rows.
+    Where the model was called with tensors, one of them must carry the samples, or have as many rows; where it is not
+    known with what, some layer must have read rows of a single sample.
     owners: `owners_of_rows` of the layout.
     constants: whether that of one tensor is enough whose rows are those of all samples, if no other one has a single
     row: that may be a batch of one.
@@ -212,7 +213,8 @@ def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners
     carrying = [source for source, owner, _ in owners if len(set(owner.values())) > 1]
     if all(outside(graph, source) for source in carrying):
         calls = row_counts([origin for origin in graph.entered if origin.shape])
-        if carrying or (calls and layout.n > 1 and layout.n not in calls):
+        unseen = layout.n not in calls if calls else bool(layout.replaced)
+        if carrying or (layout.n > 1 and unseen):
             return False
     if not owners and any(isinstance(where, Samples) and where.axis > 0 for where in layout.losses):
         return False  # nothing tells samples from the outputs of one
