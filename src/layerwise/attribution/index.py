@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.attribution.files import flushed, read, replaced, write
+from layerwise.attribution.files import flushed, read, refuse_others, replaced, write
 from layerwise.attribution.influence import Best, Influence, Measure
 from layerwise.attribution.inverse import ProjectedSolved
 from layerwise.attribution.passes import given
@@ -65,9 +65,7 @@ class GradientIndex:
             write(self._folder, _FACTS, tensors, {"settings": self._settings})
         else:
             tensors, facts = found
-            if facts["settings"] != self._settings:
-                other = [key for key, value in self._settings.items() if facts["settings"].get(key) != value]
-                raise BadInput(f"{folder} holds an index that differs in {', '.join(other)}; take another folder")
+            refuse_others(f"the index in {folder}", facts["settings"], self._settings, "Take another folder")
             self._sides = {name: (tensors[f"{name}/left"], tensors[f"{name}/right"]) for name in shapes}
             self._count = self._trimmed()
 
