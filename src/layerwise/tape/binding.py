@@ -40,7 +40,7 @@ class Binding:
 
     def _named(self) -> dict[str, Tensor]:
         model = None if self._model is None else self._model()
-        return {} if model is None else dict(model.named_parameters())
+        return {} if model is None else named_parameters_of(model)
 
     def again(self, unknown: Sequence[Tensor], remember: bool) -> dict[str, Tensor]:
         """The parameters that replaced others of the model, by name; empty where none of `unknown` is among them.
