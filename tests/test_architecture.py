@@ -236,6 +236,8 @@ def reaches(path: Path) -> set[str]:
         "_replace",
         "_base",
         "_modules",
+        "_parameters",
+        "_buffers",
         "_values",
     }  # Python's, torch's
     found: set[str] = set()

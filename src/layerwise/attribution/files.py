@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,28 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 
-__all__ = ["flushed", "read", "replaced", "write"]
+__all__ = ["flushed", "read", "refuse_others", "replaced", "write"]
 
 _FORMAT = 2
+
+
+def refuse_others(what: str, held: Mapping[str, Any], asked: Mapping[str, Any], then: str) -> None:
+    """Raise BadInput, with what differs, where settings that were saved are not those asked for now.
+
+    what: has the settings; then: what to do.
+    """
+    other = [key for key in {**held, **asked} if held.get(key) != asked.get(key)]
+    if other:
+        shown = [f"{key}: {_without(held.get(key), asked.get(key))}, now {_without(asked.get(key), held.get(key))}"
+                 for key in other]  # fmt: skip
+        raise BadInput(f"{what} differs in {'; '.join(shown)}. {then}")
+
+
+def _without(value: Any, other: Any) -> str:
+    """A value in a few words; of a mapping, the entries that another one lacks."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        value = {key: each for key, each in value.items() if other.get(key) != each}
+    return reprlib.repr(value)
 
 
 def write(folder: str | Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

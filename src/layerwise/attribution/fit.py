@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from layerwise.attribution.files import read, write
+from layerwise.attribution.files import read, refuse_others, write
 from layerwise.attribution.passes import Chosen, given
 from layerwise.errors import BadInput
 from layerwise.observation.results import Results
@@ -100,11 +100,7 @@ class _Sums:
         found = None if folder is None else read(folder, name)
         if found is not None:
             self._saved, facts = found
-            if facts["settings"] != self._settings:
-                raise BadInput(
-                    f"{folder} holds a fit of other settings: {facts['settings']}; asked for {self._settings}. Take "
-                    "another folder, or delete this one"
-                )
+            refuse_others(f"the fit in {folder}", facts["settings"], self._settings, "Take another folder")
             self.count, self._then = facts["batches"], facts["digest"]
             terms = facts["terms"]
             self._batch = Batch(facts["samples"], None if terms is None else tuple(terms))
@@ -122,7 +118,7 @@ class _Sums:
         self._digest = digest_of({"": self._digest} | _digests(batch))
         if self._read == self.count and self._digest != self._then:
             raise BadInput(
-                f"{self._folder} holds a fit of {self.count} batches that are not the first ones now; give the same in "
+                f"{self._folder} holds a fit whose batches ({self.count}) are not the first ones now; give the same in "
                 "the same order (no shuffling), or take another folder"
             )
 
@@ -165,8 +161,8 @@ class _Sums:
         """The quantity's result, of the batches of all ranks."""
         if self._folder is not None and self._read < self.count:
             raise BadInput(
-                f"{self._folder} holds a fit of {self.count} batches, the loader gave {self._read}; give the same, or "
-                "take another folder"
+                f"{self._folder} holds a fit of more batches ({self.count}) than the loader gave ({self._read}); give "
+                "the same, or take another folder"
             )
         if self._saved:
             raise BadInput(f"the batches do not use {sorted({k.split('/', 2)[2] for k in self._saved})}, as before")

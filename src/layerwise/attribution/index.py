@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.attribution.files import flushed, read, replaced, write
+from layerwise.attribution.files import flushed, read, refuse_others, replaced, write
 from layerwise.attribution.influence import Best, Influence, Measure
 from layerwise.attribution.inverse import ProjectedSolved
 from layerwise.attribution.passes import given
@@ -65,9 +65,7 @@ class GradientIndex:
             write(self._folder, _FACTS, tensors, {"settings": self._settings})
         else:
             tensors, facts = found
-            if facts["settings"] != self._settings:
-                other = [key for key, value in self._settings.items() if facts["settings"].get(key) != value]
-                raise BadInput(f"{folder} holds an index that differs in {', '.join(other)}; take another folder")
+            refuse_others(f"the index in {folder}", facts["settings"], self._settings, "Take another folder")
             self._sides = {name: (tensors[f"{name}/left"], tensors[f"{name}/right"]) for name in shapes}
             self._count = self._trimmed()
 
@@ -183,11 +181,14 @@ class GradientIndex:
     ) -> float:
         """The share of the k best of the exact scores that are among the k best of the index, over all queries.
 
-        train_loader: the samples of the index, in their order.
+        train_loader: the samples of the index, in their order; BadInput where it has more or fewer.
         """
         queries = list(queries)
-        exact = self._influence.top(queries, train_loader, k, measure)[1]
         found = self.search(queries, k, measure)[1]
+        scores = self._influence.scores(queries, train_loader, measure=measure)
+        if scores.shape[1] != self._count:
+            raise BadInput(f"train_loader gave {scores.shape[1]} samples, the index holds {self._count}; give the same")
+        exact = scores.topk(k, 1).indices
         return float((exact[:, :, None] == found[:, None, :]).any(2).double().mean())
 
     def _products(self, queries: Iterable[Any], measure: Measure | None) -> Iterable[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from layerwise.attribution.files import read, write
+from layerwise.attribution.files import read, refuse_others, write
 from layerwise.attribution.fit import estimated, resumable
 from layerwise.attribution.inverse import DampedInverse, Solved, diagonal_blocks, of_rank
 from layerwise.attribution.passes import Chosen, Loader, given
@@ -159,10 +159,7 @@ class Influence:
         if found is None:
             raise BadInput(f"{folder} holds no saved Influence; fit, and save() there")
         tensors, facts = found
-        asked, seen = self.settings(), facts["settings"]
-        if seen != asked:
-            other = [key for key in asked if asked[key] != seen.get(key)]
-            raise BadInput(f"the Influence saved in {folder} differs in {', '.join(other)}: {seen}; asked for {asked}")
+        refuse_others(f"the Influence saved in {folder}", facts["settings"], self.settings(), "Ask for the same")
         if self._curvature != "identity":
             device = next(self._chosen.model.parameters()).device
             operator = rebuilt({key: t.to(device) for key, t in tensors.items()}, facts["blocks"])

@@ -151,8 +151,8 @@ class ParameterGradient:
 
     def _held_rows(self) -> Tensor | None:
         """The cached per-sample gradients, unless there are none or their squares are cheaper from rows."""
-        part, held = self.all_rows, self._kept.get("rows")
-        if held is None or part is None:
+        held = self._kept.get("rows")
+        if held is None or (part := self.all_rows) is None:
             return held
         return held if contract.squares_need_rows(part.rows) else None
 
@@ -352,11 +352,12 @@ class PartCollector:
             if name in self._expected:
                 self._expected[name].discard(use.index)
                 if not self._expected[name]:
+                    del self._expected[name]
                     yield self._take(name)
 
     def complete(self, use: Use) -> bool:
         """Whether the gradients of all parameters of a use have been returned."""
-        return not any(self._expected.get(name) for name in use.names)
+        return self._expected.keys().isdisjoint(use.names)
 
     def rest(self) -> Iterator[ParameterGradient]:
         """Yield the incomplete gradients, of which some use had no cotangent."""

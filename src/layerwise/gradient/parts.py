@@ -194,11 +194,13 @@ def parts_of(
     key = layout_of_rows(layout_of_call(use, samples, tape.parameters, unstructured), g)
     plan = None if key is None else _PLANS.get(key)
     if plan is not None:
-        names = [next(iter(derived.names)) for derived in use.used]
-        return [
-            (name, _planned(use, i, p, g)) for i, (name, p) in enumerate(zip(names, plan, strict=True))
-            if asked is None or name in asked
-        ]  # fmt: skip
+        found: list[tuple[str, Part]] = []
+        for place, (derived, planned) in enumerate(zip(use.used, plan, strict=True)):
+            (name,) = derived.names
+            if asked is None or name in asked:
+                rows = planned.rows(use, g)
+                found.append((name, RowsPart(use, place, rows, planned.view, planned.laid)))
+        return found
     parts = _parts_by_slots(tape, use, g, samples, later, unstructured, rows_only, asked)
     whole = asked is None or set(use.names) <= set(asked)
     if key is not None and whole and key not in _PLANS:
@@ -210,16 +212,12 @@ def parts_of(
 _PLANS: Remembered[Sequence[PlannedRows] | None] = Remembered()
 
 
-def _planned(use: Use, place: int, plan: PlannedRows, g: Tensor) -> RowsPart:
-    return RowsPart(use, place, plan.rows(use, g), MatrixLayout.whole(plan.laid.shape), plan.laid)
-
-
 def _plan(use: Use, g: Tensor, parts: Sequence[Part]) -> list[PlannedRows] | None:
     """What makes the same parts again; None where the slots do more than view the call's tensors."""
     found = []
     for part in parts:
         views = isinstance(part, RowsPart) and part.slot.by_view
-        plan = PlannedRows.of(use, g, part.rows, part.layout()) if views else None  # type: ignore[attr-defined]
+        plan = PlannedRows.of(use, part.slot, g, part.rows, part.layout()) if views else None  # type: ignore[attr-defined]
         if plan is None:
             return None
         found.append(plan)

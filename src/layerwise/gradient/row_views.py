@@ -2,18 +2,20 @@
 
 What a call is, its slots, and how they lay out rows depend on the call's function, the layouts of its tensors and its
 other arguments alone. A plan holds the resulting views as sizes, strides and offsets; it is looked up by all of these,
-so a change of any of them makes another plan. Calls whose rows are computed (normalised inputs, windows) have none.
+so a change of any of them makes another plan. An input that is computed first (normalised) is computed from the call,
+by what its slot says; other calls whose rows are no views (windows) have no plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from layerwise.ops.base import Call, Slot
 from layerwise.rows.base import RowNumbers, Rows, Samples
 from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.uses import Use
@@ -49,23 +51,30 @@ class StridedView(NamedTuple):
 class PlannedRows(NamedTuple):
     """The rows of one slot: its input as a view of an argument of the call, its cotangents as a view of the output's.
 
-    source: the number of the argument; None where the input is the constant 1. laid: the rows' matrix in the parameter.
+    source: the number of the argument, or what computes a contiguous tensor from the call in its place; None where the
+    input is the constant 1. laid: the rows' matrix in the parameter. view: the layout of all of the parameter.
     """
 
-    source: int | None
+    source: int | Callable[[Call], Tensor] | None
     input: StridedView | None
     output: StridedView
     size_in: int
     laid: MatrixLayout
+    view: MatrixLayout
 
     @classmethod
-    def of(cls, use: Use, g: Tensor, rows: Rows, laid: MatrixLayout) -> PlannedRows | None:
+    def of(cls, use: Use, slot: Slot, g: Tensor, rows: Rows, laid: MatrixLayout) -> PlannedRows | None:
         """The plan of rows that were made by the slot; None where they are no views."""
-        output = StridedView.of(rows.g, g)
+        output, whole = StridedView.of(rows.g, g), MatrixLayout.whole(laid.shape)
         if output is None or type(rows) is not Rows:
             return None
         if rows.a is None:
-            return cls(None, None, output, rows.size_in, laid)
+            return cls(None, None, output, rows.size_in, laid, whole)
+        if slot.computed is not None:
+            computed = rows.a if rows.a._base is None else rows.a._base
+            view = StridedView.of(rows.a, computed)
+            same = view is not None and computed.is_contiguous() and computed.numel() == use.call.out_shape.numel()
+            return cls(slot.computed, view, output, rows.size_in, laid, whole) if same else None
         views = [
             (source, view) for source, arg in enumerate(_arguments(use))
             if isinstance(arg, Tensor) and (view := StridedView.of(rows.a, arg)) is not None
@@ -75,11 +84,16 @@ class PlannedRows(NamedTuple):
         ):  # arguments that share memory here may not do so in another call of this layout
             return None
         source, found = views[0]
-        return cls(source, found, output, rows.size_in, laid)
+        return cls(source, found, output, rows.size_in, laid, whole)
 
     def rows(self, use: Use, g: Tensor) -> Rows:
         """The rows of a use of the same layout."""
-        a = None if self.source is None or self.input is None else self.input.on(_arguments(use)[self.source])
+        if self.source is None or self.input is None:
+            a = None
+        elif isinstance(self.source, int):
+            a = self.input.on(_arguments(use)[self.source])
+        else:
+            a = self.input.on(self.source(use.call).contiguous())
         return Rows(a, self.output.on(g), self.size_in)
 
 
@@ -125,6 +139,8 @@ def layout_of_call(
             found.append((arg.shape, arg.stride(), arg.dtype, arg.requires_grad, place))
         elif isinstance(arg, _SIMPLE):
             found.append(arg)
+        elif isinstance(arg, (tuple, list)) and all(isinstance(x, int) for x in arg):
+            found.append(tuple(arg))
         else:
             return None
     return tuple(found) if len(places) == len(use.used) else None

@@ -8,8 +8,8 @@ without passing a use is an error that names the parameter and the node.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,7 +37,8 @@ class Graph:
     in_losses: those between the total and the losses' inputs. calls: where the tensors come from that the model was
     called with, those of each call. met: the same of calls that took rows of several tensors together.
     asked: names of the parameters whose quantities are wanted; None: all.
-    passed: the nodes on the way from the total, or from the losses' inputs, to the parameters. hidden: the edges that
+    passed: the nodes on the way from the total, or from the losses' inputs, to the parameters, in the order of the
+    walk. hidden: the edges that
     those among them read whose calls cannot be seen: functions of the user's own, and writes through views.
     unread: None, or a list that takes what is otherwise read at once: numbers, and what raises for bad ones.
     """
@@ -52,7 +53,7 @@ class Graph:
     calls: tuple[tuple[Origin, ...], ...] = ()
     met: tuple[tuple[Origin, ...], ...] = ()
     asked: frozenset[str] | None = None
-    passed: frozenset[Node] = frozenset()
+    passed: Mapping[Node, None] = field(default_factory=dict)
     hidden: frozenset[tuple[Node | None, int]] = frozenset()
     unread: Unread | None = None
 
@@ -124,7 +125,8 @@ def prove(
     in_losses = tuple(node for node in graph.in_losses if node not in walk.selections)
     return replace(
         graph, weight=weight, uses=uses, selections=tuple(walk.selections), in_losses=in_losses,
-        calls=tuple(tape.entered), met=tuple(tape.met), passed=frozenset(walk.passed), hidden=frozenset(walk.hidden),
+        calls=tuple(tape.entered), met=tuple(tape.met), passed=dict.fromkeys(walk.passed),
+        hidden=frozenset(walk.hidden),
     )  # fmt: skip
 
 

@@ -45,16 +45,15 @@ def nodes(roots: Iterable[Any], below: Below | None = None) -> Iterator[Node]:
     below: for some nodes, the edges to follow in place of `next_functions`; none: the walk ends there. It may grow
     while the walk runs.
     """
-    below = {} if below is None else below
-    seen: set[Node] = set()
+    seen: set[Node | None] = {None}
     stack = list(roots)
     while stack:
         node = stack.pop()[0]
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         yield node
-        other = below.get(node)
+        other = None if below is None else below.get(node)
         stack += node.next_functions if other is None else other
 
 

@@ -153,10 +153,9 @@ class Observation:
         results = self._results
         assert results is not None
         self._follow(results, tape)
-        reached = list(nodes([(total.grad_fn, 0)]))
-        if run is not None and total.requires_grad and not any(map(tape.leaves().name, reached)):
+        if run is not None and total.requires_grad and not any(map(tape.leaves().name, nodes([(total.grad_fn, 0)]))):
             return _run_unobserved(tape, total, run)
-        with whole_parameters(self._model, reached) as trainers:
+        with whole_parameters(self._model, nodes([(total.grad_fn, 0)])) as trainers:
             return self._run(tape, total, weight, run, results, trainers)
 
     def _run(

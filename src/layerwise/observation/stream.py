@@ -230,6 +230,7 @@ def _unshared(t: Any, gradient: ParameterGradient) -> Any:
     for part in gradient.parts:
         held = part.rows.cotangents if isinstance(part, RowsPart) else ()
         held = (part.values,) if isinstance(part, DensePart) else held
-        if any(g.untyped_storage()._cdata == storage for g in held) and t.numel() <= gradient.shape.numel():
-            return t.clone()
+        for g in held:
+            if g.untyped_storage()._cdata == storage and t.numel() <= gradient.shape.numel():
+                return t.clone()
     return t

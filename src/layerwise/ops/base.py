@@ -50,6 +50,8 @@ class Slot:
     indexed: True where `input` gives int64 indices in place of rows.
     by_view: True where `rows` are views of the call's arguments and of the cotangent wherever strides allow, and depend
         on the layouts of these and on the call's other arguments alone, not on the values of any tensor.
+    computed: gives, of any call of the same layout, the tensor of which the input rows are a view; None where they are
+        a view of an argument, or no view that is known to be the same in all such calls.
     through_graph: True where `dense` sends cotangents through the recorded graph, which a backward pass frees.
     place: the number of the tensor among those that the call uses.
     """
@@ -63,6 +65,7 @@ class Slot:
     factored: bool = True
     indexed: bool = False
     by_view: bool = False
+    computed: Callable[[Call], Tensor] | None = None
     through_graph: bool = False
     place: int = 0
 

@@ -37,17 +37,29 @@ _NORMS: dict[Any, tuple[str, tuple[str, ...]]] = {
         "cudnn_enabled")),
 }  # fmt: skip
 _DEFAULTS = {"training": False, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5}
+_OF_KIND = {
+    (kind, names): tuple(None if (kind, name) == ("rms", "eps") else _DEFAULTS.get(name) for name in names)
+    for kind, names in _NORMS.values()
+}
 
 
-def _normalised(kind: str, v: dict[str, Any], dtype: torch.dtype) -> Tensor:
+def _bound(kind: str, names: tuple[str, ...], call: Call) -> dict[str, Any] | None:
+    """The arguments of a norm by name; None where it has one that is not named."""
+    bound = bind(call, names, _OF_KIND[kind, names])
+    return None if bound is None else dict(zip(names, bound, strict=True))
+
+
+def _normalised(kind: str, names: tuple[str, ...], dtype: torch.dtype, call: Call) -> Tensor:
     """The normalised input that the scale multiplies. Running statistics are read, never written."""
+    v = _bound(kind, names, call)
+    assert v is not None
     x = v["input"].detach().to(dtype)
     lowered = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if lowered else nullcontext():
         if kind == "layer":
-            return F.layer_norm(x, v["normalized_shape"], eps=v["eps"])
+            return torch.layer_norm(x, v["normalized_shape"], eps=v["eps"])
         if kind == "rms":
-            return F.rms_norm(x, v["normalized_shape"], eps=v["eps"])
+            return torch.rms_norm(x, v["normalized_shape"], eps=v["eps"])
         if kind == "group":
             return F.group_norm(x, v["num_groups"], eps=v["eps"])
         if kind == "instance" and v["use_input_stats"]:
@@ -59,12 +71,8 @@ def _normalised(kind: str, v: dict[str, Any], dtype: torch.dtype) -> Tensor:
 
 
 def _norm(kind: str, names: tuple[str, ...], call: Call, argument: Tensor) -> Slot | None:
-    defaults = _DEFAULTS | ({"eps": None} if kind == "rms" else {})
-    bound = bind(call, names, tuple(defaults.get(name) for name in names))
-    if bound is None:
-        return None
-    v = dict(zip(names, bound, strict=True))
-    if sum(1 for value in bound if value is argument) != 1:
+    v = _bound(kind, names, call)
+    if v is None or sum(1 for value in v.values() if value is argument) != 1:
         return None
     if kind in ("layer", "rms"):
         view = (1,) * (len(call.out_shape) - argument.ndim) + tuple(argument.shape)
@@ -72,8 +80,10 @@ def _norm(kind: str, names: tuple[str, ...], call: Call, argument: Tensor) -> Sl
         view = (1, -1, *(1,) * (len(call.out_shape) - 2))
         view = tuple(argument.numel() if n == -1 else n for n in view)
     if argument is v["weight"]:
-        rows = partial(_normalised, kind, v, argument.dtype)
-        return ElementwiseSlot(argument, view, call.out_shape, rows, aligned=False)
+        rows = partial(_normalised, kind, names, argument.dtype)
+        slot = ElementwiseSlot(argument, view, call.out_shape, partial(rows, call), aligned=False)
+        slot.computed = rows
+        return slot
     if argument is v.get("bias"):
         return ElementwiseSlot(argument, view, call.out_shape, 1, aligned=False)
     return None

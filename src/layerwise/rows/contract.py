@@ -18,7 +18,7 @@ from torch import Tensor
 from layerwise import tensors
 from layerwise.errors import BadInput
 from layerwise.rows import pieces
-from layerwise.rows.base import Rows
+from layerwise.rows.base import Rows, Windows
 from layerwise.rows.cost import ghost_is_cheaper, pairs_are_cheaper
 from layerwise.rows.pieces import chosen, chunks, concat, dims, fill, flatten_samples, in_pieces, narrow, summed
 from layerwise.tensors import without_grad
@@ -120,32 +120,30 @@ def weighted_sum(rows: Rows, weights: Tensor) -> Tensor:
 def squared_norm(rows: Rows) -> Tensor:
     """Squared Euclidean norm of each per-sample gradient.
 
-    sum_{k,o,i} D[v,n,k,o,i]². With one position it is |g|²|a|²; with more it is the inner product of
-    the Gram matrices of `a` and `g` over positions, or the square of D chunk by chunk, whichever
-    `ghost_is_cheaper` predicts.
+    sum_{k,o,i} D[v,n,k,o,i]². With one position it is |g|²|a|²; with more it is the inner product of the Gram matrices
+    of `a` and `g` over positions, or the square of D chunk by chunk, whichever `ghost_is_cheaper` predicts.
 
     Shapes: returns `[V,N]`. Raises: `BadInput` where the rows contradict each other.
     Source: Goodfellow 2015, "Efficient per-example gradient computations", for one position.
     """
     v, n, t, k, o, i = dims(rows)
-    if pieces.product_of(rows) is not None:
-        return _norms(rows)
-    if not rows.laid_out:
+    if isinstance(rows, Windows) and not rows.laid_out:
+        if rows.product is not None:
+            return _norms(rows)
         return torch.cat([squared_norm(Rows(p.a, p.g, p.size_in)) for p in in_pieces(rows)], 1)
     if rows.a is None:
         return _squares(_over_positions(rows.g).flatten(2))
     if t == 1 and rows.a.is_floating_point() and o * i > 1:
-        squares = _squares(rows.g[:, :, 0]) * _squares(rows.a[:, 0])
-        return squares.squeeze(2) if k == 1 else squares.sum(2)
+        return (_squares(rows.g[:, :, 0]) * _squares(rows.a[:, 0])).sum(2)
     result = rows.g.new_zeros(v, n)
     if not rows.a.is_floating_point():
         keys, sums = pieces.merged_index(rows.a, rows.g, i)
         for w, d in enumerate(sums):
             result[w].index_add_(0, keys // i, d.square_().sum(1))
         return result
-    if not o == i == 1 and ghost_is_cheaper(v, t, o, i):
-        return _ghost_norm(rows.a, rows.g)
-    return _norms(rows)
+    if o == i == 1 and v * n * t * k * rows.g.element_size() <= pieces.CHUNK_BYTES:
+        return _squares((rows.g * rows.a).sum(2).flatten(2))
+    return _ghost_norm(rows.a, rows.g) if o * i > 1 and ghost_is_cheaper(v, t, o, i) else _norms(rows)
 
 
 def _norms(rows: Rows) -> Tensor:
@@ -159,12 +157,17 @@ def _ghost_norm(a: Tensor, g: Tensor) -> Tensor:
     v, n, t, k, _ = g.shape
     result = g.new_empty(v, n)
     for low, high in pieces.ranges(n, 2 * k * t * t * g.element_size(), g):
-        x = a[low:high].transpose(1, 2)
-        inputs = (x @ x.mT).flatten(1)
+        inputs = _position_grams(a[low:high])
         for w in range(v):
-            y = g[w, low:high].transpose(1, 2)
-            result[w, low:high] = (y @ y.mT).flatten(1).mul_(inputs).sum(1)
+            torch.sum(_position_grams(g[w, low:high]).mul_(inputs), (1, 2), out=result[w, low:high])
     return result
+
+
+def _position_grams(x: Tensor) -> Tensor:
+    """The Gram matrices `[N,K·T,T]` over positions of rows `[N,T,K,C]`."""
+    n, t, k, c = x.shape
+    y = x.squeeze(2) if k == 1 else x.transpose(1, 2).reshape(n * k, t, c)
+    return torch.bmm(y, y.mT).view(n, k * t, t)
 
 
 @without_grad

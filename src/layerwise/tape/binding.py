@@ -40,7 +40,7 @@ class Binding:
 
     def _named(self) -> dict[str, Tensor]:
         model = None if self._model is None else self._model()
-        return {} if model is None else dict(model.named_parameters())
+        return {} if model is None else named_parameters_of(model)
 
     def again(self, unknown: Sequence[Tensor], remember: bool) -> dict[str, Tensor]:
         """The parameters that replaced others of the model, by name; empty where none of `unknown` is among them.
@@ -133,7 +133,10 @@ def check_matched(argument: str, patterns: Iterable[Any], names: Sequence[str]) 
             raise BadInput(f"{argument}: patterns are texts, names of parameters or modules; got {pattern!r}")
         if not any(matches(pattern, name) for name in names):
             shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise BadInput(f"{argument}: the pattern {pattern!r} matches no parameter; they are {shown}")
+            raise BadInput(
+                f"{argument}: the pattern {pattern!r} matches no parameter by the whole of its name, or of that of a "
+                f"module that holds it; they are {shown}"
+            )
 
 
 def chosen_names(argument: str, patterns: str | Sequence[str] | None, names: Sequence[str]) -> list[str]:

@@ -42,7 +42,7 @@ from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
 from layerwise.tape.recorded_call import Known, classify, distinct, is_view, kept, own_output, run, sort, tensors_in
-from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func, output_of
+from layerwise.tape.uses import Derived, LossUse, Use, bad_call, buffers_of, describe_func, output_of
 from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
 __all__ = ["Tape"]
@@ -86,7 +86,7 @@ class Tape(LossRecord):
         super().__init__(model, own_losses)
         self._keep_outputs, self._crosses = keep_outputs, crosses
         self._binding = Binding(model)
-        self._constants = list(model.buffers()) if isinstance(model, nn.Module) else []
+        self._constants = buffers_of(model)
         self._on_backward = on_backward
         self._stance: contextlib.AbstractContextManager[Any] | None = None
         self.whole, self.partial, self.ordinary = False, False, False
@@ -116,11 +116,18 @@ class Tape(LossRecord):
 
     def close(self) -> None:
         """Forget the record and the handler of backward passes, whose owner may hold this tape: no cycle is left."""
-        self.clear()
+        self._clear()
         self._on_backward = None
 
     def clear(self) -> None:
         """Forget everything recorded so far."""
+        self._clear()
+        for name, p in self.parameters.items():
+            self._known[id(p)] = Derived(p, frozenset((name,)))
+        for c in (*self._binding.frozen.values(), *self._constants):
+            self._known[id(c)] = c
+
+    def _clear(self) -> None:
         self._recorded = 0
         self.uses: list[Use] = []
         self.clear_losses()
@@ -128,10 +135,6 @@ class Tape(LossRecord):
         self.scaler_calls = ScalerCalls()
         self.first: Tensor | None = None
         self._known: Known = {}
-        for name, p in self.parameters.items():
-            self._known[id(p)] = Derived(p, frozenset((name,)))
-        for c in (*self._binding.frozen.values(), *self._constants):
-            self._known[id(c)] = c
         self._outputs: dict[int, Use] = {}
         self._origins = Origins()
         self._retained: list[weakref.ref[Tensor]] = []

@@ -31,9 +31,11 @@ __all__ = [
     "Use",
     "bad_call",
     "boundary_of",
+    "buffers_of",
     "called_at",
     "describe_func",
     "first_bad_call",
+    "named_modules_of",
     "named_parameters_of",
     "output_of",
     "place",
@@ -287,8 +289,8 @@ def describe_func(func: Any) -> str:
 def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of a module, or of a functional model given as a mapping, by name."""
     if isinstance(model, nn.Module):
-        found: dict[str, Tensor] = dict(model.named_parameters())
-        unmade = [name for name, p in found.items() if is_lazy(p)]
+        found = _named_parameters(model)
+        unmade = [name for name, p in found.items() if type(p) is not nn.Parameter and is_lazy(p)]
         if unmade:
             raise BadInput(
                 f"the parameters {', '.join(unmade[:_NAMES])} of lazy modules have no shape before the model has run: "
@@ -300,6 +302,44 @@ def named_parameters_of(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Te
     raise BadInput(
         f"asked for the parameters of {type(model).__name__}; give an nn.Module, or a mapping of names to tensors"
     )
+
+
+def named_modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`model.named_modules()`, in the same order, by one loop: each of its nested generators hands on every module."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        prefix, module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found.append((prefix, module))
+        if module._modules:
+            start = prefix and prefix + "."
+            below = [(start + name, part) for name, part in module._modules.items() if part is not None]
+            stack += below[::-1]
+    return found
+
+
+def _named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    if type(model).named_parameters is not nn.Module.named_parameters:
+        return dict(model.named_parameters())
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in named_modules_of(model):
+        start = prefix and prefix + "."
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                found[start + name] = p
+    return found
+
+
+def buffers_of(model: Any) -> list[Tensor]:
+    """The buffers of a module; a functional model has none."""
+    modules = named_modules_of(model) if isinstance(model, nn.Module) else []
+    return [b for _, module in modules for b in module._buffers.values() if b is not None]
 
 
 def output_of(tensor: Tensor, outputs: Mapping[int, Use], uses: Sequence[Use]) -> Use | None:

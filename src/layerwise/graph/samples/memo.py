@@ -11,9 +11,9 @@ from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from layerwise.errors import LayerwiseError
 from layerwise.graph.coverage import Graph
-from layerwise.graph.walk import Node, by_node, inputs, nodes
+from layerwise.graph.walk import Node, by_node, children, inputs, nodes
 from layerwise.tape.tape import Tape
-from layerwise.tape.uses import Use
+from layerwise.tape.uses import Use, named_modules_of
 
 __all__ = ["Memo", "Refused", "key_below", "key_of", "memo_of", "recalled", "remember"]
 
@@ -52,7 +52,7 @@ def memo_of(model: Any) -> Memo:
 def key_of(tape: Tape, graph: Graph, model: Any, samples: Any) -> Any:
     """The cache key: all that a measurement depends on, other than values, whose influence `structural` rules out."""
     logits = tuple((loss.call.name, loss.call.logits.shape) for loss in graph.losses)
-    wiring = _wiring([loss.logits for loss in graph.losses], graph.uses)
+    wiring = _wiring([loss.logits for loss in graph.losses], graph.uses, graph.passed)
     called = tuple(origin.shape for origin in graph.entered)  # a constant is one that the model was not called with
     return samples, _state(model), logits, called, _named(graph.uses), tuple(tape.calls), wiring
 
@@ -67,7 +67,7 @@ def key_below(tape: Tape, model: Any, samples: Any, uses: Sequence[Use], front: 
 def _state(model: Any) -> tuple[Any, ...]:
     """What of a model decides how it runs, other than values."""
     if isinstance(model, nn.Module):
-        return tuple(m.training for m in model.modules())
+        return tuple([m.training for _, m in named_modules_of(model)])
     if isinstance(model, Mapping):
         return tuple((name, WeakIdRef(p), p.shape, p.requires_grad) for name, p in model.items())
     return ()
@@ -78,19 +78,15 @@ def _named(uses: Sequence[Use]) -> tuple[Any, ...]:
     return (uses[0].batch.shape if uses else None), *(use.index for use in uses)
 
 
-def _wiring(roots: Sequence[Any], uses: Sequence[Use]) -> tuple[Any, ...]:
-    """Which autograd node feeds which, from some edges down through the uses; the sequence of calls leaves it open."""
-    below: dict[Node, Sequence[Any]] = {**inputs(by_node(uses))}
-    number: dict[Node, int] = {}
-    found: list[Any] = [edge[1] for edge in roots]
-    for node in nodes(roots, below):
-        followed = below.get(node)
-        if followed is None:
-            below[node] = followed = node.next_functions  # the walk then need not ask for them again
+def _wiring(roots: Sequence[Any], uses: Sequence[Use], passed: Iterable[Node] | None = None) -> tuple[Any, ...]:
+    """Which autograd node feeds which, from some edges down through the uses; the sequence of calls leaves it open.
+
+    passed: the nodes on the way, in the order of a walk that is the same for the same wiring.
+    """
+    below = inputs(by_node(uses))
+    number = {node: i for i, node in enumerate(nodes(roots, below) if passed is None else passed)}
+    found: list[Any] = [(number.get(edge[0]), edge[1]) for edge in roots]
+    for node in number:
         found.append(node.name())
-        for edge in followed:
-            child = edge[0]
-            found.append(None if child is None else number.setdefault(child, len(number)))
-            if edge[1]:
-                found.append((edge[1],))
+        found += [(number.get(edge[0]), edge[1]) for edge in children(node, below)]
     return tuple(found)

@@ -318,7 +318,7 @@ def _transfer_and_likelihood(tape: Tape, graph: Graph, use: Use, kind: Kind) -> 
 
 def _readers(graph: Graph, use: Use) -> list[Reader]:
     """The calls that read a use's output on the way to the loss."""
-    return [reader for reader in use.readers if not graph.passed.isdisjoint(reader.nodes)]
+    return [reader for reader in use.readers if not graph.passed.keys().isdisjoint(reader.nodes)]
 
 
 def _scale(total: Tensor, value: GradientEdge) -> Tensor | None:
