@@ -236,6 +236,7 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
     """
     second: dict[int, SampleLayout] = {}
     refusals: list[Refused] = []
+    unshown: list[Refused] = []
     confirmed: list[SampleLayout] = []
     possible: set[int] = set()  # the first numbers that are confirmed, or would be in several ways
     for n in (*counts[0], *counts[1]):
@@ -255,6 +256,8 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
                 rank = 0 if one_sample_a_row(graph, layout, owners, constants=True) else 1
                 if not rank or (layout.regular and _spoken_for(graph, n)):
                     second.setdefault(rank, layout)
+                elif not unshown:
+                    unshown.append((SamplesMixed, _why_not(graph, n, owners)))
         except _REFUSALS as error:
             refusals.append(_parts(error))
             possible |= {n} & set(counts[0]) if isinstance(error, AmbiguousSamples) else set()
@@ -271,7 +274,8 @@ def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Seq
         )
     if confirmed or second:
         return confirmed[0] if confirmed else second[min(second)]
-    kind, text = next((r for r in refusals if r[0] is SamplesMixed), refusals[0] if refusals else (BadInput, _NO_BATCH))
+    first = [refused for kind in (SamplesMixed, AmbiguousSamples) for refused in refusals if refused[0] is kind]
+    kind, text = next(iter((*first, *unshown, *refusals)), (BadInput, _NO_BATCH))
     listed = ", ".join(map(str, (*counts[0], *counts[1]))) or "none"
     raise kind(f"{text} (numbers of samples that the batch, the targets and the losses allow: {listed})")
 
