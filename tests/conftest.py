@@ -31,6 +31,18 @@ settings.load_profile("layerwise")
 # One thread: sums come out in the same order every time, and small tensors are faster.
 torch.set_num_threads(1)
 
+seed_every_device = torch.manual_seed
+
+
+def seed_what_is_there(seed: int) -> torch.Generator:
+    """`torch.manual_seed`, which formats the stack for each kind of accelerator, there or not: 1 ms a call."""
+    if torch.accelerator.is_available():  # asked anew each time: a test may register a device
+        return seed_every_device(seed)
+    return torch.default_generator.manual_seed(seed)
+
+
+torch.manual_seed = torch.random.manual_seed = seed_what_is_there
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-support", action="store_true", help="write docs/support.md from what the tests find")

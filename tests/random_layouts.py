@@ -6,8 +6,7 @@ python -m tests.random_programs --count 2000 --seed 1
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +45,6 @@ class Layout(Program):
     def n(self) -> int:
         """The number of samples."""
         return self.count
-
-    def in_double(self) -> Layout:
-        """The same program in float64."""
-        x, y = (tuple(t.double() if t.is_floating_point() else t for t in ts) for ts in (self.x, (self.y,)))
-        return replace(self, model=deepcopy(self.model).double(), x=x, y=y[0])
 
     def logits(self) -> Tensor:
         """What the loss receives."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,11 @@ class Program:
     def single(self) -> bool:
         """Whether it computes in float32."""
         return next(self.model.parameters()).dtype == torch.float32
+
+    def in_double(self) -> Self:
+        """The same program in float64."""
+        x, y = (tuple(t.double() if t.is_floating_point() else t for t in ts) for ts in (self.x, (self.y,)))
+        return replace(self, model=deepcopy(self.model).double(), x=x, y=y[0])
 
     def logits(self) -> Tensor:
         """What the loss receives."""
@@ -250,21 +256,27 @@ FAMILIES: dict[str, Callable[[Callable, int, int], Made]] = {
 def _classes(draw: Callable, shape: tuple[int, ...], dtype: torch.dtype, every: bool) -> tuple[Callable, Tensor]:
     options: dict[str, Any] = {}
     y = torch.randint(shape[1], (shape[0], *shape[2:]))
+    weight = None
     if every:
         if draw(st.booleans()):
-            options["weight"] = torch.rand(shape[1], dtype=dtype) + 0.5
+            weight = torch.rand(shape[1], dtype=dtype) + 0.5
         if draw(st.booleans()):
             options["ignore_index"] = draw(st.sampled_from([-100, 0]))
             y.view(-1)[::2] = options["ignore_index"]
         kind = draw(st.sampled_from(["plain", "smooth", "soft", "nll"]))
         if kind == "nll":
-            return lambda z, y, r: F.nll_loss(z.log_softmax(1), y, reduction=r, **options), y
+            return lambda z, y, r: F.nll_loss(z.log_softmax(1), y, _like(z, weight), reduction=r, **options), y
         if kind == "smooth":
             options["label_smoothing"] = 0.2
         if kind == "soft":
             options.pop("ignore_index", None)
             y = torch.rand(shape, dtype=dtype).softmax(1)
-    return lambda z, y, r: F.cross_entropy(z, y, reduction=r, **options), y
+    return lambda z, y, r: F.cross_entropy(z, y, _like(z, weight), reduction=r, **options), y
+
+
+def _like(z: Tensor, constant: Tensor | None) -> Tensor | None:
+    """A constant of the loss in the type of its input, since programs are also run in float64."""
+    return None if constant is None else constant.to(z.dtype)
 
 
 def _values(draw: Callable, shape: tuple[int, ...], dtype: torch.dtype, every: bool) -> tuple[Callable, Tensor]:
@@ -277,11 +289,11 @@ def _values(draw: Callable, shape: tuple[int, ...], dtype: torch.dtype, every: b
         y = y.abs().round()
     call = {
         "mse": lambda z, y, r: F.mse_loss(z, y, reduction=r),
-        "bce": lambda z, y, r: F.binary_cross_entropy_with_logits(z, y, pos_weight=positive, reduction=r),
+        "bce": lambda z, y, r: F.binary_cross_entropy_with_logits(z, y, pos_weight=_like(z, positive), reduction=r),
         "huber": lambda z, y, r: F.huber_loss(z, y, reduction=r, delta=0.7),
         "smooth_l1": lambda z, y, r: F.smooth_l1_loss(z, y, reduction=r, beta=0.7),
         "poisson": lambda z, y, r: F.poisson_nll_loss(z, y, reduction=r),
-        "gaussian": lambda z, y, r: F.gaussian_nll_loss(z, y, positive.expand(z.shape), reduction=r),
+        "gaussian": lambda z, y, r: F.gaussian_nll_loss(z, y, positive.to(z.dtype).expand(z.shape), reduction=r),
     }[kind]
     return call, y
 

@@ -79,12 +79,12 @@ def _asks(program: Any, error: errors.LayerwiseError) -> bool:
 def compare(program: Any, seen: Any) -> None:
     """Errors are relative to the largest value of all parameters: a bias before a norm is 0 in truth, noise in fact.
 
-    The truth of a layout is in float64: the Hessian of a softmax near 1 is a difference that float32 hardly holds.
+    The truth is in float64: the Hessian of a softmax near 1 is a difference that float32 hardly holds.
     """
     rel = 2e-4 if program.single else 1e-10
     for name, p in oracle.parameters(program.model).items():
         assert p.grad is None or torch.equal(p.grad, seen.grad[name]), name
-    program = program.in_double() if program.single and isinstance(program, Layout) else program
+    program = program.in_double() if program.single else program
     params = oracle.parameters(program.model)
     grads = oracle.per_sample_grad(params, program.terms)
     used = set(seen.grad)

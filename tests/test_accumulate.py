@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from torch import Tensor, nn
 
 import layerwise as lw
@@ -105,9 +106,7 @@ def _peak(t: Tensor) -> float:
     return float(t.abs().max()) if t.numel() else 0.0
 
 
-@pytest.mark.parametrize("scale", ["loss", "sample"])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", QUANTITIES)
+@one_in(2, name=QUANTITIES, loss=LOSSES, scale=["loss", "sample"])
 def test_batches_equal_the_whole(name: str, loss: str, scale: str) -> None:
     make, loss_fn = QUANTITIES[name], LOSSES[loss]
     seen, want = _observed(make, loss_fn, scale)

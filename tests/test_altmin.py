@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from grids import one_in
 from torch import Tensor, nn
 
 import layerwise as lw
@@ -465,8 +466,7 @@ def test_a_closure_that_calls_backward_changes_nothing(codes: Any) -> None:
     assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
 
 
-@pytest.mark.parametrize("case", zoo.cases(first_loss_only=True), ids=lambda case: case.id)
-@codes_kinds
+@one_in(2, case=zoo.cases(first_loss_only=True), codes=["jacobi", "sweep"])
 def test_every_model_of_the_zoo_can_be_stepped(case: zoo.Case, codes: Any) -> None:
     """Whatever has a gradient moves, the rest stays, nothing else changes."""
     made = case.make()

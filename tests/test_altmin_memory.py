@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from grids import one_in
 from local_cases import mlp
 from torch import Tensor, nn
 
@@ -445,8 +446,7 @@ def test_a_memory_that_breaks_down_changes_nothing() -> None:
     assert state == {"kept": 1}
 
 
-@pytest.mark.parametrize("codes", ["jacobi", "gauss-newton"])
-@pytest.mark.parametrize("case", zoo.cases(first_loss_only=True), ids=lambda case: case.id)
+@one_in(2, case=zoo.cases(first_loss_only=True), codes=["jacobi", "gauss-newton"])
 def test_a_memory_steps_every_model_of_the_zoo(case: zoo.Case, codes: Any) -> None:
     """Or, for Gauss-Newton codes, a typed error that changes nothing: losses without a root, samples that are mixed."""
     made = case.make()

@@ -293,7 +293,12 @@ def draws_otherwise(case: str, name: str) -> bool:
 
 
 PAIRS = [(case, name) for case in CASES for name in CASES[case].extensions]
-FIELDS = [pair for pair in PAIRS if pair[1] not in PRODUCTS and not draws_otherwise(*pair)]
+FIELDS = [
+    pytest.param(case, name, marks=() if (i + j) % 2 == 0 else pytest.mark.slow)  # every case, every extension
+    for i, case in enumerate(CASES)
+    for j, name in enumerate(CASES[case].extensions)
+    if name not in PRODUCTS and not draws_otherwise(case, name)
+]
 FUNCTIONS = [pair for pair in PAIRS if pair[1] in PRODUCTS]
 
 

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from support_page import table_cases
 from torch import Tensor, nn
 from zoo import Case, Instance, cases
@@ -38,7 +39,7 @@ def _operators(instance: Instance, kind: type[Any], **options: Any) -> Any:
     return kind(instance.subject, instance.loss, **options)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c in TABLE], ids=lambda case: case.id)
+@one_in(2, case=[c for c in CASES if c in TABLE])
 def test_the_zoos_blocks_are_those_of_the_whole(case: Case) -> None:
     instance = case.make(seed=0)
     owner = _owner(instance.params)
@@ -50,7 +51,7 @@ def test_the_zoos_blocks_are_those_of_the_whole(case: Case) -> None:
     assert all(p.grad is None for p in instance.params.values())
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in TABLE], ids=lambda case: case.id)
+@one_in(3, case=[c for c in CASES if c not in TABLE])
 def test_operators_equal_the_dense_matrices(case: Case) -> None:
     instance = case.make(seed=0)
     params = instance.params

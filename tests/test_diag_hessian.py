@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from support_page import table_cases
 from torch import Tensor, nn
 from zoo import Case, cases
@@ -44,7 +45,7 @@ def _observed(subject: Any, loss: Callable[[], Tensor], *quantities: lw.Quantity
     return seen
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@one_in(3, case=CASES)
 def test_diagonals_equal_the_oracle(case: Case) -> None:
     instance = case.make(seed=0)
     with oracle.plain_operations():
@@ -72,7 +73,7 @@ def test_both_ways_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         oracle.assert_close(dict(by_output), dict(by_element))
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+@one_in(3, case=SMALL)
 def test_every_element_of_every_sample(case: Case) -> None:
     instance = case.make(seed=0)
     seen = _observed(instance.subject, instance.loss, lw.DiagHessian(per_sample=True))

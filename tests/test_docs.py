@@ -136,8 +136,15 @@ def quantity_names(page: str) -> set[str]:
     return {*made, *(type(name, (lw.Quantity,), {})().name for name in defined), *dir(SEEN)}
 
 
+@functools.cache
+def tests() -> frozenset[str]:
+    """The names of all tests."""
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    return frozenset(name for text in texts for name in re.findall(r"^def (test_\w+)", text, flags=re.MULTILINE))
+
+
 def without_meaning(markdown: str) -> list[str]:
-    """The names in a page's inline code, of the library, `gradient` or `seen`, that do not exist."""
+    """The names in a page's inline code, of the library, `gradient`, `seen` or tests, that do not exist."""
     found = []
     for span in spans(markdown):
         for dotted in re.findall(r"(?<![\w.])lw((?:\.\w+)+)", span):
@@ -151,6 +158,7 @@ def without_meaning(markdown: str) -> list[str]:
         names = re.findall(r"\bseen\.(\w+)", span)
         found += [f"seen.{n}" for n in names if n not in quantity_names(markdown)] if names else []
         found += [f"{span}: {keyword}=" for keyword in unknown_keywords(span)]
+        found += [span] if re.fullmatch(r"test_\w+", span) and span not in tests() else []
     return found
 
 
@@ -180,6 +188,7 @@ def test_a_name_that_does_not_exist_is_found() -> None:
     page = "`gradient.dots()`, `lw.optim.Kfac(model)`, `seen.varianze`, `lw.Sketch(dims=3)`, `seen.kfac`\n"
     wrong = ["gradient.dots", "lw.optim.Kfac", "seen.varianze", "lw.Sketch(dims=3): dims="]
     assert without_meaning(page) == wrong
+    assert without_meaning("`test_a_name_that_does_not_exist`, `test_oja`") == ["test_a_name_that_does_not_exist"]
     assert without_meaning("```py\nlw.distributed.save_all()\n```\n") == ["lw.distributed.save_all"]
     assert without_meaning("class OwnThing(lw.Quantity):\n\n`seen.own_thing`, `seen.grad`\n") == []
 

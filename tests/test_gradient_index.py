@@ -81,6 +81,8 @@ def test_sides_that_are_kept_whole_give_the_exact_scores(subject: Any, tmp_path:
     exact = influence.scores(queries, train)
     assert float((index.scores(queries) - exact).abs().max() / exact.abs().max()) < 1e-3
     assert index.recall(queries, train, 2) == 1
+    with pytest.raises(BadInput, match=r"train_loader gave \d+ samples, the index holds \d+"):
+        index.recall(queries, train[:1], 2)
 
 
 def test_eigenvectors_are_orthonormal_and_keep_the_leading_curvature(tmp_path: Path) -> None:

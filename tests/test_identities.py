@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from quantity_checks import dense_factors
 from torch import Tensor, nn
 from zoo import Case, Instance, cases
@@ -84,8 +85,7 @@ def test_sums_over_samples_and_the_variance(case: Case) -> None:
         assert float(value.min()) >= 0
 
 
-@BY_MODEL
-@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (1, 1, 1)], ids=str)
+@one_in(3, name=MODELS, sizes=[(1, 2), (2, 1), (1, 1, 1)])
 def test_a_batch_in_parts(name: str, sizes: tuple[int, ...]) -> None:
     """Splitting changes nothing, whatever the parts' sizes, where each part's loss is weighed by its share."""
     instance = zoo_case(name).make(seed=1)

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from support_page import table_cases
 from torch import Tensor, nn
 from zoo import Case, Instance, case, cases
@@ -82,8 +83,7 @@ def trained(instance: Instance) -> dict[str, Tensor]:
 # Factors ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [c for c in WITH_MATRIX if oracle_reads(c)], ids=ids)
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@one_in(2, case=[c for c in WITH_MATRIX if oracle_reads(c)], sharing=["expand", "reduce"])
 def test_exact_factors_equal_the_oracle(case: Case, sharing: str) -> None:
     instance = case.make()
     apart, joint = KFLR(sharing), KFLR(sharing, joint=True)

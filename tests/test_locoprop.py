@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from grids import one_in
 from local_cases import mlp
 from torch import Tensor, nn
 
@@ -45,8 +46,7 @@ def batch(n: int = 12, i: int = 5, classes: int = 3, seed: int = 1) -> tuple[Ten
 # The local problems, on the whole zoo -----------------------------------------------------------------
 
 
-@every_case
-@pytest.mark.parametrize("loss", ["matching", "squared"])
+@one_in(2, case=CASES, loss=["matching", "squared"])
 def test_first_local_gradients_are_gamma_times_backprop(case: zoo.Case, loss: str) -> None:
     made = case.make()
     wanted = oracle.gradient(made.params, made.loss)

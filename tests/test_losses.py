@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise import losses
 from layerwise.errors import BadInput, NonFinite, Undefined, UnknownLoss
-from layerwise.losses import Likelihood, bind, check, is_loss, likelihood, logits_of, scale_to_union
+from layerwise.losses import Likelihood, bind, check, is_loss, likelihood, scale_to_union, sides_of
 
 REDUCTIONS = ("mean", "sum", "none")
 TOLERANCE = 1e-12
@@ -556,7 +556,7 @@ class Seen(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if is_loss(func):
             call = bind(func, args, kwargs or {})
-            assert logits_of(func, args, kwargs or {}) is call.logits
+            assert sides_of(func, args, kwargs or {})[0] is call.logits
             self.calls.append((call, out))
         return out
 
@@ -598,7 +598,7 @@ def test_arguments_by_position_and_by_name_are_the_same() -> None:
         (),
         {"label_smoothing": 0.1, "reduction": "sum", "ignore_index": 2, "weight": w, "target": y, "input": z},
     )
-    assert logits_of(F.cross_entropy, (), {"target": y, "input": z}) is z
+    assert sides_of(F.cross_entropy, (), {"target": y, "input": z}) == (z, y)
     for call in (one, two):
         assert (call.reduction, call.options["ignore_index"], call.options["label_smoothing"]) == (
             "sum",
@@ -628,7 +628,7 @@ def test_exchanged_arguments_of_symmetric_losses() -> None:
         (F.l1_loss, {}),
     ):
         call = bind(func, (y, z), kwargs)
-        assert call.logits is z and not call.learned and logits_of(func, (y, z), kwargs) is z
+        assert call.logits is z and not call.learned and sides_of(func, (y, z), kwargs) == (z, y)
         want = torch.autograd.grad(func(y, z, **kwargs), z)[0]
         close(likelihood(call, z.detach(), 1.0).gradient(), want)
     assert bind(F.mse_loss, (y, y), {}).logits is y

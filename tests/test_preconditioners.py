@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curvature_kinds import ASKED
+from grids import one_in
 from torch import Tensor, nn
 from zoo import Case, cases
 
@@ -261,8 +262,11 @@ def matrices(instance: Any, kind: str) -> dict[tuple[str, ...], Tensor]:
     return blocks
 
 
-@pytest.mark.parametrize("kind", ["kfac", "kflr", "foof", "ekfac", "diag-ggn", "diag-ggn drawn", "diag-hessian drawn"])
-@pytest.mark.parametrize("case", cases(first_loss_only=True), ids=lambda c: c.id)
+@one_in(
+    3,
+    case=cases(first_loss_only=True),
+    kind=["kfac", "kflr", "foof", "ekfac", "diag-ggn", "diag-ggn drawn", "diag-hessian drawn"],
+)
 def test_every_model_of_the_zoo(case: Case, kind: str) -> None:
     """Parameters with factors; those without have the diagonal of the same draws, or under FOOF their gradient."""
     instance = case.make()

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from torch import Tensor, nn
 
 import layerwise as lw
@@ -166,8 +167,7 @@ def factors(model: Model, loss: Callable[..., Tensor], quantity: lw.Quantity) ->
     return seen[quantity].factors
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("kind", KINDS)
+@one_in(3, kind=KINDS, loss=LOSSES)
 def test_padded_factors_are_those_without_padding(kind: str, loss: str) -> None:
     model, want = one_by_one(kind, KFLR())
     got = factors(model, LOSSES[loss], KFLR())
@@ -176,9 +176,12 @@ def test_padded_factors_are_those_without_padding(kind: str, loss: str) -> None:
             oracle.assert_close(a, b)
 
 
-@pytest.mark.parametrize("loss", ["ignored", "chosen_logits", "chosen_before_the_head", "weighted_by_hand"])
-@pytest.mark.parametrize("options", [{"sharing": "reduce"}, {"joint": True}, {"sharing": "reduce", "joint": True}])
-@pytest.mark.parametrize("kind", KINDS)
+@one_in(
+    3,
+    kind=KINDS,
+    options=[{"sharing": "reduce"}, {"joint": True}, {"sharing": "reduce", "joint": True}],
+    loss=["ignored", "chosen_logits", "chosen_before_the_head", "weighted_by_hand"],
+)
 def test_options(kind: str, options: dict[str, Any], loss: str) -> None:
     """Rows of samples told apart by number are those that receive something: a query to one key has no number."""
     if kind in ("causal", "masked") and "chosen" in loss and "sharing" in options:
@@ -412,8 +415,7 @@ def test_a_batch_without_any_term_for_a_layer() -> None:
 # -- optimizers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{"kind": "kflr"}, {"kind": "foof"}, {"kind": "kflr", "sharing": "reduce"}])
-@pytest.mark.parametrize("kind", KINDS)
+@one_in(3, kind=KINDS, how=[{"kind": "kflr"}, {"kind": "foof"}, {"kind": "kflr", "sharing": "reduce"}])
 def test_a_padded_step_is_that_without_padding(kind: str, how: dict[str, Any]) -> None:
     x, y, real = data()
     grads = []

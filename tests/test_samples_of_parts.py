@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import oracle
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import layerwise as lw
 
 Loss = Callable[[], Tensor]
+Step = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 N = 4
 
 
@@ -204,6 +206,186 @@ def test_a_penalty_on_rows_made_of_both_parts_joins_them() -> None:
     oracle.assert_close(_each(model, lambda: loss(mixture())), want, 1e-12)
 
 
+def _softplus(model: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    real = real.detach().requires_grad_()
+    out = model(real)
+    (slope,) = torch.autograd.grad(out.sum(), real, create_graph=True)
+    return (F.softplus(-out) + slope.square().sum(1, keepdim=True)), F.softplus(model(fake))
+
+
+def _fake_first(model: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """A hinge on the generated rows, then on the real ones, with a penalty on both."""
+    real, fake = (x.detach().requires_grad_() for x in (real, fake))
+    made, true = model(fake), model(real)
+    (down,) = torch.autograd.grad(made.sum(), fake, create_graph=True)
+    (up,) = torch.autograd.grad(true.sum(), real, create_graph=True)
+    return F.relu(1 + made) + down.square().sum(1, keepdim=True), F.relu(1 - true) + up.square().sum(1, keepdim=True)
+
+
+def _again(model: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """The penalty of a forward pass of its own, and a target for each part."""
+    terms = [
+        F.binary_cross_entropy_with_logits(z, torch.full_like(z, y), reduction="none")
+        for z, y in ((model(real), 1.0), (model(fake), 0.0))
+    ]
+    return terms[0] + _slope(model, real)[:, None], terms[1]
+
+
+def _one_pass(model: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    real = real.detach().requires_grad_()
+    true, made = model(torch.cat([real, fake])).split([len(real), len(fake)])
+    (slope,) = torch.autograd.grad(true.sum(), real, create_graph=True)
+    return F.softplus(-true) + slope.square().sum(1, keepdim=True), F.softplus(made)
+
+
+@pytest.mark.parametrize("sizes", [(N, N), (N, 6)], ids=str)
+@pytest.mark.parametrize("step", [_softplus, _fake_first, _again, _one_pass])
+def test_a_penalty_on_the_derivative_by_one_part_of_the_batch(step: Step, sizes: tuple[int, int]) -> None:
+    """A discriminator's step with an R1 penalty: the penalty of a row and its score are one sample's."""
+    model, ((real, _), (fake, _)) = nn.Sequential(*_net(), nn.Linear(2, 1).double()), _parts(*sizes)
+    loss = lambda: sum((part.mean() for part in step(model, real, fake)), torch.zeros(()).double())  # noqa: E731
+    weights = [1 / len(real), 1 / len(fake)][:: -1 if step is _fake_first else 1]
+    want = oracle.per_sample_grad(
+        oracle.parameters(model),
+        lambda: torch.cat([w * part[:, 0] for w, part in zip(weights, step(model, real, fake), strict=True)]),
+    )
+    n = sum(sizes)
+    if step is not _one_pass:  # else the batch of all rows is seen
+        with pytest.raises(lw.errors.LayerwiseError, match="samples="):
+            _each(model, loss)
+    for said in (n, torch.arange(n), *([None] if step is _one_pass else [])):
+        oracle.assert_close(_each(model, loss, said), want, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        torch.randn_like,
+        lambda x: torch.rand_like(x) - 0.5,
+        lambda x: torch.randn(x.shape).double(),
+        lambda x: x.new_tensor(torch.randn(x.shape).tolist()),
+        lambda x: torch.empty_like(x).normal_(),
+    ],
+    ids=["randn_like", "rand_like", "randn", "new_tensor", "empty_like"],
+)
+def test_noise_in_the_shape_of_a_batch_has_rows_of_its_own(noise: Callable[[Tensor], Tensor]) -> None:
+    """Rows that a generator made of noise are no views of the real rows."""
+    model, generator, ((real, _),) = _net(), nn.Linear(3, 3).double(), _parts(N)
+
+    def parts() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            fake = generator(noise(real))
+        return F.softplus(-model(real)), F.softplus(model(fake))
+
+    loss = lambda: sum((part.mean() for part in parts()), torch.zeros(()).double())  # noqa: E731
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"4 .* and 8"):
+        _each(model, loss)
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: torch.cat([p.mean(1) / N for p in parts()]))
+    oracle.assert_close(_each(model, loss, 2 * N), want, 1e-12)
+
+
+class Noisy(nn.Module):
+    """A layer on the batch with noise in front of it."""
+
+    def __init__(self, apply: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.apply_noise, self.layer = apply, nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return self.layer(self.apply_noise(x))
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda x: torch.randn_like(x) * 0.1 + x,
+        lambda x: torch.where(torch.rand_like(x) < 0.5, x, 0.0),
+        lambda x: torch.rand((*x.shape[:1], 1, 1)).double() * x,
+        lambda x: torch.empty_like(x).uniform_() * x,
+    ],
+    ids=["added", "mask", "scaled rows", "written"],
+)
+def test_noise_that_meets_the_batch_has_the_rows_of_the_batch(apply: Callable[[Tensor], Tensor]) -> None:
+    model, x, y = Noisy(apply).double(), torch.randn(N, 5, 3).double(), torch.randint(2, (N, 5))
+    terms = lambda: F.cross_entropy(model(x).mT, y, reduction="none").sum(1)  # noqa: E731
+    want = oracle.per_sample_grad(oracle.parameters(model), terms)
+    loss = lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")  # noqa: E731
+    oracle.assert_close(_each(model, loss), want, 1e-12)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "binary": F.binary_cross_entropy_with_logits,
+    "squares": F.mse_loss,
+    "classes": lambda z, y, reduction: F.cross_entropy(z, y[:, 0].long(), reduction=reduction),
+}
+
+
+@pytest.mark.parametrize("given", ["whole", "sliced"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_constant_target_that_parts_share_links_no_rows(loss: str, given: str) -> None:
+    """The label of all real rows, for two critics' inputs: no row of one is a view of the other's."""
+    model, ((x, _), (u, _)) = _net(), _parts(N, N)
+    label = torch.ones(N if given == "whole" else 2 * N, 2).double()[:N]
+
+    def parts(reduction: str) -> list[Tensor]:
+        return [LOSSES[loss](model(a), label, reduction=reduction) for a in (x, u)]
+
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"4 .* and 8"):
+        _each(model, lambda: sum(parts("sum"), torch.zeros(()).double()))
+    want = oracle.per_sample_grad(
+        oracle.parameters(model), lambda: torch.cat([p.reshape(N, -1).sum(1) for p in parts("none")])
+    )
+    for said in (2 * N, torch.arange(2 * N)):
+        oracle.assert_close(_each(model, lambda: sum(parts("sum"), torch.zeros(()).double()), said), want, 1e-12)
+
+
+def test_a_weight_that_parts_share_links_no_rows() -> None:
+    """The weights of classes, where the targets are constants of the program."""
+    model, ((x, _), (u, _)), weight = _net(), _parts(2, 2), torch.tensor([0.3, 0.7]).double()
+
+    def parts(reduction: str) -> list[Tensor]:
+        labels = torch.zeros(2).long(), torch.ones(2).long()
+        return [F.cross_entropy(model(a), y, weight, reduction=reduction) for a, y in zip((x, u), labels, strict=True)]
+
+    with pytest.raises(lw.errors.AmbiguousSamples, match=r"2 .* and 4"):
+        _each(model, lambda: sum(parts("sum"), torch.zeros(()).double()))
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: torch.cat(parts("none")))
+    oracle.assert_close(_each(model, lambda: sum(parts("sum"), torch.zeros(()).double()), 4), want, 1e-12)
+
+
+@pytest.mark.parametrize("label", ["constant", "of the rows"])
+def test_heads_on_the_same_rows_share_labels(label: str) -> None:
+    model = nn.ModuleDict({"trunk": _net(), "one": nn.Linear(2, 2), "other": nn.Linear(2, 2)}).double()
+    ((x, y),) = _parts(N)
+    y = torch.ones_like(y) if label == "constant" else torch.arange(N) % 2
+
+    def terms(reduction: str) -> Tensor:
+        h = model["trunk"](x).tanh()
+        return sum((F.cross_entropy(model[k](h), y, reduction=reduction) for k in ("one", "other")), torch.zeros(()))
+
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: terms("none"))
+    oracle.assert_close(_each(model, lambda: terms("sum")), want, 1e-12)
+
+
+@pytest.mark.parametrize("teacher", ["given", "of the rows"])
+def test_a_soft_target_that_views_share_is_one_of_each_row(teacher: str) -> None:
+    """Consistency of two views with what a teacher says of each row."""
+    model, mean, ((x, _), (weak, _), (strong, _)) = _net(), _net(), _parts(N, N, N)
+    soft = torch.randn(N, 2).double().softmax(1)
+
+    def terms(reduction: str) -> Tensor:
+        with torch.no_grad():
+            y = soft if teacher == "given" else mean(x).softmax(1)
+        return F.cross_entropy(model(weak), y, reduction=reduction) + F.cross_entropy(
+            model(strong), y, reduction=reduction
+        )
+
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: terms("none"))
+    oracle.assert_close(_each(model, lambda: terms("sum")), want, 1e-12)
+
+
 @pytest.mark.parametrize("link", ["target", "term", "detached", "call", "compared"])
 def test_two_views_of_each_sample_are_one_batch(link: str) -> None:
     model, (x, y), (view, _) = _net(), *_parts(N, N)
@@ -324,6 +506,51 @@ def test_trainers_do_not_take_contrasted_views_for_samples(calls: int) -> None:
         with pytest.raises(lw.errors.AmbiguousSamples, match="not seen to be a sum"):
             optimizer.step(loss)
     lw.AltMin(model).step(loss, samples=N)
+
+
+def _both_ways(model: nn.Module, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    scores = F.normalize(model(a), dim=1) @ F.normalize(model(b), dim=1).T
+    return F.cross_entropy(scores, labels[: len(a)]) + F.cross_entropy(scores.T, labels[: len(b)])
+
+
+def _all_with_all(model: nn.Module, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    z = F.normalize(torch.cat([model(a), model(b)]), dim=1)
+    return F.cross_entropy((z @ z.T).masked_fill(torch.eye(len(z)).bool(), -1e9), labels.roll(len(a)))
+
+
+def _pairs(model: nn.Module, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    scores = model(a) @ model(b).T
+    return F.binary_cross_entropy_with_logits(scores, (labels[: len(a), None] == labels[None, : len(b)]).double())
+
+
+@pytest.mark.parametrize("labels", ["of the program", "given"])
+@pytest.mark.parametrize("contrast", [_both_ways, _all_with_all, _pairs])
+def test_contrasts_of_a_functional_model(contrast: Callable[..., Tensor], labels: str) -> None:
+    """What such a model was called with is not known: its rows are not taken for what all samples share."""
+    net, ((a, _), (b, _)) = _net(), _parts(N, N)
+    params, given = dict(net.named_parameters()), torch.arange(2 * N)
+
+    def loss() -> Tensor:
+        model: Any = lambda x: torch.func.functional_call(net, params, (x,))  # noqa: E731
+        return contrast(model, a, b, torch.arange(2 * N) if labels == "of the program" else given)
+
+    with pytest.raises(lw.errors.SamplesMixed), lw.observe(params, lw.PerSampleGrad()):
+        loss().backward()
+    for optimizer in (lw.AltMin(params), lw.LocoProp(params, target=lw.local.GradientStep(0.1, per="sample"))):
+        with pytest.raises(lw.errors.AmbiguousSamples, match="samples="):
+            optimizer.step(loss)
+    lw.AltMin(params).step(loss, samples=N)
+
+
+def test_what_a_functional_model_reads_is_its_batch() -> None:
+    net, ((x, y),) = _net(), _parts(N)
+    params = dict(net.named_parameters())
+    terms = lambda: F.cross_entropy(torch.func.functional_call(net, params, (x,)), y, reduction="none")  # noqa: E731
+    want = oracle.per_sample_grad(params, terms)
+    with lw.observe(params, lw.PerSampleGrad()) as seen:
+        terms().sum().backward()
+    oracle.assert_close(dict(seen.per_sample_grad), want, 1e-12)
+    lw.LocoProp(params, target=lw.local.GradientStep(0.1, per="sample")).step(lambda: terms().mean())
 
 
 # -- sequences ---------------------------------------------------------------------------------------------------------

@@ -51,16 +51,23 @@ def test_a_term_that_no_row_answers_for() -> None:
     oracle.assert_close(_each(model, loss, number), oracle.per_sample_grad(oracle.parameters(model), terms), 1e-12)
 
 
-def test_a_term_of_no_row_where_as_many_are_kept_as_two_of_each() -> None:
-    """Four terms of two rows, three of the second: two equal pieces would hold, where one term answers for no row."""
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_term_of_no_row_where_as_many_are_kept_as_two_of_each(turned: bool) -> None:
+    """Four terms of two rows, three of the second: two equal pieces would hold, where one term answers for no row.
+
+    Its sample is seen where the last layer has the batch on its first axis.
+    """
     chosen = torch.tensor([[1, 0, 0], [1, 1, 1]]).bool()
     inner = torch.tensor([[1, 0, 0], [0, 1, 1]]).bool()
     x, y = torch.randn(2, 3, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
 
+    def turn(t: Tensor) -> Tensor:
+        return t.transpose(0, 1) if turned else t
+
     def forward(m: nn.Module, x: Tensor) -> Tensor:
-        z, out = m.first(x).tanh(), x.new_zeros(2, 3, 3)
-        out[inner] = m.second(z[inner])
-        return m.head(out.tanh())[chosen]
+        z, out = turn(m.first(x).tanh()), x.new_zeros(*turn(x).shape[:2], 3)
+        out[turn(inner)] = m.second(z[turn(inner)])
+        return turn(m.head(out.tanh()))[chosen]
 
     model = Apply(forward, first=nn.Linear(2, 3), second=nn.Linear(3, 3), head=nn.Linear(3, 2)).double()
 
@@ -71,10 +78,12 @@ def test_a_term_of_no_row_where_as_many_are_kept_as_two_of_each() -> None:
         each = ((model(x) - y) ** 2).sum(1)
         return torch.stack([each[0], each[1:].sum()])
 
-    with pytest.raises(errors.AmbiguousSamples, match="samples="):
-        _each(model, loss)
     want = oracle.per_sample_grad(oracle.parameters(model), terms)
-    oracle.assert_close(_each(model, loss, chosen.nonzero()[:, 0]), want, 1e-12)
+    if turned:
+        with pytest.raises(errors.AmbiguousSamples, match="samples="):
+            _each(model, loss)
+    for said in (chosen.nonzero()[:, 0], *([] if turned else [None])):
+        oracle.assert_close(_each(model, loss, said), want, 1e-12)
 
 
 def _with_positions(lead: bool, n: int = 3) -> tuple[nn.Module, Tensor, Tensor]:

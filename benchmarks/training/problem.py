@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -93,18 +94,30 @@ def class_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-@torch.no_grad()
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients: batch norm by its averages, which no measurement moves."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        model.train(training)
+
+
 def mean_loss(problem: Problem, model: nn.Module, x: Tensor, y: Tensor) -> float:
     """The loss over all rows, a batch at a time, so that measuring takes no more memory than training."""
     parts = zip(x.split(problem.batch), y.split(problem.batch), strict=True)
-    return math.fsum(float(problem.loss(model, a, b)) * len(a) for a, b in parts) / len(x)
+    with _measuring(model):
+        return math.fsum(float(problem.loss(model, a, b)) * len(a) for a, b in parts) / len(x)
 
 
-@torch.no_grad()
 def accuracy(problem: Problem, model: nn.Module, x: Tensor, y: Tensor) -> float:
     """The share of rows whose class has the largest output; a row with an output that is not a number is wrong."""
     right = 0
-    for a, b in zip(x.split(problem.batch), y.split(problem.batch), strict=True):
-        out = model(a)
-        right += int(((out.argmax(1) == b) & out.isfinite().all(1)).sum())
+    with _measuring(model):
+        for a, b in zip(x.split(problem.batch), y.split(problem.batch), strict=True):
+            out = model(a)
+            right += int(((out.argmax(1) == b) & out.isfinite().all(1)).sum())
     return right / len(x)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["NETS", "Net", "Problem", "all_cnn_c", "c3d3"]
+__all__ = ["NETS", "DecoderBlock", "Net", "Problem", "all_cnn_c", "c3d3"]
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Block(nn.Module):
         return self.relu2(self.short(x) + z)
 
 
-def _resnet8() -> nn.Module:
-    """He et al. (2016), 6n + 2 layers for CIFAR-10 with n = 1, batch norm in evaluation mode."""
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+def resnet8(channels: int = 3, size: int = 32) -> nn.Module:
+    """He et al. (2016), 6n + 2 layers for CIFAR-10 with n = 1."""
+    stem = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     blocks = [Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)]
-    return nn.Sequential(*stem, *blocks, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 10)).eval()
+    return nn.Sequential(*stem, *blocks, nn.AvgPool2d(size // 4), nn.Flatten(), nn.Linear(64, 10))
 
 
 class Attention(nn.Module):
@@ -252,7 +252,7 @@ NETS = {
     "mlp-sigmoid": Net("MLP 784-1000-500-250-10, sigmoid", lambda: _mlp(nn.Sigmoid), _images((784,), 10), 128),
     "3c3d": Net("3C3D, 3x32x32", c3d3, _images((3, 32, 32), 10), 128),
     "all-cnn-c": Net("All-CNN-C, 3x32x32, 100 classes", all_cnn_c, _images((3, 32, 32), 100), 32, exact_batch=4),
-    "resnet8": Net("ResNet-8, 3x32x32, BatchNorm eval", _resnet8, _images((3, 32, 32), 10), 64),
+    "resnet8": Net("ResNet-8, 3x32x32, BatchNorm eval", lambda: resnet8().eval(), _images((3, 32, 32), 10), 64),
     "transformer": Net(
         "encoder: 64 tokens of 1000, width 128, 4 heads, hidden 512, 2 layers",
         lambda: Encoder(1000, 64, 128, 4, 512, 10), _tokens, 32,

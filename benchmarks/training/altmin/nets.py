@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Elman", "Sign", "dense", "elman", "lenet5", "linears", "seeded", "signs"]
+from benchmarks.speed.overhead import nets
+
+__all__ = ["Elman", "Patches", "Sign", "dense", "elman", "lenet5", "linears", "patches", "resnet8", "seeded", "signs"]
 
 Model = Callable[[int, Mapping[str, Any]], nn.Module]
 
@@ -56,6 +58,25 @@ class Elman(nn.Module):
         return out
 
 
+class Patches(nn.Module):
+    """A transformer over patches of an image, with learned positions, and classes from their mean.
+
+    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), without the class token.
+    """
+
+    def __init__(self, size: int, patch: int, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, width, patch, patch)
+        self.place = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
+        self.layers = nn.Sequential(*(nets.EncoderLayer(width, heads, 2 * width) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.place
+        found: Tensor = self.head(self.norm(self.layers(tokens)).mean(1))
+        return found
+
+
 def seeded(make: Callable[[], nn.Module]) -> Model:
     """A model that has one shape, from a seed."""
 
@@ -95,6 +116,16 @@ def lenet5() -> Model:
             nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
         )
     )  # fmt: skip
+
+
+def resnet8() -> Model:
+    """ResNet-8 with batch norm, for images of 28 x 28. Source: He et al. (2016), section 4.2, n = 1."""
+    return seeded(lambda: nets.resnet8(channels=1, size=28))
+
+
+def patches() -> Model:
+    """A transformer of three layers of width 64 over the 16 patches of an image of 28 x 28."""
+    return seeded(lambda: Patches(size=28, patch=7, width=64, heads=4, layers=3))
 
 
 def elman(features: int, units: int = 15, classes: int = 10) -> Model:

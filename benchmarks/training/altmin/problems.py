@@ -12,10 +12,11 @@ from torch import Tensor
 from benchmarks import data
 from benchmarks.training.problem import Problem, Split, class_loss
 
-from .nets import dense, elman, lenet5, signs
+from .nets import dense, elman, lenet5, patches, resnet8, signs
 
-__all__ = ["PROBLEMS", "higgs", "images"]
+__all__ = ["CIFAR10", "FASHION", "MNIST", "PROBLEMS", "higgs", "images"]
 
+FASHION = (0.2860,), (0.3530,)  # mean and deviation of a training pixel
 MNIST = (0.1307,), (0.3081,)  # mean and deviation of a training pixel
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of all 50,000 training images
 ORDER = 0  # the seed that HIGGS' training rows are shuffled by: its rounded rows come last
@@ -70,6 +71,10 @@ _CIFAR10: dict[str, Any] = {
     "rows": 10_000, "test_rows": 2_000, "validation": 1_000, "batch": 200, "classes": True, "data": "cifar10",
     "tune_epochs": 3, "final_epochs": 10,
 }  # fmt: skip
+_FASHION: dict[str, Any] = {
+    "rows": 20_000, "test_rows": 5_000, "validation": 2_000, "batch": 200, "classes": True, "data": "fashion_mnist",
+    "measured": 2_000, "final_epochs": 5,
+}  # fmt: skip
 _FLAT = images("mnist", MNIST, (784,))
 _COLOURS = images("cifar10", CIFAR10, (3072,))
 
@@ -111,6 +116,10 @@ PROBLEMS: dict[str, Problem] = {
                 dense(3072, 100, 100, 10), class_loss, early=100, **_CIFAR10),
         Problem("cifar10-2x500", "CIFAR-10 subset (10,000 images), dense 2 x 500", "dense", _COLOURS,
                 dense(3072, 500, 500, 10), class_loss, early=100, **_CIFAR10),
+        Problem("fashion-resnet8", "ResNet-8 with batch norm, Fashion-MNIST (20,000 images)", "conv",
+                images("fashion_mnist", FASHION, (1, 28, 28)), resnet8(), class_loss, **_FASHION),
+        Problem("fashion-patches", "transformer over patches, Fashion-MNIST (20,000 images)", "dense",
+                images("fashion_mnist", FASHION, (1, 28, 28)), patches(), class_loss, **_FASHION),
         Problem("higgs-2x300", "HIGGS subset (20,970 rows), dense 2 x 300", "tabular", higgs, dense(28, 300, 300, 2),
                 class_loss, early=100, rows=20_970, test_rows=5_000, validation=2_970, batch=200, classes=True,
                 data="higgs", tune_epochs=3, final_epochs=10),

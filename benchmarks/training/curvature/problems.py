@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.training.altmin.problems import CIFAR10, MNIST, images
+from benchmarks.training.altmin.problems import CIFAR10, FASHION, MNIST, images
 from benchmarks.training.locoprop.problems import PROBLEMS as LOCOPROP
 from benchmarks.training.problem import Problem, class_loss
 
 from .nets import all_cnn_c, c2d2, c3d3, logistic
 
 __all__ = ["PROBLEMS"]
-
-FASHION = (0.2860,), (0.3530,)  # mean and deviation of a training pixel
-
 
 _CIFAR10: dict[str, Any] = {"classes": True, "measured": 1_000, "data": "cifar10"}
 _PIXELS, _TEXT = LOCOPROP["mnist-autoencoder"], LOCOPROP["text-transformer"]

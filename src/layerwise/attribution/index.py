@@ -181,11 +181,14 @@ class GradientIndex:
     ) -> float:
         """The share of the k best of the exact scores that are among the k best of the index, over all queries.
 
-        train_loader: the samples of the index, in their order.
+        train_loader: the samples of the index, in their order; BadInput where it has more or fewer.
         """
         queries = list(queries)
-        exact = self._influence.top(queries, train_loader, k, measure)[1]
         found = self.search(queries, k, measure)[1]
+        scores = self._influence.scores(queries, train_loader, measure=measure)
+        if scores.shape[1] != self._count:
+            raise BadInput(f"train_loader gave {scores.shape[1]} samples, the index holds {self._count}; give the same")
+        exact = scores.topk(k, 1).indices
         return float((exact[:, :, None] == found[:, None, :]).any(2).double().mean())
 
     def _products(self, queries: Iterable[Any], measure: Measure | None) -> Iterable[Tensor]:

@@ -314,7 +314,8 @@ def _enters(what: str, how: str) -> str:
         "single samples: a term that all of them share (a penalty on weights, a log-determinant, a learned scale of "
         "the loss), of which no sample has a part. Where each sample's term should hold it, add it before the mean, "
         "(terms + it).mean() with terms of shape [N]; else leave it out of the observed backward pass and add its "
-        "gradient yourself"
+        "gradient yourself. A batch made inside the context by torch.zeros or empty_like counts as a constant, with "
+        "random numbers written to it, too: make it by torch.randn_like, or outside"
     )
 
 

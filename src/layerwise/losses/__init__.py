@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import Likelihood, Unread
-from .call import LossCall, bind, check, is_loss, logits_of
+from .call import LossCall, bind, check, is_loss, sides_of
 from .likelihood import likelihood, scale_to_union
 from .mark import OwnCall, OwnLoss, as_loss, tensors_in
 from .own import DeclaredLikelihood, OwnLikelihood
@@ -23,7 +23,7 @@ __all__ = [
     "check",
     "is_loss",
     "likelihood",
-    "logits_of",
     "scale_to_union",
+    "sides_of",
     "tensors_in",
 ]

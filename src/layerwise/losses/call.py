@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import BadInput
 from .mark import OwnLoss
 
-__all__ = ["LossCall", "bind", "check", "is_loss", "logits_of"]
+__all__ = ["LossCall", "bind", "check", "is_loss", "sides_of"]
 
 _NAMES = (
     "cross_entropy",
@@ -109,11 +109,11 @@ def is_loss(func: Callable[..., Any]) -> bool:
     return func in _LOSSES or type(func) is OwnLoss
 
 
-def logits_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The prediction among the arguments of a loss call: its input, or the target of an exchanged call."""
+def sides_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The prediction and the target of a loss call: its input and target, or those of an exchanged call."""
     first = args[0] if args else kwargs.get("input")
     second = args[1] if len(args) > 1 else kwargs.get("target")
-    return _prediction_first(_LOSSES[func], first, second)[0]
+    return _prediction_first(_LOSSES[func], first, second)
 
 
 def bind(

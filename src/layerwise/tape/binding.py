@@ -130,9 +130,12 @@ def check_matched(argument: str, patterns: Iterable[Any], names: Sequence[str]) 
     """Raise BadInput for a pattern that no parameter's name matches. argument: the keyword that took the patterns."""
     for pattern in patterns:
         if not isinstance(pattern, str):
+            raise BadInput(f"{argument}: patterns are texts, names of parameters or modules; got {pattern!r}")
+        if not any(matches(pattern, name) for name in names):
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
             raise BadInput(
-                f"{argument}: the pattern {pattern!r} matches no parameter by the whole of its name, or of a module's that "
-                f"holds it; they are {shown}"
+                f"{argument}: the pattern {pattern!r} matches no parameter by the whole of its name, or of that of a "
+                f"module that holds it; they are {shown}"
             )
 
 

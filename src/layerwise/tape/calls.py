@@ -17,6 +17,7 @@ __all__ = [
     "FACTORIES",
     "GATHER",
     "GRADIENTS",
+    "LIKE",
     "LOG_SOFTMAX",
     "OPTIONS",
     "RANDOM",
@@ -45,6 +46,8 @@ _RANDOM_NAMES = """rand randn randint randperm normal bernoulli multinomial pois
 RANDOM = {getattr(torch, name) for name in _RANDOM_NAMES.split()} | {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
 }  # fmt: skip
+# Calls of whose tensors nothing but the shape, the type and the device is read.
+LIKE = {torch.rand_like, torch.randn_like, torch.randint_like, Tensor.new_tensor}
 # Calls whose results are data even where no argument is.
 DATA = RANDOM | {torch.tensor, torch.as_tensor, torch.from_numpy}
 _ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | {

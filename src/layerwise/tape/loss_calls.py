@@ -191,7 +191,7 @@ class LossRecord(TorchFunctionMode):
         """Run and record a call that makes a loss."""
         if type(func) is losses.OwnLoss:
             return self._own_loss(func, args, kwargs)
-        logits = losses.logits_of(func, args, kwargs)
+        logits, target = losses.sides_of(func, args, kwargs)
         if not (isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()):
             return func(*args, **kwargs)
         used, data, _ = sort(self._known, self.calls, args, kwargs)
@@ -211,8 +211,8 @@ class LossRecord(TorchFunctionMode):
         if data:
             self._note_data(func, args, kwargs, data, out)
         if out.requires_grad:
-            target = next((x for x in data if not x.requires_grad), None)
-            origin = None if target is None else (self._made_from(target)[1], target.shape)
+            rows = next((x for x in data if x is target and not x.requires_grad), None)
+            origin = None if rows is None else (self._made_from(rows)[1], rows.shape)
             self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin))
         return out
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.tape.calls import SCATTER, assembles
+from layerwise.tape.calls import LIKE, RANDOM, SCATTER, assembles
 
 __all__ = [
     "Moved", "Origin", "Origins", "Source", "ancestors", "is_open", "numbers", "offsets_of", "parents", "settle",
@@ -33,11 +33,13 @@ MOVES = {getattr(x, name) for x in (torch, Tensor) for name in _MOVE_NAMES.split
 class Source:
     """A tensor that data was made of; two with equal shapes are two tensors.
 
-    made_of: where the tensors come from that were put together to it, by calls that are not followed row by row.
+    made_of: where the tensors come from that were put together to it, by calls that are not followed row by row. new:
+    whether a call made it of none, as noise; where it meets data, the rows are those of the data.
     """
 
     shape: torch.Size
     made_of: tuple[Origin, ...] = ()
+    new: bool = False
 
 
 @dataclass(eq=False)
@@ -80,13 +82,20 @@ class Origins:
         """Note the batch and the origin of a tensor."""
         self._noted[id(tensor)] = (weakref.ref(tensor), batch, origin)
 
+    def made(self, func: Any, out: Any) -> None:
+        """Note the result of a call that was made of no data, if it holds random numbers."""
+        if func in RANDOM and isinstance(out, Tensor):
+            self.set(out, out.detach(), Source(out.shape, new=True))
+
     def note(self, func: Any, args: Any, kwargs: Any, data: Sequence[Tensor], out: Any) -> None:
         """Note what the results of a call of data were made from."""
         if isinstance(out, Tensor):
             results = [out]
         else:
             results = [x for x in out if isinstance(x, Tensor)] if isinstance(out, (list, tuple)) else []
-        if func in MOVES and not data[0].requires_grad:
+        if func in LIKE:
+            self.made(func, out)
+        elif func in MOVES and not data[0].requires_grad:
             if not any(x.requires_grad for x in results):
                 self._moved(func, args, kwargs, data[0], results, not isinstance(out, Tensor))
         elif not results or assembles(func, args, kwargs):
@@ -114,7 +123,7 @@ class Origins:
         if len(data) > 1 and out.dim():  # `mean - x`: the argument with as many rows as the result
             rows, dims = out.shape[0], out.dim()
             alike = [d for d in data if d.dim() == dims and d.shape[0] == rows] or [parent]
-            parent = next((d for d in alike if not is_open(self.of(d)[1])), alike[0])
+            parent = next((d for d in alike if _shows_rows(self.of(d)[1])), alike[0])
             self._meet(parent, [d for d in data if d.dim() and d.shape[0] == rows])
         if parent is not out:
             self.set(out, *self.of(parent))
@@ -150,11 +159,22 @@ def _unknown_rows(*_: Any) -> Tensor:
 
 def is_open(origin: Origin) -> bool:
     """Whether an index decided, on the way to some data, which of its rows are made of which."""
+    return _followed(origin)[1]
+
+
+def _followed(origin: Origin) -> tuple[Origin, bool]:
+    """The tensor that data was made of, if of one alone, as far as that goes, and whether an index decided rows."""
     while isinstance(origin, Moved) and not isinstance(origin.args[0], list):
         if origin.func is _unknown_rows:
-            return True
+            return origin, True
         origin = origin.args[0]
-    return False
+    return origin, False
+
+
+def _shows_rows(origin: Origin) -> bool:
+    """Whether the rows of some data are known, and none that a call made of no data."""
+    first, is_open = _followed(origin)
+    return not is_open and not (isinstance(first, Source) and first.new)
 
 
 def _draws(func: Any, args: Any) -> bool:

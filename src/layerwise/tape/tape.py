@@ -222,6 +222,8 @@ class Tape(LossRecord):
         if not data:
             if tensors or func not in DATA:
                 classify(self._known, out, used)
+            else:
+                self._origins.made(func, out)
             if func is Tensor.requires_grad_:
                 self._frozen_or_trained(args[0])
         elif func in FACTORIES:

@@ -73,7 +73,7 @@ class FirstUses(NamedTuple):
     def _measured(self, n: int, axes: Mapping[int, Where]) -> SampleLayout | None:
         losses: list[Where] = []
         for loss in self.graph.losses:
-            where = by_target(loss, n)
+            where = by_target(self.graph, loss, n)
             if where is None:
                 known = [(use, axes[use.index].owners(use.call.out_shape)) for use in self.front]
                 where = by_known_rows(loss, n, known)

@@ -16,14 +16,14 @@ from layerwise.errors import Undefined
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
+from layerwise.graph.samples.loss_parts import one_after_another, orders
 from layerwise.graph.samples.numbers import MIXED, NONE, Root, element_numbers, numbers_of_both, over, row_numbers
 from layerwise.graph.samples.readings import (
     on_output,
     origin_rows,
     outside,
-    read_as_one,
+    telling_target,
     term_shape,
-    terms,
 )
 from layerwise.graph.samples.sample_axes import hypotheses
 from layerwise.graph.samples.sample_layout import Where
@@ -34,7 +34,7 @@ from layerwise.tape.origins import Origin, sources
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import LossUse, Use
 
-__all__ = ["axis_of", "by_known_rows", "by_target", "numberings", "one_after_another", "unheard"]
+__all__ = ["axis_of", "by_known_rows", "by_target", "numberings", "unheard"]
 
 
 def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Where]]:
@@ -43,7 +43,7 @@ def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Wher
         yield from _given(graph, n, given)
         return
     known = list(graph.known)
-    for way in (_exact_axis, _by_target, _by_inputs, _by_derivatives):
+    for way in (_exact_axis, by_target, _by_inputs, _by_derivatives):
         found = [way(graph, loss, n) for loss in known]
         own: list[Where | None] = []
         for boundary in (o.boundary for o in graph.own):
@@ -51,16 +51,14 @@ def numberings(graph: Graph, n: int, given: Tensor | None) -> Iterator[list[Wher
         if all(where is not None for where in (*found, *own)):
             yield [where for where in (*found, *own) if where is not None]
     if graph.own:
-        rest: list[Where | None] = [_exact_axis(graph, x, n) or _by_target(graph, x, n) for x in known]
+        rest: list[Where | None] = [_exact_axis(graph, x, n) or by_target(graph, x, n) for x in known]
         for o in graph.own:
             rest += _by_terms(OwnLossGraph(graph, o), n, None)
         if all(where is not None for where in rest):
             yield [where for where in rest if where is not None]
     if not graph.own and len(graph.known) == n > 1:
         yield [RowNumbers(n, torch.full([1] * loss.call.logits.dim(), i)) for i, loss in enumerate(graph.known)]
-    parts = one_after_another(graph, n, read_as_one(graph))
-    if parts is not None:
-        yield parts
+    yield from orders(graph, n)
 
 
 def _exact_axis(graph: Graph, loss: LossUse, n: int) -> Where | None:
@@ -82,15 +80,12 @@ def _all_of_one(loss: LossUse) -> RowNumbers:
     return RowNumbers(1, torch.zeros([1] * loss.call.logits.dim(), dtype=torch.long))
 
 
-def _by_target(graph: Graph, loss: LossUse, n: int) -> Where | None:
-    return by_target(loss, n)
-
-
-def by_target(loss: LossUse, n: int) -> Where | None:
+def by_target(graph: Graph, loss: LossUse, n: int) -> Where | None:
     """The rows that the target of a loss was taken from."""
-    if loss.target is None:
+    target = telling_target(graph, loss)
+    if target is None:
         return None
-    rows = _sample_rows(*loss.target, n)
+    rows = _sample_rows(*target, n)
     return None if rows is None else _of_terms(loss, rows, n)
 
 
@@ -109,9 +104,19 @@ def _by_inputs(graph: Graph, loss: LossUse, n: int) -> Where | None:
 
 
 def by_known_rows(loss: LossUse, n: int, known: Sequence[tuple[Use, Tensor]]) -> Where | None:
-    """The known rows of uses' outputs, carried to the loss's terms by vector-Jacobian products."""
+    """The known rows of uses' outputs, carried to the loss's terms by vector-Jacobian products.
+
+    Where a row answers for several terms, as for a derivative by it, those of one index of the first axis are one.
+    """
+    shape = term_shape(loss)
+    found = _carried(loss, n, known, shape)
+    if found is None and loss.call.class_axis is None and len(shape) > 1:
+        found = _carried(loss, n, known, torch.Size([shape[0], *[1] * (len(shape) - 1)]))
+    return found
+
+
+def _carried(loss: LossUse, n: int, known: Sequence[tuple[Use, Tensor]], terms: torch.Size) -> Where | None:
     logits = loss.call.logits
-    terms = term_shape(loss)
     count = terms.numel()
     owners = torch.arange(count, device=logits.device).reshape(terms)
     owners = owners if loss.call.class_axis is None else owners.unsqueeze(loss.call.class_axis)
@@ -132,7 +137,9 @@ def by_known_rows(loss: LossUse, n: int, known: Sequence[tuple[Use, Tensor]]) ->
             return None  # a term that depends on rows of several samples
     if bool((found == NONE).any()):
         return None
-    return RowNumbers(n, found[owners])
+    numbers, axis = found[owners], axis_of(loss, n)
+    agrees = axis is not None and bool((numbers == axis.owners(logits.shape, logits.device)).all())
+    return axis if agrees else RowNumbers(n, numbers)
 
 
 def _by_derivatives(graph: Graph, loss: LossUse, n: int) -> Where | None:
@@ -263,31 +270,6 @@ def _term_owners(shape: torch.Size, n: int, given: Tensor | None) -> Tensor | No
     return None if axis is None else Samples(n, axis).owners(shape)
 
 
-def one_after_another(graph: Graph, n: int, groups: Sequence[Sequence[int]]) -> list[Where] | None:
-    """The samples of several losses that have n rows of terms together: those of one loss after those of another.
-
-    In the order of the loss calls; where some loss is the user's own, of the calls that made what the losses read.
-    groups: the losses by number, those together that are of the same samples.
-    """
-    sizes = terms(graph)
-    if len(groups) < 2 or any(sizes[i] != sizes[group[0]] for group in groups for i in group):
-        return None
-    if sum(sizes[group[0]] for group in groups) != n:
-        return None
-    if graph.own:
-        groups = sorted(groups, key=lambda group: min(graph.losses[i].logits.node._sequence_nr() for i in group))
-    found: dict[int, Where] = {}
-    start = 0
-    for group in groups:
-        for i in group:
-            call, size = graph.losses[i].call, sizes[i]
-            axis = next((a for a in range(call.logits.dim()) if a != call.class_axis), None)
-            shape = [size if a == axis else 1 for a in range(call.logits.dim())]
-            found[i] = RowNumbers(n, torch.arange(start, start + size).reshape(shape))
-        start += sizes[group[0]]
-    return [found[i] for i in range(len(sizes))]
-
-
 def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
     """The user's numbers: of every loss's terms, of those that a loss of their own adds up, or of the batch's rows."""
     given = given.detach().long()
@@ -305,12 +287,10 @@ def _given(graph: Graph, n: int, given: Tensor) -> Iterator[list[Where]]:
     rows = len(given)
     if given.dim() == 1 and rows > 1:
         found = [
-            _by_target(graph, x, rows) or _first_axis(graph, x, rows) or _by_inputs(graph, x, rows)
-            for x in graph.losses
+            by_target(graph, x, rows) or _first_axis(graph, x, rows) or _by_inputs(graph, x, rows) for x in graph.losses
         ]
-        alone = [[i] for i in range(len(graph.losses))]
-        orders = [one_after_another(graph, rows, groups) for groups in (alone, read_as_one(graph))]
-        for ways in (found, *orders):
+        alone = one_after_another(graph, rows, [[i] for i in range(len(graph.losses))])
+        for ways in (found, alone, *orders(graph, rows)):
             if ways is not None and all(where is not None for where in ways):
                 shapes = [loss.call.logits.shape for loss in graph.losses]
                 yield [

@@ -14,9 +14,9 @@ from layerwise.graph.coverage import Graph, known_losses, prove
 from layerwise.graph.samples import readings
 from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.first_uses import FirstUses
+from layerwise.graph.samples.loss_parts import terms_apart
 from layerwise.graph.samples.loss_rows import numberings
 from layerwise.graph.samples.memo import Memo, Refused, key_of, memo_of, recalled, remember
-from layerwise.graph.samples.rivals import rivals
 from layerwise.graph.samples.rows import (
     Owners,
     by_rows,
@@ -24,6 +24,7 @@ from layerwise.graph.samples.rows import (
     one_row_a_sample,
     one_sample_a_row,
     owners_of_rows,
+    rivals,
 )
 from layerwise.graph.samples.sample_axes import by_axes, on_axes, structural
 from layerwise.graph.samples.sample_layout import SampleLayout
@@ -86,7 +87,7 @@ def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, 
         return next(by_rows(graph, int(samples.max()) + 1, samples))
     n = samples if samples is not None else readings.first_count(graph)
     if n is None or (samples is None and readings.contradictory(graph, len(graph.losses))):
-        return _first_that_holds(tape, graph, readings.candidates(graph))
+        return _first_that_holds(tape, graph, readings.candidates(graph, terms_apart(graph)))
     refusal = recalled(memo, (key, "axes"))
     if not isinstance(refusal, tuple):
         try:
@@ -104,7 +105,7 @@ def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, 
         if alone:
             layout = next(by_rows(graph, n))
         else:
-            layout = _first_that_holds(tape, graph, readings.candidates(graph))
+            layout = _first_that_holds(tape, graph, readings.candidates(graph, terms_apart(graph)))
         remember(memo, (key, "axes"), refusal)
         return layout
     except _REFUSALS as error:

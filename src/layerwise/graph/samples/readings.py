@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from layerwise.errors import LayerwiseError
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.separable import loss_terms, read_together, sequences
+from layerwise.losses import OwnCall
 from layerwise.tape.origins import Moved, Origin, Source, ancestors, is_open, numbers, offsets_of, parents, sources
 from layerwise.tape.uses import LossUse, Use
 
 __all__ = [
     "candidates", "contradictory", "first_count", "hashed", "labelled", "named", "on_output", "origin_rows", "origins",
-    "outside", "places", "row_counts", "said_by_loss", "tensor_asked", "term_shape", "terms",
+    "outside", "places", "read_as_one", "row_counts", "rows_by_source", "said_by_loss", "telling_target",
+    "tensor_asked", "term_shape", "terms",
 ]  # fmt: skip
 
 
@@ -183,10 +185,21 @@ def origin_rows(origin: Origin, shape: torch.Size, offsets: Mapping[Origin, int]
     return lead.reshape(*lead.shape, *(1,) * (len(shape) - keep))
 
 
-def candidates(graph: Graph) -> tuple[list[int], list[int]]:
+def rows_by_source(made: tuple[Origin, torch.Size] | None) -> Iterator[tuple[Origin, Tensor]]:
+    """Each tensor that some data was made of, with the number of its row for each element of the data."""
+    if made is None:
+        return
+    for source in sources(made[0]):
+        rows = origin_rows(*made, offsets_of(source, made[0]))
+        if rows is not None:
+            yield source, rows
+
+
+def candidates(graph: Graph, apart: Iterable[int]) -> tuple[list[int], list[int]]:
     """The numbers of samples that the batches, targets and losses allow: those that two of them say, and others.
 
     Among the first only one can be true; the others are in order, the likeliest first.
+    apart: how many terms all losses have if some are of samples of their own.
     """
     entered, read, labels, lead = _said(graph).values()
     rows = list(dict.fromkeys([*entered, *read]))
@@ -195,13 +208,27 @@ def candidates(graph: Graph) -> tuple[list[int], list[int]]:
     rows = [x for x in rows if x > 1] or one  # a tensor of one row beside others is a constant
     first = [x for x in alike if x in rows] or [x for x in labels if x in rows]
     first = first or [*rows, *(x for x in alike if x in labels)]
-    rest = [*rows, *_whole_batch(graph), sum(rows), *labels, *alike, _terms_apart(graph), *_own_terms(graph)]
+    rest = [*rows, *_whole_batch(graph), sum(rows), *labels, *alike, *apart, *_own_terms(graph)]
     return list(dict.fromkeys(first)), [x for x in dict.fromkeys(rest) if x > 1 and x not in first]
 
 
 def labelled(graph: Graph) -> list[int]:
     """The numbers of rows of the losses' targets."""
     return row_counts([loss.target[0] for loss in graph.losses if loss.target is not None])
+
+
+def telling_target(graph: Graph, loss: LossUse) -> tuple[Origin, torch.Size] | None:
+    """Where the rows of a loss's target come from, and its shape, if they tell samples.
+
+    None where the target is a constant, of equal rows, that other losses were given too.
+    """
+    if loss.target is None or isinstance(loss.call, OwnCall):
+        return None
+    mine = set(sources(loss.target[0]))
+    others = [other.target for other in graph.known if other is not loss and other.target is not None]
+    target = loss.call.target
+    shared = target.dim() and len(target) > 1 and any(not mine.isdisjoint(sources(made[0])) for made in others)
+    return None if shared and bool((target == target[:1]).all()) else loss.target
 
 
 def named(graph: Graph, counts: Iterable[int]) -> str:
@@ -224,15 +251,9 @@ def _said(graph: Graph) -> dict[str, list[int]]:
 def _whole_batch(graph: Graph) -> list[int]:
     """Dim 0 of the first use's batch, where that is no piece of another tensor."""
     use = graph.uses[0] if graph.uses else None
-    if use is None or use.origin is None or isinstance(_of_batch(use.origin[0], use.batch.shape), Moved):
+    if use is None or use.made_from is None or isinstance(_of_batch(use.made_from, use.batch.shape), Moved):
         return []
     return list(use.batch.shape[:1])
-
-
-def _terms_apart(graph: Graph) -> int:
-    """The number of loss terms of all losses, those counted once that are read together."""
-    sizes = terms(graph)
-    return sum(sizes[group[0]] for group in read_as_one(graph))
 
 
 def _own_terms(graph: Graph) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice, product
 
 import torch
@@ -12,20 +13,21 @@ from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
-from layerwise.graph.samples.loss_rows import numberings, unheard
+from layerwise.graph.samples.loss_parts import orders, parts, terms_apart
+from layerwise.graph.samples.loss_rows import axis_of, numberings, unheard
 from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.numbers import MIXED, Root, numbers_of_both, row_numbers
-from layerwise.graph.samples.readings import on_output, origin_rows, outside, row_counts, tensor_asked
+from layerwise.graph.samples.readings import labelled, on_output, outside, row_counts, rows_by_source, tensor_asked
 from layerwise.graph.samples.sample_axes import advice_on_shared_rows, hypotheses
-from layerwise.graph.samples.sample_layout import SampleLayout, Where
+from layerwise.graph.samples.sample_layout import SampleLayout, Where, free_axes
 from layerwise.graph.separable import check_sum_over_samples
 from layerwise.rows.base import RowNumbers, Samples
-from layerwise.tape.origins import Origin, offsets_of, sources
+from layerwise.tape.origins import Origin, sources
 from layerwise.tape.uses import LossUse, Use
 
 __all__ = [
     "Owners", "by_rows", "check_losses", "layout_by", "one_row_a_sample", "one_sample_a_row", "owners_of_rows",
-    "root_of", "rows_by_source",
+    "rivals", "root_of",
 ]  # fmt: skip
 
 Owners = tuple[Origin, dict[int, int], bool]
@@ -202,7 +204,8 @@ def one_row_a_sample(layout: SampleLayout, owners: Sequence[Owners]) -> bool:
 def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners], constants: bool = False) -> bool:
     """Whether each row of the tensors that the uses' inputs were made of belongs to at most one sample.
 
-    Where the model was called with tensors, one of them must carry the samples, or have as many rows.
+    Where the model was called with tensors, one of them must carry the samples, or have as many rows; where it is not
+    known with what, some layer must have read rows of a single sample.
     owners: `owners_of_rows` of the layout.
     constants: whether that of one tensor is enough whose rows are those of all samples, if no other one has a single
     row: that may be a batch of one.
@@ -210,7 +213,8 @@ def one_sample_a_row(graph: Graph, layout: SampleLayout, owners: Sequence[Owners
     carrying = [source for source, owner, _ in owners if len(set(owner.values())) > 1]
     if all(outside(graph, source) for source in carrying):
         calls = row_counts([origin for origin in graph.entered if origin.shape])
-        if carrying or (calls and layout.n > 1 and layout.n not in calls):
+        unseen = layout.n not in calls if calls else bool(layout.replaced)
+        if carrying or (layout.n > 1 and unseen):
             return False
     if not owners and any(isinstance(where, Samples) and where.axis > 0 for where in layout.losses):
         return False  # nothing tells samples from the outputs of one
@@ -244,11 +248,54 @@ def owners_of_rows(graph: Graph, layout: SampleLayout) -> list[Owners]:
     return [(source, owner, single[source]) for source, owner in owners.items()]
 
 
-def rows_by_source(made: tuple[Origin, torch.Size] | None) -> Iterator[tuple[Origin, Tensor]]:
-    """Each tensor that some data was made of, with the number of its row for each element of the data."""
-    if made is None:
-        return
-    for source in sources(made[0]):
-        rows = origin_rows(*made, offsets_of(source, made[0]))
-        if rows is not None:
-            yield source, rows
+# -- other numbers ---------------------------------------------------------------------------------------------------
+
+
+def rivals(graph: Graph, layout: SampleLayout, said_twice: bool) -> set[int]:
+    """The other numbers of samples that may be meant where one is confirmed.
+
+    said_twice: whether two kinds of tensors say the number that is confirmed; where one is the targets, none that are
+    compared with it are meant.
+    """
+    found = {_in_parts(graph, layout)}
+    other = _exchanged(graph, layout)
+    if other is not None and not (said_twice and layout.n in labelled(graph)):
+        found.add(other)
+    return found - {layout.n}
+
+
+def _in_parts(graph: Graph, layout: SampleLayout) -> int:
+    """The number of samples if losses that have no row in common are of samples of their own; N where all have some."""
+    groups = parts(graph)
+    if len(groups) < 2:
+        return layout.n
+    shapes = [loss.call.logits.shape for loss in graph.losses]
+    owners = [w.owners(shape).unique() for w, shape in zip(layout.losses, shapes, strict=True)]
+    counts = [len(torch.cat([owners[i][owners[i] >= 0] for i in group]).unique()) for group in groups]
+    if all(count == 1 for count in counts):  # each loss is one sample's, or its rows are samples
+        for whole in terms_apart(graph):
+            for apart in orders(graph, whole):
+                with suppress(SamplesMixed):
+                    check_losses(graph, layout_by(graph, whole, apart))
+                    return whole
+    return sum(counts)
+
+
+def _exchanged(graph: Graph, layout: SampleLayout) -> int | None:
+    """The rows that all samples share, where these may as well be the samples, compared with all rows of the batch.
+
+    So it is where each of these rows, which the model was called with, has loss terms of its own, by an axis of the
+    losses that no layer on the batch has. None where it is not so.
+    """
+    called = {source for origin in graph.entered for source in sources(origin)}
+    shared = [use for use in graph.uses if use.index in layout.replaced and use.origin is not None]
+    others = [use for use in graph.uses if use.index not in layout.replaced]
+    counts = [s.shape[0] for use in shared if use.origin for s in sources(use.origin[0]) if s in called and s.shape]
+    for m in dict.fromkeys(counts):
+        ways = [axis_of(loss, m) for loss in graph.losses]
+        if m in (1, layout.n) or any(use.call.out_shape[a] == m for use in others for a in free_axes(use)):
+            continue
+        roots = [root_of(loss, way) for loss, way in zip(graph.losses, ways, strict=True) if way is not None]
+        if len(roots) == len(ways) and all(bool((r != MIXED).all()) for r in row_numbers(roots, m, shared)):
+            return m
+    return None

@@ -60,12 +60,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 Preset = Literal[
     "M", "S", "published-M", "published-S", "gradient-descent", "normalized", "sign", "muon", "row-normalized",
-    "column-normalized", "proxprop", "foof", "kfac",
+    "column-normalized", "proxprop", "foof", "gradient-descent-on-neurons", "kfac", "target-propagation", "oja",
 ]  # fmt: skip
 _LINEAR = {"target": GradientStep(1.0), "solver": ConditionalGradient(), "lr": 1e-3}
+_DESCENT = {"target": GradientStep(1.0), "solver": LocalSteps(1, torch.optim.SGD, "all")}
 # Known algorithms as choices of this one: each is the keywords that it stands for, and nothing else.
 RECOVERIES: dict[str, dict[str, Any]] = {
-    "gradient-descent": {"target": GradientStep(1.0), "solver": LocalSteps(1, torch.optim.SGD, "all")},
+    "gradient-descent": _DESCENT,
     "normalized": {**_LINEAR, "regularizer": FrobeniusNorm()},
     "sign": {**_LINEAR, "regularizer": MaxNorm()},
     "muon": {**_LINEAR, "regularizer": SpectralNorm(adjust="original")},
@@ -73,7 +74,10 @@ RECOVERIES: dict[str, dict[str, Any]] = {
     "column-normalized": {**_LINEAR, "regularizer": ColumnNorm()},
     "proxprop": {"target": GradientStep(1.0), "regularizer": Proximal(1.0), "solver": ProximalSolve()},
     "foof": {"target": GradientStep(1.0, per="sample"), "solver": ProximalSolve(1.0)},
+    "gradient-descent-on-neurons": {"target": GradientStep(1.0, per="sample"), "solver": ProximalSolve(1e15)},
     "kfac": {"target": NaturalStep(1.0), "solver": ProximalSolve(1.0)},
+    "target-propagation": {**_DESCENT, "loss": "squared"},  # with cotangents that lw.nn.TargetPropagation sends
+    "oja": {**_DESCENT, "loss": "squared"},  # of a decoder with the encoder's weights
 }
 
 
