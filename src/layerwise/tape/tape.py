@@ -121,8 +121,8 @@ class Tape(LossRecord):
     def clear(self) -> None:
         """Forget everything recorded so far."""
         self._clear()
-        self._known |= {id(p): Derived(p, frozenset((name,))) for name, p in self.parameters.items()}
-        self._known |= {id(c): c for c in (*self._binding.frozen.values(), *self._constants)}
+        self._known.update((id(p), Derived(p, frozenset((name,)))) for name, p in self.parameters.items())
+        self._known.update((id(c), c) for c in (*self._binding.frozen.values(), *self._constants))
 
     def _clear(self) -> None:
         self._recorded = 0
