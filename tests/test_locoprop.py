@@ -108,7 +108,10 @@ TRANSFERS: list[tuple[Any, tr.Transfer]] = [
     (nn.Softplus(), tr.SOFTPLUS),
     (torch.atan, tr.ARCTAN),
     (nn.Identity(), tr.IDENTITY),
-    (lambda z: z.view(-1, 4).tanh(), tr.IDENTITY),
+    (lambda z: z.view(-1, 4).tanh(), tr.TANH),
+    (lambda z: z.clone().contiguous().tanh(), tr.TANH),
+    (lambda z: z.transpose(0, 1).tanh().transpose(0, 1), tr.TANH),
+    (lambda z: (z + 0).tanh(), tr.IDENTITY),
 ]
 
 
@@ -196,7 +199,13 @@ def test_two_readers_of_an_output_mean_the_identity() -> None:
     ("loss", "link"),
     [
         (lambda z, y: F.cross_entropy(z, y), tr.SOFTMAX),
-        (lambda z, y: F.nll_loss(z.log_softmax(1), y), None),
+        (lambda z, y: F.nll_loss(z.log_softmax(1), y), tr.SOFTMAX),
+        (lambda z, y: F.cross_entropy(z.float(), y), tr.SOFTMAX),
+        (lambda z, y: F.cross_entropy(z.view(4, 3, 3).mT, y.view(4, 3)), tr.SOFTMAX),
+        (lambda z, y: F.cross_entropy(z[y > 0], y[y > 0]), tr.SOFTMAX),
+        (lambda z, y: F.cross_entropy(z[:, :2], y % 2), None),  # a choice of classes
+        (lambda z, y: F.cross_entropy(z.view(9, 4), y[:9]), None),
+        (lambda z, y: F.cross_entropy(z / 2, y), tr.IDENTITY),
         (lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 3).double()), tr.SIGMOID),
         (lambda z, y: F.mse_loss(z, F.one_hot(y, 3).double()), tr.IDENTITY),
         (lambda z, y: 3 * F.mse_loss(z, F.one_hot(y, 3).double(), reduction="sum") / 12, tr.IDENTITY),
@@ -205,7 +214,7 @@ def test_two_readers_of_an_output_mean_the_identity() -> None:
 def test_output_layer_takes_the_losss_link(loss: Any, link: tr.Transfer | None) -> None:
     net, (x, y) = mlp(5, 4, 3), batch()
     _, layers = recorded_of(net, lambda: loss(net(x), y))
-    if link is None:  # log_softmax stands between: outside the table, treated as S
+    if link is None:  # treated as S
         assert layers["2.weight"].transfer.stand_in
     else:
         assert layers["2.weight"].transfer is link

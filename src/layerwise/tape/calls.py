@@ -13,12 +13,15 @@ __all__ = [
     "BACKWARD",
     "CASTS",
     "CHOICE",
+    "CHOOSES",
+    "CONVERTS",
     "DATA",
     "FACTORIES",
     "GATHER",
     "GRADIENTS",
     "LIKE",
     "LOG_SOFTMAX",
+    "MOVES",
     "OPTIONS",
     "RANDOM",
     "SCATTER",
@@ -79,6 +82,15 @@ GATHER = {Tensor.__getitem__, Tensor.__setitem__, *SCATTER} | _in_both_forms(
 )
 CHOICE = {torch.where, Tensor.where}  # of these the mask's values count where both sides are activations
 CASTS = {Tensor.to, Tensor.type_as}  # of a second tensor these read the dtype and the device alone
+# Calls that give the elements of their first argument again, each once: in another order, shape, memory or type.
+CONVERTS = {getattr(Tensor, name) for name in "to type type_as float double half bfloat16".split()}
+_MOVE_NAMES = """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims
+    permute movedim moveaxis t contiguous clone"""
+_MOVES = {getattr(owner, name) for owner in (torch, Tensor) for name in _MOVE_NAMES.split() if hasattr(owner, name)}
+MOVES = CONVERTS | _MOVES | {getattr(Tensor, name).__get__ for name in ("T", "mT")}
+CHOOSES = {Tensor.__getitem__} | {  # some of the elements
+    getattr(owner, name) for owner in (torch, Tensor) for name in ("narrow", "select", "index_select")
+}
 LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
 
 

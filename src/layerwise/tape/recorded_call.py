@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
-from layerwise.tape.uses import Derived, bad_call, describe_func
+from layerwise.tape.calls import CHOOSES, MOVES
+from layerwise.tape.uses import Derived, Reader, Use, bad_call, describe_func, is_hook, unhooked
 
-__all__ = ["Hollow", "Known", "classify", "distinct", "is_view", "kept", "own_output", "run", "sort", "tensors_in"]
+__all__ = [
+    "Hollow", "Known", "Readable", "classify", "distinct", "is_view", "kept", "own_output", "read_by", "run",
+    "sort", "tensors_in",
+]  # fmt: skip
 
 
 class Hollow(NamedTuple):
@@ -171,3 +176,51 @@ def own_output(func: Any, result: Tensor, given: Sequence[Tensor]) -> Tensor:
         return result.clone()
     whole = base.numel() == result.numel() and base.is_contiguous() and result.is_contiguous()
     return torch.ops.aten._unsafe_view.default(base if whole else result, result.shape)
+
+
+class Readable(NamedTuple):
+    """A tensor whose readers are noted: a use's output, or what a reader of it returned with its elements."""
+
+    use: Use
+    reader: Reader | None = None
+
+    def tensor(self) -> Tensor | None:
+        """The tensor, while there is one."""
+        if self.reader is None:
+            return self.use.output()
+        return None if self.reader.carried is None else self.reader.carried.output()
+
+
+def _output_of(tensor: Tensor, outputs: Mapping[int, Readable], uses: Sequence[Use]) -> Readable | None:
+    """The output that a tensor is, also where a module with backward hooks handed it on. outputs: by `id`."""
+    found = outputs.get(id(tensor))
+    if found is not None and found.tensor() is tensor:
+        return found
+    if not is_hook(tensor.grad_fn):
+        return None
+    below = unhooked(get_gradient_edge(tensor))[:2]
+    return next((Readable(use) for use in reversed(uses) if use.edge[:2] == below), None)
+
+
+def read_by(
+    outputs: dict[int, Readable], uses: Sequence[Use], func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any
+) -> None:
+    """Note a call with the uses whose outputs it reads. out: what it returned, or wrote onto.
+
+    A call that no gradient comes back from (of a shape, of detached values) is no reader; nor is one that the loss does
+    not reach, which only a proved graph tells, or one that returns what it was given. outputs: by `id`, to which are
+    added results that hold an output's elements in other places.
+    """
+    results = [t for t in tensors_in(out) if t.requires_grad and not t.is_leaf] if outputs else []
+    for tensor in data if results else ():
+        read = _output_of(tensor, outputs, uses)
+        if read is None:
+            continue
+        carries = args[0] is tensor and (func in MOVES or func in CHOOSES)
+        if carries and out is tensor:
+            continue
+        reader = read.use.read_by(func, args[1:], kwargs, results, carries, read.reader)
+        if out is tensor:
+            outputs.pop(id(tensor), None)  # overwritten in place: it holds another value from now on
+        elif carries:
+            outputs[id(out)] = Readable(read.use, reader)

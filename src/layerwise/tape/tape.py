@@ -41,8 +41,19 @@ from layerwise.tape.loss_calls import LossRecord
 from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
-from layerwise.tape.recorded_call import Known, classify, distinct, is_view, kept, own_output, run, sort, tensors_in
-from layerwise.tape.uses import Derived, LossUse, Use, bad_call, buffers_of, describe_func, output_of
+from layerwise.tape.recorded_call import (
+    Known,
+    Readable,
+    classify,
+    distinct,
+    is_view,
+    kept,
+    own_output,
+    read_by,
+    run,
+    sort,
+)
+from layerwise.tape.uses import Derived, LossUse, Use, bad_call, buffers_of, describe_func
 from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
 __all__ = ["Tape"]
@@ -132,7 +143,7 @@ class Tape(LossRecord):
         self.scaler_calls = ScalerCalls()
         self.first: Tensor | None = None
         self._known: Known = {}
-        self._outputs: dict[int, Use] = {}
+        self._outputs: dict[int, Readable] = {}
         self._origins = Origins()
         self._retained: list[weakref.ref[Tensor]] = []
         self.choice: FirstChoice | None = None
@@ -147,7 +158,7 @@ class Tape(LossRecord):
         self.uses = left
         self.forget_losses(made)
         self.first = left[0].batch
-        self._outputs = {key: use for key, use in self._outputs.items() if id(use) not in gone}
+        self._outputs = {key: output for key, output in self._outputs.items() if id(output.use) not in gone}
 
     def __enter__(self) -> Tape:
         if not self.whole:
@@ -210,7 +221,8 @@ class Tape(LossRecord):
             self.scaler_calls.note(func, args, out)
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None and not asks:
-                self._note_readers(func, args, kwargs, data, args[0] if args else None)  # a write reads, too
+                # a write reads, too
+                read_by(self._outputs, self.uses, func, args, kwargs, data, next(iter(args), None))
                 self._note_data(func, args, kwargs, data, None)
                 self._written(func, args)
             if tensors and func == _SETS_GRAD:
@@ -252,25 +264,10 @@ class Tape(LossRecord):
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
         """Note the calls that read a use's output, and the batch that each result was made from."""
-        if self._outputs:
-            self._note_readers(func, args, kwargs, data, out)
+        read_by(self._outputs, self.uses, func, args, kwargs, data, out)
         if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):
             self._note_places(args, kwargs)
         self._origins.note(func, args, kwargs, data, out)
-
-    def _note_readers(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
-        """Note a call with the uses whose outputs it reads. out: what it returned, or wrote onto.
-
-        A call that no gradient comes back from (of a shape, of detached values) is no reader; nor is one that the loss
-        does not reach, which only a proved graph tells.
-        """
-        results = [t for t in tensors_in(out) if t.requires_grad and not t.is_leaf] if self._outputs else []
-        for tensor in data if results else ():
-            use = output_of(tensor, self._outputs, self.uses)
-            if use is not None:
-                use.read_by(func, args[1:], kwargs, results)
-                if out is tensor:
-                    del self._outputs[id(tensor)]  # overwritten in place: it holds another value from now on
 
     def _note_places(self, args: Any, kwargs: Any) -> None:
         """Enter the values of an index or a mask into the signature: they decide which elements are combined."""
@@ -326,13 +323,13 @@ class Tape(LossRecord):
             self._recorded += 1
             self.uses.append(use)
             if self._keep_outputs:
-                self._note_readers(*given, result)
-                self._outputs[id(result)] = use
+                read_by(self._outputs, self.uses, *given, result)
+                self._outputs[id(result)] = Readable(use)
             self.calls.append(result.shape)
         if target is not None:
             self._note_data(Tensor.copy_, (target, result), {}, [result], None)
             write.back(result)
-            self._note_readers(Tensor.copy_, (target, result), {}, [result], target)
+            read_by(self._outputs, self.uses, Tensor.copy_, (target, result), {}, [result], target)
             out = None if out is None else target
         return out
 

@@ -24,6 +24,7 @@ from layerwise.tape.origins import Origin
 from layerwise.tensors import is_finite
 
 __all__ = [
+    "Carried",
     "Derived",
     "LossUse",
     "OwnUse",
@@ -35,9 +36,9 @@ __all__ = [
     "called_at",
     "describe_func",
     "first_bad_call",
+    "is_hook",
     "named_modules_of",
     "named_parameters_of",
-    "output_of",
     "place",
     "unhooked",
 ]
@@ -46,14 +47,14 @@ _NAMES = 4  # parameters that a text names
 _INTERNAL = {"layerwise", "torch", "contextlib", "functools"}
 
 
-def _is_hook(node: Node | None) -> bool:
+def is_hook(node: Node | None) -> bool:
     """Whether a node stands for the backward hooks of a module, whose call returns its arguments."""
     return getattr(node, "_forward_cls", None) is BackwardHookFunction
 
 
 def unhooked(edge: GradientEdge) -> GradientEdge:
     """The edge of a tensor before modules with backward hooks handed it on."""
-    while _is_hook(edge.node):
+    while is_hook(edge.node):
         below, number = edge.node.next_functions[edge.output_nr]
         if below is None:  # an input without a gradient
             break
@@ -71,7 +72,8 @@ class Derived(NamedTuple):
 class Reader(NamedTuple):
     """A call that reads a use's output: its function and further arguments, and the nodes of its results.
 
-    kept: the result and its version, where autograd keeps it too.
+    kept: the result and its version, where autograd keeps it too. carried: the result, where that is the output's
+    elements in other places; readers: the calls that read it.
     """
 
     func: Any
@@ -79,11 +81,21 @@ class Reader(NamedTuple):
     kwargs: Any
     nodes: tuple[Node, ...]
     kept: tuple[Tensor, int] | None
+    carried: Carried | None
+    readers: list[Reader]
 
     @property
     def result(self) -> Tensor | None:
         """What the call returned; None where it was not kept or was overwritten since."""
         return _unchanged(self.kept)
+
+
+class Carried(NamedTuple):
+    """A tensor that holds a use's output in other places: its gradient edge and its shape."""
+
+    output: weakref.ref[Tensor]
+    edge: GradientEdge
+    shape: torch.Size
 
 
 class Use:
@@ -145,14 +157,19 @@ class Use:
         """The output's value; None where the tape keeps no outputs or the output was overwritten since."""
         return _unchanged(self._kept)
 
-    def read_by(self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> None:
-        """Note a call that reads the output. A result is kept where autograd saves it."""
+    def read_by(
+        self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor], carries: bool, by: Reader | None = None
+    ) -> Reader:  # fmt: skip
+        """Note a call that reads the output, or what a reader carried. A result is kept where autograd saves it."""
         nodes = tuple(t.grad_fn for t in results if t.grad_fn is not None)
         kept, out = None, results[0]
-        if self._kept is not None and hasattr(type(nodes[0]), "_saved_result"):
+        if by is None and self._kept is not None and hasattr(type(nodes[0]), "_saved_result"):
             alike = out.shape == self.call.out_shape and out.dtype == self._kept[0].dtype
             kept = (out.detach(), out._version) if alike else None
-        self.readers.append(Reader(func, args, kwargs, nodes, kept))
+        carried = Carried(weakref.ref(out), get_gradient_edge(out), out.shape) if carries else None
+        reader = Reader(func, args, kwargs, nodes, kept, carried, [])
+        (self if by is None else by).readers.append(reader)
+        return reader
 
     @property
     def slots(self) -> list[Slot]:
@@ -340,17 +357,6 @@ def buffers_of(model: Any) -> list[Tensor]:
     """The buffers of a module; a functional model has none."""
     modules = named_modules_of(model) if isinstance(model, nn.Module) else []
     return [b for _, module in modules for b in module._buffers.values() if b is not None]
-
-
-def output_of(tensor: Tensor, outputs: Mapping[int, Use], uses: Sequence[Use]) -> Use | None:
-    """The use that made a tensor, also where a module with backward hooks handed it on. outputs: uses by `id`."""
-    use = outputs.get(id(tensor))
-    if use is not None and use.output() is tensor:
-        return use
-    if not _is_hook(tensor.grad_fn):
-        return None
-    below = unhooked(get_gradient_edge(tensor))[:2]
-    return next((use for use in reversed(uses) if use.edge[:2] == below), None)
 
 
 def bad_call(func: Any, used: list[Derived], data: list[Tensor], error: Exception | None = None) -> Exception:

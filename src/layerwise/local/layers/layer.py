@@ -6,24 +6,21 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from layerwise import ops
 from layerwise.errors import BadInput
 from layerwise.graph.coverage import Graph
-from layerwise.graph.loss_scale import loss_scale
 from layerwise.local.layers.kinds import Kind, Kinds, tensors_of
-from layerwise.local.transfer import IDENTITY, SIGMOID, SOFTMAX, Transfer, find, squared
-from layerwise.losses import Likelihood, LossCall, is_loss, likelihood
+from layerwise.local.layers.output_reading import reading, rows_of
+from layerwise.local.transfer import Transfer, squared
+from layerwise.losses import Likelihood
 from layerwise.ops import writes_first
 from layerwise.ops.base import Call, Slot
-from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
-from layerwise.tape.uses import Reader, Use, unhooked
+from layerwise.tape.uses import Use
 from layerwise.tensors import without_grad
 
 __all__ = ["Layer", "layers_of", "one_weight", "over_passes", "shaped"]
@@ -121,7 +118,7 @@ class Layer:
 
     def rows(self, g: Tensor) -> Tensor:
         """A tensor of the output's shape as rows `[R,K,O]`, of this use."""
-        return self.kind.view("rows", g, lambda: _rows(self._weight, g))
+        return self.kind.view("rows", g, lambda: rows_of(self._weight, g))
 
     def output(self) -> Tensor:
         """The output `[*out_shape]`; recomputed where it was overwritten in place."""
@@ -260,10 +257,9 @@ def _parts(tape: Tape, graph: Graph, uses: Sequence[tuple[Use, Kind]], count: Ma
     for use, kind in uses:
         own = kind.names if shared else kind.names[:1]
         shifted = kind.shifted or len(own) < len(kind.names)
-        transfer, likelihood = _transfer_and_likelihood(tape, graph, use, kind)
+        read = reading(tape, graph, use, kind)
         fixed = use, use.call, kind, own, shifted, tape.parameters[names[0]]
-        after = None if transfer.is_squared or likelihood is not None else _readers(graph, use)[0].result
-        parts.append(Layer(*fixed, transfer, likelihood, use.value, after))
+        parts.append(Layer(*fixed, read.transfer, read.likelihood, use.value, read.after))
     return parts
 
 
@@ -287,71 +283,3 @@ def _is_matrix(use: Use, slot: Slot, bias: Slot | None) -> bool:
     matrix = slot.matrix(used)
     fits = bias is None or bias.used.numel() == matrix.shape[0] * matrix.shape[1]
     return fits and matrix.untyped_storage().data_ptr() == used.untyped_storage().data_ptr()
-
-
-_LINKS = {"identity": IDENTITY, "sigmoid": SIGMOID, "softmax": SOFTMAX}
-
-
-def _transfer_and_likelihood(tape: Tape, graph: Graph, use: Use, kind: Kind) -> tuple[Transfer, Likelihood | None]:
-    """The transfer function of a use's output, and the likelihood of the loss call that reads it, or None."""
-    readers = _readers(graph, use)
-    if len(readers) != 1 or (use.edge.node, use.edge.output_nr) in graph.hidden:
-        return IDENTITY, None
-    func, args, kwargs, *_ = readers[0]
-    if not is_loss(func):
-        transfer = find(func, (None, *args), kwargs)
-        if transfer is not None and transfer.name.startswith("softmax"):
-            transfer = _softmax(use, kind, func, args, kwargs)
-        return (IDENTITY if transfer is None else transfer), None
-    for loss in tape.losses:
-        if unhooked(loss.logits)[:2] == use.edge[:2]:
-            c = _scale(graph.total, loss.value)
-            if c is None or loss.call.learned or not isinstance(loss.call, LossCall):
-                continue
-            c = c.detach() / (loss_scale(tape.scaler_calls, graph.total) or 1.0)
-            found = likelihood(loss.call, loss.call.logits, c)
-            if found.class_axis is not None and not _is_output_axis(use, kind, found.class_axis):
-                return squared(found.link), found
-            return _LINKS.get(found.link, squared(found.link)), found
-    return IDENTITY, None
-
-
-def _readers(graph: Graph, use: Use) -> list[Reader]:
-    """The calls that read a use's output on the way to the loss."""
-    return [reader for reader in use.readers if not graph.passed.keys().isdisjoint(reader.nodes)]
-
-
-def _scale(total: Tensor, value: GradientEdge) -> Tensor | None:
-    """The derivative of the total by the value of one loss call; None where there is none."""
-    one = torch.ones_like(total, requires_grad=False)
-    if value.node is total.grad_fn and value.output_nr == total.output_nr:
-        return one
-    return pull([total], [one], [value])[0]
-
-
-def _softmax(use: Use, kind: Kind, func: Any, args: Any, kwargs: Any) -> Transfer:
-    """The transfer function of a softmax call, which has a matching loss over the outputs of a row only."""
-    z = torch.empty(use.call.out_shape, device="meta")
-    for axis in range(z.dim()):
-        if find(func, (z, *args), kwargs, axis=axis) is SOFTMAX:
-            return SOFTMAX if _is_output_axis(use, kind, axis) else squared(f"softmax(dim={axis})")
-    return squared("softmax")
-
-
-def _is_output_axis(use: Use, kind: Kind, axis: int) -> bool:
-    """Whether an axis of the output is that of the outputs `o` of a row, measured by indices along it."""
-    shape = use.call.out_shape
-    axis %= len(shape)
-
-    def marked() -> bool:
-        slot = use.slots[kind.weight]
-        marks = torch.arange(shape[axis], dtype=torch.float32, device=slot.used.device)
-        rows = _rows(slot, marks.view(-1, *(1,) * (len(shape) - 1 - axis)).expand(shape))
-        return rows.shape[1] == 1 and rows.shape[2] == len(marks) and bool((rows == marks).all())
-
-    return kind.once(("classes", axis, shape), marked)
-
-
-def _rows(slot: Slot, g: Tensor) -> Tensor:
-    """A tensor of the output's shape as rows `[R,K,O]`."""
-    return slot.output(g[None], None)[0].flatten(0, 1)
