@@ -47,7 +47,7 @@ class Results:
         """Know all parameters, those that were replaced among them, and how they are sharded."""
         self._names = list(names)
         self._placements = placements_of(owners)
-        self._kinds = {name: (tuple(p.shape), str(p.dtype)) for name, p in owners.items()}
+        self._kinds = {name: (p.shape, p.dtype) for name, p in owners.items()}
 
     def check(self, batch: Batch) -> None:
         """Raise where a further batch does not join those before it."""
@@ -140,7 +140,8 @@ class Results:
     def _join(self, ranks: Ranks) -> None:
         """Check that the ranks' results join, and add them up."""
         settings = {f"quantity {i}": q.settings() for i, q in enumerate(self.quantities)}
-        ranks.agree({"the observed quantities": list(self.quantities), "scale": self._scale} | self._kinds | settings)
+        kinds = {name: (tuple(shape), str(dtype)) for name, (shape, dtype) in self._kinds.items()}
+        ranks.agree({"the observed quantities": list(self.quantities), "scale": self._scale} | kinds | settings)
         ranks.together(self._verdict.read)
         self.batch = self.batch.read()
         reports = ranks.gather((self.count, self.batch))

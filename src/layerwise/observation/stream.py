@@ -88,7 +88,7 @@ class Stream:
 
     def _receive(self, use: Use, g: Tensor) -> None:
         self._received.add(use.index)
-        g = g.detach()[None]
+        g = g.detach().unsqueeze(0)
         self._fingerprints.compare(use, g)
         if not self._indices:
             return

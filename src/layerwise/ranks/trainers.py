@@ -88,7 +88,7 @@ def sharded_of(model: Any) -> dict[int, Tensor]:
 
 def placements_of(owners: Mapping[str, Tensor]) -> Placements:
     """The parameters that are DTensors, by name."""
-    return {name: p for name, p in owners.items() if is_sharded(p)}
+    return {name: p for name, p in owners.items() if type(p) is not nn.Parameter and is_sharded(p)}
 
 
 # -- one graph ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 
 from layerwise.errors import BadInput, UnsupportedCall
 from layerwise.ranks.trainers import is_sharded, sharded_of
-from layerwise.tape.uses import named_parameters_of
+from layerwise.tape.uses import Derived, named_parameters_of
 
 __all__ = [
     "Binding", "Leaves", "check_matched", "check_sharded", "check_whole", "chosen_names", "matches", "refuse_replaced",
@@ -169,9 +169,11 @@ def refuse_replaced(names: Sequence[str], since: str) -> NoReturn:
     )
 
 
-def check_whole(name: str, tensor: Any) -> None:
+def check_whole(used: Derived) -> None:
     """Refuse a call that computes with a DTensor itself."""
-    if is_sharded(tensor):
+    tensor: Any = used.tensor
+    if type(tensor) is not nn.Parameter and is_sharded(tensor):
+        name = next(iter(used.names))
         raise UnsupportedCall(
             f"a call uses the parameter {name!r} as a DTensor, {tuple(tensor.placements)}, so that one sample's values "
             "lie on several ranks (tensor parallelism); models under DistributedDataParallel or fully_shard are "

@@ -31,7 +31,7 @@ OPTIONS = {
     torch.autograd.backward: ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs"),
 }
 BACKWARD = set(OPTIONS)
-GRADIENTS = {torch.autograd.grad, Tensor.retain_grad, Tensor.register_hook}
+GRADIENTS = {torch.autograd.grad, Tensor.retain_grad, Tensor.register_hook, Tensor.grad.__set__}  # type: ignore[union-attr]
 FACTORIES = {
     getattr(owner, name)
     for owner, names in (

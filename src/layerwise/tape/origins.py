@@ -89,8 +89,10 @@ class Origins:
 
     def note(self, func: Any, args: Any, kwargs: Any, data: Sequence[Tensor], out: Any) -> None:
         """Note what the results of a call of data were made from."""
-        results = [out] if isinstance(out, Tensor) else out if isinstance(out, (list, tuple)) else ()
-        results = [x for x in results if isinstance(x, Tensor)]
+        if isinstance(out, Tensor):
+            results = [out]
+        else:
+            results = [x for x in out if isinstance(x, Tensor)] if isinstance(out, (list, tuple)) else []
         if func in LIKE:
             self.made(func, out)
         elif func in MOVES and not data[0].requires_grad:

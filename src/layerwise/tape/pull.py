@@ -218,6 +218,11 @@ class OnePass:
         return sorted({name for thread, name in self._others if thread in self._threads})
 
 
+def _accumulator(leaf: Tensor) -> Any:
+    view: Any = leaf.view_as(leaf)
+    return view.grad_fn.next_functions[0][0]
+
+
 @contextmanager
 def accumulated(
     parameters: Mapping[str, Tensor], before_hooks: bool = False, within: OnePass | None = None
@@ -250,7 +255,8 @@ def accumulated(
     parameters = {name: p for name, p in parameters.items() if name not in changed}
     own = [(hooks, *next(iter(hooks.items()))) for hooks in changed.values()]
     _STATE.pulling = False  # an interrupt can leave a product without its end
-    nodes = [(name, get_gradient_edge(p).node) for name, p in parameters.items()]  # the list keeps them alive
+    with torch.enable_grad():  # as `get_gradient_edge`, which enters a context for each; the list keeps them alive
+        nodes: list[tuple[str, Any]] = [(name, p.grad_fn or _accumulator(p)) for name, p in parameters.items()]
     handles = []
     try:
         for name, node in nodes:

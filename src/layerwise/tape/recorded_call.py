@@ -115,8 +115,8 @@ def kept(known: Known, func: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ..
     Sparse data of a linear map is kept dense, as its rows are.
     """
     clone, dense = ops.writes_first(func), func in ops.LINEAR
-    first = tuple(_kept(known, arg, dense, clone and i == 0) for i, arg in enumerate(args))
-    return first, {key: _kept(known, value, dense) for key, value in kwargs.items()}
+    first = tuple([_kept(known, arg, dense, clone and i == 0) for i, arg in enumerate(args)])
+    return first, {key: _kept(known, value, dense) for key, value in kwargs.items()} if kwargs else {}
 
 
 def _kept(known: Known, arg: Any, dense: bool, clone: bool = False) -> Any:

@@ -86,8 +86,7 @@ class Tape(LossRecord):
         super().__init__(model, own_losses)
         self._keep_outputs, self._crosses = keep_outputs, crosses
         self._binding = Binding(model)
-        self._constants = buffers_of(model)
-        self._on_backward = on_backward
+        self._constants, self._on_backward = buffers_of(model), on_backward
         self._stance: contextlib.AbstractContextManager[Any] | None = None
         self.whole, self.partial, self.ordinary = False, False, False
         self.retain: bool | None = None
@@ -122,10 +121,8 @@ class Tape(LossRecord):
     def clear(self) -> None:
         """Forget everything recorded so far."""
         self._clear()
-        for name, p in self.parameters.items():
-            self._known[id(p)] = Derived(p, frozenset((name,)))
-        for c in (*self._binding.frozen.values(), *self._constants):
-            self._known[id(c)] = c
+        self._known.update((id(p), Derived(p, frozenset((name,)))) for name, p in self.parameters.items())
+        self._known.update((id(c), c) for c in (*self._binding.frozen.values(), *self._constants))
 
     def _clear(self) -> None:
         self._recorded = 0
@@ -200,9 +197,10 @@ class Tape(LossRecord):
             return run(func, args, kwargs, used, data)
         if func in LOG_SOFTMAX and data and data[0].requires_grad:
             return self._log_softmax_call(func, args, kwargs, data[0])
-        if self._views and data and args and ops.writes_first(func) and isinstance(args[0], Tensor):
+        writes = args and ops.writes_first(func)
+        if writes and self._views and data and isinstance(args[0], Tensor):
             self.before_write(args[0])
-        assembles = used and torch.is_grad_enabled() and args and ops.writes_first(func)
+        assembles = writes and used and torch.is_grad_enabled()
         if assembles:
             preserve(self.uses, args[0])
         out = func(*args, **kwargs)
@@ -296,7 +294,7 @@ class Tape(LossRecord):
         """Run and record a call of parameters with data."""
         self._refuse(ops.refused(func, args, kwargs), func, used)
         for d in used:
-            check_whole(next(iter(d.names)), d.tensor)
+            check_whole(d)
         if used[0].tensor.is_meta != data[0].is_meta:  # torch runs some calls across these two
             raise bad_call(func, used, data)
         batch, origin = self._made_from(data[0])
