@@ -132,7 +132,7 @@ def squared_norm(rows: Rows) -> Tensor:
             return _norms(rows)
         return torch.cat([squared_norm(Rows(p.a, p.g, p.size_in)) for p in in_pieces(rows)], 1)
     if rows.a is None:
-        return _squares(_over_positions(rows.g).flatten(2))
+        return _squares(_over_positions(rows.g), (2, 3))
     if t == 1 and rows.a.is_floating_point() and o * i > 1:
         return (_squares(rows.g[:, :, 0]) * _squares(rows.a[:, 0])).sum(2)
     result = rows.g.new_zeros(v, n)
@@ -142,7 +142,7 @@ def squared_norm(rows: Rows) -> Tensor:
             result[w].index_add_(0, keys // i, d.square_().sum(1))
         return result
     if o == i == 1 and v * n * t * k * rows.g.element_size() <= pieces.CHUNK_BYTES:
-        return _squares((rows.g * rows.a).sum(2).flatten(2))
+        return _squares((rows.g * rows.a).sum(2), (2, 3))
     return _ghost_norm(rows.a, rows.g) if o * i > 1 and ghost_is_cheaper(v, t, o, i) else _norms(rows)
 
 
@@ -385,9 +385,9 @@ def _over_positions(g: Tensor) -> Tensor:
     return g.squeeze(2) if g.shape[2] == 1 else g.sum(2)
 
 
-def _squares(x: Tensor) -> Tensor:
-    """Sum of squares along the last axis, one pass over the memory."""
-    return torch.linalg.vector_norm(x, dim=-1).square_()
+def _squares(x: Tensor, axes: tuple[int, ...] = (-1,)) -> Tensor:
+    """Sum of squares along some axes, one pass over the memory."""
+    return torch.linalg.vector_norm(x, dim=axes).square_()
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
