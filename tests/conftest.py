@@ -17,6 +17,8 @@ from benchmarks import data
 SEED = int(os.environ.get("LAYERWISE_SEED", "0"))
 MOST_SKIPPED = 0.05  # of the whole suite; a suite of fewer than FULL_SUITE tests was selected by hand
 FULL_SUITE = 300
+# Files of half a minute or more: a process that came to one last would run on alone.
+LONGEST = ("test_matrix", "test_optimizers", "test_trusted_steps", "test_newton", "test_devices")
 
 # Without LAYERWISE_SEED two runs try the same examples; with it, hypothesis takes its own --hypothesis-seed.
 settings.register_profile(
@@ -53,15 +55,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Processes that run the tests side by side must give a test the same name."""
+    """Processes that run the tests side by side must give a test the same name, and start the longest files first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if changing := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"these tests have an address in their names; give them an id: {changing}")
-
-
-def pytest_collection_finish() -> None:
-    """What is there before the first test is no one's leak: the collector need not go through it again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -98,6 +95,13 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    """What is there before a file's first test is no one's leak: the collector need not go through it every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -136,7 +136,7 @@ HOWS = pytest.mark.parametrize("hows", [("well",), ("well", "before", "after", "
 
 @needs_statm
 @HOWS
-@pytest.mark.parametrize("steps", [300, pytest.param(STEPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [150, pytest.param(STEPS, marks=pytest.mark.slow)])
 def test_a_thousand_steps_of_a_small_net(hows: tuple[str, ...], steps: int) -> None:
     quantities = lambda: [lw.SecondMoment(), lw.Variance(), lw.PerSampleGrad(), lw.DiagGGN(), lw.KFAC()]  # noqa: E731
     _check(_mlp(), quantities, hows, (6, 4), steps)
