@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -17,6 +18,7 @@ from benchmarks import data
 SEED = int(os.environ.get("LAYERWISE_SEED", "0"))
 MOST_SKIPPED = 0.05  # of the whole suite; a suite of fewer than FULL_SUITE tests was selected by hand
 FULL_SUITE = 300
+M_ARENA_MAX = -8  # of the C library's mallopt
 # Files of half a minute or more: a process that came to one last would run on alone.
 LONGEST = ("test_matrix", "test_optimizers", "test_trusted_steps", "test_newton", "test_devices")
 
@@ -86,6 +88,13 @@ def seed() -> int:
 def generator() -> torch.Generator:
     """A generator of the test's own."""
     return torch.Generator().manual_seed(SEED)
+
+
+@pytest.fixture
+def one_arena() -> None:
+    """For tests of resident memory: the C library opens arenas as it likes, each with megabytes that no step frees."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_ARENA_MAX, 1)
 
 
 @pytest.fixture

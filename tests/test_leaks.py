@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,9 @@ from zoo.parts import Apply
 import layerwise as lw
 from layerwise import errors
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "one_arena")
 
 STEPS, WARM = 1000, 150
-M_ARENA_MAX = -8  # of mallopt
 STATM = Path("/proc/self/statm")
 PAGE = 4096
 
@@ -87,13 +85,6 @@ def _steps(model: nn.Module, count: int, quantities: list[lw.Quantity], hows: tu
 def _live() -> int:
     gc.collect()
     return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
-
-
-@pytest.fixture(autouse=True)
-def one_arena() -> None:
-    """The C library opens further arenas as it likes, each with a megabyte or two that no step can give back."""
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(M_ARENA_MAX, 1)
 
 
 def _resident() -> int:

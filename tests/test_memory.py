@@ -79,6 +79,7 @@ def _odd() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return model, run
 
 
+@pytest.mark.usefixtures("one_arena")
 @pytest.mark.parametrize(
     ("make", "steps", "error"),
     [(_mlp, 150, None), pytest.param(_mlp, 1000, None, marks=pytest.mark.slow), (_odd, 40, None)]
