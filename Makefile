@@ -8,8 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := torch==2.13.0
-# A process for each core; a file's tests stay together, for some share what they compute.
-PARALLEL := -n auto --dist loadfile
+# A process for each core; a file's tests stay together, for some share what they compute. tests/conftest.py says which
+# files start first: those of few tests, which xdist would leave for the end, may take long.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+# Tests start a hundred processes that import the library: it is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The first of these that runs and is Python 3.11 or newer; `make PYTHON=... test` overrides it.
 IS_RECENT := import sys; sys.exit(sys.version_info < (3, 11))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -17,6 +18,9 @@ from benchmarks import data
 SEED = int(os.environ.get("LAYERWISE_SEED", "0"))
 MOST_SKIPPED = 0.05  # of the whole suite; a suite of fewer than FULL_SUITE tests was selected by hand
 FULL_SUITE = 300
+M_ARENA_MAX = -8  # of the C library's mallopt
+# Files of half a minute or more: a process that came to one last would run on alone.
+LONGEST = ("test_matrix", "test_optimizers", "test_trusted_steps", "test_newton", "test_devices")
 
 # Without LAYERWISE_SEED two runs try the same examples; with it, hypothesis takes its own --hypothesis-seed.
 settings.register_profile(
@@ -53,15 +57,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Processes that run the tests side by side must give a test the same name."""
+    """Processes that run the tests side by side must give a test the same name, and start the longest files first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if changing := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"these tests have an address in their names; give them an id: {changing}")
-
-
-def pytest_collection_finish() -> None:
-    """What is there before the first test is no one's leak: the collector need not go through it again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -92,12 +91,26 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
+def one_arena() -> None:
+    """For tests of resident memory: the C library opens arenas as it likes, each with megabytes that no step frees."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_ARENA_MAX, 1)
+
+
+@pytest.fixture
 def float64() -> Iterator[None]:
     """Make float64 the default for the test, as the exact comparisons need."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    """What is there before a file's first test is no one's leak: the collector need not go through it every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from local_cases import mlp
 from torch import Tensor, nn
 
@@ -411,8 +412,7 @@ def test_a_sweep_over_time_steps_sends_each_of_them_backprops_direction(kind: st
     assert len(codes) == 5
 
 
-@pytest.mark.parametrize("settings", [{}, {"codes": "sweep"}, {"weights": "memory"}, {"weights": "sgd"}], ids=str)
-@pytest.mark.parametrize("kind", ["tanh", "relu"])
+@one_in(2, kind=["tanh", "relu"], settings=[{}, {"codes": "sweep"}, {"weights": "memory"}, {"weights": "sgd"}])
 def test_recurrent_nets_learn_and_every_weight_drifts(kind: str, settings: dict[str, Any]) -> None:
     net, (x, y) = Elman(kind, 8).double(), sequences(60, 5)
     y = (x[:, -1] + x[:, -2]).argmax(1)

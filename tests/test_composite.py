@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from grids import one_in
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -240,12 +241,14 @@ def test_eval_and_no_grad_keep_the_values() -> None:
 # Recurrent layers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"num_layers": 3}, {"num_layers": 2, "bidirectional": True}],
-                         ids=str)  # fmt: skip
-@pytest.mark.parametrize("kind", ["LSTM", "LSTM projected", "GRU", "RNN tanh", "RNN relu"])
+@one_in(
+    2,
+    kind=["LSTM", "LSTM projected", "GRU", "RNN tanh", "RNN relu"],
+    options=[{}, {"bias": False}, {"num_layers": 3}, {"num_layers": 2, "bidirectional": True}],
+    given=[True, False],
+    batched=[True, False],
+    batch_first=[True, False],
+)
 def test_recurrent_layers(kind: str, options: dict[str, Any], given: bool, batched: bool, batch_first: bool) -> None:
     name, _, detail = kind.partition(" ")
     more = {"": {}, "projected": {"proj_size": 2}}.get(detail, {"nonlinearity": detail})

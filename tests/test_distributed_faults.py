@@ -279,6 +279,7 @@ def test_an_ordinary_runtime_error_stays_one() -> None:
     assert not isinstance(found.value, RankLost)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_run_and_ends_with_the_same_bits(tmp_path: Path) -> None:
     def launch(folder: str, *words: str) -> str:
         python = [sys.executable, *words]

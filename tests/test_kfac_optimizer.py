@@ -14,6 +14,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from state_checks import same, through_a_file
 from torch import Tensor, nn
 from zoo import Case, cases
@@ -621,7 +622,7 @@ def test_its_defaults_learn_faster_than_adam(every: dict[str, int]) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("case", cases(first_loss_only=True), ids=lambda c: c.id)
+@one_in(2, case=cases(first_loss_only=True))
 def test_every_model_of_the_zoo_descends(case: Case) -> None:
     instance = case.make()
     opt = KFAC(instance.subject, lr=1e-3, momentum=0.0, damping=0.1, kl_clip=1e-5)

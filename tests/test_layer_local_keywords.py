@@ -146,8 +146,14 @@ def by_value(method: str, given: Settings) -> Settings:
 
 def pairs() -> list[Any]:
     return [
-        pytest.param(method, preset, given, id=f"{method}-{preset}-{n}-{'-'.join(given)}")
-        for method, preset in PRESETS
+        pytest.param(
+            method,
+            preset,
+            given,
+            id=f"{method}-{preset}-{n}-{'-'.join(given)}",
+            marks=() if (place + n) % 2 == 0 else pytest.mark.slow,
+        )
+        for place, (method, preset) in enumerate(PRESETS)
         for n, given in enumerate(GIVEN[method])
     ]
 

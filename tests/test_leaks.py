@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,9 @@ from zoo.parts import Apply
 import layerwise as lw
 from layerwise import errors
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "one_arena")
 
 STEPS, WARM = 1000, 150
-M_ARENA_MAX = -8  # of mallopt
 STATM = Path("/proc/self/statm")
 PAGE = 4096
 
@@ -89,13 +87,6 @@ def _live() -> int:
     return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
 
-@pytest.fixture(autouse=True)
-def one_arena() -> None:
-    """The C library opens further arenas as it likes, each with a megabyte or two that no step can give back."""
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(M_ARENA_MAX, 1)
-
-
 def _resident() -> int:
     gc.collect()
     return int(STATM.read_text().split()[1]) * PAGE
@@ -136,7 +127,7 @@ HOWS = pytest.mark.parametrize("hows", [("well",), ("well", "before", "after", "
 
 @needs_statm
 @HOWS
-@pytest.mark.parametrize("steps", [300, pytest.param(STEPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [150, pytest.param(STEPS, marks=pytest.mark.slow)])
 def test_a_thousand_steps_of_a_small_net(hows: tuple[str, ...], steps: int) -> None:
     quantities = lambda: [lw.SecondMoment(), lw.Variance(), lw.PerSampleGrad(), lw.DiagGGN(), lw.KFAC()]  # noqa: E731
     _check(_mlp(), quantities, hows, (6, 4), steps)

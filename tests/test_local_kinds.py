@@ -97,7 +97,14 @@ def compare(make: Any, ways: list[str]) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_long_lived_optimizer_has_the_bits_of_a_fresh_one(name: str) -> None:
     """Whatever a closure changes from one batch to the next, there and back again."""
-    compare(OPTIMIZERS[name], [w for way in WAYS if way != "plain" for w in ("plain", way)] + list(WAYS))
+    compare(OPTIMIZERS[name], [w for way in WAYS if way != "plain" for w in ("plain", way)])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::layerwise.errors.SquaredInstead")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_from_each_way_to_the_next_it_has_the_bits_of_a_fresh_one(name: str) -> None:
+    compare(OPTIMIZERS[name], [*WAYS, *reversed(WAYS)])
 
 
 def test_a_long_lived_memory_has_the_bits_of_a_fresh_one() -> None:

@@ -79,10 +79,11 @@ def _odd() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return model, run
 
 
+@pytest.mark.usefixtures("one_arena")
 @pytest.mark.parametrize(
     ("make", "steps", "error"),
-    [(_mlp, 300, None), pytest.param(_mlp, 1000, None, marks=pytest.mark.slow), (_odd, 60, None)]
-    + [(make, 60, error) for make in (_mlp, _odd) for error in ("body", "backward", "refused")],
+    [(_mlp, 150, None), pytest.param(_mlp, 1000, None, marks=pytest.mark.slow), (_odd, 40, None)]
+    + [(make, 40, error) for make in (_mlp, _odd) for error in ("body", "backward", "refused")],
 )
 def test_steps_leave_nothing(make: Callable, steps: int, error: str | None) -> None:
     """Tensors, resident memory, modes and hooks after many steps, where every second one raises.

@@ -9,6 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from grids import one_in
 from torch import Tensor
 from zoo import REFUSED, Case, Functional, Instance, Refused, cases
 
@@ -19,7 +20,7 @@ from layerwise.quantities import DiagGGN, PerSampleGrad, SecondMoment, SquaredNo
 MEANS = ("ce_mean", "mse_mean", "bce_mean")
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.id)
+@one_in(3, case=cases())
 def test_quantities_equal_the_oracle(case: Case) -> None:
     instance = case.make(seed=0)
     grads = oracle.per_sample_grad(instance.params, instance.terms)
@@ -45,9 +46,7 @@ def test_quantities_equal_the_oracle(case: Case) -> None:
         assert torch.equal(instance.params[name].grad, seen.grad[name])
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in cases(first_loss_only=True) if c.loss.name in MEANS], ids=lambda case: case.id
-)
+@one_in(2, case=[c for c in cases(first_loss_only=True) if c.loss.name in MEANS])
 def test_scale_sample_of_mean_losses(case: Case) -> None:
     instance = case.make(seed=1)
     grads = oracle.per_sample_grad(instance.params, instance.terms)
@@ -91,7 +90,7 @@ def _assert_near(got: Mapping[str, Tensor], want: Mapping[str, Tensor], rel: flo
         assert float((got[name].double() - w).abs().max()) <= rel * peak, name
 
 
-@pytest.mark.parametrize("case", cases(first_loss_only=True), ids=lambda case: case.id)
+@one_in(2, case=cases(first_loss_only=True))
 def test_single_precision(case: Case) -> None:
     single, double = _in_single(case.make(seed=0))
     grads = oracle.per_sample_grad(double.params, double.terms)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
-FEW, MANY = 50, 500  # examples of every family, in `make test` and in `make test-all`
+FEW, MANY = 30, 500  # examples of every family, in `make test` and in `make test-all`
 
 
 def _run(family: str, examples: int, phases: tuple[Phase, ...] = tuple(Phase)) -> None:

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import Case, cases
@@ -468,7 +469,7 @@ def test_what_is_free_sends_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     _check(model, loss)
 
 
-@pytest.mark.parametrize("case", cases(exclude=("bag",), first_loss_only=True), ids=lambda case: case.id)
+@one_in(2, case=cases(exclude=("bag",), first_loss_only=True))
 def test_the_zoo_by_columns(case: Case, forced: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     instance = case.make(seed=0)
     by_columns = [_diagonal(instance.subject, instance.loss, per_sample=each) for each in (False, True)]

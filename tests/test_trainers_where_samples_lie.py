@@ -8,6 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from grids import one_in
 from scattered_checks import ScatteredTruth, allows, no_root, truth_of
 from torch import Tensor, nn
 from zoo.scattered import MIXED, SCATTERED, Scattered, ScatteredInstance
@@ -166,8 +167,7 @@ def test_what_is_said_of_recorded_passes_is_said_to_watch() -> None:
             pass
 
 
-@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
-@by_program(SAME_DRAWS)
+@one_in(2, program=SAME_DRAWS, kind=["kfac", "ekfac"])
 def test_a_step_of_kfac_and_ekfac_is_that_of_the_regular_form(program: Scattered, kind: str) -> None:
     made, regular = program.instance(), program.in_regular_form()
     got = _stepped(made, _kfac(made.model, kind))
@@ -195,8 +195,7 @@ def _locoprop(model: nn.Module, loss: str, **more: Any) -> lw.LocoProp:
     return lw.LocoProp(model, loss=loss, lr=1e-3, steps=3, rows="all", on_nonfinite="raise", **more)
 
 
-@pytest.mark.parametrize("loss", ["matching", "squared"])
-@by_program(UNTOLD)
+@one_in(2, program=UNTOLD, loss=["matching", "squared"])
 def test_a_target_per_sample_is_one_with_n_times_gamma(program: Scattered, loss: str) -> None:
     """`GradientStep(γ, per="sample")` is `GradientStep(γ N)`, with the N that brute force knows."""
     made, same = program.instance(), program.instance()
@@ -207,8 +206,7 @@ def test_a_target_per_sample_is_one_with_n_times_gamma(program: Scattered, loss:
         oracle.assert_close(got, _stepped(same, _locoprop(same.model, loss, target=plain)), 1e-12)
 
 
-@pytest.mark.parametrize("said", ["count", "numbers"])
-@by_program(TRAINED)
+@one_in(2, program=TRAINED, said=["count", "numbers"])
 def test_a_target_per_sample_with_what_the_user_says(program: Scattered, said: str) -> None:
     """`samples=` decides N on every program, also where nothing else does; a loss need not be known."""
     made, same = program.instance(), program.instance()

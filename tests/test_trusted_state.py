@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from state_checks import same, through_a_file
 from torch import Tensor, nn
 
@@ -103,8 +104,7 @@ def test_the_state_of_other_shapes_is_refused(make: Make) -> None:
     refused(opt, state, "fit|shape|moments|averages|codes")
 
 
-@pytest.mark.parametrize("theirs", MAKERS)
-@pytest.mark.parametrize("ours", MAKERS)
+@one_in(3, ours=MAKERS, theirs=MAKERS)
 def test_pairs_of_optimizers(ours: str, theirs: str) -> None:
     """A state of the same kind loads, and the optimizer goes on; that of another is refused."""
     model, opt = trained(MAKERS[ours])
