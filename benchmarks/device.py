@@ -292,9 +292,9 @@ def table(found: dict[str, Any]) -> str:
     lines += [f"- {name}: {cell}" for name, cell in wrong.items() if cell] or ["- none"]
     lines += [
         "",
-        "cost/net/batch: multiples of the gradient's time; steps/net: seconds of a step; memory is its peak, where the",
+        "cost/net/batch and gpt2: multiples of the gradient's time; steps/net: median seconds of a step; bytes: peak",
     ]
-    lines += ["device counts it.", "", "| what | finding |", "|---|---|"]
+    lines += ["memory, where the device counts it.", "", "| what | finding |", "|---|---|"]
     for name, cell in results.items():
         if name not in right:
             items = cell.items() if isinstance(cell, dict) else [("", cell)]
@@ -307,8 +307,8 @@ def _short(value: Any) -> str:
 
 
 def chart(found: dict[str, Any], path: Path) -> None:
-    """The cost of each quantity in each net, as multiples of the gradient's time."""
-    costs = {name: cell for name, cell in found["findings"].items() if name.startswith("cost/")}
+    """The cost of each quantity in each net, and in GPT-2, as multiples of the gradient's time."""
+    costs = {name: cell for name, cell in found["findings"].items() if name.startswith("cost/") or name == "gpt2"}
     cells = {name: cell for name, cell in costs.items() if isinstance(cell, dict)}
     if not cells:
         return
@@ -317,10 +317,15 @@ def chart(found: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 0.25 * len(cells) * len(QUANTITIES) + 1), layout="constrained")
-    bars = [(f"{name[5:]} {q}", c[q]) for name, c in cells.items() for q in QUANTITIES if isinstance(c.get(q), float)]
-    axes.barh([name for name, _ in bars], [value for _, value in bars])
-    axes.axvline(1, color="black")
+    bars = [
+        (f"{name.removeprefix('cost/')} {q}", c[q])
+        for name, c in cells.items() for q in QUANTITIES if isinstance(c.get(q), float)
+    ]  # fmt: skip
+    figure, axes = plt.subplots(figsize=(9, 0.25 * len(bars) + 1), layout="constrained")
+    drawn = axes.barh([name for name, _ in bars], [value for _, value in bars])
+    axes.bar_label(drawn, fmt="%.2f", padding=3)
+    axes.axvline(1, color="black", linestyle="--")
+    axes.margins(x=0.08)
     axes.invert_yaxis()
     axes.set(xlabel="time, as a multiple of the gradient's", title=found["device"])
     figure.savefig(path)

@@ -21,6 +21,9 @@ from zoo import Case, case, cases
 
 import layerwise as lw
 from layerwise.errors import BadInput, NonFinite, Undefined
+from layerwise.operators.kronecker import KroneckerBlock
+from layerwise.operators.products_together import products_together
+from layerwise.rows.layout import MatrixLayout
 
 torch.__future__.set_swap_module_params_on_conversion(True)  # or tied parameters would come apart
 
@@ -443,9 +446,85 @@ def test_launches_of_norms() -> None:
 
 
 def test_launches_of_a_step_outside_the_periods_of_kfac() -> None:
-    three, six = (stepped(layers, lw.optim.KFAC).launches for layers in (3, 6))
-    assert (six - three) / 3 <= 3
-    assert six <= 23 + 3 * 6
+    """18, and 4 for each shape of blocks, whatever their number: at most 4 a block from 7 layers on."""
+    four, seven, twelve = (stepped(layers, lw.optim.KFAC).launches for layers in (4, 7, 12))
+    assert four == seven == twelve
+    assert seven <= 18 + 4 * 2 <= 4 * 7
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; sliced: torch's own attention, which uses one weight in three slices."""
+
+    def __init__(self, width: int, sliced: bool) -> None:
+        super().__init__()
+        self.attend: Any = nn.MultiheadAttention(width, 2, batch_first=True) if sliced else None
+        self.one, self.two, self.out = nn.LayerNorm(width), nn.LayerNorm(width), nn.Linear(width, width)
+        self.mix, self.up, self.down = (nn.Linear(i * width, o * width) for i, o in ((1, 3), (1, 2), (2, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        if self.attend is not None:
+            x = x + self.attend(h, h, h, need_weights=False)[0]
+        q, k, v = self.mix(h).chunk(3, -1)
+        x = x + self.out((q @ k.mT).softmax(-1) @ v)
+        return x + self.down(F.gelu(self.up(self.two(x))))
+
+
+def transformer(blocks: int, sliced: bool, device: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Equal blocks with a linear map in front and one behind, and their loss."""
+    torch.manual_seed(0)
+    middle = [Block(4, sliced) for _ in range(blocks)]
+    model = nn.Sequential(nn.Linear(6, 4), *middle, nn.Linear(4, 3)).double().to(device)
+    x, y = X.view(4, 2, 6).to(device), Y[:4].to(device)
+    return model, lambda: F.cross_entropy(model(x)[:, 0], y)
+
+
+@pytest.mark.parametrize(("kind", "sliced"), [("kfac", False), ("kfac", True), ("ekfac", False), ("foof", False)])
+def test_equal_transformer_blocks_are_multiplied_as_one(kind: Any, sliced: bool) -> None:
+    """As on the CPU, where each is multiplied by itself; four blocks cost what two do, slices of a weight aside."""
+    states, launches = [], []
+    for device, blocks in (("cpu", 4), (DEVICE, 4), (DEVICE, 2)):
+        model, loss = transformer(blocks, sliced, device)
+        optimizer = lw.optim.KFAC(model, curvature=lw.optim.Curvature(kind))
+        for _ in range(4):
+            with counted() as count:
+                optimizer.step(loss)
+        states.append(model.state_dict())
+        launches.append(count.launches - (plain(model, loss) if device == DEVICE else 0))
+    assert_same(*states[:2], DEVICE)
+    assert launches[1] == launches[2] or sliced
+    assert launches[1] <= 48 or sliced or kind != "kfac"
+
+
+def spd(size: int, groups: int, seed: int) -> Tensor:
+    x = torch.randn(groups, size, size + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x @ x.mT
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "side by side"])
+def test_products_of_equal_blocks(together: bool) -> None:
+    """Groups, a bias or none, a diagonal factor, an eigenbasis: as each block by itself."""
+    layout = MatrixLayout.whole((6, 4), (2, 3, 4))
+    makes: list[Callable[[Tensor, Tensor, str], Any]] = [
+        lambda a, b, name: KroneckerBlock(a, b, layout, f"{name} bias"),
+        lambda a, b, name: KroneckerBlock(a[:, 1:, 1:], b, layout),
+        lambda a, b, name: KroneckerBlock(a.diagonal(dim1=-2, dim2=-1), b, layout, f"{name} bias"),
+        lambda a, b, name: KroneckerBlock(a, b, layout, f"{name} bias").eigh(name),
+    ]
+    draw = torch.Generator().manual_seed(3)
+    for make in makes:
+        a, b = torch.cat([spd(5, 2, n) for n in range(3)]), torch.cat([spd(3, 2, 9 + n) for n in range(3)])
+        found: list[dict[str, Any]] = []
+        values = {f"w{n}": torch.randn(6, 4, dtype=torch.float64, generator=draw) for n in range(3)}
+        values |= {f"w{n} bias": torch.randn(6, dtype=torch.float64, generator=draw) for n in range(3)}
+        for device in ("cpu", DEVICE):
+            ones, twos = a.to(device).split(2), b.to(device).split(2)
+            if not together:
+                ones, twos = ([x.clone() for x in some] for some in (ones, twos))
+            blocks = {f"w{n}": make(ones[n], twos[n], f"w{n}") for n in range(3)}
+            there = {name: x.to(device) for name, x in values.items()}
+            found.append(products_together(blocks, dict.fromkeys(blocks, there)))
+        assert_same(*found, DEVICE)
 
 
 def test_launches_of_a_local_step() -> None:

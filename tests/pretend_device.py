@@ -167,16 +167,47 @@ def _check_one_device(func: Any, name: str, flat: list[Any]) -> None:
                 )
 
 
-def _count(func: Any, name: str, flat: list[Any], kwargs: dict[str, Any], reads: bool) -> None:
+def _count(func: Any, name: str, args: Any, flat: list[Any], kwargs: dict[str, Any], reads: bool) -> None:
     view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     masks = name in _INDEXING and any(isinstance(a, DeviceTensor) and a.dtype == torch.bool for a in flat[1:])
     for count in _counts:
         if not (view or name in _NO_LAUNCH):
-            count.by_launch[name] += 1
+            count.by_launch[name] += _kernels(name, args)
         if (reads and (name in _WAITS or masks)) or _to_host(name, flat, kwargs):
             count.by_wait[name] += 1
         if _from_host(name, flat, kwargs):
             count.uploads += 1
+
+
+def _kernels(name: str, args: Any) -> int:
+    """Of a `_foreach` operation, as CUDA has it: one for all tensors, or one for each.
+
+    One where all are dense and of one type, and those at the same place of several lists have the same strides.
+    """
+    if not name.startswith("_foreach"):
+        return 1
+    lists = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
+    first = lists[0]
+
+    def strides(t: Tensor) -> list[int]:
+        return [s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1]
+
+    together = all(t.dtype == first[0].dtype and _dense(t) for some in lists for t in some) and all(
+        t.shape == one.shape and strides(t) == strides(one)
+        for some in lists
+        for t, one in zip(some, first, strict=True)
+    )
+    return 1 if together else len(first)
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether a tensor's elements fill its memory, each once, in any order of its axes."""
+    size = 1
+    for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
+        if stride != size:
+            return False
+        size *= n
+    return True
 
 
 def _to_host(name: str, flat: list[Any], kwargs: dict[str, Any]) -> bool:
@@ -214,7 +245,7 @@ def _operation(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if isinstance(a, _PlainGenerator) and onto != (a._cdata in _generators):
             wanted, found = (NAME, "cpu") if onto else ("cpu", NAME)
             raise RuntimeError(f"Expected a {wanted!r} device type for generator but found {found!r} ({func})")
-    _count(func, name, flat, kwargs, reads)
+    _count(func, name, args, flat, kwargs, reads)
     raw = [a.raw if isinstance(a, DeviceTensor) else CPU if isinstance(a, torch.device) else a for a in flat]
     raw_args, raw_kwargs = pytree.tree_unflatten(raw, spec)
     random = onto and torch.Tag.nondeterministic_seeded in func.tags and raw_kwargs.get("generator") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -113,6 +114,32 @@ def test_inverses_need_factors_in_float32(low: torch.dtype, quantity: lw.Quantit
     with pytest.raises(BadInput, match=r"observe\(\.\.\., dtype=torch\.float32\)"):
         inverse(None)
     assert all(bool(torch.isfinite(v).all()) for v in inverse(torch.float32).values())
+
+
+@LOW
+@AUTOCAST
+def test_local_steps_move_as_in_float64(low: torch.dtype, autocast: bool) -> None:
+    """A step from the same weights and inputs: within two units of the type's last place, of move and parameter.
+
+    Of autocast the first layer alone: the cast before the loss hides from the last that it feeds a softmax.
+    """
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(16) % 3
+    model, x = (net(), x) if autocast else (net().to(low), x.to(low))
+    exact, start = copy.deepcopy(model).double(), [p.detach().double() for p in model.parameters()]
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", low, enabled=autocast):
+            return F.cross_entropy(model(x), y)
+
+    lw.LocoProp(model, lr=0.01).step(loss)
+    lw.LocoProp(exact, lr=0.01).step(lambda: F.cross_entropy(exact(x.double()), y))
+    held = list(zip(model.parameters(), exact.parameters(), start, strict=True))
+    for found, want, before in held[: 2 if autocast else 4]:
+        move = want.detach() - before
+        size = move.norm() + want.norm()  # the parameter itself is rounded at each local step
+        assert move.norm() > 50 * torch.finfo(torch.float16).eps * size
+        assert (found.detach().double() - want).norm() <= 2 * torch.finfo(low).eps * size
 
 
 # Matrix decompositions -----------------------------------------------------------------------------------------------

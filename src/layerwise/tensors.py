@@ -22,7 +22,7 @@ from torch import Tensor
 
 __all__ = [
     "Verdict", "all_finite", "as_real", "dense", "empty", "forked_random", "free_memory", "is_finite",
-    "largest_entries", "lazy_copy",
+    "largest_entries", "lazy_copy", "one_on",
     "random_states_of", "set_random_states", "squared", "together_finite", "without_grad", "write_where",
 ]  # fmt: skip
 
@@ -192,7 +192,8 @@ def write_where(flag: Tensor, targets: Sequence[Tensor], values: Sequence[Tensor
 
 
 @cache
-def _one(device: torch.device) -> Tensor:
+def one_on(device: torch.device) -> Tensor:
+    """The number 1 `[]` on a device, in float32, made there once; not to be written."""
     return torch.ones((), device=device)
 
 
@@ -208,7 +209,7 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     try:
         for device, some in devices.items():
             found = torch.zeros((), device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(some, found, _one(device))
+            torch._amp_foreach_non_finite_check_and_unscale_(some, found, one_on(device))
             if found.item():
                 return False
     except RuntimeError:  # types, layouts and devices that scalers do not know

@@ -231,7 +231,9 @@ def invert_together(asked: Mapping[str, Asked]) -> dict[str, Inverse]:
             alike.setdefault((like.dtype, like.device, each.damping, each.form), []).append(name)
     found: dict[str, Inverse] = {}
     sizes: list[Tensor] = []  # bounds of the entries, as multiples of 1/λ
-    for (_, _, damping, form), names in alike.items():
+    for (_, _, damping, form), some in alike.items():
+        # the inverses of blocks of equal shape lie side by side, so that products take them as one
+        names = sorted(some, key=lambda name: asked[name].block.size)
         blocks = [asked[name].block for name in names]
         pairs = [(block.input_factor, block.B) for block in blocks if isinstance(block, KroneckerBlock)]
         inverses, bounds = inverted_pairs(pairs, damping, balanced=form == "pi")
@@ -241,7 +243,7 @@ def invert_together(asked: Mapping[str, Asked]) -> dict[str, Inverse]:
     numbers = iter(torch.cat([x.to(sizes[0].device) for x in sizes]).tolist() if sizes else ())
     largest = [list(islice(numbers, len(size))) for size in sizes]
     # NaN compares false
-    return {name: found[name] for name, some in zip(found, largest, strict=True) if all(x <= _SLACK for x in some)}
+    return {name: found[name] for name, its in zip(found, largest, strict=True) if all(x <= _SLACK for x in its)}
 
 
 def _is_small_pair(block: Block, damping: float, form: str) -> bool:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from layerwise.operators.kronecker import EigenBlock
+from layerwise.operators.products_together import products_together
 from layerwise.optim.saved_state import is_count, non_finite, unlike
 from layerwise.optim.second_order.averages import (
     Asked,
     Average,
+    Block,
     Inverse,
     Measured,
     average,
@@ -107,24 +109,21 @@ class Blocks:
     def precondition(self, grads: Mapping[str, Tensor], exchange: RankExchange) -> dict[str, Tensor]:
         """Gradients by parameter name, multiplied by the inverses; those without an inverse unchanged."""
         out = dict(grads)
+        held: dict[str, Block] = {}
+        mine: dict[str, dict[str, Tensor]] = {}
         for key, inverse in self.inverses.items():
             block = inverse.block
             if block is None or not exchange.holds(key):
                 continue
-            name = block.parameter or key
-            mine = {n: grads[n] for n in (name, block.bias) if n is not None and n in grads}
-            if not mine:
-                continue
-            like = block.like
-            values = {n: g.to(like.dtype) for n, g in mine.items()}
-            if name not in values:
-                values[name] = like.new_zeros(block.shape)
-            if block.bias is not None and block.bias not in values:
-                values[block.bias] = like.new_zeros(block.size[0] * block.size[1])
-            made = block.product(name, values)
+            if own := {n: grads[n] for n in (block.parameter or key, block.bias) if n is not None and n in grads}:
+                held[key], mine[key] = block, own
+        values = {key: _values(block.parameter or key, block, mine[key]) for key, block in held.items()}
+        for key, made in products_together(held, values).items():
+            block, name = held[key], held[key].parameter or key
             if block.parameter is not None:  # a slice: the rest of the gradient is unchanged
-                made[name] = out[name].to(like.dtype) - block.fold(block.matrix(values[name])) + made[name]
-            out |= {n: made[n].reshape(g.shape).to(g.dtype) for n, g in mine.items()}
+                like = block.like
+                made[name] = out[name].to(like.dtype) - block.fold(block.matrix(values[key][name])) + made[name]
+            out |= {n: made[n].reshape(g.shape).to(g.dtype) for n, g in mine[key].items()}
         return exchange.updates(self.averages, out)
 
     # -- what it says --------------------------------------------------------------------------------------
@@ -178,6 +177,17 @@ class Blocks:
             {name: inverse for name, (_, inverse) in loaded.items() if inverse is not None},
             {name: its["kind"] for name, its in state.items()},
         )
+
+
+def _values(name: str, block: Block, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients that a block acts on, in its type; zero for one that is not there."""
+    like = block.like
+    values = {n: g.to(like.dtype) for n, g in grads.items()}
+    if name not in values:
+        values[name] = like.new_zeros(block.shape)
+    if block.bias is not None and block.bias not in values:
+        values[block.bias] = like.new_zeros(block.size[0] * block.size[1])
+    return values
 
 
 def _moments(

@@ -20,7 +20,7 @@ from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.sums import tensors_of
 from layerwise.replay.rerun import Rerun
 from layerwise.tape.uses import first_bad_call
-from layerwise.tensors import Verdict, is_finite, largest_entries
+from layerwise.tensors import Verdict, is_finite, largest_entries, one_on
 
 __all__ = [
     "AFTER_STEP", "ExactGGN", "ask_after", "ask_safe", "best_step", "bound", "clip_factor", "combined", "descend",
@@ -67,9 +67,10 @@ def clip_factor(
         alike: dict[float, list[str]] = {}
         for name in directions:
             alike.setdefault(rates[name] ** 2, []).append(name)
-        sizes = [square * _sum_of_dots(directions, gradients, names) for square, names in alike.items()]
+        sizes = [square / clip * _sum_of_dots(directions, gradients, names) for square, names in alike.items()]
         size = sizes[0] if len(sizes) == 1 else torch.stack(sizes).sum()
-        return torch.where(size > 0, (clip / size).sqrt().clamp(max=1), 1.0)
+        # the root of a negative form is NaN, which fmin leaves out; that of -0.0 is -infinity
+        return torch.fmin(size.rsqrt().abs(), one_on(size.device))
     return bound(dot(directions, gradients, {name: rate**2 for name, rate in rates.items()}), clip)
 
 
@@ -166,12 +167,14 @@ def descend(
         alike.setdefault((lr, momentum, decay), []).append(name)
     for (lr, momentum, decay), names in alike.items():
         ps, ds = [named[n] for n in names], [directions[n] for n in names]
-        if not momentum:
+        olds = [m for n in names if (m := before[n]) is not None] if momentum else []
+        if not olds or isinstance(factor, Tensor):
             ms = torch._foreach_mul(ds, factor)
+            if olds:
+                torch._foreach_add_(ms, olds, alpha=momentum)
         else:
-            ms = torch._foreach_mul([m for n in names if (m := before[n]) is not None], momentum)
-            more, alpha = (torch._foreach_mul(ds, factor), 1.0) if isinstance(factor, Tensor) else (ds, factor)
-            torch._foreach_add_(ms, more, alpha=alpha)
+            ms = torch._foreach_mul(olds, momentum)
+            torch._foreach_add_(ms, ds, alpha=factor)
         if decay:
             new = torch._foreach_mul(ps, 1 - lr * decay)
             torch._foreach_sub_(new, ms, alpha=lr)
