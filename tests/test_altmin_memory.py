@@ -278,6 +278,24 @@ def closure_of(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
     return lambda: F.cross_entropy(net(x), y)
 
 
+@pytest.mark.parametrize("forget", [0.0, 0.25, mairal])
+def test_the_state_holds_the_mean_and_its_rows(forget: Any) -> None:
+    """`A/n` and n of the page on AltMin, where `A <- beta A + sum aa^T` and `n <- beta n + R`."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    opt = lw.AltMin(net, weights=Memory(forget=forget))
+    total, rows = torch.zeros(6, 6, dtype=torch.float64), 0.0
+    for seed, size in enumerate((12, 7, 9)):
+        x, y = batch(size, seed=seed)
+        opt.step(closure_of(net, x, y))
+        state = opt.state[net[0].weight]
+        beta = (state["rows"] - size) / rows if rows else 0.0
+        a = torch.cat((x, x.new_ones(size, 1)), 1)
+        total, rows = beta * total + a.T @ a, state["rows"]
+        assert 0 <= beta <= 1 and rows >= size
+        close(state["A"][0] * rows, total)
+
+
 def test_am_mem_by_hand_on_a_dense_net() -> None:
     """Jacobi codes at all layers, the output layer's too, three minibatches, by explicit normal equations."""
     net, plain, mu, eta, lr = mlp(5, 4, 3), mlp(5, 4, 3), 2.0, 0.1, 1.5

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -73,6 +75,22 @@ def test_json_lines_come_back_as_they_were(tmp_path: Path) -> None:
     assert same(read(path).records, history.records)
     for line in path.read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.parametrize("use", [JSONLines, read, History().write, History().html])
+def test_what_is_no_regular_file_is_refused(use: Callable[[Any], Any], tmp_path: Path) -> None:
+    """A device, which may have no end, a pipe, a folder, and an open file in place of a path."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (tmp_path, pipe, str(pipe)):
+        with pytest.raises(BadInput, match="no regular file"):
+            use(path)
+    if use in (JSONLines, read):  # which change nothing there
+        with pytest.raises(BadInput, match="no regular file"):
+            use(os.devnull)
+    with (tmp_path / "log").open("w") as file, pytest.raises(BadInput, match=r"path of a file.*TextIOWrapper"):
+        use(file)
+    assert sorted(its.name for its in tmp_path.iterdir()) == ["log", "pipe"]
 
 
 def test_json_lines_go_on_after_a_crash(tmp_path: Path) -> None:

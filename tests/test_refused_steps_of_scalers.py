@@ -158,6 +158,20 @@ def test_clipping_before_local_learning_into_grad_is_refused(most: float) -> Non
     assert all(torch.equal(p, held[name]) for name, p in model.state_dict().items())
 
 
+def test_clipping_before_local_learning_into_grad_has_no_effect_without_a_scaler() -> None:
+    found = []
+    for clipped in (False, True):
+        model = net()
+        opt = lw.LocoProp(model, write="grad")
+        with opt.watch():
+            F.cross_entropy(model(X), Y).backward()
+        if clipped:
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-4)
+        opt.step()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("first", ["nothing", "unscale", "unscale and clip"])
 @pytest.mark.parametrize(
     "make", [lambda m: lw.optim.KFAC(m, kind="kflr", lr=0.1), lambda m: lw.optim.DiagNewton(m, lr=0.1)]

@@ -36,6 +36,7 @@ MAKERS: dict[str, Make] = {
     "KFAC foof": lambda m: lw.optim.KFAC(m, kind="foof", update_factors_every=1),
     "DiagNewton": lambda m: lw.optim.DiagNewton(m, update_every=1),
 }
+SINCE_VERSION_2 = ("optimizer", "version", "entries")
 every = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
@@ -126,17 +127,49 @@ def test_pairs_of_optimizers(ours: str, theirs: str) -> None:
 def test_each_missing_key_is_refused(make: Make) -> None:
     _, opt = trained(make)
     state = opt.state_dict()
-    for key in set(state) - {"optimizer", "version", "skipped"}:
+    for key in state:
         refused(opt, {k: v for k, v in state.items() if k != key}, key)
     for key in set(state["param_groups"][0]) & set(opt.defaults):
         less = [{k: v for k, v in group.items() if k != key} for group in state["param_groups"]]
         refused(opt, {**state, "param_groups": less}, f"lacks {key}")
     for number, own in state["state"].items():
-        for key in own if len(own) > 1 else ():  # without its only entry, a parameter is one without a state
-            if key in ("B", "inverse", "inverted"):  # a memory has them in some of its forms
-                continue
+        name = state["param_groups"][0]["param_names"][number]
+        for key in own:
+            if len(own) == 1 or key in ("B", "inverse", "inverted"):  # a memory has them in some of its forms
+                says = f"{name} was saved with .* cut|{name} has one of inverse and inverted"
+            else:
+                says = f"{name} lacks {key}"
             less = {**state["state"], number: {k: v for k, v in own.items() if k != key}}
-            refused(opt, {**state, "state": less}, f"lacks {key}")
+            refused(opt, {**state, "state": less}, says)
+
+
+@every
+def test_what_was_cut_whole_is_refused_by_name(make: Make) -> None:
+    """Neither the state of a parameter, nor an average, nor a block is begun anew because a file has lost it."""
+    _, opt = trained(make)
+    state = opt.state_dict()
+    names = state["param_groups"][0]["param_names"]
+    for number in state["state"]:
+        says = rf"{names[number]} was saved with \d entries"
+        refused(opt, {**state, "state": {n: its for n, its in state["state"].items() if n != number}}, says)
+        refused(opt, {**state, "state": {**state["state"], number: {}}}, says)
+    refused(opt, {**state, "state": {}}, "was saved with")
+    refused(opt, {k: v for k, v in state.items() if k not in ("optimizer", "version")}, "lacks optimizer, version")
+    for wrong in ({}, None, {"0.weight": 1.5}, [1]):
+        refused(opt, {**state, "entries": wrong}, "entries")
+    if "preconditioner" in state:
+        its = state["preconditioner"]
+        for name in its["blocks"]:
+            blocks = {n: b for n, b in its["blocks"].items() if n != name}
+            refused(opt, {**state, "preconditioner": {**its, "blocks": blocks}}, f"block of {name} was saved with")
+
+
+def test_an_average_that_was_cut_is_refused_by_name() -> None:
+    _, opt = trained(lambda m: lw.LocoProp(m, decay=0.9))
+    state = opt.state_dict()
+    for name in state["averages"]:
+        averages = {n: t for n, t in state["averages"].items() if n != name}
+        refused(opt, {**state, "averages": averages}, f"{name} was saved with")
 
 
 @every
@@ -299,9 +332,9 @@ def test_states_without_a_version_load(make: Make) -> None:
     """Those of releases 0.1 and 0.2."""
     model, opt = trained(make)
     state = copy.deepcopy(opt.state_dict())
-    old = {k: v for k, v in state.items() if k not in ("optimizer", "version")}
+    old = {k: v for k, v in state.items() if k not in SINCE_VERSION_2}
     if "preconditioner" in old:
-        old["preconditioner"] = {k: v for k, v in old["preconditioner"].items() if k not in ("optimizer", "version")}
+        old["preconditioner"] = {k: v for k, v in old["preconditioner"].items() if k not in SINCE_VERSION_2}
     opt.step(closure_of(model, 8))
     opt.load_state_dict(through_a_file(old))
     assert same(opt.state_dict(), state)

@@ -81,11 +81,11 @@ class History:
 
     def write(self, path: str | Path) -> None:
         """Write all records to a new JSON-lines file, for `read`; whole, or not at all."""
-        _write_whole(Path(path), "".join(_line(record) for record in self.records))
+        _write_whole(_file(path), "".join(_line(record) for record in self.records))
 
     def html(self, path: str | Path, title: str = "Training run") -> None:
         """Write a self-contained HTML report of the run; whole, or not at all."""
-        _write_whole(Path(path), page(self.records, title))
+        _write_whole(_file(path), page(self.records, title))
 
 
 class JSONLines:
@@ -95,10 +95,11 @@ class JSONLines:
     that could not be written (a full disk, which raises OSError; a `Monitor` warns instead). Each line carries the
     number of its run, one more than the runs in the file before its first line; `read` tells runs apart, and drops what
     a resumed run logs again. NaN and infinities, which JSON does not have, are the strings "nan", "inf", "-inf".
+    Raises BadInput for a path that is none, such as an open file, or leads to a device, a pipe or a folder.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = _file(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.run: int | None = None
         self._cut = False  # whether a line may be cut short
@@ -133,9 +134,10 @@ def read(path: str | Path, run: int | None = None) -> History:
 
     run: its number; default the last one. A run whose first step is after that of the run before it has resumed that.
     An incomplete last line is ignored. Warns (`LogDamaged`) of lines that are no records, which are skipped, and of
-    further runs, where no number is given. Raises BadInput for a run, or a file, without records.
+    further runs, where no number is given. Raises BadInput for a run, or a file, without records, and for a path
+    that is none or leads to a device, a pipe or a folder.
     """
-    found, bad = _lines(Path(path).read_bytes())
+    found, bad = _lines(_file(path).read_bytes())
     if bad:
         warnings.warn(f"skipped {len(bad)} lines of {path} that are no records: {bad[0]}", LogDamaged, stacklevel=2)
     if not found:
@@ -172,6 +174,16 @@ def _lines(content: bytes) -> tuple[list[tuple[int, Record]], list[str]]:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             bad.append(f"line {number}: {error!r}")
     return found, bad
+
+
+def _file(path: Any) -> Path:
+    """The path of a regular file, or of one to be made. Raises BadInput for others: a device may have no end."""
+    if not isinstance(path, str | os.PathLike):
+        raise BadInput(f"a log has the path of a file, which it opens for each line; got {type(path).__name__}")
+    found = Path(path)
+    if found.exists() and not found.is_file():
+        raise BadInput(f"{found} is no regular file (a device, a pipe or a folder): give the path of a file")
+    return found
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -14,7 +14,20 @@ from layerwise.errors import BadInput, LayerwiseError, NonFinite
 from layerwise.optim.deferred import Late, Skips, check_on_nonfinite, completed
 from layerwise.optim.parameter_forms import ParameterForms
 from layerwise.optim.recording import Recorder, Recording, Samples, Turn, holds_no_gradient
-from layerwise.optim.saved_state import VERSION, Fit, copied, in_order, is_count, lacking, misfits, present, refuse
+from layerwise.optim.saved_state import (
+    VERSION,
+    Fit,
+    by_name,
+    copied,
+    counted,
+    cut,
+    in_order,
+    is_count,
+    lacking,
+    misfits,
+    present,
+    refuse,
+)  # fmt: skip
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
 from layerwise.tape.modes import active, end_after
@@ -320,13 +333,14 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the optimizer's name, the version of the form, parameter names, and the skipped batches."""
-        return {"optimizer": self._kind, "version": VERSION, **super().state_dict(), "skipped": self.skipped}
+        saved = {"optimizer": self._kind, "version": VERSION, **super().state_dict(), "skipped": self.skipped}
+        return {**saved, "entries": counted(self._held(saved))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, parameters by name; goes on bitwise where it stopped.
 
         Raises BadInput, with the first differences, for a state that does not fit: of another optimizer, other
-        parameters, shapes or types, with settings that cannot be, or NaN. Nothing is changed then.
+        parameters, shapes or types, with settings that cannot be, NaN, or cut. Nothing is changed then.
         """
         saved = present(state_dict, self._kind, self._saved_keys, ("skipped",))
         saved = {**saved, "param_groups": in_order(saved["param_groups"], self.param_groups)}
@@ -359,7 +373,12 @@ class NamedOptimizer(torch.optim.Optimizer):
             for number, p, name in zip(theirs["params"], ours["params"], ours["param_names"], strict=True):
                 if (own := state.pop(number, {})) != {}:
                     found += misfits(name, own, list(self._fits(p, name, groups)))
-        return found + [f"there is state of parameter number {key!r}, which no group has" for key in state]
+        found += [f"there is state of parameter number {key!r}, which no group has" for key in state]
+        return found or cut("state", saved, self._held(saved))
+
+    def _held(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """What a saved state holds, by parameter name: these entries are counted in it."""
+        return by_name(saved)
 
     def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
         """The forms that a parameter's state may have. groups: the saved ones."""

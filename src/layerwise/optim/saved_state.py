@@ -13,12 +13,12 @@ from layerwise.errors import BadInput
 from layerwise.tensors import is_finite
 
 __all__ = [
-    "VERSION", "Fit", "copied", "in_order", "is_count", "is_number", "lacking", "like", "misfits", "non_finite",
-    "of_local_optimizer",
-    "present", "refuse", "unlike",
+    "VERSION", "Fit", "by_name", "copied", "counted", "cut", "in_order", "is_count", "is_number", "lacking", "like",
+    "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "unlike",
 ]  # fmt: skip
 
-VERSION = 2  # states of releases 0.1 and 0.2 have neither a version nor the optimizer's name
+VERSION = 2
+_SINCE_2 = ("optimizer", "version", "entries")  # states of releases 0.1 and 0.2, version 1, have none of them
 _SHOWN = 5
 
 Fit = Callable[[Mapping[str, Any]], list[str]]
@@ -32,7 +32,8 @@ def present(state: Any, kind: str, required: Sequence[str], since: Sequence[str]
     """
     if not isinstance(state, Mapping):
         raise BadInput(f"the saved state of {kind} is a dict; got {type(state).__name__}")
-    named, version = state.get("optimizer", kind), state.get("version", 1)
+    first = not any(key in state for key in _SINCE_2)
+    named, version = state.get("optimizer", kind), state.get("version", 1 if first else VERSION)
     if named != kind:
         raise BadInput(f"the saved state is that of {named}, and cannot be loaded into {kind}")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
@@ -40,12 +41,40 @@ def present(state: Any, kind: str, required: Sequence[str], since: Sequence[str]
             f"the saved state of {kind} has version {version!r}, and this release reads 1 to {VERSION}: "
             "load it with the release that wrote it, or a newer one"
         )
-    optional = since if version == 1 else ()
-    if missing := [key for key in required if key not in state and key not in optional]:
+    wanted = [key for key in required if key not in since] if first else [*_SINCE_2, *required]
+    if missing := [key for key in wanted if key not in state]:
         raise BadInput(
             f"the saved state lacks {', '.join(missing)}: it was cut, or is that of another optimizer than {kind}"
         )
     return {**state, "version": VERSION, "optimizer": kind}
+
+
+def counted(held: Mapping[str, Any]) -> dict[str, int]:
+    """The number of entries that a saved state holds by name, `entries` in it: what was cut is then missed by name."""
+    counts = {name: len(values) if isinstance(values, Mapping) else 1 for name, values in held.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def cut(what: str, saved: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
+    """The names of which a saved state has other entries than it was saved with; version 1 does not say.
+
+    held: what there is, by name.
+    """
+    if "entries" not in saved:
+        return []
+    said = saved["entries"]
+    if not isinstance(said, Mapping) or not all(map(is_count, said.values())):
+        return [f"the entries by name are {said!r}, not whole numbers"]
+    has = counted(held)
+    return [f"the {what} of {name} was saved with {said.get(name, 0)} entries and has {has.get(name, 0)}: it was cut"
+            for name in dict.fromkeys((*said, *has)) if said.get(name, 0) != has.get(name, 0)]  # fmt: skip
+
+
+def by_name(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a saved form by parameter name in place of number."""
+    names = {n: name for group in saved["param_groups"]
+             for n, name in zip(group["params"], group["param_names"], strict=True)}  # fmt: skip
+    return {names[number]: own for number, own in saved["state"].items()}
 
 
 def refuse(differences: Iterable[str], kind: str) -> None:

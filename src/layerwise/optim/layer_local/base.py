@@ -26,7 +26,7 @@ from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, LocalExecutor, State
 from layerwise.optim.layer_local.owners import described
 from layerwise.optim.layer_local.snapshot import Backups, Snapshot
-from layerwise.optim.saved_state import Fit, non_finite, of_local_optimizer
+from layerwise.optim.saved_state import Fit, counted, non_finite, of_local_optimizer
 from layerwise.ranks.group import facts_of
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
@@ -333,7 +333,8 @@ class LayerLocal(NamedOptimizer):
         """As `state_dict`, without communication: the state of layers that other ranks own is missing."""
         params = named_parameters_of(self._model)
         averages = {name: t for name, t in self._averages.items() if name in params}
-        return {**super().state_dict(), "averages": averages}
+        saved = {**super().state_dict(), "averages": averages}
+        return {**saved, "entries": counted(self._held(saved))}
 
     _saved_keys = ("state", "param_groups", "skipped", "averages")
 
@@ -347,6 +348,10 @@ class LayerLocal(NamedOptimizer):
             if name not in params or not isinstance(t, Tensor) or t.shape != params[name].shape
         ]  # fmt: skip
         return [*super()._differences(saved), *(found or non_finite("the running averages", averages))]
+
+    def _held(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        averages = {name: {"average": t} for name, t in saved.get("averages", {}).items()}
+        return {name: {**own, **averages.pop(name, {})} for name, own in super()._held(saved).items()} | averages
 
     def _take(self, saved: Mapping[str, Any]) -> None:
         params = named_parameters_of(self._model)

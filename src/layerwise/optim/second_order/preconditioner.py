@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.deferred import check_on_nonfinite, completed
 from layerwise.optim.recording import Turn, holds_no_gradient, withhold
-from layerwise.optim.saved_state import VERSION, is_count, is_number, present, refuse, unlike
+from layerwise.optim.saved_state import VERSION, counted, cut, is_count, is_number, present, refuse, unlike
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
 from layerwise.optim.second_order.data_parallel import DataParallel
@@ -334,11 +334,11 @@ class Preconditioner:
         The same on any number of ranks; with `DataParallel(share="updates")` a collective, which gathers all blocks on
         every rank's CPU.
         """
-        left = None if self._left is None else sorted(self._left)
+        left, blocks = None if self._left is None else sorted(self._left), self.blocks.state(self.exchange)
         return {
-            "optimizer": _KIND, "version": VERSION,
-            "kind": self.curvature.kind, "draws": self.curvature.draws, "damping": self.damping, "steps": self.steps,
-            "skipped": self.skipped, "left": left, "blocks": self.blocks.state(self.exchange),
+            "optimizer": _KIND, "version": VERSION, "kind": self.curvature.kind, "draws": self.curvature.draws,
+            "damping": self.damping, "steps": self.steps, "skipped": self.skipped, "left": left,
+            "blocks": blocks, "entries": counted(blocks),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -358,7 +358,8 @@ class Preconditioner:
             mine = described(ours.kind, ours.draws)
             draws = f", with draws={state['draws']!r} and {ours.draws!r}" if theirs == mine else ""
             return [f"in the preconditioner, the saved factors are of kind {theirs!r}, and ours {mine!r}{draws}"]
-        return unlike("the preconditioner", state, _SAVED) + misfits(state["blocks"], named_parameters_of(self.model))
+        found = unlike("the preconditioner", state, _SAVED) + misfits(state["blocks"], named_parameters_of(self.model))
+        return found or cut("block", state, state["blocks"])
 
     def prepared(self, state_dict: Mapping[str, Any]) -> tuple[Any, ...]:
         """What `restore` takes, from a saved state that fits."""
