@@ -9,8 +9,9 @@ on a loss of its own, the lower one's through a linear head; activations pass up
 weights, batches and rates. Both live in the same two processes and take turns of `--segment` steps, after which the
 loss on held-out text is measured, off the clock. The first turn warms up, and counts for no speed. Wall clock of the
 slower rank; idle: the part of it in which a rank computed nothing, by its thread's CPU time (so on a machine with other
-work it has that work's share, too). After each turn everything is kept in `--folder`, and the same command goes on from
-there.
+work it has that work's share, too). On free cores: by the CPU seconds of the busier rank, and for 1F1B the bubbles of
+its schedule, (ranks - 1) / microbatches of them; messages take no time in it. After each turn everything is kept in
+`--folder`, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from benchmarks.distributed._processes import headline, together
 from benchmarks.probe import conditions
 from layerwise.distributed import load, save
 
-RESULT = probe.RESULTS / "distributed_gpt.json"
 RANKS = 2
 SIZES = {
     "small": Shape(width=128, heads=4, blocks=4, length=64, symbols=65, windows=32),
@@ -87,7 +87,8 @@ def measured(rank: int, size: int, plan: Plan, text: Tensor, held_out: Tensor) -
         arm.steps = loaded.step
         known = loaded.extra or {"sent": [], "rows": [_judged(arm, held, 0.0, [0.0] * size)]}
         result["rows"][name], result["sent"][name] = known["rows"], known["sent"]
-    for turn in range(plan.repeats):
+    done = min(arm.steps for arm in arms.values()) // plan.segment
+    for turn in range(done, plan.repeats):
         for name, arm in list(arms.items())[:: 1 if turn % 2 == 0 else -1]:
             rows = result["rows"][name]
             if arm.steps > turn * plan.segment:
@@ -105,7 +106,7 @@ def measured(rank: int, size: int, plan: Plan, text: Tensor, held_out: Tensor) -
             save(Path(plan.folder, name), arm.steps, arm.model, arm.optimizer, keep=1,
                  extra={"rows": rows, "sent": result["sent"][name]})  # fmt: skip
         if rank == 0 and plan.json is not None:
-            probe.write(plan.json, {**(plan.under or {}), "shape": asdict(shape), **result})
+            probe.write(plan.json, {**(plan.under or {}), "repeats": turn + 1, "shape": asdict(shape), **result})
             print({name: rows[-1] for name, rows in result["rows"].items()}, flush=True)
     return result
 
@@ -135,17 +136,21 @@ def report(result: Mapping[str, Any]) -> str:
     """Markdown: speed, idle time and bytes of both ways; then their losses by token, with the seconds."""
     shape, rows = result["shape"], result["rows"]
     tokens, ratio = shape["windows"] * shape["length"], _steady(rows)
-    lines = []
+    lines, free = [], dict[str, float]()
     for name, found in rows.items():
         first, last = found[min(1, len(found) - 2)], found[-1]
         seconds = last["seconds"] - first["seconds"]
         idle = [(b - a) / seconds for a, b in zip(first["idle"], last["idle"], strict=True)]
+        free[name] = seconds * (1 - min(idle)) / (last["steps"] - first["steps"])
+        if name == "1F1B":
+            free[name] *= 1 + (RANKS - 1) / shape["microbatches"]
         lines.append([
             name, f"{tokens * (last['steps'] - first['steps']) / seconds:.0f}", f"{ratio[name]:.2f}",
+            f"{next(iter(free.values())) / free[name]:.2f}",
             ", ".join(f"{100 * part:.0f} %" for part in idle),
             ", ".join(f"{n / 1e6:.2f}" for n in result["sent"][name]),
         ])  # fmt: skip
-    head = ["", "tokens a second", "ratio", "idle, by rank", "sent a step, by rank, MB"]
+    head = ["", "tokens a second", "ratio", "ratio on free cores", "idle, by rank", "sent a step, by rank, MB"]
     return f"{probe.table(head, lines)}\n\n{_losses(rows, tokens)}"
 
 
@@ -173,14 +178,15 @@ def _losses(rows: Rows, tokens: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     made = probe.parser("benchmarks.distributed gpt", __doc__, repeats=20, segment=10, microbatches=8, held_out=64,
-                        folder=Path("runs/gpt"), json=RESULT)  # fmt: skip
+                        folder=Path("runs/gpt"), json=None)  # fmt: skip
     made.add_argument("--size", choices=list(SIZES), default="10M")
     options = probe.parsed(made, argv)
     shape = replace(SIZES[options.size], microbatches=options.microbatches)
     d = data.load("tinyshakespeare")
     under = conditions(ranks=RANKS, repeats=options.repeats, segment=options.segment, size=options.size)
+    out = options.json or probe.RESULTS / f"distributed_gpt_{options.size}.json"
     folder = Path(options.folder, f"{options.size}-{options.microbatches}-{options.segment}")
-    plan = Plan(shape, options.repeats, options.segment, options.held_out, str(folder), options.json, under)
+    plan = Plan(shape, options.repeats, options.segment, options.held_out, str(folder), out, under)
     found = together(RANKS, measured, plan, d.x_train, d.x_test)[0]
     print(headline(under))
     print(report({"shape": asdict(shape), **found}))
