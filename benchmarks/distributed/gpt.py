@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -76,39 +77,40 @@ def windows(text: Tensor, count: int, length: int, seed: int) -> tuple[Tensor, T
 
 
 def measured(rank: int, size: int, plan: Plan, text: Tensor, held_out: Tensor) -> dict[str, Any]:
-    """All turns that the folder lacks; rows by arm."""
+    """All turns that the folder lacks; rows by arm, and bytes sent in a step by each rank."""
     shape = plan.shape
-    judged = [pair.split(shape.windows) for pair in windows(held_out, plan.held_out, shape.length, seed=-1)]
+    judged = (pair.split(shape.windows) for pair in windows(held_out, plan.held_out, shape.length, seed=-1))
     held = list(zip(*judged, strict=True))
     arms = {name: make(shape, rank, size, stage_of(shape, rank, size)) for name, make in ARMS.items()}
-    result: dict[str, Any] = {"rows": {}, "sent": {}}
+    known: dict[str, dict[str, list[Any]]] = {}
     for name, arm in arms.items():
-        loaded = load(Path(plan.folder, name), arm.model, arm.optimizer)
-        arm.steps = loaded.step
-        known = loaded.extra or {"sent": [], "rows": [_judged(arm, held, 0.0, [0.0] * size)]}
-        result["rows"][name], result["sent"][name] = known["rows"], known["sent"]
+        arm.steps, found = load(Path(plan.folder, name), arm.model, arm.optimizer)
+        known[name] = found or {"sent": [], "rows": [_judged(arm, held, 0.0, [0.0] * size)]}
+    result = {part: {name: found[part] for name, found in known.items()} for part in ("rows", "sent")}
     done = min(arm.steps for arm in arms.values()) // plan.segment
     for turn in range(done, plan.repeats):
         for name, arm in list(arms.items())[:: 1 if turn % 2 == 0 else -1]:
-            rows = result["rows"][name]
-            if arm.steps > turn * plan.segment:
-                continue
-            first = arm.steps
-            batches = [windows(text, shape.windows, shape.length, n) for n in range(first, first + plan.segment)]
-            if not result["sent"][name]:
-                with Sent() as sent:
-                    seconds, busy = _timed(arm, batches)
-                result["sent"][name] = [n // plan.segment for n in _gathered(sent.bytes, size)]
-            else:
-                seconds, busy = _timed(arm, batches)
-            idle = [old + seconds - own for old, own in zip(rows[-1]["idle"], _gathered(busy, size), strict=True)]
-            rows.append(_judged(arm, held, rows[-1]["seconds"] + seconds, idle))
-            save(Path(plan.folder, name), arm.steps, arm.model, arm.optimizer, keep=1,
-                 extra={"rows": rows, "sent": result["sent"][name]})  # fmt: skip
+            if arm.steps == turn * plan.segment:  # not where a run ended between the arms of a turn
+                _turn(arm, plan.segment, text, held, known[name])
+                save(Path(plan.folder, name), arm.steps, arm.model, arm.optimizer, extra=known[name], keep=1)
         if rank == 0 and plan.json is not None:
             probe.write(plan.json, {**(plan.under or {}), "repeats": turn + 1, "shape": asdict(shape), **result})
-            print({name: rows[-1] for name, rows in result["rows"].items()}, flush=True)
+            print({name: found["rows"][-1] for name, found in known.items()}, flush=True)
     return result
+
+
+def _turn(
+    arm: Arm, steps: int, text: Tensor, held: Sequence[tuple[Tensor, Tensor]], known: dict[str, list[Any]]
+) -> None:
+    """Some steps, and a row of them; in an arm's first turn what is sent is counted."""
+    shape, before = arm.shape, known["rows"][-1]
+    batches = [windows(text, shape.windows, shape.length, n) for n in range(arm.steps, arm.steps + steps)]
+    with nullcontext() if known["sent"] else Sent() as counted:
+        seconds, busy = _timed(arm, batches)
+    if counted is not None:
+        known["sent"][:] = [n // steps for n in _gathered(counted.bytes, arm.size)]
+    idle = [old + seconds - own for old, own in zip(before["idle"], _gathered(busy, arm.size), strict=True)]
+    known["rows"].append(_judged(arm, held, before["seconds"] + seconds, idle))
 
 
 def _timed(arm: Arm, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
