@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import probe
-from benchmarks.distributed import kfac, layers, scaling
+from benchmarks.distributed import gpt, kfac, layers, scaling
 from benchmarks.speed.overhead.contenders import CONTENDERS
 from benchmarks.speed.overhead.nets import NETS
 from benchmarks.speed.overhead.report import best_peer, chart, slower
@@ -51,11 +51,13 @@ def overhead(net: str | None = None) -> dict[str, Cell]:
 
 
 def ranks(name: str) -> str:
-    """The report, in Markdown, of a benchmark over ranks: layers, kfac or scaling."""
+    """The report, in Markdown, of a benchmark over ranks: layers, kfac, gpt_10M, gpt_small or scaling."""
     found = result(f"distributed_{name}")
     if name == "layers":
         return layers.report(found["layers"], found["stages"], found["ranks"])
-    return kfac.report(found["arms"]) if name == "kfac" else scaling.report(found)
+    if name == "kfac":
+        return kfac.report(found["arms"])
+    return gpt.report(found) if name.startswith("gpt") else scaling.report(found)
 
 
 # -- studies ------------------------------------------------------------------------------------------------------

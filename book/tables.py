@@ -115,7 +115,7 @@ def slower(_: str) -> str:
 
 
 def ranks(name: str) -> str:
-    """The report of a benchmark over ranks: layers, kfac, or scaling."""
+    """The report of a benchmark over ranks: layers, kfac, gpt_10M, gpt_small, or scaling."""
     found = read.result(f"distributed_{name}")
     head = f"{found['cores']} cores, load {found['load']:.1f} before the start, {found['repeats']} repeats.\n\n"
     return head + "\n\n".join(

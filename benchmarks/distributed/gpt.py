@@ -9,14 +9,16 @@ on a loss of its own, the lower one's through a linear head; activations pass up
 weights, batches and rates. Both live in the same two processes and take turns of `--segment` steps, after which the
 loss on held-out text is measured, off the clock. The first turn warms up, and counts for no speed. Wall clock of the
 slower rank; idle: the part of it in which a rank computed nothing, by its thread's CPU time (so on a machine with other
-work it has that work's share, too). After each turn everything is kept in `--folder`, and the same command goes on from
-there.
+work it has that work's share, too). On free cores: by the CPU seconds of the busier rank, and for 1F1B the bubbles of
+its schedule, (ranks - 1) / microbatches of them; messages take no time in it. After each turn everything is kept in
+`--folder`, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +35,6 @@ from benchmarks.distributed._processes import headline, together
 from benchmarks.probe import conditions
 from layerwise.distributed import load, save
 
-RESULT = probe.RESULTS / "distributed_gpt.json"
 RANKS = 2
 SIZES = {
     "small": Shape(width=128, heads=4, blocks=4, length=64, symbols=65, windows=32),
@@ -76,38 +77,40 @@ def windows(text: Tensor, count: int, length: int, seed: int) -> tuple[Tensor, T
 
 
 def measured(rank: int, size: int, plan: Plan, text: Tensor, held_out: Tensor) -> dict[str, Any]:
-    """All turns that the folder lacks; rows by arm."""
+    """All turns that the folder lacks; rows by arm, and bytes sent in a step by each rank."""
     shape = plan.shape
-    judged = [pair.split(shape.windows) for pair in windows(held_out, plan.held_out, shape.length, seed=-1)]
+    judged = (pair.split(shape.windows) for pair in windows(held_out, plan.held_out, shape.length, seed=-1))
     held = list(zip(*judged, strict=True))
     arms = {name: make(shape, rank, size, stage_of(shape, rank, size)) for name, make in ARMS.items()}
-    result: dict[str, Any] = {"rows": {}, "sent": {}}
+    known: dict[str, dict[str, list[Any]]] = {}
     for name, arm in arms.items():
-        loaded = load(Path(plan.folder, name), arm.model, arm.optimizer)
-        arm.steps = loaded.step
-        known = loaded.extra or {"sent": [], "rows": [_judged(arm, held, 0.0, [0.0] * size)]}
-        result["rows"][name], result["sent"][name] = known["rows"], known["sent"]
-    for turn in range(plan.repeats):
+        arm.steps, found = load(Path(plan.folder, name), arm.model, arm.optimizer)
+        known[name] = found or {"sent": [], "rows": [_judged(arm, held, 0.0, [0.0] * size)]}
+    result = {part: {name: found[part] for name, found in known.items()} for part in ("rows", "sent")}
+    done = min(arm.steps for arm in arms.values()) // plan.segment
+    for turn in range(done, plan.repeats):
         for name, arm in list(arms.items())[:: 1 if turn % 2 == 0 else -1]:
-            rows = result["rows"][name]
-            if arm.steps > turn * plan.segment:
-                continue
-            first = arm.steps
-            batches = [windows(text, shape.windows, shape.length, n) for n in range(first, first + plan.segment)]
-            if not result["sent"][name]:
-                with Sent() as sent:
-                    seconds, busy = _timed(arm, batches)
-                result["sent"][name] = [n // plan.segment for n in _gathered(sent.bytes, size)]
-            else:
-                seconds, busy = _timed(arm, batches)
-            idle = [old + seconds - own for old, own in zip(rows[-1]["idle"], _gathered(busy, size), strict=True)]
-            rows.append(_judged(arm, held, rows[-1]["seconds"] + seconds, idle))
-            save(Path(plan.folder, name), arm.steps, arm.model, arm.optimizer, keep=1,
-                 extra={"rows": rows, "sent": result["sent"][name]})  # fmt: skip
+            if arm.steps == turn * plan.segment:  # not where a run ended between the arms of a turn
+                _turn(arm, plan.segment, text, held, known[name])
+                save(Path(plan.folder, name), arm.steps, arm.model, arm.optimizer, extra=known[name], keep=1)
         if rank == 0 and plan.json is not None:
-            probe.write(plan.json, {**(plan.under or {}), "shape": asdict(shape), **result})
-            print({name: rows[-1] for name, rows in result["rows"].items()}, flush=True)
+            probe.write(plan.json, {**(plan.under or {}), "repeats": turn + 1, "shape": asdict(shape), **result})
+            print({name: found["rows"][-1] for name, found in known.items()}, flush=True)
     return result
+
+
+def _turn(
+    arm: Arm, steps: int, text: Tensor, held: Sequence[tuple[Tensor, Tensor]], known: dict[str, list[Any]]
+) -> None:
+    """Some steps, and a row of them; in an arm's first turn what is sent is counted."""
+    shape, before = arm.shape, known["rows"][-1]
+    batches = [windows(text, shape.windows, shape.length, n) for n in range(arm.steps, arm.steps + steps)]
+    with nullcontext() if known["sent"] else Sent() as counted:
+        seconds, busy = _timed(arm, batches)
+    if counted is not None:
+        known["sent"][:] = [n // steps for n in _gathered(counted.bytes, arm.size)]
+    idle = [old + seconds - own for old, own in zip(before["idle"], _gathered(busy, arm.size), strict=True)]
+    known["rows"].append(_judged(arm, held, before["seconds"] + seconds, idle))
 
 
 def _timed(arm: Arm, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
@@ -135,17 +138,21 @@ def report(result: Mapping[str, Any]) -> str:
     """Markdown: speed, idle time and bytes of both ways; then their losses by token, with the seconds."""
     shape, rows = result["shape"], result["rows"]
     tokens, ratio = shape["windows"] * shape["length"], _steady(rows)
-    lines = []
+    lines, free = [], dict[str, float]()
     for name, found in rows.items():
         first, last = found[min(1, len(found) - 2)], found[-1]
         seconds = last["seconds"] - first["seconds"]
         idle = [(b - a) / seconds for a, b in zip(first["idle"], last["idle"], strict=True)]
+        free[name] = seconds * (1 - min(idle)) / (last["steps"] - first["steps"])
+        if name == "1F1B":
+            free[name] *= 1 + (RANKS - 1) / shape["microbatches"]
         lines.append([
             name, f"{tokens * (last['steps'] - first['steps']) / seconds:.0f}", f"{ratio[name]:.2f}",
+            f"{next(iter(free.values())) / free[name]:.2f}",
             ", ".join(f"{100 * part:.0f} %" for part in idle),
             ", ".join(f"{n / 1e6:.2f}" for n in result["sent"][name]),
         ])  # fmt: skip
-    head = ["", "tokens a second", "ratio", "idle, by rank", "sent a step, by rank, MB"]
+    head = ["", "tokens a second", "ratio", "ratio on free cores", "idle, by rank", "sent a step, by rank, MB"]
     return f"{probe.table(head, lines)}\n\n{_losses(rows, tokens)}"
 
 
@@ -173,14 +180,15 @@ def _losses(rows: Rows, tokens: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     made = probe.parser("benchmarks.distributed gpt", __doc__, repeats=20, segment=10, microbatches=8, held_out=64,
-                        folder=Path("runs/gpt"), json=RESULT)  # fmt: skip
+                        folder=Path("runs/gpt"), json=None)  # fmt: skip
     made.add_argument("--size", choices=list(SIZES), default="10M")
     options = probe.parsed(made, argv)
     shape = replace(SIZES[options.size], microbatches=options.microbatches)
     d = data.load("tinyshakespeare")
     under = conditions(ranks=RANKS, repeats=options.repeats, segment=options.segment, size=options.size)
+    out = options.json or probe.RESULTS / f"distributed_gpt_{options.size}.json"
     folder = Path(options.folder, f"{options.size}-{options.microbatches}-{options.segment}")
-    plan = Plan(shape, options.repeats, options.segment, options.held_out, str(folder), options.json, under)
+    plan = Plan(shape, options.repeats, options.segment, options.held_out, str(folder), out, under)
     found = together(RANKS, measured, plan, d.x_train, d.x_test)[0]
     print(headline(under))
     print(report({"shape": asdict(shape), **found}))
