@@ -94,7 +94,9 @@ class Run:
 
     def code(self) -> str:
         """The version of what ran: of the library's numbers, the problem and the method."""
-        revisions = f"{PROBLEMS[self.problem].revision}.{METHODS[self.method].revision}"
+        problem = PROBLEMS[self.problem]
+        of_method = METHODS[self.method].revision + problem.revisions.get(self.method, 0)
+        revisions = f"{problem.revision}.{of_method}"
         return f"{SAME_NUMBERS_SINCE}+{revisions}"
 
     def key(self) -> Key:

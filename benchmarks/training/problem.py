@@ -37,7 +37,8 @@ class Problem:
     model: from a seed and a shape, `{"width": 1, "fewer": 0, "activation": "tanh"}` where the problem can vary.
     loss: of a batch, a mean over it. batch: rows a step, where the method has none of its own.
     timed_as: the problem whose step times are this one's too, since model and batch are the same.
-    revision: raised when a change makes earlier rows another problem's.
+    revision: raised when a change makes earlier rows another problem's; revisions: by method, raised when the library
+    comes to do something else here with it.
 
     classes: the loss is of `model(x)` against a class, so that accuracy is measured, too. validation: rows at the
     end of the training rows that trials are chosen by, and not trained on until the finals; 0: no such rows, trials
@@ -58,6 +59,7 @@ class Problem:
     batch: int = 1000
     timed_as: str = ""
     revision: int = 1
+    revisions: Mapping[str, int] = field(default_factory=dict)
     classes: bool = False
     validation: int = 0
     tune_epochs: int = 0

@@ -159,6 +159,7 @@ PROBLEMS: dict[str, Problem] = {
         Problem("fashion-convnet", "convolutional net, Fashion-MNIST (10,000 images)", "convnet", _fashion,
                 _convnet, class_loss, batch=500),
         Problem("text-transformer", "small transformer, tinyshakespeare (4,000 windows of 64 characters)",
-                "transformer", _windows, _transformer, _next_character, rows=4000, test_rows=500, batch=100),
+                "transformer", _windows, _transformer, _next_character, rows=4000, test_rows=500, batch=100,
+                revisions={"locoprop-m": 1}),  # 1: the softmax's loss at the output, which lies behind a flatten
     )
 }  # fmt: skip
