@@ -14,6 +14,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from grids import one_in
 from oracle import assert_close
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -122,10 +123,13 @@ def value(backend: Any, what: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
 # -- backend against backend ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize("net", ["mlp", "conv"])
-@pytest.mark.parametrize("what", ["jacobians", "gradients", "full", "diag", "kron"])
-@pytest.mark.parametrize("name", ["CurvlinopsGGN", "BackPackGGN", "AsdlGGN", "CurvlinopsEF", "BackPackEF", "AsdlEF"])
+@one_in(
+    2,
+    name=["CurvlinopsGGN", "BackPackGGN", "AsdlGGN", "CurvlinopsEF", "BackPackEF", "AsdlEF"],
+    what=["jacobians", "gradients", "full", "diag", "kron"],
+    net=["mlp", "conv"],
+    likelihood=LIKELIHOODS,
+)
 def test_backend_equals(name: str, what: str, net: str, likelihood: str) -> None:
     if what == "kron" and name == "BackPackEF":
         pytest.skip("laplace has no Kronecker factors from BackPACK's gradients")

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import one_in
 from torch import Tensor, nn
 from zoo import Case, cases
 
@@ -43,7 +44,7 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("case", cases(first_loss_only=True), ids=lambda case: case.id)
+@one_in(3, case=cases(first_loss_only=True))
 def test_curvature_of_each_sample(case: Case) -> None:
     """Sampled GGN diagonals of each sample sum to those of the same draws; the table test has the exact ones."""
     instance = case.make(seed=0)

@@ -21,7 +21,7 @@ import layerwise as lw
 pytestmark = pytest.mark.usefixtures("float64")
 
 CASES = cases(first_loss_only=True)
-BY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.problem.name)
+BY_CASE = one_in(2, case=CASES)
 # Losses of which a part of the batch has the same terms up to the weight of the part: not several calls of a batch.
 MODELS = [
     "mlp_tanh", "features_equal_samples", "conv2d", "conv_circular", "conv_transpose2d", "embedding_pool", "group_norm",

@@ -238,7 +238,7 @@ def eigenvectors(operator: EigenKronecker, name: str) -> Tensor:
     return block.fold(block.rotate_back(torch.eye(p).view(p, *block.size))).reshape(p, p).T
 
 
-@pytest.mark.parametrize("case", FIRST_LOSSES, ids=ids)
+@one_in(2, case=FIRST_LOSSES)
 def test_ekfac_is_the_exact_diagonal_in_the_factors_eigenbasis(case: Case) -> None:
     instance = case.make()
     seen = watch(instance, EKFAC(draws=None), KFLR())
@@ -309,7 +309,7 @@ def columns_of(root: Mapping[str, Tensor], names: Any) -> Tensor:
     return torch.cat([root[name].reshape(root[name].shape[:2].numel(), -1) for name in names], 1)
 
 
-@pytest.mark.parametrize("case", [c for c in cases() if c not in TABLE], ids=ids)
+@one_in(3, case=[c for c in cases() if c not in TABLE])
 def test_the_root_squares_to_the_ggn(case: Case) -> None:
     instance = case.make()
     root = watch(instance, SqrtGGN()).sqrt_ggn

@@ -149,7 +149,7 @@ def test_saved_and_loaded_at_ten_steps_it_goes_on_bitwise(make: Make, at: Sequen
         other.load_state_dict(weights)
         resumed.load_state_dict(state)
         schedule.load_state_dict(rates)
-        for later in range(step, min(step + 4, 10)):
+        for later in range(step, min(step + 3, 10)):
             resumed.step(closure_of(other, later))
             schedule.step()
             assert same(everything(other, resumed), wanted[later]), (step, later)

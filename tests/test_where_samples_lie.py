@@ -7,6 +7,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
+from grids import one_in
 from scattered_checks import allows, reference, truth_of
 from zoo.scattered import KINDS, MIXED, SCATTERED, Scattered
 
@@ -133,7 +134,7 @@ def test_a_count_that_is_not_so_is_refused(program: Scattered) -> None:
 UNITED = [p for p in SCATTERED if p.reduction is not None and p.may_refuse is None and not p.own]
 
 
-@by_program(UNITED)
+@one_in(2, program=UNITED)
 def test_accumulated_batches_are_their_union(program: Scattered) -> None:
     """Two batches, whose routes and lengths may differ: a mean runs over both."""
     one = program.instance(0)
