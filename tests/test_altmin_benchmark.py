@@ -50,11 +50,12 @@ def blobs(n: int, *shape: int, classes: int = 10, seed: int = 0) -> tuple[Tensor
 
 def split(problem: str, n: int = 200) -> Split:
     """Blobs in the shape of a problem's rows."""
+    family = "conv" if problem.startswith("fashion") else PROBLEMS[problem].family
     shape = {
         "conv": (1, 28, 28), "recurrent": (6, PROBLEMS[problem].model(0, {}).cell.in_features - 15)
-        if PROBLEMS[problem].family == "recurrent" else (), "tabular": (28,),
-    }.get(PROBLEMS[problem].family, (3072 if problem.startswith("cifar") else 784,))  # fmt: skip
-    classes = 2 if PROBLEMS[problem].family == "tabular" else 10
+        if family == "recurrent" else (), "tabular": (28,),
+    }.get(family, (3072 if problem.startswith("cifar") else 784,))  # fmt: skip
+    classes = 2 if family == "tabular" else 10
     return Split(*blobs(n, *shape, classes=classes), *blobs(50, *shape, classes=classes, seed=1), "blobs")
 
 

@@ -137,7 +137,7 @@ def quantity_names(page: str) -> set[str]:
 
 
 @functools.cache
-def tests() -> frozenset[str]:
+def named_tests() -> frozenset[str]:
     """The names of all tests."""
     texts = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     return frozenset(name for text in texts for name in re.findall(r"^def (test_\w+)", text, flags=re.MULTILINE))
@@ -158,7 +158,7 @@ def without_meaning(markdown: str) -> list[str]:
         names = re.findall(r"\bseen\.(\w+)", span)
         found += [f"seen.{n}" for n in names if n not in quantity_names(markdown)] if names else []
         found += [f"{span}: {keyword}=" for keyword in unknown_keywords(span)]
-        found += [span] if re.fullmatch(r"test_\w+", span) and span not in tests() else []
+        found += [span] if re.fullmatch(r"test_\w+", span) and span not in named_tests() else []
     return found
 
 

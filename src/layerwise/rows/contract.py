@@ -134,7 +134,8 @@ def squared_norm(rows: Rows) -> Tensor:
     if rows.a is None:
         return _squares(_over_positions(rows.g), (2, 3))
     if t == 1 and rows.a.is_floating_point() and o * i > 1:
-        return (_squares(rows.g[:, :, 0]) * _squares(rows.a[:, 0])).sum(2)
+        squares = _squares(rows.g[:, :, 0]) * _squares(rows.a[:, 0])
+        return squares.squeeze(2) if k == 1 else squares.sum(2)
     result = rows.g.new_zeros(v, n)
     if not rows.a.is_floating_point():
         keys, sums = pieces.merged_index(rows.a, rows.g, i)

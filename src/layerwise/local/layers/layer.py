@@ -107,9 +107,13 @@ class Layer:
 
     def input(self) -> Tensor:
         """Input rows `[R,K,I]` of this use, int64 `[R]` for a table that is looked up."""
-        if len(self.data) == 1:
-            return self.kind.view("input", self.data[0], self._input, [d.tensor for d in self.use.used])
-        return self._input()
+        if len(self.data) != 1:
+            return self._typed(self._input())
+        return self._typed(self.kind.view("input", self.data[0], self._input, [d.tensor for d in self.use.used]))
+
+    def _typed(self, rows: Tensor) -> Tensor:
+        """Rows in the weight's type: under autocast activations have another one."""
+        return rows if self.kind.indexed and not rows.is_floating_point() else rows.to(self.parameter.dtype)
 
     def _input(self) -> Tensor:
         a = self._weight.input(None)
@@ -118,7 +122,7 @@ class Layer:
 
     def rows(self, g: Tensor) -> Tensor:
         """A tensor of the output's shape as rows `[R,K,O]`, of this use."""
-        return self.kind.view("rows", g, lambda: rows_of(self._weight, g))
+        return self._typed(self.kind.view("rows", g, lambda: rows_of(self._weight, g)))
 
     def output(self) -> Tensor:
         """The output `[*out_shape]`; recomputed where it was overwritten in place."""
@@ -278,7 +282,7 @@ def _is_matrix(use: Use, slot: Slot, bias: Slot | None) -> bool:
     """Whether the rows are numbers and the matrix is a view of the parameter, so that it can be updated in place."""
     used = slot.used.detach()
     tensors = tensors_of(use.call)
-    if any(t.dtype != used.dtype and (t.is_floating_point() or not slot.indexed) for t in tensors):
+    if any(not t.is_floating_point() and not slot.indexed and t.dtype != used.dtype for t in tensors):
         return False
     matrix = slot.matrix(used)
     fits = bias is None or bias.used.numel() == matrix.shape[0] * matrix.shape[1]
