@@ -61,10 +61,7 @@ def per_sample(rows: Rows, out: Tensor | None = None, sums: Tensor | None = None
         d = out if out is not None and out[:, :, 0].mT.is_contiguous() else rows.g.new_empty(v, n, 1, i, o).mT
         d[:, :, 0].mT.view(v, n * i, o).zero_().index_add_(1, pieces.keys(rows.a, i), rows.g.reshape(v, n * t, o))
     else:
-        if out is None or not out.is_contiguous():
-            d = tensors.empty((v, n, k, o, i), rows.g)
-        else:
-            d = out
+        d = tensors.empty((v, n, k, o, i), rows.g) if out is None or not out.is_contiguous() else out
         fill(d, rows, sums)
         sums = None
     if sums is not None:
