@@ -201,6 +201,8 @@ def test_two_readers_of_an_output_mean_the_identity() -> None:
         (lambda z, y: F.cross_entropy(z, y), tr.SOFTMAX),
         (lambda z, y: F.nll_loss(z.log_softmax(1), y), tr.SOFTMAX),
         (lambda z, y: F.cross_entropy(z.float(), y), tr.SOFTMAX),
+        (lambda z, y: F.cross_entropy(input=torch.reshape(input=z, shape=(-1, 3)), target=y), tr.IDENTITY),
+        (lambda z, y: F.cross_entropy(input=z.clone(), target=y), tr.SOFTMAX),
         (lambda z, y: F.cross_entropy(z.view(4, 3, 3).mT, y.view(4, 3)), tr.SOFTMAX),
         (lambda z, y: F.cross_entropy(z[y > 0], y[y > 0]), tr.SOFTMAX),
         (lambda z, y: F.cross_entropy(z[:, :2], y % 2), None),  # a choice of classes
@@ -218,6 +220,18 @@ def test_output_layer_takes_the_losss_link(loss: Any, link: tr.Transfer | None) 
         assert layers["2.weight"].transfer.stand_in
     else:
         assert layers["2.weight"].transfer is link
+
+
+@pytest.mark.parametrize("hooks", ["forward", "backward", "both"])
+def test_hooks_that_hand_on_the_output_hide_no_transfer_function(hooks: str) -> None:
+    net, (x, y) = mlp(5, 4, 3), batch()
+    for module in net.children():
+        if hooks != "backward":
+            module.register_forward_hook(lambda m, given, out: out.clone())
+        if hooks != "forward":
+            module.register_full_backward_hook(lambda m, given, out: None)
+    _, layers = recorded_of(net, lambda: F.cross_entropy(net(x.requires_grad_()), y))
+    assert (layers["0.weight"].transfer, layers["2.weight"].transfer) == (tr.TANH, tr.SOFTMAX)
 
 
 def test_softmax_counts_only_over_the_outputs_of_a_row() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
@@ -199,7 +199,19 @@ def _output_of(tensor: Tensor, outputs: Mapping[int, Readable], uses: Sequence[U
     if not is_hook(tensor.grad_fn):
         return None
     below = unhooked(get_gradient_edge(tensor))[:2]
-    return next((Readable(use) for use in reversed(uses) if use.edge[:2] == below), None)
+    made = (each for use in reversed(uses) for each in _places(use))
+    return next((output for output, edge in made if edge[:2] == below), None)
+
+
+def _places(use: Use) -> Iterator[tuple[Readable, GradientEdge]]:
+    """A use's output and what readers returned with its elements, with their gradient edges."""
+    yield Readable(use), use.edge
+    readers = list(use.readers)
+    while readers:
+        reader = readers.pop()
+        if reader.carried is not None:
+            yield Readable(use, reader), reader.carried.edge
+            readers += reader.readers
 
 
 def read_by(
@@ -216,7 +228,7 @@ def read_by(
         read = _output_of(tensor, outputs, uses)
         if read is None:
             continue
-        carries = args[0] is tensor and (func in MOVES or func in CHOOSES)
+        carries = bool(args) and args[0] is tensor and (func in MOVES or func in CHOOSES)
         if carries and out is tensor:
             continue
         reader = read.use.read_by(func, args[1:], kwargs, results, carries, read.reader)
