@@ -528,8 +528,25 @@ def test_products_of_equal_blocks(together: bool) -> None:
 
 
 def test_launches_of_a_local_step() -> None:
-    """At most 6 for each local step and layer: 5 for each layer (6 under softmax), and 7 for all of them together."""
+    """At most 6 for each local step and shape of layers, with 7 for all together: as many in 8 equal layers as in 3."""
+    each = []
     for layers in (3, 8):
         ten, twenty = (stepped(layers, lambda model, n=n: lw.LocoProp(model, steps=n), 3).launches for n in (10, 20))
-        assert (twenty - ten) / 10 <= 5 * layers + 1 + 7
-    assert (twenty - ten) / 10 / 8 <= 6
+        each.append((twenty - ten) / 10)
+    assert each[0] == each[1] <= 6 * 2 + 7
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss": "squared"}, {"rows": "all", "steps": 3}, {"write": "grad"}], ids=str)
+def test_equal_layers_are_solved_as_one_with_the_same_values(settings: Any) -> None:
+    found = []
+    for place in (DEVICE, "cpu"):
+        model, _ = deep(6)
+        model = model.to(place)
+        optimizer = lw.LocoProp(model, lr=1e-2, layers={"4.weight": {"lr": 2e-2}}, **settings)
+        for _ in range(3):
+            optimizer.step(lambda: F.cross_entropy(model(X.to(place)), Y.to(place)))  # noqa: B023
+        kept = [optimizer.state[p][key] for p in model.parameters() for key in sorted(optimizer.state[p])]
+        moved = [p.grad if "write" in settings else p for p in model.parameters()]
+        found.append([t.detach().cpu() for t in (*moved, *kept)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)

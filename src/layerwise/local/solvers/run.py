@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,39 +14,14 @@ from layerwise.errors import BadInput
 from layerwise.local.layers.layer import shaped
 from layerwise.local.problem import LocalProblem, refuse_ball
 from layerwise.local.solvers.memory import Memory
-from layerwise.local.solvers.steps import Owned, StepPlan, local_steps, taken_steps
+from layerwise.local.solvers.steps import Owned, local_steps, taken_steps
+from layerwise.local.solvers.task import Task, in_batches, plan_of
 from layerwise.local.solvers.tf_rmsprop import RMSPropStep, TFRMSProp
-from layerwise.local.solvers.values import LocalSteps, Solver, name_of
+from layerwise.local.solvers.values import LocalSteps, name_of
 from layerwise.local.solvers.workspace import Workspace
-from layerwise.tensors import Verdict, without_grad
+from layerwise.tensors import without_grad
 
-__all__ = ["Task", "pickled", "solve", "solve_pickled", "solve_together", "take_result"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A problem, the parameters of which its weights are views, and their optimizer.
-
-    name: the layer's. params: the weight and, if it is fitted, the bias. rates: their groups' `lr`, the factor of a
-    closed form's update. optimizer: of local steps, None for another solver; kind: its class. fold: from `[K,O,I]` to
-    the weight's shape.
-    scale: factor of the objective of local steps. state: of a `Memory`, kept from batch to batch. l1: λ of a term λ|W|₁
-    beside `scale` times the problem: a soft threshold of lr·λ after each local step, or in a `Memory`'s columns.
-    verdict: takes what a `Memory` would wait for.
-    """
-
-    problem: LocalProblem
-    solver: Solver
-    name: str
-    params: list[Tensor]
-    rates: list[float]
-    optimizer: torch.optim.Optimizer | None
-    fold: Callable[[Tensor], Tensor]
-    scale: float = 1.0
-    state: dict[str, Any] | None = None
-    l1: float = 0.0
-    kind: Any = None
-    verdict: Verdict | None = None
+__all__ = ["pickled", "solve", "solve_pickled", "solve_together", "take_result"]
 
 
 @without_grad
@@ -57,7 +32,7 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
         refuse_ball(problem, name_of(solver))
     if isinstance(solver, LocalSteps):
         assert task.optimizer is not None
-        local_steps(problem, task.optimizer, _plan(task, solver), _owned(task), workspace)
+        local_steps(problem, task.optimizer, plan_of(task, solver), _owned(task), workspace)
         _forget(task, solver)
         return
     if isinstance(solver, Memory):
@@ -86,10 +61,6 @@ def _refuse_misfit(task: Task, parts: tuple[Tensor | None, ...], update: Any) ->
         )
 
 
-def _plan(task: Task, solver: LocalSteps) -> StepPlan:
-    return StepPlan(solver.steps, solver.share(task.problem), solver.form, solver.rule, task.scale, task.l1)
-
-
 def _owned(task: Task) -> Owned:
     return Owned(task.params[0], task.params[1] if len(task.params) > 1 else None, task.fold)
 
@@ -104,15 +75,17 @@ def _forget(task: Task, solver: LocalSteps) -> None:
 def solve_together(tasks: Sequence[Task], workspaces: Sequence[Workspace]) -> None:
     """As `solve` for each task; all that take local steps by TFRMSProp step side by side, in fewer launches.
 
-    workspaces: scratch memory, one for each task, since all are held at once.
+    Those of equal shape and settings are one task for groups of rows. workspaces: scratch memory, one for each task,
+    since all are held at once.
     """
     under_way: list[Iterator[Callable[[], Any]]] = []
     together: list[tuple[Task, LocalSteps]] = []
     try:
-        for task, workspace in zip(tasks, workspaces, strict=True):
+        batches = in_batches(tasks)
+        for (task, members, _), workspace in zip(batches, workspaces, strict=False):
             if isinstance(task.solver, LocalSteps) and isinstance(task.optimizer, TFRMSProp):
-                plan = _plan(task, task.solver)
-                together.append((task, task.solver))
+                plan = plan_of(task, task.solver)
+                together += [(member, task.solver) for member in members]
                 under_way.append(taken_steps(task.problem, task.optimizer, plan, _owned(task), workspace))
             else:
                 solve(task, workspace)
@@ -126,6 +99,8 @@ def solve_together(tasks: Sequence[Task], workspaces: Sequence[Workspace]) -> No
     finally:
         for run in under_way:  # an error of one: rates and `.grad`s of all are put back
             run.close()  # type: ignore[attr-defined]
+    for batch in batches:
+        batch.finish()
     for task, steps in together:
         _forget(task, steps)
 

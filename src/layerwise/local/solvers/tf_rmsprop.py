@@ -131,8 +131,9 @@ class TFRMSProp(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "decay": decay, "momentum": momentum, "eps": eps})
         self._roots: dict[int, Tensor] = {}
 
-    def _state_of(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        if p.grad.is_sparse:  # type: ignore[union-attr]
+    def state_of(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean square and the momentum buffer of a parameter, made where it has none yet."""
+        if p.grad is not None and p.grad.is_sparse:
             raise BadInput("TFRMSProp got a sparse gradient: it moves every element at every step; use grad.to_dense()")
         state = self.state[p]
         if not state:
@@ -167,7 +168,7 @@ class TFRMSProp(torch.optim.Optimizer):
 
         Call it under no_grad, with gradients on the same parameters in the same groups each time.
         """
-        found = [(group, [(p, *self._state_of(p)) for p in group["params"] if p.grad is not None])
+        found = [(group, [(p, *self.state_of(p)) for p in group["params"] if p.grad is not None])
                  for group in self.param_groups]  # fmt: skip
         small = all(p.device.type == "cpu" and p.numel() <= SLICE for _, some in found for p, *_ in some)
         roots = [[(held, self._root(held[0])) for held in some] for _, some in found] if small else None

@@ -18,8 +18,8 @@ from layerwise.local.layers.term_weights import TermWeights, WrongAssumption
 from layerwise.local.problem import LocalProblem, predict, refuse_half
 from layerwise.local.regularizers import WeightDecay
 from layerwise.local.solvers.memory import Memory
-from layerwise.local.solvers.run import Task
 from layerwise.local.solvers.steps import constant, linear_steps
+from layerwise.local.solvers.task import Task
 from layerwise.local.solvers.values import LocalSteps, ProximalSolve, Solver
 from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import NamedOptimizer

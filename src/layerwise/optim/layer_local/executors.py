@@ -18,7 +18,8 @@ from torch.utils import _python_dispatch
 
 from layerwise.errors import BadInput
 from layerwise.local.layers.layer import Layer
-from layerwise.local.solvers.run import Task, pickled, solve, solve_pickled, solve_together, take_result
+from layerwise.local.solvers.run import pickled, solve, solve_pickled, solve_together, take_result
+from layerwise.local.solvers.task import Task
 from layerwise.local.solvers.values import Anderson, ConditionalGradient, ConjugateGradient, LocalSteps, Newton, Solver
 from layerwise.local.solvers.workspace import Workspace
 

@@ -17,8 +17,9 @@ from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
 from layerwise.local.problem import LocalProblem, Term, refuse_half
 from layerwise.local.regularizers import Regularizer
-from layerwise.local.solvers.run import Task, solve
+from layerwise.local.solvers.run import solve
 from layerwise.local.solvers.steps import linear_steps
+from layerwise.local.solvers.task import Task
 from layerwise.local.solvers.values import LocalSteps, Solver, name_of
 from layerwise.local.solvers.workspace import Workspace
 from layerwise.local.targets import GradientStep, Target, factor, fill_in
@@ -374,8 +375,7 @@ def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
     kind = optimizer = None
     if isinstance(solver, LocalSteps):
         kind, optimizer = fitting.local_optimizer(params, partial(settings_for, solver))
-    rates = [float(fitting.group(name)["lr"]) for name in plan.layer.names]
-    state = fitting.moments(solver, params[0])
+    rates, state = [float(fitting.group(n)["lr"]) for n in plan.layer.names], fitting.moments(solver, params[0])
     return Task(problem, solver, plan.layer.name, params, rates, optimizer, plan.layer.fold, state=state, kind=kind)
 
 
