@@ -51,7 +51,7 @@ def plan_of(task: Task, solver: LocalSteps) -> StepPlan:
     return StepPlan(solver.steps, solver.share(task.problem), solver.form, solver.rule, task.scale, task.l1)
 
 
-class Batch(NamedTuple):
+class JointTask(NamedTuple):
     """A task that stands for others. finish: gives them what it solved, once its steps are taken."""
 
     task: Task
@@ -59,12 +59,12 @@ class Batch(NamedTuple):
     finish: Callable[[], None]
 
 
-def in_batches(tasks: Sequence[Task]) -> list[Batch]:
+def in_batches(tasks: Sequence[Task]) -> list[JointTask]:
     """The tasks, those of equal shape and settings as one, whose weights are copies side by side."""
     alike: dict[Any, list[Task]] = {}
     for number, task in enumerate(tasks):
         alike.setdefault(number if (form := _form(task)) is None else form, []).append(task)
-    return [Batch(some[0], some, _nothing) if len(some) == 1 else _as_one(some) for some in alike.values()]
+    return [JointTask(some[0], some, _nothing) if len(some) == 1 else _as_one(some) for some in alike.values()]
 
 
 def _nothing() -> None:
@@ -85,7 +85,7 @@ def _form(task: Task) -> Any:
     return layout, problem.transfer, problem.gamma, solver, task.scale, tuple(numbers)
 
 
-def _as_one(tasks: Sequence[Task]) -> Batch:
+def _as_one(tasks: Sequence[Task]) -> JointTask:
     """One task for several: their groups of rows one after another, weights and state copied."""
     first, problems = tasks[0], [task.problem for task in tasks]
     parts = list(zip(*((p.weight, p.bias) for p in problems), strict=True))
@@ -109,7 +109,7 @@ def _as_one(tasks: Sequence[Task]) -> Batch:
     problem = replace(problems[0], weight=params[0], bias=bias, **rows)
     name = " and ".join(task.name for task in tasks)
     one = replace(first, problem=problem, name=name, params=params, optimizer=optimizer, fold=_same)
-    return Batch(one, tasks, partial(_give_back, copied))
+    return JointTask(one, tasks, partial(_give_back, copied))
 
 
 def _same(w: Tensor) -> Tensor:
