@@ -211,7 +211,8 @@ def _of_accuracy(
         parts.append(classes.accuracy_table(problem, final, step_seconds))
         figure = folder / f"{problem}.png"
         accuracy_figure(figure, problem, final)
-        parts.append(f"![test error over the first minibatches and by epoch]({figure.name})")
+        shown = "over the first minibatches and by epoch" if PROBLEMS[problem].early else "by epoch"
+        parts.append(f"![test error {shown}]({figure.name})")
     parts.append("Trials: accuracy on held-out training rows.\n\n" + classes.tuning_table(problem, held))
     missing = classes.unavailable(problem)
     return [*parts, "Not run: " + "; ".join(missing) + "."] if missing else parts

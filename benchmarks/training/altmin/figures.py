@@ -21,11 +21,12 @@ FLOOR = 0.02  # %, where a test set without an error is drawn
 def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
     """Test error over the first minibatches and by epoch: a thin line a seed, a thick one for their median.
 
-    Of one epoch the right panel has the error at its end, a dot a seed.
+    Of one epoch the right panel has the error at its end, a dot a seed. Without early measurements it is alone.
     """
     known = PROBLEMS[problem]
-    figure = probe.figure(12, 5)
-    first, later = figure.subplots(1, 2)
+    figure = probe.figure(12 if known.early else 8, 5)
+    panels = figure.subplots(1, 2 if known.early else 1, squeeze=False)[0]
+    first, later = panels[0] if known.early else None, panels[-1]
     ends = {m: median([_error(r["test_accuracy"]) for r in rows]) for m, rows in final.items()}
     order = sorted(final, key=ends.__getitem__)
     one = all(r["configuration"]["epochs"] == 1 for rows in final.values() for r in rows)
@@ -34,14 +35,18 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
         style = {"color": f"C{index % 10}", "linestyle": ("-", "--")[index // 10 % 2], "zorder": 3 if ours else 2}
         said = f"{ends[method]:.2f}" if math.isfinite(ends[method]) else "failed"
         label = f"{said}  {known.label(method)}"
-        _curves(first, [r["early_curve"] for r in final[method]], 0, 2.6 if ours else 1.3, label, style)
+        if first is not None:
+            _curves(first, [r["early_curve"] for r in final[method]], 0, 2.6 if ours else 1.3, label, style)
         if one:
             errors = [e for e in (_error(r["test_accuracy"]) for r in final[method]) if math.isfinite(e)]
             later.plot(errors, [-index] * len(errors), "o", color=style["color"], label=label)
         else:
             _curves(later, [r["accuracy_curve"] for r in final[method]], 1, 2.6 if ours else 1.3, label, style)
-    _marks(problem, first, () if one else (later,))
-    first.set(xlabel=f"minibatches of {known.batch}", ylabel=f"error on the first {known.early_rows:,} test rows, %")
+    if first is not None:
+        _marks(problem, first, () if one else (later,))
+        first.set(
+            xlabel=f"minibatches of {known.batch}", ylabel=f"error on the first {known.early_rows:,} test rows, %"
+        )
     if one:
         later.set_yticks([-i for i in range(len(order))], [known.label(m) for m in order])
         later.set_xlabel(f"error on {known.test_rows:,} test rows after the epoch, %")
@@ -50,7 +55,7 @@ def accuracy_figure(path: Path, problem: str, final: Finals) -> None:
         later.set(xlabel="epochs", ylabel=f"error on {known.test_rows:,} test rows, %")
     figure.suptitle(known.title)
     later.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), title="median at the end, %", frameon=False)
-    for axes in (first, later):
+    for axes in panels:
         _scale(axes, "x" if one and axes is later else "y")
         axes.grid(alpha=0.3)
     probe.save(figure, path)
