@@ -55,9 +55,9 @@ def check_curvature(params: Any, logits: Callable[[], Any], loss_of: Callable[[A
     oracle.assert_close({"matrix": lw.GGN(params, loss).to_dense()}, {"matrix": ggn})
 
 
-def check_mse(params: Any, logits: Callable[[], Tensor]) -> None:
+def check_mse(params: Any, logits: Callable[[], Tensor], **options: Any) -> None:
     """Everything, of the mean squared error of `[N, ...]` outputs against random targets."""
     y = torch.randn_like(logits()).detach()
     terms = lambda: (logits() - y).square().flatten(1).mean(1) / len(y)  # noqa: E731
-    check_first_order(params, lambda: F.mse_loss(logits(), y), terms)
-    check_curvature(params, logits, lambda z: F.mse_loss(z, y))
+    check_first_order(params, lambda: F.mse_loss(logits(), y), terms, **options)
+    check_curvature(params, logits, lambda z: F.mse_loss(z, y), **options)

@@ -136,7 +136,7 @@ def test_each_missing_key_is_refused(make: Make) -> None:
         name = state["param_groups"][0]["param_names"][number]
         for key in own:
             if len(own) == 1 or key in ("B", "inverse", "inverted"):  # a memory has them in some of its forms
-                says = f"{name} was saved with .* cut|{name} has one of inverse and inverted"
+                says = f"{name} lacks .*, with which it was saved|{name} has one of inverse and inverted"
             else:
                 says = f"{name} lacks {key}"
             less = {**state["state"], number: {k: v for k, v in own.items() if k != key}}
@@ -150,10 +150,10 @@ def test_what_was_cut_whole_is_refused_by_name(make: Make) -> None:
     state = opt.state_dict()
     names = state["param_groups"][0]["param_names"]
     for number in state["state"]:
-        says = rf"{names[number]} was saved with \d entries"
+        says = rf"{names[number]} lacks .*, with which it was saved"
         refused(opt, {**state, "state": {n: its for n, its in state["state"].items() if n != number}}, says)
         refused(opt, {**state, "state": {**state["state"], number: {}}}, says)
-    refused(opt, {**state, "state": {}}, "was saved with")
+    refused(opt, {**state, "state": {}}, "with which it was saved")
     refused(opt, {k: v for k, v in state.items() if k not in ("optimizer", "version")}, "lacks optimizer, version")
     for wrong in ({}, None, {"0.weight": 1.5}, [1]):
         refused(opt, {**state, "entries": wrong}, "entries")
@@ -161,7 +161,7 @@ def test_what_was_cut_whole_is_refused_by_name(make: Make) -> None:
         its = state["preconditioner"]
         for name in its["blocks"]:
             blocks = {n: b for n, b in its["blocks"].items() if n != name}
-            refused(opt, {**state, "preconditioner": {**its, "blocks": blocks}}, f"block of {name} was saved with")
+            refused(opt, {**state, "preconditioner": {**its, "blocks": blocks}}, f"block of {name} lacks")
 
 
 def test_an_average_that_was_cut_is_refused_by_name() -> None:
@@ -169,7 +169,7 @@ def test_an_average_that_was_cut_is_refused_by_name() -> None:
     state = opt.state_dict()
     for name in state["averages"]:
         averages = {n: t for n, t in state["averages"].items() if n != name}
-        refused(opt, {**state, "averages": averages}, f"{name} was saved with")
+        refused(opt, {**state, "averages": averages}, f"{name} lacks the entries average")
 
 
 @every

@@ -19,8 +19,8 @@ from layerwise.optim.saved_state import (
     Fit,
     by_name,
     copied,
-    counted,
     cut,
+    entries_of,
     in_order,
     is_count,
     lacking,
@@ -334,7 +334,7 @@ class NamedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the optimizer's name, the version of the form, parameter names, and the skipped batches."""
         saved = {"optimizer": self._kind, "version": VERSION, **super().state_dict(), "skipped": self.skipped}
-        return {**saved, "entries": counted(self._held(saved))}
+        return {**saved, "entries": entries_of(self._held(saved))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, parameters by name; goes on bitwise where it stopped.

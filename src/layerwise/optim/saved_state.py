@@ -13,8 +13,23 @@ from layerwise.errors import BadInput
 from layerwise.tensors import is_finite
 
 __all__ = [
-    "VERSION", "Fit", "by_name", "copied", "counted", "cut", "in_order", "is_count", "is_number", "lacking", "like",
-    "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "unlike",
+    "VERSION",
+    "Fit",
+    "by_name",
+    "copied",
+    "cut",
+    "entries_of",
+    "in_order",
+    "is_count",
+    "is_number",
+    "lacking",
+    "like",
+    "misfits",
+    "non_finite",
+    "of_local_optimizer",
+    "present",
+    "refuse",
+    "unlike",
 ]  # fmt: skip
 
 VERSION = 2
@@ -49,10 +64,13 @@ def present(state: Any, kind: str, required: Sequence[str], since: Sequence[str]
     return {**state, "version": VERSION, "optimizer": kind}
 
 
-def counted(held: Mapping[str, Any]) -> dict[str, int]:
-    """The number of entries that a saved state holds by name, `entries` in it: what was cut is then missed by name."""
-    counts = {name: len(values) if isinstance(values, Mapping) else 1 for name, values in held.items()}
-    return {name: count for name, count in counts.items() if count}
+def entries_of(held: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
+    """The names of all that a saved state holds, `entries` in it: what was cut is then missed by name.
+
+    Nested, so that what ranks save of one parameter comes together as their states do.
+    """
+    keys = {name: values if isinstance(values, Mapping) else ("whole",) for name, values in held.items()}
+    return {name: dict.fromkeys(map(str, own), True) for name, own in keys.items() if own}
 
 
 def cut(what: str, saved: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
@@ -62,12 +80,19 @@ def cut(what: str, saved: Mapping[str, Any], held: Mapping[str, Any]) -> list[st
     """
     if "entries" not in saved:
         return []
-    said = saved["entries"]
-    if not isinstance(said, Mapping) or not all(map(is_count, said.values())):
-        return [f"the entries by name are {said!r}, not whole numbers"]
-    has = counted(held)
-    return [f"the {what} of {name} was saved with {said.get(name, 0)} entries and has {has.get(name, 0)}: it was cut"
-            for name in dict.fromkeys((*said, *has)) if said.get(name, 0) != has.get(name, 0)]  # fmt: skip
+    said, has, found = saved["entries"], entries_of(held), []
+    if not isinstance(said, Mapping) or not all(isinstance(own, Mapping) for own in said.values()):
+        return [f"the entries by name are {said!r}, not names"]
+    for name in dict.fromkeys((*said, *has)):
+        then, now = said.get(name, {}), has.get(name, {})
+        gone, more = [key for key in then if key not in now], [key for key in now if key not in then]
+        if gone:
+            found.append(
+                f"the {what} of {name} lacks the entries {', '.join(gone)}, with which it was saved: it was cut"
+            )
+        if more:
+            found.append(f"the {what} of {name} has the entries {', '.join(more)}, without which it was saved")
+    return found
 
 
 def by_name(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ _MOVE_NAMES = """view view_as reshape reshape_as flatten unflatten ravel squeeze
 _MOVES = {getattr(owner, name) for owner in (torch, Tensor) for name in _MOVE_NAMES.split() if hasattr(owner, name)}
 MOVES = CONVERTS | _MOVES | {getattr(Tensor, name).__get__ for name in ("T", "mT")}
 CHOOSES = {Tensor.__getitem__} | {  # some of the elements
-    getattr(owner, name) for owner in (torch, Tensor) for name in ("narrow", "select", "index_select")
+    getattr(owner, name) for owner in (torch, Tensor) for name in ("narrow", "select", "index_select", "masked_select")
 }
 LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
 
