@@ -38,8 +38,8 @@ class Graph:
     called with, those of each call. met: the same of calls that took rows of several tensors together.
     asked: names of the parameters whose quantities are wanted; None: all.
     passed: the nodes on the way from the total, or from the losses' inputs, to the parameters, in the order of the
-    walk. hidden: the edges that
-    those among them read whose calls cannot be seen: functions of the user's own, and writes through views.
+    walk. hidden: the edges that those among them read whose calls cannot be seen: functions of the user's own, and
+    writes through views.
     unread: None, or a list that takes what is otherwise read at once: numbers, and what raises for bad ones.
     """
 
