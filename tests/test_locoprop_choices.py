@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,6 @@ from layerwise import local
 from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
 from layerwise.local.layers.record import problem_of, record
 from layerwise.local.transfer import IDENTITY
-from layerwise.optim.layer_local import executors
 
 Settings = dict[str, Any]
 
@@ -412,49 +410,6 @@ def test_identity_threads_give_the_same_bits(settings: Settings) -> None:
     wanted = run(**settings)
     for workers in (1, 3, ("thread", 2)):
         assert same(run(**settings, workers=workers), wanted)
-
-
-class Own(torch.optim.SGD):
-    """An optimizer of a user's."""
-
-
-def wide() -> nn.Module:
-    return mlp(5, 800, 800, 3)
-
-
-@pytest.mark.parametrize(
-    ("net", "settings", "threads"),
-    [
-        (wide, {"steps": 40}, 2),
-        (wide, {"solver": local.LocalSteps(40, torch.optim.Adam)}, 2),
-        (wide, {"solver": local.LocalSteps(40, Own)}, 1),
-        (wide, {"solver": gradient_step}, 1),
-        (lambda: mlp(5, 6, 4, 3), {"steps": 40}, 1),
-    ],
-)
-def test_identity_of_torchs_threads_that_solve_large_layers_side_by_side(
-    monkeypatch: pytest.MonkeyPatch, net: Callable[[], nn.Module], settings: Settings, threads: int
-) -> None:
-    seen: set[tuple[int, int]] = set()
-
-    def watched(*arguments: Any) -> None:
-        seen.add((threading.get_ident(), torch.get_num_threads()))
-        solve(*arguments)
-
-    solve = executors.solve
-    monkeypatch.setattr(executors, "solve", watched)
-    wanted = run(1, net(), **settings)
-    here = threading.get_ident()
-    assert seen == {(here, 1)}
-    seen.clear()
-    torch.set_num_threads(2)
-    try:
-        found = run(1, net(), **settings)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-    assert same(found, wanted)
-    assert len(seen) == threads and (threads == 1 or all(i != here and n == 1 for i, n in seen))
 
 
 def test_identity_processes_give_the_same_bits() -> None:

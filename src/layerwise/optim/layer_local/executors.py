@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch
 
 from layerwise.errors import BadInput
 from layerwise.local.layers.layer import Layer
@@ -38,7 +37,6 @@ __all__ = [
 Facts = Mapping[str, Any]
 State = dict[Any, Any]
 Workers = int | tuple[Literal["thread", "process"], int] | None
-_LARGE = 3e8  # multiply-adds of all local solves for which threads are worth their start
 _TRAFFIC = 12  # an optimizer's passes over a weight and its state, in multiply-adds
 
 
@@ -126,87 +124,47 @@ class LocalExecutor(Executor):
 
 
 class Sequential(LocalExecutor):
-    """Solves one layer after another; side by side on an accelerator, and where torch has several threads.
-
-    On an accelerator that takes fewer launches. On a CPU a product is too small to gain much from a second thread, so
-    each of torch's threads solves large layers alone, the costliest first.
-    """
+    """Solves one layer after another, in one scratch memory; on an accelerator side by side, for fewer launches."""
 
     def __init__(self) -> None:
         self._workspaces = [Workspace()]
 
     def _solve(self, jobs: Sequence[LayerJob]) -> None:
         if any(p.device.type != "cpu" for job in jobs for p in job.params.values()):
-            solve_together([job.task() for job in jobs], self._enough(len(jobs)))
-            return
-        threads = torch.get_num_threads()
-        if threads > 1 and len(jobs) > 1 and not _has_context() and sum(job.cost() for job in jobs) >= _LARGE:
-            ordered = sorted(jobs, key=lambda job: job.cost(), reverse=True)
-            _side_by_side(ordered, self._enough(threads), lambda task: _is_torchs_own(task.optimizer), threads=1)
+            self._workspaces += [Workspace() for _ in jobs[len(self._workspaces) :]]
+            solve_together([job.task() for job in jobs], self._workspaces[: len(jobs)])
             return
         for job in jobs:
             solve(job.task(), self._workspaces[0])
-
-    def _enough(self, count: int) -> list[Workspace]:
-        self._workspaces += [Workspace() for _ in range(count - len(self._workspaces))]
-        return self._workspaces[:count]
 
 
 class Threads(LocalExecutor):
     """Solves n layers at a time, each thread in its own scratch memory; raises the first layer's error at the end."""
 
     def __init__(self, count: int) -> None:
-        self._workspaces = [Workspace() for _ in range(count)]
+        self._count = count
+        self._workspaces: SimpleQueue[Workspace] = SimpleQueue()
+        for _ in range(count):
+            self._workspaces.put(Workspace())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has threads of its own."""
-        return Threads, (len(self._workspaces),)
+        return Threads, (self._count,)
 
     def _solve(self, jobs: Sequence[LayerJob]) -> None:
-        _side_by_side(jobs, self._workspaces, lambda _: True, torch.get_num_threads())
+        threads = torch.get_num_threads()
 
+        def one(job: LayerJob) -> None:
+            workspace = self._workspaces.get()
+            try:
+                torch.set_num_threads(threads)  # a new thread starts with torch's own number
+                solve(job.task(), workspace)
+            finally:
+                self._workspaces.put(workspace)
 
-def _side_by_side(
-    jobs: Sequence[LayerJob], workspaces: Sequence[Workspace], apart: Callable[[Task], bool], threads: int
-) -> None:
-    """Solve as many layers at a time as there are workspaces, with so many of torch's threads for each.
-
-    apart: whether a task may leave this thread. Tasks are made in this one, since a target can be a user's function.
-    """
-    here, free = torch.get_num_threads(), SimpleQueue[Workspace]()
-    for workspace in workspaces:
-        free.put(workspace)
-
-    def one(task: Task, workspace: Workspace) -> None:
-        try:
-            torch.set_num_threads(threads)  # a new thread starts with torch's own number
-            solve(task, workspace)
-        finally:
-            free.put(workspace)
-
-    try:
-        with futures.ThreadPoolExecutor(len(workspaces)) as pool:
-            sent = []
-            for job in jobs:
-                task, workspace = job.task(), free.get()
-                if apart(task):
-                    sent.append(pool.submit(one, task, workspace))
-                else:
-                    one(task, workspace)
-            for done in sent:
+        with futures.ThreadPoolExecutor(self._count) as pool:
+            for done in [pool.submit(one, job) for job in jobs]:
                 done.result()
-    finally:
-        torch.set_num_threads(here)  # of threads to come, too
-
-
-def _has_context() -> bool:
-    """Whether this thread runs under something that another thread would not: autocast, or a mode that sees calls."""
-    return torch.is_autocast_enabled("cpu") or bool(_python_dispatch._get_current_dispatch_mode_stack())
-
-
-def _is_torchs_own(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Whether local steps run no code of a user's."""
-    return type(optimizer).__module__.partition(".")[0] in ("torch", "layerwise")
 
 
 class Processes(LocalExecutor):
