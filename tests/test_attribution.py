@@ -479,8 +479,13 @@ def test_a_curvature_of_other_weights_is_refused(tmp_path: Any) -> None:
     ):
         with pytest.raises(BadInput, match="weights were written or frozen"):
             asked()
-    model.load_state_dict(before)
+    model.load_state_dict(before)  # written, with the values that there were
+    assert torch.equal(influence.scores(queries, train), want)
+    assert len(index.append(train)) == 2 * len(want[0])
     assert torch.equal(influence.load(tmp_path).scores(queries, train), want)
+    next(model.parameters()).requires_grad_(False)
+    with pytest.raises(BadInput, match="weights were written or frozen"):
+        influence.scores(queries, train)
 
 
 def test_a_fit_resumes_with_the_same_batches_alone(tmp_path: Any) -> None:

@@ -54,7 +54,7 @@ class GradientIndex:
             raise BadInput(f'projection must be "eigen" or "random", got {projection!r}')
         self._influence, self._folder = influence, Path(folder)
         shapes = influence.settings()["shapes"]
-        self._written = influence.written()
+        self._weights = influence.weights()
         self._settings = influence.settings() | {"rank": rank, "projection": projection, "signs": seed}
         found = read(self._folder, _FACTS)
         if found is None:
@@ -100,7 +100,7 @@ class GradientIndex:
         return self
 
     def _check_weights(self) -> None:
-        if self._written != self._influence.written():
+        if not self._weights.are_the_same():
             raise BadInput("the weights were written or frozen after the index was opened; make a new index of them")
 
     def _flat(self, values: Mapping[str, Tensor]) -> Tensor:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from layerwise.attribution.files import read, refuse_others, write
 from layerwise.attribution.fit import estimated, resumable
 from layerwise.attribution.inverse import DampedInverse, Solved, diagonal_blocks, of_rank
-from layerwise.attribution.passes import Chosen, Loader, given
+from layerwise.attribution.passes import Chosen, KnownWeights, Loader, given
 from layerwise.errors import BadInput, Undefined
 from layerwise.operators import EigenKronecker, Kronecker
 from layerwise.operators.described import described, rebuilt
 from layerwise.quantities import EKFAC, KFAC, KFLR, ByParameter, DiagGGN, Quantity
 from layerwise.quantities.base import positive
 from layerwise.quantities.inner_products import Direction, InnerProducts
-from layerwise.ranks.group import digest_of, values_digest
 
 __all__ = ["Best", "Influence", "Measure"]
 
@@ -65,7 +64,7 @@ class Influence:
         self._curvature, self._draws, self._seed = curvature, positive("Influence's draws", draws), seed
         self._inverse = DampedInverse(None, damping)
         self._fitted = curvature == "identity"
-        self._written: list[tuple[int, int, bool]] | None = None  # the weights of the curvature
+        self._weights: KnownWeights | None = None  # those of the curvature
 
     @property
     def names(self) -> list[str]:
@@ -82,15 +81,15 @@ class Influence:
         """`(G + λ I)⁻¹`. Raises BadInput before `fit` or `load`, and where the weights were written since."""
         if not self._fitted:
             raise BadInput(f'curvature="{self._curvature}" is not known yet; call fit(loader) or load(folder) first')
-        if self._written not in (None, self.written()):
+        if self._weights is not None and not self._weights.are_the_same():
             raise BadInput(
                 "the weights were written or frozen after `fit`; fit again, or load(folder) for the same weights"
             )
         return self._inverse
 
-    def written(self) -> list[tuple[int, int, bool]]:
-        """What changes where a parameter of the model is replaced, written or frozen."""
-        return [(id(p), p._version, p.requires_grad) for p in self._chosen.model.parameters()]
+    def weights(self) -> KnownWeights:
+        """The model's weights as they are now."""
+        return KnownWeights(self._chosen.model)
 
     # -- the curvature -------------------------------------------------------------------------------------
 
@@ -126,7 +125,7 @@ class Influence:
         return self
 
     def _take(self, inverse: DampedInverse) -> None:
-        self._inverse, self._fitted, self._written = inverse, True, self.written()
+        self._inverse, self._fitted, self._weights = inverse, True, self.weights()
 
     def _quantity(self) -> Quantity | None:
         generator = None if self._draws is None else torch.Generator().manual_seed(self._seed)
@@ -139,10 +138,9 @@ class Influence:
     def settings(self) -> dict[str, Any]:
         """What must be the same where saved numbers are read; weights: a digest of all of the model's."""
         model = self._chosen.model
-        weights = digest_of({name: values_digest(t) for name, t in model.state_dict().items()})
         shapes = {name: list(p.shape) for name, p in model.named_parameters() if name in self._chosen.names}
         settings = {"curvature": self._curvature, "draws": self._draws, "seed": self._seed}
-        return settings | {"shapes": shapes, "weights": weights}
+        return settings | {"shapes": shapes, "weights": self.weights().digest}
 
     def save(self, folder: str | Path) -> None:
         """Save the curvature as tensors and JSON, with versions and a checksum; raises BadInput before `fit`."""

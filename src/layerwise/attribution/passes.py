@@ -15,11 +15,12 @@ from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
 from layerwise.observation.results import Results
 from layerwise.quantities.base import Quantity
-from layerwise.ranks.trainers import unreduced, unwrapped
+from layerwise.ranks.group import digest_of, values_digest
+from layerwise.ranks.trainers import is_sharded, unreduced, unwrapped
 from layerwise.replay.state import RandomState
 from layerwise.tape.binding import chosen_names
 
-__all__ = ["Chosen", "Loader", "given"]
+__all__ = ["Chosen", "KnownWeights", "Loader", "given"]
 
 Loader = Iterable[Any]
 
@@ -63,6 +64,31 @@ class Chosen:
                 )
             observation.send(loss)
         return results
+
+
+class KnownWeights:
+    """A model's weights as they are now: versions tell where nothing was written, a digest where the same was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._seen, self.digest = model, _versions(model), _digest(model)
+
+    def are_the_same(self) -> bool:
+        """Whether the model's are these still, and none was frozen or thawed."""
+        now = _versions(self._model)
+        if now != self._seen:
+            if [free for *_, free in now] != [free for *_, free in self._seen] or _digest(self._model) != self.digest:
+                return False
+            self._seen = now
+        return True
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int, bool]]:
+    return [(id(p), p._version, p.requires_grad) for p in model.parameters()]
+
+
+def _digest(model: nn.Module) -> str:
+    state = {name: t.to_local() if is_sharded(t) else t for name, t in model.state_dict().items()}
+    return digest_of({name: values_digest(t) for name, t in state.items()})
 
 
 def given(batches: Loader, what: str, shown_as: str | None = None) -> Iterator[Any]:
