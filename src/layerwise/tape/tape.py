@@ -264,7 +264,8 @@ class Tape(LossRecord):
 
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
         """Note the calls that read a use's output, and the batch that each result was made from."""
-        read_by(self._outputs, self.uses, func, args, kwargs, data, out)
+        if self._outputs:
+            read_by(self._outputs, self.uses, func, args, kwargs, data, out)
         if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):
             self._note_places(args, kwargs)
         self._origins.note(func, args, kwargs, data, out)
