@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "BACKWARD",
+    "CARRIES",
     "CASTS",
     "CHOICE",
     "CHOOSES",
@@ -21,12 +22,19 @@ __all__ = [
     "GRADIENTS",
     "LIKE",
     "LOG_SOFTMAX",
-    "MOVES",
     "OPTIONS",
     "RANDOM",
+    "REARRANGES",
     "SCATTER",
     "assembles",
+    "functions_and_methods",
 ]
+
+
+def functions_and_methods(names: str) -> set[Any]:
+    """Calls by name: torch's functions and the methods of tensors, as far as there are."""
+    return {getattr(owner, name) for owner in (torch, Tensor) for name in names.split() if hasattr(owner, name)}
+
 
 # The calls that run a backward pass, with their argument names.
 OPTIONS = {
@@ -53,11 +61,9 @@ RANDOM = {getattr(torch, name) for name in _RANDOM_NAMES.split()} | {
 LIKE = {torch.rand_like, torch.randn_like, torch.randint_like, Tensor.new_tensor}
 # Calls whose results are data even where no argument is.
 DATA = RANDOM | {torch.tensor, torch.as_tensor, torch.from_numpy}
-_ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | {
-    getattr(owner, name)
-    for owner in (torch, Tensor)
-    for name in "index_select narrow gather take take_along_dim masked_select".split()
-}
+_ASSEMBLE = {Tensor.__getitem__, torch.stack, torch.cat, torch.concat} | functions_and_methods(
+    "index_select narrow gather take take_along_dim masked_select"
+)
 # Calls that split a tensor along an axis, with the position of that axis among their arguments.
 _SPLIT = {
     getattr(owner, name): place
@@ -68,8 +74,7 @@ _SPLIT = {
 
 def _in_both_forms(names: str) -> set[Any]:
     """Calls by name, and those that write in place."""
-    both = [name for base in names.split() for name in (base, base + "_")]
-    return {getattr(owner, name) for owner in (torch, Tensor) for name in both if hasattr(owner, name)}
+    return functions_and_methods(" ".join(f"{name} {name}_" for name in names.split()))
 
 
 # Calls that write rows onto a tensor where an index or a mask says.
@@ -82,15 +87,17 @@ GATHER = {Tensor.__getitem__, Tensor.__setitem__, *SCATTER} | _in_both_forms(
 )
 CHOICE = {torch.where, Tensor.where}  # of these the mask's values count where both sides are activations
 CASTS = {Tensor.to, Tensor.type_as}  # of a second tensor these read the dtype and the device alone
-# Calls that give the elements of their first argument again, each once: in another order, shape, memory or type.
 CONVERTS = {getattr(Tensor, name) for name in "to type type_as float double half bfloat16".split()}
-_MOVE_NAMES = """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims
-    permute movedim moveaxis t contiguous clone"""
-_MOVES = {getattr(owner, name) for owner in (torch, Tensor) for name in _MOVE_NAMES.split() if hasattr(owner, name)}
-MOVES = CONVERTS | _MOVES | {getattr(Tensor, name).__get__ for name in ("T", "mT")}
-CHOOSES = {Tensor.__getitem__} | {  # some of the elements
-    getattr(owner, name) for owner in (torch, Tensor) for name in ("narrow", "select", "index_select", "masked_select")
-}
+# Calls that give the elements of their first argument again, each once: in another order, shape or memory.
+REARRANGES = functions_and_methods(
+    """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze permute transpose swapaxes movedim t
+    contiguous clone"""
+)
+CHOOSES = {Tensor.__getitem__} | functions_and_methods("narrow select index_select masked_select")  # some of them
+# Calls whose results hold elements of their first argument and nothing else, in its type or another.
+CARRIES = CONVERTS | REARRANGES | CHOOSES | functions_and_methods("swapdims moveaxis") | {
+    getattr(Tensor, name).__get__ for name in ("T", "mT")
+}  # fmt: skip
 LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax}
 
 

@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.tape.calls import LIKE, RANDOM, SCATTER, assembles
+from layerwise.tape.calls import CHOOSES, LIKE, RANDOM, REARRANGES, SCATTER, assembles, functions_and_methods
 
 __all__ = [
     "Moved", "Origin", "Origins", "Source", "ancestors", "is_open", "numbers", "offsets_of", "parents", "settle",
     "sources",
 ]  # fmt: skip
 
-_MOVE_NAMES = """__getitem__ index_select narrow select gather take take_along_dim masked_select split chunk
-    tensor_split unbind split_with_sizes view reshape flatten unflatten ravel squeeze unsqueeze permute transpose
-    swapaxes movedim t expand expand_as contiguous clone flip roll repeat tile repeat_interleave stack cat concat
-    vstack hstack view_as reshape_as"""
-MOVES = {getattr(x, name) for x in (torch, Tensor) for name in _MOVE_NAMES.split() if hasattr(x, name)} | {F.pad}
+_MOVES = REARRANGES | CHOOSES | {F.pad}
+_MOVES |= functions_and_methods(
+    """gather take take_along_dim split chunk tensor_split unbind split_with_sizes expand expand_as flip roll repeat
+    tile repeat_interleave stack cat concat vstack hstack"""
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class Origins:
             results = [x for x in out if isinstance(x, Tensor)] if isinstance(out, (list, tuple)) else []
         if func in LIKE:
             self.made(func, out)
-        elif func in MOVES and not data[0].requires_grad:
+        elif func in _MOVES and not data[0].requires_grad:
             if not any(x.requires_grad for x in results):
                 self._moved(func, args, kwargs, data[0], results, not isinstance(out, Tensor))
         elif not results or assembles(func, args, kwargs):

@@ -11,11 +11,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise import losses, ops
 from layerwise.errors import UnsupportedCall
-from layerwise.tape.calls import CHOOSES, MOVES
+from layerwise.tape.calls import CARRIES
 from layerwise.tape.uses import Derived, Reader, Use, bad_call, describe_func, is_hook, unhooked
 
 __all__ = [
-    "Hollow", "Known", "Readable", "classify", "distinct", "is_view", "kept", "own_output", "read_by", "run",
+    "Hollow", "Known", "Readable", "classify", "distinct", "is_view", "kept", "note_readers", "own_output", "run",
     "sort", "tensors_in",
 ]  # fmt: skip
 
@@ -214,7 +214,7 @@ def _places(use: Use) -> Iterator[tuple[Readable, GradientEdge]]:
             readers += reader.readers
 
 
-def read_by(
+def note_readers(
     outputs: dict[int, Readable], uses: Sequence[Use], func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any
 ) -> None:
     """Note a call with the uses whose outputs it reads. out: what it returned, or wrote onto.
@@ -228,7 +228,7 @@ def read_by(
         read = _output_of(tensor, outputs, uses)
         if read is None:
             continue
-        carries = bool(args) and args[0] is tensor and (func in MOVES or func in CHOOSES)
+        carries = bool(args) and args[0] is tensor and func in CARRIES
         if carries and out is tensor:
             continue
         reader = read.use.read_by(func, args[1:], kwargs, results, carries, read.reader)

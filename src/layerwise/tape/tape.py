@@ -48,8 +48,8 @@ from layerwise.tape.recorded_call import (
     distinct,
     is_view,
     kept,
+    note_readers,
     own_output,
-    read_by,
     run,
     sort,
 )
@@ -222,7 +222,7 @@ class Tape(LossRecord):
         if not isinstance(out, (Tensor, list, tuple)):
             if data and out is None and not asks:
                 # a write reads, too
-                read_by(self._outputs, self.uses, func, args, kwargs, data, next(iter(args), None))
+                note_readers(self._outputs, self.uses, func, args, kwargs, data, next(iter(args), None))
                 self._note_data(func, args, kwargs, data, None)
                 self._written(func, args)
             if tensors and func == _SETS_GRAD:
@@ -265,7 +265,7 @@ class Tape(LossRecord):
     def _note_data(self, func: Any, args: Any, kwargs: Any, data: list[Tensor], out: Any) -> None:
         """Note the calls that read a use's output, and the batch that each result was made from."""
         if self._outputs:
-            read_by(self._outputs, self.uses, func, args, kwargs, data, out)
+            note_readers(self._outputs, self.uses, func, args, kwargs, data, out)
         if func in GATHER and sum(d.requires_grad for d in data) > (func in CHOICE):
             self._note_places(args, kwargs)
         self._origins.note(func, args, kwargs, data, out)
@@ -324,13 +324,13 @@ class Tape(LossRecord):
             self._recorded += 1
             self.uses.append(use)
             if self._keep_outputs:
-                read_by(self._outputs, self.uses, *given, result)
+                note_readers(self._outputs, self.uses, *given, result)
                 self._outputs[id(result)] = Readable(use)
             self.calls.append(result.shape)
         if target is not None:
             self._note_data(Tensor.copy_, (target, result), {}, [result], None)
             write.back(result)
-            read_by(self._outputs, self.uses, Tensor.copy_, (target, result), {}, [result], target)
+            note_readers(self._outputs, self.uses, Tensor.copy_, (target, result), {}, [result], target)
             out = None if out is None else target
         return out
 
