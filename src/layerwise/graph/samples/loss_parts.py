@@ -20,22 +20,26 @@ from layerwise.rows.base import RowNumbers
 from layerwise.tape.origins import Origin, sources
 from layerwise.tape.uses import LossUse
 
-__all__ = ["one_after_another", "orders", "parts", "terms_apart"]
+__all__ = ["groupings", "one_after_another", "orders", "parts", "terms_apart"]
+
+
+def groupings(graph: Graph) -> list[list[list[int]]]:
+    """The losses, by number, those together that a term reads; and, where it may differ, those of the same samples."""
+    together = read_as_one(graph)
+    return [together, parts(graph)] if len(together) > 2 else [together]
 
 
 def orders(graph: Graph, n: int) -> Iterator[list[Where]]:
     """The samples of several losses that have n rows of terms together, part by part."""
-    together = read_as_one(graph)
-    for groups in (together, _parts_beyond(graph, together)):
+    for groups in groupings(graph):
         found = one_after_another(graph, n, groups)
         if found is not None:
             yield found
 
 
-def terms_apart(graph: Graph) -> list[int]:
-    """The numbers of loss terms of all losses, those counted once that are read together, or of the same rows."""
-    sizes, together = terms(graph), read_as_one(graph)
-    return [sum(sizes[group[0]] for group in groups) for groups in (together, _parts_beyond(graph, together))]
+def terms_apart(sizes: Sequence[int], groups: Sequence[Sequence[int]]) -> int:
+    """The number of loss terms of all losses, those of a group counted once. sizes: `terms` of the graph."""
+    return sum(sizes[group[0]] for group in groups)
 
 
 def one_after_another(graph: Graph, n: int, groups: Sequence[Sequence[int]]) -> list[Where] | None:
@@ -47,7 +51,7 @@ def one_after_another(graph: Graph, n: int, groups: Sequence[Sequence[int]]) -> 
     sizes = terms(graph)
     if len(groups) < 2 or any(sizes[i] != sizes[group[0]] for group in groups for i in group):
         return None
-    if sum(sizes[group[0]] for group in groups) != n:
+    if terms_apart(sizes, groups) != n:
         return None
     if graph.own:
         groups = sorted(groups, key=lambda group: min(graph.losses[i].logits.node._sequence_nr() for i in group))
@@ -93,11 +97,6 @@ class _Part(NamedTuple):
 
     losses: list[int]
     rows: set[tuple[Origin, int]]
-
-
-def _parts_beyond(graph: Graph, together: list[list[int]]) -> list[list[int]]:
-    """The parts where more losses may belong together than a term reads, and leave any apart."""
-    return parts(graph) if len(together) > 2 else together
 
 
 def _differentiated(graph: Graph) -> dict[int, list[Origin]]:

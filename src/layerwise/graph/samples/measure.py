@@ -14,7 +14,7 @@ from layerwise.graph.coverage import Graph, known_losses, prove
 from layerwise.graph.samples import readings
 from layerwise.graph.samples.constants import KeptLayout
 from layerwise.graph.samples.first_uses import FirstUses
-from layerwise.graph.samples.loss_parts import terms_apart
+from layerwise.graph.samples.loss_parts import groupings, terms_apart
 from layerwise.graph.samples.loss_rows import numberings
 from layerwise.graph.samples.memo import Memo, Refused, key_of, memo_of, recalled, remember
 from layerwise.graph.samples.rows import (
@@ -87,7 +87,7 @@ def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, 
         return next(by_rows(graph, int(samples.max()) + 1, samples))
     n = samples if samples is not None else readings.first_count(graph)
     if n is None or (samples is None and readings.contradictory(graph, len(graph.losses))):
-        return _first_that_holds(tape, graph, readings.candidates(graph, terms_apart(graph)))
+        return _first_that_holds(tape, graph, _candidates(graph))
     refusal = recalled(memo, (key, "axes"))
     if not isinstance(refusal, tuple):
         try:
@@ -105,7 +105,7 @@ def _measured(tape: Tape, graph: Graph, samples: int | Tensor | None, key: Any, 
         if alone:
             layout = next(by_rows(graph, n))
         else:
-            layout = _first_that_holds(tape, graph, readings.candidates(graph, terms_apart(graph)))
+            layout = _first_that_holds(tape, graph, _candidates(graph))
         remember(memo, (key, "axes"), refusal)
         return layout
     except _REFUSALS as error:
@@ -225,6 +225,12 @@ def said_count(samples: int | Tensor | None, what: str) -> int | None:
     if int(samples.min()) < 0:
         raise BadInput(f"{what} as a tensor must hold numbers from 0 on, got {int(samples.min())}")
     return int(samples.max()) + 1
+
+
+def _candidates(graph: Graph) -> tuple[list[int], list[int]]:
+    """The numbers of samples to try, those among them that losses of samples of their own have together."""
+    sizes = readings.terms(graph)
+    return readings.candidates(graph, [terms_apart(sizes, groups) for groups in groupings(graph)])
 
 
 def _first_that_holds(tape: Tape, graph: Graph, counts: tuple[Sequence[int], Sequence[int]]) -> SampleLayout:

@@ -13,11 +13,19 @@ from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.samples.constants import shared_uses
-from layerwise.graph.samples.loss_parts import orders, parts, terms_apart
+from layerwise.graph.samples.loss_parts import groupings, one_after_another, parts, terms_apart
 from layerwise.graph.samples.loss_rows import axis_of, numberings, unheard
 from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.numbers import MIXED, Root, numbers_of_both, row_numbers
-from layerwise.graph.samples.readings import labelled, on_output, outside, row_counts, rows_by_source, tensor_asked
+from layerwise.graph.samples.readings import (
+    labelled,
+    on_output,
+    outside,
+    row_counts,
+    rows_by_source,
+    tensor_asked,
+    terms,
+)
 from layerwise.graph.samples.sample_axes import advice_on_shared_rows, hypotheses
 from layerwise.graph.samples.sample_layout import SampleLayout, Where, free_axes
 from layerwise.graph.separable import check_sum_over_samples
@@ -114,8 +122,8 @@ def _ways(graph: Graph, n: int) -> list[list[Samples]]:
             f"the terms of the {len(shapes)} losses can belong to {n} samples in more than {_MOST_WAYS} ways; pass "
             f"samples= {tensor_asked(graph)}"
         )
-    orders = [dict(zip(each, ways, strict=True)) for ways in found]
-    return [[order[shape] for shape in shapes] for order in orders]
+    by_shape = [dict(zip(each, ways, strict=True)) for ways in found]
+    return [[axes[shape] for shape in shapes] for axes in by_shape]
 
 
 def _check_rows_apart(graph: Graph, layout: SampleLayout) -> None:
@@ -273,8 +281,9 @@ def _in_parts(graph: Graph, layout: SampleLayout) -> int:
     owners = [w.owners(shape).unique() for w, shape in zip(layout.losses, shapes, strict=True)]
     counts = [len(torch.cat([owners[i][owners[i] >= 0] for i in group]).unique()) for group in groups]
     if all(count == 1 for count in counts):  # each loss is one sample's, or its rows are samples
-        for whole in terms_apart(graph):
-            for apart in orders(graph, whole):
+        for joined in groupings(graph):
+            whole = terms_apart(terms(graph), joined)
+            if (apart := one_after_another(graph, whole, joined)) is not None:
                 with suppress(SamplesMixed):
                     check_losses(graph, layout_by(graph, whole, apart))
                     return whole
