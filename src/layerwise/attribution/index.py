@@ -53,9 +53,10 @@ class GradientIndex:
         if projection not in ("eigen", "random"):
             raise BadInput(f'projection must be "eigen" or "random", got {projection!r}')
         self._influence, self._folder = influence, Path(folder)
-        shapes = influence.settings()["shapes"]
         self._weights = influence.weights()
-        self._settings = influence.settings() | {"rank": rank, "projection": projection, "signs": seed}
+        settings = influence.settings(self._weights)
+        shapes = settings["shapes"]
+        self._settings = settings | {"rank": rank, "projection": projection, "signs": seed}
         found = read(self._folder, _FACTS)
         if found is None:
             self._sides = {name: self._side(name, shape, rank, projection, seed) for name, shape in shapes.items()}

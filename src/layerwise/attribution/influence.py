@@ -115,17 +115,18 @@ class Influence:
         quantity = self._quantity()
         if quantity is None:
             return self
-        settings = self.settings() if folder is not None else {}
+        weights = self.weights()
+        settings = {} if folder is None else self.settings(weights)
         found = resumable(self._chosen, self._loss_fn, loader, quantity, self._seed, folder, settings, progress)
         operator = found.eigh() if isinstance(found, Kronecker) else found
         if isinstance(operator, ByParameter):
             operator = diagonal_blocks(operator)
         saved = rebuilt(*described(operator))  # in the memory order of a loaded one, for the same bits
-        self._take(DampedInverse(saved, self._inverse.damping))
+        self._take(DampedInverse(saved, self._inverse.damping), weights)
         return self
 
-    def _take(self, inverse: DampedInverse) -> None:
-        self._inverse, self._fitted, self._weights = inverse, True, self.weights()
+    def _take(self, inverse: DampedInverse, weights: KnownWeights) -> None:
+        self._inverse, self._fitted, self._weights = inverse, True, weights
 
     def _quantity(self) -> Quantity | None:
         generator = None if self._draws is None else torch.Generator().manual_seed(self._seed)
@@ -135,18 +136,18 @@ class Influence:
             return KFLR() if self._draws is None else KFAC(self._draws, generator)
         return DiagGGN(self._draws, generator) if self._curvature == "diag" else None
 
-    def settings(self) -> dict[str, Any]:
-        """What must be the same where saved numbers are read; weights: a digest of all of the model's."""
+    def settings(self, weights: KnownWeights) -> dict[str, Any]:
+        """What must be the same where saved numbers are read, with a digest of all of the model's weights."""
         model = self._chosen.model
         shapes = {name: list(p.shape) for name, p in model.named_parameters() if name in self._chosen.names}
         settings = {"curvature": self._curvature, "draws": self._draws, "seed": self._seed}
-        return settings | {"shapes": shapes, "weights": self.weights().digest}
+        return settings | {"shapes": shapes, "weights": weights.digest}
 
     def save(self, folder: str | Path) -> None:
         """Save the curvature as tensors and JSON, with versions and a checksum; raises BadInput before `fit`."""
         operator = self.curvature
         tensors, facts = ({}, {}) if operator is None else described(operator)
-        write(folder, "influence", tensors, {"settings": self.settings(), "blocks": facts})
+        write(folder, "influence", tensors, {"settings": self.settings(self.weights()), "blocks": facts})
 
     def load(self, folder: str | Path) -> Self:
         """Take the curvature that `save` saved, for the same weights; no code is run from the files.
@@ -156,12 +157,12 @@ class Influence:
         found = read(folder, "influence")
         if found is None:
             raise BadInput(f"{folder} holds no saved Influence; fit, and save() there")
-        tensors, facts = found
-        refuse_others(f"the Influence saved in {folder}", facts["settings"], self.settings(), "Ask for the same")
+        (tensors, facts), weights = found, self.weights()
+        refuse_others(f"the Influence saved in {folder}", facts["settings"], self.settings(weights), "Ask for the same")
         if self._curvature != "identity":
             device = next(self._chosen.model.parameters()).device
             operator = rebuilt({key: t.to(device) for key, t in tensors.items()}, facts["blocks"])
-            self._take(DampedInverse(operator, self._inverse.damping))
+            self._take(DampedInverse(operator, self._inverse.damping), weights)
         return self
 
     # -- scores --------------------------------------------------------------------------------------------

@@ -333,8 +333,12 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the optimizer's name, the version of the form, parameter names, and the skipped batches."""
-        saved = {"optimizer": self._kind, "version": VERSION, **super().state_dict(), "skipped": self.skipped}
+        saved = self._content()
         return {**saved, "entries": entries_of(self._held(saved))}
+
+    def _content(self) -> dict[str, Any]:
+        """A saved state without the names of its entries."""
+        return {"optimizer": self._kind, "version": VERSION, **super().state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, parameters by name; goes on bitwise where it stopped.
@@ -377,7 +381,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         return found or cut("state", saved, self._held(saved))
 
     def _held(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """What a saved state holds, by parameter name: these entries are counted in it."""
+        """What a saved state holds, by parameter name: these entries are named in it."""
         return by_name(saved)
 
     def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:

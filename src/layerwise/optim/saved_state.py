@@ -13,23 +13,8 @@ from layerwise.errors import BadInput
 from layerwise.tensors import is_finite
 
 __all__ = [
-    "VERSION",
-    "Fit",
-    "by_name",
-    "copied",
-    "cut",
-    "entries_of",
-    "in_order",
-    "is_count",
-    "is_number",
-    "lacking",
-    "like",
-    "misfits",
-    "non_finite",
-    "of_local_optimizer",
-    "present",
-    "refuse",
-    "unlike",
+    "VERSION", "Fit", "by_name", "copied", "cut", "entries_of", "in_order", "is_count", "is_number", "lacking", "like",
+    "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "unlike",
 ]  # fmt: skip
 
 VERSION = 2

@@ -26,7 +26,7 @@ from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, LocalExecutor, State
 from layerwise.optim.layer_local.owners import described
 from layerwise.optim.layer_local.snapshot import Backups, Snapshot
-from layerwise.optim.saved_state import Fit, entries_of, non_finite, of_local_optimizer
+from layerwise.optim.saved_state import Fit, non_finite, of_local_optimizer
 from layerwise.ranks.group import facts_of
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
@@ -331,10 +331,12 @@ class LayerLocal(NamedOptimizer):
 
     def local_state_dict(self) -> dict[str, Any]:
         """As `state_dict`, without communication: the state of layers that other ranks own is missing."""
+        return super().state_dict()
+
+    def _content(self) -> dict[str, Any]:
         params = named_parameters_of(self._model)
         averages = {name: t for name, t in self._averages.items() if name in params}
-        saved = {**super().state_dict(), "averages": averages}
-        return {**saved, "entries": entries_of(self._held(saved))}
+        return {**super()._content(), "averages": averages}
 
     _saved_keys = ("state", "param_groups", "skipped", "averages")
 
