@@ -48,10 +48,9 @@ class _Path(NamedTuple):
     carriers: list[Reader]
 
     @property
-    def edge(self) -> GradientEdge:
-        """The gradient edge of what the reader reads."""
-        carried = self.carriers[-1].carried if self.carriers else None
-        return self.use.edge if carried is None else carried.edge
+    def edges(self) -> list[GradientEdge]:
+        """The gradient edges on the way; the last is of what the reader reads."""
+        return [self.use.edge, *(c.carried.edge for c in self.carriers if c.carried is not None)]
 
     @property
     def shape(self) -> torch.Size:
@@ -98,7 +97,7 @@ def reading(tape: Tape, graph: Graph, use: Use, kind: Kind) -> Reading:
     """What reads a use's output; the identity where that is no known function, or several calls."""
     carriers, reader = _only_reader(graph, use)
     path = _Path(use, kind, carriers)
-    if reader is None or any(edge in graph.hidden for edge in _edges(path)):
+    if reader is None or any(edge[:2] in graph.hidden for edge in path.edges):
         return Reading(IDENTITY)
     func, args, kwargs, *_ = reader
     if is_loss(func) or func in LOG_SOFTMAX:
@@ -113,14 +112,9 @@ def reading(tape: Tape, graph: Graph, use: Use, kind: Kind) -> Reading:
     return Reading(transfer, after=None if transfer.is_squared or carriers else reader.result)
 
 
-def _edges(path: _Path) -> list[tuple[Any, int]]:
-    edges = [path.use.edge, *(c.carried.edge for c in path.carriers if c.carried is not None)]
-    return [(edge.node, edge.output_nr) for edge in edges]
-
-
 def _loss_reading(tape: Tape, graph: Graph, path: _Path) -> Reading | None:
     for loss in tape.losses:
-        if unhooked(loss.logits)[:2] == path.edge[:2]:
+        if unhooked(loss.logits)[:2] == path.edges[-1][:2]:
             c = _scale(graph.total, loss.value)
             if c is None or loss.call.learned or not isinstance(loss.call, LossCall):
                 continue
