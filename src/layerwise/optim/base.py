@@ -15,18 +15,17 @@ from layerwise.optim.deferred import Late, Skips, check_on_nonfinite, completed
 from layerwise.optim.parameter_forms import ParameterForms
 from layerwise.optim.recording import Recorder, Recording, Samples, Turn, holds_no_gradient
 from layerwise.optim.saved_state import (
-    VERSION,
     Fit,
     by_name,
     copied,
     cut,
-    entries_of,
     in_order,
     is_count,
     lacking,
     misfits,
     present,
     refuse,
+    stamped,
 )  # fmt: skip
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
@@ -334,11 +333,10 @@ class NamedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the optimizer's name, the version of the form, parameter names, and the skipped batches."""
         saved = self._content()
-        return {**saved, "entries": entries_of(self._held(saved))}
+        return stamped(saved, self._kind, self._held(saved))
 
     def _content(self) -> dict[str, Any]:
-        """A saved state without the names of its entries."""
-        return {"optimizer": self._kind, "version": VERSION, **super().state_dict(), "skipped": self.skipped}
+        return {**super().state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, parameters by name; goes on bitwise where it stopped.
@@ -368,8 +366,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 found.append(f"in parameter group {number}, {error}")
         if found:
             return found
-        skipped = saved.get("skipped", 0)
-        found += [] if is_count(skipped) else [f"skipped is {skipped!r}"]
+        found += [] if is_count(saved.get("skipped", 0)) else [f"skipped is {saved['skipped']!r}"]
         if not isinstance(saved["state"], Mapping):
             return [*found, f"the state by parameter is a {type(saved['state']).__name__}, not a dict"]
         state = dict(saved["state"])

@@ -13,11 +13,11 @@ from layerwise.errors import BadInput
 from layerwise.tensors import is_finite
 
 __all__ = [
-    "VERSION", "Fit", "by_name", "copied", "cut", "entries_of", "in_order", "is_count", "is_number", "lacking", "like",
-    "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "unlike",
+    "Fit", "by_name", "copied", "cut", "in_order", "is_count", "is_number", "lacking", "like",
+    "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "stamped", "unlike",
 ]  # fmt: skip
 
-VERSION = 2
+_VERSION = 2
 _SINCE_2 = ("optimizer", "version", "entries")  # states of releases 0.1 and 0.2, version 1, have none of them
 _SHOWN = 5
 
@@ -33,12 +33,12 @@ def present(state: Any, kind: str, required: Sequence[str], since: Sequence[str]
     if not isinstance(state, Mapping):
         raise BadInput(f"the saved state of {kind} is a dict; got {type(state).__name__}")
     first = not any(key in state for key in _SINCE_2)
-    named, version = state.get("optimizer", kind), state.get("version", 1 if first else VERSION)
+    named, version = state.get("optimizer", kind), state.get("version", 1 if first else _VERSION)
     if named != kind:
         raise BadInput(f"the saved state is that of {named}, and cannot be loaded into {kind}")
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
+    if not isinstance(version, int) or not 1 <= version <= _VERSION:
         raise BadInput(
-            f"the saved state of {kind} has version {version!r}, and this release reads 1 to {VERSION}: "
+            f"the saved state of {kind} has version {version!r}, and this release reads 1 to {_VERSION}: "
             "load it with the release that wrote it, or a newer one"
         )
     wanted = [key for key in required if key not in since] if first else [*_SINCE_2, *required]
@@ -46,10 +46,15 @@ def present(state: Any, kind: str, required: Sequence[str], since: Sequence[str]
         raise BadInput(
             f"the saved state lacks {', '.join(missing)}: it was cut, or is that of another optimizer than {kind}"
         )
-    return {**state, "version": VERSION, "optimizer": kind}
+    return {**state, "version": _VERSION, "optimizer": kind}
 
 
-def entries_of(held: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
+def stamped(saved: Mapping[str, Any], kind: str, held: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved form with the optimizer's name, the version, and the names of its entries. held: what it has, by name."""
+    return {"optimizer": kind, "version": _VERSION, **saved, "entries": _entries(held)}
+
+
+def _entries(held: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
     """The names of all that a saved state holds, `entries` in it: what was cut is then missed by name.
 
     Nested, so that what ranks save of one parameter comes together as their states do.
@@ -65,7 +70,7 @@ def cut(what: str, saved: Mapping[str, Any], held: Mapping[str, Any]) -> list[st
     """
     if "entries" not in saved:
         return []
-    said, has, found = saved["entries"], entries_of(held), []
+    said, has, found = saved["entries"], _entries(held), []
     if not isinstance(said, Mapping) or not all(isinstance(own, Mapping) for own in said.values()):
         return [f"the entries by name are {said!r}, not names"]
     for name in dict.fromkeys((*said, *has)):

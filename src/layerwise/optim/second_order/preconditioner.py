@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.deferred import check_on_nonfinite, completed
 from layerwise.optim.recording import Turn, holds_no_gradient, withhold
-from layerwise.optim.saved_state import VERSION, cut, entries_of, is_count, is_number, present, refuse, unlike
+from layerwise.optim.saved_state import cut, is_count, is_number, present, refuse, stamped, unlike
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
 from layerwise.optim.second_order.data_parallel import DataParallel
@@ -335,11 +335,11 @@ class Preconditioner:
         every rank's CPU.
         """
         left, blocks = None if self._left is None else sorted(self._left), self.blocks.state(self.exchange)
-        return {
-            "optimizer": _KIND, "version": VERSION, "kind": self.curvature.kind, "draws": self.curvature.draws,
-            "damping": self.damping, "steps": self.steps, "skipped": self.skipped, "left": left,
-            "blocks": blocks, "entries": entries_of(blocks),
+        saved = {
+            "kind": self.curvature.kind, "draws": self.curvature.draws, "damping": self.damping, "steps": self.steps,
+            "skipped": self.skipped, "left": left, "blocks": blocks,
         }  # fmt: skip
+        return stamped(saved, _KIND, blocks)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state, λ with it; goes on bitwise where it stopped.
