@@ -115,7 +115,7 @@ def test_identity_targets_clipped_into_the_range(f: Transfer) -> None:
 
 def test_gamma_per_sample_is_gamma_times_the_batch() -> None:
     z, g = torch.randn(8, 1, 3, dtype=torch.float64), torch.randn(8, 1, 3, dtype=torch.float64)
-    target = fill_in(local.GradientStep(per="sample"), 2.0, 8)
+    target = fill_in(local.GradientStep(per="sample"), 16.0)
     assert torch.equal(target(z, g, TANH), local.GradientStep(16.0)(z, g, TANH))
     for wrong in ({"gamma": 0.0}, {"gamma": float("inf")}, {"per": "row"}, {"clip": "both"}):
         with pytest.raises(BadInput):

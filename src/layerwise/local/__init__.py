@@ -18,7 +18,7 @@ from layerwise.local.solvers.values import (
     ProximalSolve,
     Spectral,
 )
-from layerwise.local.targets import GradientStep, Mirror, NaturalStep
+from layerwise.local.targets import GradientStep, Mirror, NaturalStep, Polyak
 from layerwise.local.transfer import (
     ARCTAN,
     ELU,
@@ -41,6 +41,7 @@ __all__ = [
     "ARCTAN", "ELU", "HARD_TANH", "IDENTITY", "RELU", "RELU_SQUARED", "SIGMOID", "SOFTMAX", "SOFTPLUS", "TANH",
     "Anderson", "CodeStep", "ColumnNorm", "ConditionalGradient", "ConjugateGradient", "Coupling", "Elastic",
     "FrobeniusNorm", "GradientStep", "LocalProblem", "LocalSteps", "MaxNorm", "Memory", "Mirror", "NaturalStep",
-    "Newton", "NormBall", "Proximal", "ProximalSolve", "Pull", "RowNorm", "Spectral", "SpectralNorm", "TFRMSProp",
-    "Transfer", "WeightDecay", "elu", "hard_tanh", "leaky_relu", "local_gradient", "local_loss", "mairal", "softplus",
+    "Newton", "NormBall", "Polyak", "Proximal", "ProximalSolve", "Pull", "RowNorm", "Spectral", "SpectralNorm",
+    "TFRMSProp", "Transfer", "WeightDecay", "elu", "hard_tanh", "leaky_relu", "local_gradient", "local_loss", "mairal",
+    "softplus",
 ]  # fmt: skip

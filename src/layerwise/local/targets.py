@@ -7,8 +7,10 @@ The targets here are values; γ = None is filled in from the optimizer's paramet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -18,15 +20,50 @@ from layerwise.local.problem import Clip, target_m
 from layerwise.local.transfer import Transfer
 from layerwise.operators.ridge import ridge
 
-__all__ = ["GradientStep", "Mirror", "NaturalStep", "Target", "factor", "fill_in"]
+__all__ = ["GradientStep", "Mirror", "NaturalStep", "Polyak", "Target", "fill_in", "slope"]
 
 Target = Callable[[Tensor, Tensor, Transfer], Tensor]
-Per = Literal["batch", "sample"]
+
+
+@dataclass(frozen=True)
+class Polyak:
+    """Polyak's step as the unit of a target's γ: `per=Polyak(lower)`, where γ = 1 is the step itself.
+
+        γ ← γ min((L − L*)/Σ_r ⟨g_r, p_r⟩, most),       y = f(z) − γ p,       p = g but for a `NaturalStep`
+
+    The loss, linear in a layer's outputs, falls to L* at γ = 1. over: "layer", the sum over the rows of one layer, so
+    that each by itself would bring the loss there; or "net", over the rows of all layers, so that all together would.
+    A parameter without a local problem counts by its own gradient. Zero where the loss is not above L*, or where no
+    cotangent is left. lower: L*, a lower bound of the loss as written: 0, or its known minimum, such as the entropy
+    of smoothed labels. most: γ_b of the stochastic form. The published constant c is 1/γ.
+    Raises BadInput for settings that cannot be.
+    Source: Polyak, "Introduction to optimization" (1987), section 5.3; over minibatches Loizou et al., "Stochastic
+    Polyak step-size for SGD" (2021), equation SPS_max.
+    """
+
+    lower: float = 0.0
+    over: Literal["layer", "net"] = "layer"
+    most: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lower) and self.over in ("layer", "net") and self.most > 0):
+            raise BadInput(f'Polyak needs a finite lower bound, over "layer" or "net", and most > 0; got {self}')
+
+    def step(self, loss: float, slope: float) -> float:
+        """The size of one unit, `min((L − L*)/slope, most)`."""
+        gap = loss - self.lower
+        return min(gap / slope, self.most) if gap > 0 and slope > 0 else 0.0
+
+
+Per = Literal["batch", "sample"] | Polyak
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A step of size γ; with per="sample", γ multiplies the gradient of N times the loss, N samples in the batch."""
+    """A step of size γ along a direction of the cotangents, in units that `per` says.
+
+    per: "batch", the loss as written; "sample", N times it, for N samples in the batch; or `Polyak`.
+    """
 
     gamma: float | None = None
     per: Per = "batch"
@@ -34,15 +71,22 @@ class _Step:
     def __post_init__(self) -> None:
         if self.gamma is not None and not 0 < self.gamma < float("inf"):
             raise BadInput(f"a target needs a finite gamma > 0, or None for the optimizer's; got gamma={self.gamma}")
-        if self.per not in ("batch", "sample"):
-            raise BadInput(f'a target\'s gamma is per "batch" or per "sample"; got per={self.per!r}')
+        if self.per not in ("batch", "sample") and not isinstance(self.per, Polyak):
+            raise BadInput(f'a target\'s gamma is per "batch", per "sample" or per Polyak(); got per={self.per!r}')
 
-    def _size(self) -> float:
-        if self.gamma is None or self.per == "sample":
-            raise BadInput(
-                f"{self} has no step size yet: give it gamma and a batch with fill_in(target, gamma, samples)"
-            )
-        return self.gamma
+    def __call__(self, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
+        """The target at the step's own size. Raises BadInput where that depends on the optimizer or on the batch."""
+        if self.gamma is None or self.per != "batch":
+            raise BadInput(f"{self} has no step size yet: give it one with fill_in(target, size)")
+        return self.at(self.gamma, z, g, transfer)
+
+    def at(self, size: float, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
+        """The target of a step of some size."""
+        raise NotImplementedError
+
+    def direction(self, g: Tensor) -> Tensor:
+        """What the step goes along, `p`: the cotangents."""
+        return g
 
 
 @dataclass(frozen=True)
@@ -50,7 +94,8 @@ class GradientStep(_Step):
     """LocoProp's target, `y = f(z) − γ g`: the first local gradient is γ times backprop's.
 
     gamma: γ, against the gradient of the loss as written. per: with "sample", γ stands for γN under a mean over N
-    samples, so that γ = 1 under a softmax or sigmoid output means "the target is the label" at every batch size.
+    samples, so that γ = 1 under a softmax or sigmoid output means "the target is the label" at every batch size; with
+    a `Polyak`, γ counts Polyak's steps.
     clip: None, "bounded" or "range", as in `target_m`: clipped targets keep far-solved problems bounded below.
     Raises BadInput for settings that cannot be. Source: Amid, Anil and Warmuth (2022), section 3.
     """
@@ -62,9 +107,9 @@ class GradientStep(_Step):
         if self.clip not in (None, "bounded", "range"):
             raise BadInput(f'clip={self.clip!r} is unknown: use "range", "bounded" or None')
 
-    def __call__(self, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
+    def at(self, size: float, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
         """`f(z) − γ g`, clipped where asked."""
-        return target_m(z, g, self._size(), transfer, self.clip)
+        return target_m(z, g, size, transfer, self.clip)
 
 
 @dataclass(frozen=True)
@@ -76,9 +121,9 @@ class Mirror(_Step):
     Source: mirror descent with the potential F (Nemirovski and Yudin, 1983), one step.
     """
 
-    def __call__(self, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
+    def at(self, size: float, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
         """`f(z − γ g)`."""
-        return transfer.f(z - self._size() * g)
+        return transfer.f(z - size * g)
 
 
 @dataclass(frozen=True)
@@ -99,21 +144,24 @@ class NaturalStep(_Step):
         if not 0 <= self.damping < float("inf"):
             raise BadInput(f"NaturalStep needs a finite damping ≥ 0; got {self}")
 
-    def __call__(self, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
+    def at(self, size: float, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
         """`f(z) − γ (B + λ tr(B)/O I)⁻¹ g`."""
+        return transfer.f(z) - size * self.direction(g)
+
+    def direction(self, g: Tensor) -> Tensor:
+        """`(B + λ tr(B)/O I)⁻¹ g`."""
         rows = g.transpose(0, 1)
         second = rows.mT @ rows
         damping = self.damping * second.diagonal(dim1=-2, dim2=-1).mean(-1)
-        return transfer.f(z) - self._size() * ridge(second, rows, damping).transpose(0, 1)
+        return ridge(second, rows, damping).transpose(0, 1)
 
 
-def factor(target: Target, gamma: float, samples: int) -> float:
-    """The factor of a parameter's gradient: γ, times N for a target per sample."""
-    return gamma * samples if getattr(target, "per", "batch") == "sample" else gamma
+def fill_in(target: Target, size: float) -> Target:
+    """The target at a step size of the optimizer's; a user's function as it is."""
+    return partial(target.at, size) if isinstance(target, _Step) else target
 
 
-def fill_in(target: Target, gamma: float, samples: int) -> Target:
-    """The target with the optimizer's γ for a batch of N samples; a user's function as it is."""
-    if not isinstance(target, _Step):
-        return target
-    return replace(target, gamma=factor(target, gamma, samples), per="batch")
+def slope(target: Target, g: Tensor) -> Tensor:
+    """`Σ_r ⟨g_r, p_r⟩`, in float64: how fast the loss falls along a target's direction; along g for a function."""
+    p = target.direction(g) if isinstance(target, _Step) else g
+    return (g.double() * p).sum()

@@ -42,7 +42,7 @@ class Fitting:
     """A recorded run with the parameters' groups and optimizer state, from which its layers are fitted.
 
     groups: by id of the parameter. optimizers: the layers' own, by kind and parameters. averages: the running averages
-    of parameters before the step, by name; new_averages: after it. backups: memory of snapshots.
+    of parameters before the step, by name; new_averages: after it. backups: memory of snapshots. unit: of γ, by name.
     """
 
     run: Recorded
@@ -52,6 +52,7 @@ class Fitting:
     averages: Mapping[str, Tensor]
     backups: Backups = field(default_factory=Backups)
     new_averages: dict[str, Tensor] = field(default_factory=dict)
+    unit: Callable[[str], float] = lambda name: 1.0
 
     def params(self, layer: Layer) -> list[Tensor]:
         """A layer's weight, and its bias where that is fitted."""

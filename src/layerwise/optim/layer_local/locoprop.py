@@ -15,6 +15,7 @@ from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
+from layerwise.local.layers.units import Units
 from layerwise.local.problem import LocalProblem, Term, refuse_half
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import solve
@@ -22,7 +23,7 @@ from layerwise.local.solvers.steps import linear_steps
 from layerwise.local.solvers.task import Task
 from layerwise.local.solvers.values import LocalSteps, Solver, name_of
 from layerwise.local.solvers.workspace import Workspace
-from layerwise.local.targets import GradientStep, Target, factor, fill_in
+from layerwise.local.targets import GradientStep, Target, fill_in
 from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.base import Closure
 from layerwise.optim.deferred import Late
@@ -222,8 +223,9 @@ class LocoProp(LayerLocal):
         self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers
     ) -> tuple[Tensor, str | Late | None]:
         fitting, choices, self._left = self._fitting(run), self._choices, recorder.left
+        fitting.unit = Units(run, lambda name: choices.of(name).target).of
         solvers = [choices.of(layer.name).solver if rerun is None else rerun for layer in run.layers]
-        where, late = self._safe(run, partial(_gamma, fitting, choices), buffers, solvers)
+        where, late = self._safe(run, partial(_gamma, fitting), buffers, solvers)
         if where is not None:
             return run.loss, where
         plans = [_plan(fitting, choices, layer) for layer in run.layers]
@@ -314,14 +316,14 @@ class _Plan(NamedTuple):
         return solver
 
 
-def _gamma(fitting: Fitting, choices: Choices, name: str) -> float:
+def _gamma(fitting: Fitting, name: str) -> float:
     """γ of a parameter, by which its cotangents are multiplied."""
-    return factor(choices.of(name).target, float(fitting.group(name)["gamma"]), fitting.run.samples)
+    return float(fitting.group(name)["gamma"]) * fitting.unit(name)
 
 
 def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
     """The plan of a layer. Raises BadInput for another loss with a solver of the squared one."""
-    choice, group, gamma = choices.of(layer.name), fitting.group(layer.name), _gamma(fitting, choices, layer.name)
+    choice, group, gamma = choices.of(layer.name), fitting.group(layer.name), _gamma(fitting, layer.name)
     found = layer.transfer if group["loss"] == "matching" else IDENTITY
     transfer = found if choice.transfer is None else choice.transfer
     if getattr(choice.solver, "squared_only", False) and not transfer.is_squared:
@@ -350,16 +352,13 @@ def _warn_of_stand_ins(plans: list[_Plan], warned: set[str]) -> None:
 
 def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
     """A layer's local problem. Raises NonFinite where the target of a user's function is not finite."""
-    target, samples = plan.choice.target, fitting.run.samples
+    target = plan.choice.target
     plain = isinstance(target, GradientStep) and target.clip is None
-    made = None if plain else fill_in(target, float(plan.group["gamma"]), samples)
+    made = None if plain else fill_in(target, plan.gamma)
     problem = problem_of(fitting.run, plan.layer, plan.gamma, plan.transfer, made, plan.terms)
     if not plain and not bool(torch.isfinite(problem.target).all()):
         raise NonFinite(f"the target of {plan.layer.name} holds NaN or infinity")
     return problem
-
-
-# Solving ------------------------------------------------------------------------------------------------------------
 
 
 def _job(fitting: Fitting, plan: _Plan) -> LayerJob:
@@ -385,7 +384,7 @@ def _step_along(fitting: Fitting, choices: Choices, name: str, p: Tensor, g: Ten
     steps = solver if isinstance(solver, LocalSteps) else _DEFAULT_STEPS
     fitting.forget_moments(p)
     _, optimizer = fitting.local_optimizer([p], partial(settings_for, solver))
-    linear_steps(p, _gamma(fitting, choices, name) * g, optimizer, fitting.group(name)["steps"], schedule=steps.rule)
+    linear_steps(p, _gamma(fitting, name) * g, optimizer, fitting.group(name)["steps"], schedule=steps.rule)
     if steps.state == "fresh":
         fitting.state.pop(p, None)
 
