@@ -8,6 +8,7 @@ from layerwise.local.norms import ColumnNorm, FrobeniusNorm, MaxNorm, NormBall, 
 from layerwise.local.problem import LocalProblem, Pull, local_gradient, local_loss
 from layerwise.local.regularizers import Elastic, Proximal, WeightDecay
 from layerwise.local.solvers.memory import Memory, mairal
+from layerwise.local.solvers.stopping import marginal_value
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 from layerwise.local.solvers.values import (
     Anderson,
@@ -43,5 +44,5 @@ __all__ = [
     "FrobeniusNorm", "GradientStep", "LocalProblem", "LocalSteps", "MaxNorm", "Memory", "Mirror", "NaturalStep",
     "Newton", "NormBall", "Polyak", "Proximal", "ProximalSolve", "Pull", "RowNorm", "Spectral", "SpectralNorm",
     "TFRMSProp", "Transfer", "WeightDecay", "elu", "hard_tanh", "leaky_relu", "local_gradient", "local_loss", "mairal",
-    "softplus",
+    "marginal_value", "softplus",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient
+from layerwise.local.solvers.stopping import Judge, Stop
 from layerwise.local.solvers.workspace import Workspace
 from layerwise.tensors import without_grad
 
@@ -58,7 +59,8 @@ class StepPlan:
     `g_t = γG + (W_t − W₀)AᵀA`, the same steps up to rounding; "auto" the one with fewer operations.
     schedule: multiplies the optimizer's rates at step t of T. scale: multiplies the whole objective; 1/γ makes the
     first gradient backprop's own. l1: λ of a term λ|W|₁ beside it, by a soft threshold of the step's rate times λ after
-    each step (proximal gradient; with momentum or Adam, a heuristic). Raises BadInput for rows or steps below 1.
+    each step (proximal gradient; with momentum or Adam, a heuristic). stop: a rule by which fewer than T steps may be
+    enough, judged without the term λ|W|₁. Raises BadInput for rows or steps below 1.
     """
 
     steps: int = 10
@@ -67,6 +69,7 @@ class StepPlan:
     schedule: Schedule = linear_floor
     scale: float = 1.0
     l1: float = 0.0
+    stop: Stop | None = None
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
@@ -136,7 +139,9 @@ def taken_steps(
         weight.grad = grad_w
         if bias is not None:
             bias.grad = grad_b
+        judge = None if plan.stop is None else Judge(problem, plan.stop, rows, workspace)
         for t, _ in enumerate(gradients):
+            last = judge is not None and judge.enough(layer.dw, layer.db)
             if not serves and fold is not None:
                 weight.grad = fold(layer.dw).contiguous()
             yield step(t)
@@ -145,6 +150,8 @@ def taken_steps(
             for (now, start), p in zip(starts, (weight, bias), strict=False):
                 if p is not None and _moves(optimizer, p):
                     now.copy_(problem.ball.projected(now, start))  # type: ignore[union-attr]
+            if last:  # its gradient was there already
+                return
 
 
 def _moves(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:

@@ -48,7 +48,8 @@ class Task:
 
 def plan_of(task: Task, solver: LocalSteps) -> StepPlan:
     """The local steps of a task."""
-    return StepPlan(solver.steps, solver.share(task.problem), solver.form, solver.rule, task.scale, task.l1)
+    rows = solver.share(task.problem)
+    return StepPlan(solver.steps, rows, solver.form, solver.rule, task.scale, task.l1, solver.stop)
 
 
 class JointTask(NamedTuple):
@@ -74,7 +75,7 @@ def _nothing() -> None:
 def _form(task: Task) -> Any:
     """What tasks of one batch have in common; None for a task alone."""
     problem, solver, optimizer = task.problem, task.solver, task.optimizer
-    if not isinstance(solver, LocalSteps) or not isinstance(optimizer, TFRMSProp):
+    if not isinstance(solver, LocalSteps) or not isinstance(optimizer, TFRMSProp) or solver.stop is not None:
         return None
     bare = problem.prox is None and not problem.pulls and problem.ball is None and problem.rest is None
     if not bare or problem.indexed or task.l1:

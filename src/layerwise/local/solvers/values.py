@@ -20,6 +20,7 @@ from layerwise.local.solvers.closed import Side, largest_curvature, prox_step, s
 from layerwise.local.solvers.conditional import conditional_gradient, harmonic
 from layerwise.local.solvers.descent import anderson, conjugate_gradient, newton
 from layerwise.local.solvers.steps import Form, Schedule, StepPlan, constant, linear_floor, local_steps
+from layerwise.local.solvers.stopping import Stop
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 
 __all__ = [
@@ -43,7 +44,9 @@ class LocalSteps:
     rows: rows for each step, a number, "all", or "auto" for R/T, rounded up, and at least 100 (or R) with the squared
     loss; all with form="gram". schedule: what the local rate is multiplied by at step t of T, "linear_floor"
     (`max(1 − t/T, 1/4)`), "constant" or a function of both. state: "persistent" from batch to batch, or "fresh" at
-    each. form: as in `StepPlan`.
+    each. form: as in `StepPlan`. stop: a rule `(decreases, costs, outer) -> bool`, such as `marginal_value`, by which a
+    layer stops before T steps: asked when the gradient of the next step is there, which is taken too; an accelerator
+    is waited for at each step.
     Raises BadInput for settings that cannot be.
     """
 
@@ -53,6 +56,7 @@ class LocalSteps:
     schedule: Schedule | Literal["linear_floor", "constant"] = "linear_floor"
     state: Literal["persistent", "fresh"] = "persistent"
     form: Form = "auto"
+    stop: Stop | None = None
     balls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -65,6 +69,8 @@ class LocalSteps:
             )
         if self.state not in ("persistent", "fresh") or self.form not in ("auto", "plain", "gram"):
             raise BadInput(f'LocalSteps has state "persistent" or "fresh", form "auto", "plain" or "gram"; got {self}')
+        if self.stop is not None and not callable(self.stop):
+            raise BadInput(f"LocalSteps stops by a function (decreases, costs, outer) -> bool, or None; got {self}")
         if not callable(self.optimizer):
             raise BadInput(f"LocalSteps needs an optimizer class, or a function that makes one; got {self.optimizer!r}")
         if self.optimizer is not TFRMSProp and _runs_a_closure(self.optimizer):  # solvers are made at each step
@@ -96,7 +102,7 @@ class LocalSteps:
         params = [p for p in (problem.weight, problem.bias) if p is not None]
         optimizer = self.optimizer([{"params": [p]} for p in params], lr=_own_lr(self.optimizer) if lr is None else lr)
         rows = self.share(problem)
-        local_steps(problem, optimizer, StepPlan(self.steps, rows, self.form, self.rule))
+        local_steps(problem, optimizer, StepPlan(self.steps, rows, self.form, self.rule, stop=self.stop))
         moved = [new - old for new, old in zip(params, (start.weight, start.bias), strict=False) if old is not None]
         return moved[0], moved[1] if len(moved) > 1 else None
 
@@ -248,7 +254,7 @@ def name_of(solver: Any) -> str:
     """A short name for tables."""
     if isinstance(solver, LocalSteps):
         made = getattr(solver.optimizer, "func", solver.optimizer)
-        return f"{solver.steps} steps of {getattr(made, '__name__', 'an optimizer')}"
+        return f"{'at most ' if solver.stop else ''}{solver.steps} steps of {getattr(made, '__name__', 'an optimizer')}"
     return type(solver).__name__ if not hasattr(solver, "__name__") else str(solver.__name__)
 
 

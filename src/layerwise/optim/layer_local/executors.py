@@ -18,6 +18,7 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.layers.layer import Layer
 from layerwise.local.solvers.run import pickled, solve, solve_pickled, solve_together, take_result
+from layerwise.local.solvers.stopping import TRAFFIC
 from layerwise.local.solvers.task import Task
 from layerwise.local.solvers.values import Anderson, ConditionalGradient, ConjugateGradient, LocalSteps, Newton, Solver
 from layerwise.local.solvers.workspace import Workspace
@@ -37,7 +38,6 @@ __all__ = [
 Facts = Mapping[str, Any]
 State = dict[Any, Any]
 Workers = int | tuple[Literal["thread", "process"], int] | None
-_TRAFFIC = 12  # an optimizer's passes over a weight and its state, in multiply-adds
 
 
 class LayerJob(NamedTuple):
@@ -97,7 +97,7 @@ def operations(solver: Solver, layer: Layer) -> float:
     weights = k * o * i
     if isinstance(solver, LocalSteps):
         taken = rows if solver.rows == "all" else -(-rows // solver.steps) if solver.rows == "auto" else solver.rows
-        return float(solver.steps * weights * (2 * min(taken, rows) + _TRAFFIC))
+        return float(solver.steps * weights * (2 * min(taken, rows) + TRAFFIC))
     products = 0
     if isinstance(solver, Newton):
         products = solver.iterations * solver.inner
