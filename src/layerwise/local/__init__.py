@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
+from layerwise.local.metric import Metric
 from layerwise.local.norms import ColumnNorm, FrobeniusNorm, MaxNorm, NormBall, RowNorm, SpectralNorm
 from layerwise.local.problem import LocalProblem, Pull, local_gradient, local_loss
 from layerwise.local.regularizers import Elastic, Proximal, WeightDecay
@@ -37,12 +38,13 @@ from layerwise.local.transfer import (
     leaky_relu,
     softplus,
 )
+from layerwise.local.whitening import Whitening, whitened
 
 __all__ = [
     "ARCTAN", "ELU", "HARD_TANH", "IDENTITY", "RELU", "RELU_SQUARED", "SIGMOID", "SOFTMAX", "SOFTPLUS", "TANH",
     "Anderson", "CodeStep", "ColumnNorm", "ConditionalGradient", "ConjugateGradient", "Coupling", "Elastic",
-    "FrobeniusNorm", "GradientStep", "LocalProblem", "LocalSteps", "MaxNorm", "Memory", "Mirror", "NaturalStep",
-    "Newton", "NormBall", "Polyak", "Proximal", "ProximalSolve", "Pull", "RowNorm", "Spectral", "SpectralNorm",
-    "TFRMSProp", "Transfer", "WeightDecay", "elu", "hard_tanh", "leaky_relu", "local_gradient", "local_loss", "mairal",
-    "marginal_value", "softplus",
+    "FrobeniusNorm", "GradientStep", "LocalProblem", "LocalSteps", "MaxNorm", "Memory", "Metric", "Mirror",
+    "NaturalStep", "Newton", "NormBall", "Polyak", "Proximal", "ProximalSolve", "Pull", "RowNorm", "Spectral",
+    "SpectralNorm", "TFRMSProp", "Transfer", "WeightDecay", "Whitening", "elu", "hard_tanh", "leaky_relu",
+    "local_gradient", "local_loss", "mairal", "marginal_value", "softplus", "whitened",
 ]  # fmt: skip

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
+from layerwise.local.metric import Metric
 from layerwise.local.norms import NormBall
 from layerwise.local.transfer import IDENTITY, Transfer
 
 __all__ = [
     "Clip", "LocalProblem", "Pull", "Term", "contract", "local_gradient", "local_loss", "predict", "product",
-    "pull_gradient", "refuse_ball", "refuse_half", "split_terms", "target_m",
+    "pull_gradient", "refuse_half", "refuse_terms", "split_terms", "target_m",
 ]  # fmt: skip
 
 Clip = Literal["range", "bounded"] | None
@@ -46,15 +47,19 @@ class Pull:
             raise BadInput(f"a term strength/2 ‖W − centre‖² needs a finite strength ≥ 0: got {self.strength}")
 
 
-Term = Pull | NormBall
+Term = Pull | NormBall | Metric
 
 
-def split_terms(terms: Sequence[Term]) -> tuple[tuple[Pull, ...], NormBall | None]:
-    """The quadratic terms, and the norm ball or None. Raises BadInput for several balls."""
+def split_terms(terms: Sequence[Term]) -> tuple[tuple[Pull, ...], NormBall | None, Metric | None]:
+    """The quadratic terms, the norm ball or None, and the metric or None. Raises BadInput for several of either."""
     balls = [term for term in terms if isinstance(term, NormBall)]
+    metrics = [term for term in terms if isinstance(term, Metric)]
     if len(balls) > 1:
         raise BadInput(f"a layer's weights can be kept in one norm ball, as two have no common vertices; got {balls}")
-    return tuple(term for term in terms if isinstance(term, Pull)), balls[0] if balls else None
+    if len(metrics) > 1:
+        raise BadInput(f"a layer's weights are measured in one metric; got {len(metrics)} Whitening regularizers")
+    pulls = tuple(term for term in terms if isinstance(term, Pull))
+    return pulls, balls[0] if balls else None, metrics[0] if metrics else None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class LocalProblem:
     function the matching loss `F(z) − y·z` of LocoProp-M.
     prox: η of the proximal term `(‖W − W₀‖² + ‖b − b₀‖²)/2η`, or None for no such term. pulls: further quadratic terms.
     ball: a norm ball that W and b stay in, or None; its centre may be W₀, b₀.
+    metric: what all norms of the terms are measured in, or None; `whitened` makes a problem without one.
     g, gamma: where the targets came from a backward pass, its cotangent `[R,K,O]` and γ, so that
     `f(z) − target = γ g` at the starting weights; the first step then needs no forward product.
     Leave `g` out where targets were clipped. rest: `[R,K,O]`, constant terms of the output, `z = W a + b + rest` (a
@@ -85,6 +91,7 @@ class LocalProblem:
     rest: Tensor | None = None
     pulls: tuple[Pull, ...] = ()
     ball: NormBall | None = None
+    metric: Metric | None = None
 
     @property
     def indexed(self) -> bool:
@@ -113,13 +120,22 @@ class LocalProblem:
             )
         if r == 0:
             raise BadInput("a local problem needs at least one row: got an empty batch")
+        if self.metric is not None and not self.metric.fits(self.weight.shape, self.bias is not None):
+            raise BadInput(
+                f"a metric of {tuple(self.metric.second.shape)} is none of weights {tuple(self.weight.shape)}"
+            )
         if self.prox is not None and not self.prox > 0:
             raise BadInput(f"the proximal term ‖W − W₀‖²/2η needs η > 0, or None for no term: got {self.prox}")
 
 
-def refuse_ball(problem: LocalProblem, asker: str) -> None:
-    """Raise BadInput for a problem within a norm ball, in the name of a solver that knows quadratic terms alone."""
-    if problem.ball is not None:
+def refuse_terms(problem: LocalProblem, asker: str, balls: bool = False) -> None:
+    """Raise BadInput for a problem in a metric, or within a norm ball, in the name of a function that knows none.
+
+    balls: whether it knows balls.
+    """
+    if problem.metric is not None:
+        raise BadInput(f"{asker} takes a problem without a metric, and this one has one: give it whitened(problem)[0]")
+    if problem.ball is not None and not balls:
         raise BadInput(
             f"{asker} knows quadratic terms alone, and this problem is kept in a norm ball, {problem.ball}: "
             "use ConditionalGradient or LocalSteps"
@@ -190,8 +206,9 @@ def local_loss(problem: LocalProblem, weight: Tensor | None = None, bias: Tensor
         Σ_r [F(z_r) − y_r·z_r] + Σ_j c_j/2 (‖W − C_j‖² + ‖b − d_j‖²)        (summed over rows, divided by nothing)
 
     The term F*(y), constant in the weights, is left out: it is infinite for a target out of range. So is a norm ball:
-    the loss is that of weights within it.
+    the loss is that of weights within it. Raises BadInput for a problem in a metric.
     """
+    refuse_terms(problem, "local_loss", balls=True)
     loss = problem.transfer.matching(predict(problem, weight, bias), problem.target).sum()
     pulls = problem.pulls if problem.prox is None else (Pull(1 / problem.prox), *problem.pulls)
     for pull in pulls:
@@ -226,7 +243,9 @@ def local_gradient(
     """The gradient of `local_loss`, `(dW [K,O,I], db [K,O] or None)`, from all rows.
 
     `δ = f(z) − target`, `dW = Σ_r δ_r a_rᵀ`, `db = Σ_r δ_r`: no derivative of f (LocoProp, equation 7).
+    Raises BadInput for a problem in a metric.
     """
+    refuse_terms(problem, "local_gradient", balls=True)
     delta = problem.transfer.f(predict(problem, weight, bias)) - problem.target
     dw = contract(delta, problem.a, problem.weight.shape[-1])
     db = None if problem.bias is None else delta.sum(0)

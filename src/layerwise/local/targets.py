@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -20,7 +20,7 @@ from layerwise.local.problem import Clip, target_m
 from layerwise.local.transfer import Transfer
 from layerwise.operators.ridge import ridge
 
-__all__ = ["GradientStep", "Mirror", "NaturalStep", "Polyak", "Target", "fill_in", "slope"]
+__all__ = ["GradientStep", "Mirror", "NaturalStep", "Polyak", "Target", "fill_in", "outer_moment", "slope"]
 
 Target = Callable[[Tensor, Tensor, Transfer], Tensor]
 
@@ -130,19 +130,23 @@ class Mirror(_Step):
 class NaturalStep(_Step):
     """A step preconditioned on the output side, `y = f(z) − γ (B + λ tr(B)/O I)⁻¹ g` with `B = Σ_r g_r g_rᵀ` by group.
 
-    damping: λ, in units of B's mean diagonal. The squared problem with these targets, solved exactly, is a step of
-    K-FAC with the empirical Fisher's output factor, `−γ (B + λ_B)⁻¹ G (A + λ_A)⁻¹`. per: as for `GradientStep`.
+    damping: λ, in units of B's mean diagonal. decay: of a running mean of B, saved with the state; None for the
+    batch's own. second: `[K,O,O]`, the mean that stands for B. The squared problem with these targets, solved
+    exactly, is a step of K-FAC with the empirical Fisher's output factor, `−γ (B + λ_B)⁻¹ G (A + λ_A)⁻¹`; so is one
+    gradient step of any loss beside `Whitening`. per: as for `GradientStep`.
     Raises BadInput for settings that cannot be, NonFinite where B has no inverse.
     Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015).
     """
 
     damping: float = 1e-3
+    decay: float | None = None
+    second: Tensor | None = field(default=None, repr=False, compare=False)
     decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.damping < float("inf"):
-            raise BadInput(f"NaturalStep needs a finite damping ≥ 0; got {self}")
+        if not (0 <= self.damping < float("inf") and (self.decay is None or 0 <= self.decay < 1)):
+            raise BadInput(f"NaturalStep needs a finite damping ≥ 0, and a decay in [0, 1) or None; got {self}")
 
     def at(self, size: float, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
         """`f(z) − γ (B + λ tr(B)/O I)⁻¹ g`."""
@@ -150,10 +154,15 @@ class NaturalStep(_Step):
 
     def direction(self, g: Tensor) -> Tensor:
         """`(B + λ tr(B)/O I)⁻¹ g`."""
-        rows = g.transpose(0, 1)
-        second = rows.mT @ rows
+        second = outer_moment(g) if self.second is None else self.second
         damping = self.damping * second.diagonal(dim1=-2, dim2=-1).mean(-1)
-        return ridge(second, rows, damping).transpose(0, 1)
+        return ridge(second, g.transpose(0, 1), damping).transpose(0, 1)
+
+
+def outer_moment(g: Tensor) -> Tensor:
+    """`B = Σ_r g_r g_rᵀ` by group, `[K,O,O]`."""
+    rows = g.transpose(0, 1)
+    return rows.mT @ rows
 
 
 def fill_in(target: Target, size: float) -> Target:

@@ -13,8 +13,8 @@ from layerwise.errors import BadInput
 from layerwise.tensors import is_finite
 
 __all__ = [
-    "Fit", "by_name", "copied", "cut", "in_order", "is_count", "is_number", "lacking", "like",
-    "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "stamped", "unlike",
+    "Fit", "averaged_name", "by_name", "copied", "cut", "in_order", "is_average", "is_count", "is_number", "lacking",
+    "like", "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "stamped", "unlike",
 ]  # fmt: skip
 
 _VERSION = 2
@@ -135,6 +135,23 @@ def non_finite(what: str, values: Mapping[str, Any]) -> list[str]:
         if isinstance(tensor, Tensor) and not tensor.is_meta and not (tensor.is_floating_point() <= is_finite(tensor)):
             return [f"{key} of {what} holds NaN or infinity"]
     return []
+
+
+def averaged_name(key: str) -> str:
+    """The parameter that a running average belongs to: of itself, or of its layer's " inputs" or " outputs"."""
+    return key.removesuffix(" inputs").removesuffix(" outputs")
+
+
+def is_average(key: str, t: Any, p: Tensor | None) -> bool:
+    """Whether a tensor may be the running average of a key: a parameter's, or second moments `[K,I,I]` or `[1,I]`."""
+    if p is None or not isinstance(t, Tensor):
+        return False
+    if key == averaged_name(key):
+        return t.shape == p.shape
+    if t.dim() == 2:
+        return t.shape[0] == 1 and t.shape[1] > 0 and p.numel() % t.shape[1] == 0
+    square = t.dim() == 3 and t.shape[1] == t.shape[2] and len(t) > 0
+    return square and any(i > 0 and p.numel() % (len(t) * i) == 0 for i in (t.shape[2], t.shape[2] - 1))
 
 
 def misfits(name: str, saved: Any, fits: Sequence[Fit]) -> list[str]:

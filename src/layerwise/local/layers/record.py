@@ -51,6 +51,10 @@ class Recorded:
         """N. Raises AmbiguousSamples where it may be several numbers."""
         return single_count(self.counted)
 
+    def cotangent_rows(self, layer: Layer) -> Tensor:
+        """The cotangents of a layer's outputs at all its uses, `[R,K,O]`."""
+        return layer.join([part.rows(self.cotangents[part.use.index]) for part in layer.parts])
+
 
 def single_count(counted: int | str) -> int:
     """A number of samples. Raises AmbiguousSamples where there are words on the numbers it may be in its place."""
@@ -316,9 +320,9 @@ def problem_of(
     target: `(z, g, transfer) -> y`; the default is `f(z) − γ g`, with which the problem keeps `g` and γ.
     """
     parts = layer.parts
-    pulls, ball = split_terms(terms)
+    pulls, ball, metric = split_terms(terms)
     a = layer.join([part.input() for part in parts])
-    g = layer.join([part.rows(recorded.cotangents[part.use.index]) for part in parts])
+    g = recorded.cotangent_rows(layer)
     weight = layer.matrix()
     bias = None
     if len(layer.names) > 1:
@@ -336,8 +340,9 @@ def problem_of(
         rest, z = (z - predicted, z) if z is not None else (None, predicted)
     if target is None:
         y = target_m(z, g, gamma, transfer, y=layer.join(after) if len(after) == len(parts) else None)
-        return LocalProblem(a, weight, bias, y, transfer, None, g, gamma, rest, pulls, ball)
-    return LocalProblem(a, weight, bias, target(z, g, transfer), transfer, rest=rest, pulls=pulls, ball=ball)
+        return LocalProblem(a, weight, bias, y, transfer, None, g, gamma, rest, pulls, ball, metric)
+    y = target(z, g, transfer)
+    return LocalProblem(a, weight, bias, y, transfer, rest=rest, pulls=pulls, ball=ball, metric=metric)
 
 
 def refreshed(problem: LocalProblem, layer: Layer, now: Layer) -> LocalProblem:

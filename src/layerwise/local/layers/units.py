@@ -37,9 +37,7 @@ class Units:
         """The loss, and `Σ_r ⟨g_r, p_r⟩` by name: of each layer's rows, and of gradients outside the layers."""
         run, found = self._run, {}
         for layer in run.layers:
-            parts = layer.parts
-            g = layer.join([part.rows(run.cotangents[part.use.index]) for part in parts])
-            found[layer.name] = slope(self._targets(layer.name), g)
+            found[layer.name] = slope(self._targets(layer.name), run.cotangent_rows(layer))
         found |= {name: g.double().square().sum() for name, g in run.gradients.items()}
         loss, *values = torch.stack([run.loss.double(), *found.values()]).tolist()
         return loss, dict(zip(found, values, strict=True))

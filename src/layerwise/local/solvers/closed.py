@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient, refuse_ball
+from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient, refuse_terms
 from layerwise.operators.ridge import ridge
 from layerwise.tensors import without_grad
 
@@ -110,7 +110,7 @@ def _table(problem: LocalProblem) -> tuple[Tensor, Tensor]:
 
 
 def _check_squared(problem: LocalProblem, asker: str) -> None:
-    refuse_ball(problem, asker)
+    refuse_terms(problem, asker)
     if not problem.transfer.is_squared:
         raise BadInput(
             f"{asker} is a closed form for the squared loss, and the problem has {problem.transfer.name}'s "

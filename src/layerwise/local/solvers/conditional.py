@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import LocalProblem, contract, local_gradient
+from layerwise.local.problem import LocalProblem, contract, local_gradient, refuse_terms
 from layerwise.local.solvers.steps import Schedule
 from layerwise.tensors import without_grad
 
@@ -28,6 +28,7 @@ def conditional_gradient(problem: LocalProblem, steps: int, schedule: Schedule) 
     ball's norm. Quadratic terms are part of D. Raises BadInput without a ball.
     Source: Frank and Wolfe (1956); Jaggi, "Revisiting Frank-Wolfe" (2013), algorithm 1.
     """
+    refuse_terms(problem, "conditional_gradient", balls=True)
     ball = problem.ball
     if ball is None:
         raise BadInput(

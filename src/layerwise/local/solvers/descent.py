@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import LocalProblem, contract, local_gradient, local_loss, predict, product, refuse_ball
+from layerwise.local.problem import LocalProblem, contract, local_gradient, local_loss, predict, product, refuse_terms
 from layerwise.local.solvers.closed import largest_curvature
 from layerwise.tensors import without_grad
 
@@ -105,7 +105,7 @@ def conjugate_gradient(problem: LocalProblem, iterations: int = 50, tol: float =
     quadratic term it tends to the minimiser nearest to the start, and stopping early acts as damping. Raises BadInput
     for another loss. Source: Hestenes and Stiefel (1952).
     """
-    refuse_ball(problem, "conjugate gradient")
+    refuse_terms(problem, "conjugate gradient")
     if not problem.transfer.is_squared:
         raise BadInput(
             f"conjugate gradient solves the squared local problem, and this one has {problem.transfer.name}'s "
@@ -128,7 +128,7 @@ def newton(
     Stops after `iterations` steps, or where the gradient has fallen to `tol` times the first one. The loss is bounded
     below only for targets in the range of f or with a quadratic term. Source: Dembo, Eisenstat and Steihaug (1982).
     """
-    refuse_ball(problem, "Newton's method")
+    refuse_terms(problem, "Newton's method")
     flat = _Flat(problem)
     x = flat.zeros()
     loss, g = flat.loss(x), flat.gradient(x)
@@ -163,7 +163,7 @@ def anderson(problem: LocalProblem, steps: int = 20, memory: int = 5, tol: float
     replaced by a plain one, and the memory is cleared: no step raises the loss. Raises BadInput where f' is unbounded.
     Source: Anderson (1965), in the form of Walker and Ni (2011).
     """
-    refuse_ball(problem, "Anderson")
+    refuse_terms(problem, "Anderson")
     slope = problem.transfer.slope
     if not slope < float("inf"):
         raise BadInput(f"Anderson needs a bounded slope of the transfer function; {problem.transfer.name}'s is not: "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput, NonFinite
 from layerwise.local.layers.term_weights import WrongAssumption
-from layerwise.local.problem import LocalProblem, pull_gradient, refuse_ball
+from layerwise.local.problem import LocalProblem, pull_gradient, refuse_terms
 from layerwise.local.solvers.closed import inputs_with_ones, residual
 from layerwise.operators.low_rank import LOW_RANK_FROM
 from layerwise.operators.ridge import by_cholesky, coordinate_descent, inverse, ridge
@@ -120,7 +120,7 @@ class Memory:
         verdict: takes what is otherwise waited for: that an old inverse goes not too far, that Cholesky inverts, and
         that the solution is finite. It raises WrongAssumption, or NonFinite.
         """
-        refuse_ball(problem, "Memory")
+        refuse_terms(problem, "Memory")
         _check(self, problem, state, l1)
         a, delta = inputs_with_ones(problem), residual(problem).transpose(0, 1)  # [K,R,I], [K,R,O]
         rows, step = a.shape[-2], int(state.get("steps", 0)) + 1

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.local.layers.layer import shaped
-from layerwise.local.problem import LocalProblem, refuse_ball
+from layerwise.local.problem import LocalProblem, refuse_terms
 from layerwise.local.solvers.memory import Memory
 from layerwise.local.solvers.steps import Owned, local_steps, taken_steps
 from layerwise.local.solvers.task import Task, in_batches, plan_of
 from layerwise.local.solvers.tf_rmsprop import RMSPropStep, TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, name_of
 from layerwise.local.solvers.workspace import Workspace
+from layerwise.local.whitening import whitened
 from layerwise.tensors import without_grad
 
 __all__ = ["pickled", "solve", "solve_pickled", "solve_together", "take_result"]
@@ -28,8 +29,8 @@ __all__ = ["pickled", "solve", "solve_pickled", "solve_together", "take_result"]
 def solve(task: Task, workspace: Workspace | None = None) -> None:
     """Move the parameters of a task. Raises BadInput where a solver's result does not fit them."""
     problem, solver = task.problem, task.solver
-    if not getattr(solver, "balls", False):
-        refuse_ball(problem, name_of(solver))
+    if problem.ball is not None and not getattr(solver, "balls", False):
+        refuse_terms(replace(problem, metric=None), name_of(solver))
     if isinstance(solver, LocalSteps):
         assert task.optimizer is not None
         local_steps(problem, task.optimizer, plan_of(task, solver), _owned(task), workspace)
@@ -42,9 +43,11 @@ def solve(task: Task, workspace: Workspace | None = None) -> None:
     elif task.l1:
         raise BadInput(f"a term l1·|W|₁ goes with local steps or a Memory; {solver!r} knows none")
     else:
-        update = solver(problem)
+        white, plain = whitened(problem)
+        update = solver(white)
+        _refuse_misfit(task, (white.weight, white.bias), update)
+        update = plain(update)
     parts = problem.weight, problem.bias
-    _refuse_misfit(task, parts, update)
     for part, moved, rate in zip(parts, update, [*task.rates, 0.0], strict=False):
         if part is not None and moved is not None:
             part.add_(moved, alpha=rate)

@@ -15,6 +15,7 @@ from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient
 from layerwise.local.solvers.stopping import Judge, Stop
 from layerwise.local.solvers.workspace import Workspace
+from layerwise.local.whitening import projected
 from layerwise.tensors import without_grad
 
 __all__ = [
@@ -147,9 +148,10 @@ def taken_steps(
             yield step(t)
             if plan.l1:
                 weight.copy_(F.softshrink(weight, plan.l1 * optimizer.param_groups[0]["lr"]))
-            for (now, start), p in zip(starts, (weight, bias), strict=False):
+            nearest = projected(problem, starts) if starts else []
+            for (now, _), to, p in zip(starts, nearest, (weight, bias), strict=False):
                 if p is not None and _moves(optimizer, p):
-                    now.copy_(problem.ball.projected(now, start))  # type: ignore[union-attr]
+                    now.copy_(to)
             if last:  # its gradient was there already
                 return
 
@@ -209,11 +211,12 @@ def _check_shared(name: str, owned: Tensor | None, used: Tensor | None) -> None:
 
 def _use_gram(problem: LocalProblem, form: Form, rows: int, steps: int) -> bool:
     r, (_, o, i) = problem.a.shape[0], problem.weight.shape
-    possible = problem.transfer.is_squared and rows == r
+    possible = problem.transfer.is_squared and rows == r and problem.metric is None
     if form == "gram" and not possible:
+        metric = "" if problem.metric is None else ", in a metric"
         raise BadInput(
             'form="gram" holds for the squared loss on all rows: got '
-            f'{problem.transfer.name} and {rows} of {r} rows; use form="plain"'
+            f'{problem.transfer.name} and {rows} of {r} rows{metric}; use form="plain"'
         )
     # Over 2i operations, beyond G_w: the Gram matrix and a product a step, or two products a step.
     cheaper = r * i + (steps - 1) * o * i < 2 * (steps - 1) * r * o
@@ -259,6 +262,8 @@ class _Layer:
                 else:
                     delta, scale = self._delta(a, y, rest, scratch), factor
                 self._contract(delta, a, scale, first=piece == 0)
+            if problem.metric is not None:
+                problem.metric.raise_(self.dw, self.db)
             for grad, now, start in anchors if t > 0 else ():
                 grad.add_(now, alpha=held).sub_(start, alpha=held)
             for grad, constant_part in leaning:
@@ -369,9 +374,12 @@ class _Table:
                 if grad is None or now is None:
                     continue
                 torch.mul(found[number], self.scale * total / rows, out=grad)
-                if held:
+            if problem.metric is not None:
+                problem.metric.raise_(self.dw, self.db)
+            for number, (grad, now) in enumerate(((self.dw, problem.weight), (self.db, problem.bias))):
+                if grad is not None and now is not None and held:
                     grad.add_(now - starts[number], alpha=self.scale * held)
-                if leaning is not None:
+                if grad is not None and leaning is not None:
                     grad.add_(leaning[number], alpha=self.scale)  # type: ignore[arg-type]
             yield self.dw, self.db
 

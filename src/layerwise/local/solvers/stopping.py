@@ -46,11 +46,13 @@ def cost_of_pass(problem: LocalProblem) -> float:
 def cost_of_step(problem: LocalProblem, rows: int, first: bool) -> float:
     """The multiply-adds of one local step: a product forward, one for the gradient, and the optimizer's own.
 
-    The first needs no product forward where the problem has the cotangents. A step by `AᵀA` counts as one by rows.
+    The first needs no product forward where the problem has the cotangents. A step by `AᵀA` counts as one by rows; in
+    a metric one product with its inverse is added.
     """
     products = 1 if first and problem.g is not None and not problem.indexed else 2
     width = problem.weight.shape[-2] if problem.indexed else problem.weight.numel()
-    return float(products * rows * width + TRAFFIC * problem.weight.numel())
+    inputs = 0 if problem.metric is None or problem.indexed else problem.metric.second.shape[-1]
+    return float(products * rows * width + (TRAFFIC + inputs) * problem.weight.numel())
 
 
 class Judge:
@@ -60,7 +62,7 @@ class Judge:
 
     is the decrease of step t, of the objective with its quadratic terms: the trapezoidal rule, exact for the squared
     loss where each step takes all rows. Where each takes its own, both gradients are unbiased, and the second is of
-    rows that the step has not seen.
+    rows that the step has not seen. In a metric, gradients and the inner product are the metric's.
     """
 
     def __init__(self, problem: LocalProblem, rule: Stop, rows: int, workspace: Workspace) -> None:
@@ -78,10 +80,12 @@ class Judge:
         """Whether the steps before this one were enough, from the gradients of weight and bias at the present ones."""
         found = [g for g in gradients if g is not None]
         if self._started:
-            moved = torch.stack([
-                ((old + new) * (now - before)).sum()
-                for old, new, now, before in zip(self._gradients, found, self._now, self._before, strict=True)
-            ])  # fmt: skip
+            moves = [now - before for now, before in zip(self._now, self._before, strict=True)]
+            if self._problem.metric is not None:
+                pair = self._problem.metric.lowered(moves[0], moves[1] if len(moves) > 1 else None)
+                moves = [t for t in pair if t is not None]
+            moved = torch.stack([((old + new) * move).sum()
+                                 for old, new, move in zip(self._gradients, found, moves, strict=True)])  # fmt: skip
             first = not self._decreases
             self._decreases.append(-0.5 * float(moved.sum()))
             self._costs.append(cost_of_step(self._problem, self._rows, first))

@@ -77,7 +77,8 @@ def _form(task: Task) -> Any:
     problem, solver, optimizer = task.problem, task.solver, task.optimizer
     if not isinstance(solver, LocalSteps) or not isinstance(optimizer, TFRMSProp) or solver.stop is not None:
         return None
-    bare = problem.prox is None and not problem.pulls and problem.ball is None and problem.rest is None
+    terms = problem.prox, problem.ball, problem.metric, problem.rest
+    bare = not problem.pulls and all(term is None for term in terms)
     if not bare or problem.indexed or task.l1:
         return None
     numbers = [tuple(value for key, value in group.items() if key != "params") for group in optimizer.param_groups]

@@ -10,29 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput, NonFinite
+from layerwise.errors import NonFinite
 from layerwise.graph.samples import said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, shaped
 from layerwise.local.layers.overflow import ask_safe, unsafe
 from layerwise.local.layers.record import Recorded
+from layerwise.local.metric import second_moment
 from layerwise.local.problem import Term
-from layerwise.local.regularizers import Regularizer
+from layerwise.local.regularizers import Average, Regularizer
 from layerwise.local.solvers.memory import Memory, moments_misfit
 from layerwise.local.solvers.values import LocalSteps, Solver
+from layerwise.local.targets import NaturalStep, Target, outer_moment
 from layerwise.optim.base import NamedOptimizer, refuse_unreached
 from layerwise.optim.deferred import Late
 from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, LocalExecutor, State
 from layerwise.optim.layer_local.owners import described
 from layerwise.optim.layer_local.snapshot import Backups, Snapshot
-from layerwise.optim.saved_state import Fit, non_finite, of_local_optimizer
+from layerwise.optim.saved_state import Fit, averaged_name, is_average, non_finite, of_local_optimizer
 from layerwise.ranks.group import facts_of
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import without_grad
 
-__all__ = ["Fitting", "LayerLocal", "check_common", "forms_of_state", "solved"]
+__all__ = ["Fitting", "LayerLocal", "forms_of_state", "solved"]
 
 Rates = Callable[[Mapping[str, Any]], tuple[Any, dict[str, Any]]]
 
@@ -103,14 +105,30 @@ class Fitting:
         params = [p.detach() for p in self.params(layer)]
         bias = params[1].view(shape) if len(params) > 1 else None
         decay = getattr(regularizer, "decay", None)
-        average = None
-        if decay is not None:
-            for name, p in zip(layer.names, params, strict=True):
-                old = self.averages.get(name)
-                self.new_averages[name] = p.clone() if old is None else decay * old + (1 - decay) * p
-            found = [self.new_averages[name] for name in layer.names]
+        average: Average | None = None
+        if decay is not None and getattr(regularizer, "averages", "weights") == "inputs":
+            rows = layer.join([part.input() for part in layer.parts])
+            second = second_moment(rows, matrix.shape[-1], bias is not None, matrix)
+            average = self._averaged(f"{layer.name} inputs", second, decay), None
+        elif decay is not None:
+            found = [self._averaged(name, p, decay) for name, p in zip(layer.names, params, strict=True)]
             average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
         return regularizer(matrix, bias, gamma, average)
+
+    @without_grad
+    def target(self, layer: Layer, target: Target) -> Target:
+        """A layer's target; updates the running mean of second moments that a `NaturalStep` asks for."""
+        if not isinstance(target, NaturalStep) or target.decay is None:
+            return target
+        second = outer_moment(self.run.cotangent_rows(layer))
+        return replace(target, second=self._averaged(f"{layer.name} outputs", second, target.decay))
+
+    def _averaged(self, key: str, now: Tensor, decay: float) -> Tensor:
+        """The running average of a tensor after this step; of another shape than before, as it is."""
+        old = self.averages.get(key)
+        old = None if old is None or old.shape != now.shape else old
+        self.new_averages[key] = now.clone() if old is None else decay * old + (1 - decay) * now
+        return self.new_averages[key]
 
     def snapshot(self, layers: Sequence[Layer], replaced: Collection[str] = ()) -> Snapshot:
         """A snapshot of all parameters that the step moves. replaced: as for `Snapshot`."""
@@ -336,7 +354,7 @@ class LayerLocal(NamedOptimizer):
 
     def _content(self) -> dict[str, Any]:
         params = named_parameters_of(self._model)
-        averages = {name: t for name, t in self._averages.items() if name in params}
+        averages = {key: t for key, t in self._averages.items() if averaged_name(key) in params}
         return {**super()._content(), "averages": averages}
 
     _saved_keys = ("state", "param_groups", "skipped", "averages")
@@ -347,18 +365,20 @@ class LayerLocal(NamedOptimizer):
         if not isinstance(averages, Mapping):
             return [*super()._differences(saved), f"the running averages are a {type(averages).__name__}, not a dict"]
         found = [
-            f"the saved averages are of other parameters than ours: {name}" for name, t in averages.items()
-            if name not in params or not isinstance(t, Tensor) or t.shape != params[name].shape
+            f"the saved averages are of other parameters than ours: {key}" for key, t in averages.items()
+            if not is_average(key, t, params.get(averaged_name(key)))
         ]  # fmt: skip
         return [*super()._differences(saved), *(found or non_finite("the running averages", averages))]
 
     def _held(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        averages = {name: {"average": t} for name, t in saved.get("averages", {}).items()}
+        averages: dict[str, dict[str, Any]] = {}
+        for key, t in saved.get("averages", {}).items():
+            averages.setdefault(averaged_name(key), {})["average" + key.removeprefix(averaged_name(key))] = t
         return {name: {**own, **averages.pop(name, {})} for name, own in super()._held(saved).items()} | averages
 
     def _take(self, saved: Mapping[str, Any]) -> None:
         params = named_parameters_of(self._model)
-        averages = {name: t.to(params[name], copy=True) for name, t in saved["averages"].items()}
+        averages = {key: t.to(params[averaged_name(key)], copy=True) for key, t in saved["averages"].items()}
         super()._take(saved)
         self._executor.loaded()
         self._averages = averages
@@ -373,14 +393,3 @@ class LayerLocal(NamedOptimizer):
         super().__setstate__(state)
         self._names = {id(p): name for group in self.param_groups
                        for p, name in zip(group["params"], group["param_names"], strict=True)}  # fmt: skip
-
-
-def check_common(method: str, group: Mapping[str, Any]) -> None:
-    """Raise BadInput for a learning rate, number of steps or number of rows that cannot be."""
-    rows, steps, lr = group["rows"], group["steps"], group["lr"]
-    counts = [steps] if rows in ("auto", "all") else [steps, rows]
-    if not (0 <= lr < float("inf") and all(isinstance(n, int) and n is not True and n >= 1 for n in counts)):
-        raise BadInput(
-            f"{method} needs a finite lr ≥ 0, whole steps ≥ 1, and whole rows ≥ 1, 'all' or 'auto'; got lr={lr}, "
-            f"steps={steps}, rows={rows!r}"
-        )

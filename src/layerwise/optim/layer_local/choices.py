@@ -30,6 +30,7 @@ __all__ = [
     "LocalUpdate",
     "Objective",
     "Preset",
+    "check_common",
     "check_patterns",
     "first_match",
     "implied",
@@ -150,6 +151,17 @@ class Choice(NamedTuple):
 def first_match(patterns: Sequence[str], name: str) -> str | None:
     """The first pattern that a name matches."""
     return next((pattern for pattern in patterns if matches(pattern, name)), None)
+
+
+def check_common(method: str, group: Mapping[str, Any]) -> None:
+    """Raise BadInput for a learning rate, number of steps or number of rows that cannot be."""
+    rows, steps, lr = group["rows"], group["steps"], group["lr"]
+    counts = [steps] if rows in ("auto", "all") else [steps, rows]
+    if not (0 <= lr < float("inf") and all(isinstance(n, int) and n is not True and n >= 1 for n in counts)):
+        raise BadInput(
+            f"{method} needs a finite lr ≥ 0, whole steps ≥ 1, and whole rows ≥ 1, 'all' or 'auto'; got lr={lr}, "
+            f"steps={steps}, rows={rows!r}"
+        )
 
 
 def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str], names: Sequence[str]) -> None:

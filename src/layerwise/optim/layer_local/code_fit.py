@@ -227,7 +227,7 @@ class CodeFitter:
         which is its matching loss with γ = 1/w for terms of one weight w.
         """
         gamma, transfer, update = self.gamma(fitting, layer.name), IDENTITY, self._update(fitting, layer)
-        refuse_half(layer.name, layer.parameter, (update.solver,))
+        refuse_half(layer.name, layer.parameter, (update.solver, *update.regularizers))
         if self._has_local_steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
             weight = self._weights.of(layer)
             if weight:

@@ -28,7 +28,7 @@ from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.base import Closure
 from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import Keywords, refuse_unknown
-from layerwise.optim.layer_local.base import Fitting, LayerLocal, check_common, forms_of_state, solved
+from layerwise.optim.layer_local.base import Fitting, LayerLocal, forms_of_state, solved
 from layerwise.optim.layer_local.choices import (
     DEFAULTS,
     NUMBERS,
@@ -38,6 +38,7 @@ from layerwise.optim.layer_local.choices import (
     LocalUpdate,
     Objective,
     Preset,
+    check_common,
     implied,
     settings_for,
     with_preset,
@@ -223,12 +224,13 @@ class LocoProp(LayerLocal):
         self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers
     ) -> tuple[Tensor, str | Late | None]:
         fitting, choices, self._left = self._fitting(run), self._choices, recorder.left
-        fitting.unit = Units(run, lambda name: choices.of(name).target).of
+        targets = {layer.name: fitting.target(layer, choices.of(layer.name).target) for layer in run.layers}
+        fitting.unit = Units(run, lambda name: targets.get(name, choices.of(name).target)).of
         solvers = [choices.of(layer.name).solver if rerun is None else rerun for layer in run.layers]
         where, late = self._safe(run, partial(_gamma, fitting), buffers, solvers)
         if where is not None:
             return run.loss, where
-        plans = [_plan(fitting, choices, layer) for layer in run.layers]
+        plans = [_plan(fitting, choices.of(layer.name), targets[layer.name], layer) for layer in run.layers]
         _warn_of_stand_ins(plans, self._warned)
 
         def solve_all() -> None:
@@ -294,9 +296,6 @@ class LocoProp(LayerLocal):
         return found
 
 
-# Problems -----------------------------------------------------------------------------------------------------------
-
-
 class _Plan(NamedTuple):
     """A layer with the ingredients of its problem, and the parameter group of its weight."""
 
@@ -321,9 +320,9 @@ def _gamma(fitting: Fitting, name: str) -> float:
     return float(fitting.group(name)["gamma"]) * fitting.unit(name)
 
 
-def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
+def _plan(fitting: Fitting, choice: Choice, target: Target, layer: Layer) -> _Plan:
     """The plan of a layer. Raises BadInput for another loss with a solver of the squared one."""
-    choice, group, gamma = choices.of(layer.name), fitting.group(layer.name), _gamma(fitting, layer.name)
+    group, gamma, choice = fitting.group(layer.name), _gamma(fitting, layer.name), choice._replace(target=target)
     found = layer.transfer if group["loss"] == "matching" else IDENTITY
     transfer = found if choice.transfer is None else choice.transfer
     if getattr(choice.solver, "squared_only", False) and not transfer.is_squared:
@@ -331,7 +330,7 @@ def _plan(fitting: Fitting, choices: Choices, layer: Layer) -> _Plan:
             f"{name_of(choice.solver)} solves the squared loss, and {layer.name} has {transfer.name}'s matching "
             'loss: choose loss="squared" for it, or Newton, Anderson or LocalSteps'
         )
-    refuse_half(layer.name, layer.parameter, (choice.solver, choice.target))
+    refuse_half(layer.name, layer.parameter, (choice.solver, choice.target, *choice.regularizers))
     terms = tuple(fitting.term(layer, asked, gamma) for asked in choice.regularizers)
     return _Plan(layer, group, choice, gamma, transfer, terms)
 

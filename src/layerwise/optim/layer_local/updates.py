@@ -18,8 +18,8 @@ from layerwise.local.solvers.fused import FusedAdam, FusedSGD
 from layerwise.local.solvers.memory import Memory
 from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
 from layerwise.optim.keywords import Effects
-from layerwise.optim.layer_local.base import check_common, forms_of_state
-from layerwise.optim.layer_local.choices import ByPattern, check_patterns, several
+from layerwise.optim.layer_local.base import forms_of_state
+from layerwise.optim.layer_local.choices import ByPattern, check_common, check_patterns, several
 from layerwise.optim.saved_state import Fit
 
 __all__ = [
