@@ -1,14 +1,16 @@
-"""A pilot of new combinations: norm balls with T > 1, and local results as the gradient of another optimizer.
+"""A pilot of new combinations: norm balls, whitening, a rule for T, Polyak's targets, other optimizers behind.
 
     python -m benchmarks.training.locoprop.combinations [--out benchmarks/results/combinations.json]
 
 Declared beforehand: three rates a method on seed 0, each for the same seconds of processor time on one thread (steps
-alone, whatever else runs on the machine); the best rate again on seed 1, which is reported beside it. Prints its budget
-first. Runs already in the file are not run again.
+alone, whatever else runs on the machine); the best rate again on seed 1, which is reported beside it. Prints its
+budget first. Runs already in the file are not run again. SOAP is that of the package pytorch_optimizer; without it
+its rows are left out.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 import time
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 import layerwise as lw
 from benchmarks import probe
+from benchmarks.training.locoprop.schedule_free import ScheduleFreeAdamW
 from benchmarks.training.problem import mean_loss
 from benchmarks.training.problems import PROBLEMS
 from layerwise import local
@@ -29,13 +32,19 @@ from layerwise import local
 __all__ = ["METHODS", "RATES", "Muon", "main", "run"]
 
 PROBLEM, SECONDS = "text-transformer", 12.0
-# The settings that the study chose for each method on this problem, and a factor of two to either side of the rate.
+# The settings that the study chose for each method on this problem, and rates a factor of two or three apart, around
+# the best of an earlier pilot.
 LOCAL: dict[str, Any] = {"gamma": 31_300.0, "steps": 4, "momentum": 0.9457, "lr": 5.68e-4}
 ADAM: dict[str, Any] = {"betas": (0.777, 0.999), "eps": 5.31e-5, "fused": True}
-_ADAM, _MUON, _BALL = (2.5e-3, 5e-3, 1e-2), (0.018, 0.037, 0.073), (0.01, 0.03, 0.1)
+SOAP: dict[str, Any] = {"betas": (0.777, 0.99677), "weight_decay": 0.0, "precondition_frequency": 10}
+_ADAM, _MUON, _SOAP = (5e-3, 1e-2, 2e-2), (0.037, 0.073, 0.15), (6.5e-3, 1.3e-2, 2.6e-2)
+_LOCAL = (5.7e-4, 1.1e-3, 2.3e-3)
 RATES = {
-    "adam": _ADAM, "muon": _MUON, "locoprop-m": (2.8e-4, 5.7e-4, 1.1e-3), "spectral T=1": _BALL, "spectral T=3": _BALL,
-    "spectral T=3 > momentum": _BALL, "locoprop-m > adamw": _ADAM, "locoprop-m > muon": _MUON,
+    "adam": _ADAM, "schedule-free adamw": _ADAM, "soap": _SOAP, "muon": _MUON, "locoprop-m": _LOCAL,
+    "spectral T=1": (0.01, 0.03, 0.1), "spectral T=3": (0.03, 0.1, 0.3), "spectral T=3 > momentum": (0.03, 0.1, 0.3),
+    "locoprop-m > adamw": (2.5e-3, 5e-3, 1e-2), "locoprop-m > soap": _SOAP, "locoprop-m > muon": _MUON,
+    "locoprop-m whitened": _LOCAL, "locoprop-m whitened > muon": _MUON, "whitened T=1 with momentum": (0.03, 0.1, 0.2),
+    "locoprop-m T by decrease": _LOCAL, "locoprop-m polyak": _LOCAL,
 }  # fmt: skip
 Closure = Callable[[], Tensor]
 Step = Callable[[Closure], Tensor]
@@ -104,8 +113,42 @@ def _ball(model: nn.Module, rate: float, steps: int, write: Any = "weights") -> 
     return lw.LocoProp(model, gamma=LOCAL["gamma"], regularizer=ball, solver=solver, lr=1.0, write=write)
 
 
+def _soap(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SOAP as Soap  # with the benchmarks' requirements
+
+    found: torch.optim.Optimizer = Soap(model.parameters(), lr=lr, **SOAP)
+    return found
+
+
+class _Averaging:
+    """Steps of schedule-free AdamW; `finish` puts its average into the model."""
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        self._optimizer = ScheduleFreeAdamW(model.parameters(), lr, betas=(0.9, 0.999), eps=ADAM["eps"])
+        self._step = _plain(self._optimizer)
+
+    def __call__(self, closure: Closure) -> Tensor:
+        return self._step(closure)
+
+    def finish(self) -> None:
+        """Put the average into the model."""
+        self._optimizer.average()
+
+
+def _has_soap() -> bool:
+    return importlib.util.find_spec("pytorch_optimizer") is not None
+
+
+def _running_foof(model: nn.Module, lr: float) -> lw.LocoProp:
+    """One gradient step a batch in the metric of the inputs, with momentum."""
+    solver = local.LocalSteps(1, partial(torch.optim.SGD, momentum=0.9), "all")
+    return lw.LocoProp(model, target=local.GradientStep(1.0), solver=solver, regularizer=local.Whitening(), lr=lr)
+
+
 METHODS: dict[str, Callable[[nn.Module, float], Step]] = {
     "adam": lambda m, lr: _plain(torch.optim.Adam(m.parameters(), lr=lr, **ADAM)),
+    "schedule-free adamw": _Averaging,
+    "soap": lambda m, lr: _plain(_soap(m, lr)),
     "muon": lambda m, lr: _plain(Muon(m, lr)),
     "locoprop-m": lambda m, lr: _locoprop(m, lr=lr).step,
     "spectral T=1": lambda m, r: _ball(m, r, 1).step,
@@ -116,7 +159,19 @@ METHODS: dict[str, Callable[[nn.Module, float], Step]] = {
     "locoprop-m > adamw": lambda m, lr: _before(
         _locoprop(m, write="grad"), torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0, **ADAM)
     ),
+    "locoprop-m > soap": lambda m, lr: _before(_locoprop(m, write="grad"), _soap(m, lr)),
     "locoprop-m > muon": lambda m, lr: _before(_locoprop(m, write="grad"), Muon(m, lr)),
+    "locoprop-m whitened": lambda m, lr: _locoprop(m, lr=lr, regularizer=local.Whitening()).step,
+    "locoprop-m whitened > muon": lambda m, lr: _before(
+        _locoprop(m, write="grad", regularizer=local.Whitening()), Muon(m, lr)
+    ),
+    "whitened T=1 with momentum": lambda m, lr: _running_foof(m, lr).step,
+    "locoprop-m T by decrease": lambda m, lr: (
+        _locoprop(m, lr=lr, steps=16, solver=local.LocalSteps(16, stop=local.marginal_value)).step
+    ),
+    "locoprop-m polyak": lambda m, lr: (
+        _locoprop(m, lr=lr, gamma=None, target=local.GradientStep(1.0, per=local.Polyak(over="net"))).step
+    ),
 }
 
 
@@ -145,6 +200,8 @@ def run(method: str, rate: float, seed: int) -> dict[str, Any]:
         count += 1
         if spent >= SECONDS:
             break
+    if isinstance(step, _Averaging):
+        step.finish()
     train, test = (mean_loss(problem, model, *pair) for pair in ((split.x, split.y), (split.x_test, split.y_test)))
     row = {"problem": PROBLEM, "method": method, "rate": rate, "seed": seed, "steps": count}
     return {**row, "seconds a step": round(spent / count, 4), "train": round(train, 4), "test": round(test, 4)}
@@ -154,7 +211,8 @@ def main(out: Path) -> None:
     """Run what the file lacks."""
     torch.set_num_threads(1)
     found: list[dict[str, Any]] = probe.read(out) if out.exists() else []
-    print(f"at most {SECONDS * len(METHODS) * 4 / 60:.0f} minutes of a processor; {len(found)} runs are there already")
+    methods = {name: rates for name, rates in RATES.items() if "soap" not in name or _has_soap()}
+    print(f"at most {SECONDS * len(methods) * 4 / 60:.0f} minutes of a processor; {len(found)} runs are there already")
 
     def value(method: str, rate: float, seed: int) -> float:
         key = {"problem": PROBLEM, "method": method, "rate": rate, "seed": seed}
@@ -167,7 +225,7 @@ def main(out: Path) -> None:
         loss = float(row["train"])
         return loss if math.isfinite(loss) else math.inf
 
-    for method, rates in RATES.items():
+    for method, rates in methods.items():
         tried = {rate: value(method, rate, 0) for rate in rates}
         value(method, min(tried, key=tried.__getitem__), 1)
 
