@@ -152,6 +152,20 @@ def test_nothing_is_asked_for_at_or_below_the_bound_and_a_cap_holds() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+def test_squares_beyond_a_types_range_are_taken_in_a_wider_one() -> None:
+    """Cotangents of 1e-25 in float32, whose squares are zero there: γ is that of the loss times as much."""
+    found = []
+    for factor in (1.0, 1e-25):
+        torch.manual_seed(0)
+        net, x = nn.Linear(6, 3), torch.randn(10, 6)
+        before, target = net.weight.detach().clone(), local.GradientStep(1.0, per=local.Polyak())
+        opt = lw.LocoProp(net, preset="gradient-descent", target=target, lr=0.1)
+        opt.step(lambda net=net, x=x, factor=factor: loss_of(net, x) * factor)
+        found.append(net.weight.detach() - before)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert found[0].abs().max() > 1e-3
+
+
 def test_two_backward_passes_of_one_step_are_one_loss() -> None:
     (ours, x), (theirs, _) = nets()["dense"], nets()["dense"]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
@@ -170,7 +171,7 @@ def fill_in(target: Target, size: float) -> Target:
     return partial(target.at, size) if isinstance(target, _Step) else target
 
 
-def slope(target: Target, g: Tensor) -> Tensor:
-    """`Σ_r ⟨g_r, p_r⟩`, in float64: how fast the loss falls along a target's direction; along g for a function."""
+def slope(target: Target | None, g: Tensor) -> Tensor:
+    """`Σ_r ⟨g_r, p_r⟩`: how fast the loss falls along a target's direction; along g for a function or None."""
     p = target.direction(g) if isinstance(target, _Step) else g
-    return (g.double() * p).sum()
+    return torch.dot(g.flatten(), p.flatten())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from layerwise.local.layers.record import Recorded
 from layerwise.local.targets import Polyak, Target, slope
@@ -35,9 +37,18 @@ class Units:
     @without_grad
     def _read(self) -> tuple[float, dict[str, float]]:
         """The loss, and `Σ_r ⟨g_r, p_r⟩` by name: of each layer's rows, and of gradients outside the layers."""
-        run, found = self._run, {}
-        for layer in run.layers:
-            found[layer.name] = slope(self._targets(layer.name), run.cotangent_rows(layer))
-        found |= {name: g.double().square().sum() for name, g in run.gradients.items()}
-        loss, *values = torch.stack([run.loss.double(), *found.values()]).tolist()
-        return loss, dict(zip(found, values, strict=True))
+        run, cotangents = self._run, {layer.name: self._run.cotangent_rows(layer) for layer in self._run.layers}
+        cotangents |= run.gradients
+        targets = {layer.name: self._targets(layer.name) for layer in run.layers}
+        found = [slope(targets.get(name), _at_least_single(g)) for name, g in cotangents.items()]
+        loss, *values = torch.stack([run.loss.double(), *(value.double() for value in found)]).tolist()
+        return loss, {
+            name: value
+            if 0 < value < math.inf
+            else float(slope(targets.get(name), g.double()))  # beyond its type's range
+            for (name, g), value in zip(cotangents.items(), values, strict=True)
+        }
+
+
+def _at_least_single(g: Tensor) -> Tensor:
+    return g if g.dtype in (torch.float32, torch.float64) else g.float()
