@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo import Instance, case
 
 import layerwise as lw
+from layerwise.losses import softmax
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -200,3 +201,30 @@ def test_all_warnings_of_the_library_are_silenced_by_their_base() -> None:
             warnings.warn("said", kind, stacklevel=1)
         lw.KFAC(samples=1)  # type: ignore[call-arg]
     assert issubclass(lw.errors.Renamed, FutureWarning)  # which Python shows to all
+
+
+@pytest.mark.parametrize("classes", [1, 2, 63, 64, 65, 200, 1000])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_classes_are_drawn_with_their_probabilities(classes: int, draws: int) -> None:
+    """Pearson's statistic of classes expected 5 times and more, and none of probability zero."""
+    p = torch.randn(classes, generator=torch.Generator().manual_seed(classes)).mul(2).softmax(0)
+    if classes > 2:
+        p[[0, classes // 2, -1]] = 0
+    rows = p.div(p.sum()).expand(60_000 // draws, -1)
+    found = softmax._drawn(rows, draws, torch.Generator().manual_seed(1))
+    assert found.shape == (len(rows), draws)
+    counts, expected = torch.bincount(found.flatten(), minlength=classes), 60_000 * rows[0]
+    assert counts[rows[0] == 0].sum() == 0
+    often = expected >= 5
+    statistic = ((counts - expected).square() / expected)[often].sum()
+    freedom = max(1, int(often.sum()) - 1)
+    assert statistic <= freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_draws_differ_by_row_and_repeat_by_seed() -> None:
+    p = torch.eye(7, 300).repeat_interleave(2, 0).add(1e-3)
+    first, again, other = (softmax._drawn(p, 2, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    sure = softmax._drawn(torch.eye(300), 4, None)
+    assert torch.equal(sure, torch.arange(300)[:, None].expand(300, 4))

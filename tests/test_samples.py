@@ -172,13 +172,13 @@ class _Pulls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        real = sample_axes._measure_loss
+        real = sample_axes._test
 
         def counted(*args):
             self.count += 1
             return real(*args)
 
-        monkeypatch.setattr(sample_axes, "_measure_loss", counted)
+        monkeypatch.setattr(sample_axes, "_test", counted)
 
     def of(self, model: nn.Module, x: Tensor, y: Tensor) -> int:
         before = self.count
@@ -344,6 +344,31 @@ def _functional(params: dict[str, Tensor], x: Tensor, mixed: float | None = None
 
 def _params(width: int = 5) -> dict[str, Tensor]:
     return {"w": torch.randn(width, 4).requires_grad_(), "u": torch.randn(3, width).requires_grad_()}
+
+
+@pytest.mark.parametrize("kind", ["own", "known", "own and known"])
+def test_many_losses_are_measured_together(pulls: _Pulls, kind: str) -> None:
+    """Products with the graph, of which each runs through all of it, do not grow with the number of losses."""
+    model = nn.ParameterList([torch.randn(4) for _ in range(6)])
+    x, y = torch.randn(5, 4), torch.randn(5, 4)
+
+    def terms() -> Tensor:
+        """`[N, parameters]`: what each sample and each parameter add to the loss."""
+        found = [(x * p).tanh() for p in model]
+        own = [z.square().mean(1) for z in found] if kind != "known" else []
+        known = [F.mse_loss(z, y, reduction="none").mean(1) for z in found] if kind != "own" else []
+        return torch.stack([*own, *known], 1)
+
+    def loss() -> Tensor:
+        found = [(x * p).tanh() for p in model]
+        own = sum(z.square().mean() for z in found) if kind != "known" else 0
+        return own + (sum(F.mse_loss(z, y) for z in found) if kind != "own" else 0)  # type: ignore[no-any-return]
+
+    want = oracle.per_sample_grad(oracle.parameters(model), lambda: terms().sum(1) / len(x))
+    with observe(model, PerSampleGrad()) as seen:
+        loss().backward()
+    oracle.assert_close(dict(seen.per_sample_grad), want)
+    assert pulls.count == 1
 
 
 def test_functional_models_are_measured_once(pulls: _Pulls) -> None:

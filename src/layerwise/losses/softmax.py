@@ -21,6 +21,8 @@ from .call import LossCall
 
 __all__ = ["Softmax", "softmax"]
 
+_BLOCK = 64  # classes of a block, from which one is drawn
+
 
 class _Masses:
     """Target masses m of every term before scaling by reduction and c.
@@ -124,7 +126,7 @@ class Softmax(Likelihood):
         # The score of the label y is p - e_y, with covariance diag p - p pᵀ.
         factor = self._sqrt_weight / draws**0.5
         p = self._p.movedim(self._axis, -1)
-        y = torch.multinomial(p.reshape(-1, p.shape[-1]), draws, replacement=True, generator=generator)
+        y = _drawn(p.reshape(-1, p.shape[-1]), draws, generator)
         y = y.T.reshape(draws, *p.shape[:-1]).unsqueeze(self._axis + 1)
         s = (factor * self._p).repeat(draws, *[1] * self._p.dim())
         return s.scatter_add_(self._axis + 1, y, -factor.expand(y.shape))
@@ -162,6 +164,35 @@ class Softmax(Likelihood):
         u = self._p.sqrt()
         u_k = u.gather(self._axis, k)
         return k, u, self._p.scatter_add(self._axis, k, u_k).div_(-1 - u_k)
+
+
+def _drawn(p: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """Classes drawn with probabilities p `[R,C]`, int64 `[R,draws]`.
+
+    Of many classes a block is drawn first, by the sums of all blocks, and then a class of the block, for on the CPU
+    `torch.multinomial` draws a random number for each class. Sums are in double precision, where the device has it,
+    since single precision would round off a class out of 50,000.
+    """
+    rows, classes = p.shape
+    if draws * _BLOCK >= classes:
+        return torch.multinomial(p, draws, replacement=True, generator=generator)
+    dtype = torch.float32 if p.device.type == "mps" else torch.float64
+    whole, rest = divmod(classes, _BLOCK)
+    blocks = p[:, : whole * _BLOCK].reshape(rows, whole, _BLOCK).sum(2, dtype=dtype)
+    if rest:
+        blocks = torch.cat([blocks, p[:, -rest:].sum(1, keepdim=True, dtype=dtype)], 1)
+    block = _first_beyond(blocks.cumsum(1), draws, generator)
+    at = block.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK, device=p.device)
+    inside = p.gather(1, at.clamp(max=classes - 1).flatten(1)).view(at.shape).to(dtype).where(at < classes, 0)
+    found = block * _BLOCK + _first_beyond(inside.cumsum(2).flatten(0, 1), 1, generator).view(rows, draws)
+    return found.clamp_(max=classes - 1)
+
+
+def _first_beyond(sums: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """`[R,draws]`: the first places at which cumulative sums `[R,C]` exceed uniform shares of their last ones."""
+    u = torch.rand(len(sums), draws, dtype=sums.dtype, device=sums.device, generator=generator)
+    found = torch.searchsorted(sums, u.mul_(sums[:, -1:]), right=True)
+    return found.clamp_(max=sums.shape[1] - 1)  # where a share is rounded up to the whole
 
 
 def softmax(call: LossCall, logits: Tensor, c: Tensor | float) -> Likelihood:

@@ -77,11 +77,11 @@ def accumulate(
     batches = lambda: iter(shown(loader) if progress else loader)  # noqa: E731
     one_pass = partial(_pass, model, loss_fn, batches, ranks, settings, samples)
 
-    def run(asked: Sequence[Quantity]) -> Results:
+    def run(asked: Sequence[Quantity], gradient: bool = True) -> Results:
         if ranks.size == 1:
-            return one_pass(asked)
+            return one_pass(asked, gradient)
         waits = bool(placements_of(Binding(model).owners))  # the passes wait for other ranks themselves
-        results = one_pass(asked) if waits else ranks.together(lambda: one_pass(asked))
+        results = one_pass(asked, gradient) if waits else ranks.together(lambda: one_pass(asked, gradient))
         results.all_reduce(group)
         return results
 
@@ -112,7 +112,7 @@ def _devices() -> list[torch.device]:
 
 
 def _in_two_passes(
-    run: Callable[[Sequence[Quantity]], Results],
+    run: Callable[[Sequence[Quantity], bool], Results],
     quantities: Sequence[Quantity],
     firsts: Sequence[Quantity | None],
     ranks: Ranks,
@@ -124,14 +124,14 @@ def _in_two_passes(
     before = [first for first in firsts if first is not None]
     own = [getattr(q.cotangent, "generator", None) for q in before]
     random = RandomState(_devices(), ("torch",), [g for g in own if g is not None])
-    earlier = run(before)
+    earlier = run(before, False)
     made = iter([earlier.result(i) for i in range(len(before))])
     seconds = [q if first is None else q.second_pass(next(made)) for q, first in zip(quantities, firsts, strict=True)]
     for second, first in zip(seconds, firsts, strict=True):
         if first is not None:
             second.broadcast(ranks)
     random.put_back()
-    results = run(seconds)
+    results = run(seconds, True)
     old, new = earlier.batch.samples, results.batch.samples
     if (results.count, new) != (earlier.count, old):
         raise BadInput(
@@ -150,8 +150,9 @@ def _pass(
     settings: PassSettings,
     samples: SaidSamples,
     quantities: Sequence[Quantity],
+    gradient: bool,
 ) -> Results:
-    """One pass over the batches that `start` gives."""
+    """One pass over the batches that `start` gives. gradient: whether somebody reads it, beside the quantities."""
     parameters = Binding(model).owners
     before = {name: p.grad for name, p in parameters.items()}
     count = 0
@@ -170,7 +171,11 @@ def _pass(
                 if in_step:
                     with _pop_mode_temporarily():
                         ranks.together(partial(check_finite, loss))
-                _backward(loss, parameters, settings.parameters)
+                if gradient or in_step or not loss.requires_grad:
+                    _backward(loss, parameters, settings.parameters)
+                else:
+                    with _pop_mode_temporarily():
+                        observation.send(loss)
                 count += 1
     finally:
         for name, p in parameters.items():

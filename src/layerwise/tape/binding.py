@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -143,11 +144,20 @@ def chosen_names(argument: str, patterns: str | Sequence[str] | None, names: Seq
     """The names that one of the patterns matches, or all of them for None; raises BadInput as `check_matched`."""
     if patterns is None:
         return list(names)
-    each = [patterns] if isinstance(patterns, str) else list(patterns)
+    each = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     if not each:
         raise BadInput(f"{argument}: no pattern was given, which leaves no parameter; leave it out for all of them")
-    check_matched(argument, each, names)
-    return [name for name in names if any(matches(pattern, name) for pattern in each)]
+    try:
+        return list(_matched(argument, each, tuple(names)))
+    except TypeError:  # a pattern that is no text
+        check_matched(argument, each, names)
+        raise
+
+
+@lru_cache(maxsize=64)  # each batch asks for the same
+def _matched(argument: str, patterns: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
+    check_matched(argument, patterns, names)
+    return [name for name in names if any(matches(pattern, name) for pattern in patterns)]
 
 
 def check_sharded(owners: Mapping[str, Tensor]) -> None:

@@ -35,13 +35,19 @@ def by_axes(tape: Tape, graph: Graph, n: int) -> tuple[SampleLayout, bool]:
 
     Raises SamplesMixed, AmbiguousSamples, or BadInput (n fits no axis of a loss).
     """
-    return _merge(graph, [_measure_loss(tape, graph, loss, n) for loss in graph.losses], n)
+    ways = [hypotheses(loss, n) for loss in graph.losses]
+    if ways and all(len(each) == 1 for each in ways):  # then one product of all losses tells as much as one of each
+        found, culprit = _test(graph, graph.losses, [only for (only,) in ways])
+        if culprit is None:
+            return _merge(graph, [found], n)
+    pairs = zip(graph.losses, ways, strict=True)
+    return _merge(graph, [_measure_loss(tape, graph, loss, each, n) for loss, each in pairs], n)
 
 
 class _Candidates(NamedTuple):
-    """A hypothesis on the samples' axis of a loss, the axes left for each use, and the uses reached by a cotangent."""
+    """Hypotheses on the samples' axes of losses, the axes left for each use, and the uses reached by a cotangent."""
 
-    rows: Samples
+    rows: Sequence[Samples]
     axes: dict[int, list[Samples]]
     reached: set[int]
 
@@ -65,9 +71,8 @@ def hypotheses(loss: LossUse, n: int) -> list[Samples]:
     return exact + flat
 
 
-def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidates:
-    """The samples' axis of one loss and, for each use, the axes that carry its samples."""
-    ways = hypotheses(loss, n)
+def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, ways: Sequence[Samples], n: int) -> _Candidates:
+    """The samples' axis of one loss, out of several ways, and, for each use, the axes that carry its samples."""
     shape = tuple(loss.call.logits.shape)
     if not ways:
         raise BadInput(
@@ -79,7 +84,7 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, n: int) -> _Candidate
     passed: list[_Candidates] = []
     failed: Use | None = None
     for hypothesis in ways:
-        found, culprit = _test(graph, loss, hypothesis)
+        found, culprit = _test(graph, [loss], [hypothesis])
         if culprit is None:
             passed.append(found)
         else:
@@ -113,15 +118,15 @@ def _by_first_batch(graph: Graph, passed: list[_Candidates]) -> list[_Candidates
     return passed
 
 
-def _test(graph: Graph, loss: LossUse, rows: Samples) -> tuple[_Candidates, Use | None]:
-    """The axes of each use that carry the samples under a hypothesis, and the first use without such an axis."""
-    generator = torch.Generator().manual_seed(0)
-    edges = [use.edge for use in graph.uses]
-    candidates = {use.index: _axes(use, rows.n) for use in graph.uses}
+def _test(graph: Graph, losses: Sequence[LossUse], rows: Sequence[Samples]) -> tuple[_Candidates, Use | None]:
+    """The axes of each use that carry the samples under a hypothesis for each loss, and the first use without one."""
+    generator, n = torch.Generator().manual_seed(0), rows[0].n
+    edges, logits = [use.edge for use in graph.uses], [loss.logits for loss in losses]
+    candidates = {use.index: _axes(use, n) for use in graph.uses}
     reached: set[int] = set()
-    for chosen in _halves(rows.n):
-        cotangent = _masked_noise(loss, rows, chosen, generator)
-        for use, g in zip(graph.uses, pull([loss.logits], [cotangent], edges), strict=True):
+    for chosen in _halves(n):
+        noise = [_masked_noise(loss, at, chosen, generator) for loss, at in zip(losses, rows, strict=True)]
+        for use, g in zip(graph.uses, pull(logits, noise, edges), strict=True):
             support = None if g is None else g != 0
             if support is None or not bool(support.any()):
                 continue
@@ -139,23 +144,25 @@ def structural(graph: Graph, layout: SampleLayout) -> bool:
     A path that mixes samples may be multiplied by zero now (a branch that starts at zero) and by another number later.
     Zero times NaN is NaN, so NaN cotangents reach everything that a sample can reach.
     """
-    edges = [use.edge for use in graph.uses]
+    edges, logits = [use.edge for use in graph.uses], [loss.logits for loss in graph.losses]
     silent = {use.index for use in graph.uses}
-    for loss, rows in zip(graph.losses, layout.losses, strict=True):
-        for chosen in _halves(layout.n):
-            cotangent = torch.zeros_like(loss.call.logits).masked_fill_(_mask(loss, rows, chosen), torch.nan)
-            try:
-                with torch.autograd.set_detect_anomaly(False):
-                    pulled = pull([loss.logits], [cotangent], edges)
-            except (RuntimeError, ArithmeticError, ValueError):
-                return False  # a derivative that checks its input
-            for use, g in zip(graph.uses, pulled, strict=True):
-                if g is None:
-                    continue
-                if not _follows(g != 0, layout.uses[use.index], chosen.to(g.device)):
-                    return False
-                if use.index in silent and bool(g.any()):
-                    silent.discard(use.index)
+    for chosen in _halves(layout.n):
+        sent = [
+            torch.zeros_like(loss.call.logits).masked_fill_(_mask(loss, rows, chosen), torch.nan)
+            for loss, rows in zip(graph.losses, layout.losses, strict=True)
+        ]
+        try:
+            with torch.autograd.set_detect_anomaly(False):
+                pulled = pull(logits, sent, edges)
+        except (RuntimeError, ArithmeticError, ValueError):
+            return False  # a derivative that checks its input
+        for use, g in zip(graph.uses, pulled, strict=True):
+            if g is None:
+                continue
+            if not _follows(g != 0, layout.uses[use.index], chosen.to(g.device)):
+                return False
+            if use.index in silent and bool(g.any()):
+                silent.discard(use.index)
     return not silent  # a use that nothing reaches, behind units that are off, may be reached in another way later
 
 
@@ -258,7 +265,7 @@ def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLa
             )
         proved &= reached  # where no cotangent arrives the gradient is zero, wherever the samples lie
         uses[use.index] = common[0]
-    return SampleLayout(n, uses, [f.rows for f in found]), proved
+    return SampleLayout(n, uses, [rows for f in found for rows in f.rows]), proved
 
 
 def mixed_text(tape: Tape, use: Use, n: int, where: str, tensor: str) -> str:
