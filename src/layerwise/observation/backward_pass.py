@@ -38,7 +38,8 @@ class PassSettings(NamedTuple):
     batch, of which a mean runs over all terms; else losses add up. unscaled: whether the quantities are those of the
     loss without the factor by which a gradient scaler multiplied it. defer: whether NaN and infinity are looked for
     when a result is read, and not in the backward pass; None: on accelerators. grad: "autograd", or "rows" for the
-    gradients of weights as sums of the per-sample gradients that a quantity forms.
+    gradients of weights as sums of the per-sample gradients that a quantity forms. keeps_non_finite: whether a gradient
+    that is not finite stays in `.grad`, as a backward pass that nobody observes leaves it; else it is taken out again.
     """
 
     samples: int | torch.Tensor | None = None
@@ -49,6 +50,7 @@ class PassSettings(NamedTuple):
     parameters: str | Sequence[str] | None = None
     defer: bool | None = False
     grad: str = "autograd"
+    keeps_non_finite: bool = False
 
 
 class BackwardPass:

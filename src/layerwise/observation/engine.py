@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, NonFinite
 from layerwise.gradient.row_sums import add_to_grad, backward_without
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import resolved
@@ -227,8 +227,9 @@ class Observation:
                 gradient |= {name: torch.zeros_like(tape.parameters[name]) for name in unmoved}
                 values = {name: (g,) for name, g in gradient.items()}
                 results.add(observed.batch, observed.values, values, scale, verdict)
-        except BaseException:
-            rollback(tape, before)
+        except BaseException as error:
+            if not (self._settings.keeps_non_finite and isinstance(error, NonFinite)):
+                rollback(tape, before)
             raise
         tape.forget(graph.uses, graph.losses)
         return out

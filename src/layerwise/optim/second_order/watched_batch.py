@@ -31,7 +31,7 @@ from layerwise.tape.modes import PassWatch
 from layerwise.tape.pull import differentiated, without_autocast
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use, first_bad_call, named_parameters_of
-from layerwise.tensors import dense, is_finite, without_grad
+from layerwise.tensors import dense, is_finite
 
 __all__ = [
     "NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "WatchedBatch", "gradients_in_grad", "gradients_of",
@@ -139,7 +139,7 @@ class CurvatureWatch:
         self._model, self._ask, self._keep = model, ask, keep
         # read afterwards, to name the call whose gradient overflowed
         self._observation: Any = None if ask is None else Observation(
-            model, tuple(self._asked.values()), PassSettings(unscaled=True), keeps_inputs=True
+            model, tuple(self._asked.values()), PassSettings(unscaled=True, keeps_non_finite=True), keeps_inputs=True
         )  # fmt: skip
         self._results: Results | None = None
         self._mode: Tape | PassWatch | None = None
@@ -237,10 +237,8 @@ class CurvatureWatch:
             return self._observed(tape, total, weight, once)
         except NonFinite:
             watched.bad = first_bad_call(watched.uses or uses)
-            if self._ran:  # a gradient; the observation has taken it out of `.grad`
+            if self._ran:
                 watched.bad = watched.bad or "a gradient"
-                if watched.scale is not None:
-                    _spoil(tape.owners)
                 return None
             watched.suspect = "the curvature"
             return run()
@@ -315,13 +313,6 @@ class WatchedBatch:
     def unscaled(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What backward passes left in `.grad`, without a scaler's factor; inside the context."""
         return self._watch.unscaled(grads)
-
-
-@without_grad
-def _spoil(params: Mapping[str, Tensor]) -> None:
-    """Put NaN into `.grad`, where a gradient scaler looks for it, to skip the step and to lower its factor."""
-    for p in params.values():
-        p.grad = torch.full_like(p, float("nan"))
 
 
 def _is_loss(tape: Tape, total: Tensor) -> bool:
