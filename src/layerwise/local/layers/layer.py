@@ -13,7 +13,7 @@ from torch import Tensor
 from layerwise import ops
 from layerwise.errors import BadInput
 from layerwise.graph.coverage import Graph
-from layerwise.local.layers.kinds import Kind, Kinds, tensors_of
+from layerwise.local.layers.kinds import Kind, Kinds, data_places, tensors_of
 from layerwise.local.layers.output_reading import reading, rows_of
 from layerwise.local.transfer import Transfer, squared
 from layerwise.losses import Likelihood
@@ -87,9 +87,16 @@ class Layer:
 
     def matrix(self) -> Tensor:
         """The weight as `[K,O,I]`, in the parameter's memory."""
-        return self.kind.view(
-            "matrix", self.parameter.detach(), lambda: self._weight.matrix(self._weight.used.detach())
-        )
+        p = self.parameter
+
+        def made() -> Tensor:
+            return self.kind.view("matrix", p.detach(), lambda: self._weight.matrix(self._weight.used.detach()))
+
+        return self.kind.of_parameter(self.name, p, made)
+
+    def offsets(self, bias: Tensor) -> Tensor:
+        """The fitted bias as `[K,O]`, in the parameter's memory."""
+        return self.kind.of_parameter(self.names[1], bias, lambda: bias.detach().view(self.matrix().shape[:2]))
 
     def fold(self, w: Tensor) -> Tensor:
         """Reshape `[K,O,I]` to the shape of the parameter."""
@@ -103,6 +110,10 @@ class Layer:
     @cached_property
     def data(self) -> list[Tensor]:
         """The tensors among the call's arguments that are no parameters."""
+        args, kwargs = self.call.args, self.call.kwargs
+        places = self.kind.once("data", lambda: data_places(self.call, [d.tensor for d in self.use.used]))
+        if places is not None:
+            return [kwargs[at] if isinstance(at, str) else args[at] for at in places]
         return [t for t in tensors_of(self.call) if not any(t is d.tensor for d in self.use.used)]
 
     def input(self) -> Tensor:

@@ -316,17 +316,18 @@ def problem_of(
     target: `(z, g, transfer) -> y`; the default is `f(z) − γ g`, with which the problem keeps `g` and γ.
     """
     parts = layer.parts
-    pulls, ball = split_terms(terms)
+    pulls, ball = split_terms(terms) if terms else ((), None)
     a = layer.join([part.input() for part in parts])
     g = layer.join([part.rows(recorded.cotangents[part.use.index]) for part in parts])
     weight = layer.matrix()
-    bias = None
-    if len(layer.names) > 1:
-        bias = recorded.tape.parameters[layer.names[1]].detach().view(weight.shape[0], weight.shape[1])
+    bias = None if len(layer.names) == 1 else layer.offsets(recorded.tape.parameters[layer.names[1]])
     shifted = any(part.shifted for part in parts)
     # a look-up's rows leave out the padding's output as they do its cotangent: predicted, it stays where it is
-    known = all(part.value is not None for part in parts) and not layer.kind.indexed
-    z = layer.join([part.rows(part.output()) for part in parts]) if shifted or known else None
+    values = [part.value for part in parts] if shifted or not layer.kind.indexed else []
+    z = None
+    if shifted or (values and not any(value is None for value in values)):
+        outs = [part.output() if value is None else value for part, value in zip(parts, values, strict=True)]
+        z = layer.join([part.rows(out) for part, out in zip(parts, outs, strict=True)])
     after: list[Tensor] = []
     if transfer is layer.transfer and not layer.kind.indexed:
         after = [part.rows(part.after) for part in parts if part.after is not None]
