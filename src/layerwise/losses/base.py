@@ -229,4 +229,6 @@ def number(x: Tensor) -> float | Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     """`x` in at least float32."""
+    if x.dtype is torch.float32 or x.dtype is torch.float64:  # to ask torch costs more than its kernels
+        return x
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -107,7 +107,7 @@ class Layer:
         shaped(out, self.matrix()).copy_(w)
         return out
 
-    @cached_property
+    @property
     def data(self) -> list[Tensor]:
         """The tensors among the call's arguments that are no parameters."""
         args, kwargs = self.call.args, self.call.kwargs
@@ -124,7 +124,9 @@ class Layer:
 
     def _typed(self, rows: Tensor) -> Tensor:
         """Rows in the weight's type: under autocast activations have another one."""
-        return rows if self.kind.indexed and not rows.is_floating_point() else rows.to(self.parameter.dtype)
+        if rows.dtype is self.parameter.dtype or (self.kind.indexed and not rows.is_floating_point()):
+            return rows
+        return rows.to(self.parameter.dtype)
 
     def _input(self) -> Tensor:
         a = self._weight.input(None)
@@ -156,9 +158,12 @@ class Layer:
         None where a loss does not have the form of a weighted matching loss (`Likelihood.weights`).
         """
         found = [None if part.likelihood is None else part.likelihood.weights() for part in self.parts]
-        if any(weights is None or not weights.numel() for weights in found):
-            return None
-        return torch.stack([end for weights in found if weights is not None for end in torch.aminmax(weights)])
+        ends: list[Tensor] = []
+        for weights in found:
+            if weights is None or not weights.numel():
+                return None
+            ends += torch.aminmax(weights) if weights.dim() else (weights, weights)
+        return torch.stack(ends)
 
 
 def one_weight(ends: list[float]) -> float | None:

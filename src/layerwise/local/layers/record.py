@@ -218,7 +218,7 @@ def record(
     from those passes. Raises BadInput for a closure without a tensor loss, UncoveredUse for a parameter no call covers.
     """
     recorder = RunRecorder(model, ours, matrices, crosses, kinds)
-    with recorder, torch.enable_grad():
+    with torch.enable_grad(), recorder:  # a tape would look at what switches gradients on
         loss = closure()
     check_loss(loss)
     return recorder.run(loss)

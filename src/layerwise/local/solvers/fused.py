@@ -63,8 +63,9 @@ class _Fused(torch.optim.Optimizer):
                 own = self.state.get(p)
                 if p.grad is None or own is None:
                     return False
-                if not all(own.get(key) is t for key, t in zip(self._kept, tensors, strict=True)):
-                    return False
+                for key, t in zip(self._kept, tensors, strict=True):
+                    if own.get(key) is not t:
+                        return False
         if len(batches) == 1:
             first = batches[0].group
             return all(group is first or self._equal(group, first) for group in mine)

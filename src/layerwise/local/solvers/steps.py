@@ -178,6 +178,8 @@ class _Stepping:
 
 
 def _use_gram(problem: LocalProblem, form: Form, rows: int, steps: int) -> bool:
+    if form == "plain":
+        return False
     r, (_, o, i) = problem.a.shape[0], problem.weight.shape
     possible = problem.transfer.is_squared and rows == r
     if form == "gram" and not possible:

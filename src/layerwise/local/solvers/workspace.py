@@ -85,7 +85,8 @@ class Frame:
     """What of a layer's local steps stays from batch to batch: scratch for gradients, and what is viewed for products.
 
     dw, db: scratch `[K,O,I]` and `[K,O]`. grad_w, grad_b: in the parameters' shapes. serves: whether `grad_w` shows
-    what is written to `dw`. w, b, wt, out_w, out_b: for products, with K in front, or dropped where it is 1.
+    what is written to `dw`; else it is folded at each step. w, b, wt, out_w, out_b: for products, with K in front, or
+    dropped where it is 1.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, indexed: bool, owned: Owned, workspace: Workspace) -> None:
@@ -95,11 +96,12 @@ class Frame:
             "dw", weight.shape, weight
         )  # fmt: skip
         self.db = None if bias is None else workspace.take("db", bias.shape, weight)
-        self.grad_w = self.dw.reshape(owned.weight.shape) if owned.fold is None else owned.fold(self.dw)
+        grad_w = self.dw.reshape(owned.weight.shape) if owned.fold is None else owned.fold(self.dw)
         self.grad_b = None if owned.bias is None or self.db is None else self.db.view(owned.bias.shape)
         # a view of the scratch serves all steps; torch's fused optimizers need it contiguous as the weight is
-        self.serves = self.grad_w.untyped_storage().data_ptr() == self.dw.untyped_storage().data_ptr()
-        self.serves &= self.grad_w.is_contiguous() or not owned.weight.is_contiguous()
+        self.serves = grad_w.untyped_storage().data_ptr() == self.dw.untyped_storage().data_ptr()
+        self.serves &= grad_w.is_contiguous() or not owned.weight.is_contiguous()
+        self.grad_w = grad_w if self.serves or owned.fold is None else None
         self.single = weight.shape[0] == 1
         self.w = weight[0] if self.single else weight
         self.b = bias if bias is None or self.single else bias.unsqueeze(1)
