@@ -71,7 +71,7 @@ class Tape(LossRecord):
     """Record the parameter uses and the losses of everything that runs inside the context.
 
     model: its parameters that require grad are followed (frozen ones count as constants); names are looked up again
-        during the run, see `Binding`.
+        during the run, see `Binding`. parameters: those, by name.
     on_backward: called as `on_backward(tape, total, weight, run)` instead of a backward pass that
         the user starts inside the context; it must call `run()`.
     keep_outputs: whether uses keep their outputs' values (local targets need them).
@@ -96,6 +96,7 @@ class Tape(LossRecord):
         super().__init__(model, own_losses)
         self._keep_outputs, self._crosses = keep_outputs, crosses
         self._binding = Binding(model)
+        self.parameters = self._binding.parameters
         self._constants, self._on_backward = list(named_buffers_of(model).values()), on_backward
         self._stance: contextlib.AbstractContextManager[Any] | None = None
         self.whole, self.partial, self.ordinary = False, False, False
@@ -104,11 +105,6 @@ class Tape(LossRecord):
         self.clear()
 
     # -- life ---------------------------------------------------------------------------------------
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The parameters to follow, by name."""
-        return self._binding.parameters
 
     @property
     def owners(self) -> dict[str, Tensor]:

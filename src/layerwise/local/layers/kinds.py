@@ -139,8 +139,8 @@ def _signature(use: Use, ours: Callable[[Tensor], bool]) -> Any:
         used[id(tensor)] = (*names, ours(tensor))
     try:
         call = use.call
-        named = [(key, _described(value, used)) for key, value in call.kwargs.items()]
-        return call.func, call.out_shape, *(_described(value, used) for value in call.args), *named
+        named = [(key, _described(value, used)) for key, value in call.kwargs.items()] if call.kwargs else ()
+        return call.func, call.out_shape, *[_described(value, used) for value in call.args], *named
     except _Undescribed:
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,7 +53,11 @@ class Layer:
     @property
     def parts(self) -> tuple[Layer, ...]:
         """All uses, each as a layer of one use."""
-        return (self, *self.others)
+        return (self, *self.others) if self.others else (self,)
+
+    def of_all(self, rows: Callable[[Layer], Tensor]) -> Tensor:
+        """What a function gives of each use, joined as rows of the layer."""
+        return self.join([rows(part) for part in self.parts]) if self.others else rows(self)
 
     @property
     def name(self) -> str:
@@ -163,7 +166,7 @@ class Layer:
             if weights is None or not weights.numel():
                 return None
             ends += torch.aminmax(weights) if weights.dim() else (weights, weights)
-        return torch.stack(ends)
+        return ends[0].expand(2) if len(ends) == 2 and ends[0] is ends[1] else torch.stack(ends)
 
 
 def one_weight(ends: list[float]) -> float | None:
@@ -207,7 +210,10 @@ def layers_of(
     matrices: leave out tables and scales. kinds: a cache for further batches.
     """
     kinds = Kinds() if kinds is None else kinds
-    count = Counter(name for use in graph.uses for name in use.names)
+    count: dict[str, int] = {}
+    for use in graph.uses:
+        for name in use.names:
+            count[name] = count.get(name, 0) + 1
     found: dict[str, list[tuple[Use, Kind]]] = {}
     for use in graph.uses:
         kind = kinds.of(use, ours, lambda use=use: _kind(tape, use, ours))  # type: ignore[misc]
@@ -219,7 +225,7 @@ def layers_of(
         if (matrices and (first.elementwise or first.indexed)) or len(uses) != count[name]:
             continue
         parts = _parts(tape, graph, uses, count)
-        if len(parts) == 1 or len({_geometry(part) for part in parts}) == 1:
+        if len(parts) == 1 or len(set(map(_geometry, parts))) == 1:
             layers.append(_as_one_layer(parts))
     return layers
 
@@ -271,8 +277,8 @@ def _parts(tape: Tape, graph: Graph, uses: Sequence[tuple[Use, Kind]], count: Ma
     """The uses of a weight, each as a layer of one use; without the bias, where uses differ in it."""
     names, shared = uses[0][1].names, True
     if len(names) > 1 or len(uses) > 1:
-        every = {kind.names for _, kind in uses}
-        shared = len(every) == 1 and all(count[name] == len(uses) for name in names)
+        alike = {kind.names for _, kind in uses} == {names}
+        shared = alike and {count[name] for name in names} == {len(uses)}
     parts = []
     for use, kind in uses:
         own = kind.names if shared else kind.names[:1]

@@ -315,28 +315,25 @@ def problem_of(
 
     target: `(z, g, transfer) -> y`; the default is `f(z) − γ g`, with which the problem keeps `g` and γ.
     """
-    parts = layer.parts
     pulls, ball = split_terms(terms) if terms else ((), None)
-    a = layer.join([part.input() for part in parts])
-    g = layer.join([part.rows(recorded.cotangents[part.use.index]) for part in parts])
+    cotangents, known = recorded.cotangents, not layer.kind.indexed
+    a = layer.of_all(Layer.input)
+    g = layer.of_all(lambda part: part.rows(cotangents[part.use.index]))
     weight = layer.matrix()
     bias = None if len(layer.names) == 1 else layer.offsets(recorded.tape.parameters[layer.names[1]])
-    shifted = any(part.shifted for part in parts)
+    shifted = layer.shifted or any(part.shifted for part in layer.others)
     # a look-up's rows leave out the padding's output as they do its cotangent: predicted, it stays where it is
-    values = [part.value for part in parts] if shifted or not layer.kind.indexed else []
-    z = None
-    if shifted or (values and not any(value is None for value in values)):
-        outs = [part.output() if value is None else value for part, value in zip(parts, values, strict=True)]
-        z = layer.join([part.rows(out) for part, out in zip(parts, outs, strict=True)])
-    after: list[Tensor] = []
-    if transfer is layer.transfer and not layer.kind.indexed:
-        after = [part.rows(part.after) for part in parts if part.after is not None]
+    kept = known and all(part.value is not None for part in layer.parts)
+    z = layer.of_all(lambda part: part.rows(part.output())) if shifted or kept else None
+    after = None
+    if transfer is layer.transfer and known and all(part.after is not None for part in layer.parts):
+        after = layer.of_all(lambda part: part.rows(part.after))  # type: ignore[arg-type]
     rest = None
     if z is None or shifted:
         predicted = predict(LocalProblem(a, weight, bias, g))
         rest, z = (z - predicted, z) if z is not None else (None, predicted)
     if target is None:
-        y = target_m(z, g, gamma, transfer, y=layer.join(after) if len(after) == len(parts) else None)
+        y = target_m(z, g, gamma, transfer, y=after)
         return LocalProblem(a, weight, bias, y, transfer, None, g, gamma, rest, pulls, ball)
     return LocalProblem(a, weight, bias, target(z, g, transfer), transfer, rest=rest, pulls=pulls, ball=ball)
 

@@ -72,7 +72,7 @@ class _Fused(torch.optim.Optimizer):
         return len(batches) == len(mine)
 
     def _equal(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
-        return all(one[key] == other[key] for key in self._shared)
+        return [one[key] for key in self._shared] == [other[key] for key in self._shared]
 
     def _has_state(self) -> bool:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
