@@ -37,14 +37,16 @@ ALLOWED = {
     "observation": "gradient graph losses quantities ranks replay rows tape tensors",
     "local": "graph losses operators ops replay rows tape tensors",
     "optim": "optim.layer_local optim.second_order",
-    "optim.base": "optim.deferred optim.parameter_forms optim.recording optim.saved_state replay tape",
+    "optim.base": "optim.deferred optim.group_settings optim.parameter_forms optim.recording optim.saved_state replay "
+    "tape",
     "optim.deferred": "replay tensors",
     "optim.recording": "losses replay tensors",
     "optim.parameter_forms": "",
+    "optim.group_settings": "",
     "optim.saved_state": "tensors",
     "optim.keywords": "",
-    "optim.layer_local": "graph local optim.base optim.deferred optim.keywords optim.recording optim.saved_state ranks "
-    "replay tape tensors",
+    "optim.layer_local": "graph local optim.base optim.deferred optim.group_settings optim.keywords optim.recording "
+    "optim.saved_state ranks replay tape tensors",
     "optim.second_order": "gradient graph losses observation operators optim.base optim.deferred optim.keywords "
     "optim.recording optim.saved_state quantities ranks replay rows tape tensors",
     "monitor": "gradient graph observation quantities replay tape tensors",

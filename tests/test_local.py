@@ -18,9 +18,9 @@ from layerwise.local.problem import LocalProblem, local_gradient, local_loss, pr
 from layerwise.local.solvers import steps as solvers
 from layerwise.local.solvers import tf_rmsprop
 from layerwise.local.solvers.closed import prox_step, spectral_step
-from layerwise.local.solvers.steps import Owned, StepPlan, linear_floor, local_steps, row_slices
+from layerwise.local.solvers.steps import StepPlan, linear_floor, local_steps, row_slices
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp, tf_rmsprop_update
-from layerwise.local.solvers.workspace import Workspace
+from layerwise.local.solvers.workspace import Owned, Workspace
 from layerwise.local.transfer import IDENTITY, RELU, SOFTMAX, TANH, Transfer
 
 GAMMA = 7.0

@@ -19,7 +19,8 @@ from layerwise.errors import BadInput
 from layerwise.local import transfer as tr
 from layerwise.local.problem import LocalProblem, Pull, local_gradient, local_loss, predict, target_m
 from layerwise.local.solvers.closed import largest_curvature, prox_step, spectral_step
-from layerwise.local.solvers.steps import Owned, StepPlan, local_steps
+from layerwise.local.solvers.steps import StepPlan, local_steps
+from layerwise.local.solvers.workspace import Owned
 from layerwise.local.targets import fill_in
 from layerwise.local.transfer import IDENTITY, RELU, SOFTMAX, TANH, Transfer
 

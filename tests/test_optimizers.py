@@ -440,8 +440,11 @@ def test_an_uncovered_parameter_is_refused_by_name(make: Make) -> None:
 def live() -> int:
     """Tensors there are, less scratch memory: which layers a thread's has met depends on when the thread was free."""
     objects = gc.get_objects()
-    scratch = sum(len(kept) for o in objects if type(o) is Workspace for kept in vars(o).values())
-    return sum(issubclass(type(o), Tensor) for o in objects) - scratch
+    spaces = [o for o in objects if type(o) is Workspace]
+    scratch = {id(t) for o in spaces for t in (*o._flat.values(), *o._shaped.values())}
+    for of, made in (pair for o in spaces for pair in o._made.values()):
+        scratch |= {id(t) for t in vars(made).values() if isinstance(t, Tensor)} - set(map(id, of))
+    return sum(issubclass(type(o), Tensor) and id(o) not in scratch for o in objects)
 
 
 @every

@@ -19,9 +19,9 @@ from torch import Tensor
 from benchmarks import probe
 from benchmarks.autoencoder import SIZES, deep_autoencoder
 from layerwise.local.problem import LocalProblem, target_m
-from layerwise.local.solvers.steps import Owned, StepPlan, local_steps
+from layerwise.local.solvers.steps import StepPlan, local_steps
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
-from layerwise.local.solvers.workspace import Workspace
+from layerwise.local.solvers.workspace import Owned, Workspace
 from layerwise.local.transfer import IDENTITY, SIGMOID, TANH
 
 TRANSFERS = (TANH, TANH, TANH, IDENTITY, TANH, TANH, TANH, SIGMOID)

@@ -4,9 +4,10 @@
     python -m benchmarks.speed.steps --against HEAD~1 --problem mnist-2x100 --arms "AltMin (Adam)" --repeats 500
 
 Whole steps of the problems of `benchmarks.speed.step_cost`, each revision with a model of its own from the same seed. A
-ratio of 1.03 says that a step takes 3 % more CPU time now than then. It is the median over the repeats of the ratio of
-two steps that follow each other, whose order alternates; the last column is half the distance between the ratio's
-values in the even and the odd repeats, the noise. Parameters after the same steps are compared to the bit.
+ratio of 1.03 says that a step takes 3 % more CPU time now than then. It is of two steps that follow each other, whose
+order alternates: the second step of a revision in a row finds its tensors in the cache, so that the ratio is the
+geometric mean of the medians over even and odd repeats. Noise is how far it lies apart in the two halves of the run.
+Parameters after the same steps are compared to the bit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from types import ModuleType
 from typing import Any
 
@@ -54,16 +55,22 @@ def compared(problem: str, name: str, then: ModuleType, repeats: int) -> dict[st
         seconds.append((found[0], found[1]))
     gc.enable()
     ratios = [now / old for old, now in seconds]
-    noise = abs(median(ratios[::2]) - median(ratios[1::2])) / 2
+    half = repeats // 4 * 2
+    noise = abs(balanced(ratios[:half]) - balanced(ratios[half:])) / 2
     low = probe.lower_quartile([now for _, now in seconds])
     return {
         "problem": problem,
         "optimizer": name,
-        "ratio": median(ratios),
+        "ratio": balanced(ratios),
         "noise": noise,
         "seconds": low,
         "same": same,
     }
+
+
+def balanced(ratios: list[float]) -> float:
+    """The geometric mean of the medians over even and odd places."""
+    return geometric_mean([median(ratios[::2]), median(ratios[1::2])])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,6 +46,8 @@ def without_grad(function: Callable[P, R]) -> Callable[P, R]:
 
 def is_finite(x: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
+    if x.numel() == 1 and x.layout is torch.strided:
+        return cmath.isfinite(x.item())
     x = x.detach()
     # NaN and infinity survive a sum, which costs a tenth; a sum of finite numbers may overflow
     return cmath.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())

@@ -9,7 +9,7 @@ without passing a use is an error that names the parameter and the node.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -116,15 +116,17 @@ def prove(
     walk = _UseWalk(tape)
     walk.to_uses(roots)
     uses = sorted(walk.reached, key=lambda u: u.index)
+    parameters = tape.parameters
     for use in uses:
-        if frozen := next((name for name in use.names if name not in tape.parameters), None):
-            raise BadInput(
-                f"the parameter {frozen!r} was frozen after a call with it, {use}, and before the backward pass from "
-                "it; freeze it before the forward pass, or after the backward pass"
-            )
+        for name in use.names:
+            if name not in parameters:
+                raise BadInput(
+                    f"the parameter {name!r} was frozen after a call with it, {use}, and before the backward pass from "
+                    "it; freeze it before the forward pass, or after the backward pass"
+                )
     in_losses = tuple(node for node in graph.in_losses if node not in walk.selections)
-    return replace(
-        graph, weight=weight, uses=uses, selections=tuple(walk.selections), in_losses=in_losses,
+    return Graph(
+        total, weight, uses, graph.known, graph.own, selections=tuple(walk.selections), in_losses=in_losses,
         calls=tuple(tape.entered), met=tuple(tape.met), passed=dict.fromkeys(walk.passed),
         hidden=frozenset(walk.hidden),
     )  # fmt: skip

@@ -106,11 +106,13 @@ class LocalProblem:
     def __post_init__(self) -> None:
         k, o, i = self.weight.shape if self.weight.dim() == 3 else (-1, -1, -1)
         r = self.a.shape[0]
+        out = (r, k, o)
         fits = (
             self.a.shape == ((r,) if self.indexed and k == 1 else (r, k, i))
-            and self.target.shape == (r, k, o)
+            and self.target.shape == out
             and (self.bias is None or self.bias.shape == (k, o))
-            and all(t is None or t.shape == (r, k, o) for t in (self.g, self.rest))
+            and (self.g is None or self.g.shape == out)
+            and (self.rest is None or self.rest.shape == out)
         )
         if not fits:
             seen = {name: tuple(t.shape) for name in ("a", "weight", "bias", "target", "g", "rest")

@@ -53,7 +53,8 @@ class Likelihood:
         self.terms = terms
         self.mean = call.reduction == "mean"
         self._z = _wide(self.logits)
-        c = torch.as_tensor(c, dtype=self._z.dtype, device=self._z.device).detach()
+        if not isinstance(c, Tensor) or c.dtype is not self._z.dtype or c.device != self._z.device or c.requires_grad:
+            c = torch.as_tensor(c, dtype=self._z.dtype, device=self._z.device).detach()
         shape = call.term_shape if call.reduction == "none" else torch.Size()
         if c.shape != shape:
             raise BadInput(f"{call}: c has shape {tuple(c.shape)}, but the call's output has {tuple(shape)}.")
@@ -229,4 +230,6 @@ def number(x: Tensor) -> float | Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     """`x` in at least float32."""
+    if x.dtype is torch.float32 or x.dtype is torch.float64:  # to ask torch costs more than its kernels
+        return x
     return x.to(torch.promote_types(x.dtype, torch.float32))

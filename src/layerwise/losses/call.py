@@ -68,6 +68,13 @@ class LossCall:
     learned: tuple[str, ...]
     place: str = ""
 
+    def recorded(self, place: str) -> LossCall:
+        """The call with its prediction detached, and where the user made it."""
+        return LossCall(
+            self.name, self.logits.detach(), self.target, self.reduction, self.options, self.class_axis,
+            self.log_softmax, self.learned, place,
+        )  # fmt: skip
+
     @property
     def soft(self) -> bool:
         """True where the target holds class probabilities."""
@@ -84,7 +91,10 @@ class LossCall:
     @cached_property
     def class_range(self) -> tuple[int, int]:
         """The smallest and largest class index of the target, in one wait for the device."""
-        low, high = torch.stack(torch.aminmax(self.target)).tolist()
+        ends = torch.aminmax(self.target)
+        if ends[0].device.type == "cpu":
+            return int(ends[0]), int(ends[1])
+        low, high = torch.stack(ends).tolist()
         return int(low), int(high)
 
     def unread_range(self) -> tuple[Tensor, Callable[[list[float]], None]] | None:

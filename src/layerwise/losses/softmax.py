@@ -27,8 +27,11 @@ _BLOCK = 64  # classes of a block, from which one is drawn
 class _Masses:
     """Target masses m of every term before scaling by reduction and c.
 
-    total: M, `[*term_shape]`; terms: the mean's denominator. Class indices are never made one-hot.
+    total: M, `[*term_shape]`; terms: the mean's denominator; uniform: whether M is 1 for all terms, as is known without
+    a look at each. Class indices are never made one-hot.
     """
+
+    uniform = False
 
     def __init__(self, call: LossCall, dtype: torch.dtype) -> None:
         self.axis = axis = call.class_axis if call.class_axis is not None else 0
@@ -36,23 +39,39 @@ class _Masses:
         self.smoothing = float(call.options.get("label_smoothing", 0.0))
         alpha = call.options["weight"]
         self.alpha = None if alpha is None else alpha.to(dtype)
-        self._call, self.hard = call, not call.soft
+        self._call, self._dtype, self.hard = call, dtype, not call.soft
         if call.soft:
             m = call.target.to(dtype) * (1 - self.smoothing) + self.smoothing / classes
             self.soft = m if self.alpha is None else m * self._along_classes(self.alpha, m.dim())
-            self.total = self.soft.sum(axis)
-            self.terms: float | Tensor = float(self.total.numel())
+            self.terms: float | Tensor = float(call.term_shape.numel())
             return
-        kept = call.target != call.options["ignore_index"]
-        self.kept = kept.to(dtype)
-        row = self.kept if self.alpha is None else self.alpha[self.index] * self.kept
         counts_all = self.alpha is None and not _may_ignore(call)
-        self.terms = float(row.numel()) if counts_all else number(row.sum())
-        self.on_label = row * (1 - self.smoothing) if self.smoothing else row
-        self.total = self.on_label
-        if self.smoothing:
-            weight = float(classes) if self.alpha is None else self.alpha.sum()
-            self.total = self.total + self.kept * (self.smoothing / classes * weight)
+        self.terms = float(call.target.numel()) if counts_all else number(self._row.sum())
+        self.uniform = counts_all and not self.smoothing
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """1 for a term that is not ignored, else 0."""
+        return (self._call.target != self._call.options["ignore_index"]).to(self._dtype)
+
+    @cached_property
+    def _row(self) -> Tensor:
+        return self.kept if self.alpha is None else self.alpha[self.index] * self.kept
+
+    @cached_property
+    def on_label(self) -> Tensor:
+        """The mass on the label."""
+        return self._row * (1 - self.smoothing) if self.smoothing else self._row
+
+    @cached_property
+    def total(self) -> Tensor:
+        """M."""
+        if not self.hard:
+            return self.soft.sum(self.axis)
+        if not self.smoothing:
+            return self.on_label
+        weight = float(self.classes) if self.alpha is None else self.alpha.sum()
+        return self.on_label + self.kept * (self.smoothing / self.classes * weight)
 
     @cached_property
     def index(self) -> Tensor:
@@ -150,7 +169,8 @@ class Softmax(Likelihood):
 
     def weights(self) -> Tensor | None:
         """One for all terms without class weights and ignored targets."""
-        return self._weight
+        uniform = self._masses.uniform and not self._scale.dim()
+        return self._scale if uniform else self._weight
 
     @cached_property
     def _sqrt_weight(self) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LOW_RANK_FROM", "ThinInverse", "inverse_of_low_rank", "thin_inverse"]
+__all__ = ["LOW_RANK_FROM", "ThinInverse", "inverse_of_low_rank", "most_rank", "thin_inverse"]
 
 LOW_RANK_FROM = 512  # rows from which looking for a root pays
 _SHARE = 4  # the rank may be this part of the rows
@@ -39,6 +39,11 @@ class ThinInverse(NamedTuple):
         result = (product + product.mT).mul_(-0.5)
         result.diagonal().add_(1 / self.damping)
         return result
+
+
+def most_rank(A: Tensor) -> int:
+    """The rank up to which a matrix `[..., i, i]` counts as one of low rank."""
+    return A.shape[-1] // _SHARE
 
 
 def inverse_of_low_rank(A: Tensor, damping: Tensor) -> Tensor | None:
@@ -93,7 +98,7 @@ def _root(A: Tensor) -> Tensor | None:
             return None
         values, vectors = torch.linalg.eigh(rows[:, pivots])
         kept = values > eps**0.5 * values[-1]
-        if float(values[-1]) <= 0 or root.shape[1] + int(kept.sum()) > i // _SHARE:
+        if float(values[-1]) <= 0 or root.shape[1] + int(kept.sum()) > most_rank(A):
             return None
         new = rows.T @ (vectors[:, kept] / values[kept].sqrt())
         root = torch.cat([root, new], 1)

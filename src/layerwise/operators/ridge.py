@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.operators.low_rank import inverse_of_low_rank
+from layerwise.operators.low_rank import inverse_of_low_rank, most_rank
 from layerwise.tensors import is_finite
 
 __all__ = ["by_cholesky", "coordinate_descent", "inverse", "ridge"]
@@ -69,18 +69,19 @@ def by_cholesky(A: Tensor, B: Tensor | None, damping: float | Tensor = 0.0) -> t
     return found, (info == 0) & given & made & (damping >= 0)
 
 
-def inverse(A: Tensor, damping: float | Tensor = 0.0) -> Tensor:
+def inverse(A: Tensor, damping: float | Tensor = 0.0, terms: float = 0.0) -> Tensor:
     """Invert a damped positive semidefinite matrix by the solvers of `ridge`.
 
     (A + damping I)⁻¹, exactly symmetric; the zero matrix where `A + damping I` is zero. A large matrix of low rank is
-    inverted by a root of it (`inverse_of_low_rank`).
+    inverted by a root of it (`inverse_of_low_rank`), which is not looked for where A is known to be a mean of so many
+    outer products (`terms`) that its rank may be larger.
 
     Shapes: A `[..., i, i]`, damping a number or `[...]`; returns `[..., i, i]`. Units: one over A's.
     Raises: as `ridge`.
     """
     with torch.no_grad():
         extra = damping.to(A.dtype) if isinstance(damping, Tensor) else A.new_full((), damping)
-        found = inverse_of_low_rank(A, extra)
+        found = inverse_of_low_rank(A, extra) if terms <= most_rank(A) else None
         return _solve("inverse", A, None, damping) if found is None else found
 
 

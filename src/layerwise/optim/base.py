@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, LayerwiseError, NonFinite
 from layerwise.optim.deferred import Late, Skips, check_on_nonfinite, completed
+from layerwise.optim.group_settings import GroupSettings
 from layerwise.optim.parameter_forms import ParameterForms
 from layerwise.optim.recording import Recorder, Recording, Samples, Turn, holds_no_gradient
 from layerwise.optim.saved_state import (
@@ -76,7 +77,7 @@ class NamedOptimizer(torch.optim.Optimizer):
             raise BadInput(f"{type(self).__name__} got a model without a parameter that requires grad")
         self._model = model
         self._on_nonfinite = on_nonfinite
-        self._group_at: dict[int, dict[str, Any]] = {}
+        self._group_at, self._group_settings = dict[int, dict[str, Any]](), GroupSettings()
         self.all_parameters = params is None  # whether parameters that no group has are an error
         self._forms = ParameterForms(type(self).__name__)
         self._recording: Recording | None = None
@@ -242,7 +243,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 "opt.step(lambda: F.cross_entropy(model(x), y))"
             )
         self.was_made = False
-        for number, group in enumerate(self.param_groups):
+        for number, group in self._group_settings.changed(self.param_groups):
             if missing := lacking(f"parameter group {number}", group, self._required()):
                 raise BadInput(f"{type(self).__name__}'s {missing[0]}: that was deleted from opt.param_groups; set it")
             self._check(group)
@@ -395,6 +396,5 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle, which leave out hooks and schedulers, as torch's optimizers do."""
-        left_out = _OF_TORCH | {"_group_at", "_recording"}
-        own = {k: v for k, v in vars(self).items() if k not in left_out and not k.startswith("_optimizer_")}
-        return {**own, "_group_at": {}, "_recording": None}
+        own = {k: v for k, v in vars(self).items() if k not in _OF_TORCH and not k.startswith("_optimizer_")}
+        return {**own, "_group_at": {}, "_group_settings": GroupSettings(), "_recording": None}

@@ -63,7 +63,7 @@ class CodedModel:
         given: tuple[Tensor, ...] = () if entry is None else (entry.clone(),)  # the closure may overwrite it
         tape = CodedTape(model, {}, entry=given[0] if given else None)
         self._rerun = Rerun(model, closure, gradients=False)
-        with tape, WithoutScalers(), torch.enable_grad():
+        with torch.enable_grad(), tape, WithoutScalers():
             self.loss = closure(*given)
         check_loss(self.loss)
         if derivative := next((use for use in tape.uses if isinstance(use, GradientUse)), None):
@@ -104,7 +104,7 @@ class CodedModel:
         given = () if self._entry is None else (codes.get(ENTRY, self._entry).clone(),)
         with self._rerun:
             self._rerun.rewind()
-            with tape, torch.enable_grad(), _no_saved_tensor_hooks() if gradients else nullcontext():
+            with torch.enable_grad(), tape, _no_saved_tensor_hooks() if gradients else nullcontext():
                 loss = self._rerun.run(*given)
         seen, want = ([(u.call.func, u.call.out_shape) for u in t.uses] for t in (tape, self.tape))
         if seen != want:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.tape.uses import named_parameters_of
+from layerwise.tape.uses import named_buffers_of, named_parameters_of
 from layerwise.tensors import Verdict, largest_entries, random_states_of, set_random_states, without_grad, write_where
 
 __all__ = [
@@ -36,7 +36,7 @@ class Buffers:
     """Snapshot of a model's buffers: floating-point ones, and scalars (counters)."""
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
-        buffers = model.named_buffers() if isinstance(model, nn.Module) else ()
+        buffers = named_buffers_of(model).items()
         self._values = [(name, b, b.clone()) for name, b in buffers if b.is_floating_point() or not b.dim()]
 
     @without_grad

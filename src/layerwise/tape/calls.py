@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "ASSEMBLES",
     "BACKWARD",
     "CARRIES",
     "CASTS",
@@ -70,6 +71,7 @@ _SPLIT = {
     for owner in (torch, Tensor)
     for name, place in (("split", 2), ("chunk", 2), ("tensor_split", 2), ("unbind", 1))
 }
+ASSEMBLES = _ASSEMBLE | _SPLIT.keys()  # of some of them the arguments decide
 
 
 def _in_both_forms(names: str) -> set[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 import weakref
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -21,7 +20,7 @@ from layerwise import losses, ops
 from layerwise.ranks.trainers import unwrapped
 from layerwise.tape.origins import Origin
 from layerwise.tape.recorded_call import Known, sort
-from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of, called_at, place
+from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of, called_at, edge_of, place
 
 __all__ = ["LossRecord"]
 
@@ -179,7 +178,7 @@ class LossRecord(TorchFunctionMode):
 
     def _log_softmax_call(self, func: Any, args: Any, kwargs: Any, logits: Tensor) -> Any:
         """Run a log-softmax and record its input, the logits of a loss of log-probabilities."""
-        edge = get_gradient_edge(logits)
+        edge = edge_of(logits)
         out = func(*args, **kwargs)
         self.calls.append(func)
         self._note_data(func, args, kwargs, [logits], out)
@@ -195,16 +194,16 @@ class LossRecord(TorchFunctionMode):
         if not (isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()):
             return func(*args, **kwargs)
         used, data, _ = sort(self._known, self.calls, args, kwargs)
-        if data:
+        if data and used:
             args, kwargs = self._learned(args, kwargs, logits, used)
             used, data, _ = sort(self._known, self.calls, args, kwargs)
         source = self._log_softmax.get(id(logits))
         if source is not None and source.output() is logits:
             call = losses.bind(func, args, kwargs, source.logits, source.dim)
-            edge = source.edge if call.log_softmax else get_gradient_edge(logits)
+            edge = source.edge if call.log_softmax else edge_of(logits)
         else:
-            call, edge = losses.bind(func, args, kwargs), get_gradient_edge(logits)
-        call = dataclasses.replace(call, logits=call.logits.detach(), place=place(called_at()))
+            call, edge = losses.bind(func, args, kwargs), edge_of(logits)
+        call = call.recorded(place(called_at()))
         losses.check(call)
         out = func(*args, **kwargs)
         self.calls.append(func)
@@ -213,7 +212,7 @@ class LossRecord(TorchFunctionMode):
         if out.requires_grad:
             rows = next((x for x in data if x is target and not x.requires_grad), None)
             origin = None if rows is None else (self._made_from(rows)[1], rows.shape)
-            self.losses.append(LossUse(call, edge, get_gradient_edge(out), origin))
+            self.losses.append(LossUse(call, edge, edge_of(out), origin))
         return out
 
     def _learned(self, args: Any, kwargs: Any, logits: Tensor, used: list[Derived]) -> tuple[Any, Any]:
@@ -242,7 +241,7 @@ class LossRecord(TorchFunctionMode):
             self._note_data(func, args, kwargs, data, out)
         if isinstance(out, Tensor) and out.requires_grad and parts:
             call = losses.OwnCall(func.__name__, parts[0].call.logits, func.reduction, place=place(called_at()))
-            self.own.append(OwnUse(call, parts, get_gradient_edge(out)))
+            self.own.append(OwnUse(call, parts, edge_of(out)))
         return out
 
     def _is_input(self, x: Tensor) -> bool:
@@ -258,7 +257,7 @@ class LossRecord(TorchFunctionMode):
                 return
             self.returned += [part for part in boundary_of("the loss", out, hold=hold) if part.call.logits.dim()]
             views = [z for z in losses.tensors_in(out) if z.requires_grad and z._base is not None and z._base.grad_fn]
-            self._views += [(get_gradient_edge(z), z._base) for z in views if z._base is not None]
+            self._views += [(edge_of(z), z._base) for z in views if z._base is not None]
 
     def before_write(self, target: Tensor) -> None:
         """Where a write ends the edge of a returned view, the boundary is the whole tensor that it is a view of."""

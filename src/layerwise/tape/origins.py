@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.tape.calls import CHOOSES, LIKE, RANDOM, REARRANGES, SCATTER, assembles, functions_and_methods
+from layerwise.tape.calls import ASSEMBLES, CHOOSES, LIKE, RANDOM, REARRANGES, SCATTER, assembles, functions_and_methods
 
 __all__ = [
     "Moved", "Origin", "Origins", "Source", "ancestors", "is_open", "numbers", "offsets_of", "parents", "settle",
@@ -27,6 +27,8 @@ _MOVES |= functions_and_methods(
     """gather take take_along_dim split chunk tensor_split unbind split_with_sizes expand expand_as flip roll repeat
     tile repeat_interleave stack cat concat vstack hstack"""
 )
+
+_OTHERS = LIKE | _MOVES | SCATTER | ASSEMBLES  # the calls whose results are no map of their data, row by row
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,9 @@ class Origins:
 
     def note(self, func: Any, args: Any, kwargs: Any, data: Sequence[Tensor], out: Any) -> None:
         """Note what the results of a call of data were made from."""
+        if func not in _OTHERS and isinstance(out, Tensor):
+            self._mapped(out, data)
+            return
         if isinstance(out, Tensor):
             results = [out]
         else:

@@ -51,20 +51,20 @@ def sort(known: Known, calls: list[Any], args: Any, kwargs: Any) -> tuple[list[D
         if isinstance(arg, Tensor):
             count += 1
             kind = known.get(id(arg))
-            if kind is None:
-                if arg.dim() or arg.requires_grad:
-                    data.append(arg)
-            elif type(kind) is Derived:
+            if type(kind) is Derived:
                 used.append(kind)
+            elif kind is None:
+                if arg.requires_grad or arg.dim():
+                    data.append(arg)
             elif type(kind) is Hollow and arg.numel():
                 data.append(arg)
+        elif isinstance(arg, _SIMPLE):
+            calls.append(arg)
         elif isinstance(arg, _LISTS):
             u, d, c = sort(known, calls, arg, None)
             used += u
             data += d
             count += c
-        elif isinstance(arg, _SIMPLE):
-            calls.append(arg)
         elif isinstance(arg, slice):
             calls.append((arg.start, arg.stop, arg.step))
     return used, data, count

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
@@ -53,7 +52,7 @@ from layerwise.tape.recorded_call import (
     run,
     sort,
 )
-from layerwise.tape.uses import Derived, LossUse, Use, bad_call, buffers_of, describe_func
+from layerwise.tape.uses import Derived, LossUse, Use, bad_call, describe_func, edge_of, named_buffers_of
 from layerwise.tape.writes import Write, assembled, forget_written, preserve
 
 __all__ = ["Tape"]
@@ -72,7 +71,7 @@ class Tape(LossRecord):
     """Record the parameter uses and the losses of everything that runs inside the context.
 
     model: its parameters that require grad are followed (frozen ones count as constants); names are looked up again
-        during the run, see `Binding`.
+        during the run, see `Binding`. parameters: those, by name.
     on_backward: called as `on_backward(tape, total, weight, run)` instead of a backward pass that
         the user starts inside the context; it must call `run()`.
     keep_outputs: whether uses keep their outputs' values (local targets need them).
@@ -97,7 +96,8 @@ class Tape(LossRecord):
         super().__init__(model, own_losses)
         self._keep_outputs, self._crosses = keep_outputs, crosses
         self._binding = Binding(model)
-        self._constants, self._on_backward = buffers_of(model), on_backward
+        self.parameters = self._binding.parameters
+        self._constants, self._on_backward = list(named_buffers_of(model).values()), on_backward
         self._stance: contextlib.AbstractContextManager[Any] | None = None
         self.whole, self.partial, self.ordinary = False, False, False
         self.retain: bool | None = None
@@ -105,11 +105,6 @@ class Tape(LossRecord):
         self.clear()
 
     # -- life ---------------------------------------------------------------------------------------
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The parameters to follow, by name."""
-        return self._binding.parameters
 
     @property
     def owners(self) -> dict[str, Tensor]:
@@ -132,8 +127,8 @@ class Tape(LossRecord):
     def clear(self) -> None:
         """Forget everything recorded so far."""
         self._clear()
-        self._known.update((id(p), Derived(p, frozenset((name,)))) for name, p in self.parameters.items())
-        self._known.update((id(c), c) for c in (*self._binding.frozen.values(), *self._constants))
+        self._known.update({id(p): Derived(p, frozenset((name,))) for name, p in self.parameters.items()})
+        self._known.update({id(c): c for c in (*self._binding.frozen.values(), *self._constants)})
 
     def _clear(self) -> None:
         self._recorded = 0
@@ -296,15 +291,15 @@ class Tape(LossRecord):
         if used[0].tensor.is_meta != data[0].is_meta:  # torch runs some calls across these two
             raise bad_call(func, used, data)
         batch, origin = self._made_from(data[0])
-        if self.first is None:
-            self.first = batch
-        self._note_data(func, args, kwargs, data, None)
+        self.first = batch if self.first is None else self.first
+        if not args or args[0] is not data[0] or func in GATHER:  # else all of it is noted
+            self._note_data(func, args, kwargs, data, None)
         given = func, args, kwargs, data
         write = Write.of(self._known, func, args, used, data)
         func, args, used, data, target, _ = write
         if target is not None:
             preserve(self.uses, target)
-        inputs = [get_gradient_edge(t) for t in data if t.requires_grad]
+        inputs = [edge_of(t) for t in data if t.requires_grad]
         own_args, own_kwargs, used = distinct(self._known, args, kwargs, used)
         call_args, call_kwargs = kept(self._known, func, own_args, own_kwargs)
         out, result = run(func, args, kwargs, used, data)
@@ -313,7 +308,8 @@ class Tape(LossRecord):
             return out
         if out is result and is_view(result):
             out = result = own_output(func, result, (*data, *(d.tensor for d in used)))
-        self._written(func, (result if target is None else target,))
+        if ops.writes_first(func):
+            forget_written(self._known, result if target is None else target)
         self._known.pop(id(result), None)
         if result.requires_grad:
             call = Call(func, call_args, call_kwargs, result.shape)

@@ -24,24 +24,10 @@ from layerwise.tape.origins import Origin
 from layerwise.tensors import is_finite
 
 __all__ = [
-    "Carried",
-    "Derived",
-    "LossUse",
-    "OwnUse",
-    "Reader",
-    "Use",
-    "bad_call",
-    "boundary_of",
-    "buffers_of",
-    "called_at",
-    "describe_func",
-    "first_bad_call",
-    "is_hook",
-    "named_modules_of",
-    "named_parameters_of",
-    "place",
+    "Carried", "Derived", "LossUse", "OwnUse", "Reader", "Use", "bad_call", "boundary_of", "called_at", "describe_func",
+    "edge_of", "first_bad_call", "is_hook", "named_buffers_of", "named_modules_of", "named_parameters_of", "place",
     "unhooked",
-]
+]  # fmt: skip
 
 _NAMES = 4  # parameters that a text names
 _INTERNAL = {"layerwise", "torch", "contextlib", "functools"}
@@ -50,6 +36,14 @@ _INTERNAL = {"layerwise", "torch", "contextlib", "functools"}
 def is_hook(node: Node | None) -> bool:
     """Whether a node stands for the backward hooks of a module, whose call returns its arguments."""
     return getattr(node, "_forward_cls", None) is BackwardHookFunction
+
+
+def edge_of(tensor: Tensor) -> GradientEdge:
+    """As `get_gradient_edge` of torch, for the common node without its checks."""
+    node = tensor.grad_fn
+    if node is None or isinstance(node, torch._C._FunctionBase):
+        return get_gradient_edge(tensor)
+    return GradientEdge(node, tensor.output_nr)
 
 
 def unhooked(edge: GradientEdge) -> GradientEdge:
@@ -145,7 +139,7 @@ class Use:
         self.batch = batch
         self.origin: tuple[Origin, torch.Size] | None = None
         self.made_from: Origin | None = None
-        self.edge = get_gradient_edge(output)
+        self.edge = edge_of(output)
         self.output = weakref.ref(output)
         self.readers: list[Reader] = []
         self._slots: list[Slot] | None = None
@@ -166,7 +160,7 @@ class Use:
         if by is None and self._kept is not None and hasattr(type(nodes[0]), "_saved_result"):
             alike = out.shape == self.call.out_shape and out.dtype == self._kept[0].dtype
             kept = (out.detach(), out._version) if alike else None
-        carried = Carried(weakref.ref(out), get_gradient_edge(out), out.shape) if carries else None
+        carried = Carried(weakref.ref(out), edge_of(out), out.shape) if carries else None
         reader = Reader(func, args, kwargs, nodes, kept, carried, [])
         (self if by is None else by).readers.append(reader)
         return reader
@@ -287,7 +281,7 @@ def boundary_of(name: str, value: Any, reduction: str | None = None, hold: bool 
     found: list[LossUse] = []
     for z in losses.tensors_in(value):
         if z.requires_grad and not z.is_leaf and z.is_floating_point():
-            edge = get_gradient_edge(z)
+            edge = edge_of(z)
             if any(part.logits[:2] == edge[:2] for part in found):
                 continue
             logits = z.detach()
@@ -353,10 +347,20 @@ def _named_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def buffers_of(model: Any) -> list[Tensor]:
-    """The buffers of a module; a functional model has none."""
-    modules = named_modules_of(model) if isinstance(model, nn.Module) else []
-    return [b for _, module in modules for b in module._buffers.values() if b is not None]
+def named_buffers_of(model: Any) -> dict[str, Tensor]:
+    """The buffers of a module by name, each once; a functional model has none."""
+    if not isinstance(model, nn.Module):
+        return {}
+    if type(model).named_buffers is not nn.Module.named_buffers:
+        return dict(model.named_buffers())
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in named_modules_of(model):
+        for name, b in module._buffers.items():
+            if b is not None and id(b) not in seen:
+                seen.add(id(b))
+                found[f"{prefix}.{name}" if prefix else name] = b
+    return found
 
 
 def bad_call(func: Any, used: list[Derived], data: list[Tensor], error: Exception | None = None) -> Exception:

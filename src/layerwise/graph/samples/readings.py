@@ -101,14 +101,17 @@ def contradictory(graph: Graph, losses: int) -> bool:
         return True
     if any(use.origin is not None and is_open(use.origin[0]) for use in graph.uses):
         return True  # the batch is what was written to some rows, which may be as many as it, or more
-    made = [_of_batch(use.origin[0], use.batch.shape) for use in graph.uses if use.origin is not None]
+    made = (_of_batch(use.origin[0], use.batch.shape) for use in graph.uses if use.origin is not None)
     if len(batches) > 1:
         return losses > 1 or any(isinstance(origin, Moved) for origin in made)
-    return any(_cuts_samples(origin) or _joins_rows(origin) for origin in made[:1])
+    origin = next(made, None)
+    return origin is not None and (_cuts_samples(origin) or _joins_rows(origin))
 
 
 def outside(graph: Graph, origin: Origin) -> bool:
     """Whether data was made of no tensor that the model was called with, while it was called with some."""
+    if any(origin is x for call in graph.calls for x in call):
+        return False
     entered = {source for x in graph.entered for source in sources(x)}
     return bool(entered) and not entered & ancestors(origin)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from layerwise.ops.base import Call
 from layerwise.tape.uses import Use
 
-__all__ = ["Kind", "Kinds", "tensors_of"]
+__all__ = ["Kind", "Kinds", "data_places", "tensors_of"]
 
 _MOST = 256  # entries of a cache before it is cleared
 _UNSEEN: Any = object()
@@ -22,10 +22,11 @@ class Kind:
     """A weight on rows of data, and perhaps a bias: their indices among the tensors of a use, and their names.
 
     elementwise, indexed: as of the weight's slot. whole: whether the parameter itself is used, not a view of it.
-    shifted: whether the output has further terms.
+    shifted: whether the output has further terms. held: the last views of parameters, by name, of all kinds of a cache.
     """
 
     def __init__(self, use: Use, weight: int, bias: int | None, whole: bool) -> None:
+        self.held: dict[str, _Held] = {}
         names = [next(iter(d.names)) for d in use.used]
         self.weight, self.bias, self.whole = weight, bias, whole
         self.names = (names[weight],) if bias is None else (names[weight], names[bias])
@@ -60,6 +61,22 @@ class Kind:
         _put(self._views, key, (out.shape, out.stride(), out.storage_offset() - x.storage_offset()) if within else None)
         return out
 
+    def of_parameter(self, name: str, p: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, a view of a parameter, or the same tensor as before where the parameter lies where it lay then."""
+        found = self.held.get(name)
+        if found is not None and found.kind is self and found.parameter is p and found.place == p.data_ptr():
+            return found.view
+        view = make()
+        self.held[name] = _Held(self, p, p.data_ptr(), view)
+        return view
+
+
+class _Held(NamedTuple):
+    kind: Kind
+    parameter: Tensor
+    place: int
+    view: Tensor
+
 
 class Kinds:
     """A cache of kinds, keyed by the function, its options, and each tensor's layout, type and parameter name.
@@ -69,6 +86,7 @@ class Kinds:
 
     def __init__(self) -> None:
         self._known: dict[Any, Kind | None] = {}
+        self._held: dict[str, _Held] = {}  # a view of each parameter: more would keep memory that it has left
 
     def of(self, use: Use, ours: Callable[[Tensor], bool], decide: Callable[[], Kind | None]) -> Kind | None:
         """The kind of a use; None where it has no weight on rows. ours: whether the optimizer moves a parameter."""
@@ -76,7 +94,12 @@ class Kinds:
         if key is None:
             return decide()
         found = self._known.get(key, _UNSEEN)
-        return _put(self._known, key, decide()) if found is _UNSEEN else found
+        if found is not _UNSEEN:
+            return found
+        if (kind := decide()) is not None:
+            kind.held = self._held
+        _put(self._known, key, kind)
+        return kind
 
 
 def tensors_of(call: Call) -> list[Tensor]:
@@ -90,6 +113,14 @@ def tensors_of(call: Call) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             stack += value
     return found
+
+
+def data_places(call: Call, used: Sequence[Tensor]) -> list[int | str] | None:
+    """Where the tensors of `tensors_of` that are not used ones are among the arguments; None where some are nested."""
+    every: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+    if any(isinstance(value, (list, tuple)) for _, value in every):
+        return None
+    return [at for at, t in reversed(every) if isinstance(t, Tensor) and not any(t is u for u in used)]
 
 
 def _put(memo: dict[Any, Any], key: Any, value: Any) -> Any:
@@ -108,8 +139,8 @@ def _signature(use: Use, ours: Callable[[Tensor], bool]) -> Any:
         used[id(tensor)] = (*names, ours(tensor))
     try:
         call = use.call
-        named = [(key, _described(value, used)) for key, value in call.kwargs.items()]
-        return call.func, call.out_shape, *(_described(value, used) for value in call.args), *named
+        named = [(key, _described(value, used)) for key, value in call.kwargs.items()] if call.kwargs else ()
+        return call.func, call.out_shape, *[_described(value, used) for value in call.args], *named
     except _Undescribed:
         return None
 

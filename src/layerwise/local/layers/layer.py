@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ from torch import Tensor
 from layerwise import ops
 from layerwise.errors import BadInput
 from layerwise.graph.coverage import Graph
-from layerwise.local.layers.kinds import Kind, Kinds, tensors_of
+from layerwise.local.layers.kinds import Kind, Kinds, data_places, tensors_of
 from layerwise.local.layers.output_reading import reading, rows_of
 from layerwise.local.transfer import Transfer, squared
 from layerwise.losses import Likelihood
@@ -54,7 +53,11 @@ class Layer:
     @property
     def parts(self) -> tuple[Layer, ...]:
         """All uses, each as a layer of one use."""
-        return (self, *self.others)
+        return (self, *self.others) if self.others else (self,)
+
+    def of_all(self, rows: Callable[[Layer], Tensor]) -> Tensor:
+        """What a function gives of each use, joined as rows of the layer."""
+        return self.join([rows(part) for part in self.parts]) if self.others else rows(self)
 
     @property
     def name(self) -> str:
@@ -87,9 +90,16 @@ class Layer:
 
     def matrix(self) -> Tensor:
         """The weight as `[K,O,I]`, in the parameter's memory."""
-        return self.kind.view(
-            "matrix", self.parameter.detach(), lambda: self._weight.matrix(self._weight.used.detach())
-        )
+        p = self.parameter
+
+        def made() -> Tensor:
+            return self.kind.view("matrix", p.detach(), lambda: self._weight.matrix(self._weight.used.detach()))
+
+        return self.kind.of_parameter(self.name, p, made)
+
+    def offsets(self, bias: Tensor) -> Tensor:
+        """The fitted bias as `[K,O]`, in the parameter's memory."""
+        return self.kind.of_parameter(self.names[1], bias, lambda: bias.detach().view(self.matrix().shape[:2]))
 
     def fold(self, w: Tensor) -> Tensor:
         """Reshape `[K,O,I]` to the shape of the parameter."""
@@ -100,9 +110,13 @@ class Layer:
         shaped(out, self.matrix()).copy_(w)
         return out
 
-    @cached_property
+    @property
     def data(self) -> list[Tensor]:
         """The tensors among the call's arguments that are no parameters."""
+        args, kwargs = self.call.args, self.call.kwargs
+        places = self.kind.once("data", lambda: data_places(self.call, [d.tensor for d in self.use.used]))
+        if places is not None:
+            return [kwargs[at] if isinstance(at, str) else args[at] for at in places]
         return [t for t in tensors_of(self.call) if not any(t is d.tensor for d in self.use.used)]
 
     def input(self) -> Tensor:
@@ -113,7 +127,9 @@ class Layer:
 
     def _typed(self, rows: Tensor) -> Tensor:
         """Rows in the weight's type: under autocast activations have another one."""
-        return rows if self.kind.indexed and not rows.is_floating_point() else rows.to(self.parameter.dtype)
+        if rows.dtype is self.parameter.dtype or (self.kind.indexed and not rows.is_floating_point()):
+            return rows
+        return rows.to(self.parameter.dtype)
 
     def _input(self) -> Tensor:
         a = self._weight.input(None)
@@ -145,9 +161,12 @@ class Layer:
         None where a loss does not have the form of a weighted matching loss (`Likelihood.weights`).
         """
         found = [None if part.likelihood is None else part.likelihood.weights() for part in self.parts]
-        if any(weights is None or not weights.numel() for weights in found):
-            return None
-        return torch.stack([end for weights in found if weights is not None for end in torch.aminmax(weights)])
+        ends: list[Tensor] = []
+        for weights in found:
+            if weights is None or not weights.numel():
+                return None
+            ends += torch.aminmax(weights) if weights.dim() else (weights, weights)
+        return ends[0].expand(2) if len(ends) == 2 and ends[0] is ends[1] else torch.stack(ends)
 
 
 def one_weight(ends: list[float]) -> float | None:
@@ -191,7 +210,10 @@ def layers_of(
     matrices: leave out tables and scales. kinds: a cache for further batches.
     """
     kinds = Kinds() if kinds is None else kinds
-    count = Counter(name for use in graph.uses for name in use.names)
+    count: dict[str, int] = {}
+    for use in graph.uses:
+        for name in use.names:
+            count[name] = count.get(name, 0) + 1
     found: dict[str, list[tuple[Use, Kind]]] = {}
     for use in graph.uses:
         kind = kinds.of(use, ours, lambda use=use: _kind(tape, use, ours))  # type: ignore[misc]
@@ -203,7 +225,7 @@ def layers_of(
         if (matrices and (first.elementwise or first.indexed)) or len(uses) != count[name]:
             continue
         parts = _parts(tape, graph, uses, count)
-        if len(parts) == 1 or len({_geometry(part) for part in parts}) == 1:
+        if len(parts) == 1 or len(set(map(_geometry, parts))) == 1:
             layers.append(_as_one_layer(parts))
     return layers
 
@@ -255,8 +277,8 @@ def _parts(tape: Tape, graph: Graph, uses: Sequence[tuple[Use, Kind]], count: Ma
     """The uses of a weight, each as a layer of one use; without the bias, where uses differ in it."""
     names, shared = uses[0][1].names, True
     if len(names) > 1 or len(uses) > 1:
-        every = {kind.names for _, kind in uses}
-        shared = len(every) == 1 and all(count[name] == len(uses) for name in names)
+        alike = {kind.names for _, kind in uses} == {names}
+        shared = alike and {count[name] for name in names} == {len(uses)}
     parts = []
     for use, kind in uses:
         own = kind.names if shared else kind.names[:1]

@@ -118,9 +118,10 @@ def _loss_reading(tape: Tape, graph: Graph, path: _Path) -> Reading | None:
             c = _scale(graph.total, loss.value)
             if c is None or loss.call.learned or not isinstance(loss.call, LossCall):
                 continue
-            c = c.detach() / (loss_scale(tape.scaler_calls, graph.total) or 1.0)
+            scale = loss_scale(tape.scaler_calls, graph.total)
+            c = c.detach() if not scale else c.detach() / scale
             found = likelihood(loss.call, loss.call.logits, c)
-            link = _LINKS.get(found.link, squared(found.link))
+            link = _LINKS.get(found.link) or squared(found.link)
             if found.class_axis is not None and not path.is_output_axis(found.class_axis):
                 link = squared(found.link)
             return Reading(link, None if path.chooses else found)

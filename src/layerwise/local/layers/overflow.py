@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -29,9 +29,14 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     It holds NaN or infinity, or makes `z`, `γ g` or `(γ ∂L/∂w)²` overflow. gamma: γ of a parameter's name.
     Cost: reads each layer's input, weight and cotangent once; one synchronization with the device.
     """
-    verdict = Verdict()
-    ask_safe(verdict, recorded, gamma)
-    return verdict.reason(NonFinite)
+    if recorded.loss.device.type != "cpu":
+        verdict = Verdict()
+        ask_safe(verdict, recorded, gamma)
+        return verdict.reason(NonFinite)
+    if not math.isfinite(recorded.loss.item()):
+        return first_bad_call(recorded.tape.uses) or "the loss"
+    tensors = _read(recorded)
+    return _unsafe(recorded, gamma, tensors, _norms(tensors).tolist()) if tensors else None
 
 
 @without_grad
@@ -43,54 +48,67 @@ def ask_safe(verdict: Verdict, recorded: Recorded, gamma: Callable[[str], float]
             raise NonFinite(first_bad_call(recorded.tape.uses) or "the loss")
 
     verdict.ask(recorded.loss, judge_loss, ["the loss"])
-    places, tensors = _read(recorded)
+    tensors = _read(recorded)
 
     def judge(norms: list[float]) -> None:
-        # a finite tensor with an infinite norm: bounded by its largest entry instead
-        exact = [float(t.double().norm()) if n == float("inf") else n for n, t in zip(norms, tensors, strict=True)]
-        if (where := _unsafe(recorded, gamma, places, exact)) is not None:
+        if (where := _unsafe(recorded, gamma, tensors, norms)) is not None:
             raise NonFinite(where)
 
     if tensors:
         products = [f"a product with {part.name}" for part in _parts(recorded)]
         products += [f"the square of the gradient of {name}" for name in recorded.gradients]
-        verdict.ask(_norms(tensors), judge, [*places, *products], partial(_good, recorded, gamma))
+        verdict.ask(_norms(tensors), judge, [*_places(recorded), *products], partial(_good, recorded, gamma))
 
 
-def _read(recorded: Recorded) -> tuple[list[str], list[Tensor]]:
-    """The tensors that a step reads, and what they are."""
-    places: list[str] = []
+def _floats(part: Layer) -> list[Tensor]:
+    """The data of a use whose norms bound its products."""
+    return [t for t in part.data if t.is_floating_point()]
+
+
+def _read(recorded: Recorded) -> list[Tensor]:
+    """The tensors that a step reads."""
     tensors: list[Tensor] = []
     for part in _parts(recorded):
-        data = [t for t in part.data if t.is_floating_point()]
-        places += [f"the input of {part.name}"] * len(data)
+        tensors += _floats(part)
+        tensors += part.parameter, recorded.cotangents[part.use.index]
+    tensors += recorded.gradients.values()
+    return tensors
+
+
+def _places(recorded: Recorded) -> list[str]:
+    """What they are."""
+    places: list[str] = []
+    for part in _parts(recorded):
+        places += [f"the input of {part.name}"] * len(_floats(part))
         places += [part.name, f"the cotangent at the output of {part.name}"]
-        tensors += [*data, part.parameter, recorded.cotangents[part.use.index]]
-    for name, g in recorded.gradients.items():
-        places.append(f"the gradient of {name}")
-        tensors.append(g)
-    return places, tensors
+    return [*places, *(f"the gradient of {name}" for name in recorded.gradients)]
 
 
 def _parts(recorded: Recorded) -> list[Layer]:
     return [part for layer in recorded.layers for part in layer.parts]
 
 
-def _unsafe(recorded: Recorded, gamma: Callable[[str], float], places: list[str], norms: list[float]) -> str | None:
-    for place, norm in zip(places, norms, strict=True):
-        if not norm < float("inf"):
-            return place
+def _unsafe(
+    recorded: Recorded, gamma: Callable[[str], float], tensors: list[Tensor], norms: list[float]
+) -> str | None:  # fmt: skip
+    if not math.isfinite(sum(norms)):
+        # a finite tensor with an infinite norm: bounded by its largest entry instead
+        norms = [float(t.double().norm()) if n == math.inf else n for n, t in zip(norms, tensors, strict=True)]
+        for place, norm in zip(_places(recorded), norms, strict=True):
+            if not norm < math.inf:
+                return place
     left = iter(norms)
     for part in _parts(recorded):
-        a = sum(next(left) for t in part.data if t.is_floating_point())
+        a = sum([next(left) for _ in _floats(part)])
         # the rows are not among the call's arguments: indices, or a norm's normalised input
-        a += part.use.call.out_shape.numel() ** 0.5 if part.kind.indexed or part.kind.elementwise else 0.0
-        w, back, factor, most = next(left), next(left), gamma(part.name), _largest_squarable(part.parameter)
+        if part.kind.indexed or part.kind.elementwise:
+            a += part.use.call.out_shape.numel() ** 0.5
+        w, back, factor, most = next(left), next(left), gamma(part.name), _largest_squarable(part.parameter.dtype)
         if max(a, 1.0) * max(w, back * factor) * MARGIN > most and (found := _overflow(recorded, part, factor)):
             return found
     for (name, rest), norm in zip(recorded.gradients.items(), left, strict=True):
         factor = gamma(name)
-        if norm * factor > _largest_squarable(rest) and not is_finite((rest * factor).square()):
+        if norm * factor > _largest_squarable(rest.dtype) and not is_finite((rest * factor).square()):
             return f"the square of the gradient of {name}"
     return None
 
@@ -103,15 +121,15 @@ def _good(recorded: Recorded, gamma: Callable[[str], float], norms: Tensor) -> T
     left = iter(norms.unbind())
     sizes, others, factors, most = [], [], [], []
     for part in _parts(recorded):
-        a = sum((next(left) for t in part.data if t.is_floating_point()), 0.0)
+        a = sum((next(left) for _ in _floats(part)), 0.0)
         a = a + (part.use.call.out_shape.numel() ** 0.5 if part.kind.indexed or part.kind.elementwise else 0.0)
         sizes.append(a if isinstance(a, Tensor) else norms.new_full((), a))
         others += [next(left), next(left)]
         factors += [1.0, gamma(part.name)]
-        most += [_largest_squarable(part.parameter) / MARGIN] * 2
+        most += [_largest_squarable(part.parameter.dtype) / MARGIN] * 2
     for name, rest in recorded.gradients.items():
         factors.append(gamma(name))
-        most.append(_largest_squarable(rest))
+        most.append(_largest_squarable(rest.dtype))
         others.append(next(left))
     # in shares of what the type holds, which no number of another type can exceed
     shares = torch.stack(torch._foreach_mul(others, [f / m for f, m in zip(factors, most, strict=True)]))
@@ -135,9 +153,10 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(norms)
 
 
-def _largest_squarable(t: Tensor) -> float:
-    """The largest number whose square the type holds."""
-    return float(torch.finfo(t.dtype).max) ** 0.5
+@cache
+def _largest_squarable(dtype: torch.dtype) -> float:
+    """The largest number whose square a type holds."""
+    return float(torch.finfo(dtype).max) ** 0.5
 
 
 def _overflow(recorded: Recorded, layer: Layer, factor: float) -> str | None:

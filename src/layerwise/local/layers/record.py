@@ -222,7 +222,7 @@ def record(
     from those passes. Raises BadInput for a closure without a tensor loss, UncoveredUse for a parameter no call covers.
     """
     recorder = RunRecorder(model, ours, matrices, crosses, kinds)
-    with recorder, torch.enable_grad():
+    with torch.enable_grad(), recorder:  # a tape would look at what switches gradients on
         loss = closure()
     check_loss(loss)
     return recorder.run(loss)
@@ -319,27 +319,23 @@ def problem_of(
 
     target: `(z, g, transfer) -> y`; the default is `f(z) − γ g`, with which the problem keeps `g` and γ.
     """
-    parts = layer.parts
-    pulls, ball, metric = split_terms(terms)
-    a = layer.join([part.input() for part in parts])
-    g = recorded.cotangent_rows(layer)
+    pulls, ball, metric = split_terms(terms) if terms else ((), None, None)
+    a, g, known = layer.of_all(Layer.input), recorded.cotangent_rows(layer), not layer.kind.indexed
     weight = layer.matrix()
-    bias = None
-    if len(layer.names) > 1:
-        bias = recorded.tape.parameters[layer.names[1]].detach().view(weight.shape[0], weight.shape[1])
-    shifted = any(part.shifted for part in parts)
+    bias = None if len(layer.names) == 1 else layer.offsets(recorded.tape.parameters[layer.names[1]])
+    shifted = layer.shifted or any(part.shifted for part in layer.others)
     # a look-up's rows leave out the padding's output as they do its cotangent: predicted, it stays where it is
-    known = all(part.value is not None for part in parts) and not layer.kind.indexed
-    z = layer.join([part.rows(part.output()) for part in parts]) if shifted or known else None
-    after: list[Tensor] = []
-    if transfer is layer.transfer and not layer.kind.indexed:
-        after = [part.rows(part.after) for part in parts if part.after is not None]
+    kept = known and all(part.value is not None for part in layer.parts)
+    z = layer.of_all(lambda part: part.rows(part.output())) if shifted or kept else None
+    after = None
+    if transfer is layer.transfer and known and all(part.after is not None for part in layer.parts):
+        after = layer.of_all(lambda part: part.rows(part.after))  # type: ignore[arg-type]
     rest = None
     if z is None or shifted:
         predicted = predict(LocalProblem(a, weight, bias, g))
         rest, z = (z - predicted, z) if z is not None else (None, predicted)
     if target is None:
-        y = target_m(z, g, gamma, transfer, y=layer.join(after) if len(after) == len(parts) else None)
+        y = target_m(z, g, gamma, transfer, y=after)
         return LocalProblem(a, weight, bias, y, transfer, None, g, gamma, rest, pulls, ball, metric)
     y = target(z, g, transfer)
     return LocalProblem(a, weight, bias, y, transfer, rest=rest, pulls=pulls, ball=ball, metric=metric)

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from layerwise.tensors import one_on
+
 __all__ = ["FusedAdam", "FusedSGD"]
+
+
+class _Batch(NamedTuple):
+    """Parameters of equal settings, which one kernel moves, and their state by key.
+
+    held: each parameter's state as it was when the batch was made.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    kept: list[list[Tensor]]
+    held: list[tuple[Tensor, ...]]
 
 
 class _Fused(torch.optim.Optimizer):
@@ -16,37 +30,63 @@ class _Fused(torch.optim.Optimizer):
 
     _kept: tuple[str, ...]
     _shared: tuple[str, ...]
+    _batches: list[_Batch] | None = None  # of the last step
 
     def ready(self) -> Callable[[], None]:
         """A step without torch's hooks; the first one, which makes the state, goes through `step`.
 
         Call it under no_grad, with gradients on the same parameters in the same groups each time.
         """
-        found: list[tuple[dict[str, Any], list[Tensor], list[list[Tensor]]]] = []
+        found = self._batches
+        known = found is not None and self._stands(found)
 
         def advance() -> None:
-            if not found and not self._has_state():
-                self.step()
-                return
-            if not found:
-                found.extend((group, some, self._state_of(some)) for group, some in self._alike())
-            for group, some, kept in found:
-                self._kernel(some, [p.grad for p in some], kept, group)
+            nonlocal found, known
+            if not known:
+                if not self._has_state():
+                    self.step()
+                    return
+                self._batches = found = [self._batch(group, some) for group, some in self._alike()]
+                known = True
+            for group, params, kept, _ in found:  # type: ignore[union-attr]
+                self._kernel(params, [p.grad for p in params], kept, group)
 
         return advance
+
+    def _stands(self, batches: list[_Batch]) -> bool:
+        """Whether the batches are still those that there would be: the same parameters, state and equal settings."""
+        mine = [group for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if len(mine) != sum(len(batch.params) for batch in batches):
+            return False
+        for _, params, _, held in batches:
+            for p, tensors in zip(params, held, strict=True):
+                own = self.state.get(p)
+                if p.grad is None or own is None:
+                    return False
+                for key, t in zip(self._kept, tensors, strict=True):
+                    if own.get(key) is not t:
+                        return False
+        if len(batches) == 1:
+            first = batches[0].group
+            return all(group is first or self._equal(group, first) for group in mine)
+        return len(batches) == len(mine)
+
+    def _equal(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
+        return [one[key] for key in self._shared] == [other[key] for key in self._shared]
 
     def _has_state(self) -> bool:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         states = [self.state.get(p, {}) for p in params]
         return all(state.get(key) is not None for state in states for key in self._kept)
 
-    def _state_of(self, params: list[Tensor]) -> list[list[Tensor]]:
+    def _batch(self, group: dict[str, Any], params: list[Tensor]) -> _Batch:
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             for key in self._kept:  # a saved or an older state may count steps on the CPU
                 if state[key].device != p.device:
                     state[key] = state[key].to(p.device)
-        return [[state[key] for state in states] for key in self._kept]
+        held = [tuple(state[key] for key in self._kept) for state in states]
+        return _Batch(group, params, [list(column) for column in zip(*held, strict=True)], held)
 
     def _alike(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         """Parameters with a gradient, grouped by equal settings."""
@@ -54,7 +94,7 @@ class _Fused(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for other, some in found:
-                if all(other[key] == group[key] for key in self._shared):
+                if self._equal(other, group):
                     some += params
                     break
             else:
@@ -73,7 +113,11 @@ class FusedAdam(_Fused, torch.optim.Adam):
 
     def _kernel(self, params: list[Tensor], grads: list[Any], kept: list[list[Tensor]], group: dict[str, Any]) -> None:
         mean, square, steps = kept
-        torch._foreach_add_(steps, 1)
+        if steps[0].device.type == "cpu":
+            for step in steps:  # a call for the list costs more than one for each
+                step.add_(one_on(step.device))
+        else:
+            torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
         torch._fused_adam_(
             params, grads, mean, square, [], steps, amsgrad=False, lr=group["lr"], beta1=beta1, beta2=beta2,

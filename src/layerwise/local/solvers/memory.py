@@ -178,7 +178,7 @@ class Memory:
             served = self._by_old_inverse(asked, bound, state, fresh, verdict)
             if served is not None:
                 return served
-            fresh["inverse"], fresh["inverted"] = _inverse(asked, verdict), fresh["steps"]
+            fresh["inverse"], fresh["inverted"] = _inverse(asked, fresh["rows"], verdict), fresh["steps"]
             moved = asked.right @ fresh["inverse"]
         return moved * bound(moved).clamp(max=1)
 
@@ -249,9 +249,9 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and _is_number(value)
 
 
-def _inverse(asked: _System, verdict: Verdict | None) -> Tensor:
+def _inverse(asked: _System, rows: float, verdict: Verdict | None) -> Tensor:
     if verdict is None or asked.seen.shape[-1] >= LOW_RANK_FROM:
-        return inverse(asked.seen, asked.damping)
+        return inverse(asked.seen, asked.damping, rows)
     found, sound = by_cholesky(asked.seen, None, asked.damping)
     verdict.ask(sound, _judge_assumed)
     return found

@@ -14,11 +14,11 @@ from layerwise.errors import BadInput
 from layerwise.local.layers.layer import shaped
 from layerwise.local.problem import LocalProblem, refuse_terms
 from layerwise.local.solvers.memory import Memory
-from layerwise.local.solvers.steps import Owned, local_steps, taken_steps
+from layerwise.local.solvers.steps import local_steps, taken_steps
 from layerwise.local.solvers.task import Task, in_batches, plan_of
 from layerwise.local.solvers.tf_rmsprop import RMSPropStep, TFRMSProp
 from layerwise.local.solvers.values import LocalSteps, name_of
-from layerwise.local.solvers.workspace import Workspace
+from layerwise.local.solvers.workspace import Owned, Workspace
 from layerwise.local.whitening import whitened
 from layerwise.tensors import without_grad
 
@@ -65,7 +65,7 @@ def _refuse_misfit(task: Task, parts: tuple[Tensor | None, ...], update: Any) ->
 
 
 def _owned(task: Task) -> Owned:
-    return Owned(task.params[0], task.params[1] if len(task.params) > 1 else None, task.fold)
+    return Owned(task.params[0], task.params[1] if len(task.params) > 1 else None, task.fold, task.name)
 
 
 def _forget(task: Task, solver: LocalSteps) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +13,12 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient
 from layerwise.local.solvers.stopping import Judge, Stop
-from layerwise.local.solvers.workspace import Workspace
+from layerwise.local.solvers.workspace import Frame, Owned, Workspace, frame_of
 from layerwise.local.whitening import projected
 from layerwise.tensors import without_grad
 
 __all__ = [
-    "Owned", "Schedule", "StepPlan", "constant", "linear_floor", "linear_steps", "local_steps",
+    "Schedule", "StepPlan", "constant", "linear_floor", "linear_steps", "local_steps",
     "row_slices", "taken_steps",
 ]  # fmt: skip
 
@@ -80,17 +79,6 @@ class StepPlan:
             )
 
 
-class Owned(NamedTuple):
-    """The parameters in their own shapes, of which a problem's `weight` and `bias` are views.
-
-    fold: carries a gradient `[K,O,I]` to the shape of the weight; None for a reshape.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    fold: Callable[[Tensor], Tensor] | None = None
-
-
 @without_grad
 def local_steps(
     problem: LocalProblem,
@@ -115,13 +103,13 @@ def taken_steps(
     workspace: Workspace | None = None,
 ) -> Iterator[Callable[[], Any]]:  # fmt: skip
     """`local_steps` one at a time: yields what moves the parameters, which the caller runs; all under no_grad."""
-    weight, bias, fold = owned or Owned(problem.weight, problem.bias)
-    _check_shared("weight", weight, problem.weight)
-    _check_shared("bias", bias, problem.bias)
+    owned = owned or Owned(problem.weight, problem.bias)
+    weight, bias, fold, _ = owned
     total, steps = problem.a.shape[0], plan.steps
     rows = total if plan.rows is None else min(plan.rows, total)
     workspace = Workspace() if workspace is None else workspace
-    layer: _Layer | _Table = (_Table if problem.indexed else _Layer)(problem, workspace, plan.scale)
+    frame = frame_of(problem, owned, workspace)
+    layer: _Layer | _Table = (_Table if problem.indexed else _Layer)(problem, workspace, plan.scale, frame)
     if isinstance(layer, _Layer) and _use_gram(problem, plan.form, rows, steps):
         gradients = layer.gram(steps)
     else:
@@ -129,23 +117,18 @@ def taken_steps(
         if plan.generator is not None and rows < total:
             offset = int(torch.randint(total, (), generator=plan.generator, device=plan.generator.device))
         gradients = layer.plain(steps, rows, offset)
-    grad_w = layer.dw.reshape(weight.shape) if fold is None else fold(layer.dw)
-    grad_b = None if bias is None else layer.db.view(bias.shape)  # type: ignore[union-attr]
-    # a view of the scratch serves all steps; torch's fused optimizers need it contiguous as the weight is
-    serves = grad_w.untyped_storage().data_ptr() == layer.dw.untyped_storage().data_ptr()
-    serves &= grad_w.is_contiguous() or not weight.is_contiguous()
     within = () if problem.ball is None else (problem.weight, problem.bias)
     starts = [(now, now.clone()) for now in within if now is not None]
-    with _stepping(optimizer, [weight] if bias is None else [weight, bias], steps, plan.schedule) as step:
-        weight.grad = grad_w
+    with _Stepping(optimizer, [weight] if bias is None else [weight, bias], steps, plan.schedule) as stepping:
+        weight.grad = frame.grad_w
         if bias is not None:
-            bias.grad = grad_b
+            bias.grad = frame.grad_b
         judge = None if plan.stop is None else Judge(problem, plan.stop, rows, workspace)
         for t, _ in enumerate(gradients):
             last = judge is not None and judge.enough(layer.dw, layer.db)
-            if not serves and fold is not None:
+            if not frame.serves and fold is not None:
                 weight.grad = fold(layer.dw).contiguous()
-            yield step(t)
+            yield stepping.at(t)
             if plan.l1:
                 weight.copy_(F.softshrink(weight, plan.l1 * optimizer.param_groups[0]["lr"]))
             nearest = projected(problem, starts) if starts else []
@@ -166,50 +149,46 @@ def linear_steps(
     p: Tensor, g: Tensor, optimizer: torch.optim.Optimizer, steps: int, *, schedule: Schedule = linear_floor
 ) -> None:
     """Take T steps of an optimizer along one gradient `g`, that is on the linear local loss `g·p`, in place."""
-    with _stepping(optimizer, [p], steps, schedule) as step:
+    with _Stepping(optimizer, [p], steps, schedule) as stepping:
         for t in range(steps):
             p.grad = g.contiguous() if p.is_contiguous() else g
-            step(t)()
+            stepping.at(t)()
 
 
-@contextmanager
-def _stepping(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int, schedule: Schedule
-) -> Iterator[Callable[[int], Callable[[], Any]]]:
-    """A function that gives what takes step t, at the schedule's rate; on exit rates and `.grad`s are restored."""
-    rates = [(group, group["lr"]) for group in optimizer.param_groups]
-    saved = [p.grad for p in params]
-    advance: Callable[[], Any] | None = None
+class _Stepping:
+    """Gives what takes step t of T, at the schedule's rate; on exit rates and `.grad`s are restored."""
 
-    def step(t: int) -> Callable[[], Any]:
-        nonlocal advance
-        if advance is None:  # optimizers with `ready` skip torch's hooks
-            advance = optimizer.ready() if hasattr(optimizer, "ready") else optimizer.step
-        factor = schedule(t, steps)
-        for group, rate in rates:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int, schedule: Schedule
+    ) -> None:
+        self._optimizer, self._params, self._steps, self._schedule = optimizer, params, steps, schedule
+        self._rates = [(group, group["lr"]) for group in optimizer.param_groups]
+        self._saved = [p.grad for p in params]
+        self._advance: Callable[[], Any] | None = None
+
+    def __enter__(self) -> _Stepping:
+        return self
+
+    def at(self, t: int) -> Callable[[], Any]:
+        """What takes step t."""
+        if self._advance is None:  # optimizers with `ready` skip torch's hooks
+            optimizer = self._optimizer
+            self._advance = optimizer.ready() if hasattr(optimizer, "ready") else optimizer.step
+        factor = self._schedule(t, self._steps)
+        for group, rate in self._rates:
             group["lr"] = rate * factor
-        return advance
+        return self._advance
 
-    try:
-        yield step
-    finally:
-        for p, grad in zip(params, saved, strict=True):
+    def __exit__(self, *exc: object) -> None:
+        for p, grad in zip(self._params, self._saved, strict=True):
             p.grad = grad
-        for group, rate in rates:
+        for group, rate in self._rates:
             group["lr"] = rate
 
 
-def _check_shared(name: str, owned: Tensor | None, used: Tensor | None) -> None:
-    if (owned is None) != (used is None):
-        raise BadInput(f"local_steps: the layer's {name} and the problem's must both be given or both be None")
-    if owned is not None and used is not None and owned.data_ptr() != used.data_ptr():
-        raise BadInput(
-            f"local_steps works in place: problem.{name} {tuple(used.shape)} must be a view of the {name} "
-            f"{tuple(owned.shape)} that the optimizer owns, and they share no memory"
-        )
-
-
 def _use_gram(problem: LocalProblem, form: Form, rows: int, steps: int) -> bool:
+    if form == "plain":
+        return False
     r, (_, o, i) = problem.a.shape[0], problem.weight.shape
     possible = problem.transfer.is_squared and rows == r and problem.metric is None
     if form == "gram" and not possible:
@@ -223,24 +202,28 @@ def _use_gram(problem: LocalProblem, form: Form, rows: int, steps: int) -> bool:
     return form == "gram" or (form == "auto" and possible and cheaper)
 
 
+def _first(x: Tensor) -> Tensor:
+    return x.select(1, 0)
+
+
+def _ahead(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
+
+
 class _Layer:
     """A local problem in the layout of matrix products: K in front, or dropped where it is 1."""
 
-    def __init__(self, problem: LocalProblem, workspace: Workspace, scale: float = 1.0) -> None:
+    def __init__(
+        self, problem: LocalProblem, workspace: Workspace, scale: float = 1.0, frame: Frame | None = None
+    ) -> None:
+        frame = frame_of(problem, Owned(problem.weight, problem.bias), workspace) if frame is None else frame
         self.problem, self.workspace, self.scale = problem, workspace, scale
-        self.single = problem.weight.shape[0] == 1
-        lay = (lambda x: x[:, 0]) if self.single else (lambda x: x.transpose(0, 1))
+        self.single, self.w, self.b, self.wt = frame.single, frame.w, frame.b, frame.wt
+        self.dw, self.db, self.out_w, self.out_b = frame.dw, frame.db, frame.out_w, frame.out_b
+        lay = _first if self.single else _ahead
         self.a, self.y = lay(problem.a), lay(problem.target)
         self.g = None if problem.g is None else lay(problem.g)
         self.rest = None if problem.rest is None else lay(problem.rest)
-        self.w = problem.weight[0] if self.single else problem.weight
-        self.b = problem.bias if problem.bias is None or self.single else problem.bias.unsqueeze(1)
-        like = problem.weight
-        self.dw = workspace.take("dw", like.shape, like)
-        self.db = None if problem.bias is None else workspace.take("db", problem.bias.shape, like)
-        self.out_w = self.dw[0] if self.single else self.dw
-        self.out_b = None if self.db is None else self.db[0] if self.single else self.db
-        self.wt = self.w.mT
         self.fma = torch.addmm if self.single else torch.baddbmm
         self.mul = torch.mm if self.single else torch.bmm
         self._ones: tuple[float, int, Tensor] | None = None  # the last constant vector that rows were summed with
@@ -355,10 +338,9 @@ class _Layer:
 class _Table:
     """The local problem of a looked-up table: its rows are indices, so a product is a look-up."""
 
-    def __init__(self, problem: LocalProblem, workspace: Workspace, scale: float = 1.0) -> None:
+    def __init__(self, problem: LocalProblem, workspace: Workspace, scale: float, frame: Frame) -> None:
         self.problem, self.scale = problem, scale
-        self.dw = workspace.take("dw", problem.weight.mT.shape, problem.weight).mT
-        self.db = None if problem.bias is None else workspace.take("db", problem.bias.shape, problem.weight)
+        self.dw, self.db = frame.dw, frame.db
 
     def plain(self, steps: int, rows: int, offset: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Gradients of T steps from slices of rows."""

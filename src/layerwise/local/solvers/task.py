@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,8 +20,7 @@ from layerwise.tensors import Verdict
 __all__ = ["Task", "in_batches", "plan_of"]
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A problem, the parameters of which its weights are views, and their optimizer.
 
     name: the layer's. params: the weight and, if it is fitted, the bias. rates: their groups' `lr`, the factor of a
@@ -110,7 +109,7 @@ def _as_one(tasks: Sequence[Task]) -> JointTask:
     bias = params[1] if len(params) > 1 else None
     problem = replace(problems[0], weight=params[0], bias=bias, **rows)
     name = " and ".join(task.name for task in tasks)
-    one = replace(first, problem=problem, name=name, params=params, optimizer=optimizer, fold=_same)
+    one = first._replace(problem=problem, name=name, params=params, optimizer=optimizer, fold=_same)
     return JointTask(one, tasks, partial(_give_back, copied))
 
 

@@ -24,6 +24,7 @@ from layerwise.local.solvers.values import LocalSteps, Solver
 from layerwise.local.targets import NaturalStep, Target, outer_moment
 from layerwise.optim.base import NamedOptimizer, refuse_unreached
 from layerwise.optim.deferred import Late
+from layerwise.optim.group_settings import GroupSettings
 from layerwise.optim.layer_local.choices import first_match
 from layerwise.optim.layer_local.executors import Executor, GradientJob, LocalExecutor, State
 from layerwise.optim.layer_local.owners import described
@@ -43,18 +44,21 @@ Rates = Callable[[Mapping[str, Any]], tuple[Any, dict[str, Any]]]
 class Fitting:
     """A recorded run with the parameters' groups and optimizer state, from which its layers are fitted.
 
-    groups: by id of the parameter. optimizers: the layers' own, by kind and parameters. averages: the running averages
-    of parameters before the step, by name; new_averages: after it. backups: memory of snapshots. unit: of γ, by name.
+    groups: by id of the parameter; settings: theirs. optimizers: the layers' own, by kind and parameters. averages: the
+    running ones of parameters before the step, by name; new_averages: after it. unit: of γ, by name. decided: how
+    layers are fitted, by name.
     """
 
     run: Recorded
     groups: Mapping[int, dict[str, Any]]
+    settings: GroupSettings
     state: State
     optimizers: dict[Any, torch.optim.Optimizer]
     averages: Mapping[str, Tensor]
     backups: Backups = field(default_factory=Backups)
     new_averages: dict[str, Tensor] = field(default_factory=dict)
     unit: Callable[[str], float] = lambda name: 1.0
+    decided: dict[str, Any] = field(default_factory=dict)
 
     def params(self, layer: Layer) -> list[Tensor]:
         """A layer's weight, and its bias where that is fitted."""
@@ -65,10 +69,7 @@ class Fitting:
         return self.groups[id(self.run.tape.parameters[name])]
 
     def local_optimizer(self, params: list[Tensor], rates: Rates) -> tuple[Any, torch.optim.Optimizer]:
-        """The class of a layer's local optimizer, and the instance, kept from step to step, with the present settings.
-
-        rates: the class and its settings from a parameter group.
-        """
+        """The class of a layer's local optimizer and the instance, kept from step to step, with settings from `rates`."""
         owner = self.groups[id(params[0])]
         kind, settings = rates(owner)
         key = (kind, *map(id, params))
@@ -264,7 +265,9 @@ class LayerLocal(NamedOptimizer):
         run = run if count is None else replace(run, counted=count)
         self._check_parameters(run.tape.parameters)
         self._forms.follow(self.param_groups, self.state)
-        return Fitting(run, self._group_at, self.state, self._local, self._averages, self._backups)
+        return Fitting(
+            run, self._group_at, self._group_settings, self.state, self._local, self._averages, self._backups
+        )  # fmt: skip
 
     def _tell(self, error: BaseException) -> None:
         self._executor.fail(error)
@@ -282,13 +285,13 @@ class LayerLocal(NamedOptimizer):
         The latter where an accelerator would wait, or the verdict is deferred; all layers' solvers may be judged at the
         end, and no other process takes part. assumes: whether a step is computed again where a solver assumed wrongly.
         """
-        alone = isinstance(self._executor, LocalExecutor)
         here, deferred = run.loss.device.type == "cpu", self._on_nonfinite == "defer"
+        alone = isinstance(self._executor, LocalExecutor) and bool(run.layers or run.gradients)
         assumes = assumes and not here
-        late = alone and bool(run.layers or run.gradients) and all(
+        late = alone and (deferred or not here) and all(
             isinstance(s, LocalSteps) or (assumes and getattr(s, "judged_late", False)) for s in solvers
         )  # fmt: skip
-        if (here and not deferred) or not late:
+        if not late:
             return self._agreed(run, unsafe(run, gamma) or buffers.spoiled()), None
         found = Late(buffers, deferred and self._defers(run))
         ask_safe(found.verdict, run, gamma)

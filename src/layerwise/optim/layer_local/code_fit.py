@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,12 +14,11 @@ from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of, single_count
 from layerwise.local.layers.term_weights import TermWeights, WrongAssumption
-from layerwise.local.problem import LocalProblem, predict, refuse_half
-from layerwise.local.regularizers import WeightDecay
+from layerwise.local.problem import LocalProblem, predict
 from layerwise.local.solvers.memory import Memory
 from layerwise.local.solvers.steps import constant, linear_steps
 from layerwise.local.solvers.task import Task
-from layerwise.local.solvers.values import LocalSteps, ProximalSolve, Solver
+from layerwise.local.solvers.values import LocalSteps, Solver
 from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import NamedOptimizer
 from layerwise.optim.deferred import Late, completed
@@ -32,15 +30,17 @@ from layerwise.optim.layer_local.stale import Stale
 from layerwise.optim.layer_local.trace import Trace
 from layerwise.optim.layer_local.updates import (
     DEFAULTS,
+    PRESETS,
+    RECOVERIES,
     CodeUpdate,
+    LayerPlan,
+    LayerPlans,
     Minibatch,
-    Update,
     Updates,
     WeightUpdate,
-    fused,
+    filled,
     other_weights,
     rate_of,
-    rates_of,
     share,
     with_coupling,
 )  # fmt: skip
@@ -49,23 +49,7 @@ from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import Verdict, without_grad
 
-__all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes"]
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
-}
-# Known algorithms as choices of this one: each is the keywords that it stands for, and nothing else.
-RECOVERIES: dict[str, dict[str, Any]] = {
-    "mac": {"codes": "sweep", "coupling": 1.0, "code_step": CodeStep(momentum=0.0), "weights": ProximalSolve(),
-            "regularizer": WeightDecay(1e-4)},
-    "predictive-coding": {"codes": "sweep", "coupling": 1.0, "code_step": CodeStep(lr=0.1, momentum=0.0),
-                          "weights": "sgd", "momentum": 0.0, "steps": 1, "rows": "all"},
-}  # fmt: skip
-
-
-def _filled(value: Any, meant: Mapping[str, Any]) -> Any:
-    """A value with fields that are None replaced by those of a recovered algorithm."""
-    return replace(value, **{k: v for k, v in meant.items() if getattr(value, k, v) is None})
+__all__ = ["CodeFitter", "Coded", "FittedToCodes"]
 
 
 class Coded(NamedTuple):
@@ -89,13 +73,14 @@ class CodeFitter:
         self, codes: CodeUpdate, weights: WeightUpdate, minibatch: Minibatch, names: Sequence[str], lr: float | None,
         layers: Mapping[str, Mapping[str, Any]] | None, trace: Trace | None, preset: str | None,
     ) -> None:  # fmt: skip
-        if preset is not None and preset not in _PRESETS | RECOVERIES:
-            raise BadInput(f"AltMin knows the presets {', '.join([*_PRESETS, *RECOVERIES])}; got {preset!r}")
-        chosen = {"weights": "adam", **_PRESETS.get(preset or "", {})}
+        if preset is not None and preset not in PRESETS | RECOVERIES:
+            raise BadInput(f"AltMin knows the presets {', '.join([*PRESETS, *RECOVERIES])}; got {preset!r}")
+        chosen = {"weights": "adam", **PRESETS.get(preset or "", {})}
         meant = RECOVERIES.get(preset or "", {})
-        codes, weights = _filled(codes, meant), _filled(weights, meant)
+        codes, weights = filled(codes, meant), filled(weights, meant)
         way = chosen["weights"] if weights.weights is None else weights.weights
         self.updates = Updates(way, weights.regularizer, layers or {}, names)
+        self._plans = LayerPlans(self.updates)
         kind = self.updates.default.kind
         if kind != chosen["weights"]:
             chosen.pop("lr", None)  # which is the other kind's
@@ -145,14 +130,11 @@ class CodeFitter:
     def _batch(self, counted: int | str) -> float:
         return float(single_count(counted)) if self._reduction == "mean" else 1.0
 
-    def _update(self, fitting: Fitting, layer: Layer) -> Update:
-        return self.updates.of_group(layer.name, fitting.group(layer.name))
-
-    def solvers(self, fitting: Fitting) -> list[Any]:
+    def solvers(self, fitting: Fitting) -> Iterator[Any]:
         """The solver of each layer; None where more is done with its problem."""
-        if self.stale is not None or self.trace is not None:
-            return [None for _ in fitting.run.layers]
-        return [self._update(fitting, layer).solver or LocalSteps() for layer in fitting.run.layers]
+        plain = self.stale is None and self.trace is None
+        for layer in fitting.run.layers:
+            yield self._plans.of(fitting, layer).update.solver or LocalSteps() if plain else None
 
     # -- problems, solved or taken back ------------------------------------------------------------------------
 
@@ -190,7 +172,7 @@ class CodeFitter:
             multipliers = self._raised_multipliers(layers, coded.codes)
             write = None
             if trace is not None:
-                has_code = {layer.name: layer.likelihood is None or not self._has_local_steps(fitting, layer)
+                has_code = {layer.name: layer.likelihood is None or not self._plans.of(fitting, layer).takes_steps
                             for layer in layers}  # fmt: skip
                 after = {layer.name: layer.parameter.detach() for layer in layers}
                 problems = {n: (made[n], outputs[n], has_code[n]) for n in made}
@@ -226,59 +208,48 @@ class CodeFitter:
         A hidden layer has γ = B/μ and the squared loss; the layer that makes a loss's logits has the loss itself,
         which is its matching loss with γ = 1/w for terms of one weight w.
         """
-        gamma, transfer, update = self.gamma(fitting, layer.name), IDENTITY, self._update(fitting, layer)
-        refuse_half(layer.name, layer.parameter, (update.solver, *update.regularizers))
-        if self._has_local_steps(fitting, layer) and layer.likelihood is not None and not layer.transfer.stand_in:
+        plan, gamma, transfer = self._plans.of(fitting, layer), self.gamma(fitting, layer.name), IDENTITY
+        if plan.takes_steps and layer.likelihood is not None and not layer.transfer.stand_in:
             weight = self._weights.of(layer)
             if weight:
                 gamma, transfer = 1 / weight, layer.transfer
-        terms = tuple(fitting.term(layer, asked, gamma) for asked in update.regularizers)
+        terms = tuple([fitting.term(layer, asked, gamma) for asked in plan.update.regularizers])
         return partial(problem_of, fitting.run, layer, gamma, transfer, terms=terms)
-
-    def _has_local_steps(self, fitting: Fitting, layer: Layer) -> bool:
-        """Whether a layer takes local steps; an output layer then descends the loss itself."""
-        solver = self._update(fitting, layer).solver
-        return solver is None or isinstance(solver, LocalSteps)
 
     def _job(self, fitting: Fitting, layer: Layer, problem: Callable[[], LocalProblem]) -> LayerJob:
         """A layer to be fitted."""
+        plan = self._plans.of(fitting, layer)
 
         def cost() -> float:
-            group, solver = fitting.group(layer.name), self._update(fitting, layer).solver
+            group, solver = plan.groups[0], plan.update.solver
             return operations(LocalSteps(group["steps"], rows=group["rows"]) if solver is None else solver, layer)
 
-        params = dict(zip(layer.names, fitting.params(layer), strict=True))
-        return LayerJob(params, cost, lambda: self._task(fitting, layer, problem()))
+        params = dict(zip(layer.names, plan.params, strict=True))
+        return LayerJob(params, cost, lambda: self._task(fitting, layer, plan, problem()))
 
-    def _task(self, fitting: Fitting, layer: Layer, problem: LocalProblem) -> Task:
+    def _task(self, fitting: Fitting, layer: Layer, plan: LayerPlan, problem: LocalProblem) -> Task:
         """A layer's problem with its solver, and its optimizer for local steps."""
-        params, groups = fitting.params(layer), [fitting.group(name) for name in layer.names]
-        group, scale, kind, optimizer = groups[0], 1 / problem.gamma, None, None
-        solver: Solver | None = self._update(fitting, layer).solver
+        params, group, scale = plan.params, plan.groups[0], 1 / problem.gamma
+        solver: Solver | None = plan.update.solver
         if solver is None:
             solver = share(group["steps"], group["rows"], problem.a.shape[0])
-        if isinstance(solver, LocalSteps):
-            kind, optimizer = fitting.local_optimizer(params, partial(self._rates, layer.name, params))
-            scale *= fitting.run.samples / problem.a.shape[0] if group["normalise"] else 1.0
-        rates, state = [float(g["lr"]) for g in groups], fitting.moments(solver, params[0])
+        kind, optimizer = plan.optimizer(fitting) if plan.takes_steps else (None, None)
+        if plan.takes_steps and group["normalise"]:
+            scale *= fitting.run.samples / problem.a.shape[0]
+        rates, state = [float(g["lr"]) for g in plan.groups], fitting.moments(solver, params[0])
         l1, late = float(group["l1"]), self._assuming
         return Task(problem, solver, layer.name, params, rates, optimizer, layer.fold, scale, state, l1, kind, late)
 
     def _step_along(self, fitting: Fitting, name: str, p: Tensor, g: Tensor) -> None:
         """Take T steps along the gradient, for a parameter without a code."""
         fitting.forget_moments(p)
-        _, optimizer = fitting.local_optimizer([p], partial(self._rates, name, [p]))
+        _, optimizer = fitting.local_optimizer([p], partial(self.updates.rates, name, [p]))
         linear_steps(p, g, optimizer, fitting.group(name)["steps"], schedule=constant)
-
-    def _rates(self, name: str, params: Sequence[Tensor], group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The class of a layer's local optimizer, and its settings from a group."""
-        kind, settings = rates_of(self.updates.of_group(name, group), group)
-        return fused(kind, params), settings
 
     def snapshot(self, fitting: Fitting, layers: Sequence[Layer]) -> Snapshot:
         """A snapshot to roll back to."""
-        updates = {layer.name: self._update(fitting, layer) for layer in layers}
-        return fitting.snapshot(layers, {name for name, update in updates.items() if isinstance(update.solver, Memory)})
+        memories = [layer.name for layer in layers if isinstance(self._plans.of(fitting, layer).update.solver, Memory)]
+        return fitting.snapshot(layers, memories)
 
     @without_grad
     def _raised_multipliers(self, layers: Sequence[Layer], codes: Mapping[int, Tensor]) -> dict[int, Tensor] | None:

@@ -56,7 +56,7 @@ def gauss_newton(
     as `pulled_roots`.
     """
     tape = Tape(model, lambda tape, total, weight, run: None, keep_outputs=True, crosses=True)
-    with tape, WithoutScalers(), torch.enable_grad():
+    with torch.enable_grad(), tape, WithoutScalers():
         loss = closure()
     check_loss(loss)
     plain = pulled(tape, loss, ours, matrices=True, kinds=kinds)

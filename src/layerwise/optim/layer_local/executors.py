@@ -130,7 +130,7 @@ class Sequential(LocalExecutor):
         self._workspaces = [Workspace()]
 
     def _solve(self, jobs: Sequence[LayerJob]) -> None:
-        if any(p.device.type != "cpu" for job in jobs for p in job.params.values()):
+        if not all(p.is_cpu for job in jobs for p in job.params.values()):
             self._workspaces += [Workspace() for _ in jobs[len(self._workspaces) :]]
             solve_together([job.task() for job in jobs], self._workspaces[: len(jobs)])
             return

@@ -199,7 +199,7 @@ class LocoProp(LayerLocal):
         rerun = None if self._order == "together" else Rerun(self._model, closure, gradients=False)
         recorder = self._new_recorder()
         recorder.say(samples)
-        with recorder, torch.enable_grad():
+        with torch.enable_grad(), recorder:
             loss = closure()
         check_loss(loss)
         return self._fit(recorder, recorder.run(loss), rerun, buffers)
@@ -271,7 +271,7 @@ class LocoProp(LayerLocal):
         with rerun:
             rerun.rewind()
             tape = Tape(self._model, lambda tape, total, weight, run: None, keep_outputs=True)
-            with tape, torch.enable_grad():
+            with torch.enable_grad(), tape:
                 loss = rerun.run()
             found = layers_of(tape, prove(tape, loss, None, need_loss=False), self._ours, kinds=self._kinds)
         wanted = [part.use.index for part in layer.parts]

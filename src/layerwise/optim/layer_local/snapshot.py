@@ -63,7 +63,7 @@ class Snapshot:
         backups: Backups | None = None,
         averages: Mapping[str, Tensor] = _NO_AVERAGES,
     ) -> None:
-        self._params, self._state, self._averages = list(params), state, averages
+        self._params, self._state, self._averages, self._replaced = list(params), state, averages, replaced
         self._before: list[dict[str, Any] | None] = []
         self._live = live = [p for _, p in self._params]
         for name, p in self._params:
@@ -84,13 +84,14 @@ class Snapshot:
 
     def spoiled_names(self) -> list[str]:
         """The parameters with NaN or infinity in their values or state."""
-        if all_finite(self._checked(p for _, p in self._params)):
+        every = [(name, self._checked(n)) for n, (name, _) in enumerate(self._params)]
+        if all_finite([t for _, tensors in every for t in tensors]):
             return []
-        return [name for name, p in self._params if not all_finite(self._checked([p]))]
+        return [name for name, tensors in every if not all_finite(tensors)]
 
     def ask(self, verdict: Verdict) -> None:
         """As `spoiled`, when the verdict is read; NonFinite then holds the words."""
-        named = {f"{name} {i}": t for name, p in self._params for i, t in enumerate(self._checked([p]))}
+        named = {f"{name} {i}": t for n, (name, _) in enumerate(self._params) for i, t in enumerate(self._checked(n))}
 
         def judge(names: list[str], largest: list[float]) -> None:
             for name, most in zip(names, largest, strict=True):
@@ -120,14 +121,14 @@ class Snapshot:
         """Restore what a bad step has written, where its verdict is left on the device."""
         late.restore(self._live, self._copies)
 
-    def _checked(self, params: Iterable[Tensor]) -> list[Tensor]:
-        """Parameters and the tensors of their state, but for counters and what shows in the parameters."""
-        found = []
-        for p in params:
-            found.append(p)
-            for key, value in self._state.get(p, _NOTHING).items():
-                if key not in _IN_PARAMETER and isinstance(value, Tensor) and value.dim():
-                    found.append(value)
+    def _checked(self, number: int) -> list[Tensor]:
+        """A parameter and the tensors of its state, but for counters, what shows in it, and what no step wrote."""
+        name, p = self._params[number]
+        before = (self._before[number] or _NOTHING) if name in self._replaced else _NOTHING
+        found = [p]
+        for key, value in self._state.get(p, _NOTHING).items():
+            if key not in _IN_PARAMETER and isinstance(value, Tensor) and value.dim() and value is not before.get(key):
+                found.append(value)
         return found
 
     @without_grad

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from operator import is_
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -13,18 +14,21 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
-from layerwise.local.regularizers import Regularizer
+from layerwise.local.layers.layer import Layer
+from layerwise.local.problem import refuse_half
+from layerwise.local.regularizers import Regularizer, WeightDecay
 from layerwise.local.solvers.fused import FusedAdam, FusedSGD
 from layerwise.local.solvers.memory import Memory
-from layerwise.local.solvers.values import LocalSteps, Solver, default_lr
+from layerwise.local.solvers.values import LocalSteps, ProximalSolve, Solver, default_lr
 from layerwise.optim.keywords import Effects
-from layerwise.optim.layer_local.base import forms_of_state
+from layerwise.optim.layer_local.base import Fitting, forms_of_state
 from layerwise.optim.layer_local.choices import ByPattern, check_common, check_patterns, several
 from layerwise.optim.saved_state import Fit
 
 __all__ = [
-    "DEFAULTS", "CodeKind", "CodeUpdate", "Minibatch", "Update", "Updates", "WeightUpdate", "check_group", "fused",
-    "other_weights", "rate_of", "rates_of", "share", "with_coupling",
+    "DEFAULTS", "PRESETS", "RECOVERIES", "CodeKind", "CodeUpdate", "LayerPlan", "LayerPlans", "Minibatch", "Update",
+    "Updates", "WeightUpdate", "check_group", "filled", "fused", "other_weights", "rate_of", "rates_of", "share",
+    "with_coupling",
 ]  # fmt: skip
 
 _COMMON: dict[str, Any] = {
@@ -41,6 +45,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "solver": {**_COMMON, "codes": "jacobi", "lr": 1.0, "coupling": 1.0},
 }
 _NUMBERS = ("lr", "coupling", "steps", "rows", "betas", "eps", "momentum", "l1", "code_l1", "normalise")
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
+}
+# Known algorithms as choices of this one: each is the keywords that it stands for, and nothing else.
+RECOVERIES: dict[str, dict[str, Any]] = {
+    "mac": {"codes": "sweep", "coupling": 1.0, "code_step": CodeStep(momentum=0.0), "weights": ProximalSolve(),
+            "regularizer": WeightDecay(1e-4)},
+    "predictive-coding": {"codes": "sweep", "coupling": 1.0, "code_step": CodeStep(lr=0.1, momentum=0.0),
+                          "weights": "sgd", "momentum": 0.0, "steps": 1, "rows": "all"},
+}  # fmt: skip
+
+
+def filled(value: Any, meant: Mapping[str, Any]) -> Any:
+    """A value with fields that are None replaced by those of a recovered algorithm."""
+    return replace(value, **{k: v for k, v in meant.items() if getattr(value, k, v) is None})
 
 
 CodeKind = Literal["jacobi", "gauss-newton", "sweep"]
@@ -169,6 +188,11 @@ class Updates(ByPattern[Update]):
             for update in (*self.every(), self.of_group(name, group)):
                 yield from forms_of_state(update.solver, rates_of(update, group), p)
 
+    def rates(self, name: str, params: Sequence[Tensor], group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The class of a layer's local optimizer, and its settings from a group."""
+        kind, settings = rates_of(self.of_group(name, group), group)
+        return fused(kind, params), settings
+
     def effects(self, codes: str, groups: Iterable[Mapping[str, Any]]) -> Effects:
         """Which numbers move something; Adam also moves what has no code beside a memory or a solver."""
         asked = {group["weights"] for group in groups} - {self.default.kind, "solver"}
@@ -183,6 +207,66 @@ class Updates(ByPattern[Update]):
             "rows": (steps, 'weights="adam" and "sgd"'),
             "normalise": (steps or own, 'weights="adam" and "sgd", and LocalSteps'),
         }  # fmt: skip
+
+
+class LayerPlan:
+    """How a layer is fitted, decided once for all steps in which its calls, parameters and settings are the same.
+
+    params, groups: those of its weight, and of its bias if that is fitted. takes_steps: whether by local steps; an
+    output layer then descends the loss itself.
+    """
+
+    def __init__(self, updates: Updates, fitting: Fitting, layer: Layer) -> None:
+        self._facts = _facts(fitting, layer)
+        self.params, self.groups = fitting.params(layer), [fitting.group(name) for name in layer.names]
+        self.update = updates.of_group(layer.name, self.groups[0])
+        self.takes_steps = self.update.solver is None or isinstance(self.update.solver, LocalSteps)
+        refuse_half(layer.name, layer.parameter, (self.update.solver, *self.update.regularizers))
+        self._rates = partial(updates.rates, layer.name, self.params)
+        self._made: tuple[Any, torch.optim.Optimizer] | None = None
+
+    def stands(self, fitting: Fitting, layer: Layer) -> bool:
+        """Whether the same would be decided again."""
+        return all(map(is_, self._facts, _facts(fitting, layer)))
+
+    def optimizer(self, fitting: Fitting) -> tuple[Any, torch.optim.Optimizer]:
+        """The class of the layer's local optimizer, and the instance, with the present settings."""
+        if self._made is None:
+            self._made = fitting.local_optimizer(self.params, self._rates)
+        self._made[1].state = fitting.state  # type: ignore[assignment]
+        return self._made
+
+
+def _facts(fitting: Fitting, layer: Layer) -> list[Any]:
+    found = [layer.kind, len(layer.names)]
+    for name in layer.names:
+        p = fitting.run.tape.parameters[name]
+        group = fitting.groups[id(p)]
+        found += [p, group, fitting.settings.of(group)]
+    return found
+
+
+class LayerPlans:
+    """The plans of all layers, each made anew where it does not stand any more."""
+
+    def __init__(self, updates: Updates) -> None:
+        self._updates = updates
+        self._plans: dict[str, LayerPlan] = {}
+
+    def of(self, fitting: Fitting, layer: Layer) -> LayerPlan:
+        """The plan of a layer in the present step."""
+        name = layer.names[0]
+        found = fitting.decided.get(name)
+        if found is None:
+            found = self._plans.get(name)
+            if found is None or not found.stands(fitting, layer):
+                found = self._plans[name] = LayerPlan(self._updates, fitting, layer)
+            fitting.decided[name] = found
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy makes its own."""
+        return LayerPlans, (self._updates,)
 
 
 def rate_of(update: Update) -> float:
