@@ -555,3 +555,50 @@ def test_equal_layers_are_solved_as_one_with_the_same_values(settings: Any) -> N
         found.append([t.detach().cpu() for t in (*moved, *kept)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+class Sliced(nn.Module):
+    """Equal slices of one weight, each with a use of its own, and a layer behind."""
+
+    def __init__(self, slices: int) -> None:
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.randn(4 * slices, 6) / 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(sum((F.linear(x, w).tanh() for w in self.weight.split(4)), torch.zeros_like(x[:, :4])))
+
+
+def sliced(slices: int, device: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
+    torch.manual_seed(0)
+    model, x, y = Sliced(slices).double().to(device), X.to(device), Y.to(device)
+    return model, lambda: F.cross_entropy(model(x), y)
+
+
+def test_launches_of_slices_of_one_weight() -> None:
+    """Two for each slice in an observation; in a step of K-FAC one, as the slices' blocks are multiplied together."""
+    observed_in, stepped_in = [], []
+    for slices in (3, 6):
+        model, loss = sliced(slices, DEVICE)
+        for _ in range(2):
+            model.zero_grad()
+            with counted() as count, lw.observe(model, lw.PerSampleGrad()):
+                loss().backward()
+        observed_in.append(count.launches - plain(model, loss))
+        optimizer = lw.optim.KFAC(model)
+        for _ in range(4):
+            with counted() as count:
+                optimizer.step(loss)
+        stepped_in.append(count.launches - plain(model, loss))
+    assert observed_in[1] - observed_in[0] <= 3 * 2
+    assert stepped_in[1] - stepped_in[0] <= 3
+
+
+def test_steps_with_slices_of_one_weight() -> None:
+    states = []
+    for device in ("cpu", DEVICE):
+        model, loss = sliced(3, device)
+        optimizer = lw.optim.KFAC(model)
+        for _ in range(4):
+            optimizer.step(loss)
+        states.append(model.state_dict())
+    assert_same(*states, DEVICE)
