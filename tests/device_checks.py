@@ -241,12 +241,12 @@ def plain(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     return count.launches
 
 
-def observed(layers: int, quantity: Callable[[], lw.Quantity]) -> Count:
+def observed(layers: int, quantity: Callable[[], lw.Quantity], on_nonfinite: Any = None) -> Count:
     """What the second observation of a layout costs; launches beyond those of the gradient."""
     model, loss = deep(layers)
     for _ in range(2):
         model.zero_grad()
-        with counted() as count, lw.observe(model, quantity()):
+        with counted() as count, lw.observe(model, quantity(), on_nonfinite=on_nonfinite):
             loss().backward()
     count.by_launch["the gradient's"] -= plain(model, loss)
     return count
@@ -291,6 +291,73 @@ WAITS: dict[str, tuple[Callable[[], lw.Quantity], int]] = {
 def test_how_often_an_observation_waits(name: str) -> None:
     quantity, most = WAITS[name]
     assert observed(3, quantity).synchronisations <= most
+    assert observed(3, quantity, "defer").synchronisations == 0
+
+
+class Tagger(nn.Module):
+    """Classifies each token, some of which may be padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.out = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.mix(self.embed(tokens)).tanh())
+
+
+TOKENS = torch.randint(1, 11, (4, 5), generator=torch.Generator().manual_seed(0))
+PADDED = TOKENS.clone()
+PADDED[:2, 3:] = 0
+
+
+def tagged(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The loss of a batch on the model's device, whose padding (0) is ignored."""
+    tokens = tokens.to(model.mix.weight.device)
+    targets = (tokens % 4).masked_fill(tokens == 0, -100)
+    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+
+
+FACTORS: dict[str, Callable[[], lw.Quantity]] = {
+    "expand": lw.KFLR, "reduce": lambda: lw.KFLR(sharing="reduce"), "joint": lambda: lw.KFLR(joint=True),
+    "EKFAC": lambda: lw.EKFAC(None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_of_padded_batches(name: str) -> None:
+    """As on the CPU, with the one wait of batches without padding, or none."""
+    found, waits = [], []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        model, values = Tagger().double().to(device), []
+        for on_nonfinite in (None, None, "defer"):
+            quantity = FACTORS[name]()
+            with counted() as count, lw.observe(model, quantity, on_nonfinite=on_nonfinite) as seen:
+                tagged(model, PADDED).backward()
+            values.append(seen[quantity])
+            waits.append(count.synchronisations)
+        found.append(values)
+    assert_same(*found, DEVICE)
+    assert waits[4:] == [1, 0]
+
+
+def test_a_batch_of_another_kind_that_was_not_waited_for_is_refused() -> None:
+    """Not silently wrong: refused when a result is read, and from then on waited for."""
+    torch.manual_seed(0)
+    model, waits = Tagger().double(), []
+    there = copy.deepcopy(model).to(DEVICE)
+    for tokens, refused in ((TOKENS, False), (TOKENS, False), (PADDED, True), (PADDED, False), (TOKENS, False)):
+        with counted() as count, lw.observe(there, lw.KFLR(), on_nonfinite="defer") as seen:
+            tagged(there, tokens).backward()
+        waits.append(count.synchronisations)
+        if refused:
+            with pytest.raises(BadInput, match="Observe it again"):
+                _ = seen.kflr
+            continue
+        with lw.observe(model, lw.KFLR()) as exact:
+            tagged(model, tokens).backward()
+        assert_same(exact.kflr, seen.kflr, DEVICE)
+    assert waits[1:3] == [0, 0] and all(waits[3:])
 
 
 def test_what_was_not_waited_for_is_judged_before_a_result_is_read() -> None:
@@ -337,6 +404,11 @@ def test_what_was_assumed_of_a_batch_and_is_not_so(make: Callable[[], lw.Quantit
         found.append(values)
     assert_same(*found, DEVICE)
     assert [n == 1 for n in waits[5:]] == [False, True, False, True, False]
+    for factor in (1.0, 30.0):
+        with lw.observe(model, quantity := make(), on_nonfinite="defer") as seen:
+            F.cross_entropy(model(factor * X.to(device)), Y.to(device)).backward()
+    with pytest.raises(BadInput, match="Observe it again"):
+        seen[quantity]
 
 
 def test_second_derivatives_that_are_wrong_are_refused_when_a_result_is_read() -> None:
@@ -375,8 +447,34 @@ def test_how_often_a_step_in_the_periods_of_kfac_waits(layers: int, steps: int, 
 
 @pytest.mark.parametrize(("layers", "steps"), [(3, 4), (6, 5), (3, 6)])
 def test_how_often_a_memory_waits(layers: int, steps: int) -> None:
-    """Once for the codes' curvature, and once for the step, whether a memory inverts or not."""
-    assert stepped(layers, OPTIMIZERS["AltMin memory"], steps).synchronisations <= 2
+    """Once, whether a memory inverts or not: its codes' factorizations are assumed to be sound."""
+    assert stepped(layers, OPTIMIZERS["AltMin memory"], steps).synchronisations <= 1
+
+
+def test_codes_whose_factorization_was_assumed_to_be_sound_and_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is computed again, as on the CPU, and the loss is judged."""
+    from layerwise.local.codes import gauss_newton
+
+    by_cholesky, fails = gauss_newton.by_cholesky, []
+
+    def failing(A: Tensor, B: Tensor, damping: float) -> Any:
+        found, good = by_cholesky(A, B, damping)
+        return (found * float("nan"), good & False) if fails else (found, good)
+
+    monkeypatch.setattr(gauss_newton, "by_cholesky", failing)
+    states = []
+    for device in ("cpu", DEVICE):
+        run = Run(device)
+        optimizer = lw.AltMin(run.model, weights="memory", code_l1=1e-3)
+        for step in range(4):
+            fails[:] = [True] * (step == 2)
+            optimizer.step(run.loss)
+        states.append(run.model.state_dict())
+        before = [p.clone() for p in run.model.parameters()]
+        with pytest.raises(Undefined, match="negative"):
+            optimizer.step(lambda run=run: -run.loss())
+        assert all(map(torch.equal, before, run.model.parameters())) and not optimizer.skipped
+    assert_same(*states, DEVICE)
 
 
 def test_a_step_of_a_memory_that_was_assumed_to_be_short_and_is_too_long() -> None:

@@ -250,18 +250,11 @@ class LayerLocal(NamedOptimizer):
     def _tell(self, error: BaseException) -> None:
         self._executor.fail(error)
 
-    def _safe(
-        self,
-        run: Recorded,
-        gamma: Callable[[str], float],
-        buffers: Buffers,
-        solvers: Iterable[Any],
-        assumes: bool = False,
-    ) -> tuple[str | None, Late | None]:
-        """The reason not to step on a batch, or None; or what judges it with the solution.
+    def _late(self, run: Recorded, buffers: Buffers, solvers: Iterable[Any], assumes: bool = False) -> Late | None:
+        """What judges a batch with its solution, where an accelerator would wait, or the verdict is deferred.
 
-        The latter where an accelerator would wait, or the verdict is deferred; all layers' solvers may be judged at the
-        end, and no other process takes part. assumes: whether a step is computed again where a solver assumed wrongly.
+        None where a layer's solver may not be judged at the end, or another process takes part. assumes: whether a step
+        is computed again where a solver assumed wrongly.
         """
         alone = isinstance(self._executor, LocalExecutor)
         here, deferred = run.loss.device.type == "cpu", self._on_nonfinite == "defer"
@@ -269,11 +262,14 @@ class LayerLocal(NamedOptimizer):
         late = alone and bool(run.layers or run.gradients) and all(
             isinstance(s, LocalSteps) or (assumes and getattr(s, "judged_late", False)) for s in solvers
         )  # fmt: skip
-        if (here and not deferred) or not late:
-            return self._agreed(run, unsafe(run, gamma) or buffers.spoiled()), None
-        found = Late(buffers, deferred and self._defers(run))
-        ask_safe(found.verdict, run, gamma)
-        return None, found
+        return None if (here and not deferred) or not late else Late(buffers, deferred and self._defers(run))
+
+    def _unsafe(self, run: Recorded, gamma: Callable[[str], float], buffers: Buffers, late: Late | None) -> str | None:
+        """The reason not to step on a batch, or None, also where it is judged late."""
+        if late is None:
+            return self._agreed(run, unsafe(run, gamma) or buffers.spoiled())
+        ask_safe(late.verdict, run, gamma)
+        return None
 
     def _defers(self, run: Recorded) -> bool:
         """Whether a device can take back the step of a run, with nothing of it on the host.

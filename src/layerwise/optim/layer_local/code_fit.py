@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.local.codes.code_step import CodeStep, Terms
 from layerwise.local.codes.coupling import Coupling
+from layerwise.local.codes.gauss_newton import WrongCodes
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of, single_count
 from layerwise.local.layers.term_weights import TermWeights, WrongAssumption
@@ -26,6 +27,7 @@ from layerwise.optim.base import NamedOptimizer
 from layerwise.optim.deferred import Late, completed
 from layerwise.optim.keywords import refuse_idle
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, solved
+from layerwise.optim.layer_local.coding import Coded
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
 from layerwise.optim.layer_local.snapshot import Snapshot
 from layerwise.optim.layer_local.stale import Stale
@@ -49,7 +51,7 @@ from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import Verdict, without_grad
 
-__all__ = ["RECOVERIES", "CodeFitter", "Coded", "FittedToCodes"]
+__all__ = ["RECOVERIES", "CodeFitter", "FittedToCodes"]
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "published": {"codes": "sweep", "weights": "adam", "lr": 8e-3, "coupling": 3e-3, "steps": 1, "rows": "all"},
@@ -66,17 +68,6 @@ RECOVERIES: dict[str, dict[str, Any]] = {
 def _filled(value: Any, meant: Mapping[str, Any]) -> Any:
     """A value with fields that are None replaced by those of a recovered algorithm."""
     return replace(value, **{k: v for k, v in meant.items() if getattr(value, k, v) is None})
-
-
-class Coded(NamedTuple):
-    """A run with codes: at every use with one, the cotangent is `−1/γ` times the displacement of the code, γ = B/μ.
-
-    codes: those of a sweep, by use index. slopes: the gradients of the layers' weights by backpropagation.
-    """
-
-    run: Recorded
-    codes: Mapping[int, Tensor] = {}
-    slopes: Callable[[], Mapping[str, Tensor]] = dict
 
 
 class CodeFitter:
@@ -211,6 +202,8 @@ class CodeFitter:
         self._assuming = None if late is None or late.again else late.verdict
         try:
             where = solved(solve_all, snapshot, executor, note, optimizer, late)
+        except WrongCodes:
+            raise
         except WrongAssumption:
             assert late is not None
             return self.fit(fitting, coded, layers, optimizer, executor, finish, refit, late.anew())

@@ -223,8 +223,8 @@ class LocoProp(LayerLocal):
     ) -> tuple[Tensor, str | Late | None]:
         fitting, choices, self._left = self._fitting(run), self._choices, recorder.left
         solvers = [choices.of(layer.name).solver if rerun is None else rerun for layer in run.layers]
-        where, late = self._safe(run, partial(_gamma, fitting, choices), buffers, solvers)
-        if where is not None:
+        late = self._late(run, buffers, solvers)
+        if (where := self._unsafe(run, partial(_gamma, fitting, choices), buffers, late)) is not None:
             return run.loss, where
         plans = [_plan(fitting, choices, layer) for layer in run.layers]
         _warn_of_stand_ins(plans, self._warned)
