@@ -17,6 +17,7 @@ from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import loss_curvatures, resolved
 from layerwise.graph.probes import join, split
 from layerwise.graph.samples import measure
+from layerwise.local.codes.code_step import code_type
 from layerwise.local.layers.record import Recorded
 from layerwise.local.layers.term_weights import WrongAssumption
 from layerwise.local.problem import refuse_half
@@ -120,7 +121,11 @@ def _damped(
     g: Tensor, columns: Tensor, samples: Samples | RowNumbers, gamma: float,
     solve: Callable[[Tensor, Tensor, float], Tensor],
 ) -> Tensor:  # fmt: skip
-    """The damped cotangent; NaN where the solve fails, so that the batch is skipped."""
+    """The damped cotangent; NaN where the solve fails, so that the batch is skipped.
+
+    In at least float32, also where autocast made activations of fewer digits.
+    """
+    g, columns = (x.to(code_type(x.dtype)) for x in (g, columns))
     rows = _by_sample(g[None], samples)  # [N,1,F]
     s = _by_sample(columns, samples)  # [N,V,F]
     try:

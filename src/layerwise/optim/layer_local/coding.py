@@ -165,6 +165,9 @@ def recorded_on_codes(
     rest = {n: p for n, p in coded.tape.parameters.items() if n not in inside and ours(p)}
     found = torch.autograd.grad(objective, [*(out.predictions[i] for i in every), *rest.values()], allow_unused=True)
     cotangents = {i: g for i, g in zip(every, found, strict=False) if g is not None}
+    # nothing but its own term reads the output under a code: written out, for in half precision small ones vanish
+    cotangents |= {i: terms.coupling[i] / terms.batch * (out.predictions[i].detach() - terms.aim(i, code))
+                   for i, code in codes.items() if i in cotangents}  # fmt: skip
     moved = []
     for layer in layers:
         if layer.has_rows and any(part.use.index in cotangents for part in layer.parts):
