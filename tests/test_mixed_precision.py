@@ -191,3 +191,21 @@ def test_a_choice_that_decomposes_matrices_is_refused_in_half_precision_by_layer
 @pytest.mark.parametrize("solver", [local.LocalSteps(3), local.ConditionalGradient(2)], ids=["steps", "Frank-Wolfe"])
 def test_a_spectral_ball_decomposes_half_precision_in_float32(solver: Any, dtype: torch.dtype) -> None:
     _half(lambda m: lw.LocoProp(m, regularizer=_SPECTRAL, solver=solver), dtype)
+
+
+@LOW
+@pytest.mark.parametrize("codes", ["sweep", "gauss-newton"])
+def test_codes_under_autocast_move_as_in_float64(low: torch.dtype, codes: Any) -> None:
+    """Codes are held and solved for in float32: within three units of the type's last place, of move and parameter."""
+    x, y = torch.randn(16, 4, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
+    model = net()
+    exact = copy.deepcopy(model).double()
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", low):
+            return F.cross_entropy(model(x), y)
+
+    lw.AltMin(model, lr=0.1, eps=1e-3, codes=codes).step(loss)
+    lw.AltMin(exact, lr=0.1, eps=1e-3, codes=codes).step(lambda: F.cross_entropy(exact(x.double()), y))
+    for found, want in zip(model.parameters(), exact.parameters(), strict=True):
+        assert (found.double() - want).norm() <= 3 * torch.finfo(low).eps * want.norm()
