@@ -182,7 +182,8 @@ def _count(func: Any, name: str, args: Any, flat: list[Any], kwargs: dict[str, A
 def _kernels(name: str, args: Any) -> int:
     """Of a `_foreach` operation, as CUDA has it: one for all tensors, or one for each.
 
-    One where all are dense and of one type, and those at the same place of several lists have the same strides.
+    One where all are dense and of one type, that of a number on the device too, and those at the same place of several
+    lists have the same strides.
     """
     if not name.startswith("_foreach"):
         return 1
@@ -192,7 +193,8 @@ def _kernels(name: str, args: Any) -> int:
     def strides(t: Tensor) -> list[int]:
         return [s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1]
 
-    together = all(t.dtype == first[0].dtype and _dense(t) for some in lists for t in some) and all(
+    ours = [*(t for some in lists for t in some), *(a for a in args if isinstance(a, Tensor))]
+    together = all(t.dtype == first[0].dtype and _dense(t) for t in ours) and all(
         t.shape == one.shape and strides(t) == strides(one)
         for some in lists
         for t, one in zip(some, first, strict=True)

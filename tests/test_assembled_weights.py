@@ -195,3 +195,17 @@ def test_no_gradient_flows_through_writes_that_torch_does_not_record() -> None:
     with lw.observe(params, lw.SquaredNorm()) as seen:
         run().square().sum().backward()
     assert set(seen.squared_norm) == {"d"}
+
+
+def test_slices_of_one_weight_that_overlap() -> None:
+    """Used as a whole before, too: gradients of slices are added where they lie, in no one else's memory."""
+    params = {"w": leaf(6, 3), "b": leaf(6), "v": leaf(4, 2)}
+
+    def logits() -> Tensor:
+        w, b = params["w"], params["b"]
+        each = [F.linear(X, w[start:stop], b[start:stop]).tanh() for start, stop in ((0, 4), (2, 6), (1, 5))]
+        return (each[0] * each[1] + each[2] + F.linear(X, w).sin()[:, 2:] + (X.sum(1, keepdim=True) * b[2:])) @ params[
+            "v"
+        ]
+
+    check_mse(params, logits)

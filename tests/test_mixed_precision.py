@@ -191,3 +191,22 @@ def test_a_choice_that_decomposes_matrices_is_refused_in_half_precision_by_layer
 @pytest.mark.parametrize("solver", [local.LocalSteps(3), local.ConditionalGradient(2)], ids=["steps", "Frank-Wolfe"])
 def test_a_spectral_ball_decomposes_half_precision_in_float32(solver: Any, dtype: torch.dtype) -> None:
     _half(lambda m: lw.LocoProp(m, regularizer=_SPECTRAL, solver=solver), dtype)
+
+
+@LOW
+@pytest.mark.parametrize("settings", [{"codes": "sweep", "lr": 0.1, "eps": 1e-3}, {"weights": "memory"}], ids=str)
+def test_codes_under_autocast_move_as_in_float64(low: torch.dtype, settings: Any) -> None:
+    """Codes are held and solved for in float32: within three units of the type's last place, of move and parameter."""
+    x, y = torch.randn(16, 4, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
+    model = net()
+    exact, start = copy.deepcopy(model).double(), [p.detach().double() for p in model.parameters()]
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", low):
+            return F.cross_entropy(model(x), y)
+
+    lw.AltMin(model, **settings).step(loss)
+    lw.AltMin(exact, **settings).step(lambda: F.cross_entropy(exact(x.double()), y))
+    for found, want, before in zip(model.parameters(), exact.parameters(), start, strict=True):
+        size = (want - before).norm() + want.norm()
+        assert (found.double() - want).norm() <= 3 * torch.finfo(low).eps * size

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 __all__ = [
     "Verdict", "all_finite", "as_real", "dense", "empty", "forked_random", "free_memory", "is_finite",
-    "largest_entries", "lazy_copy", "one_on",
+    "largest_entries", "lazy_copy", "norms", "one_on",
     "random_states_of", "set_random_states", "squared", "together_finite", "without_grad", "write_where",
 ]  # fmt: skip
 
@@ -68,15 +69,15 @@ def together_finite(tensors: Iterable[Tensor]) -> bool:
             kinds.setdefault((t.device, t.dtype), []).append(t)
     for (device, _), some in kinds.items():
         if device.type != "cpu":
-            if not bool(torch.isfinite(_largest(some)).all()):
+            if not bool(torch.isfinite(torch.stack(_largest(some))).all()):
                 return False
         elif not bool(torch.isfinite(torch.stack([t.sum() for t in some]).sum())) and not all(map(is_finite, some)):
             return False
     return True
 
 
-def largest_entries(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
-    """The largest |entry| of named tensors, NaN where one is: names and `[names]`, for each device and type.
+def largest_entries(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], list[Tensor]]]:
+    """The largest |entry| of named tensors, NaN where one is: names and a number `[]` each, for each device and type.
 
     The host does not wait.
     """
@@ -90,14 +91,26 @@ def largest_entries(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], 
         yield list(some), _largest(list(some.values()))
 
 
-def _largest(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(list(torch._foreach_norm(tensors, math.inf)))
+def _largest(tensors: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_norm(tensors, math.inf))
+
+
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The Euclidean norm `[]` of each tensor, in float32 for half precision: one launch for tensors of one type."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, t in enumerate(tensors):
+        kinds.setdefault((t.device, t.dtype), []).append(i)
+    found: dict[int, Tensor] = {}
+    for (_, dtype), places in kinds.items():
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+        found |= zip(places, torch._foreach_norm([tensors[i] for i in places], 2, wide), strict=True)
+    return [found[i] for i in range(len(tensors))]
 
 
 class _Question(NamedTuple):
     """Numbers of a `Verdict`, with what was said of them."""
 
-    values: Tensor
+    values: list[Tensor]
     judge: Callable[[list[float]], None]
     places: Sequence[str]
     good: Callable[[Tensor], Tensor] | None
@@ -111,7 +124,7 @@ class Verdict:
         self._error: tuple[type[Exception], tuple[Any, ...]] | None = None  # a raised one would be in a cycle
 
     def ask(
-        self, values: Tensor, judge: Callable[[list[float]], None], places: Sequence[str] = (),
+        self, values: Tensor | Sequence[Tensor], judge: Callable[[list[float]], None], places: Sequence[str] = (),
         good: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Read some numbers with the others. judge: raises where they are bad.
@@ -119,7 +132,8 @@ class Verdict:
         places, good: for `flags`, what is judged and, by the numbers on their device, whether it is well; by default
         where they are finite.
         """
-        self._asked.append(_Question(values.detach().reshape(-1), judge, places, good))
+        parts = [values] if isinstance(values, Tensor) else values
+        self._asked.append(_Question([x.detach().reshape(-1) for x in parts], judge, places, good))
 
     def join(self, other: Verdict) -> None:
         """Read the other's numbers with these."""
@@ -131,14 +145,13 @@ class Verdict:
 
         Only for a verdict whose numbers were all asked with their places.
         """
-        device, plain = self._asked[0].values.device, [each for each in self._asked if each.good is None]
-        found = [] if not plain else [torch.cat([each.values.to(device) for each in plain]).abs() < math.inf]
-        names = [name for each in plain for name in each.places]
-        for values, _, places, good in self._asked:
-            if good is not None:
-                found.append(good(values).to(device))
-                names += places
-        return found[0] if len(found) == 1 else torch.cat(found), names
+        device = self._asked[0].values[0].device
+        plain = [x.to(device) for each in self._asked if each.good is None for x in each.values]
+        finite = iter((torch.cat(plain).abs() < math.inf).split([len(x) for x in plain]) if plain else ())
+        found: list[Tensor] = []
+        for values, _, _, good in self._asked:
+            found += islice(finite, len(values)) if good is None else [good(torch.cat([x.to(device) for x in values]))]
+        return torch.cat(found), [name for each in self._asked for name in each.places]
 
     def read(self) -> None:
         """Judge all numbers; raises the first error, and raises it again whenever it is called."""
@@ -147,14 +160,13 @@ class Verdict:
             raise kind(*args)
         asked, self._asked = self._asked, []
         devices: dict[torch.device, list[Tensor]] = {}
-        for values, *_ in asked:
-            if values.device.type != "cpu":
-                devices.setdefault(values.device, []).append(values)
+        for x in (x for values, *_ in asked for x in values if x.device.type != "cpu"):
+            devices.setdefault(x.device, []).append(x)
         found = {device: iter(torch.cat(some).tolist()) for device, some in devices.items()}
         try:
             for values, judge, *_ in asked:
-                there = found.get(values.device)
-                judge(values.tolist() if there is None else [next(there) for _ in range(len(values))])
+                its = (x.tolist() if x.device.type == "cpu" else islice(found[x.device], len(x)) for x in values)
+                judge([number for some in its for number in some])
         except Exception as error:
             self._error = type(error), error.args
             raise

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
+from layerwise.local.codes.code_step import code_type
 from layerwise.ranks.group import Ranks
 
 __all__ = ["Cuts", "Output"]
@@ -66,7 +67,7 @@ class Cuts:
         shape = [value.dim(), *value.shape, *[0] * (_MOST_AXES - value.dim())]
         header = [out.coupling, out.sparsity, float(out.samples), float(_TYPES.index(value.dtype)), *map(float, shape)]
         message = [torch.tensor(header, dtype=torch.float64, device=self._device), value.contiguous()]
-        code = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        code = torch.empty(value.shape, dtype=code_type(value.dtype), device=value.device)
         self._sent, self._due = True, code
         self._stages.send(self._above, message)
         self._stages.receive(self._above, [code])
@@ -95,7 +96,7 @@ class Cuts:
             self._stages.receive(self._above, [self._due])
         if self._below is not None and self._entry is not None and not self._returned:
             shape, dtype = self._entry
-            nothing = torch.full(shape, float("nan"), dtype=dtype, device=self._device)
+            nothing = torch.full(shape, float("nan"), dtype=code_type(dtype), device=self._device)
             self._stages.send(self._below, [nothing])
 
     def _receive(self) -> tuple[float, float, float, Tensor | None]:

@@ -21,8 +21,8 @@ from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import refuse_unknown
 from layerwise.optim.layer_local.altmin import KEYWORDS, AltMin
 from layerwise.optim.layer_local.choices import first_match
-from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes
-from layerwise.optim.layer_local.coding import coded_layers, hidden_uses, recorded_on_codes
+from layerwise.optim.layer_local.code_fit import CodeFitter, FittedToCodes
+from layerwise.optim.layer_local.coding import Coded, coded_layers, hidden_uses, recorded_on_codes
 from layerwise.optim.layer_local.executors import Executor, Facts, GradientJob, LayerJob, State, executor_of
 from layerwise.optim.layer_local.owners import all_or_none, described
 from layerwise.optim.layer_local.updates import check_group, with_coupling

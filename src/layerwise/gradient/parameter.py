@@ -104,11 +104,10 @@ class ParameterGradient:
 
     def per_sample(self, start: int = 0, stop: int | None = None) -> Tensor:
         """`[V,n,*shape]`: the gradient of each sample from `start` to `stop`, summed over uses."""
-        total: Tensor | None = None
-        for part in self._fewest:
-            value = part.per_sample(start, stop)
-            total = value if total is None else total + value
-        assert total is not None
+        first, *others = self._fewest
+        total = first.per_sample(start, stop)
+        for i, part in enumerate(others):
+            total = part.added(total, start, stop, new=i > 0 or first.is_slice)
         return total
 
     def chunks(self) -> Iterator[Tensor]:

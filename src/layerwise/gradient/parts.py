@@ -38,6 +38,12 @@ class Part:
         """`[V,n,*shape]`: the gradients of the samples from `start` to `stop`."""
         raise NotImplementedError
 
+    is_slice = False  # whether `per_sample` is in new memory, zero outside a slice of the parameter
+
+    def added(self, total: Tensor, start: int, stop: int | None, new: bool) -> Tensor:
+        """`total` and `per_sample`. new: whether `total` may be written."""
+        return total + self.per_sample(start, stop)
+
     def column(self, v: int) -> Part:
         """The contribution to the v-th cotangent alone."""
         raise NotImplementedError
@@ -101,8 +107,24 @@ class RowsPart(_OfSlot):
 
     def per_sample(self, start: int, stop: int | None) -> Tensor:
         """`[V,n,*shape]`: the gradients of the samples from `start` to `stop`."""
+        return self.fold(self._matrices(start, stop))
+
+    def _matrices(self, start: int, stop: int | None) -> Tensor:
+        """`[V,n,K,O,I]`."""
         length = len(range(self.size[1])[start:stop])
-        return self.fold(contract.per_sample(contract.narrow(self.rows, start, length)))
+        return contract.per_sample(contract.narrow(self.rows, start, length))
+
+    @property
+    def is_slice(self) -> bool:  # type: ignore[override]
+        """Whether the rows are those of a slice of the parameter."""
+        return self.laid is None and self.view.axes is None
+
+    def added(self, total: Tensor, start: int, stop: int | None, new: bool) -> Tensor:
+        """`total` and `per_sample`: a slice is added where it lies. new: whether `total` may be written."""
+        if not (new and self.is_slice and total.dtype == self.rows.g.dtype):
+            return super().added(total, start, stop, new)
+        self.view.write(total, self.slot.fold(self._matrices(start, stop)), add=True)
+        return total
 
     def zeros(self, shape: Sequence[int]) -> Tensor:
         """Zeros of the type and on the device of the gradient."""

@@ -3,12 +3,13 @@
 What is measured of a graph (whether a map is elementwise, whether second derivatives are symmetric) decides how it goes
 on, and to read each flag would wait for the device. Of a layout that was seen before, the answers are known but for
 batches that are different in kind; so they are assumed, all flags are read together, and where one is another than
-was assumed, everything is run again with each flag read. Nothing remembered changes a result.
+was assumed, everything is run again with each flag read. Nothing remembered changes a result. Where nothing at all is
+to be waited for, the flags are read with the first result, which is refused where one is another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -25,13 +26,13 @@ class _Answers:
 
     def __init__(self, assumed: tuple[bool, ...] = ()) -> None:
         self._assumed = assumed
-        self._unread: list[Tensor] = []
+        self.unread: list[Tensor] = []
         self.read: list[bool] = []
 
     def of(self, flag: Tensor) -> bool:
-        number = len(self._unread)
+        number = len(self.unread)
         if number < len(self._assumed) and not self.read:
-            self._unread.append(flag.detach().reshape(()))
+            self.unread.append(flag.detach().reshape(()))
             return self._assumed[number]
         self.read.append(bool(flag))
         return self.read[-1]
@@ -39,17 +40,17 @@ class _Answers:
     def hold(self) -> bool:
         """Whether what was assumed is so, in one wait for each device."""
         devices: dict[torch.device, list[int]] = {}
-        for number, flag in enumerate(self._unread):
+        for number, flag in enumerate(self.unread):
             devices.setdefault(flag.device, []).append(number)
         for numbers in devices.values():
-            found = torch.stack([self._unread[i] for i in numbers]).tolist()
+            found = torch.stack([self.unread[i] for i in numbers]).tolist()
             if found != [self._assumed[i] for i in numbers]:
                 return False
         return True
 
     @property
     def all(self) -> tuple[bool, ...]:
-        return (*self._assumed[: len(self._unread)], *self.read)
+        return (*self._assumed[: len(self.unread)], *self.read)
 
 
 _NOW: ContextVar[_Answers | None] = ContextVar("answers", default=None)
@@ -61,11 +62,14 @@ def decided(flag: Tensor) -> bool:
     return bool(flag) if answers is None or flag.device.type == "cpu" else answers.of(flag)
 
 
-def with_assumed_decisions(assumed: tuple[bool, ...] | None, run: Callable[[], R]) -> tuple[R, tuple[bool, ...]]:
+def with_assumed_decisions(
+    assumed: tuple[bool, ...] | None, run: Callable[[], R], later: Callable[[Sequence[Tensor], list[bool]], None] | None
+) -> tuple[R, tuple[bool, ...]]:
     """The result of a function without side effects, and the answers by which it was made, to be assumed the next time.
 
     assumed: the answers of its last run with the same layout, if any. The host waits once for all of them; where one is
-    another now, the function is run again, and waits for each.
+    another now, the function is run again, and waits for each. later: takes the flags, and what was assumed of them, to
+    compare them later; then the host waits only where some was not assumed. None: they are compared now.
     """
     if assumed:
         answers = _Answers(assumed)
@@ -75,6 +79,9 @@ def with_assumed_decisions(assumed: tuple[bool, ...] | None, run: Callable[[], R
             if answers.hold():
                 raise
         else:
+            if later is not None and not answers.read:
+                later(answers.unread, list(answers.all))
+                return found, answers.all
             if answers.hold():
                 return found, answers.all
             del found

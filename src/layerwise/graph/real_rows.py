@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from layerwise.graph.coverage import Graph
+from layerwise.graph.decisions import decided
 from layerwise.graph.probes import away_from_zero
 from layerwise.graph.walk import Node
 from layerwise.losses import Likelihood
@@ -53,10 +54,11 @@ class RealRows:
                 more = _bits(other, its, self.outputs[other.index], samples)
                 bits = bits | more if more.shape == bits.shape else bits
         silent = bits == 0
-        if use.index in self.inputs and bool(silent.any()):  # such as the query of an attention to one key
+        waits = bits.device.type != "cpu"  # to know that nothing is left out, which changes no value
+        if use.index in self.inputs and (waits or bool(silent.any())):  # such as the query of an attention to one key
             bits = torch.where(silent, _bits(use, slot, self.inputs[use.index], samples), bits)
         left_out = bits == _OTHER
-        return ~left_out if bool(left_out.any()) else None
+        return ~left_out if waits or bool(left_out.any()) else None
 
 
 def _bits(use: Use, slot: Any, bits: Tensor, samples: Samples | None) -> Tensor:
@@ -76,7 +78,7 @@ def measure_rows(graph: Graph, likelihoods: Sequence[Likelihood]) -> RealRows | 
     likelihoods: of the known losses. Costs two vector-Jacobian products where a loss term does not count, or a
     selection leaves elements out, and one where no use hears of them.
     """
-    counting = [lik.counting() for lik in likelihoods]
+    counting = [_not_all(lik.counting()) for lik in likelihoods]
     generator = torch.Generator().manual_seed(0)
     own, own_left_out = _boundary(graph, generator)
     selected = [x for node in graph.selections if (x := _left_out(node)) is not None]
@@ -100,6 +102,11 @@ def measure_rows(graph: Graph, likelihoods: Sequence[Likelihood]) -> RealRows | 
         if its.read is not None
     }
     return RealRows(outputs, inputs, _readers(uses))
+
+
+def _not_all(mask: Tensor | None) -> Tensor | None:
+    """The mask, or None where it is True everywhere."""
+    return None if mask is None or decided(mask.all()) else mask
 
 
 def _joined(counts: Tensor | None, other: Tensor) -> Tensor:
@@ -137,7 +144,7 @@ def _boundary(graph: Graph, generator: torch.Generator) -> tuple[list[Any], list
     masks = [
         (edge, ((x != 0) & (g == 0)).to(g.dtype)) for (edge, g), x in zip(sent, found, strict=True) if x is not None
     ]
-    return sent, [(edge, mask) for edge, mask in masks if bool(mask.any())]
+    return sent, [(edge, mask) for edge, mask in masks if decided(mask.any())]
 
 
 def _whole(logits: Tensor, mask: Tensor | bool) -> Tensor:
@@ -154,7 +161,7 @@ def _left_out(node: Node) -> tuple[GradientEdge, Tensor] | None:
     edge = GradientEdge(below, output)
     ones = torch.ones(result.shape, dtype=given.dtype, device=given.device)
     (taken,) = pull([GradientEdge(node, 0)], [ones], [edge])
-    if taken is None or bool((taken != 0).all()):
+    if taken is None or decided((taken != 0).all()):
         return None
     return edge, (taken == 0).to(taken.dtype)
 
@@ -189,7 +196,7 @@ def _answers(uses: Sequence[Use], sources: Sequence[tuple[GradientEdge, Tensor]]
             output = torch.zeros(use.call.out_shape, dtype=torch.bool, device=device)
         else:
             output = _any_feature(g) if _features_last(use) else g != 0
-        if bool(output.any()) or (read is not None and bool(read.any())):
+        if decided(output.any()) or (read is not None and decided(read.any())):
             found[use.index] = _Support(output, read)
     return found
 

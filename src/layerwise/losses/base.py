@@ -7,7 +7,7 @@ The total loss is `L = Σ_r w_r l_r(z_r)`: the term r depends on its own outputs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -18,7 +18,7 @@ from .call import LossCall
 
 __all__ = ["FirstOrder", "Likelihood", "Unread"]
 
-Unread = list[tuple[Tensor, Callable[[list[float]], None]]]
+Unread = list[tuple[Tensor | Sequence[Tensor], Callable[[list[float]], None]]]
 """Numbers that are read with a result, each with what raises where they are bad."""
 
 
@@ -202,8 +202,8 @@ class FirstOrder(Likelihood):
     def counting(self) -> Tensor | None:
         """Bool, broadcastable to the logits, or None."""
         if self.class_axis is not None:
-            return not_all((self._scaled != 0).any(self.class_axis, keepdim=True))
-        return not_all(self._scale != 0) if self._scale.dim() else None
+            return (self._scaled != 0).any(self.class_axis, keepdim=True)
+        return self._scale != 0 if self._scale.dim() else None
 
     def _gradient(self) -> Tensor:
         return self._scaled
@@ -216,11 +216,6 @@ class FirstOrder(Likelihood):
 
     def _sample(self, draws: int, generator: torch.Generator | None) -> Tensor:
         raise Undefined(f"{self.call}: {self._why}")
-
-
-def not_all(mask: Tensor) -> Tensor | None:
-    """The mask, or None where it is True everywhere."""
-    return None if bool(mask.all()) else mask
 
 
 def number(x: Tensor) -> float | Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .base import FirstOrder, Likelihood, _wide, not_all, number
+from .base import FirstOrder, Likelihood, _wide, number
 from .call import LossCall, _expanded
 
 __all__ = ["Elementwise", "elementwise"]
@@ -69,7 +69,7 @@ class Elementwise(Likelihood):
 
     def counting(self) -> Tensor | None:
         """Bool `[*S]`, or None; without weights all elements count."""
-        return not_all(self._weight != 0) if self._weight.dim() else None
+        return self._weight != 0 if self._weight.dim() else None
 
     def weights(self) -> Tensor | None:
         """Of the squared error and the logistic loss."""

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .base import FirstOrder, Likelihood, _wide, not_all, number
+from .base import FirstOrder, Likelihood, _wide, number
 from .call import LossCall
 
 __all__ = ["Softmax", "softmax"]
@@ -165,7 +165,7 @@ class Softmax(Likelihood):
         counts_all = isinstance(terms, float) and terms == masses.total.numel()
         if masses.hard and masses.alpha is None and not self._scale.dim() and counts_all:
             return None
-        return not_all(self._weight != 0)
+        return self._weight != 0
 
     def weights(self) -> Tensor | None:
         """One for all terms without class weights and ignored targets."""

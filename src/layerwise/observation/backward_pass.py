@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -15,9 +15,11 @@ from layerwise.gradient.derived import without_rows
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part, RowsPart, parts_of
 from layerwise.graph.coverage import Graph
+from layerwise.graph.decisions import with_assumed_decisions
 from layerwise.graph.loss_curvature import LossCurvature, loss_curvatures
-from layerwise.graph.real_rows import measure_rows
+from layerwise.graph.real_rows import RealRows, measure_rows
 from layerwise.graph.samples import SampleLayout, measure
+from layerwise.graph.samples.memo import memo_of, recalled, remember
 from layerwise.losses import DeclaredLikelihood, Likelihood
 from layerwise.observation.guards import Room
 from layerwise.observation.union import Batch, Values
@@ -28,6 +30,14 @@ from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
 
 __all__ = ["BackwardPass", "PassSettings"]
+
+R = TypeVar("R")
+
+_ANOTHER_KIND = (
+    'asked for {!r} with on_nonfinite="defer", which waits for nothing, and so assumes that targets are ignored and '
+    "second derivatives vanish where they did in the last batch of this layout; in this one they do elsewhere. Observe "
+    'it again: batches of this layout are waited for from now on, as always with on_nonfinite=None or "raise"'
+)
 
 
 class PassSettings(NamedTuple):
@@ -85,7 +95,9 @@ class BackwardPass:
             self.layout = self._layout_if_shared()
         if self.layout is not None:
             self.graph = self.layout.graph(graph)
-        self._real_rows = measure_rows(graph, known) if any(q.real_rows for q in quantities) else None
+        self._real_rows: RealRows | None = None
+        if asked := [q for q in quantities if q.real_rows]:
+            self._real_rows = self.decided(asked[0], "real rows", lambda: measure_rows(graph, known))
         self.batch = Batch(self._samples(), _terms(declared), _unknown_reduction(declared))
         self.union = self.batch.union(settings.scale)
         numbers = range(len(quantities))
@@ -141,6 +153,32 @@ class BackwardPass:
             with suppress(SamplesMixed, AmbiguousSamples, BadInput):
                 return measure(self.tape, self.graph, self.model, self._settings.samples)
         return self.layout
+
+    def decided(self, quantity: Quantity, what: str, run: Callable[[], R]) -> R:
+        """The result of a function for a quantity; what it decides by numbers is read with an accelerator's one wait.
+
+        The decisions are compared with the first result where nothing is to be waited for, until they were others once.
+        """
+        graph = self.graph
+        if graph.total.device.type == "cpu":
+            return run()
+        calls = tuple((use.call.func, use.call.out_shape, *use.names) for use in graph.uses)
+        key, memo = (what, calls, tuple(map(str, graph.losses))), memo_of(self.model)
+        differed = (*key, "differed")
+
+        def later(flags: Sequence[torch.Tensor], assumed: list[bool]) -> None:
+            def judge(found: list[float]) -> None:
+                if list(map(bool, found)) != assumed:
+                    remember(memo, differed, True)
+                    raise BadInput(_ANOTHER_KIND.format(quantity))
+
+            if flags and graph.unread is not None:
+                graph.unread.append((list(flags), judge))
+
+        waits = self._settings.defer is not True or recalled(memo, differed)
+        found, answers = with_assumed_decisions(recalled(memo, key), run, None if waits else later)
+        remember(memo, key, answers)
+        return found
 
     @cached_property
     def curvatures(self) -> list[LossCurvature]:

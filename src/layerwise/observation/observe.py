@@ -41,7 +41,9 @@ class observe:
     on_nonfinite: "raise" looks for NaN and infinity in the loss, the gradient and the loss's curvature, and for class
     indices out of range, before `backward` returns; an accelerator waits for that once. "defer" waits for nothing:
     `.grad` is then what torch makes of such a batch, and every result raises when it is read, so that none is wrong.
-    None: "raise" on the CPU, which has nothing to wait for, and "defer" elsewhere.
+    What a quantity decides by numbers (whether targets are ignored) it takes as in the last batch of that layout, and
+    refuses others when a result is read. None: "raise" on the CPU, which has nothing to wait for; elsewhere "defer",
+    with one wait for such decisions.
     parameters: names of parameters or of modules that hold them, or patterns with * and ?, as `layers=` of the
     optimizers takes them; only their quantities are computed, and only their gradients are in `seen.grad`. None: all.
     Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed, but for

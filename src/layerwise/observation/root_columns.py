@@ -11,9 +11,7 @@ from torch import Tensor
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part
 from layerwise.graph.coverage import Graph
-from layerwise.graph.decisions import with_assumed_decisions
 from layerwise.graph.loss_curvature import LossCurvature
-from layerwise.graph.samples.memo import memo_of, recalled, remember
 from layerwise.observation.backward_pass import BackwardPass
 from layerwise.quantities.base import Quantity
 from layerwise.tape.pull import pull
@@ -45,7 +43,7 @@ def send_roots(observed: BackwardPass) -> None:
 
 
 def _on_graph(observed: BackwardPass, quantity: Quantity) -> dict[str, tuple[Any, ...]]:
-    """A quantity's values on the graph; what it decides by numbers is read with an accelerator's one wait."""
+    """A quantity's values on the graph."""
     graph, layout = observed.graph, observed.known_layout()
     before = len(graph.unread or ())
 
@@ -53,13 +51,7 @@ def _on_graph(observed: BackwardPass, quantity: Quantity) -> dict[str, tuple[Any
         del (graph.unread or [])[before:]
         return quantity.compute_graph(observed.tape, graph, layout)
 
-    if graph.total.device.type == "cpu":
-        return run()
-    calls = tuple((use.call.func, use.call.out_shape, *use.names) for use in graph.uses)
-    key, memo = (repr(quantity), calls, tuple(map(str, graph.losses))), memo_of(observed.model)
-    found, answers = with_assumed_decisions(recalled(memo, key), run)
-    remember(memo, key, answers)
-    return found
+    return observed.decided(quantity, repr(quantity), run)
 
 
 def _chunk_size(graph: Graph) -> int:

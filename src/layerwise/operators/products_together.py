@@ -20,6 +20,7 @@ Values = Mapping[str, Tensor]
 def products_together(blocks: Mapping[str, Block], values: Mapping[str, Values]) -> dict[str, dict[str, Tensor]]:
     """Of each block by key, what `block.product` gives for its values, tensors by parameter name.
 
+    Of a slice of a parameter, the product is its matrix `[K,O,I]` alone.
     On an accelerator blocks of equal shape are one block of more groups: few launches for all of them, and each result
     is dense, as the multi-tensor operations that read it need it. On the CPU, which gains nothing, each is multiplied
     by itself.
@@ -31,10 +32,15 @@ def products_together(blocks: Mapping[str, Block], values: Mapping[str, Values])
     for keys in alike.values():
         some = [blocks[key] for key in keys]
         if _is_apart(some[0]):
-            found[keys[0]] = some[0].product(some[0].parameter or keys[0], values[keys[0]])
+            found[keys[0]] = _product(some[0], keys[0], values[keys[0]])
         else:
             found |= _as_one(keys, some, values)
     return {key: found[key] for key in blocks}
+
+
+def _product(block: Block, key: str, values: Values) -> dict[str, Tensor]:
+    made = block.product(block.parameter or key, values)
+    return made if block.parameter is None else made | {block.parameter: block.matrix(made[block.parameter])}
 
 
 def _shape_of(key: str, block: Block) -> Any:
@@ -69,7 +75,7 @@ def _as_one(keys: Sequence[str], blocks: Sequence[Block], values: Mapping[str, V
     found = {}
     for key, block, w, b in zip(keys, blocks, weights.unflatten(0, (-1, groups)).unbind(), parts, strict=True):
         name = block.parameter or key
-        found[key] = {name: block.fold(w)}
+        found[key] = {name: block.fold(w) if block.parameter is None else w}
         if b is not None and block.bias is not None:
             found[key][block.bias] = b.flatten()
     return found

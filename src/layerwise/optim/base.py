@@ -28,6 +28,7 @@ from layerwise.optim.saved_state import (
     refuse,
     stamped,
 )  # fmt: skip
+from layerwise.replay.autocast import only_inside
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
 from layerwise.tape.modes import active, end_after
@@ -249,10 +250,9 @@ class NamedOptimizer(torch.optim.Optimizer):
             self._check(group)
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
         random = RandomState({p.device for group in self.param_groups for p in group["params"]}, ("torch",))
-        buffers = Buffers(self._model) if buffers is None else buffers
-        modes = active()
+        buffers, modes = Buffers(self._model) if buffers is None else buffers, active()
         try:
-            loss, where = attempt(closure, buffers)
+            loss, where = only_inside(closure, lambda its: attempt(its, buffers))
             if isinstance(where, Late):
                 self._skips.left(where)
                 return loss

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import Undefined
 from layerwise.ops import writes_first
+from layerwise.replay.autocast import active_autocast, under
 from layerwise.replay.program import ENTRY, CodedTape, Ref
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
@@ -172,7 +173,11 @@ class CodedModel:
         return [torch.zeros_like(c) if g is None else g for c, g in zip(codes.values(), found, strict=True)]
 
     def piece(self, codes: Mapping[int, Tensor], uses: Iterable[int], loss: bool) -> Outputs:
-        """The outputs of some uses, and the loss if asked for, given the codes of all coded uses."""
+        """The outputs of some uses, and the loss if asked for, given the codes of all coded uses.
+
+        Codes of a wider type than the outputs in whose place they are run in the type of those.
+        """
+        codes = {i: code.to(self.tape.predictions[i].dtype) for i, code in codes.items()}
         if self.replays(codes):
             return self._replay(codes, uses, loss)
         return self.substitute(codes)
@@ -180,7 +185,7 @@ class CodedModel:
     def _replay(self, codes: Mapping[int, Tensor], uses: Iterable[int], loss: bool) -> Outputs:
         wanted = frozenset(uses)
         values: dict[int, Any] = {}
-        outputs = Outputs()
+        outputs, now = Outputs(), active_autocast()
         with torch.enable_grad():
             if self._entry is not None:
                 values[self._slot_of_use[ENTRY]] = codes.get(ENTRY, self._entry).clone()  # type: ignore[index]
@@ -192,8 +197,9 @@ class CodedModel:
                     if step.use in wanted:
                         before = (args[0].clone(), *args[1:]) if writes_first(step.func) else args
                         outputs.calls[step.use] = (before, kwargs)
+                    func = step.func if step.autocast == now else under(step.autocast, step.func)
                     with nullcontext() if step.grad else torch.no_grad():
-                        out = step.func(*args, **kwargs)
+                        out = func(*args, **kwargs)
                     result = args[0] if out is None else out
                     for slot, t in zip(step.outputs, (result,) if step.single else result, strict=True):
                         if slot is not None:

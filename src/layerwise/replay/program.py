@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layerwise import ops
 from layerwise.nn.hard import crossed, hard
+from layerwise.replay.autocast import NO_AUTOCAST, Autocast, active_autocast
 from layerwise.tape.calls import RANDOM
 from layerwise.tape.tape import Tape
 
@@ -53,6 +54,7 @@ class Step:
     writes: int | None = None  # the slot that an in-place call overwrites
     use: int | None = None
     grad: bool = True  # whether grad mode was enabled
+    autocast: Autocast = NO_AUTOCAST
 
 
 class CodedTape(Tape):
@@ -181,7 +183,10 @@ class CodedTape(Tape):
             else:
                 outputs.append(None)
         grad = torch.is_grad_enabled()
-        self.program.append(Step(func, step_args, step_kwargs, outputs, single, reads, writes, self._use_index, grad))
+        autocast = active_autocast()
+        self.program.append(
+            Step(func, step_args, step_kwargs, outputs, single, reads, writes, self._use_index, grad, autocast)
+        )
 
     def _template(self, value: Any, reads: set[int]) -> Any:
         if isinstance(value, Tensor):

@@ -59,7 +59,7 @@ class Buffers:
                     raise NonFinite(name)
 
         def good(names: list[str], largest: Tensor) -> Tensor:
-            before = torch.cat([x for _, x in largest_entries({name: floats[name][1] for name in names})])
+            before = torch.stack([x for _, its in largest_entries({n: floats[n][1] for n in names}) for x in its])
             return torch.isfinite(largest) | ~torch.isfinite(before)
 
         for names, largest in largest_entries({name: b for name, (b, _) in floats.items()}):

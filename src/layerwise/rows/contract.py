@@ -323,7 +323,7 @@ def _input_gram(rows: Rows) -> Tensor:
         return rows.g.new_full((k, 1, 1), n * t)
     if rows.a.is_floating_point():
         return _gram(rows.a)
-    return torch.bincount(rows.a.flatten(), minlength=i).to(rows.g.dtype)[None]
+    return pieces.counts_of(rows.a.flatten(), i).to(rows.g.dtype)[None]
 
 
 @without_grad

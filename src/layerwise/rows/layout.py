@@ -149,13 +149,20 @@ class MatrixLayout:
             if not self._in_order:
                 w = w.permute(*range(len(lead)), *(len(lead) + a for a in self.axes))
             return w.reshape((*lead, *self.shape))
-        memory = w.new_zeros((*lead, math.prod(self.shape)))
+        memory = w.new_zeros((*lead, *self.shape))
+        self.write(memory, w)
+        return memory
+
+    def write(self, p: Tensor, w: Tensor, add: bool = False) -> None:
+        """Write `[..., *size]` to its places in a contiguous `[..., *shape]`, or add it to what is there."""
         if self.strides is None:
             assert self.index is not None
-            memory.index_copy_(-1, self.index.on(w.device).flatten(), w.flatten(len(lead)))
+            flat = p.view((*p.shape[: p.dim() - len(self.shape)], -1))
+            put = flat.index_add_ if add else flat.index_copy_
+            put(-1, self.index.on(w.device).flatten(), w.flatten(flat.dim() - 1))
         else:
-            memory.as_strided(w.shape, (*memory.stride()[:-1], *self.strides), self.offset).copy_(w)
-        return memory.view((*lead, *self.shape))
+            there = self.matrix(p)
+            (there.add_ if add else there.copy_)(w)
 
     def matrix(self, p: Tensor) -> Tensor:
         """Tensors `[..., *shape]` as matrices `[..., *size]`; the left inverse of `fold`, a view where it can be."""

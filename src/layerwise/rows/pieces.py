@@ -18,6 +18,7 @@ __all__ = [
     "chosen",
     "chunks",
     "concat",
+    "counts_of",
     "dims",
     "fill",
     "flatten_samples",
@@ -70,12 +71,29 @@ def narrow(rows: Rows, start: int, length: int) -> Rows:
 
 
 def chosen(rows: Rows, mask: Tensor) -> Rows:
-    """Rows for sums over the inputs of those that a mask `[N,T]` chooses: the others are zero, or left out."""
+    """Rows for sums over the inputs of those that a mask `[N,T]` chooses: the others are zero (index -1), or left out.
+
+    They are left out on the CPU alone: how many remain, an accelerator would have to be waited for.
+    """
+    others = ~mask[:, :, None, None]
     if isinstance(rows, Windows) and not rows.laid_out:
         make = rows.make
-        return Windows(lambda low, high: make(low, high) * mask[low:high, :, None, None], rows.g, rows.size_in)
+        return Windows(lambda low, high: make(low, high).masked_fill(others[low:high], 0), rows.g, rows.size_in)
+    if rows.g.device.type != "cpu":
+        if rows.a is None:
+            return Rows((~others).to(rows.g.dtype).expand(-1, -1, rows.g.shape[3], 1), rows.g, 1)
+        kept = rows.a.masked_fill(others, 0) if rows.a.is_floating_point() else rows.a.masked_fill(~mask, -1)
+        return Rows(kept, rows.g, rows.size_in)
     a = None if rows.a is None else rows.a[mask][None]
     return Rows(a, rows.g[0][mask][None, None], rows.size_in)
+
+
+def counts_of(index: Tensor, size: int) -> Tensor:
+    """How often each number below `size` is in an index, where -1 is none of them; on an accelerator without a wait."""
+    if index.device.type == "cpu":
+        return torch.bincount(index, minlength=size)
+    counts = index.new_zeros(size + 1)
+    return counts.index_add_(0, index % (size + 1), torch.ones_like(index))[:size]
 
 
 def in_pieces(rows: Rows, times: int = 1) -> Iterator[Rows]:

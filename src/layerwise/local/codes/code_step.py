@@ -25,9 +25,14 @@ from layerwise.operators.ridge import ridge
 from layerwise.replay.coded import CodedModel
 from layerwise.tensors import without_grad
 
-__all__ = ["CodeStep", "Terms", "code_energy", "sweep"]
+__all__ = ["CodeStep", "Terms", "code_energy", "code_type", "sweep"]
 
 NONE: Mapping[int, Tensor] = {}
+
+
+def code_type(output: torch.dtype) -> torch.dtype:
+    """The type of the codes of outputs of a type: at least float32, or small steps would be rounded away."""
+    return torch.promote_types(output, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,10 @@ def sweep(
 ) -> dict[int, Tensor]:
     """Move every code from its start, the last first, each with the codes above it already moved.
 
-    start: the layers' outputs by use index, `[*out_shape]`. given: codes that were moved elsewhere. Returns all codes.
+    start: the layers' outputs by use index, `[*out_shape]`. given: codes that were moved elsewhere. Returns all codes,
+    in `code_type` of the outputs.
     """
-    codes = {**{i: z.detach() for i, z in start.items()}, **given}
+    codes = {**{i: z.detach().to(code_type(z.dtype)) for i, z in start.items()}, **given}
     readers = coded.consumers(codes)
     for index in sorted(codes.keys() - given.keys(), reverse=True):
         moved = None
@@ -147,7 +153,6 @@ def _closed(
     if at_loss or not uses or not all(m in codes and coded.reads_directly(m, index, F.linear) for m in uses):
         return None
     z, own = codes[index], step.own * terms.coupling[index]
-    refuse_half(", ".join(sorted(coded.uses[index].names)), z, ('CodeStep(solve="closed")',))
     u = (terms.multipliers or NONE).get(index)
     size = z.shape[-1]
     curvature, right = z.new_zeros(size, size), (own + step.prox) * z
@@ -155,6 +160,7 @@ def _closed(
     for m in uses:
         call = coded.uses[m].call
         bound = dict(zip(("input", "weight", "bias"), call.args, strict=False)) | call.kwargs
+        refuse_half(", ".join(sorted(coded.uses[m].names)), bound["weight"], ('CodeStep(solve="closed")',))
         weight, bias, mu = bound["weight"].detach(), bound.get("bias"), terms.coupling[m]
         aim = terms.aim(m, codes[m])
         aim = aim if bias is None else aim - bias.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from layerwise.graph.coverage import prove
 from layerwise.graph.loss_curvature import loss_curvatures, resolved
 from layerwise.graph.probes import join, split
 from layerwise.graph.samples import measure
+from layerwise.local.codes.code_step import code_type
 from layerwise.local.layers.record import Recorded
+from layerwise.local.layers.term_weights import WrongAssumption
 from layerwise.local.problem import refuse_half
 from layerwise.losses import Unread
 from layerwise.operators.ridge import by_cholesky, ridge
@@ -25,7 +28,7 @@ from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
 from layerwise.tensors import Verdict, without_grad
 
-__all__ = ["PulledRoots", "damped_cotangents", "pulled_roots"]
+__all__ = ["AssumedCodes", "PulledRoots", "WrongCodes", "damped_cotangents", "pulled_roots"]
 
 
 class PulledRoots(NamedTuple):
@@ -38,16 +41,56 @@ class PulledRoots(NamedTuple):
     unread: Unread | None
 
 
+class WrongCodes(WrongAssumption):
+    """A factorization of codes that was assumed to be sound is not."""
+
+
+class AssumedCodes(NamedTuple):
+    """What codes assume on an accelerator, until it is read: that Cholesky's factorizations of them are sound.
+
+    sound: whether they are; unread: of the loss. exact: the run with codes that assume nothing.
+    """
+
+    sound: list[Tensor]
+    unread: Unread
+    exact: Callable[[], Recorded]
+
+    def ask(self, verdict: Verdict) -> None:
+        """Read it with other numbers; WrongCodes where the exact run is to be taken."""
+
+        def judge(found: list[float]) -> None:
+            if not all(found):
+                raise WrongCodes
+
+        for values, judge_loss in self.unread:
+            verdict.ask(values, partial(_quietly, judge_loss))
+        verdict.ask(self.sound, judge)
+
+    def settled(self, run: Recorded) -> Recorded:
+        """The run, or the exact one, after one wait."""
+        verdict = Verdict()
+        self.ask(verdict)
+        try:
+            verdict.read()
+        except WrongCodes:
+            return self.exact()
+        return run
+
+
+def _quietly(judge: Callable[[list[float]], None], found: list[float]) -> None:
+    with suppress(NonFinite):  # the cotangents are NaN then, too, and the batch is skipped
+        judge(found)
+
+
 def damped_cotangents(
-    recorded: Recorded,
-    roots: PulledRoots,
-    gamma: Callable[[str], float],
-) -> Recorded:
+    recorded: Recorded, roots: PulledRoots, gamma: Callable[[str], float]
+) -> tuple[Recorded, AssumedCodes | None]:
     """The run with cotangents `−d/γ` of the Gauss-Newton displacements d, of each sample at each use on its own.
 
         d = argmin g·d + ½ dᵀ S Sᵀ d + |d|²/2γ = −γ (g − S (I/γ + SᵀS)⁻¹ Sᵀ g)
 
-    gamma: γ of a layer's name, B/μ. Where curvature is small, d is `codes="jacobi"`'s.
+    gamma: γ of a layer's name, B/μ. The second result: what is assumed on an accelerator. Where curvature is small, d
+    is `codes="jacobi"`'s.
     Source: Schraudolph (2002) for the Gauss-Newton matrix; Woodbury's identity.
     """
     sound: list[Tensor] = []
@@ -69,15 +112,8 @@ def damped_cotangents(
         return replace(recorded, cotangents=cotangents)
 
     if recorded.loss.device.type == "cpu":
-        return solved(ridge)
-    found, held, verdict = solved(late), list[float](), Verdict()
-    for values, judge in roots.unread or ():
-        verdict.ask(values, judge)
-    if sound:
-        verdict.ask(torch.stack(sound), held.extend)
-    with suppress(NonFinite):  # the cotangents are NaN then, too, and the batch is skipped
-        verdict.read()
-    return found if all(held) else solved(ridge)
+        return solved(ridge), None
+    return solved(late), AssumedCodes(sound, roots.unread or [], partial(solved, ridge))
 
 
 @without_grad
@@ -85,7 +121,11 @@ def _damped(
     g: Tensor, columns: Tensor, samples: Samples | RowNumbers, gamma: float,
     solve: Callable[[Tensor, Tensor, float], Tensor],
 ) -> Tensor:  # fmt: skip
-    """The damped cotangent; NaN where the solve fails, so that the batch is skipped."""
+    """The damped cotangent; NaN where the solve fails, so that the batch is skipped.
+
+    In at least float32, also where autocast made activations of fewer digits.
+    """
+    g, columns = (x.to(code_type(x.dtype)) for x in (g, columns))
     rows = _by_sample(g[None], samples)  # [N,1,F]
     s = _by_sample(columns, samples)  # [N,V,F]
     try:

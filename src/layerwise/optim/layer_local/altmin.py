@@ -13,14 +13,15 @@ from layerwise.errors import BadInput
 from layerwise.graph.samples import said_count
 from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
+from layerwise.local.codes.gauss_newton import AssumedCodes, WrongCodes
 from layerwise.local.layers.record import Recorded, record
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.values import Solver
 from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import Keywords, refuse_unknown
-from layerwise.optim.layer_local.base import Fitting
-from layerwise.optim.layer_local.code_fit import Coded, CodeFitter, FittedToCodes
+from layerwise.optim.layer_local.code_fit import CodeFitter, FittedToCodes
 from layerwise.optim.layer_local.coding import (
+    Coded,
     coded_layers,
     gauss_newton,
     hidden_uses,
@@ -178,13 +179,21 @@ class AltMin(FittedToCodes):
     ) -> tuple[Tensor, str | Late | None]:
         """Record a run with codes, and fit the layers to them."""
         coded = self._record(closure, samples)
-        return self._fit(coded, self._fitting(coded.run, samples), buffers, refit)
+        return self._fit(coded, samples, buffers, refit)
 
     @without_grad
-    def _fit(self, coded: Coded, fitting: Fitting, buffers: Buffers, refit: bool) -> tuple[Tensor, str | Late | None]:
+    def _fit(
+        self, coded: Coded, samples: int | Tensor | None, buffers: Buffers, refit: bool
+    ) -> tuple[Tensor, str | Late | None]:
         """Fit the layers to their codes; roll back where a solution is not finite."""
-        fitter, run = self._fitter, coded.run
-        where, late = self._safe(run, partial(fitter.gamma, fitting), buffers, fitter.solvers(fitting), True)
+        fitter, fitting = self._fitter, self._fitting(coded.run, samples)
+        late = self._late(coded.run, buffers, fitter.solvers(fitting), assumes=True)
+        if coded.assumed is not None:
+            if late is None or late.deferred:
+                return self._fit(coded.settled(), samples, buffers, refit)
+            coded.assumed.ask(late.verdict)
+        run = coded.run
+        where = self._unsafe(run, partial(fitter.gamma, fitting), buffers, late)
         if where is not None:
             return run.loss, where
         layers = [layer for layer in run.layers if not refit or layer.likelihood is not None]
@@ -197,23 +206,32 @@ class AltMin(FittedToCodes):
         def finish() -> None:
             self._averages = self._averages | fitting.new_averages
 
-        return run.loss, fitter.fit(fitting, coded, layers, self, self._executor, finish, refit, late)
+        try:
+            return run.loss, fitter.fit(fitting, coded, layers, self, self._executor, finish, refit, late)
+        except WrongCodes:
+            assert coded.assumed is not None
+            exact = coded._replace(run=coded.assumed.exact(), assumed=None)
+            return self._fit(exact, samples, buffers, refit)
 
     # -- codes -------------------------------------------------------------------------------------------------
 
     def _record(self, closure: Callable[[], Tensor], samples: int | Tensor | None) -> Coded:
         """A run of the closure with moved codes."""
         codes, gamma = self._fitter.codes, lambda run, name: self._fitter.gamma(self._fitting(run, samples), name)
+        assumed: AssumedCodes | None = None
         if codes == "sweep":
             return self._record_sweep(closure, samples)
         if codes == "gauss-newton":
-            run, plain = gauss_newton(self._model, closure, self._ours, gamma, self._kinds, samples)
+            run, plain, assumed = gauss_newton(self._model, closure, self._ours, gamma, self._kinds, samples)
         else:
             run = plain = record(self._model, closure, self._ours, matrices=True, crosses=True, kinds=self._kinds)
         if any(group["code_l1"] for group in self.param_groups):
             fitting = self._fitting(run, samples)
-            run = sparse(run, partial(self._fitter.gamma, fitting), partial(self._fitter.threshold, fitting))
-        return Coded(run, slopes=partial(weight_gradients, plain))
+            numbers = partial(self._fitter.gamma, fitting), partial(self._fitter.threshold, fitting)
+            run, dense = sparse(run, *numbers), assumed
+            if dense is not None:
+                assumed = dense._replace(exact=lambda: sparse(dense.exact(), *numbers))
+        return Coded(run, slopes=partial(weight_gradients, plain), assumed=assumed)
 
     def _record_sweep(self, closure: Callable[[], Tensor], samples: int | Tensor | None) -> Coded:
         """Move the codes from the output to the input, and record the layers on them."""

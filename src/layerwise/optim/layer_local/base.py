@@ -69,7 +69,7 @@ class Fitting:
         return self.groups[id(self.run.tape.parameters[name])]
 
     def local_optimizer(self, params: list[Tensor], rates: Rates) -> tuple[Any, torch.optim.Optimizer]:
-        """The class of a layer's local optimizer and the instance, kept from step to step, with settings from `rates`."""
+        """The class of a layer's local optimizer and the instance, which is kept, with present settings by `rates`."""
         owner = self.groups[id(params[0])]
         kind, settings = rates(owner)
         key = (kind, *map(id, params))
@@ -272,18 +272,11 @@ class LayerLocal(NamedOptimizer):
     def _tell(self, error: BaseException) -> None:
         self._executor.fail(error)
 
-    def _safe(
-        self,
-        run: Recorded,
-        gamma: Callable[[str], float],
-        buffers: Buffers,
-        solvers: Iterable[Any],
-        assumes: bool = False,
-    ) -> tuple[str | None, Late | None]:
-        """The reason not to step on a batch, or None; or what judges it with the solution.
+    def _late(self, run: Recorded, buffers: Buffers, solvers: Iterable[Any], assumes: bool = False) -> Late | None:
+        """What judges a batch with its solution, where an accelerator would wait, or the verdict is deferred.
 
-        The latter where an accelerator would wait, or the verdict is deferred; all layers' solvers may be judged at the
-        end, and no other process takes part. assumes: whether a step is computed again where a solver assumed wrongly.
+        None where a layer's solver may not be judged at the end, or another process takes part. assumes: whether a step
+        is computed again where a solver assumed wrongly.
         """
         here, deferred = run.loss.device.type == "cpu", self._on_nonfinite == "defer"
         alone = isinstance(self._executor, LocalExecutor) and bool(run.layers or run.gradients)
@@ -291,11 +284,14 @@ class LayerLocal(NamedOptimizer):
         late = alone and (deferred or not here) and all(
             isinstance(s, LocalSteps) or (assumes and getattr(s, "judged_late", False)) for s in solvers
         )  # fmt: skip
-        if not late:
-            return self._agreed(run, unsafe(run, gamma) or buffers.spoiled()), None
-        found = Late(buffers, deferred and self._defers(run))
-        ask_safe(found.verdict, run, gamma)
-        return None, found
+        return Late(buffers, deferred and self._defers(run)) if late else None
+
+    def _unsafe(self, run: Recorded, gamma: Callable[[str], float], buffers: Buffers, late: Late | None) -> str | None:
+        """The reason not to step on a batch, or None, also where it is judged late."""
+        if late is None:
+            return self._agreed(run, unsafe(run, gamma) or buffers.spoiled())
+        ask_safe(late.verdict, run, gamma)
+        return None
 
     def _defers(self, run: Recorded) -> bool:
         """Whether a device can take back the step of a run, with nothing of it on the host.

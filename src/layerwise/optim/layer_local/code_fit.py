@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.local.codes.code_step import CodeStep, Terms
 from layerwise.local.codes.coupling import Coupling
+from layerwise.local.codes.gauss_newton import WrongCodes
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.record import Recorded, problem_of, single_count
 from layerwise.local.layers.term_weights import TermWeights, WrongAssumption
@@ -24,6 +25,7 @@ from layerwise.optim.base import NamedOptimizer
 from layerwise.optim.deferred import Late, completed
 from layerwise.optim.keywords import refuse_idle
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, solved
+from layerwise.optim.layer_local.coding import Coded
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
 from layerwise.optim.layer_local.snapshot import Snapshot
 from layerwise.optim.layer_local.stale import Stale
@@ -49,18 +51,7 @@ from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import Verdict, without_grad
 
-__all__ = ["CodeFitter", "Coded", "FittedToCodes"]
-
-
-class Coded(NamedTuple):
-    """A run with codes: at every use with one, the cotangent is `−1/γ` times the displacement of the code, γ = B/μ.
-
-    codes: those of a sweep, by use index. slopes: the gradients of the layers' weights by backpropagation.
-    """
-
-    run: Recorded
-    codes: Mapping[int, Tensor] = {}
-    slopes: Callable[[], Mapping[str, Tensor]] = dict
+__all__ = ["CodeFitter", "FittedToCodes"]
 
 
 class CodeFitter:
@@ -193,6 +184,8 @@ class CodeFitter:
         self._assuming = None if late is None or late.again else late.verdict
         try:
             where = solved(solve_all, snapshot, executor, note, optimizer, late)
+        except WrongCodes:
+            raise
         except WrongAssumption:
             assert late is not None
             return self.fit(fitting, coded, layers, optimizer, executor, finish, refit, late.anew())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from layerwise.graph.coverage import prove
 from layerwise.graph.samples import count
 from layerwise.local.codes.code_step import CodeStep, Terms, sweep
-from layerwise.local.codes.gauss_newton import damped_cotangents, pulled_roots
+from layerwise.local.codes.gauss_newton import AssumedCodes, damped_cotangents, pulled_roots
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.record import Recorded, may_be_finite, pulled
@@ -29,6 +29,7 @@ from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, without_grad
 
 __all__ = [
+    "Coded",
     "coded_layers",
     "gauss_newton",
     "hidden_uses",
@@ -42,6 +43,23 @@ __all__ = [
 Ours = Callable[[Tensor], bool]
 
 
+class Coded(NamedTuple):
+    """A run with codes: at every use with one, the cotangent is `−1/γ` times the displacement of the code, γ = B/μ.
+
+    codes: those of a sweep, by use index. slopes: the gradients of the layers' weights by backpropagation. assumed:
+    what the codes assume, or None.
+    """
+
+    run: Recorded
+    codes: Mapping[int, Tensor] = {}
+    slopes: Callable[[], Mapping[str, Tensor]] = dict
+    assumed: AssumedCodes | None = None
+
+    def settled(self) -> Coded:
+        """Codes that assume nothing; waits where they do."""
+        return self if self.assumed is None else self._replace(run=self.assumed.settled(self.run), assumed=None)
+
+
 def gauss_newton(
     model: nn.Module | Mapping[str, Tensor],
     closure: Callable[[], Tensor],
@@ -49,8 +67,8 @@ def gauss_newton(
     gamma: Callable[[Any, str], float],
     kinds: Kinds | None = None,
     samples: int | Tensor | None = None,
-) -> tuple[Recorded, Recorded]:
-    """A run with damped Gauss-Newton cotangents, and the same run with the loss's own.
+) -> tuple[Recorded, Recorded, AssumedCodes | None]:
+    """A run with damped Gauss-Newton cotangents, the same run with the loss's own, and what the former assumes.
 
     gamma: γ of a run and a layer's name. samples: as the user says. Backward calls of the closure are left out. Raises
     as `pulled_roots`.
@@ -61,8 +79,10 @@ def gauss_newton(
     check_loss(loss)
     plain = pulled(tape, loss, ours, matrices=True, kinds=kinds)
     if not plain.layers:
-        return plain, plain
-    return damped_cotangents(plain, pulled_roots(model, plain, loss, samples), lambda name: gamma(plain, name)), plain
+        return plain, plain, None
+    roots = pulled_roots(model, plain, loss, samples)
+    found, assumed = damped_cotangents(plain, roots, lambda name: gamma(plain, name))
+    return found, plain, assumed
 
 
 @without_grad
@@ -145,6 +165,9 @@ def recorded_on_codes(
     rest = {n: p for n, p in coded.tape.parameters.items() if n not in inside and ours(p)}
     found = torch.autograd.grad(objective, [*(out.predictions[i] for i in every), *rest.values()], allow_unused=True)
     cotangents = {i: g for i, g in zip(every, found, strict=False) if g is not None}
+    # nothing but its own term reads the output under a code: written out, for in half precision small ones vanish
+    cotangents |= {i: terms.coupling[i] / terms.batch * (out.predictions[i].detach() - terms.aim(i, code))
+                   for i, code in codes.items() if i in cotangents}  # fmt: skip
     moved = []
     for layer in layers:
         if layer.has_rows and any(part.use.index in cotangents for part in layer.parts):

@@ -227,8 +227,8 @@ class LocoProp(LayerLocal):
         targets = {layer.name: fitting.target(layer, choices.of(layer.name).target) for layer in run.layers}
         fitting.unit = Units(run, lambda name: targets.get(name, choices.of(name).target)).of
         solvers = [choices.of(layer.name).solver if rerun is None else rerun for layer in run.layers]
-        where, late = self._safe(run, partial(_gamma, fitting), buffers, solvers)
-        if where is not None:
+        late = self._late(run, buffers, solvers)
+        if (where := self._unsafe(run, partial(_gamma, fitting), buffers, late)) is not None:
             return run.loss, where
         plans = [_plan(fitting, choices.of(layer.name), targets[layer.name], layer) for layer in run.layers]
         _warn_of_stand_ins(plans, self._warned)

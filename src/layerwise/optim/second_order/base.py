@@ -20,7 +20,6 @@ from layerwise.optim.second_order.preconditioner import Preconditioner
 from layerwise.optim.second_order.trust import (
     AFTER_STEP,
     ExactGGN,
-    ask_after,
     ask_safe,
     best_step,
     bound,
@@ -140,7 +139,6 @@ class CurvatureOptimizer(NamedOptimizer):
         """Move along a run, or give the reason not to."""
         if self._reads_late(run):
             late = Late(buffers, self._on_nonfinite == "defer")
-            ask_safe(late.verdict, run.watched, run.loss, run.gradients, run.damping)
             return run.loss, self._move(run, late)
         if not is_finite(run.loss) and run.watched.bad is None:
             run.watched.bad = "the loss"
@@ -229,7 +227,7 @@ class CurvatureOptimizer(NamedOptimizer):
             directions = self.preconditioner.precondition(run.gradients)
             groups = {name: run.groups[name] for name in directions}
             if run.rerun is None:
-                made = self._step_at_rate(named, groups, run.gradients, directions, late)
+                made = self._step_at_rate(run, groups, directions, late)
             else:
                 with run.rerun:
                     made = self._step_by_quadratic_model(named, groups, run, directions)
@@ -251,13 +249,13 @@ class CurvatureOptimizer(NamedOptimizer):
         return None if late is None or late.good is None else late
 
     def _step_at_rate(
-        self, named: Values, groups: dict[str, dict[str, Any]], gradients: Values, directions: Values,
-        late: Late | None,
-    ) -> str | Callable[[], None]:  # fmt: skip
+        self, run: _Run, groups: dict[str, dict[str, Any]], directions: Values, late: Late | None
+    ) -> str | Callable[[], None]:
         """M ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m: what writes them, or the reason not to.
 
         late: what has not been judged before, or None.
         """
+        named, gradients = run.named, run.gradients
         factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, late is not None)
         before = {name: self.state.get(named[name], {}).get("momentum") for name in directions}
         values, buffers = descend(named, directions, before, factor, groups)
@@ -265,7 +263,7 @@ class CurvatureOptimizer(NamedOptimizer):
         if late is None and not all_finite(after):
             return AFTER_STEP
         if late is not None:
-            ask_after(late.verdict, after)
+            ask_safe(late.verdict, run.watched, run.loss, gradients, run.damping, after)
             if (where := late.reason()) is not None or late.deferred:
                 return where or partial(write_late, late, self.state, named, values, buffers)
 

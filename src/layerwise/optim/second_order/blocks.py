@@ -118,12 +118,15 @@ class Blocks:
             if own := {n: grads[n] for n in (block.parameter or key, block.bias) if n is not None and n in grads}:
                 held[key], mine[key] = block, own
         values = {key: _values(block.parameter or key, block, mine[key]) for key, block in held.items()}
+        whole: dict[str, Tensor] = {}
         for key, made in products_together(held, values).items():
-            block, name = held[key], held[key].parameter or key
-            if block.parameter is not None:  # a slice: the rest of the gradient is unchanged
-                like = block.like
-                made[name] = out[name].to(like.dtype) - block.fold(block.matrix(values[key][name])) + made[name]
-            out |= {n: made[n].reshape(g.shape).to(g.dtype) for n, g in mine[key].items()}
+            block, name = held[key], held[key].parameter
+            if name is not None and block.layout is not None:  # a slice: the rest of the gradient is unchanged
+                if name not in whole:
+                    whole[name] = values[key][name].clone(memory_format=torch.contiguous_format)
+                block.layout.write(whole[name], made.pop(name))
+            whole |= made
+        out |= {n: made.reshape(grads[n].shape).to(grads[n].dtype) for n, made in whole.items() if n in grads}
         return exchange.updates(self.averages, out)
 
     # -- what it says --------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from layerwise.optim.second_order.settings import (
 from layerwise.optim.second_order.trust import unsafe
 from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, WatchedBatch
 from layerwise.quantities.base import Quantity
+from layerwise.replay.autocast import NO_AUTOCAST, autocast_as
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import dense, without_grad
@@ -216,7 +217,7 @@ class Preconditioner:
 
     def step(self) -> bool:
         """Overwrite `.grad` with the preconditioned gradient; False where the batch was skipped. Threads take turns."""
-        with self._turn:
+        with self._turn, autocast_as(NO_AUTOCAST):
             try:
                 return self._step()
             except BaseException as error:
@@ -290,8 +291,7 @@ class Preconditioner:
                 blocks = blocks.of_parameters(named_parameters_of(self.model))
             blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self.exchange)
             self._left, self._asked = frozenset(watched.left or ()), watched.asked
-        due = self.inverts_next
-        self.blocks = blocks.inverted(new, due, damping, self.damping_form, self.exchange)
+        self.blocks = blocks.inverted(new, self.inverts_next, damping, self.damping_form, self.exchange)
         self.steps += 1
 
     @property

@@ -6,7 +6,7 @@ Sums over parameters are in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.sums import tensors_of
 from layerwise.replay.rerun import Rerun
 from layerwise.tape.uses import first_bad_call
-from layerwise.tensors import Verdict, is_finite, largest_entries, one_on
+from layerwise.tensors import Verdict, is_finite, norms
 
 __all__ = [
-    "AFTER_STEP", "ExactGGN", "ask_after", "ask_safe", "best_step", "bound", "clip_factor", "combined", "descend",
+    "AFTER_STEP", "ExactGGN", "ask_safe", "best_step", "bound", "clip_factor", "combined", "descend",
     "dot", "levenberg_marquardt", "predicted_change", "unsafe", "write_late",
 ]  # fmt: skip
 
@@ -37,15 +37,21 @@ def dot(one: Mapping[str, Tensor], two: Mapping[str, Tensor], weights: Mapping[s
     if not one:
         return 0.0
     device = next(iter(one.values())).device
-    dots = torch.stack([(x * two[name]).sum().to(device, _widest(device)) for name, x in one.items()]).tolist()
+    products = ((_widened(x) * _widened(two[name])).sum() for name, x in one.items())
+    dots = torch.stack([x.to(device, _widest(device)) for x in products]).tolist()
     return sum(d * (1.0 if weights is None else weights[name]) for name, d in zip(one, dots, strict=True))
 
 
-def _sum_of_dots(one: Mapping[str, Tensor], two: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    """Sum over some parameters of <one, two>, in a few launches whatever their number, without a wait."""
-    products = torch._foreach_mul([one[name] for name in names], [two[name] for name in names])
+def _weighted_dot(one: Mapping[str, Tensor], two: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """As `dot`, in a few launches whatever the number of parameters, without a wait."""
+    products = torch._foreach_mul([_widened(x) for x in one.values()], [_widened(two[name]) for name in one])
+    torch._foreach_mul_(products, [weights[name] for name in one])
     device = products[0].device
     return torch.cat([x.reshape(-1).to(device) for x in products]).sum(dtype=_widest(device))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # or small products vanish
 
 
 def _widest(device: torch.device) -> torch.dtype:
@@ -64,13 +70,9 @@ def clip_factor(
     if clip is None or not directions:
         return 1.0
     if late:
-        alike: dict[float, list[str]] = {}
-        for name in directions:
-            alike.setdefault(rates[name] ** 2, []).append(name)
-        sizes = [square / clip * _sum_of_dots(directions, gradients, names) for square, names in alike.items()]
-        size = sizes[0] if len(sizes) == 1 else torch.stack(sizes).sum()
-        # the root of a negative form is NaN, which fmin leaves out; that of -0.0 is -infinity
-        return torch.fmin(size.rsqrt().abs(), one_on(size.device))
+        size = _weighted_dot(directions, gradients, {name: rate**2 / clip for name, rate in rates.items()})
+        first = next(iter(directions.values()))  # multi-tensor operations take a number of their own type alone
+        return torch.rsqrt(size.clamp(min=1), out=first.new_empty(()))
     return bound(dot(directions, gradients, {name: rate**2 for name, rate in rates.items()}), clip)
 
 
@@ -136,17 +138,6 @@ def levenberg_marquardt(damping: float, ratio: float, every: int) -> float:
     return min(max(damping, _LEAST), _MOST)
 
 
-def ask_after(verdict: Verdict, after: Sequence[Tensor]) -> None:
-    """For what a step would write, when the verdict is read; NonFinite then holds the words."""
-
-    def judge(largest: list[float]) -> None:
-        if not all(map(math.isfinite, largest)):
-            raise NonFinite(AFTER_STEP)
-
-    for names, largest in largest_entries({str(i): t for i, t in enumerate(after)}):
-        verdict.ask(largest, judge, [AFTER_STEP] * len(names))
-
-
 def descend(
     named: Mapping[str, Tensor],
     directions: Mapping[str, Tensor],
@@ -164,9 +155,10 @@ def descend(
     for name in directions:
         lr, momentum, decay = (groups[name][key] for key in ("lr", "momentum", "weight_decay"))
         momentum = 0.0 if before[name] is None else momentum
-        alike.setdefault((lr, momentum, decay), []).append(name)
-    for (lr, momentum, decay), names in alike.items():
+        alike.setdefault((lr, momentum, decay, named[name].device, named[name].dtype), []).append(name)
+    for (lr, momentum, decay, *kind), names in alike.items():
         ps, ds = [named[n] for n in names], [directions[n] for n in names]
+        factor = factor.to(*kind) if isinstance(factor, Tensor) else factor
         olds = [m for n in names if (m := before[n]) is not None] if momentum else []
         if not olds or isinstance(factor, Tensor):
             ms = torch._foreach_mul(ds, factor)
@@ -227,58 +219,64 @@ def unsafe(watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str
     """The first reason not to step on a batch, or None."""
     if watched.bad is not None:
         return watched.bad
-    for asked in (_ask_gradient(watched, grads, damping), _ask_curvature(watched)):
-        verdict = Verdict()
-        for each in asked:
-            verdict.ask(*each)
-        if (where := verdict.reason(NonFinite) or watched.suspect) is not None:
-            return where
-    return None
+    grads_asked, curvature_asked = Verdict(), Verdict()
+    _ask_gradient(grads_asked, watched, grads, damping, norms(list(grads.values())))
+    where = grads_asked.reason(NonFinite) or watched.suspect
+    if where is None:
+        _ask_curvature(curvature_asked, watched)
+        where = curvature_asked.reason(NonFinite)
+    return where
 
 
 def ask_safe(
-    verdict: Verdict, watched: Watched, loss: Tensor, grads: Mapping[str, Tensor], damping: Callable[[str], float]
-) -> None:
-    """As `unsafe`, and for the loss, when the verdict is read; NonFinite then holds the reason."""
+    verdict: Verdict, watched: Watched, loss: Tensor, grads: Mapping[str, Tensor], damping: Callable[[str], float],
+    after: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """As `unsafe` of a batch that measured no curvature, when the verdict is read; NonFinite then holds the reason.
+
+    Asks for the loss too, and for what the step would write, `after`.
+    """
 
     def judge_loss(found: list[float]) -> None:
         if not math.isfinite(found[0]):
             raise NonFinite(first_bad_call(watched.uses) or "the loss")
 
+    def judge_after(sizes: list[float]) -> None:
+        for x, size in zip(after, sizes, strict=True):
+            if not math.isfinite(size) and not is_finite(x):
+                raise NonFinite(AFTER_STEP)
+
+    sizes = norms([*grads.values(), *after])
     verdict.ask(loss, judge_loss, ["the loss"])
-    for asked in (*_ask_gradient(watched, grads, damping), *_ask_curvature(watched)):
-        verdict.ask(*asked)
+    _ask_gradient(verdict, watched, grads, damping, sizes[: len(grads)])
+    verdict.ask(sizes[len(grads) :], judge_after, [AFTER_STEP] * len(after))
 
 
-Asked = Iterator[
-    tuple[Tensor, Callable[[list[float]], None], Sequence[str]]
-    | tuple[Tensor, Callable[[list[float]], None], Sequence[str], Callable[[Tensor], Tensor]]
-]
+def _ask_gradient(
+    verdict: Verdict, watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float],
+    sizes: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """The first gradient for which `|g|² / λ`, a bound of the preconditioned product, overflows or is NaN.
 
-
-def _ask_gradient(watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str], float]) -> Asked:
-    """The first gradient for which `|g|² / λ`, a bound of the preconditioned product, overflows or is NaN."""
-    if not grads:
-        return
-    tensors = [g if g.dtype is torch.float64 else g.float() for g in grads.values()]
+    sizes: |g| of each.
+    """
 
     def judge(found: list[float]) -> None:
-        for (name, g), norm in zip(grads.items(), found, strict=True):
-            if not norm * norm / damping(name) < torch.finfo(g.dtype).max:
+        for (name, g), size in zip(grads.items(), found, strict=True):
+            if not size * size / damping(name) < torch.finfo(g.dtype).max:
                 raise NonFinite(first_bad_call(watched.uses) or f"the gradient of {name}")
 
     limits = [math.sqrt(damping(name)) * math.sqrt(torch.finfo(g.dtype).max) for name, g in grads.items()]
 
-    def good(norms: Tensor) -> Tensor:
+    def good(found: Tensor) -> Tensor:
         if len(set(limits)) == 1:
-            return norms < limits[0]
-        return torch.stack(torch._foreach_mul(norms.unbind(), [1 / limit for limit in limits])) < 1
+            return found < limits[0]
+        return torch.stack(torch._foreach_mul(found.unbind(), [1 / limit for limit in limits])) < 1
 
-    places = [f"the gradient of {name}" for name in grads]
-    yield _stacked(torch._foreach_norm(tensors)), judge, places, good
+    verdict.ask(sizes, judge, [f"the gradient of {name}" for name in grads], good)
 
 
-def _ask_curvature(watched: Watched) -> Asked:
+def _ask_curvature(verdict: Verdict, watched: Watched) -> None:
     """The first block (or sum, before `finish`) that holds NaN or infinity."""
     places = [
         ("the curvature" if measured.block.form == "diagonal" else "a Kronecker factor", name, x)
@@ -289,19 +287,10 @@ def _ask_curvature(watched: Watched) -> Asked:
             what = "a Kronecker factor" if isinstance(value[0], Factors) else "the curvature"
             places += [(what, name, t) for part in found.parts(name) for t in tensors_of(part)]
 
-    def judge(norms: list[float]) -> None:
-        for (what, name, x), norm in zip(places, norms, strict=True):
-            if not math.isfinite(norm) and not is_finite(x):
+    def judge(sizes: list[float]) -> None:
+        for (what, name, x), size in zip(places, sizes, strict=True):
+            if not math.isfinite(size) and not is_finite(x):
                 raise NonFinite(first_bad_call(watched.uses) or f"{what} of {name}")
 
-    if places:  # a norm may overflow where no entry does, but takes a tenth of the time
-        words = [f"{what} of {name}" for what, name, _ in places]
-        yield _stacked(torch._foreach_norm([x for *_, x in places])), judge, words
-
-
-def _stacked(norms: Sequence[Tensor]) -> Tensor:
-    """Numbers of any types and devices as one tensor."""
-    device, dtypes = norms[0].device, {n.dtype for n in norms}
-    if len(dtypes) == 1 and all(n.device == device for n in norms):
-        return torch.stack(list(norms))
-    return torch.stack([n.to(device, torch.float64) for n in norms])
+    # a norm may overflow where no entry does, but takes a tenth of the time
+    verdict.ask(norms([x for *_, x in places]), judge, [f"{what} of {name}" for what, name, _ in places])

@@ -110,7 +110,7 @@ class Watched:
         """Count a backward pass of a detached loss. Raises BadInput where a scaler has changed its factor since."""
         if self.passes and scale != self.scale:
             raise BadInput(mixed_scales(self.scale, scale))
-        value = total / (scale or 1.0)
+        value = total if scale is None else total / scale
         self.loss = value if self.loss is None else self.loss + value
         self.passes, self.scale = self.passes + 1, scale
 

@@ -91,10 +91,10 @@ class KroneckerFactors(Quantity):
         nothing = b.new_zeros(())
         if not first:  # the inputs are the same for every stack of cotangents
             return Sums(nothing, nothing, b.new_zeros(2), b)
-        count = rows.g.shape[1] * rows.g.shape[2]
+        count: int | Tensor = rows.g.shape[1] * rows.g.shape[2]
         if real is not None:
             chosen = real.any(1, keepdim=True) if self.sharing == "reduce" else real
-            rows, count = contract.chosen(rows, chosen), int(chosen.sum())
+            rows, count = contract.chosen(rows, chosen), chosen.sum()
         counts = b.new_full((2,), size)  # a copy from the host would wait for the device
         counts[0].fill_(count)
         mean = nothing
