@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import oracle
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from random_nets import FAMILIES, programs
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import Case, cases
 
 import layerwise as lw
@@ -142,6 +144,51 @@ def test_weights_with_positions_alone(left_out: list[str]) -> None:
     assert sorted(left_out) == ["first.weight", "second.weight"]
     oracle.assert_close(found, want, rel=1e-12)
     assert all(torch.equal(found[name], want[name]) for name in found if name not in left_out)
+
+
+def test_the_biases_of_convolutions(left_out: list[str]) -> None:
+    """Torch computes a convolution's product for the bias alone, too; a bias that is read elsewhere is autograd's."""
+
+    class Net(nn.Module):
+        def __init__(self, shared: bool) -> None:
+            super().__init__()
+            self.first, self.second, self.shared = nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(3, 3, 3), shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.second(self.first(x).tanh())
+            return (z + self.first.bias[:, None, None] if self.shared else z).flatten(1)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 2, 7, 7), torch.randint(7, (4,))
+    for shared, biases in ((False, ["first.bias", "second.bias"]), (True, ["second.bias"])):
+        net = Net(shared)
+        F.cross_entropy(net(x), y).backward()
+        want = _gradients(dict(net.named_parameters()))
+        left_out.clear()
+        computed = _kernel_gradients(lambda net=net: _observe_moment(net, x, y))
+        assert sorted(left_out) == sorted(["first.weight", "second.weight", *biases])
+        assert computed == (1 if shared else 0)
+        oracle.assert_close(_gradients(dict(net.named_parameters())), want, rel=1e-12)
+
+
+def _observe_moment(net: nn.Module, x: Tensor, y: Tensor) -> None:
+    with lw.observe(net, lw.SecondMoment(), grad="rows"):
+        F.cross_entropy(net(x), y).backward()
+
+
+def _kernel_gradients(run: Callable[[], None]) -> int:
+    """How many convolutions of one group computed the gradient of a kernel or a bias."""
+    found = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.convolution_backward.default:
+                found.append(args[9] == 1 and any(args[10][1:]))
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        run()
+    return sum(found)
 
 
 def test_nothing_that_forms_no_rows(left_out: list[str]) -> None:

@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from layerwise.gradient.row_views import Remembered, layout_of_call
 from layerwise.ops.base import Slot
+from layerwise.ops.conv import FUNCTIONS as CONVOLUTIONS
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.rows.cost import sums_are_cheaper
 from layerwise.tape.tape import Tape
@@ -24,10 +25,11 @@ from layerwise.tape.uses import Use
 __all__ = ["add_to_grad", "backward_without", "summed_weights"]
 
 
-def summed_weights(tape: Tape, uses: Iterable[Use], layout: Mapping[int, Samples | RowNumbers]) -> frozenset[str]:
+def summed_weights(tape: Tape, uses: Sequence[Use], layout: Mapping[int, Samples | RowNumbers]) -> frozenset[str]:
     """Names of the weights whose gradient is cheaper as the sum of per-sample gradients, where these are formed anyway.
 
-    Every use must read the parameter itself, as a matrix of float inputs, with enough positions a sample.
+    Every use must read the parameter itself, as a matrix of float inputs, with enough positions a sample. The bias of a
+    convolution is with its weight: torch computes both gradients where it is asked for one.
     layout: where the samples lie in the output of each use.
     """
     positions: dict[str, int] = {}
@@ -43,7 +45,28 @@ def summed_weights(tape: Tape, uses: Iterable[Use], layout: Mapping[int, Samples
             for name in derived.names:
                 own = derived.tensor is tape.owners.get(name) and derived.tensor.is_leaf
                 positions[name] = positions.get(name, t) + t if own and t and positions.get(name, t) else 0
-    return frozenset(name for name, t in positions.items() if sums_are_cheaper(t))
+    weights = {name for name, t in positions.items() if sums_are_cheaper(t)}
+    return frozenset(weights | _biases_beside(tape, uses, weights))
+
+
+def _biases_beside(tape: Tape, uses: Iterable[Use], weights: set[str]) -> set[str]:
+    """The biases that convolutions alone read, each beside such a weight."""
+    beside: set[str] = set()
+    elsewhere: set[str] = set()
+    for use in uses:
+        biases = {
+            name
+            for slot, derived in zip(use.slots, use.used, strict=True)
+            if slot.bias and derived.tensor.is_leaf
+            for name in derived.names
+            if derived.tensor is tape.owners.get(name)
+        }
+        others = set(use.names) - biases
+        if use.call.func in CONVOLUTIONS and others and others <= weights:
+            beside |= biases
+        else:
+            elsewhere |= set(use.names)
+    return beside - elsewhere
 
 
 _POSITIONS: Remembered[Sequence[int]] = Remembered()  # of each slot of a use, by the layout of its call
