@@ -191,12 +191,49 @@ def _kernel_gradients(run: Callable[[], None]) -> int:
     return sum(found)
 
 
-def test_nothing_that_forms_no_rows(left_out: list[str]) -> None:
-    """Norms by Gram matrices leave autograd its product."""
-    net = _Net()
-    with lw.observe(net, lw.SquaredNorm(), lw.NoiseScale(snr=False), grad="rows"):
-        net.loss().backward()
-    assert not left_out
+class _Wide(nn.Module):
+    """Wide for its positions, so that norms come from Gram matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(40, 48), nn.Linear(48, 3)
+        self.x, self.y = torch.randn(4, 8, 40), torch.randint(3, (4,))
+
+    def loss(self) -> Tensor:
+        return F.cross_entropy(self.head(self.first(self.x).tanh().mean(1)), self.y)
+
+
+NORMS: dict[str, Callable[[], Sequence[lw.Quantity]]] = {
+    "norms": lambda: [lw.SquaredNorm()],
+    "noise": lambda: [lw.NoiseScale(snr=False)],
+    "clipped": lambda: [lw.ClippedGrad(0.1)],
+    "norms before moments": lambda: [lw.SquaredNorm(), lw.Variance()],
+}
+
+
+WEIGHTS = {_Net: {"first.weight", "second.weight"}, _Wide: set[str]()}
+
+
+@pytest.mark.parametrize("asked", NORMS)
+@pytest.mark.parametrize("make", WEIGHTS)
+def test_norms_leave_out_the_weights_whose_rows_they_form(
+    make: type[_Net | _Wide], asked: str, left_out: list[str]
+) -> None:
+    """Norms by Gram matrices leave autograd its product; those from rows, many positions of narrow layers, do not."""
+    found = []
+    for grad in ("autograd", "rows"):
+        net, quantities = make(), NORMS[asked]()
+        with lw.observe(net, *quantities, grad=grad) as seen:
+            net.loss().backward()
+        found.append([_gradients(dict(net.named_parameters())), *(_numbers(seen[q]) for q in quantities)])
+    assert set(left_out) == (WEIGHTS[make] or ({"first.weight"} if "moments" in asked else set()))
+    for mine, theirs in zip(*found, strict=True):
+        oracle.assert_close(mine, theirs, rel=1e-11)
+
+
+def _numbers(value: Any) -> dict[str, Tensor]:
+    return dict(value.noise if hasattr(value, "noise") else value)
 
 
 @pytest.mark.filterwarnings("ignore:Using backward")

@@ -17,6 +17,7 @@ from torch import Tensor
 from layerwise import tensors
 from layerwise.gradient.parts import LaterPart, Part, RowsPart, bias_of, joined_parts, layouts_of
 from layerwise.rows import contract, gram, inner, layout, project
+from layerwise.rows.cost import norms_form_rows, squares_need_rows
 from layerwise.rows.layout import FactorForm
 from layerwise.rows.project import TensorSketch
 from layerwise.tape.tape import Tape
@@ -140,7 +141,7 @@ class ParameterGradient:
 
     def _sums(self, part: RowsPart) -> Tensor | None:
         """Zeros `[K,O,I]`, to which whoever forms the per-sample gradients adds them; None where nobody needs it."""
-        if not self.summed or part.rows.kind != "float":
+        if not self.summed or "sum" in self._kept or part.rows.kind != "float":
             return None
         return part.rows.g.new_zeros((*part.rows.g.shape[3:], part.rows.size_in))
 
@@ -153,7 +154,7 @@ class ParameterGradient:
         held = self._kept.get("rows")
         if held is None or (part := self.all_rows) is None:
             return held
-        return held if contract.squares_need_rows(part.rows) else None
+        return held if squares_need_rows(part.rows) else None
 
     def second_moment(self) -> Tensor:
         """`[*shape]`: sum over v and n of the squared per-sample gradient."""
@@ -198,7 +199,11 @@ class ParameterGradient:
         if (held := self._held_rows()) is not None:
             return torch.linalg.vector_norm(held.reshape(*held.shape[:2], -1), dim=2).square_()
         if (part := self.all_rows) is not None:
-            return contract.squared_norm(part.rows)
+            sums = self._sums(part) if norms_form_rows(part.rows) else None
+            squares = contract.squared_norm(part.rows, sums)
+            if sums is not None:
+                self._kept["sum"] = part.fold(sums)
+            return squares
         norms = [tensors.squared(g.reshape(*g.shape[:2], -1)).sum(2) for g in self._in_chunks()]
         return torch.cat(norms, 1) if norms else self._zeros((1, 0), real=True)
 

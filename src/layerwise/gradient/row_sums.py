@@ -25,27 +25,31 @@ from layerwise.tape.uses import Use
 __all__ = ["add_to_grad", "backward_without", "summed_weights"]
 
 
-def summed_weights(tape: Tape, uses: Sequence[Use], layout: Mapping[int, Samples | RowNumbers]) -> frozenset[str]:
-    """Names of the weights whose gradient is cheaper as the sum of per-sample gradients, where these are formed anyway.
+def summed_weights(
+    tape: Tape, uses: Sequence[Use], layout: Mapping[int, Samples | RowNumbers], forms: Callable[[int, int, int], bool]
+) -> frozenset[str]:
+    """Names of the weights whose gradient is cheaper as the sum of per-sample gradients, which are formed anyway.
 
     Every use must read the parameter itself, as a matrix of float inputs, with enough positions a sample. The bias of a
     convolution is with its weight: torch computes both gradients where it is asked for one.
-    layout: where the samples lie in the output of each use.
+    layout: where the samples lie in the output of each use. forms: whether the per-sample gradients of a matrix are
+    formed, by its positions, outputs and inputs.
     """
-    positions: dict[str, int] = {}
+    sizes: dict[str, tuple[int, int, int]] = {}
     for use in uses:
         where = layout[use.index]
         key = layout_of_call(use, where, tape.parameters)
-        each = None if key is None else _POSITIONS.get(key)
+        each = None if key is None else _SIZES.get(key)
         if each is None:
-            each = [_positions(use, slot, where) for slot in use.slots]
+            each = [_sizes(use, slot, where) for slot in use.slots]
             if key is not None:
-                _POSITIONS.enter(key, each)
-        for derived, t in zip(use.used, each, strict=True):
+                _SIZES.enter(key, each)
+        for derived, (t, o, i) in zip(use.used, each, strict=True):
             for name in derived.names:
                 own = derived.tensor is tape.owners.get(name) and derived.tensor.is_leaf
-                positions[name] = positions.get(name, t) + t if own and t and positions.get(name, t) else 0
-    weights = {name for name, t in positions.items() if sums_are_cheaper(t)}
+                before = sizes.get(name, (t, o, i))[0]
+                sizes[name] = (before + t if own and t and before else 0, o, i)
+    weights = {name for name, (t, o, i) in sizes.items() if sums_are_cheaper(t) and forms(t, o, i)}
     return frozenset(weights | _biases_beside(tape, uses, weights))
 
 
@@ -69,16 +73,16 @@ def _biases_beside(tape: Tape, uses: Iterable[Use], weights: set[str]) -> set[st
     return beside - elsewhere
 
 
-_POSITIONS: Remembered[Sequence[int]] = Remembered()  # of each slot of a use, by the layout of its call
+_SIZES: Remembered[Sequence[tuple[int, int, int]]] = Remembered()  # of each slot of a use, by the layout of its call
 
 
-def _positions(use: Use, slot: Slot, samples: Samples | RowNumbers) -> int:
-    """The positions T of a slot with rows of float inputs, of samples on an axis; 0 for any other."""
+def _sizes(use: Use, slot: Slot, samples: Samples | RowNumbers) -> tuple[int, int, int]:
+    """T, O and I of a slot with rows of float inputs, of samples on an axis; T = 0 for any other."""
     w, plain = slot.used, slot.factored and not (slot.bias or slot.indexed or slot.elementwise)
     if not plain or isinstance(samples, RowNumbers) or samples.axis in slot.aligned or w.is_complex():
-        return 0
-    k, o, _ = slot.matrix(w.detach()).shape
-    return use.call.out_shape.numel() // max(1, samples.n * k * o)
+        return 0, 0, 0
+    k, o, i = slot.matrix(w.detach()).shape
+    return use.call.out_shape.numel() // max(1, samples.n * k * o), o, i
 
 
 def backward_without(weights: Iterable[Tensor], uses: Iterable[Use], reached: Iterable[Node]) -> Callable[..., None]:

@@ -49,12 +49,14 @@ class Stream:
 
     def _summed_weights(self) -> frozenset[str]:
         """The weights whose gradient is the sum of per-sample gradients that some quantity forms."""
-        observed = self._observed
-        forms = any(observed.quantities[i].forms_rows for i in self._indices)
-        if not (observed.sums_rows and forms and observed.layout is not None):
+        observed, graph = self._observed, self._observed.graph
+        if not (observed.sums_rows and observed.layout is not None):
             return frozenset()
-        graph = observed.graph
-        found = summed_weights(observed.tape, graph.asked_uses, observed.layout.uses)
+
+        def forms(*sizes: int) -> bool:
+            return any(observed.quantities[i].forms_rows(*sizes) for i in self._indices)
+
+        found = summed_weights(observed.tape, graph.asked_uses, observed.layout.uses, forms)
         return found if graph.asked is None else found & graph.asked
 
     def awaited(self) -> list[Use]:

@@ -66,8 +66,6 @@ class Quantity:
     rows_only: whether uses without row form may be passed as parts without numbers, which `covers` refuses.
     wirtinger: whether it is defined for complex parameters, with |g|² for a square (g = 2 dL/dw*, as in `.grad`).
     smaller: how to ask for less, in words, where a result is larger than its parameter.
-    forms_rows: whether `compute` forms the per-sample gradients of weights, all of them or a few at a time, so that
-        their sum costs little more.
     real_rows: whether the parts must tell which rows are real: those that a loss term which counts can reach.
     """
 
@@ -80,7 +78,6 @@ class Quantity:
     revisits: ClassVar[bool] = False
     rows_only: ClassVar[bool] = False
     wirtinger: bool = False
-    forms_rows: bool = False
     real_rows: bool = False
     smaller: ClassVar[str] = "or take a smaller batch"
 
@@ -96,6 +93,13 @@ class Quantity:
     def covers(self, gradient: ParameterGradient) -> bool:
         """Whether the parameter gets a result; must be the same for all stacks of cotangents of one batch."""
         return True
+
+    def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
+        """Whether `compute` forms a weight's per-sample gradients, all or a few at a time, so that their sum is cheap.
+
+        positions: T of a sample; outputs, inputs: O and I of the weight's matrix.
+        """
+        return False
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """The quantity's tensors for one parameter and one stack of cotangents."""

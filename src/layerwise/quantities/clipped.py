@@ -12,6 +12,7 @@ from layerwise.errors import BadInput, NonFinite, Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 from layerwise.quantities.first_order import sample_factor
+from layerwise.rows.cost import ghost_is_cheaper
 
 __all__ = ["Clipped", "ClippedGrad"]
 
@@ -78,6 +79,10 @@ class ClippedGrad(Quantity):
                 f"asked for ClippedGrad of several batches of one mean loss with {a:g} loss terms a sample so "
                 f"far and {b:g} now: in the mean over all a sample's own loss would change; observe each alone"
             )
+
+    def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
+        """For the norms, where Gram matrices over the positions cost more."""
+        return not ghost_is_cheaper(1, positions, outputs, inputs)
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """Squared norms, `[N]`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
+from layerwise.rows.cost import ghost_is_cheaper
 from layerwise.tensors import dense
 
 __all__ = ["PerSampleGrad", "SecondMoment", "SquaredNorm", "Variance", "sample_factor"]
@@ -34,7 +35,10 @@ class PerSampleGrad(Quantity):
     concatenate = True
     computed_first = True  # other quantities square these gradients
     wirtinger = True
-    forms_rows = True
+
+    def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
+        """Always."""
+        return True
 
     def numbers(self, gradient: ParameterGradient) -> int:
         """V·N·P."""
@@ -61,6 +65,10 @@ class SquaredNorm(Quantity):
     concatenate = True
     wirtinger = True
 
+    def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
+        """Where Gram matrices over the positions cost more."""
+        return not ghost_is_cheaper(1, positions, outputs, inputs)
+
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[N]`."""
         return (gradient.squared_norm()[0],)
@@ -81,7 +89,10 @@ class SecondMoment(Quantity):
     """
 
     wirtinger = True
-    forms_rows = True
+
+    def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
+        """Always."""
+        return True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[*shape]`."""
@@ -101,7 +112,10 @@ class Variance(Quantity):
     """
 
     wirtinger = True
-    forms_rows = True
+
+    def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
+        """Always."""
+        return True
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """Second moment, `[*shape]`; the mean is taken from `.grad`."""

@@ -38,7 +38,7 @@ class FisherDiag(Quantity):
         positive("FisherDiag's draws", draws, none=False)
         self.labels, self.draws = labels, draws
         self.cotangent = Sampled(draws, generator) if labels == "model" else Gradient()
-        self.forms_rows = self.wirtinger = labels == "data"
+        self.wirtinger = labels == "data"
         self.powers = (1,) if labels == "model" else (2,)
 
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
@@ -69,6 +69,10 @@ class FisherDiag(Quantity):
                 "asked for the empirical Fisher's diagonal of backward passes from a mean and a sum, so the weight of "
                 "a sample's own loss is not one number; use the same reduction, or ask for SecondMoment"
             )
+
+    def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
+        """For labels of the data, whose squared gradients are summed."""
+        return self.labels == "data"
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """`[*shape]`."""

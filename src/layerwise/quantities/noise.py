@@ -10,6 +10,7 @@ from torch import Tensor
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
+from layerwise.rows.cost import ghost_is_cheaper
 from layerwise.tensors import dense
 
 __all__ = ["Noise", "NoiseScale"]
@@ -59,7 +60,11 @@ class NoiseScale(Quantity):
     wirtinger = True
 
     def __init__(self, snr: bool = True) -> None:
-        self.snr = self.forms_rows = snr
+        self.snr = snr
+
+    def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
+        """Always for second moments; for norms where Gram matrices over the positions cost more."""
+        return self.snr or not ghost_is_cheaper(1, positions, outputs, inputs)
 
     def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
         """Second moment `[*shape]`, or its sum over the elements for `snr=False`; the mean is taken from `.grad`."""

@@ -25,12 +25,11 @@ from layerwise.tensors import without_grad
 
 __all__ = [
     "chosen", "concat", "flatten_samples", "ghost_is_cheaper", "input_gram", "narrow", "output_gram",
-    "pairs_are_cheaper", "pairwise_dot", "per_sample", "second_moment", "squared_norm", "squares_need_rows",
-    "sum_of_squares", "total", "weighted_sum",
+    "pairs_are_cheaper", "pairwise_dot", "per_sample", "second_moment", "squared_norm", "sum_of_squares",
+    "total", "weighted_sum",
 ]  # fmt: skip
 
 DOT_CHUNKS = 8  # pairwise dots need all samples at once: wider chunks keep the products efficient
-REREAD_FROM = 16  # positions from which on D is cheaper to read than to compute again
 PANELS = 4  # a symmetric matrix product in this many row panels does 5/8 of the work
 PANELS_FROM = 256  # below this size the panels cost more than they save
 
@@ -114,11 +113,12 @@ def weighted_sum(rows: Rows, weights: Tensor) -> Tensor:
 
 
 @without_grad
-def squared_norm(rows: Rows) -> Tensor:
+def squared_norm(rows: Rows, sums: Tensor | None = None) -> Tensor:
     """Squared Euclidean norm of each per-sample gradient.
 
     sum_{k,o,i} D[v,n,k,o,i]². With one position it is |g|²|a|²; with more it is the inner product of the Gram matrices
-    of `a` and `g` over positions, or the square of D chunk by chunk, whichever `ghost_is_cheaper` predicts.
+    of `a` and `g` over positions, or the square of D chunk by chunk, whichever `ghost_is_cheaper` predicts. For a
+    float input, `sums` `[K,O,I]` asks for D itself, whose sum over v and n is added to it.
 
     Shapes: returns `[V,N]`. Raises: `BadInput` where the rows contradict each other.
     Source: Goodfellow 2015, "Efficient per-example gradient computations", for one position.
@@ -126,8 +126,10 @@ def squared_norm(rows: Rows) -> Tensor:
     v, n, t, k, o, i = dims(rows)
     if isinstance(rows, Windows) and not rows.laid_out:
         if rows.product is not None:
-            return _norms(rows)
-        return torch.cat([squared_norm(Rows(p.a, p.g, p.size_in)) for p in in_pieces(rows)], 1)
+            return _norms(rows, sums)
+        return torch.cat([squared_norm(Rows(p.a, p.g, p.size_in), sums) for p in in_pieces(rows)], 1)
+    if sums is not None:
+        return _norms(rows, sums)
     if rows.a is None:
         return _squares(_over_positions(rows.g), (2, 3))
     if t == 1 and rows.a.is_floating_point() and o * i > 1:
@@ -135,8 +137,8 @@ def squared_norm(rows: Rows) -> Tensor:
         return squares.squeeze(2) if k == 1 else squares.sum(2)
     result = rows.g.new_zeros(v, n)
     if not rows.a.is_floating_point():
-        keys, sums = pieces.merged_index(rows.a, rows.g, i)
-        for w, d in enumerate(sums):
+        keys, merged = pieces.merged_index(rows.a, rows.g, i)
+        for w, d in enumerate(merged):
             result[w].index_add_(0, keys // i, d.square_().sum(1))
         return result
     if o == i == 1 and v * n * t * k * rows.g.element_size() <= pieces.CHUNK_BYTES:
@@ -144,9 +146,12 @@ def squared_norm(rows: Rows) -> Tensor:
     return _ghost_norm(rows.a, rows.g) if o * i > 1 and ghost_is_cheaper(v, t, o, i) else _norms(rows)
 
 
-def _norms(rows: Rows) -> Tensor:
+def _norms(rows: Rows, sums: Tensor | None = None) -> Tensor:
+    """The norms from D; the sum of the per-sample gradients is added to `sums`."""
     result = rows.g.new_zeros(rows.g.shape[:2])
     for w, low, high, d in chunks(rows):
+        if sums is not None:
+            sums += d[0] if high - low == 1 else d.sum(0)
         torch.linalg.vector_norm(d.flatten(1), dim=1, out=result[w, low:high])
     return result.square_()
 
@@ -230,13 +235,6 @@ def _second_moment_of_pairs(a: Tensor, g: Tensor) -> Tensor:
         yy = (y.mT @ y)[..., p, q] * twice
         result += _sum_product(yy.permute(0, 3, 1, 2), x[:, p] * x[:, q])
     return result
-
-
-def squares_need_rows(rows: Rows) -> bool:
-    """Whether norms and second moments take so many multiply-adds for each element of D that reading D is cheaper."""
-    v, _, t, _, o, i = dims(rows)
-    direct = not (ghost_is_cheaper(v, t, o, i) or pairs_are_cheaper(v, t, o, i))
-    return rows.kind == "float" and t >= REREAD_FROM and direct
 
 
 @without_grad

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 
+from layerwise.rows.base import Rows
+from layerwise.rows.pieces import dims, product_of
+
 __all__ = [
     "convolution_is_cheaper",
     "ghost_is_cheaper",
     "grouped_is_cheaper",
+    "norms_form_rows",
     "pairs_are_cheaper",
+    "squares_need_rows",
     "sums_are_cheaper",
 ]
 
+REREAD_FROM = 16  # positions from which on D is cheaper to read than to compute again
 TRAFFIC = 12  # writing and rereading one number costs as much as this many multiply-adds
 
 
@@ -66,3 +72,16 @@ def sums_are_cheaper(t: int) -> bool:
     to 3072x768: 0.2 to 0.6 times the product's time from 8 positions on, 1.4 times at 4.
     """
     return t >= 8
+
+
+def norms_form_rows(rows: Rows) -> bool:
+    """Whether `squared_norm` computes D, of positions whose sum it can give as well."""
+    v, _, t, _, o, i = dims(rows)
+    return rows.kind == "float" and t > 1 and (product_of(rows) is not None or not ghost_is_cheaper(v, t, o, i))
+
+
+def squares_need_rows(rows: Rows) -> bool:
+    """Whether norms and second moments take so many multiply-adds for each element of D that reading D is cheaper."""
+    v, _, t, _, o, i = dims(rows)
+    direct = not (ghost_is_cheaper(v, t, o, i) or pairs_are_cheaper(v, t, o, i))
+    return rows.kind == "float" and t >= REREAD_FROM and direct
