@@ -25,10 +25,10 @@ __all__ = [
     "study",
 ]
 
-CHARTS = ("mlp", "3c3d", "all-cnn-c", "resnet8", "transformer")
+CHARTS = ("mlp", "3c3d", "all-cnn-c", "resnet8", "transformer", "gpt", "t5-like", "resnet18")
 NAMES = {
     "mlp": "MLP", "mlp-sigmoid": "sigmoid MLP", "3c3d": "3C3D", "all-cnn-c": "All-CNN-C", "resnet8": "ResNet-8",
-    "transformer": "transformer",
+    "transformer": "transformer", "gpt": "GPT", "t5-like": "T5-like", "resnet18": "ResNet-18",
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def cost(quantity: str) -> str:
 
 def overhead(net: str) -> str:
     """All quantities on one net: a chart, and time of every library and peak memory."""
-    shown = ("ours", "backpack", "vmap", "opacus", "curvlinops")
+    shown = ("ours", "rows", "backpack", "vmap", "opacus", "curvlinops")
     head = ["quantity", *(LIBRARIES[name] for name in shown), "MB: ours", "BackPACK", "gradient"]
     rows = []
     for name, cell in read.overhead(net).items():
@@ -105,12 +105,14 @@ def slower(_: str) -> str:
         peer = best_peer(cell)
         if peer is not None and read.slower(cell):
             net, quantity = name.split("/", 1)
-            rows.append([NAMES[net], quantity, _ratio(cell, "ours"), f"{peer[1]:.2f}", LIBRARIES[peer[0]]])
+            rows.append(
+                [NAMES[net], quantity, _ratio(cell, "ours"), _ratio(cell, "rows"), f"{peer[1]:.2f}", LIBRARIES[peer[0]]]
+            )
     judged = sum(
         best_peer(cell) is not None and "ratio" in cell["contenders"].get("ours", {})
         for cell in read.overhead().values()
     )
-    table = _table(["net", "quantity", "ours", "fastest peer", "which"], rows)
+    table = _table(["net", "quantity", "ours", 'grad="rows"', "fastest peer", "which"], rows)
     return f"{table}\n\n*{len(rows)} of {judged} cells that a peer has at all.*"
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.speed.overhead import __main__ as command
 from benchmarks.speed.overhead import bounds, contenders, measure, memory, report
+from benchmarks.speed.overhead.contenders import Program
 from benchmarks.speed.overhead.nets import NETS, Net
 from benchmarks.speed.overhead.quantities import QUANTITIES
 
@@ -104,12 +105,32 @@ def test_differences_are_relative_and_rounding_of_zeros_is_none() -> None:
     assert measure.difference(ours, {"a": ours["a"] * 2, "b": ours["b"]}) == pytest.approx(1)
 
 
+def test_values_of_another_shape_are_said_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def positions_as_samples(quantity: str, problem: object) -> Program:
+        return Program(lambda: {"0.bias": torch.zeros(9, 2)}, lambda result: result)
+
+    other = contenders.CONTENDERS["asdl"]._replace(module=None, program=positions_as_samples)
+    monkeypatch.setitem(contenders.CONTENDERS, "asdl", other)
+    found = run(tmp_path / "o.json", "--quantities", "per-sample gradient", "--peers", "asdl")
+    said = found["cells"]["mlp/per-sample gradient"]["contenders"]["asdl"]
+    assert said == {"fails": "gives 0.bias the shape (9, 2), not (5, 2)"}
+
+
+def test_the_gradient_as_a_sum_of_rows_is_a_contender(tmp_path: Path) -> None:
+    cells = run(tmp_path / "o.json", "--quantities", "second moment", "pairwise dots", "--peers", "rows")["cells"]
+    assert cells["mlp/second moment"]["contenders"]["rows"]["ratio"] > 0
+    assert cells["mlp/second moment"]["contenders"]["rows"]["values differ by"] < 1e-5
+    assert "unsupported" in cells["mlp/pairwise dots"]["contenders"]["rows"]
+
+
 def test_judgements() -> None:
     def cell(**ratios: float) -> dict:
         return {"contenders": {name: {"ratio": ratio} for name, ratio in ratios.items()}}
 
     assert report.slower(cell(ours=1.5, backpack=1.3)) and not report.slower(cell(ours=1.5, backpack=1.4))
     assert report.share(cell(ours=1.5, backpack=3.0)) == pytest.approx(0.25)
+    assert not report.slower(cell(ours=1.5, rows=1.35, vmap=1.3)), "the faster of our two ways counts"
+    assert report.best_peer(cell(ours=1.5, rows=1.1, vmap=1.3)) == ("vmap", 1.3), "and neither is a peer"
     partial = cell(ours=1.5, vmap=1.1)
     partial["contenders"]["vmap"]["leaves out"] = ["bias"]
     assert report.best_peer(partial) is None and not report.slower(partial)

@@ -40,6 +40,9 @@ def cell(net: str, quantity: str, names: Sequence[str], repeats: int) -> dict[st
         if row.deterministic and values is not None:
             if name == "ours":
                 reference = values
+            elif reference is not None and (other := _other_shape(reference, values)):
+                found[name] = {"fails": other}
+                del programs[name]
             elif reference is not None:
                 found[name]["values differ by"] = difference(reference, values)
     parts = ours.parts(quantity, problem)
@@ -104,6 +107,14 @@ def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> floa
     largest = max(float(v.abs().max()) for v in ours.values())
     scales = {k: max(float(ours[k].abs().max()), FLOOR * largest) for k in both}
     return max(float((theirs[k] - ours[k]).abs().max()) / scales[k] for k in both)
+
+
+def _other_shape(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str | None:
+    """What a library says it computed where that is no value of the parameter at all."""
+    for name in ours.keys() & theirs.keys():
+        if ours[name].shape != theirs[name].shape:
+            return f"gives {name} the shape {tuple(theirs[name].shape)}, not {tuple(ours[name].shape)}"
+    return None
 
 
 def quiet() -> None:

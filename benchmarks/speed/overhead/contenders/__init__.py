@@ -1,4 +1,4 @@
-"""The libraries that are compared, ours first."""
+"""The libraries that are compared, ours first, in its two ways to the gradient."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from importlib.util import find_spec
 from . import asdl, backpack, curvlinops, functorch, opacus, ours
 from .base import Contender, Program, Unsupported
 
-__all__ = ["CONTENDERS", "Contender", "Program", "Unsupported", "missing", "version_of"]
+__all__ = ["CONTENDERS", "OURS", "Contender", "Program", "Unsupported", "missing", "version_of"]
 
 CONTENDERS = {
     "ours": Contender("Layerwise", "layerwise", "layerwise", ours.program),
+    "rows": Contender('Layerwise, grad="rows"', "layerwise", "layerwise", ours.by_rows),
     "backpack": Contender("BackPACK", "backpack", "backpack-for-pytorch", backpack.program),
     "vmap": Contender("torch.func", None, "torch", functorch.program),
     "opacus": Contender("Opacus", "opacus", "opacus", opacus.program),
     "curvlinops": Contender("curvlinops", "curvlinops", "curvlinops-for-pytorch", curvlinops.program),
     "asdl": Contender("ASDL", "asdl", "asdfghjkl", asdl.program),
 }
+
+
+OURS = ("ours", "rows")
 
 
 def missing(name: str) -> bool:

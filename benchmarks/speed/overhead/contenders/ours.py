@@ -13,7 +13,7 @@ import layerwise as lw
 from ..nets import Problem
 from .base import Program, Unsupported
 
-__all__ = ["parts", "program"]
+__all__ = ["by_rows", "parts", "program"]
 
 Make = Callable[[], Sequence[lw.Quantity]]
 
@@ -42,6 +42,9 @@ MAKE: dict[str, Make] = {
 }
 if "KFRA" in lw.__all__:
     MAKE["KFRA"] = lambda: (getattr(lw, "KFRA")(),)  # noqa: B009
+BY_ROWS = (
+    "per-sample gradient", "norms", "second moment", "variance", "four first-order", "six reduced first-order",
+)  # fmt: skip
 
 
 def program(quantity: str, problem: Problem) -> Program:
@@ -55,6 +58,13 @@ def program(quantity: str, problem: Problem) -> Program:
     return _observed(problem, MAKE[quantity], _factors if factors else (lambda r: dict(r[0])) if single else None)
 
 
+def by_rows(quantity: str, problem: Problem) -> Program:
+    """The step in which the gradients of weights are sums of the per-sample gradients that a quantity forms."""
+    if quantity not in BY_ROWS:
+        raise Unsupported("forms no per-sample gradients")
+    return _observed(problem, MAKE[quantity], None if "first-order" in quantity else lambda r: dict(r[0]), "rows")
+
+
 def parts(quantity: str, problem: Problem) -> dict[str, Program]:
     """The quantities of a row alone, to compare their sum with all of them together."""
     if quantity != "six reduced first-order":
@@ -62,10 +72,12 @@ def parts(quantity: str, problem: Problem) -> dict[str, Program]:
     return {name: _observed(problem, lambda make=make: (make(),), None) for name, make in SIX.items()}  # type: ignore[misc]
 
 
-def _observed(problem: Problem, make: Make, values: Callable[[Any], dict[str, Tensor]] | None) -> Program:
+def _observed(
+    problem: Problem, make: Make, values: Callable[[Any], dict[str, Tensor]] | None, grad: str = "autograd"
+) -> Program:
     def run() -> list[Any]:
         quantities = make()
-        with lw.observe(problem.model, *quantities) as seen:
+        with lw.observe(problem.model, *quantities, grad=grad) as seen:
             problem.step()
         return [seen[q] for q in quantities]
 
