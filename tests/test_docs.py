@@ -331,7 +331,8 @@ def test_tables_have_the_files_numbers() -> None:
     cell = read.overhead()["3c3d/variance"]["contenders"]
     assert f"3C3D {cell['ours']['ratio']:.2f} (" in tables.cost("variance")
     row = next(line for line in tables.overhead("3c3d").splitlines() if line.startswith("| variance"))
-    assert f"| {cell['ours']['ratio']:.2f} | {cell['backpack']['ratio']:.2f} |" in row
+    rows = f"{cell['rows']['ratio']:.2f}" if "ratio" in cell.get("rows", {}) else "-"
+    assert f"| {cell['ours']['ratio']:.2f} | {rows} | {cell['backpack']['ratio']:.2f} |" in row
     with pytest.raises(KeyError, match="price"):
         tables.cost("price")
     found = next(s for s in read.result("reproduce_locoprop")["summary"] if s["epoch"] == 3)
