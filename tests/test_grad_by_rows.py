@@ -192,7 +192,7 @@ def _kernel_gradients(run: Callable[[], None]) -> int:
 
 
 class _Wide(nn.Module):
-    """Wide for its positions, so that norms come from Gram matrices."""
+    """Wide for its positions: norms come from Gram matrices, sketches from Fourier transforms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,30 +204,32 @@ class _Wide(nn.Module):
         return F.cross_entropy(self.head(self.first(self.x).tanh().mean(1)), self.y)
 
 
-NORMS: dict[str, Callable[[], Sequence[lw.Quantity]]] = {
+REDUCED: dict[str, Callable[[], Sequence[lw.Quantity]]] = {
     "norms": lambda: [lw.SquaredNorm()],
     "noise": lambda: [lw.NoiseScale(snr=False)],
     "clipped": lambda: [lw.ClippedGrad(0.1)],
+    "sketches": lambda: [lw.Sketch(64, torch.Generator().manual_seed(0))],
+    "sketches after norms": lambda: [lw.SquaredNorm(), lw.Sketch(8, torch.Generator().manual_seed(0))],
     "norms before moments": lambda: [lw.SquaredNorm(), lw.Variance()],
 }
 
 
-WEIGHTS = {_Net: {"first.weight", "second.weight"}, _Wide: set[str]()}
+FORMED = {_Net: {"first.weight", "second.weight"}, _Wide: set[str]()}
 
 
-@pytest.mark.parametrize("asked", NORMS)
-@pytest.mark.parametrize("make", WEIGHTS)
-def test_norms_leave_out_the_weights_whose_rows_they_form(
+@pytest.mark.parametrize("asked", REDUCED)
+@pytest.mark.parametrize("make", FORMED)
+def test_only_weights_are_left_out_whose_rows_are_formed(
     make: type[_Net | _Wide], asked: str, left_out: list[str]
 ) -> None:
-    """Norms by Gram matrices leave autograd its product; those from rows, many positions of narrow layers, do not."""
+    """Gram matrices and Fourier transforms leave autograd its product; many positions of narrow layers do not."""
     found = []
     for grad in ("autograd", "rows"):
-        net, quantities = make(), NORMS[asked]()
+        net, quantities = make(), REDUCED[asked]()
         with lw.observe(net, *quantities, grad=grad) as seen:
             net.loss().backward()
         found.append([_gradients(dict(net.named_parameters())), *(_numbers(seen[q]) for q in quantities)])
-    assert set(left_out) == (WEIGHTS[make] or ({"first.weight"} if "moments" in asked else set()))
+    assert set(left_out) == (FORMED[make] or ({"first.weight"} if "moments" in asked else set()))
     for mine, theirs in zip(*found, strict=True):
         oracle.assert_close(mine, theirs, rel=1e-11)
 

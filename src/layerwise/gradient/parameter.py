@@ -133,17 +133,21 @@ class ParameterGradient:
         return self._once("rows", self._rows)
 
     def _rows(self) -> Tensor:
-        if (part := self.all_rows) is None or (sums := self._sums(part)) is None:
+        if (part := self.all_rows) is None or not self.summed:
             return self.per_sample()
-        rows = contract.per_sample(part.rows, sums=sums)
-        self._kept["sum"] = part.fold(sums)
-        return part.fold(rows)
+        return part.fold(self._adding_up(part, lambda sums: contract.per_sample(part.rows, sums=sums)))
 
-    def _sums(self, part: RowsPart) -> Tensor | None:
-        """Zeros `[K,O,I]`, to which whoever forms the per-sample gradients adds them; None where nobody needs it."""
-        if not self.summed or "sum" in self._kept or part.rows.kind != "float":
-            return None
-        return part.rows.g.new_zeros((*part.rows.g.shape[3:], part.rows.size_in))
+    def _adding_up(self, part: RowsPart, compute: Callable[[Tensor | None], Tensor], forms: bool = True) -> Tensor:
+        """What is computed of the rows, keeping the gradients' sum where it is wanted and they are formed for it.
+
+        compute: gets zeros `[K,O,I]` to add the sum to, or None.
+        """
+        if not (forms and self.summed) or "sum" in self._kept or part.rows.kind != "float":
+            return compute(None)
+        sums = part.rows.g.new_zeros((*part.rows.g.shape[3:], part.rows.size_in))
+        found = compute(sums)
+        self._kept["sum"] = part.fold(sums)
+        return found
 
     def sum(self) -> Tensor:
         """`[*shape]`: the gradient summed over stacks, samples and uses, from where they were formed if they were."""
@@ -170,11 +174,7 @@ class ParameterGradient:
         if (held := self._held_rows()) is not None and not held.is_complex():
             return contract.sum_of_squares(held.flatten(0, 1))
         if (part := self.all_rows) is not None:
-            sums = self._sums(part)
-            squares = contract.second_moment(part.rows, sums)
-            if sums is not None:
-                self._kept["sum"] = part.fold(sums)
-            return part.fold(squares)
+            return part.fold(self._adding_up(part, lambda sums: contract.second_moment(part.rows, sums)))
         return sum((tensors.squared(g).sum((0, 1)) for g in self._in_chunks()), self._zeros(self.shape, real=True))
 
     def output_gram(self, g: Tensor) -> Tensor:
@@ -199,11 +199,8 @@ class ParameterGradient:
         if (held := self._held_rows()) is not None:
             return torch.linalg.vector_norm(held.reshape(*held.shape[:2], -1), dim=2).square_()
         if (part := self.all_rows) is not None:
-            sums = self._sums(part) if norms_form_rows(part.rows) else None
-            squares = contract.squared_norm(part.rows, sums)
-            if sums is not None:
-                self._kept["sum"] = part.fold(sums)
-            return squares
+            forms = norms_form_rows(part.rows)
+            return self._adding_up(part, lambda sums: contract.squared_norm(part.rows, sums), forms)
         norms = [tensors.squared(g.reshape(*g.shape[:2], -1)).sum(2) for g in self._in_chunks()]
         return torch.cat(norms, 1) if norms else self._zeros((1, 0), real=True)
 
@@ -263,9 +260,11 @@ class ParameterGradient:
     def sketch(self, sketch: TensorSketch) -> Tensor:
         """`[V,N,dim]`: sketches of the per-sample gradients, whatever the layout of the parameter's uses."""
         if (part := self.all_rows) is not None:
-            found = sketch.of_rows(part.rows, part.layout())
-            if found is not None:
-                return found
+            factors = project.in_layout(sketch.rows, sketch.columns, part.layout())
+            if factors is not None:
+                out, into, _ = factors
+                forms = sketch.forms(part.rows)
+                return self._adding_up(part, lambda sums: sketch.of_rows(part.rows, out, into, sums), forms)
         chunks = [sketch.of_gradients(g.reshape(*g.shape[:2], -1)) for g in self._in_chunks()]
         return torch.cat(chunks, 1) if chunks else self._zeros((1, 0, sketch.dim))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union, positive
 from layerwise.quantities.first_order import sample_factor
+from layerwise.rows.cost import convolution_is_cheaper
 from layerwise.rows.project import TensorSketch
 
 __all__ = ["Sketch"]
@@ -66,6 +67,10 @@ class Sketch(Quantity):
         if key not in self._known:
             self._known[key] = TensorSketch.drawn(name, shape, self.dim, self._seed, like.device)
         return self._known[key]
+
+    def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
+        """Where Fourier transforms at each position cost more."""
+        return not convolution_is_cheaper(positions, outputs, inputs, self.dim)
 
     def numbers(self, gradient: ParameterGradient) -> int:
         """V·N·dim."""

@@ -105,28 +105,33 @@ class TensorSketch:
         place, sign = self._elements(self.rows[:, None], self.columns[:, None], g)
         return self._added(g * sign, place)
 
+    def forms(self, rows: Rows) -> bool:
+        """Whether `of_rows` forms the per-sample gradients of a float input, for Fourier transforms cost more."""
+        _, _, t, _, o, i = dims(rows)
+        known = rows.g.dtype in (torch.float32, torch.float64)  # of which all devices have a Fourier transform
+        return not (known and rows.laid_out and convolution_is_cheaper(t, o, i, self.dim))
+
     @without_grad
-    def of_rows(self, rows: Rows, layout: MatrixLayout) -> Tensor | None:
+    def of_rows(self, rows: Rows, out: Tensor, into: Tensor, sums: Tensor | None = None) -> Tensor:
         """`[V,N,dim]`: sketches of the per-sample gradients of rows, without those of more than a few samples at once.
 
-        None where the elements of the layout do not factor. Raises `BadInput` where the rows contradict each other.
+        out, into: places and signs in the rows' layout, of its outputs `[2,K,O]` and its inputs `[2,K,I]`. sums: for a
+        float input, `[K,O,I]` to which the sum of these gradients over v and n is added.
+        Raises `BadInput` where the rows contradict each other.
         """
-        factors = in_layout(self.rows, self.columns, layout)
-        if factors is None:
-            return None
-        out, into, _ = factors
-        v, n, t, k, o, i = dims(rows)
+        v, n, *_ = dims(rows)
         if rows.a is None:
             place, sign = self._elements(out, into, rows.g)
             return self._added(rows.g.sum(2).flatten(2) * sign, place)
         if not rows.a.is_floating_point():
             return self._of_index(rows.a, rows.g, out, into)
-        known = rows.g.dtype in (torch.float32, torch.float64)  # of which all devices have a Fourier transform
-        if known and rows.laid_out and convolution_is_cheaper(t, o, i, self.dim):
+        if sums is None and not self.forms(rows):
             return self._convolved(rows.a, rows.g, out, into)
         place, sign = self._elements(out, into, rows.g)
         result = rows.g.new_empty(v, n, self.dim)
         for w, low, high, d in chunks(rows):
+            if sums is not None:
+                sums += d.sum(0)
             result[w, low:high] = self._added(d.flatten(1).mul_(sign), place)
         return result
 
