@@ -14,7 +14,7 @@ import torch
 import layerwise
 from benchmarks import probe
 
-from .contenders import CONTENDERS, version_of
+from .contenders import CONTENDERS, OURS, version_of
 
 __all__ = ["Store"]
 
@@ -28,7 +28,8 @@ class Store:
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
-        self.versions = {name: version_of(name) for name in CONTENDERS} | {"torch": torch.__version__}
+        self.versions = {name: version_of(name) for name in CONTENDERS if name not in OURS[1:]}
+        self.versions["torch"] = torch.__version__
         self.stamp = _stamp(self.versions)
         found = probe.read(path) if path.exists() and not fresh else {}
         self.header: dict[str, Any] = found.get("header", {})
