@@ -36,8 +36,9 @@ class observe:
     cotangents come in the types of the graph, second derivatives are taken in them, and means are read off `.grad`.
     grad: "autograd": `.grad` is to the bit what it would have been. "rows": where a quantity forms the per-sample
     gradients of a weight with positions (`PerSampleGrad`, `SecondMoment`, `Variance`; norms and sketches where no other
-    form is cheaper), `.grad` is their sum, equal up to rounding, and autograd leaves its own product out. Hooks on parameters run as always, after the rest of the
-    pass. Where that cannot be (`inputs`, `create_graph`, torch.distributed, other modes, derived weights), autograd's.
+    form is cheaper), `.grad` is their sum, equal up to rounding, and autograd leaves its own product out. Hooks on
+    parameters run as always, after the rest of the pass. Where that cannot be (`inputs`, `create_graph`,
+    torch.distributed, other modes, derived weights), autograd's.
     on_nonfinite: "raise" looks for NaN and infinity in the loss, the gradient and the loss's curvature, and for class
     indices out of range, before `backward` returns; an accelerator waits for that once. "defer" waits for nothing:
     `.grad` is then what torch makes of such a batch, and every result raises when it is read, so that none is wrong.
