@@ -136,7 +136,10 @@ def refuse_terms(problem: LocalProblem, asker: str, balls: bool = False) -> None
     balls: whether it knows balls.
     """
     if problem.metric is not None:
-        raise BadInput(f"{asker} takes a problem without a metric, and this one has one: give it whitened(problem)[0]")
+        raise BadInput(
+            f"{asker} knows no metric of the inputs, such as the regularizer Whitening gives: leave that out, choose "
+            "another solver, or give it whitened(problem)[0]"
+        )
     if problem.ball is not None and not balls:
         raise BadInput(
             f"{asker} knows quadratic terms alone, and this problem is kept in a norm ball, {problem.ball}: "

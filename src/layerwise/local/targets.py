@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ Per = Literal["batch", "sample"] | Polyak
 class _Step:
     """A step of size γ along a direction of the cotangents, in units that `per` says.
 
-    per: "batch", the loss as written; "sample", N times it, for N samples in the batch; or `Polyak`.
+    per: "batch", the loss as written; "sample", N times it, for N samples in the batch, or once it where it is a sum
+    over them (`reduction="sum"`); or `Polyak`.
     """
 
     gamma: float | None = None
@@ -166,9 +167,17 @@ def outer_moment(g: Tensor) -> Tensor:
     return rows.mT @ rows
 
 
-def fill_in(target: Target, size: float) -> Target:
-    """The target at a step size of the optimizer's; a user's function as it is."""
-    return partial(target.at, size) if isinstance(target, _Step) else target
+def fill_in(target: Target, size: float, name: str = "a layer") -> Target:
+    """The target of a layer at a step size of the optimizer's; what a user's function gives is checked."""
+    return partial(target.at, size) if isinstance(target, _Step) else partial(_like_outputs, target, name)
+
+
+def _like_outputs(target: Target, name: str, z: Tensor, g: Tensor, transfer: Transfer) -> Tensor:
+    y: Any = target(z, g, transfer)
+    if not isinstance(y, Tensor) or y.shape != z.shape:
+        given = f"a tensor {tuple(y.shape)}" if isinstance(y, Tensor) else repr(y)
+        raise BadInput(f"the target of {name} is {given}; (z, g, transfer) -> y gives one like z, {tuple(z.shape)}")
+    return y
 
 
 def slope(target: Target | None, g: Tensor) -> Tensor:

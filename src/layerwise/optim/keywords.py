@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import wraps
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from layerwise.errors import BadInput
 
-__all__ = ["Effects", "Keywords", "refuse_idle", "refuse_unknown"]
+__all__ = ["Effects", "Keywords", "numbers_of", "of_numbers", "refuse_idle", "refuse_unknown"]
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
 Effects = Mapping[str, tuple[bool, str]]
 """Of keywords that belong to one choice of several: whether a layer has that choice, and its name."""
+
+
+@contextmanager
+def numbers_of(owner: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Where settings are compared with numbers: raise BadInput, with those that are none, where that cannot be."""
+    try:
+        yield
+    except TypeError as error:
+        others = {k: v for k, v in settings.items() if k != "params" and not isinstance(v, int | float | Tensor)}
+        raise BadInput(
+            f"{owner} got a setting that is no number where it needs one ({error}), one of {others}; numbers that were "
+            "read from YAML or a command line may be strings: float(...) makes them numbers"
+        ) from error
+
+
+def of_numbers(check: Callable[[Any, Mapping[str, Any]], None]) -> Callable[[Any, Mapping[str, Any]], None]:
+    """Decorate an optimizer's check of the settings of a group, which compares them with numbers."""
+
+    @wraps(check)
+    def checked(optimizer: Any, group: Mapping[str, Any]) -> None:
+        with numbers_of(type(optimizer).__name__, group):
+            check(optimizer, group)
+
+    return checked
 
 
 class Keywords:
@@ -48,10 +76,17 @@ class Keywords:
                     raise BadInput(
                         f"{word}= is the field {name!r} of {argument}=, which is given too: give one of the two"
                     )
-        found = {
-            argument: made(**asked[argument]) if given.get(argument) is None else given[argument]
-            for argument, made in self._values.items()
-        }
+        found = dict(given)
+        for argument, made in self._values.items():
+            if given.get(argument) is None:
+                words = {
+                    word: given[word]
+                    for word, (owner, _) in self._fields.items()
+                    if owner == argument and word in given
+                }
+                with numbers_of(f"lw.optim.{made.__name__}", words):
+                    found[argument] = made(**asked[argument])
+        found = {argument: found[argument] for argument in self._values}
         if not all(isinstance(found[argument], made) for argument, made in self._values.items()):
             takes = ", ".join(f"{word}= takes a lw.optim.{made.__name__}" for word, made in self._values.items())
             raise BadInput(f"{takes} (their fields are keywords, too); got {found}")

@@ -35,7 +35,7 @@ class Recorded:
     """One run of a closure.
 
     cotangents: by use index, `[*out_shape]`. gradients: of the parameters outside the layers, by name. counted: the
-    number of samples, or in words which it may be.
+    number of samples, or in words which it may be. a_sum: whether the loss is written as a sum over its terms.
     Where the loss is not finite, or depends on no parameter, there are no layers and no gradients.
     """
 
@@ -45,6 +45,7 @@ class Recorded:
     cotangents: Mapping[int, Tensor]
     gradients: Mapping[str, Tensor]
     counted: int | str = 1
+    a_sum: bool = False
 
     @property
     def samples(self) -> int:
@@ -201,7 +202,8 @@ def _recorded_pass(
     layers = _reached(layers, received)
     if passes and scale != passes[0].scale:
         raise BadInput(mixed_scales(passes[0].scale, scale))
-    recorded = Recorded(differentiated(total, weight), tape, layers, received, gradients, counted)
+    a_sum = _is_a_sum(tape, total, scale)
+    recorded = Recorded(differentiated(total, weight), tape, layers, received, gradients, counted, a_sum)
     passes.append(_Pass(_unscaled(recorded, scale), scale, uses))
     read = {use.edge.node for use in graph.uses}
     tape.forget_losses([loss for loss in tape.losses if loss.logits.node in read])
@@ -255,7 +257,18 @@ def joined(runs: Sequence[Recorded]) -> Recorded:
     loss = torch.stack([run.loss for run in runs]).sum()
     unclear = next((run.counted for run in runs if isinstance(run.counted, str)), None)
     counted = sum(run.samples for run in runs) if unclear is None else unclear
-    return Recorded(loss, runs[0].tape, layers, cotangents, gradients, counted)
+    a_sum = all(run.a_sum for run in runs)
+    return Recorded(loss, runs[0].tape, layers, cotangents, gradients, counted, a_sum)
+
+
+def _is_a_sum(tape: Tape, total: Tensor, scale: float | None) -> bool:
+    """Whether a total is the value of a known loss call with `reduction="sum"`, or the sum of one without reduction.
+
+    scale: by which a gradient scaler multiplied it, or None.
+    """
+    node = total.grad_fn if scale is None or total.grad_fn is None else total.grad_fn.next_functions[0][0]
+    summed = node.next_functions[0][0] if node is not None and node.name() == "SumBackward0" else None
+    return any((loss.value.node, loss.call.reduction) in ((node, "sum"), (summed, "none")) for loss in tape.losses)
 
 
 def may_be_finite(loss: Tensor) -> bool:
@@ -297,7 +310,8 @@ def _pulled(tape: Tape, loss: Tensor, asked: _Asked) -> Recorded:
     cotangents = {use.index: g for use, g in zip(uses, found, strict=False) if g is not None}
     layers = _reached(layers, cotangents)
     gradients = {n: dense(g) for n, g in zip(rest, found[len(uses) :], strict=True) if g is not None}
-    return Recorded(loss.detach(), tape, layers, cotangents, gradients, asked.counted(tape, graph, loss))
+    counted, a_sum = asked.counted(tape, graph, loss), _is_a_sum(tape, loss, loss_scale(tape.scaler_calls, loss))
+    return Recorded(loss.detach(), tape, layers, cotangents, gradients, counted, a_sum)
 
 
 def _reached(layers: list[Layer], cotangents: dict[int, Tensor]) -> list[Layer]:

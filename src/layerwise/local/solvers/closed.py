@@ -33,7 +33,10 @@ def prox_step(problem: LocalProblem, side: Side = "auto") -> tuple[Tensor, Tenso
     """
     c = problem.stiffness
     if not c > 0:
-        raise BadInput("prox_step needs the proximal term: give the problem prox=η, a positive number, or a pull")
+        raise BadInput(
+            "ProximalSolve has no quadratic term that bounds its step: give it eta=η > 0, or the regularizer "
+            "Proximal(η) or WeightDecay; a problem of your own prox=η, or a pull"
+        )
     _check_squared(problem, "prox_step")
     if _diagonal(problem):
         g, s = _table(problem)

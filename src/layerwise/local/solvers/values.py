@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ from layerwise.local.solvers.tf_rmsprop import TFRMSProp
 
 __all__ = [
     "Anderson", "ConditionalGradient", "ConjugateGradient", "LocalSteps", "Newton", "ProximalSolve", "Solver",
-    "Spectral", "default_lr", "name_of",
+    "Spectral", "default_lr", "made_optimizer", "name_of",
 ]  # fmt: skip
 
 Update = tuple[Tensor, Tensor | None]
@@ -100,11 +100,23 @@ class LocalSteps:
             problem, weight=problem.weight.clone(), bias=None if problem.bias is None else problem.bias.clone()
         )
         params = [p for p in (problem.weight, problem.bias) if p is not None]
-        optimizer = self.optimizer([{"params": [p]} for p in params], lr=_own_lr(self.optimizer) if lr is None else lr)
+        optimizer = made_optimizer(self.optimizer, params, _own_lr(self.optimizer) if lr is None else lr)
         rows = self.share(problem)
         local_steps(problem, optimizer, StepPlan(self.steps, rows, self.form, self.rule, stop=self.stop))
         moved = [new - old for new, old in zip(params, (start.weight, start.bias), strict=False) if old is not None]
         return moved[0], moved[1] if len(moved) > 1 else None
+
+
+def made_optimizer(kind: Callable[..., Any], params: Sequence[Tensor], lr: float, names: Sequence[str] = ()) -> Any:
+    """A local optimizer with a group for each parameter. Raises BadInput where its class does not take them."""
+    try:
+        return kind([{"params": [p]} for p in params], lr=lr)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{n} {tuple(p.shape)}" for n, p in zip(names or ["a tensor"] * 2, params, strict=False))
+        raise BadInput(
+            f"LocalSteps' optimizer {getattr(kind, '__name__', kind)} does not take {given} at lr={lr}: {error}. "
+            "Choose another solver for these, layers={pattern: {'solver': ...}}, or leave them to another optimizer"
+        ) from error
 
 
 def _runs_a_closure(optimizer: Callable[..., torch.optim.Optimizer]) -> bool:

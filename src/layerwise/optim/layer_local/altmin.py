@@ -18,7 +18,7 @@ from layerwise.local.layers.record import Recorded, record
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.values import Solver
 from layerwise.optim.deferred import Late
-from layerwise.optim.keywords import Keywords, refuse_unknown
+from layerwise.optim.keywords import Keywords, of_numbers, refuse_unknown
 from layerwise.optim.layer_local.code_fit import CodeFitter, FittedToCodes
 from layerwise.optim.layer_local.coding import (
     Coded,
@@ -136,6 +136,7 @@ class AltMin(FittedToCodes):
 
     _kind = "AltMin"
 
+    @of_numbers
     def _check(self, group: Mapping[str, Any]) -> None:
         check_group(group)
 

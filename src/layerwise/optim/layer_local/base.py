@@ -20,7 +20,7 @@ from layerwise.local.metric import second_moment
 from layerwise.local.problem import Term
 from layerwise.local.regularizers import Average, Regularizer
 from layerwise.local.solvers.memory import Memory, moments_misfit
-from layerwise.local.solvers.values import LocalSteps, Solver
+from layerwise.local.solvers.values import LocalSteps, Solver, made_optimizer
 from layerwise.local.targets import NaturalStep, Target, outer_moment
 from layerwise.optim.base import NamedOptimizer, refuse_unreached
 from layerwise.optim.deferred import Late
@@ -75,7 +75,8 @@ class Fitting:
         key = (kind, *map(id, params))
         optimizer = self.optimizers.get(key)
         if optimizer is None:
-            optimizer = self.optimizers[key] = kind([{"params": [p]} for p in params], lr=0.0)
+            names = [name for p in params for name, q in self.run.tape.parameters.items() if q is p]
+            optimizer = self.optimizers[key] = made_optimizer(kind, params, settings.get("lr", 0.0), names)
         optimizer.state = self.state
         for p, group in zip(params, optimizer.param_groups, strict=True):
             mine = self.groups[id(p)]

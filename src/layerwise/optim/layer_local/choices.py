@@ -87,7 +87,7 @@ def with_preset(given: Mapping[str, Any], preset: str | None) -> tuple[dict[str,
 
     What is given wins. Raises BadInput for an unknown preset.
     """
-    if preset is not None and preset not in PRESETS | RECOVERIES:
+    if preset is not None and preset not in [*PRESETS, *RECOVERIES]:
         raise BadInput(f"LocoProp knows the presets {', '.join([*PRESETS, *RECOVERIES])}; got {preset!r}")
     meant = RECOVERIES.get(preset or "", {})
     spelled = {key: meant.get(key) if value is None else value for key, value in given.items()}
@@ -165,7 +165,9 @@ def check_common(method: str, group: Mapping[str, Any]) -> None:
 
 
 def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str], names: Sequence[str]) -> None:
-    """Raise BadInput for unknown keys of `layers=`, and for a pattern that no parameter's name matches."""
+    """Raise BadInput for `layers=` of another form, unknown keys, and a pattern that no parameter's name matches."""
+    if not (isinstance(layers, Mapping) and all(isinstance(settings, Mapping) for settings in layers.values())):
+        raise BadInput(f"layers= maps patterns to settings, {{'encoder.*': {{'lr': 1e-4}}}}; got {layers!r}")
     for pattern, settings in layers.items():
         unknown = sorted(set(settings) - set(keys))
         if unknown:
@@ -175,7 +177,7 @@ def check_patterns(layers: Mapping[str, Mapping[str, Any]], keys: Sequence[str],
 
 def several(method: str, regularizer: Any) -> tuple[Regularizer, ...]:
     """One regularizer or a sequence of them, as a tuple. Raises BadInput for anything else."""
-    terms = tuple(regularizer) if isinstance(regularizer, Sequence) else (regularizer,)
+    terms = tuple(regularizer) if isinstance(regularizer, list | tuple) else (regularizer,)
     form = "(weight, bias, gamma, average) -> Pull or norm ball, or a sequence of such"
     return tuple(_callable(method, "regularizer", t, form) for t in terms)
 

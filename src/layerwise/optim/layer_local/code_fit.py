@@ -64,7 +64,7 @@ class CodeFitter:
         self, codes: CodeUpdate, weights: WeightUpdate, minibatch: Minibatch, names: Sequence[str], lr: float | None,
         layers: Mapping[str, Mapping[str, Any]] | None, trace: Trace | None, preset: str | None,
     ) -> None:  # fmt: skip
-        if preset is not None and preset not in PRESETS | RECOVERIES:
+        if preset is not None and preset not in [*PRESETS, *RECOVERIES]:
             raise BadInput(f"AltMin knows the presets {', '.join([*PRESETS, *RECOVERIES])}; got {preset!r}")
         chosen = {"weights": "adam", **PRESETS.get(preset or "", {})}
         meant = RECOVERIES.get(preset or "", {})

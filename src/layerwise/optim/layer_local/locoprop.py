@@ -27,7 +27,7 @@ from layerwise.local.targets import GradientStep, Target, fill_in
 from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.base import Closure
 from layerwise.optim.deferred import Late
-from layerwise.optim.keywords import Keywords, refuse_unknown
+from layerwise.optim.keywords import Keywords, of_numbers, refuse_unknown
 from layerwise.optim.layer_local.base import Fitting, LayerLocal, forms_of_state, solved
 from layerwise.optim.layer_local.choices import (
     DEFAULTS,
@@ -166,6 +166,7 @@ class LocoProp(LayerLocal):
     def _differences(self, saved: Mapping[str, Any]) -> list[str]:
         return super()._differences(saved) + self._choices.unsolved(saved["param_groups"], self.param_groups)
 
+    @of_numbers
     def _check(self, group: Mapping[str, Any]) -> None:
         check_common("LocoProp", group)
         if not 0 < group["gamma"] < float("inf"):
@@ -353,7 +354,7 @@ def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
     """A layer's local problem. Raises NonFinite where the target of a user's function is not finite."""
     target = plan.choice.target
     plain = isinstance(target, GradientStep) and target.clip is None
-    made = None if plain else fill_in(target, plan.gamma)
+    made = None if plain else fill_in(target, plan.gamma, plan.layer.name)
     problem = problem_of(fitting.run, plan.layer, plan.gamma, plan.transfer, made, plan.terms)
     if not plain and not bool(torch.isfinite(problem.target).all()):
         raise NonFinite(f"the target of {plan.layer.name} holds NaN or infinity")

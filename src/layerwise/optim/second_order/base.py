@@ -14,6 +14,7 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.optim.base import NamedOptimizer, refuse_unreached
 from layerwise.optim.deferred import Late
+from layerwise.optim.keywords import of_numbers
 from layerwise.optim.recording import Samples
 from layerwise.optim.saved_state import Fit, like
 from layerwise.optim.second_order.preconditioner import Preconditioner
@@ -87,7 +88,7 @@ class CurvatureOptimizer(NamedOptimizer):
         fixed = step_size == "lr"
         if kl_clip == "auto":
             kl_clip = 3e-4 if fixed else 1.0  # where a batch has little curvature, its model goes too far
-        if kl_clip is not None and not 0 < kl_clip < float("inf"):
+        if kl_clip is not None and not (isinstance(kl_clip, int | float) and 0 < kl_clip < float("inf")):
             raise BadInput(f"{type(self).__name__}'s kl_clip must be None or a finite number > 0, got {kl_clip!r}")
         if step_size not in ("lr", "quadratic"):
             raise BadInput(f'step_size must be "lr" or "quadratic", got {step_size!r}')
@@ -106,6 +107,7 @@ class CurvatureOptimizer(NamedOptimizer):
                for number, group in enumerate(self.param_groups)},
         })  # fmt: skip
 
+    @of_numbers
     def _check(self, group: Mapping[str, Any]) -> None:
         method = type(self).__name__
         self.preconditioner.check()

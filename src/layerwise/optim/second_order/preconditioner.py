@@ -147,8 +147,8 @@ class Preconditioner:
         """Raise BadInput for settings that cannot be."""
         if self.damping_form not in FORMS:
             raise BadInput(f"damping_form must be one of {', '.join(FORMS)}; got {self.damping_form!r}")
-        if not 0 < self.damping < float("inf"):
-            raise BadInput(f"a preconditioner needs a finite damping > 0; got damping={self.damping}")
+        if not (isinstance(self.damping, int | float) and 0 < self.damping < float("inf")):
+            raise BadInput(f"a preconditioner needs a finite damping > 0; got damping={self.damping!r}")
         check_on_nonfinite(self.on_nonfinite)
 
     # -- watching ------------------------------------------------------------------------------------------
