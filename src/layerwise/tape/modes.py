@@ -39,18 +39,20 @@ def leave(mode: TorchFunctionMode) -> None:
 class PassWatch(TorchFunctionMode):
     """Notes the backward passes and the calls of gradient scalers inside the context, and records nothing else.
 
-    on_backward: called with the tensor that a backward pass starts from and its weights or None, before it.
+    on_backward: called as `on_backward(total, weight, run)` instead of a backward pass from a tensor, times its weights
+        or None; it must call `run()`.
     """
 
-    def __init__(self, on_backward: Callable[[Tensor, Tensor | None], Any]) -> None:
+    def __init__(self, on_backward: Callable[[Tensor, Tensor | None, Callable[[], Any]], Any]) -> None:
         super().__init__()
         self.scaler_calls = ScalerCalls()
         self._on_backward = on_backward
 
     def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in BACKWARD:
-            self._on_backward(*backward_arguments(func, args, kwargs or {}))
-        out = func(*args, **(kwargs or {}))
+            return self._on_backward(*backward_arguments(func, args, kwargs), lambda: func(*args, **kwargs))
+        out = func(*args, **kwargs)
         if func in SCALER_CALLS:
             self.scaler_calls.note(func, args, out)
         return out
