@@ -241,6 +241,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
         random = RandomState({p.device for group in self.param_groups for p in group["params"]}, ("torch",))
         buffers, modes = Buffers(self._model) if buffers is None else buffers, active()
+        grads = torch.is_grad_enabled()
         try:
             loss, where = only_inside(closure, lambda its: attempt(its, buffers))
             if isinstance(where, Late):
@@ -258,6 +259,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 self._skips.skipped(where)
         except BaseException as error:
             end_after(modes)
+            torch._C._set_grad_enabled(grads)
             if not self.was_made:
                 buffers.put_back()
                 random.put_back()
