@@ -29,6 +29,7 @@ from layerwise.optim.saved_state import (
     stamped,
 )  # fmt: skip
 from layerwise.replay.autocast import only_inside
+from layerwise.replay.contexts import entered_anew
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
 from layerwise.tape.modes import active, end_after
@@ -192,7 +193,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 self._tell(error)
             raise
 
-    @contextmanager
+    @entered_anew
     def watch(self, *, samples: Samples = None) -> Iterator[None]:
         """Record forward and backward passes that somebody else runs, for a `step()` without a closure.
 

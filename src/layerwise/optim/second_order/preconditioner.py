@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -33,6 +32,7 @@ from layerwise.optim.second_order.trust import unsafe
 from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, WatchedBatch
 from layerwise.quantities.base import Quantity
 from layerwise.replay.autocast import NO_AUTOCAST, autocast_as
+from layerwise.replay.contexts import entered_anew
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import dense, without_grad
@@ -153,7 +153,7 @@ class Preconditioner:
 
     # -- watching ------------------------------------------------------------------------------------------
 
-    @contextmanager
+    @entered_anew
     def watch(self, names: Collection[str] | None = None, *, samples: int | Tensor | None = None) -> Iterator[Watched]:
         """Measure the curvature in the backward pass inside, on steps where it is due.
 
