@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import layerwise as lw
-from layerwise.errors import NonFinite
+from layerwise.errors import BadInput, NonFinite
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -194,3 +194,153 @@ def test_a_closure_that_returns_a_loss_writes_no_grad_for_a_bad_batch(name: str)
     spoil(x)
     opt.step(lambda: F.cross_entropy(model(x), y))
     assert opt.skipped == 1 and all(p.grad is None for p in model.parameters())
+
+
+# Parts that fail --------------------------------------------------------------------------------------------------
+
+
+class _Failed(Exception):
+    """What a part raises."""
+
+
+class _InFront:
+    """A `Preconditioner` with the optimizer behind it, as one optimizer."""
+
+    def __init__(self, model: nn.Module, kind: str) -> None:
+        self.pre, self.outer = lw.optim.Preconditioner(model, kind), torch.optim.SGD(model.parameters(), lr=0.1)  # type: ignore[arg-type]
+        self.watch, self.zero_grad, self.state_dict = self.pre.watch, self.outer.zero_grad, self.pre.state_dict
+
+    def step(self) -> None:
+        self.pre.step()
+        self.outer.step()
+
+
+FAILING: dict[str, Callable[[nn.Module], Any]] = {  # without draws, of which a failed pass takes some
+    "KFAC, exact": OPTIMIZERS["KFAC, exact"],
+    "KFAC, measures nothing": OPTIMIZERS["KFAC, measures nothing"],
+    "FOOF": OPTIMIZERS["FOOF"],
+    "DiagNewton": lambda m: lw.optim.DiagNewton(m, draws=None, update_every=1),
+    "DiagNewton, Hessian": lambda m: lw.optim.DiagNewton(m, kind="diag-hessian", draws=None, update_every=1),
+    "LocoProp": OPTIMIZERS["LocoProp"],
+    "LocoProp, S": lambda m: lw.LocoProp(m, preset="S"),
+    "Preconditioner": lambda m: _InFront(m, "kflr"),
+    "Preconditioner, diagonal": lambda m: _InFront(m, "diag-ggn"),
+}
+
+
+def failed(model: nn.Module, x: Tensor, y: Tensor, when: str) -> None:
+    """A part that raises before its backward pass, in it (when the later layers have their gradients), or after it.
+
+    Or after one that reaches no parameter.
+    """
+
+    def raises(g: Tensor) -> None:
+        raise _Failed
+
+    hidden = model[:2](x)  # type: ignore[index]
+    if when in ("in it", "caught"):
+        hidden.register_hook(raises)
+    loss = F.cross_entropy(model[2:](hidden), y)  # type: ignore[index]
+    if when == "elsewhere":
+        x.clone().requires_grad_().sum().backward()
+    if when in ("before it", "elsewhere"):
+        raise _Failed
+    if when == "caught":
+        with pytest.raises(_Failed):
+            loss.backward()
+        return
+    loss.backward()
+    raise _Failed
+
+
+def parts_taken(
+    model: nn.Module, opt: Any, taken: Sequence[tuple[Tensor, Tensor]], fails: int | None, when: str
+) -> None:
+    """Each part in a context of its own. fails: the part that does."""
+    for at, (x, y) in enumerate(taken):
+        with suppress(_Failed, *([BadInput] if at == fails else [])), opt.watch():
+            if at == fails:
+                failed(model, x, y, when)
+            else:
+                passed(model, x, y)
+
+
+def gradient(model: nn.Module) -> Tensor:
+    return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", FAILING)
+@pytest.mark.parametrize("when", ["before it", "elsewhere", "in it", "caught", "after it"])
+@pytest.mark.parametrize("fails", [0, 1, 2])
+def test_a_part_that_fails_is_left_out_or_the_step_is_refused(name: str, when: str, fails: int) -> None:
+    """By what `.grad` holds: where it is the sum of the other parts, the step is theirs; else there is none."""
+    model, wanted = net(), net()
+    opt, other = FAILING[name](model), FAILING[name](wanted)
+    taken = parts(0)
+    parts_taken(wanted, other, [part for at, part in enumerate(taken) if at != fails], None, "")
+    parts_taken(model, opt, taken, fails, when)
+    before = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    if torch.equal(gradient(model), gradient(wanted)):
+        assert opt.step() == other.step()  # the losses
+        assert equal(flat(model.state_dict()), flat(wanted.state_dict()))
+        assert not equal(flat(model.state_dict()), flat(before[0]))
+        assert when != "after it"
+        return
+    assert when not in ("before it", "elsewhere")
+    for _ in range(2):
+        with pytest.raises(BadInput, match=r"zero_grad\(\)"):
+            opt.step()
+    assert equal(flat((model.state_dict(), opt.state_dict())), flat(before))
+
+
+@pytest.mark.parametrize("name", FAILING)
+@pytest.mark.parametrize("when", ["before it", "in it", "caught", "after it"])
+@pytest.mark.parametrize("zero", ["optimizer", "model", "in the next context"])
+def test_after_zero_grad_the_step_is_that_of_the_whole_batch(name: str, when: str, zero: str) -> None:
+    model, wanted = net(), net()
+    opt, other = FAILING[name](model), FAILING[name](wanted)
+    if zero == "in the next context" and isinstance(opt, _InFront):
+        return  # it is not told
+    taken = parts(0)
+    parts_taken(wanted, other, taken, None, "")
+    other.step()
+    parts_taken(model, opt, taken, 1, when)
+    if zero == "in the next context":
+        with opt.watch():
+            opt.zero_grad()
+            passed(model, *taken[0])
+        parts_taken(model, opt, taken[1:], None, "")
+    else:
+        (opt if zero == "optimizer" else model).zero_grad()
+        parts_taken(model, opt, taken, None, "")
+    opt.step()
+    assert equal(flat(model.state_dict()), flat(wanted.state_dict()))
+
+
+@pytest.mark.parametrize("name", [name for name in FAILING if "Preconditioner" not in name])
+def test_a_closure_that_catches_what_a_backward_pass_raises_is_refused(name: str) -> None:
+    """Unless `.grad` is as it was before that pass."""
+    model, wanted = net(), net()
+    opt, other = FAILING[name](model), FAILING[name](wanted)
+    first, second = parts(0, 2)
+
+    def closure(net: nn.Module, fails: bool) -> Tensor:
+        net.zero_grad()
+        loss = F.cross_entropy(net(first[0]), first[1])
+        loss.backward()
+        if fails:
+            failed(net, *second, "caught")
+        return loss.detach()
+
+    whole = False
+    before = copy.deepcopy(model.state_dict())
+    try:
+        opt.step(lambda: closure(model, True))
+        whole = True
+    except BadInput as error:
+        assert "zero_grad()" in str(error)
+    closure(wanted, False)
+    assert whole == torch.equal(gradient(model), gradient(wanted))
+    if whole:
+        other.step(lambda: closure(wanted, False))
+    assert equal(flat(model.state_dict()), flat(wanted.state_dict() if whole else before))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import itertools
+import json
 import math
 import pickle
 import weakref
@@ -743,3 +744,17 @@ def test_a_copied_monitor_goes_on_for_the_copied_model(copied: Callable[[Any], A
             with monitor.step():
                 F.cross_entropy(net(x), torch.arange(6) % 2).backward()
         assert repr(its[1]._log.records[-1]) == repr(twin[1]._log.records[-1])
+
+
+@pytest.mark.parametrize("value", ['{"a": 1}', "[1]", '"abc"', "null"])
+def test_a_line_whose_value_is_no_number_is_skipped_with_a_warning(tmp_path: Any, value: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 2.0}}\n{{"step": 2, "loss": {value}}}\n{{"step": 3, "loss": "nan"}}\n')
+    with pytest.warns(lw.errors.LogDamaged, match="1 lines.*line 2"):
+        history = lw.monitor.read(path)
+    assert [record["step"] for record in history.records] == [1, 3]
+    assert history.table() and len(history.rows()) == 2
+    history.html(tmp_path / "page.html")
+    with pytest.raises(lw.errors.BadInput, match="step 4 holds loss"):
+        history(4, {"loss": json.loads(value)})
+    assert len(history) == 2

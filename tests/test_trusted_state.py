@@ -193,11 +193,28 @@ def test_tensors_of_other_shapes_and_types_are_refused(make: Make) -> None:
         old = get(state, way)
         if not old.dim():
             continue
-        changes = [torch.zeros(*old.shape, 2)] + [old.double()] * (way[0] != "averages")
-        for new in changes:
+        for new in (torch.zeros(*old.shape, 2), old.double(), old.to(torch.int64), old.to(torch.complex64)):
             changed = copy.deepcopy(state)
             put(changed, way, new)
             refused(opt, changed, "shape|moments|averages")
+
+
+@every
+def test_what_is_no_tensor_of_numbers_is_refused(make: Make) -> None:
+    """On the meta device, sparse, or of another kind: each tensor of each state, by its key."""
+    _, opt = trained(make)
+    state = opt.state_dict()
+    for way in tensors_in(state):
+        old = get(state, way)
+        none = () if str(way[-1]).startswith("basis") else (None,)  # a side of a block may have no basis
+        for value in (old.to("meta"), old.reshape(-1).to_sparse(), old.tolist(), "x", True, {}, *none):
+            changed = copy.deepcopy(state)
+            put(changed, way, value)
+            refused(opt, changed, str(way[-1]))
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    refused(opt, torch.load(file, weights_only=True, map_location="meta"), "meta device")
 
 
 @every
@@ -319,12 +336,36 @@ def test_what_is_no_state_is_refused(make: Make) -> None:
     for wrong in (None, [], 3, {}, {"state": {}}, {**state, "version": 99}, {**state, "state": None},
                   {**state, "param_groups": None}, {**state, "param_groups": []}):  # fmt: skip
         refused(opt, wrong, "saved")
-    for change in ({"params": None}, {"param_names": None}, {"params": 3}):
+    numbers, names = (state["param_groups"][0][key] for key in ("params", "param_names"))
+    for change in ({"params": None}, {"param_names": None}, {"params": 3}, {"param_names": [None, *names[1:]]},
+                   {"param_names": [0, *names[1:]]}, {"params": ["0", *numbers[1:]]}, {"params": [[], *numbers[1:]]},
+                   {"param_names": names[0]}):  # fmt: skip
         refused(opt, {**state, "param_groups": [{**state["param_groups"][0], **change}]}, "saved")
     refused(opt, {**state, "state": {**state["state"], 0: None}}, "not a dict")
     refused(opt, {**state, "state": {**state["state"], 99: {"x": torch.ones(1)}}}, "99")
     torch_opt = torch.optim.Adam(model.parameters())
     refused(opt, torch_opt.state_dict(), "lacks")
+    for key in state.keys() & {"averages", "stale", "preconditioner", "entries"}:
+        for wrong in (None, "x", 3, [], torch.ones(2), {"x": 3}, {3: torch.ones(2)}, {None: None}):
+            refused(opt, {**state, key: wrong}, ".")
+
+
+def test_minibatches_of_stale_layers_that_were_cut_are_named() -> None:
+    model, opt = trained(MAKERS["AltMin async"])
+    state = opt.state_dict()
+    for at in range(len(state["stale"]["heard"])):
+        for whole in (True, False):
+            changed = copy.deepcopy(state)
+            heard = changed["stale"]["heard"]
+            heard.pop(at) if whole else heard[at].popitem()
+            refused(opt, changed, "stale layers.*cut")
+    old = copy.deepcopy(state)
+    del old["stale"]["layers"]  # as it was saved before
+    opt.load_state_dict(old)
+    assert same(opt.state_dict(), state)
+    shorter = lw.AltMin(model, schedule="async", staleness=1)  # no layer is ever given what is older
+    shorter.load_state_dict(state)
+    assert same(shorter.state_dict()["stale"]["heard"], state["stale"]["heard"][-2:])
 
 
 @every

@@ -203,6 +203,54 @@ def test_a_model_trains_on_after_a_whole_batch_of_huge_numbers(name: str, scale:
     assert losses[-1] < losses[6] + 1e-3 or name in _SLOW
 
 
+class _Plain(torch.optim.SGD):
+    """torch's, with a closure that returns the loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+
+    def step(self, closure: Callable[[], Tensor]) -> None:  # type: ignore[override]
+        self.zero_grad()
+        closure().backward()
+        super().step()
+
+
+@pytest.mark.parametrize("name", [*sorted(_UNBOUNDED), "SGD"])
+@pytest.mark.parametrize("scale", [1e3, 1e8, 1e12, 1e16])
+def test_a_step_without_a_bound_follows_a_huge_batch_in_finite_numbers_and_a_checkpoint_trains_on(
+    name: str, scale: float
+) -> None:
+    """As `torch.optim.SGD` follows it; each batch that is skipped later is counted, with its reason."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    opt, labels = (_Plain if name == "SGD" else faults.OPTIMIZERS[name])(model), torch.randn(4, 3)
+
+    def step(seed: int, factor: float = 1.0) -> None:
+        x = torch.randn(32, 4, generator=torch.Generator().manual_seed(seed))
+        y = (x @ labels).argmax(1)
+        opt.step(lambda: F.cross_entropy(model(x * factor), y))
+
+    for seed in range(5):
+        step(seed)
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    step(5, scale)
+    if name != "K-FAC quadratic":
+        largest = max(float(p.detach().abs().max()) for p in model.parameters())
+        assert largest > 1e-4 * scale or opt.why_skipped() is not None
+    if name == "SGD":
+        return
+    for seed in range(6, 30):
+        skipped = opt.skipped
+        step(seed)
+        assert (opt.skipped > skipped) == (opt.why_skipped() is not None)
+        assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    model.load_state_dict(saved[0])
+    opt.load_state_dict(saved[1])
+    for seed in range(6, 30):
+        step(seed)
+        assert opt.why_skipped() is None
+
+
 # Parameters that change -------------------------------------------------------------------------------------------
 
 

@@ -558,3 +558,37 @@ def test_a_closure_with_two_passes_through_one_forward_is_refused(name: str) -> 
 
     with pytest.raises(Undefined, match="retain_graph"):
         (OPTIMIZERS | CODES)[name](model).step(closure)
+
+
+# Contexts that are kept --------------------------------------------------------------------------------------------
+
+
+@exact
+def test_a_context_that_is_kept_is_entered_anew(name: str) -> None:
+    """As `torch.no_grad()` is: each time it records another part."""
+
+    def run(model: nn.Module, opt: Any, step: int) -> None:
+        opt.zero_grad()
+        context = opt.watch()
+        for part in parts(step):
+            with context:
+                backward(model, *part, float(K))
+        opt.step()
+
+    same(trained(OPTIMIZERS[name], run), trained(OPTIMIZERS[name], whole()))
+
+
+def test_a_context_of_a_preconditioner_or_a_monitor_is_entered_anew_and_decorates() -> None:
+    model = net()
+    pre, history = lw.optim.Preconditioner(model, "kflr"), lw.monitor.History()
+    watching, measuring = pre.watch(), lw.monitor.Monitor(model, history, every=1).step()
+    for step in range(3):
+        model.zero_grad()
+        with measuring, watching as watched:
+            backward(model, *batch(step), 1.0)
+        assert watched.passes == 1 and pre.step()
+    assert [record["step"] for record in history.records] == [0, 1, 2]
+    measuring(backward)(model, *batch(3), 1.0)
+    assert len(history) == 4
+    with watching, pytest.raises(BadInput, match="active already"), watching:
+        pass

@@ -39,8 +39,11 @@ def without_grad(function: Callable[P, R]) -> Callable[P, R]:
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        with torch.no_grad():
+        torch._C._set_grad_enabled(False)  # not `torch.no_grad()`, whose end an interrupt can cut short
+        try:
             return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(True)
 
     return called
 

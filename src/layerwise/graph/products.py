@@ -17,7 +17,6 @@ from typing import Any, Protocol, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
@@ -27,7 +26,7 @@ from layerwise.graph.walk import nodes
 from layerwise.losses import Unread
 from layerwise.ops import bags_of_rows
 from layerwise.tape.activation_checkpoints import standing_in
-from layerwise.tape.modes import leave
+from layerwise.tape.modes import LeavableMode
 from layerwise.tape.pull import Place, pull, pull_stack
 from layerwise.tape.uses import LossUse
 
@@ -51,7 +50,7 @@ _NO_SECOND = re.compile(
 )
 
 
-class SecondOrder(TorchFunctionMode):
+class SecondOrder(LeavableMode):
     """Run a forward so that it can be differentiated twice: enter it after the tape.
 
     Attention runs by its formula, since fused kernels have no second derivative; so do bags of embeddings and the calls
@@ -65,7 +64,9 @@ class SecondOrder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         parts, kwargs = _FORMULAS.get(func), dict(kwargs or {})
-        if func is F.embedding and self._embedding is not func:
+        if self.ended:
+            parts = None
+        elif func is F.embedding and self._embedding is not func:
             parts = self._embedding
         elif func is F.embedding_bag:
             parts = partial(bags_of_rows, self._embedding)
@@ -89,7 +90,7 @@ class SecondOrder(TorchFunctionMode):
         if self._kernel is not None:
             kernel, self._kernel = self._kernel, None
             kernel.__exit__(*exc)
-        leave(self)
+        super().__exit__(*exc)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

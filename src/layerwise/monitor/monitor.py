@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from layerwise.monitor.measures import WHOLE, Measure, Step, default
 from layerwise.monitor.records import Record
 from layerwise.monitor.watch import Group, Watch
 from layerwise.quantities import Quantity
+from layerwise.replay.contexts import entered_anew
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import named_parameters_of
 
@@ -85,7 +85,7 @@ class Monitor:
         """Whether the next step is measured."""
         return self.steps % self._every == 0
 
-    @contextmanager
+    @entered_anew
     def step(self, closure: Callable[[], Tensor] | None = None) -> Iterator[None]:
         """Context around one training step: forward, backward and the optimizer's step."""
         if not self.due:
@@ -109,7 +109,7 @@ class Monitor:
                 self._log_failed = True
                 warnings.warn(
                     f"the log of step {record['step']} failed, and training goes on ({type(error).__name__}: {error}); "
-                    "later failures are not told", LogDamaged, stacklevel=3,
+                    "later failures are not told", LogDamaged, stacklevel=4,
                 )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

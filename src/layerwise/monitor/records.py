@@ -33,7 +33,10 @@ class History:
             self(int(record["step"]), record)
 
     def __call__(self, step: int, record: Mapping[str, Any]) -> None:
-        """Append a record."""
+        """Append a record. Raises BadInput for a value that is no number, nor the reason of a missing one."""
+        for key, value in record.items():
+            if not (key.startswith(LEFT_OUT) or _is_number(value)):
+                raise BadInput(f"the record of step {step} holds {key}: {value!r}; a history holds numbers by name")
         while self.records and self.records[-1]["step"] >= step:
             self.records.pop()
         self.records.append({**record, "step": step})
@@ -206,5 +209,16 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return not isinstance(value, str)
+
+
 def _number(key: str, value: Any) -> Any:
-    return value if key.startswith(LEFT_OUT) or not isinstance(value, str) else float(value)
+    """A value of a line. Raises TypeError and ValueError for one that is no number, nor the reason of a missing one."""
+    if key.startswith(LEFT_OUT) and isinstance(value, str):
+        return value
+    return value if isinstance(value, int | float) else float(value)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import BadInput, LayerwiseError, UnsupportedCall
 from layerwise.observation.engine import Observation
@@ -16,6 +15,7 @@ from layerwise.observation.seen import Seen
 from layerwise.quantities import Quantity
 from layerwise.replay.state import Gradients, RunState
 from layerwise.tape.calls import BACKWARD
+from layerwise.tape.modes import LeavableMode
 from layerwise.tape.pull import OnePass, accumulated, backward_arguments
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import named_parameters_of
@@ -94,7 +94,7 @@ class _Once:
         return self._out
 
 
-class _Passes(TorchFunctionMode):
+class _Passes(LeavableMode):
     """Sums the losses of all backward passes, and what they add to `.grad`, until the parameters change."""
 
     def __init__(self, parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
@@ -106,7 +106,7 @@ class _Passes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in BACKWARD:
+        if self.ended or func not in BACKWARD:
             return func(*args, **kwargs)
         try:
             total, weight = backward_arguments(func, args, kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,24 @@ class crossing(TorchFunctionMode):
     This gives the usual baseline; `AltMin` uses surrogate gradients by itself and does not need it.
     """
 
+    _inside = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was left, so that it does nothing, even where an interrupt kept it among torch's modes."""
+        return not self._inside
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._inside += 1  # at last, for after an interrupt `with` does not call `__exit__`
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._inside -= 1
+        super().__exit__(*exc)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (crossed if func is hard else func)(*args, **(kwargs or {}))
+        return (crossed if func is hard and not self.ended else func)(*args, **(kwargs or {}))
 
 
 class Hard(nn.Module):

@@ -224,10 +224,11 @@ def check_covered(tape: Tape, before: Mapping[str, Any], arrived: Collection[str
 
 
 def rollback(tape: Tape, before: Mapping[str, Any]) -> None:
-    """Undo what a refused backward pass added to `.grad`."""
+    """Undo what a refused backward pass added to `.grad`, to the version that it had."""
     for name, p in tape.owners.items():
         grad, version, old = before[name]
         p.grad = grad
         if grad is not None and grad._version != version:
             with torch.no_grad():
                 grad.copy_(old)
+            torch._C._autograd._unsafe_set_version_counter((grad,), (version,))  # its values are those of then

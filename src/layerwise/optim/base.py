@@ -14,7 +14,7 @@ from layerwise.errors import BadInput, LayerwiseError, NonFinite
 from layerwise.optim.deferred import Late, Skips, check_on_nonfinite, completed
 from layerwise.optim.group_settings import GroupSettings
 from layerwise.optim.parameter_forms import ParameterForms
-from layerwise.optim.recording import Recorder, Recording, Samples, Turn, holds_no_gradient
+from layerwise.optim.recording import Recorder, Recording, Samples, Turn, resumed
 from layerwise.optim.saved_state import (
     Fit,
     by_name,
@@ -29,6 +29,7 @@ from layerwise.optim.saved_state import (
     stamped,
 )  # fmt: skip
 from layerwise.replay.autocast import only_inside
+from layerwise.replay.contexts import entered_anew
 from layerwise.replay.state import Buffers, RandomState
 from layerwise.tape.binding import refuse_replaced
 from layerwise.tape.modes import active, end_after
@@ -160,6 +161,8 @@ class NamedOptimizer(torch.optim.Optimizer):
         """
         with self._turn, self._shared():
             recording = self._recording
+            if recording is not None and (recording.open or closure is None):
+                recording.recorder.whole.check(", or call step(closure)")
             try:
                 if recording is not None and recording.open:
                     if closure is not None:
@@ -190,7 +193,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 self._tell(error)
             raise
 
-    @contextmanager
+    @entered_anew
     def watch(self, *, samples: Samples = None) -> Iterator[None]:
         """Record forward and backward passes that somebody else runs, for a `step()` without a closure.
 
@@ -201,38 +204,26 @@ class NamedOptimizer(torch.optim.Optimizer):
 
         The context holds the forward pass too, and may hold the step, which then ends the record. Several backward
         passes count as the sum of their losses: those of one context, and of several before a step, as long as `.grad`
-        holds the gradients of the first. A gradient scaler's factor is left out. An exception discards the batch.
+        holds the gradients of the first. A gradient scaler's factor is left out. An exception drops what was recorded
+        in the context; where a backward pass in it has written to `.grad` before, `step` raises BadInput.
         samples: of each backward pass in the context, as for `step`.
         Raises BadInput where a step needs to run the model itself (AltMin), and in an open context.
         """
-        recording = self._recording
-        if recording is not None and recording.open:
-            raise BadInput(
-                f"{type(self).__name__}.watch() is active already; leave it, or call step(), before the next"
-            )
         params = [p for group in self.param_groups for p in group["params"]]
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
+        recording = resumed(type(self).__name__, self._recording, params)
         with self._shared():
-            if recording is None or holds_no_gradient(params):
-                recording = Recording(self._recorder(), Buffers(self._model))
-            self._recording = recording
-            try:
-                recording.start(samples)
+            self._recording = recording or Recording(self._recorder(), self._model, Buffers(self._model))
+            with self._recording.running(samples):
                 yield
-                recording.stop()
-            except BaseException as error:
-                if self._recording is recording:
-                    self._recording = None
-                recording.stop(type(error), error, error.__traceback__)
-                raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """torch's; what was recorded of the backward passes so far is dropped with their gradients."""
+        super().zero_grad(set_to_none)
         if self._recording is not None:
-            self._recording.recorder.forget_passes()
+            self._recording.forget_passes()
             if not self._recording.open:
                 self._recording = None
-        super().zero_grad(set_to_none)
 
     def _guarded(self, closure: Any, attempt: Attempt, buffers: Buffers | None = None) -> Tensor:
         """Attempt a step and return the loss; roll back where it is skipped or raises. buffers: from before its run."""
@@ -251,6 +242,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._group_at = {id(p): group for group in self.param_groups for p in group["params"]}
         random = RandomState({p.device for group in self.param_groups for p in group["params"]}, ("torch",))
         buffers, modes = Buffers(self._model) if buffers is None else buffers, active()
+        grads = torch.is_grad_enabled()
         try:
             loss, where = only_inside(closure, lambda its: attempt(its, buffers))
             if isinstance(where, Late):
@@ -268,6 +260,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 self._skips.skipped(where)
         except BaseException as error:
             end_after(modes)
+            torch._C._set_grad_enabled(grads)
             if not self.was_made:
                 buffers.put_back()
                 random.put_back()

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.losses.gradient_scalers import GradientsLeft
 from layerwise.replay.state import Buffers
+from layerwise.replay.whole_passes import GradVersions, WholePasses
 from layerwise.tensors import all_finite, dense, without_grad
 
-__all__ = ["Recorder", "Recording", "Samples", "Turn", "factor_left", "holds_no_gradient", "withhold"]
+__all__ = ["Recorder", "Recording", "Samples", "Turn", "factor_left", "resumed", "withhold"]
 
 Samples = int | Tensor | None  # the number of samples, or that of each loss term; None: as the batch says
-
-
-def holds_no_gradient(params: Iterable[Tensor]) -> bool:
-    """Whether `.grad` of all parameters is None or zero: what was recorded before belongs to a step that is past."""
-    return not any(p.grad is not None and bool((p.grad != 0).any()) for p in params)
 
 
 @without_grad
@@ -69,7 +66,9 @@ class Turn:
 
 
 class Recorder(Protocol):
-    """Records the passes inside its context; entered again, it goes on with the same batch."""
+    """Records the passes inside its context; entered again, it goes on with the same batch. May be left twice."""
+
+    whole: WholePasses
 
     def say(self, samples: Samples) -> None:
         """What the user says of the samples of the passes to come, each."""
@@ -83,25 +82,61 @@ class Recorder(Protocol):
     def forget_passes(self) -> None:
         """Drop the backward passes so far, but not the forward pass of those to come."""
 
+    def mark(self) -> Callable[[], None]:
+        """What drops all that is recorded from now on."""
+
+
+def resumed(owner: str, recording: Recording | None, params: Iterable[Tensor]) -> Recording | None:
+    """The recording that a context goes on with; None where it begins a batch.
+
+    Where `.grad` of all parameters is None or zero, what was recorded belongs to a step that is past. Raises BadInput
+    in an open context. owner: in its message.
+    """
+    if recording is not None and recording.open:
+        raise BadInput(f"{owner}.watch() is active already; leave it, or call step(), before the next")
+    return recording if any(p.grad is not None and bool((p.grad != 0).any()) for p in params) else None
+
 
 class Recording:
     """A batch that is being recorded, or was, and the buffers from before its first pass.
 
-    open: whether a context is open.
+    What is recorded and what `.grad` of the model holds are of the same passes. An exception in a context drops what
+    was recorded in it, where none of that has reached `.grad`; else no step can be made until the gradients are gone.
+    open: whether a context is open. buffers: None for a step that restores none.
     """
 
-    def __init__(self, recorder: Recorder, buffers: Buffers) -> None:
+    def __init__(self, recorder: Any, model: nn.Module | Mapping[str, Tensor], buffers: Buffers | None = None) -> None:
         self.recorder, self.buffers = recorder, buffers
-        self.open = False
+        self.open, self._model = False, model
 
-    def start(self, samples: Samples = None) -> None:
-        """Open the recorder's context. samples: of each of its passes."""
-        self.recorder.say(samples)
-        self.open = True
-        self.recorder.__enter__()
+    def _mark(self) -> None:
+        self._before, self._put_back = GradVersions(self._model), self.recorder.mark()
+
+    @contextmanager
+    def running(self, samples: Samples = None) -> Iterator[Any]:
+        """The recorder's context, for a part of the batch. samples: of each of its passes."""
+        try:
+            self.recorder.say(samples)
+            self._mark()
+            self.open = True
+            yield self.recorder.__enter__()
+            self.stop()
+        except BaseException as error:
+            self.stop(type(error), error, error.__traceback__)
+            raise
 
     def stop(self, *exc: Any) -> None:
         """Close the context, unless a step has closed it."""
         if self.open:
-            self.open = False
             self.recorder.__exit__(*(exc or (None, None, None)))
+            if exc and self._before.are_as_then():
+                self._put_back()
+            elif exc:
+                self.recorder.whole.torn = True
+            self.open = False  # at last, for after an interrupt it is called again
+
+    def forget_passes(self) -> None:
+        """Drop the passes so far, whose gradients are gone."""
+        self.recorder.forget_passes()
+        self.recorder.whole.torn = False
+        self._mark()

@@ -14,7 +14,7 @@ from layerwise.tensors import is_finite
 
 __all__ = [
     "Fit", "averaged_name", "by_name", "copied", "cut", "in_order", "is_average", "is_count", "is_number", "lacking",
-    "like", "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "stamped", "unlike",
+    "like", "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "stamped", "unlike", "wide_type",
 ]  # fmt: skip
 
 _VERSION = 2
@@ -46,7 +46,23 @@ def present(state: Any, kind: str, required: Sequence[str], since: Sequence[str]
         raise BadInput(
             f"the saved state lacks {', '.join(missing)}: it was cut, or is that of another optimizer than {kind}"
         )
+    refuse(_unreadable(state), kind)
     return {**state, "version": _VERSION, "optimizer": kind}
+
+
+def _unreadable(value: Any, way: str = "") -> Iterator[str]:
+    """The tensors of a saved state that hold no numbers, or not one for each element. way: the keys to the value."""
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            yield f"{way} is on the meta device, which holds no numbers: load it with another map_location"
+        elif value.layout is not torch.strided:
+            yield f"{way} is of layout {value.layout}, and states are dense"
+    elif isinstance(value, Mapping):
+        for key, held in value.items():
+            yield from _unreadable(held, f"{way} {key}".strip())
+    elif isinstance(value, list | tuple):
+        for number, held in enumerate(value):
+            yield from _unreadable(held, f"{way} {number}".strip())
 
 
 def stamped(saved: Mapping[str, Any], kind: str, held: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +148,7 @@ def non_finite(what: str, values: Mapping[str, Any]) -> list[str]:
     """The first number or tensor among values that holds NaN or infinity."""
     for key, value in values.items():
         tensor = torch.tensor(value) if isinstance(value, float) else value
-        if isinstance(tensor, Tensor) and not tensor.is_meta and not (tensor.is_floating_point() <= is_finite(tensor)):
+        if isinstance(tensor, Tensor) and not (tensor.is_floating_point() <= is_finite(tensor)):
             return [f"{key} of {what} holds NaN or infinity"]
     return []
 
@@ -143,8 +159,11 @@ def averaged_name(key: str) -> str:
 
 
 def is_average(key: str, t: Any, p: Tensor | None) -> bool:
-    """Whether a tensor may be the running average of a key: a parameter's, or second moments `[K,I,I]` or `[1,I]`."""
-    if p is None or not isinstance(t, Tensor):
+    """Whether a tensor may be the running average of a key: a parameter's, or second moments `[K,I,I]` or `[1,I]`.
+
+    In the parameter's type, or float32 for one of half precision.
+    """
+    if p is None or not isinstance(t, Tensor) or t.dtype not in (p.dtype, wide_type(p.dtype)):
         return False
     if key == averaged_name(key):
         return t.shape == p.shape
@@ -152,6 +171,11 @@ def is_average(key: str, t: Any, p: Tensor | None) -> bool:
         return t.shape[0] == 1 and t.shape[1] > 0 and p.numel() % t.shape[1] == 0
     square = t.dim() == 3 and t.shape[1] == t.shape[2] and len(t) > 0
     return square and any(i > 0 and p.numel() % (len(t) * i) == 0 for i in (t.shape[2], t.shape[2] - 1))
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which curvature of parameters of a type is kept."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def misfits(name: str, saved: Any, fits: Sequence[Fit]) -> list[str]:
@@ -175,7 +199,7 @@ def _out_of_range(name: str, saved: Mapping[str, Any]) -> list[str]:
     for key in (_SQUARES | _COUNTS) & saved.keys():
         value = saved[key]
         t = value if isinstance(value, Tensor) else torch.tensor(value) if isinstance(value, int | float) else None
-        if t is None or t.is_meta or t.is_complex():
+        if t is None or t.is_complex():
             continue
         if bool((t < 0).any()) or (key in _COUNTS and bool((t != t.round()).any())):
             what = "is no count" if key in _COUNTS else "holds a negative number, and is of squares"
@@ -240,7 +264,7 @@ def of_local_optimizer(kind: Any, settings: Mapping[str, Any], p: Tensor) -> Ite
 def in_order(groups: Any, own: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Saved groups with their parameters in the order of an optimizer's own. Raises BadInput where they do not fit."""
     if not isinstance(groups, list | tuple) or not all(map(_is_group, groups)):
-        raise BadInput("the saved parameter groups are a list of dicts with params, and lists of their names")
+        raise BadInput("the saved parameter groups are no list of dicts with lists of params, and of their param_names")
     if len(groups) != len(own):
         raise BadInput(f"the saved state has {len(groups)} parameter groups, and ours {len(own)}")
     ordered = []
@@ -258,8 +282,9 @@ def in_order(groups: Any, own: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def _is_group(saved: Any) -> bool:
-    """Whether a saved parameter group has lists of parameters, and of names where it has any."""
+    """Whether a saved parameter group has lists of numbers of parameters, and of names where it has any."""
     lists = list | tuple
     return isinstance(saved, Mapping) and all(
-        isinstance(held, lists) for held in (saved.get("params"), saved.get("param_names", ()))
+        isinstance(held, lists) and all(isinstance(one, kind) for one in held)
+        for held, kind in ((saved.get("params"), int), (saved.get("param_names", ()), str))
     )

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules import module as _modules
 
 from layerwise import losses, ops
 from layerwise.ranks.trainers import unwrapped
+from layerwise.tape.modes import LeavableMode
 from layerwise.tape.origins import Origin
 from layerwise.tape.recorded_call import Known, sort
 from layerwise.tape.uses import Derived, LossUse, OwnUse, boundary_of, called_at, edge_of, place
@@ -51,6 +50,27 @@ class _OwnHook:
         return _OwnHook, ()
 
 
+# Hooks by their number, and what torch keeps of some numbers.
+_Tables = tuple[dict[int, Any], ...]
+_PRE_HOOKS_ON_ALL: _Tables = (_modules._global_forward_pre_hooks,)
+_HOOKS_ON_ALL: _Tables = (_modules._global_forward_hooks, _modules._global_forward_hooks_always_called)
+
+
+def _tables_of(model: nn.Module) -> tuple[_Tables, _Tables]:
+    """Those of a module's own hooks before and after its forward."""
+    after = model._forward_hooks, model._forward_hooks_with_kwargs, model._forward_hooks_always_called
+    return (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs), after
+
+
+def _remove(hooks: Iterable[tuple[_Tables, Any]]) -> None:
+    """Remove hooks, by themselves: an interrupt may have lost their handles, or come half-way before."""
+    for (table, *others), own in hooks:
+        for number in [number for number, hook in list(table.items()) if hook is own]:
+            for other in others:
+                other.pop(number, None)
+            table.pop(number, None)
+
+
 class _Parts:
     """The ids of a model's modules, without its own; found when they are first asked for."""
 
@@ -66,7 +86,7 @@ class _Parts:
         return part != self._root and part in self._ids
 
 
-class LossRecord(TorchFunctionMode):
+class LossRecord(LeavableMode):
     """The part of a tape that records losses.
 
     losses: the known calls. own: the marked ones. returned: the boundary of all other losses, the tensors that the
@@ -81,8 +101,7 @@ class LossRecord(TorchFunctionMode):
     def __init__(self, model: Any, own_losses: bool) -> None:
         super().__init__()
         self._model = weakref.ref(model) if own_losses and isinstance(model, nn.Module) else None
-        self._hooks: list[RemovableHandle] = []
-        self._hooks_on_all: list[RemovableHandle] = []
+        self._hooks: list[tuple[_Tables, Any]] = []  # with where they are registered
         self._filters: list[Any] = []
         self.returned: list[LossUse] | None = [] if own_losses else None
 
@@ -130,14 +149,14 @@ class LossRecord(TorchFunctionMode):
                 self._returned((), out, hold=False)  # layers called one by one: values that nothing reads
 
         def see_all() -> None:
-            self._hooks_on_all.append(register_module_forward_pre_hook(enter))
-            self._hooks_on_all.append(register_module_forward_hook(leave, always_call=True))
+            _modules.register_module_forward_pre_hook(enter)
+            _modules.register_module_forward_hook(leave, always_call=True)
 
         def model_called(*_: Any) -> None:
             nonlocal inside
+            if not inside:  # what the model itself calls is no result of its own
+                _remove(on_all)
             inside += 1
-            while self._hooks_on_all:  # what the model itself calls is no result of its own
-                self._hooks_on_all.pop().remove()
 
         def model_returned(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             nonlocal inside
@@ -150,8 +169,11 @@ class LossRecord(TorchFunctionMode):
 
         # hooks on all modules are not told keyword arguments
         called, returned = _OwnHook(model_called), _OwnHook(model_returned)
-        self._hooks.append(model.register_forward_pre_hook(called, with_kwargs=True))
-        self._hooks.append(model.register_forward_hook(returned, with_kwargs=True, always_call=True))
+        on_all = [(_PRE_HOOKS_ON_ALL, enter), (_HOOKS_ON_ALL, leave)]
+        before, after = _tables_of(model)
+        self._hooks = [(before, called), (after, returned), *on_all]
+        model.register_forward_pre_hook(called, with_kwargs=True)
+        model.register_forward_hook(returned, with_kwargs=True, always_call=True)
         see_all()
         # inserted without `warnings.filterwarnings`, which would make torch and others warn anew of what they have said
         self._filters = warnings.filters  # type: ignore[assignment]
@@ -159,10 +181,8 @@ class LossRecord(TorchFunctionMode):
 
     def unwatch(self) -> None:
         """Remove the hooks."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        while self._hooks_on_all:
-            self._hooks_on_all.pop().remove()
+        _remove(self._hooks)
+        self._hooks = []
         if _OF_HOOKS in self._filters:
             self._filters.remove(_OF_HOOKS)
         self._filters = []

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
 
+import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch._C import _pop_torch_function_stack, _push_on_torch_function_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from layerwise.losses.gradient_scalers import SCALER_CALLS, ScalerCalls, factor_in
 from layerwise.tape.calls import BACKWARD
 from layerwise.tape.pull import backward_arguments
 
-__all__ = ["PassWatch", "WithoutScalers", "active", "end_after", "leave"]
+__all__ = ["LeavableMode", "PassWatch", "WithoutScalers", "active", "end_after"]
 
 
 def active() -> int:
@@ -26,47 +28,83 @@ def end_after(count: int) -> None:
         mode.__exit__(None, None, None)
 
 
-def leave(mode: TorchFunctionMode) -> None:
-    """End a mode, and leave those that were entered after it; nothing is done where it is not active."""
-    after: list[TorchFunctionMode] = []
-    if any(other is mode for other in _get_current_function_mode_stack()):
-        while (last := _pop_mode()) is not mode:
-            after.append(last)
-    for other in reversed(after):
-        _push_mode(other)
+def _become(wanted: Sequence[TorchFunctionMode]) -> None:
+    """Make these the active modes."""
+    now = _get_current_function_mode_stack()
+    same = 0
+    while same < min(len(now), len(wanted)) and now[same] is wanted[same]:
+        same += 1
+    for _ in now[same:]:
+        _pop_torch_function_stack()
+    for mode in wanted[same:]:
+        _push_on_torch_function_stack(mode)
 
 
-class PassWatch(TorchFunctionMode):
-    """Notes the backward passes and the calls of gradient scalers inside the context, and records nothing else.
+class LeavableMode(TorchFunctionMode):
+    """A mode that may be left before those that were entered after it.
 
-    on_backward: called with the tensor that a backward pass starts from and its weights or None, before it.
+    torch takes a mode from its stack while that handles a function, and where an interrupt arrives then it puts it back
+    when the error is forgotten, long after `__exit__`. Such a mode does nothing, and is taken away as soon as another
+    one begins or ends.
+    ended: whether the mode is not entered, so that it must do nothing. An interrupt also leaves gradients as they were
+    when it was: it may have cut short what switches them on again.
     """
 
-    def __init__(self, on_backward: Callable[[Tensor, Tensor | None], Any]) -> None:
+    ended = True
+
+    def __enter__(self) -> Self:
+        try:
+            self.ended, self._grad_enabled = False, torch.is_grad_enabled()
+            self._stand(True)
+            return self
+        except BaseException as error:  # an interrupt, after which `with` does not call `__exit__`
+            LeavableMode.__exit__(self, type(error), error, error.__traceback__)
+            raise
+
+    def __exit__(self, kind: Any = None, *exc: Any) -> None:
+        if not (self.ended or kind is None or issubclass(kind, Exception)):
+            torch._C._set_grad_enabled(self._grad_enabled)
+        self.ended = True
+        self._stand(False)
+
+    def _stand(self, last: bool) -> None:
+        """Take this mode, and those that have ended, from the stack; last: and put it on top."""
+        others = [m for m in _get_current_function_mode_stack() if m is not self and not getattr(m, "ended", False)]
+        wanted = [*others, self] if last else others
+        try:
+            _become(wanted)
+        except BaseException:  # an interrupt
+            _become(wanted)
+            raise
+
+
+class PassWatch(LeavableMode):
+    """Notes the backward passes and the calls of gradient scalers inside the context, and records nothing else.
+
+    on_backward: called as `on_backward(total, weight, run)` instead of a backward pass from a tensor, times its weights
+        or None; it must call `run()`.
+    """
+
+    def __init__(self, on_backward: Callable[[Tensor, Tensor | None, Callable[[], Any]], Any]) -> None:
         super().__init__()
         self.scaler_calls = ScalerCalls()
         self._on_backward = on_backward
 
     def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
-        if func in BACKWARD:
-            self._on_backward(*backward_arguments(func, args, kwargs or {}))
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in BACKWARD and not self.ended:
+            return self._on_backward(*backward_arguments(func, args, kwargs), lambda: func(*args, **kwargs))
+        out = func(*args, **kwargs)
         if func in SCALER_CALLS:
             self.scaler_calls.note(func, args, out)
         return out
 
-    def __exit__(self, *exc: Any) -> None:
-        leave(self)
 
-
-class WithoutScalers(TorchFunctionMode):
+class WithoutScalers(LeavableMode):
     """Leaves out the factors of gradient scalers: inside the context `scaler.scale(loss)` is the loss.
 
     For runs of a closure of which no gradient reaches `.grad`, so that nobody takes the factor out again.
     """
 
     def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if factor_in(func, args) is not None else func(*args, **(kwargs or {}))
-
-    def __exit__(self, *exc: Any) -> None:
-        leave(self)
+        return args[0] if not self.ended and factor_in(func, args) is not None else func(*args, **(kwargs or {}))

@@ -37,7 +37,6 @@ from layerwise.tape.binding import Binding, Leaves, check_sharded, check_whole, 
 from layerwise.tape.calls import BACKWARD, CASTS, CHOICE, DATA, FACTORIES, GATHER, GRADIENTS, LOG_SOFTMAX, OPTIONS
 from layerwise.tape.gradient_calls import gradient_uses
 from layerwise.tape.loss_calls import LossRecord
-from layerwise.tape.modes import leave
 from layerwise.tape.origins import Origin, Origins
 from layerwise.tape.pull import backward_arguments, silent
 from layerwise.tape.recorded_call import (
@@ -175,13 +174,14 @@ class Tape(LossRecord):
         if self._stance is not None:
             self._stance.__exit__(*exc)
             self._stance = None
-        leave(self)  # at last: a mode that is active shows that its end was cut short
+        super().__exit__(*exc)  # at last: a mode that is active shows that its end was cut short
 
     # -- the mode -----------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if peek_interpreter_stack() is not None:  # under torch.func tensors stand for others, and autograd is its own
+        # under torch.func tensors stand for others, and autograd is its own
+        if self.ended or peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
         if func is hard and self._crosses:
             func = crossed

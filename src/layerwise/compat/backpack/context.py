@@ -7,17 +7,17 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.overrides import TorchFunctionMode
 
 from layerwise.compat.backpack.custom_module.branching import Branch, Parallel
 from layerwise.compat.backpack.custom_module.reduce_tuple import ReduceTuple
 from layerwise.compat.backpack.extensions.backprop_extension import BackpropExtension
 from layerwise.compat.backpack.read_losses import read_losses
-from layerwise.compat.backpack.read_tape import Joined, Record, Stack, records_of, silenced
+from layerwise.compat.backpack.read_tape import Joined, Record, active_modes, records_of, silenced
 from layerwise.errors import BadInput, UncoveredUse, Undefined
 from layerwise.observation.engine import Observation
 from layerwise.observation.seen import Seen
 from layerwise.tape.calls import BACKWARD, OPTIONS
+from layerwise.tape.modes import LeavableMode
 from layerwise.tape.pull import backward_arguments
 
 __all__ = ["backpack"]
@@ -31,7 +31,7 @@ _NO_OPERATION = (
 )  # containers, for which the extension hook is not called
 
 
-class backpack(TorchFunctionMode):
+class backpack(LeavableMode):
     """Compute extensions in the backward passes that run inside the context.
 
         with backpack(BatchGrad(), DiagGGNExact()):
@@ -73,20 +73,21 @@ class backpack(TorchFunctionMode):
         return any(ext.second_order for ext in self.exts)
 
     def __enter__(self) -> Self:
-        outer = [mode for mode in Stack() if isinstance(mode, backpack)]
+        outer = [mode for mode in active_modes() if isinstance(mode, backpack)]
         for context in outer:
             context._inside += 1
         self._outer.append(outer)
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
         for context in self._outer.pop():
             context._inside -= 1
+        if not self._outer:  # else it was entered twice
+            super().__exit__(*exc)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in BACKWARD and not self._inside and (self.exts or self.extension_hook is not None):
+        if func in BACKWARD and not (self.ended or self._inside) and (self.exts or self.extension_hook is not None):
             return self._backward(func, args, kwargs)
         return func(*args, **kwargs)
 

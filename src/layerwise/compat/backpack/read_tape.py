@@ -17,23 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from layerwise.errors import BadInput
 from layerwise.graph.products import SecondOrder
 from layerwise.graph.walk import nodes
+from layerwise.tape.modes import LeavableMode
 from layerwise.tape.origins import Origin
 from layerwise.tape.pull import silent
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Derived, LossUse, Use
 
-__all__ = ["Joined", "Record", "Stack", "below_marks", "disable", "extend", "records_of", "silenced"]
-
-Stack = torch.overrides._get_current_function_mode_stack  # this thread's function modes, the innermost last
+__all__ = ["Joined", "Record", "active_modes", "below_marks", "disable", "extend", "records_of", "silenced"]
 
 
-class disable(TorchFunctionMode):
+def active_modes() -> list[Any]:
+    """This thread's function modes that have not ended, the innermost last."""
+    return [mode for mode in torch.overrides._get_current_function_mode_stack() if not getattr(mode, "ended", False)]
+
+
+class disable(LeavableMode):
     """Context in which extended models record nothing, for plain gradients without overhead.
 
     A backward pass inside `backpack(...)` from a forward that ran here raises UncoveredUse.
@@ -45,7 +48,7 @@ class disable(TorchFunctionMode):
     @staticmethod
     def should_store_io() -> bool:
         """Whether extended models record here."""
-        return not any(isinstance(mode, disable) for mode in Stack())
+        return not any(isinstance(mode, disable) for mode in active_modes())
 
 
 class Record(Tape):
@@ -158,7 +161,7 @@ def _before(module: nn.Module, args: Any) -> None:
         if not _wanted():
             return
         record = Record(module)
-        record.start(any(getattr(mode, "second_order", False) for mode in Stack()))
+        record.start(any(getattr(mode, "second_order", False) for mode in active_modes()))
     record.enter(module)
 
 
@@ -175,7 +178,7 @@ def _recording() -> Record | None:
     """The record in progress in this thread, or None."""
     if torch.compiler.is_compiling():
         return None
-    return next((mode for mode in reversed(Stack()) if isinstance(mode, Record)), None)
+    return next((mode for mode in reversed(active_modes()) if isinstance(mode, Record)), None)
 
 
 def _wanted() -> bool:

@@ -37,7 +37,7 @@ class KnownZeros(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.skipped: set[Any] = set()
-        self._plain = self._dense = False
+        self._plain = self._dense = self._running = False
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._all: list[tuple[int, int, Tensor]] = []  # where they lie; kept, so that nothing else ever lies there
 
@@ -54,8 +54,12 @@ class KnownZeros(TorchDispatchMode):
         self._dense = dense
         if not self._plain:
             with suppress(RuntimeError, Undefined):
-                with self:
-                    found = passed()
+                self._running = True
+                try:
+                    with self:
+                        found = passed()
+                finally:
+                    self._running = False  # and does nothing, where an interrupt keeps it among torch's modes
                 if not any(decided(x.any()) for *_, x in self._all):
                     return found
             self._plain = True
@@ -93,7 +97,7 @@ class KnownZeros(TorchDispatchMode):
         return not bool(first.any()) and not bool(x.any())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rule = _RULES.get(func)
+        rule = _RULES.get(func) if self._running else None
         if rule is not None and (not kwargs or func is _aten.clone.default):
             shapes = rule(self, args)
             if shapes is not None:

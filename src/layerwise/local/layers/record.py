@@ -21,6 +21,7 @@ from layerwise.local.targets import Target
 from layerwise.local.transfer import Transfer
 from layerwise.losses.gradient_scalers import GradientsLeft
 from layerwise.replay.state import check_loss
+from layerwise.replay.whole_passes import WholePasses
 from layerwise.tape.pull import OnePass, accumulated, differentiated, hooked, pull
 from layerwise.tape.tape import Tape
 from layerwise.tensors import dense, is_finite, without_grad
@@ -89,9 +90,10 @@ class RunRecorder:
         self.left: GradientsLeft | None = None
         self._said: int | None = None
         self._counted = 0  # passes from before what is said
+        self.whole = WholePasses()
         self._passes: list[_Pass] = []  # the tape's handler holds this list, not the recorder: `run` leaves no cycle
         self._tape = Tape(
-            model, partial(_recorded_pass, self._passes, self._asked), keep_outputs=True, own_losses=counted,
+            model, partial(_whole_pass, self.whole, self._passes, self._asked), keep_outputs=True, own_losses=counted,
             crosses=crosses,
         )  # fmt: skip
 
@@ -118,11 +120,26 @@ class RunRecorder:
         self._passes.clear()
         self._counted = 0
 
+    def mark(self) -> Callable[[], None]:
+        """What drops all that is recorded from now on, and the calls with it."""
+        passes, kept = len(self._passes), set(map(id, self._tape.uses))
+        left, losses, now = self.left, set(map(id, self._tape.losses)), (self._said, self._counted)
+
+        def put_back() -> None:
+            del self._passes[passes:]
+            self.left, (self._said, self._counted) = left, now
+            self._tape.forget([use for use in self._tape.uses if id(use) not in kept],
+                              [loss for loss in self._tape.losses if id(loss) not in losses])  # fmt: skip
+
+        return put_back
+
     def run(self, loss: Tensor | None = None) -> Recorded:
         """What was recorded. loss: to be differentiated, where no backward pass ran.
 
-        Raises BadInput without a pass and a loss, and for passes that use a weight in ways that do not join.
+        Raises BadInput without a pass and a loss, for passes that use a weight in ways that do not join, and where a
+        pass failed half-way.
         """
+        self.whole.check()
         passes = list(self._passes)
         self._passes.clear()
         if passes:
@@ -171,6 +188,11 @@ class _Pass(NamedTuple):
     def of(self, samples: int) -> _Pass:
         """The same pass of so many samples."""
         return self._replace(run=replace(self.run, counted=samples))
+
+
+def _whole_pass(whole: WholePasses, passes: list[_Pass], asked: _Asked, tape: Tape, *call: Any) -> Any:
+    with whole.running(tape.owners):
+        return _recorded_pass(passes, asked, tape, *call)
 
 
 def _recorded_pass(

@@ -362,8 +362,8 @@ class LayerLocal(NamedOptimizer):
     def _differences(self, saved: Mapping[str, Any]) -> list[str]:
         """What of a saved state does not fit; running averages are of our parameters."""
         averages, params = saved["averages"], named_parameters_of(self._model)
-        if not isinstance(averages, Mapping):
-            return [*super()._differences(saved), f"the running averages are a {type(averages).__name__}, not a dict"]
+        if not (isinstance(averages, Mapping) and all(isinstance(key, str) for key in averages)):
+            return [f"the running averages are a {type(averages).__name__}, not a dict by names"]
         found = [
             f"the saved averages are of other parameters than ours: {key}" for key, t in averages.items()
             if not is_average(key, t, params.get(averaged_name(key)))

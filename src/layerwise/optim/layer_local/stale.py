@@ -80,7 +80,7 @@ class Stale:
 
     def state(self) -> dict[str, Any]:
         """For `state_dict`."""
-        return {"steps": self._steps, "heard": list(self._history)}
+        return {"steps": self._steps, "heard": list(self._history), "layers": list(map(list, self._history))}
 
     def differences(self, state: Any, params: Mapping[str, Tensor]) -> list[str]:
         """What of a saved state does not fit."""
@@ -89,6 +89,9 @@ class Stale:
             return [f"{what} are a {type(state).__name__}, not a dict"]
         if wrong := unlike(what, state, {"steps": is_count, "heard": _are_minibatches}):
             return wrong
+        heard = [list(one) for one in state["heard"]]
+        if (said := state.get("layers", heard)) != heard:
+            return [f"{what} are of the layers {heard}, and were saved of {said}: the list was cut"]
         found = []
         for name, data in (item for heard in state["heard"] for item in heard.items()):
             if name in params:
@@ -99,7 +102,10 @@ class Stale:
         return found
 
     def restore(self, state: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
-        """From `state_dict`, on the devices of the parameters."""
+        """From `state_dict`, on the devices of the parameters.
+
+        Minibatches that are older than this staleness, which no layer is ever given, are let go.
+        """
         self._steps = state["steps"]
         self._history = deque(
             (

@@ -139,6 +139,7 @@ class CurvatureOptimizer(NamedOptimizer):
 
     def _follow(self, run: _Run, buffers: Buffers) -> tuple[Tensor, str | Late | None]:
         """Move along a run, or give the reason not to."""
+        run.watched.whole.check()
         if self._reads_late(run):
             late = Late(buffers, self._on_nonfinite == "defer")
             return run.loss, self._move(run, late)

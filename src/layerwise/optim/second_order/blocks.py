@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerwise.operators.kronecker import EigenBlock
 from layerwise.operators.products_together import products_together
-from layerwise.optim.saved_state import is_count, non_finite, unlike
+from layerwise.optim.saved_state import is_count, non_finite, unlike, wide_type
 from layerwise.optim.second_order.averages import (
     Asked,
     Average,
@@ -259,7 +259,7 @@ def _misfit(key: str, state: Mapping[str, Any], named: Mapping[str, Tensor]) -> 
     size_in += bias is not None
     if bias is not None and (bias not in named or named[bias].numel() != groups * size_out):
         return [f"the saved factors of {key} have the bias {bias}, which the model does not have in that shape"]
-    wanted = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
+    wanted = wide_type(p.dtype)
     sources = {"average": state, "inverse": state["inverse"], "eigenbasis": state["eigen"]}
     for what, source in ((what, source) for what, source in sources.items() if source is not None):
         if what == "inverse" and (wrong := unlike(f"the inverse of {key}", source, _INVERSE)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.deferred import check_on_nonfinite, completed
-from layerwise.optim.recording import Turn, holds_no_gradient, withhold
+from layerwise.optim.recording import Recording, Turn, resumed, withhold
 from layerwise.optim.saved_state import cut, is_count, is_number, present, refuse, stamped, unlike
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
@@ -33,6 +32,7 @@ from layerwise.optim.second_order.trust import unsafe
 from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, WatchedBatch
 from layerwise.quantities.base import Quantity
 from layerwise.replay.autocast import NO_AUTOCAST, autocast_as
+from layerwise.replay.contexts import entered_anew
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import dense, without_grad
@@ -122,7 +122,7 @@ class Preconditioner:
         self.blocks = Blocks()
         self._asked: frozenset[Any] | None = None  # the parameters of the last measured batch; None: not known
         self._left: frozenset[str] | None = None  # parameters without factors; None: not known yet
-        self._batch: WatchedBatch | None = None
+        self._recording: Recording | None = None
         self._turn = Turn()  # one step at a time, in whatever thread
         self.steps = self.skipped = 0
         self.check()
@@ -153,28 +153,25 @@ class Preconditioner:
 
     # -- watching ------------------------------------------------------------------------------------------
 
-    @contextmanager
+    @entered_anew
     def watch(self, names: Collection[str] | None = None, *, samples: int | Tensor | None = None) -> Iterator[Watched]:
         """Measure the curvature in the backward pass inside, on steps where it is due.
 
         names: of the parameters to measure, default all that require grad. samples: of each pass, as for `observe`.
         Several backward passes count as the sum of their losses, as in `observe`: those of one context, and of several
         before a step, as long as `.grad` holds the gradients of the first. A gradient scaler's factor is left out. An
-        exception discards the batch.
+        exception drops what was recorded in the context; where a backward pass in it has written to `.grad` before,
+        `step` raises BadInput.
         """
         if self.on_nonfinite == "defer":
             raise BadInput(
                 "a Preconditioner has another optimizer behind it, which would take the gradients of a bad batch: with "
                 'on_nonfinite="defer" the steps of KFAC and DiagNewton alone are judged late; use "skip" or "raise"'
             )
-        batch, self._batch = self._batch, None
-        named = named_parameters_of(self.model)
-        if batch is None or holds_no_gradient(named.values()):
-            batch = self.new_batch(names)
-        batch.say(samples)
-        with batch as watched:
+        recording = resumed("Preconditioner", self._recording, named_parameters_of(self.model).values())
+        self._recording = recording or Recording(self.new_batch(names), self.model)
+        with self._recording.running(samples) as watched:
             yield watched
-        self._batch = batch
 
     def new_batch(self, names: Collection[str] | None = None, needs_pass: bool = True) -> WatchedBatch:
         """A context that measures a batch, or counts its passes, for `watch`. needs_pass: as for `WatchedBatch`."""
@@ -229,11 +226,14 @@ class Preconditioner:
 
     @without_grad
     def _step(self) -> bool:
-        batch, self._batch = self._batch, None
-        if batch is None:
+        recording = self._recording
+        if recording is not None:
+            recording.recorder.whole.check()
+        if recording is None or recording.open or not recording.recorder.watched.passes:
             raise BadInput("pre.step() comes after a backward pass inside `with pre.watch()`, once for each")
+        self._recording = None
         self.check()
-        watched, damping_of = batch.watched, self._damping_of
+        watched, damping_of = recording.recorder.watched, self._damping_of
         named = {n: p for n, p in named_parameters_of(self.model).items() if p.requires_grad}
         own = {name: dense(p.grad) for name, p in named.items() if p.grad is not None}
         joint = self.join(watched, own, unsafe(watched, own, damping_of), named, damping_of)
@@ -326,7 +326,7 @@ class Preconditioner:
     def restore(self, state: tuple[Any, ...]) -> None:
         """Go back to a snapshot."""
         self.blocks, self._left, self.steps, self.exchange.owners, self.damping, self.skipped, self._asked = state
-        self._batch = None
+        self._recording = None
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and inverses by parameter name, and counters: tensors, numbers and strings.
@@ -375,7 +375,7 @@ class Preconditioner:
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle, without a batch that was watched and not yet stepped on."""
-        return {**vars(self), "_batch": None}
+        return {**vars(self), "_recording": None}
 
 
 def _write(named: Mapping[str, Tensor], found: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,8 @@ Where a gradient scaler multiplies the loss, curvature and gradient are those of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from layerwise.quantities.base import Context, Quantity, Union
 from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.group import Ranks
 from layerwise.ranks.sums import all_reduced, describe
+from layerwise.replay.whole_passes import WholePasses
 from layerwise.tape.modes import PassWatch
 from layerwise.tape.pull import differentiated, without_autocast
 from layerwise.tape.tape import Tape
@@ -84,7 +86,7 @@ class Watched:
     left: the parameters without Kronecker factors. kinds: of each block. suspect: names the non-finite tensor, once
     the gradients are known. asked: the parameters to measure, with their types. passes: the backward passes.
     scale: by which a gradient scaler multiplied the loss of all passes, or None; left_in_grad: what they then left in
-    `.grad`. loss: their sum, without the scale.
+    `.grad`. loss: their sum, without the scale. whole: whether each pass is.
     """
 
     blocks: dict[str, Measured] = field(default_factory=dict)
@@ -105,6 +107,7 @@ class Watched:
     scale: float | None = None
     left_in_grad: GradientsLeft | None = None
     loss: Tensor | None = None
+    whole: WholePasses = field(default_factory=WholePasses)
 
     def passed(self, total: Tensor, scale: float | None) -> None:
         """Count a backward pass of a detached loss. Raises BadInput where a scaler has changed its factor since."""
@@ -146,9 +149,8 @@ class CurvatureWatch:
 
     def __enter__(self) -> Watched:
         if self._ask is None:
-            mode = PassWatch(self._count)
-            mode.__enter__()
-            self._mode = mode
+            self._mode = PassWatch(self._run_counted)
+            self._mode.__enter__()
             self.watched.backward = self.backward
             return self.watched
         self._mode = tape = Tape(self._model, self._on_backward, self._keep, own_losses=True)
@@ -158,7 +160,7 @@ class CurvatureWatch:
         return self.watched
 
     def __exit__(self, *exc: Any) -> None:
-        mode, self._mode, self.watched.backward = self._mode, None, None
+        mode = self._mode
         if mode is not None and self.watched.scale is not None:
             params = [p for p in named_parameters_of(self._model).values() if p.requires_grad]
             self.watched.left_in_grad = GradientsLeft(params, self.watched.scale, mode.scaler_calls)
@@ -166,6 +168,7 @@ class CurvatureWatch:
             mode.__exit__(*exc)
         elif mode is not None:
             self._observation.stop(*exc)
+        self._mode = self.watched.backward = None  # at last, for after an interrupt it is called again
 
     def say(self, samples: int | Tensor | None) -> None:
         """What the user says of the samples of the passes to come, each."""
@@ -179,6 +182,11 @@ class CurvatureWatch:
         self.watched.found, self.watched.blocks, self.watched.kinds, self.watched.batch = [], {}, {}, NO_BATCH
         if self._results is not None:
             self._results = self._observation.restart()
+
+    def mark(self) -> Callable[[], None]:
+        """What drops all passes from now on, none of which has reached `.grad`."""
+        watched, now = self.watched, {**vars(self.watched), "uses": [*self.watched.uses]}
+        return lambda: vars(watched).update(now)
 
     def collect(self) -> None:
         """Give the sums and the batch to `watched`. Raises BadInput where no pass reached a parameter."""
@@ -214,7 +222,28 @@ class CurvatureWatch:
         assert self._mode is not None
         self.watched.passed(differentiated(total, weight), loss_scale(self._mode.scaler_calls, total))
 
+    def _run_counted(self, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
+        with self._whole():
+            self._count(total, weight)
+            return run()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around a backward pass, which counts where it ends."""
+        watched = self.watched
+        before = watched.passes, watched.scale, watched.loss
+        try:
+            with watched.whole.running(self._mode.owners if isinstance(self._mode, Tape) else self._model):
+                yield
+        except BaseException:
+            watched.passes, watched.scale, watched.loss = before
+            raise
+
     def _on_backward(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
+        with self._whole():
+            return self._measured(tape, total, weight, run)
+
+    def _measured(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:
         watched = self.watched
         with torch._C.DisableTorchFunction(), without_autocast(total.device.type):
             self._count(total, weight)
@@ -281,7 +310,7 @@ class WatchedBatch:
     def __init__(
         self, watch: CurvatureWatch, alone: bool, fail: Callable[[BaseException], None], needs_pass: bool
     ) -> None:
-        self.watched, self._needs_pass = watch.watched, needs_pass
+        self.watched, self.whole, self._needs_pass = watch.watched, watch.watched.whole, needs_pass
         self._watch, self._alone, self._fail = watch, alone, fail
 
     def __enter__(self) -> Watched:
@@ -309,6 +338,10 @@ class WatchedBatch:
     def forget_passes(self) -> None:
         """Drop the passes so far, but not what was recorded for those to come."""
         self._watch.forget_passes()
+
+    def mark(self) -> Callable[[], None]:
+        """What drops all that is recorded from now on."""
+        return self._watch.mark()
 
     def unscaled(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What backward passes left in `.grad`, without a scaler's factor; inside the context."""
