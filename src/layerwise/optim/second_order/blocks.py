@@ -31,7 +31,7 @@ from layerwise.optim.second_order.averages import (
 from layerwise.optim.second_order.exchange import RankExchange
 from layerwise.optim.second_order.measured import KINDS
 from layerwise.optim.second_order.settings import described
-from layerwise.tensors import without_grad
+from layerwise.tensors import wide_type, without_grad
 
 __all__ = ["Blocks", "misfits"]
 
@@ -259,7 +259,7 @@ def _misfit(key: str, state: Mapping[str, Any], named: Mapping[str, Tensor]) -> 
     size_in += bias is not None
     if bias is not None and (bias not in named or named[bias].numel() != groups * size_out):
         return [f"the saved factors of {key} have the bias {bias}, which the model does not have in that shape"]
-    wanted = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
+    wanted = wide_type(p.dtype)
     sources = {"average": state, "inverse": state["inverse"], "eigenbasis": state["eigen"]}
     for what, source in ((what, source) for what, source in sources.items() if source is not None):
         if what == "inverse" and (wrong := unlike(f"the inverse of {key}", source, _INVERSE)):
