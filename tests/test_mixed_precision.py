@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -153,6 +154,35 @@ def test_local_steps_move_as_in_float64(low: torch.dtype, autocast: bool, make: 
         size = move.norm() + want.norm()  # the parameter itself is rounded at each local step
         assert move.norm() > 50 * torch.finfo(torch.float16).eps * size
         assert (found.detach().double() - want).norm() <= units * torch.finfo(low).eps * size
+
+
+@LOW
+def test_running_averages_of_parameters_and_norms_are_in_float32(low: torch.dtype) -> None:
+    """An average in half precision ceases to follow; a square of a norm of 300 overflows float16."""
+    model, x, y = net().to(low), *batch(16)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.linspace(100, 200, 20).view(5, 4))
+    history: list[dict[str, float]] = []
+    opt = lw.LocoProp(model, lr=1e-3, regularizer=local.Elastic(1.0, decay=0.99))
+    monitor = lw.monitor.Monitor(
+        model, lambda step, record: history.append(record), every=1, measures=[lw.monitor.update_size()]
+    )
+    average: dict[str, Tensor] = {}
+    for _ in range(30):
+        now = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+        average = {n: 0.99 * average[n] + 0.01 * p for n, p in now.items()} if average else now
+        opt.step(lambda: F.cross_entropy(model(x.to(low)).float(), y))
+    kept = opt.state_dict()["averages"]
+    other = lw.LocoProp(model, lr=1e-3, regularizer=local.Elastic(1.0, decay=0.99))
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert all(torch.equal(t, other.state_dict()["averages"][key]) for key, t in kept.items())
+    for name, exact in average.items():
+        assert (kept[name] - exact).norm() <= 1e-6 * exact.norm(), name
+    with monitor.step():
+        F.cross_entropy(model(x.to(low)).float(), y).backward()
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+    assert all(math.isfinite(value) for record in history for value in record.values()), history
 
 
 # Matrix decompositions -----------------------------------------------------------------------------------------------
