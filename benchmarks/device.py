@@ -302,6 +302,10 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _write_page(found: dict[str, Any], path: Path) -> None:
+    path.with_suffix(".md").write_text(table(found), encoding="utf-8")
+
+
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("\n", " ")[:200]
 
@@ -354,9 +358,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
-        path.with_suffix(".md").write_text(table(found), encoding="utf-8")
+        _write_page(found, path)
         if time.monotonic() > end:
             break
+    _write_page(found, path)  # also of findings that were complete before
     chart(found, path.with_suffix(".png"))
     print(table(found))
     return int("differ or stop:\n\n- none" not in table(found))

@@ -135,20 +135,21 @@ def observed(case: Case, column: Column, run: Run | None = None) -> dict[str, Te
     return dict(tensors_in(result))
 
 
-@pytest.mark.parametrize("case, column", QUANTITIES, ids=lambda part: getattr(part, "name", ""))  # noqa: PT006
+@pytest.mark.parametrize("case, column", QUANTITIES, ids=lambda part: getattr(part, "name", ""))
 def test_the_float64_results_are_brute_forces(case: Case, column: Column) -> None:
     if not column.sampled:
         quantity_table.check_result(brute(case), column)
 
 
 @MODE
-@pytest.mark.parametrize("case, column", QUANTITIES, ids=lambda part: getattr(part, "name", ""))  # noqa: PT006
+@pytest.mark.parametrize("case, column", QUANTITIES, ids=lambda part: getattr(part, "name", ""))
 def test_quantities(case: Case, column: Column, low: torch.dtype, autocast: bool) -> None:
     """Within 3 units of the type's last place, each tensor in norm.
 
     A cotangent has passed up to four operations that round by half a unit each, its input as many; where both are
     squared that is twice as much. Second derivatives are taken in the graph's types: they may differ besides by 3 times
-    what rounding each layer's outputs and cotangents once changes in float64. Noise, signal and variance are differences of moments, of which they have that share.
+    what rounding each layer's outputs and cotangents once changes in float64. Noise, signal, variance are differences
+    of moments, of which they have that share.
     """
     found, want = observed(case, column, Run(case, low, autocast)), observed(case, column)
     moment = observed(case, COLUMNS["SecondMoment"])

@@ -290,7 +290,7 @@ def _parts_by_slots(
 
 
 def for_sums(part: Part, own: torch.dtype, asked: torch.dtype | None = None) -> Part:
-    """The part of a parameter of a type with numbers in the one asked for, or (None) in one that sums can be held in."""
+    """The part of a parameter of a type with numbers in the one asked for, or in one that sums can be held in."""
     dtype = wide_type(own) if asked is None and own in HALF else asked
     return part if dtype is None else part.to(dtype)
 
