@@ -202,7 +202,7 @@ def _between(start: _Place, end: _Place, dtype: torch.dtype) -> Send:
         if same_edge(start.edge, end.edge):
             return split(sent, end.samples)
         if len(sent) > 1 and sent[0].numel() < _SMALL:
-            (back,) = pull_stack([start.edge], [sent], [end.edge])
+            (back,) = pull_stack([start.edge], [sent], [end.edge], decided)
         else:
             rows = [pull([start.edge], [row], [end.edge])[0] for row in sent]
             found = [row[None] for row in rows if row is not None]
