@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize("mark", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_pretend_device(mark: str) -> None:
-    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-m", mark, "tests/device_checks.py"]
+    files = [f"tests/device_{name}.py" for name in ("checks", "page", "programs")]
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-m", mark, *files]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True, check=False
     )
