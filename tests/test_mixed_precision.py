@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import layerwise as lw
 from layerwise import local
 from layerwise.errors import BadInput
+from layerwise.operators.kronecker import Kronecker, KroneckerBlock
+from layerwise.optim.layer_local.updates import fused
 
 LOW = pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["parameters", "autocast"])
@@ -92,9 +95,9 @@ def test_quantities(low: torch.dtype, autocast: bool, dtype: torch.dtype | None,
 
 
 @LOW
-def test_sums_in_float32_are_closer_than_the_type_of_the_model(low: torch.dtype) -> None:
+def test_sums_are_closer_than_the_type_of_the_model(low: torch.dtype) -> None:
     """Rounding of the model's own numbers averages out in a sum of many; what is left is far below its last place."""
-    seen, want = seen_in(low, False, 320, torch.float32)
+    seen, want = seen_in(low, False, 320, None)
     for quantity in ("second_moment", "diag_ggn"):
         for name, value in want[quantity].items():
             assert (getattr(seen, quantity)[name] - value).norm() <= 0.1 * torch.finfo(low).eps * value.norm()
@@ -102,19 +105,26 @@ def test_sums_in_float32_are_closer_than_the_type_of_the_model(low: torch.dtype)
 
 @LOW
 @pytest.mark.parametrize("quantity", [lw.KFAC(1), lw.KFLR(), lw.EKFAC(None)], ids=repr)
-def test_inverses_need_factors_in_float32(low: torch.dtype, quantity: lw.Quantity) -> None:
+def test_inverses_of_factors(low: torch.dtype, quantity: lw.Quantity) -> None:
+    """They are in float32, as in float64 to two units of the last place of the type, times 3 for the damped inverse."""
     x, y = batch(8)
+    found = []
+    for dtype in (low, torch.float64):
+        torch.manual_seed(3)
+        model = net().to(low).to(dtype)
+        with lw.observe(model, quantity) as seen:
+            F.cross_entropy(model(x.to(low).to(dtype)).to(torch.promote_types(dtype, torch.float32)), y).backward()
+        found.append(seen[quantity].inverse(damping=0.1) @ {n: g.double() for n, g in seen.grad.items()})
+    for one, two in zip(found[0].values(), found[1].values(), strict=True):
+        assert (one - two).norm() <= 6 * torch.finfo(low).eps * two.norm()
 
-    def inverse(dtype: torch.dtype | None) -> dict[str, Tensor]:
-        model = net().to(low)
-        with lw.observe(model, quantity, dtype=dtype) as seen:
-            F.cross_entropy(model(x.to(low)).float(), y).backward()
-        found: dict[str, Tensor] = seen[quantity].inverse(damping=0.1) @ seen.grad
-        return found
 
+@LOW
+def test_factors_in_half_precision_have_no_inverse(low: torch.dtype) -> None:
+    """Those of another program; the library's own are never held so."""
+    block = KroneckerBlock(torch.eye(2, dtype=low)[None], torch.eye(2, dtype=low)[None])
     with pytest.raises(BadInput, match=r"observe\(\.\.\., dtype=torch\.float32\)"):
-        inverse(None)
-    assert all(bool(torch.isfinite(v).all()) for v in inverse(torch.float32).values())
+        Kronecker({"w": block}).inverse(damping=0.1)
 
 
 LOCAL: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], int]] = {  # with units of the last place
@@ -145,6 +155,62 @@ def test_local_steps_move_as_in_float64(low: torch.dtype, autocast: bool, make: 
         size = move.norm() + want.norm()  # the parameter itself is rounded at each local step
         assert move.norm() > 50 * torch.finfo(torch.float16).eps * size
         assert (found.detach().double() - want).norm() <= units * torch.finfo(low).eps * size
+
+
+@LOW
+def test_running_averages_of_parameters_and_norms_are_in_float32(low: torch.dtype) -> None:
+    """An average in half precision ceases to follow; a square of a norm of 300 overflows float16."""
+    model, x, y = net().to(low), *batch(16)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.linspace(100, 200, 20).view(5, 4))
+    history: list[dict[str, float]] = []
+    opt = lw.LocoProp(model, lr=1e-3, regularizer=local.Elastic(1.0, decay=0.99))
+    monitor = lw.monitor.Monitor(
+        model, lambda step, record: history.append(record), every=1, measures=[lw.monitor.update_size()]
+    )
+    average: dict[str, Tensor] = {}
+    for _ in range(30):
+        now = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+        average = {n: 0.99 * average[n] + 0.01 * p for n, p in now.items()} if average else now
+        opt.step(lambda: F.cross_entropy(model(x.to(low)).float(), y))
+    kept = opt.state_dict()["averages"]
+    other = lw.LocoProp(model, lr=1e-3, regularizer=local.Elastic(1.0, decay=0.99))
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert all(torch.equal(t, other.state_dict()["averages"][key]) for key, t in kept.items())
+    for name, exact in average.items():
+        assert (kept[name] - exact).norm() <= 1e-6 * exact.norm(), name
+    with monitor.step():
+        F.cross_entropy(model(x.to(low)).float(), y).backward()
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+    assert all(math.isfinite(value) for record in history for value in record.values()), history
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 64, 1000])
+def test_fused_kernels_are_taken_where_they_move_as_the_plain_ones(kind: Any, dtype: torch.dtype, size: int) -> None:
+    """torch 2.13's fused SGD on the CPU skips whole vectors in half precision (pytorch/pytorch#191763)."""
+    found = []
+    for make in (kind, fused(kind, [torch.ones(size, dtype=dtype)])):
+        p = torch.ones(size, dtype=dtype).requires_grad_()
+        p.grad = torch.linspace(1, 2, size).to(dtype)
+        optimizer = make([p], lr=0.1)
+        for _ in range(3):
+            optimizer.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found, rtol=8 * torch.finfo(dtype).eps, atol=0.0)
+    assert not (found[1] == 1).any()
+
+
+@LOW
+def test_codes_by_sgd_move_every_weight_in_half_precision(low: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).to(low)
+    before = model[2].weight.detach().clone()
+    x, y = torch.randn(8, 16).to(low), torch.arange(8) % 3
+    lw.AltMin(model, weights="sgd", lr=1.0).step(lambda: F.cross_entropy(model(x), y))
+    assert ((model[2].weight != before).sum() >= 40).item()
 
 
 # Matrix decompositions -----------------------------------------------------------------------------------------------

@@ -22,11 +22,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Verdict", "all_finite", "as_real", "dense", "empty", "forked_random", "free_memory", "is_finite",
+    "HALF", "Verdict", "all_finite", "as_real", "dense", "empty", "forked_random", "free_memory", "is_finite",
     "largest_entries", "lazy_copy", "norms", "one_on",
-    "random_states_of", "set_random_states", "squared", "together_finite", "without_grad", "write_where",
+    "random_states_of", "set_random_states", "squared", "together_finite", "wide_type", "widened", "without_grad",
+    "write_where",
 ]  # fmt: skip
 
+
+HALF = torch.float16, torch.bfloat16
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,6 +49,16 @@ def without_grad(function: Callable[P, R]) -> Callable[P, R]:
             torch._C._set_grad_enabled(True)
 
     return called
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are held in: float32 for half precision, which loses small terms and overflows at 65,504."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def widened(x: Tensor) -> Tensor:
+    """The tensor in the type that sums are held in."""
+    return x.to(wide_type(x.dtype))
 
 
 def is_finite(x: Tensor) -> bool:
@@ -105,8 +118,8 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         kinds.setdefault((t.device, t.dtype), []).append(i)
     found: dict[int, Tensor] = {}
     for (_, dtype), places in kinds.items():
-        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-        found |= zip(places, torch._foreach_norm([tensors[i] for i in places], 2, wide), strict=True)
+        norms_of = torch._foreach_norm([tensors[i] for i in places], 2, wide_type(dtype))
+        found |= zip(places, norms_of, strict=True)
     return [found[i] for i in range(len(tensors))]
 
 

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput, RandomPass
@@ -47,9 +46,7 @@ class Chosen:
 
         loss_fn is called as `accumulate` calls it. No `.grad` is made, and the model's are left as they are.
         """
-        types = {p.dtype for name, p in self.model.named_parameters() if name in self.names}
-        half = any(dtype.itemsize < 4 for dtype in types)  # too few digits for eigenvectors, and for sums
-        settings = PassSettings(dtype=torch.float32 if half else None, pooled=True, parameters=self._patterns)
+        settings = PassSettings(pooled=True, parameters=self._patterns)
         observation = Observation(self.model, [quantity], settings)
         with observation as results, unreduced(self.model):
             before = None if self._warned else RandomState({p.device for p in self.model.parameters()}, ("torch",))

@@ -13,6 +13,7 @@ from torch import Tensor
 from layerwise.monitor.reduced import GGNTrace, LargestEigenvalue
 from layerwise.quantities import NoiseScale, PairwiseDot, Quantity
 from layerwise.quantities.base import takes_draws
+from layerwise.tensors import wide_type, widened
 
 __all__ = [
     "Measure",
@@ -117,7 +118,7 @@ def _update_size(step: Step) -> dict[str, Tensor]:
 
 def _update_cosine(step: Step) -> dict[str, Tensor]:
     moves = {name: d for name, d in _moves(step).items() if name in step.gradient}
-    dots = {name: -(d * step.gradient[name]).sum() for name, d in moves.items()}
+    dots = {name: -(widened(d) * step.gradient[name]).sum() for name, d in moves.items()}
     down = {name: step.gradient[name] for name in moves}
     a, b = _norms(moves), _norms(down)
     dots |= {WHOLE: _sum(dots)} if dots else {}
@@ -132,7 +133,7 @@ def _norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Euclidean norms by name, and under "" that of all tensors together."""
     if not tensors:
         return {}
-    norms = {name: torch.linalg.vector_norm(t) for name, t in tensors.items()}
+    norms = {name: torch.linalg.vector_norm(t, dtype=wide_type(t.dtype)) for name, t in tensors.items()}
     return {**norms, WHOLE: _sum({name: n.square() for name, n in norms.items()}).sqrt()}
 
 

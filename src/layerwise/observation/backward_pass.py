@@ -13,7 +13,7 @@ import torch
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, Undefined
 from layerwise.gradient.derived import without_rows
 from layerwise.gradient.parameter import ParameterGradient
-from layerwise.gradient.parts import Part, RowsPart, parts_of
+from layerwise.gradient.parts import Part, RowsPart, for_sums, parts_of
 from layerwise.graph.coverage import Graph
 from layerwise.graph.decisions import with_assumed_decisions
 from layerwise.graph.loss_curvature import LossCurvature, loss_curvatures
@@ -28,6 +28,7 @@ from layerwise.ranks.trainers import started
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
+from layerwise.tensors import wide_type
 
 __all__ = ["BackwardPass", "PassSettings"]
 
@@ -194,8 +195,12 @@ class BackwardPass:
         found = parts_of(self.tape, use, g, where, later, unstructured, rows_only, self.graph.asked)
         if self._real_rows is not None:
             found = [(name, self._with_masks(part, None if name in unstructured else where)) for name, part in found]
-        dtype = self._settings.dtype
-        return found if dtype is None else [(name, part.to(dtype)) for name, part in found]
+        dtype, parameters = self._settings.dtype, self.tape.parameters
+        return [(name, for_sums(part, parameters[name].dtype, dtype)) for name, part in found]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type of the sums and results of a parameter."""
+        return self._settings.dtype or wide_type(self.tape.parameters[name].dtype)
 
     def read_uses(self) -> list[Use]:
         """The uses of which something may be read for a quantity: all where real rows are told by those beside them."""
@@ -211,7 +216,7 @@ class BackwardPass:
     def compute(self, i: int, gradient: ParameterGradient) -> tuple[Any, ...]:
         """The i-th quantity's values of one stack for the parameter; raises Undefined where memory has no room."""
         quantity = self.quantities[i]
-        self._room.take(quantity, gradient, self.tape.parameters[gradient.name], self._settings.dtype)
+        self._room.take(quantity, gradient, self.tape.parameters[gradient.name], self.dtype_of(gradient.name))
         return quantity.compute(gradient)
 
     def add(self, i: int, gradient: ParameterGradient, new: tuple[Any, ...]) -> None:

@@ -68,8 +68,9 @@ class Observation:
         if settings.scale not in ("loss", "sample"):
             raise BadInput(f'scale must be "loss" or "sample", got {settings.scale!r}')
         dtype = settings.dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise BadInput(f"dtype must be a floating-point type such as torch.float32, or None, got {dtype!r}")
+        if dtype not in (None, torch.float32, torch.float64):
+            held = "a floating-point type that sums can be held in"
+            raise BadInput(f"dtype must be None or {held}, torch.float32 or torch.float64; got {dtype!r}")
         said_count(settings.samples, "observe's samples")
         self._model, self._settings, self._keeps_inputs = model, settings, keeps_inputs
         self._quantities = quantities

@@ -87,13 +87,13 @@ class Room:
     def __init__(self) -> None:
         self._left: dict[torch.device, int] = {}
 
-    def take(self, quantity: Quantity, gradient: ParameterGradient, like: Tensor, dtype: torch.dtype | None) -> None:
+    def take(self, quantity: Quantity, gradient: ParameterGradient, like: Tensor, dtype: torch.dtype) -> None:
         """Raise Undefined, before anything is allocated, where a quantity's numbers of one parameter do not fit.
 
-        like: the parameter; dtype: of the numbers, None for its own.
+        like: the parameter; dtype: of the numbers.
         """
         numbers = quantity.numbers(gradient)
-        size = numbers * (like.dtype if dtype is None else dtype).itemsize
+        size = numbers * dtype.itemsize
         if size > self._left.setdefault(like.device, _UNREAD):
             free = free_memory(like.device)
             if free is not None and size > free:

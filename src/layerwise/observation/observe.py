@@ -32,8 +32,10 @@ class observe:
     model: an nn.Module, or a mapping of names to tensors for a functional model. samples: the number of
     samples N, or a tensor with the sample number of each loss term; by default what the batch, the targets and the
     losses say. scale: "loss" (g_n sum to `.grad`) or "sample" (N g_n for a mean).
-    dtype: of the sums and results of all quantities, by default each parameter's own (under autocast too). The
-    cotangents come in the types of the graph, second derivatives are taken in them, and means are read off `.grad`.
+    dtype: of the sums and results of all quantities, torch.float32 or torch.float64; by default each parameter's own
+    (under autocast too), and float32 for parameters in half precision, whose type overflows at 65,504 or drops small
+    terms. The cotangents come in the types of the graph, second derivatives are taken in them, and means are read off
+    `.grad`, which keeps its type.
     grad: "autograd": `.grad` is to the bit what it would have been. "rows": where a quantity forms the per-sample
     gradients of a weight with positions (`PerSampleGrad`, `SecondMoment`, `Variance`; norms and sketches where no other
     form is cheaper), `.grad` is their sum, equal up to rounding, and autograd leaves its own product out. Hooks on

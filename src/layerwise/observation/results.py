@@ -104,7 +104,8 @@ class Results:
     def grad(self) -> ByParameter:
         """The gradient of the observed loss."""
         self.require("grad")
-        return self._placed(self._whole_gradient())
+        held = self._whole_gradient()
+        return self._placed(ByParameter({name: g.to(self._kinds[name][1]) for name, g in held.items()}))
 
     def values_of(self, i: int) -> Values:
         """The joined values of a quantity, from which it makes its result."""

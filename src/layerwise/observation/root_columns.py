@@ -49,9 +49,14 @@ def _on_graph(observed: BackwardPass, quantity: Quantity) -> dict[str, tuple[Any
 
     def run() -> dict[str, tuple[Any, ...]]:
         del (graph.unread or [])[before:]
-        return quantity.compute_graph(observed.tape, graph, layout)
+        found = quantity.compute_graph(observed.tape, graph, layout)
+        return {name: tuple(_typed(t, observed.dtype_of(name)) for t in value) for name, value in found.items()}
 
     return observed.decided(quantity, repr(quantity), run)
+
+
+def _typed(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) else value
 
 
 def _chunk_size(graph: Graph) -> int:

@@ -106,7 +106,7 @@ class Stream:
     def _contract(self, gradient: ParameterGradient) -> None:
         _compute(self._observed, self._indices, gradient)
         if gradient.name in self.summed:
-            self.sums[gradient.name] = gradient.sum()
+            self.sums[gradient.name] = gradient.sum().to(self._observed.tape.parameters[gradient.name].dtype)
 
     def complete(self) -> dict[str, Tensor]:
         """Contract gradients of which some use received no cotangent, which counts as zero; copies of all `sums`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput, NoBackward, Undefined
 from layerwise.quantities.base import Quantity, Union
+from layerwise.tensors import widened
 
 __all__ = [
     "Batch",
@@ -116,6 +117,8 @@ class UnionValues:
     def _scale(self, factor: float) -> None:
         for tensors in self._values.values():
             for i, p in enumerate(self.powers):
+                if not self.concatenate[i]:
+                    tensors[i] = _wide(tensors[i])
                 if p and factor != 1:
                     old = tensors[i]
                     tensors[i] = [t * factor**p for t in old] if self.concatenate[i] else old * factor**p
@@ -151,7 +154,12 @@ class UnionValues:
 
 def weighed(values: Sequence[Any], powers: Sequence[float], weight: float) -> tuple[Any, ...]:
     """Values as they enter a sum over batches in which theirs has a weight: each times `weight^p`."""
-    return tuple(t * weight**p if p and weight != 1 else t for t, p in zip(values, powers, strict=True))
+    return tuple(_wide(t) * weight**p if p and weight != 1 else t for t, p in zip(values, powers, strict=True))
+
+
+def _wide(value: Any) -> Any:
+    """A gradient in half precision in the type that sums are held in; all other values are in theirs."""
+    return widened(value) if isinstance(value, Tensor) else value
 
 
 def scaled(values: Values, powers: Sequence[float], factor: float) -> Values:

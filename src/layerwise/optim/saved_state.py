@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.tensors import is_finite
+from layerwise.tensors import is_finite, wide_type
 
 __all__ = [
     "Fit", "averaged_name", "by_name", "copied", "cut", "in_order", "is_average", "is_count", "is_number", "lacking",
-    "like", "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "stamped", "unlike", "wide_type",
+    "like", "misfits", "non_finite", "of_local_optimizer", "present", "refuse", "stamped", "unlike",
 ]  # fmt: skip
 
 _VERSION = 2
@@ -171,11 +171,6 @@ def is_average(key: str, t: Any, p: Tensor | None) -> bool:
         return t.shape[0] == 1 and t.shape[1] > 0 and p.numel() % t.shape[1] == 0
     square = t.dim() == 3 and t.shape[1] == t.shape[2] and len(t) > 0
     return square and any(i > 0 and p.numel() % (len(t) * i) == 0 for i in (t.shape[2], t.shape[2] - 1))
-
-
-def wide_type(dtype: torch.dtype) -> torch.dtype:
-    """The type in which curvature of parameters of a type is kept."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def misfits(name: str, saved: Any, fits: Sequence[Fit]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 from layerwise.rows.cost import ghost_is_cheaper
-from layerwise.tensors import dense
+from layerwise.tensors import dense, widened
 
 __all__ = ["PerSampleGrad", "SecondMoment", "SquaredNorm", "Variance", "sample_factor"]
 
@@ -125,7 +125,7 @@ class Variance(Quantity):
         """Keyed by parameter."""
         result = {}
         for name, (moment,) in values.items():
-            total = dense(context.gradient[name])
+            total = widened(dense(context.gradient[name]))
             factor = sample_factor(union)  # in one new tensor: allocating costs more than arithmetic
             variance = moment * (factor**2 / union.samples)
             mine = total if not total.is_complex() else total.abs()

@@ -11,7 +11,7 @@ from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.quantities.base import ByParameter, Context, Quantity, Union
 from layerwise.rows.cost import ghost_is_cheaper
-from layerwise.tensors import dense
+from layerwise.tensors import dense, widened
 
 __all__ = ["Noise", "NoiseScale"]
 
@@ -81,7 +81,7 @@ class NoiseScale(Quantity):
         factor = n if union.mean else 1
         noise, signal, snr = {}, {}, {}
         for name, (moment,) in values.items():
-            mean = dense(context.gradient[name]) * (factor / n)
+            mean = widened(dense(context.gradient[name])) * (factor / n)
             mean = mean.abs() if mean.is_complex() else mean
             big, small = mean.square().sum(), moment.sum() * (factor**2 / n)
             noise[name] = ((small - big) * (n / (n - 1))).clamp(min=0)

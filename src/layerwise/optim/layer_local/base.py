@@ -33,7 +33,7 @@ from layerwise.optim.saved_state import Fit, averaged_name, is_average, non_fini
 from layerwise.ranks.group import facts_of
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import without_grad
+from layerwise.tensors import wide_type, widened, without_grad
 
 __all__ = ["Fitting", "LayerLocal", "forms_of_state", "solved"]
 
@@ -113,7 +113,7 @@ class Fitting:
             second = second_moment(rows, matrix.shape[-1], bias is not None, matrix)
             average = self._averaged(f"{layer.name} inputs", second, decay), None
         elif decay is not None:
-            found = [self._averaged(name, p, decay) for name, p in zip(layer.names, params, strict=True)]
+            found = [self._averaged(name, p, decay).to(p) for name, p in zip(layer.names, params, strict=True)]
             average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
         return regularizer(matrix, bias, gamma, average)
 
@@ -126,8 +126,8 @@ class Fitting:
         return replace(target, second=self._averaged(f"{layer.name} outputs", second, target.decay))
 
     def _averaged(self, key: str, now: Tensor, decay: float) -> Tensor:
-        """The running average of a tensor after this step; of another shape than before, as it is."""
-        old = self.averages.get(key)
+        """The running average of a tensor after this step, in float32 for half precision; of another shape, anew."""
+        old, now = self.averages.get(key), widened(now)
         old = None if old is None or old.shape != now.shape else old
         self.new_averages[key] = now.clone() if old is None else decay * old + (1 - decay) * now
         return self.new_averages[key]
@@ -378,7 +378,10 @@ class LayerLocal(NamedOptimizer):
 
     def _take(self, saved: Mapping[str, Any]) -> None:
         params = named_parameters_of(self._model)
-        averages = {key: t.to(params[averaged_name(key)], copy=True) for key, t in saved["averages"].items()}
+        averages: dict[str, Tensor] = {}
+        for key, t in saved["averages"].items():
+            p = params[averaged_name(key)]
+            averages[key] = t.to(p.device, wide_type(p.dtype), copy=True)
         super()._take(saved)
         self._executor.loaded()
         self._averages = averages

@@ -83,11 +83,10 @@ def average(old: Average | None, block: Block, decay: float) -> Average:
     M_t = M_{t-1} + (1-ρ)/(1-ρ^t) (X_t - M_{t-1}). Restarts where the block has changed its form.
     Source: Martens and Grosse (2015), section 5; the correction is Adam's (Kingma and Ba, 2015, section 3).
     """
-    new = with_fields(block, {key: _widened(t) for key, t in fields_of(block).items()})
-    if old is None or not _same_form(old.block, new):
-        return Average(new)
+    if old is None or not _same_form(old.block, block):
+        return Average(block)
     batches = old.batches + 1
-    weight, its = _weight(decay, batches), fields_of(new)
+    weight, its = _weight(decay, batches), fields_of(block)
     averaged = {key: None if t is None else t.lerp(its[key], weight) for key, t in fields_of(old.block).items()}
     return old._replace(block=with_fields(old.block, averaged), batches=batches)
 
@@ -97,10 +96,9 @@ def with_moments(held: Average, basis: EigenBlock, moments: Tensor, decay: float
 
     Source: George et al. (2018), algorithm 1, with running averages as in their section 4.
     """
-    spectrum = _widened(moments)
     if held.eigen is not None:
-        spectrum = held.eigen.spectrum.lerp(spectrum, _weight(decay, held.batches))
-    return held._replace(eigen=replace(basis, spectrum=spectrum))
+        moments = held.eigen.spectrum.lerp(moments, _weight(decay, held.batches))
+    return held._replace(eigen=replace(basis, spectrum=moments))
 
 
 def rebased(held: Average, new: EigenBlock) -> Average:
@@ -159,11 +157,6 @@ def with_fields(block: Block, tensors: Mapping[str, Any]) -> Block:
     rest = {key: getattr(block, key) for key in ("layout", "bias", "form", "parameter")}
     made: Block = kind(**tensors, **rest)
     return made
-
-
-def _widened(factor: Any) -> Any:
-    """A half-precision factor in float32, where it can be inverted."""
-    return factor.float() if factor is not None and factor.dtype in (torch.float16, torch.bfloat16) else factor
 
 
 def _same_form(old: Block, new: Block) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerwise.operators.kronecker import EigenBlock
 from layerwise.operators.products_together import products_together
-from layerwise.optim.saved_state import is_count, non_finite, unlike, wide_type
+from layerwise.optim.saved_state import is_count, non_finite, unlike
 from layerwise.optim.second_order.averages import (
     Asked,
     Average,
@@ -31,7 +31,7 @@ from layerwise.optim.second_order.averages import (
 from layerwise.optim.second_order.exchange import RankExchange
 from layerwise.optim.second_order.measured import KINDS
 from layerwise.optim.second_order.settings import described
-from layerwise.tensors import without_grad
+from layerwise.tensors import wide_type, without_grad
 
 __all__ = ["Blocks", "misfits"]
 

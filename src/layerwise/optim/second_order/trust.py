@@ -20,7 +20,7 @@ from layerwise.quantities.kronecker.factor_sums import Factors
 from layerwise.ranks.sums import tensors_of
 from layerwise.replay.rerun import Rerun
 from layerwise.tape.uses import first_bad_call
-from layerwise.tensors import Verdict, is_finite, norms
+from layerwise.tensors import Verdict, is_finite, norms, widened
 
 __all__ = [
     "AFTER_STEP", "ExactGGN", "ask_safe", "best_step", "bound", "clip_factor", "combined", "descend",
@@ -37,21 +37,17 @@ def dot(one: Mapping[str, Tensor], two: Mapping[str, Tensor], weights: Mapping[s
     if not one:
         return 0.0
     device = next(iter(one.values())).device
-    products = ((_widened(x) * _widened(two[name])).sum() for name, x in one.items())
+    products = ((widened(x) * widened(two[name])).sum() for name, x in one.items())
     dots = torch.stack([x.to(device, _widest(device)) for x in products]).tolist()
     return sum(d * (1.0 if weights is None else weights[name]) for name, d in zip(one, dots, strict=True))
 
 
 def _weighted_dot(one: Mapping[str, Tensor], two: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """As `dot`, in a few launches whatever the number of parameters, without a wait."""
-    products = torch._foreach_mul([_widened(x) for x in one.values()], [_widened(two[name]) for name in one])
+    products = torch._foreach_mul([widened(x) for x in one.values()], [widened(two[name]) for name in one])
     torch._foreach_mul_(products, [weights[name] for name in one])
     device = products[0].device
     return torch.cat([x.reshape(-1).to(device) for x in products]).sum(dtype=_widest(device))
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # or small products vanish
 
 
 def _widest(device: torch.device) -> torch.dtype:
