@@ -31,6 +31,7 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "overhead": tables.overhead,
     "slower": tables.slower,
     "overhead-machine": tables.overhead_machine,
+    "overhead-rows": tables.overhead_rows,
     "ranks": tables.ranks,
     "reproduction": tables.reproduction,
     "demo-tuning": tables.demo_tuning,

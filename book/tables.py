@@ -18,6 +18,7 @@ __all__ = [
     "numbers",
     "overhead",
     "overhead_machine",
+    "overhead_rows",
     "ranks",
     "reproduction",
     "slower",
@@ -95,6 +96,21 @@ def overhead_machine(_: str) -> str:
     return (
         f"*Machine: {header['machine']}, {header['threads']} thread, no GPU. {header['statistic'].capitalize()}. "
         f"Batches: {batches}. Versions: {versions}. Command: `make overhead`.*"
+    )
+
+
+def overhead_rows(_: str) -> str:
+    """Both ways to the weights' gradients beside torch.func's, on all nets where they were measured together."""
+    held = read.result("overhead_rows")
+    rows = [
+        [NAMES[name.split("/")[0]], name.split("/")[1], *(_ratio(cell, who) for who in ("ours", "rows", "vmap"))]
+        for name, cell in held["cells"].items()
+    ]
+    few = sorted({cell["repeats"] for cell in held["cells"].values()})
+    return (
+        _table(["net", "quantity", "`observe`", '`grad="rows"`', "torch.func"], rows)
+        + f"\n\n*Machine: {held['header']['machine']}, one thread; {held['header']['statistic']}; {few[0]} to {few[-1]} "
+        "repeats.*"
     )
 
 
