@@ -15,10 +15,13 @@ from benchmarks import device as device_check
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("mark", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_the_pretend_device(mark: str) -> None:
-    files = [f"tests/device_{name}.py" for name in ("checks", "page", "programs")]
-    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-m", mark, *files]
+@pytest.mark.parametrize(
+    ("file", "mark"),
+    [*((name, "not slow") for name in ("checks", "page", "programs")),
+     pytest.param("checks", "slow", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_the_pretend_device(file: str, mark: str) -> None:
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-m", mark, f"tests/device_{file}.py"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True, check=False
     )
