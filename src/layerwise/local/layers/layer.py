@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from layerwise.ops import writes_first
 from layerwise.ops.base import Call, Slot
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
-from layerwise.tensors import wide_type, without_grad
+from layerwise.tensors import HALF, wide_type, without_grad
 
 __all__ = ["Layer", "layers_of", "one_weight", "over_passes", "shaped"]
 
@@ -75,6 +76,16 @@ class Layer:
         if self.call is self.use.call:
             return self.use.slots[self.kind.weight]
         return ops.slots(self.call, [d.tensor for d in self.use.used])[self.kind.weight]
+
+    @cached_property
+    def _of_rows(self) -> Slot:
+        """The weight's slot as that of a weight in the type of the layer's rows, which are in the slot's."""
+        slot = self._weight
+        if slot.used.dtype not in HALF:
+            return slot
+        found = copy.copy(slot)
+        found.used = slot.used.detach().new_zeros((), dtype=wide_type(slot.used.dtype)).expand(slot.used.shape)
+        return found
 
     def join(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of all uses as rows of the layer: interleaved where uses have equal counts, else concatenated.
@@ -138,13 +149,13 @@ class Layer:
         return rows.to(wanted)
 
     def _input(self) -> Tensor:
-        a = self._weight.input(None)
+        a = self._of_rows.input(None)
         assert a is not None
         return a.flatten(0, 1)
 
     def rows(self, g: Tensor) -> Tensor:
         """A tensor of the output's shape as rows `[R,K,O]`, of this use."""
-        return self._typed(self.kind.view("rows", g, lambda: rows_of(self._weight, g)))
+        return self._typed(self.kind.view("rows", g, lambda: rows_of(self._of_rows, g)))
 
     def output(self) -> Tensor:
         """The output `[*out_shape]`; recomputed where it was overwritten in place."""
