@@ -140,6 +140,8 @@ CASES += [("altmin", "dense", name, torch.float64) for name in ALTMIN]
 CASES += [(m, kind, name, torch.float32) for m, name in (("locoprop", "M"), ("locoprop", "exact"), ("altmin", "adam"),
           ("altmin", "memory")) for kind in ("rich", "conv")]  # fmt: skip
 CASES += [("altmin", "conv", "sweep", torch.float32), ("altmin", "rich", "sweep", torch.float64)]
+CASES += [(*case, torch.bfloat16) for case in (("locoprop", "rich", "M"), ("locoprop", "dense", "grad"),
+          ("altmin", "rich", "adam"), ("altmin", "conv", "memory"))]  # fmt: skip
 
 
 def settings_of(method: str, name: str) -> Settings:

@@ -158,8 +158,8 @@ class Pipeline(FittedToCodes):
         self, batch: _Batch, cuts: Cuts, closure: Any, buffers: Buffers
     ) -> tuple[Tensor, str | Late | None]:
         """Record the stage with all codes, and fit its layers; if one stage fails, all roll back."""
-        run = self._record(batch, cuts)
-        fitting = self._fitting(run)
+        fitting = self._fitting(self._record(batch, cuts))
+        run = fitting.run
         where = self._agreed(run, unsafe(run, partial(self._fitter.gamma, fitting)) or buffers.spoiled())
         if where is not None:
             return run.loss, where

@@ -10,9 +10,9 @@ Source: Amid, Anil and Warmuth, "LocoProp" (2022), sections 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from layerwise.local.transfer import IDENTITY, Transfer
 
 __all__ = [
     "Clip", "LocalProblem", "Pull", "Term", "contract", "local_gradient", "local_loss", "predict", "product",
-    "pull_gradient", "refuse_half", "refuse_terms", "split_terms", "target_m",
+    "pull_gradient", "refuse_terms", "split_terms", "target_m",
 ]  # fmt: skip
 
 Clip = Literal["range", "bounded"] | None
@@ -145,22 +145,6 @@ def refuse_terms(problem: LocalProblem, asker: str, balls: bool = False) -> None
             f"{asker} knows quadratic terms alone, and this problem is kept in a norm ball, {problem.ball}: "
             "use ConditionalGradient or LocalSteps"
         )
-
-
-def refuse_half(name: str, weight: Tensor, choices: Iterable[Any]) -> None:
-    """Raise BadInput for a weight in float16 or bfloat16 beside a choice that decomposes matrices.
-
-    name: of the weight. choices: those that say `decomposes`, and choices in words, need float32 or float64.
-    """
-    if weight.dtype not in (torch.float16, torch.bfloat16):
-        return
-    for choice in choices:
-        if isinstance(choice, str) or getattr(choice, "decomposes", False):
-            raise BadInput(
-                f"{name} is {weight.dtype}, and {choice} decomposes matrices of its type, which torch does in float32 "
-                "and float64 alone: keep the weights in float32 (under torch.autocast they are), or give this layer "
-                'LocalSteps, ConjugateGradient or Newton, a GradientStep, codes="jacobi"'
-            )
 
 
 def target_m(

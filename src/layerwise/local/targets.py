@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -143,7 +143,6 @@ class NaturalStep(_Step):
     damping: float = 1e-3
     decay: float | None = None
     second: Tensor | None = field(default=None, repr=False, compare=False)
-    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,7 +41,6 @@ class Whitening:
     decay: float = 0.95
     damping: float = 1e-2
     averages: ClassVar[str] = "inputs"
-    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (0 <= self.decay < 1 and 0 < self.damping < float("inf")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,13 @@ class ParameterForms:
         self._last: list[Any] = []
         self._shapes: dict[Tensor, torch.Size] = {p: p.shape for p in stateful}  # when the state was made
 
-    def follow(self, groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    def follow(
+        self, groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]],
+        type_of: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
+    ) -> None:  # fmt: skip
         """Convert the state to the types and devices of parameters that were converted after it was made.
 
+        type_of: the type of the state of a parameter of some type.
         Raises BadInput for a parameter of another shape than its state was made for.
         """
         named = [entry for group in groups for entry in zip(group["param_names"], group["params"], strict=True)]
@@ -44,5 +48,5 @@ class ParameterForms:
         for p, own in state.items():
             for key, t in own.items():
                 if isinstance(t, Tensor) and t.dim() and t.is_floating_point():
-                    own[key] = t.to(p.device, p.dtype)
+                    own[key] = t.to(p.device, type_of(p.dtype))
         self._last = forms

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import refuse_half
 from layerwise.operators.ridge import ridge
 from layerwise.replay.coded import CodedModel
 from layerwise.tensors import without_grad
@@ -160,8 +159,7 @@ def _closed(
     for m in uses:
         call = coded.uses[m].call
         bound = dict(zip(("input", "weight", "bias"), call.args, strict=False)) | call.kwargs
-        refuse_half(", ".join(sorted(coded.uses[m].names)), bound["weight"], ('CodeStep(solve="closed")',))
-        weight, bias, mu = bound["weight"].detach(), bound.get("bias"), terms.coupling[m]
+        weight, bias, mu = bound["weight"].detach().to(z.dtype), bound.get("bias"), terms.coupling[m]
         aim = terms.aim(m, codes[m])
         aim = aim if bias is None else aim - bias.detach()
         curvature += mu * weight.T @ weight

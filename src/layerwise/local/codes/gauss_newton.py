@@ -20,7 +20,6 @@ from layerwise.graph.samples import measure
 from layerwise.local.codes.code_step import code_type
 from layerwise.local.layers.record import Recorded
 from layerwise.local.layers.term_weights import WrongAssumption
-from layerwise.local.problem import refuse_half
 from layerwise.losses import Unread
 from layerwise.operators.ridge import by_cholesky, ridge
 from layerwise.rows.base import RowNumbers, Samples
@@ -104,7 +103,6 @@ def damped_cotangents(
     def solved(solve: Callable[[Tensor, Tensor, float], Tensor]) -> Recorded:
         cotangents = dict(recorded.cotangents)
         for layer in recorded.layers:
-            refuse_half(layer.name, layer.parameter, ('codes="gauss-newton"',))
             for part in layer.parts:
                 index = part.use.index
                 if index in roots.by_use:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from layerwise.ops import writes_first
 from layerwise.ops.base import Call, Slot
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
-from layerwise.tensors import without_grad
+from layerwise.tensors import HALF, wide_type, without_grad
 
 __all__ = ["Layer", "layers_of", "one_weight", "over_passes", "shaped"]
 
@@ -29,12 +30,13 @@ __all__ = ["Layer", "layers_of", "one_weight", "over_passes", "shaped"]
 class Layer:
     """A weight that can be fitted to local targets: at each of its uses a linear map on rows, with a transfer function.
 
-    call: the recorded call, with the data to fit on. kind: the indices of weight and bias in it. parameter: the weight;
-    names: of the weight and, if it is fitted, of the bias. shifted: whether the output has further terms,
-    `z = W a + b + rest` (a frozen bias, an addend). transfer: the known elementwise function that is the only reader of
-    the output, or the loss's link; else the identity. likelihood: of the loss call that is the only reader, or None.
-    value: the output, `[*out_shape]`, if kept; after: its transfer function, if kept. others: further uses of the same
-    weight and bias, whose rows join these. passes: how many uses each backward pass has, where there were several.
+    call: the recorded call, with the data to fit on. kind: the indices of weight and bias in it. parameter: the weight,
+    or a copy with its strides in float32, the least type of rows; names: of the weight and, if it is fitted, of the
+    bias. shifted: whether the output has further terms, `z = W a + b + rest` (a frozen bias, an addend). transfer: the
+    known elementwise function that is the only reader of the output, or the loss's link; else the identity. likelihood:
+    of the loss call that is the only reader, or None. value: the output, `[*out_shape]`, if kept; after: its transfer
+    function, if kept. others: further uses of the same weight and bias, whose rows join these. passes: how many uses
+    each backward pass has, where there were several.
     """
 
     use: Use
@@ -75,6 +77,16 @@ class Layer:
             return self.use.slots[self.kind.weight]
         return ops.slots(self.call, [d.tensor for d in self.use.used])[self.kind.weight]
 
+    @cached_property
+    def _of_rows(self) -> Slot:
+        """The weight's slot as that of a weight in the type of the layer's rows, which are in the slot's."""
+        slot = self._weight
+        if slot.used.dtype not in HALF:
+            return slot
+        found = copy.copy(slot)
+        found.used = slot.used.detach().new_zeros((), dtype=wide_type(slot.used.dtype)).expand(slot.used.shape)
+        return found
+
     def join(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of all uses as rows of the layer: interleaved where uses have equal counts, else concatenated.
 
@@ -93,9 +105,13 @@ class Layer:
         p = self.parameter
 
         def made() -> Tensor:
-            return self.kind.view("matrix", p.detach(), lambda: self._weight.matrix(self._weight.used.detach()))
+            return self.kind.view("matrix", p.detach(), lambda: self._viewed(p.detach()))
 
         return self.kind.of_parameter(self.name, p, made)
+
+    def _viewed(self, p: Tensor) -> Tensor:
+        slot = self._weight
+        return slot.matrix(p) if self.kind.whole else shaped(p, slot.matrix(slot.used.detach()))
 
     def offsets(self, bias: Tensor) -> Tensor:
         """The fitted bias as `[K,O]`, in the parameter's memory."""
@@ -126,19 +142,20 @@ class Layer:
         return self._typed(self.kind.view("input", self.data[0], self._input, [d.tensor for d in self.use.used]))
 
     def _typed(self, rows: Tensor) -> Tensor:
-        """Rows in the weight's type: under autocast activations have another one."""
-        if rows.dtype is self.parameter.dtype or (self.kind.indexed and not rows.is_floating_point()):
+        """Rows in the weight's type, under autocast, too; in float32 for half precision."""
+        wanted = wide_type(self.parameter.dtype)
+        if rows.dtype is wanted or (self.kind.indexed and not rows.is_floating_point()):
             return rows
-        return rows.to(self.parameter.dtype)
+        return rows.to(wanted)
 
     def _input(self) -> Tensor:
-        a = self._weight.input(None)
+        a = self._of_rows.input(None)
         assert a is not None
         return a.flatten(0, 1)
 
     def rows(self, g: Tensor) -> Tensor:
         """A tensor of the output's shape as rows `[R,K,O]`, of this use."""
-        return self._typed(self.kind.view("rows", g, lambda: rows_of(self._weight, g)))
+        return self._typed(self.kind.view("rows", g, lambda: rows_of(self._of_rows, g)))
 
     def output(self) -> Tensor:
         """The output `[*out_shape]`; recomputed where it was overwritten in place."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from layerwise.replay.state import check_loss
 from layerwise.replay.whole_passes import WholePasses
 from layerwise.tape.pull import OnePass, accumulated, differentiated, hooked, pull
 from layerwise.tape.tape import Tape
-from layerwise.tensors import dense, is_finite, without_grad
+from layerwise.tensors import dense, is_finite, wide_type, widened, without_grad
 
 __all__ = [
     "Recorded", "RunRecorder", "dense", "may_be_finite", "problem_of", "pulled", "record", "refreshed", "single_count",
@@ -36,7 +36,8 @@ class Recorded:
     """One run of a closure.
 
     cotangents: by use index, `[*out_shape]`. gradients: of the parameters outside the layers, by name. counted: the
-    number of samples, or in words which it may be. a_sum: whether the loss is written as a sum over its terms.
+    number of samples, or in words which it may be. a_sum: whether the loss is written as a sum over its terms. copies:
+    what stands for parameters in half precision, by name.
     Where the loss is not finite, or depends on no parameter, there are no layers and no gradients.
     """
 
@@ -47,6 +48,12 @@ class Recorded:
     gradients: Mapping[str, Tensor]
     counted: int | str = 1
     a_sum: bool = False
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter, or its copy."""
+        found = self.copies.get(name)
+        return self.tape.parameters[name] if found is None else found
 
     @property
     def samples(self) -> int:
@@ -220,7 +227,7 @@ def _recorded_pass(
         ),
     ):
         out = run()
-    gradients = {name: dense(g) for name, g in added.items()}
+    gradients = {name: widened(dense(g)) for name, g in added.items()}
     layers = _reached(layers, received)
     if passes and scale != passes[0].scale:
         raise BadInput(mixed_scales(passes[0].scale, scale))
@@ -299,11 +306,11 @@ def may_be_finite(loss: Tensor) -> bool:
 
 
 def _unscaled(run: Recorded, scale: float | None) -> Recorded:
-    """A run's cotangents and gradients without the factor of a gradient scaler."""
+    """A run's cotangents and gradients without the factor of a gradient scaler, at least in float32."""
     if scale is None:
         return run
     return replace(
-        run, loss=run.loss / scale, cotangents={i: g / scale for i, g in run.cotangents.items()},
+        run, loss=run.loss / scale, cotangents={i: widened(g) / scale for i, g in run.cotangents.items()},
         gradients={name: g / scale for name, g in run.gradients.items()},
     )  # fmt: skip
 
@@ -331,7 +338,7 @@ def _pulled(tape: Tape, loss: Tensor, asked: _Asked) -> Recorded:
     found = pull([loss], [torch.ones_like(loss)], [*(use.edge for use in uses), *rest.values()])
     cotangents = {use.index: g for use, g in zip(uses, found, strict=False) if g is not None}
     layers = _reached(layers, cotangents)
-    gradients = {n: dense(g) for n, g in zip(rest, found[len(uses) :], strict=True) if g is not None}
+    gradients = {n: widened(dense(g)) for n, g in zip(rest, found[len(uses) :], strict=True) if g is not None}
     counted, a_sum = asked.counted(tape, graph, loss), _is_a_sum(tape, loss, loss_scale(tape.scaler_calls, loss))
     return Recorded(loss.detach(), tape, layers, cotangents, gradients, counted, a_sum)
 
@@ -358,13 +365,15 @@ def problem_of(
     pulls, ball, metric = split_terms(terms) if terms else ((), None, None)
     a, g, known = layer.of_all(Layer.input), recorded.cotangent_rows(layer), not layer.kind.indexed
     weight = layer.matrix()
-    bias = None if len(layer.names) == 1 else layer.offsets(recorded.tape.parameters[layer.names[1]])
+    bias = None if len(layer.names) == 1 else layer.offsets(recorded.parameter(layer.names[1]))
     shifted = layer.shifted or any(part.shifted for part in layer.others)
     # a look-up's rows leave out the padding's output as they do its cotangent: predicted, it stays where it is
-    kept = known and all(part.value is not None for part in layer.parts)
+    # and outputs of fewer digits than the problem's would hide what moves: they are predicted, too
+    digits = wide_type(layer.parameter.dtype)
+    kept = known and all(_is_known(part.value, part, digits) for part in layer.parts)
     z = layer.of_all(lambda part: part.rows(part.output())) if shifted or kept else None
     after = None
-    if transfer is layer.transfer and known and all(part.after is not None for part in layer.parts):
+    if transfer is layer.transfer and known and all(_is_known(part.after, part, digits) for part in layer.parts):
         after = layer.of_all(lambda part: part.rows(part.after))  # type: ignore[arg-type]
     rest = None
     if z is None or shifted:
@@ -375,6 +384,11 @@ def problem_of(
         return LocalProblem(a, weight, bias, y, transfer, None, g, gamma, rest, pulls, ball, metric)
     y = target(z, g, transfer)
     return LocalProblem(a, weight, bias, y, transfer, rest=rest, pulls=pulls, ball=ball, metric=metric)
+
+
+def _is_known(t: Tensor | None, part: Layer, digits: torch.dtype) -> bool:
+    """Whether the forward pass kept a tensor, and no fewer digits of it, nor of the output behind it."""
+    return t is not None and t.dtype is digits and (part.value is None or part.value.dtype is digits)
 
 
 def refreshed(problem: LocalProblem, layer: Layer, now: Layer) -> LocalProblem:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from layerwise.local.layers.record import Recorded
 from layerwise.local.targets import Polyak, Target, slope
@@ -40,7 +39,7 @@ class Units:
         run, cotangents = self._run, {layer.name: self._run.cotangent_rows(layer) for layer in self._run.layers}
         cotangents |= run.gradients
         targets = {layer.name: self._targets(layer.name) for layer in run.layers}
-        found = [slope(targets.get(name), _at_least_single(g)) for name, g in cotangents.items()]
+        found = [slope(targets.get(name), g) for name, g in cotangents.items()]
         loss, *values = torch.stack([run.loss.double(), *(value.double() for value in found)]).tolist()
         return loss, {
             name: value
@@ -48,7 +47,3 @@ class Units:
             else float(slope(targets.get(name), g.double()))  # beyond its type's range
             for (name, g), value in zip(cotangents.items(), values, strict=True)
         }
-
-
-def _at_least_single(g: Tensor) -> Tensor:
-    return g if g.dtype in (torch.float32, torch.float64) else g.float()

@@ -84,7 +84,6 @@ class Memory:
     every: int = 10
     gain: float = 20.0
     squared_only: ClassVar[bool] = True
-    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         known = self.forget == "mairal" or callable(self.forget)

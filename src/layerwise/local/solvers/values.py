@@ -137,7 +137,6 @@ class ProximalSolve:
     eta: float | None = None
     side: Side = "auto"
     squared_only: ClassVar[bool] = True
-    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self, self.eta is None or 0 < self.eta < math.inf, "eta > 0 or None")
@@ -175,7 +174,6 @@ class Spectral:
     rate: float | None = None
     schedule: Schedule | Literal["linear_floor", "constant"] = "constant"
     squared_only: ClassVar[bool] = True
-    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         known = callable(self.schedule) or self.schedule in _SCHEDULES
@@ -223,7 +221,6 @@ class Anderson:
     steps: int = 20
     memory: int = 5
     tol: float = 1e-8
-    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(

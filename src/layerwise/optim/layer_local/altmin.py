@@ -188,12 +188,12 @@ class AltMin(FittedToCodes):
     ) -> tuple[Tensor, str | Late | None]:
         """Fit the layers to their codes; roll back where a solution is not finite."""
         fitter, fitting = self._fitter, self._fitting(coded.run, samples)
-        late = self._late(coded.run, buffers, fitter.solvers(fitting), assumes=True)
+        run = fitting.run
+        late = self._late(run, buffers, fitter.solvers(fitting), assumes=True)
         if coded.assumed is not None:
             if late is None or late.deferred:
                 return self._fit(coded.settled(), samples, buffers, refit)
             coded.assumed.ask(late.verdict)
-        run = coded.run
         where = self._unsafe(run, partial(fitter.gamma, fitting), buffers, late)
         if where is not None:
             return run.loss, where
@@ -218,7 +218,7 @@ class AltMin(FittedToCodes):
 
     def _record(self, closure: Callable[[], Tensor], samples: int | Tensor | None) -> Coded:
         """A run of the closure with moved codes."""
-        codes, gamma = self._fitter.codes, lambda run, name: self._fitter.gamma(self._fitting(run, samples), name)
+        codes, gamma = self._fitter.codes, lambda run: partial(self._fitter.gamma, self._fitting(run, samples))
         assumed: AssumedCodes | None = None
         if codes == "sweep":
             return self._record_sweep(closure, samples)

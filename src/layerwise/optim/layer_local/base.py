@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import NonFinite
 from layerwise.graph.samples import said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, shaped
 from layerwise.local.layers.overflow import ask_safe, unsafe
 from layerwise.local.layers.record import Recorded
+from layerwise.local.layers.wide_copies import WideCopies, keep_digits
 from layerwise.local.metric import second_moment
 from layerwise.local.problem import Term
 from layerwise.local.regularizers import Average, Regularizer
@@ -35,7 +35,7 @@ from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
 from layerwise.tensors import wide_type, widened, without_grad
 
-__all__ = ["Fitting", "LayerLocal", "forms_of_state", "solved"]
+__all__ = ["Fitting", "LayerLocal", "forms_of_state"]
 
 Rates = Callable[[Mapping[str, Any]], tuple[Any, dict[str, Any]]]
 
@@ -44,6 +44,7 @@ Rates = Callable[[Mapping[str, Any]], tuple[Any, dict[str, Any]]]
 class Fitting:
     """A recorded run with the parameters' groups and optimizer state, from which its layers are fitted.
 
+    run: on float32 copies of parameters in half precision, which are written back by `round_off`.
     groups: by id of the parameter; settings: theirs. optimizers: the layers' own, by kind and parameters. averages: the
     running ones of parameters before the step, by name; new_averages: after it. unit: of γ, by name. decided: how
     layers are fitted, by name.
@@ -61,16 +62,17 @@ class Fitting:
     decided: dict[str, Any] = field(default_factory=dict)
 
     def params(self, layer: Layer) -> list[Tensor]:
-        """A layer's weight, and its bias where that is fitted."""
-        return [self.run.tape.parameters[name] for name in layer.names]
+        """A layer's weight, and its bias where that is fitted, or what stands for them."""
+        return [self.run.parameter(name) for name in layer.names]
 
     def group(self, name: str) -> dict[str, Any]:
         """The parameter group of a parameter, by name."""
         return self.groups[id(self.run.tape.parameters[name])]
 
-    def local_optimizer(self, params: list[Tensor], rates: Rates) -> tuple[Any, torch.optim.Optimizer]:
+    def local_optimizer(self, names: Sequence[str], rates: Rates) -> tuple[Any, torch.optim.Optimizer]:
         """The class of a layer's local optimizer and the instance, which is kept, with present settings by `rates`."""
-        owner = self.groups[id(params[0])]
+        params, groups = [self.run.parameter(name) for name in names], [self.group(name) for name in names]
+        owner = groups[0]
         kind, settings = rates(owner)
         key = (kind, *map(id, params))
         optimizer = self.optimizers.get(key)
@@ -78,8 +80,7 @@ class Fitting:
             names = [name for p in params for name, q in self.run.tape.parameters.items() if q is p]
             optimizer = self.optimizers[key] = made_optimizer(kind, params, settings.get("lr", 0.0), names)
         optimizer.state = self.state
-        for p, group in zip(params, optimizer.param_groups, strict=True):
-            mine = self.groups[id(p)]
+        for mine, group in zip(groups, optimizer.param_groups, strict=True):
             group.update(settings if mine is owner else rates(mine)[1])
         return kind, optimizer
 
@@ -113,7 +114,7 @@ class Fitting:
             second = second_moment(rows, matrix.shape[-1], bias is not None, matrix)
             average = self._averaged(f"{layer.name} inputs", second, decay), None
         elif decay is not None:
-            found = [self._averaged(name, p, decay).to(p) for name, p in zip(layer.names, params, strict=True)]
+            found = [self._averaged(name, p, decay) for name, p in zip(layer.names, params, strict=True)]
             average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
         return regularizer(matrix, bias, gamma, average)
 
@@ -140,67 +141,23 @@ class Fitting:
 
     def gradient_jobs(self, move: Callable[[str, Tensor, Tensor], None]) -> list[GradientJob]:
         """A job for each parameter outside the layers. move: called with its name, itself and its gradient."""
-        params = self.run.tape.parameters
+        params = {name: self.run.parameter(name) for name in self.run.gradients}
         return [GradientJob({name: params[name]}, g.numel, partial(move, name, params[name], g))
                 for name, g in self.run.gradients.items()]  # fmt: skip
+
+    def round_off(self) -> None:
+        """Write what has moved in copies to the parameters, rounded to their types."""
+        if copies := self.run.copies:
+            torch._foreach_copy_([self.run.tape.parameters[name] for name in copies], list(copies.values()))
 
 
 def forms_of_state(solver: Solver | None, rates: tuple[Any, dict[str, Any]], p: Tensor) -> Iterator[Fit]:
     """The forms that a parameter's saved state has beside a solver: a local optimizer's, or a memory's moments."""
-    yield from of_local_optimizer(*rates, p)
-    if isinstance(solver, Memory):
-        yield partial(moments_misfit, p.detach())
-
-
-def solved(
-    solve: Callable[[], None],
-    snapshot: Snapshot,
-    executor: Executor,
-    after: Callable[[], Callable[[], None]],
-    optimizer: NamedOptimizer,
-    late: Late | None = None,
-) -> str | Late | None:
-    """Solve, and return None; or restore the snapshot, and return the first tensor that is not finite.
-
-    after: prepares what else is part of the step, where the solution is finite; what it gives is run when the step is
-    decided, in all processes. Whatever raises before, all is as it was. late: judges the batch too, where that has not
-    been read before; returned where it stays on the device.
-    """
-    try:
-        solve()
-        where = snapshot.spoiled() if late is None else _judged(late, snapshot)
-        commit = after() if where is None else _nothing
-        where = executor.anywhere(where)
-        if where is None:
-            optimizer.complete(partial(_complete, commit, late, snapshot))
-            return late if late is not None and late.deferred else None
-    except NonFinite as error:
-        where = str(error).removesuffix(" holds NaN or infinity")
-    except BaseException:
-        if not optimizer.was_made:
-            snapshot.put_back()
-        raise
-    if where is not None:
-        snapshot.put_back()
-    return where
-
-
-def _judged(late: Late, snapshot: Snapshot) -> str | None:
-    """The first bad tensor of a batch and of its solution, in one wait; or None, left on the device."""
-    snapshot.ask(late.verdict)
-    late.deferred = late.deferred and snapshot.is_on_device()
-    return late.reason()
-
-
-def _complete(commit: Callable[[], None], late: Late | None, snapshot: Snapshot) -> None:
-    commit()
-    if late is not None:
-        snapshot.restore(late)
-        late.commit()
-
-
-def _nothing() -> None:
-    """What completes a step that is taken back."""
+    for dtype in dict.fromkeys((wide_type(p.dtype), p.dtype)):  # earlier releases kept that of half precision in it
+        like = p.detach().to(dtype)
+        yield from of_local_optimizer(*rates, like)
+        if isinstance(solver, Memory):
+            yield partial(moments_misfit, like)
 
 
 class LayerLocal(NamedOptimizer):
@@ -228,7 +185,7 @@ class LayerLocal(NamedOptimizer):
         self._local: dict[Any, torch.optim.Optimizer] = {}
         self._names: dict[int, str] = {}
         self._averages: dict[str, Tensor] = {}
-        self._backups = Backups()
+        self._backups, self._copies = Backups(), WideCopies()
         super().__init__(model, params, defaults, on_nonfinite)
         executor.meet({
             **facts_of(named_parameters_of(model)),
@@ -265,9 +222,10 @@ class LayerLocal(NamedOptimizer):
         count = said_count(samples, f"samples of {type(self).__name__}.step")
         run = run if count is None else replace(run, counted=count)
         self._check_parameters(run.tape.parameters)
-        self._forms.follow(self.param_groups, self.state)
+        self._forms.follow(self.param_groups, self.state, wide_type)
+        run, state = self._copies.of(run, self.state)
         return Fitting(
-            run, self._group_at, self._group_settings, self.state, self._local, self._averages, self._backups
+            run, self._group_at, self._group_settings, state, self._local, self._averages, self._backups
         )  # fmt: skip
 
     def _tell(self, error: BaseException) -> None:
@@ -285,7 +243,7 @@ class LayerLocal(NamedOptimizer):
         late = alone and (deferred or not here) and all(
             isinstance(s, LocalSteps) or (assumes and getattr(s, "judged_late", False)) for s in solvers
         )  # fmt: skip
-        return Late(buffers, deferred and self._defers(run)) if late else None
+        return Late(buffers, deferred and self._defers()) if late else None
 
     def _unsafe(self, run: Recorded, gamma: Callable[[str], float], buffers: Buffers, late: Late | None) -> str | None:
         """The reason not to step on a batch, or None, also where it is judged late."""
@@ -294,12 +252,9 @@ class LayerLocal(NamedOptimizer):
         ask_safe(late.verdict, run, gamma)
         return None
 
-    def _defers(self, run: Recorded) -> bool:
-        """Whether a device can take back the step of a run, with nothing of it on the host.
-
-        In half precision norms are too coarse a bound of products.
-        """
-        return all(layer.parameter.dtype in (torch.float32, torch.float64) for layer in run.layers)
+    def _defers(self) -> bool:
+        """Whether a device can take back a step, with nothing of it on the host."""
+        return True
 
     def _agreed(self, run: Recorded, where: str | None) -> str | None:
         """The first reason to skip the step, in this process or another that takes part; None where there is none.
@@ -383,6 +338,9 @@ class LayerLocal(NamedOptimizer):
             p = params[averaged_name(key)]
             averages[key] = t.to(p.device, wide_type(p.dtype), copy=True)
         super()._take(saved)
+        for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=True):
+            for number, p in zip(theirs["params"], ours["params"], strict=True):
+                keep_digits(p, self.state.get(p, {}), saved["state"].get(number, {}))
         self._executor.loaded()
         self._averages = averages
 

@@ -13,7 +13,7 @@ from layerwise.local.codes.code_step import CodeStep, Terms
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.codes.gauss_newton import WrongCodes
 from layerwise.local.layers.layer import Layer
-from layerwise.local.layers.record import Recorded, problem_of, single_count
+from layerwise.local.layers.record import problem_of, single_count
 from layerwise.local.layers.term_weights import TermWeights, WrongAssumption
 from layerwise.local.problem import LocalProblem, predict
 from layerwise.local.solvers.memory import Memory
@@ -24,10 +24,10 @@ from layerwise.local.transfer import IDENTITY
 from layerwise.optim.base import NamedOptimizer
 from layerwise.optim.deferred import Late, completed
 from layerwise.optim.keywords import refuse_idle
-from layerwise.optim.layer_local.base import Fitting, LayerLocal, solved
+from layerwise.optim.layer_local.base import Fitting, LayerLocal
 from layerwise.optim.layer_local.coding import Coded
 from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
-from layerwise.optim.layer_local.snapshot import Snapshot
+from layerwise.optim.layer_local.snapshot import Snapshot, solved
 from layerwise.optim.layer_local.stale import Stale
 from layerwise.optim.layer_local.trace import Trace
 from layerwise.optim.layer_local.updates import (
@@ -146,7 +146,8 @@ class CodeFitter:
             made = {layer.name: self._problem(fitting, layer)() for layer in layers}
             made = made if stale is None else stale.exchange(made)  # after an error, `_repeated` takes it back
         if trace is not None:
-            before = {layer.name: layer.parameter.detach().clone() for layer in layers}
+            params = {layer.name: fitting.run.tape.parameters[layer.name].detach() for layer in layers}
+            before = {name: p.clone() for name, p in params.items()}
             outputs = {name: predict(problem) for name, problem in made.items()}
 
         spoiled: list[str] = []
@@ -157,6 +158,7 @@ class CodeFitter:
             rest = [] if refit else fitting.gradient_jobs(partial(self._step_along, fitting))
             spoiled.extend(made)  # where it raises, nothing tells which
             executor.run(jobs, rest, fitting.state)
+            fitting.round_off()
             spoiled[:] = [] if stale is None else snapshot.spoiled_names()
 
         def note() -> Callable[[], None]:
@@ -165,9 +167,8 @@ class CodeFitter:
             if trace is not None:
                 has_code = {layer.name: layer.likelihood is None or not self._plans.of(fitting, layer).takes_steps
                             for layer in layers}  # fmt: skip
-                after = {layer.name: layer.parameter.detach() for layer in layers}
                 problems = {n: (made[n], outputs[n], has_code[n]) for n in made}
-                write = trace.noted(before, after, coded.slopes(), problems)
+                write = trace.noted(before, params, coded.slopes(), problems)
             passed = 0 if self.trace is None else self.trace.passed + (not refit)
 
             def commit() -> None:
@@ -236,7 +237,7 @@ class CodeFitter:
     def _step_along(self, fitting: Fitting, name: str, p: Tensor, g: Tensor) -> None:
         """Take T steps along the gradient, for a parameter without a code."""
         fitting.forget_moments(p)
-        _, optimizer = fitting.local_optimizer([p], partial(self.updates.rates, name, [p]))
+        _, optimizer = fitting.local_optimizer([name], partial(self.updates.rates, name, [p]))
         linear_steps(p, g, optimizer, fitting.group(name)["steps"], schedule=constant)
 
     def snapshot(self, fitting: Fitting, layers: Sequence[Layer]) -> Snapshot:
@@ -297,11 +298,11 @@ class FittedToCodes(LayerLocal):
     def _fits(self, p: Tensor, name: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[Fit]:
         return self._fitter.updates.fits(p, name, groups)
 
-    def _defers(self, run: Recorded) -> bool:
-        """As `LayerLocal._defers`; repeats, multipliers, and a μ that grows are the host's."""
+    def _defers(self) -> bool:
+        """Repeats, multipliers, and a μ that grows are the host's."""
         grows = any(Coupling.grown(group) != group["coupling"] for group in self.param_groups)
         once = self._fitter.repeats == 1 and self._fitter.multipliers is None
-        return once and not grows and super()._defers(run)
+        return once and not grows
 
     def _repeated(self, once: Callable[[], Tensor]) -> Tensor:
         """Repeat the step `once` with the same random numbers, then let μ grow; returns the first loss.

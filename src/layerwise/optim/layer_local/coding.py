@@ -26,7 +26,7 @@ from layerwise.replay.coded import CodedModel
 from layerwise.replay.state import check_loss
 from layerwise.tape.modes import WithoutScalers
 from layerwise.tape.tape import Tape
-from layerwise.tensors import dense, without_grad
+from layerwise.tensors import dense, widened, without_grad
 
 __all__ = [
     "Coded",
@@ -64,13 +64,13 @@ def gauss_newton(
     model: nn.Module | Mapping[str, Tensor],
     closure: Callable[[], Tensor],
     ours: Ours,
-    gamma: Callable[[Any, str], float],
+    gamma: Callable[[Recorded], Callable[[str], float]],
     kinds: Kinds | None = None,
     samples: int | Tensor | None = None,
 ) -> tuple[Recorded, Recorded, AssumedCodes | None]:
     """A run with damped Gauss-Newton cotangents, the same run with the loss's own, and what the former assumes.
 
-    gamma: γ of a run and a layer's name. samples: as the user says. Backward calls of the closure are left out. Raises
+    gamma: of a run, γ of a layer's name. samples: as the user says. Backward calls of the closure are left out. Raises
     as `pulled_roots`.
     """
     tape = Tape(model, lambda tape, total, weight, run: None, keep_outputs=True, crosses=True)
@@ -81,7 +81,7 @@ def gauss_newton(
     if not plain.layers:
         return plain, plain, None
     roots = pulled_roots(model, plain, loss, samples)
-    found, assumed = damped_cotangents(plain, roots, lambda name: gamma(plain, name))
+    found, assumed = damped_cotangents(plain, roots, gamma(plain))
     return found, plain, assumed
 
 
@@ -179,7 +179,7 @@ def recorded_on_codes(
             moved.append(dataclasses.replace(parts[0], others=tuple(parts[1:])))
             for part in parts:
                 cotangents.setdefault(part.use.index, torch.zeros_like(out.predictions[part.use.index]))
-    gradients = {n: dense(g) for n, g in zip(rest, found[len(every) :], strict=True) if g is not None}
+    gradients = {n: widened(dense(g)) for n, g in zip(rest, found[len(every) :], strict=True) if g is not None}
     return Recorded(coded.loss.detach(), coded.tape, moved, cotangents, gradients, counted)
 
 

@@ -16,7 +16,7 @@ from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
 from layerwise.local.layers.units import Units
-from layerwise.local.problem import LocalProblem, Term, refuse_half
+from layerwise.local.problem import LocalProblem, Term
 from layerwise.local.regularizers import Regularizer
 from layerwise.local.solvers.run import solve
 from layerwise.local.solvers.steps import linear_steps
@@ -28,7 +28,7 @@ from layerwise.local.transfer import IDENTITY, Transfer
 from layerwise.optim.base import Closure
 from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import Keywords, of_numbers, refuse_unknown
-from layerwise.optim.layer_local.base import Fitting, LayerLocal, forms_of_state, solved
+from layerwise.optim.layer_local.base import Fitting, LayerLocal, forms_of_state
 from layerwise.optim.layer_local.choices import (
     DEFAULTS,
     NUMBERS,
@@ -45,6 +45,7 @@ from layerwise.optim.layer_local.choices import (
 )  # fmt: skip
 from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
+from layerwise.optim.layer_local.snapshot import solved
 from layerwise.optim.recording import Samples, factor_left, withhold
 from layerwise.optim.saved_state import Fit
 from layerwise.replay.rerun import Rerun
@@ -57,8 +58,6 @@ __all__ = ["LocoProp"]
 
 _DEFAULT_STEPS = LocalSteps()  # of parameters without a local problem, beside a solver without local steps
 _ORDERS = ("together", "output_to_input", "input_to_output")
-
-
 _KEYWORDS = Keywords({"objective": Objective, "local_update": LocalUpdate, "execution": Execution})
 
 
@@ -222,9 +221,10 @@ class LocoProp(LayerLocal):
 
     @without_grad
     def _fit(
-        self, recorder: RunRecorder, run: Recorded, rerun: Rerun | None, buffers: Buffers
+        self, recorder: RunRecorder, recorded: Recorded, rerun: Rerun | None, buffers: Buffers
     ) -> tuple[Tensor, str | Late | None]:
-        fitting, choices, self._left = self._fitting(run), self._choices, recorder.left
+        fitting, choices, self._left = self._fitting(recorded), self._choices, recorder.left
+        run = fitting.run
         targets = {layer.name: fitting.target(layer, choices.of(layer.name).target) for layer in run.layers}
         fitting.unit = Units(run, lambda name: targets.get(name, choices.of(name).target)).of
         solvers = [choices.of(layer.name).solver if rerun is None else rerun for layer in run.layers]
@@ -238,13 +238,14 @@ class LocoProp(LayerLocal):
             if rerun is not None:
                 self._solve_in_turn(fitting, plans, rerun)
             jobs = [_job(fitting, plan) for plan in plans] if rerun is None else []
-            self._executor.run(jobs, fitting.gradient_jobs(partial(_step_along, fitting, choices)), self.state)
+            self._executor.run(jobs, fitting.gradient_jobs(partial(_step_along, fitting, choices)), fitting.state)
+            fitting.round_off()
 
         def finish() -> Callable[[], None]:
             last = [(plan.layer.names, _form(plan)) for plan in plans]
             last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
             averages = self._averages | fitting.new_averages
-            write = snapshot.as_gradients(factor_left(self._left)) if self._write == "grad" else None
+            write = snapshot.as_gradients(factor_left(self._left), run.copies) if self._write == "grad" else None
 
             def commit() -> None:
                 if write is not None:
@@ -266,6 +267,7 @@ class LocoProp(LayerLocal):
             if count:
                 problem = refreshed(problem, layer, self._run_again(layer, rerun))
             solve(_task(fitting, plans[n], problem), self._workspace)
+            fitting.round_off()
 
     def _run_again(self, layer: Layer, rerun: Rerun) -> Layer:
         """The same layer in a new run of the closure, whose backward pass is left out."""
@@ -331,7 +333,6 @@ def _plan(fitting: Fitting, choice: Choice, target: Target, layer: Layer) -> _Pl
             f"{name_of(choice.solver)} solves the squared loss, and {layer.name} has {transfer.name}'s matching "
             'loss: choose loss="squared" for it, or Newton, Anderson or LocalSteps'
         )
-    refuse_half(layer.name, layer.parameter, (choice.solver, choice.target, *choice.regularizers))
     terms = tuple(fitting.term(layer, asked, gamma) for asked in choice.regularizers)
     return _Plan(layer, group, choice, gamma, transfer, terms)
 
@@ -373,7 +374,7 @@ def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
     params, solver = fitting.params(plan.layer), plan.solver
     kind = optimizer = None
     if isinstance(solver, LocalSteps):
-        kind, optimizer = fitting.local_optimizer(params, partial(settings_for, solver))
+        kind, optimizer = fitting.local_optimizer(plan.layer.names, partial(settings_for, solver))
     rates, state = [float(fitting.group(n)["lr"]) for n in plan.layer.names], fitting.moments(solver, params[0])
     return Task(problem, solver, plan.layer.name, params, rates, optimizer, plan.layer.fold, state=state, kind=kind)
 
@@ -383,7 +384,7 @@ def _step_along(fitting: Fitting, choices: Choices, name: str, p: Tensor, g: Ten
     solver = choices.of(name).solver
     steps = solver if isinstance(solver, LocalSteps) else _DEFAULT_STEPS
     fitting.forget_moments(p)
-    _, optimizer = fitting.local_optimizer([p], partial(settings_for, solver))
+    _, optimizer = fitting.local_optimizer([name], partial(settings_for, solver))
     linear_steps(p, _gamma(fitting, name) * g, optimizer, fitting.group(name)["steps"], schedule=steps.rule)
     if steps.state == "fresh":
         fitting.state.pop(p, None)

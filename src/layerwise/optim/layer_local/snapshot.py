@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import NonFinite
+from layerwise.optim.base import NamedOptimizer
 from layerwise.optim.deferred import Late
+from layerwise.optim.layer_local.executors import Executor
 from layerwise.tensors import Verdict, all_finite, largest_entries, without_grad
 
-__all__ = ["Backups", "Snapshot"]
+__all__ = ["Backups", "Snapshot", "solved"]
 
 
 class Backups:
@@ -142,12 +144,17 @@ class Snapshot:
                 self._state[p] = before
 
     @without_grad
-    def as_gradients(self, factor: float = 1.0) -> Callable[[], None]:
-        """What restores the parameters and writes their movement `old − new`, times a factor, into `.grad`."""
+    def as_gradients(self, factor: float = 1.0, moved: Mapping[str, Tensor] = _NOTHING) -> Callable[[], None]:
+        """What restores the parameters and writes their movement `old − new`, times a factor, into `.grad`.
+
+        moved: the new values by name, where they have more digits than the parameters.
+        """
         params = [p.detach() for _, p in self._params]
         values = self._copies[: len(params)]
-        moved = [value - p for p, value in zip(params, values, strict=True)]
-        grads = moved if factor == 1 else [g * factor for g in moved]
+        news = [moved.get(name, p) for (name, _), p in zip(self._params, params, strict=True)]
+        moves = [value - new for value, new in zip(values, news, strict=True)]
+        moves = moves if factor == 1 else [g * factor for g in moves]
+        grads = [g.to(p.dtype) for g, p in zip(moves, params, strict=True)]
 
         def write() -> None:
             if params:
@@ -156,3 +163,54 @@ class Snapshot:
                 p.grad = grad
 
         return write
+
+
+def solved(
+    solve: Callable[[], None],
+    snapshot: Snapshot,
+    executor: Executor,
+    after: Callable[[], Callable[[], None]],
+    optimizer: NamedOptimizer,
+    late: Late | None = None,
+) -> str | Late | None:
+    """Solve, and return None; or restore the snapshot, and return the first tensor that is not finite.
+
+    after: prepares what else is part of the step, where the solution is finite; what it gives is run when the step is
+    decided, in all processes. Whatever raises before, all is as it was. late: judges the batch too, where that has not
+    been read before; returned where it stays on the device.
+    """
+    try:
+        solve()
+        where = snapshot.spoiled() if late is None else _judged(late, snapshot)
+        commit = after() if where is None else _nothing
+        where = executor.anywhere(where)
+        if where is None:
+            optimizer.complete(partial(_complete, commit, late, snapshot))
+            return late if late is not None and late.deferred else None
+    except NonFinite as error:
+        where = str(error).removesuffix(" holds NaN or infinity")
+    except BaseException:
+        if not optimizer.was_made:
+            snapshot.put_back()
+        raise
+    if where is not None:
+        snapshot.put_back()
+    return where
+
+
+def _judged(late: Late, snapshot: Snapshot) -> str | None:
+    """The first bad tensor of a batch and of its solution, in one wait; or None, left on the device."""
+    snapshot.ask(late.verdict)
+    late.deferred = late.deferred and snapshot.is_on_device()
+    return late.reason()
+
+
+def _complete(commit: Callable[[], None], late: Late | None, snapshot: Snapshot) -> None:
+    commit()
+    if late is not None:
+        snapshot.restore(late)
+        late.commit()
+
+
+def _nothing() -> None:
+    """What completes a step that is taken back."""

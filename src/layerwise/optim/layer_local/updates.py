@@ -15,7 +15,6 @@ from layerwise.errors import BadInput
 from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
-from layerwise.local.problem import refuse_half
 from layerwise.local.regularizers import Regularizer, WeightDecay
 from layerwise.local.solvers.fused import FusedAdam, FusedSGD
 from layerwise.local.solvers.memory import Memory
@@ -221,8 +220,7 @@ class LayerPlan:
         self.params, self.groups = fitting.params(layer), [fitting.group(name) for name in layer.names]
         self.update = updates.of_group(layer.name, self.groups[0])
         self.takes_steps = self.update.solver is None or isinstance(self.update.solver, LocalSteps)
-        refuse_half(layer.name, layer.parameter, (self.update.solver, *self.update.regularizers))
-        self._rates = partial(updates.rates, layer.name, self.params)
+        self._names, self._rates = layer.names, partial(updates.rates, layer.name, self.params)
         self._made: tuple[Any, torch.optim.Optimizer] | None = None
 
     def stands(self, fitting: Fitting, layer: Layer) -> bool:
@@ -232,7 +230,7 @@ class LayerPlan:
     def optimizer(self, fitting: Fitting) -> tuple[Any, torch.optim.Optimizer]:
         """The class of the layer's local optimizer, and the instance, with the present settings."""
         if self._made is None:
-            self._made = fitting.local_optimizer(self.params, self._rates)
+            self._made = fitting.local_optimizer(self._names, self._rates)
         self._made[1].state = fitting.state  # type: ignore[assignment]
         return self._made
 
@@ -240,9 +238,8 @@ class LayerPlan:
 def _facts(fitting: Fitting, layer: Layer) -> list[Any]:
     found = [layer.kind, len(layer.names)]
     for name in layer.names:
-        p = fitting.run.tape.parameters[name]
-        group = fitting.groups[id(p)]
-        found += [p, group, fitting.settings.of(group)]
+        group = fitting.group(name)
+        found += [fitting.run.parameter(name), group, fitting.settings.of(group)]
     return found
 
 
