@@ -1,0 +1,113 @@
+"""A character GPT of one million parameters: AdamW, Muon and LocoProp before Muon, by seconds and by tokens.
+
+    python -m benchmarks.training.locoprop.character_gpt [--out benchmarks/results/character_gpt.json]
+
+Declared beforehand: three rates a method on seed 0, for the same seconds of processor time on one thread (steps
+alone); the rate with the least validation loss at the end again on seeds 1 and 2. Validation loss is of the first
+windows of the held-out text, and measured along the way, off the clock. Prints its budget first. Runs in the file are
+not run again.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import layerwise as lw
+from benchmarks import data, probe
+from benchmarks.training.locoprop.combinations import LOCAL, Muon, batches, before, plain
+from benchmarks.training.locoprop.problems import Characters, next_character
+
+__all__ = ["METHODS", "RATES", "main", "run"]
+
+SECONDS, EVERY, SEEDS = 40.0, 8.0, (0, 1, 2)
+WIDTH, HEADS, BLOCKS, CONTEXT, BATCH, HELD_OUT = 128, 4, 5, 128, 16, 200
+Step = Callable[[Callable[[], Tensor]], Tensor]
+# The study's settings of LocoProp on the smaller transformer, with γ for this number of tokens a batch (6,400 there).
+_LOCAL: dict[str, Any] = {**LOCAL, "gamma": LOCAL["gamma"] * BATCH * CONTEXT / 6400}
+RATES: dict[str, tuple[float, ...]] = {
+    "adamw": (1e-3, 3e-3, 1e-2), "muon": (0.01, 0.03, 0.1), "locoprop-m": (2.8e-4, 5.7e-4, 1.1e-3),
+    "locoprop-m > muon": (0.01, 0.03, 0.1),
+}  # fmt: skip
+METHODS: dict[str, Callable[[nn.Module, float], Step]] = {
+    "adamw": lambda m, lr: plain(
+        torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    ),
+    "muon": lambda m, lr: plain(Muon(m, lr, momentum=0.95)),
+    "locoprop-m": lambda m, lr: lw.LocoProp(m, **{**_LOCAL, "lr": lr}).step,
+    "locoprop-m > muon": lambda m, lr: before(lw.LocoProp(m, **_LOCAL, write="grad"), Muon(m, lr, momentum=0.95)),
+}
+
+
+def _model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return Characters(65, WIDTH, HEADS, BLOCKS, CONTEXT)
+
+
+def _windows(text: Tensor) -> Tensor:
+    return text[: len(text) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+
+
+@torch.no_grad()
+def _held_out(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    parts = [
+        F.cross_entropy(model(a).flatten(0, 1), b.flatten()) for a, b in zip(x.split(50), y.split(50), strict=True)
+    ]
+    return float(torch.stack(parts).mean())
+
+
+def run(method: str, rate: float, seed: int) -> dict[str, Any]:
+    """Train for the seconds; the validation loss along the way, `[seconds, tokens, loss]`."""
+    text = data.load("tinyshakespeare")
+    x, y = _windows(text.x_train), _windows(text.y_train)
+    held = _windows(text.x_test)[:HELD_OUT], _windows(text.y_test)[:HELD_OUT]
+    model = _model(seed)
+    step, spent, count = METHODS[method](model, rate), 0.0, 0
+    curve = [[0.0, 0, round(_held_out(model, *held), 4)]]
+    for index in batches(len(x), BATCH, seed):
+        start = time.process_time()
+        step(partial(next_character, model, x[index], y[index]))
+        spent, count = spent + time.process_time() - start, count + 1
+        if spent >= EVERY * len(curve) or spent >= SECONDS:
+            curve.append([round(spent, 2), count * BATCH * CONTEXT, round(_held_out(model, *held), 4)])
+        if spent >= SECONDS:
+            break
+    size = sum(p.numel() for p in model.parameters())
+    return {"method": method, "rate": rate, "seed": seed, "parameters": size, "steps": count, "curve": curve}
+
+
+def main(out: Path) -> None:
+    """Run what the file lacks."""
+    torch.set_num_threads(1)
+    found: list[dict[str, Any]] = probe.read(out) if out.exists() else []
+    runs = sum(len(rates) + len(SEEDS) - 1 for rates in RATES.values())
+    print(f"at most {SECONDS * runs / 60:.0f} minutes of a processor in steps; {len(found)} of {runs} runs are there")
+
+    def value(method: str, rate: float, seed: int) -> float:
+        key = {"method": method, "rate": rate, "seed": seed}
+        row = next((r for r in found if key.items() <= r.items()), None)
+        if row is None:
+            row = run(method, rate, seed)
+            found.append(row)
+            probe.write(out, found)
+            print(row, flush=True)
+        loss = float(row["curve"][-1][-1])
+        return loss if math.isfinite(loss) else math.inf
+
+    for method, rates in RATES.items():
+        tried = {rate: value(method, rate, SEEDS[0]) for rate in rates}
+        for seed in SEEDS[1:]:
+            value(method, min(tried, key=tried.__getitem__), seed)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[2] if sys.argv[1:2] == ["--out"] else "benchmarks/results/character_gpt.json"))
