@@ -16,6 +16,7 @@ from benchmarks.speed.overhead.contenders import CONTENDERS
 from benchmarks.speed.overhead.nets import NETS
 from benchmarks.speed.overhead.report import best_peer, chart, slower
 from benchmarks.training import report, step_time
+from benchmarks.training.locoprop.character_gpt import summary
 from benchmarks.training.rows import FOLDER, Rows
 from benchmarks.training.rows import read as read_rows
 from benchmarks.training.study import STUDIES, Study
@@ -72,6 +73,11 @@ def finals(study: str) -> int:
     """On how many problems of a study there are final runs."""
     held = (Rows(FOLDER).load(problem).values() for problem in STUDIES[study].methods)
     return sum(any(row["phase"] == "final" for row in rows) for rows in held)
+
+
+def character_gpt() -> tuple[int, list[dict[str, Any]]]:
+    """The summary of the character GPT's runs: tokens that all have seen, and a line for each method."""
+    return summary(result("character_gpt"))
 
 
 def study_report(study: str, folder: Path) -> str:

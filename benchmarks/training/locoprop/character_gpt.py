@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ import layerwise as lw
 from benchmarks import data, probe
 from benchmarks.training.locoprop.combinations import LOCAL, Muon, batches, before, plain
 from benchmarks.training.locoprop.problems import Characters, next_character
+from benchmarks.training.summaries import interval
 
-__all__ = ["METHODS", "RATES", "main", "run"]
+__all__ = ["METHODS", "RATES", "at_tokens", "chosen", "main", "run", "summary"]
 
 SECONDS, EVERY, SEEDS = 40.0, 8.0, (0, 1, 2)
 WIDTH, HEADS, BLOCKS, CONTEXT, BATCH, HELD_OUT = 128, 4, 5, 128, 16, 200
@@ -83,6 +85,47 @@ def run(method: str, rate: float, seed: int) -> dict[str, Any]:
             break
     size = sum(p.numel() for p in model.parameters())
     return {"method": method, "rate": rate, "seed": seed, "parameters": size, "steps": count, "curve": curve}
+
+
+def chosen(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By method, the runs of its best rate on the first seed, all seeds."""
+    best: dict[str, list[dict[str, Any]]] = {}
+    for method in dict.fromkeys(row["method"] for row in found):
+        own = [row for row in found if row["method"] == method]
+        rate = min((row for row in own if row["seed"] == SEEDS[0]), key=lambda row: float(row["curve"][-1][-1]))["rate"]
+        best[method] = [row for row in own if row["rate"] == rate]
+    return best
+
+
+def at_tokens(row: dict[str, Any], tokens: float) -> float:
+    """The loss of a run after some tokens, on the line between the measurements around them; NaN beyond the last."""
+    for (_, start, before), (_, end, after) in pairwise(row["curve"]):
+        if start <= tokens <= end:
+            return float(before + (after - before) * (tokens - start) / (end - start))
+    return math.nan
+
+
+def summary(found: Sequence[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
+    """The most tokens that every chosen run has seen, and for each method means over seeds, the ends with intervals.
+
+    Keys: method, rate, runs, steps, tokens, losses (after each eighth second), end (interval), at tokens (interval).
+    """
+    methods = chosen(found)
+    common = min(row["curve"][-1][1] for rows in methods.values() for row in rows)
+
+    def line(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ends = interval([row["curve"][-1][-1] for row in rows])
+        losses = [
+            sum(at[-1] for at in same) / len(rows)
+            for same in zip(*(row["curve"] for row in rows), strict=True)
+        ][1:]  # fmt: skip
+        return {
+            "method": method, "rate": rows[0]["rate"], "runs": len(rows), "losses": losses, "end": ends,
+            "steps": sum(row["steps"] for row in rows) / len(rows),
+            "at tokens": interval([at_tokens(row, common) for row in rows]),
+        }  # fmt: skip
+
+    return common, [line(*each) for each in methods.items()]
 
 
 def main(out: Path) -> None:

@@ -16,9 +16,10 @@ from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, shaped
 from layerwise.local.layers.overflow import ask_safe, unsafe
 from layerwise.local.layers.record import Recorded
-from layerwise.local.metric import second_moment
+from layerwise.local.metric import Metric
 from layerwise.local.problem import Term
 from layerwise.local.regularizers import Average, Regularizer
+from layerwise.local.running import RunningMeans
 from layerwise.local.solvers.memory import Memory, moments_misfit
 from layerwise.local.solvers.values import LocalSteps, Solver
 from layerwise.local.targets import NaturalStep, Target, outer_moment
@@ -44,9 +45,8 @@ Rates = Callable[[Mapping[str, Any]], tuple[Any, dict[str, Any]]]
 class Fitting:
     """A recorded run with the parameters' groups and optimizer state, from which its layers are fitted.
 
-    groups: by id of the parameter; settings: theirs. optimizers: the layers' own, by kind and parameters. averages: the
-    running ones of parameters before the step, by name; new_averages: after it. unit: of γ, by name. decided: how
-    layers are fitted, by name.
+    groups: by id of the parameter; settings: theirs. optimizers: the layers' own, by kind and parameters. means: the
+    running ones before the step and after it. unit: of γ, by name. decided: how layers are fitted, by name.
     """
 
     run: Recorded
@@ -54,9 +54,8 @@ class Fitting:
     settings: GroupSettings
     state: State
     optimizers: dict[Any, torch.optim.Optimizer]
-    averages: Mapping[str, Tensor]
+    means: RunningMeans
     backups: Backups = field(default_factory=Backups)
-    new_averages: dict[str, Tensor] = field(default_factory=dict)
     unit: Callable[[str], float] = lambda name: 1.0
     decided: dict[str, Any] = field(default_factory=dict)
 
@@ -109,10 +108,12 @@ class Fitting:
         average: Average | None = None
         if decay is not None and getattr(regularizer, "averages", "weights") == "inputs":
             rows = layer.join([part.input() for part in layer.parts])
-            second = second_moment(rows, matrix.shape[-1], bias is not None, matrix)
-            average = self._averaged(f"{layer.name} inputs", second, decay), None
-        elif decay is not None:
-            found = [self._averaged(name, p, decay) for name, p in zip(layer.names, params, strict=True)]
+            every = getattr(regularizer, "every", 1)
+            average = self.means.of_inputs(layer.name, rows, matrix, bias is not None, decay, every), None
+            term = regularizer(matrix, bias, gamma, average)
+            return term if every == 1 else self.means.kept(layer.name, term)
+        if decay is not None:
+            found = [self.means.updated(name, p, decay) for name, p in zip(layer.names, params, strict=True)]
             average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
         return regularizer(matrix, bias, gamma, average)
 
@@ -122,20 +123,13 @@ class Fitting:
         if not isinstance(target, NaturalStep) or target.decay is None:
             return target
         second = outer_moment(self.run.cotangent_rows(layer))
-        return replace(target, second=self._averaged(f"{layer.name} outputs", second, target.decay))
-
-    def _averaged(self, key: str, now: Tensor, decay: float) -> Tensor:
-        """The running average of a tensor after this step; of another shape than before, as it is."""
-        old = self.averages.get(key)
-        old = None if old is None or old.shape != now.shape else old
-        self.new_averages[key] = now.clone() if old is None else decay * old + (1 - decay) * now
-        return self.new_averages[key]
+        return replace(target, second=self.means.updated(f"{layer.name} outputs", second, target.decay))
 
     def snapshot(self, layers: Sequence[Layer], replaced: Collection[str] = ()) -> Snapshot:
         """A snapshot of all parameters that the step moves. replaced: as for `Snapshot`."""
         names = [name for layer in layers for name in layer.names] + list(self.run.gradients)
         params = [(name, self.run.tape.parameters[name]) for name in names]
-        return Snapshot(params, self.state, replaced, self.backups, self.new_averages)
+        return Snapshot(params, self.state, replaced, self.backups, self.means.after)
 
     def gradient_jobs(self, move: Callable[[str, Tensor, Tensor], None]) -> list[GradientJob]:
         """A job for each parameter outside the layers. move: called with its name, itself and its gradient."""
@@ -227,6 +221,7 @@ class LayerLocal(NamedOptimizer):
         self._local: dict[Any, torch.optim.Optimizer] = {}
         self._names: dict[int, str] = {}
         self._averages: dict[str, Tensor] = {}
+        self._metrics: dict[str, Metric] = {}
         self._backups = Backups()
         super().__init__(model, params, defaults, on_nonfinite)
         executor.meet({
@@ -265,9 +260,8 @@ class LayerLocal(NamedOptimizer):
         run = run if count is None else replace(run, counted=count)
         self._check_parameters(run.tape.parameters)
         self._forms.follow(self.param_groups, self.state)
-        return Fitting(
-            run, self._group_at, self._group_settings, self.state, self._local, self._averages, self._backups
-        )  # fmt: skip
+        means = RunningMeans(self._averages, self._metrics)
+        return Fitting(run, self._group_at, self._group_settings, self.state, self._local, means, self._backups)
 
     def _tell(self, error: BaseException) -> None:
         self._executor.fail(error)
@@ -377,7 +371,10 @@ class LayerLocal(NamedOptimizer):
 
     def _take(self, saved: Mapping[str, Any]) -> None:
         params = named_parameters_of(self._model)
-        averages = {key: t.to(params[averaged_name(key)], copy=True) for key, t in saved["averages"].items()}
+        averages = {
+            key: t.to(params[averaged_name(key)] if t.is_floating_point() else "cpu", copy=True)
+            for key, t in saved["averages"].items()
+        }
         super()._take(saved)
         self._executor.loaded()
         self._averages = averages
@@ -386,7 +383,7 @@ class LayerLocal(NamedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle; what is remembered by the identity of tensors is found anew."""
-        return {**super().__getstate__(), "_local": {}, "_names": {}, "_kinds": Kinds()}
+        return {**super().__getstate__(), "_local": {}, "_names": {}, "_metrics": {}, "_kinds": Kinds()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
