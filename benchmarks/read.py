@@ -22,7 +22,8 @@ from benchmarks.training.rows import read as read_rows
 from benchmarks.training.study import STUDIES, Study
 
 __all__ = [
-    "LIBRARIES", "NETS", "STUDIES", "Cell", "Study", "best_peer", "chart", "finals", "overhead", "picture", "ranks",
+    "LIBRARIES", "NETS", "STUDIES", "Cell", "Study", "best_peer", "character_gpt", "chart",
+    "finals", "overhead", "picture", "ranks",
     "result", "runs", "slower", "step_times", "study_report",
 ]  # fmt: skip
 
