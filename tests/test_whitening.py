@@ -116,7 +116,9 @@ def test_one_plain_step_is_foofs_and_with_natural_targets_kfacs(name: str, outpu
     """`W ← W − lr γ (B̄ + λ)⁻¹ G (Ā + λ)⁻¹` with running means of both factors, or of A alone, at every k-th batch."""
     ours, theirs = nets()[name], nets()[name]
     target = local.NaturalStep(2.0, damping=0.3, decay=DECAY) if outputs else local.GradientStep(2.0)
-    opt = lw.LocoProp(ours, preset="gradient-descent", target=target, regularizer=Whitening(DECAY, DAMPING, every), lr=0.05)
+    opt = lw.LocoProp(
+        ours, preset="gradient-descent", target=target, regularizer=Whitening(DECAY, DAMPING, every), lr=0.05
+    )
     means: dict[str, list[Tensor]] = {}
     for t in range(3 if every == 1 else 5):
         x = batch(name, t)
@@ -266,7 +268,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", nets())
 def test_every_choice_takes_it_and_resumes_bitwise(name: str, kind: str, every: int) -> None:
     more = SETTINGS[kind]
-    terms: list[Any] = [Whitening(DECAY, DAMPING, every), local.SpectralNorm(0.05) if kind == "muon" else local.Elastic(0.1)]
+    terms: list[Any] = [
+        Whitening(DECAY, DAMPING, every),
+        local.SpectralNorm(0.05) if kind == "muon" else local.Elastic(0.1),
+    ]
 
     def run(cut: int | None, workers: Any = None) -> list[Tensor]:
         net = nets()[name]

@@ -99,9 +99,9 @@ def chosen(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def at_tokens(row: dict[str, Any], tokens: float) -> float:
     """The loss of a run after some tokens, on the line between the measurements around them; NaN beyond the last."""
-    for (_, start, before), (_, end, after) in pairwise(row["curve"]):
+    for (_, start, earlier), (_, end, after) in pairwise(row["curve"]):
         if start <= tokens <= end:
-            return float(before + (after - before) * (tokens - start) / (end - start))
+            return float(earlier + (after - earlier) * (tokens - start) / (end - start))
     return math.nan
 
 
