@@ -16,12 +16,14 @@ from benchmarks.speed.overhead.contenders import CONTENDERS
 from benchmarks.speed.overhead.nets import NETS
 from benchmarks.speed.overhead.report import best_peer, chart, slower
 from benchmarks.training import report, step_time
+from benchmarks.training.locoprop.character_gpt import summary
 from benchmarks.training.rows import FOLDER, Rows
 from benchmarks.training.rows import read as read_rows
 from benchmarks.training.study import STUDIES, Study
 
 __all__ = [
-    "LIBRARIES", "NETS", "STUDIES", "Cell", "Study", "best_peer", "chart", "finals", "overhead", "picture", "ranks",
+    "LIBRARIES", "NETS", "STUDIES", "Cell", "Study", "best_peer", "character_gpt", "chart",
+    "finals", "overhead", "picture", "ranks",
     "result", "runs", "slower", "step_times", "study_report",
 ]  # fmt: skip
 
@@ -72,6 +74,11 @@ def finals(study: str) -> int:
     """On how many problems of a study there are final runs."""
     held = (Rows(FOLDER).load(problem).values() for problem in STUDIES[study].methods)
     return sum(any(row["phase"] == "final" for row in rows) for rows in held)
+
+
+def character_gpt() -> tuple[int, list[dict[str, Any]]]:
+    """The summary of the character GPT's runs: tokens that all have seen, and a line for each method."""
+    return summary(result("character_gpt"))
 
 
 def study_report(study: str, folder: Path) -> str:

@@ -36,6 +36,7 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "reproduction": tables.reproduction,
     "demo-tuning": tables.demo_tuning,
     "combinations": tables.combinations,
+    "character-gpt": tables.character_gpt,
     "step-times": tables.step_times,
     "study": tables.study,
     "summary": studies.summary,

@@ -8,9 +8,11 @@ from typing import Any
 
 from benchmarks import read
 from benchmarks.read import LIBRARIES, NETS, STUDIES, best_peer
+from benchmarks.training.locoprop.character_gpt import EVERY, SECONDS
 
 __all__ = [
     "altmin",
+    "character_gpt",
     "charts",
     "combinations",
     "cost",
@@ -194,6 +196,25 @@ def combinations(problem: str) -> str:
         rows.append([method, f"{best['rate']:g}", best["steps"], f"{1000 * best['seconds a step']:.0f}", *losses])
     head = ["method", "rate", "steps", "ms a step", "train loss", "seed 1", "test loss", "seed 1"]
     return f"{_table(head, rows)}\n\n*{command}, {problem}: one thread of a shared CPU, seconds of processor time.*"
+
+
+def character_gpt(_: str) -> str:
+    """The character GPT's runs: each method at its best rate, by seconds and at equal tokens."""
+    tokens, lines = read.character_gpt()
+    seconds = [f"{EVERY * n:g} s" for n in range(1, len(lines[0]["losses"]))]
+    head = ["method", "rate", "seeds", "steps", *seconds, f"{SECONDS:g} s [95 %]", f"{tokens:,} tokens [95 %]"]
+    rows = [
+        [line["method"], f"{line['rate']:g}", line["runs"], f"{line['steps']:.0f}",
+         *(f"{loss:.2f}" for loss in line["losses"][:-1]), *(_span(line[part]) for part in ("end", "at tokens"))]
+        for line in lines
+    ]  # fmt: skip
+    command = "`python -m benchmarks.training.locoprop.character_gpt`"
+    return f"{_table(head, rows)}\n\n*{command}: one thread of a shared CPU, seconds of processor time of the steps.*"
+
+
+def _span(found: Sequence[float]) -> str:
+    mean, low, high = found
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def step_times(problems: str) -> str:

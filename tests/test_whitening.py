@@ -109,15 +109,18 @@ def moved_by(module: Any, change: Tensor) -> None:
         module.weight += flat.reshape(module.weight.shape)
 
 
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("outputs", [False, True])
 @pytest.mark.parametrize("name", nets())
-def test_one_plain_step_is_foofs_and_with_natural_targets_kfacs(name: str, outputs: bool) -> None:
-    """`W ← W − lr γ (B̄ + λ)⁻¹ G (Ā + λ)⁻¹` for three batches, with running means of both factors, or of A alone."""
+def test_one_plain_step_is_foofs_and_with_natural_targets_kfacs(name: str, outputs: bool, every: int) -> None:
+    """`W ← W − lr γ (B̄ + λ)⁻¹ G (Ā + λ)⁻¹` with running means of both factors, or of A alone, at every k-th batch."""
     ours, theirs = nets()[name], nets()[name]
     target = local.NaturalStep(2.0, damping=0.3, decay=DECAY) if outputs else local.GradientStep(2.0)
-    opt = lw.LocoProp(ours, preset="gradient-descent", target=target, regularizer=Whitening(DECAY, DAMPING), lr=0.05)
+    opt = lw.LocoProp(
+        ours, preset="gradient-descent", target=target, regularizer=Whitening(DECAY, DAMPING, every), lr=0.05
+    )
     means: dict[str, list[Tensor]] = {}
-    for t in range(3):
+    for t in range(3 if every == 1 else 5):
         x = batch(name, t)
         opt.step(lambda x=x: loss_of(ours, x))  # type: ignore[misc]
         rows, lone = layers_of(theirs, x), {}
@@ -127,7 +130,8 @@ def test_one_plain_step_is_foofs_and_with_natural_targets_kfacs(name: str, outpu
         for key, (a, g) in rows.items():
             now = [a.mT @ a / a.shape[1], g.mT @ g]
             old = means.get(key, now)
-            means[key] = [DECAY * m + (1 - DECAY) * n for m, n in zip(old, now, strict=True)]
+            new = [DECAY * m + (1 - DECAY) * n for m, n in zip(old, now, strict=True)]
+            means[key] = [new[0] if t % every == 0 else old[0], new[1]]
             change = g.mT @ a @ torch.linalg.inv(damped(means[key][0], DAMPING))
             if outputs:
                 change = torch.linalg.inv(damped(means[key][1], 0.3)) @ change
@@ -259,11 +263,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("name", nets())
-def test_every_choice_takes_it_and_resumes_bitwise(name: str, kind: str) -> None:
+def test_every_choice_takes_it_and_resumes_bitwise(name: str, kind: str, every: int) -> None:
     more = SETTINGS[kind]
-    terms: list[Any] = [Whitening(DECAY, DAMPING), local.SpectralNorm(0.05) if kind == "muon" else local.Elastic(0.1)]
+    terms: list[Any] = [
+        Whitening(DECAY, DAMPING, every),
+        local.SpectralNorm(0.05) if kind == "muon" else local.Elastic(0.1),
+    ]
 
     def run(cut: int | None, workers: Any = None) -> list[Tensor]:
         net = nets()[name]
@@ -340,10 +348,31 @@ def test_the_means_start_anew_where_a_bias_is_frozen() -> None:
     assert opt.state_dict()["averages"]["0.weight inputs"].shape == (1, 6, 6)
 
 
+def test_an_inverse_is_computed_at_every_kth_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a batch was refused, which counts for none, and of a copy, which computes it once more."""
+    asked: list[int] = []
+    plain = local.metric.inverse
+    monkeypatch.setattr(local.metric, "inverse", lambda *args: asked.append(1) or plain(*args))
+    net = nets()["dense"]
+    opt = lw.LocoProp(net, regularizer=Whitening(every=3))
+    for t, (factor, count) in enumerate([(1, 2), (1, 2), (math.nan, 2), (1, 2), (1, 4), (1, 4)]):
+        opt.step(lambda t=t, factor=factor: loss_of(net, batch("dense", t) * factor))  # type: ignore[misc]
+        assert len(asked) == count
+    assert opt.skipped == 1
+    again = copy.deepcopy(opt)
+    again.step(lambda: loss_of(again._model, batch("dense", 9)))
+    assert len(asked) == 6
+
+
 def test_saved_means_of_another_size_are_refused() -> None:
     net = nets()["dense"]
-    opt = lw.LocoProp(net, regularizer=Whitening())
+    opt = lw.LocoProp(net, regularizer=Whitening(every=2))
     opt.step(lambda: loss_of(net, batch("dense", 0)))
+    saved = copy.deepcopy(opt.state_dict())
+    for bad in (torch.tensor(0), torch.tensor(1.0), torch.ones(2)):
+        saved["averages"]["0.weight inputs age"] = bad
+        with pytest.raises(BadInput, match="averages"):
+            opt.load_state_dict(saved)
     for wrong in (torch.eye(5).double()[None], torch.zeros(2, 7, 6), 3.0):
         saved = copy.deepcopy(opt.state_dict())
         saved["averages"]["0.weight inputs"] = wrong
@@ -352,7 +381,7 @@ def test_saved_means_of_another_size_are_refused() -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    for wrong in ({"decay": 1.0}, {"damping": 0.0}, {"damping": math.inf}):
+    for wrong in ({"decay": 1.0}, {"damping": 0.0}, {"damping": math.inf}, {"every": 0}, {"every": 1.5}):
         with pytest.raises(BadInput, match="Whitening needs"):
             Whitening(**wrong)
     with pytest.raises(BadInput, match="NaturalStep needs"):

@@ -124,7 +124,7 @@ def tuning(problem: str, method: str, shape: str = "", change: str = "", phase: 
     epochs, rows, held_out = known.tune_epochs or study.tune_epochs, known.rows - known.validation, known.validation > 0
     return [
         Run(phase, problem, method, t, study.tune_seed, epochs, rows, shape, change, held_out)
-        for t in range(trials.POINTS)
+        for t in range(known.trials or trials.POINTS)
     ]
 
 

@@ -42,7 +42,8 @@ class Problem:
 
     classes: the loss is of `model(x)` against a class, so that accuracy is measured, too. validation: rows at the
     end of the training rows that trials are chosen by, and not trained on until the finals; 0: no such rows, trials
-    are chosen by their train loss. tune_epochs, final_epochs: 0 for the study's. early: after how many first
+    are chosen by their train loss. trials: how many of the declared ones are run, the first, 0 for all.
+    tune_epochs, final_epochs: 0 for the study's. early: after how many first
     minibatches the finals' accuracy is measured, on the first `early_rows` test rows. measured: training rows that
     the train loss is measured on, 0 for all. schedule: of the rate. data: the set it needs. labels: names in
     figures of methods that mean something particular here.
@@ -62,6 +63,7 @@ class Problem:
     revisions: Mapping[str, int] = field(default_factory=dict)
     classes: bool = False
     validation: int = 0
+    trials: int = 0
     tune_epochs: int = 0
     final_epochs: int = 0
     early: int = 0

@@ -29,7 +29,7 @@ from benchmarks.training.problem import mean_loss
 from benchmarks.training.problems import PROBLEMS
 from layerwise import local
 
-__all__ = ["METHODS", "RATES", "Muon", "main", "run"]
+__all__ = ["LOCAL", "METHODS", "RATES", "Muon", "batches", "before", "main", "plain", "run"]
 
 PROBLEM, SECONDS = "text-transformer", 12.0
 # The settings that the study chose for each method on this problem, and rates a factor of two or three apart, around
@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         self._adam.step()
 
 
-def _plain(optimizer: torch.optim.Optimizer) -> Step:
+def plain(optimizer: torch.optim.Optimizer) -> Step:
     def step(closure: Closure) -> Tensor:
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -92,7 +92,7 @@ def _plain(optimizer: torch.optim.Optimizer) -> Step:
     return step
 
 
-def _before(first: lw.LocoProp, optimizer: torch.optim.Optimizer) -> Step:
+def before(first: lw.LocoProp, optimizer: torch.optim.Optimizer) -> Step:
     """The local result as the gradient of another optimizer."""
 
     def step(closure: Closure) -> Tensor:
@@ -125,7 +125,7 @@ class _Averaging:
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         self._optimizer = ScheduleFreeAdamW(model.parameters(), lr, betas=(0.9, 0.999), eps=ADAM["eps"])
-        self._step = _plain(self._optimizer)
+        self._step = plain(self._optimizer)
 
     def __call__(self, closure: Closure) -> Tensor:
         return self._step(closure)
@@ -146,23 +146,23 @@ def _running_foof(model: nn.Module, lr: float) -> lw.LocoProp:
 
 
 METHODS: dict[str, Callable[[nn.Module, float], Step]] = {
-    "adam": lambda m, lr: _plain(torch.optim.Adam(m.parameters(), lr=lr, **ADAM)),
+    "adam": lambda m, lr: plain(torch.optim.Adam(m.parameters(), lr=lr, **ADAM)),
     "schedule-free adamw": _Averaging,
-    "soap": lambda m, lr: _plain(_soap(m, lr)),
-    "muon": lambda m, lr: _plain(Muon(m, lr)),
+    "soap": lambda m, lr: plain(_soap(m, lr)),
+    "muon": lambda m, lr: plain(Muon(m, lr)),
     "locoprop-m": lambda m, lr: _locoprop(m, lr=lr).step,
     "spectral T=1": lambda m, r: _ball(m, r, 1).step,
     "spectral T=3": lambda m, r: _ball(m, r, 3).step,
-    "spectral T=3 > momentum": lambda m, r: _before(
+    "spectral T=3 > momentum": lambda m, r: before(
         _ball(m, r, 3, "grad"), torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)
     ),
-    "locoprop-m > adamw": lambda m, lr: _before(
+    "locoprop-m > adamw": lambda m, lr: before(
         _locoprop(m, write="grad"), torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0, **ADAM)
     ),
-    "locoprop-m > soap": lambda m, lr: _before(_locoprop(m, write="grad"), _soap(m, lr)),
-    "locoprop-m > muon": lambda m, lr: _before(_locoprop(m, write="grad"), Muon(m, lr)),
+    "locoprop-m > soap": lambda m, lr: before(_locoprop(m, write="grad"), _soap(m, lr)),
+    "locoprop-m > muon": lambda m, lr: before(_locoprop(m, write="grad"), Muon(m, lr)),
     "locoprop-m whitened": lambda m, lr: _locoprop(m, lr=lr, regularizer=local.Whitening()).step,
-    "locoprop-m whitened > muon": lambda m, lr: _before(
+    "locoprop-m whitened > muon": lambda m, lr: before(
         _locoprop(m, write="grad", regularizer=local.Whitening()), Muon(m, lr)
     ),
     "whitened T=1 with momentum": lambda m, lr: _running_foof(m, lr).step,

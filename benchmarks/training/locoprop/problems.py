@@ -16,7 +16,7 @@ from benchmarks.training.problem import Problem, Split, class_loss
 
 from .curves import curves
 
-__all__ = ["PROBLEMS"]
+__all__ = ["PROBLEMS", "Characters", "next_character"]
 
 
 # -- autoencoders: sigmoid cross entropy summed over pixels, mean over the batch (nats) -----------------
@@ -103,14 +103,16 @@ class _Block(nn.Module):
         return x + self.down(F.relu(self.up(self.norm2(x))))
 
 
-class _Characters(nn.Module):
+class Characters(nn.Module):
     """The next character of each position."""
 
-    def __init__(self, symbols: int) -> None:
+    def __init__(
+        self, symbols: int, width: int = MODEL_WIDTH, heads: int = HEADS, blocks: int = BLOCKS, context: int = CONTEXT
+    ) -> None:
         super().__init__()
-        self.token, self.place = nn.Embedding(symbols, MODEL_WIDTH), nn.Embedding(CONTEXT, MODEL_WIDTH)
-        self.blocks = nn.Sequential(*(_Block(MODEL_WIDTH, HEADS) for _ in range(BLOCKS)))
-        self.norm, self.head = nn.LayerNorm(MODEL_WIDTH), nn.Linear(MODEL_WIDTH, symbols)
+        self.token, self.place = nn.Embedding(symbols, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(blocks)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, symbols)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.token(x) + self.place(torch.arange(x.shape[1]))
@@ -121,10 +123,11 @@ def _transformer(seed: int, shape: Mapping[str, Any]) -> nn.Module:
     _no_shape("the transformer", shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _Characters(65)
+        return Characters(65)
 
 
-def _next_character(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def next_character(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The cross entropy of the next characters, in nats."""
     return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 
@@ -159,7 +162,7 @@ PROBLEMS: dict[str, Problem] = {
         Problem("fashion-convnet", "convolutional net, Fashion-MNIST (10,000 images)", "convnet", _fashion,
                 _convnet, class_loss, batch=500),
         Problem("text-transformer", "small transformer, tinyshakespeare (4,000 windows of 64 characters)",
-                "transformer", _windows, _transformer, _next_character, rows=4000, test_rows=500, batch=100,
+                "transformer", _windows, _transformer, next_character, rows=4000, test_rows=500, batch=100,
                 revisions={"locoprop-m": 1}),  # 1: the softmax's loss at the output, which lies behind a flatten
     )
 }  # fmt: skip

@@ -165,7 +165,7 @@ class Pipeline(FittedToCodes):
             return run.loss, where
 
         def finish() -> None:
-            self._averages = self._averages | fitting.new_averages
+            self._averages = self._averages | fitting.means.after
 
         return run.loss, self._fitter.fit(fitting, Coded(run), run.layers, self, self._executor, finish)
 

@@ -33,18 +33,23 @@ class Whitening:
 
     decay: of the running mean, which is saved with the state, and starts anew where a bias is frozen or thawed; 0 takes
     the batch's own. damping: λ, in units of Ā's mean
-    diagonal. A table's metric is diagonal: how often each row is looked up. Raises BadInput for settings that cannot
+    diagonal. every: how many batches share a mean and its inverse, whose price they share, too; the first of them is
+    measured. A table's metric is diagonal: how often each row is looked up. Raises BadInput for settings that cannot
     be. Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015);
     Benzing, "Gradient descent on neurons and its link to approximate second-order optimization" (2022).
     """
 
     decay: float = 0.95
     damping: float = 1e-2
+    every: int = 1
     averages: ClassVar[str] = "inputs"
 
     def __post_init__(self) -> None:
-        if not (0 <= self.decay < 1 and 0 < self.damping < float("inf")):
-            raise BadInput(f"Whitening needs a decay in [0, 1) and a finite damping > 0; got {self}")
+        whole = isinstance(self.every, int) and self.every >= 1
+        if not (0 <= self.decay < 1 and 0 < self.damping < float("inf") and whole):
+            raise BadInput(
+                f"Whitening needs a decay in [0, 1), a finite damping > 0 and every as an integer >= 1; got {self}"
+            )
 
     def __call__(self, weight: Tensor, bias: Tensor | None, gamma: float, average: Average | None) -> Metric:
         """The metric of a running second moment, `average[0]`. Raises BadInput without one, or for one that misfits."""

@@ -155,15 +155,20 @@ def non_finite(what: str, values: Mapping[str, Any]) -> list[str]:
 
 def averaged_name(key: str) -> str:
     """The parameter that a running average belongs to: of itself, or of its layer's " inputs" or " outputs"."""
-    return key.removesuffix(" inputs").removesuffix(" outputs")
+    return key.removesuffix(" age").removesuffix(" inputs").removesuffix(" outputs")
 
 
 def is_average(key: str, t: Any, p: Tensor | None) -> bool:
     """Whether a tensor may be the running average of a key: a parameter's, or second moments `[K,I,I]` or `[1,I]`.
 
-    In the parameter's type, or float32 for one of half precision.
+    In the parameter's type, or float32 for one of half precision. Of " inputs age" it is the number of batches since
+    they were measured.
     """
-    if p is None or not isinstance(t, Tensor) or t.dtype not in (p.dtype, wide_type(p.dtype)):
+    if p is None or not isinstance(t, Tensor):
+        return False
+    if key.endswith(" inputs age"):
+        return t.dim() == 0 and t.dtype == torch.int64 and int(t) > 0
+    if t.dtype not in (p.dtype, wide_type(p.dtype)):
         return False
     if key == averaged_name(key):
         return t.shape == p.shape

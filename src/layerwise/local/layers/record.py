@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import AmbiguousSamples, BadInput, Undefined
 from layerwise.graph.coverage import Graph, observed_before, prove
-from layerwise.graph.loss_scale import loss_scale, mixed_scales
+from layerwise.graph.loss_scale import is_a_sum, loss_scale, mixed_scales
 from layerwise.graph.samples import count, said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, layers_of, over_passes
@@ -231,7 +231,7 @@ def _recorded_pass(
     layers = _reached(layers, received)
     if passes and scale != passes[0].scale:
         raise BadInput(mixed_scales(passes[0].scale, scale))
-    a_sum = _is_a_sum(tape, total, scale)
+    a_sum = is_a_sum(tape.losses, total, scale)
     recorded = Recorded(differentiated(total, weight), tape, layers, received, gradients, counted, a_sum)
     passes.append(_Pass(_unscaled(recorded, scale), scale, uses))
     read = {use.edge.node for use in graph.uses}
@@ -290,16 +290,6 @@ def joined(runs: Sequence[Recorded]) -> Recorded:
     return Recorded(loss, runs[0].tape, layers, cotangents, gradients, counted, a_sum)
 
 
-def _is_a_sum(tape: Tape, total: Tensor, scale: float | None) -> bool:
-    """Whether a total is the value of a known loss call with `reduction="sum"`, or the sum of one without reduction.
-
-    scale: by which a gradient scaler multiplied it, or None.
-    """
-    node = total.grad_fn if scale is None or total.grad_fn is None else total.grad_fn.next_functions[0][0]
-    summed = node.next_functions[0][0] if node is not None and node.name() == "SumBackward0" else None
-    return any((loss.value.node, loss.call.reduction) in ((node, "sum"), (summed, "none")) for loss in tape.losses)
-
-
 def may_be_finite(loss: Tensor) -> bool:
     """Whether a loss is finite; on an accelerator it is not waited for, and read before anything moves."""
     return loss.device.type != "cpu" or is_finite(loss)
@@ -339,7 +329,7 @@ def _pulled(tape: Tape, loss: Tensor, asked: _Asked) -> Recorded:
     cotangents = {use.index: g for use, g in zip(uses, found, strict=False) if g is not None}
     layers = _reached(layers, cotangents)
     gradients = {n: widened(dense(g)) for n, g in zip(rest, found[len(uses) :], strict=True) if g is not None}
-    counted, a_sum = asked.counted(tape, graph, loss), _is_a_sum(tape, loss, loss_scale(tape.scaler_calls, loss))
+    counted, a_sum = asked.counted(tape, graph, loss), is_a_sum(tape.losses, loss, loss_scale(tape.scaler_calls, loss))
     return Recorded(loss.detach(), tape, layers, cotangents, gradients, counted, a_sum)
 
 

@@ -205,7 +205,7 @@ class AltMin(FittedToCodes):
             )
 
         def finish() -> None:
-            self._averages = self._averages | fitting.new_averages
+            self._averages = self._averages | fitting.means.after
 
         try:
             return run.loss, fitter.fit(fitting, coded, layers, self, self._executor, finish, refit, late)

@@ -16,9 +16,10 @@ from layerwise.local.layers.layer import Layer, shaped
 from layerwise.local.layers.overflow import ask_safe, unsafe
 from layerwise.local.layers.record import Recorded
 from layerwise.local.layers.wide_copies import WideCopies, keep_digits
-from layerwise.local.metric import second_moment
+from layerwise.local.metric import Metric
 from layerwise.local.problem import Term
 from layerwise.local.regularizers import Average, Regularizer
+from layerwise.local.running import RunningMeans
 from layerwise.local.solvers.memory import Memory, moments_misfit
 from layerwise.local.solvers.values import LocalSteps, Solver, made_optimizer
 from layerwise.local.targets import NaturalStep, Target, outer_moment
@@ -33,7 +34,7 @@ from layerwise.optim.saved_state import Fit, averaged_name, is_average, non_fini
 from layerwise.ranks.group import facts_of
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import wide_type, widened, without_grad
+from layerwise.tensors import wide_type, without_grad
 
 __all__ = ["Fitting", "LayerLocal", "forms_of_state"]
 
@@ -45,9 +46,8 @@ class Fitting:
     """A recorded run with the parameters' groups and optimizer state, from which its layers are fitted.
 
     run: on float32 copies of parameters in half precision, which are written back by `round_off`.
-    groups: by id of the parameter; settings: theirs. optimizers: the layers' own, by kind and parameters. averages: the
-    running ones of parameters before the step, by name; new_averages: after it. unit: of γ, by name. decided: how
-    layers are fitted, by name.
+    groups: by id of the parameter; settings: theirs. optimizers: the layers' own, by kind and parameters. means: the
+    running ones before the step and after it. unit: of γ, by name. decided: how layers are fitted, by name.
     """
 
     run: Recorded
@@ -55,9 +55,8 @@ class Fitting:
     settings: GroupSettings
     state: State
     optimizers: dict[Any, torch.optim.Optimizer]
-    averages: Mapping[str, Tensor]
+    means: RunningMeans
     backups: Backups = field(default_factory=Backups)
-    new_averages: dict[str, Tensor] = field(default_factory=dict)
     unit: Callable[[str], float] = lambda name: 1.0
     decided: dict[str, Any] = field(default_factory=dict)
 
@@ -77,7 +76,6 @@ class Fitting:
         key = (kind, *map(id, params))
         optimizer = self.optimizers.get(key)
         if optimizer is None:
-            names = [name for p in params for name, q in self.run.tape.parameters.items() if q is p]
             optimizer = self.optimizers[key] = made_optimizer(kind, params, settings.get("lr", 0.0), names)
         optimizer.state = self.state
         for mine, group in zip(groups, optimizer.param_groups, strict=True):
@@ -111,10 +109,12 @@ class Fitting:
         average: Average | None = None
         if decay is not None and getattr(regularizer, "averages", "weights") == "inputs":
             rows = layer.join([part.input() for part in layer.parts])
-            second = second_moment(rows, matrix.shape[-1], bias is not None, matrix)
-            average = self._averaged(f"{layer.name} inputs", second, decay), None
-        elif decay is not None:
-            found = [self._averaged(name, p, decay) for name, p in zip(layer.names, params, strict=True)]
+            every = getattr(regularizer, "every", 1)
+            average = self.means.of_inputs(layer.name, rows, matrix, bias is not None, decay, every), None
+            term = regularizer(matrix, bias, gamma, average)
+            return term if every == 1 else self.means.kept(layer.name, term)
+        if decay is not None:
+            found = [self.means.updated(name, p, decay) for name, p in zip(layer.names, params, strict=True)]
             average = shaped(found[0], matrix), found[1].view(shape) if len(found) > 1 else None
         return regularizer(matrix, bias, gamma, average)
 
@@ -124,20 +124,13 @@ class Fitting:
         if not isinstance(target, NaturalStep) or target.decay is None:
             return target
         second = outer_moment(self.run.cotangent_rows(layer))
-        return replace(target, second=self._averaged(f"{layer.name} outputs", second, target.decay))
-
-    def _averaged(self, key: str, now: Tensor, decay: float) -> Tensor:
-        """The running average of a tensor after this step, in float32 for half precision; of another shape, anew."""
-        old, now = self.averages.get(key), widened(now)
-        old = None if old is None or old.shape != now.shape else old
-        self.new_averages[key] = now.clone() if old is None else decay * old + (1 - decay) * now
-        return self.new_averages[key]
+        return replace(target, second=self.means.updated(f"{layer.name} outputs", second, target.decay))
 
     def snapshot(self, layers: Sequence[Layer], replaced: Collection[str] = ()) -> Snapshot:
         """A snapshot of all parameters that the step moves. replaced: as for `Snapshot`."""
         names = [name for layer in layers for name in layer.names] + list(self.run.gradients)
         params = [(name, self.run.tape.parameters[name]) for name in names]
-        return Snapshot(params, self.state, replaced, self.backups, self.new_averages)
+        return Snapshot(params, self.state, replaced, self.backups, self.means.after)
 
     def gradient_jobs(self, move: Callable[[str, Tensor, Tensor], None]) -> list[GradientJob]:
         """A job for each parameter outside the layers. move: called with its name, itself and its gradient."""
@@ -185,6 +178,7 @@ class LayerLocal(NamedOptimizer):
         self._local: dict[Any, torch.optim.Optimizer] = {}
         self._names: dict[int, str] = {}
         self._averages: dict[str, Tensor] = {}
+        self._metrics: dict[str, Metric] = {}
         self._backups, self._copies = Backups(), WideCopies()
         super().__init__(model, params, defaults, on_nonfinite)
         executor.meet({
@@ -224,9 +218,8 @@ class LayerLocal(NamedOptimizer):
         self._check_parameters(run.tape.parameters)
         self._forms.follow(self.param_groups, self.state, wide_type)
         run, state = self._copies.of(run, self.state)
-        return Fitting(
-            run, self._group_at, self._group_settings, state, self._local, self._averages, self._backups
-        )  # fmt: skip
+        means = RunningMeans(self._averages, self._metrics)
+        return Fitting(run, self._group_at, self._group_settings, state, self._local, means, self._backups)
 
     def _tell(self, error: BaseException) -> None:
         self._executor.fail(error)
@@ -336,7 +329,7 @@ class LayerLocal(NamedOptimizer):
         averages: dict[str, Tensor] = {}
         for key, t in saved["averages"].items():
             p = params[averaged_name(key)]
-            averages[key] = t.to(p.device, wide_type(p.dtype), copy=True)
+            averages[key] = t.to(p.device, wide_type(p.dtype), copy=True) if t.is_floating_point() else t.clone()
         super()._take(saved)
         for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=True):
             for number, p in zip(theirs["params"], ours["params"], strict=True):
@@ -348,7 +341,7 @@ class LayerLocal(NamedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle; what is remembered by the identity of tensors is found anew."""
-        return {**super().__getstate__(), "_local": {}, "_names": {}, "_kinds": Kinds()}
+        return {**super().__getstate__(), "_local": {}, "_names": {}, "_metrics": {}, "_kinds": Kinds()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -244,7 +244,7 @@ class LocoProp(LayerLocal):
         def finish() -> Callable[[], None]:
             last = [(plan.layer.names, _form(plan)) for plan in plans]
             last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
-            averages = self._averages | fitting.new_averages
+            averages = self._averages | fitting.means.after
             write = snapshot.as_gradients(factor_left(self._left), run.copies) if self._write == "grad" else None
 
             def commit() -> None:
