@@ -29,7 +29,7 @@ class RunningMeans:
     def updated(self, key: str, now: Tensor, decay: float) -> Tensor:
         """`decay · old + (1 − decay) · now`, in float32 for half precision; where none of its shape was, `now`."""
         old, now = self.before.get(key), widened(now)
-        old = None if old is None or old.shape != now.shape else old
+        old = None if old is None or old.shape != now.shape else old.to(now)  # the model may have changed its type
         self.after[key] = now.clone() if old is None else decay * old + (1 - decay) * now
         return self.after[key]
 
