@@ -23,7 +23,10 @@ import layerwise as lw
 from layerwise.errors import BadInput, NonFinite, Undefined
 from layerwise.operators.kronecker import KroneckerBlock
 from layerwise.operators.products_together import products_together
+from layerwise.rows import contract
+from layerwise.rows.base import Rows
 from layerwise.rows.layout import MatrixLayout
+from layerwise.rows.pieces import numbered
 
 torch.__future__.set_swap_module_params_on_conversion(True)  # or tied parameters would come apart
 
@@ -294,6 +297,48 @@ def test_how_often_an_observation_waits(name: str) -> None:
     assert observed(3, quantity, "defer").synchronisations == 0
 
 
+DRAW = torch.Generator().manual_seed(5)
+SHARES, WEIGHTS = torch.rand(8, 3, generator=DRAW).double().softmax(1), torch.tensor([1.0, 2.0, 0.5]).double()
+IGNORED = Y.masked_fill(torch.arange(8) % 3 == 0, -100)
+TARGETS: dict[str, Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]] = {
+    "ignored": lambda z, at: F.cross_entropy(z, at(IGNORED)),
+    "weighted, ignored": lambda z, at: F.cross_entropy(z, at(IGNORED), weight=at(WEIGHTS)),
+    "smoothed, ignored": lambda z, at: F.cross_entropy(z, at(IGNORED), label_smoothing=0.1),
+    "weighted": lambda z, at: F.cross_entropy(z, at(Y), weight=at(WEIGHTS)),
+    "probabilities": lambda z, at: F.cross_entropy(z, at(SHARES)),
+    "probabilities, weighted, smoothed": lambda z, at: F.cross_entropy(
+        z, at(SHARES), weight=at(WEIGHTS), label_smoothing=0.1
+    ),
+    "nll": lambda z, at: F.nll_loss(z.log_softmax(1), at(IGNORED)),
+    "mse": lambda z, at: F.mse_loss(z, at(SHARES)),
+    "mse, weighted": lambda z, at: F.mse_loss(z, at(SHARES), weight=at(SHARES)),
+    "bce, weighted": lambda z, at: F.binary_cross_entropy_with_logits(
+        z, at(SHARES), at(SHARES), pos_weight=at(WEIGHTS)
+    ),
+    "huber": lambda z, at: F.huber_loss(z, at(SHARES)),
+    "by hand": lambda z, at: (F.cross_entropy(z, at(IGNORED), reduction="none") * at(SHARES)[:, 0]).sum() / 8,
+}
+SLOW_TARGETS = [name for name in TARGETS if name not in ("ignored", "probabilities, weighted, smoothed")]
+FEW_QUANTITIES = ("SquaredNorm", "ClippedGrad", "DiagGGN", "KFLR", "KFRA", "DiagHessian")
+
+
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_TARGETS else ()) for name in TARGETS]
+)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FEW_QUANTITIES else pytest.mark.slow) for name in WAITS]
+)
+def test_no_kind_of_target_is_waited_for_more(name: str, target: str) -> None:
+    quantity, most = WAITS[name]
+    on_device = {id(t): t.to(DEVICE) for t in (Y, IGNORED, SHARES, WEIGHTS)}
+    for on_nonfinite, waits in ((None, most), ("defer", 0)):
+        model, x = deep(3)[0], X.to(DEVICE)
+        for _ in range(2):
+            with counted() as count, lw.observe(model, quantity(), on_nonfinite=on_nonfinite):  # type: ignore[arg-type]
+                TARGETS[target](model(x), lambda t: on_device[id(t)]).backward()
+        assert count.synchronisations <= waits
+
+
 class Tagger(nn.Module):
     """Classifies each token, some of which may be padding."""
 
@@ -315,6 +360,43 @@ def tagged(model: nn.Module, tokens: Tensor) -> Tensor:
     tokens = tokens.to(model.mix.weight.device)
     targets = (tokens % 4).masked_fill(tokens == 0, -100)
     return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("name", WAITS)
+def test_how_often_an_observation_of_a_table_waits(name: str, tokens: Tensor) -> None:
+    """Nor for how many different tokens a batch has, and what was looked up twice is added before it is squared."""
+    quantity, most = WAITS[name]
+    found = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        model, there = Tagger().double().to(device), tokens.to(device)
+        for on_nonfinite, waits in ((None, most), ("defer", 0)):
+            for _ in range(3):
+                torch.manual_seed(1)
+                asked = quantity()
+                with counted() as count, lw.observe(model, asked, on_nonfinite=on_nonfinite) as seen:  # type: ignore[arg-type]
+                    tagged(model, there).backward()
+            assert device == "cpu" or count.synchronisations <= waits
+        found.append(seen[asked])
+    assert_same(*found, DEVICE)
+
+
+def test_numbers_that_occur() -> None:
+    """As many as there are elements on a device, in the order of `torch.unique`, behind which are zeros."""
+    index = torch.tensor([[7, 2, 2, 9], [9, 9, 2, 5]])
+    want, places = numbered(index)
+    with counted() as count:
+        found, where = numbered(index.to(DEVICE))
+    assert count.synchronisations == 0
+    assert found.cpu()[:4].equal(want) and not found.cpu()[4:].any() and where.cpu().equal(places)
+
+
+def test_dots_of_many_tokens() -> None:
+    """Where the gradients of a table do not fit one piece."""
+    rows = [Rows(TOKENS.repeat(60, 2).to(d), torch.ones(2, 240, 10, 1, 3, dtype=torch.float64).to(d), 5000)
+            for d in ("cpu", DEVICE)]  # fmt: skip
+    assert_same(*({"dots": contract.pairwise_dot(each)} for each in rows), DEVICE)
 
 
 FACTORS: dict[str, Callable[[], lw.Quantity]] = {
@@ -545,6 +627,24 @@ def test_launches_of_norms() -> None:
     assert (six - three) / 3 <= 7
     assert three <= 12 * 3
     assert observed(3, lw.PerSampleGrad).launches <= 14
+
+
+def test_launches_of_norms_of_a_table() -> None:
+    each = []
+    for tables in (1, 3):
+        torch.manual_seed(0)
+        model = nn.ModuleList(nn.Embedding(11, 6) for _ in range(tables)).double().to(DEVICE)
+        tokens, y = PADDED.to(DEVICE), Y[:4].to(DEVICE)
+
+        def loss(model: Any = model, tokens: Tensor = tokens, y: Tensor = y) -> Tensor:
+            return F.cross_entropy(sum(table(tokens) for table in model).tanh().mean(1), y)
+
+        for _ in range(2):
+            model.zero_grad()
+            with counted() as count, lw.observe(model, lw.SquaredNorm()):
+                loss().backward()
+        each.append(count.launches - plain(model, loss))
+    assert (each[1] - each[0]) / 2 <= 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

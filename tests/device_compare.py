@@ -17,7 +17,7 @@ from zoo import Case, Functional, Instance
 import layerwise as lw
 from layerwise import errors
 
-__all__ = ["APART", "Compared", "assert_same", "compare", "moved"]
+__all__ = ["APART", "Compared", "assert_same", "compare", "moved", "tensors_in"]
 
 APART = {  # models that a device cannot run, and why
     "position_embedding": "its forward makes a tensor on the CPU",
@@ -52,25 +52,25 @@ def moved(instance: Instance, device: torch.device, dtype: torch.dtype = torch.f
     return replace(instance, model=model, x=pytree.tree_map(to, instance.x), y=pytree.tree_map(to, instance.y))
 
 
-def _tensors(result: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors_in(result: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """All tensors in a result, but where a parameter's elements lie, which is the same for all devices."""
     if isinstance(result, Tensor):
         yield path, result
     elif isinstance(result, list | tuple):
         for i, x in enumerate(result):
-            yield from _tensors(x, f"{path}[{i}]")
+            yield from tensors_in(x, f"{path}[{i}]")
     elif hasattr(result, "items"):
         for name, x in result.items():
-            yield from _tensors(x, f"{path}.{name}")
+            yield from tensors_in(x, f"{path}.{name}")
     elif hasattr(result, "__dict__"):
         for name, x in vars(result).items():
             if not name.startswith("_") and name != "layout":
-                yield from _tensors(x, f"{path}.{name}")
+                yield from tensors_in(x, f"{path}.{name}")
 
 
 def assert_same(on_cpu: Any, found: Any, device: torch.device, rel: float = 1e-12) -> None:
     """Equal up to rounding, relative to the largest element; and every tensor on the device."""
-    one, two = list(_tensors(on_cpu)), list(_tensors(found))
+    one, two = list(tensors_in(on_cpu)), list(tensors_in(found))
     assert one
     assert [path for path, _ in one] == [path for path, _ in two]
     for (path, want), (_, got) in zip(one, two, strict=True):

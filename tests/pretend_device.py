@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -47,6 +48,7 @@ _NO_LAUNCH = {"detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias",
 _DIRECT = ("copy_", "arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m", "randperm",
     "randperm.generator", "tril_indices", "triu_indices")  # fmt: skip
 # A CPU tensor without axes is a number to these, as to all pointwise operations.
+_PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "scaled_dot_product_attention")
 _NUMBERS = {"fill_", "fill", "masked_fill", "masked_fill_", "where", "clamp", "clamp_", "_amp_foreach_non_finite_check"}
 
 
@@ -351,7 +353,26 @@ def _register() -> tuple[_Module, Any]:
         packet, _, overload = name.partition(".")
         op = getattr(getattr(torch.ops.aten, packet), overload or "default")
         direct.impl(name, lambda *args, _op=op, **kwargs: _run(_op, args, kwargs), "PrivateUse1")
-    return module, (library, direct)
+    return module, (library, direct, *_autocasts())
+
+
+def _autocasts() -> tuple[Any, Any]:
+    """What casts under autocast: products to its type; all else is as it comes."""
+    key = "AutocastPrivateUse1"
+    rest, products = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    rest.fallback(torch.library.fallthrough_kernel, key)
+    within = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(op: Any, *args: Any, **kwargs: Any) -> Any:
+        low = torch.get_autocast_dtype(NAME)
+        to = lambda x: x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x  # noqa: E731
+        with torch._C._ExcludeDispatchKeyGuard(within):
+            return op(*pytree.tree_map(to, args), **pytree.tree_map(to, kwargs))
+
+    for name in _PRODUCTS:
+        op = getattr(torch.ops.aten, name).default
+        products.impl(name, partial(cast, op), key)
+    return rest, products
 
 
 _module, _libraries = _register()

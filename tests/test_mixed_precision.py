@@ -17,6 +17,7 @@ import layerwise as lw
 from layerwise import local
 from layerwise.errors import BadInput
 from layerwise.operators.kronecker import Kronecker, KroneckerBlock
+from layerwise.optim.layer_local.updates import fused
 
 LOW = pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["parameters", "autocast"])
@@ -183,6 +184,33 @@ def test_running_averages_of_parameters_and_norms_are_in_float32(low: torch.dtyp
         with torch.no_grad():
             model[0].weight.mul_(2)
     assert all(math.isfinite(value) for record in history for value in record.values()), history
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 64, 1000])
+def test_fused_kernels_are_taken_where_they_move_as_the_plain_ones(kind: Any, dtype: torch.dtype, size: int) -> None:
+    """torch 2.13's fused SGD on the CPU skips whole vectors in half precision (pytorch/pytorch#191763)."""
+    found = []
+    for make in (kind, fused(kind, [torch.ones(size, dtype=dtype)])):
+        p = torch.ones(size, dtype=dtype).requires_grad_()
+        p.grad = torch.linspace(1, 2, size).to(dtype)
+        optimizer = make([p], lr=0.1)
+        for _ in range(3):
+            optimizer.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found, rtol=8 * torch.finfo(dtype).eps, atol=0.0)
+    assert not (found[1] == 1).any()
+
+
+@LOW
+def test_codes_by_sgd_move_every_weight_in_half_precision(low: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).to(low)
+    before = model[2].weight.detach().clone()
+    x, y = torch.randn(8, 16).to(low), torch.arange(8) % 3
+    lw.AltMin(model, weights="sgd", lr=1.0).step(lambda: F.cross_entropy(model(x), y))
+    assert ((model[2].weight != before).sum() >= 40).item()
 
 
 # Matrix decompositions -----------------------------------------------------------------------------------------------

@@ -19,8 +19,11 @@ from layerwise.rows.layout import MatrixLayout
 from layerwise.rows.numbered import Scattered
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
+from layerwise.tensors import HALF, wide_type
 
-__all__ = ["DensePart", "LaterPart", "Part", "RowsPart", "bias_of", "joined_parts", "layouts_of", "parts_of"]
+__all__ = [
+    "DensePart", "LaterPart", "Part", "RowsPart", "bias_of", "for_sums", "joined_parts", "layouts_of", "parts_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,12 @@ def _parts_by_slots(
         by_autograd = derived_tensor or slot.through_graph
         parts += [(name, DensePart(use, v, by_autograd)) for name, v in zip(leaves, values, strict=True)]
     return parts
+
+
+def for_sums(part: Part, own: torch.dtype, asked: torch.dtype | None = None) -> Part:
+    """The part of a parameter of a type with numbers in the one asked for, or in one that sums can be held in."""
+    dtype = wide_type(own) if asked is None and own in HALF else asked
+    return part if dtype is None else part.to(dtype)
 
 
 def bias_of(part: RowsPart) -> str | None:

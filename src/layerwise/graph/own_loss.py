@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise.errors import UnknownLoss
 from layerwise.graph.coverage import Graph
+from layerwise.graph.decisions import decided
 from layerwise.graph.products import twice
 from layerwise.graph.second.custom_functions import check_functions
 from layerwise.graph.walk import Node
@@ -109,5 +110,5 @@ class OwnLossGraph:
         found: list[Tensor | None] = [None] * len(stacks)
         if pairs:
             with twice(), self.alone():
-                found = pull_stack([g for g, _ in pairs], [v for _, v in pairs], self.edges)
+                found = pull_stack([g for g, _ in pairs], [v for _, v in pairs], self.edges, decided)
         return [torch.zeros_like(v) if h is None else h.detach() for h, v in zip(found, stacks, strict=True)]

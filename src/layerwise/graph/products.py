@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise.errors import NonFinite, Undefined
 from layerwise.graph.coverage import Graph
+from layerwise.graph.decisions import decided
 from layerwise.graph.second.custom_functions import check_adjoint, check_functions, check_sparse
 from layerwise.graph.second.known_zeros import KnownZeros
 from layerwise.graph.walk import nodes
@@ -366,7 +367,7 @@ def _rows(
     found: list[Tensor | None] = [None for _ in inputs]
     if pairs and inputs:
         with twice():
-            found = pull_stack([out for out, _ in pairs], [stack for _, stack in pairs], inputs)
+            found = pull_stack([out for out, _ in pairs], [stack for _, stack in pairs], inputs, decided)
     return [
         x.new_zeros(count, *x.shape) if g is None else g.detach().to(x.dtype)
         for x, g in zip(inputs, found, strict=True)

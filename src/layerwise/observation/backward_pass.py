@@ -13,7 +13,7 @@ import torch
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, Undefined
 from layerwise.gradient.derived import without_rows
 from layerwise.gradient.parameter import ParameterGradient
-from layerwise.gradient.parts import Part, RowsPart, parts_of
+from layerwise.gradient.parts import Part, RowsPart, for_sums, parts_of
 from layerwise.graph.coverage import Graph
 from layerwise.graph.decisions import with_assumed_decisions
 from layerwise.graph.loss_curvature import LossCurvature, loss_curvatures
@@ -28,7 +28,7 @@ from layerwise.ranks.trainers import started
 from layerwise.rows.base import RowNumbers
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use
-from layerwise.tensors import HALF, wide_type
+from layerwise.tensors import wide_type
 
 __all__ = ["BackwardPass", "PassSettings"]
 
@@ -195,16 +195,12 @@ class BackwardPass:
         found = parts_of(self.tape, use, g, where, later, unstructured, rows_only, self.graph.asked)
         if self._real_rows is not None:
             found = [(name, self._with_masks(part, None if name in unstructured else where)) for name, part in found]
-        return [(name, self._typed(name, part)) for name, part in found]
+        dtype, parameters = self._settings.dtype, self.tape.parameters
+        return [(name, for_sums(part, parameters[name].dtype, dtype)) for name, part in found]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The type of the sums and results of a parameter."""
         return self._settings.dtype or wide_type(self.tape.parameters[name].dtype)
-
-    def _typed(self, name: str, part: Part) -> Part:
-        """The part with its numbers in the type of the parameter's sums."""
-        own = self._settings.dtype is None and self.tape.parameters[name].dtype not in HALF
-        return part if own else part.to(self.dtype_of(name))
 
     def read_uses(self) -> list[Use]:
         """The uses of which something may be read for a quantity: all where real rows are told by those beside them."""

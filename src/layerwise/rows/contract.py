@@ -133,6 +133,8 @@ def squared_norm(rows: Rows) -> Tensor:
     if t == 1 and rows.a.is_floating_point() and o * i > 1:
         squares = _squares(rows.g[:, :, 0]) * _squares(rows.a[:, 0])
         return squares.squeeze(2) if k == 1 else squares.sum(2)
+    if not rows.a.is_floating_point() and rows.g.device.type != "cpu":
+        return _ghost_norm(rows.a, rows.g)  # a quarter of the launches
     result = rows.g.new_zeros(v, n)
     if not rows.a.is_floating_point():
         keys, sums = pieces.merged_index(rows.a, rows.g, i)
@@ -162,7 +164,9 @@ def _ghost_norm(a: Tensor, g: Tensor) -> Tensor:
 
 
 def _position_grams(x: Tensor) -> Tensor:
-    """The Gram matrices `[N,K·T,T]` over positions of rows `[N,T,K,C]`."""
+    """The Gram matrices `[N,K·T,T]` over positions of rows `[N,T,K,C]`, or of the one-hot rows of an index `[N,T]`."""
+    if not x.is_floating_point():
+        return x[:, :, None] == x[:, None]
     n, t, k, c = x.shape
     y = x.squeeze(2) if k == 1 else x.transpose(1, 2).reshape(n * k, t, c)
     return torch.bmm(y, y.mT).view(n, k * t, t)
@@ -262,7 +266,7 @@ def pairwise_dot(rows: Rows) -> Tensor:
         return d @ d.mT
     a = rows.a
     if a is not None and not a.is_floating_point():
-        used, a = torch.unique(a, return_inverse=True)
+        used, a = pieces.numbered(a)
         i = len(used)
     elif a is not None and n * t * t * (o + i) < (t + n) * o * i:
         return _ghost_dot(a, rows.g)
@@ -390,9 +394,7 @@ def _squares(x: Tensor, axes: tuple[int, ...] = (-1,)) -> Tensor:
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     """Sum over the first axis of the squares, one pass over the memory."""
-    if x.shape[0] == 0:
-        return x.new_zeros(x.shape[1:])
-    result = x[0].square()
+    result = x[0].square() if len(x) else x.new_zeros(x.shape[1:])
     for part in x[1:]:
         result.addcmul_(part, part)
     return result

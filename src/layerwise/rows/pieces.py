@@ -26,6 +26,7 @@ __all__ = [
     "keys",
     "merged_index",
     "narrow",
+    "numbered",
     "product",
     "product_of",
     "ranges",
@@ -163,9 +164,25 @@ def keys(index: Tensor, size_in: int) -> Tensor:
     return (index + torch.arange(len(index), device=index.device)[:, None] * size_in).flatten()
 
 
+def numbered(index: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers that occur, each once, and the place of each element's among them.
+
+    On an accelerator as many as there are elements, to wait for no size: zeros stand behind those that occur.
+    """
+    if index.device.type == "cpu":
+        return torch.unique(index, return_inverse=True)
+    flat, order = index.flatten().sort()
+    places = torch.cat([torch.zeros_like(flat[:1]), flat.diff().ne_(0)]).cumsum_(0)
+    place = torch.empty_like(flat).scatter_(0, order, places)
+    return torch.zeros_like(flat).scatter_(0, places, flat), place.view(index.shape)
+
+
 def merged_index(index: Tensor, g: Tensor, size_in: int) -> tuple[Tensor, Iterator[Tensor]]:
-    """The keys that occur, each once, and for every cotangent its rows summed by key, `[key, O]`."""
-    found, place = torch.unique(keys(index, size_in), return_inverse=True)
+    """The keys that occur, each once, and for every cotangent its rows summed by key, `[key, O]`.
+
+    On an accelerator further rows are zero, as are their keys.
+    """
+    found, place = numbered(keys(index, size_in))
     shape = (len(found), g.shape[-1])
     return found, (x.new_zeros(shape).index_add_(0, place, x.reshape(-1, shape[1])) for x in g.unbind(0))
 

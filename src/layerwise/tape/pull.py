@@ -114,10 +114,14 @@ def _strided(inputs: Sequence[Place], found: Sequence[Tensor | None]) -> list[Te
     return list(found)
 
 
-def pull_stack(outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Sequence[Place]) -> list[Tensor | None]:
+def pull_stack(
+    outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Sequence[Place],
+    holds: Callable[[Tensor], bool] = bool,
+) -> list[Tensor | None]:  # fmt: skip
     """`pull` of V cotangents at once, `[V, *output]` to `[V, *input]` each; None for an input without a path.
 
-    Torch batches some derivatives wrongly, so the results are compared with that of one combination of them.
+    Torch batches some derivatives wrongly, so the results are compared with that of one combination of them. holds:
+    reads a flag `[]`.
     """
     count = len(stacks[0])
     if count == 1:
@@ -128,7 +132,9 @@ def pull_stack(outputs: Sequence[Place], stacks: Sequence[Tensor], inputs: Seque
             mix = torch.linspace(0.5, 1.5, count, dtype=torch.float64)
             mix[::2] *= -1
             single = pull(outputs, [_combine(mix, s) for s in stacks], inputs)
-            if all(_agree(mix, b, s) for b, s in zip(batched, single, strict=True)):
+            agree = [_agree(mix, b, s) for b, s in zip(batched, single, strict=True)]
+            flags = [flag for flag in agree if isinstance(flag, Tensor)]
+            if all(flag is not False for flag in agree) and (not flags or holds(torch.stack(flags).all())):
                 return batched
     rows = [pull(outputs, [s[v] for s in stacks], inputs) for v in range(count)]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
@@ -151,14 +157,14 @@ def _combine(mix: Tensor, stack: Tensor) -> Tensor:
     return torch.tensordot(mix.to(stack), stack, 1)
 
 
-def _agree(mix: Tensor, batched: Tensor | None, single: Tensor | None) -> bool:
-    """Whether the combination of batched results is the result of the combination, up to rounding."""
+def _agree(mix: Tensor, batched: Tensor | None, single: Tensor | None) -> bool | Tensor:
+    """Whether the combination of batched results is the result of the combination, up to rounding; a flag `[]`."""
     if batched is None or single is None:
         return batched is single
     if not batched.numel():
         return True
     scale = _combine(mix.abs(), batched.abs()).max()
-    return bool((_combine(mix, batched) - single).abs().max() <= 1e4 * torch.finfo(batched.dtype).eps * scale)
+    return (_combine(mix, batched) - single).abs().max() <= 1e4 * torch.finfo(batched.dtype).eps * scale
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from layerwise.errors import BadInput, Undefined
 from layerwise.graph.cotangents import Second
 from layerwise.graph.coverage import Graph
+from layerwise.graph.decisions import decided
 from layerwise.graph.own_loss import gradients
 from layerwise.graph.products import HessianProducts, gradient_of, twice
 from layerwise.graph.samples import SampleLayout
@@ -163,7 +164,7 @@ def _elements(gradient: Tensor | None, p: Tensor) -> Tensor:
         columns = torch.zeros(len(index), p.numel(), dtype=p.dtype, device=p.device)
         columns[torch.arange(len(index)), index] = 1
         with twice():
-            (rows,) = pull_stack([gradient], [columns.view(-1, *p.shape)], [p])
+            (rows,) = pull_stack([gradient], [columns.view(-1, *p.shape)], [p], decided)
         if rows is not None:
             diagonal[index] = dense(rows.detach()).reshape(len(index), -1)[torch.arange(len(index)), index]
     return diagonal.view(p.shape)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.graph.coverage import Graph
+from layerwise.graph.decisions import decided
 from layerwise.graph.products import check_second, gradient_of, twice
 from layerwise.graph.samples import SampleLayout
 from layerwise.graph.second.custom_functions import check_functions, check_sparse
@@ -95,9 +96,8 @@ class Unit:
         else:
             sent[at, :, :, unit] = first[:, :, unit // o, place].permute(2, 0, 1).to(sent.dtype)
         with twice():
-            (back,) = pull_stack(
-                [gradient], [_adjoint(self.slots[0][1], self.use, self.samples, sent, k, o)], [self.use.edge]
-            )
+            stack = _adjoint(self.slots[0][1], self.use, self.samples, sent, k, o)
+            (back,) = pull_stack([gradient], [stack], [self.use.edge], decided)
         if back is None:
             return
         m = self.slots[0][1].output(back.detach(), self.samples).reshape(len(columns), n, t, k * o)[at, :, :, unit]

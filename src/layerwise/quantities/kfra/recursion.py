@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layerwise.errors import Undefined
 from layerwise.gradient.parameter import ParameterGradient
-from layerwise.gradient.parts import Part, RowsPart, parts_of
+from layerwise.gradient.parts import Part, RowsPart, for_sums, parts_of
 from layerwise.graph.cotangents import Exact
 from layerwise.graph.coverage import Graph
 from layerwise.graph.decisions import decided
@@ -202,7 +202,7 @@ def _between(start: _Place, end: _Place, dtype: torch.dtype) -> Send:
         if same_edge(start.edge, end.edge):
             return split(sent, end.samples)
         if len(sent) > 1 and sent[0].numel() < _SMALL:
-            (back,) = pull_stack([start.edge], [sent], [end.edge])
+            (back,) = pull_stack([start.edge], [sent], [end.edge], decided)
         else:
             rows = [pull([start.edge], [row], [end.edge])[0] for row in sent]
             found = [row[None] for row in rows if row is not None]
@@ -221,7 +221,8 @@ def _gradients(tape: Tape, use: Use, place: _Place, block: Tensor) -> Iterator[P
     """Yield a use's parameters, with the block in the order of their output rows, or with columns of its root."""
     zero = block.new_zeros(()).expand(1, *place.shape)
     parts: dict[str, list[Part]] = {}
-    for name, part in parts_of(tape, use, zero, place.samples):
+    for name, found in parts_of(tape, use, zero, place.samples):
+        part = for_sums(found, tape.parameters[name].dtype)
         parts.setdefault(name, []).append(part)
     without_rows: set[str] = set()
     for name, (part, *others) in parts.items():
@@ -249,7 +250,7 @@ def _from_root(tape: Tape, use: Use, place: _Place, block: Tensor, names: set[st
         parts: dict[str, list[Part]] = {}
         for name, part in parts_of(tape, use, stack, place.samples):
             if name in names:
-                parts.setdefault(name, []).append(part)
+                parts.setdefault(name, []).append(for_sums(part, tape.parameters[name].dtype))
         for name, found in parts.items():
             yield ParameterGradient(name, tape.parameters[name].shape, found, column)
         column += len(some)
