@@ -184,8 +184,6 @@ LOCAL: dict[str, Callable[[nn.Module], Any]] = {
     "Gauss-Newton": partial(lw.AltMin, codes="gauss-newton", lr=0.1, eps=1e-3),
     "memory": partial(lw.AltMin, weights="memory"),
 }  # fmt: skip
-FLOAT32_ALONE = ("Gauss-Newton", "memory")  # they decompose matrices
-ADAM = ("AltMin", "sweep")  # in float16 its means of squares vanish below 6e-8, as those of torch's own do
 
 
 def moves(run: Run, make: Callable[[nn.Module], Any]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -225,11 +223,7 @@ def test_second_order_steps(case: Case, name: str, low: torch.dtype, autocast: b
 @pytest.mark.parametrize("case", [KINDS, CHAIN], ids=lambda case: case.problem.name)
 @pytest.mark.parametrize("name", LOCAL)
 def test_local_steps(case: Case, name: str, low: torch.dtype, autocast: bool) -> None:
-    """Within 3 units of the last place of move and parameter, which each local step rounds where it is in half."""
-    if not autocast and name in FLOAT32_ALONE:
-        pytest.skip("refused in half precision (test_mixed_precision.py)")
-    if not autocast and name in ADAM and low == torch.float16:
-        pytest.skip("Adam itself fails in float16: AltMin SGD and sweep SGD show the rest")
+    """Within 3 units of the last place of move and parameter."""
     want, found = moves(Run(case), LOCAL[name]), moves(Run(case, low, autocast), LOCAL[name])
     for n, (move, at) in want.items():
         assert (found[n][0] - move).norm() <= 3 * torch.finfo(low).eps * (move.norm() + at.norm()), n

@@ -143,10 +143,10 @@ class Layer:
 
     def _typed(self, rows: Tensor) -> Tensor:
         """Rows in the weight's type, under autocast, too; in float32 for half precision."""
-        wanted = wide_type(self.parameter.dtype)
-        if rows.dtype is wanted or (self.kind.indexed and not rows.is_floating_point()):
+        dtype, own = rows.dtype, self.parameter.dtype
+        if (dtype is own and dtype not in HALF) or (self.kind.indexed and not rows.is_floating_point()):
             return rows
-        return rows.to(wanted)
+        return rows.to(wide_type(own))
 
     def _input(self) -> Tensor:
         a = self._of_rows.input(None)

@@ -31,7 +31,7 @@ class WideCopies:
         Both are themselves where there is none.
         """
         params = run.tape.parameters
-        if not any(p.dtype in HALF for p in params.values()):
+        if {p.dtype for p in params.values()}.isdisjoint(HALF):
             return run, state
         names = [name for layer in run.layers for name in layer.names] + list(run.gradients)
         found = {name: self._copy(params[name]) for name in names if params[name].dtype in HALF}
