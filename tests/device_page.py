@@ -99,9 +99,9 @@ def test_steps_in_the_periods_of_kfac() -> None:
 
 
 def test_other_steps() -> None:
-    for name in ("DiagNewton", "LocoProp", "AltMin", "AltMin sweep", "AltMin memory"):
+    for name in ("DiagNewton", "LocoProp", "AltMin", "AltMin sweep", "AltMin memory", "LocoProp memory"):
         assert stepped(3, OPTIMIZERS[name]).synchronisations == 1
-    says('a step of `AltMin`, also with `codes="sweep"`, and of `AltMin(weights="memory")`, whether it inverts or not')
+    says('a step of `AltMin`, also with `codes="sweep"`, of `AltMin(weights="memory")` and of `LocoProp(solver=Mem')
     says("a step of `DiagNewton` between its periods, of `LocoProp` | 1 |")
 
 

@@ -34,7 +34,7 @@ from layerwise.optim.saved_state import Fit, averaged_name, is_average, non_fini
 from layerwise.ranks.group import facts_of
 from layerwise.replay.state import Buffers
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import wide_type, without_grad
+from layerwise.tensors import Verdict, wide_type, without_grad
 
 __all__ = ["Fitting", "LayerLocal", "forms_of_state"]
 
@@ -47,7 +47,8 @@ class Fitting:
 
     run: on float32 copies of parameters in half precision, which are written back by `round_off`.
     groups: by id of the parameter; settings: theirs. optimizers: the layers' own, by kind and parameters. means: the
-    running ones before the step and after it. unit: of γ, by name. decided: how layers are fitted, by name.
+    running ones before the step and after it. unit: of γ, by name. decided: how layers are fitted, by name. judging:
+    what LocoProp's memories leave to be read at the end; None: they wait.
     """
 
     run: Recorded
@@ -59,6 +60,7 @@ class Fitting:
     backups: Backups = field(default_factory=Backups)
     unit: Callable[[str], float] = lambda name: 1.0
     decided: dict[str, Any] = field(default_factory=dict)
+    judging: Verdict | None = None
 
     def params(self, layer: Layer) -> list[Tensor]:
         """A layer's weight, and its bias where that is fitted, or what stands for them."""

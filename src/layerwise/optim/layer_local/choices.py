@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import torch
 
 from layerwise.errors import BadInput
+from layerwise.local.layers.layer import Layer
 from layerwise.local.norms import ColumnNorm, FrobeniusNorm, MaxNorm, RowNorm, SpectralNorm
 from layerwise.local.regularizers import Proximal, Regularizer
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
@@ -34,6 +35,7 @@ __all__ = [
     "check_patterns",
     "first_match",
     "implied",
+    "in_words",
     "matches",
     "settings_for",
     "several",
@@ -291,6 +293,14 @@ def _callable(method: str, what: str, value: Any, form: str) -> Callable[..., An
     if not callable(value) or isinstance(value, type):
         raise BadInput(f"{method}'s {what} is a value of lw.local or a function {form}; got {value!r}")
     return value
+
+
+def in_words(layer: Layer, transfer: Transfer, solver: Solver) -> str:
+    """A layer's loss and solver in words."""
+    loss = f"matching loss of {transfer.name}"
+    if transfer.is_squared:
+        loss = f"squared loss ({transfer.name} has no matching loss)" if transfer.stand_in else "squared loss"
+    return f"{loss}, {name_of(solver)}" + (f", {len(layer.parts)} uses together" if layer.others else "")
 
 
 def settings_for(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -15,6 +15,7 @@ from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
+from layerwise.local.layers.term_weights import WrongAssumption
 from layerwise.local.layers.units import Units
 from layerwise.local.problem import LocalProblem, Term
 from layerwise.local.regularizers import Regularizer
@@ -40,6 +41,7 @@ from layerwise.optim.layer_local.choices import (
     Preset,
     check_common,
     implied,
+    in_words,
     settings_for,
     with_preset,
 )  # fmt: skip
@@ -228,7 +230,7 @@ class LocoProp(LayerLocal):
         targets = {layer.name: fitting.target(layer, choices.of(layer.name).target) for layer in run.layers}
         fitting.unit = Units(run, lambda name: targets.get(name, choices.of(name).target)).of
         solvers = [choices.of(layer.name).solver if rerun is None else rerun for layer in run.layers]
-        late = self._late(run, buffers, solvers)
+        late = self._late(run, buffers, solvers, assumes=rerun is None and self._on_nonfinite != "defer")
         if (where := self._unsafe(run, partial(_gamma, fitting), buffers, late)) is not None:
             return run.loss, where
         plans = [_plan(fitting, choices.of(layer.name), targets[layer.name], layer) for layer in run.layers]
@@ -242,7 +244,7 @@ class LocoProp(LayerLocal):
             fitting.round_off()
 
         def finish() -> Callable[[], None]:
-            last = [(plan.layer.names, _form(plan)) for plan in plans]
+            last = [(plan.layer.names, in_words(plan.layer, plan.transfer, plan.solver)) for plan in plans]
             last += [((name,), "no local problem: steps along its gradient") for name in run.gradients]
             averages = self._averages | fitting.means.after
             write = snapshot.as_gradients(factor_left(self._left), run.copies) if self._write == "grad" else None
@@ -256,7 +258,13 @@ class LocoProp(LayerLocal):
             return commit
 
         snapshot = fitting.snapshot(run.layers)
-        return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late)
+        fitting.judging = None if late is None else late.verdict
+        try:
+            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late)
+        except WrongAssumption:
+            assert late is not None
+            fitting.judging, snapshot = None, fitting.snapshot(run.layers)
+            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late.anew())
 
     def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
         """Solve one layer after another; each but the first takes its inputs from a new run of the closure."""
@@ -376,7 +384,8 @@ def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
     if isinstance(solver, LocalSteps):
         kind, optimizer = fitting.local_optimizer(plan.layer.names, partial(settings_for, solver))
     rates, state = [float(fitting.group(n)["lr"]) for n in plan.layer.names], fitting.moments(solver, params[0])
-    return Task(problem, solver, plan.layer.name, params, rates, optimizer, plan.layer.fold, state=state, kind=kind)
+    return Task(problem, solver, plan.layer.name, params, rates, optimizer, plan.layer.fold, state=state, kind=kind,
+                verdict=fitting.judging)  # fmt: skip
 
 
 def _step_along(fitting: Fitting, choices: Choices, name: str, p: Tensor, g: Tensor) -> None:
@@ -388,13 +397,3 @@ def _step_along(fitting: Fitting, choices: Choices, name: str, p: Tensor, g: Ten
     linear_steps(p, _gamma(fitting, name) * g, optimizer, fitting.group(name)["steps"], schedule=steps.rule)
     if steps.state == "fresh":
         fitting.state.pop(p, None)
-
-
-def _form(plan: _Plan) -> str:
-    """A layer's loss and solver in words."""
-    transfer, solver = plan.transfer, plan.solver
-    loss = f"matching loss of {transfer.name}"
-    if transfer.is_squared:
-        loss = f"squared loss ({transfer.name} has no matching loss)" if transfer.stand_in else "squared loss"
-    uses = f", {len(plan.layer.parts)} uses together" if plan.layer.others else ""
-    return f"{loss}, {name_of(solver)}{uses}"
