@@ -16,7 +16,7 @@ from benchmarks.speed.overhead.contenders import CONTENDERS
 from benchmarks.speed.overhead.nets import NETS
 from benchmarks.speed.overhead.report import best_peer, chart, slower
 from benchmarks.training import report, step_time
-from benchmarks.training.locoprop.character_gpt import summary
+from benchmarks.training.locoprop.character_gpt import EVERY, SECONDS, summary
 from benchmarks.training.rows import FOLDER, Rows
 from benchmarks.training.rows import read as read_rows
 from benchmarks.training.study import STUDIES, Study
@@ -76,9 +76,10 @@ def finals(study: str) -> int:
     return sum(any(row["phase"] == "final" for row in rows) for rows in held)
 
 
-def character_gpt() -> tuple[int, list[dict[str, Any]]]:
-    """The summary of the character GPT's runs: tokens that all have seen, and a line for each method."""
-    return summary(result("character_gpt"))
+def character_gpt() -> tuple[int, list[dict[str, Any]], float, float]:
+    """The character GPT's runs: tokens that all have seen, a line for each method, and the seconds between measurements
+    and of a run."""
+    return *summary(result("character_gpt")), EVERY, SECONDS
 
 
 def study_report(study: str, folder: Path) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks import read
 from benchmarks.read import LIBRARIES, NETS, STUDIES, best_peer
-from benchmarks.training.locoprop.character_gpt import EVERY, SECONDS
 
 __all__ = [
     "altmin",
@@ -200,9 +199,9 @@ def combinations(problem: str) -> str:
 
 def character_gpt(_: str) -> str:
     """The character GPT's runs: each method at its best rate, by seconds and at equal tokens."""
-    tokens, lines = read.character_gpt()
-    seconds = [f"{EVERY * n:g} s" for n in range(1, len(lines[0]["losses"]))]
-    head = ["method", "rate", "seeds", "steps", *seconds, f"{SECONDS:g} s [95 %]", f"{tokens:,} tokens [95 %]"]
+    tokens, lines, every, last = read.character_gpt()
+    seconds = [f"{every * n:g} s" for n in range(1, len(lines[0]["losses"]))]
+    head = ["method", "rate", "seeds", "steps", *seconds, f"{last:g} s [95 %]", f"{tokens:,} tokens [95 %]"]
     rows = [
         [line["method"], f"{line['rate']:g}", line["runs"], f"{line['steps']:.0f}",
          *(f"{loss:.2f}" for loss in line["losses"][:-1]), *(_span(line[part]) for part in ("end", "at tokens"))]

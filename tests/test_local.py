@@ -453,7 +453,7 @@ def test_closed_forms_refuse_other_problems() -> None:
         prox_step(problem_of(TANH, prox=1.0))
     with pytest.raises(BadInput, match="tanh"):
         spectral_step(problem_of(TANH), [0.1])
-    with pytest.raises(BadInput, match="proximal"):
+    with pytest.raises(BadInput, match="Proximal"):
         prox_step(problem_of(IDENTITY))
 
 

@@ -504,35 +504,3 @@ def test_what_is_spelled_out_wins_over_a_preset() -> None:
         lw.AltMin(net, preset="nac")  # type: ignore[arg-type]
     weights = lw.AltMin(net, preset="mac", weights="adam", regularizer=local.WeightDecay(1e-4))
     assert weights.param_groups[0]["weights"] == "adam"
-
-
-SUMS = {
-    "mean": lambda z, y: F.cross_entropy(z, y),
-    "sum": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
-    "divided sum": lambda z, y: F.cross_entropy(z, y, reduction="sum") / len(y),
-    "sum of terms": lambda z, y: F.cross_entropy(z, y, reduction="none").sum(),
-    "mean of terms": lambda z, y: F.cross_entropy(z, y, reduction="none").mean(),
-}
-
-
-@pytest.mark.parametrize("way", ["closure", "backward in it", "scaled"])
-@pytest.mark.parametrize("loss", SUMS)
-def test_one_sample_of_gamma_is_the_label_under_means_and_sums(loss: str, way: str) -> None:
-    torch.manual_seed(0)
-    net, x, y = nn.Linear(3, 4).double(), torch.randn(6, 3).double(), torch.randint(4, (6,))
-    seen = []
-
-    def keep(problem: local.LocalProblem) -> tuple[Tensor, Tensor]:
-        seen.append(problem.target[:, 0])
-        return torch.zeros_like(problem.weight), torch.zeros_like(problem.bias)
-
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-
-    def closure() -> Tensor:
-        value = SUMS[loss](net(x), y)
-        if way != "closure":
-            (scaler.scale(value) if way == "scaled" else value).backward()
-        return value
-
-    lw.LocoProp(net, target=local.GradientStep(1.0, per="sample"), solver=keep).step(closure)
-    assert torch.allclose(seen[0], F.one_hot(y, 4).double(), atol=1e-12)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ __all__ = ["ParameterGradient", "PartCollector"]
 
 
 _CHUNK = 2**22  # elements of per-sample gradients in memory at once where uses have no common row form
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class ParameterGradient:
             return self.per_sample()
         return part.fold(self._adding_up(part, lambda sums: contract.per_sample(part.rows, sums=sums)))
 
-    def _adding_up(self, part: RowsPart, compute: Callable[[Tensor | None], Tensor], forms: bool = True) -> Tensor:
+    def _adding_up(self, part: RowsPart, compute: Callable[[Tensor | None], T], forms: bool = True) -> T:
         """What is computed of the rows, keeping the gradients' sum where it is wanted and they are formed for it.
 
         compute: gets zeros `[K,O,I]` to add the sum to, or None.
@@ -146,7 +148,8 @@ class ParameterGradient:
             return compute(None)
         sums = part.rows.g.new_zeros((*part.rows.g.shape[3:], part.rows.size_in))
         found = compute(sums)
-        self._kept["sum"] = part.fold(sums)
+        if found is not None:
+            self._kept["sum"] = part.fold(sums)
         return found
 
     def sum(self) -> Tensor:
@@ -260,11 +263,10 @@ class ParameterGradient:
     def sketch(self, sketch: TensorSketch) -> Tensor:
         """`[V,N,dim]`: sketches of the per-sample gradients, whatever the layout of the parameter's uses."""
         if (part := self.all_rows) is not None:
-            factors = project.in_layout(sketch.rows, sketch.columns, part.layout())
-            if factors is not None:
-                out, into, _ = factors
-                forms = sketch.forms(part.rows)
-                return self._adding_up(part, lambda sums: sketch.of_rows(part.rows, out, into, sums), forms)
+            forms, laid = sketch.forms(part.rows), part.layout()
+            found = self._adding_up(part, lambda sums: sketch.of_rows(part.rows, laid, sums), forms)
+            if found is not None:
+                return found
         chunks = [sketch.of_gradients(g.reshape(*g.shape[:2], -1)) for g in self._in_chunks()]
         return torch.cat(chunks, 1) if chunks else self._zeros((1, 0, sketch.dim))
 

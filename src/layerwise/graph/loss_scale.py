@@ -1,17 +1,14 @@
-"""The factor of a gradient scaler in a loss, and whether a loss is a sum, found on autograd's graph."""
+"""The factor of a gradient scaler in a loss, found on autograd's graph."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.graph.walk import nodes
 from layerwise.losses.gradient_scalers import ScalerCalls
-from layerwise.tape.uses import LossUse
 
-__all__ = ["is_a_sum", "loss_scale", "mixed_scales"]
+__all__ = ["loss_scale", "mixed_scales"]
 
 
 def loss_scale(calls: ScalerCalls, total: Tensor) -> float | None:
@@ -47,13 +44,3 @@ def mixed_scales(one: float | None, other: float | None) -> str:
         f"the backward passes of one step were scaled by {one} and by {other} (None: not scaled), which .grad mixes; "
         "call scaler.update() between steps alone"
     )
-
-
-def is_a_sum(losses: Iterable[LossUse], total: Tensor, scale: float | None) -> bool:
-    """Whether a total is the value of a known loss call with `reduction="sum"`, or the sum of one without reduction.
-
-    scale: by which a gradient scaler multiplied it, or None.
-    """
-    node = total.grad_fn if scale is None or total.grad_fn is None else total.grad_fn.next_functions[0][0]
-    summed = node.next_functions[0][0] if node is not None and node.name() == "SumBackward0" else None
-    return any((loss.value.node, loss.call.reduction) in ((node, "sum"), (summed, "none")) for loss in losses)

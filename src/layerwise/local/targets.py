@@ -63,8 +63,8 @@ Per = Literal["batch", "sample"] | Polyak
 class _Step:
     """A step of size γ along a direction of the cotangents, in units that `per` says.
 
-    per: "batch", the loss as written; "sample", N times it, for N samples in the batch, or once it where it is a sum
-    over them (`reduction="sum"`); or `Polyak`.
+    per: "batch", the loss as written; "sample", N times it, for a mean over the N samples of a batch (a sum over them
+    is per sample as written); or `Polyak`.
     """
 
     gamma: float | None = None

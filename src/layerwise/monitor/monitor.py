@@ -109,7 +109,7 @@ class Monitor:
                 self._log_failed = True
                 warnings.warn(
                     f"the log of step {record['step']} failed, and training goes on ({type(error).__name__}: {error}); "
-                    "later failures are not told", LogDamaged, stacklevel=4,
+                    "later failures are not told", LogDamaged, stacklevel=5,
                 )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class Monitor:
             return
         self._said.add((name, type(error)))
         self.left_out[name] = reasons[f"left_out/{name}"] = f"{type(error).__name__}: {error}"
-        warnings.warn(f"the monitor leaves out {name!r} at step {self.steps}: {error}", LeftOut, stacklevel=5)
+        warnings.warn(f"the monitor leaves out {name!r} at step {self.steps}: {error}", LeftOut, stacklevel=6)
 
 
 def _measured(

@@ -112,13 +112,16 @@ class TensorSketch:
         return not (known and rows.laid_out and convolution_is_cheaper(t, o, i, self.dim))
 
     @without_grad
-    def of_rows(self, rows: Rows, out: Tensor, into: Tensor, sums: Tensor | None = None) -> Tensor:
+    def of_rows(self, rows: Rows, layout: MatrixLayout, sums: Tensor | None = None) -> Tensor | None:
         """`[V,N,dim]`: sketches of the per-sample gradients of rows, without those of more than a few samples at once.
 
-        out, into: places and signs in the rows' layout, of its outputs `[2,K,O]` and its inputs `[2,K,I]`. sums: for a
-        float input, `[K,O,I]` to which the sum of these gradients over v and n is added.
-        Raises `BadInput` where the rows contradict each other.
+        None where the elements of the layout do not factor. sums: for a float input, `[K,O,I]` to which the sum of
+        these gradients over v and n is added. Raises `BadInput` where the rows contradict each other.
         """
+        factors = in_layout(self.rows, self.columns, layout)
+        if factors is None:
+            return None
+        out, into, _ = factors
         v, n, *_ = dims(rows)
         if rows.a is None:
             place, sign = self._elements(out, into, rows.g)

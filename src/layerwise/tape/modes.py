@@ -51,10 +51,12 @@ class LeavableMode(TorchFunctionMode):
     """
 
     ended = True
+    _grad_enabled = True
 
     def __enter__(self) -> Self:
         try:
-            self.ended, self._grad_enabled = False, torch.is_grad_enabled()
+            self._grad_enabled = torch.is_grad_enabled()
+            self.ended = False
             self._stand(True)
             return self
         except BaseException as error:  # an interrupt, after which `with` does not call `__exit__`

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import AmbiguousSamples, BadInput, Undefined
 from layerwise.graph.coverage import Graph, observed_before, prove
-from layerwise.graph.loss_scale import is_a_sum, loss_scale, mixed_scales
+from layerwise.graph.loss_scale import loss_scale, mixed_scales
 from layerwise.graph.samples import count, said_count
 from layerwise.local.layers.kinds import Kinds
 from layerwise.local.layers.layer import Layer, layers_of, over_passes
@@ -36,8 +36,7 @@ class Recorded:
     """One run of a closure.
 
     cotangents: by use index, `[*out_shape]`. gradients: of the parameters outside the layers, by name. counted: the
-    number of samples, or in words which it may be. a_sum: whether the loss is written as a sum over its terms. copies:
-    what stands for parameters in half precision, by name.
+    number of samples, or in words which it may be. copies: what stands for parameters in half precision, by name.
     Where the loss is not finite, or depends on no parameter, there are no layers and no gradients.
     """
 
@@ -47,7 +46,6 @@ class Recorded:
     cotangents: Mapping[int, Tensor]
     gradients: Mapping[str, Tensor]
     counted: int | str = 1
-    a_sum: bool = False
     copies: Mapping[str, Tensor] = field(default_factory=dict)
 
     def parameter(self, name: str) -> Tensor:
@@ -231,8 +229,7 @@ def _recorded_pass(
     layers = _reached(layers, received)
     if passes and scale != passes[0].scale:
         raise BadInput(mixed_scales(passes[0].scale, scale))
-    a_sum = is_a_sum(tape.losses, total, scale)
-    recorded = Recorded(differentiated(total, weight), tape, layers, received, gradients, counted, a_sum)
+    recorded = Recorded(differentiated(total, weight), tape, layers, received, gradients, counted)
     passes.append(_Pass(_unscaled(recorded, scale), scale, uses))
     read = {use.edge.node for use in graph.uses}
     tape.forget_losses([loss for loss in tape.losses if loss.logits.node in read])
@@ -286,8 +283,7 @@ def joined(runs: Sequence[Recorded]) -> Recorded:
     loss = torch.stack([run.loss for run in runs]).sum()
     unclear = next((run.counted for run in runs if isinstance(run.counted, str)), None)
     counted = sum(run.samples for run in runs) if unclear is None else unclear
-    a_sum = all(run.a_sum for run in runs)
-    return Recorded(loss, runs[0].tape, layers, cotangents, gradients, counted, a_sum)
+    return Recorded(loss, runs[0].tape, layers, cotangents, gradients, counted)
 
 
 def may_be_finite(loss: Tensor) -> bool:
@@ -329,8 +325,7 @@ def _pulled(tape: Tape, loss: Tensor, asked: _Asked) -> Recorded:
     cotangents = {use.index: g for use, g in zip(uses, found, strict=False) if g is not None}
     layers = _reached(layers, cotangents)
     gradients = {n: widened(dense(g)) for n, g in zip(rest, found[len(uses) :], strict=True) if g is not None}
-    counted, a_sum = asked.counted(tape, graph, loss), is_a_sum(tape.losses, loss, loss_scale(tape.scaler_calls, loss))
-    return Recorded(loss.detach(), tape, layers, cotangents, gradients, counted, a_sum)
+    return Recorded(loss.detach(), tape, layers, cotangents, gradients, asked.counted(tape, graph, loss))
 
 
 def _reached(layers: list[Layer], cotangents: dict[int, Tensor]) -> list[Layer]:

@@ -25,12 +25,12 @@ class Units:
         self._run, self._targets = run, targets
 
     def of(self, name: str) -> float:
-        """1 for a target per batch, N per sample under anything but a sum, Polyak's step per `Polyak`."""
+        """1 for a target per batch, N per sample, Polyak's step per `Polyak`."""
         per = getattr(self._targets(name), "per", "batch")
         if isinstance(per, Polyak):
             loss, slopes = self._read
             return per.step(loss, slopes[name] if per.over == "layer" else sum(slopes.values()))
-        return float(self._run.samples) if per == "sample" and not self._run.a_sum else 1.0
+        return float(self._run.samples) if per == "sample" else 1.0
 
     @cached_property
     @without_grad
