@@ -27,7 +27,7 @@ __all__ = [
     "study",
 ]
 
-CHARTS = ("mlp", "3c3d", "all-cnn-c", "resnet8", "transformer", "gpt", "t5-like", "resnet18")
+CHARTS = ("mlp", "3c3d", "all-cnn-c", "resnet8", "transformer")
 NAMES = {
     "mlp": "MLP", "mlp-sigmoid": "sigmoid MLP", "3c3d": "3C3D", "all-cnn-c": "All-CNN-C", "resnet8": "ResNet-8",
     "transformer": "transformer", "gpt": "GPT", "t5-like": "T5-like", "resnet18": "ResNet-18",
