@@ -68,7 +68,7 @@ def cost(quantity: str) -> str:
 
 def overhead(net: str) -> str:
     """All quantities on one net: a chart, and time of every library and peak memory."""
-    shown = ("ours", "rows", "backpack", "vmap", "opacus", "curvlinops")
+    shown = ("ours", "backpack", "vmap", "opacus", "curvlinops")
     head = ["quantity", *(LIBRARIES[name] for name in shown), "MB: ours", "BackPACK", "gradient"]
     rows = []
     for name, cell in read.overhead(net).items():
@@ -120,14 +120,12 @@ def slower(_: str) -> str:
         peer = best_peer(cell)
         if peer is not None and read.slower(cell):
             net, quantity = name.split("/", 1)
-            rows.append(
-                [NAMES[net], quantity, _ratio(cell, "ours"), _ratio(cell, "rows"), f"{peer[1]:.2f}", LIBRARIES[peer[0]]]
-            )
+            rows.append([NAMES[net], quantity, _ratio(cell, "ours"), f"{peer[1]:.2f}", LIBRARIES[peer[0]]])
     judged = sum(
         best_peer(cell) is not None and "ratio" in cell["contenders"].get("ours", {})
         for cell in read.overhead().values()
     )
-    table = _table(["net", "quantity", "ours", 'grad="rows"', "fastest peer", "which"], rows)
+    table = _table(["net", "quantity", "ours", "fastest peer", "which"], rows)
     return f"{table}\n\n*{len(rows)} of {judged} cells that a peer has at all.*"
 
 

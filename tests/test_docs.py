@@ -331,8 +331,10 @@ def test_tables_have_the_files_numbers() -> None:
     cell = read.overhead()["3c3d/variance"]["contenders"]
     assert f"3C3D {cell['ours']['ratio']:.2f} (" in tables.cost("variance")
     row = next(line for line in tables.overhead("3c3d").splitlines() if line.startswith("| variance"))
-    rows = f"{cell['rows']['ratio']:.2f}" if "ratio" in cell.get("rows", {}) else "-"
-    assert f"| {cell['ours']['ratio']:.2f} | {rows} | {cell['backpack']['ratio']:.2f} |" in row
+    assert f"| {cell['ours']['ratio']:.2f} | {cell['backpack']['ratio']:.2f} |" in row
+    both = read.result("overhead_rows")["cells"]["all-cnn-c/norms"]["contenders"]
+    wanted = " | ".join(f"{both[who]['ratio']:.2f}" for who in ("ours", "rows", "vmap"))
+    assert f"| All-CNN-C | norms | {wanted} |" in tables.overhead_rows("")
     with pytest.raises(KeyError, match="price"):
         tables.cost("price")
     found = next(s for s in read.result("reproduce_locoprop")["summary"] if s["epoch"] == 3)
