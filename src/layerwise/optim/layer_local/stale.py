@@ -80,7 +80,7 @@ class Stale:
 
     def state(self) -> dict[str, Any]:
         """For `state_dict`."""
-        return {"steps": self._steps, "heard": list(self._history), "minibatches": len(self._history)}
+        return {"steps": self._steps, "heard": list(self._history), "layers": list(map(list, self._history))}
 
     def differences(self, state: Any, params: Mapping[str, Tensor]) -> list[str]:
         """What of a saved state does not fit."""
@@ -89,9 +89,11 @@ class Stale:
             return [f"{what} are a {type(state).__name__}, not a dict"]
         if wrong := unlike(what, state, {"steps": is_count, "heard": _are_minibatches}):
             return wrong
-        count = len(state["heard"])
-        if (said := state.get("minibatches", count)) != count:
-            return [f"{what} are {count}, and {said} were saved: the list was cut"]
+        heard = [list(one) for one in state["heard"]]
+        said = state.get("layers", heard)  # of a stage of a pipeline, or of the whole model of which this is one
+        lost = any(name in params and name not in one for all_, one in zip(said, heard, strict=False) for name in all_)
+        if lost or len(said) != len(heard):
+            return [f"{what} are of the layers {heard}, and were saved of {said}: the list was cut"]
         found = []
         for name, data in (item for heard in state["heard"] for item in heard.items()):
             if name in params:
