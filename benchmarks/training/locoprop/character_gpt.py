@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerwise as lw
-from benchmarks import data, probe
-from benchmarks.training.locoprop.combinations import LOCAL, Muon, batches, before, plain
+from benchmarks import data
+from benchmarks.training.locoprop.combinations import LOCAL, Muon, batches, before, plain, run_missing
 from benchmarks.training.locoprop.problems import Characters, next_character
 from benchmarks.training.summaries import interval
 
@@ -130,26 +130,7 @@ def summary(found: Sequence[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]
 
 def main(out: Path) -> None:
     """Run what the file lacks."""
-    torch.set_num_threads(1)
-    found: list[dict[str, Any]] = probe.read(out) if out.exists() else []
-    runs = sum(len(rates) + len(SEEDS) - 1 for rates in RATES.values())
-    print(f"at most {SECONDS * runs / 60:.0f} minutes of a processor in steps; {len(found)} of {runs} runs are there")
-
-    def value(method: str, rate: float, seed: int) -> float:
-        key = {"method": method, "rate": rate, "seed": seed}
-        row = next((r for r in found if key.items() <= r.items()), None)
-        if row is None:
-            row = run(method, rate, seed)
-            found.append(row)
-            probe.write(out, found)
-            print(row, flush=True)
-        loss = float(row["curve"][-1][-1])
-        return loss if math.isfinite(loss) else math.inf
-
-    for method, rates in RATES.items():
-        tried = {rate: value(method, rate, SEEDS[0]) for rate in rates}
-        for seed in SEEDS[1:]:
-            value(method, min(tried, key=tried.__getitem__), seed)
+    run_missing(out, RATES, SEEDS, SECONDS, run, lambda row: float(row["curve"][-1][-1]))
 
 
 if __name__ == "__main__":

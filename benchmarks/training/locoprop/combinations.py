@@ -14,7 +14,7 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,27 +207,39 @@ def run(method: str, rate: float, seed: int) -> dict[str, Any]:
     return {**row, "seconds a step": round(spent / count, 4), "train": round(train, 4), "test": round(test, 4)}
 
 
-def main(out: Path) -> None:
-    """Run what the file lacks."""
+def run_missing(
+    out: Path, rates: Mapping[str, Sequence[float]], seeds: Sequence[int], seconds: float,
+    run: Callable[[str, float, int], dict[str, Any]], loss: Callable[[dict[str, Any]], float], **same: Any,
+) -> None:  # fmt: skip
+    """Run what a file lacks: every rate of each method on the first seed, the best of them on the others.
+
+    seconds: of a run. loss: of a row, by which rates are chosen. same: what all rows hold beside method, rate and seed.
+    """
     torch.set_num_threads(1)
     found: list[dict[str, Any]] = probe.read(out) if out.exists() else []
-    methods = {name: rates for name, rates in RATES.items() if "soap" not in name or _has_soap()}
-    print(f"at most {SECONDS * len(methods) * 4 / 60:.0f} minutes of a processor; {len(found)} runs are there already")
+    runs = sum(len(tried) + len(seeds) - 1 for tried in rates.values())
+    print(f"at most {seconds * runs / 60:.0f} minutes of a processor in steps; {len(found)} of {runs} runs are there")
 
     def value(method: str, rate: float, seed: int) -> float:
-        key = {"problem": PROBLEM, "method": method, "rate": rate, "seed": seed}
+        key = {**same, "method": method, "rate": rate, "seed": seed}
         row = next((r for r in found if key.items() <= r.items()), None)
         if row is None:
             row = run(method, rate, seed)
             found.append(row)
             probe.write(out, found)
             print(row, flush=True)
-        loss = float(row["train"])
-        return loss if math.isfinite(loss) else math.inf
+        return loss(row) if math.isfinite(loss(row)) else math.inf
 
-    for method, rates in methods.items():
-        tried = {rate: value(method, rate, 0) for rate in rates}
-        value(method, min(tried, key=tried.__getitem__), 1)
+    for method, given in rates.items():
+        tried = {rate: value(method, rate, seeds[0]) for rate in given}
+        for seed in seeds[1:]:
+            value(method, min(tried, key=tried.__getitem__), seed)
+
+
+def main(out: Path) -> None:
+    """Run what the file lacks."""
+    methods = {name: rates for name, rates in RATES.items() if "soap" not in name or _has_soap()}
+    run_missing(out, methods, (0, 1), SECONDS, run, lambda row: float(row["train"]), problem=PROBLEM)
 
 
 if __name__ == "__main__":

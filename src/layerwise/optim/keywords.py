@@ -76,9 +76,9 @@ class Keywords:
                     raise BadInput(
                         f"{word}= is the field {name!r} of {argument}=, which is given too: give one of the two"
                     )
-        found = dict(given)
+        found = {argument: given.get(argument) for argument in self._values}
         for argument, made in self._values.items():
-            if given.get(argument) is None:
+            if found[argument] is None:
                 words = {
                     word: given[word]
                     for word, (owner, _) in self._fields.items()
@@ -86,7 +86,6 @@ class Keywords:
                 }
                 with numbers_of(f"lw.optim.{made.__name__}", words):
                     found[argument] = made(**asked[argument])
-        found = {argument: found[argument] for argument in self._values}
         if not all(isinstance(found[argument], made) for argument, made in self._values.items()):
             takes = ", ".join(f"{word}= takes a lw.optim.{made.__name__}" for word, made in self._values.items())
             raise BadInput(f"{takes} (their fields are keywords, too); got {found}")
