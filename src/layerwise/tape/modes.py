@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch._C import _pop_torch_function_stack, _push_on_torch_function_stack
+from torch._C._dynamo.guards import set_is_in_mode_without_ignore_compile_internals
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils import _python_dispatch as dispatch
 
 from layerwise.losses.gradient_scalers import SCALER_CALLS, ScalerCalls, factor_in
 from layerwise.tape.calls import BACKWARD
 from layerwise.tape.pull import backward_arguments
 
-__all__ = ["LeavableMode", "PassWatch", "WithoutScalers", "active", "end_after"]
+__all__ = [
+    "LeavableMode",
+    "PassWatch",
+    "WithoutScalers",
+    "active",
+    "dispatch_flags_kept",
+    "end_after",
+    "end_dispatch_modes",
+]
+
+_FLAGS = (
+    "_is_in_torch_dispatch_mode",
+    "_is_in_non_infra_torch_dispatch_mode",
+    "_is_in_any_mode_without_ignore_compile_internals",
+)
 
 
 def active() -> int:
@@ -26,6 +43,28 @@ def end_after(count: int) -> None:
     """End all but the first active modes: those whose `__exit__` an interrupt cut short, or left out."""
     for mode in reversed(_get_current_function_mode_stack()[count:]):
         mode.__exit__(None, None, None)
+
+
+def end_dispatch_modes() -> None:
+    """Take the modes of torch's dispatcher that have ended, which an interrupt left there, from its stack."""
+    modes = dispatch._get_current_dispatch_mode_stack()
+    living = [mode for mode in modes if not getattr(mode, "ended", False)]
+    if len(living) < len(modes):
+        for _ in modes:
+            dispatch._pop_mode()
+        for mode in living:
+            dispatch._push_mode(mode)
+
+
+@contextmanager
+def dispatch_flags_kept() -> Iterator[None]:
+    """Leave what torch notes of active modes as it is, whatever interrupts them: else it compiles nothing any more."""
+    kept = {name: getattr(dispatch, name) for name in _FLAGS}
+    try:
+        yield
+    finally:
+        vars(dispatch).update(kept)
+        set_is_in_mode_without_ignore_compile_internals(kept[_FLAGS[-1]])
 
 
 def _become(wanted: Sequence[TorchFunctionMode]) -> None:
@@ -70,7 +109,9 @@ class LeavableMode(TorchFunctionMode):
         self._stand(False)
 
     def _stand(self, last: bool) -> None:
-        """Take this mode, and those that have ended, from the stack; last: and put it on top."""
+        """Take this mode, and those that have ended, from the stacks; last: and put it on top."""
+        if torch._C._len_torch_dispatch_stack():
+            end_dispatch_modes()
         others = [m for m in _get_current_function_mode_stack() if m is not self and not getattr(m, "ended", False)]
         wanted = [*others, self] if last else others
         try:

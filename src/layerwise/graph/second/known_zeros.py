@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerwise.errors import Undefined
 from layerwise.graph.decisions import decided
+from layerwise.tape.modes import dispatch_flags_kept, end_dispatch_modes
 
 __all__ = ["KnownZeros"]
 
@@ -31,13 +32,15 @@ _aten = torch.ops.aten
 class KnownZeros(TorchDispatchMode):
     """A mode in which operations that are linear in a tensor of zeros give zeros without being run.
 
-    All such zeros share memory, which stays zero. skipped: the operations that were not run.
+    All such zeros share memory, which stays zero. skipped: the operations that were not run. ended: whether no pass
+    runs under the mode, so that it does nothing, where an interrupt keeps it among torch's modes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.skipped: set[Any] = set()
-        self._plain = self._dense = self._running = False
+        self._plain = self._dense = False
+        self.ended = True
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._all: list[tuple[int, int, Tensor]] = []  # where they lie; kept, so that nothing else ever lies there
 
@@ -53,13 +56,14 @@ class KnownZeros(TorchDispatchMode):
         """
         self._dense = dense
         if not self._plain:
+            end_dispatch_modes()
             with suppress(RuntimeError, Undefined):
-                self._running = True
+                self.ended = False
                 try:
-                    with self:
+                    with dispatch_flags_kept(), self:
                         found = passed()
                 finally:
-                    self._running = False  # and does nothing, where an interrupt keeps it among torch's modes
+                    self.ended = True
                 if not any(decided(x.any()) for *_, x in self._all):
                     return found
             self._plain = True
@@ -97,7 +101,7 @@ class KnownZeros(TorchDispatchMode):
         return not bool(first.any()) and not bool(x.any())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rule = _RULES.get(func) if self._running else None
+        rule = None if self.ended else _RULES.get(func)
         if rule is not None and (not kwargs or func is _aten.clone.default):
             shapes = rule(self, args)
             if shapes is not None:
