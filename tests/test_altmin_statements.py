@@ -15,7 +15,8 @@ from benchmarks.papers.altmin import common, continual, depth, initialization, t
 from benchmarks.papers.altmin.__main__ import DEMONSTRATIONS, main
 from benchmarks.training.problem import Split
 
-needs_mnist = pytest.mark.skipif(not data.available("mnist"), reason="no data")
+IMAGES = ("mnist", "fashion_mnist")
+needs_images = pytest.mark.skipif(not all(map(data.available, IMAGES)), reason="no data")
 
 
 def few(n: int = 60, seed: int = 0) -> Split:
@@ -24,7 +25,7 @@ def few(n: int = 60, seed: int = 0) -> Split:
     return Split(x, y, x[:20], y[:20], "noise")
 
 
-@needs_mnist
+@needs_images
 @pytest.mark.parametrize("name", DEMONSTRATIONS)
 def test_each_writes_figures_and_a_picture_and_says_what_was_seen(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

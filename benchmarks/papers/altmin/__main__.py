@@ -6,6 +6,7 @@
     python -m benchmarks.papers.altmin depth           size of the updates by layer, sigmoid nets 2 to 30 deep
     python -m benchmarks.papers.altmin theory          log-log slope of the squared error under rates ∝ 1/t
     python -m benchmarks.papers.altmin defaults        what the untuned defaults reach at first, beside the aims
+    python -m benchmarks.papers.altmin untuned         the untuned defaults beside tuned Adam on other images
     python -m benchmarks.papers.altmin all
 
 Each writes benchmarks/results/altmin/<name>.json and .png and prints what was seen. `--small` takes seconds.
@@ -21,7 +22,7 @@ import torch
 
 from benchmarks import probe
 
-from . import continual, defaults, depth, initialization, staleness, theory
+from . import continual, defaults, depth, initialization, staleness, theory, untuned
 from .common import rounded
 
 DEMONSTRATIONS = {
@@ -31,6 +32,7 @@ DEMONSTRATIONS = {
     "depth": depth.DEMONSTRATION,
     "theory": theory.DEMONSTRATION,
     "defaults": defaults.DEMONSTRATION,
+    "untuned": untuned.DEMONSTRATION,
 }
 FOLDER = probe.RESULTS / "altmin"
 
