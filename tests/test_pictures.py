@@ -114,10 +114,15 @@ def test_the_report_of_step_costs_takes_the_faster_rmsprop() -> None:
     assert "| LocoProp-M | 500.0 | 120 | 2.50 | 1.20 |" in said and "time / RMSProp (foreach)" in said
 
 
-def test_the_mean_step_of_kfac_is_that_of_its_three_kinds_of_steps() -> None:
+def test_a_mean_step_is_that_of_its_kinds_of_steps() -> None:
     parts = {"KFAC, no factors due": 1.0, "KFAC, new factors": 2.0, "KFAC, new factors and inverses": 5.0}
     steps = [5.0 if n % 100 == 0 else 2.0 if n % 10 == 0 else 1.0 for n in range(100)]
     (mean,) = step_cost.amortised(parts).values()
     assert mean == pytest.approx(sum(steps) / 100) and not step_cost.amortised({"Adam": 1.0})
+    whitened = {"LocoProp-M, whitened, no mean due": 1.0, "LocoProp-M, whitened": 2.0}
+    steps = [2.0 if n % 10 == 0 else 1.0 for n in range(10)]
+    assert step_cost.amortised(parts | whitened) == pytest.approx(
+        {"KFAC, every 10 and 100": mean, "LocoProp-M, whitened every 10": sum(steps) / 10}
+    )
     said = step_cost.report("mnist", {"RMSProp": 1.0, **parts}, dict.fromkeys(["RMSProp", *parts], 10.0))
     assert "| KFAC, every 10 and 100 | 1130.0 | - | 1.13 | - |" in said

@@ -12,8 +12,8 @@ lower quartile.
 Memory is that of training: the peak of resident memory over three steps, above what the process held before the model
 was made, so with weights, gradients and state; each arm in a process of its own (Linux only). RMSProp and Adam run in
 torch's loop over tensors and in its `foreach` form; the faster RMSProp is the one to compare with, and for the
-classifiers the faster Adam. "KFAC, every 10 and 100": the mean step with factors every 10 and inverses every 100 steps,
-from the costs of the three kinds of steps.
+classifiers the faster Adam. "KFAC, every 10 and 100" is the mean step with factors every 10 and inverses every 100, from
+the costs of the three kinds of steps, and "LocoProp-M, whitened every 10" that of its two kinds.
 """
 
 from __future__ import annotations
@@ -65,6 +65,10 @@ def ours(library: ModuleType) -> dict[str, Build]:
     return {
         "LocoProp-M": library.LocoProp,
         "LocoProp-M, all rows": lambda model: library.LocoProp(model, rows="all"),
+        "LocoProp-M, whitened": lambda model: library.LocoProp(model, regularizer=library.local.Whitening()),
+        "LocoProp-M, whitened, no mean due": lambda model: library.LocoProp(
+            model, regularizer=library.local.Whitening(every=NEVER)
+        ),
         "LocoProp-S": lambda model: library.LocoProp(model, loss="squared"),
         "LocoProp-S, all rows": lambda model: library.LocoProp(model, loss="squared", rows="all"),
         "AltMin (Adam)": library.AltMin,
@@ -148,13 +152,20 @@ def _peak(problem: str, name: str, threads: int) -> float:
     return peak.mb()
 
 
+MEANS: dict[str, dict[str, float]] = {  # a mean step, by the share of each kind of step
+    "KFAC, every 10 and 100": {
+        "KFAC, no factors due": 0.9, "KFAC, new factors": 0.09, "KFAC, new factors and inverses": 0.01,
+    },
+    "LocoProp-M, whitened every 10": {"LocoProp-M, whitened, no mean due": 0.9, "LocoProp-M, whitened": 0.1},
+}  # fmt: skip
+
+
 def amortised(seconds: dict[str, float]) -> dict[str, float]:
-    """K-FAC's mean step with factors every 10 and inverses every 100 steps, where its three steps were measured."""
-    names = ("KFAC, no factors due", "KFAC, new factors", "KFAC, new factors and inverses")
-    if not set(names) <= set(seconds):
-        return {}
-    none, factors, both = (seconds[name] for name in names)
-    return {"KFAC, every 10 and 100": 0.9 * none + 0.09 * factors + 0.01 * both}
+    """The mean steps of which every kind of step was measured."""
+    return {
+        mean: sum(share * seconds[kind] for kind, share in shares.items())
+        for mean, shares in MEANS.items() if shares.keys() <= seconds.keys()
+    }  # fmt: skip
 
 
 def report(problem: str, seconds: dict[str, float], memory: dict[str, float]) -> str:
