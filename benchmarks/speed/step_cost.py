@@ -12,8 +12,8 @@ lower quartile.
 Memory is that of training: the peak of resident memory over three steps, above what the process held before the model
 was made, so with weights, gradients and state; each arm in a process of its own (Linux only). RMSProp and Adam run in
 torch's loop over tensors and in its `foreach` form; the faster RMSProp is the one to compare with, and for the
-classifiers the faster Adam. "KFAC, every 10 and 100" is the mean step with factors every 10 and inverses every 100, from
-the costs of the three kinds of steps, and "LocoProp-M, whitened every 10" that of its two kinds.
+classifiers the faster Adam. "KFAC, every 10 and 100" is the mean step with factors every 10 and inverses every 100
+steps, from the costs of the three kinds of steps, and "LocoProp-M, whitened every 10" that of its two kinds.
 """
 
 from __future__ import annotations
