@@ -5,7 +5,7 @@ rules these are, that of alternating minimization (altmin/__init__.py), and that
 
 - Trials: eight Sobol points in each method's own ranges (methods.py, trials.json), three epochs, one seed; the lowest
   train loss wins, failures excluded. Finals: the winner, three other seeds, twenty epochs. The rate is constant.
-- 10,000 images to tune and to finish on, not the 60,000 of MNIST: what six core-hours allow. Test loss on 2,000.
+- 10,000 images to tune and to finish on, not the 60,000 of MNIST: what seven core-hours allow. Test loss on 2,000.
 - First-order methods also run at batch 100 (N/T of LocoProp's ten steps on 1,000 rows), tuned on their own.
 - A run that diverges, lacks memory or exceeds its CPU time is a row with infinite loss and time to target. An error
   that says nothing of the method stops the study instead.
