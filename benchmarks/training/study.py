@@ -52,7 +52,8 @@ _HERE = Path(__file__).parent
 STUDIES: dict[str, Study] = {
     s.name: s
     for s in (
-        Study("locoprop", "Training benchmark", LOCOPROP, "train_loss", _HERE / "trials.json", _HERE / "results", budget=7.0),
+        Study("locoprop", "Training benchmark", LOCOPROP, "train_loss", _HERE / "trials.json", _HERE / "results",
+              budget=7.0),
         Study("altmin", "Online alternating minimization", ALTMIN, "accuracy", _HERE / "trials_altmin.json",
               _HERE / "results" / "altmin", tune_epochs=1, final_epochs=5),
         Study("second-order", "Second-order optimizers on DeepOBS's problems", CURVATURE, "accuracy",
