@@ -16,14 +16,17 @@ from benchmarks.speed.overhead.contenders import CONTENDERS
 from benchmarks.speed.overhead.nets import NETS
 from benchmarks.speed.overhead.report import best_peer, chart, slower
 from benchmarks.training import report, step_time
+from benchmarks.training.locoprop import classifiers as image_classifiers
 from benchmarks.training.locoprop.character_gpt import EVERY, SECONDS, summary
+from benchmarks.training.locoprop.combinations import chosen
 from benchmarks.training.rows import FOLDER, Rows
 from benchmarks.training.rows import read as read_rows
 from benchmarks.training.study import STUDIES, Study
+from benchmarks.training.summaries import interval
 
 __all__ = [
     "LIBRARIES", "NETS", "STUDIES", "Cell", "Study", "best_peer", "character_gpt", "chart",
-    "finals", "overhead", "picture", "ranks",
+    "chosen", "classifiers", "finals", "interval", "overhead", "picture", "ranks",
     "result", "runs", "slower", "step_times", "study_report",
 ]  # fmt: skip
 
@@ -80,6 +83,14 @@ def character_gpt() -> tuple[int, list[dict[str, Any]], float, float]:
     """The character GPT's runs: tokens that all have seen, a line for each method, and the seconds between measurements
     and of a run."""
     return *summary(result("character_gpt")), EVERY, SECONDS
+
+
+def classifiers(problem: str) -> tuple[dict[str, list[dict[str, Any]]], Mapping[str, float], float]:
+    """The image classifiers' runs on a problem: those of each method's best rate, seconds of a step of each in an
+    interleaved run, and seconds of a run."""
+    found = [row for row in result("classifiers") if row["problem"] == problem]
+    prices: Mapping[str, float] = result("classifiers_prices")[problem]["seconds a step"]
+    return chosen(found, image_classifiers.end), prices, image_classifiers.PILOTS[problem].seconds
 
 
 def study_report(study: str, folder: Path) -> str:

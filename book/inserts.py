@@ -35,6 +35,7 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "ranks": tables.ranks,
     "reproduction": tables.reproduction,
     "demo-tuning": tables.demo_tuning,
+    "classifiers": tables.classifiers,
     "combinations": tables.combinations,
     "character-gpt": tables.character_gpt,
     "step-times": tables.step_times,

@@ -13,6 +13,7 @@ __all__ = [
     "altmin",
     "character_gpt",
     "charts",
+    "classifiers",
     "combinations",
     "cost",
     "demo_tuning",
@@ -185,14 +186,32 @@ def combinations(problem: str) -> str:
     except FileNotFoundError:
         return f"*Not run yet: {command}.*"
     rows = []
-    for method in dict.fromkeys(row["method"] for row in found):
-        tried = [row for row in found if row["method"] == method]
-        best = min((row for row in tried if row["seed"] == 0), key=lambda row: float(row["train"]))
-        again = next((row for row in tried if row["seed"] == 1), None)
+    for method, runs in read.chosen(found, lambda row: float(row["train"])).items():
+        best, again = (next((row for row in runs if row["seed"] == seed), None) for seed in (0, 1))
+        assert best is not None
         losses = (f"{run[part]:.2f}" if run else "-" for part in ("train", "test") for run in (best, again))
         rows.append([method, f"{best['rate']:g}", best["steps"], f"{1000 * best['seconds a step']:.0f}", *losses])
     head = ["method", "rate", "steps", "ms a step", "train loss", "seed 1", "test loss", "seed 1"]
     return f"{_table(head, rows)}\n\n*{command}, {problem}: one thread of a shared CPU, seconds of processor time.*"
+
+
+def classifiers(problem: str) -> str:
+    """A net for images beside Muon and Adam at equal seconds of steps, each method at its best rate."""
+    methods, prices, seconds = read.classifiers(problem)
+    rows = []
+    for method, runs in methods.items():
+        parts = [sum(losses) / len(runs) for losses in zip(*(run["train"][:-1] for run in runs), strict=True)]
+        ends = ([run["train"][-1] for run in runs], [run["test"] for run in runs], [run["error"] for run in runs])
+        rows.append([method, f"{runs[0]['rate']:g}", len(runs), f"{1000 * prices[method]:.0f}", runs[0]["steps"],
+                     *(f"{loss:.3f}" for loss in parts), *(_span(read.interval(end)) for end in ends[:2]),
+                     _span(read.interval(ends[2]), 1)])  # fmt: skip
+    count = len(next(iter(methods.values()))[0]["train"])
+    head = ["method", "rate", "seeds", "ms a step", "steps",
+            *(f"train, {seconds * part / count:g} s" for part in range(1, count)), f"{seconds:g} s [95 %]",
+            "test loss", "test error, %"]  # fmt: skip
+    command = "`python -m benchmarks.training.locoprop.classifiers`"
+    how = "steps times the seconds of one, of processor time, in an interleaved run"
+    return f"{_table(head, rows)}\n\n*{command}, {problem}: {how}.*"
 
 
 def character_gpt(_: str) -> str:
@@ -209,9 +228,9 @@ def character_gpt(_: str) -> str:
     return f"{_table(head, rows)}\n\n*{command}: one thread of a shared CPU, seconds of processor time of the steps.*"
 
 
-def _span(found: Sequence[float]) -> str:
-    mean, low, high = found
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+def _span(found: Sequence[float], digits: int = 3) -> str:
+    mean, low, high = (f"{value:.{digits}f}" for value in found)
+    return f"{mean} [{low}, {high}]"
 
 
 def step_times(problems: str) -> str:

@@ -201,6 +201,18 @@ def test_the_best_trial_leaves_failures_out() -> None:
     assert plan.best(runs, {r.key(): canned(r, [9.0], "nan") for r in runs}) is None
 
 
+def test_a_problem_may_take_the_first_trials_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = plan.tuning(CURVES, "adam")
+    monkeypatch.setitem(PROBLEMS, CURVES, dataclasses.replace(PROBLEMS[CURVES], trials=3))
+    few = plan.tuning(CURVES, "adam")
+    assert [run.trial for run in few] == [0, 1, 2] and [run.trial for run in whole] == list(range(trials.POINTS))
+    assert [run.key() for run in few] == [run.key() for run in whole[:3]], "rows of the first trials count either way"
+    held = {run.key(): canned(run, [9.0, 8.0 - run.trial]) for run in few}
+    assert plan.best(few, held) == 2
+    with pytest.raises(LookupError, match="trial 3 has not been run"):
+        plan.best(whole, held)
+
+
 def test_finals_wait_for_all_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held = Rows(tmp_path)
     runs = plan.tuning(CURVES, "adam")

@@ -1,7 +1,8 @@
 """AltMin untuned beside tuned Adam on images that its defaults were not tuned on: Fashion-MNIST, a constant rate.
 
-Two dense nets after six epochs, the smaller and LeNet-5 after their first 30 minibatches. Adam's rate is the best of five in
-each case, on a tenth of the training rows held out and a seed of its own; `lw.AltMin(model)` has no choice to make.
+Two dense nets after six epochs, the smaller and LeNet-5 after their first 30 minibatches. Adam's rate is the best of
+five in each case, on a tenth of the training rows held out and a seed of its own; `lw.AltMin(model)` has no choice to
+make.
 """
 
 from __future__ import annotations

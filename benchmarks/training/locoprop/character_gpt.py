@@ -25,11 +25,11 @@ from torch.nn import functional as F
 
 import layerwise as lw
 from benchmarks import data
-from benchmarks.training.locoprop.combinations import LOCAL, Muon, batches, before, plain, run_missing
+from benchmarks.training.locoprop.combinations import LOCAL, Muon, batches, before, chosen, plain, run_missing
 from benchmarks.training.locoprop.problems import Characters, next_character
 from benchmarks.training.summaries import interval
 
-__all__ = ["METHODS", "RATES", "at_tokens", "chosen", "main", "run", "summary"]
+__all__ = ["METHODS", "RATES", "at_tokens", "main", "run", "summary"]
 
 SECONDS, EVERY, SEEDS = 40.0, 8.0, (0, 1, 2)
 WIDTH, HEADS, BLOCKS, CONTEXT, BATCH, HELD_OUT = 128, 4, 5, 128, 16, 200
@@ -87,14 +87,8 @@ def run(method: str, rate: float, seed: int) -> dict[str, Any]:
     return {"method": method, "rate": rate, "seed": seed, "parameters": size, "steps": count, "curve": curve}
 
 
-def chosen(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By method, the runs of its best rate on the first seed, all seeds."""
-    best: dict[str, list[dict[str, Any]]] = {}
-    for method in dict.fromkeys(row["method"] for row in found):
-        own = [row for row in found if row["method"] == method]
-        rate = min((row for row in own if row["seed"] == SEEDS[0]), key=lambda row: float(row["curve"][-1][-1]))["rate"]
-        best[method] = [row for row in own if row["rate"] == rate]
-    return best
+def _end(row: dict[str, Any]) -> float:
+    return float(row["curve"][-1][-1])
 
 
 def at_tokens(row: dict[str, Any], tokens: float) -> float:
@@ -110,11 +104,11 @@ def summary(found: Sequence[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]
 
     Keys: method, rate, runs, steps, tokens, losses (after each eighth second), end (interval), at tokens (interval).
     """
-    methods = chosen(found)
+    methods = chosen(found, _end)
     common = min(row["curve"][-1][1] for rows in methods.values() for row in rows)
 
     def line(method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        ends = interval([row["curve"][-1][-1] for row in rows])
+        ends = interval([_end(row) for row in rows])
         losses = [
             sum(at[-1] for at in same) / len(rows)
             for same in zip(*(row["curve"] for row in rows), strict=True)
@@ -130,7 +124,7 @@ def summary(found: Sequence[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]
 
 def main(out: Path) -> None:
     """Run what the file lacks."""
-    run_missing(out, RATES, SEEDS, SECONDS, run, lambda row: float(row["curve"][-1][-1]))
+    run_missing(out, RATES, SEEDS, SECONDS, run, _end)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from benchmarks.training.locoprop.combinations import ADAM, Muon, Step, batches,
 from benchmarks.training.problem import Split, accuracy, mean_loss
 from benchmarks.training.problems import PROBLEMS
 
-__all__ = ["METHODS", "PILOTS", "SEEDS", "Pilot", "main", "prices", "run"]
+__all__ = ["METHODS", "PILOTS", "SEEDS", "Pilot", "end", "main", "prices", "run"]
 
 SEEDS, REPEATS, PARTS = (0, 1, 2), 9, 3
 _MUON, _LOCAL = (0.01, 0.037, 0.1), (2.8e-4, 5.7e-4, 1.1e-3)
@@ -100,6 +100,11 @@ def run(problem: str, split: Split, steps: int, method: str, rate: float, seed: 
     return {**row, "test": round(mean_loss(known, model, *held), 4), "error": round(error, 2)}
 
 
+def end(row: Mapping[str, Any]) -> float:
+    """The train loss that a rate is chosen by."""
+    return float(row["train"][-1])
+
+
 def _priced(out: Path, problem: str, split: Split) -> Mapping[str, float]:
     """A problem's prices from the file, measured and put there where it has none."""
     found = probe.read(out) if out.exists() else {}
@@ -123,7 +128,7 @@ def main(out: Path) -> None:
             steps = round(pilot.seconds / each[method])  # noqa: B023
             return run(problem, split, steps, method, rate, seed)  # noqa: B023
 
-        run_missing(out, pilot.rates, SEEDS, pilot.seconds, one, lambda row: float(row["train"][-1]), problem=problem)
+        run_missing(out, pilot.rates, SEEDS, pilot.seconds, one, end, problem=problem)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ from benchmarks.training.problem import mean_loss
 from benchmarks.training.problems import PROBLEMS
 from layerwise import local
 
-__all__ = ["LOCAL", "METHODS", "RATES", "Muon", "batches", "before", "main", "plain", "run"]
+__all__ = [
+    "ADAM", "LOCAL", "METHODS", "RATES", "Muon", "batches", "before", "chosen", "main", "plain", "run", "run_missing",
+]  # fmt: skip
 
 PROBLEM, SECONDS = "text-transformer", 12.0
 # The settings that the study chose for each method on this problem, and rates a factor of two or three apart, around
@@ -228,12 +230,29 @@ def run_missing(
             found.append(row)
             probe.write(out, found)
             print(row, flush=True)
-        return loss(row) if math.isfinite(loss(row)) else math.inf
+        return _rank(loss(row))
 
     for method, given in rates.items():
         tried = {rate: value(method, rate, seeds[0]) for rate in given}
         for seed in seeds[1:]:
             value(method, min(tried, key=tried.__getitem__), seed)
+
+
+def _rank(loss: float) -> float:
+    """A loss to choose by: NaN is the worst."""
+    return loss if math.isfinite(loss) else math.inf
+
+
+def chosen(
+    found: Sequence[dict[str, Any]], loss: Callable[[dict[str, Any]], float]
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """By method, the runs of its best rate on seed 0, by which `run_missing` chose, all seeds."""
+    best: dict[str, list[dict[str, Any]]] = {}
+    for method in dict.fromkeys(row["method"] for row in found):
+        own = [row for row in found if row["method"] == method]
+        rate = min((row for row in own if row["seed"] == 0), key=lambda row: _rank(loss(row)))["rate"]
+        best[method] = [row for row in own if row["rate"] == rate]
+    return best
 
 
 def main(out: Path) -> None:
