@@ -123,6 +123,33 @@ def test_every_quantity_and_optimizer_has_its_method() -> None:
         assert re.search(rf"\b{name}\b", methods), name
 
 
+def unproved(markdown: str, tests: dict[str, set[str]]) -> list[str]:
+    """Tests that a page names and that are not there, or not in the file named in the same line; and lines without any
+    in tables with a column "test"."""
+    wrong, claims = [], False
+    for line in markdown.splitlines():
+        last = line.rstrip("| ").rpartition("|")[2].strip()
+        claims = line.startswith("|") and (claims or last == "test")
+        named, files = re.findall(r"`(test_\w+)`", line), re.findall(r"`tests/(test_\w+)\.py`", line) or list(tests)
+        wrong += [name for name in named if not any(name in tests.get(file, ()) for file in files)]
+        if claims and not named and last not in {"test", "---", "the same"}:
+            wrong.append(line)
+    return wrong
+
+
+def test_claims_name_tests_that_exist() -> None:
+    tests = {
+        path.stem: set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+        for path in (ROOT / "tests").glob("test_*.py")
+    }
+    assert sum(len(re.findall(r"`test_\w+`", text(page))) for page in PAGES) > 40
+    assert {page: wrong for page in PAGES if (wrong := unproved(text(page), tests))} == {}
+    head, known = "| new | test |\n|---|---|\n", {"test_a": {"test_x"}, "test_b": {"test_y"}}
+    assert not unproved(f"{head}| a | `test_x` |\n| b | the same |\n| c | `test_y` (`tests/test_b.py`) |\n", known)
+    assert unproved(f"{head}| a | `test_z` |\n| b | `test_x` (`tests/test_b.py`) |\n", known) == ["test_z", "test_x"]
+    assert unproved(f"{head}| a | soon |\n\n| b | c |\n|---|---|\n| d | e |\n", known) == ["| a | soon |"]
+
+
 SEEN = typing.get_type_hints(lw.observe.__enter__)["return"]
 GRADIENT = typing.get_type_hints(lw.Quantity.compute)["gradient"]
 
