@@ -143,9 +143,11 @@ def test_one_plain_step_is_foofs_and_with_natural_targets_kfacs(name: str, outpu
         torch.testing.assert_close(p, q[1], rtol=1e-12, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def problem_with(k: int, bias: bool, f: Transfer = IDENTITY, table: bool = False, **more: Any) -> LocalProblem:
+def problem_with(
+    k: int, bias: bool, f: Transfer = IDENTITY, table: bool = False, o: int = 4, **more: Any
+) -> LocalProblem:  # fmt: skip
     torch.manual_seed(0)
-    r, o, i = 12, 4, 3
+    r, i = 12, 3
     weight, b = torch.randn(k, o, i).double(), torch.randn(k, o).double() if bias else None
     a = torch.randint(i, (r,)) if table else torch.randn(r, k, i).double()
     metric = Metric(second_moment(a, i, bias, weight) * 1.5, 0.2)
@@ -164,14 +166,18 @@ def close(ours: Any, theirs: Any, tolerance: float = 1e-10) -> None:
             torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("rows", "outputs"), [("all", 4), (3, 4), (5, 6), (5, 4)])
 @each
 @groups
 @biases
-def test_plain_steps_are_those_in_white_coordinates(f: Transfer, k: int, bias: bool) -> None:
-    """T gradient steps with quadratic terms, in the metric and on inputs and weights that were transformed."""
-    problem = problem_with(k, bias, f)
+def test_plain_steps_are_those_in_white_coordinates(
+    f: Transfer, k: int, bias: bool, rows: Any, outputs: int
+) -> None:  # fmt: skip
+    """T gradient steps with quadratic terms, in the metric and on inputs and weights that were transformed: on all
+    rows, and on slices with fewer rows than outputs or more, some of which come round to the first rows again."""
+    problem = problem_with(k, bias, f, o=outputs)
     problem = replace(problem, pulls=pulls(problem), prox=2.0)
-    steps = LocalSteps(5, torch.optim.SGD, "all", "constant", form="plain")
+    steps = LocalSteps(5, torch.optim.SGD, rows, "constant", form="plain")
     white, plain = whitened(problem)
     assert white.metric is None and white.bias is None
     fit = local.local_loss(replace(problem, metric=None, pulls=(), prox=None))

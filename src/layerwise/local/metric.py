@@ -101,6 +101,14 @@ class Metric:
             if kept is not None and raised is not None:
                 kept.copy_(raised)
 
+    def raised_rows(self, rows: Tensor, bias: bool) -> Pair:
+        """`M⁻¹ [a 1]` of inputs `[...,R,I]`, without its last column and that: `Σ_r δ_r (M⁻¹ [a_r 1])ᵀ` is `G M⁻¹`."""
+        right = self._inverse if rows.dim() > 2 else self._inverse[0]
+        if not bias:
+            return rows @ right, None
+        found = rows @ right[..., :-1, :] + right[..., -1:, :]
+        return found[..., :-1], found[..., -1]
+
     def lowered(self, weight: Tensor, bias: Tensor | None) -> Pair:
         """`[W b] M`: whose inner product with `V` is `⟨V, [W b]⟩` in the metric."""
         return self._times(self._damped, weight, bias)

@@ -237,6 +237,8 @@ class _Layer:
         leaning = self._pull_gradients()
         scratch = self.workspace.take("z", (*self.a.shape[:-2], rows, self.w.shape[-2]), self.a)
         parts = self._parts(rows) if offset == 0 and total % rows == 0 else None
+        metric = problem.metric
+        of_rows, of_gradient = (metric, None) if rows < self.w.shape[-2] else (None, metric)  # whichever is less work
         for t in range(steps):
             cuts = [parts[t % len(parts)]] if parts else [self._range(*r) for r in row_slices(total, rows, t, offset)]
             for piece, (a, y, rest, g) in enumerate(cuts):
@@ -244,9 +246,10 @@ class _Layer:
                     delta, scale = g, problem.gamma * factor
                 else:
                     delta, scale = self._delta(a, y, rest, scratch), factor
-                self._contract(delta, a, scale, first=piece == 0)
-            if problem.metric is not None:
-                problem.metric.raise_(self.dw, self.db)
+                inputs, ones = (a, None) if of_rows is None else of_rows.raised_rows(a, self.b is not None)
+                self._contract(delta, inputs, ones, scale, first=piece == 0)
+            if of_gradient is not None:
+                of_gradient.raise_(self.dw, self.db)
             for grad, now, start in anchors if t > 0 else ():
                 grad.add_(now, alpha=held).sub_(start, alpha=held)
             for grad, constant_part in leaning:
@@ -277,12 +280,16 @@ class _Layer:
             z.add_(rest)
         return self.problem.transfer.apply_(z).sub_(y)
 
-    def _contract(self, delta: Tensor, a: Tensor, scale: float, first: bool) -> None:
+    def _contract(self, delta: Tensor, a: Tensor, column: Tensor | None, scale: float, first: bool) -> None:
+        """Add `Σ_r δ_r a_rᵀ` to the weight's gradient, and to the bias's that with a column of inputs, or with ones."""
         across = delta.mT
         self.fma(self.out_w, across, a, beta=0.0 if first else 1.0, alpha=scale, out=self.out_w)
         if self.out_b is None:
             return
-        if not first:
+        if column is not None:
+            found = (across @ column.unsqueeze(-1)).squeeze(-1)
+            torch.mul(found, scale, out=self.out_b) if first else self.out_b.add_(found, alpha=scale)
+        elif not first:
             self.out_b.add_(delta.sum(-2), alpha=scale)
         elif self.single:
             ones, rows = self._ones, delta.shape[0]

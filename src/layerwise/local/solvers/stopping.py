@@ -47,12 +47,14 @@ def cost_of_step(problem: LocalProblem, rows: int, first: bool) -> float:
     """The multiply-adds of one local step: a product forward, one for the gradient, and the optimizer's own.
 
     The first needs no product forward where the problem has the cotangents. A step by `AᵀA` counts as one by rows; in
-    a metric one product with its inverse is added.
+    a metric the product with its inverse is added, of the rows or of their gradient, whichever is the smaller.
     """
     products = 1 if first and problem.g is not None and not problem.indexed else 2
     width = problem.weight.shape[-2] if problem.indexed else problem.weight.numel()
-    inputs = 0 if problem.metric is None or problem.indexed else problem.metric.second.shape[-1]
-    return float(products * rows * width + (TRAFFIC + inputs) * problem.weight.numel())
+    count = products * rows * width + TRAFFIC * problem.weight.numel()
+    if problem.metric is not None and not problem.indexed:
+        count += min(rows, problem.weight.shape[-2]) * problem.metric.second.numel()
+    return float(count)
 
 
 class Judge:
