@@ -18,6 +18,7 @@ from benchmarks import data
 from benchmarks.training import budget, plan, report, rows, runner, step_time, trials
 from benchmarks.training.altmin import methods as own
 from benchmarks.training.altmin import offline
+from benchmarks.training.altmin import report as classes
 from benchmarks.training.altmin.admm import ADMM, nearest_activation, nearest_output, nearest_preactivation
 from benchmarks.training.altmin.aims import aims_table
 from benchmarks.training.altmin.nets import Sign, dense, elman, lenet5, linears, signs
@@ -139,6 +140,15 @@ def test_only_chains_are_taken_apart() -> None:
     for other in (lenet5()(0, {}), nn.Linear(2, 2), signs(3, 4, 2)(0, {})):
         with pytest.raises(ValueError, match="a chain of linear layers"):
             linears(other, nn.ReLU)
+
+
+def test_tables_of_trials_have_a_column_for_each_trial_that_is_run() -> None:
+    heads = {}
+    for problem in STUDY.methods:
+        shown = classes.tuning_table(problem, Rows().load(problem)).splitlines()
+        assert len({line.count("|") for line in shown}) == 1, problem
+        heads[problem] = shown[0]
+    assert heads["fashion-resnet8"].endswith("| method | 0 | 1 | 2 |") and heads[MNIST].endswith("| 6 | 7 |")
 
 
 # Accuracy, first minibatches, schedule

@@ -148,7 +148,7 @@ def test_classifiers_learn(method: str, small: Split) -> None:
 
 
 def test_classifiers_take_the_steps_of_their_seconds_and_resume(
-    small: Split, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: Split, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     each, asked = {"adam": 0.1, "muon": 0.2, "locoprop-m": 0.5, "locoprop-m > muon": 0.4}, []
 
@@ -162,6 +162,8 @@ def test_classifiers_take_the_steps_of_their_seconds_and_resume(
     monkeypatch.setattr(type(classifiers.PROBLEMS["fashion-convnet"]), "split", lambda self, rows: small)
     out = tmp_path / "classifiers.json"
     classifiers.main(out)
+    said = capsys.readouterr().out
+    assert said.count("0 of 20 runs are there") == 2 and "20 of 20" not in said
     wanted = {
         (problem, round(pilot.seconds / each[m]), m) for problem, pilot in classifiers.PILOTS.items() for m in each
     }

@@ -83,7 +83,8 @@ def tuning_table(problem: str, rows: Mapping[Any, Row]) -> str:
         if not all(map(math.isnan, losses)):
             low = min((v for v in losses if math.isfinite(v)), default=math.nan)
             lines.append([method, *(f"**{number(v)}**" if v == low else number(v) for v in losses)])
-    return table(["method", *map(str, range(POINTS))], lines, numbers=False)
+    trials = PROBLEMS[problem].trials or POINTS
+    return table(["method", *map(str, range(trials))], lines, numbers=False)
 
 
 def ablation_table(rows: Mapping[Any, Row]) -> str:

@@ -11,7 +11,6 @@ from benchmarks.training.plan import Run, methods_of, tuning
 from benchmarks.training.problems import PROBLEMS
 from benchmarks.training.study import study_of
 from benchmarks.training.summaries import Finals, Row, by_problem, interval, median, number, seeds
-from benchmarks.training.trials import POINTS
 
 __all__ = ["EARLY", "accuracy_table", "epoch_cost", "summary_table", "tuning_table", "unavailable"]
 
@@ -71,7 +70,7 @@ def tuning_table(problem: str, rows: Mapping[Any, Row]) -> str:
             high = max((v for v in found if math.isfinite(v)), default=math.nan)
             cells = (f"**{_percent(v)}**" if v == high else _percent(v) for v in found)
             lines.append([PROBLEMS[problem].label(method), *cells])
-    return table(["method", *map(str, range(POINTS))], lines, numbers=False) if lines else ""
+    return table(["method", *map(str, range(len(lines[0]) - 1))], lines, numbers=False) if lines else ""
 
 
 def unavailable(problem: str) -> list[str]:

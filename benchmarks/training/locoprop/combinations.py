@@ -220,7 +220,8 @@ def run_missing(
     torch.set_num_threads(1)
     found: list[dict[str, Any]] = probe.read(out) if out.exists() else []
     runs = sum(len(tried) + len(seeds) - 1 for tried in rates.values())
-    print(f"at most {seconds * runs / 60:.0f} minutes of a processor in steps; {len(found)} of {runs} runs are there")
+    there = sum(same.items() <= row.items() for row in found)
+    print(f"at most {seconds * runs / 60:.0f} minutes of a processor in steps; {there} of {runs} runs are there")
 
     def value(method: str, rate: float, seed: int) -> float:
         key = {**same, "method": method, "rate": rate, "seed": seed}
