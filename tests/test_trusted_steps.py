@@ -173,7 +173,7 @@ def test_a_finite_batch_never_ends_a_model(name: str, scale: float, norm: bool) 
 
 
 # Whose steps have no bound: they follow a huge batch as far as finite numbers reach, as `torch.optim.SGD` does.
-_UNBOUNDED = {"AltMin sgd", "K-FAC quadratic"}
+_UNBOUNDED = {"K-FAC quadratic"}
 # A memory holds a huge batch until it has faded; with write="grad" the optimizer behind moves the parameters.
 _SLOW = {"AltMin memory", "LocoProp, into .grad"}
 
