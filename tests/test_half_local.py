@@ -219,6 +219,7 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @LOW
 @pytest.mark.parametrize("n", [16, 1000])
 @pytest.mark.parametrize("autocast", [False, True], ids=["parameters", "autocast"])
