@@ -203,7 +203,7 @@ def test_convolutions_and_lone_parameters(low: torch.dtype, n: int, method: str)
 WAYS: dict[str, Callable[[nn.Module], Any]] = {
     "M": lambda m: lw.LocoProp(m, lr=5e-3),
     "S": lambda m: lw.LocoProp(m, lr=5e-3, loss="squared"),
-    "gram": lambda m: lw.LocoProp(m, lr=1e-2, loss="squared", solver=local.LocalSteps(5, torch.optim.SGD, form="gram")),
+    "gram": lambda m: lw.LocoProp(m, lr=1e-4, loss="squared", solver=local.LocalSteps(5, torch.optim.SGD, form="gram")),
     "Adam": lambda m: lw.LocoProp(m, lr=1e-2, solver=local.LocalSteps(4, torch.optim.Adam)),
     "in turn": lambda m: lw.LocoProp(m, lr=5e-3, order="input_to_output"),
     "exact": lambda m: lw.LocoProp(m, preset="foof", lr=0.1),
@@ -220,6 +220,7 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @LOW
 @pytest.mark.parametrize("n", [16, 1000])
 @pytest.mark.parametrize("autocast", [False, True], ids=["parameters", "autocast"])

@@ -170,6 +170,49 @@ def test_threads_that_train_one_model_see_their_own_passes() -> None:
         thread.join()
 
 
+def test_another_thread_may_call_a_hook_that_torch_has_half_registered() -> None:
+    """torch notes that a hook takes keyword arguments after it registers the hook, and forgets it before."""
+    model = mlp(4, 5, 3)
+    want, found = gradient(model), list[Tensor]()
+    with lw.observe(model, lw.SecondMoment()) as seen:
+        noted = dict(model._forward_hooks_with_kwargs)
+        assert noted
+        model._forward_hooks_with_kwargs.clear()
+        thread = threading.Thread(target=lambda: found.append(model(X)))
+        thread.start()
+        thread.join()
+        model._forward_hooks_with_kwargs.update(noted)
+        loss(model).backward()
+    assert len(found) == 1
+    same(seen.grad, want)
+
+
+def test_a_part_called_by_itself_is_seen_while_another_thread_is_inside_one() -> None:
+    model, inside, leave = mlp(4, 5, 3), threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is thread:
+            inside.set()
+            leave.wait()
+
+    def parts() -> Tensor:
+        return (model[2](model[1](model[0](X))) ** 4).mean()  # type: ignore[operator]
+
+    thread = threading.Thread(target=lambda: model[0](X))  # type: ignore[operator]
+    with lw.observe(model, lw.DiagGGN()) as seen:
+        parts().backward()
+    want = seen.diag_ggn
+    handle = model[0].register_forward_pre_hook(wait)  # type: ignore[operator]
+    with lw.observe(model, lw.DiagGGN()) as seen:
+        thread.start()
+        inside.wait()
+        parts().backward()
+        leave.set()
+        thread.join()
+    handle.remove()
+    same(seen.diag_ggn, want)
+
+
 @pytest.mark.parametrize("quantity", [lw.SecondMoment, lw.DiagHessian])
 def test_an_interrupt_on_the_way_out_leaves_no_mode_and_no_hook(quantity: Callable[[], Any]) -> None:
     model, place, interrupted = mlp(4, 3), 2, 0  # the first two lines are those of the `try`

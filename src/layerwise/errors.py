@@ -12,6 +12,7 @@ __all__ = [
     "LogDamaged",
     "NoBackward",
     "NonFinite",
+    "Overshot",
     "RandomPass",
     "RankFailed",
     "RankLost",
@@ -60,6 +61,10 @@ class UnsupportedCall(LayerwiseError):
 
 class NonFinite(LayerwiseError, ArithmeticError):
     """A loss, cotangent or update holds NaN or infinity."""
+
+
+class Overshot(NonFinite):
+    """A finite step made a layer's own loss larger, as one batch of huge numbers can."""
 
 
 class RankFailed(LayerwiseError, RuntimeError):

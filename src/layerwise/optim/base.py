@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput, LayerwiseError, NonFinite
-from layerwise.optim.deferred import Late, Skips, check_on_nonfinite, completed
+from layerwise.errors import BadInput, LayerwiseError, NonFinite, Overshot
+from layerwise.optim.deferred import Late, Overshoot, Skips, check_on_nonfinite, completed
 from layerwise.optim.group_settings import GroupSettings
 from layerwise.optim.parameter_forms import ParameterForms
 from layerwise.optim.recording import Recorder, Recording, Samples, Turn, resumed
@@ -101,7 +101,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._skips.known = count
 
     def why_skipped(self) -> str | None:
-        """What was not finite in the last step, in words; None where it was taken.
+        """What was not finite in the last step, or went too far, in words; None where it was taken.
 
         With `on_nonfinite="defer"` the host waits for it.
         """
@@ -248,6 +248,11 @@ class NamedOptimizer(torch.optim.Optimizer):
             if isinstance(where, Late):
                 self._skips.left(where)
                 return loss
+            if isinstance(where, Overshoot) and self._on_nonfinite == "raise":
+                raise Overshot(
+                    f"{where}: the batch changed no parameter. Look for huge numbers in the batch, lower lr, or leave "
+                    'on_nonfinite="skip" to pass over such batches'
+                )
             if where is not None and self._on_nonfinite == "raise":
                 raise NonFinite(
                     f"{where} holds NaN or infinity, or overflows; the batch changed no parameter. Look at the batch, "

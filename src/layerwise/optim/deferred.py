@@ -10,7 +10,7 @@ from layerwise.errors import BadInput, NonFinite
 from layerwise.replay.state import Buffers
 from layerwise.tensors import Verdict, write_where
 
-__all__ = ["Late", "Skips", "check_on_nonfinite", "completed"]
+__all__ = ["Late", "Overshoot", "Skips", "check_on_nonfinite", "completed"]
 
 _CHOICES = ("skip", "raise", "defer")
 
@@ -28,6 +28,12 @@ def completed(commit: Callable[[], None]) -> None:
     except BaseException:
         commit()
         raise
+
+
+class Overshoot(str):
+    """The reason not to keep a step that is finite: in words, what went too far."""
+
+    __slots__ = ()
 
 
 class Late:

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +38,16 @@ class _LogSoftmax(NamedTuple):
 
 
 class _OwnHook:
-    """A hook of one record. A copy of the model that is made meanwhile has one that does nothing."""
+    """A hook of one record, for its thread. A copy of the model that is made meanwhile has one that does nothing.
+
+    Another thread may call it with fewer arguments, too: where it comes between two entries of torch's tables.
+    """
 
     def __init__(self, note: Callable[..., None] | None = None) -> None:
-        self._note = note
+        self._note, self._thread = note, get_ident()
 
     def __call__(self, *args: Any) -> None:
-        if self._note is not None:
+        if self._note is not None and get_ident() == self._thread:
             self._note(*args)
 
     def __reduce__(self) -> Any:
@@ -149,8 +153,8 @@ class LossRecord(LeavableMode):
                 self._returned((), out, hold=False)  # layers called one by one: values that nothing reads
 
         def see_all() -> None:
-            _modules.register_module_forward_pre_hook(enter)
-            _modules.register_module_forward_hook(leave, always_call=True)
+            _modules.register_module_forward_pre_hook(entered)
+            _modules.register_module_forward_hook(left, always_call=True)
 
         def model_called(*_: Any) -> None:
             nonlocal inside
@@ -169,7 +173,8 @@ class LossRecord(LeavableMode):
 
         # hooks on all modules are not told keyword arguments
         called, returned = _OwnHook(model_called), _OwnHook(model_returned)
-        on_all = [(_PRE_HOOKS_ON_ALL, enter), (_HOOKS_ON_ALL, leave)]
+        entered, left = _OwnHook(enter), _OwnHook(leave)
+        on_all = [(_PRE_HOOKS_ON_ALL, entered), (_HOOKS_ON_ALL, left)]
         before, after = _tables_of(model)
         self._hooks = [(before, called), (after, returned), *on_all]
         model.register_forward_pre_hook(called, with_kwargs=True)

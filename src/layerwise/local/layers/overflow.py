@@ -16,7 +16,7 @@ from layerwise.local.problem import contract
 from layerwise.tape.uses import first_bad_call
 from layerwise.tensors import Verdict, is_finite, without_grad
 
-__all__ = ["ask_safe", "first_bad_call", "unsafe"]
+__all__ = ["ask_safe", "first_bad_call", "norms_of", "unsafe"]
 
 # Norms bound every entry of a product; the factor allows for a convolution's windows, which repeat entries.
 MARGIN = 1e3
@@ -36,7 +36,7 @@ def unsafe(recorded: Recorded, gamma: Callable[[str], float]) -> str | None:
     if not math.isfinite(recorded.loss.item()):
         return first_bad_call(recorded.tape.uses) or "the loss"
     tensors = _read(recorded)
-    return _unsafe(recorded, gamma, tensors, _norms(tensors).tolist()) if tensors else None
+    return _unsafe(recorded, gamma, tensors, norms_of(tensors).tolist()) if tensors else None
 
 
 @without_grad
@@ -57,7 +57,7 @@ def ask_safe(verdict: Verdict, recorded: Recorded, gamma: Callable[[str], float]
     if tensors:
         products = [f"a product with {part.name}" for part in _parts(recorded)]
         products += [f"the square of the gradient of {name}" for name in recorded.gradients]
-        verdict.ask(_norms(tensors), judge, [*_places(recorded), *products], partial(_good, recorded, gamma))
+        verdict.ask(norms_of(tensors), judge, [*_places(recorded), *products], partial(_good, recorded, gamma))
 
 
 def _floats(part: Layer) -> list[Tensor]:
@@ -140,7 +140,7 @@ def _good(recorded: Recorded, gamma: Callable[[str], float], norms: Tensor) -> T
     return torch.cat([norms < math.inf, products <= 1, shares[pairs:] <= 1])
 
 
-def _norms(tensors: list[Tensor]) -> Tensor:
+def norms_of(tensors: list[Tensor]) -> Tensor:
     """Euclidean norms; infinite beyond the type's range."""
     dtype, device = tensors[0].dtype, tensors[0].device
     if dtype in (torch.float32, torch.float64) and all(t.dtype is dtype and t.device == device for t in tensors):

@@ -134,11 +134,16 @@ class Fitting:
         params = [(name, self.run.tape.parameters[name]) for name in names]
         return Snapshot(params, self.state, replaced, self.backups, self.means.after)
 
-    def gradient_jobs(self, move: Callable[[str, Tensor, Tensor], None]) -> list[GradientJob]:
-        """A job for each parameter outside the layers. move: called with its name, itself and its gradient."""
+    def gradient_jobs(
+        self, move: Callable[[str, Tensor, Tensor], None], free: Callable[[str, Mapping[str, Any]], bool]
+    ) -> list[GradientJob]:
+        """A job for each parameter outside the layers.
+
+        move: called with its name, itself and its gradient. free: whether by steps of any size, by name and group.
+        """
         params = {name: self.run.parameter(name) for name in self.run.gradients}
-        return [GradientJob({name: params[name]}, g.numel, partial(move, name, params[name], g))
-                for name, g in self.run.gradients.items()]  # fmt: skip
+        return [GradientJob({n: params[n]}, g.numel, partial(move, n, params[n], g), free(n, self.group(n)))
+                for n, g in self.run.gradients.items()]  # fmt: skip
 
     def round_off(self) -> None:
         """Write what has moved in copies to the parameters, rounded to their types."""

@@ -13,6 +13,7 @@ from layerwise.local.codes.code_step import CodeStep, Terms
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.codes.gauss_newton import WrongCodes
 from layerwise.local.layers.layer import Layer
+from layerwise.local.layers.overshoot import has_bounded_steps
 from layerwise.local.layers.record import problem_of, single_count
 from layerwise.local.layers.term_weights import TermWeights, WrongAssumption
 from layerwise.local.problem import LocalProblem, predict
@@ -26,7 +27,7 @@ from layerwise.optim.deferred import Late, completed
 from layerwise.optim.keywords import refuse_idle
 from layerwise.optim.layer_local.base import Fitting, LayerLocal
 from layerwise.optim.layer_local.coding import Coded
-from layerwise.optim.layer_local.executors import Executor, LayerJob, operations
+from layerwise.optim.layer_local.executors import Executor, GradientJob, LayerJob, operations
 from layerwise.optim.layer_local.snapshot import Snapshot, solved
 from layerwise.optim.layer_local.stale import Stale
 from layerwise.optim.layer_local.trace import Trace
@@ -43,6 +44,7 @@ from layerwise.optim.layer_local.updates import (
     filled,
     other_weights,
     rate_of,
+    rates_of,
     share,
     with_coupling,
 )  # fmt: skip
@@ -150,14 +152,15 @@ class CodeFitter:
             before = {name: p.clone() for name, p in params.items()}
             outputs = {name: predict(problem) for name, problem in made.items()}
 
-        spoiled: list[str] = []
+        spoiled, jobs = list[str](), list[LayerJob | GradientJob]()
 
         def solve_all() -> None:
-            jobs = [self._job(fitting, layer, partial(made.__getitem__, layer.name) if made else
+            fits = [self._job(fitting, layer, partial(made.__getitem__, layer.name) if made else
                               self._problem(fitting, layer)) for layer in layers]  # fmt: skip
-            rest = [] if refit else fitting.gradient_jobs(partial(self._step_along, fitting))
+            rest = [] if refit else fitting.gradient_jobs(partial(self._step_along, fitting), self._is_free)
+            jobs[:] = *fits, *rest
             spoiled.extend(made)  # where it raises, nothing tells which
-            executor.run(jobs, rest, fitting.state)
+            executor.run(fits, rest, fitting.state)
             fitting.round_off()
             spoiled[:] = [] if stale is None else snapshot.spoiled_names()
 
@@ -184,7 +187,7 @@ class CodeFitter:
         self._weights.verdict = None if late is None or late.deferred else late.verdict
         self._assuming = None if late is None or late.again else late.verdict
         try:
-            where = solved(solve_all, snapshot, executor, note, optimizer, late)
+            where = solved(solve_all, snapshot, executor, note, optimizer, late, jobs)
         except WrongCodes:
             raise
         except WrongAssumption:
@@ -219,7 +222,11 @@ class CodeFitter:
             return operations(LocalSteps(group["steps"], rows=group["rows"]) if solver is None else solver, layer)
 
         params = dict(zip(layer.names, plan.params, strict=True))
-        return LayerJob(params, cost, lambda: self._task(fitting, layer, plan, problem()))
+        return LayerJob(params, cost, lambda: self._task(fitting, layer, plan, problem()), plan.free)
+
+    def _is_free(self, name: str, group: Mapping[str, Any]) -> bool:
+        """Whether a parameter without a code takes steps of any size."""
+        return not has_bounded_steps(rates_of(self.updates.of_group(name, group), group)[0])
 
     def _task(self, fitting: Fitting, layer: Layer, plan: LayerPlan, problem: LocalProblem) -> Task:
         """A layer's problem with its solver, and its optimizer for local steps."""

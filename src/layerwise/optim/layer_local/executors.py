@@ -41,19 +41,24 @@ Workers = int | tuple[Literal["thread", "process"], int] | None
 
 
 class LayerJob(NamedTuple):
-    """A layer to be fitted: its parameters by name, and functions for its cost in multiply-adds and its task."""
+    """A layer to be fitted: its parameters by name, and functions for its cost in multiply-adds and its task.
+
+    free: whether its local steps are of any size.
+    """
 
     params: Mapping[str, Tensor]
     cost: Callable[[], float]
     task: Callable[[], Task]
+    free: bool = False
 
 
 class GradientJob(NamedTuple):
-    """A parameter without a local problem, which moves along its gradient."""
+    """A parameter without a local problem, which moves along its gradient. free: by steps of any size."""
 
     params: Mapping[str, Tensor]
     cost: Callable[[], float]
     move: Callable[[], None]
+    free: bool = False
 
 
 class Executor:

@@ -42,6 +42,7 @@ from layerwise.optim.layer_local.choices import (
     check_common,
     implied,
     in_words,
+    is_free,
     settings_for,
     with_preset,
 )  # fmt: skip
@@ -180,8 +181,6 @@ class LocoProp(LayerLocal):
         if group["loss"] not in ("matching", "squared"):
             raise BadInput(f'LocoProp\'s loss is "matching" or "squared"; got {group["loss"]!r}')
 
-    # -- a step ------------------------------------------------------------------------------------------------
-
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, samples: Samples = None
     ) -> Tensor:
@@ -197,7 +196,7 @@ class LocoProp(LayerLocal):
         return loss
 
     def _attempt(self, closure: Closure, buffers: Buffers, samples: Samples = None) -> tuple[Tensor, str | Late | None]:
-        """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
+        """Record a run, and solve the layers' problems; roll back where a solution is not to be kept."""
         rerun = None if self._order == "together" else Rerun(self._model, closure, gradients=False)
         recorder = self._new_recorder()
         recorder.say(samples)
@@ -236,11 +235,13 @@ class LocoProp(LayerLocal):
         plans = [_plan(fitting, choices.of(layer.name), targets[layer.name], layer) for layer in run.layers]
         _warn_of_stand_ins(plans, self._warned)
 
+        jobs = [_job(fitting, plan) for plan in plans]
+        rest = fitting.gradient_jobs(partial(_step_along, fitting, choices), lambda n, _: is_free(choices.of(n).solver))
+
         def solve_all() -> None:
             if rerun is not None:
                 self._solve_in_turn(fitting, plans, rerun)
-            jobs = [_job(fitting, plan) for plan in plans] if rerun is None else []
-            self._executor.run(jobs, fitting.gradient_jobs(partial(_step_along, fitting, choices)), fitting.state)
+            self._executor.run(jobs if rerun is None else [], rest, fitting.state)
             fitting.round_off()
 
         def finish() -> Callable[[], None]:
@@ -260,11 +261,11 @@ class LocoProp(LayerLocal):
         snapshot = fitting.snapshot(run.layers)
         fitting.judging = None if late is None else late.verdict
         try:
-            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late)
+            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late, [*jobs, *rest])
         except WrongAssumption:
             assert late is not None
             fitting.judging, snapshot = None, fitting.snapshot(run.layers)
-            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late.anew())
+            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late.anew(), [*jobs, *rest])
 
     def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
         """Solve one layer after another; each but the first takes its inputs from a new run of the closure."""
@@ -374,7 +375,7 @@ def _job(fitting: Fitting, plan: _Plan) -> LayerJob:
     """A layer to be fitted."""
     params = dict(zip(plan.layer.names, fitting.params(plan.layer), strict=True))
     return LayerJob(params, lambda: operations(plan.solver, plan.layer),
-                    lambda: _task(fitting, plan, _problem(fitting, plan)))  # fmt: skip
+                    lambda: _task(fitting, plan, _problem(fitting, plan)), is_free(plan.solver))  # fmt: skip
 
 
 def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:

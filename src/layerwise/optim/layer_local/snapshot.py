@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import NonFinite
+from layerwise.local.layers.overshoot import StepTaken, overshot
+from layerwise.local.problem import LocalProblem
 from layerwise.optim.base import NamedOptimizer
-from layerwise.optim.deferred import Late
-from layerwise.optim.layer_local.executors import Executor
+from layerwise.optim.deferred import Late, Overshoot
+from layerwise.optim.layer_local.executors import Executor, GradientJob, LayerJob
 from layerwise.tensors import Verdict, all_finite, largest_entries, without_grad
 
 __all__ = ["Backups", "Snapshot", "solved"]
@@ -67,6 +69,7 @@ class Snapshot:
     ) -> None:
         self._params, self._state, self._averages, self._replaced = list(params), state, averages, replaced
         self._before: list[dict[str, Any] | None] = []
+        self._anew: set[str] = set()  # whose state is not restored: momentum would carry them too far again
         self._live = live = [p for _, p in self._params]
         for name, p in self._params:
             own = state.get(p)
@@ -78,6 +81,16 @@ class Snapshot:
                     elif not isinstance(value, _NUMBERS):
                         own[key] = copy.deepcopy(value)
         self._copies = (Backups() if backups is None else backups).of(self._live)
+
+    def overshot(self, jobs: Iterable[LayerJob | GradientJob]) -> Overshoot | None:
+        """The words for the first of these jobs whose parameters went too far; their local optimizers start anew."""
+        before = {name: copy for (name, _), copy in zip(self._params, self._copies, strict=False)}
+        found: Overshoot | None = None
+        moved = [StepTaken(job.params, [before[name] for name in job.params], _problem_of(job)) for job in jobs]
+        for each, words in overshot(moved):
+            found = found or Overshoot(words)
+            self._anew |= each.params.keys()
+        return found
 
     def spoiled(self) -> str | None:
         """The first parameter with NaN or infinity in its value or state, or None."""
@@ -138,9 +151,9 @@ class Snapshot:
         """Restore parameters and state."""
         for t, value in zip(self._live, self._copies, strict=True):
             t.copy_(value)
-        for (_, p), before in zip(self._params, self._before, strict=True):
+        for (name, p), before in zip(self._params, self._before, strict=True):
             self._state.pop(p, None)
-            if before is not None:
+            if before is not None and name not in self._anew:
                 self._state[p] = before
 
     @without_grad
@@ -172,16 +185,20 @@ def solved(
     after: Callable[[], Callable[[], None]],
     optimizer: NamedOptimizer,
     late: Late | None = None,
+    jobs: Sequence[LayerJob | GradientJob] = (),
 ) -> str | Late | None:
-    """Solve, and return None; or restore the snapshot, and return the first tensor that is not finite.
+    """Solve, and return None; or restore the snapshot, and return why: what is not finite, or went too far.
 
     after: prepares what else is part of the step, where the solution is finite; what it gives is run when the step is
     decided, in all processes. Whatever raises before, all is as it was. late: judges the batch too, where that has not
-    been read before; returned where it stays on the device.
+    been read before; returned where it stays on the device. jobs: what is solved; where a step may be of any size, and
+    the host may wait, it is judged by its own loss.
     """
     try:
         solve()
         where = snapshot.spoiled() if late is None else _judged(late, snapshot)
+        if where is None and (late is None or not late.deferred) and (free := [job for job in jobs if job.free]):
+            where = snapshot.overshot(free)
         commit = after() if where is None else _nothing
         where = executor.anywhere(where)
         if where is None:
@@ -196,6 +213,10 @@ def solved(
     if where is not None:
         snapshot.put_back()
     return where
+
+
+def _problem_of(job: LayerJob | GradientJob) -> Callable[[], LocalProblem] | None:
+    return (lambda: job.task().problem) if isinstance(job, LayerJob) else None
 
 
 def _judged(late: Late, snapshot: Snapshot) -> str | None:

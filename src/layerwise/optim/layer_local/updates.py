@@ -15,6 +15,7 @@ from layerwise.errors import BadInput
 from layerwise.local.codes.code_step import CodeStep
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.layers.layer import Layer
+from layerwise.local.layers.overshoot import has_bounded_steps
 from layerwise.local.regularizers import Regularizer, WeightDecay
 from layerwise.local.solvers.fused import FusedAdam, FusedSGD
 from layerwise.local.solvers.memory import Memory
@@ -212,7 +213,7 @@ class LayerPlan:
     """How a layer is fitted, decided once for all steps in which its calls, parameters and settings are the same.
 
     params, groups: those of its weight, and of its bias if that is fitted. takes_steps: whether by local steps; an
-    output layer then descends the loss itself.
+    output layer then descends the loss itself. free: whether by steps of any size.
     """
 
     def __init__(self, updates: Updates, fitting: Fitting, layer: Layer) -> None:
@@ -222,6 +223,7 @@ class LayerPlan:
         self.takes_steps = self.update.solver is None or isinstance(self.update.solver, LocalSteps)
         self._names, self._rates = layer.names, partial(updates.rates, layer.name, self.params)
         self._made: tuple[Any, torch.optim.Optimizer] | None = None
+        self.free = self.takes_steps and not has_bounded_steps(rates_of(self.update, self.groups[0])[0])
 
     def stands(self, fitting: Fitting, layer: Layer) -> bool:
         """Whether the same would be decided again."""

@@ -1,0 +1,88 @@
+"""Steps that make a layer's own loss larger, as those of SGD on one huge batch do: they are not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.local.layers.overflow import norms_of
+from layerwise.local.problem import LocalProblem, predict
+from layerwise.tensors import without_grad
+
+__all__ = ["StepTaken", "has_bounded_steps", "overshot"]
+
+GROWTH = 1.25  # of the norm of a layer's parameters: a step that grows them by less is not looked at
+GROWTH_ALONE = 10.0  # of a parameter that has no loss of its own
+# Each entry moves by the rate times a constant at most, whatever the gradient is.
+_BOUNDED = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RMSprop", "Rprop", "TFRMSProp")
+
+
+class StepTaken(NamedTuple):
+    """Parameters that a step has moved together, by name, with their values before it.
+
+    problem: makes their local problem at their present values; None where they have none.
+    """
+
+    params: Mapping[str, Tensor]
+    before: Sequence[Tensor]
+    problem: Callable[[], LocalProblem] | None
+
+
+def has_bounded_steps(kind: object) -> bool:
+    """Whether a class of local optimizers bounds its steps, so that no batch can carry parameters away."""
+    return isinstance(kind, type) and any(each.__name__ in _BOUNDED for each in kind.__mro__)
+
+
+@without_grad
+def overshot(moved: Sequence[StepTaken]) -> Iterator[tuple[StepTaken, str]]:
+    """What has moved too far, with the words for it.
+
+    Those whose norm has grown by a quarter, and with it their own loss `Σ_r [F(z_r) − y_r·z_r]` on the rows of the
+    step; or which have no such loss, and whose norm has grown tenfold from another than zero. The loss is only computed
+    where the norm has grown; the host waits once.
+    """
+    if not moved:
+        return
+    now = [p for each in moved for p in each.params.values()]
+    found = norms_of([*now, *(t for each in moved for t in each.before)]).tolist()
+    after, before = iter(found[: len(now)]), iter(found[len(now) :])
+    for each in moved:
+        name = next(iter(each.params))
+        new, old = (sum(next(some) ** 2 for _ in each.params) ** 0.5 for some in (after, before))
+        if new <= GROWTH * old:
+            continue
+        if each.problem is None:
+            if new > GROWTH_ALONE * old > 0:
+                yield each, f"the step of {name}, which grew its norm from {old:.3g} to {new:.3g}"
+            continue
+        first, last = _losses(each, each.problem)
+        if not last <= first:
+            yield each, f"the step of {name}, which raised its own loss from {first:.3g} to {last:.3g}"
+
+
+def _losses(moved: StepTaken, problem: Callable[[], LocalProblem]) -> tuple[float, float]:
+    """A layer's own loss before and after its step, on the targets from before it, in float64."""
+    params = list(moved.params.values())
+    after = [p.detach().clone() for p in params]
+    try:
+        torch._foreach_copy_(params, list(moved.before))
+        made = problem()
+        made = replace(made, target=made.target.clone())
+        first = _loss(made)
+    finally:
+        torch._foreach_copy_(params, after)
+    return first, _loss(made)
+
+
+def _loss(problem: LocalProblem) -> float:
+    """The loss at the present weights, of which the problem has views."""
+    wide: dict[str, Any] = {
+        name: None if t is None else t.cpu().double() if t.is_floating_point() else t.cpu()
+        for name in ("a", "weight", "bias", "target", "rest") for t in (getattr(problem, name),)
+    }  # fmt: skip
+    alone = LocalProblem(transfer=problem.transfer, **wide)
+    return float(alone.transfer.matching(predict(alone), alone.target).sum())
