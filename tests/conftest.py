@@ -59,8 +59,17 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Processes that run the tests side by side must give a test the same name, and start the longest files first."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+    for item in items:
+        for mark in item.iter_markers("thinned"):
+            if _place(item) % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
     if changing := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"these tests have an address in their names; give them an id: {changing}")
+
+
+def _place(item: pytest.Item) -> int:
+    """The number of the diagonal that a case lies on; each test counts from another one."""
+    return sum(map(ord, item.originalname)) + sum(item.callspec.indices.values())  # type: ignore[attr-defined]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -14,13 +14,29 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from device_checks import DEFERRED, FEW, FUSED, OPTIMIZERS, WAITS, WIDE, X, Y, observed, plain, stepped, transformer
+from device_checks import (
+    DEFERRED,
+    FEW,
+    FUSED,
+    OPTIMIZERS,
+    WAITS,
+    WIDE,
+    X,
+    Y,
+    deep,
+    observed,
+    plain,
+    stepped,
+    transformer,
+)
 from device_compare import APART
 from pretend_device import DEVICE, counted
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import layerwise as lw
 from benchmarks.device import BATCHES, NETS, QUANTITIES, SECONDS
+from benchmarks.speed.compiled import operations
 from layerwise.optim import Curvature
 
 PAGE = " ".join((Path(__file__).resolve().parents[1] / "docs" / "devices.md").read_text(encoding="utf-8").split())
@@ -54,6 +70,24 @@ def test_launches_of_norms() -> None:
     three, six = (observed(layers, lw.SquaredNorm) for layers in (3, 6))
     each = (six.launches - three.launches) // 3
     says(f"| `SquaredNorm` | {three.synchronisations} | {three.launches - 3 * each}, and {each} for each use |")
+
+
+def test_operations_of_graphs() -> None:
+    found: list[int] = []
+
+    def backend(graph: GraphModule, inputs: Any) -> Any:
+        found.append(operations(graph))
+        return graph
+
+    model, loss = deep(3)
+    for compile in (backend, backend, False):
+        with counted() as count, lw.observe(model, lw.SquaredNorm(), compile=compile):
+            loss().backward()
+    says(f"(the pretend device counts {sum(found)} for the norms of a chain of three layers)")
+    assert len(found) == 6
+    with counted() as compiled, lw.observe(model, lw.SquaredNorm(), compile=backend):
+        loss().backward()
+    assert (compiled.launches, compiled.synchronisations) == (count.launches + 6, 0)  # clones for copies on write
 
 
 def shapes(count: int, joint: bool = True) -> tuple[nn.Module, Callable[[], Tensor]]:

@@ -95,6 +95,7 @@ def test_a_file_is_short_and_reads_torch_alone(script: str) -> None:
     assert "torch" in imported and imported - {"torch"} <= sys.stdlib_module_names
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_file_runs(script: str, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the tensors are small, and threads would wait for each other

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import layerwise as lw
 from layerwise import local
+from layerwise.optim.layer_local.stale import Stale
 
 LOW = pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 ROWS = pytest.mark.parametrize("n", [16, 200, 1000, 5000])
@@ -219,6 +220,7 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @LOW
 @pytest.mark.parametrize("n", [16, 1000])
 @pytest.mark.parametrize("autocast", [False, True], ids=["parameters", "autocast"])
@@ -351,3 +353,46 @@ def test_a_gradient_scaler_keeps_small_cotangents(low: torch.dtype) -> None:
         moves.append([p.grad.double() / factor for p in model.parameters()])
     for found, want in zip(*moves, strict=True):
         assert (found - want).norm() <= 16 * torch.finfo(low).eps * want.norm()
+
+
+@LOW
+def test_stale_minibatches_that_were_saved_in_half_precision_are_given_to_layers(low: torch.dtype) -> None:
+    """As earlier releases saved them: the steps that follow are those from the same numbers in float32."""
+
+    def in_type(state: dict[str, Any], *kinds: torch.dtype) -> dict[str, Any]:
+        found = copy.deepcopy(state)
+        for data in (its for heard in found["stale"]["heard"] for its in heard.values()):
+            for kind in kinds:
+                data |= {k: v.to(kind) for k, v in data.items() if isinstance(v, Tensor)}
+        return found
+
+    def run(change: Callable[[dict[str, Any]], dict[str, Any]]) -> list[Tensor]:
+        model = dense(low)
+        opt = lw.AltMin(model, schedule="async", staleness=3, lr=0.1)
+        for t in range(8):
+            if t == 4:
+                opt.load_state_dict(change(opt.state_dict()))
+            x, y = batch(low, 16)
+            opt.step(lambda x=x * (t + 1), y=y: F.cross_entropy(model(x), y))  # type: ignore[misc]
+        return [p.detach() for p in model.parameters()]
+
+    def forgotten(state: dict[str, Any]) -> dict[str, Any]:
+        found = copy.deepcopy(state)
+        found["stale"] |= {"heard": [], "layers": []}
+        return found
+
+    halves, same_numbers = run(lambda s: in_type(s, low)), run(lambda s: in_type(s, low, torch.float32))
+    assert all(map(torch.equal, halves, same_numbers))
+    assert not all(map(torch.equal, halves, run(forgotten)))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+def test_stale_minibatches_of_a_converted_model_are_given_in_its_type(kind: torch.dtype) -> None:
+    stale, data = Stale(2), torch.randn(6, 1, 4, dtype=torch.float16)
+    for step in range(12):
+        a = (data * (step + 1)).to(torch.float32 if step < 6 else kind)
+        weight = torch.zeros(1, 4, 4, dtype=a.dtype)
+        given = stale.exchange({"w": local.LocalProblem(a, weight, None, a + 1)})["w"]
+        back = min(stale.delay("w", step), step)
+        assert torch.equal(given.a, (data * (step + 1 - back)).to(torch.float32).to(a.dtype))
+        assert given.target.dtype == given.a.dtype == a.dtype

@@ -141,6 +141,7 @@ def test_the_float64_results_are_brute_forces(case: Case, column: Column) -> Non
         quantity_table.check_result(brute(case), column)
 
 
+@pytest.mark.thinned(2)
 @MODE
 @pytest.mark.parametrize("case, column", QUANTITIES, ids=lambda part: getattr(part, "name", ""))
 def test_quantities(case: Case, column: Column, low: torch.dtype, autocast: bool) -> None:

@@ -104,6 +104,7 @@ def exactly(low: torch.dtype, name: str, reduction: str) -> dict[str, Tensor]:
     return observed(Net(low).double(), QUANTITIES[name], reduction, 1)
 
 
+@pytest.mark.thinned(3)
 @LOW
 @pytest.mark.parametrize(("batches", "reduction"), [(1, "sum"), (300, "mean")])
 @pytest.mark.parametrize("name", QUANTITIES)

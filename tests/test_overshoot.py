@@ -104,6 +104,7 @@ def test_a_model_trains_on_after_a_huge_batch_at_any_scale(name: str, net: str, 
     assert loss_on_others(model) < loss_on_others(trained(OPTIMIZERS[name], net, {})[0]) + 0.15
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("scale", [10.0, 20.0, 1e3, 1e12])
 @pytest.mark.parametrize("when", [[0], [5, 6, 7], [*range(5, 15)]], ids=str)
 def test_so_it_does_after_several(when: list[int], scale: float) -> None:

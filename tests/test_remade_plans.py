@@ -120,6 +120,7 @@ def goes_on_as_fresh(
         assert same(opt.state_dict()["state"], other.state_dict()["state"])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_after_a_change_the_step_is_that_of_a_fresh_optimizer(name: str, change: str) -> None:

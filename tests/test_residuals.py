@@ -469,7 +469,7 @@ def test_what_is_free_sends_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     _check(model, loss)
 
 
-@one_in(2, case=cases(exclude=("bag",), first_loss_only=True))
+@one_in(4, case=cases(exclude=("bag",), first_loss_only=True))
 def test_the_zoo_by_columns(case: Case, forced: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     instance = case.make(seed=0)
     by_columns = [_diagonal(instance.subject, instance.loss, per_sample=each) for each in (False, True)]

@@ -102,6 +102,7 @@ def by_pair(pairs: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "problem", "loss"), pairs, ids=lambda value: value)
 
 
+@pytest.mark.thinned(2)
 @by_pair([pair for diagonal, pair in PAIRS if diagonal % 2 == 0])
 def test_the_mean_of_a_thousand_draws(name: str, problem: str, loss: str) -> None:
     _mean_is_exact(name, problem, loss, FEW, 5)  # of some thousand elements a few lie beyond 4

@@ -120,11 +120,11 @@ def test_relu_loss_vanishes_where_prediction_and_target_are_negative() -> None:
 
 
 @each
-def test_in_place_equals_f(t: Transfer) -> None:
-    a = rows()
+def test_the_residual_in_place_is_that_of_f(t: Transfer) -> None:
+    a, y = rows(), rows(seed=1)
     b = a.clone()
-    assert t.apply_(b) is b
-    torch.testing.assert_close(b, t.f(a), rtol=1e-15, atol=1e-16)
+    assert t.residual_(b, y) is b
+    torch.testing.assert_close(b, t.f(a) - y, rtol=1e-15, atol=1e-15)
 
 
 MODULES = [

@@ -172,6 +172,7 @@ def test_an_average_that_was_cut_is_refused_by_name() -> None:
         refused(opt, {**state, "averages": averages}, f"{name} lacks the entries average")
 
 
+@pytest.mark.thinned(3)
 @every
 def test_nan_in_any_tensor_is_refused_by_name(make: Make) -> None:
     _, opt = trained(make)
@@ -185,6 +186,7 @@ def test_nan_in_any_tensor_is_refused_by_name(make: Make) -> None:
             refused(opt, state, rf"{name} of .*NaN|running averages.*NaN|{name} of a minibatch.*NaN")
 
 
+@pytest.mark.thinned(3)
 @every
 def test_tensors_of_other_shapes_and_types_are_refused(make: Make) -> None:
     _, opt = trained(make)
@@ -199,6 +201,7 @@ def test_tensors_of_other_shapes_and_types_are_refused(make: Make) -> None:
             refused(opt, changed, "shape|moments|averages")
 
 
+@pytest.mark.thinned(3)
 @every
 def test_what_is_no_tensor_of_numbers_is_refused(make: Make) -> None:
     """On the meta device, sparse, or of another kind: each tensor of each state, by its key."""
@@ -251,6 +254,7 @@ def _numbers_in(state: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [found for key, value in parts for found in _numbers_in(value, (*way, key))]
 
 
+@pytest.mark.thinned(3)
 @every
 def test_each_counter_is_of_its_own_type_and_range(make: Make) -> None:
     _, opt = trained(make)
@@ -415,6 +419,7 @@ def pickled(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("steps", [0, 3])

@@ -54,6 +54,7 @@ def test_an_operation_that_raises_in_a_watched_step_takes_it_back(name: str) -> 
     assert found.tried >= 6 and not found.failed
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("name", faults.RANKS)
 def test_an_operation_that_raises_in_one_rank_takes_the_step_back_on_both(name: str, failing: int) -> None:

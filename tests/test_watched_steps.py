@@ -134,6 +134,7 @@ LOOPS = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(2)
 @exact
 @pytest.mark.parametrize(
     ("loop", "divisor"), [*((loop, K) for loop in LOOPS), (in_a_closure, 1), (in_several_contexts, 1)],

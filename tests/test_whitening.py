@@ -269,6 +269,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("name", nets())
@@ -302,6 +303,7 @@ def test_every_choice_takes_it_and_resumes_bitwise(name: str, kind: str, every: 
     )
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bits() -> None:
     def run(workers: Any) -> list[Tensor]:
         net = nets()["dense"]

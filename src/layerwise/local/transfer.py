@@ -64,9 +64,9 @@ class Transfer:
         """Whether the matching loss is the squared loss: the identity and the stand-ins."""
         return self.potential is _half_square
 
-    def apply_(self, a: Tensor) -> Tensor:
-        """Overwrite `a` with `f(a)` and return it."""
-        return a.copy_(self.f(a)) if self.f_ is None else self.f_(a)
+    def residual_(self, a: Tensor, y: Tensor) -> Tensor:
+        """Overwrite `a` with `f(a) − y` and return it."""
+        return torch.sub(self.f(a), y, out=a) if self.f_ is None else self.f_(a).sub_(y)
 
     def project(self, y: Tensor) -> Tensor:
         """The point of the closed range nearest to `y`; for softmax, of the simplex over the last axis."""

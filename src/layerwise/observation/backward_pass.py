@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, Undefined
+from layerwise.gradient.compiled import Backend, CompiledContractions
 from layerwise.gradient.derived import without_rows
 from layerwise.gradient.parameter import ParameterGradient
 from layerwise.gradient.parts import Part, RowsPart, for_sums, parts_of
@@ -51,6 +52,7 @@ class PassSettings(NamedTuple):
     when a result is read, and not in the backward pass; None: on accelerators. grad: "autograd", or "rows" for the
     gradients of weights as sums of the per-sample gradients that a quantity forms. keeps_non_finite: whether a gradient
     that is not finite stays in `.grad`, as a backward pass that nobody observes leaves it; else it is taken out again.
+    backend: what compiles the contractions; None: they are not compiled.
     """
 
     samples: int | torch.Tensor | None = None
@@ -62,6 +64,7 @@ class PassSettings(NamedTuple):
     defer: bool | None = False
     grad: str = "autograd"
     keeps_non_finite: bool = False
+    backend: Backend | None = None
 
 
 class BackwardPass:
@@ -83,6 +86,7 @@ class BackwardPass:
         self.layout: SampleLayout | None = None
         self._likelihoods, self.model, self._settings = known, model, settings
         self._room = Room()
+        self._compiled = None if settings.backend is None else _contractions_of(model, settings.backend)
         self._unstructured: Collection[str] = ()  # parameters whose rows need no sample structure where none is asked
         declared = [*known, *(DeclaredLikelihood(own.call, self._samples()) for own in graph.own)]
         _check_scale(settings.scale, graph, declared)
@@ -213,16 +217,34 @@ class BackwardPass:
         order = None if isinstance(where, RowNumbers) else where
         return replace(part, real=partial(self._real_rows.mask, part.use, part.slot, order))
 
-    def compute(self, i: int, gradient: ParameterGradient) -> tuple[Any, ...]:
-        """The i-th quantity's values of one stack for the parameter; raises Undefined where memory has no room."""
-        quantity = self.quantities[i]
-        self._room.take(quantity, gradient, self.tape.parameters[gradient.name], self.dtype_of(gradient.name))
-        return quantity.compute(gradient)
+    def compute(self, indices: Sequence[int], gradient: ParameterGradient) -> list[tuple[Any, ...]]:
+        """The values of some quantities, by number, of one stack for the parameter.
+
+        Raises Undefined where memory has no room, and BadInput where they are to be compiled and are not.
+        """
+        asked, like = [self.quantities[i] for i in indices], self.tape.parameters[gradient.name]
+        compiled = None if self._compiled is None else self._compiled.of(asked, gradient)
+        values = []
+        for quantity in asked:
+            self._room.take(quantity, gradient, like, self.dtype_of(gradient.name))
+            if compiled is None:
+                values.append(quantity.compute(gradient))
+        return values if compiled is None else compiled()
 
     def add(self, i: int, gradient: ParameterGradient, new: tuple[Any, ...]) -> None:
         """Add one stack's values of the i-th quantity to those of the parameter."""
         old = self.values[i].get(gradient.name)
         self.values[i][gradient.name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
+
+
+def _contractions_of(model: Any, backend: Backend) -> CompiledContractions:
+    """A model's graphs by a backend, which live as long as the model."""
+    memo, key = memo_of(model), ("contractions", backend)
+    found: CompiledContractions | None = recalled(memo, key)
+    if found is None:
+        found = CompiledContractions(backend)
+        remember(memo, key, found)
+    return found
 
 
 def _check_scale(scale: str, graph: Graph, declared: Sequence[Likelihood]) -> None:

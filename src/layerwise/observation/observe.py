@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
+from layerwise.gradient.compiled import Backend, inductor
 from layerwise.observation.backward_pass import PassSettings
 from layerwise.observation.engine import Observation
 from layerwise.observation.seen import Seen
@@ -49,6 +50,12 @@ class observe:
     with one wait for such decisions.
     parameters: names of parameters or of modules that hold them, or patterns with * and ?, as `layers=` of the
     optimizers takes them; only their quantities are computed, and only their gradients are in `seen.grad`. None: all.
+    compile: True: what quantities compute of a parameter's rows is one graph, compiled by inductor at its first layout
+    (seconds each, and a C++ compiler for the CPU or Triton for a GPU) and kept with the model; or a backend, a function
+    as `torch.compile(backend=)` takes it, the same one in each `observe`. Values are equal up to rounding. What is no
+    graph of rows is computed as always: windows of convolutions, gathered rows, embeddings on the CPU, Kronecker
+    factors, quantities that hold tensors. A quantity of your own must compute from the rows and its plain attributes
+    alone. docs/devices.md says where it pays.
     Raises UncoveredUse, UnknownLoss, SamplesMixed, Undefined, NonFinite, BadInput; then nothing was changed, but for
     what "defer" says.
     """
@@ -63,11 +70,15 @@ class observe:
         on_nonfinite: Literal["raise", "defer"] | None = None,
         parameters: str | Sequence[str] | None = None,
         grad: str = "autograd",
+        compile: bool | Backend = False,
     ) -> None:
         if on_nonfinite not in ("raise", "defer", None):
             raise BadInput(f'on_nonfinite must be "raise", "defer" or None, got {on_nonfinite!r}')
         defer = None if on_nonfinite is None else on_nonfinite == "defer"
-        settings = PassSettings(samples, scale, dtype, defer=defer, parameters=parameters, grad=grad)
+        if not (isinstance(compile, bool) or callable(compile)):
+            raise BadInput(f"compile must be a bool, or a backend as torch.compile takes it, got {compile!r}")
+        backend = inductor if compile is True else compile or None
+        settings = PassSettings(samples, scale, dtype, defer=defer, parameters=parameters, grad=grad, backend=backend)
         self._observation = Observation(model, quantities, settings)
 
     def __enter__(self) -> Seen:

@@ -106,10 +106,9 @@ def _contract(
     shared: dict[Any, Any] = {}
     for (name, flag), found in parts.items():
         gradient = ParameterGradient(name, observed.tape.parameters[name].shape, found, column, shared)
-        for i, quantity in asked:
-            if quantity.needs_samples != flag or not quantity.covers(gradient):
-                continue
-            if quantity.stacks:
-                stacks.setdefault((i, name), []).append(observed.compute(i, gradient))
+        covering = [i for i, quantity in asked if quantity.needs_samples == flag and quantity.covers(gradient)]
+        for i, values in zip(covering, observed.compute(covering, gradient), strict=True):
+            if observed.quantities[i].stacks:
+                stacks.setdefault((i, name), []).append(values)
             else:
-                observed.add(i, gradient, observed.compute(i, gradient))
+                observed.add(i, gradient, values)

@@ -214,9 +214,9 @@ def _lowest(total: Tensor, uses: Sequence[Use]) -> list[Use]:
 
 
 def _compute(observed: BackwardPass, indices: Sequence[int], gradient: ParameterGradient) -> None:
-    for i in indices:
-        if observed.quantities[i].covers(gradient):
-            observed.add(i, gradient, tuple([_unshared(t, gradient) for t in observed.compute(i, gradient)]))
+    covering = [i for i in indices if observed.quantities[i].covers(gradient)]
+    for i, values in zip(covering, observed.compute(covering, gradient), strict=True):
+        observed.add(i, gradient, tuple([_unshared(t, gradient) for t in values]))
 
 
 def _by_autograd(part: Part) -> bool:

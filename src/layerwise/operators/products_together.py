@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,6 +89,10 @@ def _applied(block: Block, w: Tensor, bias: bool) -> tuple[Tensor, Tensor | None
     if isinstance(block, KroneckerBlock) and block.A is not None and block.A.ndim == 3:  # a product each is no copy
         w, left = w @ block.A, KroneckerBlock(None, block.B)
         return left.apply(w[..., :-1]), left.apply(w[..., -1:])[..., 0]
+    if isinstance(block, EigenBlock) and block.basis_in is not None:
+        outer, inputs = replace(block, basis_in=None), block.basis_in.mT
+        w = outer.rotate_back(block.rotate(w) * block.spectrum)
+        return w @ inputs[..., :-1], (w @ inputs[..., -1:])[..., 0]
     out = block.apply(w)
     return out[..., :-1].contiguous(), out[..., -1].contiguous()
 

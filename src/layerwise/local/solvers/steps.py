@@ -278,7 +278,7 @@ class _Layer:
             self.fma(self.b, a, self.wt, out=z)
         if rest is not None:
             z.add_(rest)
-        return self.problem.transfer.apply_(z).sub_(y)
+        return self.problem.transfer.residual_(z, y)
 
     def _contract(self, delta: Tensor, a: Tensor, column: Tensor | None, scale: float, first: bool) -> None:
         """Add `Σ_r δ_r a_rᵀ` to the weight's gradient, and to the bias's that with a column of inputs, or with ones."""
@@ -291,11 +291,14 @@ class _Layer:
             torch.mul(found, scale, out=self.out_b) if first else self.out_b.add_(found, alpha=scale)
         elif not first:
             self.out_b.add_(delta.sum(-2), alpha=scale)
-        elif self.single:
-            ones, rows = self._ones, delta.shape[0]
+        elif self.single or delta.device.type != "cpu":  # one launch
+            ones, rows = self._ones, delta.shape[-2]
             if ones is None or ones[0] != scale or ones[1] != rows:
                 ones = self._ones = scale, rows, self.workspace.constant(scale, rows, delta)
-            torch.mv(across, ones[2], out=self.out_b)
+            if self.single:
+                torch.mv(across, ones[2], out=self.out_b)
+            else:
+                torch.bmm(across, ones[2].expand(len(across), 1, rows).mT, out=self.out_b.unsqueeze(-1))
         else:
             torch.sum(delta, -2, out=self.out_b).mul_(scale)
 

@@ -52,12 +52,11 @@ class Stale:
         for name, problem in problems.items():
             back = min(self.delay(name, self._steps), len(self._history) - 1)
             old = self._history[-1 - back].get(name) if back else None
-            # g gives the first local gradient only at the weights that made it
-            if old is not None and old["target"].dtype != problem.target.dtype:  # the model was converted since
-                old = None
             if old is not None:
                 self._old[name] = self._history[-1 - back]
-            found[name] = problem if old is None else replace(problem, **old, g=None)
+                # g gives the first local gradient only at the weights that made it
+                problem = replace(problem, **_in_dtype(old, problem.target.dtype), g=None)
+            found[name] = problem
         self._steps += 1
         return found
 
@@ -117,6 +116,11 @@ class Stale:
             ),
             maxlen=self._most + 1,
         )  # fmt: skip
+
+
+def _in_dtype(data: LayerData, dtype: torch.dtype) -> LayerData:
+    """A layer's data in the type of its present ones: the model was converted since, or kept half precision then."""
+    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in data.items()}
 
 
 def _are_minibatches(value: Any) -> bool:
