@@ -117,7 +117,7 @@ def test_one_plain_step_is_foofs_and_with_natural_targets_kfacs(name: str, outpu
     ours, theirs = nets()[name], nets()[name]
     target = local.NaturalStep(2.0, damping=0.3, decay=DECAY) if outputs else local.GradientStep(2.0)
     opt = lw.LocoProp(
-        ours, preset="gradient-descent", target=target, regularizer=Whitening(DECAY, DAMPING, every), lr=0.05
+        ours, preset="gradient-descent", target=target, regularizer=Whitening(DECAY, DAMPING, every), lr=0.02
     )
     means: dict[str, list[Tensor]] = {}
     for t in range(3 if every == 1 else 5):
@@ -136,9 +136,9 @@ def test_one_plain_step_is_foofs_and_with_natural_targets_kfacs(name: str, outpu
             if outputs:
                 change = torch.linalg.inv(damped(means[key][1], 0.3)) @ change
             module: Any = theirs.get_submodule(key)
-            moved_by(module, -0.05 * 2.0 * change)
+            moved_by(module, -0.02 * 2.0 * change)
         for key, grad in lone.items():
-            theirs.get_parameter(key).data -= 0.05 * 2.0 * grad
+            theirs.get_parameter(key).data -= 0.02 * 2.0 * grad
     for (key, p), q in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         torch.testing.assert_close(p, q[1], rtol=1e-12, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
 
