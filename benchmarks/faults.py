@@ -323,7 +323,8 @@ def tried(
                 with Lines(place) if lines else _Operations(place):
                     step(model, opt, batch)
             except (MemoryError, KeyboardInterrupt):
-                pass
+                if step is watched:
+                    opt.zero_grad()  # which the fault may have cut short: nobody goes on with old gradients
             found = _everything(model, opt)
             now, old, new = (_compared(step, at) for at in (found, before, after))
             good = (_same(now, old) or _same(now, new)) and not left_over(model)

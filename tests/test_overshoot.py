@@ -60,7 +60,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "AltMin, sweep": lambda m: lw.AltMin(m, codes="sweep", weights="sgd"),
     "AltMin, threads": lambda m: lw.AltMin(m, weights="sgd", workers=2),
     "AltMin, without momentum": lambda m: lw.AltMin(m, weights="sgd", momentum=0.0),
-    "LocoProp, SGD": lambda m: lw.LocoProp(m, solver=lw.local.LocalSteps(optimizer=torch.optim.SGD), lr=1e-3),
 }
 
 

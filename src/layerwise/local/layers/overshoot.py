@@ -37,7 +37,6 @@ def has_bounded_steps(kind: object) -> bool:
     return isinstance(kind, type) and any(each.__name__ in _BOUNDED for each in kind.__mro__)
 
 
-@without_grad
 def overshot(moved: Sequence[StepTaken]) -> Iterator[tuple[StepTaken, str]]:
     """What has moved too far, with the words for it.
 
@@ -47,7 +46,7 @@ def overshot(moved: Sequence[StepTaken]) -> Iterator[tuple[StepTaken, str]]:
     """
     if not moved:
         return
-    now = [p for each in moved for p in each.params.values()]
+    now = [p.detach() for each in moved for p in each.params.values()]
     found = norms_of([*now, *(t for each in moved for t in each.before)]).tolist()
     after, before = iter(found[: len(now)]), iter(found[len(now) :])
     for each in moved:
@@ -64,9 +63,10 @@ def overshot(moved: Sequence[StepTaken]) -> Iterator[tuple[StepTaken, str]]:
             yield each, f"the step of {name}, which raised its own loss from {first:.3g} to {last:.3g}"
 
 
+@without_grad
 def _losses(moved: StepTaken, problem: Callable[[], LocalProblem]) -> tuple[float, float]:
     """A layer's own loss before and after its step, on the targets from before it, in float64."""
-    params = list(moved.params.values())
+    params = [p.detach() for p in moved.params.values()]
     after = [p.detach().clone() for p in params]
     try:
         torch._foreach_copy_(params, list(moved.before))

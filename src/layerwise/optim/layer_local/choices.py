@@ -10,7 +10,6 @@ import torch
 
 from layerwise.errors import BadInput
 from layerwise.local.layers.layer import Layer
-from layerwise.local.layers.overshoot import has_bounded_steps
 from layerwise.local.norms import ColumnNorm, FrobeniusNorm, MaxNorm, RowNorm, SpectralNorm
 from layerwise.local.regularizers import Proximal, Regularizer
 from layerwise.local.solvers.tf_rmsprop import TFRMSProp
@@ -302,11 +301,6 @@ def in_words(layer: Layer, transfer: Transfer, solver: Solver) -> str:
     if transfer.is_squared:
         loss = f"squared loss ({transfer.name} has no matching loss)" if transfer.stand_in else "squared loss"
     return f"{loss}, {name_of(solver)}" + (f", {len(layer.parts)} uses together" if layer.others else "")
-
-
-def is_free(solver: Solver) -> bool:
-    """Whether a solver takes local steps of any size."""
-    return isinstance(solver, LocalSteps) and not has_bounded_steps(solver.optimizer)
 
 
 def settings_for(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

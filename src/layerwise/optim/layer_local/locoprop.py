@@ -42,7 +42,6 @@ from layerwise.optim.layer_local.choices import (
     check_common,
     implied,
     in_words,
-    is_free,
     settings_for,
     with_preset,
 )  # fmt: skip
@@ -236,7 +235,7 @@ class LocoProp(LayerLocal):
         _warn_of_stand_ins(plans, self._warned)
 
         jobs = [_job(fitting, plan) for plan in plans]
-        rest = fitting.gradient_jobs(partial(_step_along, fitting, choices), lambda n, _: is_free(choices.of(n).solver))
+        rest = fitting.gradient_jobs(partial(_step_along, fitting, choices), lambda *_: False)
 
         def solve_all() -> None:
             if rerun is not None:
@@ -261,11 +260,11 @@ class LocoProp(LayerLocal):
         snapshot = fitting.snapshot(run.layers)
         fitting.judging = None if late is None else late.verdict
         try:
-            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late, [*jobs, *rest])
+            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late)
         except WrongAssumption:
             assert late is not None
             fitting.judging, snapshot = None, fitting.snapshot(run.layers)
-            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late.anew(), [*jobs, *rest])
+            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late.anew())
 
     def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
         """Solve one layer after another; each but the first takes its inputs from a new run of the closure."""
@@ -375,7 +374,7 @@ def _job(fitting: Fitting, plan: _Plan) -> LayerJob:
     """A layer to be fitted."""
     params = dict(zip(plan.layer.names, fitting.params(plan.layer), strict=True))
     return LayerJob(params, lambda: operations(plan.solver, plan.layer),
-                    lambda: _task(fitting, plan, _problem(fitting, plan)), is_free(plan.solver))  # fmt: skip
+                    lambda: _task(fitting, plan, _problem(fitting, plan)))  # fmt: skip
 
 
 def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
