@@ -135,7 +135,9 @@ class Fitting:
         return Snapshot(params, self.state, replaced, self.backups, self.means.after)
 
     def gradient_jobs(
-        self, move: Callable[[str, Tensor, Tensor], None], free: Callable[[str, Mapping[str, Any]], bool]
+        self,
+        move: Callable[[str, Tensor, Tensor], None],
+        free: Callable[[str, Mapping[str, Any]], bool] = lambda name, group: False,
     ) -> list[GradientJob]:
         """A job for each parameter outside the layers.
 

@@ -180,6 +180,8 @@ class LocoProp(LayerLocal):
         if group["loss"] not in ("matching", "squared"):
             raise BadInput(f'LocoProp\'s loss is "matching" or "squared"; got {group["loss"]!r}')
 
+    # -- a step ------------------------------------------------------------------------------------------------
+
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, samples: Samples = None
     ) -> Tensor:
@@ -195,7 +197,7 @@ class LocoProp(LayerLocal):
         return loss
 
     def _attempt(self, closure: Closure, buffers: Buffers, samples: Samples = None) -> tuple[Tensor, str | Late | None]:
-        """Record a run, and solve the layers' problems; roll back where a solution is not to be kept."""
+        """Record a run, and solve the layers' problems; roll back where a solution is not finite."""
         rerun = None if self._order == "together" else Rerun(self._model, closure, gradients=False)
         recorder = self._new_recorder()
         recorder.say(samples)
@@ -234,13 +236,11 @@ class LocoProp(LayerLocal):
         plans = [_plan(fitting, choices.of(layer.name), targets[layer.name], layer) for layer in run.layers]
         _warn_of_stand_ins(plans, self._warned)
 
-        jobs = [_job(fitting, plan) for plan in plans]
-        rest = fitting.gradient_jobs(partial(_step_along, fitting, choices), lambda *_: False)
-
         def solve_all() -> None:
             if rerun is not None:
                 self._solve_in_turn(fitting, plans, rerun)
-            self._executor.run(jobs if rerun is None else [], rest, fitting.state)
+            jobs = [_job(fitting, plan) for plan in plans] if rerun is None else []
+            self._executor.run(jobs, fitting.gradient_jobs(partial(_step_along, fitting, choices)), fitting.state)
             fitting.round_off()
 
         def finish() -> Callable[[], None]:
