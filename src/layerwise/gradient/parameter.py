@@ -360,6 +360,11 @@ class PartCollector:
                     del self._expected[name]
                     yield self._take(name)
 
+    def leave(self, use: Use) -> None:
+        """Wait for no parameter of a use, whose gradients are computed elsewhere."""
+        for name in use.names:
+            self._expected.pop(name, None)
+
     def complete(self, use: Use) -> bool:
         """Whether the gradients of all parameters of a use have been returned."""
         return self._expected.keys().isdisjoint(use.names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -23,6 +23,7 @@ from layerwise.tensors import HALF, wide_type
 
 __all__ = [
     "DensePart", "LaterPart", "Part", "RowsPart", "bias_of", "for_sums", "joined_parts", "layouts_of", "parts_of",
+    "planned_parts",
 ]  # fmt: skip
 
 
@@ -219,18 +220,35 @@ def parts_of(
     key = layout_of_rows(layout_of_call(use, samples, tape.parameters, unstructured), g)
     plan = None if key is None else _PLANS.get(key)
     if plan is not None:
-        found: list[tuple[str, Part]] = []
-        for place, (derived, planned) in enumerate(zip(use.used, plan, strict=True)):
-            (name,) = derived.names
-            if asked is None or name in asked:
-                rows = planned.rows(use, g)
-                found.append((name, RowsPart(use, place, rows, planned.view, planned.laid)))
-        return found
+        return [*_planned(plan, use, g, asked)]
     parts = _parts_by_slots(tape, use, g, samples, later, unstructured, rows_only, asked)
     whole = asked is None or set(use.names) <= set(asked)
     if key is not None and whole and key not in _PLANS:
         _PLANS.enter(key, _plan(use, g, [part for _, part in parts]))
     return parts
+
+
+def planned_parts(
+    tape: Tape, use: Use, g: Tensor, samples: Samples | RowNumbers | None, asked: Collection[str] | None = None
+) -> tuple[Hashable, list[tuple[str, RowsPart]]] | None:
+    """What `parts_of` returns where a plan has it, and the layout as a key; None where there is no plan."""
+    key = layout_of_rows(layout_of_call(use, samples, tape.parameters), g)
+    plan = None if key is None else _PLANS.get(key)
+    if plan is None:
+        return None
+    parts = _planned(plan, use, g, asked)
+    return (key, g.device, *(part.place for _, part in parts)), parts
+
+
+def _planned(
+    plan: Sequence[PlannedRows], use: Use, g: Tensor, asked: Collection[str] | None
+) -> list[tuple[str, RowsPart]]:
+    found = []
+    for place, (derived, planned) in enumerate(zip(use.used, plan, strict=True)):
+        (name,) = derived.names
+        if asked is None or name in asked:
+            found.append((name, RowsPart(use, place, planned.rows(use, g), planned.view, planned.laid)))
+    return found
 
 
 # By layout, of all models; None for a layout whose rows are no views.

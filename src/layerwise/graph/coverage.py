@@ -111,9 +111,10 @@ def prove(
             "asked for a backward pass from a tensor that does not depend on any parameter; "
             "was the loss detached, or computed under no_grad?"
         )
-    graph = known_losses(tape, total, without) if need_loss else Graph(total, None, [], [], [])
+    use_at = by_node(tape.uses)
+    graph = known_losses(tape, total, without, use_at) if need_loss else Graph(total, None, [], [], [])
     roots = [loss.logits for loss in graph.losses] if need_loss else [(total.grad_fn, 0)]
-    walk = _UseWalk(tape)
+    walk = _UseWalk(tape, use_at)
     walk.to_uses(roots)
     uses = sorted(walk.reached, key=lambda u: u.index)
     parameters = tape.parameters
@@ -132,12 +133,15 @@ def prove(
     )  # fmt: skip
 
 
-def known_losses(tape: Tape, total: Tensor, without: Sequence[LossUse] = ()) -> Graph:
+def known_losses(
+    tape: Tape, total: Tensor, without: Sequence[LossUse] = (), use_at: Mapping[Node, list[Use]] | None = None
+) -> Graph:
     """The losses that `total` is made of, after proof that every path to a parameter passes one of them.
 
-    Uses below the losses are not looked for. Raises UnknownLoss, UncoveredUse or Undefined as `prove`.
+    Uses below the losses are not looked for. use_at: the tape's uses by node, where that table is made already. Raises
+    UnknownLoss, UncoveredUse or Undefined as `prove`.
     """
-    walk = _LossWalk(tape, without)
+    walk = _LossWalk(tape, without, by_node(tape.uses) if use_at is None else use_at)
     if not walk.to_losses(total, ()) and tape.returned is not None:
         walk.to_losses(total, tape.returned)
         walk.own.append(_unexplained(walk.boundary, walk.bypassing))
@@ -156,10 +160,10 @@ class _LossWalk:
     met before either. selections: the nodes met that pick elements.
     """
 
-    def __init__(self, tape: Tape, without: Sequence[LossUse]) -> None:
+    def __init__(self, tape: Tape, without: Sequence[LossUse], use_at: Mapping[Node, list[Use]]) -> None:
         self._tape = tape
         self._leaves = tape.leaves()
-        self._use_at = by_node(tape.uses)
+        self._use_at = use_at
         dropped = set(map(id, without))
         self._loss_at: dict[Node, list[LossUse]] = {}
         for loss in tape.losses:
@@ -259,8 +263,8 @@ class _UseWalk:
     hidden: the edges that nodes whose calls cannot be seen read.
     """
 
-    def __init__(self, tape: Tape) -> None:
-        self._tape = tape
+    def __init__(self, tape: Tape, use_at: Mapping[Node, list[Use]]) -> None:
+        self._tape, self._use_at = tape, use_at
         self.reached: list[Use] = []
         self.selections: list[Node] = []
         self.passed: list[Node] = []
@@ -268,7 +272,7 @@ class _UseWalk:
 
     def to_uses(self, roots: Iterable[Any]) -> None:
         """Walk from the roots; a parameter met on the way is an error."""
-        use_at = by_node(self._tape.uses)
+        use_at = self._use_at
         data, leaves, spent = inputs(use_at), self._tape.leaves(), self._tape.spent
         for node in nodes(roots, data):
             if node in use_at:

@@ -120,9 +120,12 @@ def by_node(uses: Iterable[Use]) -> dict[Node, list[Use]]:
     return table
 
 
-def inputs(use_at: Mapping[Node, Sequence[Use]]) -> dict[Node, list[GradientEdge]]:
+def inputs(use_at: Mapping[Node, Sequence[Use]]) -> dict[Node, Sequence[GradientEdge]]:
     """The data edges of the uses at each node: `below` for a walk that leaves out their parameters."""
-    return {node: [edge for use in uses for edge in use.inputs] for node, uses in use_at.items()}
+    return {
+        node: uses[0].inputs if len(uses) == 1 else [edge for use in uses for edge in use.inputs]
+        for node, uses in use_at.items()
+    }
 
 
 def next_uses(roots: Iterable[GradientEdge], use_at: Mapping[Node, Sequence[Use]]) -> list[Use]:

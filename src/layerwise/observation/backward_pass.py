@@ -190,11 +190,25 @@ class BackwardPass:
         """Where curvature enters the graph."""
         return loss_curvatures(self.graph, self._likelihoods, self.layout)
 
+    @property
+    def stackable(self) -> bool:
+        """Whether rows of several parameters may stand as those of one: nothing tells them apart by their use."""
+        return self._real_rows is None and self._compiled is None
+
+    def samples_of(self, use: Use) -> Any:
+        """Where the samples lie in the output of a use; None where no parameter needs per-sample structure."""
+        return None if self.layout is None else self.layout.uses[use.index]
+
+    def gradient_of_many(self, name: str, part: RowsPart) -> ParameterGradient:
+        """The gradients of parameters alike as that of one of them, in the type of their sums."""
+        like = self.tape.parameters[name]
+        return ParameterGradient(name, like.shape, [for_sums(part, like.dtype, self._settings.dtype)])
+
     def parts(
         self, use: Use, g: torch.Tensor, needs_samples: bool = True, rows_only: bool = False, later: bool = False
     ) -> list[tuple[str, Part]]:
         """What cotangents `[V, *out_shape]` of one use contribute to each parameter; arguments as for `parts_of`."""
-        where = None if self.layout is None else self.layout.uses[use.index]
+        where = self.samples_of(use)
         unstructured: Collection[str] = () if needs_samples else self._unstructured
         found = parts_of(self.tape, use, g, where, later, unstructured, rows_only, self.graph.asked)
         if self._real_rows is not None:

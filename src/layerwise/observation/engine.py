@@ -192,7 +192,7 @@ class Observation:
             send_roots(observed)
             stream = Stream(observed, self._keeps_inputs)
         before = {name: snapshot(p) for name, p in tape.owners.items()}
-        covered = graph.covered()
+        covered = set(graph.covered())
         stream.release()
         if stream.summed:
             weights = [tape.parameters[name] for name in stream.summed]

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 
+_NO_GRAD: tuple[Any, int, Tensor | None] = None, -1, None
 _THE_LOSS = ""  # no parameter is called so
 _GRANTED = 2**27  # bytes of results between two readings of what is free
 _UNREAD = 2**24  # bytes of results of one pass before the first: reading costs as much as a small model's layer
@@ -191,7 +192,7 @@ def retained_grads_preserved(tensors: Sequence[Tensor]) -> Iterator[None]:
 def snapshot(p: Tensor) -> tuple[Any, int, Tensor | None]:
     """`.grad`, its version, and a copy, for `rollback`."""
     grad = p.grad
-    return grad, -1 if grad is None else grad._version, None if grad is None else grad.detach().clone()
+    return _NO_GRAD if grad is None else (grad, grad._version, grad.detach().clone())
 
 
 def check_alone(strangers: Sequence[str]) -> None:

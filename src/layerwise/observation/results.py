@@ -47,7 +47,9 @@ class Results:
         """Know all parameters, those that were replaced among them, and how they are sharded."""
         self._names = list(names)
         self._placements = placements_of(owners)
-        self._kinds = {name: (p.shape, p.dtype) for name, p in owners.items()}
+        kinds = self._kinds
+        if kinds.keys() != owners.keys() or any(kinds[name] != (p.shape, p.dtype) for name, p in owners.items()):
+            self._kinds = {name: (p.shape, p.dtype) for name, p in owners.items()}
 
     def check(self, batch: Batch) -> None:
         """Raise where a further batch does not join those before it."""

@@ -13,6 +13,7 @@ from layerwise.gradient.derived import has_derived_gradient
 from layerwise.gradient.parameter import ParameterGradient, PartCollector
 from layerwise.gradient.parts import DensePart, LaterPart, Part, RowsPart
 from layerwise.gradient.row_sums import summed_weights
+from layerwise.gradient.stacked_rows import RowStack, RowStacks
 from layerwise.graph.walk import Node, by_node, finished
 from layerwise.observation.backward_pass import BackwardPass
 from layerwise.observation.guards import Fingerprints
@@ -46,6 +47,7 @@ class Stream:
         graph = observed.graph
         self._collector = PartCollector(observed.tape, graph.asked_uses, graph.asked, self.summed)
         self._received: set[int] = set()
+        self._stacks = self._row_stacks()
 
     def _summed_weights(self) -> frozenset[str]:
         """The weights whose gradient is the sum of per-sample gradients that some quantity forms."""
@@ -58,6 +60,15 @@ class Stream:
 
         found = summed_weights(observed.tape, graph.asked_uses, observed.layout.uses, forms)
         return found if graph.asked is None else found & graph.asked
+
+    def _row_stacks(self) -> RowStacks | None:
+        """The stacks of small calls that are alike, where all quantities can be computed of many parameters at once."""
+        observed, asked = self._observed, [self._observed.quantities[i] for i in self._indices]
+        if self._second.indices or not asked or not all(q.rows_of_many for q in asked) or not observed.stackable:
+            return None
+        graph = observed.graph
+        found = RowStacks(observed.tape, graph.asked_uses, graph.asked, self.summed, self._contract_all)
+        return found or None
 
     def awaited(self) -> list[Use]:
         """The uses whose cotangents are wanted from the user's backward pass."""
@@ -94,6 +105,11 @@ class Stream:
         self._fingerprints.compare(use, g)
         if not self._indices:
             return
+        if self._stacks is not None and self._stacks.take(use, g, self._observed.samples_of(use)):
+            self._collector.leave(use)
+            if not self._keeps_inputs:
+                use.release()
+            return
         parts = self._observed.parts(use, g, rows_only=self._rows_only)
         self._second.hold(use, g, parts)
         for gradient in self._collector.add(use, parts):
@@ -108,10 +124,25 @@ class Stream:
         if gradient.name in self.summed:
             self.sums[gradient.name] = gradient.sum().to(self._observed.tape.parameters[gradient.name].dtype)
 
+    def _contract_all(self, stack: RowStack) -> None:
+        """Contract the gradients of many parameters alike at once, and share out their values."""
+        observed = self._observed
+        for place, names in enumerate(stack.names):
+            forms: dict[str | None, ParameterGradient] = {}
+            for i in self._indices:
+                form = observed.quantities[i].rows_of_many
+                if form not in forms:
+                    forms[form] = observed.gradient_of_many(names[0], stack.part(place, form == "groups"))
+                (values,) = observed.compute([i], forms[form])
+                each = [t.unflatten(0, (len(names), -1)) if form == "samples" else t for t in values]
+                observed.values[i].update(zip(names, zip(*each, strict=True), strict=True))
+
     def complete(self) -> dict[str, Tensor]:
         """Contract gradients of which some use received no cotangent, which counts as zero; copies of all `sums`."""
         self._fingerprints.check()
         if self._indices:
+            if self._stacks is not None:
+                self._stacks.rest()
             for gradient in self._collector.rest():
                 self._contract(gradient)
         return {name: lazy_copy(g) for name, g in self.sums.items()}

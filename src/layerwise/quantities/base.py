@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,9 @@ class Quantity:
     concatenate: results of several batches are concatenated along samples instead of added; one bool for all
         tensors, or one for each.
     stacks: results of several stacks of cotangents are concatenated along dim 1 instead of added.
+    rows_of_many: how the rows of several parameters alike may stand as those of one, for which `compute` then gives
+        the values of all: "samples", where the value of each sample is of its own rows alone, or "groups", where the
+        value of each element is; None where neither is.
     computed_first: whether it is computed before other quantities, because they can reuse its contraction.
     revisits: whether the quantity has a second stage in each batch: `compute` gets every parameter, `survey` the
         values of all, and `revisit` gets every parameter again and returns the final tensors. Between the stages
@@ -74,6 +77,7 @@ class Quantity:
     powers: tuple[float, ...] = (2,)
     concatenate: bool | tuple[bool, ...] = False
     stacks: ClassVar[bool] = False
+    rows_of_many: ClassVar[Literal["samples", "groups"] | None] = None
     computed_first: ClassVar[bool] = False
     revisits: ClassVar[bool] = False
     rows_only: ClassVar[bool] = False

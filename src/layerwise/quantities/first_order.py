@@ -34,6 +34,7 @@ class PerSampleGrad(Quantity):
     powers = (1,)
     concatenate = True
     computed_first = True  # other quantities square these gradients
+    rows_of_many = "samples"
     wirtinger = True
 
     def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
@@ -63,6 +64,7 @@ class SquaredNorm(Quantity):
 
     powers = (2,)
     concatenate = True
+    rows_of_many = "samples"
     wirtinger = True
 
     def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
@@ -88,6 +90,7 @@ class SecondMoment(Quantity):
     Computed without holding `[N, P]`. Raises SamplesMixed. Source: Dangel et al. (2020), eq. 5.
     """
 
+    rows_of_many = "groups"
     wirtinger = True
 
     def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:
@@ -111,6 +114,7 @@ class Variance(Quantity):
     Source: Dangel et al. (2020), eq. 5.
     """
 
+    rows_of_many = "groups"
     wirtinger = True
 
     def forms_rows(self, positions: int, outputs: int, inputs: int) -> bool:

@@ -37,7 +37,14 @@ class Binding:
         self.frozen = {name: p for name, p in named.items() if not p.requires_grad}
         sharded = sharded_of(model)
         self.owners = {name: sharded.get(id(p), p) for name, p in self.parameters.items()}
+        self._derived: dict[int, Derived] = {}
         self._foreign: dict[int, Tensor] = {}  # not the model's; kept, so that no other tensor takes their ids
+
+    def derived(self) -> dict[int, Derived]:
+        """The followed parameters by id, as tensors that depend on themselves."""
+        if not self._derived:
+            self._derived = {id(p): Derived(p, frozenset((name,))) for name, p in self.parameters.items()}
+        return self._derived
 
     def _named(self) -> dict[str, Tensor]:
         model = None if self._model is None else self._model()
@@ -91,6 +98,7 @@ class Binding:
 
     def bind(self, name: str, p: Tensor) -> Tensor | None:
         """Bind a name to another parameter; returns the parameter that had the name before."""
+        self._derived = {}
         old = self.parameters.pop(name, None)
         self.frozen.pop(name, None)
         if not p.requires_grad:

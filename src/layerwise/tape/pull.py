@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -242,17 +243,15 @@ def accumulated(
     """
     found: dict[str, Tensor] = {}
 
-    def note(name: str, g: Tensor | None) -> None:
+    def note(name: str, grads: Sequence[Tensor | None]) -> None:
+        g = grads[0]
         if g is not None and not _STATE.pulling and (within is None or within.reaches(name)):
             new = tensors.lazy_copy(g.detach())
             found[name] = found[name] + new if name in found else new
 
-    def hook_for(name: str) -> Callable[[Sequence[Tensor | None]], None]:
-        return lambda grads: note(name, grads[0])
-
     def first(name: str, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         def noted(g: Tensor) -> Any:
-            note(name, g)
+            note(name, (g,))
             return hook(g)
 
         return noted
@@ -266,7 +265,7 @@ def accumulated(
     handles = []
     try:
         for name, node in nodes:
-            handles.append(node.register_prehook(hook_for(name)))
+            handles.append(node.register_prehook(partial(note, name)))
         for name, (hooks, key, hook) in zip(changed, own, strict=True):
             hooks[key] = first(name, hook)
         yield found
@@ -289,20 +288,15 @@ def hooked(
     """
     handles = []
 
-    def hook_for(use: Use) -> Callable[[Sequence[Tensor | None]], None]:
-        index = use.edge.output_nr
-
-        def hook(grads: Sequence[Tensor | None]) -> None:
-            g = grads[index]
-            if g is not None and not _STATE.pulling and (within is None or within.running):
-                receive(use, g)
-
-        return hook
+    def deliver(use: Use, grads: Sequence[Tensor | None]) -> None:
+        g = grads[use.edge.output_nr]
+        if g is not None and not _STATE.pulling and (within is None or within.running):
+            receive(use, g)
 
     _STATE.pulling = False
     try:
         for use in uses:
-            handles.append(use.edge.node.register_prehook(hook_for(use)))
+            handles.append(use.edge.node.register_prehook(partial(deliver, use)))
         yield
     finally:
         for handle in handles:

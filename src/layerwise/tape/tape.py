@@ -126,7 +126,7 @@ class Tape(LossRecord):
     def clear(self) -> None:
         """Forget everything recorded so far."""
         self._clear()
-        self._known.update({id(p): Derived(p, frozenset((name,))) for name, p in self.parameters.items()})
+        self._known.update(self._binding.derived())
         self._known.update({id(c): c for c in (*self._binding.frozen.values(), *self._constants)})
 
     def _clear(self) -> None:
@@ -299,7 +299,7 @@ class Tape(LossRecord):
         func, args, used, data, target, _ = write
         if target is not None:
             preserve(self.uses, target)
-        inputs = [edge_of(t) for t in data if t.requires_grad]
+        inputs = [edge_of(t) for t in data if t.requires_grad] or ()
         own_args, own_kwargs, used = distinct(self._known, args, kwargs, used)
         call_args, call_kwargs = kept(self._known, func, own_args, own_kwargs)
         out, result = run(func, args, kwargs, used, data)
@@ -312,17 +312,18 @@ class Tape(LossRecord):
             forget_written(self._known, result if target is None else target)
         self._known.pop(id(result), None)
         if result.requires_grad:
-            call = Call(func, call_args, call_kwargs, result.shape)
+            call = Call(func, call_args, call_kwargs, shape := result.shape)
             use = Use(self._recorded, call, used, inputs, result, batch, self._keep_outputs)
             use.made_from = origin
-            use.origin = None if data[0].requires_grad else (origin, data[0].shape)
+            rows = data[0].shape
+            use.origin = None if data[0].requires_grad else (origin, origin.shape if origin.shape == rows else rows)
             self._origins.set(result, batch, origin)
             self._recorded += 1
             self.uses.append(use)
             if self._keep_outputs:
                 note_readers(self._outputs, self.uses, *given, result)
                 self._outputs[id(result)] = Readable(use)
-            self.calls.append(result.shape)
+            self.calls.append(shape)
         if target is not None:
             self._note_data(Tensor.copy_, (target, result), {}, [result], None)
             write.back(result)

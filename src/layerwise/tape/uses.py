@@ -126,7 +126,7 @@ class Use:
         index: int,
         call: Call,
         used: list[Derived],
-        inputs: list[GradientEdge],
+        inputs: Sequence[GradientEdge],
         output: Tensor,
         batch: Tensor,
         keep: bool,
@@ -141,7 +141,7 @@ class Use:
         self.made_from: Origin | None = None
         self.edge = edge_of(output)
         self.output = weakref.ref(output)
-        self.readers: list[Reader] = []
+        self.readers: Sequence[Reader] = ()
         self._slots: list[Slot] | None = None
         self._released = False
         self._kept = (output.detach(), output._version) if keep else None
@@ -162,7 +162,10 @@ class Use:
             kept = (out.detach(), out._version) if alike else None
         carried = Carried(weakref.ref(out), edge_of(out), out.shape) if carries else None
         reader = Reader(func, args, kwargs, nodes, kept, carried, [])
-        (self if by is None else by).readers.append(reader)
+        if by is None:
+            self.readers = [*self.readers, reader]
+        else:
+            by.readers.append(reader)
         return reader
 
     @property
@@ -207,7 +210,7 @@ class Use:
         """Drop the call's arguments, which are not read any more, so that autograd's own freeing takes effect."""
         self._released, self._slots = True, None
         self.call = Call(self.call.func, (), {}, self.call.out_shape)
-        self.readers.clear()
+        self.readers = ()
 
     def __repr__(self) -> str:
         names = ", ".join(self.names[:_NAMES]) + (f" and {more} more" if (more := len(self.names) - _NAMES) > 0 else "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class SharedUse(Use):
         self.used = [d for use in members for d in use.used]
         self.names = sorted(set().union(*(use.names for use in members)))
         self.batch, self.origin, self.output = members[0].batch, None, members[0].output
-        self.readers: list[Any] = []
+        self.readers = ()
         self._kept = None
         self._released = False
         self._members, self._stops = list(members), set(stops)

@@ -88,5 +88,6 @@ def _wiring(roots: Sequence[Any], uses: Sequence[Use], passed: Iterable[Node] | 
     found: list[Any] = [(number.get(edge[0]), edge[1]) for edge in roots]
     for node in number:
         found.append(node.name())
-        found += [(number.get(edge[0]), edge[1]) for edge in children(node, below)]
+        for edge in children(node, below):
+            found += number.get(edge[0]), edge[1]
     return tuple(found)

@@ -32,8 +32,13 @@ def origins(graph: Graph) -> list[Origin]:
 def places(entered: Iterable[Origin], found: Iterable[Origin], uses: Iterable[Use]) -> tuple[Any, ...]:
     """What decides, beside the sequence of calls, where the rows of data come from: indices, masks, sizes, batches."""
     known: dict[int, int] = {}
-    batches = tuple((use.batch.shape, known.setdefault(id(use.batch), len(known))) for use in uses)
-    return batches, tuple(_values(origin, known) for origin in (*entered, *found))
+    numbers = tuple([known.setdefault(id(use.batch), len(known)) for use in uses])
+    shapes = tuple([batch.shape for batch in {id(use.batch): use.batch for use in uses}.values()])
+    of_each: dict[int, Any] = {}  # many uses read rows of one origin
+    for origin in (all_origins := (*entered, *found)):
+        if id(origin) not in of_each:
+            of_each[id(origin)] = _values(origin, known)
+    return numbers, shapes, tuple([of_each[id(origin)] for origin in all_origins])
 
 
 def _values(origin: Origin, known: dict[int, int]) -> Any:
