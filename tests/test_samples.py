@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import oracle
 import pytest
@@ -18,7 +19,7 @@ from zoo.parts import Apply, leaf
 from layerwise import errors
 from layerwise.graph.samples import sample_axes
 from layerwise.observation.observe import observe
-from layerwise.quantities import PerSampleGrad, SecondMoment
+from layerwise.quantities import PerSampleGrad, SecondMoment, SquaredNorm
 
 MEASURED = sys.modules["layerwise.graph.samples.memo"]._MEASURED
 FUNCTIONAL = sys.modules["layerwise.graph.samples.memo"]._FUNCTIONAL
@@ -174,9 +175,9 @@ class _Pulls:
         self.count = 0
         real = sample_axes._test
 
-        def counted(*args):
+        def counted(*args, **given):
             self.count += 1
-            return real(*args)
+            return real(*args, **given)
 
         monkeypatch.setattr(sample_axes, "_test", counted)
 
@@ -509,3 +510,48 @@ def test_outputs_are_not_taken_for_samples(outputs: int, kept: list[int]) -> Non
             assert samples is None and "samples=" in str(error)
             continue
         oracle.assert_close(dict(seen.per_sample_grad), oracle.per_sample_grad(params, each))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 21, 128])
+def test_of_any_two_samples_each_is_once_chosen_without_the_other(n: int) -> None:
+    chosen = torch.stack(list(sample_axes._choices(n)))
+    assert chosen.any(0).all()
+    for i in range(n):
+        for j in range(n):
+            assert i == j or bool((chosen[:, i] & ~chosen[:, j]).any()), (i, j)
+
+
+def test_a_first_pass_sends_each_set_of_samples_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, pull = [], sample_axes.pull
+
+    def counted(*args: Any) -> Any:
+        sent.append(args)
+        return pull(*args)
+
+    monkeypatch.setattr(sample_axes, "pull", counted)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(8, 3)
+    for _ in range(3):
+        with observe(model, SquaredNorm()):
+            F.cross_entropy(model(x), torch.arange(8) % 2).backward()
+    assert len(sent) == 5  # ten sets of two or three of five
+
+
+class _NaNsAway(torch.autograd.Function):
+    """The identity, whose gradient is each row's less the mean over all, without NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        g = g.nan_to_num(0.0)
+        return g - g.mean(0)
+
+
+def test_samples_that_meet_where_a_function_of_ones_own_drops_nan_are_seen() -> None:
+    model = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    with pytest.raises(errors.SamplesMixed), observe(model, SquaredNorm()):
+        z = model(x)
+        F.cross_entropy(z + _NaNsAway.apply(z), torch.arange(4) % 2).backward()

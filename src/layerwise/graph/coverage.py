@@ -25,7 +25,7 @@ from layerwise.tape.origins import Origin
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, OwnUse, Use, called_at, place
 
-__all__ = ["Graph", "known_losses", "observed_before", "prove"]
+__all__ = ["Graph", "hides", "known_losses", "observed_before", "prove"]
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class _UseWalk:
             self._note(node, node.name())
             name = leaves.name(node)
             if name is not None:
-                unseen = (n for n in self.passed if _hides(n) and any(m is node for m in nodes([(n, 0)], data)))
+                unseen = (n for n in self.passed if hides(n) and any(m is node for m in nodes([(n, 0)], data)))
                 above = (n for n in reversed(self.passed) if any(edge[0] is node for edge in children(n, data)))
                 raise UncoveredUse(_uncovered(self._tape, name, next(unseen, None) or next(above, None)))
             self.passed.append(node)
@@ -309,7 +309,7 @@ def observed_before() -> Undefined:
     )
 
 
-def _hides(node: Node) -> bool:
+def hides(node: Node) -> bool:
     """Whether a node is the backward of something whose calls cannot be seen."""
     return is_custom(node) or "DifferentiableGraph" in node.name()
 

@@ -295,7 +295,7 @@ def _spoken_for(graph: Graph, n: int) -> bool:
 def _layouts(tape: Tape, graph: Graph, n: int) -> Iterator[SampleLayout]:
     """The layouts of n samples: on axes, then row by row. Raises the refusal of the last."""
     with suppress(*_REFUSALS):
-        yield _checked(graph, by_axes(tape, graph, n)[0])
+        yield _checked(graph, by_axes(tape, graph, n).layout)
     yield from by_rows(graph, n)
 
 
@@ -324,13 +324,14 @@ def _why_not(graph: Graph, n: int, owners: Sequence[Owners]) -> str:
 
 def _on_axes(tape: Tape, graph: Graph, n: int, key: Any, memo: Memo, by_rows: bool) -> SampleLayout:
     """The samples' axes. by_rows: whether each row of what the first layers read must belong to one sample."""
-    found = recalled(memo, key)
-    if isinstance(found, KeptLayout):
-        return found.layout
-    layout, proved = by_axes(tape, graph, n)
+    kept = recalled(memo, key)
+    if isinstance(kept, KeptLayout):
+        return kept.layout
+    found = by_axes(tape, graph, n)
+    layout = found.layout
     owners = owners_of_rows(graph, layout) if by_rows else []
     if by_rows and not one_sample_a_row(graph, layout, owners):
         raise SamplesMixed(_why_not(graph, n, owners))
-    if proved and structural(graph, layout):
+    if found.for_all or (found.proved and structural(graph, layout)):
         remember(memo, key, KeptLayout(layout))
     return layout

@@ -1,21 +1,23 @@
 """The samples' axis in each use's output: measured by vector-Jacobian products, never guessed from sizes.
 
-Random cotangents are sent back from half of the samples' loss rows, then from the other half, for each bit of the
-samples' numbers, so that any two samples are separated at least once. The axis of a use's output that carries the
-samples is the one along which, in every product, only indices of the chosen samples are nonzero.
+Cotangents are sent back from the loss rows of some of the samples, then of others, so that of any two samples each is
+once sent without the other. The axis of a use's output that carries the samples is the one along which, in every
+product, only indices of the chosen samples are nonzero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations, count, islice
+from math import comb
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
-from layerwise.graph.coverage import Graph
+from layerwise.graph.coverage import Graph, hides
 from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.readings import tensor_asked
 from layerwise.graph.samples.sample_layout import SampleLayout, Where, free_axes
@@ -30,18 +32,47 @@ __all__ = [
 ]  # fmt: skip
 
 
-def by_axes(tape: Tape, graph: Graph, n: int) -> tuple[SampleLayout, bool]:
-    """The axis of n samples in every use and loss, and whether a cotangent reached every use and so proved it.
+class AxesFound(NamedTuple):
+    """The layout on axes; proved: whether a cotangent reached every use. for_all: whether that was so of NaN, too."""
+
+    layout: SampleLayout
+    proved: bool
+    for_all: bool = False
+
+
+def by_axes(tape: Tape, graph: Graph, n: int) -> AxesFound:
+    """The axis of n samples in every use and loss.
 
     Raises SamplesMixed, AmbiguousSamples, or BadInput (n fits no axis of a loss).
     """
     ways = [hypotheses(loss, n) for loss in graph.losses]
     if ways and all(len(each) == 1 for each in ways):  # then one product of all losses tells as much as one of each
-        found, culprit = _test(graph, graph.losses, [only for (only,) in ways])
+        rows = [only for (only,) in ways]
+        for_all = None if any(map(hides, graph.passed)) else _for_all_values(graph, rows)
+        if for_all is not None:
+            return for_all
+        found, culprit = _test(graph, graph.losses, rows)
         if culprit is None:
             return _merge(graph, [found], n)
     pairs = zip(graph.losses, ways, strict=True)
     return _merge(graph, [_measure_loss(tape, graph, loss, each, n) for loss, each in pairs], n)
+
+
+def _for_all_values(graph: Graph, rows: Sequence[Samples]) -> AxesFound | None:
+    """The layout from NaN cotangents alone, where every use has one axis for them; None where one has not.
+
+    A derivative of torch's own is linear with zeros where values decide, so NaN arrives wherever any number would; a
+    function of the user's own may replace it, and is asked with numbers as well.
+    """
+    try:
+        with torch.autograd.set_detect_anomaly(False):
+            found, culprit = _test(graph, graph.losses, rows, nan=True)
+    except (RuntimeError, ArithmeticError, ValueError):
+        return None  # a derivative that checks its input
+    if culprit is not None or any(len(found.axes[i]) > 1 < rows[0].n for i in found.reached):
+        return None
+    layout, proved, _ = _merge(graph, [found], rows[0].n)
+    return AxesFound(layout, proved, proved)
 
 
 class _Candidates(NamedTuple):
@@ -118,15 +149,21 @@ def _by_first_batch(graph: Graph, passed: list[_Candidates]) -> list[_Candidates
     return passed
 
 
-def _test(graph: Graph, losses: Sequence[LossUse], rows: Sequence[Samples]) -> tuple[_Candidates, Use | None]:
-    """The axes of each use that carry the samples under a hypothesis for each loss, and the first use without one."""
+def _test(
+    graph: Graph, losses: Sequence[LossUse], rows: Sequence[Samples], nan: bool = False
+) -> tuple[_Candidates, Use | None]:
+    """The axes of each use that carry the samples under a hypothesis for each loss, and the first use without one.
+
+    nan: the cotangents of the chosen samples are NaN, else random numbers.
+    """
     generator, n = torch.Generator().manual_seed(0), rows[0].n
     edges, logits = [use.edge for use in graph.uses], [loss.logits for loss in losses]
     candidates = {use.index: _axes(use, n) for use in graph.uses}
     reached: set[int] = set()
-    for chosen in _halves(n):
-        noise = [_masked_noise(loss, at, chosen, generator) for loss, at in zip(losses, rows, strict=True)]
-        for use, g in zip(graph.uses, pull(logits, noise, edges), strict=True):
+    for chosen in _choices(n):
+        pairs = zip(losses, rows, strict=True)
+        sent = [_nan(*pair, chosen) if nan else _masked_noise(*pair, chosen, generator) for pair in pairs]
+        for use, g in zip(graph.uses, pull(logits, sent, edges), strict=True):
             support = None if g is None else g != 0
             if support is None or not bool(support.any()):
                 continue
@@ -146,11 +183,8 @@ def structural(graph: Graph, layout: SampleLayout) -> bool:
     """
     edges, logits = [use.edge for use in graph.uses], [loss.logits for loss in graph.losses]
     silent = {use.index for use in graph.uses}
-    for chosen in _halves(layout.n):
-        sent = [
-            torch.zeros_like(loss.call.logits).masked_fill_(_mask(loss, rows, chosen), torch.nan)
-            for loss, rows in zip(graph.losses, layout.losses, strict=True)
-        ]
+    for chosen in _choices(layout.n):
+        sent = [_nan(loss, rows, chosen) for loss, rows in zip(graph.losses, layout.losses, strict=True)]
         try:
             with torch.autograd.set_detect_anomaly(False):
                 pulled = pull(logits, sent, edges)
@@ -169,7 +203,7 @@ def structural(graph: Graph, layout: SampleLayout) -> bool:
 def structural_below(front: Sequence[Use], uses: Sequence[Use], n: int, axes: Mapping[int, Samples]) -> bool:
     """The same of the part of the graph below some uses' outputs."""
     ends = [use.edge for use in front]
-    for chosen in _halves(n):
+    for chosen in _choices(n):
         sent = []
         for use in front:
             data = use.edge.node._input_metadata[use.edge.output_nr]
@@ -205,11 +239,16 @@ def on_axis(use: Use, where: Where) -> Where:
     return found[0] if len(found) == 1 else where
 
 
-def _halves(n: int) -> Iterator[Tensor]:
-    """Masks of half of n samples and of the others, for each bit of their numbers: any two differ in some bit."""
-    for bit in range(max(n - 1, 1).bit_length()):
-        half = (torch.arange(n) >> bit & 1).bool()
-        yield from (half, ~half)
+def _choices(n: int) -> Iterator[Tensor]:
+    """Masks of some of n samples, so that for any two there is one of the first alone, and one of the other alone.
+
+    Each sample has a code of as many masks as any other, and no two the same: of no fewer masks is that so.
+    Source: Sperner (1928), "Ein Satz über Untermengen einer endlichen Menge".
+    """
+    masks = next(t for t in count(1) if comb(t, (t + 1) // 2) >= n)
+    codes = list(islice(combinations(range(masks), (masks + 1) // 2), n))
+    for mask in range(masks):
+        yield torch.tensor([mask in code for code in codes], dtype=torch.bool)
 
 
 def _axes(use: Use, n: int) -> list[Samples]:
@@ -226,6 +265,11 @@ def _masked_noise(loss: LossUse, rows: Samples, chosen: Tensor, generator: torch
     logits = loss.call.logits
     noise = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits)
     return noise * _mask(loss, rows, chosen)
+
+
+def _nan(loss: LossUse, rows: Where, chosen: Tensor) -> Tensor:
+    """NaN at the chosen samples' logits, zero elsewhere."""
+    return torch.zeros_like(loss.call.logits).masked_fill_(_mask(loss, rows, chosen), torch.nan)
 
 
 def _mask(loss: LossUse, rows: Where, chosen: Tensor) -> Tensor:
@@ -245,8 +289,8 @@ def _follows(support: Tensor, s: Where, chosen: Tensor) -> bool:
     return not bool((per_sample & ~chosen).any())
 
 
-def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLayout, bool]:
-    """The samples' axes common to all losses, and whether a cotangent reached every use and so proved them."""
+def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> AxesFound:
+    """The samples' axes common to all losses."""
     uses: dict[int, Where] = {}
     proved = True
     for use in graph.uses:
@@ -265,7 +309,7 @@ def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> tuple[SampleLa
             )
         proved &= reached  # where no cotangent arrives the gradient is zero, wherever the samples lie
         uses[use.index] = common[0]
-    return SampleLayout(n, uses, [rows for f in found for rows in f.rows]), proved
+    return AxesFound(SampleLayout(n, uses, [rows for f in found for rows in f.rows]), proved)
 
 
 def mixed_text(tape: Tape, use: Use, n: int, where: str, tensor: str) -> str:
