@@ -32,7 +32,7 @@ Loss = Callable[[], Tensor]
 Row = tuple[str, str, float]  # the net, what is computed, plain steps
 
 
-def _plain(model: nn.Module, loss: Loss) -> Callable[[], object]:
+def plain_step(model: nn.Module, loss: Loss) -> Callable[[], object]:
     def step() -> None:
         model.zero_grad()
         loss().backward()
@@ -40,7 +40,9 @@ def _plain(model: nn.Module, loss: Loss) -> Callable[[], object]:
     return step
 
 
-def _observed(model: nn.Module, loss: Loss, make: Callable[[], list[lw.Quantity]], grad: str) -> Callable[[], object]:
+def observed_step(
+    model: nn.Module, loss: Loss, make: Callable[[], list[lw.Quantity]], grad: str
+) -> Callable[[], object]:
     def step() -> object:
         model.zero_grad()
         with lw.observe(model, *make(), grad=grad) as seen:
@@ -64,16 +66,16 @@ def _in_plain_steps(runs: dict[str, Callable[[], object]], repeats: int) -> dict
 def net(name: str, repeats: int) -> Iterator[Row]:
     """The quantities of one of the nets, with autograd's gradients and with sums of rows."""
     model, loss = _net(name)
-    runs = {"plain": _plain(model, loss)}
+    runs = {"plain": plain_step(model, loss)}
     for what, make in QUANTITIES.items():
-        runs[what] = _observed(model, loss, make, "autograd")
+        runs[what] = observed_step(model, loss, make, "autograd")
         if make():
-            runs[f"{what}, rows"] = _observed(model, loss, make, "rows")
+            runs[f"{what}, rows"] = observed_step(model, loss, make, "rows")
     for what, ratio in _in_plain_steps(runs, repeats).items():
         yield name, what, ratio
 
 
-class _Many(nn.Module):
+class Many(nn.Module):
     """Many small parameters, each used once."""
 
     def __init__(self, count: int) -> None:
@@ -87,12 +89,12 @@ class _Many(nn.Module):
 def parameters(repeats: int, count: int = 5000) -> Iterator[Row]:
     """Norms of a list of small parameters."""
     torch.manual_seed(0)
-    model, x, y = _Many(count), torch.randn(8, 16), torch.randn(8, count)
+    model, x, y = Many(count), torch.randn(8, 16), torch.randn(8, count)
 
     def loss() -> Tensor:
         return F.mse_loss(model(x), y)
 
-    runs = {"plain": _plain(model, loss), "norms": _observed(model, loss, QUANTITIES["norms"], "autograd")}
+    runs = {"plain": plain_step(model, loss), "norms": observed_step(model, loss, QUANTITIES["norms"], "autograd")}
     for what, ratio in _in_plain_steps(runs, min(repeats, 5)).items():
         yield f"{count} parameters", what, ratio
 
@@ -101,7 +103,7 @@ def sketch(repeats: int) -> Iterator[Row]:
     """Projections of the per-sample gradients of the GPT."""
     model, loss = _net("gpt")
     made = lw.Sketch(4096)
-    runs = {"plain": _plain(model, loss), "Sketch(4096)": _observed(model, loss, lambda: [made], "autograd")}
+    runs = {"plain": plain_step(model, loss), "Sketch(4096)": observed_step(model, loss, lambda: [made], "autograd")}
     for what, ratio in _in_plain_steps(runs, repeats).items():
         yield "gpt", what, ratio
 
@@ -132,10 +134,10 @@ def gpt2(repeats: int) -> Iterator[Row]:
     def loss() -> Tensor:
         return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
-    plain, runs = _plain(model, loss), dict[str, Callable[[], object]]()
+    plain, runs = plain_step(model, loss), dict[str, Callable[[], object]]()
     plain()
     for what in ("norms", "second moment"):
-        runs[what] = _observed(model, loss, QUANTITIES[what], "autograd")
+        runs[what] = observed_step(model, loss, QUANTITIES[what], "autograd")
     start = time.process_time()
     plain()
     between = time.process_time()

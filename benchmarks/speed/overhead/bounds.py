@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["multiply_adds", "results", "text", "writing"]
+__all__ = ["multiply_adds", "multiply_adds_of", "results", "text", "writing"]
 
 FILLS = 3
 
@@ -25,14 +25,20 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket is torch.ops.aten.addbmm:  # torch knows no count of it
-            _, left, right = args
-            self.total += left.numel() * right.shape[2]
-        elif func._overloadpacket is torch.ops.aten.convolution_backward:  # torch's count is wrong with groups
-            self.total += _convolution_backward(*args)
-        elif func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) // 2
+        self.total += multiply_adds_of(func, args, kwargs or {}, out)
         return out
+
+
+def multiply_adds_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Of one call, which a dispatch mode sees: a matrix product or a convolution."""
+    if func._overloadpacket is torch.ops.aten.addbmm:  # torch knows no count of it
+        _, left, right = args
+        return int(left.numel() * right.shape[2])
+    if func._overloadpacket is torch.ops.aten.convolution_backward:  # torch's count is wrong with groups
+        return _convolution_backward(*args)
+    if func._overloadpacket in flop_registry:
+        return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out) // 2)
+    return 0
 
 
 def _convolution_backward(g: Tensor, x: Tensor, w: Tensor, *options: Any) -> int:

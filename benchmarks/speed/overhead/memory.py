@@ -16,10 +16,11 @@ import multiprocessing
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["METHOD", "available", "peaks"]
+__all__ = ["METHOD", "available", "peak", "peaks"]
 
 METHOD = (
     "VmHWM of the second step (reset by /proc/self/clear_refs) less VmRSS before the first, in a forked process that "
@@ -41,31 +42,47 @@ def available() -> bool:
 
 def peaks(net: str, quantity: str, names: Sequence[str]) -> dict[str, float]:
     """Bytes above idle by contender, and of the plain gradient; those that fail are left out."""
+    each = {name: partial(_program, net, quantity, name) for name in ("plain", *names)}
+    found = {name: peak(make, repeats=2) for name, make in each.items()}
+    return {name: bytes for name, bytes in found.items() if bytes is not None}
+
+
+def _program(net: str, quantity: str, name: str, small: bool) -> Callable[[], object]:
+    from .measure import program_of
+
+    return program_of(net, quantity, name, batch=2) if small else program_of(net, quantity, name)
+
+
+def peak(make: Callable[[bool], Callable[[], object]], repeats: int, limit: float = _LIMIT) -> float | None:
+    """Bytes above idle of the last of some runs; None where it fails, or takes more seconds than the limit.
+
+    make: a function that can be pickled; makes a small problem that loads what is loaded late, or the problem.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.speed.overhead.measure"])
-    found: dict[str, float] = {}
-    for name in ("plain", *names):
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_probe, args=(net, quantity, name, there))
-        process.start()
-        there.close()
-        if here.poll(_LIMIT):
-            with suppress(EOFError):  # it was killed, or its library failed
-                found[name] = here.recv()
-        process.kill()
-        process.join()
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_probe, args=(make, repeats, there))
+    process.start()
+    there.close()
+    found: float | None = None
+    if here.poll(limit):
+        with suppress(EOFError):  # it was killed, or its library failed
+            found = here.recv()
+    process.kill()
+    process.join()
     return found
 
 
-def _probe(net: str, quantity: str, name: str, answer: Any) -> None:
-    from .measure import program_of, quiet
+def _probe(make: Callable[[bool], Callable[[], object]], repeats: int, answer: Any) -> None:
+    from .measure import quiet
 
     quiet()
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED)
-    _free_after(program_of(net, quantity, name, batch=2))
-    run = program_of(net, quantity, name)
+    _free_after(make(True))
+    run = make(False)
     idle = _read("VmRSS")
-    _free_after(run)
+    for _ in range(repeats - 1):
+        _free_after(run)
     _CLEAR.write_text("5", encoding="ascii")
     kept = run()
     answer.send(_read("VmHWM") - idle)

@@ -32,6 +32,7 @@ __all__ = [
 DOT_CHUNKS = 8  # pairwise dots need all samples at once: wider chunks keep the products efficient
 PANELS = 4  # a symmetric matrix product in this many row panels does 5/8 of the work
 PANELS_FROM = 256  # below this size the panels cost more than they save
+PANELS_ROWS = 64  # with fewer rows to sum, mirroring a panel costs more than its product
 
 
 # --- the per-sample gradient ----------------------------------------------------------------------
@@ -342,8 +343,8 @@ def output_gram(g: Tensor) -> Tensor:
 # --- shared forms ---------------------------------------------------------------------------------
 
 
-def _sum_product(g: Tensor, a: Tensor) -> Tensor:
-    """sum_{n,t} g[n,t,k,o] a[n,t,k,i], as `[K,O,I]`, without a transposed copy where there is a way."""
+def _sum_product(g: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
+    """sum_{n,t} g[n,t,k,o] a[n,t,k,i], as `[K,O,I]`, without a transposed copy where there is a way; out: of K = 1."""
     n, t, k, i = a.shape
     o = g.shape[-1]
     if o == i == 1:
@@ -355,10 +356,10 @@ def _sum_product(g: Tensor, a: Tensor) -> Tensor:
         return result
     if k > 1:
         return g.flatten(0, 1).permute(1, 2, 0) @ a.flatten(0, 1).transpose(0, 1)
-    g, a = g[:, :, 0], a[:, :, 0]
+    g, a, into = g[:, :, 0], a[:, :, 0], None if out is None else out[0]
     if t >= 16 and g.device.type == "cpu" and not (_merges(g) and _merges(a)):
-        return torch.addbmm(g.new_zeros(o, i), g.mT, a)[None]
-    return (g.flatten(0, 1).T @ a.flatten(0, 1))[None]
+        return (g.new_zeros(o, i) if into is None else into.zero_()).addbmm_(g.mT, a)[None]
+    return torch.mm(g.flatten(0, 1).T, a.flatten(0, 1), out=into)[None]
 
 
 def _merges(x: Tensor) -> bool:
@@ -368,14 +369,14 @@ def _merges(x: Tensor) -> bool:
 
 def _gram(x: Tensor) -> Tensor:
     """sum_{n,t} x[n,t,k,i] x[n,t,k,j] as `[K,I,I]`: above and on the diagonal panels, then mirrored."""
-    k, i = x.shape[2:]
-    if k > 1 or i < PANELS_FROM:
+    n, t, k, i = x.shape
+    if k > 1 or i < PANELS_FROM or n * t < PANELS_ROWS:
         return _sum_product(x, x)
     result = x.new_empty(1, i, i)
     step = -(-i // PANELS)
     for low in range(0, i, step):
         high = min(i, low + step)
-        result[:, low:high, low:] = _sum_product(x[..., low:high], x[..., low:])
+        _sum_product(x[..., low:high], x[..., low:], result[:, low:high, low:])
         result[:, high:, low:high] = result[:, low:high, high:].mT
     return result
 
