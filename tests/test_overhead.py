@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.speed.overhead import __main__ as command
-from benchmarks.speed.overhead import bounds, contenders, measure, memory, report
+from benchmarks.speed.overhead import bounds, contenders, measure, memory, report, taken_apart
 from benchmarks.speed.overhead.contenders import Program
 from benchmarks.speed.overhead.nets import NETS, Net
 from benchmarks.speed.overhead.quantities import QUANTITIES
@@ -155,3 +155,23 @@ def test_multiply_adds_of_a_convolution(options: dict[str, int]) -> None:
     count = y.numel() * w[0].numel()
     assert bounds.multiply_adds(lambda: F.conv2d(x, w, **options)) == count
     assert bounds.multiply_adds(lambda: torch.autograd.grad(y, [x, w], torch.ones_like(y))) == 2 * count
+
+
+def test_a_step_taken_apart_is_its_calls() -> None:
+    a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.eye(6)
+
+    def run() -> None:
+        (a @ b).add_(1)
+        torch.cholesky_inverse(torch.linalg.cholesky(c))
+
+    found = taken_apart.taken_apart(run)
+    products, factors = found["products"], found["Cholesky factors, inverses"]
+    assert (products.calls, products.multiply_adds, products.bytes) == (1, 3 * 4 * 5, 4 * (3 * 4 + 4 * 5 + 3 * 5))
+    assert (factors.calls, factors.multiply_adds) == (2, 6**3 // 6 + 6**3 // 3)
+    assert found["all"].calls == sum(cost.calls for kind, cost in found.items() if kind != "all") >= 4
+
+
+def test_the_objects_that_a_run_makes_are_counted() -> None:
+    made: list[list[int]] = []
+    assert 7000 <= taken_apart.tracked(lambda: made.extend([i] for i in range(7700))) <= 8400
+    assert taken_apart.tracked(lambda: None) == 0

@@ -33,7 +33,7 @@ from benchmarks.speed.larger import QUANTITIES, Many, observed_step, plain_step
 from benchmarks.speed.overhead.bounds import multiply_adds_of
 from benchmarks.speed.overhead.nets import NETS
 
-__all__ = ["Cost", "taken_apart"]
+__all__ = ["Cost", "taken_apart", "tracked"]
 
 _KINDS = {
     "convolution": "convolutions", "convolution_backward": "convolutions",
@@ -184,12 +184,12 @@ def parameters(count: int = 1000) -> Iterator[list[object]]:
             run()
         with cProfile.Profile() as profile:
             run()
-        made = _tracked(run)
+        made = tracked(run)
         calls = pstats.Stats(profile).total_calls, taken_apart(run)["all"].calls, made  # type: ignore[attr-defined]
         yield [what, *[f"{number / count:.1f}" for number in calls]]
 
 
-def _tracked(run: Callable[[], object]) -> int:
+def tracked(run: Callable[[], object]) -> int:
     """Objects that Python's collector was told of, less those that were gone before it ran, in collections of 700."""
     gc.collect()
     ran = 0

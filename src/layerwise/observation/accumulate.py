@@ -125,17 +125,19 @@ def _in_two_passes(
     own = [getattr(q.cotangent, "generator", None) for q in before]
     random = RandomState(_devices(), ("torch",), [g for g in own if g is not None])
     earlier = run(before, False)
-    made = iter([earlier.result(i) for i in range(len(before))])
-    seconds = [q if first is None else q.second_pass(next(made)) for q, first in zip(quantities, firsts, strict=True)]
+    made = [earlier.result(i) for i in range(len(before))][::-1]
+    count, old = earlier.count, earlier.batch.samples
+    del earlier  # what the results were made from: factors are as large as their eigenvectors
+    seconds = [q if first is None else q.second_pass(made.pop()) for q, first in zip(quantities, firsts, strict=True)]
     for second, first in zip(seconds, firsts, strict=True):
         if first is not None:
             second.broadcast(ranks)
     random.put_back()
     results = run(seconds, True)
-    old, new = earlier.batch.samples, results.batch.samples
-    if (results.count, new) != (earlier.count, old):
+    new = results.batch.samples
+    if (results.count, new) != (count, old):
         raise BadInput(
-            f"the loader gave {earlier.count} batches of {old} samples, then {results.count} of "
+            f"the loader gave {count} batches of {old} samples, then {results.count} of "
             f"{new}: the second pass must see the batches of the first"
         )
     results.asked = tuple(quantities)

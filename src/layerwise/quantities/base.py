@@ -118,7 +118,7 @@ class Quantity:
         return None
 
     def second_pass(self, result: Any) -> Quantity:
-        """The quantity of the second pass over the data, from the result of `first_pass` over all data."""
+        """The quantity of the second pass over the data, from the result of `first_pass` over all data, its own now."""
         raise NotImplementedError
 
     def second_values(self, values: Mapping[str, tuple[Any, ...]], second: Quantity) -> dict[str, tuple[Any, ...]]:

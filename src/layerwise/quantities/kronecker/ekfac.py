@@ -148,8 +148,13 @@ class EKFAC(KroneckerFactors):
         return Basis(self.cotangent, self.rows) if self.basis is None else None
 
     def second_pass(self, result: Kronecker) -> EKFAC:
-        """EKFAC in the eigenbasis of the given factors."""
-        return EKFAC(self.draws, self.generator, result, self.rows)
+        """EKFAC in the eigenbasis of the given factors, each let go for its eigenvectors: `result` is left empty."""
+        blocks: dict[str, EigenBlock] = {}
+        for name in list(result.blocks):
+            found = result.blocks.pop(name).eigh(name)
+            unread = found.spectrum.new_zeros(()).expand(found.spectrum.shape)  # the pass has eigenvalues of its own
+            blocks[name] = replace(found, spectrum=unread)
+        return EKFAC(self.draws, self.generator, EigenKronecker(blocks), self.rows)
 
     def second_values(self, values: Mapping[str, tuple[Any, ...]], second: Quantity) -> dict[str, tuple[Any, ...]]:
         """The second moments of the stored rows in the eigenbasis of `second`."""
