@@ -149,6 +149,8 @@ def norms(repeats: int) -> Iterator[Found]:
     model = resnet18()
     loss = _loss(model, *_images())
     plain = plain_step(model, loss)
+    for _ in range(repeats):
+        yield "plain step", taken_apart(plain), taken_apart(plain)["all"]
     for grad in ("autograd", "rows"):
         observed = observed_step(model, loss, QUANTITIES["norms"], grad)
         for _ in range(3):
