@@ -48,9 +48,9 @@ def by_axes(tape: Tape, graph: Graph, n: int) -> AxesFound:
     ways = [hypotheses(loss, n) for loss in graph.losses]
     if ways and all(len(each) == 1 for each in ways):  # then one product of all losses tells as much as one of each
         rows = [only for (only,) in ways]
-        for_all = None if any(map(hides, graph.passed)) else _for_all_values(graph, rows)
+        for_all = _for_all_values(graph, graph.losses, rows)
         if for_all is not None:
-            return for_all
+            return _merge(graph, [for_all], n)
         found, culprit = _test(graph, graph.losses, rows)
         if culprit is None:
             return _merge(graph, [found], n)
@@ -58,29 +58,34 @@ def by_axes(tape: Tape, graph: Graph, n: int) -> AxesFound:
     return _merge(graph, [_measure_loss(tape, graph, loss, each, n) for loss, each in pairs], n)
 
 
-def _for_all_values(graph: Graph, rows: Sequence[Samples]) -> AxesFound | None:
-    """The layout from NaN cotangents alone, where every use has one axis for them; None where one has not.
+def _for_all_values(graph: Graph, losses: Sequence[LossUse], rows: Sequence[Samples]) -> _Candidates | None:
+    """The axes from NaN cotangents alone, where every use has one for them; None where one has not.
 
     A derivative of torch's own is linear with zeros where values decide, so NaN arrives wherever any number would; a
     function of the user's own may replace it, and is asked with numbers as well.
     """
+    if any(map(hides, graph.passed)):
+        return None
     try:
         with torch.autograd.set_detect_anomaly(False):
-            found, culprit = _test(graph, graph.losses, rows, nan=True)
+            found, culprit = _test(graph, losses, rows, nan=True)
     except (RuntimeError, ArithmeticError, ValueError):
         return None  # a derivative that checks its input
     if culprit is not None or any(len(found.axes[i]) > 1 < rows[0].n for i in found.reached):
         return None
-    layout, proved, _ = _merge(graph, [found], rows[0].n)
-    return AxesFound(layout, proved, proved)
+    return found._replace(for_all=True)
 
 
 class _Candidates(NamedTuple):
-    """Hypotheses on the samples' axes of losses, the axes left for each use, and the uses reached by a cotangent."""
+    """Hypotheses on the samples' axes of losses, the axes left for each use, and the uses reached by a cotangent.
+
+    for_all: whether the cotangents were NaN, which tell what holds for all values.
+    """
 
     rows: Sequence[Samples]
     axes: dict[int, list[Samples]]
     reached: set[int]
+    for_all: bool = False
 
 
 # -- hypotheses ---------------------------------------------------------------------------------------
@@ -115,6 +120,11 @@ def _measure_loss(tape: Tape, graph: Graph, loss: LossUse, ways: Sequence[Sample
     passed: list[_Candidates] = []
     failed: Use | None = None
     for hypothesis in ways:
+        # NaN for one way that holds; numbers for the others, which values may allow
+        for_all = None if passed else _for_all_values(graph, [loss], [hypothesis])
+        if for_all is not None:
+            passed.append(for_all)
+            continue
         found, culprit = _test(graph, [loss], [hypothesis])
         if culprit is None:
             passed.append(found)
@@ -309,7 +319,8 @@ def _merge(graph: Graph, found: Sequence[_Candidates], n: int) -> AxesFound:
             )
         proved &= reached  # where no cotangent arrives the gradient is zero, wherever the samples lie
         uses[use.index] = common[0]
-    return AxesFound(SampleLayout(n, uses, [rows for f in found for rows in f.rows]), proved)
+    layout = SampleLayout(n, uses, [rows for f in found for rows in f.rows])
+    return AxesFound(layout, proved, proved and all(f.for_all for f in found))
 
 
 def mixed_text(tape: Tape, use: Use, n: int, where: str, tensor: str) -> str:
