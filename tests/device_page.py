@@ -126,9 +126,13 @@ def test_steps_of_kfac_between_its_periods() -> None:
 
 
 def test_steps_in_the_periods_of_kfac() -> None:
-    measures, inverts = (stepped(6, lw.optim.KFAC, steps).synchronisations for steps in (6, 5))
-    assert stepped(3, lw.optim.KFAC, 5).synchronisations == inverts
-    says(f"that measures factors; and inverts them | {measures}; {inverts}, whatever the number of blocks |")
+    rows = {rows: {stepped(layers, partial(lw.optim.KFAC, rows=rows), steps).synchronisations  # type: ignore[arg-type]
+                   for layers, steps in ((6, 6), (6, 5), (3, 5))} for rows in ("real", "all")}  # fmt: skip
+    (real,), (every,) = rows["real"], rows["all"]
+    says(f'that measures factors, or inverts them | {real}, whatever the number of blocks; {every} with `rows="all"` |')
+    kinds: tuple[Any, ...] = ("foof", "ekfac")
+    foof, ekfac = (stepped(3, partial(lw.optim.KFAC, curvature=Curvature(kind)), 5).synchronisations for kind in kinds)
+    says(f"a chain of three layers waits {foof} times in FOOF's, {ekfac} in EKFAC's")
     says(f"the step that inverts a chain of three layers takes {stepped(3, lw.optim.KFAC, 5).launches} launches")
 
 
