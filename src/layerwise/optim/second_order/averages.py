@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.operators.diagonal import reciprocal
-from layerwise.operators.factor_pairs import bound_of_entries, inverted_pairs
+from layerwise.operators.factor_pairs import bound_of_entries, inverted_inputs, inverted_pairs
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
 from layerwise.operators.low_rank import LOW_RANK_FROM, ThinInverse
 from layerwise.operators.ridge import inverse
@@ -219,8 +219,9 @@ class Asked(NamedTuple):
 def invert_together(asked: Mapping[str, Asked], verdict: Verdict | None = None) -> dict[str, Inverse]:
     """What `invert` gives at its first attempt, by name: in few launches and one wait; without those where it fails.
 
-    Factors of equal shape are inverted as one batch, by Cholesky. Blocks with another form than a pair of factors, and
-    factors that are large enough to have a root of low rank, are left to `invert`, as are diagonals where that waits.
+    Factors of equal shape are inverted as one batch, by Cholesky. Blocks without factors, or to be inverted in their
+    eigenbasis, and factors that are large enough to have a root of low rank, are left to `invert`, as are diagonals
+    where that waits.
     verdict: takes the wait; it raises WrongAssumption where one fails, and none is without then.
     """
     alike: dict[Any, list[str]] = {}
@@ -235,7 +236,11 @@ def invert_together(asked: Mapping[str, Asked], verdict: Verdict | None = None) 
         names = sorted(some, key=lambda name: asked[name].block.size)
         blocks = [asked[name].block for name in names]
         pairs = [(block.input_factor, block.B) for block in blocks if isinstance(block, KroneckerBlock)]
-        inverses, bounds = inverted_pairs(pairs, damping, balanced=form == "pi")
+        if form == "input":
+            found_in, bounds = inverted_inputs([a for a, _ in pairs], damping)
+            inverses = [(a, b) for a, (_, b) in zip(found_in, pairs, strict=True)]
+        else:
+            inverses, bounds = inverted_pairs(pairs, damping, balanced=form == "pi")
         sizes += [bound * damping for bound in bounds]
         for name, block, (a, b) in zip(names, blocks, inverses, strict=True):
             found[name] = Inverse(with_fields(block, {"A": a, "B": b}))
@@ -263,8 +268,8 @@ def _judge_sizes(found: list[float]) -> None:
 
 
 def _is_small_pair(block: Block, damping: float, form: str) -> bool:
-    factored = isinstance(block, KroneckerBlock) and form in ("pi", "factored") and 0 not in block.size
-    return factored and max(block.size[1:]) < LOW_RANK_FROM
+    factored = isinstance(block, KroneckerBlock) and form in ("pi", "factored", "input") and 0 not in block.size
+    return factored and max(block.size[1 + (form == "input") :]) < LOW_RANK_FROM
 
 
 def _inverted(name: str, block: Block, damping: float, form: str) -> Block | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.operators.kronecker import EigenBlock
-from layerwise.operators.products_together import products_together
+from layerwise.operators.products_together import products_together, side_by_side
 from layerwise.optim.saved_state import is_count, non_finite, unlike
 from layerwise.optim.second_order.averages import (
     Asked,
@@ -111,7 +111,11 @@ class Blocks:
             verdict.read()
         for name in (name for name in asked if name in rest):
             made[name] = invert(name, *asked[name], inverses.get(name))
-        return replace(self, averages=averages, inverses=inverses | exchange.inverses(wanted, made, inverses))
+        inverses |= exchange.inverses(wanted, made, inverses)
+        if asked:
+            laid = side_by_side({name: its.block for name, its in inverses.items() if its.block is not None})
+            inverses |= {name: inverses[name]._replace(block=block) for name, block in laid.items()}
+        return replace(self, averages=averages, inverses=inverses)
 
     @without_grad
     def precondition(self, grads: Mapping[str, Tensor], exchange: RankExchange) -> dict[str, Tensor]:
@@ -223,7 +227,9 @@ def _eigenbases(
     """As of the ranks; the host waits for each, so the verdict on what they are made of is read before."""
     if blocks and verdict is not None:
         verdict.read()
-    return exchange.eigenbases(blocks)
+    found = exchange.eigenbases(blocks)
+    laid = side_by_side({name: basis for name, basis in found.items() if basis is not None})
+    return {name: laid.get(name) for name in found}
 
 
 def _in(measured: Measured, basis: EigenBlock) -> Tensor:
