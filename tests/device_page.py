@@ -139,7 +139,8 @@ def test_other_steps() -> None:
     for name in ("DiagNewton", "LocoProp", "AltMin", "AltMin sweep", "AltMin memory", "LocoProp memory"):
         assert stepped(3, OPTIMIZERS[name]).synchronisations == 1
     says('a step of `AltMin`, also with `codes="sweep"`, of `AltMin(weights="memory")` and of `LocoProp(solver=Mem')
-    says("a step of `DiagNewton` between its periods, of `LocoProp` | 1 |")
+    assert {stepped(3, lw.optim.DiagNewton, steps).synchronisations for steps in (5, 6)} == {1}
+    says("a step of `DiagNewton`, whether it measures or not, of `LocoProp` | 1 |")
 
 
 @pytest.mark.parametrize("layers", [3, 8])
