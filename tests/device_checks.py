@@ -602,6 +602,26 @@ def test_a_bad_batch_in_the_periods_of_kfac_is_skipped(bad: str, kind: Any) -> N
     assert_same(good, there, DEVICE)
 
 
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_batch_of_a_preconditioner_is_skipped(bad: str) -> None:
+    """As on the CPU: no gradient is left, and no factor changes."""
+    states = []
+    for device in ("cpu", DEVICE):
+        run = Run(device)
+        schedule = lw.optim.Schedule(factors=1, inverses=2)
+        preconditioner = lw.optim.Preconditioner(run.model, schedule=schedule)
+        taken = []
+        for closure in (BAD[bad], Run.loss, BAD[bad], Run.loss, BAD[bad]):
+            run.model.zero_grad()
+            with preconditioner.watch():
+                closure(run).backward()
+            taken.append(preconditioner.step())
+            assert taken[-1] or all(p.grad is None for p in run.model.parameters())
+        assert taken == [False, True, False, True, False] and preconditioner.skipped == 3
+        states.append(preconditioner.state_dict()["blocks"])
+    assert_same(*states, DEVICE)
+
+
 @pytest.mark.parametrize("kind", ["kfac", "foof"])
 def test_a_block_that_cholesky_does_not_invert_is_tried_by_itself(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is made again, as on the CPU, and waits for that block."""

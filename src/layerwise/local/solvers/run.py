@@ -102,9 +102,9 @@ def solve_together(tasks: Sequence[Task], workspaces: Sequence[Workspace]) -> No
                 TFRMSProp.together(moves)
             left = [run for run, _ in found]
     finally:
-        TFRMSProp.settle(list(moved.values()))
         for run in under_way:  # an error of one: rates and `.grad`s of all are put back
             run.close()  # type: ignore[attr-defined]
+        TFRMSProp.settle(list(moved.values()))
     for batch in batches:
         batch.finish()
     for task, steps in together:
