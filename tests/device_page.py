@@ -117,18 +117,21 @@ def test_steps_of_kfac_between_its_periods() -> None:
     for kind in ("foof", "ekfac"):
         make = partial(lw.optim.KFAC, curvature=Curvature(kind))  # type: ignore[arg-type]
         others[kind] = (launches(make, 3)[0] - launches(make, 1)[0]) / (b - a)
-    foof, ekfac = others["foof"], int(others["ekfac"])
+    foof, ekfac = others["foof"], others["ekfac"]
     says(
-        f"| 1 | {few - a * each}, and {each} for each shape of blocks (FOOF {foof:.0f}, EKFAC {ekfac} or {ekfac + 1}), "
-        "whatever their number |"
+        f"| 1 | {few - a * each}, and {each} for each shape of blocks (FOOF {foof:g}, EKFAC {ekfac:g}), whatever their"
     )
     assert stepped(3, lw.optim.KFAC).synchronisations == 1
 
 
 def test_steps_in_the_periods_of_kfac() -> None:
-    measures, inverts = (stepped(6, lw.optim.KFAC, steps).synchronisations for steps in (6, 5))
-    assert stepped(3, lw.optim.KFAC, 5).synchronisations == inverts
-    says(f"that measures factors; and inverts them | {measures}; {inverts}, whatever the number of blocks |")
+    rows = {rows: {stepped(layers, partial(lw.optim.KFAC, rows=rows), steps).synchronisations  # type: ignore[arg-type]
+                   for layers, steps in ((6, 6), (6, 5), (3, 5))} for rows in ("real", "all")}  # fmt: skip
+    (real,), (every,) = rows["real"], rows["all"]
+    says(f'that measures factors, or inverts them | {real}, whatever the number of blocks; {every} with `rows="all"` |')
+    kinds: tuple[Any, ...] = ("foof", "ekfac")
+    foof, ekfac = (stepped(3, partial(lw.optim.KFAC, curvature=Curvature(kind)), 5).synchronisations for kind in kinds)
+    says(f"a chain of three layers waits {foof} times in FOOF, and {ekfac} in EKFAC")
     says(f"the step that inverts a chain of three layers takes {stepped(3, lw.optim.KFAC, 5).launches} launches")
 
 
@@ -136,13 +139,16 @@ def test_other_steps() -> None:
     for name in ("DiagNewton", "LocoProp", "AltMin", "AltMin sweep", "AltMin memory", "LocoProp memory"):
         assert stepped(3, OPTIMIZERS[name]).synchronisations == 1
     says('a step of `AltMin`, also with `codes="sweep"`, of `AltMin(weights="memory")` and of `LocoProp(solver=Mem')
-    says("a step of `DiagNewton` between its periods, of `LocoProp` | 1 |")
+    assert {stepped(3, lw.optim.DiagNewton, steps).synchronisations for steps in (5, 6)} == {1}
+    says("a step of `DiagNewton`, whether it measures or not, of `LocoProp` | 1 |")
 
 
 @pytest.mark.parametrize("layers", [3, 8])
 def test_local_steps(layers: int) -> None:
     ten, twenty = (stepped(layers, lambda m, n=n: lw.LocoProp(m, steps=n), 3).launches for n in (10, 20))  # type: ignore[misc]
     says(f"at each local step: {(twenty - ten) / 10:.0f} for a chain of equal width")
+    one, two = (stepped(1, lambda m, n=n: lw.LocoProp(m, steps=n), 3).launches for n in (10, 20))  # type: ignore[misc]
+    says(f"So a chain of one shape takes {(two - one) / 10:.0f} at each local step")
 
 
 def test_deferred_steps() -> None:

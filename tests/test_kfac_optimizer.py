@@ -23,7 +23,7 @@ import layerwise as lw
 from layerwise.errors import BadInput, NonFinite
 from layerwise.operators.kronecker import KroneckerBlock
 from layerwise.optim.second_order.averages import Average, average, invert, load, merge, save
-from layerwise.optim.second_order.preconditioner import is_due
+from layerwise.optim.second_order.settings import is_due
 from layerwise.replay.state import seed_of
 from layerwise.rows.layout import MatrixLayout
 from layerwise.tape.tape import Tape

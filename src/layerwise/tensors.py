@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "HALF", "Verdict", "all_finite", "as_real", "dense", "empty", "forked_random", "free_memory", "is_finite",
-    "largest_entries", "lazy_copy", "norms", "one_on",
-    "random_states_of", "set_random_states", "squared", "together_finite", "wide_type", "widened", "without_grad",
-    "write_where",
+    "HALF", "Verdict", "WrongAssumption", "all_finite", "as_real", "dense", "empty", "forked_random", "free_memory",
+    "is_finite", "largest_entries", "lazy_copy", "norms", "one_on", "random_states_of", "set_random_states",
+    "squared", "together_finite", "wide_type", "widened", "without_grad", "write_where",
 ]  # fmt: skip
 
 
@@ -121,6 +120,10 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         norms_of = torch._foreach_norm([tensors[i] for i in places], 2, wide_type(dtype))
         found |= zip(places, norms_of, strict=True)
     return [found[i] for i in range(len(tensors))]
+
+
+class WrongAssumption(Exception):
+    """What a step has assumed is not so: it is to be computed again, with what is read."""
 
 
 class _Question(NamedTuple):

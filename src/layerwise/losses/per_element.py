@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -195,7 +196,9 @@ def _poisson_nll(name: str, z: Tensor, y: Tensor, options: Mapping[str, Any]) ->
     rate = z.exp()
 
     def score(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-        return rate - torch.poisson(rate.expand(shape), generator=generator)
+        # an accelerator, which tells infinity and NaN later, does not go on with either
+        usable = rate if rate.device.type == "cpu" else rate.where(rate < math.inf, 0)
+        return rate - torch.poisson(usable.expand(shape), generator=generator)
 
     return _Term(rate - y, rate, None, score, "exp")
 

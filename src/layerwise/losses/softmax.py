@@ -191,10 +191,15 @@ def _drawn(p: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
 
     Of many classes a block is drawn first, by the sums of all blocks, and then a class of the block, for on the CPU
     `torch.multinomial` draws a random number for each class. Sums are in double precision, where the device has it,
-    since single precision would round off a class out of 50,000.
+    since single precision would round off a class out of 50,000. Where p holds NaN, which an accelerator tells later,
+    any class is drawn.
     """
     rows, classes = p.shape
     if draws * _BLOCK >= classes:
+        if draws == 1:  # what `torch.multinomial` does, which waits for a look at p
+            q = torch.empty_like(p, memory_format=torch.contiguous_format).exponential_(1, generator=generator)
+            return torch.div(p, q, out=q).argmax(1, keepdim=True)
+        p = p if p.device.type == "cpu" else p.where(p >= 0, 1)
         return torch.multinomial(p, draws, replacement=True, generator=generator)
     dtype = torch.float32 if p.device.type == "mps" else torch.float64
     whole, rest = divmod(classes, _BLOCK)

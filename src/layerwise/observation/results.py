@@ -26,6 +26,7 @@ class Results:
     quantities: those that are computed; asked: those that the user gave, where second-pass quantities replace some.
     count: the number of backward passes; batch: all of their batches together. pooled: whether they join to one batch,
     of which a mean runs over all terms; else their losses add up as they are, as their gradients do in `.grad`.
+    verdict: on what the passes have not waited for.
     """
 
     def __init__(self, quantities: Sequence[Quantity], scale: str, pooled: bool) -> None:
@@ -34,7 +35,7 @@ class Results:
         self._scale, self._pooled = scale, pooled
         self._values = [UnionValues(q.powers, q.concatenate) for q in quantities]
         self._gradient = UnionValues((1,))
-        self._verdict = Verdict()
+        self.verdict = Verdict()
         self._made: dict[int, Any] = {}  # results, by the number of their quantity
         self._names: list[str] = []
         self._placements: Placements = {}
@@ -73,7 +74,7 @@ class Results:
             gradient = scaled(gradient, (1.0,), 1 / scale)
         first = self.count == 0
         weight = float(batch.weight) if self._pooled else 1.0
-        self._verdict.join(verdict)
+        self.verdict.join(verdict)
         for i, v in values.items():
             self._values[i].add(v, weight, first, (self.batch.samples, batch.samples))
         self._gradient.add(gradient, weight, first)
@@ -90,7 +91,7 @@ class Results:
                 f"asked for {name!r}, but no backward pass that reaches a parameter of the model has finished inside "
                 "`observe`; call loss.backward() there, in the same thread (torch.autograd.grad is no such pass)"
             )
-        self._verdict.read()
+        self.verdict.read()
 
     def result(self, i: int) -> Any:
         """The result of the i-th quantity, made once."""
@@ -145,7 +146,7 @@ class Results:
         settings = {f"quantity {i}": q.settings() for i, q in enumerate(self.quantities)}
         kinds = {name: (tuple(shape), str(dtype)) for name, (shape, dtype) in self._kinds.items()}
         ranks.agree({"the observed quantities": list(self.quantities), "scale": self._scale} | kinds | settings)
-        ranks.together(self._verdict.read)
+        ranks.together(self.verdict.read)
         self.batch = self.batch.read()
         reports = ranks.gather((self.count, self.batch))
         union = union_of(reports, self.quantities, self._scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.operators.ridge import by_cholesky
 
-__all__ = ["bound_of_entries", "inverted_pairs", "split_damping", "trace"]
+__all__ = ["bound_of_entries", "inverted_inputs", "inverted_pairs", "split_damping", "trace"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -53,6 +53,29 @@ def inverted_pairs(pairs: Sequence[Pair], damping: float, balanced: bool) -> tup
     type on one device.
     """
     factors = [a for a, _ in pairs] + [b for _, b in pairs]
+    batches, groups, in_order = _by_shape(factors)
+    means = torch.cat(in_order([trace(batch) / batch.shape[-1] for _, batch in batches])).view(2, -1)
+    extra = torch.cat(split_damping(means[0], means[1], damping, balanced)).split(groups)
+    made = [_inverted(batch, torch.cat([extra[i] for i in chosen])) for chosen, batch in batches]
+    bounds = torch.cat(in_order([bound_of_entries(x) for x in made])).view(2, -1).double()
+    inverses, n = in_order(made), len(pairs)
+    return list(zip(inverses[:n], inverses[n:], strict=True)), list((bounds[0] * bounds[1]).split(groups[:n]))
+
+
+@torch.no_grad()
+def inverted_inputs(factors: Sequence[Tensor], damping: float) -> tuple[list[Tensor], list[Tensor]]:
+    """The inverses of factors A + λI, `[K,I,I]` or diagonals, and a bound of their entries, as of `inverted_pairs`."""
+    batches, _, in_order = _by_shape(factors)
+    made = [_inverted(batch, batch.new_full((len(batch),), damping)) for _, batch in batches]
+    return in_order(made), in_order([bound_of_entries(x).double() for x in made])
+
+
+_Batches = list[tuple[list[int], Tensor]]
+_InOrder = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def _by_shape(factors: Sequence[Tensor]) -> tuple[_Batches, list[int], _InOrder]:
+    """Factors of one shape as a batch, with their numbers; the groups of each; what takes values of batches apart."""
     shapes: dict[Any, list[int]] = {}
     for i, x in enumerate(factors):
         shapes.setdefault(x.shape[1:], []).append(i)
@@ -66,12 +89,7 @@ def inverted_pairs(pairs: Sequence[Pair], damping: float, balanced: bool) -> tup
             found |= zip(chosen, value.split([groups[i] for i in chosen]), strict=True)
         return [found[i] for i in range(len(factors))]
 
-    means = torch.cat(in_order([trace(batch) / batch.shape[-1] for _, batch in batches])).view(2, -1)
-    extra = torch.cat(split_damping(means[0], means[1], damping, balanced)).split(groups)
-    made = [_inverted(batch, torch.cat([extra[i] for i in chosen])) for chosen, batch in batches]
-    bounds = torch.cat(in_order([bound_of_entries(x) for x in made])).view(2, -1).double()
-    inverses, n = in_order(made), len(pairs)
-    return list(zip(inverses[:n], inverses[n:], strict=True)), list((bounds[0] * bounds[1]).split(groups[:n]))
+    return batches, groups, in_order
 
 
 def _inverted(x: Tensor, extra: Tensor) -> Tensor:

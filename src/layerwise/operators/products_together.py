@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch import Tensor
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
 from layerwise.operators.thin_block import ThinBlock
 
-__all__ = ["products_together"]
+__all__ = ["products_together", "side_by_side"]
 
 Block = KroneckerBlock | EigenBlock
+AnyBlock = TypeVar("AnyBlock", bound=KroneckerBlock | EigenBlock)
 Values = Mapping[str, Tensor]
 
 
@@ -37,6 +38,27 @@ def products_together(blocks: Mapping[str, Block], values: Mapping[str, Values])
         else:
             found |= _as_one(keys, some, values)
     return {key: found[key] for key in blocks}
+
+
+def side_by_side(blocks: Mapping[str, AnyBlock]) -> dict[str, AnyBlock]:
+    """The same blocks; on an accelerator the tensors of those of equal shape lie one after another in memory.
+
+    Then no product gathers them. Those that lie so already are not copied.
+    """
+    alike: dict[Any, list[str]] = {}
+    for key, block in blocks.items():
+        alike.setdefault(_shape_of(key, block), []).append(key)
+    found = dict(blocks)
+    for keys in alike.values():
+        some = [blocks[key] for key in keys]
+        if len(some) == 1 or some[0].like.is_meta:
+            continue
+        names = ("A", "B") if isinstance(some[0], KroneckerBlock) else ("basis_in", "basis_out", "spectrum")
+        joined = dict(zip(names, map(_joined, zip(*map(_tensors, some), strict=True)), strict=True))
+        pieces = {name: [None] * len(some) if t is None else t.chunk(len(some)) for name, t in joined.items()}
+        for i, (key, block) in enumerate(zip(keys, some, strict=True)):
+            found[key] = replace(block, **{name: its[i] for name, its in pieces.items()})  # type: ignore[arg-type]
+    return found
 
 
 def _product(block: Block, key: str, values: Values) -> dict[str, Tensor]:

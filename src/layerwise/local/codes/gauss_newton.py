@@ -19,13 +19,12 @@ from layerwise.graph.probes import join, split
 from layerwise.graph.samples import measure
 from layerwise.local.codes.code_step import code_type
 from layerwise.local.layers.record import Recorded
-from layerwise.local.layers.term_weights import WrongAssumption
 from layerwise.losses import Unread
 from layerwise.operators.ridge import by_cholesky, ridge
 from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import Use
-from layerwise.tensors import Verdict, without_grad
+from layerwise.tensors import Verdict, WrongAssumption, without_grad
 
 __all__ = ["AssumedCodes", "PulledRoots", "WrongCodes", "damped_cotangents", "pulled_roots"]
 

@@ -6,15 +6,11 @@ from functools import partial
 from typing import NamedTuple
 
 from layerwise.local.layers.layer import Layer, one_weight
-from layerwise.tensors import Verdict
+from layerwise.tensors import Verdict, WrongAssumption
 
-__all__ = ["TermWeights", "WrongAssumption"]
+__all__ = ["TermWeights"]
 
 _TIMES = 2  # so often in a row a weight was the same before it is assumed
-
-
-class WrongAssumption(Exception):
-    """What a step has assumed is not so: it is to be computed again, with what is read."""
 
 
 class _SeenWeight(NamedTuple):

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import BadInput, NonFinite
-from layerwise.local.layers.term_weights import WrongAssumption
 from layerwise.local.problem import LocalProblem, pull_gradient, refuse_terms
 from layerwise.local.solvers.closed import inputs_with_ones, residual
 from layerwise.operators.low_rank import LOW_RANK_FROM
 from layerwise.operators.ridge import by_cholesky, coordinate_descent, inverse, ridge
-from layerwise.tensors import Verdict, is_finite, largest_entries, together_finite, without_grad
+from layerwise.tensors import Verdict, WrongAssumption, is_finite, largest_entries, together_finite, without_grad
 
 __all__ = ["Memory", "mairal", "moments_misfit"]
 

@@ -83,6 +83,7 @@ def solve_together(tasks: Sequence[Task], workspaces: Sequence[Workspace]) -> No
     """
     under_way: list[Iterator[Callable[[], Any]]] = []
     together: list[tuple[Task, LocalSteps]] = []
+    moved: dict[int, RMSPropStep] = {}
     try:
         batches = in_batches(tasks)
         for (task, members, _), workspace in zip(batches, workspaces, strict=False):
@@ -97,11 +98,13 @@ def solve_together(tasks: Sequence[Task], workspaces: Sequence[Workspace]) -> No
             found = [(run, step) for run in left if (step := next(run, None)) is not None]
             moves = [step for _, step in found if isinstance(step, RMSPropStep)]
             if moves:
+                moved |= {id(step): step for step in moves}
                 TFRMSProp.together(moves)
             left = [run for run, _ in found]
     finally:
         for run in under_way:  # an error of one: rates and `.grad`s of all are put back
             run.close()  # type: ignore[attr-defined]
+        TFRMSProp.settle(list(moved.values()))
     for batch in batches:
         batch.finish()
     for task, steps in together:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ __all__ = ["RMSPropStep", "TFRMSProp", "tf_rmsprop_update"]
 # Elements a slice of the in-place update holds. Beyond it the four operands and the scratch of a slice
 # leave the cache between two of the seven kernels; below it the calls cost more than the arithmetic.
 SLICE = 1 << 18
+MOST = 2.0**8  # by which state is held larger than it is: less of the type's range is left
 
 
 def tf_rmsprop_update(
@@ -69,6 +71,8 @@ class RMSPropStep:
 
     small: by group, the parameters with their scratch, where all are small ones on the CPU; else None. Of their numbers
     the rate alone is read at every step, the others once.
+    taken: t, where `TFRMSProp.together` holds the state as ms/decay^t and m/momentum^t, until `TFRMSProp.settle`; at
+    most `longest`, 0 on the CPU.
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class RMSPropStep:
     ) -> None:  # fmt: skip
         self.move, self._groups = move, groups
         self._apart = all(held[0].device.type == "cpu" for _, some in groups for held in some)  # no launches to save
+        self.taken = 0
+        self.longest = 0 if self._apart else min((_longest(_numbers(group)) for group, _ in groups), default=0)
         self._small = None if small is None else [
             (group, _factors(_numbers(group)), some) for (group, _), some in zip(groups, small, strict=True)
         ]  # fmt: skip
@@ -176,13 +182,36 @@ class TFRMSProp(torch.optim.Optimizer):
 
     @staticmethod
     def together(steps: Sequence[RMSPropStep]) -> None:
-        """Take steps of several optimizers, in a few launches where their numbers are equal."""
-        alike: dict[_Numbers, list[_Held]] = {}
+        """Take steps of several optimizers, in a few launches where their numbers are equal.
+
+        On an accelerator their state is another until `settle`: five launches at a step then do for seven.
+        """
+        TFRMSProp.settle([step for step in steps if step.taken and step.taken == step.longest])
+        alike: dict[tuple[_Numbers, int], list[_Held]] = {}
         for step in steps:
+            step.taken += step.longest > 1
             for numbers, some in step.alike().items():
-                alike[numbers] = [*alike.get(numbers, ()), *some]
-        for numbers, some in alike.items():
-            steps[0].move(some, numbers)
+                alike[numbers, step.taken] = [*alike.get((numbers, step.taken), ()), *some]
+        for (numbers, taken), some in alike.items():
+            if taken:
+                _update_scaled(some, numbers, taken)
+            else:
+                steps[0].move(some, numbers)
+
+    @staticmethod
+    @torch.no_grad()
+    def settle(steps: Sequence[RMSPropStep]) -> None:
+        """Hold the state as it is again, after steps by `together`."""
+        alike: dict[tuple[float, float], list[_Held]] = {}
+        for step in steps:
+            for numbers, some in step.alike().items() if step.taken else ():
+                factors = numbers.decay**step.taken, numbers.momentum**step.taken
+                alike[factors] = [*alike.get(factors, ()), *some]
+            step.taken = 0
+        for (decay, momentum), some in alike.items():
+            _, squares, buffers = (list(column) for column in zip(*some, strict=True))
+            torch._foreach_mul_(squares, decay)
+            torch._foreach_mul_(buffers, momentum)
 
     def _move(self, some: list[_Held], numbers: _Numbers) -> None:
         whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -239,6 +268,25 @@ def _update(held: _Held, grad: Tensor, root: Tensor, lr: float, factors: _Factor
 def _scalar(value: float) -> Tensor:
     """A number as a tensor: torch takes 2 µs to make one of a number, more than a small layer's kernel."""
     return torch.tensor(value, dtype=torch.float64)
+
+
+def _longest(numbers: _Numbers) -> int:
+    """The number of steps after which neither state is held more than `MOST` times too large."""
+    least = min(numbers.decay, numbers.momentum)
+    return int(math.log(MOST) / -math.log(least)) if least else 0
+
+
+def _update_scaled(some: list[_Held], numbers: _Numbers, taken: int) -> None:
+    """The step number `taken` of a state that is held as ms/decay^t and m/momentum^t: t grows by one."""
+    lr, decay, momentum, eps = numbers
+    params, squares, buffers = (list(column) for column in zip(*some, strict=True))
+    grads, scale, held = [p.grad for p in params], decay**-taken, momentum**taken
+    torch._foreach_addcmul_(squares, grads, grads, value=(1 - decay) * scale)
+    roots = torch._foreach_add(squares, eps * scale)
+    torch._foreach_rsqrt_(roots)
+    torch._foreach_addcmul_(buffers, grads, roots, value=lr * math.sqrt(scale) / held)
+    if lr:
+        torch._foreach_sub_(params, buffers, alpha=held)
 
 
 def _update_foreach(tensors: list[tuple[Tensor, Tensor, Tensor, Tensor]], numbers: _Numbers) -> None:

@@ -15,7 +15,7 @@ from layerwise.local.codes.gauss_newton import WrongCodes
 from layerwise.local.layers.layer import Layer
 from layerwise.local.layers.overshoot import has_bounded_steps
 from layerwise.local.layers.record import problem_of, single_count
-from layerwise.local.layers.term_weights import TermWeights, WrongAssumption
+from layerwise.local.layers.term_weights import TermWeights
 from layerwise.local.problem import LocalProblem, predict
 from layerwise.local.solvers.memory import Memory
 from layerwise.local.solvers.steps import constant, linear_steps
@@ -51,7 +51,7 @@ from layerwise.optim.layer_local.updates import (
 from layerwise.optim.saved_state import Fit
 from layerwise.replay.state import RandomState, RunState
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import Verdict, without_grad
+from layerwise.tensors import Verdict, WrongAssumption, without_grad
 
 __all__ = ["CodeFitter", "FittedToCodes"]
 

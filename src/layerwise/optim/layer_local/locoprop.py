@@ -15,7 +15,6 @@ from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
 from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
-from layerwise.local.layers.term_weights import WrongAssumption
 from layerwise.local.layers.units import Units
 from layerwise.local.problem import LocalProblem, Term
 from layerwise.local.regularizers import Regularizer
@@ -54,7 +53,7 @@ from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import without_grad
+from layerwise.tensors import WrongAssumption, without_grad
 
 __all__ = ["LocoProp"]
 

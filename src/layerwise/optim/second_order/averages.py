@@ -5,7 +5,8 @@ A block is a Kronecker product B ⊗ A, or a spectrum in a Kronecker eigenbasis,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.operators.diagonal import reciprocal
-from layerwise.operators.factor_pairs import bound_of_entries, inverted_pairs
+from layerwise.operators.factor_pairs import bound_of_entries, inverted_inputs, inverted_pairs
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
 from layerwise.operators.low_rank import LOW_RANK_FROM, ThinInverse
 from layerwise.operators.ridge import inverse
 from layerwise.operators.thin_block import thin_block
 from layerwise.rows.layout import MatrixLayout
-from layerwise.tensors import without_grad
+from layerwise.tensors import Verdict, WrongAssumption, without_grad
 
 __all__ = [
     "FORMS",
@@ -55,10 +56,14 @@ _SLACK = 2.0  # factor above 1 / damping that rounding may give an inverse
 
 
 class Measured(NamedTuple):
-    """A block of one batch. moments: `[K,O,I]`, the batch's second moments in an eigenbasis of the block."""
+    """A block of one batch. moments: `[K,O,I]`, the batch's second moments in an eigenbasis of the block.
+
+    rows: `[]`, what A is a mean over, where the host does not know whether that is anything.
+    """
 
     block: Block
     moments: Callable[[EigenBlock], Tensor] | None = None
+    rows: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """The block's tensors."""
@@ -211,11 +216,13 @@ class Asked(NamedTuple):
 
 
 @without_grad
-def invert_together(asked: Mapping[str, Asked]) -> dict[str, Inverse]:
+def invert_together(asked: Mapping[str, Asked], verdict: Verdict | None = None) -> dict[str, Inverse]:
     """What `invert` gives at its first attempt, by name: in few launches and one wait; without those where it fails.
 
-    Factors of equal shape are inverted as one batch, by Cholesky. Blocks with another form than a pair of factors, and
-    factors that are large enough to have a root of low rank, are left to `invert`.
+    Factors of equal shape are inverted as one batch, by Cholesky. Blocks without factors, or to be inverted in their
+    eigenbasis, and factors that are large enough to have a root of low rank, are left to `invert`, as are diagonals
+    where that waits.
+    verdict: takes the wait; it raises WrongAssumption where one fails, and none is without then.
     """
     alike: dict[Any, list[str]] = {}
     for name, each in asked.items():
@@ -229,19 +236,40 @@ def invert_together(asked: Mapping[str, Asked]) -> dict[str, Inverse]:
         names = sorted(some, key=lambda name: asked[name].block.size)
         blocks = [asked[name].block for name in names]
         pairs = [(block.input_factor, block.B) for block in blocks if isinstance(block, KroneckerBlock)]
-        inverses, bounds = inverted_pairs(pairs, damping, balanced=form == "pi")
+        if form == "input":
+            found_in, bounds = inverted_inputs([a for a, _ in pairs], damping)
+            inverses = [(a, b) for a, (_, b) in zip(found_in, pairs, strict=True)]
+        else:
+            inverses, bounds = inverted_pairs(pairs, damping, balanced=form == "pi")
         sizes += [bound * damping for bound in bounds]
         for name, block, (a, b) in zip(names, blocks, inverses, strict=True):
             found[name] = Inverse(with_fields(block, {"A": a, "B": b}))
+    if verdict is not None:
+        for name, each in asked.items():
+            if isinstance(each.block, EigenBlock) and 0 not in each.block.size:
+                eigen, good = _inverted_spectrum(each.block, each.damping)
+                found[name] = Inverse(eigen)
+                sizes.append(torch.where(good, 0.0, math.nan)[None])
+        if sizes:
+            verdict.ask(sizes, _judge_sizes)
+        return found
     numbers = iter(torch.cat([x.to(sizes[0].device) for x in sizes]).tolist() if sizes else ())
     largest = [list(islice(numbers, len(size))) for size in sizes]
-    # NaN compares false
-    return {name: found[name] for name, its in zip(found, largest, strict=True) if all(x <= _SLACK for x in its)}
+    return {name: found[name] for name, its in zip(found, largest, strict=True) if _are_small(its)}
+
+
+def _are_small(sizes: Sequence[float]) -> bool:
+    return all(x <= _SLACK for x in sizes)  # NaN compares false
+
+
+def _judge_sizes(found: list[float]) -> None:
+    if not _are_small(found):
+        raise WrongAssumption
 
 
 def _is_small_pair(block: Block, damping: float, form: str) -> bool:
-    factored = isinstance(block, KroneckerBlock) and form in ("pi", "factored") and 0 not in block.size
-    return factored and max(block.size[1:]) < LOW_RANK_FROM
+    factored = isinstance(block, KroneckerBlock) and form in ("pi", "factored", "input") and 0 not in block.size
+    return factored and max(block.size[1 + (form == "input") :]) < LOW_RANK_FROM
 
 
 def _inverted(name: str, block: Block, damping: float, form: str) -> Block | None:
@@ -249,10 +277,8 @@ def _inverted(name: str, block: Block, damping: float, form: str) -> Block | Non
         return block
     if isinstance(block, EigenBlock) or form == "eigen":
         eigen = block if isinstance(block, EigenBlock) else block.eigh(name)
-        spectrum = 1 / (eigen.spectrum.abs() + damping)
-        # 1 / infinity is 0: a spectrum beyond its type's range would stop the parameter
-        good = torch.isfinite(spectrum).all() & torch.isfinite(eigen.spectrum).all()
-        return replace(eigen, spectrum=spectrum) if bool(good) else None
+        made, good = _inverted_spectrum(eigen, damping)
+        return made if bool(good) else None
     if form == "input":
         a = block.input_factor
         found = replace(block, A=inverse(a, damping) if a.ndim == 3 else reciprocal(name, a + damping))
@@ -265,6 +291,14 @@ def _inverted(name: str, block: Block, damping: float, form: str) -> Block | Non
         largest = right * left
     # NaN compares false
     return found if bool((largest * damping <= _SLACK).all()) and bool(torch.isfinite(largest).all()) else None
+
+
+def _inverted_spectrum(block: EigenBlock, damping: float) -> tuple[EigenBlock, Tensor]:
+    """The block with 1/(|S| + λ), and whether that is an inverse, `[]`."""
+    spectrum = 1 / (block.spectrum.abs() + damping)
+    # 1 / infinity is 0: a spectrum beyond its type's range would stop the parameter
+    good = torch.isfinite(spectrum).all() & torch.isfinite(block.spectrum).all()
+    return replace(block, spectrum=spectrum), good
 
 
 def _largest(x: Tensor | ThinInverse) -> Tensor:

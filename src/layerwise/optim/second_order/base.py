@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -11,34 +12,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.base import NamedOptimizer, refuse_unreached
 from layerwise.optim.deferred import Late
 from layerwise.optim.keywords import of_numbers
 from layerwise.optim.recording import Samples
 from layerwise.optim.saved_state import Fit, like
+from layerwise.optim.second_order import trust
 from layerwise.optim.second_order.preconditioner import Preconditioner
-from layerwise.optim.second_order.trust import (
-    AFTER_STEP,
-    ExactGGN,
-    ask_safe,
-    best_step,
-    bound,
-    clip_factor,
-    combined,
-    descend,
-    dot,
-    levenberg_marquardt,
-    predicted_change,
-    unsafe,
-    write_late,
-)
 from layerwise.optim.second_order.watched_batch import Watched, WatchedBatch, gradients_in_grad, gradients_of
 from layerwise.replay.rerun import Rerun
 from layerwise.replay.state import Buffers, check_loss
 from layerwise.tape.pull import without_autocast
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import all_finite, dense, is_finite, without_grad
+from layerwise.tensors import WrongAssumption, all_finite, dense, is_finite, norms, without_grad
 
 __all__ = ["CurvatureOptimizer"]
 
@@ -141,26 +128,30 @@ class CurvatureOptimizer(NamedOptimizer):
         """Move along a run, or give the reason not to."""
         run.watched.whole.check()
         if self._reads_late(run):
-            late = Late(buffers, self._on_nonfinite == "defer")
-            return run.loss, self._move(run, late)
+            late = Late(buffers, self._on_nonfinite == "defer" and not self._in_period(run))
+            with suppress(WrongAssumption):  # else the step is made again, and each is read
+                return run.loss, self._move(run, late)
         if not is_finite(run.loss) and run.watched.bad is None:
             run.watched.bad = "the loss"
-        where = self._agreed(run, self._unsafe(run) or buffers.spoiled())
+        where = self._agreed(run, trust.unsafe(run.watched, run.gradients, run.damping) or buffers.spoiled())
         if where is None:
             refuse_unreached(run.gradients)
             return run.loss, self._move(run, None)
         return run.loss, where
 
     def _reads_late(self, run: _Run) -> bool:
-        """Whether a step is judged after it is computed: on an accelerator, or deferred, and with no wait before that.
+        """Whether a step is judged after it is computed: on an accelerator, or deferred outside the periods.
 
-        Another rank, and a matrix that is due, are waited for.
+        Another rank is waited for.
         """
-        made = self.preconditioner
-        waits = run.rerun is not None or run.watched.due or made.exchange.size > 1 or made.inverts_next
-        found = run.watched.bad is None and bool(run.gradients)
-        late = run.loss.device.type != "cpu" or self._on_nonfinite == "defer"
+        waits = run.rerun is not None or self.preconditioner.exchange.size > 1
+        found = run.watched.bad is None and run.watched.suspect is None and bool(run.gradients)
+        late = run.loss.device.type != "cpu" or (self._on_nonfinite == "defer" and not self._in_period(run))
         return late and found and not waits
+
+    def _in_period(self, run: _Run) -> bool:
+        """Whether the step measures factors, or computes inverses."""
+        return run.watched.due or self.preconditioner.inverts_next
 
     def _recorder(self) -> WatchedBatch:
         if self.step_size == "quadratic" or self.adapt_damping_every is not None:
@@ -207,9 +198,6 @@ class CurvatureOptimizer(NamedOptimizer):
         named = named_parameters_of(self._model)
         return {name: self._group_at[id(p)] for name, p in named.items() if self._ours(p)}
 
-    def _unsafe(self, run: _Run) -> str | None:
-        return unsafe(run.watched, run.gradients, run.damping)
-
     def _agreed(self, run: _Run, where: str | None) -> str | None:
         joint = self.preconditioner.join(run.watched, run.gradients, where, run.named, run.damping, run.loss)
         assert joint.loss is not None
@@ -226,14 +214,7 @@ class CurvatureOptimizer(NamedOptimizer):
         old = {} if run.rerun is None else {name: p.clone() for name, p in named.items()}
         states = {p: self.state.get(p) for p in named.values()}
         try:
-            self.preconditioner.advance(run.watched, run.damping)
-            directions = self.preconditioner.precondition(run.gradients)
-            groups = {name: run.groups[name] for name in directions}
-            if run.rerun is None:
-                made = self._step_at_rate(run, groups, directions, late)
-            else:
-                with run.rerun:
-                    made = self._step_by_quadratic_model(named, groups, run, directions)
+            made = self._made(run, late)
             where = self.preconditioner.exchange.anywhere(made if isinstance(made, str) else None)
             if where is None and not isinstance(made, str):
                 self.complete(made)
@@ -251,24 +232,47 @@ class CurvatureOptimizer(NamedOptimizer):
             return where
         return None if late is None or late.good is None else late
 
+    def _made(self, run: _Run, late: Late | None) -> str | Callable[[], None]:
+        """What writes a step, or the reason not to make it, where it is not judged later than that."""
+        asked = None
+        if late is not None and self._in_period(run):
+            asked = late.verdict
+            trust.ask_safe(asked, run.watched, run.loss, run.gradients, run.damping)
+        try:
+            self.preconditioner.advance(run.watched, run.damping, asked)
+        except NonFinite as error:
+            if asked is None:
+                raise
+            return str(error)
+        directions = self.preconditioner.precondition(run.gradients)
+        groups = {name: run.groups[name] for name in directions}
+        if run.rerun is None:
+            return self._step_at_rate(run, groups, directions, late, asked is not None)
+        with run.rerun:
+            return self._step_by_quadratic_model(run.named, groups, run, directions)
+
     def _step_at_rate(
-        self, run: _Run, groups: dict[str, dict[str, Any]], directions: Values, late: Late | None
+        self, run: _Run, groups: dict[str, dict[str, Any]], directions: Values, late: Late | None, asked: bool
     ) -> str | Callable[[], None]:
         """M ← β m + ν d, W ← (1 - lr·weight_decay) W - lr m: what writes them, or the reason not to.
 
-        late: what has not been judged before, or None.
+        late: what has not been judged before, or None. asked: whether the batch is asked about in it.
         """
         named, gradients = run.named, run.gradients
-        factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, late is not None)
+        factor = trust.clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, late is not None)
         before = {name: self.state.get(named[name], {}).get("momentum") for name in directions}
-        values, buffers = descend(named, directions, before, factor, groups)
+        values, buffers = trust.descend(named, directions, before, factor, groups)
         after = [*values.values(), *buffers.values()]
         if late is None and not all_finite(after):
-            return AFTER_STEP
+            return trust.AFTER_STEP
         if late is not None:
-            ask_safe(late.verdict, run.watched, run.loss, gradients, run.damping, after)
+            verdict = late.verdict
+            sizes = (
+                norms(after) if asked else trust.ask_safe(verdict, run.watched, run.loss, gradients, run.damping, after)
+            )
+            trust.ask_after(verdict, after, sizes)
             if (where := late.reason()) is not None or late.deferred:
-                return where or partial(write_late, late, self.state, named, values, buffers)
+                return where or partial(trust.write_late, late, self.state, named, values, buffers)
 
         def commit() -> None:
             for name in values:
@@ -292,17 +296,17 @@ class CurvatureOptimizer(NamedOptimizer):
         rerun = run.rerun
         assert rerun is not None
         rates, decays = _each(groups, "lr"), _each(groups, "weight_decay")
-        ggn = self._ggn_over_ranks(ExactGGN(rerun), run.watched)
+        ggn = self._ggn_over_ranks(trust.ExactGGN(rerun), run.watched)
         new = self._new_momentum(named, groups, run.gradients, directions, ggn)
         moves = {name: -rates[name] * (m + decays[name] * named[name]) for name, m in new.items()}
         if not all(is_finite(move) for move in moves.values()):
             return "the quadratic model of the step"
-        model = predicted_change(run.gradients, moves, ggn, _each(groups, "damping")) if run.adapts else None
+        model = trust.predicted_change(run.gradients, moves, ggn, _each(groups, "damping")) if run.adapts else None
         del ggn
         for name, move in moves.items():
             named[name].add_(move)
         if not all_finite([named[name] for name in moves]):
-            return AFTER_STEP
+            return trust.AFTER_STEP
         if model is not None:
             here = torch.tensor(rerun.loss(), dtype=torch.float64, device=run.loss.device)
             after = float(self.preconditioner.total(run.watched, {"loss": here})["loss"])
@@ -315,9 +319,9 @@ class CurvatureOptimizer(NamedOptimizer):
     def _adapt(self, ratio: float) -> None:
         assert self.adapt_damping_every is not None
         for group in self.param_groups:
-            group["damping"] = levenberg_marquardt(float(group["damping"]), ratio, self.adapt_damping_every)
+            group["damping"] = trust.levenberg_marquardt(float(group["damping"]), ratio, self.adapt_damping_every)
 
-    def _ggn_over_ranks(self, ggn: ExactGGN, watched: Watched) -> Product:
+    def _ggn_over_ranks(self, ggn: trust.ExactGGN, watched: Watched) -> Product:
         """Products with the exact GGN of all ranks' batches."""
         return lambda direction: self.preconditioner.total(watched, ggn.times(direction))
 
@@ -328,18 +332,18 @@ class CurvatureOptimizer(NamedOptimizer):
         buffers = {name: self.state.get(named[name], {}).get("momentum") for name in directions}
         betas = _each(groups, "momentum")
         if self.step_size == "lr":
-            factor = clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, late=False)
+            factor = trust.clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, late=False)
             return {
                 name: d * factor if (m := buffers[name]) is None or not betas[name] else m * betas[name] + d * factor
                 for name, d in directions.items()
             }
         last = {n: m for n, m in buffers.items() if m is not None and betas[n]}
         last |= {n: torch.zeros_like(d) for n, d in directions.items() if n not in last}
-        tried = [directions, last] if dot(last, last) > 0 else [directions]
+        tried = [directions, last] if trust.dot(last, last) > 0 else [directions]
         products = [ggn(d) for d in tried]
-        chosen = [-c for c in best_step(gradients, tried, products, _each(groups, "damping"))]
-        new = combined(chosen, tried)
-        factor = bound(dot(new, combined(chosen, products)), self.kl_clip)
+        chosen = [-c for c in trust.best_step(gradients, tried, products, _each(groups, "damping"))]
+        new = trust.combined(chosen, tried)
+        factor = trust.bound(trust.dot(new, trust.combined(chosen, products)), self.kl_clip)
         return {name: m * factor for name, m in new.items()}
 
     # -- state -----------------------------------------------------------------------------------------------

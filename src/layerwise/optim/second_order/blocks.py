@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.operators.kronecker import EigenBlock
-from layerwise.operators.products_together import products_together
+from layerwise.operators.products_together import products_together, side_by_side
 from layerwise.optim.saved_state import is_count, non_finite, unlike
 from layerwise.optim.second_order.averages import (
     Asked,
@@ -31,7 +31,7 @@ from layerwise.optim.second_order.averages import (
 from layerwise.optim.second_order.exchange import RankExchange
 from layerwise.optim.second_order.measured import KINDS
 from layerwise.optim.second_order.settings import described
-from layerwise.tensors import wide_type, without_grad
+from layerwise.tensors import Verdict, wide_type, without_grad
 
 __all__ = ["Blocks", "misfits"]
 
@@ -61,16 +61,20 @@ class Blocks:
     # -- a batch -------------------------------------------------------------------------------------------
 
     def averaged(
-        self, blocks: Mapping[str, Measured], kinds: Mapping[str, str], decay: float, exchange: RankExchange
-    ) -> Blocks:
-        """The averages updated with the blocks of a batch; a block that changed its form loses its inverse."""
+        self, blocks: Mapping[str, Measured], kinds: Mapping[str, str], decay: float, exchange: RankExchange,
+        verdict: Verdict | None = None,
+    ) -> Blocks:  # fmt: skip
+        """The averages updated with the blocks of a batch; a block that changed its form loses its inverse.
+
+        verdict: on the batch; read where the host is to wait anyhow.
+        """
         present = {name: held.block for name, held in self.averages.items()}
         exchange.assign({**present, **{name: measured.block for name, measured in blocks.items()}})
         new = {
             name: average(self.averages.get(name), exchange.held(name, measured.block), decay)
             for name, measured in blocks.items()
         }
-        averages = merge(self.averages, new | _moments(blocks, new, decay, exchange))
+        averages = merge(self.averages, new | _moments(blocks, new, decay, exchange, verdict))
         inverses = {
             name: inverse for name, inverse in self.inverses.items()
             if name in averages and (name not in new or new[name].batches > 1)
@@ -78,15 +82,17 @@ class Blocks:
         return Blocks(averages, inverses, {name: kinds.get(name) or self.kinds[name] for name in averages})
 
     def inverted(
-        self, new: Mapping[str, Measured], due: bool, damping: Callable[[str], float], form: str, exchange: RankExchange
-    ) -> Blocks:
+        self, new: Mapping[str, Measured], due: bool, damping: Callable[[str], float], form: str,
+        exchange: RankExchange, verdict: Verdict | None = None,
+    ) -> Blocks:  # fmt: skip
         """New inverses: of all blocks if `due`, with new eigenbases; else of those without, and of instant kinds.
 
-        damping: λ of a parameter's name. form: of the kinds that leave it to the user.
+        damping: λ of a parameter's name. form: of the kinds that leave it to the user. verdict: as for `averaged`; it
+        takes what it costs no wait to assume, and raises WrongAssumption where that is not so.
         """
         averages, inverses = dict(self.averages), dict(self.inverses)
         old = {n: held.block for n, held in averages.items() if due and held.eigen is not None and held.batches > 1}
-        for name, basis in exchange.eigenbases(old).items():
+        for name, basis in _eigenbases(old, exchange, verdict).items():
             if basis is not None:
                 averages[name] = rebased(averages[name], basis)
         wanted = {
@@ -99,11 +105,17 @@ class Blocks:
             for name, block in wanted.items() if exchange.inverts(name, block)
         }  # fmt: skip
         # on the CPU launches cost little, and a batch is a copy
-        made = invert_together({n: each for n, each in asked.items() if each.block.like.device.type != "cpu"})
-        for name, each in asked.items():
-            if name not in made:
-                made[name] = invert(name, *each, inverses.get(name))
-        return replace(self, averages=averages, inverses=inverses | exchange.inverses(wanted, made, inverses))
+        made = invert_together({n: each for n, each in asked.items() if each.block.like.device.type != "cpu"}, verdict)
+        rest = asked.keys() - made.keys()
+        if rest and verdict is not None:
+            verdict.read()
+        for name in (name for name in asked if name in rest):
+            made[name] = invert(name, *asked[name], inverses.get(name))
+        inverses |= exchange.inverses(wanted, made, inverses)
+        if asked:
+            laid = side_by_side({name: its.block for name, its in inverses.items() if its.block is not None})
+            inverses |= {name: inverses[name]._replace(block=block) for name, block in laid.items()}
+        return replace(self, averages=averages, inverses=inverses)
 
     @without_grad
     def precondition(self, grads: Mapping[str, Tensor], exchange: RankExchange) -> dict[str, Tensor]:
@@ -194,18 +206,30 @@ def _values(name: str, block: Block, grads: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _moments(
-    blocks: Mapping[str, Measured], new: Mapping[str, Average], decay: float, exchange: RankExchange
+    blocks: Mapping[str, Measured], new: Mapping[str, Average], decay: float, exchange: RankExchange,
+    verdict: Verdict | None,
 ) -> dict[str, Average]:  # fmt: skip
     """The averages with second moments, updated with a batch's; only blocks with an eigenbasis have them."""
     held = {name: new[name] for name, measured in blocks.items() if measured.moments is not None}
     bases: dict[str, EigenBlock | None] = {name: its.eigen for name, its in held.items()}
-    bases |= exchange.eigenbases({name: its.block for name, its in held.items() if its.eigen is None})
+    bases |= _eigenbases({name: its.block for name, its in held.items() if its.eigen is None}, exchange, verdict)
     known = {name: basis for name, basis in bases.items() if basis is not None}
     moments = exchange.added([_in(blocks[name], basis) for name, basis in known.items()])
     return {
         name: with_moments(held[name], basis, its, decay)
         for (name, basis), its in zip(known.items(), moments, strict=True)
     }
+
+
+def _eigenbases(
+    blocks: Mapping[str, Block], exchange: RankExchange, verdict: Verdict | None
+) -> dict[str, EigenBlock | None]:
+    """As of the ranks; the host waits for each, so the verdict on what they are made of is read before."""
+    if blocks and verdict is not None:
+        verdict.read()
+    found = exchange.eigenbases(blocks)
+    laid = side_by_side({name: basis for name, basis in found.items() if basis is not None})
+    return {name: laid.get(name) for name in found}
 
 
 def _in(measured: Measured, basis: EigenBlock) -> Tensor:

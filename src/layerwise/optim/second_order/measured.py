@@ -19,7 +19,7 @@ from layerwise.optim.second_order.settings import Curvature
 from layerwise.quantities import KFAC, KFLR, KFRA, DiagGGN, DiagHessian
 from layerwise.quantities.base import Context, Quantity, Union
 from layerwise.quantities.kronecker.ekfac import HeldRows, Spectra, held_rows, second_moment, with_constant
-from layerwise.quantities.kronecker.factor_sums import block_names, blocks_of
+from layerwise.quantities.kronecker.factor_sums import block_names, counted_blocks
 from layerwise.quantities.kronecker.factors import KroneckerFactors
 from layerwise.rows import contract
 from layerwise.rows.base import Rows
@@ -33,7 +33,8 @@ class Request:
     """What to measure: of which parameters, drawn from which generator, and how.
 
     bases: present eigenbases, by block. whole: batch statistics mix the samples, so each draw is squared for the whole
-    batch. left: filled with the names of the parameters without Kronecker factors.
+    batch. left: filled with the names of the parameters without Kronecker factors. late: whether rows that only the
+    device has counted are taken to be some, until a verdict is read.
     """
 
     names: Collection[str]
@@ -42,6 +43,7 @@ class Request:
     bases: Mapping[str, EigenBlock] = field(default_factory=dict)
     whole: bool = False
     left: set[str] = field(default_factory=set)
+    late: bool = False
 
 
 def _has_factors(gradient: ParameterGradient, request: Request) -> bool:
@@ -75,8 +77,12 @@ class _Factors(KroneckerFactors):
 
     def finish(self, values: Mapping[str, tuple[Any, ...]], union: Union, context: Context) -> dict[str, Measured]:
         """The blocks, restricted to the elements that are used, of what had rows: no mean over none is averaged."""
-        blocks = blocks_of({name: value[0] for name, value in values.items()}, self.joint, seen_only=True)
-        return {key: Measured(block) for key, block in blocks.items() if not key.endswith("[rest]")}
+        found = counted_blocks({name: value[0] for name, value in values.items()}, self.joint, self.request.late)
+        return {
+            key: Measured(block, rows=rows if isinstance(rows, Tensor) else None)
+            for key, (block, rows) in found.items()
+            if not key.endswith("[rest]") and (isinstance(rows, Tensor) or rows)
+        }
 
 
 class _KFAC(_Factors, KFAC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -13,47 +14,24 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput, NonFinite
 from layerwise.optim.deferred import check_on_nonfinite, completed
 from layerwise.optim.recording import Recording, Turn, resumed, withhold
-from layerwise.optim.saved_state import cut, is_count, is_number, present, refuse, stamped, unlike
+from layerwise.optim.saved_state import cut, refuse, stamped, unlike
+from layerwise.optim.second_order import settings
 from layerwise.optim.second_order.averages import FORMS
 from layerwise.optim.second_order.blocks import Blocks, misfits
 from layerwise.optim.second_order.data_parallel import DataParallel
 from layerwise.optim.second_order.exchange import JoinedBatch, RankCost, RankExchange
 from layerwise.optim.second_order.measured import KINDS, CurvatureKind, Request
-from layerwise.optim.second_order.settings import (
-    KEYWORDS,
-    Kind,
-    ValueWords,
-    described,
-    in_present_words,
-    present_state,
-    spelled_out,
-)
-from layerwise.optim.second_order.trust import unsafe
+from layerwise.optim.second_order.settings import KEYWORDS, ValueWords, field_of, in_present_words, is_due, spelled_out
+from layerwise.optim.second_order.trust import ask_safe, unsafe
 from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, WatchedBatch
 from layerwise.quantities.base import Quantity
 from layerwise.replay.autocast import NO_AUTOCAST, autocast_as
 from layerwise.replay.contexts import entered_anew
 from layerwise.replay.state import seed_of
 from layerwise.tape.uses import named_parameters_of
-from layerwise.tensors import dense, without_grad
+from layerwise.tensors import Verdict, WrongAssumption, dense, without_grad
 
-__all__ = ["Preconditioner", "is_due"]
-
-_KIND = "Preconditioner"
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether step 0, 1, 2, ... is a multiple of the period, or in the first period a power of two."""
-    return step % every == 0 or (step < every and step & (step - 1) == 0)
-
-
-def _field(value: str, name: str) -> Any:
-    """The field of a value that an object holds, to read and to write."""
-
-    def write(self: Any, new: Any) -> None:
-        setattr(self, value, replace(getattr(self, value), **{name: new}))
-
-    return property(lambda self: getattr(getattr(self, value), name), write)
+__all__ = ["Preconditioner"]
 
 
 class Preconditioner:
@@ -97,15 +75,15 @@ class Preconditioner:
     for draws squared as one; Yao et al. (2021) for draws of "diag-hessian".
     """
 
-    factor_decay = _field("schedule", "decay")
-    update_factors_every = _field("schedule", "factors")
-    update_inverses_every = _field("schedule", "inverses")
+    factor_decay = field_of("schedule", "decay")
+    update_factors_every = field_of("schedule", "factors")
+    update_inverses_every = field_of("schedule", "inverses")
 
     @spelled_out(ValueWords)
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
-        kind: Kind | None = None,
+        kind: settings.Kind | None = None,
         *,
         damping: float = 1e-2,
         damping_form: Literal["pi", "factored", "eigen"] = "pi",
@@ -122,6 +100,7 @@ class Preconditioner:
         self.blocks = Blocks()
         self._asked: frozenset[Any] | None = None  # the parameters of the last measured batch; None: not known
         self._left: frozenset[str] | None = None  # parameters without factors; None: not known yet
+        self._had_empty = False  # whether a batch sent a parameter no row, which is asked about from then on
         self._recording: Recording | None = None
         self._turn = Turn()  # one step at a time, in whatever thread
         self.steps = self.skipped = 0
@@ -197,7 +176,8 @@ class Preconditioner:
         watched.asked = frozenset((name, named[name].dtype) for name in asked if named[name].requires_grad)
         # frozen, thawed or converted since, a parameter has another block, which the present basis does not fit
         bases = self.blocks.bases if self._asked in (None, watched.asked) else {}
-        return Request(asked, generator, self.curvature, bases)
+        late = device.type != "cpu" and not self._had_empty
+        return Request(asked, generator, self.curvature, bases, late=late)
 
     def _quantities(self, request: Request, whole: bool) -> dict[str, Quantity]:
         """The quantities by kind; whole: the batch mixes its samples, for which a kind may have none."""
@@ -236,19 +216,42 @@ class Preconditioner:
         watched, damping_of = recording.recorder.watched, self._damping_of
         named = {n: p for n, p in named_parameters_of(self.model).items() if p.requires_grad}
         own = {name: dense(p.grad) for name, p in named.items() if p.grad is not None}
+        good = own and watched.bad is None and watched.suspect is None
+        if good and self.exchange.size == 1 and next(iter(own.values())).device.type != "cpu":
+            with suppress(WrongAssumption):  # else the step is made again, and each is read
+                return self._turned(watched, own, named, Verdict())
         joint = self.join(watched, own, unsafe(watched, own, damping_of), named, damping_of)
         if joint.where is not None:
-            if self.on_nonfinite == "raise":
-                raise NonFinite(f"{joint.where} holds NaN or infinity, or overflows; the batch changed no factor")
-            self.skipped += 1
-            withhold(named.values(), watched.left_in_grad)
-            return False
+            return self._refused(joint.where, watched, named)
         if not joint.gradients:
             raise BadInput("pre.step() turns the gradients in .grad, and there are none: were they zeroed before?")
+        return self._turned(watched, joint.gradients, named, None)
+
+    def _refused(self, where: str, watched: Watched, named: Mapping[str, Tensor]) -> bool:
+        if self.on_nonfinite == "raise":
+            raise NonFinite(f"{where} holds NaN or infinity, or overflows; the batch changed no factor")
+        self.skipped += 1
+        withhold(named.values(), watched.left_in_grad)
+        return False
+
+    def _turned(
+        self, watched: Watched, grads: Mapping[str, Tensor], named: Mapping[str, Tensor], verdict: Verdict | None
+    ) -> bool:
+        """Move to the next step with a batch. verdict: takes what has not been judged before, or None."""
         before, decided = self.snapshot(), False
         try:
-            self.advance(watched, damping_of)
-            found = self.precondition(joint.gradients)
+            if verdict is not None:
+                ask_safe(verdict, watched, watched.loss, grads, self._damping_of)
+            try:
+                self.advance(watched, self._damping_of, verdict)
+                found = self.precondition(grads)
+                if verdict is not None:
+                    verdict.read()
+            except NonFinite as error:
+                if verdict is None:
+                    raise
+                self.restore(before)
+                return self._refused(str(error), watched, named)
             written = {name: g for name in found if (g := named[name].grad) is not None and not g.is_sparse}
             self.exchange.anywhere(None)
 
@@ -283,15 +286,23 @@ class Preconditioner:
         return self.exchange.total(values, watched.weight)
 
     @without_grad
-    def advance(self, watched: Watched, damping: Callable[[str], float]) -> None:
-        """Update the averages with a batch, compute the inverses that are due, and count the step."""
+    def advance(self, watched: Watched, damping: Callable[[str], float], verdict: Verdict | None = None) -> None:
+        """Update the averages with a batch, compute the inverses that are due, and count the step.
+
+        verdict: on the batch, read after; it then raises WrongAssumption where the step is to be made again without
+        one. It is read here where inverses wait anyhow. None: all is waited for.
+        """
+        if verdict is not None:
+            watched.assume_rows(verdict)
+        elif watched.drop_empty():
+            self._had_empty = True
         blocks, new = self.blocks, watched.blocks
         if watched.due:
             if self._asked not in (None, watched.asked):  # some may be gone
                 blocks = blocks.of_parameters(named_parameters_of(self.model))
-            blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self.exchange)
+            blocks = blocks.averaged(new, watched.kinds, self.factor_decay, self.exchange, verdict)
             self._left, self._asked = frozenset(watched.left or ()), watched.asked
-        self.blocks = blocks.inverted(new, self.inverts_next, damping, self.damping_form, self.exchange)
+        self.blocks = blocks.inverted(new, self.inverts_next, damping, self.damping_form, self.exchange, verdict)
         self.steps += 1
 
     @property
@@ -339,7 +350,7 @@ class Preconditioner:
             "kind": self.curvature.kind, "draws": self.curvature.draws, "damping": self.damping, "steps": self.steps,
             "skipped": self.skipped, "left": left, "blocks": blocks,
         }  # fmt: skip
-        return stamped(saved, _KIND, blocks)
+        return stamped(saved, settings.KIND, blocks)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state, λ with it; goes on bitwise where it stopped.
@@ -347,23 +358,25 @@ class Preconditioner:
         Raises BadInput, with the first differences, for a state that does not fit: of another kind of curvature, other
         parameters, shapes or types, or with NaN. Nothing is changed then.
         """
-        refuse(self.differences(state_dict), _KIND)
+        refuse(self.differences(state_dict), settings.KIND)
         self.restore(self.prepared(state_dict))
 
     def differences(self, state_dict: Mapping[str, Any]) -> list[str]:
         """What of a saved state does not fit. Raises BadInput for one that is not a preconditioner's, or lacks keys."""
-        state, ours = _present(state_dict), self.curvature
-        theirs = described(state["kind"], state["draws"])
+        state, ours = settings.present_state(state_dict), self.curvature
+        theirs = settings.described(state["kind"], state["draws"])
         if (state["kind"], state["draws"] is None) != (ours.kind, ours.draws is None):
-            mine = described(ours.kind, ours.draws)
+            mine = settings.described(ours.kind, ours.draws)
             draws = f", with draws={state['draws']!r} and {ours.draws!r}" if theirs == mine else ""
             return [f"in the preconditioner, the saved factors are of kind {theirs!r}, and ours {mine!r}{draws}"]
-        found = unlike("the preconditioner", state, _SAVED) + misfits(state["blocks"], named_parameters_of(self.model))
+        found = unlike("the preconditioner", state, settings.SAVED) + misfits(
+            state["blocks"], named_parameters_of(self.model)
+        )
         return found or cut("block", state, state["blocks"])
 
     def prepared(self, state_dict: Mapping[str, Any]) -> tuple[Any, ...]:
         """What `restore` takes, from a saved state that fits."""
-        state, owners = _present(state_dict), self.exchange.owners
+        state, owners = settings.present_state(state_dict), self.exchange.owners
         try:
             blocks = Blocks.of(state["blocks"], named_parameters_of(self.model), self.exchange)
         finally:
@@ -384,17 +397,3 @@ def _write(named: Mapping[str, Tensor], found: Mapping[str, Tensor], written: Ma
         torch._foreach_copy_(list(written.values()), [found[name] for name in written])
     for name in found.keys() - written.keys():
         named[name].grad = found[name]
-
-
-def _present(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved state in present words. Raises BadInput for one that is not a preconditioner's, or lacks keys."""
-    return present_state(present(state, _KIND, ("kind", "damping", "steps", "skipped", "left", "blocks")))
-
-
-_SAVED: dict[str, Callable[[Any], bool]] = {
-    "damping": lambda value: is_number(value) and value > 0,
-    "draws": lambda value: value is None or (is_count(value) and value > 0),
-    "steps": is_count,
-    "skipped": is_count,
-    "left": lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
-}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from layerwise.errors import BadInput, Renamed
 from layerwise.optim.keywords import Keywords, refuse_unknown
+from layerwise.optim.saved_state import is_count, is_number, present
 from layerwise.optim.second_order.data_parallel import DataParallel
 
 __all__ = [
-    "DIAGONALS", "FACTORS", "KEYWORDS", "OF_DIAGONALS", "Curvature", "DiagonalWords", "Kind", "KroneckerWords",
-    "Schedule", "ValueWords", "described", "in_present_words", "present_state", "spelled_out",
+    "DIAGONALS", "FACTORS", "KEYWORDS", "KIND", "OF_DIAGONALS", "SAVED", "Curvature", "DiagonalWords", "Kind",
+    "KroneckerWords", "Schedule", "ValueWords", "described", "field_of", "in_present_words", "is_due", "present_state",
+    "spelled_out",
 ]  # fmt: skip
 
 Kind = Literal["kfac", "kflr", "kfra", "ekfac", "foof", "diag-ggn", "diag-hessian"]
@@ -80,10 +82,24 @@ class Schedule:
             raise BadInput(f"a preconditioner needs factor_decay in [0, 1); got factor_decay={self.decay}")
 
 
+def is_due(step: int, every: int) -> bool:
+    """Whether step 0, 1, 2, ... is a multiple of the period, or in the first period a power of two."""
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
 def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise BadInput(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def field_of(value: str, name: str) -> Any:
+    """The field of a value that an object holds, to read and to write."""
+
+    def write(self: Any, new: Any) -> None:
+        setattr(self, value, replace(getattr(self, value), **{name: new}))
+
+    return property(lambda self: getattr(getattr(self, value), name), write)
 
 
 # -- keywords for the fields of the values ------------------------------------------------------------------------
@@ -192,8 +208,22 @@ def _written(words: Mapping[str, Any]) -> str:
     return ", ".join(f"{word}={value!r}" for word, value in words.items())
 
 
-def present_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a preconditioner in present words; in older ones a kind ends in "-mc" where a diagonal is drawn."""
+KIND = "Preconditioner"  # the name in saved states
+SAVED: dict[str, Callable[[Any], bool]] = {  # of these numbers, whether a value is one
+    "damping": lambda value: is_number(value) and value > 0,
+    "draws": lambda value: value is None or (is_count(value) and value > 0),
+    "steps": is_count,
+    "skipped": is_count,
+    "left": lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+}
+
+
+def present_state(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a preconditioner in present words; in older ones a kind ends in "-mc" where a diagonal is drawn.
+
+    Raises BadInput for one that is not a preconditioner's, or lacks keys.
+    """
+    state = present(saved, KIND, ("kind", "damping", "steps", "skipped", "left", "blocks"))
     blocks = state["blocks"]
     if isinstance(blocks, Mapping):
         blocks = {name: _renamed(its) if isinstance(its, Mapping) else its for name, its in blocks.items()}

@@ -6,7 +6,7 @@ Sums over parameters are in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from layerwise.tape.uses import first_bad_call
 from layerwise.tensors import Verdict, is_finite, norms, widened
 
 __all__ = [
-    "AFTER_STEP", "ExactGGN", "ask_safe", "best_step", "bound", "clip_factor", "combined", "descend",
+    "AFTER_STEP", "ExactGGN", "ask_after", "ask_safe", "best_step", "bound", "clip_factor", "combined", "descend",
     "dot", "levenberg_marquardt", "predicted_change", "unsafe", "write_late",
 ]  # fmt: skip
 
@@ -215,37 +215,49 @@ def unsafe(watched: Watched, grads: Mapping[str, Tensor], damping: Callable[[str
     """The first reason not to step on a batch, or None."""
     if watched.bad is not None:
         return watched.bad
-    grads_asked, curvature_asked = Verdict(), Verdict()
-    _ask_gradient(grads_asked, watched, grads, damping, norms(list(grads.values())))
-    where = grads_asked.reason(NonFinite) or watched.suspect
-    if where is None:
-        _ask_curvature(curvature_asked, watched)
-        where = curvature_asked.reason(NonFinite)
-    return where
+    verdict = Verdict()
+    late = None if watched.loss is None or watched.loss.device.type == "cpu" else watched.loss  # else it was read
+    if watched.suspect is None:
+        ask_safe(verdict, watched, late, grads, damping)
+    else:
+        _ask_gradient(verdict, watched, grads, damping, norms(list(grads.values())))
+    return verdict.reason(NonFinite) or watched.suspect
 
 
 def ask_safe(
-    verdict: Verdict, watched: Watched, loss: Tensor, grads: Mapping[str, Tensor], damping: Callable[[str], float],
-    after: Sequence[Tensor],
-) -> None:  # fmt: skip
-    """As `unsafe` of a batch that measured no curvature, when the verdict is read; NonFinite then holds the reason.
+    verdict: Verdict, watched: Watched, loss: Tensor | None, grads: Mapping[str, Tensor],
+    damping: Callable[[str], float], after: Sequence[Tensor] = (),
+) -> list[Tensor]:  # fmt: skip
+    """As `unsafe`, when the verdict is read; NonFinite then holds the reason.
 
-    Asks for the loss too, and for what the step would write, `after`.
+    Asks for the loss too (None: it was read), and for what else the batch has left to be read. Returns the norms of
+    `after`, for `ask_after`, which are found in one launch with the others.
     """
 
     def judge_loss(found: list[float]) -> None:
         if not math.isfinite(found[0]):
             raise NonFinite(first_bad_call(watched.uses) or "the loss")
 
-    def judge_after(sizes: list[float]) -> None:
-        for x, size in zip(after, sizes, strict=True):
+    places = list(_places(watched))
+    sizes = norms([*grads.values(), *after, *(x for *_, x in places)])
+    if loss is not None:
+        verdict.ask(loss, judge_loss, ["the loss"])
+    _ask_gradient(verdict, watched, grads, damping, sizes[: len(grads)])
+    verdict.join(watched.unread)
+    if places:
+        _ask_curvature(verdict, watched, places, sizes[len(grads) + len(after) :])
+    return sizes[len(grads) : len(grads) + len(after)]
+
+
+def ask_after(verdict: Verdict, after: Sequence[Tensor], sizes: Sequence[Tensor]) -> None:
+    """Ask for what a step would write. sizes: the norm of each."""
+
+    def judge(found: list[float]) -> None:
+        for x, size in zip(after, found, strict=True):
             if not math.isfinite(size) and not is_finite(x):
                 raise NonFinite(AFTER_STEP)
 
-    sizes = norms([*grads.values(), *after])
-    verdict.ask(loss, judge_loss, ["the loss"])
-    _ask_gradient(verdict, watched, grads, damping, sizes[: len(grads)])
-    verdict.ask(sizes[len(grads) :], judge_after, [AFTER_STEP] * len(after))
+    verdict.ask(sizes, judge, [AFTER_STEP] * len(after))
 
 
 def _ask_gradient(
@@ -272,21 +284,27 @@ def _ask_gradient(
     verdict.ask(sizes, judge, [f"the gradient of {name}" for name in grads], good)
 
 
-def _ask_curvature(verdict: Verdict, watched: Watched) -> None:
-    """The first block (or sum, before `finish`) that holds NaN or infinity."""
-    places = [
-        ("the curvature" if measured.block.form == "diagonal" else "a Kronecker factor", name, x)
-        for name, measured in watched.blocks.items() for x in measured.tensors()
-    ]  # fmt: skip
+_Place = tuple[str, str, Tensor]  # what, of which parameter
+
+
+def _places(watched: Watched) -> Iterator[_Place]:
+    """The tensors of the measured blocks (or sums, before `finish`)."""
+    for name, measured in watched.blocks.items():
+        what = "the curvature" if measured.block.form == "diagonal" else "a Kronecker factor"
+        yield from ((what, name, x) for x in measured.tensors())
     for found in watched.found:
         for name, value in found.values.items():
             what = "a Kronecker factor" if isinstance(value[0], Factors) else "the curvature"
-            places += [(what, name, t) for part in found.parts(name) for t in tensors_of(part)]
+            yield from ((what, name, t) for part in found.parts(name) for t in tensors_of(part))
 
-    def judge(sizes: list[float]) -> None:
-        for (what, name, x), size in zip(places, sizes, strict=True):
+
+def _ask_curvature(verdict: Verdict, watched: Watched, places: Sequence[_Place], sizes: Sequence[Tensor]) -> None:
+    """The first tensor of the curvature that holds NaN or infinity. sizes: the norm of each."""
+
+    def judge(found: list[float]) -> None:
+        for (what, name, x), size in zip(places, found, strict=True):
             if not math.isfinite(size) and not is_finite(x):
                 raise NonFinite(first_bad_call(watched.uses) or f"{what} of {name}")
 
     # a norm may overflow where no entry does, but takes a tenth of the time
-    verdict.ask(norms([x for *_, x in places]), judge, [f"{what} of {name}" for what, name, _ in places])
+    verdict.ask(sizes, judge, [f"{what} of {name}" for what, name, _ in places])

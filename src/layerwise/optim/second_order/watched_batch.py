@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.errors import AmbiguousSamples, BadInput, NonFinite, SamplesMixed, Undefined
+from layerwise.errors import AmbiguousSamples, BadInput, LayerwiseError, NonFinite, SamplesMixed, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.graph.loss_scale import loss_scale, mixed_scales
 from layerwise.graph.samples import said_count
@@ -33,7 +33,7 @@ from layerwise.tape.modes import PassWatch
 from layerwise.tape.pull import differentiated, without_autocast
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import Use, first_bad_call, named_parameters_of
-from layerwise.tensors import dense, is_finite
+from layerwise.tensors import Verdict, WrongAssumption, dense, is_finite
 
 __all__ = [
     "NO_BATCH", "CurvatureWatch", "MeasuredSums", "Watched", "WatchedBatch", "gradients_in_grad", "gradients_of",
@@ -86,7 +86,8 @@ class Watched:
     left: the parameters without Kronecker factors. kinds: of each block. suspect: names the non-finite tensor, once
     the gradients are known. asked: the parameters to measure, with their types. passes: the backward passes.
     scale: by which a gradient scaler multiplied the loss of all passes, or None; left_in_grad: what they then left in
-    `.grad`. loss: their sum, without the scale. whole: whether each pass is.
+    `.grad`. loss: their sum, without the scale. whole: whether each pass is. unread: what an accelerator was not waited
+    for in the passes, their loss aside.
     """
 
     blocks: dict[str, Measured] = field(default_factory=dict)
@@ -108,6 +109,7 @@ class Watched:
     left_in_grad: GradientsLeft | None = None
     loss: Tensor | None = None
     whole: WholePasses = field(default_factory=WholePasses)
+    unread: Verdict = field(default_factory=Verdict)
 
     def passed(self, total: Tensor, scale: float | None) -> None:
         """Count a backward pass of a detached loss. Raises BadInput where a scaler has changed its factor since."""
@@ -125,13 +127,31 @@ class Watched:
             self.kinds |= dict.fromkeys(blocks, kind)
         self.found = []
 
+    def assume_rows(self, verdict: Verdict) -> None:
+        """Ask whether all blocks are means over some row; WrongAssumption where one is not."""
+        if counts := [measured.rows for measured in self.blocks.values() if measured.rows is not None]:
+            verdict.ask(counts, _judge_rows)
+
+    def drop_empty(self) -> bool:
+        """Drop the blocks that are means over no row; whether there was one. The host waits where it does not know."""
+        counts = {name: measured.rows for name, measured in self.blocks.items() if measured.rows is not None}
+        found = torch.stack(list(counts.values())).tolist() if counts else []
+        empty = {name for name, count in zip(counts, found, strict=True) if not count}
+        self.blocks = {name: its._replace(rows=None) for name, its in self.blocks.items() if name not in empty}
+        return bool(empty)
+
+
+def _judge_rows(found: list[float]) -> None:
+    if not all(found):
+        raise WrongAssumption
+
 
 class CurvatureWatch:
     """Observe backward passes; one from a non-finite loss runs unobserved. Entered again, it goes on with its batch.
 
     ask: gives the quantities by kind; its argument says whether the samples are mixed, which is tried where a batch
     cannot be measured sample by sample. None: passes are counted only. keep: hold inputs and outputs of the calls, to
-    name the first non-finite one.
+    name the first non-finite one. On an accelerator a loss is not waited for, and a non-finite one observed.
     """
 
     def __init__(
@@ -142,7 +162,8 @@ class CurvatureWatch:
         self._model, self._ask, self._keep = model, ask, keep
         # read afterwards, to name the call whose gradient overflowed
         self._observation: Any = None if ask is None else Observation(
-            model, tuple(self._asked.values()), PassSettings(unscaled=True, keeps_non_finite=True), keeps_inputs=True
+            model, tuple(self._asked.values()), PassSettings(unscaled=True, keeps_non_finite=True, defer=None),
+            keeps_inputs=True,
         )  # fmt: skip
         self._results: Results | None = None
         self._mode: Tape | PassWatch | None = None
@@ -180,6 +201,7 @@ class CurvatureWatch:
         self.watched.passes, self.watched.loss, self.watched.scale, self.watched.left_in_grad = 0, None, None, None
         self.watched.bad = self.watched.suspect = None
         self.watched.found, self.watched.blocks, self.watched.kinds, self.watched.batch = [], {}, {}, NO_BATCH
+        self.watched.unread = Verdict()
         if self._results is not None:
             self._results = self._observation.restart()
 
@@ -205,7 +227,7 @@ class CurvatureWatch:
             MeasuredSums(kind, quantity, results.values_of(i), union)
             for i, (kind, quantity) in enumerate(self._asked.items())
         ]
-        self.watched.batch = results.batch
+        self.watched.batch, self.watched.unread = results.batch, results.verdict
 
     def unscaled(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What backward passes left in `.grad`, without the scaler's factor, unless the scaler has taken it out.
@@ -247,7 +269,8 @@ class CurvatureWatch:
         watched = self.watched
         with torch._C.DisableTorchFunction(), without_autocast(total.device.type):
             self._count(total, weight)
-            finite = is_finite(total)
+            late = total.device.type != "cpu"
+            finite = late or is_finite(total)
             watched.by_hand |= weight is not None or not _is_loss(tape, total)
             if self._keep or not finite:
                 watched.uses += prove(tape, total, weight).uses
@@ -270,6 +293,11 @@ class CurvatureWatch:
                 watched.bad = watched.bad or "a gradient"
                 return None
             watched.suspect = "the curvature"
+            return run()
+        except (LayerwiseError, RuntimeError):  # perhaps because of NaN
+            if self._ran or not late or is_finite(total):
+                raise
+            watched.bad = first_bad_call(watched.uses or uses) or "the loss"
             return run()
 
     def _observed(self, tape: Tape, total: Tensor, weight: Tensor | None, run: Callable[[], Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from layerwise.graph.coverage import Graph
 from layerwise.graph.samples import SampleLayout
 from layerwise.quantities.base import Union, positive, sum_of_stacks
 from layerwise.quantities.kfra.recursion import AveragedGradient, averaged
+from layerwise.quantities.kronecker.factor_sums import Sums
 from layerwise.quantities.kronecker.factors import KroneckerFactors, options
 from layerwise.rows.base import Rows
 from layerwise.tape.tape import Tape
@@ -75,9 +77,7 @@ class KFRA(KroneckerFactors):
             )
         (found,) = super().compute(gradient)
         if not self.joint:  # a single batch: its means are final and computed in place
-            for sums in found.sums:
-                sums.inputs.div_(sums.counts[0])
-                sums.counts.div_(sums.counts[0].clone())
+            found = replace(found, sums=tuple(map(_mean_in_place, found.sums)))
         return (found,)
 
     def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
@@ -99,6 +99,14 @@ class KFRA(KroneckerFactors):
             "" if self.max_bytes == MAX_BYTES else f", max_bytes={self.max_bytes}"
         )
         return f"KFRA({given[2:]})"
+
+
+def _mean_in_place(sums: Sums) -> Sums:
+    """The mean of the inputs, as the sum over one."""
+    sums.inputs.div_(sums.counts[0])
+    sums.counts.div_(sums.counts[0].clone())
+    seen, size = sums.known or (None, 0.0)
+    return replace(sums, known=(1.0, size / seen) if seen else None)
 
 
 def _over_positions(curvature: Tensor, sharing: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from layerwise.ranks.group import digest_of
 from layerwise.ranks.sums import TensorSpec
 from layerwise.rows.layout import FactorForm, rest_of
 
-__all__ = ["Factors", "Sums", "block_names", "blocks_of"]
+__all__ = ["Factors", "Sums", "block_names", "blocks_of", "counted_blocks"]
+
+Counts = tuple[float | None, float]  # as `Sums.counts`, the first None where only the device knows it
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Sums:
     inputs: sum of a a^T, `[K,I,I]`, its diagonal `[K,I]`, or zero where an earlier stack of the batch has it; for the
     form "gradients" sum of D^T D. mean: sum of a (for a joint bias), or zero. counts: the divisor of inputs (number of
     rows; for "gradients" the trace of D^T D), and the number of rows before reduction. outputs: `[K,O,O]`.
+    known: the counts, as far as the host knows them; None: not at all, as of sums over ranks.
     """
 
     inputs: Tensor
     mean: Tensor
     counts: Tensor
     outputs: Tensor
+    known: Counts | None = field(default=None, repr=False, compare=False)
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
@@ -38,7 +42,14 @@ class Sums:
             self.mean + other.mean,
             self.counts + other.counts,
             self.outputs + other.outputs,
+            _total(self.known, other.known),
         )
+
+
+def _total(one: Counts | None, two: Counts | None) -> Counts | None:
+    if one is None or two is None:
+        return None
+    return (None if one[0] is None or two[0] is None else one[0] + two[0]), one[1] + two[1]
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,7 +77,9 @@ class Factors:
 
     def __mul__(self, factor: float) -> Factors:
         if self.form == "gradients":
-            scaled = [Sums(s.inputs * factor, s.mean, s.counts * factor, s.outputs * factor) for s in self.sums]
+            scaled = [
+                Sums(s.inputs * factor, s.mean, s.counts * factor, s.outputs * factor, s.known) for s in self.sums
+            ]
         else:
             scaled = [replace(s, outputs=s.outputs * factor) for s in self.sums]
         return replace(self, sums=tuple(scaled))
@@ -113,13 +126,20 @@ def block_names(name: str, laid: FactorForm) -> list[str]:
     return [f"{name}[{i}]" for i in range(len(laid.matrices))] if laid.form == "slices" else [name]
 
 
-def blocks_of(values: Mapping[str, Factors], joint: bool, seen_only: bool = False) -> dict[str, KroneckerBlock]:
-    """The blocks of all parameters by name.
+def blocks_of(values: Mapping[str, Factors], joint: bool) -> dict[str, KroneckerBlock]:
+    """The blocks of all parameters by name. joint: put a bias into the block of its weight."""
+    return {key: block for key, (block, _) in counted_blocks(values, joint).items()}
 
-    joint: put a bias into the block of its weight. seen_only: without blocks of no row, whose A is the mean of nothing.
+
+def counted_blocks(
+    values: Mapping[str, Factors], joint: bool, late: bool = False
+) -> dict[str, tuple[KroneckerBlock, float | Tensor]]:
+    """The blocks of all parameters by name, each with the divisor of its A, which is the mean of nothing where it is 0.
+
+    joint: as for `blocks_of`. late: counts that only the device knows stay there, as numbers `[]`; else they are read.
     """
-    blocks: dict[str, KroneckerBlock] = {}
-    counts = _counts(values)
+    blocks: dict[str, tuple[KroneckerBlock, float | Tensor]] = {}
+    counts = _counts(values, late)
     pairs = _pairs(values, counts) if joint else {}
     inside = set(pairs.values())
     for name, factors in values.items():
@@ -129,37 +149,43 @@ def blocks_of(values: Mapping[str, Factors], joint: bool, seen_only: bool = Fals
             continue
         keys = block_names(name, laid)
         for key, matrix, sums, (seen, _) in zip(keys, laid.matrices, factors.sums, counts[name], strict=True):
-            if seen_only and not seen:
-                continue
             a = None if matrix.bias else _divided(sums.inputs, seen)
             if bias is not None:
                 count = sums.counts[0].clamp(min=1)
                 a = _with_constant(sums.inputs / count, sums.mean / count)
             parameter = name if key != name else None
-            blocks[key] = KroneckerBlock(a, sums.outputs, matrix, bias, laid.form, parameter)
+            blocks[key] = KroneckerBlock(a, sums.outputs, matrix, bias, laid.form, parameter), seen
         rest = rest_of(laid.matrices) if laid.form == "slices" else None
         if rest is not None:
             b = factors.sums[0].outputs
             nothing = b.new_zeros(1, rest.size[-1]), b.new_zeros(1, 1, 1)
-            blocks[f"{name}[rest]"] = KroneckerBlock(*nothing, rest, None, laid.form, name)
+            blocks[f"{name}[rest]"] = KroneckerBlock(*nothing, rest, None, laid.form, name), 0.0
     return blocks
 
 
-def _divided(total: Tensor, count: float) -> Tensor:
+def _divided(total: Tensor, count: float | Tensor) -> Tensor:
     """`total / count`, without a copy for a count of 1; `total` (zero) for a count of 0."""
+    if isinstance(count, Tensor):
+        return total / count.masked_fill(count == 0, 1)
     return total if count in (0, 1) else total / count
 
 
-def _counts(values: Mapping[str, Factors]) -> dict[str, list[tuple[float, float]]]:
-    """The counts of each parameter's sums as numbers; the host waits once for all."""
-    tensors = [sums.counts for factors in values.values() for sums in factors.sums]
-    if not tensors:
-        return {name: [] for name in values}
-    numbers = iter(torch.cat([t.to(tensors[0].device) for t in tensors]).tolist())
-    return {name: [(next(numbers), next(numbers)) for _ in factors.sums] for name, factors in values.items()}
+def _counts(values: Mapping[str, Factors], late: bool) -> dict[str, list[tuple[float | Tensor, float]]]:
+    """The counts of each parameter's sums as numbers; the host waits at most once for all."""
+    held = [sums for factors in values.values() for sums in factors.sums]
+    unread = [s.counts for s in held if s.known is None or (s.known[0] is None and not late)]
+    numbers = iter(torch.cat([t.to(unread[0].device) for t in unread]).tolist() if unread else ())
+
+    def of(sums: Sums) -> tuple[float | Tensor, float]:
+        known = sums.known
+        if known is None or (known[0] is None and not late):
+            return next(numbers), next(numbers)
+        return sums.counts[0] if known[0] is None else known[0], known[1]
+
+    return {name: [of(sums) for sums in factors.sums] for name, factors in values.items()}
 
 
-def _pairs(values: Mapping[str, Factors], counts: Mapping[str, list[tuple[float, float]]]) -> dict[str, str]:
+def _pairs(values: Mapping[str, Factors], counts: Mapping[str, list[tuple[float | Tensor, float]]]) -> dict[str, str]:
     """Pairs of a weight and its bias that share every row."""
     pairs: dict[str, str] = {}
     for name, factors in values.items():

@@ -90,7 +90,7 @@ class KroneckerFactors(Quantity):
         b = self.output_factor(gradient, rows)
         nothing = b.new_zeros(())
         if not first:  # the inputs are the same for every stack of cotangents
-            return Sums(nothing, nothing, b.new_zeros(2), b)
+            return Sums(nothing, nothing, b.new_zeros(2), b, (0.0, 0.0))
         count: int | Tensor = rows.g.shape[1] * rows.g.shape[2]
         if real is not None:
             chosen = real.any(1, keepdim=True) if self.sharing == "reduce" else real
@@ -101,7 +101,8 @@ class KroneckerFactors(Quantity):
         if self.joint and rows.kind == "float":
             assert rows.a is not None
             mean = rows.a.sum((0, 1))
-        return Sums(contract.input_gram(rows), mean, counts, b)
+        known = (None if isinstance(count, Tensor) else float(count)), float(size)
+        return Sums(contract.input_gram(rows), mean, counts, b, known)
 
     def output_factor(self, gradient: ParameterGradient, rows: Rows) -> Tensor:
         """Sum of output products over the rows, `[K,O,O]`."""
@@ -201,4 +202,4 @@ def _of_gradients(gradient: ParameterGradient) -> Sums:
     """The sums of D D^T and D^T D, with their common trace."""
     outputs, inputs = gradient.dense_grams()
     trace = outputs.diagonal(dim1=1, dim2=2).sum()
-    return Sums(inputs, trace.new_zeros(()), torch.stack([trace, torch.zeros_like(trace)]), outputs)
+    return Sums(inputs, trace.new_zeros(()), torch.stack([trace, torch.zeros_like(trace)]), outputs, (None, 0.0))
