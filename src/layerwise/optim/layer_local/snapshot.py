@@ -86,7 +86,7 @@ class Snapshot:
         """The words for the first of these jobs whose parameters went too far; their local optimizers start anew."""
         before = {name: copy for (name, _), copy in zip(self._params, self._copies, strict=False)}
         found: Overshoot | None = None
-        moved = [StepTaken(job.params, [before[name] for name in job.params], _problem_of(job)) for job in jobs]
+        moved = [StepTaken(job.params, [before[name] for name in job.params], *_judged_by(job)) for job in jobs]
         for each, words in overshot(moved):
             found = found or Overshoot(words)
             self._anew |= each.params.keys()
@@ -215,8 +215,9 @@ def solved(
     return where
 
 
-def _problem_of(job: LayerJob | GradientJob) -> Callable[[], LocalProblem] | None:
-    return (lambda: job.task().problem) if isinstance(job, LayerJob) else None
+def _judged_by(job: LayerJob | GradientJob) -> tuple[Callable[[], LocalProblem] | None, tuple[Tensor, Tensor] | None]:
+    """What a step is judged by: the local problem, or the slope of the loss."""
+    return ((lambda: job.task().problem), None) if isinstance(job, LayerJob) else (None, job.slope)
 
 
 def _judged(late: Late, snapshot: Snapshot) -> str | None:
