@@ -20,14 +20,8 @@ from layerwise.optim.second_order.data_parallel import DataParallel
 from layerwise.optim.second_order.exchange import JoinedBatch, RankCost, RankExchange
 from layerwise.optim.second_order.measured import KINDS, CurvatureKind, Request
 from layerwise.optim.second_order.settings import (
-    KEYWORDS,
-    Kind,
-    ValueWords,
-    described,
-    in_present_words,
-    present_state,
-    spelled_out,
-)
+    KEYWORDS, Kind, ValueWords, described, in_present_words, present_state, spelled_out,
+)  # fmt: skip
 from layerwise.optim.second_order.trust import unsafe
 from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, WatchedBatch
 from layerwise.quantities.base import Quantity
@@ -215,9 +209,11 @@ class Preconditioner:
     def step(self) -> bool:
         """Overwrite `.grad` with the preconditioned gradient; False where the batch was skipped. Threads take turns."""
         with self._turn, autocast_as(NO_AUTOCAST):
+            grads = torch.is_grad_enabled()
             try:
                 return self._step()
             except BaseException as error:
+                torch._C._set_grad_enabled(grads)
                 self.exchange.fail(error)
                 raise
 
