@@ -69,7 +69,7 @@ class Snapshot:
     ) -> None:
         self._params, self._state, self._averages, self._replaced = list(params), state, averages, replaced
         self._before: list[dict[str, Any] | None] = []
-        self._anew: set[str] = set()  # whose state is not restored: momentum would carry them too far again
+        self.too_far: set[str] = set()  # whose state is not restored: momentum would carry them there again
         self._live = live = [p for _, p in self._params]
         for name, p in self._params:
             own = state.get(p)
@@ -89,7 +89,7 @@ class Snapshot:
         moved = [StepTaken(job.params, [before[name] for name in job.params], *_judged_by(job)) for job in jobs]
         for each, words in overshot(moved):
             found = found or Overshoot(words)
-            self._anew |= each.params.keys()
+            self.too_far |= each.params.keys()
         return found
 
     def spoiled(self) -> str | None:
@@ -153,7 +153,7 @@ class Snapshot:
             t.copy_(value)
         for (name, p), before in zip(self._params, self._before, strict=True):
             self._state.pop(p, None)
-            if before is not None and name not in self._anew:
+            if before is not None and name not in self.too_far:
                 self._state[p] = before
 
     @without_grad

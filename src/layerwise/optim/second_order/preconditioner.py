@@ -20,8 +20,14 @@ from layerwise.optim.second_order.data_parallel import DataParallel
 from layerwise.optim.second_order.exchange import JoinedBatch, RankCost, RankExchange
 from layerwise.optim.second_order.measured import KINDS, CurvatureKind, Request
 from layerwise.optim.second_order.settings import (
-    KEYWORDS, Kind, ValueWords, described, in_present_words, present_state, spelled_out,
-)  # fmt: skip
+    KEYWORDS,
+    Kind,
+    ValueWords,
+    described,
+    in_present_words,
+    present_state,
+    spelled_out,
+)
 from layerwise.optim.second_order.trust import unsafe
 from layerwise.optim.second_order.watched_batch import CurvatureWatch, Watched, WatchedBatch
 from layerwise.quantities.base import Quantity
@@ -366,8 +372,6 @@ class Preconditioner:
             its, self.exchange.owners = self.exchange.owners, owners
         left = None if state["left"] is None else frozenset(state["left"])
         return blocks, left, state["steps"], its, state["damping"], state["skipped"], None
-
-    # -- copies --------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle, without a batch that was watched and not yet stepped on."""
