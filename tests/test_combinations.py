@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import probe, read
-from benchmarks.training.locoprop import classifiers, combinations, out_of_the_box
+from benchmarks.training.locoprop import averaged, classifiers, combinations, out_of_the_box
 from benchmarks.training.locoprop.character_gpt import at_tokens, summary
 from benchmarks.training.locoprop.combinations import METHODS, RATES, chosen
 from benchmarks.training.locoprop.schedule_free import ScheduleFreeAdamW
-from benchmarks.training.problem import Split
+from benchmarks.training.problem import Split, mean_loss
+from benchmarks.training.problems import PROBLEMS
+from benchmarks.training.train import Training
 from book import tables
 
 
@@ -195,3 +197,46 @@ def test_the_share_of_seconds_until_the_best_first_order_level() -> None:
     # 2 epochs of 10 steps of 0.5 s to 4.0; ours after 1.5 epochs of one step of 2 s
     assert said.startswith("adam-100 ends lowest of the first-order methods: train 4.0, test 5.0, 10.0 s")
     assert "batches of 1000: there in 0.30 of these seconds" in said and "batches of 250: never there" in said
+
+
+def test_weights_are_averaged_over_an_epoch() -> None:
+    """Against the recursion by hand, and the losses are the average's."""
+    problem = PROBLEMS[averaged.PROBLEM]
+    x = torch.rand(60, 784)
+    settings = {"batch": 20, "hyperparameters": {"lr": 1e-4}}
+    one = averaged.Averaged(Split(x, x, x, x, ""), averaged.THEIRS, settings, 1e-3, seed=0)
+    twin = Training(averaged.PROBLEM, Split(x, x, x, x, ""), averaged.THEIRS, {"lr": 1e-4, "weight_decay": 1e-3}, 0, 20)
+    mean: list[torch.Tensor] = []
+    for rows in torch.arange(60).split(20):
+        one.step(rows)
+        twin.step(rows)
+        params = [p.detach().double() for p in twin.model.parameters()]
+        mean = [m + 20 / problem.rows * (p - m) for m, p in zip(mean, params, strict=True)] if mean else params
+    for got, p in zip(one.average.parameters(), mean, strict=True):
+        torch.testing.assert_close(got.double(), p, rtol=1e-5, atol=1e-7)
+    assert one.loss(x, x) == pytest.approx(mean_loss(problem, one.average, x, x), abs=1e-3)
+
+
+def test_the_held_out_images_are_not_among_those_of_the_study() -> None:
+    try:
+        held = averaged.held_out()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert len(held.x_test) == averaged.HELD_OUT
+    assert not {tuple(row) for row in held.x[:, 300:500].tolist()} & {
+        tuple(r) for r in held.x_test[:, 300:500].tolist()
+    }
+
+
+def test_the_share_of_seconds_with_averages_is_by_hand() -> None:
+    def row(method: str, rate: float, seed: int, train: list[float]) -> dict[str, Any]:
+        return {"method": method, "rate": rate, "seed": seed, "train": train, "test": train, "held_out": train}
+
+    found = [row(averaged.THEIRS, 0.0, 0, [9.0, 5.0]), row(averaged.THEIRS, 1e-3, 0, [9.0, 4.0]),
+             row(averaged.THEIRS, 1e-3, 1, [9.0, 4.0]), row(averaged.OURS, 0.0, 0, [4.0, 3.0])]  # fmt: skip
+    said = averaged.sentence(
+        found, {averaged.THEIRS: 0.5, averaged.OURS: 1.0}, {averaged.THEIRS: 100, averaged.OURS: 250}
+    )
+    # 2 epochs of 100 steps of 0.5 s, and one of 40 steps of 1 s
+    assert said.startswith(f"{averaged.THEIRS} with decay 0.001: train 4.0 [4.0, 4.0]")
+    assert said.endswith("train 4.0 after 40.0 s: 0.40 of the seconds.")

@@ -21,6 +21,7 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
     "cifar10-2x100": (*_BASELINES, *_AM, "am-published", *_OFFLINE),
     "cifar10-2x500": (*_BASELINES, *_AM),
     "fashion-resnet8": ("adam", "am-adam"),
+    "fashion-resnet8-falling": ("adam", "am-adam"),
     "fashion-patches": ("adam", "am-adam"),
     "higgs-2x300": (*_BASELINES, *_AM, "am-published", *_OFFLINE),
 }

@@ -10,9 +10,9 @@ Source: Amid, Anil and Warmuth, "LocoProp" (2022), sections 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from layerwise.local.norms import NormBall
 from layerwise.local.transfer import IDENTITY, Transfer
 
 __all__ = [
-    "Clip", "LocalProblem", "Pull", "Term", "contract", "local_gradient", "local_loss", "predict", "product",
-    "pull_gradient", "refuse_terms", "split_terms", "target_m",
+    "Clip", "LocalProblem", "Pull", "PulledTensor", "Term", "contract", "local_gradient", "local_loss", "predict",
+    "product", "pull_gradient", "pulled", "refuse_terms", "split_terms", "target_m",
 ]  # fmt: skip
 
 Clip = Literal["range", "bounded"] | None
@@ -224,6 +224,46 @@ def pull_gradient(problem: LocalProblem) -> tuple[Tensor, Tensor | None] | None:
         return None
     dw = torch.zeros_like(problem.weight) if dw is None else dw
     return dw, torch.zeros_like(problem.bias) if db is None and problem.bias is not None else db
+
+
+class PulledTensor(NamedTuple):
+    """The quadratic terms `Σ_j c_j/2 ‖w − C_j‖²` of a weight or a bias w that moves.
+
+    start: w before it moved, which the terms without a centre of their own are around, or None without such terms.
+    """
+
+    gradient: Tensor
+    now: Tensor
+    start: Tensor | None
+    to_start: float
+    centres: Sequence[tuple[float, Tensor]]
+
+    def add_gradient(self, at_start: bool) -> None:
+        """Add `Σ_j c_j (w − C_j)` to the gradient; terms around the start are exactly zero there."""
+        start = None if at_start else self.start
+        if held := sum((c for c, _ in self.centres), 0.0 if start is None else self.to_start):
+            self.gradient.add_(self.now, alpha=held)
+        for c, centre in self.centres:
+            self.gradient.sub_(centre, alpha=c)
+        if start is not None:
+            self.gradient.sub_(start, alpha=self.to_start)
+
+
+def pulled(
+    problem: LocalProblem, pairs: Sequence[tuple[Tensor, Tensor]], scale: float, copy: Callable[[int, Tensor], Tensor]
+) -> list[PulledTensor]:
+    """The quadratic terms, times a scale, of the weight and of the bias: `(gradient, tensor)` in this order.
+
+    copy: makes a copy of the weight (0) or the bias (1).
+    """
+    pulls = problem.pulls if problem.prox is None else (Pull(1 / problem.prox), *problem.pulls)
+    terms = [(scale * pull.strength, (pull.weight, pull.bias)) for pull in pulls]
+    found = []
+    for number, (gradient, now) in enumerate(pairs if terms else ()):
+        to_start = sum(c for c, around in terms if around[number] is None)
+        centres = [(c, centre) for c, around in terms if (centre := around[number]) is not None]
+        found.append(PulledTensor(gradient, now, copy(number, now) if to_start else None, to_start, centres))
+    return found
 
 
 def local_gradient(

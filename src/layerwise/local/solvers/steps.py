@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient
+from layerwise.local.problem import LocalProblem, contract, predict, pulled
 from layerwise.local.solvers.stopping import Judge, Stop
 from layerwise.local.solvers.workspace import Frame, Owned, Workspace, frame_of
 from layerwise.local.whitening import projected
@@ -232,9 +232,8 @@ class _Layer:
         """Yields the gradients of T steps from slices of rows; a later one overwrites an earlier one."""
         problem = self.problem
         total = problem.a.shape[0]
-        factor, held = self.scale * total / rows, self.scale * problem.stiffness
-        anchors = self._anchors() if held else ()
-        leaning = self._pull_gradients()
+        factor = self.scale * total / rows
+        pulls = pulled(problem, self._tensors(), self.scale, self._kept)
         scratch = self.workspace.take("z", (*self.a.shape[:-2], rows, self.w.shape[-2]), self.a)
         parts = self._parts(rows) if offset == 0 and total % rows == 0 else None
         metric = problem.metric
@@ -250,10 +249,8 @@ class _Layer:
                 self._contract(delta, inputs, ones, scale, first=piece == 0)
             if of_gradient is not None:
                 of_gradient.raise_(self.dw, self.db)
-            for grad, now, start in anchors if t > 0 else ():
-                grad.add_(now, alpha=held).sub_(start, alpha=held)
-            for grad, constant_part in leaning:
-                grad.add_(constant_part, alpha=self.scale)
+            for pull in pulls:
+                pull.add_gradient(at_start=t == 0)
             yield self.dw, self.db
 
     def _range(self, low: int, high: int) -> Cut:
@@ -302,25 +299,22 @@ class _Layer:
         else:
             torch.sum(delta, -2, out=self.out_b).mul_(scale)
 
-    def _anchors(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Per tensor: its gradient, the tensor, and a copy of its start."""
+    def _tensors(self) -> list[tuple[Tensor, Tensor]]:
+        """The gradient of the weight and the weight, and those of the bias."""
         pairs = [(self.dw, self.problem.weight)]
         if self.db is not None and self.problem.bias is not None:
             pairs.append((self.db, self.problem.bias))
-        return [(grad, now, self.workspace.take(f"start{n}", now.shape, now).copy_(now))
-                for n, (grad, now) in enumerate(pairs)]  # fmt: skip
+        return pairs
 
-    def _pull_gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """Per tensor: its gradient, and the quadratic terms' gradient at the start."""
-        found = pull_gradient(self.problem) or (None, None)
-        return [(grad, part) for grad, part in zip((self.dw, self.db), found, strict=True)
-                if grad is not None and part is not None]  # fmt: skip
+    def _kept(self, number: int, now: Tensor) -> Tensor:
+        """A copy of the weight (0) or the bias (1)."""
+        return self.workspace.take(f"start{number}", now.shape, now).copy_(now)
 
     def gram(self, steps: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Gradients of T squared-loss steps, `g_0 + (W_t − W₀)(AᵀA + I/η) + (b_t − b₀)(Σ_r a)ᵀ`."""
         problem, take = self.problem, self.workspace.take
         # Differences, not `C + W_t AᵀA` with one product less: W_t − W₀ is tiny against W_t in float32.
-        anchors = self._anchors()
+        starts = [self._kept(n, now) for n, (_, now) in enumerate(self._tensors())]
         yield from self.plain(1, problem.a.shape[0], 0)
         held = problem.stiffness
         gram = take("gram", (*self.w.shape[:-2], self.w.shape[-1], self.w.shape[-1]), self.w)
@@ -329,11 +323,11 @@ class _Layer:
         gram.mul_(self.scale)
         start_w = take("g0", self.out_w.shape, self.w).copy_(self.out_w)
         moved = take("moved", self.out_w.shape, self.w)
-        w0 = anchors[0][2].view(self.w.shape)
+        w0 = starts[0].view(self.w.shape)
         if self.out_b is not None:
             sums, start_b = self.a.sum(-2).mul_(self.scale), self.out_b.clone()
             count = self.scale * (problem.a.shape[0] + held)
-            b, b0 = problem.bias.view(self.out_b.shape), anchors[1][2].view(self.out_b.shape)  # type: ignore[union-attr]
+            b, b0 = problem.bias.view(self.out_b.shape), starts[1].view(self.out_b.shape)  # type: ignore[union-attr]
         for _ in range(1, steps):
             torch.sub(self.w, w0, out=moved)
             self.fma(start_w, moved, gram, out=self.out_w)
@@ -354,25 +348,21 @@ class _Table:
 
     def plain(self, steps: int, rows: int, offset: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Gradients of T steps from slices of rows."""
-        problem, leaning = self.problem, pull_gradient(self.problem)
-        total, size_in, held = problem.a.shape[0], problem.weight.shape[-1], problem.stiffness
-        starts = [t.clone() for t in (problem.weight, problem.bias) if held and t is not None]
+        problem, total, size_in = self.problem, self.problem.a.shape[0], self.problem.weight.shape[-1]
+        pairs = [(grad, now) for grad, now in ((self.dw, problem.weight), (self.db, problem.bias))
+                 if grad is not None and now is not None]  # fmt: skip
+        pulls = pulled(problem, pairs, self.scale, lambda _, now: now.clone())
         for t in range(steps):
             index = (torch.arange(rows, device=problem.a.device) + offset + t * rows) % total
             part = problem if rows == total else _rows_of(problem, index)
             delta = problem.transfer.f(predict(part)) - part.target
-            found = [contract(delta, part.a, size_in), delta.sum(0)]
-            for number, (grad, now) in enumerate(((self.dw, problem.weight), (self.db, problem.bias))):
-                if grad is None or now is None:
-                    continue
-                torch.mul(found[number], self.scale * total / rows, out=grad)
+            found = contract(delta, part.a, size_in), delta.sum(0)
+            for (grad, _), value in zip(pairs, found, strict=False):
+                torch.mul(value, self.scale * total / rows, out=grad)
             if problem.metric is not None:
                 problem.metric.raise_(self.dw, self.db)
-            for number, (grad, now) in enumerate(((self.dw, problem.weight), (self.db, problem.bias))):
-                if grad is not None and now is not None and held:
-                    grad.add_(now - starts[number], alpha=self.scale * held)
-                if grad is not None and leaning is not None:
-                    grad.add_(leaning[number], alpha=self.scale)  # type: ignore[arg-type]
+            for pull in pulls:
+                pull.add_gradient(at_start=t == 0)
             yield self.dw, self.db
 
 
