@@ -36,10 +36,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import layerwise as lw
 
 __all__ = [
-    "OPTIMIZERS", "RANKS", "WATCHED", "Counted", "Lines", "left_over", "tried", "tried_in_rank",
+    "OPTIMIZERS", "RANKS", "WATCHED", "Counted", "Lines", "Operations", "left_over", "same", "tried", "tried_in_rank",
     "tried_in_workers", "watched",
 ]  # fmt: skip
 
+_EVERY_STEP: dict[str, Any] = {"update_factors_every": 1, "update_inverses_every": 1}
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "LocoProp": lambda m: lw.LocoProp(m),
     "LocoProp S": lambda m: lw.LocoProp(m, preset="S"),
@@ -54,9 +55,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "AltMin sweep, repeated": lambda m: lw.AltMin(m, codes="sweep", repeats=2, multipliers=True),
     "AltMin adam, repeated": lambda m: lw.AltMin(m, repeats=2, regularizer=lw.local.Elastic(0.1)),
     "AltMin async": lambda m: lw.AltMin(m, schedule="async"),
-    "K-FAC": lambda m: lw.optim.KFAC(m, update_factors_every=1, weight_decay=0.1),
-    "K-FAC quadratic": lambda m: lw.optim.KFAC(m, update_factors_every=1, step_size="quadratic", adapt_damping_every=1),
-    "EKFAC": lambda m: lw.optim.KFAC(m, kind="ekfac", update_factors_every=1),
+    "K-FAC": lambda m: lw.optim.KFAC(m, **_EVERY_STEP, weight_decay=0.1),
+    "K-FAC quadratic": lambda m: lw.optim.KFAC(m, **_EVERY_STEP, step_size="quadratic", adapt_damping_every=1),
+    "EKFAC": lambda m: lw.optim.KFAC(m, kind="ekfac", **_EVERY_STEP),
     "DiagNewton": lambda m: lw.optim.DiagNewton(m, update_every=1),
 }
 
@@ -135,7 +136,7 @@ class _Net(nn.Module):
         return self.c(F.dropout(self.b(self.norm(self.a(x)).tanh()).relu(), 0.2))
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Counts operations, and raises in place of one of them."""
 
     def __init__(self, at: int) -> None:
@@ -147,7 +148,7 @@ class _Operations(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         self.seen += 1
         if self.seen == self.at:
-            raise MemoryError(f"at operation {self.at}")
+            raise torch.OutOfMemoryError(f"at operation {self.at}")
         return func(*args, **(kwargs or {}))
 
 
@@ -215,13 +216,14 @@ def _compared(step: Step, everything: Any) -> Any:
     return {name: t for name, t in weights.items() if "running" not in name and "tracked" not in name}, state
 
 
-def _same(one: Any, two: Any) -> bool:
+def same(one: Any, two: Any) -> bool:
+    """Whether two states are equal, tensors bitwise."""
     if isinstance(one, Tensor):
         return isinstance(two, Tensor) and torch.equal(one, two)
     if isinstance(one, dict):
-        return one.keys() == two.keys() and all(_same(one[k], two[k]) for k in one)
+        return one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(_same, one, two))
+        return len(one) == len(two) and all(map(same, one, two))
     return bool(one == two)
 
 
@@ -270,21 +272,21 @@ def tried_in_workers() -> Counted:
         local = partial(Fails, rows=rows, dies=dies)
         solver = lw.local.LocalSteps(optimizer=local)
         opt = lw.LocoProp(model, solver=solver, lr=0.1, workers=("process", 2))
-        same = copy.deepcopy(model)
-        plain = lw.LocoProp(same, solver=lw.local.LocalSteps(optimizer=torch.optim.SGD), lr=0.1)
+        twin = copy.deepcopy(model)
+        plain = lw.LocoProp(twin, solver=lw.local.LocalSteps(optimizer=torch.optim.SGD), lr=0.1)
         with _seeded():
             before, raised = _everything(model, opt), False
             try:
                 opt.step(_closure(model))
             except (MemoryError, BrokenProcessPool):
                 raised = True
-            good = raised and _same(_everything(model, opt), before) and not left_over(model)
+            good = raised and same(_everything(model, opt), before) and not left_over(model)
             local.keywords["rows"] = 0  # no layer's
             generators = torch.get_rng_state()
             opt.step(_closure(model))
             torch.set_rng_state(generators)
-            plain.step(_closure(same))
-        good &= _same(model.state_dict(), same.state_dict())
+            plain.step(_closure(twin))
+        good &= same(model.state_dict(), twin.state_dict())
         if not good:
             failed.append(place + 1)
     return Counted(len(places), failed)
@@ -305,7 +307,7 @@ def tried(
     """
     start, batch = _start(make, step), _batch(7)
     whole = copy.deepcopy(start)
-    counting = Lines(0) if lines else _Operations(0)
+    counting = Lines(0) if lines else Operations(0)
     with _seeded():
         before = _everything(*start)
         with counting:
@@ -320,20 +322,20 @@ def tried(
         model, opt = copy.deepcopy(start)
         with _seeded():
             try:
-                with Lines(place) if lines else _Operations(place):
+                with Lines(place) if lines else Operations(place):
                     step(model, opt, batch)
-            except (MemoryError, KeyboardInterrupt):
+            except (torch.OutOfMemoryError, KeyboardInterrupt):
                 if step is watched:
                     opt.zero_grad()  # which the fault may have cut short: nobody goes on with old gradients
             found = _everything(model, opt)
             now, old, new = (_compared(step, at) for at in (found, before, after))
-            good = (_same(now, old) or _same(now, new)) and not left_over(model)
-            if good and _same(now, old):  # what is remembered beside the state does no harm, either
+            good = (same(now, old) or same(now, new)) and not left_over(model)
+            if good and same(now, old):  # what is remembered beside the state does no harm, either
                 if step is watched:
                     _restored(model, opt, before)
                 step(model, opt, _batch(7))
             step(model, opt, _batch(8))
-            good &= _same(_everything(model, opt), later)
+            good &= same(_everything(model, opt), later)
         if not good:
             failed.append(place)
     return Counted(len(places), failed)
@@ -377,7 +379,7 @@ def tried_in_rank(
     step(model, opt, first)
     step(model, opt, second)
     before = _everything(model, opt)
-    counting = _Operations(0)
+    counting = Operations(0)
     with counting:
         step(model, opt, third)
     after = _everything(model, opt)
@@ -391,13 +393,13 @@ def tried_in_rank(
         _restored(model, opt, before)
         said = "went on"
         try:
-            with _Operations(place if rank == failing else 0):
+            with Operations(place if rank == failing else 0):
                 step(model, opt, third)
-        except (MemoryError, lw.errors.RankFailed) as error:
+        except (torch.OutOfMemoryError, lw.errors.RankFailed) as error:
             said = type(error).__name__
         now, old, new = (_compared(step, at) for at in (_everything(model, opt), before, after))
         found: list[Any] = [None, None]
-        mine = "before" if _same(now, old) else "after" if _same(now, new) else "between"
+        mine = "before" if same(now, old) else "after" if same(now, new) else "between"
         dist.all_gather_object(found, (mine, said))
         good = found[0][0] == found[1][0] != "between" and not left_over(model)
         if good:
@@ -408,7 +410,7 @@ def tried_in_rank(
             step(model, opt, third)
         if good:
             step(model, opt, fourth)
-            good = _same(_everything(model, opt), later)
+            good = same(_everything(model, opt), later)
         if not good:
             failed.append((place, str(found)))
     return len(places), failed

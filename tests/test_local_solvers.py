@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from local_cases import TRANSFERS, biases, each, groups
 from torch import Tensor
 
+import layerwise as lw
 from layerwise import local
 from layerwise.errors import BadInput
 from layerwise.local import transfer as tr
@@ -380,3 +381,17 @@ def test_one_optimizer_serves_a_table_in_place() -> None:
     close(live.weight, wanted[0])
     close(live.bias, wanted[1])  # type: ignore[arg-type]
     assert not torch.equal(live.weight, start)
+
+
+@pytest.mark.parametrize("scale", [1e19, 1e30, 1e38])
+@pytest.mark.parametrize("rows", [24, 4], ids=["inputs", "rows"])
+@pytest.mark.parametrize("solver", [lw.local.Spectral(), lw.local.Anderson(), lw.local.Newton()], ids=repr)
+def test_huge_rows_end_no_training_with_any_solver(solver: Any, rows: int, scale: float) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).float()
+    x, y = torch.randn(rows, 12, dtype=torch.float32), torch.randint(3, (rows,))
+    opt = lw.LocoProp(model, solver=solver, regularizer=lw.local.WeightDecay(0.1), loss="squared")
+    for factor in (1.0, scale, 1.0):
+        opt.step(lambda factor=factor: F.cross_entropy(model(x * factor), y))
+    assert opt.skipped <= 1  # Newton may go a finite way
+    assert all(torch.isfinite(p).all() for p in model.parameters())

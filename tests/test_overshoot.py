@@ -171,12 +171,57 @@ def test_the_losses_are_those_of_the_definition(factor: float, with_bias: bool) 
     assert all(map(torch.equal, params.values(), new))
 
 
-def test_what_has_no_loss_of_its_own_may_grow_tenfold_and_from_zero() -> None:
-    for old, new, far in ((1.0, 9.0, False), (1.0, 11.0, True), (0.0, 1e6, False)):
-        p = torch.full((3,), new)
-        found = list(overshot([StepTaken({"p": p}, [torch.full((3,), old)], None)]))
-        assert bool(found) == far
-        assert not far or "grew its norm from 1.73 to 19.1" in found[0][1]
+@pytest.mark.parametrize("loss", [2.0, -2.0])
+@pytest.mark.parametrize("old", [1.0, 1e-6, 0.0])
+def test_what_has_no_loss_of_its_own_may_grow_tenfold_or_to_where_a_quadratic_loss_is_as_large(
+    old: float, loss: float
+) -> None:
+    for factor, slope, far in ((9.0, 1e9, False), (11.0, 0.99, False), (11.0, 1.01, True), (1e12, 0.99, False)):
+        new = factor * (old or 1.0)
+        before, p = torch.full((3,), old, dtype=torch.float64), torch.full((3,), new, dtype=torch.float64)
+        gradient = (4 * slope * loss / (p - before).square().sum()) * (p - before)
+        found = list(overshot([StepTaken({"p": p}, [before], None, (torch.tensor(loss), gradient))]))
+        assert bool(found) == (far or (old == 0.0 and slope > 1))
+        assert not found or f"grew its norm from {3**0.5 * old:.3g} to {3**0.5 * new:.3g}" in found[0][1]
+
+
+class Gains(nn.Module):
+    """A residual net whose gains and lone biases begin at one value."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.gain, self.bias = nn.Parameter(torch.full((16,), start)), nn.Parameter(torch.full((16,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h + F.relu(self.inner(h)) * self.gain + self.bias)
+
+
+@pytest.mark.parametrize("words", [{}, {"codes": "sweep"}], ids=str)
+@pytest.mark.parametrize("start", [0.0, 1e-6, 1e-3])
+def test_gains_and_biases_that_begin_near_zero_are_trained(start: float, words: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Gains(start)
+    opt = lw.AltMin(model, weights="sgd", **words)
+    for seed in range(40):
+        opt.step(lambda seed=seed: loss(model, seed))
+    assert opt.skipped == 0
+    assert loss_on_others(model) < 0.4
+    assert float(model.gain.detach().abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e12])
+@pytest.mark.parametrize("start", [0.0, 1e-6, 1.0])
+def test_a_huge_first_batch_does_not_carry_them_away(start: float, scale: float) -> None:
+    torch.manual_seed(0)
+    model = Gains(start)
+    opt = lw.AltMin(model, weights="sgd")
+    opt.step(lambda: loss(model, 0, scale))
+    for seed in range(1, 60):
+        opt.step(lambda seed=seed: loss(model, seed))
+    assert opt.skipped <= 2
+    assert loss_on_others(model) < 0.5
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Muon, torch.optim.Rprop])

@@ -76,6 +76,21 @@ def test_a_huge_batch_that_stale_layers_hear_later_is_let_go(words: dict[str, st
     assert opt.state_dict()["stale"]["steps"] == 7
 
 
+@pytest.mark.parametrize("at", range(2, 8))
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e8])
+def test_so_is_one_by_which_a_stale_layer_overshoots(scale: float, at: int) -> None:
+    model = _model(dtype=torch.float32)
+    opt = lw.AltMin(model, weights="sgd", schedule="async", staleness=2)
+    skipped = []
+    for seed in range(16):
+        x, y = _batch(seed, torch.float32)
+        x = x * scale if seed == at else x
+        before = opt.skipped
+        opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        skipped.append(opt.skipped - before)
+    assert sum(skipped) <= 3 and not any(skipped[at + 6 :])  # none where no layer hears it
+
+
 SHAPED = {
     "LocoProp": lambda m: lw.LocoProp(m, solver=lw.local.LocalSteps(optimizer=torch.optim.Adam, state="persistent")),
     "AltMin": lambda m: lw.AltMin(m, weights="sgd"),

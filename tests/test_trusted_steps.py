@@ -94,6 +94,39 @@ def test_a_worker_that_raises_or_dies_takes_the_step_back_and_hangs_nothing() ->
     assert faults.tried_in_workers() == faults.Counted(4, [])
 
 
+def preconditioned(kind: Any, fault: Any) -> tuple[nn.Module, Any, Any]:
+    """A model whose second gradients a preconditioner turns under a fault, and gradients and state before and after."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    pre = lw.optim.Preconditioner(model, kind, update_factors_every=1, update_inverses_every=1)
+
+    def held() -> Any:
+        return copy.deepcopy(([p.grad for p in model.parameters()], pre.state_dict()))
+
+    for context in (contextlib.nullcontext(), fault):
+        model.zero_grad()
+        with pre.watch():
+            F.cross_entropy(model(x), y).backward()
+        before = held()
+        with suppress(torch.OutOfMemoryError, KeyboardInterrupt), context:
+            pre.step()
+    return model, before, held()
+
+
+@pytest.mark.parametrize("fault", [faults.Operations, faults.Lines])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diag-ggn"])
+def test_what_raises_in_a_preconditioner_leaves_its_averages_and_the_gradients(kind: Any, fault: Any) -> None:
+    counting = fault(0)
+    *_, whole = preconditioned(kind, counting)
+    places = {*range(1, counting.seen + 1, max(1, counting.seen // 40)), counting.seen}
+    for place in sorted(places):
+        model, before, found = preconditioned(kind, fault(place))
+        assert faults.same(found, before) or faults.same(found, whole), place
+        assert not faults.left_over(model), place
+    assert len(places) > 30
+
+
 def test_the_injector_finds_a_step_that_is_half_made() -> None:
     class Halves(lw.LocoProp):
         def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerwise.errors import is_out_of_memory
 from layerwise.tape.calls import ASSEMBLES, CHOOSES, LIKE, RANDOM, REARRANGES, SCATTER, assembles, functions_and_methods
 
 __all__ = [
@@ -255,7 +256,9 @@ def numbers(origin: Origin, offsets: Mapping[Origin, int]) -> Tensor | None:
     try:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             return _run(origin, offsets, {})
-    except (RuntimeError, TypeError, ValueError, IndexError):
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise import losses, ops
-from layerwise.errors import UnsupportedCall
+from layerwise.errors import UnsupportedCall, is_out_of_memory
 from layerwise.tape.calls import CARRIES
 from layerwise.tape.uses import Derived, Reader, Use, bad_call, describe_func, is_hook, unhooked
 
@@ -145,10 +145,8 @@ def run(func: Any, args: Any, kwargs: Any, used: list[Derived], data: list[Tenso
         args = (args[0].clone(), *args[1:])
     try:
         out = func(*args, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, IndexError) as error:
-        if "allocate memory" in str(error) or "not enough memory" in str(error):  # on the CPU it has no type
+        if is_out_of_memory(error):
             raise
         raise bad_call(func, used, data, error) from error
     result = args[0] if out is None and args and ops.writes_first(func) else out

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from layerwise.errors import Undefined
+from layerwise.errors import Undefined, is_out_of_memory
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
@@ -167,7 +167,9 @@ def _terms_of_rows(graph: Graph, loss: LossUse, n: int) -> Tensor | None:
     try:
         with twice():
             back = pull([loss.logits], [r], [use.edge for use, _ in known], create_graph=True)
-    except (RuntimeError, Undefined):
+    except (RuntimeError, Undefined) as error:
+        if is_out_of_memory(error):
+            raise
         return None
     roots = [
         Root(g, g, rows.expand([1] * g.dim() if rows.dim() != g.dim() else rows.shape))
@@ -177,7 +179,9 @@ def _terms_of_rows(graph: Graph, loss: LossUse, n: int) -> Tensor | None:
     try:
         with twice():
             (found,) = element_numbers(roots, n, [r]) if roots else (None,)
-    except (RuntimeError, Undefined):
+    except (RuntimeError, Undefined) as error:
+        if is_out_of_memory(error):
+            raise
         return None
     if found is None:
         return None

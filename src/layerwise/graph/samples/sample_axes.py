@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
+from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, is_out_of_memory
 from layerwise.graph.coverage import Graph, hides
 from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.readings import tensor_asked
@@ -69,7 +69,9 @@ def _for_all_values(graph: Graph, losses: Sequence[LossUse], rows: Sequence[Samp
     try:
         with torch.autograd.set_detect_anomaly(False):
             found, culprit = _test(graph, losses, rows, nan=True)
-    except (RuntimeError, ArithmeticError, ValueError):
+    except (RuntimeError, ArithmeticError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         return None  # a derivative that checks its input
     if culprit is not None or any(len(found.axes[i]) > 1 < rows[0].n for i in found.reached):
         return None
@@ -198,7 +200,9 @@ def structural(graph: Graph, layout: SampleLayout) -> bool:
         try:
             with torch.autograd.set_detect_anomaly(False):
                 pulled = pull(logits, sent, edges)
-        except (RuntimeError, ArithmeticError, ValueError):
+        except (RuntimeError, ArithmeticError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             return False  # a derivative that checks its input
         for use, g in zip(graph.uses, pulled, strict=True):
             if g is None:
@@ -222,7 +226,9 @@ def structural_below(front: Sequence[Use], uses: Sequence[Use], n: int, axes: Ma
             sent.append(g.masked_fill_(mine, torch.nan))
         try:
             pulled = pull(ends, sent, [use.edge for use in uses])
-        except (RuntimeError, ArithmeticError, ValueError):
+        except (RuntimeError, ArithmeticError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             return False
         for use, found in zip(uses, pulled, strict=True):
             if found is not None and not _follows(found != 0, axes[use.index], chosen.to(found.device)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function
 
-from layerwise.errors import Undefined
+from layerwise.errors import Undefined, is_out_of_memory
 from layerwise.graph.walk import Edge, Node, nodes
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import place
@@ -199,7 +199,9 @@ def _tried(function: Callable[..., Any], given: Sequence[Any]) -> bool | None:
         try:
             with torch.enable_grad():
                 return _agree(function, arguments)
-        except Exception:  # whatever the user's own code raises on arguments that it does not expect
+        except Exception as error:  # whatever the user's own code raises on arguments that it does not expect
+            if is_out_of_memory(error):
+                raise
             continue
     return None
 

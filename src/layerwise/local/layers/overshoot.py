@@ -17,6 +17,7 @@ __all__ = ["StepTaken", "has_bounded_steps", "overshot"]
 
 GROWTH = 1.25  # of the norm of a layer's parameters: a step that grows them by less is not looked at
 GROWTH_ALONE = 10.0  # of a parameter that has no loss of its own
+REACH = 4.0  # |g·Δ| / |L| from which a quadratic loss with the minimum 0 grows along its gradient g
 # Each entry moves by the rate times a constant at most, whatever the gradient is.
 _BOUNDED = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RMSprop", "Rprop", "TFRMSProp")
 
@@ -24,12 +25,14 @@ _BOUNDED = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "
 class StepTaken(NamedTuple):
     """Parameters that a step has moved together, by name, with their values before it.
 
-    problem: makes their local problem at their present values; None where they have none.
+    problem: makes their local problem at their present values; None where they have none. slope: then the batch's loss
+    and its gradient in the only parameter.
     """
 
     params: Mapping[str, Tensor]
     before: Sequence[Tensor]
     problem: Callable[[], LocalProblem] | None
+    slope: tuple[Tensor, Tensor] | None = None
 
 
 def has_bounded_steps(kind: object) -> bool:
@@ -41,8 +44,9 @@ def overshot(moved: Sequence[StepTaken]) -> Iterator[tuple[StepTaken, str]]:
     """What has moved too far, with the words for it.
 
     Those whose norm has grown by a quarter, and with it their own loss `Σ_r [F(z_r) − y_r·z_r]` on the rows of the
-    step; or which have no such loss, and whose norm has grown tenfold from another than zero. The loss is only computed
-    where the norm has grown; the host waits once.
+    step; or which have no such loss, and whose norm has grown tenfold in a step Δ with `|g·Δ| > 4 |L|`, L the batch's
+    loss and g its gradient: a quadratic loss with the minimum 0 would be larger. Either is only computed where the norm
+    has grown; the host waits once.
     """
     if not moved:
         return
@@ -55,12 +59,19 @@ def overshot(moved: Sequence[StepTaken]) -> Iterator[tuple[StepTaken, str]]:
         if new <= GROWTH * old:
             continue
         if each.problem is None:
-            if new > GROWTH_ALONE * old > 0:
+            if new > GROWTH_ALONE * old and each.slope is not None and _reach(each, *each.slope) > REACH:
                 yield each, f"the step of {name}, which grew its norm from {old:.3g} to {new:.3g}"
             continue
         first, last = _losses(each, each.problem)
         if not last <= first:
             yield each, f"the step of {name}, which raised its own loss from {first:.3g} to {last:.3g}"
+
+
+def _reach(moved: StepTaken, loss: Tensor, gradient: Tensor) -> float:
+    """`|g·Δ| / |L|` of the step of one parameter, in float64."""
+    (p,), (old,) = moved.params.values(), moved.before
+    descent = ((p.detach().cpu().double() - old.cpu().double()) * gradient.cpu().double()).sum()
+    return float(descent.abs() / loss.detach().cpu().double().abs())
 
 
 @without_grad

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, NonFinite
 from layerwise.local.problem import LocalProblem, contract, predict, pull_gradient, refuse_terms
 from layerwise.operators.ridge import ridge
-from layerwise.tensors import without_grad
+from layerwise.tensors import is_finite, without_grad
 
 __all__ = ["Side", "inputs_with_ones", "largest_curvature", "prox_step", "residual", "spectral_step"]
 
@@ -68,10 +69,10 @@ def spectral_step(problem: LocalProblem, rates: Sequence[float], side: Side = "a
         return -g * _filter(s, rates, c)[0], None
     a, d, m = _squared_rows(problem)
     if not _by_rows(a, side):
-        s, v = torch.linalg.eigh(a.mT @ a)
+        s, v = _decomposed(torch.linalg.eigh, a.mT @ a)
         right = d.mT @ a if m is None else d.mT @ a + m
         return _split(problem, -((right @ v) * _filter(s, rates, c)[0].unsqueeze(-2)) @ v.mT)
-    s, v = torch.linalg.eigh(a @ a.mT)
+    s, v = _decomposed(torch.linalg.eigh, a @ a.mT)
     h, slope = _filter(s, rates, c)
     moved = -((d.mT @ v) * h.unsqueeze(-2)) @ (v.mT @ a)
     if m is not None:  # h(AᵀA) = h(0) I + Aᵀ V (h(s) − h(0))/s Vᵀ A
@@ -87,7 +88,17 @@ def largest_curvature(problem: LocalProblem) -> Tensor:
         return _table(problem)[1].max() + problem.stiffness
     a = inputs_with_ones(problem)
     gram = a @ a.mT if _by_rows(a, "auto") else a.mT @ a
-    return torch.linalg.eigvalsh(gram).max().clamp_min(0) + problem.stiffness
+    return _decomposed(torch.linalg.eigvalsh, gram).max().clamp_min(0) + problem.stiffness
+
+
+def _decomposed(decompose: Callable[[Tensor], Any], gram: Tensor) -> Any:
+    """The eigendecomposition of a Gram matrix. Raises NonFinite where there is none, as that of huge rows."""
+    try:
+        return decompose(gram)
+    except LinAlgError as error:
+        what = f"the Gram matrix {tuple(gram.shape)} of a layer's inputs"
+        said = "holds NaN or infinity" if not is_finite(gram) else f"has no eigendecomposition: {error}"
+        raise NonFinite(f"{what} {said}") from error
 
 
 def _filter(s: Tensor, rates: Sequence[float], c: float) -> tuple[Tensor, Tensor]:

@@ -144,8 +144,8 @@ class Fitting:
         move: called with its name, itself and its gradient. free: whether by steps of any size, by name and group.
         """
         params = {name: self.run.parameter(name) for name in self.run.gradients}
-        return [GradientJob({n: params[n]}, g.numel, partial(move, n, params[n], g), free(n, self.group(n)))
-                for n, g in self.run.gradients.items()]  # fmt: skip
+        return [GradientJob({n: params[n]}, g.numel, partial(move, n, params[n], g), free(n, self.group(n)),
+                            (self.run.loss, g)) for n, g in self.run.gradients.items()]  # fmt: skip
 
     def round_off(self) -> None:
         """Write what has moved in copies to the parameters, rounded to their types."""

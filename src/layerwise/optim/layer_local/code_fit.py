@@ -196,7 +196,7 @@ class CodeFitter:
         finally:
             self._weights.verdict = self._assuming = None
         if isinstance(where, str) and stale is not None:
-            stale.blame(spoiled)
+            stale.blame([*spoiled, *snapshot.too_far])
         return where
 
     def _problem(self, fitting: Fitting, layer: Layer) -> Callable[[], LocalProblem]:

@@ -53,12 +53,16 @@ class LayerJob(NamedTuple):
 
 
 class GradientJob(NamedTuple):
-    """A parameter without a local problem, which moves along its gradient. free: by steps of any size."""
+    """A parameter without a local problem, which moves along its gradient.
+
+    free: by steps of any size. slope: the batch's loss, and its gradient in the parameter.
+    """
 
     params: Mapping[str, Tensor]
     cost: Callable[[], float]
     move: Callable[[], None]
     free: bool = False
+    slope: tuple[Tensor, Tensor] | None = None
 
 
 class Executor:

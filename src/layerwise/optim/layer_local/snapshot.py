@@ -69,7 +69,7 @@ class Snapshot:
     ) -> None:
         self._params, self._state, self._averages, self._replaced = list(params), state, averages, replaced
         self._before: list[dict[str, Any] | None] = []
-        self._anew: set[str] = set()  # whose state is not restored: momentum would carry them too far again
+        self.too_far: set[str] = set()  # whose state is not restored: momentum would carry them there again
         self._live = live = [p for _, p in self._params]
         for name, p in self._params:
             own = state.get(p)
@@ -86,10 +86,10 @@ class Snapshot:
         """The words for the first of these jobs whose parameters went too far; their local optimizers start anew."""
         before = {name: copy for (name, _), copy in zip(self._params, self._copies, strict=False)}
         found: Overshoot | None = None
-        moved = [StepTaken(job.params, [before[name] for name in job.params], _problem_of(job)) for job in jobs]
+        moved = [StepTaken(job.params, [before[name] for name in job.params], *_judged_by(job)) for job in jobs]
         for each, words in overshot(moved):
             found = found or Overshoot(words)
-            self._anew |= each.params.keys()
+            self.too_far |= each.params.keys()
         return found
 
     def spoiled(self) -> str | None:
@@ -153,7 +153,7 @@ class Snapshot:
             t.copy_(value)
         for (name, p), before in zip(self._params, self._before, strict=True):
             self._state.pop(p, None)
-            if before is not None and name not in self._anew:
+            if before is not None and name not in self.too_far:
                 self._state[p] = before
 
     @without_grad
@@ -215,8 +215,9 @@ def solved(
     return where
 
 
-def _problem_of(job: LayerJob | GradientJob) -> Callable[[], LocalProblem] | None:
-    return (lambda: job.task().problem) if isinstance(job, LayerJob) else None
+def _judged_by(job: LayerJob | GradientJob) -> tuple[Callable[[], LocalProblem] | None, tuple[Tensor, Tensor] | None]:
+    """What a step is judged by: the local problem, or the slope of the loss."""
+    return ((lambda: job.task().problem), None) if isinstance(job, LayerJob) else (None, job.slope)
 
 
 def _judged(late: Late, snapshot: Snapshot) -> str | None:

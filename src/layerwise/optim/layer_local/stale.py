@@ -61,7 +61,7 @@ class Stale:
         return found
 
     def blame(self, names: Iterable[str]) -> None:
-        """Say which layers of the last step had no finite solution: an earlier minibatch that did it is let go.
+        """Say which layers of the last step were not solved or overshot: an earlier minibatch that did it is let go.
 
         Else every step that is given it would be skipped, and as a skipped step puts back what there was, for ever.
         """

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, is_out_of_memory
 from layerwise.operators.diagonal import reciprocal
 from layerwise.operators.factor_pairs import bound_of_entries, inverted_inputs, inverted_pairs
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
@@ -127,7 +127,9 @@ def eigenbasis(name: str, block: KroneckerBlock) -> EigenBlock | None:
     """The eigenvectors of a block's factors; None where there is no eigendecomposition."""
     try:
         return block.eigh(name)
-    except (LayerwiseError, RuntimeError):  # torch's LinAlgError is a RuntimeError
+    except (LayerwiseError, RuntimeError) as error:  # torch's LinAlgError is a RuntimeError
+        if is_out_of_memory(error):
+            raise
         return None
 
 
@@ -185,7 +187,7 @@ class Inverse(NamedTuple):
 
 @without_grad
 def invert(name: str, block: Block, damping: float, form: str, last: Inverse | None = None) -> Inverse:
-    """The damped inverse, with fallbacks that never raise and never give NaN.
+    """The damped inverse, with fallbacks that never give NaN, and raise where memory runs out alone.
 
     form: "pi" `(B + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹` with `π² = (tr A / I) / (tr B / O)`; "factored" the same with π = 1;
     "eigen" `(B ⊗ A + λI)⁻¹`; "input" `I ⊗ (A + λI)⁻¹`. A block with a spectrum S has `Q (|S| + λ)⁻¹ Qᵀ`, whatever the
@@ -200,7 +202,9 @@ def invert(name: str, block: Block, damping: float, form: str, last: Inverse | N
     for attempt, (kind, much) in enumerate(attempts):
         try:
             found = _inverted(name, block, much, kind)
-        except (LayerwiseError, RuntimeError):  # torch's LinAlgError is a RuntimeError
+        except (LayerwiseError, RuntimeError) as error:  # torch's LinAlgError is a RuntimeError
+            if is_out_of_memory(error):
+                raise
             continue
         if found is not None:
             return Inverse(found, attempt > 0)

@@ -195,9 +195,11 @@ class Preconditioner:
     def step(self) -> bool:
         """Overwrite `.grad` with the preconditioned gradient; False where the batch was skipped. Threads take turns."""
         with self._turn, autocast_as(NO_AUTOCAST):
+            grads = torch.is_grad_enabled()
             try:
                 return self._step()
             except BaseException as error:
+                torch._C._set_grad_enabled(grads)
                 self.exchange.fail(error)
                 raise
 
@@ -383,8 +385,6 @@ class Preconditioner:
             its, self.exchange.owners = self.exchange.owners, owners
         left = None if state["left"] is None else frozenset(state["left"])
         return blocks, left, state["steps"], its, state["damping"], state["skipped"], None
-
-    # -- copies --------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and pickle, without a batch that was watched and not yet stepped on."""
