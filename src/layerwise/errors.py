@@ -26,7 +26,6 @@ __all__ = [
     "Undefined",
     "UnknownLoss",
     "UnsupportedCall",
-    "is_out_of_memory",
 ]
 
 
