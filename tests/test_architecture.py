@@ -30,7 +30,7 @@ ALLOWED = {
     "ops": "rows tensors",
     "tape": "losses nn ops ranks tensors",
     "replay": "nn ops tape tensors",
-    "graph": "losses ops rows tape",
+    "graph": "losses ops rows tape tensors",
     "gradient": "ops rows tape tensors",
     "operators": "graph losses rows tape tensors",
     "quantities": "gradient graph losses operators ops ranks rows tape tensors",

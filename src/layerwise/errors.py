@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 __all__ = [
     "AmbiguousSamples",
     "BadInput",
@@ -26,7 +24,6 @@ __all__ = [
     "Undefined",
     "UnknownLoss",
     "UnsupportedCall",
-    "is_out_of_memory",
 ]
 
 
@@ -112,11 +109,3 @@ class CutShort(LayerwiseWarning):
 
 class LogDamaged(LayerwiseWarning):
     """A log of `lw.monitor` could not be written (said once), or lines or runs of a file were left out in reading."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; torch's errors then are RuntimeErrors, on the CPU with nothing but their text."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("allocate memory" in said or "not enough memory" in said)

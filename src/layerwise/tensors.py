@@ -23,8 +23,8 @@ from torch import Tensor
 
 __all__ = [
     "HALF", "Verdict", "WrongAssumption", "all_finite", "as_real", "dense", "empty", "forked_random", "free_memory",
-    "is_finite", "largest_entries", "lazy_copy", "norms", "one_on", "random_states_of", "set_random_states",
-    "squared", "together_finite", "wide_type", "widened", "without_grad", "write_where",
+    "is_finite", "is_out_of_memory", "largest_entries", "lazy_copy", "norms", "one_on", "random_states_of",
+    "set_random_states", "squared", "together_finite", "wide_type", "widened", "without_grad", "write_where",
 ]  # fmt: skip
 
 
@@ -378,3 +378,11 @@ def forked_random(devices: Iterable[torch.device]) -> Iterator[None]:
 def dense(g: Tensor) -> Tensor:
     """A possibly sparse gradient as a dense tensor."""
     return g.to_dense() if g.is_sparse else g
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch's errors then are RuntimeErrors, on the CPU with nothing but their text."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("allocate memory" in said or "not enough memory" in said)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerwise.errors import is_out_of_memory
 from layerwise.tape.calls import ASSEMBLES, CHOOSES, LIKE, RANDOM, REARRANGES, SCATTER, assembles, functions_and_methods
+from layerwise.tensors import is_out_of_memory
 
 __all__ = [
     "Moved", "Origin", "Origins", "Source", "ancestors", "is_open", "numbers", "offsets_of", "parents", "settle",

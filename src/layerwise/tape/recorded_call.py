@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerwise import losses, ops
-from layerwise.errors import UnsupportedCall, is_out_of_memory
+from layerwise.errors import UnsupportedCall
 from layerwise.tape.calls import CARRIES
 from layerwise.tape.uses import Derived, Reader, Use, bad_call, describe_func, is_hook, unhooked
+from layerwise.tensors import is_out_of_memory
 
 __all__ = [
     "Hollow", "Known", "Readable", "classify", "distinct", "is_view", "kept", "note_readers", "own_output", "run",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from layerwise.errors import Undefined, is_out_of_memory
+from layerwise.errors import Undefined
 from layerwise.graph.coverage import Graph
 from layerwise.graph.own_loss import OwnLossGraph
 from layerwise.graph.products import twice
@@ -33,6 +33,7 @@ from layerwise.rows.base import RowNumbers, Samples
 from layerwise.tape.origins import Origin, sources
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import LossUse, Use
+from layerwise.tensors import is_out_of_memory
 
 __all__ = ["axis_of", "by_known_rows", "by_target", "numberings", "unheard"]
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed, is_out_of_memory
+from layerwise.errors import AmbiguousSamples, BadInput, SamplesMixed
 from layerwise.graph.coverage import Graph, hides
 from layerwise.graph.samples.meeting import meeting
 from layerwise.graph.samples.readings import tensor_asked
@@ -25,6 +25,7 @@ from layerwise.rows.base import Samples
 from layerwise.tape.pull import pull
 from layerwise.tape.tape import Tape
 from layerwise.tape.uses import LossUse, Use
+from layerwise.tensors import is_out_of_memory
 
 __all__ = [
     "advice_on_shared_rows", "by_axes", "free_axes", "hypotheses", "mixed_text", "on_axes", "on_axis", "structural",

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function
 
-from layerwise.errors import Undefined, is_out_of_memory
+from layerwise.errors import Undefined
 from layerwise.graph.walk import Edge, Node, nodes
 from layerwise.tape.pull import pull
 from layerwise.tape.uses import place
+from layerwise.tensors import is_out_of_memory
 
 __all__ = ["check_adjoint", "check_functions", "check_sparse", "custom_functions", "is_custom", "written_at"]
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.errors import LayerwiseError, is_out_of_memory
+from layerwise.errors import LayerwiseError
 from layerwise.operators.diagonal import reciprocal
 from layerwise.operators.factor_pairs import bound_of_entries, inverted_inputs, inverted_pairs
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
@@ -22,7 +22,7 @@ from layerwise.operators.low_rank import LOW_RANK_FROM, ThinInverse
 from layerwise.operators.ridge import inverse
 from layerwise.operators.thin_block import thin_block
 from layerwise.rows.layout import MatrixLayout
-from layerwise.tensors import Verdict, WrongAssumption, without_grad
+from layerwise.tensors import Verdict, WrongAssumption, is_out_of_memory, without_grad
 
 __all__ = [
     "FORMS",
