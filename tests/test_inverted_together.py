@@ -25,7 +25,7 @@ def block(groups: int, size_out: int, size_in: int, seed: int, diagonal: bool = 
     return KroneckerBlock(a, spd(groups, size_out, size_out, seed=seed + 50), layout)
 
 
-@pytest.mark.parametrize("form", ["pi", "factored"])
+@pytest.mark.parametrize("form", ["pi", "factored", "input"])
 def test_blocks_inverted_together_are_those_inverted_one_by_one(form: str) -> None:
     """Equal shapes of both sides and of different blocks, groups, a diagonal side, and different dampings."""
     blocks = {
@@ -42,6 +42,10 @@ def test_blocks_inverted_together_are_those_inverted_one_by_one(form: str) -> No
         mine, its = fields_of(found[name].block), fields_of(want.block)
         assert all(torch.allclose(mine[key], its[key], rtol=1e-12, atol=0.0) for key in ("A", "B"))
     dense, damped = blocks["square"], found["square"].block
+    if form == "input":  # `I ⊗ (A + λI)⁻¹`
+        eye = torch.eye(4, dtype=torch.float64)
+        assert torch.allclose(damped.A @ (dense.A + 0.01 * eye), eye, atol=1e-11)
+        return
     extra_a, extra_b = dense.dampings(0.01, balanced=form == "pi")
     eye = torch.eye(4, dtype=torch.float64)
     assert torch.allclose(damped.A @ (dense.A + extra_a[:, None, None] * eye), eye, atol=1e-11)
@@ -57,8 +61,9 @@ def test_blocks_that_fail_or_have_another_form_are_left() -> None:
     asked = {
         "good": Asked(good, 0.1, "pi"), "bad": Asked(bad, 0.1, "pi"), "wrong": Asked(wrong, 0.1, "factored"),
         "eigen": Asked(good, 0.1, "eigen"), "basis": Asked(eigen, 0.1, "pi"), "input": Asked(good, 0.1, "input"),
+        "bad input": Asked(bad, 0.1, "input"),
     }  # fmt: skip
-    assert invert_together(asked).keys() == {"good"}
+    assert invert_together(asked).keys() == {"good", "input"}
     assert invert_together({}) == {}
 
 

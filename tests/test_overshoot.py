@@ -98,9 +98,15 @@ def loss_on_others(model: nn.Module) -> float:
     scale=[3.0, 10.0, 15.0, 20.0, 22.0, 24.0, 26.0, 32.0, 50.0, 100.0, 1e3, 1e8, 1e12, 1e16, 1e30],
 )  # fmt: skip
 def test_a_model_trains_on_after_a_huge_batch_at_any_scale(name: str, net: str, scale: float) -> None:
-    model, _, others = trained(OPTIMIZERS[name], net, {5: scale})
-    assert others <= 1
-    assert loss_on_others(model) < loss_on_others(trained(OPTIMIZERS[name], net, {})[0]) + 0.15
+    """Within 40 batches mostly; a step that grows a layer by less than what is looked at may take 320 to make up for."""
+    behind = []
+    for batches in (40, 320):
+        model, _, others = trained(OPTIMIZERS[name], net, {5: scale}, batches)
+        behind.append(loss_on_others(model) - loss_on_others(trained(OPTIMIZERS[name], net, {}, batches)[0]))
+        assert others <= 1
+        if behind[-1] < 0.15:
+            return
+    pytest.fail(f"the loss is behind by {behind} after 40 and 320 batches")
 
 
 @pytest.mark.thinned(3)
