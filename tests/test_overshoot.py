@@ -98,7 +98,7 @@ def loss_on_others(model: nn.Module) -> float:
     scale=[3.0, 10.0, 15.0, 20.0, 22.0, 24.0, 26.0, 32.0, 50.0, 100.0, 1e3, 1e8, 1e12, 1e16, 1e30],
 )  # fmt: skip
 def test_a_model_trains_on_after_a_huge_batch_at_any_scale(name: str, net: str, scale: float) -> None:
-    """Within 40 batches mostly; a step that grows a layer by less than what is looked at may take 320 to make up for."""
+    """Within 40 batches mostly; a step that grows a layer by less than is looked at may take 320 to make up for."""
     behind = []
     for batches in (40, 320):
         model, _, others = trained(OPTIMIZERS[name], net, {5: scale}, batches)
