@@ -89,3 +89,16 @@ def test_what_cholesky_alone_does_not_solve() -> None:
     with pytest.raises(NonFinite):
         ridge(A[3], B[3], 0.1)
     assert by_cholesky(A[:, :0, :0], B[..., :0])[1].tolist() == [True] * 4
+
+
+def test_a_root_of_a_large_factor_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from layerwise.operators import low_rank
+
+    asked: list[int] = []
+    root = low_rank._root
+    monkeypatch.setattr(low_rank, "_root", lambda a: asked.append(len(a)) or root(a))
+    full = block(1, 3, 520, 0)
+    found = invert("full", full, 0.1, "pi").block
+    assert asked == [520]
+    extra, _ = full.dampings(0.1)
+    assert torch.allclose(fields_of(found)["A"] @ (full.A + extra * torch.eye(520)), torch.eye(520).double(), atol=1e-8)

@@ -182,10 +182,11 @@ class KroneckerBlock(_Block):
         spectrum = b.clamp(min=0)[:, :, None] * a.clamp(min=0)[:, None, :]
         return EigenBlock(basis_in, basis_out, spectrum, self.layout, self.bias, self.form, self.parameter)
 
-    def inverse(self, name: str, damping: float, balanced: bool = True) -> KroneckerBlock:
-        """The inverse of the block with both factors damped, as by `dampings`."""
+    def inverse(self, name: str, damping: float, balanced: bool = True, terms: float = 0.0) -> KroneckerBlock:
+        """The inverse of the block with both factors damped, as by `dampings`. terms: as for `ridge.inverse`."""
         extra_a, extra_b = self.dampings(damping, balanced)
-        return replace(self, A=_damped(name, self.input_factor, extra_a), B=_damped(name, self.B, extra_b))
+        a, b = _damped(name, self.input_factor, extra_a, terms), _damped(name, self.B, extra_b, terms)
+        return replace(self, A=a, B=b)
 
     def dampings(self, damping: float, balanced: bool = True) -> tuple[Tensor, Tensor]:
         """What is added to A and to B, `[K]`, split as by Martens and Grosse (π = 1 unless balanced)."""
@@ -366,8 +367,8 @@ def _owners(key: str, block: _Block) -> tuple[str, ...]:
     return (name,) if block.bias is None else (name, block.bias)
 
 
-def _damped(name: str, x: Tensor, damping: Tensor) -> Tensor:
-    return inverse(precise(name, x), damping) if x.ndim == 3 else reciprocal(name, x + damping[:, None])
+def _damped(name: str, x: Tensor, damping: Tensor, terms: float) -> Tensor:
+    return inverse(precise(name, x), damping, terms) if x.ndim == 3 else reciprocal(name, x + damping[:, None])
 
 
 def _eigh(name: str, factor: Tensor) -> tuple[Tensor, Tensor | None]:

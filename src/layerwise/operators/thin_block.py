@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -12,7 +13,7 @@ from layerwise.operators.kronecker import KroneckerBlock
 from layerwise.operators.low_rank import ThinInverse, thin_inverse
 from layerwise.operators.ridge import inverse
 
-__all__ = ["ThinBlock", "thin_block"]
+__all__ = ["ThinBlock", "has_factors", "thin_block"]
 
 Side = ThinInverse | Tensor
 
@@ -73,20 +74,26 @@ class ThinBlock(KroneckerBlock):
         return self.scatter(name, self.apply(w.to(self.like.dtype)).to(w.dtype))
 
 
+def has_factors(block: KroneckerBlock) -> bool:
+    """Whether both sides of a block are one matrix, of which `thin_block` looks for a root."""
+    return block.A is not None and block.A.ndim == 3 and block.B.ndim == 3 and len(block.B) == 1
+
+
 def thin_block(block: KroneckerBlock, damping: float, balanced: bool) -> ThinBlock | None:
     """The damped inverse of a block, as of `KroneckerBlock.inverse`; None where no factor is large and of low rank.
 
     Raises as `inverse`.
     """
-    if block.A is None or block.A.ndim == 2 or block.B.ndim == 2 or len(block.B) > 1:
+    if not has_factors(block):
         return None
+    assert block.A is not None
     extra_a, extra_b = block.dampings(damping, balanced)
     right, left = thin_inverse(block.A[0], extra_a[0]), thin_inverse(block.B[0], extra_b[0])
     if right is None and left is None:
         return None
     return ThinBlock(
-        block, inverse(block.A, extra_a) if right is None else right,
-        inverse(block.B, extra_b) if left is None else left,
+        block, inverse(block.A, extra_a, math.inf) if right is None else right,
+        inverse(block.B, extra_b, math.inf) if left is None else left,
     )  # fmt: skip
 
 

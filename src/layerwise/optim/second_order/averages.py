@@ -20,7 +20,7 @@ from layerwise.operators.factor_pairs import bound_of_entries, inverted_inputs, 
 from layerwise.operators.kronecker import EigenBlock, KroneckerBlock
 from layerwise.operators.low_rank import LOW_RANK_FROM, ThinInverse
 from layerwise.operators.ridge import inverse
-from layerwise.operators.thin_block import thin_block
+from layerwise.operators.thin_block import has_factors, thin_block
 from layerwise.rows.layout import MatrixLayout
 from layerwise.tensors import Verdict, WrongAssumption, is_out_of_memory, without_grad
 
@@ -289,7 +289,8 @@ def _inverted(name: str, block: Block, damping: float, form: str) -> Block | Non
         largest = _largest(found.input_factor).double()
     else:
         thin = thin_block(block, damping, form == "pi")
-        found = block.inverse(name, damping, balanced=form == "pi") if thin is None else thin
+        terms = math.inf if has_factors(block) else 0.0  # their roots were looked for
+        found = block.inverse(name, damping, form == "pi", terms) if thin is None else thin
         sides = (found.input_factor, found.B) if thin is None else (thin.right, thin.left)
         right, left = (_largest(x).double() for x in sides)
         largest = right * left
