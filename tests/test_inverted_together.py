@@ -95,8 +95,8 @@ def test_a_root_of_a_large_factor_is_looked_for_once(monkeypatch: pytest.MonkeyP
     from layerwise.operators import low_rank
 
     asked: list[int] = []
-    root = low_rank._root
-    monkeypatch.setattr(low_rank, "_root", lambda a: asked.append(len(a)) or root(a))
+    part = low_rank._largest_part
+    monkeypatch.setattr(low_rank, "_largest_part", lambda a: asked.append(len(a)) or part(a))
     full = block(1, 3, 520, 0)
     found = invert("full", full, 0.1, "pi").block
     assert asked == [520]

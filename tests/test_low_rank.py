@@ -56,6 +56,22 @@ def test_each_matrix_of_a_batch_has_its_damping() -> None:
     torch.testing.assert_close(got, torch.stack([exact(a[0], 0.1), exact(a[1], 2.0)]), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [60, 120, 131, 200, 800])
+def test_no_root_is_looked_for_in_a_matrix_of_which_a_part_has_a_higher_rank(
+    rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerwise.operators import low_rank
+
+    asked, root = [], low_rank._root
+    monkeypatch.setattr(low_rank, "_root", lambda a: asked.append(a) or root(a))
+    a = made(rank, dtype)
+    a[:, 500:], a[500:] = 0, 0  # as the pixels at the rim of pictures
+    found = inverse_of_low_rank(a, torch.tensor(0.1, dtype=dtype))
+    low = rank <= low_rank.most_rank(a)
+    assert (len(asked), found is not None) == (low, low)
+
+
 def _indefinite() -> Tensor:
     a = torch.zeros(SIZE, SIZE, dtype=torch.float64)
     a[0, 1] = a[1, 0] = 5.0  # the diagonal says nothing of it

@@ -57,7 +57,7 @@ def wide_type(dtype: torch.dtype) -> torch.dtype:
 
 def widened(x: Tensor) -> Tensor:
     """The tensor in the type that sums are held in."""
-    return x.to(wide_type(x.dtype))
+    return x.to(torch.float32) if x.dtype in HALF else x
 
 
 def is_finite(x: Tensor) -> bool:

@@ -71,7 +71,7 @@ def thin_inverse(A: Tensor, damping: Tensor) -> ThinInverse | None:
     """
     if len(A) < LOW_RANK_FROM or A.dtype not in (torch.float32, torch.float64) or not float(damping) > 0:
         return None
-    root = _root(A)
+    root = None if _is_of_full_rank(_largest_part(A)) else _root(A)
     if root is None:
         return None
     inner, extra = root.T @ root, damping.double()
@@ -80,6 +80,22 @@ def thin_inverse(A: Tensor, damping: Tensor) -> ThinInverse | None:
     thin = torch.linalg.solve_triangular(factor, root.T, upper=False).div_(extra.sqrt()).mT.to(A.dtype)
     good = not bool(info) and bool(torch.isfinite(thin).all()) and math.isfinite(1 / float(damping))
     return ThinInverse(thin, damping.to(A.dtype)) if good else None
+
+
+def _largest_part(A: Tensor) -> Tensor:
+    """The principal submatrix of the largest diagonal entries, of one row more than the rank may be."""
+    rows = A.diagonal().topk(most_rank(A) + 1).indices
+    return A[rows][:, rows]
+
+
+def _is_of_full_rank(A: Tensor) -> bool:
+    """Whether no pivot of Cholesky's decomposition is of the size of rounding errors.
+
+    Of a part of a matrix it takes a tenth of the time of looking for the root that the matrix then lacks.
+    """
+    factor, info = torch.linalg.cholesky_ex(A)
+    floor = _LEFT * torch.finfo(A.dtype).eps * A.diagonal().sum()
+    return not bool(info) and bool(factor.diagonal().min().square() > floor)
 
 
 def _root(A: Tensor) -> Tensor | None:

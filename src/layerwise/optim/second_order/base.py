@@ -262,7 +262,7 @@ class CurvatureOptimizer(NamedOptimizer):
         factor = trust.clip_factor(gradients, directions, _each(groups, "lr"), self.kl_clip, late is not None)
         before = {name: self.state.get(named[name], {}).get("momentum") for name in directions}
         values, buffers = trust.descend(named, directions, before, factor, groups)
-        after = [*values.values(), *buffers.values()]
+        after = list(values.values())  # a momentum that is not finite leaves no parameter finite
         if late is None and not all_finite(after):
             return trust.AFTER_STEP
         if late is not None:

@@ -36,9 +36,11 @@ def dot(one: Mapping[str, Tensor], two: Mapping[str, Tensor], weights: Mapping[s
     """Sum over the parameters of `one` of w <one, two>."""
     if not one:
         return 0.0
-    device = next(iter(one.values())).device
-    products = ((widened(x) * widened(two[name])).sum() for name, x in one.items())
-    dots = torch.stack([x.to(device, _widest(device)) for x in products]).tolist()
+    products = [(widened(x) * widened(two[name])).sum() for name, x in one.items()]
+    first = products[0]
+    if any(x.dtype != first.dtype or x.device != first.device for x in products):
+        products = [x.to(first.device, _widest(first.device)) for x in products]
+    dots = torch.stack(products).tolist()
     return sum(d * (1.0 if weights is None else weights[name]) for name, d in zip(one, dots, strict=True))
 
 
