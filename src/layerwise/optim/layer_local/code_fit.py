@@ -13,7 +13,6 @@ from layerwise.local.codes.code_step import CodeStep, Terms
 from layerwise.local.codes.coupling import Coupling
 from layerwise.local.codes.gauss_newton import WrongCodes
 from layerwise.local.layers.layer import Layer
-from layerwise.local.layers.overshoot import has_bounded_steps
 from layerwise.local.layers.record import problem_of, single_count
 from layerwise.local.layers.term_weights import TermWeights
 from layerwise.local.problem import LocalProblem, predict
@@ -44,7 +43,6 @@ from layerwise.optim.layer_local.updates import (
     filled,
     other_weights,
     rate_of,
-    rates_of,
     share,
     with_coupling,
 )  # fmt: skip
@@ -157,7 +155,7 @@ class CodeFitter:
         def solve_all() -> None:
             fits = [self._job(fitting, layer, partial(made.__getitem__, layer.name) if made else
                               self._problem(fitting, layer)) for layer in layers]  # fmt: skip
-            rest = [] if refit else fitting.gradient_jobs(partial(self._step_along, fitting), self._is_free)
+            rest = [] if refit else fitting.gradient_jobs(partial(self._step_along, fitting), self.updates.is_free)
             jobs[:] = *fits, *rest
             spoiled.extend(made)  # where it raises, nothing tells which
             executor.run(fits, rest, fitting.state)
@@ -223,10 +221,6 @@ class CodeFitter:
 
         params = dict(zip(layer.names, plan.params, strict=True))
         return LayerJob(params, cost, lambda: self._task(fitting, layer, plan, problem()), plan.free)
-
-    def _is_free(self, name: str, group: Mapping[str, Any]) -> bool:
-        """Whether a parameter without a code takes steps of any size."""
-        return not has_bounded_steps(rates_of(self.updates.of_group(name, group), group)[0])
 
     def _task(self, fitting: Fitting, layer: Layer, plan: LayerPlan, problem: LocalProblem) -> Task:
         """A layer's problem with its solver, and its optimizer for local steps."""

@@ -193,6 +193,10 @@ class Updates(ByPattern[Update]):
         kind, settings = rates_of(self.of_group(name, group), group)
         return fused(kind, params), settings
 
+    def is_free(self, name: str, group: Mapping[str, Any]) -> bool:
+        """Whether a local optimizer takes steps of any size."""
+        return not has_bounded_steps(rates_of(self.of_group(name, group), group)[0])
+
     def effects(self, codes: str, groups: Iterable[Mapping[str, Any]]) -> Effects:
         """Which numbers move something; Adam also moves what has no code beside a memory or a solver."""
         asked = {group["weights"] for group in groups} - {self.default.kind, "solver"}
@@ -223,7 +227,7 @@ class LayerPlan:
         self.takes_steps = self.update.solver is None or isinstance(self.update.solver, LocalSteps)
         self._names, self._rates = layer.names, partial(updates.rates, layer.name, self.params)
         self._made: tuple[Any, torch.optim.Optimizer] | None = None
-        self.free = self.takes_steps and not has_bounded_steps(rates_of(self.update, self.groups[0])[0])
+        self.free = self.takes_steps and updates.is_free(layer.name, self.groups[0])
 
     def stands(self, fitting: Fitting, layer: Layer) -> bool:
         """Whether the same would be decided again."""
