@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import layerwise as lw
+from layerwise.gradient.parameter import ParameterGradient
 from layerwise.rows import contract
 
 COUNT = 20
@@ -132,3 +133,62 @@ def test_sums_of_half_precision_are_held_in_float32() -> None:
     model, x = _made("scales", torch.bfloat16)
     seen = _observed(model, x, lw.SecondMoment(), lw.SquaredNorm())
     assert {value.dtype for value in (*seen.second_moment.values(), *seen.squared_norm.values())} == {torch.float32}
+
+
+class _Largest(lw.SecondMoment):
+    """Of a parameter as a whole."""
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        moment = gradient.second_moment()
+        return (moment / moment.max(),)
+
+
+class _Mean(lw.PerSampleGrad):
+    """Of all samples of a parameter."""
+
+    concatenate = False
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        return (gradient.rows()[0].mean(0),)
+
+
+class _ByName(lw.SquaredNorm):
+    """With a factor for each name."""
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        return (gradient.squared_norm()[0] * len(gradient.name),)
+
+
+class _Doubled:
+    """Changes what a quantity computes, beside it."""
+
+    def compute(self, gradient: ParameterGradient) -> tuple[Tensor, ...]:
+        (moment,) = super().compute(gradient)  # type: ignore[misc]
+        return (moment - moment.mean(),)
+
+
+class _Centred(_Doubled, lw.Variance):
+    """A quantity whose `compute` comes from a class that is none."""
+
+
+class _Renamed(lw.SquaredNorm):
+    """Computes what its base does."""
+
+
+OWN: dict[type[lw.Quantity], Callable[[str, Tensor], Tensor]] = {
+    _Largest: lambda name, g: g.square().sum(0) / g.square().sum(0).max(),
+    _Mean: lambda name, g: g.mean(0),
+    _ByName: lambda name, g: g.square().flatten(1).sum(1) * len(name),
+    _Renamed: lambda name, g: g.square().flatten(1).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", ["scales", "linear and norm"])
+def test_a_subclass_that_computes_something_else_computes_it_of_each_parameter(name: str) -> None:
+    model, x = _made(name)
+    truth = _each(model, x)
+    for quantity, brute_force in OWN.items():
+        found = _observed(model, x, asked := quantity(), lw.SquaredNorm())[asked]
+        for key, g in truth.items():
+            torch.testing.assert_close(found[key], brute_force(key, g), rtol=1e-10, atol=1e-12)
+    assert _Renamed.rows_of_many == "samples" and _Centred.rows_of_many is None

@@ -85,6 +85,12 @@ class Quantity:
     real_rows: bool = False
     smaller: ClassVar[str] = "or take a smaller batch"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        first = next(c for c in cls.__mro__ if "compute" in vars(c) or "rows_of_many" in vars(c))
+        if "rows_of_many" not in vars(first):
+            cls.rows_of_many = None
+
     def check_losses(self, losses: Sequence[Likelihood]) -> None:
         """Raise Undefined where the quantity does not exist for these losses; called before backpropagation."""
 
