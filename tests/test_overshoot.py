@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import layerwise as lw
 from layerwise.errors import Overshot
+from layerwise.local import LocalSteps
 from layerwise.local.layers.overshoot import StepTaken, has_bounded_steps, overshot
 from layerwise.local.problem import LocalProblem, local_loss
 from layerwise.local.transfer import TANH
@@ -55,11 +57,17 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "ReLU, narrow": lambda: relu(6, 1), "ReLU, wide": lambda: relu(64, 2), "batch norm": normed,
     "convolution": convolution, "a parameter without a code": Scaled, "bfloat16": halves,
 }  # fmt: skip
+SGD = LocalSteps(optimizer=torch.optim.SGD)
+MOMENTUM = LocalSteps(optimizer=partial(torch.optim.SGD, momentum=0.9))
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "AltMin": lambda m: lw.AltMin(m, weights="sgd"),
     "AltMin, sweep": lambda m: lw.AltMin(m, codes="sweep", weights="sgd"),
     "AltMin, threads": lambda m: lw.AltMin(m, weights="sgd", workers=2),
     "AltMin, without momentum": lambda m: lw.AltMin(m, weights="sgd", momentum=0.0),
+    "LocoProp": lambda m: lw.LocoProp(m, solver=SGD, lr=1e-2),
+    "LocoProp, squared loss": lambda m: lw.LocoProp(m, preset="S", solver=SGD, lr=1e-3),
+    "LocoProp, momentum": lambda m: lw.LocoProp(m, solver=MOMENTUM, lr=1e-3),
+    "LocoProp, in turn": lambda m: lw.LocoProp(m, solver=SGD, lr=1e-2, order="output_to_input"),
 }
 
 
@@ -126,7 +134,7 @@ def test_the_step_changes_no_parameter_and_drops_the_momentum_that_would_repeat_
     for seed in range(3):
         opt.step(lambda seed=seed: loss(model, seed))
     before, held = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict()["state"])
-    opt.step(lambda: loss(model, 3, 1e3))
+    opt.step(lambda: loss(model, 3, 1e2))
     assert opt.skipped == 1
     assert "raised its own loss from" in opt.why_skipped()
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())

@@ -80,6 +80,11 @@ class LocalSteps:
             )
 
     @property
+    def kind(self) -> Callable[..., torch.optim.Optimizer]:
+        """The optimizer's class, also of a `functools.partial` of it; else the function that makes one."""
+        return getattr(self.optimizer, "func", self.optimizer)
+
+    @property
     def rule(self) -> Schedule:
         """The schedule as a function."""
         return _SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule
@@ -262,8 +267,8 @@ def _check(solver: object, good: bool, needs: str) -> None:
 def name_of(solver: Any) -> str:
     """A short name for tables."""
     if isinstance(solver, LocalSteps):
-        made = getattr(solver.optimizer, "func", solver.optimizer)
-        return f"{'at most ' if solver.stop else ''}{solver.steps} steps of {getattr(made, '__name__', 'an optimizer')}"
+        kind = getattr(solver.kind, "__name__", "an optimizer")
+        return f"{'at most ' if solver.stop else ''}{solver.steps} steps of {kind}"
     return type(solver).__name__ if not hasattr(solver, "__name__") else str(solver.__name__)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, SquaredInstead
 from layerwise.local.layers.layer import Layer
 from layerwise.local.norms import ColumnNorm, FrobeniusNorm, MaxNorm, RowNorm, SpectralNorm
 from layerwise.local.regularizers import Proximal, Regularizer
@@ -39,6 +40,7 @@ __all__ = [
     "matches",
     "settings_for",
     "several",
+    "warn_of_stand_ins",
     "with_preset",
 ]  # fmt: skip
 
@@ -311,3 +313,16 @@ def settings_for(solver: Solver, group: Mapping[str, Any]) -> tuple[Any, dict[st
     if not isinstance(solver, LocalSteps):
         rates["lr"] = DEFAULTS["matching"]["lr"] * group["lr"]
     return TFRMSProp, rates
+
+
+def warn_of_stand_ins(transfers: Iterable[tuple[str, Transfer]], warned: set[str]) -> None:
+    """Warn, once for each transfer function, that it has no matching loss. transfers: with the layer before each."""
+    for name, f in transfers:
+        if f.stand_in and f.name not in warned:
+            warned.add(f.name)
+            why = "has no tabulated matching loss" if f.monotone else "is not monotone and has no matching loss"
+            warnings.warn(
+                f"{f.name}, behind {name}, {why}: such layers take the squared loss before it (LocoProp-S)",
+                SquaredInstead,
+                stacklevel=8,
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,9 +10,10 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import BadInput, NonFinite, SquaredInstead, Undefined
+from layerwise.errors import BadInput, NonFinite, Undefined
 from layerwise.graph.coverage import prove
 from layerwise.local.layers.layer import Layer, layers_of
+from layerwise.local.layers.overshoot import has_bounded_steps
 from layerwise.local.layers.record import Recorded, RunRecorder, problem_of, refreshed
 from layerwise.local.layers.units import Units
 from layerwise.local.problem import LocalProblem, Term
@@ -42,9 +42,10 @@ from layerwise.optim.layer_local.choices import (
     implied,
     in_words,
     settings_for,
+    warn_of_stand_ins,
     with_preset,
 )  # fmt: skip
-from layerwise.optim.layer_local.executors import LayerJob, Workers, operations
+from layerwise.optim.layer_local.executors import GradientJob, LayerJob, Workers, operations
 from layerwise.optim.layer_local.owners import Execution, Parallel, executor_over
 from layerwise.optim.layer_local.snapshot import solved
 from layerwise.optim.recording import Samples, factor_left, withhold
@@ -233,13 +234,19 @@ class LocoProp(LayerLocal):
         if (where := self._unsafe(run, partial(_gamma, fitting), buffers, late)) is not None:
             return run.loss, where
         plans = [_plan(fitting, choices.of(layer.name), targets[layer.name], layer) for layer in run.layers]
-        _warn_of_stand_ins(plans, self._warned)
+        own = ((plan.layer.name, plan.transfer) for plan in plans if plan.choice.transfer is None)
+        warn_of_stand_ins(own, self._warned)
+
+        judged: list[LayerJob | GradientJob] = []
 
         def solve_all() -> None:
-            if rerun is not None:
-                self._solve_in_turn(fitting, plans, rerun)
             jobs = [_job(fitting, plan) for plan in plans] if rerun is None else []
-            self._executor.run(jobs, fitting.gradient_jobs(partial(_step_along, fitting, choices)), fitting.state)
+            solved_in_turn = [] if rerun is None else self._solve_in_turn(fitting, plans, rerun)
+            rest = fitting.gradient_jobs(
+                partial(_step_along, fitting, choices), lambda name, group: _is_free(choices.of(name).solver, group)
+            )
+            judged[:] = [*jobs, *solved_in_turn, *rest]
+            self._executor.run(jobs, rest, fitting.state)
             fitting.round_off()
 
         def finish() -> Callable[[], None]:
@@ -259,14 +266,15 @@ class LocoProp(LayerLocal):
         snapshot = fitting.snapshot(run.layers)
         fitting.judging = None if late is None else late.verdict
         try:
-            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late)
+            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late, judged)
         except WrongAssumption:
             assert late is not None
             fitting.judging, snapshot = None, fitting.snapshot(run.layers)
-            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late.anew())
+            return run.loss, solved(solve_all, snapshot, self._executor, finish, self, late.anew(), judged)
 
-    def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> None:
-        """Solve one layer after another; each but the first takes its inputs from a new run of the closure."""
+    def _solve_in_turn(self, fitting: Fitting, plans: list[_Plan], rerun: Rerun) -> list[LayerJob]:
+        """Solve one layer after another, all but the first in new runs of the closure; returns what was solved."""
+        done: list[LayerJob] = []
         problems = [_problem(fitting, plan) for plan in plans]
         turns = range(len(plans)) if self._order == "input_to_output" else range(len(plans) - 1, -1, -1)
         for count, n in enumerate(turns):
@@ -275,6 +283,8 @@ class LocoProp(LayerLocal):
                 problem = refreshed(problem, layer, self._run_again(layer, rerun))
             solve(_task(fitting, plans[n], problem), self._workspace)
             fitting.round_off()
+            done.append(_job(fitting, plans[n], problem))
+        return done
 
     def _run_again(self, layer: Layer, rerun: Rerun) -> Layer:
         """The same layer in a new run of the closure, whose backward pass is left out."""
@@ -325,6 +335,11 @@ class _Plan(NamedTuple):
         return solver
 
 
+def _is_free(solver: Solver, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter takes several local steps of any size; one alone is a step of gradient descent."""
+    return isinstance(solver, LocalSteps) and group["steps"] > 1 and not has_bounded_steps(solver.kind)
+
+
 def _gamma(fitting: Fitting, name: str) -> float:
     """γ of a parameter, by which its cotangents are multiplied."""
     return float(fitting.group(name)["gamma"]) * fitting.unit(name)
@@ -344,20 +359,6 @@ def _plan(fitting: Fitting, choice: Choice, target: Target, layer: Layer) -> _Pl
     return _Plan(layer, group, choice, gamma, transfer, terms)
 
 
-def _warn_of_stand_ins(plans: list[_Plan], warned: set[str]) -> None:
-    """Warn, once for each transfer function, that it has no matching loss."""
-    for plan in plans:
-        f = plan.transfer
-        if plan.choice.transfer is None and f.stand_in and f.name not in warned:
-            warned.add(f.name)
-            why = "has no tabulated matching loss" if f.monotone else "is not monotone and has no matching loss"
-            warnings.warn(
-                f"{f.name}, behind {plan.layer.name}, {why}: such layers take the squared loss before it (LocoProp-S)",
-                SquaredInstead,
-                stacklevel=8,
-            )
-
-
 def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
     """A layer's local problem. Raises NonFinite where the target of a user's function is not finite."""
     target = plan.choice.target
@@ -369,11 +370,12 @@ def _problem(fitting: Fitting, plan: _Plan) -> LocalProblem:
     return problem
 
 
-def _job(fitting: Fitting, plan: _Plan) -> LayerJob:
-    """A layer to be fitted."""
+def _job(fitting: Fitting, plan: _Plan, problem: LocalProblem | None = None) -> LayerJob:
+    """A layer to be fitted. problem: where it is known."""
     params = dict(zip(plan.layer.names, fitting.params(plan.layer), strict=True))
     return LayerJob(params, lambda: operations(plan.solver, plan.layer),
-                    lambda: _task(fitting, plan, _problem(fitting, plan)))  # fmt: skip
+                    lambda: _task(fitting, plan, problem or _problem(fitting, plan)),
+                    _is_free(plan.choice.solver, plan.group))  # fmt: skip
 
 
 def _task(fitting: Fitting, plan: _Plan, problem: LocalProblem) -> Task:
