@@ -38,6 +38,7 @@ class Shape:
     rate: float = 1e-3
     warm_up: int = 20  # steps in which the rate rises to its value
     microbatches: int = 8  # of 1F1B
+    hidden: int = 0  # units of the hidden layer in the heads of local losses; 0: they are linear
 
 
 class Places(nn.Module):
@@ -49,6 +50,19 @@ class Places(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.symbol(x) + self.place.weight
+        return out
+
+
+class Hidden(nn.Module):
+    """A hidden layer beside the identity, as in a block without attention."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(shape.width)
+        self.first, self.last = nn.Linear(shape.width, shape.hidden), nn.Linear(shape.hidden, shape.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.last(F.gelu(self.first(self.norm(x))))
         return out
 
 
@@ -131,7 +145,7 @@ class OneForwardOneBackward(Arm):
 
 
 class LocalLosses(Arm):
-    """AdamW on a loss of each stage: the net's for the last, the loss of a linear head of their own for the others.
+    """AdamW on a loss of each stage: the net's for the last, the loss of a small head of their own for the others.
 
     Activations pass up, and nothing passes down: a stage does not wait for those above it (but to stay at most two
     batches ahead). The numbers are those of one process that trains the stages in turns on each batch.
@@ -144,7 +158,7 @@ class LocalLosses(Arm):
         if rank + 1 < size:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rank)
-                self._head = _drawn(_head(shape))
+                self._head = _drawn(_local_head(shape))
             model.add_module(f"local{rank}", self._head)  # names differ between ranks, as checkpoints need
         super().__init__(shape, rank, size, stage, model)
 
@@ -192,6 +206,11 @@ def _wait(sent: deque[tuple[dist.Work | None, Tensor]]) -> None:
 
 def _head(shape: Shape) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, shape.symbols))
+
+
+def _local_head(shape: Shape) -> nn.Sequential:
+    """Linear, or behind a hidden layer whose output is added to its input."""
+    return nn.Sequential(*([Hidden(shape)] if shape.hidden else []), *_head(shape))
 
 
 def _drawn(part: Part) -> Part:
