@@ -56,7 +56,7 @@ def overhead(net: str | None = None) -> dict[str, Cell]:
 
 
 def ranks(name: str) -> str:
-    """The report, in Markdown, of a benchmark over ranks: layers, kfac, gpt_10M, gpt_small or scaling."""
+    """The report, in Markdown, of a benchmark over ranks: layers, kfac, gpt_(10M, 10M-hidden or small), scaling."""
     found = result(f"distributed_{name}")
     if name == "layers":
         return layers.report(found["layers"], found["stages"], found["ranks"])

@@ -36,15 +36,15 @@ def moved(opt: torch.optim.Optimizer, loss: Tensor, step: int) -> None:
     opt.step()
 
 
-def in_stages(rank: int, name: str, size: int) -> dict[str, Tensor]:
+def in_stages(rank: int, name: str, size: int, shape: Shape) -> dict[str, Tensor]:
     torch.set_default_dtype(torch.float64)
-    arm = stages.ARMS[name](SHAPE, rank, size, stages.stage_of(SHAPE, rank, size))
+    arm = stages.ARMS[name](shape, rank, size, stages.stage_of(shape, rank, size))
     arm.run(batches())
     return {k: v.detach() for k, v in arm.stage.named_parameters()}
 
 
-def trained(name: str, size: int) -> dict[str, Tensor]:
-    return {k: v for part in ranks(size)(in_stages, name, size) for k, v in part.items()}
+def trained(name: str, size: int, shape: Shape = SHAPE) -> dict[str, Tensor]:
+    return {k: v for part in ranks(size)(in_stages, name, size, shape) for k, v in part.items()}
 
 
 @pytest.mark.usefixtures("float64")
@@ -59,9 +59,11 @@ def test_one_forward_one_backward_is_adamw_on_the_net() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_local_losses_have_the_bits_of_one_process_that_trains_the_stages_in_turns() -> None:
-    size = 2
-    arms = [stages.LocalLosses(SHAPE, rank, size, stages.stage_of(SHAPE, rank, size)) for rank in range(size)]
+@pytest.mark.parametrize("hidden", [0, 6])
+def test_local_losses_have_the_bits_of_one_process_that_trains_the_stages_in_turns(hidden: int) -> None:
+    size, shape = 2, replace(SHAPE, hidden=hidden)
+    arms = [stages.LocalLosses(shape, rank, size, stages.stage_of(shape, rank, size)) for rank in range(size)]
+    assert sum(p.numel() for p in arms[0].model.get_submodule("local0").parameters()) == 61 + bool(hidden) * 126
     opts = [adamw(arm.model) for arm in arms]
     for step, (x, y) in enumerate(batches()):
         h = x
@@ -70,7 +72,7 @@ def test_local_losses_have_the_bits_of_one_process_that_trains_the_stages_in_tur
             head = arm.model.get_submodule(f"local{arm.rank}") if arm.rank + 1 < size else nn.Identity()
             moved(opt, cross_entropy(head(out), y), step)
             h = out.detach()
-    found = trained("local losses", size)
+    found = trained("local losses", size, shape)
     whole = {k: v for arm in arms for k, v in arm.stage.named_parameters()}
     assert found.keys() == whole.keys()
     for key, value in whole.items():

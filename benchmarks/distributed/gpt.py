@@ -5,13 +5,13 @@
 
 tinyshakespeare, next character; two processes of one thread each, gloo on one machine; half of the blocks in each.
 1F1B: plain AdamW on the net's loss, by `torch.distributed.pipelining.Schedule1F1B`. Local losses: each stage by AdamW
-on a loss of its own, the lower one's through a linear head, or one with `--hidden` units before it; activations pass
-up, nothing passes down. The same initial weights, batches and rates. Both live in the same two processes and take turns
-of `--segment` steps, after which the loss on held-out text is measured, off the clock. The first turn warms up, and counts for no speed. Wall clock of the
-slower rank; idle: the part of it in which a rank computed nothing, by its thread's CPU time (so on a machine with other
-work it has that work's share, too). On free cores: by the CPU seconds of the busier rank, and for 1F1B the bubbles of
-its schedule, (ranks - 1) / microbatches of them; messages take no time in it. After each turn everything is kept in
-`--folder`, and the same command goes on from there.
+on a loss of its own, the lower one's through a linear head, or one behind `--hidden` units beside the identity;
+activations pass up, nothing passes down. The same initial weights, batches and rates. Both live in the same two
+processes and take turns of `--segment` steps, after which the loss on held-out text is measured, off the clock.
+The first turn warms up, and counts for no speed. Wall clock of the slower rank; idle: the part of it in which a rank
+computed nothing, by its thread's CPU time (so on a machine with other work it has that work's share, too). On free
+cores: by the CPU seconds of the busier rank, and for 1F1B the bubbles of its schedule, (ranks - 1) / microbatches of
+them; messages take no time in it. After each turn everything is kept in `--folder`, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -179,11 +179,12 @@ def _losses(rows: Rows, tokens: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    made = probe.parser("benchmarks.distributed gpt", __doc__, repeats=20, segment=10, microbatches=8, hidden=0, held_out=64,
-                        folder=Path("runs/gpt"), json=None)  # fmt: skip
+    made = probe.parser("benchmarks.distributed gpt", __doc__, repeats=20, segment=10, microbatches=8, hidden=0,
+                        held_out=64, folder=Path("runs/gpt"), json=None)  # fmt: skip
     made.add_argument("--size", choices=list(SIZES), default="10M")
     options = probe.parsed(made, argv)
-    shape = replace(SIZES[options.size], microbatches=options.microbatches, hidden=options.hidden)
+    chosen = {"microbatches": options.microbatches, "hidden": options.hidden}
+    shape = replace(SIZES[options.size], **chosen)
     d = data.load("tinyshakespeare")
     under = conditions(ranks=RANKS, repeats=options.repeats, segment=options.segment, size=options.size)
     kind = f"{options.size}-hidden" if options.hidden else options.size
