@@ -136,9 +136,9 @@ def test_steps_in_the_periods_of_kfac() -> None:
 
 
 def test_other_steps() -> None:
-    for name in ("DiagNewton", "LocoProp", "AltMin", "AltMin sweep", "AltMin memory", "LocoProp memory"):
+    for name in ("DiagNewton", "LocoProp", "AltMin", "AltMin sweep", "AltMin SGD", "AltMin memory", "LocoProp memory"):
         assert stepped(3, OPTIMIZERS[name]).synchronisations == 1
-    says('a step of `AltMin`, also with `codes="sweep"`, of `AltMin(weights="memory")` and of `LocoProp(solver=Mem')
+    says('a step of `AltMin`, also with `codes="sweep"` or `weights="sgd"`, of `AltMin(w')
     assert {stepped(3, lw.optim.DiagNewton, steps).synchronisations for steps in (5, 6)} == {1}
     says("a step of `DiagNewton`, whether it measures or not, of `LocoProp` | 1 |")
 

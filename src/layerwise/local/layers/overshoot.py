@@ -13,7 +13,7 @@ from layerwise.local.layers.overflow import norms_of
 from layerwise.local.problem import LocalProblem, predict
 from layerwise.tensors import without_grad
 
-__all__ = ["StepTaken", "has_bounded_steps", "overshot"]
+__all__ = ["StepTaken", "has_bounded_steps", "overshot", "sizes_of"]
 
 GROWTH = 1.25  # of the norm of a layer's parameters: a step that grows them by less is not looked at
 GROWTH_ALONE = 10.0  # of a parameter that has no loss of its own
@@ -40,19 +40,24 @@ def has_bounded_steps(kind: object) -> bool:
     return isinstance(kind, type) and any(each.__name__ in _BOUNDED for each in kind.__mro__)
 
 
-def overshot(moved: Sequence[StepTaken]) -> Iterator[tuple[StepTaken, str]]:
-    """What has moved too far, with the words for it.
+def sizes_of(moved: Sequence[StepTaken]) -> Tensor:
+    """Norms of what has moved, of all parameters after the step and then before it, on their device."""
+    after = [p.detach() for each in moved for p in each.params.values()]
+    return norms_of([*after, *(t for each in moved for t in each.before)])
+
+
+def overshot(moved: Sequence[StepTaken], sizes: Sequence[float] | None = None) -> Iterator[tuple[StepTaken, str]]:
+    """What has moved too far, with the words for it. sizes: `sizes_of` it, where the host has them.
 
     Those whose norm has grown by a quarter, and with it their own loss `Σ_r [F(z_r) − y_r·z_r]` on the rows of the
     step; or which have no such loss, and whose norm has grown tenfold in a step Δ with `|g·Δ| > 4 |L|`, L the batch's
     loss and g its gradient: a quadratic loss with the minimum 0 would be larger. Either is only computed where the norm
-    has grown; the host waits once.
+    has grown; the host waits for that, and for the sizes.
     """
     if not moved:
         return
-    now = [p.detach() for each in moved for p in each.params.values()]
-    found = norms_of([*now, *(t for each in moved for t in each.before)]).tolist()
-    after, before = iter(found[: len(now)]), iter(found[len(now) :])
+    found = sizes_of(moved).tolist() if sizes is None else sizes
+    after, before = iter(found[: len(found) // 2]), iter(found[len(found) // 2 :])
     for each in moved:
         name = next(iter(each.params))
         new, old = (sum(next(some) ** 2 for _ in each.params) ** 0.5 for some in (after, before))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import NonFinite
-from layerwise.local.layers.overshoot import StepTaken, overshot
+from layerwise.local.layers.overshoot import StepTaken, overshot, sizes_of
 from layerwise.local.problem import LocalProblem
 from layerwise.optim.base import NamedOptimizer
 from layerwise.optim.deferred import Late, Overshoot
@@ -82,12 +82,15 @@ class Snapshot:
                         own[key] = copy.deepcopy(value)
         self._copies = (Backups() if backups is None else backups).of(self._live)
 
-    def overshot(self, jobs: Iterable[LayerJob | GradientJob]) -> Overshoot | None:
-        """The words for the first of these jobs whose parameters went too far; their local optimizers start anew."""
+    def moved_by(self, jobs: Iterable[LayerJob | GradientJob]) -> list[StepTaken]:
+        """What jobs have moved, with the values before."""
         before = {name: copy for (name, _), copy in zip(self._params, self._copies, strict=False)}
+        return [StepTaken(job.params, [before[name] for name in job.params], *_judged_by(job)) for job in jobs]
+
+    def overshot(self, moved: Sequence[StepTaken], sizes: Sequence[float]) -> Overshoot | None:
+        """The words for the first that went too far; the local optimizers of all that did start anew."""
         found: Overshoot | None = None
-        moved = [StepTaken(job.params, [before[name] for name in job.params], *_judged_by(job)) for job in jobs]
-        for each, words in overshot(moved):
+        for each, words in overshot(moved, sizes):
             found = found or Overshoot(words)
             self.too_far |= each.params.keys()
         return found
@@ -196,9 +199,8 @@ def solved(
     """
     try:
         solve()
-        where = snapshot.spoiled() if late is None else _judged(late, snapshot)
-        if where is None and (late is None or not late.deferred) and (free := [job for job in jobs if job.free]):
-            where = snapshot.overshot(free)
+        moved = snapshot.moved_by(job for job in jobs if job.free)
+        where = _judged(late, snapshot, moved)
         commit = after() if where is None else _nothing
         where = executor.anywhere(where)
         if where is None:
@@ -220,11 +222,19 @@ def _judged_by(job: LayerJob | GradientJob) -> tuple[Callable[[], LocalProblem] 
     return ((lambda: job.task().problem), None) if isinstance(job, LayerJob) else (None, job.slope)
 
 
-def _judged(late: Late, snapshot: Snapshot) -> str | None:
-    """The first bad tensor of a batch and of its solution, in one wait; or None, left on the device."""
+def _judged(late: Late | None, snapshot: Snapshot, moved: Sequence[StepTaken]) -> str | None:
+    """The first bad tensor of a batch and of its solution, or the first step too far; or None, left on the device.
+
+    One wait, and more only for what has grown.
+    """
+    if late is None:
+        return snapshot.spoiled() or (snapshot.overshot(moved, sizes_of(moved).tolist()) if moved else None)
     snapshot.ask(late.verdict)
     late.deferred = late.deferred and snapshot.is_on_device()
-    return late.reason()
+    sizes: list[float] = []
+    if moved and not late.deferred:
+        late.verdict.ask(sizes_of(moved), sizes.extend)
+    return late.reason() or (snapshot.overshot(moved, sizes) if sizes else None)
 
 
 def _complete(commit: Callable[[], None], late: Late | None, snapshot: Snapshot) -> None:
