@@ -540,6 +540,33 @@ def test_how_often_a_step_waits(name: str) -> None:
     assert stepped(3, OPTIMIZERS[name]).synchronisations <= 1
 
 
+VIEWS: dict[str, Callable[[Tensor, nn.Parameter], Tensor]] = {
+    "transposed": lambda h, w: h @ w.view(3, 6).t(),
+    "reshaped": lambda h, w: F.linear(h, w.view(3, 6)),
+    "a slice of all": lambda h, w: F.linear(h, w[:18].view(3, 6)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_step_waits_once_where_the_loss_reads_a_view_of_a_weight(view: str) -> None:
+    states = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"a": nn.Linear(6, 6), "head": nn.ParameterList([torch.randn(18)])}).to(device, X.dtype)
+        x, y = X.to(device), Y.to(device)
+
+        def loss(model: nn.ModuleDict = model, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return F.cross_entropy(VIEWS[view](torch.tanh(model["a"](x)), model["head"][0]), y)
+
+        optimizer = lw.LocoProp(model)
+        for _ in range(4):
+            with counted() as count:
+                optimizer.step(loss)
+        states.append(model.state_dict())
+    assert count.synchronisations == 1
+    assert_same(*states, DEVICE)
+
+
 @pytest.mark.parametrize("rows", ["real", "all"])
 @pytest.mark.parametrize(("layers", "steps"), [(3, 5), (6, 6)], ids=["3 layers, inverts", "6 layers, measures"])
 def test_how_often_a_step_in_the_periods_of_kfac_waits(layers: int, steps: int, rows: Any) -> None:

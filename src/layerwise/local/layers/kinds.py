@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -81,16 +81,23 @@ class _Held(NamedTuple):
 class Kinds:
     """A cache of kinds, keyed by the function, its options, and each tensor's layout, type and parameter name.
 
-    Not cached: calls with tensors whose values may matter (indices, masks), or with views of parameters.
+    Not cached: calls with tensors whose values may matter (indices, masks), or which are computed from parameters. A
+    view of a parameter is none of these: its layout says which elements it holds.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, Kind | None] = {}
         self._held: dict[str, _Held] = {}  # a view of each parameter: more would keep memory that it has left
 
-    def of(self, use: Use, ours: Callable[[Tensor], bool], decide: Callable[[], Kind | None]) -> Kind | None:
+    def of(
+        self,
+        use: Use,
+        parameters: Mapping[str, Tensor],
+        ours: Callable[[Tensor], bool],
+        decide: Callable[[], Kind | None],
+    ) -> Kind | None:
         """The kind of a use; None where it has no weight on rows. ours: whether the optimizer moves a parameter."""
-        key = _signature(use, ours)
+        key = _signature(use, parameters, ours)
         if key is None:
             return decide()
         found = self._known.get(key, _UNSEEN)
@@ -130,13 +137,20 @@ def _put(memo: dict[Any, Any], key: Any, value: Any) -> Any:
     return value
 
 
-def _signature(use: Use, ours: Callable[[Tensor], bool]) -> Any:
+def _signature(use: Use, parameters: Mapping[str, Tensor], ours: Callable[[Tensor], bool]) -> Any:
     """The cache key of a use; None where values may matter."""
     used: dict[int, Any] = {}
     for tensor, names in use.used:
-        if len(names) != 1 or not tensor.is_leaf:
+        if len(names) != 1:
             return None
-        used[id(tensor)] = (*names, ours(tensor))
+        if tensor.is_leaf:
+            used[id(tensor)] = (*names, ours(tensor))
+            continue
+        (name,) = names
+        p = parameters[name]
+        if tensor._base is not p:
+            return None
+        used[id(tensor)] = (name, ours(p), p.shape, p.stride(), tensor.storage_offset() - p.storage_offset())
     try:
         call = use.call
         named = [(key, _described(value, used)) for key, value in call.kwargs.items()] if call.kwargs else ()

@@ -233,7 +233,7 @@ def layers_of(
             count[name] = count.get(name, 0) + 1
     found: dict[str, list[tuple[Use, Kind]]] = {}
     for use in graph.uses:
-        kind = kinds.of(use, ours, lambda use=use: _kind(tape, use, ours))  # type: ignore[misc]
+        kind = kinds.of(use, tape.parameters, ours, lambda use=use: _kind(tape, use, ours))  # type: ignore[misc]
         if kind is not None:
             found.setdefault(kind.names[0], []).append((use, kind))
     layers = []
